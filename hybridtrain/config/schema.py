@@ -1,0 +1,317 @@
+"""Every option of the system, once: its type, its default and what it means.
+
+The string under a field is its documentation; `--help` prints it. Plain dataclasses (frozen ones make OmegaConf
+nodes read-only), `str` checked against a tuple instead of Literal or enums (OmegaConf refuses or mis-matches those).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
+
+
+@dataclass
+class RunConfig:
+    dir: str = ""
+    """Run directory; empty: runs/<experiment>."""
+    name: str = ""
+    """Name of the run for trackers; empty: the experiment's name."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and dropout."""
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint if there is one; never: refuse a directory that holds a run;
+    required: refuse to start without a checkpoint."""
+    allow_data_change: bool = False
+    """Resume even though the data or its order differ from the checkpoint's."""
+    profile: bool = False
+    """Write a torch profiler trace of steps 3 to 5 of rank 0 into the run directory."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = ""
+    """A label for people."""
+    from_pretrained: str = ""
+    """Hugging Face folder or hub id to start from; empty: initialise from `config`."""
+    revision: str = "main"
+    """Revision of the hub repository."""
+    trust_remote_code: bool = False
+    """Let transformers run code that a model repository ships."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's config.json; with from_pretrained: fields to change."""
+    freeze: list[str] = field(default_factory=list)
+    """Shell-style patterns of parameter names that are not trained, e.g. 'model.embed_tokens.*'."""
+    attention: str = "sdpa"
+    """Attention implementation: sdpa or eager."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Folder of token files, written by `hybridtrain prepare`."""
+    source: list[str] = field(default_factory=list)
+    """What `prepare` reads: text files, folders or patterns; 'stdlib' is the source of Python's own standard library."""
+    pattern: str = "*.txt"
+    """Which files of a folder in `source` are documents."""
+    tokenizer: str = "train"
+    """Tokenizer folder or hub id; 'train': train a byte-level BPE on the source."""
+    vocab_size: int = 4096
+    """Vocabulary of the tokenizer that 'train' makes."""
+    eval_fraction: float = 0.02
+    """Share of documents held out for evaluation."""
+    append_eos: bool = True
+    """Put the tokenizer's end-of-text token after each document."""
+    seq_len: int = 256
+    """Tokens per row."""
+
+
+@dataclass
+class BatchConfig:
+    global_batch_size: int = 8
+    """Rows per optimizer step over all ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward and backward on one data rank; grad_accum follows from the two."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 0
+    """End after so many optimizer steps (0: not by steps)."""
+    tokens: int = 0
+    """End after so many tokens (0: not by tokens)."""
+    epochs: float = 0.0
+    """End after so many passes over the data (0: not by epochs)."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out rows (0: never)."""
+    eval_rows: int = 64
+    """Held-out rows per evaluation."""
+    max_nonfinite: int = 20
+    """Stop after so many steps in a row without a finite gradient."""
+
+
+@dataclass
+class ParallelConfig:
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = -1
+    """Data-parallel replicas; -1 (one axis only): what the world size leaves."""
+    dp_shard: int = 1
+    """Data-parallel ranks that share one sharded copy (ZeRO 1 to 3)."""
+    cp: int = 1
+    """Context-parallel ranks; only 1 yet."""
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    zero_stage: int = 0
+    """What dp_shard shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    sequence_parallel: bool = True
+    """With tp > 1, shard activations outside attention and MLP over the sequence."""
+    schedule: str = "1f1b"
+    """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble, dualpipev."""
+    virtual_stages: int = 0
+    """Stages per pipeline rank; 0: the fewest that the schedule works with."""
+
+
+@dataclass
+class EngineConfig:
+    kind: str = "torch"
+    """Training engine; torch."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile: inductor (wants a C++ compiler on CPU), aot_eager or eager."""
+    timeout_s: int = 1800
+    """Seconds after which a collective that a rank never joined fails."""
+
+
+@dataclass
+class PrecisionConfig:
+    kind: str = "fp32"
+    """fp32, bf16_mixed, bf16_pure or fp16_mixed."""
+    init_scale: float = 65536.0
+    """fp16_mixed: first loss scale."""
+    growth_factor: float = 2.0
+    """fp16_mixed: factor after growth_interval finite steps."""
+    backoff_factor: float = 0.5
+    """fp16_mixed: factor after a step that was not finite."""
+    growth_interval: int = 2000
+    """fp16_mixed: finite steps in a row before the scale grows."""
+    min_scale: float = 1.0
+    """fp16_mixed: floor of the loss scale."""
+
+
+@dataclass
+class OptimConfig:
+    kind: str = "adamw"
+    """Optimizer; adamw."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices that no_decay does not name."""
+    no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])
+    """Shell-style patterns of parameter names without weight decay."""
+    clip: float = 1.0
+    """Clip the global gradient norm to this; 0: do not clip."""
+
+
+@dataclass
+class ScheduleConfig:
+    kind: str = "cosine"
+    """Learning-rate schedule after warm-up: constant, linear, cosine or wsd (warm-up, stable, decay)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of optim.lr (linear, cosine, wsd)."""
+    decay_steps: int = 0
+    """wsd: steps of the final decay; 0: a tenth of the run."""
+
+
+@dataclass
+class RecomputeConfig:
+    kind: str = "none"
+    """Activations recomputed in backward: none, selective (all but matrix products and attention) or full."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Keep the newest so many; 0: all."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0: none."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+@dataclass
+class TrackerConfig:
+    kinds: list[str] = field(default_factory=list)
+    """Trackers besides metrics.jsonl: wandb (offline unless logged in), tensorboard."""
+    project: str = "hybridtrain"
+    """Project name for trackers that have one."""
+
+
+@dataclass
+class Config:
+    """All sections of a training run; every command composes these and may add one of its own."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = ""
+    """Checkpoint folder; empty: the newest complete one of the run."""
+    out: str = ""
+    """Folder to write; empty: <run>/export."""
+    dtype: str = "float32"
+    """dtype of the exported weights: float32, bfloat16 or float16."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in GB (10^9 bytes)."""
+
+
+@dataclass
+class EvaluateConfig:
+    source: str = ""
+    """Export folder, Hugging Face folder or hub id; empty: <run>/export."""
+    rows: int = 0
+    """Held-out rows; 0: as many as training's own evaluation."""
+
+
+@dataclass
+class GenerateConfig:
+    source: str = ""
+    """Export folder, checkpoint folder, Hugging Face folder or hub id; empty: <run>/export."""
+    prompt: str = "def "
+    """Text to continue."""
+    max_new_tokens: int = 128
+    """Tokens to sample."""
+    temperature: float = 0.8
+    """0: greedy."""
+    top_p: float = 0.95
+    """Nucleus sampling mass."""
+
+
+@dataclass
+class ParityConfig:
+    layouts: list[str] = field(default_factory=list)
+    """Layouts such as pp2-dp_shard2-tp2-zero3; empty: a set that fits the model and max_processes."""
+    max_processes: int = 4
+    """Largest layout of the default set, in processes."""
+    steps: int = 3
+    """Optimizer steps per layout."""
+    shrink: bool = False
+    """Cut the model's layers and width to laptop size, head ratios kept, and say so."""
+
+
+@dataclass
+class PrepareConfig:
+    overwrite: bool = False
+    """Write again what is already prepared."""
+
+
+@dataclass
+class ReportConfig:
+    out: str = ""
+    """Folder for the pictures; empty: <run>/report."""
+
+
+@dataclass
+class ExportRoot(Config):
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass
+class EvaluateRoot(Config):
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class GenerateRoot(Config):
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass
+class ParityRoot(Config):
+    parity: ParityConfig = field(default_factory=ParityConfig)
+
+
+@dataclass
+class PrepareRoot(Config):
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+
+
+@dataclass
+class ReportRoot(Config):
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+ROOTS: dict[str, type[Config]] = {
+    "train": Config,
+    "prepare": PrepareRoot,
+    "parity": ParityRoot,
+    "export": ExportRoot,
+    "evaluate": EvaluateRoot,
+    "generate": GenerateRoot,
+    "report": ReportRoot,
+}

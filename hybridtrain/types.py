@@ -1,0 +1,136 @@
+"""The nouns of the system, shared by every layer. Nothing here imports torch at run time.
+
+Shape suffixes used across the project: B micro-batch rows, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100  # a label with this value carries no loss (the convention of torch and of Hugging Face)
+
+
+class UserError(ValueError):
+    """Something the user can put right. Printed once, by rank 0, without a traceback."""
+
+
+def refusal(field: str, value: object, problem: str, *, allowed: str, instead: str) -> UserError:
+    """Build the one form every refusal has: section.field, the value, what is allowed, what to try."""
+    return UserError(f"{field}={value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data rank. All tensors have shape (B, T) and dtype int64."""
+
+    input_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    """Already shifted: position t holds the token that follows input t, or IGNORE_INDEX."""
+    position_ids_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. 0-d tensors on the device, so that the step never synchronises."""
+
+    loss: torch.Tensor
+    """Mean loss per valid token over the global batch, fp32."""
+    tokens: torch.Tensor
+    """Valid tokens in the global batch."""
+    grad_norm: torch.Tensor
+    """L2 norm over the whole model, before clipping, unscaled."""
+    skipped: torch.Tensor
+    """1 if the update was skipped because a gradient was not finite, else 0."""
+    loss_scale: torch.Tensor
+    """The scale this step used; 1 without loss scaling."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sum of token losses and number of valid tokens, over all ranks."""
+
+    loss_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The position of a run, all a checkpoint holds besides tensors."""
+
+    step: int
+    tokens_seen: int
+    fingerprints: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What planning needs to know of a model; read from its config without transformers."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    window: int | None
+    """Sliding-window length of the layers that have one, else None."""
+    max_positions: int
+    parameters: int
+    """Number of parameters, tied weights counted once."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can run on this device. `layout.check` refuses the rest before processes meet."""
+
+    engine: str
+    axes: frozenset[str]
+    zero_stages: frozenset[int]
+    schedules: frozenset[str]
+    precisions: frozenset[str]
+
+
+class Saving(Protocol):
+    """A checkpoint on its way to disk."""
+
+    def poll(self) -> bool:
+        """True when it is complete; raises what went wrong, without waiting."""
+
+    def result(self) -> None:
+        """Wait until it is complete; raises what went wrong."""
+
+
+class Engine(Protocol):
+    """The contract both engines keep. Its verb is one optimizer step (DESIGN: decision A)."""
+
+    capabilities: Capabilities
+
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Forward, backward and update over this data rank's micro-batches."""
+
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        """Forward only. Every rank calls it with the same number of micro-batches."""
+
+    def save(self, path: Path, progress: Progress) -> Saving:
+        """Start writing a complete checkpoint to `path` (collective)."""
+
+    def load(self, path: Path) -> Progress:
+        """Load a complete checkpoint, whatever layout wrote it (collective)."""
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        """This rank's (Hugging Face name, parameter or DTensor) pairs; tied weights once."""
+
+    def modules(self) -> Iterator[tuple[str, Any]]:
+        """This rank's named modules, for hooks that watch them."""
+
+    def close(self) -> None:
+        """Leave the process group."""

@@ -1,0 +1,246 @@
+"""What a logged step says: rates, MFU, memory, the record of metrics.jsonl and the progress line.
+
+The one place that reads device scalars (`record`) and reduces host values over ranks (`max_over_ranks`), both at log
+steps only; between them the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybridtrain.types import ModelFacts, StepResult
+
+GIB = 1024**3
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets (where these show sparsity, half of it): bf16/fp16, tf32, fp32.
+# A name matches when all its words stand in the device's name; the first match counts, so the longer names come first.
+# GeForce: the rate with fp32 accumulation, which is what torch uses.
+_PEAKS: tuple[tuple[str, float, float, float], ...] = (
+    ("GB300", 2500, 1250, 80),
+    ("GB200", 2500, 1250, 80),
+    ("B300", 2250, 1100, 75),
+    ("B200", 2250, 1100, 75),
+    ("GH200", 989.4, 494.7, 66.9),
+    ("H200 NVL", 835.5, 417.5, 60),
+    ("H200", 989.4, 494.7, 66.9),
+    ("H100 PCIe", 756, 378, 51),
+    ("H100 NVL", 835.5, 417.5, 60),
+    ("H100", 989.4, 494.7, 66.9),
+    ("H800", 989.4, 494.7, 66.9),
+    ("H20", 148, 74, 44),
+    ("A100", 312, 156, 19.5),
+    ("A800", 312, 156, 19.5),
+    ("A40", 149.7, 74.8, 37.4),
+    ("A30", 165, 82, 10.3),
+    ("A10G", 70, 35, 35),
+    ("A10", 125, 62.5, 31.2),
+    ("L40S", 362, 183, 91.6),
+    ("L40", 181, 90.5, 90.5),
+    ("L4", 121, 60, 30.3),
+    ("V100", 125, 15.7, 15.7),
+    ("T4", 65, 8.1, 8.1),
+    ("RTX 6000 Ada", 364, 182, 91.1),
+    ("RTX A6000", 154.8, 77.4, 38.7),
+    ("RTX 5090", 209.5, 104.8, 104.8),
+    ("RTX 4090", 165.2, 82.6, 82.6),
+    ("RTX 3090", 71.2, 35.6, 35.6),
+)
+
+
+def peak_of(name: str, *, dtype: torch.dtype, tf32: bool) -> float | None:
+    """Dense peak in FLOP/s of the GPU called `name` for matrix products in `dtype`; None when it is not in the table.
+
+    `tf32`: fp32 products may run on tensor cores. A slice of a GPU (MIG) and laptop versions have no row.
+    """
+    words = name.replace("-", " ").split()
+    if "MIG" in words or "Laptop" in words:
+        return None
+    for known, half, tensor, single in _PEAKS:
+        if set(known.split()) <= set(words):
+            rates = {torch.bfloat16: half, torch.float16: half, torch.float32: tensor if tf32 else single}
+            return rates[dtype] * 1e12 if dtype in rates else None
+    return None
+
+
+def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
+    """Dense peak in FLOP/s of one `device` for matrix products in `dtype`; None on CPU and for GPUs we have no figure of."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), dtype=dtype, tf32=torch.get_float32_matmul_precision() != "highest")
+
+
+def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
+    """FLOPs that one token of training takes, forward and backward (PaLM, arXiv:2204.02311, appendix B, made causal).
+
+        6 (P - E)  +  12 L H d c        P parameters, E = vocab x hidden if the embedding is not tied, else 0
+
+    The first term: two FLOPs per weight and token forward, four backward. The head counts, the embedding's look-up does
+    not (a tied weight counts once, as the head); norms are in P and below 0.1 %. The second term: the two products of
+    attention in L layers of H heads of size d, over the c positions that a token sees on average: (seq_len + 1) / 2, or
+    less with a sliding window, taken for all layers. Recomputed activations are not counted (model FLOPs, not hardware FLOPs).
+    """
+    embedding = 0 if facts.tied else facts.vocab * facts.hidden
+    window = min(facts.window or seq_len, seq_len)
+    seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    return 6 * (facts.parameters - embedding) + 12 * facts.layers * facts.heads * facts.head_dim * seen
+
+
+def max_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB since it started: what torch allocated on the GPU, resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def max_over_ranks(value: float, *, group: dist.ProcessGroup | None) -> float:
+    """The largest `value` of all ranks of `group` (collective); None stands for a single process."""
+    if group is None:
+        return value
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor.item()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speed over the steps since the last measurement. `mfu` is a share of 1, None where no peak is known."""
+
+    step_time_s: float
+    tokens_per_s: float
+    tokens_per_s_per_device: float
+    mfu: float | None
+
+
+class Meter:
+    """Measures speed between log steps; time spent inside `paused()` (evaluation, saving) does not count.
+
+    `tokens_per_step` is what the model processes in a step (global_batch_size x seq_len), `peak` FLOP/s of one device.
+    """
+
+    ETA_MARKS = 20  # the ETA looks this many measurements back, so that with log_every=1 it does not jump
+
+    def __init__(self, *, first_step: int, total_steps: int, tokens_per_step: int, devices: int, flops_per_token: float, peak: float | None) -> None:
+        self._total_steps = total_steps
+        self._tokens_per_step = tokens_per_step
+        self._devices = devices
+        self._flops_per_token = flops_per_token
+        self._peak = peak
+        self._paused = 0.0
+        self._marks = deque([(first_step, self._clock())], maxlen=self.ETA_MARKS + 1)
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent in the `with` block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def measure(self, step: int) -> Rates:
+        """Rates over the steps after the last call (or the start), up to and with `step`, which the device must be done with."""
+        last_step, last_time = self._marks[-1]
+        assert step > last_step, f"step {step} was measured before ({last_step})"
+        now = self._clock()
+        self._marks.append((step, now))
+        step_time = max(now - last_time, 1e-9) / (step - last_step)
+        tokens_per_s = self._tokens_per_step / step_time
+        per_device = tokens_per_s / self._devices
+        return Rates(
+            step_time_s=step_time,
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_device=per_device,
+            mfu=per_device * self._flops_per_token / self._peak if self._peak else None,
+        )
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds to the last step, at the pace of the last ETA_MARKS measurements. Call it after `measure`."""
+        (first_step, first_time), (last_step, last_time) = self._marks[0], self._marks[-1]
+        assert last_step > first_step, "nothing was measured yet"
+        return max(0, self._total_steps - last_step) * (last_time - first_time) / (last_step - first_step)
+
+
+def record(result: StepResult, *, step: int, tokens_seen: int, lr: float, meter: Meter, memory_gib: float) -> dict[str, Any]:
+    """One line of metrics.jsonl; non-finite and unknown values are None.
+
+    Reads the scalars of `result` in one transfer, which waits for the device, and only then takes the time.
+    """
+    scalars = (result.loss, result.grad_norm, result.skipped, result.loss_scale)
+    loss, grad_norm, skipped, loss_scale = torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
+    rates = meter.measure(step)
+    return {
+        "step": step,
+        "tokens_seen": tokens_seen,
+        "loss": _finite(loss),
+        "grad_norm": _finite(grad_norm),
+        "lr": _finite(lr),
+        "loss_scale": _finite(loss_scale),
+        "skipped": int(skipped),
+        "tokens_per_s": rates.tokens_per_s,
+        "tokens_per_s_per_device": rates.tokens_per_s_per_device,
+        "step_time_s": rates.step_time_s,
+        "mfu": rates.mfu,
+        "max_memory_gib": _finite(memory_gib),
+        "time": time.time(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> str:
+    """The line that rank 0 prints for a record; what is not known is left out.
+
+    step   120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s
+    """
+    parts = [
+        f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
+        "loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}"),
+        "norm " + ("not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"),
+        f"lr {row['lr']:.1e}",
+    ]
+    if row["skipped"]:
+        parts.append(f"skipped, loss scale {row['loss_scale']:g}")
+    parts.append(f"{quantity(row['tokens_per_s'])} tok/s")
+    if row["mfu"] is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    parts += [f"{row['max_memory_gib']:.2f} GiB", f"ETA {duration(eta_s)}"]
+    return " | ".join(parts)
+
+
+def quantity(value: float) -> str:
+    """A count in three digits: 873, 41.2k, 1.05M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:#.3g}".rstrip(".") + unit
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units: 42s, 3m12s, 5h07m, 2d04h."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, mins = divmod(minutes, 60)
+    days, hrs = divmod(hours, 24)
+    if days:
+        return f"{days}d{hrs:02d}h"
+    if hours:
+        return f"{hours}h{mins:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

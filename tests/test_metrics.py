@@ -1,0 +1,212 @@
+"""Rates, FLOPs, memory, the record of metrics.jsonl and the progress line."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridtrain import metrics
+from hybridtrain.types import ModelFacts, StepResult
+
+KEYS = [
+    "step",
+    "tokens_seen",
+    "loss",
+    "grad_norm",
+    "lr",
+    "loss_scale",
+    "skipped",
+    "tokens_per_s",
+    "tokens_per_s_per_device",
+    "step_time_s",
+    "mfu",
+    "max_memory_gib",
+    "time",
+]
+
+
+def result(loss=2.5, grad_norm=0.75, skipped=0, loss_scale=1.0) -> StepResult:
+    return StepResult(
+        loss=torch.tensor(loss),
+        tokens=torch.tensor(64),
+        grad_norm=torch.tensor(grad_norm),
+        skipped=torch.tensor(skipped),
+        loss_scale=torch.tensor(loss_scale),
+    )
+
+
+def meter(**changes) -> metrics.Meter:
+    settings = {"first_step": 0, "total_steps": 100, "tokens_per_step": 1000, "devices": 4, "flops_per_token": 6e6, "peak": 1e9}
+    return metrics.Meter(**settings | changes)
+
+
+def facts_of(model) -> ModelFacts:
+    c = model.config
+    return ModelFacts(
+        model_type=c.model_type,
+        layers=c.num_hidden_layers,
+        hidden=c.hidden_size,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        ffn=c.intermediate_size,
+        vocab=c.vocab_size,
+        tied=c.tie_word_embeddings,
+        window=None,
+        max_positions=c.max_position_embeddings,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_per_token_is_what_torch_counts(tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    length = 48
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
+    ids = torch.arange(length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    facts = facts_of(model)
+    # Eager attention computes all length x length products; ours counts the causal half and the diagonal.
+    unmasked = 12 * facts.layers * facts.heads * facts.head_dim * (length - (length + 1) / 2)
+    assert metrics.flops_per_token(facts, seq_len=length) + unmasked == pytest.approx(counter.get_total_flops() / length, rel=5e-3)
+
+
+def test_flops_of_a_window_are_a_count_of_visible_positions():
+    facts = ModelFacts("mistral", 2, 64, 4, 2, 16, 160, 320, False, 5, 512, 100_000)
+    seen = sum(min(t + 1, 5) for t in range(32)) / 32
+    weights = 6 * (100_000 - 320 * 64)
+    assert metrics.flops_per_token(facts, seq_len=32) == pytest.approx(weights + 12 * 2 * 64 * seen)
+    assert metrics.flops_per_token(facts, seq_len=4) == pytest.approx(weights + 12 * 2 * 64 * 2.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, True, 312),
+        ("NVIDIA A100 80GB PCIe", torch.float32, True, 156),
+        ("NVIDIA A100-PCIE-40GB", torch.float32, False, 19.5),
+        ("NVIDIA H100 80GB HBM3", torch.float16, True, 989.4),
+        ("NVIDIA H100 PCIe", torch.bfloat16, True, 756),
+        ("NVIDIA H200", torch.bfloat16, True, 989.4),
+        ("NVIDIA B200", torch.bfloat16, True, 2250),
+        ("NVIDIA L40S", torch.bfloat16, True, 362),
+        ("NVIDIA A10", torch.bfloat16, True, 125),
+        ("NVIDIA A10G", torch.bfloat16, True, 70),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, True, 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, True, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, True, None),
+        ("NVIDIA GeForce GTX 1080", torch.float32, False, None),
+        ("NVIDIA H100 80GB HBM3", torch.float64, False, None),
+    ],
+)
+def test_peak_of(name, dtype, tf32, tflops):
+    assert metrics.peak_of(name, dtype=dtype, tf32=tf32) == (tflops and tflops * 1e12)
+
+
+def test_cpu_has_no_peak():
+    assert metrics.peak_flops(torch.device("cpu"), dtype=torch.float32) is None
+
+
+def test_memory_on_cpu_follows_what_is_allocated():
+    before = metrics.max_memory_gib(torch.device("cpu"))
+    ballast = torch.ones(int((before + 0.125) * metrics.GIB) // 4)  # touches every page of more than the peak so far
+    after = metrics.max_memory_gib(torch.device("cpu"))
+    assert after - before > 0.12
+    assert after < before + ballast.numel() * 4 / metrics.GIB + 0.5
+
+
+def test_rates_leave_out_pauses():
+    clock = meter()
+    with clock.paused():
+        time.sleep(0.4)
+    time.sleep(0.1)
+    rates = clock.measure(5)
+    assert 0.02 <= rates.step_time_s < 0.06
+    assert rates.tokens_per_s == pytest.approx(1000 / rates.step_time_s)
+    assert rates.tokens_per_s_per_device == pytest.approx(rates.tokens_per_s / 4)
+    assert rates.mfu == pytest.approx(rates.tokens_per_s_per_device * 6e6 / 1e9)
+    assert clock.eta_s == pytest.approx(95 * rates.step_time_s)
+
+
+def test_eta_averages_over_measurements_and_ends_at_zero():
+    clock = meter(total_steps=4, peak=None)
+    times = []
+    for step, pause in ((1, 0.02), (2, 0.06), (3, 0.02)):
+        time.sleep(pause)
+        times.append(clock.measure(step).step_time_s)
+    assert clock.eta_s == pytest.approx(sum(times) / 3)
+    assert clock.measure(4).mfu is None
+    assert clock.eta_s == 0
+
+
+def test_record_has_the_keys_and_the_exact_loss():
+    loss = torch.tensor(1 / 3)
+    row = metrics.record(result(loss=1 / 3), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    assert list(row) == KEYS
+    assert row["loss"] == loss.item()
+    assert (row["step"], row["tokens_seen"], row["grad_norm"], row["lr"], row["skipped"], row["loss_scale"]) == (7, 7000, 0.75, 1e-3, 0, 1.0)
+    assert abs(row["time"] - time.time()) < 5
+
+
+def test_record_writes_null_for_what_is_not_finite_or_unknown():
+    bad = result(loss=math.nan, grad_norm=math.inf, skipped=1, loss_scale=32768.0)
+    row = metrics.record(bad, step=1, tokens_seen=1000, lr=1e-3, meter=meter(peak=None), memory_gib=1.5)
+    assert row["loss"] is None
+    assert row["grad_norm"] is None
+    assert row["mfu"] is None
+    assert row["skipped"] == 1
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_progress_line():
+    row = {"step": 120, "loss": 3.42171, "grad_norm": 0.8711, "lr": 3e-4, "loss_scale": 1.0, "skipped": 0}
+    row |= {"tokens_per_s": 41234.5, "mfu": 0.3812, "max_memory_gib": 12.3}
+    line = metrics.progress_line(row, total_steps=2000, eta_s=192)
+    assert line == "step  120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s"
+    row |= {"loss": None, "grad_norm": None, "skipped": 1, "loss_scale": 32768.0, "mfu": None}
+    line = metrics.progress_line(row, total_steps=2000, eta_s=5)
+    assert line == "step  120/2000 | loss not finite | norm not finite | lr 3.0e-04 | skipped, loss scale 32768 | 41.2k tok/s | 12.30 GiB | ETA 5s"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.4, "0"), (873, "873"), (999.7, "1.00k"), (41234, "41.2k"), (412345, "412k"), (1.05e6, "1.05M"), (2.5e9, "2.50G")]
+)
+def test_quantity(value, text):
+    assert metrics.quantity(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (187300, "2d04h")])
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+def _largest(rank, store, answers):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    answers[rank] = metrics.max_over_ranks([1.25, 3.5][rank], group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_max_over_ranks(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        answers = manager.dict()
+        torch.multiprocessing.spawn(_largest, args=(tmp_path / "store", answers), nprocs=2)
+        assert dict(answers) == {0: 3.5, 1: 3.5}
+    assert metrics.max_over_ranks(2.0, group=None) == 2.0

@@ -1,0 +1,156 @@
+"""Token files in Megatron's `.bin/.idx` format: a streaming writer and a memory-mapped reader.
+
+    .bin   the tokens of all documents, one after the other
+    .idx   magic "MMIDIDX\\0\\0" | version <Q | dtype code <B | sequences <Q | document boundaries <Q
+           | int32 tokens per sequence | int64 byte offset per sequence | int64 first sequence of each document, and the end
+
+Megatron's reader reads what is written here, and what Megatron wrote is read here. We write one sequence per document.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from hybridtrain.types import UserError, refusal
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+# Megatron's codes; 6 and 7 are floating point and hold no tokens
+_DTYPES = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type Megatron would choose for this vocabulary: uint16 below 65500 entries, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def file_pair(prefix: Path) -> tuple[Path, Path]:
+    """The two files of `prefix`: (.bin, .idx)."""
+    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+class IndexedWriter:
+    """Writes documents as they come; memory grows by 4 bytes a document. Without documents it leaves no files.
+
+    Leaving the `with` block normally writes the index; leaving it by an exception does not, so the pair stays unreadable.
+    """
+
+    def __init__(self, prefix: Path, *, dtype: np.dtype) -> None:
+        self._bin_path, self._idx_path = file_pair(prefix)
+        self._dtype = dtype
+        self._sizes = array("i")
+        self._bin = self._bin_path.open("wb")
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._bin.close()
+
+    def add(self, tokens: list[int] | np.ndarray) -> None:
+        """Append one document. An id that the dtype cannot hold raises OverflowError (of a list, as tokenizers give)."""
+        document = np.asarray(tokens, dtype=self._dtype)
+        self._bin.write(document.tobytes())
+        self._sizes.append(len(document))
+
+    def append(self, reader: IndexedReader) -> None:
+        """Append all documents of another pair of the same dtype, without decoding them."""
+        assert reader.dtype == self._dtype and reader.sequences == reader.documents
+        with reader.bin_path.open("rb") as source:
+            shutil.copyfileobj(source, self._bin, 1 << 24)
+        self._sizes.frombytes(reader.sizes.tobytes())
+
+    def close(self) -> None:
+        """Flush the tokens to the disk, then write the index."""
+        _synced_close(self._bin)
+        if not self._sizes:
+            self._bin_path.unlink()
+            return
+        sizes = np.asarray(self._sizes, dtype="<i4")
+        pointers = np.zeros(len(sizes), dtype="<i8")
+        np.cumsum(sizes[:-1], dtype="<i8", out=pointers[1:])
+        idx = self._idx_path.open("wb")
+        idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], len(sizes), len(sizes) + 1))
+        idx.write(sizes.tobytes())
+        idx.write((pointers * self._dtype.itemsize).tobytes())
+        idx.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+        _synced_close(idx)
+
+
+def _synced_close(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+class IndexedReader:
+    """One `.bin/.idx` pair, memory-mapped. Opening reads the header and the last entry only.
+
+    Raises UserError when a file is missing, empty, cut short or not in this format.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.bin_path, self.idx_path = file_pair(prefix)
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise _bad(path, "there is no such file")
+            if path.stat().st_size == 0:
+                raise _bad(path, "the file is empty")
+        self.dtype, self.sequences, boundaries = self._header()
+        self.documents = boundaries - 1
+        index = np.memmap(self.idx_path, mode="r", dtype=np.uint8)
+        cuts = np.cumsum([_HEADER.size, 4 * self.sequences, 8 * self.sequences])
+        self.sizes: np.ndarray = index[cuts[0] : cuts[1]].view("<i4")
+        """Tokens per sequence, int32 (sequences,), still on disk."""
+        pointers = index[cuts[1] : cuts[2]].view("<i8")
+        end = int(pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
+        size = self.bin_path.stat().st_size
+        if size != end:
+            raise _bad(self.bin_path, f"it has {size} bytes but its index describes {end}; it is {'truncated' if size < end else 'of another index'}")
+        self.tokens = size // self.dtype.itemsize
+        self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype)
+
+    def _header(self) -> tuple[np.dtype, int, int]:
+        with self.idx_path.open("rb") as file:
+            head = file.read(_HEADER.size)
+        if head[: len(MAGIC)] != MAGIC:
+            raise _bad(self.idx_path, f"it starts with {head[:9]!r}, so it is no token index")
+        if len(head) < _HEADER.size:
+            raise _bad(self.idx_path, f"it is truncated after {len(head)} bytes")
+        _, version, code, sequences, boundaries = _HEADER.unpack(head)
+        if version != VERSION:
+            raise _bad(self.idx_path, f"it has format version {version}, not {VERSION}")
+        if code not in _DTYPES:
+            raise _bad(self.idx_path, f"its type code {code} is none of the integer types {sorted(_DTYPES)}")
+        if sequences == 0:
+            raise _bad(self.idx_path, "it holds no documents")
+        need, size = _HEADER.size + 12 * sequences + 8 * boundaries, self.idx_path.stat().st_size
+        if size < need:
+            raise _bad(self.idx_path, f"it is truncated: {size} bytes of {need}")
+        return _DTYPES[code], sequences, boundaries
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view of the mapped file."""
+        assert 0 <= start <= stop <= self.tokens
+        return self._tokens[start:stop]
+
+
+def _bad(path: Path, problem: str) -> UserError:
+    return refusal(
+        "data.path",
+        path,
+        problem,
+        allowed="a complete pair of .bin and .idx token files",
+        instead=f"hybridtrain prepare data.path={path.parent} prepare.overwrite=true data.source=... (writes them again)",
+    )

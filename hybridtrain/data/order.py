@@ -1,0 +1,65 @@
+"""Sample index to row: a keyed permutation per epoch, computed per element, so that nothing has to be stored or replayed.
+
+    sample index -> (epoch, place) = divmod(index, rows) -> row = permutation[seed, epoch](place)
+
+The permutation is a Feistel network over the pairs (left, right) with left < a, right < b and a*b just above `rows`
+(generalised to any modulus: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Results that fall in
+the few places above `rows` go through it again (cycle walking), which keeps it a permutation of 0..rows-1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+
+ROUNDS = 8  # as many as one blake2b digest keys
+
+
+def row_ids(first_sample: int, count: int, *, rows: int, seed: int) -> np.ndarray:
+    """Rows of samples first_sample .. first_sample + count - 1: int64 (count,). Each epoch visits every row once.
+
+    Constant time per sample and no memory in proportion to `rows`; the same on every machine.
+    """
+    assert first_sample >= 0 and count >= 0 and rows >= 1
+    index = np.arange(first_sample, first_sample + count, dtype=np.uint64)
+    epochs, places = np.divmod(index, np.uint64(rows))
+    out = np.empty(count, dtype=np.int64)
+    for epoch in range(first_sample // rows, (first_sample + count - 1) // rows + 1):
+        chosen = epochs == epoch
+        out[chosen] = _permute(places[chosen], rows=rows, keys=_keys(seed, epoch))
+    return out
+
+
+def _keys(seed: int, epoch: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"hybridtrain rows {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8")
+
+
+def _permute(places: np.ndarray, *, rows: int, keys: np.ndarray) -> np.ndarray:
+    a = math.isqrt(rows - 1) + 1
+    b = -(-rows // a)
+    result = _feistel(places, a=np.uint64(a), b=np.uint64(b), keys=keys)
+    outside = np.flatnonzero(result >= rows)
+    while outside.size:
+        result[outside] = _feistel(result[outside], a=np.uint64(a), b=np.uint64(b), keys=keys)
+        outside = outside[result[outside] >= rows]
+    return result
+
+
+def _feistel(places: np.ndarray, *, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+    left, right = np.divmod(places, b)
+    for number, key in enumerate(keys):
+        if number % 2 == 0:
+            left = (left + _mix(right ^ key) % a) % a
+        else:
+            right = (right + _mix(left ^ key) % b) % b
+    return left * b + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,43 @@
+"""`hybridtrain <command> [overrides]`: the console script. Imports nothing heavy until the command is known and its config holds."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from hybridtrain import __version__
+from hybridtrain.command import COMMANDS, TAKES_RUN, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 done, 1 the command says no (parity), 2 something to put right."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help(), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"hybridtrain {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.3)
+        print(f"hybridtrain: no command {command!r}\n  allowed: {', '.join(COMMANDS)}\n  try:     hybridtrain {near[0] if near else '--help'}", file=sys.stderr)
+        return 2
+    return run_command(command, rest)
+
+
+def _help() -> str:
+    lines = ["hybridtrain: hybrid-parallel training of Hugging Face language models", "", "usage: hybridtrain <command> [key=value ...]", ""]
+    for name, (_, _, does) in COMMANDS.items():
+        lines.append(f"  {name + (' RUN' if name in TAKES_RUN else ''):<14}{does}")
+    lines += [
+        "",
+        "In several processes:  torchrun --standalone --nproc-per-node N -m hybridtrain.train [key=value ...]",
+        "Options of a command:  hybridtrain <command> --help",
+        "Its composed config:   hybridtrain <command> [key=value ...] --cfg job",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

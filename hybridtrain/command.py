@@ -1,0 +1,108 @@
+"""What every command has in common: command line -> config -> checks -> the function that does it.
+
+Below the commands in the layer table, so that `python -m hybridtrain.train` and `hybridtrain train` are the same few lines.
+The functions are named by strings and imported last: a mistake is answered before torch is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+
+from hybridtrain import log
+from hybridtrain.types import UserError, refusal
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "train": ("hybridtrain.train", "run", "train a model under any layout; continues a run that is there"),
+    "prepare": ("hybridtrain.data.tokenize", "run", "turn text into token files"),
+    "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
+    "export": ("hybridtrain.checkpoint.hf", "run", "write a checkpoint as a Hugging Face folder"),
+    "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
+    "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
+    "report": ("hybridtrain.report", "run", "draw the curves of a run"),
+}
+TAKES_RUN = ("export", "evaluate", "generate", "report")
+SPEAK_FIRST_S = 5.0
+"""How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
+
+
+def run_command(command: str, argv: list[str]) -> int:
+    """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for what the user can put right, said by rank 0."""
+    try:
+        return _run(command, argv)
+    except UserError as error:
+        if log.rank() == 0:
+            print(f"hybridtrain {command}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SPEAK_FIRST_S)
+        return 2
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if any(flag in argv for flag in ("-h", "--help")):
+        from hybridtrain.config import help as help_page
+
+        return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
+    show, rest = _take_cfg(argv)
+    rest = [f"run.dir={_quoted(text)}" if _is_run(command, text, before) else text for before, text in zip(["", *rest], rest, strict=False)]
+    if any(flag in rest for flag in ("-m", "--multirun")):
+        return _multirun(command, [text for text in rest if text not in ("-m", "--multirun")])
+    from hybridtrain.config import check
+    from hybridtrain.config.compose import compose, to_yaml
+
+    config = compose(command, rest)
+    if show:
+        return _say(to_yaml(config))
+    check.check(config)
+    log.setup(None)
+    module, function, _ = COMMANDS[command]
+    return getattr(importlib.import_module(module), function)(config)
+
+
+def _say(text: str) -> int:
+    if log.rank() == 0:
+        print(text, end="")
+    return 0
+
+
+def _is_run(command: str, text: str, before: str) -> bool:
+    return command in TAKES_RUN and "=" not in text and not text.startswith(("-", "~")) and before != "--config-dir"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _take_cfg(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether `--cfg job` (or `-c job`) is there, and the rest."""
+    for index, text in enumerate(argv):
+        flag, _, value = text.partition("=")
+        if flag in ("--cfg", "-c"):
+            what = value or (argv[index + 1] if index + 1 < len(argv) else "")
+            if what != "job":
+                raise refusal("--cfg", what or "(nothing)", "not something to show", allowed="job", instead="--cfg job")
+            return True, argv[:index] + argv[index + (1 if value else 2) :]
+    return False, argv
+
+
+def _multirun(command: str, argv: list[str]) -> int:
+    """One fresh process per combination, one after the other; the first exit code that is not 0, else 0."""
+    if "WORLD_SIZE" in os.environ:
+        raise refusal(
+            "--multirun",
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            "every rank of torchrun would start the sweep for itself",
+            allowed="sweeps outside torchrun",
+            instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
+        )
+    from hybridtrain.config.compose import sweep
+
+    codes = []
+    jobs = sweep(command, argv)
+    for number, job in enumerate(jobs):
+        print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {' '.join(job)}", flush=True)
+        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *job], check=False).returncode)
+    return next((code for code in codes if code), 0)

@@ -1,0 +1,240 @@
+"""Range checks and checks across sections that need neither torch nor files. Checks never change a value.
+
+Layouts are checked by layout.check, models by models/, data files by data/: each where the facts are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hybridtrain.config import schema
+from hybridtrain.config.keys import NOT_YET
+from hybridtrain.layout import SCHEDULES as PIPELINE_SCHEDULES
+from hybridtrain.types import refusal
+
+RESUME = ("auto", "never", "required")
+ATTENTION = ("sdpa", "eager")
+ENGINES = ("torch",)
+COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
+OPTIMIZERS = ("adamw",)
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+RECOMPUTE = ("none", "selective", "full")
+TRACKERS = ("wandb", "tensorboard")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
+
+
+def check(config: schema.Config) -> None:
+    """Refuse values that cannot work, alone or together (raises UserError)."""
+    _kinds(config)
+    _optim(config.optim)
+    _schedule(config.schedule)
+    _precision(config.precision)
+    _counts(config)
+    _model(config.model)
+    _data(config)
+    if type(config) is schema.Config:
+        _end(config)
+    if type(config) in (schema.Config, schema.ParityRoot):
+        _trainable(config)
+    _own_section(config)
+
+
+def _require(holds: bool, field: str, value: object, problem: str, *, allowed: str, instead: str) -> None:
+    if not holds:
+        raise refusal(field, value, problem, allowed=allowed, instead=instead)
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={allowed[0]}")
+
+
+def _kinds(config: schema.Config) -> None:
+    if config.engine.kind == "deepspeed":
+        raise refusal("engine.kind", "deepspeed", "not supported yet", allowed=", ".join(ENGINES), instead="engine.kind=torch with parallel.zero_stage")
+    for field, value, allowed in (
+        ("engine.kind", config.engine.kind, ENGINES),
+        ("engine.compile_backend", config.engine.compile_backend, COMPILE_BACKENDS),
+        ("precision.kind", config.precision.kind, schema.PRECISIONS),
+        ("optim.kind", config.optim.kind, OPTIMIZERS),
+        ("schedule.kind", config.schedule.kind, SCHEDULES),
+        ("recompute.kind", config.recompute.kind, RECOMPUTE),
+        ("run.resume", config.run.resume, RESUME),
+        ("model.attention", config.model.attention, ATTENTION),
+        ("parallel.schedule", config.parallel.schedule, PIPELINE_SCHEDULES),
+    ):
+        _one_of(field, value, allowed)
+    for kind in config.tracker.kinds:
+        _require(kind in TRACKERS, "tracker.kinds", config.tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(TRACKERS), instead="tracker.kinds=[wandb]")
+    _require(
+        config.parallel.zero_stage in (0, 1, 2, 3),
+        "parallel.zero_stage",
+        config.parallel.zero_stage,
+        "no such ZeRO stage",
+        allowed="0, 1, 2, 3",
+        instead="parallel.zero_stage=1 with parallel.dp_shard > 1",
+    )
+
+
+def _in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:
+    _require(math.isfinite(value) and holds(value), field, value, "out of range", allowed=allowed, instead=f"{field}={instead}")
+
+
+def _optim(optim: schema.OptimConfig) -> None:
+    _in_range("optim.lr", optim.lr, lambda lr: lr > 0, allowed="above 0", instead="3e-4")
+    _in_range("optim.eps", optim.eps, lambda eps: eps > 0, allowed="above 0", instead="1e-8")
+    _in_range("optim.weight_decay", optim.weight_decay, lambda decay: decay >= 0, allowed="0 or more", instead="0.1")
+    _in_range("optim.clip", optim.clip, lambda clip: clip >= 0, allowed="0 (do not clip) or more", instead="1.0")
+    betas = optim.betas
+    _require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "optim.betas",
+        betas,
+        "not two decay rates",
+        allowed="two numbers of at least 0 and below 1",
+        instead="optim.betas=[0.9,0.95]",
+    )
+
+
+def _schedule(schedule: schema.ScheduleConfig) -> None:
+    _in_range("schedule.warmup_steps", schedule.warmup_steps, lambda n: n >= 0, allowed="0 or more", instead="0")
+    _in_range("schedule.decay_steps", schedule.decay_steps, lambda n: n >= 0, allowed="0 (a tenth of the run) or more", instead="0")
+    _in_range("schedule.min_lr_ratio", schedule.min_lr_ratio, lambda share: 0 <= share <= 1, allowed="0 to 1", instead="0.1")
+    _require(
+        schedule.decay_steps == 0 or schedule.kind == "wsd",
+        "schedule.decay_steps",
+        schedule.decay_steps,
+        f"schedule.kind={schedule.kind} has no such phase",
+        allowed="0 unless schedule.kind is wsd",
+        instead="schedule=wsd",
+    )
+
+
+def _precision(precision: schema.PrecisionConfig) -> None:
+    _in_range("precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0")
+    _in_range("precision.init_scale", precision.init_scale, lambda scale: scale >= precision.min_scale, allowed="precision.min_scale or more", instead="65536")
+    _in_range("precision.growth_factor", precision.growth_factor, lambda factor: factor > 1, allowed="above 1", instead="2.0")
+    _in_range("precision.backoff_factor", precision.backoff_factor, lambda factor: 0 < factor < 1, allowed="above 0 and below 1", instead="0.5")
+    _in_range("precision.growth_interval", precision.growth_interval, lambda n: n >= 1, allowed="1 or more", instead="2000")
+
+
+def _counts(config: schema.Config) -> None:
+    for field, value, least, instead in (
+        ("train.log_every", config.train.log_every, 1, 10),
+        ("train.eval_every", config.train.eval_every, 0, 0),
+        ("train.eval_rows", config.train.eval_rows, 1, 64),
+        ("train.max_nonfinite", config.train.max_nonfinite, 1, 20),
+        ("checkpoint.every", config.checkpoint.every, 0, 0),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 0, 2),
+        ("checkpoint.keep_every", config.checkpoint.keep_every, 0, 0),
+        ("engine.timeout_s", config.engine.timeout_s, 1, 1800),
+        ("run.seed", config.run.seed, 0, 0),
+        ("data.seq_len", config.data.seq_len, 1, 256),
+        ("batch.global_batch_size", config.batch.global_batch_size, 1, 8),
+        ("batch.micro_batch_size", config.batch.micro_batch_size, 1, 1),
+    ):
+        _require(value >= least, field, value, "out of range", allowed=f"{least} or more", instead=f"{field}={instead}")
+
+
+def _model(model: schema.ModelConfig) -> None:
+    for key in model.config:
+        if NOT_YET.search(str(key)):
+            words = "low-rank adapters (LoRA, PEFT) are not supported yet"
+            raise refusal(
+                f"model.config.{key}", model.config[key], words, allowed="full training, or model.freeze", instead="model.freeze=['model.embed_tokens.*']"
+            )
+    if "quantization_config" in model.config:
+        raise refusal(
+            "model.config.quantization_config",
+            model.config["quantization_config"],
+            "training of quantised weights is not supported yet",
+            allowed=", ".join(schema.PRECISIONS) + " (precision.kind)",
+            instead="precision=bf16_mixed and the unquantised model",
+        )
+    if model.config and not model.from_pretrained and not model.config.get("model_type"):
+        raise refusal(
+            "model.config.model_type",
+            "(missing)",
+            "the fields belong to no architecture",
+            allowed="llama, mistral, qwen2, qwen3",
+            instead="model=nano, or model.config.model_type=llama",
+        )
+
+
+def _data(config: schema.Config) -> None:
+    data = config.data
+    _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
+    if data.tokenizer == "train":
+        _in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
+    if type(config) is schema.PrepareRoot:
+        _require(
+            bool(data.source),
+            "data.source",
+            data.source,
+            "nothing to read",
+            allowed="files, folders, patterns, stdlib",
+            instead="data.source=[stdlib] or experiment=smoke",
+        )
+    if type(config) in (schema.PrepareRoot, schema.Config, schema.ParityRoot):
+        _require(bool(data.path), "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
+
+
+def _trainable(config: schema.Config) -> None:
+    _require(
+        bool(config.model.config or config.model.from_pretrained),
+        "model",
+        "(none)",
+        "no model chosen",
+        allowed="a file of conf/model, or model.from_pretrained",
+        instead="model=nano, model.from_pretrained=FOLDER, or experiment=quickstart",
+    )
+
+
+def _end(config: schema.Config) -> None:
+    """Exactly one of steps, tokens and epochs ends the run, and the phases of the schedule fit into it."""
+    train = config.train
+    given = {f"train.{name}": getattr(train, name) for name in ("steps", "tokens", "epochs") if getattr(train, name)}
+    for field, value in given.items():
+        _in_range(field, value, lambda n: n > 0, allowed="above 0", instead=1000 if field == "train.steps" else 1)
+    if len(given) != 1:
+        words = "the run has no end" if not given else "the run has several ends"
+        shown = ", ".join(f"{field}={value}" for field, value in given.items()) or "all 0"
+        raise refusal(
+            "train",
+            shown,
+            words,
+            allowed="exactly one of train.steps, train.tokens, train.epochs above 0",
+            instead="train.steps=1000" if not given else "one of them, the others 0",
+        )
+    tokens_per_step = config.batch.global_batch_size * config.data.seq_len
+    steps = train.steps or math.ceil(train.tokens / tokens_per_step)
+    if not steps:
+        return  # epochs: known when the data is
+    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+    _require(
+        warmup < steps, "schedule.warmup_steps", warmup, f"the run has {steps} steps", allowed=f"below {steps}", instead=f"schedule.warmup_steps={steps // 10}"
+    )
+    _require(
+        warmup + decay <= steps,
+        "schedule.decay_steps",
+        decay,
+        f"{warmup} warm-up + {decay} decay steps exceed the run's {steps}",
+        allowed=f"up to {steps - warmup}",
+        instead="schedule.decay_steps=0",
+    )
+
+
+def _own_section(config: schema.Config) -> None:
+    if isinstance(config, schema.ExportRoot):
+        _one_of("export.dtype", config.export.dtype, EXPORT_DTYPES)
+        _in_range("export.max_shard_gb", config.export.max_shard_gb, lambda size: size > 0, allowed="above 0", instead="5.0")
+    if isinstance(config, schema.EvaluateRoot):
+        _in_range("evaluate.rows", config.evaluate.rows, lambda n: n >= 0, allowed="0 (as in training) or more", instead="0")
+    if isinstance(config, schema.GenerateRoot):
+        _in_range("generate.max_new_tokens", config.generate.max_new_tokens, lambda n: n >= 1, allowed="1 or more", instead="128")
+        _in_range("generate.temperature", config.generate.temperature, lambda heat: heat >= 0, allowed="0 (greedy) or more", instead="0.8")
+        _in_range("generate.top_p", config.generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
+    if isinstance(config, schema.ParityRoot):
+        _in_range("parity.steps", config.parity.steps, lambda n: n >= 1, allowed="1 or more", instead="3")
+        _in_range("parity.max_processes", config.parity.max_processes, lambda n: n >= 1, allowed="1 or more", instead="4")

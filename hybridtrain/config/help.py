@@ -1,0 +1,51 @@
+"""The page that `hybridtrain <command> --help` prints: made from the schema's docstrings and the files in conf/."""
+
+from __future__ import annotations
+
+import textwrap
+
+from hybridtrain.config import keys
+
+EXAMPLES = {
+    "train": "torchrun --standalone --nproc-per-node 4 -m hybridtrain.train experiment=quickstart parallel=tp2_pp2 train.steps=100",
+    "prepare": "hybridtrain prepare data.source=[books/] data.path=data/books data.vocab_size=8192",
+    "parity": "hybridtrain parity experiment=smoke parity.layouts=[tp2,pp2-dp_shard2-zero1]",
+    "export": "hybridtrain export runs/quickstart export.dtype=bfloat16",
+    "evaluate": "hybridtrain evaluate runs/quickstart",
+    "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
+    "report": "hybridtrain report runs/quickstart",
+}
+WIDTH = 118
+
+
+def text(command: str, *, does: str, takes_run: bool) -> str:
+    """The help page of `command`, which `does` something and may take a run directory as its only bare word."""
+    lines = [
+        f"hybridtrain {command}: {does}",
+        "",
+        f"usage:   hybridtrain {command} {'RUN ' if takes_run else ''}[group=file ...] [section.option=value ...] [flags]",
+        f"example: {EXAMPLES[command]}",
+    ]
+    if takes_run:
+        lines.append("RUN is a run directory; it is short for run.dir=RUN.")
+    lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
+    lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
+    lines += _entry("--multirun, -m", "run every combination of comma-separated values, one after the other (not under torchrun)")
+    lines += ["", f"groups (group=file picks a file; the shipped ones are in {keys.shipped()})"]
+    for group, names in keys.groups([keys.shipped()]).items():
+        lines += _entry(group, ", ".join(names))
+    for section, fields in keys.sections(command).items():
+        lines += ["", f"{section}.*"]
+        for field in fields:
+            lines += _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: object) -> str:
+    return {"": "''", "True": "true", "False": "false"}.get(str(default), str(default))
+
+
+def _entry(name: str, words: str) -> list[str]:
+    folded = textwrap.wrap(words, WIDTH - 30)
+    head = [f"  {name:<28}{folded[0]}"] if len(name) < 28 else [f"  {name}", " " * 30 + folded[0]]
+    return head + [" " * 30 + line for line in folded[1:]]

@@ -23,7 +23,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point and hold no tokens
-_DTYPES = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -66,7 +66,8 @@ class IndexedWriter:
 
     def append(self, reader: IndexedReader) -> None:
         """Append all documents of another pair of the same dtype, without decoding them."""
-        assert reader.dtype == self._dtype and reader.sequences == reader.documents
+        assert reader.dtype == self._dtype
+        assert reader.sequences == reader.documents
         with reader.bin_path.open("rb") as source:
             shutil.copyfileobj(source, self._bin, 1 << 24)
         self._sizes.frombytes(reader.sizes.tobytes())

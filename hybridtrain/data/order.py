@@ -22,7 +22,8 @@ def row_ids(first_sample: int, count: int, *, rows: int, seed: int) -> np.ndarra
 
     Constant time per sample and no memory in proportion to `rows`; the same on every machine.
     """
-    assert first_sample >= 0 and count >= 0 and rows >= 1
+    assert min(first_sample, count) >= 0
+    assert rows >= 1
     index = np.arange(first_sample, first_sample + count, dtype=np.uint64)
     epochs, places = np.divmod(index, np.uint64(rows))
     out = np.empty(count, dtype=np.int64)

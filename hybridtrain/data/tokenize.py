@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from hybridtrain.types import refusal
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 SPLITS = ("train", "eval")
 FORMAT = 1  # of corpus.json
 END_OF_TEXT = "<|endoftext|>"
@@ -130,7 +132,7 @@ def _is_prepared(folder: Path, settings: dict[str, Any]) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep a second `prepare` out of the folder; the system drops the lock when the process ends, however it ends."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -176,9 +178,18 @@ def _tokenizer(data: DataConfig, *, partial: Path, documents: list[corpus.Docume
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer = _train_tokenizer(data, documents) if data.tokenizer == "train" else _load_tokenizer(data.tokenizer)
-        tokenizer.save_pretrained(str(folder))
+        _save(tokenizer, folder)
         pieces.write_text(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}))
     return json.loads(record.read_text())
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the Rust side raises bare Exceptions; give a full disk its name back
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), str(error)) from error
+        raise
 
 
 def _train_tokenizer(data: DataConfig, documents: list[corpus.Document]) -> Any:
@@ -206,7 +217,7 @@ def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise refusal(
             "data.tokenizer",
@@ -227,7 +238,7 @@ def _encoder(folder: Path) -> Encode:
     fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.no_truncation()
     fast.no_padding()
-    parts = _parts if _adds_up_at_lines(fast) else (lambda text: [text])
+    parts = _parts if _adds_up_at_gaps(fast) else (lambda text: [text])
 
     def encode(texts: list[str]) -> list[list[int]]:
         cut = [parts(text) for text in texts]
@@ -238,25 +249,20 @@ def _encoder(folder: Path) -> Encode:
 
 
 def _parts(text: str) -> list[str]:
-    """Cut a long text at line feeds between two words, where tokenizers do not join.
+    """Cut a long text before a space between two words, where tokenizers do not join.
 
     One text is encoded on one core with some 100 bytes of memory per character, which a file of gigabytes would not survive.
     """
     parts, start = [], 0
-    while len(text) - start > CHUNK_CHARS:
-        end = text.find("\n", start + CHUNK_CHARS) + 1
-        while 0 < end < len(text) and (text[end - 2].isspace() or not text[end].isalpha()):
-            end = text.find("\n", end) + 1
-        if not 0 < end < len(text):
-            break
-        parts.append(text[start:end])
-        start = end
+    while gap := _GAP.search(text, start + CHUNK_CHARS):
+        parts.append(text[start : gap.start() + 1])
+        start = gap.start() + 1
     return [*parts, text[start:]]
 
 
-def _adds_up_at_lines(tokenizer: Tokenizer) -> bool:
-    """Whether a text cut as `_parts` does gives the tokens of the whole (not so where a prefix space is added, for one)."""
-    samples = [("a\n", "b c"), ("x = 1)\n", "def f():\n"), ("end.\n", "The"), ("1\n", "word"), ("é\n", "ß")]
+def _adds_up_at_gaps(tokenizer: Tokenizer) -> bool:
+    """Whether a text cut as `_parts` does gives the tokens of the whole (not so where each text gets a prefix space, for one)."""
+    samples = [("a", " b c"), ("x = 1)\ndef", " function():\n"), ("end. The", " end\n\n"), ("1  é", " ßx"), ("return", " x")]
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids

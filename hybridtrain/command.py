@@ -11,9 +11,13 @@ import os
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from hybridtrain import log
 from hybridtrain.types import UserError, refusal
+
+if TYPE_CHECKING:
+    from hybridtrain.config import schema
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("hybridtrain.train", "run", "train a model under any layout; continues a run that is there"),
@@ -31,17 +35,21 @@ SPEAK_FIRST_S = 5.0
 
 def run_command(command: str, argv: list[str]) -> int:
     """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for what the user can put right, said by rank 0."""
+    running = False
     try:
-        return _run(command, argv)
+        config = _configured(command, argv)
+        if isinstance(config, int):
+            return config
+        running = True
+        log.setup(None)
+        module, function, _ = COMMANDS[command]
+        return getattr(importlib.import_module(module), function)(config)
     except UserError as error:
-        if log.rank() == 0:
-            print(f"hybridtrain {command}: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SPEAK_FIRST_S)
-        return 2
+        return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running)
 
 
-def _run(command: str, argv: list[str]) -> int:
+def _configured(command: str, argv: list[str]) -> schema.Config | int:
+    """The checked config, or the exit code of a command line that asks for something else (help, the composed config, a sweep)."""
     if any(flag in argv for flag in ("-h", "--help")):
         from hybridtrain.config import help as help_page
 
@@ -57,9 +65,18 @@ def _run(command: str, argv: list[str]) -> int:
     if show:
         return _say(to_yaml(config))
     check.check(config)
-    log.setup(None)
-    module, function, _ = COMMANDS[command]
-    return getattr(importlib.import_module(module), function)(config)
+    return config
+
+
+def _answer(text: str, *, known_everywhere: bool) -> int:
+    """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
+    if log.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+        return 2
+    time.sleep(SPEAK_FIRST_S)
+    if not known_everywhere:
+        print(f"[rank {log.rank()}] {text}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _say(text: str) -> int:

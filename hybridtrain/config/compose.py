@@ -181,10 +181,11 @@ def sweep(command: str, argv: list[str]) -> list[list[str]]:
 def _translated(error: Exception, command: str, *, source: Path | None = None) -> UserError:
     """Hydra's and OmegaConf's errors in our form: section.field, the value, what is allowed, what to try."""
     cause: BaseException = error
-    while isinstance(cause, HydraException) and cause.__cause__ is not None:
-        cause = cause.__cause__
+    while isinstance(cause, HydraException) and (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
     key = str(getattr(cause, "full_key", None) or "")
-    where = f" (in {source})" if source else ""
+    file = re.match(r"In '(.+?)':", str(error))
+    where = f" (in {source})" if source else f" (in {file[1]}.yaml)" if file else ""
     if isinstance(cause, ConfigKeyError) and key:
         allowed = keys.sections(command)
         try:
@@ -199,4 +200,4 @@ def _translated(error: Exception, command: str, *, source: Path | None = None) -
             key, value[1] if value else "...", first + where, allowed=f"a value of type {option.type}: {option.doc}", instead=f"{option.key}={option.default}"
         )
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return UserError("the configuration does not compose" + where + ":\n  " + "\n  ".join(lines[:6]))
+    return UserError(f"the configuration does not compose{f' (in {source})' if source else ''}:\n  " + "\n  ".join(lines[:6]))

@@ -1,0 +1,241 @@
+"""The command line as a user meets it: help, composed config, mistakes answered once and fast, rank 0 alone speaking."""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridtrain import __version__, command
+from hybridtrain.cli import main
+from hybridtrain.config import keys, schema
+
+TRAIN = ["train", "model=tiny", "data.path=x", "train.steps=100"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run `argv`, expect exit code 2 and one message on stderr, and return it."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}" in text for name in command.COMMANDS)
+    assert set(command.COMMANDS) == set(schema.ROOTS)
+    assert main([]) == 2
+    capsys.readouterr()
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hybridtrain {__version__}\n"
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_help_of_a_command_explains_every_option_and_group(capsys, name):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    words = " ".join(text.split())
+    for fields in keys.sections(name).values():
+        for field in fields:
+            assert f"  {field.key}" in text
+            assert field.doc in words, field.key
+    for group, files in keys.groups([keys.shipped()]).items():
+        assert f"{group} {', '.join(files)}" in words
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_command_has_its_function(name):
+    module, function, _ = command.COMMANDS[name]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"{module} is not there"
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    [found] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    assert len(found.args.args) == 1
+
+
+def test_cfg_job_prints_what_composes(capsys):
+    assert main(["train", "experiment=smoke", "train.steps=3", "--cfg", "job"]) == 0
+    text = capsys.readouterr().out
+    assert "  steps: 3\n" in text
+    assert "  dir: runs/smoke\n" in text
+    assert main(["export", "runs/mine run", "--cfg=job"]) == 0
+    assert "  dir: runs/mine run\n" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "unknown command": (["trian"], ["no command 'trian'", "try:     hybridtrain train"]),
+    "unknown section": (["train", "trian.steps=5"], ["trian.steps=5: no such option", "try:     train.steps=VALUE"]),
+    "unknown option": (["train", "train.step=5"], ["train.step=5: no such option", "allowed: train: steps, tokens", "try:     train.steps=VALUE"]),
+    "option without its section": (["train", "lr=5"], ["try:     optim.lr=VALUE"]),
+    "almost an option without its section": (["train", "warmup=5"], ["try:     schedule.warmup_steps=VALUE"]),
+    "a section as an option": (["train", "batch=5"], ["batch is a section", "batch.global_batch_size"]),
+    "another command's section": (["train", "export.dtype=float32"], ["export.dtype=float32: no such option"]),
+    "unknown file of a group": (["train", "parallel=tp3"], ["there is no parallel/tp3.yaml", "zero1_tp2_pp2", "try:     parallel=tp"]),
+    "no equals sign": (["train", "quick"], ["argument=quick: not an override"]),
+    "unknown flag": (["train", "--verbose"], ["argument=--verbose: no such flag"]),
+    "unknown thing to show": (["train", "--cfg", "hydra"], ["--cfg=hydra", "allowed: job"]),
+    "word for a number": (["train", "train.steps=abc"], ["train.steps=abc", "allowed: a value of type int", "try:     train.steps="]),
+    "word in a list of numbers": (["train", "optim.betas=[0.9,x]"], ["optim.betas[1]=x", "list[float]"]),
+    "list for a string": (["train", "run.name=[a]"], ["run.name", "a value of type str"]),
+    "sweep without multirun": (["train", "experiment=smoke,quickstart"], ["--multirun"]),
+    "environment variable that is not set": (["train", "run.name=${oc.env:NOT_SET_ANYWHERE}"], ["run.name", "NOT_SET_ANYWHERE"]),
+    "LoRA section": (["train", "lora.rank=8"], ["lora.rank=8", "not supported yet", "model.freeze"]),
+    "LoRA in the model": ([*TRAIN, "model.config.lora_rank=8"], ["model.config.lora_rank=8", "not supported yet"]),
+    "quantised weights": ([*TRAIN, "model.config.quantization_config={bits: 4}"], ["model.config.quantization_config", "not supported yet"]),
+    "no model": (["train", "data.path=x", "train.steps=1"], ["model=(none)", "model=nano"]),
+    "no architecture": (["train", "data.path=x", "train.steps=1", "model.config.hidden_size=8"], ["model.config.model_type=(missing)"]),
+    "no data": (["train", "model=tiny", "train.steps=1"], ["data.path=''"]),
+    "nothing to prepare": (["prepare", "data.path=x"], ["data.source=[]"]),
+    "no end": (["train", "model=tiny", "data.path=x"], ["the run has no end", "train.steps=1000"]),
+    "two ends": ([*TRAIN, "train.tokens=5"], ["the run has several ends", "train.steps=100, train.tokens=5"]),
+    "negative end": (["train", "model=tiny", "data.path=x", "train.steps=-1"], ["train.steps=-1: out of range"]),
+    "engine": ([*TRAIN, "engine.kind=deepspeed"], ["engine.kind=deepspeed: not supported yet"]),
+    "engine that nobody has": ([*TRAIN, "engine.kind=jax"], ["engine.kind=jax", "allowed: torch"]),
+    "compile backend": ([*TRAIN, "engine.compile_backend=nvfuser"], ["engine.compile_backend=nvfuser", "aot_eager"]),
+    "precision": ([*TRAIN, "precision.kind=fp8"], ["precision.kind=fp8", "bf16_mixed"]),
+    "optimizer": ([*TRAIN, "optim.kind=sgd"], ["optim.kind=sgd", "adamw"]),
+    "schedule": ([*TRAIN, "schedule.kind=sqrt"], ["schedule.kind=sqrt", "wsd"]),
+    "recompute": ([*TRAIN, "recompute.kind=some"], ["recompute.kind=some", "selective"]),
+    "resume": ([*TRAIN, "run.resume=yes"], ["run.resume", "auto, never, required"]),
+    "attention": ([*TRAIN, "model.attention=flash"], ["model.attention=flash", "sdpa, eager"]),
+    "pipeline schedule": ([*TRAIN, "parallel.schedule=2f2b"], ["parallel.schedule=2f2b", "zbv_zero_bubble"]),
+    "ZeRO stage": ([*TRAIN, "parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
+    "tracker": ([*TRAIN, "tracker.kinds=[mlflow]"], ["no tracker 'mlflow'", "tensorboard"]),
+    "learning rate": ([*TRAIN, "optim.lr=0"], ["optim.lr=0"]),
+    "infinite learning rate": ([*TRAIN, "optim.lr=inf"], ["optim.lr=inf"]),
+    "betas": ([*TRAIN, "optim.betas=[0.9,1.0]"], ["optim.betas=[0.9, 1.0]"]),
+    "three betas": ([*TRAIN, "optim.betas=[0.9,0.9,0.9]"], ["not two decay rates"]),
+    "eps": ([*TRAIN, "optim.eps=0"], ["optim.eps=0"]),
+    "weight decay": ([*TRAIN, "optim.weight_decay=-1"], ["optim.weight_decay=-1"]),
+    "clip": ([*TRAIN, "optim.clip=-1"], ["optim.clip=-1"]),
+    "warm-up": ([*TRAIN, "schedule.warmup_steps=100"], ["schedule.warmup_steps=100: the run has 100 steps", "try:     schedule.warmup_steps=10"]),
+    "warm-up by tokens": (
+        ["train", "model=tiny", "data.path=x", "train.tokens=4096", "data.seq_len=64", "schedule.warmup_steps=8"],
+        ["the run has 8 steps"],
+    ),
+    "decay without wsd": ([*TRAIN, "schedule.decay_steps=5"], ["schedule.kind=cosine has no such phase"]),
+    "decay too long": ([*TRAIN, "schedule=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"], ["60 warm-up + 60 decay steps exceed the run's 100"]),
+    "min_lr_ratio": ([*TRAIN, "schedule.min_lr_ratio=1.5"], ["schedule.min_lr_ratio=1.5"]),
+    "first loss scale": ([*TRAIN, "precision=fp16_mixed", "precision.init_scale=0.5"], ["precision.init_scale=0.5"]),
+    "growth": ([*TRAIN, "precision.growth_factor=1"], ["precision.growth_factor=1"]),
+    "back-off": ([*TRAIN, "precision.backoff_factor=1"], ["precision.backoff_factor=1"]),
+    "growth interval": ([*TRAIN, "precision.growth_interval=0"], ["precision.growth_interval=0"]),
+    "loss scale floor": ([*TRAIN, "precision.min_scale=0"], ["precision.min_scale=0"]),
+    "log_every": ([*TRAIN, "train.log_every=0"], ["train.log_every=0"]),
+    "keep_last": ([*TRAIN, "checkpoint.keep_last=-1"], ["checkpoint.keep_last=-1"]),
+    "eval_fraction": (["prepare", "data.path=x", "data.source=[y]", "data.eval_fraction=1"], ["data.eval_fraction=1"]),
+    "vocabulary below the bytes": (["prepare", "data.path=x", "data.source=[y]", "data.vocab_size=200"], ["data.vocab_size=200", "above 256"]),
+    "export dtype": (["export", "runs/x", "export.dtype=bf16"], ["export.dtype=bf16", "bfloat16"]),
+    "shard size": (["export", "runs/x", "export.max_shard_gb=0"], ["export.max_shard_gb=0"]),
+    "rows": (["evaluate", "runs/x", "evaluate.rows=-1"], ["evaluate.rows=-1"]),
+    "temperature": (["generate", "runs/x", "generate.temperature=-1"], ["generate.temperature=-1"]),
+    "top_p": (["generate", "runs/x", "generate.top_p=0"], ["generate.top_p=0"]),
+    "new tokens": (["generate", "runs/x", "generate.max_new_tokens=0"], ["generate.max_new_tokens=0"]),
+    "parity steps": (["parity", *TRAIN[1:], "parity.steps=0"], ["parity.steps=0"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(capsys, mistake):
+    argv, expected = MISTAKES[mistake]
+    text = refused(capsys, argv)
+    assert "allowed: " in text or "does not compose" in text
+    for words in expected:
+        assert words in text
+
+
+@pytest.mark.parametrize("mistake", ["unknown option", "word for a number", "two ends"])
+def test_a_mistake_is_answered_within_two_seconds_and_without_torch(mistake):
+    argv, expected = MISTAKES[mistake]
+    script = f"""
+import sys, time
+begin = time.monotonic()
+from hybridtrain.cli import main
+code = main({argv!r})
+assert code == 2, code
+assert not {{"torch", "transformers", "accelerate", "numpy"}} & set(sys.modules)
+assert time.monotonic() - begin < 2
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert expected[0] in done.stderr
+
+
+def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_speak(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command, "SPEAK_FIRST_S", 0.3)
+    begin = time.monotonic()
+    assert main(["train", "train.step=5"]) == 2
+    assert time.monotonic() - begin >= 0.3
+    assert main(["train", "--help"]) == 0
+    assert main(["train", "--cfg", "job"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_that_only_another_rank_meets_is_said_by_it(capsys, monkeypatch, run_dir):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command, "SPEAK_FIRST_S", 0.0)
+    assert main(["export", str(run_dir)]) == 2  # no such run: known only while the command runs
+    assert capsys.readouterr().err.startswith("[rank 1] hybridtrain export: ")
+
+
+def test_under_torchrun_a_mistake_is_said_once():
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hybridtrain.cli", "train", "train.step=5")
+    assert done.returncode != 0
+    assert done.stderr.count("train.step=5: no such option") == 1
+
+
+def test_multirun_is_refused_under_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "outside torchrun" in refused(capsys, ["train", "-m", "optim.lr=1,2"])
+
+
+def test_multirun_runs_every_combination():
+    done = python("-m", "hybridtrain.cli", "report", "-m", "run.dir=no-such-a,no-such-b")
+    assert done.returncode != 0
+    assert "[1/2] hybridtrain report run.dir=no-such-a" in done.stdout
+    assert "[2/2] hybridtrain report run.dir=no-such-b" in done.stdout
+
+
+LOGGING = """
+import logging, warnings
+from pathlib import Path
+from hybridtrain import log
+log.setup(None)
+log.setup(Path("logs"))
+log.get("loop").info("step 1")
+log.get("hybridtrain.loop").error("it broke")
+logging.getLogger("transformers.models").warning("chatter")
+warnings.warn("old habits")
+"""
+
+
+def test_rank_0_speaks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = python("-c", LOGGING, RANK="0", PYTHONPATH=str(Path(__file__).parent.parent))
+    assert done.stdout == "step 1\nerror: it broke\n"
+    assert "old habits" in done.stderr
+    lines = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert lines.count("step 1") == 1
+    assert "hybridtrain.loop: it broke" in lines
+
+
+def test_other_ranks_only_say_errors_and_who_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = python("-c", LOGGING, RANK="3", PYTHONPATH=str(Path(__file__).parent.parent))
+    assert done.stdout == ""
+    assert done.stderr == "[rank 3] ERROR hybridtrain.loop: it broke\n"
+    lines = (tmp_path / "logs" / "rank-3.log").read_text()
+    assert all(words in lines for words in ("step 1", "it broke", "chatter", "old habits"))

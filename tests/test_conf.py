@@ -1,0 +1,241 @@
+"""conf/ and the schema: every file composes and types, models are the published ones, every option is documented and read."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from hybridtrain import layout
+from hybridtrain.config import check, keys, schema
+from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
+from hybridtrain.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = keys.groups([keys.shipped()])
+FILES = [(group, name) for group, names in GROUPS.items() for name in names]
+OPTIONS = [field for fields in {k: v for command in schema.ROOTS for k, v in keys.sections(command).items()}.values() for field in fields]
+ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
+
+PARAMETERS = {
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_1_70b": 70_553_706_496,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "qwen2_5_7b": 7_615_616_512,
+    "mistral_7b": 7_248_023_552,
+}
+
+
+@pytest.mark.parametrize("command", schema.ROOTS)
+def test_every_command_composes(command):
+    config = compose(command, [])
+    assert type(config) is schema.ROOTS[command]
+    assert {path.stem for path in keys.shipped().glob("*.yaml")} == {"base", *schema.ROOTS}
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_file_composes_types_and_passes(group, name):
+    overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
+    config = compose("train", overrides)
+    assert isinstance(config, schema.Config)
+    check.check(config)
+    for section in dataclasses.fields(config):  # typed all the way down
+        values = getattr(config, section.name)
+        for option, kind in get_type_hints(type(values)).items():
+            assert isinstance(getattr(values, option), getattr(kind, "__origin__", kind)), f"{section.name}.{option}"
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_group_files_hold_only_what_deviates(group, name):
+    if group in ("model", "experiment", "data"):
+        return
+    changed = dataclasses.asdict(compose("train", [f"{group}={name}"]))[group]
+    defaults = dataclasses.asdict(schema.Config())[group]
+    written = re.findall(r"^(\w+):", (keys.shipped() / group / f"{name}.yaml").read_text(), re.MULTILINE)
+    assert sorted(written) == sorted(key for key in changed if changed[key] != defaults[key])
+
+
+@pytest.mark.parametrize("name", GROUPS["parallel"])
+def test_every_parallel_file_resolves_on_eight_or_fewer(name):
+    parallel = compose("train", [f"parallel={name}"]).parallel
+    sizes = []
+    for world_size in (1, 2, 4, 8):
+        try:
+            layout.resolve(parallel, world_size=world_size)
+        except UserError:
+            continue
+        sizes.append(world_size)
+    assert sizes, "fits no world of up to 8 processes"
+
+
+@pytest.mark.parametrize("name", GROUPS["model"])
+def test_models_are_the_published_ones(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = compose("train", [f"model={name}"]).model.config
+    config = AutoConfig.for_model(**fields)
+    for key in fields.keys() - {"model_type", "rope_theta", "rope_scaling"}:
+        assert hasattr(config, key), f"{key} is no field of {type(config).__name__}"
+    assert config.rope_parameters["rope_theta"] == fields["rope_theta"]
+    for key, value in (fields.get("rope_scaling") or {}).items():
+        assert config.rope_parameters[key] == value
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == fields["architectures"][0]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if name in PARAMETERS:
+        assert count == PARAMETERS[name]
+    elif name == "nano":
+        assert 5e6 < count < 8e6
+    else:
+        assert count < 500_000
+
+
+def test_every_option_is_documented():
+    assert [field.key for field in OPTIONS if not field.doc] == []
+
+
+def test_every_option_is_read():
+    """`<section>.<option>` is read by a part; a part's own section may be called `settings` there. Checks alone do not count."""
+    read: set[tuple[str, str]] = set()
+    for path in (ROOT / "hybridtrain").rglob("*.py"):
+        if path.parent.name == "config":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                read.add((node.value.id if isinstance(node.value, ast.Name) else node.value.attr, node.attr))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 2:
+                held = node.args[0]
+                names = {held.id} if isinstance(held, ast.Name) else {held.attr} if isinstance(held, ast.Attribute) else set()
+                read |= {(name, axis) for name in names for axis in layout.AXES}  # getattr(parallel, axis) reads the degrees
+    unread = [
+        field.key for field in OPTIONS if not {(field.key.partition(".")[0], field.key.partition(".")[2]), ("settings", field.key.partition(".")[2])} & read
+    ]
+    assert not unread, f"options that nobody reads: {', '.join(unread)}"
+
+
+def test_run_name_and_directory_follow_from_the_experiment():
+    assert (compose("train", []).run.name, compose("train", []).run.dir) == ("default", "runs/default")
+    smoke = compose("train", ["experiment=smoke"]).run
+    assert (smoke.name, smoke.dir) == ("smoke", "runs/smoke")
+    assert compose("train", ["experiment=smoke", "run.name=mine"]).run.dir == "runs/mine"
+    assert compose("train", ["experiment=smoke", "run.dir=/tmp/x"]).run.dir == "/tmp/x"
+
+
+def test_overrides_win_over_the_experiment_and_plus_is_optional():
+    config = compose("train", ["experiment=smoke", "+train.steps=7", "model=nano", "model.config.num_hidden_layers=3", "model.config.my_field=[1,a]"])
+    assert config.train.steps == 7
+    assert config.model.config["num_hidden_layers"] == 3
+    assert config.model.config["model_type"] == "qwen3"
+    assert config.model.config["vocab_size"] == 1024  # the experiment's, over nano's
+    assert config.model.config["my_field"] == [1, "a"]
+
+
+def test_yaml_round_trip(tmp_path):
+    config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml", "train") == config
+    exported = from_yaml(tmp_path / "config.yaml", "export")
+    assert isinstance(exported, schema.ExportRoot)
+    assert exported.data == config.data
+
+
+def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "parity.steps=9"])))
+    assert from_yaml(tmp_path / "config.yaml", "train").train.steps == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("train: {stepz: 3}", "train.steps=VALUE"), ("train: {steps: soon}", "train.steps=soon"), ("[1, 2]", "not a configuration"), ("a: [", "does not compose")],
+)
+def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        from_yaml(tmp_path / "config.yaml", "train")
+
+
+def test_a_missing_config_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
+        from_yaml(tmp_path / "config.yaml", "train")
+
+
+def test_secrets_stay_unresolved_in_yaml(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2")
+    config = compose(
+        "train",
+        [
+            "experiment=smoke",
+            "tracker.project=${oc.env:MY_TOKEN}",
+            "run.name=x-${tracker.project}",
+            "model.freeze=['${oc.env:MY_TOKEN}']",
+            "data.path=a/${model.name}",
+        ],
+    )
+    assert config.tracker.project == "hunter2"
+    assert config.run.dir == "runs/x-hunter2"
+    assert isinstance(config.tracker.project, Interpolated)
+    text = to_yaml(dataclasses.replace(config))
+    assert "hunter2" not in text
+    assert "project: ${oc.env:MY_TOKEN}" in text
+    assert "path: a/smoke" in text  # without a secret in it: resolved
+
+
+def test_own_folder_adds_groups_and_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /parallel: tp2\ntrain:\n  steps: 3\n")
+    config = compose("train", ["--config-dir", str(tmp_path), "experiment=mine"])
+    assert (config.train.steps, config.parallel.tp, config.run.dir) == (3, 2, "runs/mine")
+    with pytest.raises(UserError, match=r"--config-dir=.*no such folder"):
+        compose("train", ["--config-dir", str(tmp_path / "none")])
+
+
+def test_a_misspelt_key_in_a_file_names_the_nearest(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  weight_decai: 3\n")
+    with pytest.raises(UserError, match=r"(?s)in experiment/mine\.yaml.*try:     optim\.weight_decay=VALUE"):
+        compose("train", ["--config-dir", str(tmp_path), "experiment=mine"])
+
+
+def test_a_sweep_is_one_command_line_per_combination():
+    jobs = sweep("train", ["experiment=smoke", "optim.lr=1e-3,1e-4", "parallel=ddp,tp2"])
+    assert len(jobs) == 4
+    configs = [compose("train", job) for job in jobs]
+    assert {(config.optim.lr, config.parallel.tp) for config in configs} == {(1e-3, 1), (1e-3, 2), (1e-4, 1), (1e-4, 2)}
+    assert [config.run.dir for config in configs] == [f"runs/smoke-{number}" for number in range(4)]
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path):
+    """Build the wheel, install it into an environment that sees this one's packages, and compose with the conf/ it carries."""
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    carried = {name.removeprefix("hybridtrain/conf/") for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hybridtrain/conf/")}
+    assert carried == {str(path.relative_to(keys.shipped())) for path in keys.shipped().rglob("*.yaml")}
+
+    site = next(path for path in map(Path, sys.path) if path.name == "site-packages")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    own_site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", own_site, wheel], check=True)
+    # Only now: ours stands before the packages of this environment, where an editable install of the checkout may be.
+    (own_site / "others.pth").write_text(f"{site}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    (tmp_path / "elsewhere").mkdir()
+    command = "from hybridtrain.cli import main; import hybridtrain, sys; print(hybridtrain.__file__, file=sys.stderr); raise SystemExit(main())"
+    shown = subprocess.run(
+        [python, "-c", command, "train", "--cfg", "job", "experiment=smoke"], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert str(own_site) in shown.stderr
+    assert "dir: runs/smoke" in shown.stdout

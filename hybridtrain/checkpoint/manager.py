@@ -1,0 +1,68 @@
+"""When to save, where, and which checkpoints to keep.
+
+checkpoints/step-00000100            complete
+checkpoints/step-00000200.partial    being written, or left by a crash
+checkpoints/step-00000050.removed    being removed, or left by a crash
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint.sharded import PARTIAL, REPLACED
+from hybridtrain.config.schema import CheckpointConfig
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Manager:
+    """The checkpoints of one run, in `folder`. `prune` and `sweep` are for rank 0."""
+
+    def __init__(self, folder: Path, *, settings: CheckpointConfig) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether to save after `step` steps: every so many, and after the last."""
+        return last or (self.settings.every > 0 and step > 0 and step % self.settings.every == 0)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` belongs."""
+        return self.folder / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; None if there is none."""
+        steps = self._complete()
+        return self.path(steps[-1]) if steps else None
+
+    def prune(self) -> None:
+        """Remove complete checkpoints but the newest `keep_last`, every `keep_every`-th, and always the newest one."""
+        keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
+        if keep_last == 0:
+            return
+        for step in self._complete()[:-keep_last]:
+            if not (keep_every > 0 and step % keep_every == 0):
+                self._remove(self.path(step))
+
+    def sweep(self) -> None:
+        """Remove what a crash left half-written or half-removed. Only while nothing is being saved."""
+        for ending in (PARTIAL, REPLACED):
+            for path in self.folder.glob(f"step-*{ending}"):
+                shutil.rmtree(path)
+
+    def _complete(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        names = ((path, _NAME.fullmatch(path.name)) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for path, name in names if name and marker.is_complete(path))
+
+    def _remove(self, path: Path) -> None:
+        """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts."""
+        doomed = path.with_name(path.name + REPLACED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,113 @@
+"""Reading torch DCP's `.metadata` without trusting it.
+
+The file is a pickle. It is read by an unpickler that knows exactly the classes which the metadata of tensors needs and
+refuses every other name, so that opening a checkpoint never runs code from it. The tensor files themselves are read by
+DCP with `torch.load(weights_only=True)`; entries of bytes, which DCP would unpickle freely, are refused here.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from hybridtrain.checkpoint import marker
+from hybridtrain.types import UserError
+
+# DCP warns whenever one process saves or loads by itself, which here is on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+_CLASSES: dict[tuple[str, str], object] = {
+    (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
+    for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")
+} | {
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up in a table of layouts
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in _CLASSES:
+            return _CLASSES[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which the metadata of tensors has no use for")
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, given metadata that has been read and checked already."""
+
+    def __init__(self, path: Path, *, metadata: dcp_metadata.Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> dcp_metadata.Metadata:
+        return self._metadata
+
+
+def read(path: Path) -> dcp_metadata.Metadata:
+    """The checked metadata of the checkpoint at `path`; UserError if it is anything but the metadata of whole tensors."""
+    try:
+        with (path / marker.METADATA).open("rb") as stream:
+            content = _Unpickler(stream).load()
+    except OSError:
+        raise
+    except Exception as error:  # a crafted pickle can raise anything from the constructors it calls
+        raise marker.damaged(path, marker.METADATA, f"refused: {error}") from error
+    _check(content, path=path)
+    return content
+
+
+def load_into(tensors: dict[str, torch.Tensor], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:
+    """Fill `tensors` in place, under whatever layout they have (collective over `group`; None: this process alone).
+
+    Raises UserError if a tensor file holds anything but the tensor that the metadata promises.
+    """
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        if isinstance(cause, (pickle.UnpicklingError, OSError, EOFError)):
+            raise marker.damaged(path, "tensor files", f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from None
+        raise RuntimeError(f"loading {path} failed on rank {rank}: {cause!r}") from error
+
+
+def _check(content: object, *, path: Path) -> None:
+    """Refuse what is well-formed but not the metadata of tensors in files of this folder."""
+
+    def expect(holds: bool, problem: str) -> None:
+        if not holds:
+            raise _refused(path, problem)
+
+    expect(isinstance(content, dcp_metadata.Metadata), "it holds something else")
+    assert isinstance(content, dcp_metadata.Metadata)
+    entries, storage = getattr(content, "state_dict_metadata", None), getattr(content, "storage_data", None)
+    expect(isinstance(entries, dict) and isinstance(storage, dict), "it has no entries")
+    assert isinstance(entries, dict)
+    assert isinstance(storage, dict)
+    for info in storage.values():
+        expect(isinstance(info, filesystem._StorageInfo), "an entry has no place in a file")
+        name = info.relative_path
+        expect(isinstance(name, str) and Path(name).name == name, f"an entry lies outside the checkpoint: {name}")
+        expect(info.transform_descriptors is None, "an entry wants its file transformed")
+    for key, entry in entries.items():
+        expect(isinstance(entry, dcp_metadata.TensorStorageMetadata), f"{key} is not a tensor")
+        expect(isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype), f"{key} has no shape or dtype")
+        expect(sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size), f"{key} is not whole")
+        expect(all(dcp_metadata.MetadataIndex(key, chunk.offsets) in storage for chunk in entry.chunks), f"a part of {key} is in no file")
+
+
+def _refused(path: Path, problem: str) -> UserError:
+    return marker.damaged(path, marker.METADATA, f"refused: {problem}")

@@ -1,0 +1,77 @@
+"""Writing safetensors files one tensor at a time (the safetensors library wants all tensors of a file at once).
+
+The format (huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype, shape and byte
+range of every tensor, then the bytes in the header's order without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, known before its values are."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shards(entries: Sequence[Entry], *, max_bytes: int) -> list[list[Entry]]:
+    """Cut `entries`, in order, into files of at most `max_bytes`; a larger tensor gets a file of its own."""
+    result: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not result or entry.size > room:
+            result.append([])
+            room = max_bytes
+        result[-1].append(entry)
+        room -= entry.size
+    return result
+
+
+def write(file: Path, *, entries: Sequence[Entry], tensor: Callable[[Entry], torch.Tensor]) -> None:
+    """Write `file`, asking `tensor` for the values of one entry after the other (on the CPU, of the entry's shape and dtype)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size]}
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values start on a multiple of 8, so that they can be memory-mapped
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for entry in entries:
+            values = tensor(entry)
+            assert values.dtype == entry.dtype, f"{entry.name}: {values.dtype} for {entry.dtype}"
+            assert tuple(values.shape) == entry.shape, f"{entry.name}: {values.shape} for {entry.shape}"
+            stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())

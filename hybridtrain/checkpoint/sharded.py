@@ -1,0 +1,306 @@
+"""Saving and loading sharded tensors with torch DCP, under any layout.
+
+A checkpoint is a flat mapping of keys to whole tensors. Each rank gives what it has: a plain tensor is the same on every
+rank that gives it, a DTensor is this rank's part; pipeline stages give different keys. Only tensors are written (DCP
+would pickle anything else), beside `progress.json` and the marker.
+
+Saving, per rank:  stage (CPU copy) -> [thread: DCP write and fsync -> size and CRC32 -> rank 0: marker, rename]
+The thread talks over its own gloo group, so that training goes on meanwhile; it never touches a device or a mesh.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner_helpers import _create_write_items
+from torch.distributed.tensor import DTensor
+
+from hybridtrain.checkpoint import marker, metadata
+from hybridtrain.types import Progress, Saving, UserError, refusal
+
+T = TypeVar("T")
+PARTIAL = ".partial"
+REPLACED = ".removed"
+_NAMED = 5  # keys that a refusal names before it says "and N more"
+
+
+def save(tensors: Mapping[str, torch.Tensor], *, path: Path, progress: Progress, group: dist.ProcessGroup | None, asynchronous: bool) -> Saving:
+    """Start writing a complete checkpoint to `path` (collective over `group`, a gloo group of all ranks that nothing else uses).
+
+    With `asynchronous` the values are those at the time of the call; the caller may change the tensors at once, but starts no
+    other save or load over `group` until the result is there. Failures, a full disk too, are raised by poll and result on every
+    rank, as a UserError that names the rank; checkpoints written earlier stay as they are.
+    """
+    staged = {key: _stage(key, tensor, copy=asynchronous) for key, tensor in tensors.items()}
+    saving = _Saving(lambda: _write(staged, path=path, progress=progress, group=group))
+    if not asynchronous:
+        saving.wait()
+    return saving
+
+
+def load(tensors: dict[str, torch.Tensor], *, path: Path, group: dist.ProcessGroup | None) -> Progress:
+    """Fill `tensors` in place from the complete checkpoint at `path`, whatever layout wrote it (collective over `group`).
+
+    Every file is checked first. Raises UserError on every rank for an incomplete or damaged checkpoint, one without a key that
+    is asked for or with another shape, and one whose `model.` keys no rank asks for (a checkpoint of another model).
+    """
+    assert not any(tensor.is_meta for tensor in tensors.values()), "load fills tensors in place; meta tensors have no place"
+    rank, size = _rank_and_size(group)
+
+    def read() -> tuple[Progress, list[str], metadata.dcp_metadata.Metadata]:
+        files = sorted(marker.read(path).items())
+        marker.verify(path, files=files[rank::size])
+        stored = metadata.read(path)
+        _check_shapes(tensors, stored=stored, path=path)
+        return marker.read_progress(path), sorted(key for key in tensors if key.startswith("model.")), stored
+
+    mine, failure = _attempt(read, rank=rank, path=path, doing="read")
+    replies = _gather((failure, mine[1] if mine else []), group=group)
+    _raise_first([reply[0] for reply in replies])
+    assert mine is not None
+    progress, _, stored = mine
+    wanted = {key for _, keys in replies for key in keys}
+    surplus = sorted(key for key in stored.state_dict_metadata if key.startswith("model.") and key not in wanted)
+    if surplus:
+        raise _of_another_model(path, f"it also holds {_some(surplus)}")
+    metadata.load_into(tensors, path=path, metadata=stored, group=group)
+    return progress
+
+
+def stored_keys(path: Path) -> frozenset[str]:
+    """The keys of a complete checkpoint; UserError if its marker or metadata cannot be read."""
+    marker.read(path)
+    return frozenset(metadata.read(path).state_dict_metadata)
+
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """This rank's part of one tensor on the CPU, with DCP's description of where it belongs."""
+
+    items: list[WriteItem]
+    tensor: torch.Tensor
+
+
+def _stage(key: str, tensor: torch.Tensor, *, copy: bool) -> _Staged:
+    """Detach the local part of `tensor` from device and mesh; a copy even if it is on the CPU already when `copy`."""
+    assert isinstance(tensor, torch.Tensor), f"a checkpoint holds tensors only, {key} is a {type(tensor).__name__}"
+    local = tensor.detach()
+    if isinstance(local, DTensor):
+        local = local.to_local()
+    return _Staged(_create_write_items(key, tensor.detach()), local.to("cpu", copy=copy))
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans with the descriptions made when the tensors were staged; what several ranks have is written by one of them."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([item for staged in self.state_dict.values() for item in staged.items])
+        return self.plan
+
+    def lookup_object(self, index: Any) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, which names the disk's error and leaves this machine's paths out of the metadata."""
+
+    def __init__(self, path: Path) -> None:
+        # No copy-ahead: everything is on the CPU, and DCP's overlapping loader would open device 0 from this thread.
+        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=None, save_id=self.save_id)
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save's zip writer: "unexpected pos 704 vs 598", with the disk's error as its context
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+class _Saving:
+    """One save, in a thread of its own. A daemon: a dying process must not wait for ranks that are gone already."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # handed over to whoever polls
+            self._error = error
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def poll(self) -> bool:
+        if self._thread.is_alive():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def result(self) -> None:
+        self.wait()
+        self.poll()
+
+
+def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
+    """Write aside, mark complete, rename; on failure remove what was written and raise on every rank."""
+    partial = path.with_name(path.name + PARTIAL)
+    rank, _ = _rank_and_size(group)
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a crash
+            partial.mkdir(parents=True)
+
+    def measure() -> dict[str, marker.Record]:
+        return {file.name: marker.measure(file) for file in partial.glob(f"__{rank}_*")}
+
+    def complete() -> None:
+        if rank == 0:
+            marker.write(partial, progress=progress, files=files)
+            _rename(partial, path)
+
+    try:
+        _agree(prepare, group=group, path=path, doing="write")
+        _dcp_save(staged, path=path, partial=partial, group=group)
+        files = {name: record for part in _agree(measure, group=group, path=path, doing="write") for name, record in part.items()}
+        _agree(complete, group=group, path=path, doing="write")
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: dist.ProcessGroup | None) -> None:
+    try:
+        dcp.save(dict(staged), storage_writer=_Writer(partial), planner=_Planner(), process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:  # a BaseException; DCP has agreed on it over the group already
+        for rank, (cause, _) in sorted(error.failures.items()):
+            if isinstance(cause, OSError):
+                raise _disk_error(path, rank=rank, doing="write", error=cause) from None
+        rank, (cause, _) = min(error.failures.items())
+        raise RuntimeError(f"saving {path} failed on rank {rank}: {cause!r}") from error
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """The moment at which the checkpoint exists. One of the same step makes room first (a run that went back to an earlier one)."""
+    replaced = path.with_name(path.name + REPLACED)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(path, replaced)
+    os.rename(partial, path)
+    marker.sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor], *, stored: metadata.dcp_metadata.Metadata, path: Path) -> None:
+    entries = stored.state_dict_metadata
+    missing = sorted(key for key in tensors if key not in entries)
+    if missing:
+        raise _of_another_model(path, f"it does not hold {_some(missing)}")
+    for key, tensor in sorted(tensors.items()):
+        shape = tuple(entries[key].size)  # type: ignore[union-attr]  # metadata.read has refused everything but tensors
+        if shape != tuple(tensor.shape):
+            raise _of_another_model(path, f"{key} has shape {shape} there and {tuple(tensor.shape)} here")
+
+
+def _of_another_model(path: Path, problem: str) -> UserError:
+    return refusal(
+        "checkpoint",
+        path,
+        f"a checkpoint of another model: {problem}",
+        allowed="a checkpoint of the model in the config",
+        instead="the model section of the run that wrote it, or another run.dir",
+    )
+
+
+def _some(keys: list[str]) -> str:
+    rest = len(keys) - _NAMED
+    return ", ".join(keys[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# --- agreement over ranks -----------------------------------------------------------------------------------------
+
+
+class _Failure(NamedTuple):
+    rank: int
+    text: str
+    of_user: bool
+
+
+def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _gather(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
+    """`value` of every rank, in rank order."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _attempt(work: Callable[[], T], *, rank: int, path: Path, doing: str) -> tuple[T | None, _Failure | None]:
+    """Do this rank's `work`, turning what can fail into something that can be sent."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, _Failure(rank, str(error), True)
+    except OSError as error:
+        return None, _Failure(rank, str(_disk_error(path, rank=rank, doing=doing, error=error)), True)
+    except Exception as error:
+        return None, _Failure(rank, f"rank {rank} could not {doing} {path}: {error!r}", False)
+
+
+def _raise_first(failures: list[_Failure | None]) -> None:
+    """The same error on every rank; one of ours goes before the user's, so that it is not hidden."""
+    found = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
+    if found:
+        raise UserError(found[0].text) if found[0].of_user else RuntimeError(found[0].text)
+
+
+def _agree(work: Callable[[], T], *, group: dist.ProcessGroup | None, path: Path, doing: str) -> list[T]:
+    """Do `work` on every rank and give everyone all results; what fails on one rank is raised on all."""
+    rank, _ = _rank_and_size(group)
+    replies = _gather(_attempt(work, rank=rank, path=path, doing=doing), group=group)
+    _raise_first([failure for _, failure in replies])
+    return [value for value, _ in replies]  # type: ignore[misc]  # None only where work itself returns it
+
+
+def _disk_error(path: Path, *, rank: int, doing: str, error: OSError) -> UserError:
+    return refusal(
+        "checkpoint",
+        path,
+        f"rank {rank} could not {doing} it: {error}",
+        allowed="a folder that every rank can write and that has space for the checkpoint",
+        instead="free some space, then give the same command again: the run continues from its newest complete checkpoint",
+    )

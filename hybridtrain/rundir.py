@@ -1,0 +1,243 @@
+"""The run directory: which one a command continues or starts, and the files in it that tools read.
+
+    runs/<name>/  config.yaml  summary.json  metrics.jsonl  model/  checkpoints/  export/  report/  logs/
+
+A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed and global batch. The
+same identity continues the run in its directory; another one is a new run. Everything here is for rank 0, which decides
+and tells the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config import compose
+from hybridtrain.config.schema import Config
+from hybridtrain.types import Progress, refusal
+
+METRICS = (
+    "step",
+    "tokens_seen",
+    "loss",
+    "grad_norm",
+    "lr",
+    "loss_scale",
+    "skipped",
+    "tokens_per_s",
+    "tokens_per_s_per_device",
+    "step_time_s",
+    "mfu",
+    "max_memory_gib",
+    "time",
+)
+"""Keys of every line of metrics.jsonl; a line may have more (eval_loss)."""
+SUMMARY = ("status", "steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "layout", "world_size", "exit_reason", "versions", "git_revision")
+"""Keys of summary.json."""
+STATUSES = ("running", "finished", "preempted", "failed")
+
+_WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
+_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
+_SINGLE_FIELDS = ("run.seed", "batch.global_batch_size")
+_NOT_TOLD = ("run.dir", "run.name", "run.resume", "run.allow_data_change")  # how the command was given, nothing about the run
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's directory, opened for this command."""
+
+    path: Path
+    continued: bool
+    """The directory held this run already."""
+    checkpoint: Path | None
+    """Newest complete checkpoint to go on from; None: start at step 0."""
+    changed: Mapping[str, tuple[object, object]]
+    """section.field -> (before, now) of what the command changes in a continued run; none of it is identity."""
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """Where the model's Hugging Face config belongs, for exports."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def append_metrics(self, values: Mapping[str, object]) -> None:
+        """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null."""
+        line = json.dumps(_finite({**dict.fromkeys(METRICS), **values}), allow_nan=False)
+        with self.metrics.open("a") as stream:
+            stream.write(line + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Keep the lines up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too."""
+        if not self.metrics.is_file():
+            return
+        kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        _write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+
+    def update_summary(self, **values: object) -> None:
+        """Write summary.json again, atomically, with these keys of SUMMARY changed."""
+        assert set(values) <= set(SUMMARY), f"not in a summary: {set(values) - set(SUMMARY)}"
+        self.summary.update(values)
+        assert self.summary["status"] in STATUSES, self.summary["status"]
+        _write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
+
+
+def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], latest: Callable[[Path], Path | None]) -> RunDir:
+    """Decide which directory `config` continues or starts, and write its config.yaml (`yaml_text`) and a running summary.
+
+    `latest` gives the newest complete checkpoint in a folder of checkpoints. In the default directory another identity moves on
+    to the next number (runs/name-2); an explicit run.dir of another run is refused, as is what run.resume rules out (UserError).
+    """
+    path, before = _choose(config)
+    checkpoint = latest(path / "checkpoints") if before is not None else None
+    if config.run.resume == "required" and checkpoint is None:
+        problem = f"{path} holds no complete checkpoint" + ("" if before is not None else " of this run")
+        raise refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path / "config.yaml", yaml_text)
+    except OSError as error:
+        raise refusal("run.dir", path, f"it cannot be written: {error}", allowed="a folder with space that you can write", instead="run.dir=FOLDER") from error
+    changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
+    summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
+    run = RunDir(path=path, continued=before is not None, checkpoint=checkpoint, changed=changed, summary=summary)
+    run.update_summary(status="running")
+    return run
+
+
+def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
+    """Compare a checkpoint's fingerprints with this run's; the names that differ and are let through.
+
+    `model` must be the same; anything else (data, order) only unless `allow_data_change`. Raises UserError.
+    """
+    names = sorted(set(progress.fingerprints) | set(fingerprints))
+    differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
+    if "model" in differing:
+        raise refusal(
+            "model",
+            fingerprints.get("model"),
+            f"the checkpoint of step {progress.step} is of another model ({progress.fingerprints.get('model')})",
+            allowed="the model that the run began with",
+            instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
+        )
+    if differing and not allow_data_change:
+        raise refusal(
+            "data",
+            fingerprints.get(differing[0]),
+            f"the {' and '.join(differing)} of the checkpoint of step {progress.step} was another ({progress.fingerprints.get(differing[0])})",
+            allowed="the data and the order that the run began with",
+            instead="the run's own data.path, or run.allow_data_change=true to go on with this data",
+        )
+    return differing
+
+
+def _choose(config: Config) -> tuple[Path, Config | None]:
+    """The run's directory, and the configuration that it was last run with (None: a new run)."""
+    base = Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
+    explicit = base != Path("runs") / config.run.name
+    number = 1
+    while True:
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not _holds_run(path):
+            return path, None
+        before = compose.from_yaml(path / "config.yaml", "train")
+        differing = {key: pair for key, pair in _differences(before, config).items() if _is_identity(key, config)}
+        if explicit and differing:
+            raise _another_run(path, differing)
+        if not differing:
+            if config.run.resume == "never":
+                raise refusal(
+                    "run.resume", "never", f"{path} holds a run already", allowed="a directory without a run", instead="another run.dir, or run.resume=auto"
+                )
+            return path, before
+        number += 1
+
+
+def _holds_run(path: Path) -> bool:
+    if (path / "config.yaml").is_file():
+        return True
+    leftover = next((name for name in ("checkpoints", "metrics.jsonl", "summary.json") if (path / name).exists()), None)
+    if path.exists() and (leftover or not path.is_dir()):
+        problem = f"it has {leftover} but no config.yaml, so what ran there is not known" if leftover else "it is a file"
+        raise refusal("run.dir", path, problem, allowed="a run's folder, or one without a run", instead="another run.dir")
+    return False
+
+
+def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> Exception:
+    told = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
+    return refusal("run.dir", path, f"it holds another run: {told}", allowed="the same values, or a directory of its own", instead="another run.dir")
+
+
+def _is_identity(key: str, config: Config) -> bool:
+    section = key.partition(".")[0]
+    if section == "data" and config.run.allow_data_change:
+        return key == "data.seq_len"
+    return key in _SINGLE_FIELDS or (section in _WHOLE_SECTIONS and key not in _NOT_IDENTITY)
+
+
+def _differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
+    """section.field -> (before, now), over all sections of a training run."""
+    result: dict[str, tuple[object, object]] = {}
+    for section in dataclasses.fields(Config):
+        old, new = getattr(before, section.name), getattr(now, section.name)
+        for option in dataclasses.fields(old):
+            pair = (getattr(old, option.name), getattr(new, option.name))
+            if pair[0] != pair[1]:
+                result[f"{section.name}.{option.name}"] = pair
+    return result
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every number that JSON has no word for as None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is not one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    aside = file.with_name(file.name + ".partial")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, file)
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout this code runs from, "-dirty" with local changes; None outside a checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

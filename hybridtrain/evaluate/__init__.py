@@ -1,0 +1,80 @@
+"""What comes out of training, used as anybody would: plain transformers on a Hugging Face folder.
+
+    perplexity.py   `hybridtrain evaluate`: loss and perplexity on the held-out rows
+    generate.py     `hybridtrain generate`: text from a prompt
+
+Both take an export, any Hugging Face folder or hub id, or a checkpoint, which `exported` first turns into an export.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.types import UserError, refusal
+
+_ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub id"
+
+
+@contextmanager
+def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
+    """Yield a folder or hub id that transformers can load; `field` names the option in refusals.
+
+    An empty `source` is the run's export. A checkpoint is exported in float32 to a temporary folder, gone afterwards.
+    Raises UserError when there is nothing to load.
+    """
+    if not source:
+        folder = run_dir / "export"
+        if not (folder / "config.json").is_file():
+            try_ = f"hybridtrain export {run_dir}, or {field}=FOLDER" if run_dir.is_dir() else f"run.dir=RUN or {field}=FOLDER"
+            raise refusal(field, "(none)", f"{run_dir} holds no export", allowed=_ALLOWED, instead=try_)
+        yield str(folder)
+        return
+    folder = Path(source).expanduser()
+    if (folder / "complete.json").is_file():
+        with tempfile.TemporaryDirectory(prefix="hybridtrain-") as temporary:
+            yield str(_export(folder, out=Path(temporary) / "export"))
+        return
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise refusal(field, source, "it holds neither config.json nor a complete checkpoint", allowed=_ALLOWED, instead=f"{field}=<run>/export")
+    yield str(folder) if folder.is_dir() else source
+
+
+def _export(checkpoint: Path, *, out: Path) -> Path:
+    from hybridtrain.checkpoint import hf
+    from hybridtrain.config import compose
+
+    run_dir = checkpoint.resolve().parent.parent
+    data = compose.from_yaml(run_dir / "config.yaml", "train").data
+    tokenizer_dir = Path(data.path) / "tokenizer"
+    return hf.export(
+        checkpoint,
+        model_dir=run_dir / "model",
+        tokenizer_dir=tokenizer_dir if data.path and tokenizer_dir.is_dir() else None,
+        out=out,
+        dtype="float32",
+        max_shard_bytes=5 * 10**9,
+    )
+
+
+def load_model(source: str, *, trust_remote_code: bool) -> Any:
+    """The model in `source`, in the dtype it is stored in, ready for inference: on the GPUs if there are any (spread over
+    them and main memory as accelerate sees fit), else on the CPU. Raises UserError when transformers cannot load it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device_map = "auto" if torch.cuda.is_available() else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise unloadable(source, what="model", error=error) from error
+    return model.eval()
+
+
+def unloadable(source: str, *, what: str, error: Exception) -> UserError:
+    """The refusal for a `source` that transformers could not load, with the first line of its reason."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return refusal("source", source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead="an export of a run: hybridtrain export RUN")

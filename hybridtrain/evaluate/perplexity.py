@@ -1,0 +1,106 @@
+"""`hybridtrain evaluate`: perplexity of a Hugging Face model on the held-out rows, the ones that training evaluates on.
+
+Shape suffixes: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hybridtrain import evaluate
+from hybridtrain.config import compose, schema
+from hybridtrain.config.schema import EvaluateRoot
+from hybridtrain.data.loader import Corpus, check_vocab, eval_batches
+from hybridtrain.layout import BatchPlan
+from hybridtrain.types import IGNORE_INDEX, Batch, refusal
+
+
+def run(config: EvaluateRoot) -> int:
+    """Evaluate `evaluate.source`, print loss, perplexity and tokens, and write <run>/evaluation.json if run.dir is a run.
+
+    Data and number of rows are those of the run, except for what the command line changes.
+    """
+    run_dir = Path(config.run.dir)
+    is_run = (run_dir / "config.yaml").is_file()
+    settings = _settings(config, compose.from_yaml(run_dir / "config.yaml", "train") if is_run else config)
+    if not settings.data.path:
+        raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
+    corpus = Corpus.open(settings.data.path)
+    rows = config.evaluate.rows or settings.train.eval_rows
+    size = settings.batch.micro_batch_size
+    plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
+    steps = eval_batches(corpus, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1)
+    with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
+        model = evaluate.load_model(source, trust_remote_code=settings.model.trust_remote_code)
+        check_vocab(corpus, vocab=model.get_input_embeddings().num_embeddings)
+        loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device)
+    result = {
+        "source": config.evaluate.source or str(run_dir / "export"),
+        "data": str(corpus.path),
+        "seq_len": plan.seq_len,
+        "rows": min(rows, corpus.rows("eval", seq_len=plan.seq_len)),
+        "tokens": tokens,
+        "loss": loss if math.isfinite(loss) else None,
+        "perplexity": math.exp(loss) if loss < 700 else None,
+    }
+    print("\n".join(f"{key:<12}{value}" for key, value in _shown(result).items()))
+    if is_run:
+        _write(run_dir / "evaluation.json", result)
+        print(f"\n{run_dir / 'evaluation.json'}")
+    return 0
+
+
+def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
+    """The run's data, rows and batch; a value of the command line that is not the schema's default comes before the run's."""
+    default, chosen = schema.Config(), schema.Config()
+    for section, option in (
+        ("data", "path"),
+        ("data", "seq_len"),
+        ("train", "eval_rows"),
+        ("batch", "micro_batch_size"),
+        ("model", "trust_remote_code"),
+    ):
+        given, plain, before = (getattr(getattr(each, section), option) for each in (config, default, of_run))
+        setattr(getattr(chosen, section), option, given if given != plain else before)
+    return chosen
+
+
+def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int]:
+    """Mean loss per valid token over `batches`, and the number of valid tokens; the perplexity is exp(loss).
+
+    Logits are taken to fp32 and the token losses summed as training's own evaluation does; the sums of the batches are
+    added in fp64 on the host. Inputs go to `device`. Raises UserError when no token is valid.
+    """
+    loss_sum, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in batches:
+            labels_BT = batch.labels_BT.to(device)
+            logits_BTV = model(input_ids=batch.input_ids_BT.to(device), position_ids=batch.position_ids_BT.to(device), use_cache=False).logits
+            losses = functional.cross_entropy(
+                logits_BTV.float().flatten(0, 1), labels_BT.flatten().to(logits_BTV.device), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            loss_sum += losses.item()
+            tokens += int((labels_BT != IGNORE_INDEX).sum())
+    if tokens == 0:
+        raise refusal("data.path", "", "no held-out token carries a loss", allowed="data with held-out rows", instead="a larger data.eval_fraction")
+    return loss_sum / tokens, tokens
+
+
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    decimals = {"loss": 6, "perplexity": 4}
+    return {key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value for key, value in result.items()}
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -25,6 +25,8 @@ from hybridtrain.config.schema import CheckpointConfig
 from hybridtrain.types import Progress, UserError
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+
 PROGRESS = Progress(7, 700, {"model": "m", "data": "d"})
 
 

@@ -1,0 +1,189 @@
+"""The run directory: what continues a run, what is a new one, and the files that tools read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hybridtrain import rundir
+from hybridtrain.config import compose
+from hybridtrain.config.schema import Config
+from hybridtrain.types import Progress, UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A run with the default directory, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    made = Config()
+    made.run.name, made.run.dir = "trial", "runs/trial"
+    made.model.config, made.data.path, made.train.steps = {"hidden_size": 64}, "data/a", 10
+    return made
+
+
+def newest(folder: Path) -> Path | None:
+    return max(folder.glob("step-*"), default=None) if folder.is_dir() else None
+
+
+def opened(config: Config) -> rundir.RunDir:
+    return rundir.open_run(config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, latest=newest)
+
+
+def refusal_of(config: Config) -> str:
+    with pytest.raises(UserError) as refused:
+        opened(config)
+    return str(refused.value)
+
+
+def test_a_new_run_writes_its_config_and_a_running_summary(config: Config) -> None:
+    run = opened(config)
+    assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (Path("runs/trial"), False, None, {})
+    assert compose.from_yaml(run.path / "config.yaml", "train") == config
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert tuple(summary) == rundir.SUMMARY
+    assert summary["status"] == "running"
+    assert summary["versions"] == {"torch": "2"}
+    assert summary["final_loss"] is None
+    revision = summary["git_revision"]
+    assert revision is None or len(revision.removesuffix("-dirty")) == 40
+
+
+def test_the_same_command_continues_from_the_newest_checkpoint(config: Config) -> None:
+    first = opened(config)
+    again = opened(config)
+    assert (again.path, again.continued, again.checkpoint) == (first.path, True, None)
+    (first.checkpoints / "step-00000010").mkdir(parents=True)
+    assert opened(config).checkpoint == first.checkpoints / "step-00000010"
+
+
+def alter(config: Config, key: str, value: object) -> Config:
+    changed = copy.deepcopy(config)
+    section, _, field = key.partition(".")
+    assert hasattr(getattr(changed, section), field)
+    setattr(getattr(changed, section), field, value)
+    return changed
+
+
+NOT_IDENTITY = [("parallel.tp", 2), ("engine.compile", True), ("precision.kind", "bf16_mixed"), ("train.steps", 20), ("checkpoint.every", 5)]
+NOT_IDENTITY += [("tracker.kinds", ["wandb"]), ("batch.micro_batch_size", 2), ("recompute.kind", "full"), ("model.name", "label")]
+IDENTITY = [("model.config", {"hidden_size": 128}), ("model.freeze", ["*"]), ("data.path", "data/b"), ("data.seq_len", 128), ("optim.lr", 1.0)]
+IDENTITY += [("schedule.kind", "linear"), ("run.seed", 1), ("batch.global_batch_size", 16), ("model.from_pretrained", "x")]
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_IDENTITY)
+def test_what_is_not_identity_continues_the_run_and_is_told(config: Config, key: str, value: object) -> None:
+    opened(config)
+    changed = alter(config, key, value)
+    run = opened(changed)
+    assert (run.path, run.continued) == (Path("runs/trial"), True)
+    section, _, field = key.partition(".")
+    assert dict(run.changed) == {key: (getattr(getattr(config, section), field), value)}
+    assert compose.from_yaml(run.path / "config.yaml", "train") == changed
+    assert not opened(changed).changed
+
+
+@pytest.mark.parametrize(("key", "value"), IDENTITY)
+def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(config: Config, key: str, value: object) -> None:
+    opened(config)
+    other = alter(config, key, value)
+    assert (opened(other).path, opened(other).continued) == (Path("runs/trial-2"), True)
+    assert opened(config).path == Path("runs/trial")
+    third = alter(other, "optim.eps", 0.5)
+    assert opened(third).path == Path("runs/trial-3")
+    assert opened(other).path == Path("runs/trial-2")
+
+
+@pytest.mark.parametrize(("key", "value"), IDENTITY)
+def test_an_explicit_directory_of_another_run_is_refused_naming_the_field(config: Config, key: str, value: object, tmp_path: Path) -> None:
+    config.run.dir = str(tmp_path / "mine")
+    before = opened(config)
+    text = (before.path / "config.yaml").read_text()
+    message = refusal_of(alter(config, key, value))
+    assert f"{key} was" in message
+    assert (before.path / "config.yaml").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_other_data_goes_on_in_the_run_when_asked_for_but_not_another_length(config: Config, tmp_path: Path) -> None:
+    config.run.dir = str(tmp_path / "mine")
+    opened(config)
+    other = alter(alter(config, "data.path", "data/b"), "run.allow_data_change", True)
+    assert dict(opened(other).changed) == {"data.path": ("data/a", "data/b")}
+    assert "data.seq_len" in refusal_of(alter(other, "data.seq_len", 8))
+
+
+def test_the_rules_of_resume(config: Config) -> None:
+    required, never = alter(config, "run.resume", "required"), alter(config, "run.resume", "never")
+    assert "no complete checkpoint of this run" in refusal_of(required)
+    assert not Path("runs").exists()
+    opened(never)
+    assert "holds a run already" in refusal_of(never)
+    assert "no complete checkpoint" in refusal_of(required)
+    Path("runs/trial/checkpoints/step-00000010").mkdir(parents=True)
+    assert opened(required).checkpoint == Path("runs/trial/checkpoints/step-00000010")
+    assert opened(alter(never, "run.seed", 5)).path == Path("runs/trial-2")
+
+
+def test_a_folder_with_remains_but_no_config_is_refused(config: Config) -> None:
+    Path("runs/trial/checkpoints").mkdir(parents=True)
+    assert "no config.yaml" in refusal_of(config)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "it is a file" in refusal_of(alter(config, "run.dir", str(tmp_path / "file")))
+    assert "cannot be written" in refusal_of(alter(config, "run.dir", str(tmp_path / "file" / "run")))
+
+
+def test_metrics_have_all_keys_and_null_for_what_is_not_a_number(config: Config) -> None:
+    run = opened(config)
+    run.append_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    run.append_metrics({"step": 2, "loss": 0.1 + 0.2, "eval_loss": 3.0})
+    first, second = map(json.loads, run.metrics.read_text().splitlines())
+    assert tuple(first) == rundir.METRICS
+    assert (first["loss"], first["grad_norm"], first["lr"], first["mfu"]) == (None, None, 0.5, None)
+    assert second["loss"] == 0.1 + 0.2, "losses are compared bit for bit after a resume"
+    assert second["eval_loss"] == 3.0
+
+
+def test_cutting_keeps_the_steps_up_to_the_checkpoint_and_drops_a_torn_line(config: Config) -> None:
+    run = opened(config)
+    run.cut_metrics(5)
+    assert not run.metrics.exists()
+    for step in range(1, 8):
+        run.append_metrics({"step": step, "loss": step / 3})
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    run.cut_metrics(5)
+    assert run.metrics.read_text() == "".join(lines[:5])
+    run.append_metrics({"step": 6})
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    run.cut_metrics(0)
+    assert run.metrics.read_text() == ""
+
+
+def test_the_summary_takes_the_keys_of_the_interface_only(config: Config) -> None:
+    run = opened(config)
+    run.update_summary(status="finished", steps=10, final_loss=float("nan"), layout="pp2")
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["final_loss"], summary["layout"]) == ("finished", 10, None, "pp2")
+    for wrong in ({"state": "x"}, {"status": "done"}):
+        with pytest.raises(AssertionError):
+            run.update_summary(**wrong)
+
+
+def test_fingerprints() -> None:
+    progress = Progress(7, 0, {"model": "m", "data": "d"})
+    check: Callable[..., tuple[str, ...]] = rundir.check_fingerprints
+    assert check(progress, fingerprints={"model": "m", "data": "d"}, allow_data_change=False) == ()
+    with pytest.raises(UserError, match=r"run\.allow_data_change=true"):
+        check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=False)
+    assert check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=True) == ("data",)
+    for model in ("n", None):
+        with pytest.raises(UserError, match="of another model"):
+            check(progress, fingerprints={"data": "d", **({"model": model} if model else {})}, allow_data_change=True)

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridtrain import metrics
 from hybridtrain.types import ModelFacts, StepResult
+from tests.ranks import run_ranks
 
 KEYS = [
     "step",
@@ -198,15 +198,10 @@ def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
 
 
-def _largest(rank, store, answers):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    answers[rank] = metrics.max_over_ranks([1.25, 3.5][rank], group=dist.group.WORLD)
-    dist.destroy_process_group()
+def largest() -> float:
+    return metrics.max_over_ranks([1.25, 3.5][dist.get_rank()], group=dist.group.WORLD)
 
 
-def test_max_over_ranks(tmp_path):
-    with torch.multiprocessing.Manager() as manager:
-        answers = manager.dict()
-        torch.multiprocessing.spawn(_largest, args=(tmp_path / "store", answers), nprocs=2)
-        assert dict(answers) == {0: 3.5, 1: 3.5}
+def test_max_over_ranks():
+    assert run_ranks(2, largest) == [3.5, 3.5]
     assert metrics.max_over_ranks(2.0, group=None) == 2.0

@@ -58,9 +58,10 @@ class IndexedWriter:
         else:
             self._bin.close()
 
-    def add(self, tokens: list[int] | np.ndarray) -> None:
-        """Append one document. An id that the dtype cannot hold raises OverflowError (of a list, as tokenizers give)."""
-        document = np.asarray(tokens, dtype=self._dtype)
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document of integer ids, shape (n,)."""
+        document = tokens.astype(self._dtype)
+        assert np.array_equal(document, tokens), f"an id that {self._dtype} cannot hold"
         self._bin.write(document.tobytes())
         self._sizes.append(len(document))
 

@@ -20,7 +20,7 @@ MAX_PIECES = 256  # the restart grain of a large corpus
 MIN_PIECE_BYTES = 1 << 20  # and of a small one
 BATCH_BYTES = 4 << 20  # text encoded at once: keeps every core busy within some 100 bytes of memory per byte
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], list[np.ndarray]]  # int32 ids of each text
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def _write_piece(piece: Path, *, documents: list[Document], encode: Encode, eos:
     aside = piece.with_suffix(".aside")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
+    end = np.array(eos, dtype=np.int32)
     with IndexedWriter(aside / "train", dtype=dtype) as train, IndexedWriter(aside / "eval", dtype=dtype) as held_out:
         for batch in _grouped(documents, limit=BATCH_BYTES):
             texts = [document.text() for document in batch]
@@ -95,8 +96,8 @@ def _write_piece(piece: Path, *, documents: list[Document], encode: Encode, eos:
             for document, text, ids in zip(batch, texts, encode(texts), strict=True):
                 if "\ufffd" in text:
                     meter.damaged.append(document.name)
-                if ids:
-                    (held_out if document.held_out else train).add(ids + eos)
+                if len(ids):
+                    (held_out if document.held_out else train).add(np.concatenate([ids, end]))
                     tokens += len(ids) + len(eos)
             meter.advance(sum(document.size for document in batch), tokens=tokens)
     aside.rename(piece)
@@ -134,7 +135,7 @@ class _Meter:
         """`size` more bytes of text became `tokens` tokens."""
         self._done += size
         self._tokens += tokens
-        if time.perf_counter() - self._shown > (0.2 if self._terminal else 10):
+        if self._done + self._skipped < self._total and time.perf_counter() - self._shown > (0.2 if self._terminal else 10):
             self._show(end="" if self._terminal else "\n")
 
     def end(self) -> None:

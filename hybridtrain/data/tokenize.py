@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hybridtrain.config.schema import DataConfig, PrepareRoot
 from hybridtrain.data import corpus, pieces
@@ -38,7 +41,8 @@ FORMAT = 1  # of corpus.json
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
 TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
-CHUNK_CHARS = 1 << 18  # a longer document is encoded in parts of about this size, see `_parts`
+CHUNK_CHARS = 1 << 16  # a longer document is encoded in parts of about this size, see `_parts`
+PARTS_AT_ONCE = 1 << 8  # texts in one call of the tokenizer: bounds memory, keeps every core busy
 
 
 def run(config: PrepareRoot) -> int:
@@ -209,7 +213,7 @@ def _train_tokenizer(data: DataConfig, documents: list[corpus.Document]) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator((document.text() for document in chosen), trainer=trainer)
+    tokenizer.train_from_iterator((part for document in chosen for part in _parts(document.text())), trainer=trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
 
 
@@ -232,7 +236,7 @@ def _encoder(folder: Path) -> Encode:
     """Texts to token ids without special tokens, in parallel over the cores."""
     if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
         slow = _load_tokenizer(str(folder))
-        return lambda texts: slow(texts, add_special_tokens=False)["input_ids"]
+        return lambda texts: [np.array(ids, dtype=np.int32) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -240,10 +244,14 @@ def _encoder(folder: Path) -> Encode:
     fast.no_padding()
     parts = _parts if _adds_up_at_gaps(fast) else (lambda text: [text])
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def encode(texts: list[str]) -> list[np.ndarray]:
         cut = [parts(text) for text in texts]
-        ids = iter(fast.encode_batch_fast([part for text in cut for part in text], add_special_tokens=False))
-        return [[token for _ in text for token in next(ids).ids] for text in cut]
+        flat = [part for text in cut for part in text]
+        ids: list[np.ndarray] = []
+        for first in range(0, len(flat), PARTS_AT_ONCE):
+            ids += (np.array(one.ids, dtype=np.int32) for one in fast.encode_batch_fast(flat[first : first + PARTS_AT_ONCE], add_special_tokens=False))
+        ends = itertools.accumulate(len(text) for text in cut)
+        return [np.concatenate(ids[end - len(text) : end]) for text, end in zip(cut, ends, strict=True)]
 
     return encode
 
@@ -251,7 +259,7 @@ def _encoder(folder: Path) -> Encode:
 def _parts(text: str) -> list[str]:
     """Cut a long text before a space between two words, where tokenizers do not join.
 
-    One text is encoded on one core with some 100 bytes of memory per character, which a file of gigabytes would not survive.
+    One text is encoded on one core with some 100 bytes of memory per character: a file of 100 MB took 9 GB.
     """
     parts, start = [], 0
     while gap := _GAP.search(text, start + CHUNK_CHARS):

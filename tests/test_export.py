@@ -185,25 +185,27 @@ def test_shards_hold_what_fits_and_a_large_tensor_stands_alone() -> None:
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from hybridtrain.checkpoint import hf
 def export(run):
     hf.export(Path(run) / "step-1", model_dir=Path(run) / "model", tokenizer_dir=None, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
+def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 export(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 export(sys.argv[2])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak() - before)
 """
 
 
 def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
-    for name, count, size in (("small", 1, 1000), ("large", 30, 2_000_000)):
+    for name, count, size in (("small", 1, 1000), ("large", 20, 2_000_000)):
         tensors = {f"model.layers.{n}.weight": torch.ones(size) for n in range(count)}
         sharded.save(tensors, path=tmp_path / name / "step-1", progress=Progress(1, 1, {}), group=None, asynchronous=False).result()
         (tmp_path / name / "model").mkdir()
         (tmp_path / name / "model" / "config.json").write_text('{"tie_word_embeddings": true}')
     command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path / "small"), str(tmp_path / "large")]
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert len(list((tmp_path / "large" / "out").glob("*.safetensors"))) == 5
-    assert 8 < grown < 60, f"{grown:.0f} MiB more for a model of 240 MB whose tensors have 8 MB"
+    assert len(list((tmp_path / "large" / "out").glob("*.safetensors"))) == 4
+    assert 8 < grown < 90, f"{grown:.0f} MiB more for a model of 160 MB whose tensors have 8 MB"

@@ -155,7 +155,9 @@ UNFIT = {
     "not prepared": (lambda p: [path.unlink() for path in p.iterdir() if path.is_file()], "holds no prepared corpus"),
     "token files only": (lambda p: (p / "corpus.json").unlink(), "has token files but no corpus.json"),
     "cut corpus.json": (lambda p: (p / "corpus.json").write_text('{"format": 1, "spl'), "corpus.json cannot be read"),
-    "other corpus.json": (lambda p: (p / "corpus.json").write_text('{"name": "mine"}'), "corpus.json lacks 'splits'"),
+    "other corpus.json": (lambda p: (p / "corpus.json").write_text('{"name": "mine"}'), "corpus.json lacks 'format'"),
+    "no counts": (lambda p: edit(p, splits={}), "corpus.json lacks 'train'"),
+    "of another version": (lambda p: edit(p, format=99), "it has format 99, this version reads 1"),
     "truncated bin": (lambda p: os.truncate(p / "train.bin", 100), "train.bin: it has 100 bytes but its index describes"),
     "empty bin": (lambda p: os.truncate(p / "eval.bin", 0), "eval.bin: the file is empty"),
     "missing idx": (lambda p: (p / "eval.idx").unlink(), "eval.idx: there is no such file"),
@@ -192,7 +194,12 @@ def test_opening_reads_metadata_only(tmp_path, folder):
 
 
 def test_a_corpus_is_checked_without_torch(folder):
-    program = f"import sys; from hybridtrain.data.loader import Corpus; Corpus.open({str(folder)!r}); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    program = f"""
+import sys
+from hybridtrain.data.loader import Corpus
+Corpus.open({str(folder)!r})
+sys.exit("torch" in sys.modules or "transformers" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

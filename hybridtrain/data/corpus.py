@@ -18,6 +18,7 @@ from hybridtrain.config.schema import DataConfig
 from hybridtrain.types import refusal
 
 STDLIB = "stdlib"
+FORMAT = 1  # of a prepared folder
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 

@@ -149,5 +149,6 @@ class _Meter:
         spent = self._shown - self._start
         have, rate = self._done + self._skipped, self._done / max(spent, 1e-9)
         left = (self._total - have) / rate if rate else 0
-        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of {self._total / 1e6:.1f} MB  {self._tokens / max(spent, 1e-9):,.0f} tokens/s  {left:.0f} s left"
+        speed = f"{self._tokens / max(spent, 1e-9):,.0f} tokens/s"
+        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of {self._total / 1e6:.1f} MB  {speed}  {left:.0f} s left"
         print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 SPLITS = ("train", "eval")
-FORMAT = 1  # of corpus.json
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
 TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
@@ -165,7 +164,7 @@ def _begin(partial: Path, *, settings: dict[str, Any], documents: list[corpus.Do
     listing = hashlib.sha256()
     for document in documents:
         listing.update(f"{document.name}\0{document.size}\0{document.path.stat().st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    plan = json.dumps({"format": FORMAT, "settings": settings, "documents": listing.hexdigest()})
+    plan = json.dumps({"format": corpus.FORMAT, "settings": settings, "documents": listing.hexdigest()})
     mark = partial / "plan.json"
     if mark.exists() and mark.read_text() == plan:
         pieces.say("going on from an interrupted prepare")
@@ -295,7 +294,7 @@ def _publish(folder: Path, *, made: list[Path], facts: dict[str, Any], settings:
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     shutil.copytree(partial / "tokenizer", folder / "tokenizer")
     record = {
-        "format": FORMAT,
+        "format": corpus.FORMAT,
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
         "splits": {split: {"documents": joined[split].documents, "tokens": joined[split].tokens} for split in SPLITS},

@@ -203,7 +203,7 @@ def test_entries_of_bytes_are_refused_because_dcp_would_unpickle_them(tmp_path: 
     assert "refused" in refusal_of_load(path, {"model.weight": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("case", ["outside", "bytes", "hole", "nowhere", "transform", "other"])
+@pytest.mark.parametrize("case", ["outside", "bytes", "hole", "nowhere", "transform", "lacking", "other"])
 def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case: str) -> None:
     path = written(tmp_path / "step-3")
     content = metadata.read(path)
@@ -217,6 +217,8 @@ def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case:
         content.storage_data.clear()
     elif case == "transform":
         next(iter(content.storage_data.values())).transform_descriptors = ["zstd"]
+    elif case == "lacking":
+        del next(iter(content.storage_data.values())).relative_path
     else:
         content = torch.Size([1])  # type: ignore[assignment]
     (path / ".metadata").write_bytes(pickle.dumps(content))

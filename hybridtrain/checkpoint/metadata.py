@@ -61,12 +61,12 @@ def read(path: Path) -> dcp_metadata.Metadata:
     try:
         with (path / marker.METADATA).open("rb") as stream:
             content = _Unpickler(stream).load()
-    except OSError:
+        _check(content, path=path)
+        return content
+    except (OSError, UserError):
         raise
-    except Exception as error:  # a crafted pickle can raise anything from the constructors it calls
-        raise marker.damaged(path, marker.METADATA, f"refused: {error}") from error
-    _check(content, path=path)
-    return content
+    except Exception as error:  # a crafted pickle can raise anything, from the constructors it calls or by what it leaves out
+        raise _refused(path, str(error)) from error
 
 
 def load_into(tensors: dict[str, torch.Tensor], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:

@@ -123,7 +123,7 @@ def test_evaluate_a_checkpoint_and_a_folder_that_is_no_run(trained, tmp_path, ca
 
 
 def test_perplexity_counts_valid_tokens_only(trained):
-    model = evaluate.load_model(str(trained.run / "export"), trust_remote_code=False)
+    model = evaluate.load_model(str(trained.run / "export"), field="evaluate.source", trust_remote_code=False)
     ids, labels = torch.arange(40).view(2, 20) + 3, torch.arange(40).view(2, 20) + 4
     masked = labels.clone()
     masked[0, 3:], masked[1, :] = IGNORE_INDEX, IGNORE_INDEX
@@ -196,11 +196,13 @@ def test_sources_that_cannot_be_loaded(trained, tmp_path, capsys):
     assert main(["evaluate", str(trained.run), f"evaluate.source={tmp_path}"]) == 2
     assert "it holds neither config.json nor a complete checkpoint" in capsys.readouterr().err
     assert main(["evaluate", str(trained.run), f"evaluate.source={tmp_path}/nowhere"]) == 2
-    assert "transformers cannot load its model" in capsys.readouterr().err
+    assert f"evaluate.source={tmp_path}/nowhere: there is no such folder" in capsys.readouterr().err
+    assert main(["evaluate", str(trained.run), "evaluate.source=nobody/nothing"]) == 2
+    assert "evaluate.source=nobody/nothing: transformers cannot load its model" in capsys.readouterr().err
     bare = tmp_path / "bare"
     shutil.copytree(trained.run / "export", bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
     assert main(["generate", f"generate.source={bare}"]) == 2
-    assert "transformers cannot load its tokenizer" in capsys.readouterr().err
+    assert f"generate.source={bare}: transformers cannot load its tokenizer" in capsys.readouterr().err
 
 
 def test_evaluate_without_data_or_with_a_smaller_vocabulary_is_refused(trained, tmp_path, capsys):

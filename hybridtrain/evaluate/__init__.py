@@ -8,6 +8,8 @@ Both take an export, any Hugging Face folder or hub id, or a checkpoint, which `
 
 from __future__ import annotations
 
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import Any
 
 from hybridtrain.types import UserError, refusal
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
 _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub id"
 
 
@@ -40,6 +43,8 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
         return
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise refusal(field, source, "it holds neither config.json nor a complete checkpoint", allowed=_ALLOWED, instead=f"{field}=<run>/export")
+    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
+        raise refusal(field, source, "there is no such folder", allowed=_ALLOWED, instead=f"{field}=<run>/export")
     yield str(folder) if folder.is_dir() else source
 
 
@@ -60,21 +65,26 @@ def _export(checkpoint: Path, *, out: Path) -> Path:
     )
 
 
-def load_model(source: str, *, trust_remote_code: bool) -> Any:
+def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     """The model in `source`, in the dtype it is stored in, ready for inference: on the GPUs if there are any (spread over
-    them and main memory as accelerate sees fit), else on the CPU. Raises UserError when transformers cannot load it."""
+    them and main memory as accelerate sees fit), else on the CPU. Raises UserError, naming `field`, when transformers cannot load it."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     device_map = "auto" if torch.cuda.is_available() else None
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise unloadable(source, what="model", error=error) from error
+        raise unloadable(source, field=field, what="model", error=error) from error
     return model.eval()
 
 
-def unloadable(source: str, *, what: str, error: Exception) -> UserError:
+def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserError:
     """The refusal for a `source` that transformers could not load, with the first line of its reason."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return refusal("source", source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead="an export of a run: hybridtrain export RUN")
+    return refusal(
+        field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=f"{field}=<run>/export, which hybridtrain export RUN writes"
+    )

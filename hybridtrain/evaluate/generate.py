@@ -11,11 +11,13 @@ from hybridtrain import evaluate
 from hybridtrain.config.schema import GenerateRoot
 from hybridtrain.types import refusal
 
+FIELD = "generate.source"
+
 
 def run(config: GenerateRoot) -> int:
     """Print the prompt of `generate.prompt` and what `generate.source` makes of it; the same text for the same run.seed."""
     options = config.generate
-    with evaluate.exported(options.source, run_dir=Path(config.run.dir), field="generate.source") as source:
+    with evaluate.exported(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
         continuation = sample(
             source,
             prompt=options.prompt,
@@ -37,7 +39,7 @@ def sample(folder: str | Path, *, prompt: str, max_new_tokens: int, temperature:
     """
     source = str(folder)
     tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model = evaluate.load_model(source, trust_remote_code=trust_remote_code)
+    model = evaluate.load_model(source, field=FIELD, trust_remote_code=trust_remote_code)
     prompt_ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     _check_room(model, prompt_tokens=len(prompt_ids), max_new_tokens=max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -60,7 +62,7 @@ def _load_tokenizer(source: str, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise evaluate.unloadable(source, what="tokenizer", error=error) from error
+        raise evaluate.unloadable(source, field=FIELD, what="tokenizer", error=error) from error
 
 
 def _end(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run(config: EvaluateRoot) -> int:
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     steps = eval_batches(corpus, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
-        model = evaluate.load_model(source, trust_remote_code=settings.model.trust_remote_code)
+        model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=settings.model.trust_remote_code)
         check_vocab(corpus, vocab=model.get_input_embeddings().num_embeddings)
         loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device)
     result = {

@@ -104,23 +104,50 @@ def test_every_option_is_documented():
     assert [field.key for field in OPTIONS if not field.doc] == []
 
 
+def options_read(tree: ast.AST) -> set[str]:
+    """Keys read as `config.<section>.<option>`, or through a name: a parameter annotated with the section's class, or `name = config.<section>`."""
+    classes = {kind.__name__: section for root in schema.ROOTS.values() for section, kind in get_type_hints(root).items()}
+    sections_of: dict[str, set[str]] = {}  # a name may hold different sections in different functions of a file
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            section = classes.get(ast.unparse(node.annotation).strip("\"'").rpartition(".")[2])
+            sections_of.setdefault(node.arg, set()).update({section} if section else set())
+        elif isinstance(node, ast.Assign):
+            for target, value in [(t, v) for left in node.targets for t, v in zip(*map(_unpacked, (left, node.value)), strict=False)]:
+                if isinstance(value, ast.Attribute | ast.Name):
+                    sections_of.setdefault(_last(target), set()).add(_last(value))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            names = {_last(node.value)}
+            while more := set().union(*(sections_of.get(name, set()) for name in names)) - names:
+                names |= more
+            found |= {f"{name}.{node.attr}" for name in names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node).startswith("getattr(parallel, axis"):
+            found |= {f"parallel.{axis}" for axis in layout.AXES}
+    return found
+
+
+def _last(node: ast.expr) -> str:
+    return ast.unparse(node).rpartition(".")[2]
+
+
+def _unpacked(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
 def test_every_option_is_read():
-    """`<section>.<option>` is read by a part; a part's own section may be called `settings` there. Checks alone do not count."""
-    read: set[tuple[str, str]] = set()
-    for path in (ROOT / "hybridtrain").rglob("*.py"):
-        if path.parent.name == "config":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
-                read.add((node.value.id if isinstance(node.value, ast.Name) else node.value.attr, node.attr))
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 2:
-                held = node.args[0]
-                names = {held.id} if isinstance(held, ast.Name) else {held.attr} if isinstance(held, ast.Attribute) else set()
-                read |= {(name, axis) for name in names for axis in layout.AXES}  # getattr(parallel, axis) reads the degrees
-    unread = [
-        field.key for field in OPTIONS if not {(field.key.partition(".")[0], field.key.partition(".")[2]), ("settings", field.key.partition(".")[2])} & read
-    ]
+    """Some part reads it; checks alone do not count."""
+    parts = [path for path in (ROOT / "hybridtrain").rglob("*.py") if path.parent.name != "config"]
+    read = set().union(*(options_read(ast.parse(path.read_text())) for path in parts))
+    unread = [field.key for field in OPTIONS if field.key not in read]
     assert not unread, f"options that nobody reads: {', '.join(unread)}"
+
+
+def test_the_scan_for_options_can_tell():
+    source = "def f(config, *, scale: schema.PrecisionConfig):\n    chosen, x = config.export, 1\n    return config.train.steps, scale.min_scale, chosen.out, x.dtype"
+    assert options_read(ast.parse(source)) >= {"train.steps", "precision.min_scale", "export.out"}
+    assert not options_read(ast.parse(source)) & {"export.dtype", "train.tokens", "precision.init_scale"}
 
 
 def test_run_name_and_directory_follow_from_the_experiment():

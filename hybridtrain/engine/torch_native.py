@@ -1,0 +1,236 @@
+"""The torch-native engine: DTensor, FSDP2 and torch pipelining behind the Engine contract.
+
+One step:  count valid tokens -> forward and backward of every micro-batch -> tied gradients -> global norm
+           -> update with clipping, unscaling and the non-finite skip inside the fused optimizer -> loss scale
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from hybridtrain.checkpoint import sharded
+from hybridtrain.config.schema import Config
+from hybridtrain.engine import capabilities
+from hybridtrain.layout import BatchPlan, ParallelLayout, stages_per_rank
+from hybridtrain.mesh import Mesh, any_rank
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.facts import read_config
+from hybridtrain.models.family import family_of
+from hybridtrain.models.init import draw, fill
+from hybridtrain.models.load import pretrained
+from hybridtrain.models.stage import Stage
+from hybridtrain.optim import AdamW, local_shards
+from hybridtrain.parallel.apply import Recipe, build_stages
+from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm
+from hybridtrain.parallel.pipeline import Pipeline
+from hybridtrain.parallel.shard import before_backward
+from hybridtrain.precision.policy import policy
+from hybridtrain.precision.scaler import LossScaler
+from hybridtrain.types import IGNORE_INDEX, Batch, EvalResult, Progress, Saving, StepResult
+
+
+class TorchEngine:
+    """See types.Engine. Collective: every rank makes the same calls in the same order."""
+
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device):
+        self.capabilities = capabilities("torch")
+        self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.precision = policy(config.precision.kind)
+        self.mesh = Mesh(layout, device=device)
+        fields = read_config(config.model)
+        self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
+        self.family = family_of(self.model_config.model_type)
+        recipe = Recipe(config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
+        self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
+        source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
+        fill(self.stages, source)
+        self.optimizer = AdamW(local_shards(self._named()), config.optim)
+        self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
+        self.pipeline = self._pipeline() if layout.pp > 1 else None
+        self.ends = self._ends()
+
+    def _pipeline(self) -> Pipeline:
+        parallel, layout = self.config.parallel, self.layout
+        positions = self.plan.seq_len // layout.tp if parallel.sequence_parallel else self.plan.seq_len
+        return Pipeline(
+            self.stages,
+            ids=self.ids,
+            count=layout.pp * stages_per_rank(parallel),
+            schedule=parallel.schedule,
+            plan=self.plan,
+            group=self.mesh.group("pp"),
+            zero_stage=parallel.zero_stage,
+            device=self.device,
+            dtype=self.precision.compute,
+            positions=positions,
+        )
+
+    def _ends(self) -> dist.ProcessGroup | None:
+        """The group that adds up tied gradients, where embedding and head are on different ranks."""
+        embed, head = self._tied_copies()
+        apart = self.layout.pp > 1 and (embed is None) != (head is None)
+        (agreed,) = any_rank([apart], group=self.mesh.control_group)
+        return self.mesh.ends_group() if agreed else None
+
+    # -- the contract ------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Forward, backward and update over this data rank's micro-batches."""
+        batches = [_to_device(batch, self.device) for batch in micro_batches]
+        tokens = self._valid_tokens(batches)
+        factor = self.scaler.scale / tokens.clamp(min=1)
+        scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
+        scale = self.scaler.scale.clone()
+        embed, head = self._tied_copies()
+        if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
+            add_tied_gradients(embed, head, group=self.ends)
+        scaled_norm = gradient_norm([parameter for _, parameter in self._named() if parameter.requires_grad], mesh=self.mesh)
+        nonfinite = (~torch.isfinite(scaled_norm)).float()
+        norm = scaled_norm / scale
+        clip = self.config.optim.clip
+        over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
+        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0), nonfinite=nonfinite)
+        self.scaler.update(nonfinite)
+        dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
+        return StepResult(scaled_loss / scale, tokens, norm, nonfinite, scale)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        """Forward only, grad_accum micro-batches; sums over all ranks."""
+        assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
+        batches = [_to_device(batch, self.device) for batch in micro_batches]
+        tokens = self._valid_tokens(batches)
+        total = torch.zeros((), device=self.device)
+        for stage in self.stages:
+            stage.eval()
+        with vocabulary_parallel(self.layout.tp):
+            losses = self.pipeline.evaluate(**_joined(batches)) if self.pipeline else [self._forward(batch) for batch in batches]
+        for loss in losses:
+            total += loss.squeeze()
+        for stage in self.stages:
+            stage.train()
+        dist.all_reduce(total, group=self.mesh.loss_group)
+        return EvalResult(float(total), int(tokens))
+
+    def save(self, path: Path, progress: Progress) -> Saving:
+        """Start writing a complete checkpoint (collective)."""
+        return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
+
+    def load(self, path: Path) -> Progress:
+        """Load a complete checkpoint, whatever layout wrote it (collective)."""
+        progress = sharded.load(self.state(), path=path, group=self.mesh.checkpoint_group)
+        self._copy_tied()
+        return progress
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Hugging Face name, parameter) of this rank's stages; a tied head goes by the embedding's name, once per rank."""
+        seen = set()
+        for stage in self.stages:
+            for name, parameter in stage.named_parameters():
+                if (owner := stage.owner(name)) not in seen:
+                    seen.add(owner)
+                    yield owner, parameter
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for stage in self.stages:
+            yield from stage.named_modules()
+
+    def close(self) -> None:
+        """Drop what holds process groups; the caller leaves the process group."""
+        self.pipeline = None
+        self.stages.clear()
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds, as tensors that share memory with the run."""
+        model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
+        return {**model, **self.optimizer.state(), **self.scaler.state()}
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter object of this rank, with the name it is saved under."""
+        for stage in self.stages:
+            for name, parameter in stage.named_parameters():
+                yield stage.owner(name), parameter
+
+    def _copy_tied(self) -> None:
+        """Where one rank holds both copies of a tied matrix, only the embedding is in the checkpoint: copy it and its moments."""
+        copies = [item for item in self.optimizer.shards if item.name == f"{self.family.embed}.weight"]
+        embed, head = self._tied_copies()
+        if embed is None or head is None or embed is head:
+            return
+        with torch.no_grad():
+            head.to_local().copy_(embed.to_local())  # type: ignore[attr-defined]
+            if len(copies) == 2:
+                self.optimizer.copy_state(copies[0], copies[1])
+
+    def _tied_copies(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """This rank's copies of a tied matrix: the embedding's and the head's."""
+        if not self.model_config.tie_word_embeddings:
+            return None, None
+        embed = next((stage.part(self.family.embed).weight for stage in self.stages if stage.first), None)
+        head = next((stage.part(self.family.head).weight for stage in self.stages if stage.last), None)
+        return embed, head  # type: ignore[return-value]
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
+        """Tokens with a label over the global batch, 0-d fp32 (exact below 2^24), known before any backward."""
+        count = sum((batch.labels_BT != IGNORE_INDEX).sum() for batch in batches)
+        tokens = torch.as_tensor(count, device=self.device).float()
+        if self.mesh.coordinates["pp"]:
+            tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
+        dist.all_reduce(tokens, group=self.mesh.loss_group)
+        return tokens
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self.stages[0](batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT)
+
+    def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            with vocabulary_parallel(self.layout.tp):
+                loss = self._forward(batch).squeeze(0) * factor
+                before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)  # type: ignore[arg-type]
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+        assert self.pipeline is not None
+        with vocabulary_parallel(self.layout.tp):
+            losses = self.pipeline.step(**_joined(batches), factor=factor)
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total += loss.detach().squeeze()
+        return total
+
+
+def vocabulary_parallel(tp: int) -> contextlib.AbstractContextManager:
+    """Cross-entropy over logits that are sharded over the vocabulary; the backward pass must run inside it too."""
+    return loss_parallel() if tp > 1 else contextlib.nullcontext()
+
+
+def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
+    return any(copy is not None and copy.requires_grad for copy in (embed, head))
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+    return Batch(move(batch.input_ids_BT), move(batch.labels_BT), move(batch.position_ids_BT))
+
+
+def _joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """All micro-batches in one tensor each; the schedule cuts them again."""
+    return {
+        "ids_BT": torch.cat([batch.input_ids_BT for batch in batches]),
+        "labels_BT": torch.cat([batch.labels_BT for batch in batches]),
+        "position_ids_BT": torch.cat([batch.position_ids_BT for batch in batches]),
+    }

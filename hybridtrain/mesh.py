@@ -1,0 +1,99 @@
+"""The process group, the device and the mesh of named axes; and agreement of flags across ranks.
+
+Every axis of the layout is a dimension of one DeviceMesh, also those of degree 1, so that no part asks whether an axis exists.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+if TYPE_CHECKING:
+    from hybridtrain.layout import ParallelLayout
+
+
+def device() -> torch.device:
+    """This rank's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def connect(device: torch.device, *, timeout_s: int) -> None:
+    """Join the process group that torchrun describes, or make one of a single process. CPU collectives always work."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """The DeviceMesh of a layout and the groups that the engine needs."""
+
+    def __init__(self, layout: ParallelLayout, *, device: torch.device):
+        names, degrees = zip(*layout.axes(), strict=True)
+        self.layout, self.device = layout, device
+        self.whole: DeviceMesh = init_device_mesh(device.type, degrees, mesh_dim_names=names)
+        self.coordinates = layout.coordinates(dist.get_rank())
+        self.tp = self.whole["tp"]
+        self.data = self.whole["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else self.whole["dp_shard"]
+        losses = self.whole["pp", "dp_replicate", "dp_shard"]
+        self.loss_group = losses._flatten("loss").get_group()
+        """Ranks with the same tp coordinate: a sum over it counts each micro-batch of each stage once."""
+        self.control_group = dist.new_group(backend="gloo")
+        """All ranks, on the CPU: flags and objects, from the main thread only."""
+        self.checkpoint_group = dist.new_group(backend="gloo")
+        """All ranks, on the CPU, for the thread that writes checkpoints: sharing a group would mix its messages with flags."""
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of the global batch this rank reads."""
+        return self.coordinates["dp_replicate"] * self.layout.dp_shard + self.coordinates["dp_shard"]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.whole[axis].get_group()
+
+    def ends_group(self) -> dist.ProcessGroup | None:
+        """First and last pipeline rank with otherwise equal coordinates (for tied weights); None on ranks between them."""
+        pp = self.layout.pp
+        ranks = self.whole.mesh.reshape(pp, -1)
+        mine = None
+        for column in range(ranks.shape[1]):
+            pair = [int(ranks[0, column]), int(ranks[pp - 1, column])]
+            group = dist.new_group(pair)
+            if dist.get_rank() in pair:
+                mine = group
+        return mine
+
+
+def any_rank(flags: list[bool], *, group: dist.ProcessGroup | None) -> list[bool]:
+    """For each flag, whether it is set on any rank of a CPU group."""
+    values = torch.tensor(flags, dtype=torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return [bool(value) for value in values]
+
+
+def from_rank0(value: object, *, group: dist.ProcessGroup | None) -> object:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]

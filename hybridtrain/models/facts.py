@@ -1,0 +1,144 @@
+"""ModelFacts from a model's config, by json alone: planning works on a login node without torch or transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.types import ModelFacts, UserError, refusal
+
+# What transformers fills in when config.json leaves a field out, for the fields that planning needs.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False, "max_position_embeddings": 2048, "vocab_size": 32000},
+    "mistral": {"tie_word_embeddings": False, "max_position_embeddings": 131072, "vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "vocab_size": 151936, "num_key_value_heads": 32},
+    "qwen3": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "vocab_size": 151936, "num_key_value_heads": 32, "head_dim": 128},
+}
+SUPPORTED = tuple(_DEFAULTS)
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+
+
+def read_config(model: ModelConfig) -> dict[str, Any]:
+    """The model's config.json fields: from_pretrained's own, then `model.config` over them."""
+    fields: dict[str, Any] = {}
+    if model.from_pretrained:
+        path = _config_json(model)
+        try:
+            fields = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise refusal(
+                "model.from_pretrained",
+                model.from_pretrained,
+                f"its config.json is not valid JSON ({error})",
+                allowed="a Hugging Face model folder",
+                instead="download it again",
+            ) from error
+    return fields | dict(model.config)
+
+
+def _config_json(model: ModelConfig) -> Path:
+    folder = Path(model.from_pretrained)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder / "config.json"
+        hint = (
+            "hybridtrain export run.dir=RUN, then its export folder"
+            if (folder / "checkpoints").is_dir() or (folder / "complete.json").is_file()
+            else "the folder that holds config.json"
+        )
+        raise refusal(
+            "model.from_pretrained", model.from_pretrained, "there is no config.json in it", allowed="a Hugging Face model folder or hub id", instead=hint
+        )
+    if folder.is_absolute() or model.from_pretrained.startswith("."):
+        raise refusal(
+            "model.from_pretrained",
+            model.from_pretrained,
+            "there is no such folder",
+            allowed="a Hugging Face model folder or hub id",
+            instead="an existing folder",
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model.from_pretrained, "config.json", revision=model.revision))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise refusal(
+            "model.from_pretrained",
+            model.from_pretrained,
+            f"neither a folder here nor to be had from the hub ({reason})",
+            allowed="a folder, or a hub id that this machine reaches",
+            instead="a local folder",
+        ) from error
+
+
+def facts(fields: Mapping[str, Any]) -> ModelFacts:
+    """Derive the facts from config.json fields; refuses families that are not supported yet."""
+    kind = fields.get("model_type")
+    if kind not in SUPPORTED:
+        raise refusal(
+            "model.config.model_type",
+            kind,
+            "this architecture is not supported yet",
+            allowed=", ".join(SUPPORTED),
+            instead="model=tiny, or a model of these families",
+        )
+    get = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}.get
+    missing = [key for key in _SIZES if not get(key)]
+    if missing:
+        raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")
+    hidden, heads = int(get("hidden_size")), int(get("num_attention_heads"))
+    window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
+    head_dim = int(get("head_dim") or hidden // heads)
+    if not get("head_dim") and hidden % heads:
+        raise refusal(
+            "model.config.num_attention_heads",
+            heads,
+            f"does not divide hidden_size {hidden}",
+            allowed=f"divisors of {hidden}",
+            instead="a head_dim, or another number of heads",
+        )
+    kv_heads = int(get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise refusal(
+            "model.config.num_key_value_heads",
+            kv_heads,
+            f"does not divide num_attention_heads {heads}",
+            allowed=f"divisors of {heads}",
+            instead="another number",
+        )
+    result = ModelFacts(
+        model_type=kind,
+        layers=int(get("num_hidden_layers")),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=int(get("intermediate_size")),
+        vocab=int(get("vocab_size")),
+        tied=bool(get("tie_word_embeddings")),
+        window=int(window) if window else None,
+        max_positions=int(get("max_position_embeddings")),
+        parameters=0,
+    )
+    biases = {"attention": bool(get("attention_bias")), "mlp": bool(get("mlp_bias"))}
+    return _count(result, biases=biases)
+
+
+def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:
+    """Fill in the number of parameters (a test holds it against the real modules)."""
+    q, kv, hidden = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim, facts.hidden
+    layer = hidden * (2 * q + 2 * kv) + 3 * hidden * facts.ffn + 2 * hidden
+    if biases["attention"] and facts.model_type in ("llama", "qwen3"):
+        layer += q + 2 * kv + hidden
+    if facts.model_type == "qwen2":
+        layer += q + 2 * kv
+    if biases["mlp"] and facts.model_type == "llama":
+        layer += 2 * facts.ffn + hidden
+    if facts.model_type == "qwen3":
+        layer += 2 * facts.head_dim
+    total = facts.layers * layer + hidden + facts.vocab * hidden * (1 if facts.tied else 2)
+    return ModelFacts(**{**facts.__dict__, "parameters": total})

@@ -1,0 +1,69 @@
+"""Initial weights that do not depend on the layout.
+
+Each parameter is drawn whole from a generator keyed by (seed, Hugging Face name), then sliced: the same number sits at the
+same place under every layout, engine and world size. One parameter is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from hybridtrain.models.family import Family
+from hybridtrain.models.stage import Stage
+
+Box = tuple[slice, ...]
+Source = Callable[[str, tuple[int, ...], Box], Tensor]
+"""(parameter name, whole shape, box) -> the values in that box."""
+
+
+def draw(config: Any, *, family: Family, seed: int) -> Source:
+    """A source of initial weights by the family's rule."""
+
+    def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        std = family.initial(config, name)
+        if std is None:
+            return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)[box]
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        whole = torch.randn(shape, generator=generator).mul_(std)
+        padding = config.pad_token_id
+        if name == f"{family.embed}.weight" and padding is not None and 0 <= padding < shape[0]:
+            whole[padding] = 0.0
+        return whole[box]
+
+    return values
+
+
+@torch.no_grad()
+def fill(stages: Iterable[Stage], source: Source) -> None:
+    """Write this rank's part of every parameter. A tied head takes the embedding's values, also on another stage."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            box = local_box(parameter)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if math.prod(local.shape):
+                local.copy_(source(stage.owner(name), tuple(parameter.shape), box))
+
+
+def local_box(parameter: Tensor) -> Box:
+    """Which part of the whole parameter this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+
+
+def reset_buffers(stage: Stage, *, device: torch.device) -> None:
+    """Compute rotary frequencies anew: `to_empty` leaves garbage in buffers that no checkpoint holds."""
+    module = stage.part(stage.family.rotary)
+    fresh = type(module)(config=stage.config)
+    for name, buffer in fresh.named_buffers():
+        setattr(module, name, nn.Buffer(buffer.to(device), persistent=False))

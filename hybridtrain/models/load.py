@@ -1,0 +1,61 @@
+"""Weights from a Hugging Face folder or hub id, read slice by slice: no rank ever holds more than its own part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.models.init import Box, Source
+from hybridtrain.types import UserError, refusal
+
+
+def pretrained(model: ModelConfig) -> Source:
+    """A source of weights from `model.from_pretrained` (safetensors only). Raises UserError for missing or ill-shaped ones."""
+    from safetensors import safe_open
+
+    folder = _folder(model)
+    files = _index(folder)
+
+    def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        if name not in files:
+            raise UserError(f"model.from_pretrained={model.from_pretrained}: it holds no '{name}'; is it a checkpoint of this architecture?")
+        with safe_open(folder / files[name], framework="pt") as file:
+            view = file.get_slice(name)
+            if tuple(view.get_shape()) != shape:
+                raise UserError(f"model.from_pretrained={model.from_pretrained}: '{name}' has shape {tuple(view.get_shape())}, the config wants {shape}")
+            return view[box]
+
+    return values
+
+
+def _folder(model: ModelConfig) -> Path:
+    folder = Path(model.from_pretrained)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+    return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns))
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Parameter name -> file name."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return dict(json.loads(index.read_text())["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise refusal(
+            "model.from_pretrained",
+            folder,
+            "there are no safetensors weights in it",
+            allowed="model.safetensors, or shards with their index",
+            instead="convert the checkpoint with transformers' save_pretrained",
+        )
+    with safe_open(single, framework="pt") as file:
+        return {name: single.name for name in file.keys()}  # noqa: SIM118 - safe_open has no __iter__

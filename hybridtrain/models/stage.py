@@ -1,0 +1,99 @@
+"""One pipeline stage: a run of a Hugging Face model's layers, with every module under its original name.
+
+    embed (first stage) -> layers[a:b] -> norm -> head -> loss sum (last stage)
+
+With pp = 1 the one stage is the whole model. The loss is computed inside the last stage, so that logits never leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybridtrain.models.build import meta_model
+from hybridtrain.models.family import Family
+from hybridtrain.types import IGNORE_INDEX
+
+
+class Stage(nn.Module):
+    """Layers `layers` of the model; `first` adds the embedding, `last` the final norm, the head and the loss.
+
+    forward: (input_ids (B, T) or hidden (B, T, D)) -> hidden (B, T, D), or on the last stage the sum of token losses,
+    fp32, shape (1,). Under sequence parallelism hidden states hold this rank's T / tp positions.
+    """
+
+    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool):
+        super().__init__()
+        self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
+        whole = meta_model(config)
+        paths = [family.rotary, *(f"{family.layers}.{i}" for i in layers)]
+        paths += [family.embed] * first + [family.norm, family.head] * last
+        for path in paths:
+            _place(self, path, whole.get_submodule(path))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the model shares one matrix between embedding and head."""
+        return bool(self.config.tie_word_embeddings)
+
+    def owner(self, name: str) -> str:
+        """The name under which a parameter is drawn, frozen and saved: a tied head goes by the embedding's."""
+        return f"{self.family.embed}.weight" if self.tied and name == f"{self.family.head}.weight" else name
+
+    def part(self, path: str) -> nn.Module:
+        return self.get_submodule(path)
+
+    def layer_modules(self) -> Iterator[tuple[int, nn.Module]]:
+        """(index in the whole model, layer)."""
+        for index in self.layers:
+            yield index, self.part(f"{self.family.layers}.{index}")
+
+    def forward(self, x: Tensor, *, position_ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        hidden = self.part(self.family.embed)(x) if self.first else x
+        rotary = self.part(self.family.rotary)(hidden, position_ids_BT)
+        for index, layer in self.layer_modules():
+            mask = attention_mask(self.config, window=self.family.window(self.config, index), positions=position_ids_BT.shape[1], like=hidden)
+            hidden = layer(hidden, attention_mask=mask, position_ids=position_ids_BT, position_embeddings=rotary)
+        if not self.last:
+            return hidden
+        logits = self.part(self.family.head)(self.part(self.family.norm)(hidden))
+        return loss_sum(logits, labels_BT)
+
+
+def loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of token losses in fp32, shape (1,); logits may be a DTensor sharded over V."""
+    total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    local = total.to_local() if hasattr(total, "to_local") else total
+    return torch.stack([local])  # not a view: FSDP hooks its outputs
+
+
+def attention_mask(config: Any, *, window: int | None, positions: int, like: Tensor) -> Tensor | None:
+    """The mask a layer needs: None for full causal SDPA, else (1, 1, T, T); bool for sdpa, additive for eager.
+
+    transformers' SDPA path ignores a window that is shorter than the row unless a mask says so, and its eager path is not
+    causal at all without one; both would train a silently different model.
+    """
+    sdpa = config._attn_implementation == "sdpa"
+    if sdpa and (window is None or window >= positions):
+        return None
+    index = torch.arange(positions, device=like.device)
+    distance = index[:, None] - index[None, :]
+    allowed = (distance >= 0) & (distance < (window or positions))
+    if sdpa:
+        return allowed[None, None]
+    dtype = like.dtype
+    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register `module` under the dotted `path`, with plain containers on the way."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)

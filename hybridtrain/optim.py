@@ -1,0 +1,120 @@
+"""Parameter groups, the optimizer, and the learning rate as a function of the step.
+
+The optimizer works on each rank's local shards (`Local`), not on DTensors: one fused call whatever the mesh, with clipping,
+unscaling and the skip of a non-finite step inside the kernel (the `grad_scale` and `found_inf` that GradScaler hands to it).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hybridtrain.config.schema import OptimConfig, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Local:
+    """One trained parameter: its name, the parameter the model uses, and a view of this rank's shard that the optimizer updates."""
+
+    name: str
+    parameter: nn.Parameter
+    shard: nn.Parameter
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter name matches one of the shell-style patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[Local]:
+    """Shards of the parameters that require gradients, sharing memory with them."""
+    result = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            result.append(Local(name, parameter, nn.Parameter(local.detach())))
+    return result
+
+
+class AdamW:
+    """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv 1711.05101)."""
+
+    def __init__(self, shards: list[Local], settings: OptimConfig):
+        self.shards = shards
+        decayed = [item.shard for item in shards if item.parameter.dim() > 1 and not matches(item.name, settings.no_decay)]
+        chosen = {id(shard) for shard in decayed}
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": [item.shard for item in shards if id(item.shard) not in chosen], "weight_decay": 0.0},
+        ]
+        first, second = settings.betas
+        self.optimizer = (
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True) if shards else None
+        )
+
+    def step(self, *, lr: float, divide: Tensor, nonfinite: Tensor) -> None:
+        """Update with gradients divided by `divide`; do nothing where `nonfinite` is 1. Frees the gradients."""
+        if self.optimizer is None:
+            return
+        for item in self.shards:
+            grad = item.parameter.grad
+            item.shard.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.grad_scale, self.optimizer.found_inf = divide, nonfinite  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for item in self.shards:
+            item.parameter.grad = item.shard.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer state under `optim.<name>.<field>`, as DTensors where the parameter is one; created if not there yet."""
+        assert self.optimizer is not None or not self.shards
+        result: dict[str, Tensor] = {}
+        for item in self.shards:
+            state = self.optimizer.state[item.shard]  # type: ignore[union-attr]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=item.shard.device)
+                state["exp_avg"] = torch.zeros_like(item.shard.data)
+                state["exp_avg_sq"] = torch.zeros_like(item.shard.data)
+            for field, value in state.items():
+                result[f"optim.{item.name}.{field}"] = value if field == "step" else _like(value, item.parameter)
+        return result
+
+    def copy_state(self, source: Local, target: Local) -> None:
+        """Give `target` the same state as `source` (the two copies of a tied matrix)."""
+        assert self.optimizer is not None
+        for field, value in self.optimizer.state[source.shard].items():
+            self.optimizer.state[target.shard][field].copy_(value)
+
+
+def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A DTensor over `local`, placed as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) of `total_steps`."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    floor = schedule.min_lr_ratio
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "wsd":
+        decay = schedule.decay_steps or max(1, total_steps // 10)
+        done = max(0.0, (step + 1 - (total_steps - decay)) / decay)
+        return peak * (1.0 - (1.0 - floor) * min(1.0, done))
+    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    if schedule.kind == "linear":
+        return peak * (1.0 - (1.0 - floor) * done)
+    assert schedule.kind == "cosine"
+    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))

@@ -1,0 +1,73 @@
+"""The norm of the whole model's gradient, whatever the layout, without gathering a gradient.
+
+Squares of local shards are added per set of axes over which a gradient is sharded, then summed over those axes, and at
+last over pipeline stages. Replicated gradients count once, tied weights once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hybridtrain.mesh import Mesh
+
+_SHARDING_AXES = ("dp_shard", "tp")
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
+    """L2 norm over all parameters of all stages, 0-d fp32, the same on every rank. Non-finite if any gradient is."""
+    sums = torch.zeros(2 ** len(_SHARDING_AXES), dtype=torch.float32, device=mesh.device)
+    groups: dict[int, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            key, local = _sharded_over(parameter.grad)
+            groups.setdefault(key, []).append(local)
+    for key, locals_ in groups.items():
+        norms = torch._foreach_norm([local.float() for local in locals_ if local.numel()] or [sums.new_zeros(1)])
+        sums[key] = torch.stack(norms).square().sum()
+    for bit, axis in enumerate(_SHARDING_AXES):
+        if getattr(mesh.layout, axis) > 1:
+            chosen = [key for key in range(len(sums)) if key >> bit & 1]
+            part = sums[chosen]
+            dist.all_reduce(part, group=mesh.group(axis))
+            sums[chosen] = part
+    total = sums.sum()
+    if mesh.layout.pp > 1:
+        dist.all_reduce(total, group=mesh.group("pp"))
+    return total.sqrt()
+
+
+def _sharded_over(grad: Tensor) -> tuple[int, Tensor]:
+    """Bit set of the axes a gradient is sharded over, and its local part."""
+    if not isinstance(grad, DTensor):
+        return 0, grad
+    names = grad.device_mesh.mesh_dim_names or ()
+    # not is_shard(): it is False for the _StridedShard that fully_shard makes of a tensor-parallel parameter
+    axes = {name for name, placement in zip(names, grad.placements, strict=True) if not placement.is_replicate()}
+    assert axes <= set(_SHARDING_AXES), f"gradient sharded over {axes}"
+    assert not any(placement.is_partial() for placement in grad.placements)
+    return sum(1 << bit for bit, axis in enumerate(_SHARDING_AXES) if axis in axes), grad.to_local()
+
+
+def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:
+    """Give both copies of a tied matrix the sum of their gradients. One of them is None where the other rank of `group` has it."""
+    if embed is not None and head is not None:
+        total = _local_grad(embed) + _local_grad(head)
+        for copy in (embed, head):
+            _local_grad(copy).copy_(total)
+    elif embed is not None or head is not None:
+        dist.all_reduce(_local_grad(embed if embed is not None else head), group=group)
+
+
+def _local_grad(parameter: nn.Parameter | None) -> Tensor:
+    assert parameter is not None
+    assert parameter.grad is not None
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,0 +1,132 @@
+"""Pipeline stages and schedules over torch.distributed.pipelining. A schedule is one row in `_SCHEDULES`.
+
+Stage ids of a rank: loop order r, r + pp, ... ; V order r and 2 pp - 1 - r.
+GPipe: arXiv 1811.06965; 1F1B and interleaving: arXiv 2104.04473; zero bubble and ZBV: arXiv 2401.10241; DualPipeV: DeepSeek-V3, arXiv 2412.19437.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from hybridtrain.layout import SCHEDULES_SINGLE, SCHEDULES_V, BatchPlan
+from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.shard import before_backward
+
+_SCHEDULES: dict[str, type] = {
+    "gpipe": schedules.ScheduleGPipe,
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
+    "looped_bfs": schedules.ScheduleLoopedBFS,
+    "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zbv_zero_bubble": schedules.ScheduleZBVZeroBubble,
+    "dualpipev": schedules.ScheduleDualPipeV,
+}
+
+
+def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
+    """The stages that pipeline rank `rank` holds, in ascending order."""
+    if schedule in SCHEDULES_V and pp > 1:
+        return sorted((rank, 2 * pp - 1 - rank))
+    return [rank + loop * pp for loop in range(per_rank)]
+
+
+class ZeroStage(PipelineStage):
+    """A PipelineStage that keeps the promise of `zero_stage` and accumulates gradients in the reduce dtype.
+
+    torch's own turns gradient reduction and resharding off until the last micro-batch, which is stage 0 and 1; under 2 and 3
+    the gradients must leave after every micro-batch. After a split backward it leaves gradients in the compute dtype.
+    """
+
+    zero_stage: int
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+        stage = self.submod
+        assert isinstance(stage, FSDPModule)
+        if backward_type == "full" and self.zero_stage >= 2:
+            before_backward(stage, zero_stage=self.zero_stage, last=False)
+            torch.autograd.backward(_outputs(bwd_kwargs["stage_output"]), bwd_kwargs["output_grads"])
+            inputs = bwd_kwargs["input_values"]
+            return tuple(_take_gradient(value) for value in inputs), None
+        result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        if backward_type != "input":
+            for group in _parameter_groups(stage):
+                for parameter in group.fsdp_params:
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter.accumulate_unsharded_grad_if_needed()
+                        parameter.to_accumulated_grad_if_needed()
+        return result
+
+
+def _outputs(stage_output: Any) -> tuple[Tensor, ...]:
+    return stage_output if isinstance(stage_output, tuple) else (stage_output,)
+
+
+def _take_gradient(value: Any) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    grad, value.grad = value.grad, None
+    return grad
+
+
+def _parameter_groups(stage: FSDPModule) -> list[Any]:
+    states = fully_shard.state(stage)._state_ctx.all_states  # type: ignore[attr-defined]
+    groups = []
+    for state in states:
+        many = getattr(state, "_fsdp_param_groups", None)
+        groups += many if many is not None else [state._fsdp_param_group]  # torch 2.11 has one group per state
+    return [group for group in groups if group is not None]
+
+
+class Pipeline:
+    """The stages of this rank under a schedule: one call runs all micro-batches, forward and backward."""
+
+    def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, plan: BatchPlan, group: dist.ProcessGroup, **shape: Any):
+        self.stages, self.plan = stages, plan
+        self.divisor = torch.ones(())
+        wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
+        options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
+        self.schedule = _SCHEDULES[schedule](wrapped[0] if schedule in SCHEDULES_SINGLE else wrapped, **options)
+
+    def _wrap(self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int) -> ZeroStage:
+        """Shapes are given, so that torch need not run a trial forward and backward to learn them."""
+        rows = self.plan.micro_batch_size
+        hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        ids = torch.empty(rows, self.plan.seq_len, dtype=torch.int64, device="meta")
+        loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
+        wrapped = ZeroStage(stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group)
+        wrapped.zero_stage = zero_stage
+        return wrapped
+
+    def _loss(self, loss_sum: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the labels were used inside the stage
+        return loss_sum.squeeze(0) * self.divisor
+
+    @property
+    def first(self) -> bool:
+        return any(stage.first for stage in self.stages)
+
+    @property
+    def last(self) -> bool:
+        return any(stage.last for stage in self.stages)
+
+    def step(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, factor: Tensor) -> list[Tensor]:
+        """Run every micro-batch, forward and backward of loss sum x factor. Returns those products on the rank of the last stage."""
+        self.divisor = factor
+        return self._run(self.schedule.step, ids_BT, labels_BT, position_ids_BT)
+
+    def evaluate(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
+        """Forward only: loss sums on the rank of the last stage."""
+        self.divisor = torch.ones((), device=ids_BT.device)
+        return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+
+    def _run(self, call: Any, ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
+        losses: list[Tensor] = []
+        args = (ids_BT,) if self.first else ()
+        last = {"target": labels_BT, "losses": losses} if self.last else {}
+        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, **last)
+        return losses

@@ -1,0 +1,48 @@
+"""Activation recomputation and compilation: both wrap a layer's forward, inside the hooks that shard its parameters.
+
+    FSDP hooks ( recompute ( compile ( layer.forward ) ) )
+
+Wrapping `forward` instead of the module keeps every parameter name.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from hybridtrain.models.stage import Stage
+
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""What `selective` keeps: matrix products and attention, the costly part of a layer."""
+
+
+def apply_recompute(stage: Stage, *, kind: str) -> None:
+    """none: keep all; selective: recompute all but matrix products and attention; full: recompute whole layers."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    for _, layer in stage.layer_modules():
+        layer.forward = partial(checkpoint, layer.forward, **options)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001
+    return CheckpointPolicy.MUST_SAVE if operation in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_compile(stage: Stage, *, backend: str) -> None:
+    """Compile each layer by itself: one small graph, compiled once, used by all layers."""
+    for _, layer in stage.layer_modules():
+        layer.forward = torch.compile(layer.forward, backend=backend)

@@ -1,0 +1,46 @@
+"""ZeRO as four manners of one mechanism, torch's fully_shard, which also casts (precision/policy.py).
+
+    stage   parameters in a step          gradients                        optimizer state
+    0       whole                         whole, one all-reduce a step     whole        mesh (dp_replicate, 1)
+    1       whole after the first use     whole, one reduce-scatter a step sharded
+    2       whole after the first use     reduce-scattered per micro-batch sharded
+    3       gathered per layer and use    reduce-scattered per micro-batch sharded
+
+ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from hybridtrain.models.stage import Stage
+from hybridtrain.precision.policy import PrecisionPolicy
+
+
+def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
+    """Wrap layers, then the rest of the stage. Gradients are summed over data ranks, not averaged."""
+    options = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
+    for _, layer in stage.layer_modules():
+        fully_shard(layer, **options)
+    # The root's own parameters are used first or last: gathering them again at once would only cost time.
+    fully_shard(stage, **{**options, "reshard_after_forward": False})
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would ask for
+
+
+def before_backward(stage: FSDPModule, *, zero_stage: int, last: bool) -> None:
+    """Set what happens to gradients and parameters at the end of this micro-batch's backward."""
+    stage.set_requires_gradient_sync(last or zero_stage >= 2)
+    stage.set_reshard_after_backward(last or zero_stage == 3)
+    stage.set_is_last_backward(last or zero_stage >= 2)
+
+
+def settle_shards(stage: Stage) -> None:
+    """Let fully_shard pad its shards now: it does so at first use, in new memory, and the optimizer's views would go stale."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()

@@ -1,0 +1,115 @@
+"""Tensor parallelism of one stage, with sequence parallelism and a vocabulary-parallel head.
+
+    embed (rows of the vocabulary) -> [norm -> attention (heads) -> norm -> MLP (columns, rows)] -> norm -> head (vocabulary)
+    hidden states between the blocks: Shard(1) over positions with sequence parallelism, else Replicate
+
+Every parameter becomes a DTensor, norms too: one mesh for all, so that gradient norms need no special case.
+Megatron-LM: arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from hybridtrain.models.stage import Stage
+
+
+def apply_tensor_parallel(stage: Stage, *, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Shard the stage over the tp mesh in place. Call before fully_shard, on meta."""
+    if mesh.size() == 1:
+        return
+    tied = stage.first and stage.last and stage.tied
+    parallelize_module(stage, mesh, _plan(stage, tp=mesh.size(), sequence_parallel=sequence_parallel))
+    if tied:  # parallelize_module gave each of the two a parameter of its own
+        stage.part(stage.family.head).weight = stage.part(stage.family.embed).weight
+    plain = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not plain, f"no tensor-parallel style for {plain}"
+
+
+def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+    family, config = stage.family, stage.config
+    between = Shard(1) if sequence_parallel else Replicate()
+    norm = SequenceParallel(use_local_output=False) if sequence_parallel else ReplicatedNorm()
+    styles: dict[str, ParallelStyle] = {
+        "colwise": ColwiseParallel(),
+        "rowwise": RowwiseParallel(output_layouts=between),
+        "norm": norm,
+        "head_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "attention_input": PrepareModuleInput(input_kwarg_layouts={"hidden_states": between}, desired_input_kwarg_layouts={"hidden_states": Replicate()}),
+        "mlp_input": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
+    }
+    plan: dict[str, ParallelStyle] = {}
+    kv_heads = config.num_key_value_heads
+    for index, layer in stage.layer_modules():
+        path = f"{family.layers}.{index}"
+        plan |= {f"{path}.{name}": styles[style] for name, style in family.tp_plan.items()}
+        if tp > kv_heads:
+            plan |= {f"{path}.{name}": RepeatedHeads(heads=kv_heads, repeats=tp // kv_heads) for name in family.kv_projections}
+            layer.get_submodule(family.attention).num_key_value_groups = config.num_attention_heads // tp
+    if stage.first:
+        plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+    if stage.last:
+        plan[family.norm] = norm
+        plan[family.head] = ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False)
+    return plan
+
+
+def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa: ARG001 - the signature distribute_module calls
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        replicated = DTensor.from_local(parameter.data, mesh, [Replicate()], run_check=False)
+        module.register_parameter(key, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
+
+
+class ReplicatedNorm(ParallelStyle):
+    """A norm on whole rows: local tensor in, DTensor out, the weight replicated as a DTensor."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, _replicate, self._input, None)
+
+    @staticmethod
+    def _input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:  # noqa: ARG004
+        x = inputs[0]
+        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+
+class RepeatedHeads(ParallelStyle):
+    """A key or value projection with fewer heads than tp ranks: each head computed by all, then given to `repeats` ranks."""
+
+    def __init__(self, *, heads: int, repeats: int):
+        super().__init__()
+        self.heads, self.repeats = heads, repeats
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, _replicate, None, self._output)
+
+    def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:  # noqa: ARG002
+        heads = output.unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2).flatten(-2)
+        return heads.redistribute(placements=[Shard(-1)]).to_local()
+
+
+class Settled(torch.autograd.Function):
+    """Wait for an asynchronous collective and hand on a plain tensor; the gradient passes through.
+
+    A compiled layer that is fed the embedding's AsyncCollectiveTensor gives a wrong embedding gradient, silently.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return (x.wait() if hasattr(x, "wait") else x).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return grad
+
+
+def settle_embedding(stage: Stage) -> None:
+    """Keep asynchronous tensors out of compiled layers (call when both tp and compile are on)."""
+    if stage.first:
+        stage.part(stage.family.embed).register_forward_hook(lambda module, inputs, output: Settled.apply(output))  # noqa: ARG005

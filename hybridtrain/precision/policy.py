@@ -1,0 +1,50 @@
+"""Which dtype plays which role, per recipe.
+
+    recipe       stored   computed  reduced and accumulated   loss scale
+    fp32         fp32     fp32      fp32                      -
+    bf16_mixed   fp32     bf16      fp32                      -
+    fp16_mixed   fp32     fp16      fp32                      dynamic
+    bf16_pure    bf16     bf16      fp32, then stored bf16    -
+
+The stored parameter is the master weight. RMS norms, softmax and the loss compute in fp32 in every recipe (the families'
+own modules upcast; models/stage.py upcasts the logits). Mixed Precision Training: arXiv 1710.03740.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    param: torch.dtype
+    """dtype of stored parameters and optimizer state: the master weights."""
+    compute: torch.dtype
+    """dtype of forward and backward."""
+    reduce: torch.dtype
+    """dtype in which gradients are reduced over data ranks and accumulated over micro-batches."""
+    loss_scale: bool
+    """Whether the loss is scaled dynamically."""
+
+    def fsdp(self) -> MixedPrecisionPolicy:
+        """The one mechanism that casts."""
+        return MixedPrecisionPolicy(
+            param_dtype=self.compute if self.compute != self.param else None,
+            reduce_dtype=self.reduce if self.reduce != self.compute else None,
+        )
+
+
+_RECIPES = {
+    "fp32": PrecisionPolicy(torch.float32, torch.float32, torch.float32, loss_scale=False),
+    "bf16_mixed": PrecisionPolicy(torch.float32, torch.bfloat16, torch.float32, loss_scale=False),
+    "fp16_mixed": PrecisionPolicy(torch.float32, torch.float16, torch.float32, loss_scale=True),
+    "bf16_pure": PrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.float32, loss_scale=False),
+}
+
+
+def policy(kind: str) -> PrecisionPolicy:
+    """The policy of a recipe (config/check.py has refused unknown ones)."""
+    return _RECIPES[kind]

@@ -1,0 +1,33 @@
+"""The dynamic loss scale: one number for the whole world, kept on the device, changed without synchronisation.
+
+Down by backoff_factor (not below min_scale) after a step whose gradients were not finite, up by growth_factor after
+growth_interval finite steps in a row. The update is torch's own `_amp_update_scale_`, which GradScaler uses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridtrain.config.schema import PrecisionConfig
+
+
+class LossScaler:
+    """`scale` multiplies the loss before backward; without loss scaling it stays 1."""
+
+    def __init__(self, settings: PrecisionConfig, *, enabled: bool, device: torch.device):
+        self.enabled, self.settings = enabled, settings
+        self.scale = torch.tensor(settings.init_scale if enabled else 1.0, dtype=torch.float32, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, nonfinite: Tensor) -> None:
+        """Adjust after a step; `nonfinite` is a 0-d float tensor, 1 or 0, equal on all ranks."""
+        if not self.enabled:
+            return
+        s = self.settings
+        torch._amp_update_scale_(self.scale, self.growth_tracker, nonfinite, s.growth_factor, s.backoff_factor, s.growth_interval)
+        self.scale.clamp_(min=s.min_scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors for the checkpoint; loading writes into them."""
+        return {"scaler.scale": self.scale, "scaler.growth_tracker": self.growth_tracker} if self.enabled else {}

@@ -1,0 +1,95 @@
+"""The plain single-process loop that everything parallel is compared with.
+
+It shares the model's config, the initial weights, the data and the optimizer's settings with the engines, and nothing of how
+they work: Hugging Face's own forward, gradients added up by hand, torch's own clipping and AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybridtrain.config.schema import OptimConfig
+from hybridtrain.models.family import Family
+from hybridtrain.models.init import Source
+from hybridtrain.optim import matches
+from hybridtrain.types import IGNORE_INDEX, Batch
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    """Before clipping, fp32, by Hugging Face name."""
+
+
+class Reference:
+    """fp32 master weights; forward and backward in `compute`, on a copy in that dtype when it is another one."""
+
+    def __init__(self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str]):
+        from transformers import AutoModelForCausalLM
+
+        self.settings, self.compute = settings, compute
+        self.master: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(param).train()
+        self._fill(source, family=family, tied=config.tie_word_embeddings)
+        for name, parameter in self.master.named_parameters():
+            parameter.requires_grad_(not matches(name, freeze))
+        self.worker: nn.Module = self.master
+        if compute != param:
+            self.worker = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(compute).train()
+        trained = [(name, p) for name, p in self.master.named_parameters() if p.requires_grad]
+        plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
+        decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        first, second = settings.betas
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
+
+    @torch.no_grad()
+    def _fill(self, source: Source, *, family: Family, tied: bool) -> None:
+        for name, parameter in self.master.named_parameters():
+            assert not (tied and name == f"{family.head}.weight")
+            shape = tuple(parameter.shape)
+            parameter.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
+
+    def step(self, micro_batches: Sequence[Batch], *, lr: float) -> ReferenceStep:
+        """One optimizer step over all micro-batches of the global batch."""
+        tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
+        gradients = {name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad}
+        loss_sum = 0.0
+        self._refresh()
+        for batch in micro_batches:
+            loss = self._loss(batch)
+            loss_sum += loss.item()
+            (loss / max(1, tokens)).backward()
+            for name, parameter in self.worker.named_parameters():
+                if name in gradients and parameter.grad is not None:
+                    gradients[name] += parameter.grad.float()
+                parameter.grad = None
+        for name, parameter in self.master.named_parameters():
+            parameter.grad = gradients[name].to(parameter.dtype, copy=True) if name in gradients else None
+        trained = [p for p in self.master.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip if self.settings.clip > 0 else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return ReferenceStep(loss_sum / max(1, tokens), float(norm), gradients)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self.worker is not self.master:
+            for ours, theirs in zip(self.worker.parameters(), self.master.parameters(), strict=True):
+                ours.copy_(theirs)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        logits = self.worker(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

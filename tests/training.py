@@ -1,0 +1,186 @@
+"""Train the same synthetic tokens under a layout (on gloo ranks) and in the plain reference; compare what they did."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hybridtrain import engine as engines
+from hybridtrain import layout as layouts
+from hybridtrain.config import schema
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.family import family_of
+from hybridtrain.models.init import draw
+from hybridtrain.precision.policy import policy
+from hybridtrain.reference import Reference
+from hybridtrain.types import IGNORE_INDEX, Batch
+from tests.ranks import run_ranks
+
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+
+
+def model(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
+    extra = {"head_dim": 8} if model_type == "qwen3" else {}
+    return {"model_type": model_type, **SIZES, **extra, **fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained and how; everything a rank needs, so that it pickles."""
+
+    layout: str = "single"
+    fields: dict[str, Any] = dataclasses.field(default_factory=model)
+    precision: str = "fp32"
+    steps: int = 3
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    seq_len: int = 16
+    lr: float = 1e-3
+    freeze: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
+    """('section.field', value) pairs."""
+    uneven: bool = True
+    """Mask a different number of labels in each row."""
+
+    def config(self) -> schema.Config:
+        config = schema.Config()
+        config.model.config = self.fields
+        config.model.freeze = list(self.freeze)
+        config.parallel = schema.ParallelConfig(**layouts.parse(self.layout))
+        config.batch = schema.BatchConfig(self.global_batch_size, self.micro_batch_size)
+        config.data.seq_len = self.seq_len
+        config.precision.kind = self.precision
+        config.optim.lr, config.optim.clip, config.optim.eps = self.lr, 0.5, 1e-6  # a larger eps: Adam magnifies noise where |g| is near it
+        config.run.seed = 7
+        for path, value in self.overrides:
+            section, field = path.split(".")
+            setattr(getattr(config, section), field, value)
+        return config
+
+    @property
+    def world_size(self) -> int:
+        degrees = layouts.parse(self.layout)
+        world = 1
+        for axis in layouts.AXES:
+            world *= degrees.get(axis, 1)
+        return world
+
+    def rows(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """input ids and labels of the step's global batch."""
+        generator = torch.Generator().manual_seed(1000 + step)
+        tokens = torch.randint(0, self.fields["vocab_size"], (self.global_batch_size, self.seq_len + 1), generator=generator)
+        labels = tokens[:, 1:].clone()
+        if self.uneven:
+            for row in range(self.global_batch_size):
+                labels[row, : (row * 5) % (self.seq_len - 2)] = IGNORE_INDEX
+        return tokens[:, :-1].contiguous(), labels
+
+    def batches(self, step: int, *, dp_rank: int, dp: int) -> list[Batch]:
+        ids, labels = self.rows(step)
+        share = self.global_batch_size // dp
+        positions = torch.arange(self.seq_len).repeat(self.micro_batch_size, 1)
+        starts = range(dp_rank * share, (dp_rank + 1) * share, self.micro_batch_size)
+        return [Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions) for s in starts]
+
+
+@dataclasses.dataclass
+class Outcome:
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    """Of the first step, whole, before clipping."""
+    parameters: dict[str, torch.Tensor]
+    """After the last step, whole."""
+
+
+def reference(case: Case) -> Outcome:
+    config = case.config()
+    built = hf_config(case.fields, chosen={}, attention=config.model.attention)
+    family = family_of(built.model_type)
+    precision = policy(case.precision)
+    source = draw(built, family=family, seed=config.run.seed)
+    plain = Reference(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze)
+    steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
+    return Outcome([s.loss for s in steps], [s.grad_norm for s in steps], steps[0].gradients, {k: v.float() for k, v in plain.parameters().items()})
+
+
+def start(case: Case) -> Any:
+    """The engine of a case, on this rank."""
+    config = case.config()
+    layout = layouts.resolve(config.parallel, world_size=case.world_size)
+    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
+    return engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
+
+
+def train(case: Case) -> Outcome:
+    """Runs on every rank; whole parameters are returned by each rank for the stages it has."""
+    torch.manual_seed(0)
+    engine = start(case)
+    gradients: dict[str, torch.Tensor] = {}
+    update = engine.optimizer.step
+
+    def observe(**arguments: Any) -> None:
+        if not gradients:
+            for name, parameter in engine._named():
+                if parameter.grad is not None and name not in gradients:
+                    gradients[name] = whole(parameter.grad) / engine.scaler.scale
+        update(**arguments)
+
+    engine.optimizer.step = observe
+    results = [engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr) for step in range(case.steps)]
+    parameters = {name: whole(parameter) for name, parameter in engine.weights()}
+    return Outcome([float(r.loss) for r in results], [float(r.grad_norm) for r in results], gradients, parameters)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().float().clone()
+
+
+def on_ranks(case: Case) -> Outcome:
+    """Train on real ranks; the ranks must agree, and their stages together must be the model."""
+    outcomes = run_ranks(case.world_size, train, case)
+    first = outcomes[0]
+    merged = Outcome(first.losses, first.grad_norms, {}, {})
+    for outcome in outcomes:
+        assert outcome.losses == first.losses, "ranks report different losses"
+        assert outcome.grad_norms == first.grad_norms, "ranks report different gradient norms"
+        for target, part in ((merged.gradients, outcome.gradients), (merged.parameters, outcome.parameters)):
+            for name, value in part.items():
+                assert name not in target or torch.equal(target[name], value), f"{name} differs between ranks"
+                target[name] = value
+    return merged
+
+
+def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
+    """Largest relative difference of losses, norms and first-step gradients, and largest absolute one of parameters."""
+    assert ours.parameters.keys() == theirs.parameters.keys()
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    return {
+        "loss_rel": max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
+        "grad_norm_rel": max(abs(a - b) / abs(b) for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)),
+        "grad_rel": max(float((ours.gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in theirs.gradients.items()),
+        "param_abs": max(float((ours.parameters[n] - p).abs().max()) for n, p in theirs.parameters.items()),
+    }
+
+
+def assert_parity(case: Case) -> dict[str, float]:
+    """fp32: 1e-5 relative on loss, norm and gradients; parameters within 0.05 x the sum of learning rates."""
+    found = differences(on_ranks(case), reference(case))
+    assert found["loss_rel"] < 1e-5, found
+    assert found["grad_norm_rel"] < 1e-5, found
+    assert found["grad_rel"] < 1e-5, found
+    assert found["param_abs"] < 0.05 * case.lr * case.steps, found
+    return found

@@ -110,7 +110,7 @@ class Saving(Protocol):
 
 
 class Engine(Protocol):
-    """The contract both engines keep. Its verb is one optimizer step (DESIGN: decision A)."""
+    """The contract both engines keep. Its verb is one optimizer step: DeepSpeed and torch pipelining cannot be cut finer."""
 
     capabilities: Capabilities
 

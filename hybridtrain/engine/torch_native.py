@@ -91,7 +91,8 @@ class TorchEngine:
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
             add_tied_gradients(embed, head, group=self.ends)
-        scaled_norm = gradient_norm([parameter for _, parameter in self._named() if parameter.requires_grad], mesh=self.mesh)
+        counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
+        scaled_norm = gradient_norm(counted, mesh=self.mesh)  # a tied head of its own has the embedding's gradient: counted there
         nonfinite = (~torch.isfinite(scaled_norm)).float()
         norm = scaled_norm / scale
         clip = self.config.optim.clip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridtrain.config.schema import OptimConfig
+from hybridtrain.models.build import plain_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Source
 from hybridtrain.optim import matches
@@ -33,16 +34,14 @@ class Reference:
     """fp32 master weights; forward and backward in `compute`, on a copy in that dtype when it is another one."""
 
     def __init__(self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str]):
-        from transformers import AutoModelForCausalLM
-
         self.settings, self.compute = settings, compute
-        self.master: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(param).train()
+        self.master: nn.Module = plain_model(config).to(param)
         self._fill(source, family=family, tied=config.tie_word_embeddings)
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
         if compute != param:
-            self.worker = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(compute).train()
+            self.worker = plain_model(config).to(compute)
         trained = [(name, p) for name, p in self.master.named_parameters() if p.requires_grad]
         plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
         decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]

@@ -25,7 +25,6 @@ from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill
 from hybridtrain.models.load import pretrained
-from hybridtrain.models.stage import Stage
 from hybridtrain.optim import AdamW, local_shards
 from hybridtrain.parallel.apply import Recipe, build_stages
 from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm

@@ -11,7 +11,6 @@ from torch import nn
 
 from hybridtrain.types import refusal
 
-
 _LEGACY_FIELDS = {"rope_theta", "rope_scaling", "model_type"}  # older config.json files spell rope_parameters so
 
 
@@ -53,8 +52,12 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
 
 def meta_model(config: Any) -> nn.Module:
     """The causal LM of `config` on the meta device: structure without memory."""
+    with torch.device("meta"):
+        return plain_model(config)
+
+
+def plain_model(config: Any) -> nn.Module:
+    """Hugging Face's own causal LM of `config`, fp32, training mode, on torch's current default device."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    return model.to(torch.float32).train()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
             allowed=", ".join(SUPPORTED),
             instead="model=tiny, or a model of these families",
         )
-    get = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}.get
+    given: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
+    get: Callable[[str], Any] = given.get
     missing = [key for key in _SIZES if not get(key)]
     if missing:
         raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")

@@ -58,4 +58,4 @@ def _index(folder: Path) -> dict[str, str]:
             instead="convert the checkpoint with transformers' save_pretrained",
         )
     with safe_open(single, framework="pt") as file:
-        return {name: single.name for name in file.keys()}  # noqa: SIM118 - safe_open has no __iter__
+        return dict.fromkeys(file.keys(), single.name)

@@ -8,7 +8,7 @@ from typing import Any
 from hybridtrain.models import llama
 
 
-def window(config: Any, layer: int) -> int | None:
+def window(config: Any, layer: int) -> int | None:  # noqa: ARG001 - the signature of Family.window
     """Every layer has the config's window, or none has."""
     return config.sliding_window
 

@@ -1,7 +1,7 @@
 """From a layout to this rank's parallel stages: the one place that knows the order of application.
 
-    build on meta, cut  ->  freeze  ->  tensor parallel (and re-tie)  ->  compile, recompute  ->  fully_shard
-        ->  to_empty  ->  settle shards, buffers anew
+build on meta, cut  ->  freeze  ->  tensor parallel (and re-tie)  ->  compile, recompute  ->  fully_shard
+    ->  to_empty  ->  settle shards, buffers anew
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _take_gradient(value: Any) -> Tensor | None:
 
 def _parameter_groups(stage: FSDPModule) -> list[Any]:
     states = fully_shard.state(stage)._state_ctx.all_states  # type: ignore[attr-defined]
-    groups = []
+    groups: list[Any] = []
     for state in states:
         many = getattr(state, "_fsdp_param_groups", None)
         groups += many if many is not None else [state._fsdp_param_group]  # torch 2.11 has one group per state
@@ -93,13 +93,17 @@ class Pipeline:
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
         self.schedule = _SCHEDULES[schedule](wrapped[0] if schedule in SCHEDULES_SINGLE else wrapped, **options)
 
-    def _wrap(self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int) -> ZeroStage:
+    def _wrap(
+        self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int
+    ) -> ZeroStage:
         """Shapes are given, so that torch need not run a trial forward and backward to learn them."""
         rows = self.plan.micro_batch_size
         hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(rows, self.plan.seq_len, dtype=torch.int64, device="meta")
         loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
-        wrapped = ZeroStage(stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group)
+        wrapped = ZeroStage(
+            stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group
+        )
         wrapped.zero_stage = zero_stage
         return wrapped
 

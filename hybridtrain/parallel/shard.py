@@ -11,6 +11,8 @@ ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -20,7 +22,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
     """Wrap layers, then the rest of the stage. Gradients are summed over data ranks, not averaged."""
-    options = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
     # The root's own parameters are used first or last: gathering them again at once would only cost time.

@@ -87,7 +87,7 @@ class RepeatedHeads(ParallelStyle):
         self.heads, self.repeats = heads, repeats
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _replicate, None, self._output)
+        return distribute_module(module, device_mesh, _replicate, None, self._output)  # type: ignore[arg-type]  # an output hook may return
 
     def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:  # noqa: ARG002
         heads = output.unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2).flatten(-2)

@@ -83,7 +83,8 @@ class AdamW:
                 state["exp_avg"] = torch.zeros_like(item.shard.data)
                 state["exp_avg_sq"] = torch.zeros_like(item.shard.data)
             for field, value in state.items():
-                result[f"optim.{item.name}.{field}"] = value if field == "step" else _like(value, item.parameter)
+                # The first of two copies of a tied matrix speaks for both, as it does for the weight itself.
+                result.setdefault(f"optim.{item.name}.{field}", value if field == "step" else _like(value, item.parameter))
         return result
 
     def copy_state(self, source: Local, target: Local) -> None:

@@ -125,7 +125,9 @@ class TorchEngine:
 
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint, whatever layout wrote it (collective)."""
-        progress = sharded.load(self.state(), path=path, group=self.mesh.checkpoint_group)
+        stored = sharded.stored_keys(path)
+        wanted = {key: value for key, value in self.state().items() if key in stored or not key.startswith("scaler.")}
+        progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
         self._copy_tied()
         return progress
 

@@ -1,0 +1,143 @@
+"""What happens around a step: evaluate, log, checkpoint, profile. Each hook has an `every` and sees each step's `Moment`.
+
+Order matters: evaluation first, so that its loss stands on the same line; the checkpoint last, so that the line of its step
+is on disk before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from hybridtrain import log, metrics
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.mesh import any_rank
+from hybridtrain.rundir import RunDir
+from hybridtrain.trackers import Trackers
+from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
+
+_log = log.get("train")
+
+
+@dataclass
+class Moment:
+    """A step that has just ended."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    last: bool
+    tokens_seen: int
+    lr: float
+    result: StepResult
+    extra: dict[str, float] = field(default_factory=dict)
+    """What earlier hooks add to this step's line."""
+
+
+class Hook(Protocol):
+    def __call__(self, moment: Moment) -> None: ...
+
+    def close(self) -> None:
+        """Finish what is under way. Not called when training failed."""
+
+
+class Evaluate:
+    """Loss on held-out rows, every so many steps and at the end."""
+
+    def __init__(self, engine: Engine, *, every: int, steps: Sequence[Sequence[Batch]], meter: metrics.Meter):
+        self.engine, self.every, self.steps, self.meter = engine, every, steps, meter
+
+    def __call__(self, moment: Moment) -> None:
+        if self.every and (moment.last or moment.step % self.every == 0):
+            with self.meter.paused():
+                results = [self.engine.eval_step(batches) for batches in self.steps]
+            moment.extra["eval_loss"] = sum(r.loss_sum for r in results) / max(1, sum(r.tokens for r in results))
+
+    def close(self) -> None:
+        return
+
+
+class Log:
+    """metrics.jsonl, the trackers and the progress line, on rank 0; the first step and the last one always."""
+
+    def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
+        self.run, self.every, self.total_steps = run, every, total_steps
+        self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
+
+    def __call__(self, moment: Moment) -> None:
+        if not (moment.last or moment.extra or moment.step == 1 or moment.step % self.every == 0):
+            return
+        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
+        row: dict[str, Any] = metrics.record(moment.result, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory)
+        row |= moment.extra
+        if dist.get_rank() == 0:
+            self.run.append_metrics(row)
+            self.trackers.log(row, moment.step)
+            self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, final_loss=row["loss"], tokens_per_s=row["tokens_per_s"])
+            _log.info(metrics.progress_line(row, total_steps=self.total_steps, eta_s=self.meter.eta_s))
+
+    def close(self) -> None:
+        self.trackers.finish()
+
+
+class Checkpoint:
+    """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
+
+    def __init__(self, engine: Engine, *, manager: Manager, fingerprints: dict[str, str], group: dist.ProcessGroup, meter: metrics.Meter):
+        self.engine, self.manager, self.fingerprints, self.group, self.meter = engine, manager, fingerprints, group, meter
+        self.saving: Saving | None = None
+
+    def __call__(self, moment: Moment) -> None:
+        self._poll()
+        if self.manager.due(moment.step, last=moment.last):
+            with self.meter.paused():
+                self._wait()
+                progress = Progress(moment.step, moment.tokens_seen, self.fingerprints)
+                self.saving = self.engine.save(self.manager.path(moment.step), progress)
+
+    def close(self) -> None:
+        self._wait()
+
+    def _poll(self) -> None:
+        """See whether the save under way is done on all ranks; if it failed on any, all wait for its error."""
+        if self.saving is None:
+            return
+        try:
+            done, failed = self.saving.poll(), False
+        except Exception:
+            done, failed = True, True
+        unfinished, wrong = any_rank([not done, failed], group=self.group)
+        if wrong or not unfinished:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.result()
+            if dist.get_rank() == 0:
+                self.manager.prune()
+
+
+class Profile:
+    """A torch profiler trace of steps 3 to 5 of this command, on rank 0."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=self._write)
+        self.profiler.start()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / "steps-3-5.json"))
+
+    def __call__(self, moment: Moment) -> None:  # noqa: ARG002 - a hook sees each step
+        self.profiler.step()
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # fewer than five steps: there is no trace to write
+            self.profiler.stop()

@@ -1,0 +1,57 @@
+"""The training loop. It knows the Engine contract, the data and the hooks, and nothing of layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hybridtrain.config.schema import Config
+from hybridtrain.data.loader import Loader
+from hybridtrain.hooks import Hook, Moment
+from hybridtrain.layout import BatchPlan
+from hybridtrain.optim import lr_at
+from hybridtrain.types import Engine, Progress, UserError
+
+
+def train(engine: Engine, *, config: Config, loader: Loader, plan: BatchPlan, start: Progress, total_steps: int, hooks: Sequence[Hook]) -> Progress:
+    """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands."""
+    tokens_seen, watch = start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
+    for step in range(start.step, total_steps):
+        lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
+        result = engine.train_step(loader.micro_batches(step), lr=lr)
+        tokens_seen += plan.tokens
+        moment = Moment(step=step + 1, last=step + 1 == total_steps, tokens_seen=tokens_seen, lr=lr, result=result)
+        for hook in hooks:
+            hook(moment)
+        watch(moment, check=moment.last or (step + 1) % config.train.log_every == 0)
+    for hook in hooks:
+        hook.close()
+    return Progress(max(start.step, total_steps), tokens_seen, start.fingerprints)
+
+
+class NonFinite:
+    """Ends a run whose gradients stay non-finite. Counts on the device; reads the count when there is a reason to wait anyway."""
+
+    def __init__(self, *, limit: int, scaled: bool):
+        self.limit, self.scaled = limit, scaled
+        self.streak: torch.Tensor | None = None
+        self.unread = 0
+
+    def __call__(self, moment: Moment, *, check: bool) -> None:
+        skipped = moment.result.skipped
+        self.streak = skipped.clone() if self.streak is None else (self.streak + 1) * skipped
+        self.unread += 1
+        if not (check or self.unread >= self.limit):
+            return
+        self.unread = 0
+        if (count := int(self.streak)) >= self.limit:
+            advice = (
+                "precision=bf16_mixed, or a larger precision.min_scale is no help: the loss scale is at its floor"
+                if self.scaled
+                else "a lower optim.lr, optim.clip=1.0, a longer schedule.warmup_steps"
+            )
+            raise UserError(
+                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {moment.step}, were not finite (loss {float(moment.result.loss):.4g}); no update was made in them\n"
+                f"  allowed: fewer than {self.limit} such steps in a row\n  try:     {advice}; the last checkpoint is from before or within them"
+            )

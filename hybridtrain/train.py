@@ -1,0 +1,270 @@
+"""The door of training: checked config -> layout -> run directory -> engine -> loop.
+
+    torchrun --standalone --nproc-per-node N -m hybridtrain.train experiment=... key=value ...
+
+Everything that can be refused without torch and without the other processes is refused in `resolve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hybridtrain import __version__, log
+from hybridtrain import engine as engines
+from hybridtrain import layout as layouts
+from hybridtrain.command import run_command
+from hybridtrain.config.schema import Config
+from hybridtrain.data.loader import Corpus, check_vocab
+from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.models.facts import facts, read_config
+from hybridtrain.types import ModelFacts, Progress, UserError, refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridtrain.rundir import RunDir
+
+_log = log.get("train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config, resolved against the world it runs in."""
+
+    config: Config
+    layout: ParallelLayout
+    plan: BatchPlan
+    facts: ModelFacts
+    corpus: Corpus
+    total_steps: int
+
+    @property
+    def model_fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve(config: Config) -> Job:
+    """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
+    fields = read_config(config.model)
+    model = facts(fields)
+    if fields.get("attention_dropout"):
+        raise refusal(
+            "model.config.attention_dropout",
+            fields["attention_dropout"],
+            "dropout is not supported yet",
+            allowed="0",
+            instead="model.config.attention_dropout=0",
+        )
+    layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+    capabilities = engines.capabilities(config.engine.kind)
+    layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities)
+    corpus = _corpus(config)
+    check_vocab(corpus, vocab=model.vocab)
+    if corpus.rows("train", seq_len=plan.seq_len) < 1:
+        raise refusal(
+            "data.seq_len",
+            plan.seq_len,
+            f"{corpus.path} holds no whole row of training tokens",
+            allowed="shorter rows",
+            instead="a smaller data.seq_len, or more text",
+        )
+    if config.train.eval_every and corpus.rows("eval", seq_len=plan.seq_len) < 1:
+        raise refusal(
+            "train.eval_every",
+            config.train.eval_every,
+            f"{corpus.path} holds no held-out row",
+            allowed="0 without held-out text",
+            instead="train.eval_every=0, or prepare with data.eval_fraction > 0",
+        )
+    return Job(config, layout, plan, model, corpus, _total_steps(config, plan, rows=corpus.rows("train", seq_len=plan.seq_len)))
+
+
+def _corpus(config: Config) -> Corpus:
+    """The prepared corpus. The embedded one is prepared on the way, by one process of each machine: it takes seconds."""
+    embedded = config.data.source == ["stdlib"] and config.data.tokenizer == "train"
+    path = os.path.join(os.path.expanduser(config.data.path), "corpus.json")
+    if embedded and config.data.path and not os.path.exists(path):
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            from hybridtrain.data.tokenize import prepare
+
+            return Corpus.open(prepare(config.data, overwrite=False))
+        deadline = time.monotonic() + config.engine.timeout_s
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return Corpus.open(config.data.path)
+
+
+def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
+    train = config.train
+    if train.tokens:
+        return max(1, math.ceil(train.tokens / plan.tokens))
+    if train.epochs:
+        return max(1, math.ceil(train.epochs * rows / plan.global_batch_size))
+    return train.steps
+
+
+def run(config: Config) -> int:
+    """`hybridtrain train`."""
+    began = time.monotonic()
+    job = resolve(config)
+    opened = _on_rank0(lambda: _open_run(job))
+    import torch
+
+    from hybridtrain import mesh
+
+    device = mesh.device()
+    mesh.connect(device, timeout_s=config.engine.timeout_s)
+    run_dir, problem = mesh.from_rank0(opened, group=None)  # type: ignore[misc]
+    if problem:
+        raise UserError(problem)
+    log.setup(run_dir.logs)
+    torch.manual_seed(config.run.seed)
+    engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
+    try:
+        _train(job, engine=engine, run_dir=run_dir, device=device, began=began)
+    except BaseException as error:
+        if log.rank() == 0:
+            run_dir.update_summary(
+                status="failed", exit_reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", wall_s=time.monotonic() - began
+            )
+        if not isinstance(error, UserError):
+            _log.error("ended by %s: %s", type(error).__name__, error)
+        raise
+    engine.close()
+    mesh.disconnect()
+    return 0
+
+
+def _on_rank0(decide: Callable[[], Any]) -> tuple[Any, str]:
+    """What rank 0 decides, or the text of its refusal, to be handed to the other ranks."""
+    if log.rank() != 0:
+        return None, ""
+    try:
+        return decide(), ""
+    except UserError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        return None, str(error)
+
+
+def _open_run(job: Job) -> RunDir:
+    """Rank 0: the run directory, and whether its newest checkpoint goes with this command."""
+    from hybridtrain.checkpoint.manager import Manager
+    from hybridtrain.checkpoint.marker import read_progress
+    from hybridtrain.config.compose import to_yaml
+    from hybridtrain.rundir import check_fingerprints, open_run
+
+    config = job.config
+    run_dir = open_run(config, yaml_text=to_yaml(config), versions=_versions(), latest=lambda folder: Manager(folder, settings=config.checkpoint).latest())
+    Manager(run_dir.checkpoints, settings=config.checkpoint).sweep()
+    progress = Progress(0, 0, {})
+    if run_dir.checkpoint:
+        progress = read_progress(run_dir.checkpoint)
+        changed = check_fingerprints(progress, fingerprints=_fingerprints(job), allow_data_change=config.run.allow_data_change)
+        if changed:
+            _log.warning("resuming with other data: %s", ", ".join(changed))
+    run_dir.cut_metrics(progress.step)
+    return run_dir
+
+
+def _fingerprints(job: Job) -> dict[str, str]:
+    from hybridtrain.data.loader import Loader
+
+    loader = Loader(job.corpus, plan=job.plan, dp_rank=0, dp_size=job.layout.dp, seed=job.config.run.seed)
+    return {"model": job.model_fingerprint, "data": job.corpus.fingerprint, "order": loader.fingerprint}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": sys.version.split()[0], "hybridtrain": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, began: float) -> None:
+    from hybridtrain import hooks, loop, metrics
+    from hybridtrain.checkpoint.manager import Manager
+    from hybridtrain.data.loader import Loader, eval_batches
+    from hybridtrain.models.build import save_config
+    from hybridtrain.trackers import Trackers
+
+    config, plan, mesh = job.config, job.plan, engine.mesh
+    manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
+    start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
+    trackers = Trackers()
+    if log.rank() == 0:
+        save_config(engine.model_config, run_dir.model)
+        run_dir.update_summary(layout=layouts.write(config.parallel, job.layout), world_size=job.layout.world_size, steps=start.step, tokens=start.tokens_seen)
+        trackers.start(
+            config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)
+        )
+        _introduce(job, run_dir=run_dir, engine=engine, start=start)
+    loader = Loader(job.corpus, plan=plan, dp_rank=mesh.dp_rank, dp_size=job.layout.dp, seed=config.run.seed)
+    meter = metrics.Meter(
+        first_step=start.step,
+        total_steps=job.total_steps,
+        tokens_per_step=plan.tokens,
+        devices=job.layout.world_size,
+        flops_per_token=metrics.flops_per_token(job.facts, seq_len=plan.seq_len),
+        peak=metrics.peak_flops(device, dtype=engine.precision.compute),
+    )
+    group = mesh.control_group
+    chosen: list[hooks.Hook] = []
+    if config.train.eval_every:
+        batches = eval_batches(
+            job.corpus, plan=plan, rows=config.train.eval_rows, dp_rank=mesh.dp_rank, dp_size=job.layout.dp, micro_batches_per_step=plan.grad_accum
+        )
+        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=batches, meter=meter))
+    chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
+    chosen.append(hooks.Checkpoint(engine, manager=manager, fingerprints=_fingerprints(job), group=group, meter=meter))
+    if config.run.profile and log.rank() == 0:
+        chosen.append(hooks.Profile(run_dir.path / "profile"))
+    end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen)
+    if log.rank() == 0:
+        run_dir.update_summary(status="finished", steps=end.step, tokens=end.tokens_seen, exit_reason="reached the end", wall_s=time.monotonic() - began)
+        _log.info("finished %d steps in %s; run directory %s", end.step, metrics.duration(time.monotonic() - began), run_dir.path)
+
+
+def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
+    """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
+    config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
+    name = config.model.name or job.facts.model_type
+    _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", config.model.from_pretrained or "new weights")
+    _log.info("layout    %s on %d %s process(es), %s", layouts.write(config.parallel, layout), layout.world_size, engine.device.type, config.engine.kind)
+    _log.info(
+        "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
+        plan.global_batch_size,
+        plan.seq_len,
+        plan.micro_batch_size,
+        layout.dp,
+        plan.grad_accum,
+        job.total_steps,
+    )
+    short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
+    _log.info(
+        "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
+    )
+    _log.info("run       %s", run_dir.path)
+    if run_dir.checkpoint:
+        _log.info(
+            "resumed   %s at step %d, %d tokens; model, data, optimizer, schedule, seed and batch are as they were",
+            run_dir.checkpoint.name,
+            start.step,
+            start.tokens_seen,
+        )
+    elif run_dir.continued:
+        _log.info("resumed   no complete checkpoint was there: from the beginning")
+    for field, (before, now) in run_dir.changed.items():
+        _log.info("changed   %s: %s -> %s", field, before, now)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command("train", sys.argv[1:]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ def any_rank(flags: list[bool], *, group: dist.ProcessGroup | None) -> list[bool
     return [bool(value) for value in values]
 
 
-def from_rank0(value: object, *, group: dist.ProcessGroup | None) -> object:
+def from_rank0(value: Any, *, group: dist.ProcessGroup | None) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     if dist.is_initialized():

@@ -123,7 +123,7 @@ def run(config: Config) -> int:
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
-    run_dir, problem = mesh.from_rank0(opened, group=None)  # type: ignore[misc]
+    run_dir, problem = mesh.from_rank0(opened, group=None)
     if problem:
         raise UserError(problem)
     log.setup(run_dir.logs)

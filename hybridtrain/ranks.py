@@ -1,0 +1,252 @@
+"""Run a function on ranks of this machine: one forked process per rank, a fresh process group per call, a time-out.
+
+    run_ranks(4, function, *args, preload=(...), backend="gloo", timeout_s=240)     # [function(*args) on rank 0, ... rank 3]
+
+    this process --pipe--> server (has imported `preload`, never computes) --fork--> rank 0 ... rank n-1
+
+Ranks fork from a server: a parent that has once run a multi-threaded kernel makes its children hang, one that has initialised
+CUDA leaves them without it, and importing in each rank would dominate the time. `function` must be importable by its name.
+
+No process is left behind. The server ends its ranks when this process is gone (end of file on the pipe), a rank is ended by
+the kernel when the server is gone, and Ctrl-C is for this process alone: an interrupted call closes its server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 5.0
+"""How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes."""
+_TAIL_LINES = 20
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or ran out of time; the text is the first failing rank's traceback and the last of its output."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the server is told to do."""
+
+    world_size: int
+    module: str
+    name: str
+    args: bytes
+    """Pickled: the server itself never imports what they are made of."""
+    backend: str
+    timeout_s: float
+    path: list[str]
+    environment: dict[str, str]
+
+
+class _Server:
+    """The process that ranks fork from, and our end of the pipe to it."""
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        self.preload = tuple(preload)
+        self.connection, theirs = Pipe()
+        code = "import sys; from hybridtrain.ranks import serve; serve(int(sys.argv[1]), sys.argv[2:])"
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(theirs.fileno()), *self.preload], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+
+    def close(self) -> None:
+        self.connection.close()  # the server reads the end of file, ends its ranks and leaves
+        try:
+            self.process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+_SERVERS: dict[str, _Server] = {}
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, preload: Sequence[str], backend: str, timeout_s: float) -> list[Any]:
+    """Call `function(*args)` on every rank of a new process group; what each rank returned, by rank.
+
+    `preload`: modules the ranks find imported. `backend`: as for torch.distributed.init_process_group. Raises RankFailed.
+    """
+    server = _server(preload)
+    path = list(sys.path)
+    job = _Job(world_size, function.__module__, function.__qualname__, pickle.dumps(args), backend, timeout_s, path, dict(os.environ))
+    try:
+        server.connection.send(job)
+        outcome, value = server.connection.recv()
+    except (EOFError, OSError) as error:
+        close()
+        raise RankFailed(f"the process that ranks are forked from is gone (exit code {server.process.returncode})") from error
+    except BaseException:  # an answer that nobody waits for any more would be taken for the next call's
+        close()
+        raise
+    if outcome == "failed":
+        raise RankFailed(value)
+    return [pickle.loads(result) for result in value]
+
+
+def close() -> None:
+    """End the server and with it all ranks. The next call starts another."""
+    while _SERVERS:
+        _SERVERS.popitem()[1].close()
+
+
+def _server(preload: Sequence[str]) -> _Server:
+    server = _SERVERS.get("running")
+    if server is None or server.preload != tuple(preload) or server.process.poll() is not None:
+        close()
+        server = _SERVERS["running"] = _Server(preload)
+        atexit.unregister(close)
+        atexit.register(close)
+    return server
+
+
+# -- in the server -------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int, preload: Sequence[str]) -> None:
+    """Import `preload`, then run jobs until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that `_run` ends its ranks
+    connection: Connection = Connection(descriptor)
+    for module in preload:
+        importlib.import_module(module)
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, OSError):
+            return
+        sys.path[:] = job.path
+        os.environ.update(job.environment)
+        answer = _run(job, connection)
+        if answer is None:
+            return
+        connection.send(answer)
+
+
+def _run(job: _Job, connection: Connection) -> tuple[str, Any] | None:
+    """Fork the ranks and gather what they return; None when nobody waits for it any more."""
+    children: dict[int, tuple[int, Connection]] = {}
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        try:
+            for rank in range(job.world_size):
+                ours, theirs = Pipe(duplex=False)
+                server = os.getpid()
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    ours.close()
+                    _rank_main(rank, job, Path(folder), theirs, server)
+                theirs.close()
+                children[rank] = (pid, ours)
+            return _collect(children, connection, job.timeout_s, Path(folder))
+        finally:
+            for pid, ours in children.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                ours.close()
+
+
+def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, timeout_s: float, folder: Path) -> tuple[str, Any] | None:
+    results: dict[int, bytes] = {}
+    failures: list[tuple[float, int, str]] = []
+    pending = {connection: rank for rank, (_, connection) in children.items()}
+    deadline = time.monotonic() + timeout_s
+    while pending:
+        ready = wait([*pending, caller], timeout=max(0.0, deadline - time.monotonic()))
+        if caller in ready:
+            return None  # it sends nothing while it waits: this is the end of file
+        if not ready:
+            if not failures:
+                return "failed", f"ranks {sorted(pending.values())} did not finish within {timeout_s:g} s" + _tail(folder, min(pending.values()))
+            break
+        for connection in ready:
+            rank = pending.pop(connection)  # type: ignore[call-overload]
+            try:
+                outcome, value, when = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                outcome, value, when = "failed", "died without a word (gloo aborts a process on a size mismatch)", time.time()
+            if outcome == "ok":
+                results[rank] = value
+            else:
+                failures.append((when, rank, value))
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    if failures:
+        _, rank, text = min(failures)
+        return "failed", f"rank {rank} failed first:\n{text}" + _tail(folder, rank)
+    return "ok", [results[rank] for rank in sorted(results)]
+
+
+def _tail(folder: Path, rank: int) -> str:
+    """The last lines that a rank printed."""
+    file = _output(folder, rank)
+    lines = file.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if file.is_file() else []
+    return "\n".join(["", f"last output of rank {rank}:", *lines]) if lines else ""
+
+
+def _output(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
+# -- in a rank -----------------------------------------------------------------------------------------------------
+
+
+def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, server: int) -> None:
+    """The life of a rank: it never returns."""
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _die_with(server)
+        with _output(folder, rank).open("wb") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), GLOO_SOCKET_IFNAME="lo")
+        message = _call(rank, job, folder)
+        code = 0 if message[0] == "ok" else 1
+        connection.send_bytes(pickle.dumps(message))
+        connection.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # no interpreter exit: what the server has registered for it is not this process's
+
+
+def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
+    try:
+        import torch.distributed as dist
+
+        dist.init_process_group(job.backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=job.world_size)
+        function: Any = importlib.import_module(job.module)
+        for part in job.name.split("."):
+            function = getattr(function, part)
+        return "ok", pickle.dumps(function(*pickle.loads(job.args))), time.time()
+    except BaseException:
+        return "failed", traceback.format_exc(), time.time()
+
+
+def _die_with(server: int) -> None:
+    """Ask the kernel to end this process when the server is gone, however it went (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(1)

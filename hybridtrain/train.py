@@ -7,6 +7,7 @@ Everything that can be refused without torch and without the other processes is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import __version__, log
@@ -116,26 +117,24 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     job = resolve(config)
-    opened = _on_rank0(lambda: _open_run(job))
+    run_dir = _open_run(job) if log.rank() == 0 else None  # what it refuses is said before processes meet; the launcher ends the other ranks
     import torch
 
     from hybridtrain import mesh
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
-    run_dir, problem = mesh.from_rank0(opened, group=None)
-    if problem:
-        raise UserError(problem)
+    run_dir = mesh.from_rank0(run_dir, group=None)
     log.setup(run_dir.logs)
     torch.manual_seed(config.run.seed)
-    engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
     try:
+        engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
         _train(job, engine=engine, run_dir=run_dir, device=device, began=began)
     except BaseException as error:
         if log.rank() == 0:
-            run_dir.update_summary(
-                status="failed", exit_reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", wall_s=time.monotonic() - began
-            )
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            with contextlib.suppress(OSError):  # on a full disk the reason for the end must not be lost over the summary
+                run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
         if not isinstance(error, UserError):
             _log.error("ended by %s: %s", type(error).__name__, error)
         raise
@@ -144,36 +143,38 @@ def run(config: Config) -> int:
     return 0
 
 
-def _on_rank0(decide: Callable[[], Any]) -> tuple[Any, str]:
-    """What rank 0 decides, or the text of its refusal, to be handed to the other ranks."""
-    if log.rank() != 0:
-        return None, ""
-    try:
-        return decide(), ""
-    except UserError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        return None, str(error)
-
-
 def _open_run(job: Job) -> RunDir:
-    """Rank 0: the run directory, and whether its newest checkpoint goes with this command."""
+    """Rank 0: the run directory, once its newest checkpoint is known to go with this command. A refusal leaves it as it was."""
     from hybridtrain.checkpoint.manager import Manager
-    from hybridtrain.checkpoint.marker import read_progress
     from hybridtrain.config.compose import to_yaml
-    from hybridtrain.rundir import check_fingerprints, open_run
+    from hybridtrain.rundir import open_run
 
-    config = job.config
-    run_dir = open_run(config, yaml_text=to_yaml(config), versions=_versions(), latest=lambda folder: Manager(folder, settings=config.checkpoint).latest())
+    config, progress = job.config, Progress(0, 0, {})
+
+    def newest(folder: Path) -> Path | None:
+        nonlocal progress
+        checkpoint = Manager(folder, settings=config.checkpoint).latest()
+        if checkpoint:
+            progress = _progress_of(checkpoint, job=job)
+        return checkpoint
+
+    run_dir = open_run(config, yaml_text=to_yaml(config), versions=_versions(), latest=newest)
     Manager(run_dir.checkpoints, settings=config.checkpoint).sweep()
-    progress = Progress(0, 0, {})
-    if run_dir.checkpoint:
-        progress = read_progress(run_dir.checkpoint)
-        changed = check_fingerprints(progress, fingerprints=_fingerprints(job), allow_data_change=config.run.allow_data_change)
-        if changed:
-            _log.warning("resuming with other data: %s", ", ".join(changed))
     run_dir.cut_metrics(progress.step)
     return run_dir
+
+
+def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
+    """Where a checkpoint stands, if it is whole as far as sizes tell (contents are checked by all ranks together) and of this model and data."""
+    from hybridtrain.checkpoint import marker
+    from hybridtrain.rundir import check_fingerprints
+
+    marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
+    progress = marker.read_progress(checkpoint)
+    changed = check_fingerprints(progress, fingerprints=_fingerprints(job), allow_data_change=job.config.run.allow_data_change)
+    if changed:
+        _log.warning("resuming with other data: %s", ", ".join(changed))
+    return progress
 
 
 def _fingerprints(job: Job) -> dict[str, str]:

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 from hybridtrain.checkpoint import marker
-from hybridtrain.checkpoint.sharded import PARTIAL, REPLACED
 from hybridtrain.config.schema import CheckpointConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -49,7 +48,7 @@ class Manager:
 
     def sweep(self) -> None:
         """Remove what a crash left half-written or half-removed. Only while nothing is being saved."""
-        for ending in (PARTIAL, REPLACED):
+        for ending in (marker.PARTIAL, marker.REPLACED):
             for path in self.folder.glob(f"step-*{ending}"):
                 shutil.rmtree(path)
 
@@ -62,7 +61,7 @@ class Manager:
 
     def _remove(self, path: Path) -> None:
         """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts."""
-        doomed = path.with_name(path.name + REPLACED)
+        doomed = path.with_name(path.name + marker.REPLACED)
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

@@ -18,6 +18,10 @@ from hybridtrain.types import Progress, UserError, refusal
 MARKER = "complete.json"
 PROGRESS = "progress.json"
 METADATA = ".metadata"
+PARTIAL = ".partial"
+"""Ending of a folder that is being written, or was when a crash came."""
+REPLACED = ".removed"
+"""Ending of a folder that is being removed, or was when a crash came."""
 FORMAT = 1
 _BLOCK = 1 << 22  # 4 MiB reads: large enough that CRC32 runs at memory speed
 
@@ -84,15 +88,21 @@ def read(path: Path) -> dict[str, Record]:
     return files
 
 
-def verify(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
-    """Check that each of `files` is there with its size and CRC32; UserError naming the first that is not."""
+def check_sizes(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
+    """Check, without reading, that each of `files` is there with its size; UserError naming the first that is not."""
     for name, record in files:
         file = path / name
         if not file.is_file():
             raise damaged(path, name, "it is missing")
         if file.stat().st_size != record.size:
             raise damaged(path, name, f"it has {file.stat().st_size} bytes instead of {record.size}")
-        if measure(file).crc32 != record.crc32:
+
+
+def verify(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
+    """Check that each of `files` is there with its size and CRC32; UserError naming the first that is not."""
+    for name, record in files:
+        check_sizes(path, files=[(name, record)])
+        if measure(path / name).crc32 != record.crc32:
             raise damaged(path, name, "its content has changed (CRC32 differs)")
 
 

@@ -31,8 +31,6 @@ from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.types import Progress, Saving, UserError, refusal
 
 T = TypeVar("T")
-PARTIAL = ".partial"
-REPLACED = ".removed"
 _NAMED = 5  # keys that a refusal names before it says "and N more"
 
 
@@ -169,7 +167,7 @@ class _Saving:
 
 def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
     """Write aside, mark complete, rename; on failure remove what was written and raise on every rank."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + marker.PARTIAL)
     rank, _ = _rank_and_size(group)
 
     def prepare() -> None:
@@ -209,7 +207,7 @@ def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: d
 
 def _rename(partial: Path, path: Path) -> None:
     """The moment at which the checkpoint exists. One of the same step makes room first (a run that went back to an earlier one)."""
-    replaced = path.with_name(path.name + REPLACED)
+    replaced = path.with_name(path.name + marker.REPLACED)
     if path.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(path, replaced)

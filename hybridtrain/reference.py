@@ -35,6 +35,8 @@ class Reference:
 
     def __init__(self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str]):
         self.settings, self.compute = settings, compute
+        self.loss_scale = 1.0
+        """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
         self.master: nn.Module = plain_model(config).to(param)
         self._fill(source, family=family, tied=config.tie_word_embeddings)
         for name, parameter in self.master.named_parameters():
@@ -68,10 +70,10 @@ class Reference:
         for batch in micro_batches:
             loss = self._loss(batch)
             loss_sum += loss.item()
-            (loss / max(1, tokens)).backward()
+            (loss / max(1, tokens) * self.loss_scale).backward()
             for name, parameter in self.worker.named_parameters():
                 if name in gradients and parameter.grad is not None:
-                    gradients[name] += parameter.grad.float()
+                    gradients[name] += parameter.grad.float() / self.loss_scale
                 parameter.grad = None
         for name, parameter in self.master.named_parameters():
             parameter.grad = gradients[name].to(parameter.dtype, copy=True) if name in gradients else None

@@ -176,7 +176,7 @@ def _data(config: schema.Config) -> None:
             allowed="files, folders, patterns, stdlib",
             instead="data.source=[stdlib] or experiment=smoke",
         )
-    if type(config) in (schema.PrepareRoot, schema.Config, schema.ParityRoot):
+    if type(config) in (schema.PrepareRoot, schema.Config):  # parity makes tokens of its own when there is no path
         _require(bool(data.path), "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
 
 

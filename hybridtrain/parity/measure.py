@@ -1,0 +1,204 @@
+"""What runs in the ranks: train a few steps, and hold every gradient and parameter against the reference's.
+
+The reference writes its first gradients and last parameters to files; a rank gathers its own whole, one tensor at a time, and
+returns numbers only. Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hybridtrain import engine as engines
+from hybridtrain import mesh
+from hybridtrain.config.schema import Config
+from hybridtrain.data.loader import Corpus, Loader
+from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.facts import read_config
+from hybridtrain.models.family import family_of
+from hybridtrain.models.init import draw
+from hybridtrain.models.load import pretrained
+from hybridtrain.parity.verdict import GRADIENT_FLOOR
+from hybridtrain.precision.policy import policy
+from hybridtrain.reference import Reference as PlainLoop
+from hybridtrain.types import Batch, StepResult
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a rank needs to know; it pickles."""
+
+    config: Config
+    layout: ParallelLayout
+    plan: BatchPlan
+    steps: int
+    vocab: int
+    folder: str
+    """Where the reference leaves its tensors."""
+
+
+@dataclass
+class Steps:
+    """Per optimizer step; the same on every rank."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0
+
+
+@dataclass
+class Differences:
+    """The largest over this rank's tensors, and the names of those that were compared."""
+
+    largest: float = 0.0
+    name: str = ""
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, name: str, value: float) -> None:
+        self.seen.add(name)
+        if not value <= self.largest:  # NaN counts as larger than anything
+            self.largest, self.name = value, name
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How the plain process went, and the names in the two files it left."""
+
+    steps: Steps
+    gradients: set[str]
+    parameters: set[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank found."""
+
+    steps: Steps
+    gradients: Differences
+    parameters: Differences
+
+
+class Tokens(Protocol):
+    """A source of this data rank's micro-batches by step: the corpus' Loader, or Synthetic."""
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+class Synthetic:
+    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus."""
+
+    def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int) -> None:
+        self.vocab, self.plan, self.seed = vocab, plan, seed
+        share = plan.global_batch_size // dp_size
+        self.rows = range(dp_rank * share, (dp_rank + 1) * share, plan.micro_batch_size)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + step)
+        tokens = torch.randint(0, self.vocab, (self.plan.global_batch_size, self.plan.seq_len + 1), generator=generator)
+        size = self.plan.micro_batch_size
+        positions_BT = torch.arange(self.plan.seq_len).repeat(size, 1)
+        return [Batch(tokens[row : row + size, :-1].contiguous(), tokens[row : row + size, 1:].contiguous(), positions_BT) for row in self.rows]
+
+
+def train_reference(task: Task) -> Reference:
+    """Train in one plain process and leave gradients.safetensors and parameters.safetensors in the task's folder."""
+    device = _device(task)
+    config = task.config
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    family = family_of(built.model_type)
+    precision = policy(config.precision.kind)
+    source = pretrained(config.model) if config.model.from_pretrained else draw(built, family=family, seed=config.run.seed)
+    plain = PlainLoop(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=config.model.freeze)
+    plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
+    for model in {plain.master, plain.worker}:
+        model.to(device)
+    tokens = _tokens(task, dp_rank=0, dp_size=1)
+    done = Steps()
+    for step in range(task.steps):
+        batches = [_on(device, batch) for batch in tokens.micro_batches(step)]
+        with device:  # the reference makes its accumulators where tensors are made by default
+            result = plain.step(batches, lr=config.optim.lr)
+        done.losses.append(result.loss)
+        done.grad_norms.append(result.grad_norm)
+        if step == 0:
+            gradients = _leave(result.gradients, Path(task.folder) / "gradients.safetensors")
+        del result
+    return Reference(done, gradients, _leave(plain.parameters(), Path(task.folder) / "parameters.safetensors"))
+
+
+def train_layout(task: Task, reference_norm: float) -> Measured:
+    """Train under the task's layout (collective) and compare. `reference_norm`: the reference's first global gradient norm."""
+    device = _device(task)
+    mesh.connect(device, timeout_s=task.config.engine.timeout_s)
+    engine = engines.build(task.config, layout=task.layout, plan=task.plan, device=device)
+    scale = task.config.precision.init_scale if policy(task.config.precision.kind).loss_scale else 1.0
+    gradients, parameters = Differences(), Differences()
+
+    def compare_gradients(*_: object) -> None:
+        handle.remove()
+        named = ((item.name, item.parameter.grad) for item in engine.optimizer.shards if item.parameter.grad is not None)
+        floor = GRADIENT_FLOOR * reference_norm
+        relative = lambda ours, theirs: float((ours / scale - theirs).norm() / theirs.norm().clamp(min=floor))  # noqa: E731
+        _compare(named, Path(task.folder) / "gradients.safetensors", gradients, relative)
+
+    if engine.optimizer.optimizer is not None:
+        handle = engine.optimizer.optimizer.register_step_pre_hook(compare_gradients)
+    tokens = _tokens(task, dp_rank=engine.mesh.dp_rank, dp_size=task.layout.dp)
+    done = Steps()
+    for step in range(task.steps):
+        _note(done, engine.train_step(tokens.micro_batches(step), lr=task.config.optim.lr))
+    _compare(engine.weights(), Path(task.folder) / "parameters.safetensors", parameters, lambda ours, theirs: float((ours - theirs).abs().max()))
+    engine.close()
+    return Measured(done, gradients, parameters)
+
+
+def _note(done: Steps, result: StepResult) -> None:
+    done.losses.append(float(result.loss))
+    done.grad_norms.append(float(result.grad_norm))
+    done.skipped += int(result.skipped)
+
+
+def _compare(named: Iterable[tuple[str, Any]], reference: Path, found: Differences, difference: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    """Gather each tensor whole (collective over its mesh) and add its difference to `found`."""
+    with safe_open(reference, framework="pt") as file:
+        known = set(file.keys())
+        for name, tensor in named:
+            ours = whole(tensor)
+            found.add(name, difference(ours, file.get_tensor(name)) if name in known else float("nan"))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor or DTensor, fp32, on the CPU (collective over its mesh)."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().float().cpu()
+
+
+def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
+    """Write tensors to a file, in fp32; their names."""
+    save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    return set(tensors)
+
+
+def _device(task: Task) -> torch.device:
+    """This rank's device; the cores of the machine are shared out among the ranks."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.layout.world_size))
+    return mesh.device()
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return Batch(batch.input_ids_BT.to(device), batch.labels_BT.to(device), batch.position_ids_BT.to(device))
+
+
+def _tokens(task: Task, *, dp_rank: int, dp_size: int) -> Tokens:
+    seed = task.config.run.seed
+    if task.config.data.path:
+        return Loader(Corpus.open(task.config.data.path), plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)
+    return Synthetic(vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)

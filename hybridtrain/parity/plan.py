@@ -1,0 +1,210 @@
+"""What parity compares: the user's config with everything taken out that is not parity's business, and a list of layouts.
+
+Nothing here imports torch: a layout that cannot run is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridtrain import layout as layouts
+from hybridtrain.config import schema
+from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.models.facts import facts, read_config
+from hybridtrain.types import Capabilities, ModelFacts, UserError, refusal
+
+MIN_EPS = 1e-6
+"""Adam moves an element whose gradient is far below eps by next to nothing, one whose gradient is above it by about lr. With
+eps 1e-8 an element with a true gradient of 1e-9 moves by a whole lr in the direction of its rounding errors."""
+LOSS_SCALE = 1024.0
+"""fp16_mixed: one fixed scale on both sides, high enough that few gradients underflow, low enough that none overflows."""
+DEFAULT_SET = (
+    "single",
+    "dp_replicate2",
+    "dp_shard2-zero1",
+    "dp_shard2-zero2",
+    "dp_shard2-zero3",
+    "tp2",
+    "pp2",
+    "pp2-gpipe",
+    "pp2-interleaved_1f1b",
+    "pp2-zbv_zero_bubble",
+    "dp_replicate2-tp2",
+    "pp2-dp_replicate2",
+    "pp2-tp2",
+    "dp_replicate2-dp_shard2-zero3",
+    "dp_shard2-tp2-zero3",
+    "pp2-dp_shard2-zero1",
+    "pp2-tp2-zbv_zero_bubble",
+    "tp4",
+    "pp4",
+    "pp2-dp_replicate2-tp2",
+    "pp2-dp_shard2-tp2-zero1",
+    "pp2-dp_shard2-tp2-zero3",
+    "dp_replicate2-dp_shard2-tp2-zero2",
+    "pp2-dp_shard2-tp2-zero1-zbv_zero_bubble",
+    "pp4-tp2-interleaved_1f1b",
+)
+"""Every axis, ZeRO stage and kind of schedule, pairs, and from 8 processes on triples; those that fit are taken."""
+_SMALL_VOCAB = 2048
+_SMALL_WIDTH = 512
+_SMALL_LAYERS = 4
+_NOT_MODEL = ("auto_map", "torch_dtype", "dtype", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layout to compare, checked."""
+
+    name: str
+    parallel: schema.ParallelConfig
+    layout: ParallelLayout
+    plan: BatchPlan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is going to run."""
+
+    config: schema.ParityRoot
+    facts: ModelFacts
+    entries: list[Entry]
+    left_out: dict[str, str]
+    """Layouts of the default set that do not fit -> why."""
+    said: list[str]
+    """What was changed in the user's config, for the user to read."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The reference's: all rows in one process."""
+        return layouts.plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
+
+
+def prepare(config: schema.ParityRoot, *, capabilities: Capabilities, devices: int | None) -> Comparison:
+    """Choose layouts and model; raises UserError for a named layout that cannot run. `devices`: number of GPUs, None on CPU."""
+    config, said = _settled(config)
+    fields = read_config(config.model)
+    if fields.get("attention_dropout"):
+        config.model.config["attention_dropout"] = 0.0
+        said.append(f"dropout is off (model.config.attention_dropout was {fields['attention_dropout']})")
+    model = facts(read_config(config.model))
+    entries, left_out = _choose(config, model, capabilities, devices)
+    if config.parity.shrink:
+        small = shrunk(read_config(config.model), model=model, layouts=[entry.layout for entry in entries], stages=_stages(entries), vocab=not config.data.path)
+        said.append(_shrink_said(config, read_config(config.model), small))
+        config.model = dataclasses.replace(config.model, from_pretrained="", config=small)
+        model = facts(small)
+        entries, left_out = _choose(config, model, capabilities, devices)
+    if not entries:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise refusal("parity.layouts", "[]", f"no layout fits ({reasons})", allowed="layouts this model and batch can run", instead="parity.layouts=[single]")
+    return Comparison(config, model, entries, left_out, said)
+
+
+def _settled(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
+    """A copy of the config with a fixed loss scale and an epsilon that does not magnify noise; what was changed."""
+    config = copy.deepcopy(config)
+    said = [f"constant lr {config.optim.lr:g}, no warm-up"]
+    if config.optim.eps < MIN_EPS:
+        said.append(f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it")
+        config.optim.eps = MIN_EPS
+    if config.precision.kind == "fp16_mixed":
+        scale = max(LOSS_SCALE, config.precision.min_scale)
+        said.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
+        config.precision.init_scale, config.precision.growth_interval = scale, config.parity.steps + 1
+    return config, said
+
+
+def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Capabilities, devices: int | None) -> tuple[list[Entry], dict[str, str]]:
+    """The layouts that run, and those of the default set that do not, with the reason."""
+    named = [_written(text) for text in config.parity.layouts]
+    entries: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    for parallel in named or [_written(text) for text in DEFAULT_SET] + [_own(config.parallel)]:
+        layout = layouts.resolve(parallel, world_size=_processes(parallel))
+        name = layouts.write(parallel, layout)
+        try:
+            if not named and layout.world_size > config.parity.max_processes:
+                continue
+            if devices is not None and layout.world_size > devices:
+                raise _too_few(name, layout.world_size, devices)
+            plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+            layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities)
+        except UserError as error:
+            if named:
+                raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error
+            left_out[name] = str(error).splitlines()[0]
+            continue
+        entries.setdefault(name, Entry(name, parallel, layout, plan))
+    return list(entries.values()), left_out
+
+
+def _written(text: str) -> schema.ParallelConfig:
+    return schema.ParallelConfig(**layouts.parse(text))
+
+
+def _own(parallel: schema.ParallelConfig) -> schema.ParallelConfig:
+    """The layout of the config itself; an axis left open is as small as it can be."""
+    fill = {"dp_shard": 2 if parallel.zero_stage else 1}
+    open_axes = {axis: fill.get(axis, 1) for axis in layouts.AXES if getattr(parallel, axis) == -1}
+    return dataclasses.replace(parallel, **open_axes)  # type: ignore[arg-type]
+
+
+def _processes(parallel: schema.ParallelConfig) -> int:
+    return math.prod(getattr(parallel, axis) for axis in layouts.AXES)
+
+
+def _too_few(name: str, processes: int, devices: int) -> UserError:
+    return refusal(
+        "parity.layouts",
+        name,
+        f"{processes} processes, but there are {devices} GPUs",
+        allowed=f"layouts of up to {devices} processes",
+        instead="CUDA_VISIBLE_DEVICES= in front of the command, to compare on the CPU",
+    )
+
+
+def _stages(entries: Sequence[Entry]) -> int:
+    return max((entry.layout.pp * layouts.stages_per_rank(entry.parallel) for entry in entries), default=1)
+
+
+def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[ParallelLayout], stages: int, vocab: bool) -> dict[str, Any]:
+    """Fields of a small model of the same family: fewer layers, heads and columns, as many heads per key/value head.
+
+    `layouts` and `stages` are what it must still be cut into; `vocab`: whether the vocabulary may be cut too.
+    """
+    degrees = {layout.tp for layout in layouts}
+    group = model.heads // model.kv_heads
+    fits = [
+        kv for kv in range(1, model.kv_heads + 1) if model.kv_heads % kv == 0 and all(kv * group % tp == 0 and (kv % tp == 0 or tp % kv == 0) for tp in degrees)
+    ]
+    kv_heads = next((kv for kv in fits if kv > 1), model.kv_heads)
+    heads = kv_heads * group
+    head_dim = model.head_dim
+    while head_dim > 16 and heads * head_dim > _SMALL_WIDTH:
+        head_dim //= 2
+    layers = min(model.layers, max(_SMALL_LAYERS, stages))
+    width = model.hidden * heads * head_dim // (model.heads * model.head_dim)
+    ffn = max(1, round(model.ffn / model.hidden * width / 64)) * 64
+    small = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _NOT_MODEL}
+    small |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": width, "intermediate_size": ffn}
+    if "head_dim" in fields or width != heads * head_dim:
+        small["head_dim"] = head_dim
+    if isinstance(fields.get("layer_types"), list):
+        small["layer_types"] = fields["layer_types"][:layers]
+    if vocab and model.vocab > _SMALL_VOCAB:
+        small["vocab_size"] = _SMALL_VOCAB + model.vocab % 2  # an odd vocabulary stays odd
+        small |= {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id") if fields.get(key) is not None}
+    return small
+
+
+def _shrink_said(config: schema.ParityRoot, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
+    cuts = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+    weights = "; its weights are drawn anew, not read from model.from_pretrained" if config.model.from_pretrained else ""
+    return f"parity.shrink: {', '.join(cuts) or 'nothing to cut'}{weights}"

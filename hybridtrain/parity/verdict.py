@@ -1,0 +1,132 @@
+"""Tolerances, pass or fail, the table as it grows, and parity.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybridtrain.parity.measure import Measured, Reference
+
+MEASURES = ("loss_rel", "grad_norm_rel", "grad_rel", "param_abs")
+COLUMNS = ("layout", "engine", "precision", "passed", *MEASURES, "seconds")
+"""Keys of one layout in parity.json."""
+GRADIENT_FLOOR = 1e-6
+"""A gradient smaller than this share of the global norm is measured against that share: it is rounding noise by itself."""
+
+# Loss, gradient norm and gradients relative; parameters as a multiple of the sum of learning rates. docs/parity.md justifies them.
+_TOLERANCES = {
+    "fp32": (1e-5, 1e-5, 1e-5, 0.05),
+    "bf16_mixed": (2e-3, 2e-2, 5e-2, 2.0),
+    "bf16_pure": (2e-3, 2e-2, 5e-2, 2.0),
+    "fp16_mixed": (5e-4, 5e-3, 1e-2, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one layout did; nothing is measured where it did not get that far."""
+
+    layout: str
+    processes: int
+    precision: str
+    seconds: float
+    measured: Mapping[str, float]
+    worst: Mapping[str, str]
+    """grad_rel and param_abs -> the parameter with the largest difference."""
+    error: str
+
+    def failed(self, tolerances: Mapping[str, float]) -> list[str]:
+        """Names of the measures beyond their tolerance; a value that is missing or not a number is beyond any."""
+        return [name for name in MEASURES if (value := self.measured.get(name)) is None or not value <= tolerances[name]]
+
+
+def tolerances(precision: str, *, lr: float, steps: int) -> dict[str, float]:
+    """The largest difference that passes, per measure."""
+    *relative, moves = _TOLERANCES[precision]
+    return dict(zip(MEASURES, (*relative, moves * lr * steps), strict=True))
+
+
+def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest |a - b| / |b| over the steps."""
+    return largest(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, theirs, strict=True))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The maximum, NaN if any is."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+def merge(found: Sequence[Measured], reference: Reference) -> tuple[dict[str, float], dict[str, str], str]:
+    """All ranks' findings as one: the largest differences, which parameters have them, and what is wrong besides numbers."""
+    measured = {
+        "loss_rel": largest(_relative(rank.steps.losses, reference.steps.losses) for rank in found),
+        "grad_norm_rel": largest(_relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in found),
+        "grad_rel": largest(rank.gradients.largest for rank in found),
+        "param_abs": largest(rank.parameters.largest for rank in found),
+    }
+    worst = {
+        "grad_rel": next(rank.gradients.name for rank in found if not rank.gradients.largest < measured["grad_rel"]),
+        "param_abs": next(rank.parameters.name for rank in found if not rank.parameters.largest < measured["param_abs"]),
+    }
+    complaints = [f"{rank.steps.skipped} steps were skipped for a gradient that is not finite" for rank in found[:1] if rank.steps.skipped]
+    for what, wanted, seen in (
+        ("gradient", reference.gradients, set().union(*(rank.gradients.seen for rank in found))),
+        ("parameter", reference.parameters, set().union(*(rank.parameters.seen for rank in found))),
+    ):
+        if wanted != seen:
+            complaints.append(f"{what}s that only one side has: {', '.join(sorted(wanted ^ seen))}")
+    return measured, worst, "\n".join(complaints)
+
+
+def header(tolerance: Mapping[str, float], *, width: int) -> str:
+    names = f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  {'grad_rel':>9}  {'param_abs':>9}  seconds  result"
+    values = "  ".join(f"{tolerance[name]:>{size}.1e}" for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True))
+    return f"{names}\n{'  at most':<{width}}         {values}"
+
+
+def line(row: Row, tolerance: Mapping[str, float], *, width: int) -> str:
+    """One row of the table; below it what went wrong."""
+    shown = "  ".join(
+        f"{'-' if row.measured.get(name) is None else format(row.measured[name], '.1e'):>{size}}" for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True)
+    )
+    failed = row.failed(tolerance)
+    result = "FAIL (error)" if row.error else f"FAIL ({', '.join(failed)})" if failed else "pass"
+    text = f"{row.layout:<{width}}  {row.processes:>5}  {shown}  {row.seconds:>7.1f}  {result}"
+    notes = [f"largest {name} at {row.worst[name]}" for name in failed if name in row.worst]
+    notes += row.error.strip().splitlines()
+    return "\n".join([text, *(f"    {note}" for note in notes)])
+
+
+def write(path: Path, *, rows: list[Row], engine: str, tolerance: Mapping[str, float], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write parity.json, atomically. Numbers that are not finite are null."""
+    entries = []
+    for row in rows:
+        passed = not row.error and not row.failed(tolerance)
+        values = (row.layout, engine, row.precision, passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))
+        entries.append(dict(zip(COLUMNS, values, strict=True)))
+    content = {
+        "reference": dict(reference),
+        "layouts": entries,
+        "tolerances": dict(tolerance),
+        "processes": {row.layout: row.processes for row in rows},
+        "errors": {row.layout: row.error for row in rows if row.error},
+        **facts,
+    }
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -86,11 +86,17 @@ class RunDir:
             stream.write(line + "\n")
 
     def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too."""
+        """Keep the lines up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
+
+        The summary takes over what the last of them says: a command that finds nothing left to do must not lose it.
+        """
         if not self.metrics.is_file():
             return
         kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
         _write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+        if kept:
+            last = json.loads(kept[-1])
+            self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
         """Write summary.json again, atomically, with these keys of SUMMARY changed."""

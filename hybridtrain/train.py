@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hybridtrain.rundir import RunDir
 
 _log = log.get("train")
+_ENDS = ("steps", "tokens", "epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,9 @@ def run(config: Config) -> int:
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
     run_dir = mesh.from_rank0(run_dir, group=None)
-    log.setup(run_dir.logs)
-    torch.manual_seed(config.run.seed)
     try:
+        log.setup(run_dir.logs)
+        torch.manual_seed(config.run.seed)
         engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
         _train(job, engine=engine, run_dir=run_dir, device=device, began=began)
     except BaseException as error:
@@ -265,6 +266,14 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
         _log.info("resumed   no complete checkpoint was there: from the beginning")
     for field, (before, now) in run_dir.changed.items():
         _log.info("changed   %s: %s -> %s", field, before, now)
+    if start.step > job.total_steps:
+        _log.warning("the run has done %d steps already; it was asked to end after %d", start.step, job.total_steps)
+    elif start.step and config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
+        _log.warning(
+            "the %s schedule now ends at step %d: learning rates from here on are not those of the run that was interrupted",
+            config.schedule.kind,
+            job.total_steps,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Whole training runs as a user starts them: on forked ranks (fast), or under torchrun; and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hybridtrain import command
+from hybridtrain.config import schema
+from hybridtrain.data.tokenize import prepare
+from tests.ranks import run_ranks
+
+SAME = ("step", "tokens_seen", "loss", "grad_norm", "lr", "loss_scale", "skipped", "eval_loss")
+"""What a step's line must repeat bit for bit; the others are times and memory."""
+
+
+def corpus(folder: Path, *, words: str = "follows") -> Path:
+    """A small prepared corpus: some 20,000 tokens of a vocabulary of 300, with held-out documents."""
+    text = folder / "text"
+    text.mkdir(parents=True)
+    for number in range(12):
+        (text / f"{number}.txt").write_text(" ".join(f"number {number * n} {words} {n * n},\n" for n in range(120)))
+    return prepare(schema.DataConfig(path=str(folder / "data"), source=[str(text)], vocab_size=300, eval_fraction=0.2), overwrite=False)
+
+
+def arguments(run: Path, data: Path, **options: object) -> list[str]:
+    """A command line of `hybridtrain train`; options are written section__field=value."""
+    given = {
+        "model": "tiny",
+        "model__config__vocab_size": 300,
+        "run__dir": run,
+        "data__path": data,
+        "data__seq_len": 32,
+        "batch__global_batch_size": 8,
+        "batch__micro_batch_size": 1,
+        "train__steps": 8,
+        "train__log_every": 1,
+        "schedule": "constant",
+        "optim__lr": 0.003,
+        **options,
+    }
+    return [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def on_this_rank(argv: list[str]) -> Ended:
+    """`hybridtrain train` in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        command.SPEAK_FIRST_S = 0.2  # there is no launcher that would end the other ranks
+        code = command.run_command("train", argv)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def on_ranks(world_size: int, argv: list[str], *, timeout_s: float = 120.0) -> Ended:
+    """The run on forked ranks; all must end alike, and rank 0's words are returned. After `timeout_s` every rank is killed (RankFailed)."""
+    ended = run_ranks(world_size, on_this_rank, argv, timeout_s=timeout_s)
+    assert len({rank.code for rank in ended}) == 1, ended
+    return ended[0]
+
+
+def finished(world_size: int, argv: list[str]) -> Ended:
+    """The run on forked ranks, which must reach its end."""
+    ended = on_ranks(world_size, argv)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def torchrun(world_size: int, argv: list[str]) -> subprocess.Popen[str]:
+    """Start the run under torchrun, as a user would."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, "-m", "hybridtrain.train", *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    """The lines of metrics.jsonl, each step once and in order, without what differs between any two runs."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)), f"steps {steps}"
+    return [{key: line[key] for key in SAME if key in line} for line in lines]
+
+
+def summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def four_parts(text: str, field: str) -> str:
+    """Check that a refusal names `field` with its value, what is allowed and what to try, once and without a traceback; return it."""
+    assert text.count("allowed: ") == 1, text
+    assert text.count("try:     ") == 1, text
+    assert f"{field}=" in text, text
+    assert "Traceback" not in text, text
+    return text

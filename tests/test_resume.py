@@ -1,0 +1,204 @@
+"""An interrupted run goes on as if nothing had happened: the same losses, each step once, and what was resumed is said."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from hybridtrain import engine as engines
+from hybridtrain import layout as layouts
+from hybridtrain.checkpoint import marker, metadata
+from hybridtrain.config import compose
+from tests.ranks import run_ranks
+from tests.runs import arguments, checkpoints, corpus, finished, rows, summary, torchrun
+
+LAYOUTS = {
+    "dp_replicate2": {},
+    "dp_shard2-zero3": {"parallel__dp_replicate": 1, "parallel__dp_shard": 2, "parallel__zero_stage": 3},
+    "tp2": {"parallel__tp": 2},
+    "pp2": {"parallel__pp": 2},
+    "pp2-tp2": {"parallel__pp": 2, "parallel__tp": 2},
+    "pp2-zbv_zero_bubble": {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble"},
+    "pp2-dp_shard2": {"parallel__pp": 2, "parallel__dp_replicate": 1, "parallel__dp_shard": 2, "parallel__zero_stage": 1},
+}
+RANKS = {name: layouts.parse(name).get("pp", 1) * layouts.parse(name).get("tp", 1) * 2 ** name.count("dp_") for name in LAYOUTS}
+LONG = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on two data ranks without a pause, every checkpoint kept."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0))
+    return run
+
+
+def cut_off(whole: Path, run: Path, *, step: int) -> Path:
+    """A copy of the run as a crash after checkpoint `step` would leave it: later lines are there, later checkpoints are not."""
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    return run
+
+
+@pytest.mark.parametrize(
+    "name", ["dp_replicate2", "pp2-tp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name not in ("dp_replicate2", "pp2-tp2"))]
+)
+def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data: Path, tmp_path: Path, name: str) -> None:
+    straight, paused = tmp_path / "straight", tmp_path / "paused"
+    finished(RANKS[name], arguments(straight, data, **LAYOUTS[name]))
+    finished(RANKS[name], arguments(paused, data, train__steps=5, **LAYOUTS[name]))
+    said = finished(RANKS[name], arguments(paused, data, **LAYOUTS[name])).out
+    assert len(rows(straight)) == 8
+    assert rows(paused) == rows(straight)
+    assert tensors(paused / "checkpoints" / "step-00000008").keys() == tensors(straight / "checkpoints" / "step-00000008").keys()
+    assert_equal_state(paused / "checkpoints" / "step-00000008", straight / "checkpoints" / "step-00000008")
+    assert "resumed   step-00000005 at step 5, 1280 tokens" in said
+    assert "changed   train.steps: 5 -> 8" in said
+    assert (summary(paused)["status"], summary(paused)["steps"], summary(paused)["tokens"]) == ("finished", 8, 2048)
+
+
+@pytest.mark.parametrize("precision", [pytest.param(kind, marks=LONG) for kind in ("bf16_mixed", "fp16_mixed")])
+def test_mixed_precision_goes_on_too(data: Path, tmp_path: Path, precision: str) -> None:
+    options = {"precision": precision, "precision__init_scale": 2.0**30, "precision__growth_interval": 2}  # overflows first, then grows
+    finished(2, arguments(tmp_path / "straight", data, train__steps=16, **options))
+    for steps in (3, 9, 16):
+        finished(2, arguments(tmp_path / "paused", data, train__steps=steps, **options))
+    assert rows(tmp_path / "paused") == rows(tmp_path / "straight")
+    if precision == "fp16_mixed":
+        assert len({row["loss_scale"] for row in rows(tmp_path / "straight")}) > 2
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2-dp_shard2", *(pytest.param(name, marks=LONG) for name in ("dp_shard2-zero3", "pp2", "pp2-zbv_zero_bubble"))])
+def test_another_layout_goes_on_with_the_same_losses(data: Path, whole: Path, tmp_path: Path, name: str) -> None:
+    run = cut_off(whole, tmp_path / "run", step=4)
+    said = finished(RANKS[name], arguments(run, data, checkpoint__keep_last=0, **LAYOUTS[name])).out
+    before, after = rows(whole), rows(run)
+    assert after[:4] == before[:4]
+    errors = [abs(now["loss"] - then["loss"]) / then["loss"] for now, then in zip(after, before, strict=True)]
+    assert errors[4] < 1e-6, errors
+    assert max(errors[5:]) < 1e-5, errors
+    assert [row["tokens_seen"] for row in after] == [row["tokens_seen"] for row in before]
+    first = next(iter(LAYOUTS[name]))
+    assert f"changed   {first.replace('__', '.')}:" in said
+    assert summary(run)["world_size"] == RANKS[name]
+
+
+def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]:
+    """On each rank: load a checkpoint under the layout of `argv` and save it again, nothing in between. Returns step and this rank's next rows."""
+    from hybridtrain.data.loader import Corpus, Loader
+
+    config = compose.compose("train", argv)
+    layout = layouts.resolve(config.parallel, world_size=torch.distributed.get_world_size())
+    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+    engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
+    progress = engine.load(source)
+    engine.save(target, progress).result()
+    loader = Loader(Corpus.open(config.data.path), plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed)
+    return engine.mesh.dp_rank, loader.row_ids(progress.step).tolist()
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, whole."""
+    stored = metadata.read(checkpoint)
+    result = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in stored.state_dict_metadata.items()}
+    metadata.load_into(result, path=checkpoint, metadata=stored, group=None)
+    return result
+
+
+def assert_equal_state(ours: Path, theirs: Path) -> None:
+    ours_state, theirs_state = tensors(ours), tensors(theirs)
+    assert ours_state.keys() == theirs_state.keys()
+    differing = [key for key, value in theirs_state.items() if not torch.equal(ours_state[key], value)]
+    assert not differing
+    assert marker.read_progress(ours) == marker.read_progress(theirs)
+
+
+@pytest.mark.parametrize("name", ["pp2-tp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2-tp2")])
+def test_state_and_rows_under_another_layout_are_the_same_bit_for_bit(data: Path, whole: Path, tmp_path: Path, name: str) -> None:
+    source, target = whole / "checkpoints" / "step-00000004", tmp_path / "step-00000004"
+    found = run_ranks(RANKS[name], resave, arguments(tmp_path, data, **LAYOUTS[name]), source, target)
+    assert_equal_state(target, source)
+    single = run_ranks(1, resave, arguments(tmp_path, data), source, tmp_path / "single")
+    assert [row for _, share in sorted({(rank, tuple(share)) for rank, share in found}) for row in share] == single[0][1]
+
+
+def test_a_crash_long_after_the_last_checkpoint_leaves_each_step_once(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = cut_off(whole, tmp_path / "run", step=2)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 9, "loss": 1.2')  # torn by the crash
+    (run / "checkpoints" / "step-00000004.partial").mkdir()
+    finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0))
+    assert rows(run) == rows(whole)
+    assert checkpoints(run) == checkpoints(whole)
+
+
+def test_the_same_command_after_the_end_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = cut_off(whole, tmp_path / "run", step=8)
+    said = finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0)).out
+    assert "resumed   step-00000008" in said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    for key in ("status", "steps", "tokens", "final_loss", "tokens_per_s", "layout", "world_size"):
+        assert summary(run)[key] == summary(whole)[key], key
+
+
+def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_changes(data: Path, tmp_path: Path) -> None:
+    finished(1, arguments(tmp_path / "run", data, train__steps=2, schedule="cosine"))
+    said = finished(1, arguments(tmp_path / "run", data, train__steps=4, schedule="cosine")).out
+    assert "changed   train.steps: 2 -> 4" in said
+    assert "warning: the cosine schedule now ends at step 4" in said
+    assert len(rows(tmp_path / "run")) == 4
+
+
+def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = cut_off(whole, tmp_path / "run", step=8)
+    said = finished(1, arguments(run, data, train__steps=5)).out
+    assert "warning: the run has done 8 steps already; it was asked to end after 5" in said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)  # rank 1 cannot open its log
+    process = torchrun(2, arguments(tmp_path / "run", data))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "[rank 1]" in said
+    assert "rank-1.log" in said
+    assert "[rank 0]" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_killed_by_the_system_ends_the_run_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    argv = arguments(run, data, train__steps=400, checkpoint__every=10)
+    process = torchrun(2, argv)
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 30:
+        assert process.poll() is None, process.communicate()
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+    ranks["1"].kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank      : 1" in said  # torchrun's own report
+    finished(2, argv)
+    assert [row["step"] for row in rows(run)] == list(range(1, 401))
+
+
+def test_the_decision_about_the_run_directory_is_made_without_torch(whole: Path, data: Path, tmp_path: Path) -> None:
+    """Here: another seed is another run."""
+    code = "import sys; from hybridtrain.command import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    run = cut_off(whole, tmp_path / "run", step=4)
+    ended = subprocess.run([sys.executable, "-c", code, *arguments(run, data, run__seed=5)], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.stdout == "2 False\n"
+    assert "run.seed was 0 and is 5" in ended.stderr

@@ -53,6 +53,8 @@ class Case:
     """('section.field', value) pairs."""
     uneven: bool = True
     """Mask a different number of labels in each row."""
+    blank_rows: tuple[int, ...] = ()
+    """Rows of the global batch without any label."""
 
     def config(self) -> schema.Config:
         config = schema.Config()
@@ -85,6 +87,7 @@ class Case:
         if self.uneven:
             for row in range(self.global_batch_size):
                 labels[row, : (row * 5) % (self.seq_len - 2)] = IGNORE_INDEX
+        labels[list(self.blank_rows)] = IGNORE_INDEX
         return tokens[:, :-1].contiguous(), labels
 
     def batches(self, step: int, *, dp_rank: int, dp: int) -> list[Batch]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridtrain.config.schema import EngineConfig, ParallelConfig
-from hybridtrain.layout import stage_layers, stages_per_rank
+from hybridtrain.layout import SPLIT_BACKWARD, stage_layers, stages_per_rank
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
@@ -54,7 +54,7 @@ def _apply(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> Stage:
         if mesh.layout.tp > 1:
             settle_embedding(stage)
         apply_compile(stage, backend=recipe.engine.compile_backend)
-    apply_recompute(stage, kind=recipe.recompute)
+    apply_recompute(stage, kind=recipe.recompute, split_backward=recipe.parallel.schedule in SPLIT_BACKWARD)
     apply_shard(stage, mesh=mesh.data, zero_stage=recipe.parallel.zero_stage, precision=recipe.precision)
     stage.to_empty(device=mesh.device)
     settle_shards(stage)

@@ -27,13 +27,35 @@ _SAVED = {
 """What `selective` keeps: matrix products and attention, the costly part of a layer."""
 
 
-def apply_recompute(stage: Stage, *, kind: str) -> None:
+class _Again:
+    """Recomputing that may happen twice: a split backward passes through a layer once for its inputs and once for its weights.
+
+    torch marks what it kept as used up after the first pass and refuses the second; here each pass gets marks of its own.
+    """
+
+    def __init__(self, replay: Any):
+        self.replay, self.kept = replay, replay.storage
+
+    def __enter__(self) -> Any:
+        self.replay.storage = {operation: dict(outputs) for operation, outputs in self.kept.items()}
+        return self.replay.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.replay.__exit__(*error)
+
+
+def _contexts(*, split_backward: bool) -> tuple[Any, Any]:
+    record, replay = create_selective_checkpoint_contexts(_keep_products)
+    return record, _Again(replay) if split_backward else replay
+
+
+def apply_recompute(stage: Stage, *, kind: str, split_backward: bool) -> None:
     """none: keep all; selective: recompute all but matrix products and attention; full: recompute whole layers."""
     if kind == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        options["context_fn"] = partial(_contexts, split_backward=split_backward)
     for _, layer in stage.layer_modules():
         layer.forward = partial(checkpoint, layer.forward, **options)
 

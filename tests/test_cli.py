@@ -120,11 +120,6 @@ MISTAKES = {
     "eps": ([*TRAIN, "optim.eps=0"], ["optim.eps=0"]),
     "weight decay": ([*TRAIN, "optim.weight_decay=-1"], ["optim.weight_decay=-1"]),
     "clip": ([*TRAIN, "optim.clip=-1"], ["optim.clip=-1"]),
-    "warm-up": ([*TRAIN, "schedule.warmup_steps=100"], ["schedule.warmup_steps=100: the run has 100 steps", "try:     schedule.warmup_steps=10"]),
-    "warm-up by tokens": (
-        ["train", "model=tiny", "data.path=x", "train.tokens=4096", "data.seq_len=64", "schedule.warmup_steps=8"],
-        ["the run has 8 steps"],
-    ),
     "decay without wsd": ([*TRAIN, "schedule.decay_steps=5"], ["schedule.kind=cosine has no such phase"]),
     "decay too long": ([*TRAIN, "schedule=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"], ["60 warm-up + 60 decay steps exceed the run's 100"]),
     "min_lr_ratio": ([*TRAIN, "schedule.min_lr_ratio=1.5"], ["schedule.min_lr_ratio=1.5"]),

@@ -209,18 +209,19 @@ def _end(config: schema.Config) -> None:
         )
     tokens_per_step = config.batch.global_batch_size * config.data.seq_len
     steps = train.steps or math.ceil(train.tokens / tokens_per_step)
-    if not steps:
-        return  # epochs: known when the data is
-    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+    if steps:
+        phases(config.schedule, steps=steps)  # of epochs, when the data is known
+
+
+def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
+    """Refuse a schedule whose phases do not fit into the run's steps (raises UserError)."""
+    warmup, decay = schedule.warmup_steps, schedule.decay_steps
     _require(
-        warmup < steps, "schedule.warmup_steps", warmup, f"the run has {steps} steps", allowed=f"below {steps}", instead=f"schedule.warmup_steps={steps // 10}"
-    )
-    _require(
-        warmup + decay <= steps,
+        decay == 0 or warmup + decay <= steps,
         "schedule.decay_steps",
         decay,
         f"{warmup} warm-up + {decay} decay steps exceed the run's {steps}",
-        allowed=f"up to {steps - warmup}",
+        allowed=f"up to {max(0, steps - warmup)}",
         instead="schedule.decay_steps=0",
     )
 

@@ -22,6 +22,7 @@ from hybridtrain import __version__, log
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
+from hybridtrain.config import check
 from hybridtrain.config.schema import Config
 from hybridtrain.data.loader import Corpus, check_vocab
 from hybridtrain.layout import BatchPlan, ParallelLayout
@@ -57,14 +58,7 @@ def resolve(config: Config) -> Job:
     """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
     fields = read_config(config.model)
     model = facts(fields)
-    if fields.get("attention_dropout"):
-        raise refusal(
-            "model.config.attention_dropout",
-            fields["attention_dropout"],
-            "dropout is not supported yet",
-            allowed="0",
-            instead="model.config.attention_dropout=0",
-        )
+    _check_fields(fields)
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     capabilities = engines.capabilities(config.engine.kind)
@@ -87,7 +81,29 @@ def resolve(config: Config) -> Job:
             allowed="0 without held-out text",
             instead="train.eval_every=0, or prepare with data.eval_fraction > 0",
         )
-    return Job(config, layout, plan, model, corpus, _total_steps(config, plan, rows=corpus.rows("train", seq_len=plan.seq_len)))
+    total_steps = _total_steps(config, plan, rows=corpus.rows("train", seq_len=plan.seq_len))
+    check.phases(config.schedule, steps=total_steps)
+    return Job(config, layout, plan, model, corpus, total_steps)
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """What a config.json may ask for and training does not do yet."""
+    if fields.get("attention_dropout"):
+        raise refusal(
+            "model.config.attention_dropout",
+            fields["attention_dropout"],
+            "dropout is not supported yet",
+            allowed="0",
+            instead="model.config.attention_dropout=0",
+        )
+    if fields.get("quantization_config"):
+        raise refusal(
+            "model.config.quantization_config",
+            fields["quantization_config"],
+            "training of quantised weights is not supported yet",
+            allowed="unquantised weights, in any precision.kind",
+            instead="the unquantised model with precision=bf16_mixed",
+        )
 
 
 def _corpus(config: Config) -> Corpus:

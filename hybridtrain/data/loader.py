@@ -109,12 +109,21 @@ def check_vocab(corpus: Corpus, *, vocab: int) -> None:
         )
 
 
+def _known(tokens: np.ndarray, *, corpus: Corpus) -> np.ndarray:
+    """The tokens, if corpus.json knows of ids as large as theirs: one beyond the embedding would crash, on a GPU without saying why."""
+    largest = int(tokens.max(initial=0))
+    if largest > corpus.largest_id:
+        raise _unprepared(corpus.path, f"token id {largest} was read from it, but the largest that prepare wrote is {corpus.largest_id}; a file has changed")
+    return tokens
+
+
 class Loader:
     """The training micro-batches of one data rank, by step. The next step's rows are read while this one is computed."""
 
     def __init__(self, corpus: Corpus, *, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int) -> None:
         assert plan.global_batch_size == plan.micro_batch_size * plan.grad_accum * dp_size
         assert 0 <= dp_rank < dp_size
+        self._corpus = corpus
         self._rows = Rows(corpus.readers["train"], seq_len=plan.seq_len)
         self._plan = plan
         self._seed = seed
@@ -142,7 +151,7 @@ class Loader:
         return _cut(tokens, valid=len(tokens), size=self._plan.micro_batch_size)
 
     def _read(self, step: int) -> np.ndarray:
-        return self._rows.gather(self.row_ids(step))
+        return _known(self._rows.gather(self.row_ids(step)), corpus=self._corpus)
 
 
 def eval_batches(corpus: Corpus, *, plan: BatchPlan, rows: int, dp_rank: int, dp_size: int, micro_batches_per_step: int) -> list[list[Batch]]:
@@ -168,7 +177,7 @@ def eval_batches(corpus: Corpus, *, plan: BatchPlan, rows: int, dp_rank: int, dp
         start = min(first + dp_rank * share, rows)
         tokens = np.zeros((share, plan.seq_len + 1), dtype=np.int64)
         valid = min(share, rows - start)
-        tokens[:valid] = held_out.gather(np.arange(start, start + valid))
+        tokens[:valid] = _known(held_out.gather(np.arange(start, start + valid)), corpus=corpus)
         steps.append(_cut(tokens, valid=valid, size=plan.micro_batch_size))
     return steps
 

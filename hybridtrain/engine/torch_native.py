@@ -184,9 +184,8 @@ class TorchEngine:
     # -- the step ----------------------------------------------------------------------------------------------
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label over the global batch, 0-d fp32 (exact below 2^24), known before any backward."""
-        count = sum((batch.labels_BT != IGNORE_INDEX).sum() for batch in batches)
-        tokens = torch.as_tensor(count, device=self.device).float()
+        """Tokens with a label over the global batch, 0-d int64, known before any backward."""
+        tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
         if self.mesh.coordinates["pp"]:
             tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
         dist.all_reduce(tokens, group=self.mesh.loss_group)

@@ -21,7 +21,7 @@ from typing import Any
 
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.types import Progress, refusal
+from hybridtrain.types import Progress, UserError, refusal
 
 METRICS = (
     "step",
@@ -80,10 +80,13 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     def append_metrics(self, values: Mapping[str, object]) -> None:
-        """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null."""
+        """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null. Raises UserError on a full disk."""
         line = json.dumps(_finite({**dict.fromkeys(METRICS), **values}), allow_nan=False)
-        with self.metrics.open("a") as stream:
-            stream.write(line + "\n")
+        try:
+            with self.metrics.open("a") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
@@ -99,11 +102,14 @@ class RunDir:
             self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
-        """Write summary.json again, atomically, with these keys of SUMMARY changed."""
+        """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk."""
         assert set(values) <= set(SUMMARY), f"not in a summary: {set(values) - set(SUMMARY)}"
         self.summary.update(values)
         assert self.summary["status"] in STATUSES, self.summary["status"]
-        _write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
+        try:
+            _write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
 
 def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], latest: Callable[[Path], Path | None]) -> RunDir:
@@ -121,12 +127,18 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
         path.mkdir(parents=True, exist_ok=True)
         _write_atomically(path / "config.yaml", yaml_text)
     except OSError as error:
-        raise refusal("run.dir", path, f"it cannot be written: {error}", allowed="a folder with space that you can write", instead="run.dir=FOLDER") from error
+        raise _unwritable(path, error) from error
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
     summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
     run = RunDir(path=path, continued=before is not None, checkpoint=checkpoint, changed=changed, summary=summary)
     run.update_summary(status="running")
     return run
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return refusal(
+        "run.dir", path, f"it cannot be written: {error}", allowed="a folder with space that you can write", instead="free some space, or run.dir=FOLDER"
+    )
 
 
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ def run(config: Config) -> int:
     except BaseException as error:
         if log.rank() == 0:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            with contextlib.suppress(OSError):  # on a full disk the reason for the end must not be lost over the summary
+            with contextlib.suppress(UserError):  # on a full disk the reason for the end must not be lost over the summary
                 run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
         if not isinstance(error, UserError):
             _log.error("ended by %s: %s", type(error).__name__, error)

@@ -65,7 +65,7 @@ def on_this_rank(argv: list[str]) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def on_ranks(world_size: int, argv: list[str], *, timeout_s: float = 120.0) -> Ended:
+def on_ranks(world_size: int, argv: list[str], *, timeout_s: float = 600.0) -> Ended:
     """The run on forked ranks; all must end alike, and rank 0's words are returned. After `timeout_s` every rank is killed (RankFailed)."""
     ended = run_ranks(world_size, on_this_rank, argv, timeout_s=timeout_s)
     assert len({rank.code for rank in ended}) == 1, ended

@@ -32,7 +32,10 @@ for name, world_size, argv in json.load(sys.stdin):
     os.environ["WORLD_SIZE"] = str(world_size)
     start = time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
-        code = command.run_command("train", argv)
+        try:
+            code = command.run_command("train", argv)
+        except Exception as error:
+            code = repr(error)
     answers[name] = dict(code=code, err=err.getvalue(), out=out.getvalue(), seconds=time.monotonic() - start)
     if "torch" in sys.modules:
         answers[name]["err"] += "IMPORTED TORCH"
@@ -117,8 +120,8 @@ CASES = {
     "no held-out row": Case(
         "train.eval_every=1", "holds no held-out row", 2, {"train__eval_every": 1, "data__seq_len": 5000, "model__config__max_position_embeddings": 5000}
     ),
-    "warm-up longer than the epochs": Case(
-        "schedule.warmup_steps=5000", "the run has", 2, {"train__steps": 0, "train__epochs": 1, "schedule__warmup_steps": 5000}
+    "phases longer than the epochs": Case(
+        "schedule.decay_steps=5000", "exceed the run's", 2, {"train__steps": 0, "train__epochs": 1, "schedule": "wsd", "schedule__decay_steps": 5000}
     ),
     "no checkpoint to go on from": Case("run.resume=required", "holds no complete checkpoint", 2, {"run__resume": "required"}),
     "no such model folder": Case("model.from_pretrained=/no/such", "there is no such folder", 2, {"model__from_pretrained": "/no/such"}),

@@ -37,13 +37,13 @@ class Reference:
         self.settings, self.compute = settings, compute
         self.loss_scale = 1.0
         """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
-        self.master: nn.Module = plain_model(config).to(param)
+        self.master: nn.Module = _in_dtype(plain_model(config), param)
         self._fill(source, family=family, tied=config.tie_word_embeddings)
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
         if compute != param:
-            self.worker = plain_model(config).to(compute)
+            self.worker = _in_dtype(plain_model(config), compute)
         trained = [(name, p) for name, p in self.master.named_parameters() if p.requires_grad]
         plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
         decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
@@ -94,3 +94,10 @@ class Reference:
     def _loss(self, batch: Batch) -> Tensor:
         logits = self.worker(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters only: `Module.to` would round the rotary frequencies too, which turns positions by up to 0.4 %."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

@@ -116,7 +116,9 @@ def reference(case: Case) -> Outcome:
     source = draw(built, family=family, seed=config.run.seed)
     plain = Reference(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze)
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
-    return Outcome([s.loss for s in steps], [s.grad_norm for s in steps], steps[0].gradients, {k: v.float() for k, v in plain.parameters().items()})
+    return Outcome(
+        [s.loss for s in steps], [s.grad_norm for s in steps], steps[0].gradients if steps else {}, {k: v.float() for k, v in plain.parameters().items()}
+    )
 
 
 def start(case: Case) -> Any:

@@ -1,6 +1,6 @@
 """From a layout to this rank's parallel stages: the one place that knows the order of application.
 
-build on meta, cut  ->  freeze  ->  tensor parallel (and re-tie)  ->  compile, recompute  ->  fully_shard
+build on meta, cut  ->  tensor parallel (and re-tie)  ->  freeze  ->  compile, recompute  ->  fully_shard
     ->  to_empty  ->  settle shards, buffers anew
 """
 
@@ -48,8 +48,8 @@ def build_stages(config: Any, *, family: Family, mesh: Mesh, recipe: Recipe) -> 
 
 def _apply(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> Stage:
     stage.to(recipe.precision.param)
-    freeze(stage, patterns=recipe.freeze)
     apply_tensor_parallel(stage, mesh=mesh.tp, sequence_parallel=recipe.parallel.sequence_parallel)
+    freeze(stage, patterns=recipe.freeze)  # not earlier: tensor-parallel styles make parameters that require gradients
     if recipe.engine.compile:
         if mesh.layout.tp > 1:
             settle_embedding(stage)

@@ -28,6 +28,8 @@ _SCHEDULES: dict[str, type] = {
     "dualpipev": schedules.ScheduleDualPipeV,
 }
 
+_FORWARD = {schedules.FORWARD, schedules.SEND_F, schedules.RECV_F, schedules.UNSHARD, schedules.RESHARD}
+
 
 def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
     """The stages that pipeline rank `rank` holds, in ascending order."""
@@ -50,7 +52,7 @@ class ZeroStage(PipelineStage):
         assert isinstance(stage, FSDPModule)
         if backward_type == "full" and self.zero_stage >= 2:
             before_backward(stage, zero_stage=self.zero_stage, last=False)
-            torch.autograd.backward(_outputs(bwd_kwargs["stage_output"]), bwd_kwargs["output_grads"])
+            _backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"])
             inputs = bwd_kwargs["input_values"]
             return tuple(_take_gradient(value) for value in inputs), None
         result = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
@@ -63,8 +65,12 @@ class ZeroStage(PipelineStage):
         return result
 
 
-def _outputs(stage_output: Any) -> tuple[Tensor, ...]:
-    return stage_output if isinstance(stage_output, tuple) else (stage_output,)
+def _backward(outputs: Any, grads: Any) -> None:
+    """Backward from a stage's outputs; a stage whose parameters are all frozen may have none that lead anywhere."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(output, grad) for output, grad in zip(outputs, grads or [None] * len(outputs), strict=True) if output.requires_grad]
+    if pairs:
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 def _take_gradient(value: Any) -> Tensor | None:
@@ -72,6 +78,12 @@ def _take_gradient(value: Any) -> Tensor | None:
         return None
     grad, value.grad = value.grad, None
     return grad
+
+
+def _forward_only(actions: list[Any]) -> list[Any]:
+    """A rank's actions without the backward pass: torch 2.13 runs it in `eval` too, which fails where neighbouring stages share a rank."""
+    flat = [part for action in actions for part in (action.sub_actions or (action,))]
+    return [action for action in flat if action.computation_type in _FORWARD]
 
 
 def _parameter_groups(stage: FSDPModule) -> list[Any]:
@@ -92,6 +104,7 @@ class Pipeline:
         wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
         self.schedule = _SCHEDULES[schedule](wrapped[0] if schedule in SCHEDULES_SINGLE else wrapped, **options)
+        self.order = None if schedule in SCHEDULES_SINGLE else self.schedule.pipeline_order_with_comms
 
     def _wrap(
         self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int
@@ -126,7 +139,13 @@ class Pipeline:
     def evaluate(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
         """Forward only: loss sums on the rank of the last stage."""
         self.divisor = torch.ones((), device=ids_BT.device)
-        return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+        if self.order is None:
+            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+        self.schedule.pipeline_order_with_comms = {rank: _forward_only(actions) for rank, actions in self.order.items()}
+        try:
+            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+        finally:
+            self.schedule.pipeline_order_with_comms = self.order
 
     def _run(self, call: Any, ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
         losses: list[Tensor] = []

@@ -59,7 +59,6 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     _check_tokens(comparison)
     config = comparison.config
     path = _result_path(config)
-    tolerance = verdict.tolerances(config.precision.kind, lr=config.optim.lr, steps=config.parity.steps)
     print(_opening(comparison, devices), flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
@@ -67,15 +66,21 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
         reference, seconds = _reference(comparison, machine)
         facts = _facts(comparison)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
-        width = max(len(entry.name) for entry in comparison.entries)
-        print(verdict.header(tolerance, width=width), flush=True)
+        width = max(len(name) for name in ("at most, without tp", *(entry.name for entry in comparison.entries)))
+        kinds = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison) for entry in comparison.entries}
+        print(verdict.header(kinds, width=width), flush=True)
         for entry in comparison.entries:
             rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
-            print(verdict.line(rows[-1], tolerance, width=width), flush=True)
-            verdict.write(path, rows=rows, engine=config.engine.kind, tolerance=tolerance, reference=told, facts=facts)
-    failed = [row.layout for row in rows if row.error or row.failed(tolerance)]
+            print(verdict.line(rows[-1], width=width), flush=True)
+            verdict.write(path, rows=rows, engine=config.engine.kind, reference=told, facts=facts)
+    failed = [row.layout for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "") + f"\n{path}", flush=True)
     return 1 if failed else 0
+
+
+def _tolerance(entry: Entry, comparison: Comparison) -> dict[str, float]:
+    config = comparison.config
+    return verdict.tolerances(config.precision.kind, tp=entry.layout.tp, lr=config.optim.lr, steps=config.parity.steps)
 
 
 def _devices() -> int | None:
@@ -195,4 +200,4 @@ def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, referenc
         measured, worst, error = verdict.merge(found, reference)
     except ranks.RankFailed as failure:
         measured, worst, error = {}, {}, str(failure)
-    return Row(entry.name, processes, config.precision.kind, time.monotonic() - began, measured, worst, error)
+    return Row(entry.name, processes, config.precision.kind, _tolerance(entry, comparison), time.monotonic() - began, measured, worst, error)

@@ -47,7 +47,7 @@ class NonFinite:
         self.unread = 0
         if (count := int(self.streak)) >= self.limit:
             advice = (
-                "precision=bf16_mixed, or a larger precision.min_scale is no help: the loss scale is at its floor"
+                "precision=bf16_mixed, which has fp32's range and needs no loss scale, or a lower optim.lr"
                 if self.scaled
                 else "a lower optim.lr, optim.clip=1.0, a longer schedule.warmup_steps"
             )

@@ -24,8 +24,8 @@ FACTS = ModelFacts(
     model_type="llama", layers=16, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=192, vocab=512, tied=False, window=None, max_positions=128, parameters=1000
 )
 MICRO_BATCHES = range(1, 13)
-# Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait; interleaved ones whose rounds are
-# not whole run in another order than the paper's.
+# Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait, and interleaved
+# schedules are defined for whole rounds.
 STRICTER = {
     "gpipe": lambda n, pp: n < pp,
     "looped_bfs": lambda n, pp: n < pp,

@@ -44,6 +44,8 @@ def _config_json(model: ModelConfig) -> Path:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return folder / "config.json"
+        if (folder / "adapter_config.json").is_file():
+            raise adapter_refused(model.from_pretrained)
         hint = (
             "hybridtrain export run.dir=RUN, then its export folder"
             if (folder / "checkpoints").is_dir() or (folder / "complete.json").is_file()
@@ -73,6 +75,17 @@ def _config_json(model: ModelConfig) -> Path:
             allowed="a folder, or a hub id that this machine reaches",
             instead="a local folder",
         ) from error
+
+
+def adapter_refused(folder: str) -> UserError:
+    """What a LoRA adapter in place of a model gets."""
+    return refusal(
+        "model.from_pretrained",
+        folder,
+        "it holds a LoRA adapter, which is not supported yet",
+        allowed="the whole weights of a model",
+        instead="merge it into its base model (peft's merge_and_unload), save that, and start from it",
+    )
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.models.facts import adapter_refused
 from hybridtrain.models.init import Box, Source
 from hybridtrain.types import UserError, refusal
 
@@ -18,6 +19,8 @@ def pretrained(model: ModelConfig) -> Source:
 
     folder = _folder(model)
     files = _index(folder)
+    if any(".lora_" in name for name in files):
+        raise adapter_refused(model.from_pretrained)
 
     def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
         if name not in files:

@@ -30,7 +30,7 @@ def on_a_full_disk(argv: list[str]) -> Ended:
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_the_run_on_every_rank_and_the_same_command_goes_on(data: Path, tmp_path: Path, asynchronous: bool) -> None:
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"checkpoint__every": 2, "checkpoint__keep_last": 0, "checkpoint__asynchronous": asynchronous}
@@ -51,6 +51,7 @@ def test_a_full_disk_ends_the_run_on_every_rank_and_the_same_command_goes_on(dat
     assert checkpoints(run) == checkpoints(straight)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_torchrun_is_said_once(data: Path, tmp_path: Path) -> None:
     argv = arguments(tmp_path / "run", data, train__steps=6, checkpoint__every=2)
     process = torchrun(2, argv)
@@ -75,7 +76,7 @@ def test_a_disk_without_space_for_a_line_is_said_too(data: Path, tmp_path: Path)
     assert "cannot be written" in text
 
 
-@pytest.mark.parametrize("options", [{}, {"parallel__pp": 2, "precision": "bf16_mixed"}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"parallel__pp": 2, "precision": "bf16_mixed"}, marks=pytest.mark.slow)])
 def test_steps_that_stay_non_finite_end_the_run(data: Path, tmp_path: Path, options: dict[str, object]) -> None:
     """The first update with this learning rate makes every gradient after it infinite or no number."""
     argv = arguments(tmp_path / "run", data, train__steps=50, train__max_nonfinite=3, train__log_every=5, optim__lr="1e30", checkpoint__every=1, **options)

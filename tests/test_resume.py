@@ -53,9 +53,7 @@ def cut_off(whole: Path, run: Path, *, step: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize(
-    "name", ["dp_replicate2", "pp2-tp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name not in ("dp_replicate2", "pp2-tp2"))]
-)
+@pytest.mark.parametrize("name", ["pp2-tp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2-tp2")])
 def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data: Path, tmp_path: Path, name: str) -> None:
     straight, paused = tmp_path / "straight", tmp_path / "paused"
     finished(RANKS[name], arguments(straight, data, **LAYOUTS[name]))
@@ -63,7 +61,6 @@ def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data:
     said = finished(RANKS[name], arguments(paused, data, **LAYOUTS[name])).out
     assert len(rows(straight)) == 8
     assert rows(paused) == rows(straight)
-    assert tensors(paused / "checkpoints" / "step-00000008").keys() == tensors(straight / "checkpoints" / "step-00000008").keys()
     assert_equal_state(paused / "checkpoints" / "step-00000008", straight / "checkpoints" / "step-00000008")
     assert "resumed   step-00000005 at step 5, 1280 tokens" in said
     assert "changed   train.steps: 5 -> 8" in said
@@ -81,7 +78,7 @@ def test_mixed_precision_goes_on_too(data: Path, tmp_path: Path, precision: str)
         assert len({row["loss_scale"] for row in rows(tmp_path / "straight")}) > 2
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2-dp_shard2", *(pytest.param(name, marks=LONG) for name in ("dp_shard2-zero3", "pp2", "pp2-zbv_zero_bubble"))])
+@pytest.mark.parametrize("name", ["pp2-dp_shard2", *(pytest.param(name, marks=LONG) for name in ("tp2", "dp_shard2-zero3", "pp2", "pp2-zbv_zero_bubble"))])
 def test_another_layout_goes_on_with_the_same_losses(data: Path, whole: Path, tmp_path: Path, name: str) -> None:
     run = cut_off(whole, tmp_path / "run", step=4)
     said = finished(RANKS[name], arguments(run, data, checkpoint__keep_last=0, **LAYOUTS[name])).out

@@ -18,6 +18,6 @@ PRELOAD = (
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, backend: str = "gloo") -> list[Any]:
     """See hybridtrain.ranks; a rank's output is shown when it fails."""
-    return ranks.run_ranks(world_size, function, *args, preload=PRELOAD, backend="gloo", timeout_s=timeout_s)
+    return ranks.run_ranks(world_size, function, *args, preload=PRELOAD, backend=backend, timeout_s=timeout_s)

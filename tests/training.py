@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
 from hybridtrain.config import schema
+from hybridtrain.mesh import connect
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
@@ -55,6 +57,8 @@ class Case:
     """Mask a different number of labels in each row."""
     blank_rows: tuple[int, ...] = ()
     """Rows of the global batch without any label."""
+    device: str = "cpu"
+    """cpu, or cuda: each rank on the GPU of its number."""
 
     def config(self) -> schema.Config:
         config = schema.Config()
@@ -126,7 +130,9 @@ def start(case: Case) -> Any:
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
-    return engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
+    device = torch.device("cpu") if case.device == "cpu" else torch.device(case.device, int(os.environ["LOCAL_RANK"]))
+    connect(device, timeout_s=120)
+    return engines.build(config, layout=layout, plan=plan, device=device)
 
 
 def train(case: Case) -> Outcome:
@@ -140,7 +146,7 @@ def train(case: Case) -> Outcome:
         if not gradients:
             for name, parameter in engine._named():
                 if parameter.grad is not None and name not in gradients:
-                    gradients[name] = whole(parameter.grad) / engine.scaler.scale
+                    gradients[name] = whole(parameter.grad) / engine.scaler.scale.cpu()
         update(**arguments)
 
     engine.optimizer.step = observe
@@ -151,12 +157,12 @@ def train(case: Case) -> Outcome:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().float().clone()
+    return full.detach().float().cpu().clone()
 
 
 def on_ranks(case: Case) -> Outcome:
     """Train on real ranks; the ranks must agree, and their stages together must be the model."""
-    outcomes = run_ranks(case.world_size, train, case)
+    outcomes = run_ranks(case.world_size, train, case, backend="gloo" if case.device == "cpu" else "cpu:gloo,cuda:nccl")
     first = outcomes[0]
     merged = Outcome(first.losses, first.grad_norms, {}, {})
     for outcome in outcomes:

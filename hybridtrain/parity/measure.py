@@ -6,7 +6,6 @@ returns numbers only. Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +109,7 @@ class Synthetic:
 
 def train_reference(task: Task) -> Reference:
     """Train in one plain process and leave gradients.safetensors and parameters.safetensors in the task's folder."""
-    device = _device(task)
+    device = mesh.device()
     config = task.config
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     family = family_of(built.model_type)
@@ -136,7 +135,7 @@ def train_reference(task: Task) -> Reference:
 
 def train_layout(task: Task, reference_norm: float) -> Measured:
     """Train under the task's layout (collective) and compare. `reference_norm`: the reference's first global gradient norm."""
-    device = _device(task)
+    device = mesh.device()
     mesh.connect(device, timeout_s=task.config.engine.timeout_s)
     engine = engines.build(task.config, layout=task.layout, plan=task.plan, device=device)
     scale = task.config.precision.init_scale if policy(task.config.precision.kind).loss_scale else 1.0
@@ -185,12 +184,6 @@ def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
     """Write tensors to a file, in fp32; their names."""
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
     return set(tensors)
-
-
-def _device(task: Task) -> torch.device:
-    """This rank's device; the cores of the machine are shared out among the ranks."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.layout.world_size))
-    return mesh.device()
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -76,7 +76,9 @@ def load_into(tensors: dict[str, torch.Tensor], *, path: Path, metadata: dcp_met
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`, which is what an export wants
+            dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         if isinstance(cause, (pickle.UnpicklingError, OSError, EOFError)):

@@ -121,6 +121,6 @@ def test_kills_under_torchrun(data: Path, tmp_path: Path) -> None:
         time.sleep(chance.uniform(0.0, 2.0))
         assert process.poll() is None, "the run was at its end before the kill"
         end_of_ranks(process)
-    out, err = torchrun(2, argv).communicate(timeout=300)
+    out, err = torchrun(2, argv).communicate(timeout=900)
     assert "resumed   step-" in out, err
     assert rows(run) == rows(straight)

@@ -6,6 +6,15 @@ measure.py   what runs in the ranks: train, gather, compare
 compare.py   the command: reference first, then layout after layout
 """
 
-from hybridtrain.parity.compare import compare, run
+from hybridtrain.config import schema
+from hybridtrain.parity.compare import compare
 
 __all__ = ["compare", "run"]
+
+
+def run(config: schema.Config) -> int:
+    """`hybridtrain parity`; 0: every layout passes, 1: some do not."""
+    from hybridtrain.parity.measure import train_layout
+
+    assert isinstance(config, schema.ParityRoot)
+    return compare(config, train=train_layout)

@@ -40,14 +40,6 @@ class _Machine:
     folder: str
 
 
-def run(config: schema.Config) -> int:
-    """`hybridtrain parity`."""
-    from hybridtrain.parity.measure import train_layout
-
-    assert isinstance(config, schema.ParityRoot)
-    return compare(config, train=train_layout)
-
-
 def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measured]) -> int:
     """Compare every layout with the reference; print the table, write parity.json. 0: all pass, 1: some do not.
 

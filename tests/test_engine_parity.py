@@ -24,7 +24,7 @@ def test_each_axis(layout):
     "layout",
     [
         "pp2-tp2",
-        "pp2-tp2-nosp",
+        pytest.param("pp2-tp2-nosp", marks=pytest.mark.slow),
         "pp2-dp_replicate2",
         "pp2-dp_shard2",
         "dp_replicate2-tp2",
@@ -32,7 +32,7 @@ def test_each_axis(layout):
         "dp_replicate2-dp_shard2-zero2",
         "dp_replicate2-dp_shard2-zero3",
         "dp_shard2-tp2-zero1",
-        "dp_shard2-tp2-zero2",
+        pytest.param("dp_shard2-tp2-zero2", marks=pytest.mark.slow),
         "dp_shard2-tp2-zero3",
         "dp_shard2-tp2-zero3-nosp",
     ],
@@ -159,10 +159,15 @@ def test_sizes_that_do_not_divide_by_the_ranks(layout, fields):
     assert_parity(Case(layout, fields))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp_shard2-zero3", "pp2-dp_shard2-tp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp_shard2-zero3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, layout):
     assert_parity(Case(layout, model(family)))
+
+
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "qwen2"))])
+def test_every_family_on_three_axes(family):
+    assert_parity(Case("pp2-dp_shard2-tp2", model(family)))
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "tp2-nosp", "pp2", "dp_shard2-tp2-zero3"])

@@ -271,6 +271,8 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
         "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
     )
     _log.info("run       %s", run_dir.path)
+    if config.schedule.warmup_steps >= job.total_steps:
+        _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
     if run_dir.checkpoint:
         _log.info(
             "resumed   %s at step %d, %d tokens; model, data, optimizer, schedule, seed and batch are as they were",

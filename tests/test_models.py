@@ -167,6 +167,20 @@ def test_weights_that_are_not_there_or_of_another_shape(tmp_path):
         source("model.norm.weight", (32,), whole_box((32,)))
 
 
+def test_damaged_weights_are_refused(tmp_path):
+    saved_model(tmp_path, model(), dtype=torch.float32, shards="100KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[0]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name, file in index.items() if file == shard.name)
+    source = source_of(tmp_path)
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"model\.from_pretrained=.*{shard.name}: it cannot be read"):
+        source(name, (1,), whole_box((1,)))
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name}: it cannot be read"):
+        source(name, (1,), whole_box((1,)))
+
+
 def test_folders_without_weights_or_config(tmp_path):
     with pytest.raises(UserError, match=r"model\.from_pretrained=.*no config\.json"):
         read_config(ModelConfig(from_pretrained=str(tmp_path)))

@@ -15,7 +15,7 @@ from hybridtrain.types import UserError, refusal
 
 def pretrained(model: ModelConfig) -> Source:
     """A source of weights from `model.from_pretrained` (safetensors only). Raises UserError for missing or ill-shaped ones."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     folder = _folder(model)
     files = _index(folder)
@@ -25,13 +25,20 @@ def pretrained(model: ModelConfig) -> Source:
     def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
         if name not in files:
             raise UserError(f"model.from_pretrained={model.from_pretrained}: it holds no '{name}'; is it a checkpoint of this architecture?")
-        with safe_open(folder / files[name], framework="pt") as file:
-            view = file.get_slice(name)
-            if tuple(view.get_shape()) != shape:
-                raise UserError(f"model.from_pretrained={model.from_pretrained}: '{name}' has shape {tuple(view.get_shape())}, the config wants {shape}")
-            return view[box]
+        try:
+            with safe_open(folder / files[name], framework="pt") as file:
+                view = file.get_slice(name)
+                if tuple(view.get_shape()) != shape:
+                    raise UserError(f"model.from_pretrained={model.from_pretrained}: '{name}' has shape {tuple(view.get_shape())}, the config wants {shape}")
+                return view[box]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(folder / files[name], error) from error
 
     return values
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return refusal("model.from_pretrained", file, f"it cannot be read ({error})", allowed="whole safetensors files", instead="download or export it again")
 
 
 def _folder(model: ModelConfig) -> Path:
@@ -46,7 +53,7 @@ def _folder(model: ModelConfig) -> Path:
 
 def _index(folder: Path) -> dict[str, str]:
     """Parameter name -> file name."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -60,5 +67,8 @@ def _index(folder: Path) -> dict[str, str]:
             allowed="model.safetensors, or shards with their index",
             instead="convert the checkpoint with transformers' save_pretrained",
         )
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single.name)
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(single, error) from error

@@ -94,6 +94,14 @@ class AdamW:
             self.optimizer.state[target.shard][field].copy_(value)
 
 
+def build(shards: list[Local], settings: OptimConfig) -> AdamW:
+    """The optimizer that optim.kind names."""
+    match settings.kind:
+        case "adamw":
+            return AdamW(shards, settings)
+    raise AssertionError(f"optim.kind={settings.kind} was not checked")
+
+
 def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
     """A DTensor over `local`, placed as `parameter` is."""
     if not isinstance(parameter, DTensor):

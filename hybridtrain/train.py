@@ -24,6 +24,7 @@ from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check
 from hybridtrain.config.schema import Config
+from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.loader import Corpus, check_vocab
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
@@ -63,7 +64,7 @@ def resolve(config: Config) -> Job:
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     capabilities = engines.capabilities(config.engine.kind)
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities)
-    corpus = _corpus(config)
+    corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
     check_vocab(corpus, vocab=model.vocab)
     if corpus.rows("train", seq_len=plan.seq_len) < 1:
         raise refusal(
@@ -104,21 +105,6 @@ def _check_fields(fields: dict[str, Any]) -> None:
             allowed="unquantised weights, in any precision.kind",
             instead="the unquantised model with precision=bf16_mixed",
         )
-
-
-def _corpus(config: Config) -> Corpus:
-    """The prepared corpus. The embedded one is prepared on the way, by one process of each machine: it takes seconds."""
-    embedded = config.data.source == ["stdlib"] and config.data.tokenizer == "train"
-    path = os.path.join(os.path.expanduser(config.data.path), "corpus.json")
-    if embedded and config.data.path and not os.path.exists(path):
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            from hybridtrain.data.tokenize import prepare
-
-            return Corpus.open(prepare(config.data, overwrite=False))
-        deadline = time.monotonic() + config.engine.timeout_s
-        while not os.path.exists(path) and time.monotonic() < deadline:
-            time.sleep(0.2)
-    return Corpus.open(config.data.path)
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import loss_parallel
 
+from hybridtrain import optim
 from hybridtrain.checkpoint import sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
@@ -25,7 +27,6 @@ from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill
 from hybridtrain.models.load import pretrained
-from hybridtrain.optim import AdamW, local_shards
 from hybridtrain.parallel.apply import Recipe, build_stages
 from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm
 from hybridtrain.parallel.pipeline import Pipeline
@@ -50,7 +51,7 @@ class TorchEngine:
         self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
         source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
         fill(self.stages, source)
-        self.optimizer = AdamW(local_shards(self._named()), config.optim)
+        self.optimizer = optim.build(optim.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipeline = self._pipeline() if layout.pp > 1 else None
         self.ends = self._ends()
@@ -129,6 +130,9 @@ class TorchEngine:
         wanted = {key: value for key, value in self.state().items() if key in stored or not key.startswith("scaler.")}
         progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
         self._copy_tied()
+        for _, module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation may have left a whole copy of the old weights
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hybridtrain import __version__, ranks
 from hybridtrain import engine as engines
 from hybridtrain.config import schema
-from hybridtrain.data.loader import Corpus, check_vocab
+from hybridtrain.data.embedded import open_or_prepare
+from hybridtrain.data.loader import check_vocab
 from hybridtrain.layout import ParallelLayout
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
@@ -95,7 +96,7 @@ def _check_tokens(comparison: Comparison) -> None:
     if not config.data.path:
         return
     try:
-        corpus = Corpus.open(config.data.path)
+        corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
     except UserError as error:
         raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") from error
     check_vocab(corpus, vocab=comparison.facts.vocab)

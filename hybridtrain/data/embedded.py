@@ -1,0 +1,24 @@
+"""The embedded corpus, Python's own standard library: it takes seconds, so whoever needs it first prepares it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data.loader import Corpus
+
+
+def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
+    """Open the corpus at `data.path`; if it is the embedded one and not there yet, one process of each machine prepares it first."""
+    done = Path(data.path).expanduser() / "corpus.json"
+    if data.path and data.source == ["stdlib"] and data.tokenizer == "train" and not done.exists():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            from hybridtrain.data.tokenize import prepare
+
+            return Corpus.open(prepare(data, overwrite=False))
+        deadline = time.monotonic() + timeout_s
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return Corpus.open(data.path)

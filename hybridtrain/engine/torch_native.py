@@ -85,7 +85,7 @@ class TorchEngine:
         """Forward, backward and update over this data rank's micro-batches."""
         batches = [_to_device(batch, self.device) for batch in micro_batches]
         tokens = self._valid_tokens(batches)
-        factor = self.scaler.scale / tokens.clamp(min=1)
+        factor = self.scaler.scale * self.layout.dp / tokens.clamp(min=1)  # x dp: fully_shard averages over data ranks
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
@@ -100,7 +100,7 @@ class TorchEngine:
         self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0), nonfinite=nonfinite)
         self.scaler.update(nonfinite)
         dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
-        return StepResult(scaled_loss / scale, tokens, norm, nonfinite, scale)
+        return StepResult(scaled_loss / (scale * self.layout.dp), tokens, norm, nonfinite, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:

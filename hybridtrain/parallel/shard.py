@@ -21,16 +21,12 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, then the rest of the stage. Gradients are summed over data ranks, not averaged."""
+    """Wrap layers, then the rest of the stage. Gradients come out averaged over data ranks: the loss makes up for it."""
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
     # The root's own parameters are used first or last: gathering them again at once would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which a factor alone would ask for
 
 
 def before_backward(stage: FSDPModule, *, zero_stage: int, last: bool) -> None:

@@ -155,7 +155,7 @@ class Loader:
 
 
 def eval_batches(corpus: Corpus, *, plan: BatchPlan, rows: int, dp_rank: int, dp_size: int, micro_batches_per_step: int) -> list[list[Batch]]:
-    """The first `rows` held-out rows (all, if there are fewer) in order, as steps of micro-batches like training's.
+    """`rows` held-out rows (all, if there are fewer), evenly spread so that no document stands for all, in steps of micro-batches.
 
     Every rank gets the same number of steps, each of `micro_batches_per_step` batches. Rows missing at the end are
     filled with rows whose labels are all IGNORE_INDEX, so that the sum of token losses is exact.
@@ -171,13 +171,14 @@ def eval_batches(corpus: Corpus, *, plan: BatchPlan, rows: int, dp_rank: int, dp
         )
     held_out = Rows(corpus.readers["eval"], seq_len=plan.seq_len)
     rows = min(rows, len(held_out))
+    chosen = np.arange(rows) * len(held_out) // rows
     share = plan.micro_batch_size * micro_batches_per_step
     steps = []
     for first in range(0, rows, share * dp_size):
         start = min(first + dp_rank * share, rows)
         tokens = np.zeros((share, plan.seq_len + 1), dtype=np.int64)
         valid = min(share, rows - start)
-        tokens[:valid] = _known(held_out.gather(np.arange(start, start + valid)), corpus=corpus)
+        tokens[:valid] = _known(held_out.gather(chosen[start : start + valid]), corpus=corpus)
         steps.append(_cut(tokens, valid=valid, size=plan.micro_batch_size))
     return steps
 

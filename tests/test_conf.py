@@ -177,8 +177,8 @@ def test_yaml_round_trip(tmp_path):
 
 
 def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
-    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "parity.steps=9"])))
-    assert from_yaml(tmp_path / "config.yaml", "train").train.steps == 40
+    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
+    assert from_yaml(tmp_path / "config.yaml", "train").train.steps == 37
 
 
 @pytest.mark.parametrize(

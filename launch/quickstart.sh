@@ -33,10 +33,10 @@ python - "$run" "$sample" <<'PYTHON'
 import json, pathlib, sys
 
 run, sample = pathlib.Path(sys.argv[1]), sys.argv[2]
-losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 print(f"\nsample of the exported model\n{sample}\n")
 print(f"run directory  {run.resolve()}")
-print(f"loss           {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
+print(f"loss           {rows[0]['loss']:.3f} at the start, {rows[-1]['loss']:.3f} at the end, {rows[-1]['eval_loss']:.3f} on held-out text")
 print(f"export         {(run / 'export').resolve()}")
 print(f"loss curve     {(run / 'report' / 'loss.png').resolve()}")
 PYTHON

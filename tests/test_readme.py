@@ -68,7 +68,8 @@ def test_the_quickstart(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "launch/quickstart.sh", f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["eval_loss"] < 0.7 * rows[0]["loss"]  # of 64 rows; the last step's own 8 rows may be hard ones
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     evaluated = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert evaluated["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-4)
     for said in ("run directory", "loss curve", "sample of the exported model"):

@@ -36,7 +36,7 @@ run, sample = pathlib.Path(sys.argv[1]), sys.argv[2]
 rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 print(f"\nsample of the exported model\n{sample}\n")
 print(f"run directory  {run.resolve()}")
-print(f"loss           {rows[0]['loss']:.3f} at the start, {rows[-1]['loss']:.3f} at the end, {rows[-1]['eval_loss']:.3f} on held-out text")
+print(f"loss           {rows[0]['loss']:.3f} at the start, {rows[-1]['loss']:.3f} at the end" + (f", {rows[-1]['eval_loss']:.3f} on held-out text" if rows[-1].get("eval_loss") else ""))
 print(f"export         {(run / 'export').resolve()}")
 print(f"loss curve     {(run / 'report' / 'loss.png').resolve()}")
 PYTHON

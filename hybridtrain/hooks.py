@@ -7,6 +7,7 @@ is on disk before it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,15 +69,22 @@ class Log:
     def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
         self.run, self.every, self.total_steps = run, every, total_steps
         self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
+        self.skipped: torch.Tensor | None = None
+        """Updates skipped since the last line, counted on the device."""
 
     def __call__(self, moment: Moment) -> None:
+        self.skipped = moment.result.skipped.clone() if self.skipped is None else self.skipped + moment.result.skipped
         if not (moment.last or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
-        row: dict[str, Any] = metrics.record(moment.result, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory)
+        result, self.skipped = dataclasses.replace(moment.result, skipped=self.skipped), None
+        row: dict[str, Any] = metrics.record(result, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory)
         row |= moment.extra
         if dist.get_rank() == 0:
             self.run.append_metrics(row)
+            if row["skipped"]:
+                scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:g}"
+                self.run.append_event("skipped", step=moment.step, detail=f"{row['skipped']} update(s) skipped since the last line{scale}")
             self.trackers.log(row, moment.step)
             self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, final_loss=row["loss"], tokens_per_s=row["tokens_per_s"])
             _log.info(metrics.progress_line(row, total_steps=self.total_steps, eta_s=self.meter.eta_s))
@@ -88,9 +96,11 @@ class Log:
 class Checkpoint:
     """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
 
-    def __init__(self, engine: Engine, *, manager: Manager, fingerprints: dict[str, str], group: dist.ProcessGroup, meter: metrics.Meter):
-        self.engine, self.manager, self.fingerprints, self.group, self.meter = engine, manager, fingerprints, group, meter
+    def __init__(self, engine: Engine, *, run: RunDir, manager: Manager, fingerprints: dict[str, str], group: dist.ProcessGroup, meter: metrics.Meter):
+        self.engine, self.run, self.manager, self.fingerprints, self.group, self.meter = engine, run, manager, fingerprints, group, meter
         self.saving: Saving | None = None
+        self.saved = 0
+        """The step of the save under way, or of the last one."""
 
     def __call__(self, moment: Moment) -> None:
         self._poll()
@@ -98,7 +108,7 @@ class Checkpoint:
             with self.meter.paused():
                 self._wait()
                 progress = Progress(moment.step, moment.tokens_seen, self.fingerprints)
-                self.saving = self.engine.save(self.manager.path(moment.step), progress)
+                self.saving, self.saved = self.engine.save(self.manager.path(moment.step), progress), moment.step
 
     def close(self) -> None:
         self._wait()
@@ -120,6 +130,7 @@ class Checkpoint:
             saving, self.saving = self.saving, None
             saving.result()
             if dist.get_rank() == 0:
+                self.run.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)
                 self.manager.prune()
 
 

@@ -1,6 +1,6 @@
 """The run directory: which one a command continues or starts, and the files in it that tools read.
 
-    runs/<name>/  config.yaml  summary.json  metrics.jsonl  model/  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  metrics.jsonl  events.jsonl  model/  checkpoints/  export/  report/  logs/
 
 A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed and global batch. The
 same identity continues the run in its directory; another one is a new run. Everything here is for rank 0, which decides
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,31 @@ METRICS = (
     "time",
 )
 """Keys of every line of metrics.jsonl; a line may have more (eval_loss)."""
-SUMMARY = ("status", "steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "layout", "world_size", "exit_reason", "versions", "git_revision")
-"""Keys of summary.json."""
+SUMMARY = (
+    "status",
+    "steps",
+    "total_steps",
+    "tokens",
+    "final_loss",
+    "wall_s",
+    "tokens_per_s",
+    "layout",
+    "world_size",
+    "parameters",
+    "exit_reason",
+    "versions",
+    "git_revision",
+    "machine",
+)
+"""Keys of summary.json. `machine` holds one entry per host (machine.py)."""
+EVENTS = ("started", "resumed", "checkpoint", "skipped", "finished", "failed")
+"""Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
 STATUSES = ("running", "finished", "preempted", "failed")
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
 _SINGLE_FIELDS = ("run.seed", "batch.global_batch_size")
+_REPEATED = ("checkpoint", "skipped")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
 _NOT_TOLD = ("run.dir", "run.name", "run.resume", "run.allow_data_change")  # how the command was given, nothing about the run
 
 
@@ -79,27 +98,39 @@ class RunDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
     def append_metrics(self, values: Mapping[str, object]) -> None:
         """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null. Raises UserError on a full disk."""
-        line = json.dumps(_finite({**dict.fromkeys(METRICS), **values}), allow_nan=False)
+        self._append(self.metrics, {**dict.fromkeys(METRICS), **values})
+
+    def append_event(self, kind: str, *, step: int, detail: str) -> None:
+        """Add one line of EVENTS that happened now, when `step` steps were done. Raises UserError on a full disk."""
+        assert kind in EVENTS, kind
+        self._append(self.events, {"time": time.time(), "step": step, "kind": kind, "detail": detail})
+
+    def _append(self, file: Path, values: Mapping[str, object]) -> None:
+        line = json.dumps(_finite(values), allow_nan=False)
         try:
-            with self.metrics.open("a") as stream:
+            with file.open("a") as stream:
                 stream.write(line + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
-    def cut_metrics(self, step: int) -> None:
-        """Keep the lines up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
+    def cut(self, step: int) -> None:
+        """Keep metrics and events up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
 
-        The summary takes over what the last of them says: a command that finds nothing left to do must not lose it.
+        The summary takes over what the last of the metrics says: a command that finds nothing left to do must not lose it.
         """
-        if not self.metrics.is_file():
-            return
-        kept = [line for line in self.metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-        _write_atomically(self.metrics, "".join(line + "\n" for line in kept))
-        if kept:
-            last = json.loads(kept[-1])
-            self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
+        for file in (self.metrics, self.events):
+            if file.is_file():
+                kept = [line for line in file.read_text(errors="replace").splitlines() if _stands(line, step=step)]
+                _write_atomically(file, "".join(line + "\n" for line in kept))
+                if kept and file == self.metrics:
+                    last = json.loads(kept[-1])
+                    self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
         """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk."""
@@ -232,12 +263,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for what is not one."""
+def _stands(line: str, *, step: int) -> bool:
+    """Whether a line of metrics.jsonl or events.jsonl still holds after a resume at `step`; a torn one does not."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        values = json.loads(line)
+        return values["step"] <= step or values.get("kind", _REPEATED[0]) not in _REPEATED
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _write_atomically(file: Path, text: str) -> None:

@@ -27,7 +27,6 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.loader import Corpus, check_vocab
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.models.facts import facts, read_config
 from hybridtrain.types import ModelFacts, Progress, UserError, refusal
 
 if TYPE_CHECKING:
@@ -57,13 +56,8 @@ class Job:
 
 def resolve(config: Config) -> Job:
     """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
-    fields = read_config(config.model)
-    model = facts(fields)
-    _check_fields(fields)
-    layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-    capabilities = engines.capabilities(config.engine.kind)
-    layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities)
+    settled = engines.settle(config)
+    layout, plan, model = settled.layout, settled.plan, settled.facts
     corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
     check_vocab(corpus, vocab=model.vocab)
     if corpus.rows("train", seq_len=plan.seq_len) < 1:
@@ -85,26 +79,6 @@ def resolve(config: Config) -> Job:
     total_steps = _total_steps(config, plan, rows=corpus.rows("train", seq_len=plan.seq_len))
     check.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, corpus, total_steps)
-
-
-def _check_fields(fields: dict[str, Any]) -> None:
-    """What a config.json may ask for and training does not do yet."""
-    if fields.get("attention_dropout"):
-        raise refusal(
-            "model.config.attention_dropout",
-            fields["attention_dropout"],
-            "dropout is not supported yet",
-            allowed="0",
-            instead="model.config.attention_dropout=0",
-        )
-    if fields.get("quantization_config"):
-        raise refusal(
-            "model.config.quantization_config",
-            fields["quantization_config"],
-            "training of quantised weights is not supported yet",
-            allowed="unquantised weights, in any precision.kind",
-            instead="the unquantised model with precision=bf16_mixed",
-        )
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
@@ -138,6 +112,7 @@ def run(config: Config) -> int:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             with contextlib.suppress(UserError):  # on a full disk the reason for the end must not be lost over the summary
                 run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
+                run_dir.append_event("failed", step=run_dir.summary["steps"] or 0, detail=reason)
         if not isinstance(error, UserError):
             _log.error("ended by %s: %s", type(error).__name__, error)
         raise
@@ -163,8 +138,19 @@ def _open_run(job: Job) -> RunDir:
 
     run_dir = open_run(config, yaml_text=to_yaml(config), versions=_versions(), latest=newest)
     Manager(run_dir.checkpoints, settings=config.checkpoint).sweep()
-    run_dir.cut_metrics(progress.step)
+    run_dir.cut(progress.step)
+    _record_start(job, run_dir=run_dir, step=progress.step)
     return run_dir
+
+
+def _record_start(job: Job, *, run_dir: RunDir, step: int) -> None:
+    """What begins here, for whoever looks at the run: in the summary, and as an event. Names of changed options, not values: these may be secrets."""
+    layout, parameters = layouts.write(job.config.parallel, job.layout), job.facts.parameters
+    run_dir.update_summary(layout=layout, world_size=job.layout.world_size, parameters=parameters, total_steps=job.total_steps, steps=step)
+    words = [f"{layout} on {job.layout.world_size} process(es)"]
+    words += [f"from {run_dir.checkpoint.name}"] if run_dir.checkpoint else ["again, there was no complete checkpoint"] if run_dir.continued else []
+    words += ["changed: " + ", ".join(run_dir.changed)] if run_dir.changed else []
+    run_dir.append_event("resumed" if run_dir.checkpoint else "started", step=step, detail="; ".join(words))
 
 
 def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
@@ -194,7 +180,7 @@ def _versions() -> dict[str, str]:
 
 
 def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, began: float) -> None:
-    from hybridtrain import hooks, loop, metrics
+    from hybridtrain import hooks, loop, machine, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
@@ -203,10 +189,10 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, bega
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
-    trackers = Trackers()
+    trackers, hosts = Trackers(), machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         save_config(engine.model_config, run_dir.model)
-        run_dir.update_summary(layout=layouts.write(config.parallel, job.layout), world_size=job.layout.world_size, steps=start.step, tokens=start.tokens_seen)
+        run_dir.update_summary(machine=hosts, tokens=start.tokens_seen)
         trackers.start(
             config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)
         )
@@ -228,12 +214,13 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, bega
         )
         chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=batches, meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
-    chosen.append(hooks.Checkpoint(engine, manager=manager, fingerprints=_fingerprints(job), group=group, meter=meter))
+    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=_fingerprints(job), group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
     end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen)
     if log.rank() == 0:
         run_dir.update_summary(status="finished", steps=end.step, tokens=end.tokens_seen, exit_reason="reached the end", wall_s=time.monotonic() - began)
+        run_dir.append_event("finished", step=end.step, detail="reached the end")
         _log.info("finished %d steps in %s; run directory %s", end.step, metrics.duration(time.monotonic() - began), run_dir.path)
 
 

@@ -1,0 +1,52 @@
+"""What a run runs on: per host its processors, memory, GPUs and the ranks that live there. Gathered once, at the start."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+GIB = 1024**3
+
+
+def gather(device: torch.device, *, group: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """On rank 0: one entry per host in the order of their first ranks, `ranks` naming those that live there; else empty (collective, on a CPU group)."""
+    world: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(host(device), world, dst=0, group=group)
+    return merge(world or [])
+
+
+def merge(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per host from one entry per rank."""
+    hosts: dict[str, dict[str, Any]] = {}
+    for rank, entry in enumerate(entries):
+        hosts.setdefault(entry["host"], {**entry, "ranks": []})["ranks"].append(rank)
+    return list(hosts.values())
+
+
+def host(device: torch.device) -> dict[str, Any]:
+    """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
+    cuda = device.type == "cuda"
+    return {
+        "host": platform.node(),
+        "os": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1) if cuda else None,
+    }
+
+
+def _cpu_name() -> str:
+    """The model as Linux tells it; elsewhere, and where it does not, the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -25,7 +25,7 @@ DOORS = {
     "wandb": ("trackers.py",),
     "tensorboard": ("trackers.py",),
     "accelerate": ("trackers.py", "mesh.py", "evaluate/"),
-    "transformers": ("models/", "data/tokenize.py", "evaluate/"),
+    "transformers": ("models/", "data/tokenize.py", "data/chat.py", "evaluate/"),
     "tokenizers": ("data/tokenize.py",),
     "matplotlib": ("report.py",),
 }

@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
 TRACKERS = ("wandb", "tensorboard")
+CHAT_TEMPLATES = ("own", "plain")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
 
@@ -165,6 +166,7 @@ def _model(model: schema.ModelConfig) -> None:
 def _data(config: schema.Config) -> None:
     data = config.data
     _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
+    _one_of("data.chat_template", data.chat_template, CHAT_TEMPLATES)
     if data.tokenizer == "train":
         _in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
     if type(config) is schema.PrepareRoot:

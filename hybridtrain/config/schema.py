@@ -65,6 +65,8 @@ class DataConfig:
     """Put the tokenizer's end-of-text token after each document."""
     seq_len: int = 256
     """Tokens per row."""
+    chat_template: str = "own"
+    """Conversations: 'own' is the tokenizer's chat template; 'plain' gives it a simple one, for a tokenizer that has none."""
 
 
 @dataclass

@@ -1,0 +1,89 @@
+"""Whole conversations to rows: best fit, the longest first, each row at most seq_len + 1 tokens. `prepare` does it once.
+
+    <split>.idx -> <split>.rows.npy          int64 conversation ids, row after row, in the order they stand in a row
+                   <split>.row_starts.npy    int64 (rows + 1,): row r holds the ids from row_starts[r] to row_starts[r + 1]
+
+Equal lengths are placed together, so the work grows with the number of different lengths, and with the conversations only
+through numpy. Packing by a histogram of lengths: Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hybridtrain.data.indexed import IndexedReader
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `build` made of one split."""
+
+    rows: int
+    conversations: int
+    cut: int
+    """Conversations longer than a row, which lose their end."""
+    fill: float
+    """Share of the rows' tokens that are not padding."""
+
+
+def row_files(folder: Path, *, split: str) -> tuple[Path, Path]:
+    """The two files of a split's row index: (rows, row starts)."""
+    return folder / f"{split}.rows.npy", folder / f"{split}.row_starts.npy"
+
+
+def build(folder: Path, *, split: str, seq_len: int) -> Fitted:
+    """Write the row index of `<folder>/<split>.idx`; the same sizes always give the same rows."""
+    sizes = np.asarray(IndexedReader(folder / split).sizes)
+    length = seq_len + 1
+    fitted = np.minimum(sizes, length)
+    row_of = pack(fitted, capacity=length)
+    order = np.argsort(row_of, kind="stable")
+    starts = np.zeros(int(row_of.max()) + 2, dtype=np.int64)
+    np.cumsum(np.bincount(row_of), out=starts[1:])
+    for path, array in zip(row_files(folder, split=split), (order, starts), strict=True):
+        np.save(path, array)
+    rows = len(starts) - 1
+    return Fitted(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=float(fitted.sum()) / (rows * length))
+
+
+def pack(sizes: np.ndarray, *, capacity: int) -> np.ndarray:
+    """Row of each item, int64 (n,): every item goes where it leaves the least room, the largest first. 1 <= sizes <= capacity."""
+    assert len(sizes)
+    assert 1 <= sizes.min() <= sizes.max() <= capacity
+    order = np.argsort(-sizes.astype(np.int64), kind="stable")
+    row_of = np.empty(len(sizes), dtype=np.int64)
+    opened = 0
+    room: dict[int, list[np.ndarray]] = {}  # tokens left -> rows with so many left
+    lefts: list[int] = []  # the keys of `room`, ascending
+
+    def put_back(left: int, rows: np.ndarray) -> None:
+        if left and len(rows):
+            if left not in room:
+                insort(lefts, left)
+            room.setdefault(left, []).append(rows)
+
+    edges = np.flatnonzero(np.diff(sizes[order], prepend=capacity + 1, append=0))
+    for first, last in itertools.pairwise(edges):
+        items, size = order[first:last], int(sizes[order[first]])
+        while len(items):
+            place = bisect_left(lefts, size)
+            if place < len(lefts):
+                left = lefts.pop(place)
+                rows = np.concatenate(room.pop(left))
+            else:
+                left, rows = capacity, np.arange(opened, opened - (-len(items) // (capacity // size)), dtype=np.int64)
+                opened += len(rows)
+            each = left // size
+            full, rest = divmod(min(len(items), each * len(rows)), each)
+            taken = full * each + rest
+            row_of[items[:taken]] = np.repeat(rows[: full + (rest > 0)], each)[:taken]
+            put_back(left - each * size, rows[:full])
+            put_back(left - rest * size, rows[full : full + (rest > 0)])
+            put_back(left, rows[full + (rest > 0) :])
+            items = items[taken:]
+    return row_of

@@ -114,8 +114,8 @@ def test_scripts_parse_and_may_be_run(script):
 def test_constraints_pin_every_requirement():
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = re.findall(r'^    "([\w-]+)[><=]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    extra = re.search(r"^test = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert extra is not None
-    wanted += re.findall(r'"([\w-]+)[><=]', extra[1])
+    extras = re.findall(r"^(?:data|test) = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(extras) == 2
+    wanted += re.findall(r'"([\w-]+)[><=]', " ".join(extras))
     assert len(wanted) > 15
     assert [name for name in wanted if name.lower() not in pinned] == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridtrain.data import indexed
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter, file_pair, token_dtype
 from hybridtrain.data.pack import Rows, count_rows
 from hybridtrain.types import UserError
@@ -58,9 +59,37 @@ def test_appending_equals_adding(tmp_path):
     parts = [write(tmp_path / f"part{number}", part, vocab_size=65499) for number, part in enumerate((DOCUMENTS[:1], DOCUMENTS[1:]))]
     with IndexedWriter(tmp_path / "joined", dtype=token_dtype(65499)) as writer:
         for part in parts:
-            writer.append(IndexedReader(part))
+            reader = IndexedReader(part)
+            writer.append(reader, keep=np.ones(reader.documents, dtype=bool))
     for joined, expected in zip(file_pair(tmp_path / "joined"), file_pair(whole), strict=True):
         assert joined.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("keep", [[1, 1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 0, 0], [0] * 7])
+def test_appending_some_equals_adding_those(tmp_path, keep, monkeypatch):
+    monkeypatch.setattr(indexed, "COPY_BYTES", 3)  # both the copies and the index are written in many parts
+    documents = [[number] * (number % 3 + 1) for number in range(7)]
+    whole = IndexedReader(write(tmp_path / "whole", documents, vocab_size=65499))
+    expected = write(tmp_path / "expected", [document for document, kept in zip(documents, keep, strict=True) if kept], vocab_size=65499)
+    with IndexedWriter(tmp_path / "some", dtype=token_dtype(65499)) as writer:
+        writer.append(whole, keep=np.array(keep, dtype=bool))
+    for some, wanted in zip(file_pair(tmp_path / "some"), file_pair(expected), strict=True):
+        assert some.exists() == wanted.exists() == any(keep)
+        assert not any(keep) or some.read_bytes() == wanted.read_bytes()
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+def test_every_integer_type_of_megatron_is_read(tmp_path, code, dtype):
+    """Three documents of two, none and one sequences; where they begin, in any window."""
+    (tmp_path / "m.bin").write_bytes(np.arange(9, dtype=dtype).tobytes())
+    width = np.dtype(dtype).itemsize
+    idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 3, 4)
+    idx += struct.pack("<3i", 2, 3, 4) + struct.pack("<3q", 0, 2 * width, 5 * width) + struct.pack("<4q", 0, 2, 2, 3)
+    (tmp_path / "m.idx").write_bytes(idx)
+    reader = IndexedReader(tmp_path / "m")
+    assert reader.read(0, 9).tolist() == list(range(9))
+    starts = {start: [int(at) for at in reader.document_starts(start, stop)] for start, stop in ((0, 9), (1, 9), (5, 6), (6, 9))}
+    assert starts == {0: [0, 5], 1: [5], 5: [5], 6: []}
 
 
 def test_no_documents_leave_no_files(tmp_path):

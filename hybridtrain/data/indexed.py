@@ -10,9 +10,8 @@ Megatron's reader reads what is written here, and what Megatron wrote is read he
 from __future__ import annotations
 
 import os
-import shutil
 import struct
-from array import array
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point and hold no tokens
 _DTYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+COPY_BYTES = 1 << 22  # bytes, or entries of an index, held at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -38,16 +38,19 @@ def file_pair(prefix: Path) -> tuple[Path, Path]:
 
 
 class IndexedWriter:
-    """Writes documents as they come; memory grows by 4 bytes a document. Without documents it leaves no files.
+    """Writes documents as they come, in constant memory. Without documents it leaves no files.
 
-    Leaving the `with` block normally writes the index; leaving it by an exception does not, so the pair stays unreadable.
+    Leaving the `with` block normally completes the index; leaving it by an exception removes it. Until then the index has no
+    header, so that a pair which a kill left behind is unreadable.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype) -> None:
         self._bin_path, self._idx_path = file_pair(prefix)
         self._dtype = dtype
-        self._sizes = array("i")
+        self._documents = 0
         self._bin = self._bin_path.open("wb")
+        self._idx = self._idx_path.open("wb")
+        self._idx.write(bytes(_HEADER.size))
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -57,37 +60,55 @@ class IndexedWriter:
             self.close()
         else:
             self._bin.close()
+            self._idx.close()
+            self._idx_path.unlink()
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document of integer ids, shape (n,)."""
         document = tokens.astype(self._dtype)
         assert np.array_equal(document, tokens), f"an id that {self._dtype} cannot hold"
         self._bin.write(document.tobytes())
-        self._sizes.append(len(document))
+        self._add_sizes(np.array([len(document)]))
 
-    def append(self, reader: IndexedReader) -> None:
-        """Append all documents of another pair of the same dtype, without decoding them."""
+    def append(self, reader: IndexedReader, *, keep: np.ndarray) -> None:
+        """Append those documents of another pair of the same dtype that `keep`, bool (documents,), names, without decoding them."""
         assert reader.dtype == self._dtype
-        assert reader.sequences == reader.documents
+        assert reader.sequences == reader.documents == len(keep)
+        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2)  # runs of documents to keep: [first, last)
+        offsets = np.append(reader.pointers, reader.tokens * self._dtype.itemsize)
         with reader.bin_path.open("rb") as source:
-            shutil.copyfileobj(source, self._bin, 1 << 24)
-        self._sizes.frombytes(reader.sizes.tobytes())
+            for start, stop in offsets[edges]:
+                source.seek(start)
+                for at in range(start, stop, COPY_BYTES):
+                    self._bin.write(source.read(min(COPY_BYTES, stop - at)))
+        self._add_sizes(reader.sizes[keep])
+
+    def _add_sizes(self, sizes: np.ndarray) -> None:
+        self._idx.write(sizes.astype("<i4").tobytes())
+        self._documents += len(sizes)
 
     def close(self) -> None:
-        """Flush the tokens to the disk, then write the index."""
+        """Flush the tokens to the disk, then complete the index."""
         _synced_close(self._bin)
-        if not self._sizes:
+        if not self._documents:
+            self._idx.close()
             self._bin_path.unlink()
+            self._idx_path.unlink()
             return
-        sizes = np.asarray(self._sizes, dtype="<i4")
-        pointers = np.zeros(len(sizes), dtype="<i8")
-        np.cumsum(sizes[:-1], dtype="<i8", out=pointers[1:])
-        idx = self._idx_path.open("wb")
-        idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], len(sizes), len(sizes) + 1))
-        idx.write(sizes.tobytes())
-        idx.write((pointers * self._dtype.itemsize).tobytes())
-        idx.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-        _synced_close(idx)
+        self._idx.flush()
+        pointer = 0
+        with self._idx_path.open("rb") as written:
+            written.seek(_HEADER.size)
+            for first in range(0, self._documents, COPY_BYTES):
+                sizes = np.fromfile(written, dtype="<i4", count=min(COPY_BYTES, self._documents - first))
+                ends = np.cumsum(sizes, dtype="<i8") * self._dtype.itemsize + pointer
+                self._idx.write((ends - sizes.astype("<i8") * self._dtype.itemsize).tobytes())
+                pointer = int(ends[-1])
+        for first in range(0, self._documents + 1, COPY_BYTES):
+            self._idx.write(np.arange(first, min(first + COPY_BYTES, self._documents + 1), dtype="<i8").tobytes())
+        self._idx.seek(0)
+        self._idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], self._documents, self._documents + 1))
+        _synced_close(self._idx)
 
 
 def _synced_close(file) -> None:
@@ -115,8 +136,11 @@ class IndexedReader:
         cuts = np.cumsum([_HEADER.size, 4 * self.sequences, 8 * self.sequences])
         self.sizes: np.ndarray = index[cuts[0] : cuts[1]].view("<i4")
         """Tokens per sequence, int32 (sequences,), still on disk."""
-        pointers = index[cuts[1] : cuts[2]].view("<i8")
-        end = int(pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
+        self.pointers: np.ndarray = index[cuts[1] : cuts[2]].view("<i8")
+        """Byte offset of each sequence in the .bin file, int64 (sequences,), still on disk."""
+        self.first_sequences: np.ndarray = index[cuts[2] : cuts[2] + 8 * boundaries].view("<i8")
+        """First sequence of each document, and the number of sequences: int64 (documents + 1,), still on disk."""
+        end = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
         size = self.bin_path.stat().st_size
         if size != end:
             raise _bad(self.bin_path, f"it has {size} bytes but its index describes {end}; it is {'truncated' if size < end else 'of another index'}")
@@ -146,6 +170,19 @@ class IndexedReader:
         """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view of the mapped file."""
         assert 0 <= start <= stop <= self.tokens
         return self._tokens[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Where documents begin in the tokens [start, stop): ascending int64 positions in the file, each once.
+
+        Reads a few dozen entries of the index (bisection; np.searchsorted would copy an unaligned map whole).
+        """
+        first = bisect_left(range(self.documents), start, key=self._document_start)
+        last = bisect_left(range(self.documents), stop, lo=first, key=self._document_start)
+        return np.unique(np.array([self._document_start(document) for document in range(first, last)], dtype=np.int64))
+
+    def _document_start(self, document: int) -> int:
+        sequence = int(self.first_sequences[document])
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.tokens
 
 
 def _bad(path: Path, problem: str) -> UserError:

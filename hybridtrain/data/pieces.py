@@ -56,7 +56,8 @@ def join(made: list[Path], *, split: str, out: Path, dtype: np.dtype, identity: 
     with IndexedWriter(out, dtype=dtype) as writer:
         for piece in made:
             if file_pair(piece / split)[0].exists():
-                writer.append(IndexedReader(piece / split))
+                reader = IndexedReader(piece / split)
+                writer.append(reader, keep=np.ones(reader.documents, dtype=bool))
     if not file_pair(out)[0].exists():
         return Joined(documents=0, tokens=0, largest_id=0)
     reader = IndexedReader(out)

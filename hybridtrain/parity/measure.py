@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from hybridtrain import engine as engines
 from hybridtrain import mesh
 from hybridtrain.config.schema import Config
 from hybridtrain.data.loader import Corpus, Loader
+from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
@@ -83,28 +84,6 @@ class Measured:
     steps: Steps
     gradients: Differences
     parameters: Differences
-
-
-class Tokens(Protocol):
-    """A source of this data rank's micro-batches by step: the corpus' Loader, or Synthetic."""
-
-    def micro_batches(self, step: int) -> list[Batch]: ...
-
-
-class Synthetic:
-    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus."""
-
-    def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int) -> None:
-        self.vocab, self.plan, self.seed = vocab, plan, seed
-        share = plan.global_batch_size // dp_size
-        self.rows = range(dp_rank * share, (dp_rank + 1) * share, plan.micro_batch_size)
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + step)
-        tokens = torch.randint(0, self.vocab, (self.plan.global_batch_size, self.plan.seq_len + 1), generator=generator)
-        size = self.plan.micro_batch_size
-        positions_BT = torch.arange(self.plan.seq_len).repeat(size, 1)
-        return [Batch(tokens[row : row + size, :-1].contiguous(), tokens[row : row + size, 1:].contiguous(), positions_BT) for row in self.rows]
 
 
 def train_reference(task: Task) -> Reference:
@@ -187,7 +166,7 @@ def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
-    return Batch(batch.input_ids_BT.to(device), batch.labels_BT.to(device), batch.position_ids_BT.to(device))
+    return Batch(batch.input_ids_BT.to(device), batch.labels_BT.to(device), batch.position_ids_BT.to(device), batch.packed)
 
 
 def _tokens(task: Task, *, dp_rank: int, dp_size: int) -> Tokens:

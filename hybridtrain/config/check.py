@@ -17,11 +17,13 @@ RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")
 ENGINES = ("torch",)
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
+FP32_MATMUL = ("auto", "highest", "high", "medium")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
 TRACKERS = ("wandb", "tensorboard")
 CHAT_TEMPLATES = ("own", "plain")
+DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
 
@@ -57,6 +59,7 @@ def _kinds(config: schema.Config) -> None:
     for field, value, allowed in (
         ("engine.kind", config.engine.kind, ENGINES),
         ("engine.compile_backend", config.engine.compile_backend, COMPILE_BACKENDS),
+        ("engine.fp32_matmul", config.engine.fp32_matmul, FP32_MATMUL),
         ("precision.kind", config.precision.kind, schema.PRECISIONS),
         ("optim.kind", config.optim.kind, OPTIMIZERS),
         ("schedule.kind", config.schedule.kind, SCHEDULES),
@@ -130,6 +133,7 @@ def _counts(config: schema.Config) -> None:
         ("checkpoint.keep_last", config.checkpoint.keep_last, 0, 2),
         ("checkpoint.keep_every", config.checkpoint.keep_every, 0, 0),
         ("engine.timeout_s", config.engine.timeout_s, 1, 1800),
+        ("engine.threads", config.engine.threads, 0, 0),
         ("run.seed", config.run.seed, 0, 0),
         ("data.seq_len", config.data.seq_len, 1, 256),
         ("batch.global_batch_size", config.batch.global_batch_size, 1, 8),
@@ -167,6 +171,9 @@ def _data(config: schema.Config) -> None:
     data = config.data
     _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
     _one_of("data.chat_template", data.chat_template, CHAT_TEMPLATES)
+    _one_of("data.format", data.format, DATA_FORMATS)
+    for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):
+        _require(bool(value), field, "''", "empty", allowed="a name", instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}")
     if data.tokenizer == "train":
         _in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
     if type(config) is schema.PrepareRoot:
@@ -234,6 +241,8 @@ def _own_section(config: schema.Config) -> None:
         _in_range("export.max_shard_gb", config.export.max_shard_gb, lambda size: size > 0, allowed="above 0", instead="5.0")
     if isinstance(config, schema.EvaluateRoot):
         _in_range("evaluate.rows", config.evaluate.rows, lambda n: n >= 0, allowed="0 (as in training) or more", instead="0")
+    if isinstance(config, schema.PrepareRoot):
+        _in_range("prepare.workers", config.prepare.workers, lambda n: n >= 0, allowed="0 (one per core) or more", instead="0")
     if isinstance(config, schema.GenerateRoot):
         _in_range("generate.max_new_tokens", config.generate.max_new_tokens, lambda n: n >= 1, allowed="1 or more", instead="128")
         _in_range("generate.temperature", config.generate.temperature, lambda heat: heat >= 0, allowed="0 (greedy) or more", instead="0.8")

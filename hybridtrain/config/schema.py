@@ -52,17 +52,30 @@ class DataConfig:
     path: str = ""
     """Folder of token files, written by `hybridtrain prepare`."""
     source: list[str] = field(default_factory=list)
-    """What `prepare` reads: text files, folders or patterns; 'stdlib' is the source of Python's own standard library."""
-    pattern: str = "*.txt"
-    """Which files of a folder in `source` are documents."""
+    """What `prepare` reads: files, folders, patterns or Hugging Face datasets; 'stdlib' is the source of Python's own standard library."""
+    format: str = "auto"
+    """auto: by a file's ending; text (a file is a document), jsonl, parquet, datasets (what `save_to_disk` wrote, or what `load_dataset` takes:
+    a folder or a hub id), chat (conversations, in any of the last three). Text and JSONL may be compressed (.gz, .zst)."""
+    pattern: str = ""
+    """Which files of a folder in `source` are read; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
+    text_key: str = "text"
+    """Field of a JSONL record, or column, that holds the text of a document."""
+    messages_key: str = "messages"
+    """chat: field that holds the list of messages, each with role and content."""
+    dataset_config: str = ""
+    """datasets: configuration of the dataset; empty: its default."""
+    dataset_split: str = "train"
+    """datasets: split to read."""
+    deduplicate: bool = False
+    """Of identical documents keep the first only."""
     tokenizer: str = "train"
     """Tokenizer folder or hub id; 'train': train a byte-level BPE on the source."""
     vocab_size: int = 4096
     """Vocabulary of the tokenizer that 'train' makes."""
     eval_fraction: float = 0.02
-    """Share of documents held out for evaluation."""
+    """Share of documents held out for evaluation, chosen by a hash: of a text file's name, of a record's content."""
     append_eos: bool = True
-    """Put the tokenizer's end-of-text token after each document."""
+    """Put the tokenizer's end-of-text token after each document; conversations end as their template says."""
     seq_len: int = 256
     """Tokens per row."""
     chat_template: str = "own"
@@ -127,6 +140,13 @@ class EngineConfig:
     """Backend of torch.compile: inductor (wants a C++ compiler on CPU), aot_eager or eager."""
     timeout_s: int = 1800
     """Seconds after which a collective that a rank never joined fails."""
+    fp32_matmul: str = "auto"
+    """fp32 matrix products: highest, high (TF32 on GPUs) or medium (bf16 where the hardware has it), as
+    torch.set_float32_matmul_precision takes them; auto: highest, on a CPU by oneDNN where that is measured to be as exact."""
+    threads: int = 0
+    """CPU: threads of each process; 0: the cores of the machine shared by its processes (an OMP_NUM_THREADS above 1 is obeyed)."""
+    keep_freed_memory: bool = True
+    """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
 
 
 @dataclass
@@ -270,6 +290,10 @@ class ParityConfig:
 class PrepareConfig:
     overwrite: bool = False
     """Write again what is already prepared."""
+    workers: int = 0
+    """Processes that read and tokenise; 0: one per core, and none besides this one for a small corpus."""
+    skip_bad: bool = False
+    """Leave out and count records that cannot be read, instead of stopping at the first."""
 
 
 @dataclass

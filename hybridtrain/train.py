@@ -225,6 +225,8 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, bega
 
 def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
     """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
+    from hybridtrain import backend
+
     config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
     name = config.model.name or job.facts.model_type
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", config.model.from_pretrained or "new weights")
@@ -242,6 +244,7 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     _log.info(
         "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
     )
+    _log.info("backend   %s", backend.describe(config.engine, device=engine.device))
     _log.info("run       %s", run_dir.path)
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)

@@ -75,6 +75,8 @@ def capabilities(kind: str) -> Capabilities:
 
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine:
     """Mesh, stages, weights, optimizer and schedule (collective; the process group exists)."""
+    from hybridtrain import backend
     from hybridtrain.engine.torch_native import TorchEngine
 
+    backend.apply(config.engine, device=device)
     return TorchEngine(config, layout=layout, plan=plan, device=device)

@@ -37,26 +37,14 @@ class Reference:
         self.settings, self.compute = settings, compute
         self.loss_scale = 1.0
         """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
-        self.master: nn.Module = _in_dtype(plain_model(config), param)
-        self._fill(source, family=family, tied=config.tie_word_embeddings)
+        self.master: nn.Module = initialised(config, family=family, source=source, param=param)
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = _in_dtype(plain_model(config), compute)
-        trained = [(name, p) for name, p in self.master.named_parameters() if p.requires_grad]
-        plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
-        decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         first, second = settings.betas
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
-
-    @torch.no_grad()
-    def _fill(self, source: Source, *, family: Family, tied: bool) -> None:
-        for name, parameter in self.master.named_parameters():
-            assert not (tied and name == f"{family.head}.weight")
-            shape = tuple(parameter.shape)
-            parameter.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.master, settings), lr=settings.lr, betas=(first, second), eps=settings.eps)
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
@@ -97,6 +85,25 @@ class Reference:
     def _loss(self, batch: Batch) -> Tensor:
         logits = self.worker(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@torch.no_grad()
+def initialised(config: Any, *, family: Family, source: Source, param: torch.dtype) -> nn.Module:
+    """Hugging Face's own model of `config` with the weights of `source`, stored in `param`."""
+    model = _in_dtype(plain_model(config), param)
+    for name, parameter in model.named_parameters():
+        assert not (config.tie_word_embeddings and name == f"{family.head}.weight")
+        shape = tuple(parameter.shape)
+        parameter.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
+    return model
+
+
+def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, Any]]:
+    """The trained parameters as torch's optimizers take them: with weight decay and without."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
+    decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
+    return [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -33,6 +33,8 @@ class Batch:
     labels_BT: torch.Tensor
     """Already shifted: position t holds the token that follows input t, or IGNORE_INDEX."""
     position_ids_BT: torch.Tensor
+    packed: bool = False
+    """Each position 0 begins a document that attends to itself alone (data.document_mask); else a row is one document."""
 
 
 @dataclass(frozen=True)

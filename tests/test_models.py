@@ -68,7 +68,7 @@ def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, attention: str) -
     seen: list[torch.Tensor] = []
     stage.part(family.head).register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
-        stage(ids, position_ids_BT=torch.arange(ids.shape[1]).repeat(len(ids), 1), labels_BT=torch.zeros_like(ids))
+        stage(ids, position_ids_BT=torch.arange(ids.shape[1]).repeat(len(ids), 1), labels_BT=torch.zeros_like(ids), packed=False)
     return seen[0]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -196,7 +197,7 @@ class TorchEngine:
         return tokens
 
     def _forward(self, batch: Batch) -> Tensor:
-        return self.stages[0](batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT)
+        return self.stages[0](batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)
 
     def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
@@ -229,13 +230,14 @@ def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return Batch(move(batch.input_ids_BT), move(batch.labels_BT), move(batch.position_ids_BT))
+    return Batch(move(batch.input_ids_BT), move(batch.labels_BT), move(batch.position_ids_BT), batch.packed)
 
 
-def _joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _joined(batches: Sequence[Batch]) -> dict[str, Any]:
     """All micro-batches in one tensor each; the schedule cuts them again."""
     return {
         "ids_BT": torch.cat([batch.input_ids_BT for batch in batches]),
         "labels_BT": torch.cat([batch.labels_BT for batch in batches]),
         "position_ids_BT": torch.cat([batch.position_ids_BT for batch in batches]),
+        "packed": any(batch.packed for batch in batches),
     }

@@ -52,12 +52,15 @@ class Stage(nn.Module):
         for index in self.layers:
             yield index, self.part(f"{self.family.layers}.{index}")
 
-    def forward(self, x: Tensor, *, position_ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, position_ids_BT: Tensor, labels_BT: Tensor, packed: bool) -> Tensor:
         hidden = self.part(self.family.embed)(x) if self.first else x
         rotary = self.part(self.family.rotary)(hidden, position_ids_BT)
+        windows = {index: self.family.window(self.config, index) for index in self.layers}
+        masks = {
+            window: attention_mask(self.config, window=window, position_ids_BT=position_ids_BT, packed=packed, like=hidden) for window in set(windows.values())
+        }
         for index, layer in self.layer_modules():
-            mask = attention_mask(self.config, window=self.family.window(self.config, index), positions=position_ids_BT.shape[1], like=hidden)
-            hidden = layer(hidden, attention_mask=mask, position_ids=position_ids_BT, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=position_ids_BT, position_embeddings=rotary)
         if not self.last:
             return hidden
         logits = self.part(self.family.head)(self.part(self.family.norm)(hidden))
@@ -71,22 +74,27 @@ def loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return torch.stack([local])  # not a view: FSDP hooks its outputs
 
 
-def attention_mask(config: Any, *, window: int | None, positions: int, like: Tensor) -> Tensor | None:
-    """The mask a layer needs: None for full causal SDPA, else (1, 1, T, T); bool for sdpa, additive for eager.
+def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:
+    """The mask a layer needs: None for full causal SDPA, else (1 or B, 1, T, T); bool for sdpa, additive for eager.
+
+    With `packed`, each position 0 begins a document, and documents do not see each other. Every position sees itself.
 
     transformers' SDPA path ignores a window that is shorter than the row unless a mask says so, and its eager path is not
     causal at all without one; both would train a silently different model.
     """
-    sdpa = config._attn_implementation == "sdpa"
-    if sdpa and (window is None or window >= positions):
+    sdpa, positions = config._attn_implementation == "sdpa", position_ids_BT.shape[1]
+    if sdpa and not packed and (window is None or window >= positions):
         return None
     index = torch.arange(positions, device=like.device)
     distance = index[:, None] - index[None, :]
-    allowed = (distance >= 0) & (distance < (window or positions))
+    allowed = ((distance >= 0) & (distance < (window or positions)))[None]
+    if packed:
+        document_BT = (position_ids_BT == 0).cumsum(1)
+        allowed = allowed & (document_BT[:, :, None] == document_BT[:, None, :])
     if sdpa:
-        return allowed[None, None]
+        return allowed[:, None]
     dtype = like.dtype
-    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
+    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -131,25 +131,25 @@ class Pipeline:
     def last(self) -> bool:
         return any(stage.last for stage in self.stages)
 
-    def step(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, factor: Tensor) -> list[Tensor]:
+    def step(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool, factor: Tensor) -> list[Tensor]:
         """Run every micro-batch, forward and backward of loss sum x factor. Returns those products on the rank of the last stage."""
         self.divisor = factor
-        return self._run(self.schedule.step, ids_BT, labels_BT, position_ids_BT)
+        return self._run(self.schedule.step, ids_BT, labels_BT, position_ids_BT, packed)
 
-    def evaluate(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
+    def evaluate(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool) -> list[Tensor]:
         """Forward only: loss sums on the rank of the last stage."""
         self.divisor = torch.ones((), device=ids_BT.device)
         if self.order is None:
-            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT, packed)
         self.schedule.pipeline_order_with_comms = {rank: _forward_only(actions) for rank, actions in self.order.items()}
         try:
-            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT)
+            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT, packed)
         finally:
             self.schedule.pipeline_order_with_comms = self.order
 
-    def _run(self, call: Any, ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> list[Tensor]:
+    def _run(self, call: Any, ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool) -> list[Tensor]:
         losses: list[Tensor] = []
         args = (ids_BT,) if self.first else ()
         last = {"target": labels_BT, "losses": losses} if self.last else {}
-        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, **last)
+        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, packed=packed, **last)
         return losses

@@ -23,10 +23,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("hybridtrain.train", "run", "train a model under any layout; continues a run that is there"),
     "prepare": ("hybridtrain.data.tokenize", "run", "turn text into token files"),
     "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
+    "bench": ("hybridtrain.bench", "run", "time steps of a config beside a plain PyTorch loop"),
     "export": ("hybridtrain.checkpoint.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
-    "report": ("hybridtrain.report", "run", "draw the curves of a run"),
+    "report": ("hybridtrain.report", "run", "draw a run as a page and pictures; --compare RUN RUN ... several over one another"),
 }
 TAKES_RUN = ("export", "evaluate", "generate", "report")
 SPEAK_FIRST_S = 5.0
@@ -55,7 +56,7 @@ def _configured(command: str, argv: list[str]) -> schema.Config | int:
 
         return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
-    rest = [f"run.dir={_quoted(text)}" if _is_run(command, text, before) else text for before, text in zip(["", *rest], rest, strict=False)]
+    rest = _with_runs(command, rest)
     if any(flag in rest for flag in ("-m", "--multirun")):
         return _multirun(command, [text for text in rest if text not in ("-m", "--multirun")])
     from hybridtrain.config import check
@@ -83,6 +84,21 @@ def _say(text: str) -> int:
     if log.rank() == 0:
         print(text, end="")
     return 0
+
+
+def _with_runs(command: str, argv: list[str]) -> list[str]:
+    """`argv` with its bare words written out: one is run.dir=RUN; after `report --compare` all are report.compare=[RUN,...]."""
+    bare = [_is_run(command, text, before) for before, text in zip(["", *argv], argv, strict=False)]
+    runs = [text for text, is_run in zip(argv, bare, strict=True) if is_run]
+    rest = [text for text, is_run in zip(argv, bare, strict=True) if not is_run]
+    if command == "report" and "--compare" in rest:
+        if not runs:
+            raise refusal("--compare", "(nothing)", "no runs to compare", allowed="two run directories or more", instead="--compare runs/a runs/b")
+        return [f"report.compare=[{','.join(map(_quoted, runs))}]", *(text for text in rest if text != "--compare")]
+    if len(runs) > 1:
+        several = "hybridtrain report --compare " + " ".join(runs) if command == "report" else f"hybridtrain {command} {runs[0]}"
+        raise refusal("argument", runs[1], f"a second run beside {runs[0]}", allowed="one run directory", instead=several)
+    return [f"run.dir={_quoted(run)}" for run in runs] + rest
 
 
 def _is_run(command: str, text: str, before: str) -> bool:

@@ -127,7 +127,7 @@ class RunDir:
         for file in (self.metrics, self.events):
             if file.is_file():
                 kept = [line for line in file.read_text(errors="replace").splitlines() if _stands(line, step=step)]
-                _write_atomically(file, "".join(line + "\n" for line in kept))
+                write_atomically(file, "".join(line + "\n" for line in kept))
                 if kept and file == self.metrics:
                     last = json.loads(kept[-1])
                     self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
@@ -138,7 +138,7 @@ class RunDir:
         self.summary.update(values)
         assert self.summary["status"] in STATUSES, self.summary["status"]
         try:
-            _write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
+            write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
@@ -156,7 +156,7 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
         raise refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path / "config.yaml", yaml_text)
+        write_atomically(path / "config.yaml", yaml_text)
     except OSError as error:
         raise _unwritable(path, error) from error
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
@@ -272,10 +272,11 @@ def _stands(line: str, *, step: int) -> bool:
         return False
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, data: str | bytes) -> None:
+    """Write `file` aside and rename it, so that a reader sees the old content or the new one, never a part."""
     aside = file.with_name(file.name + ".partial")
-    with aside.open("w") as stream:
-        stream.write(text)
+    with aside.open("wb") as stream:
+        stream.write(data if isinstance(data, bytes) else data.encode())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, file)

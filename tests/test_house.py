@@ -27,7 +27,7 @@ DOORS = {
     "accelerate": ("trackers.py", "mesh.py", "evaluate/"),
     "transformers": ("models/", "data/tokenize.py", "data/chat.py", "evaluate/"),
     "tokenizers": ("data/tokenize.py",),
-    "matplotlib": ("report.py",),
+    "matplotlib": ("report/",),
 }
 
 

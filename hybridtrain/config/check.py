@@ -24,6 +24,7 @@ RECOMPUTE = ("none", "selective", "full")
 TRACKERS = ("wandb", "tensorboard")
 CHAT_TEMPLATES = ("own", "plain")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")
+PLAIN_COMPILE = ("layer", "model")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
 
@@ -39,7 +40,7 @@ def check(config: schema.Config) -> None:
     _data(config)
     if type(config) is schema.Config:
         _end(config)
-    if type(config) in (schema.Config, schema.ParityRoot):
+    if type(config) in (schema.Config, schema.ParityRoot, schema.BenchRoot):
         _trainable(config)
     _own_section(config)
 
@@ -134,6 +135,7 @@ def _counts(config: schema.Config) -> None:
         ("checkpoint.keep_every", config.checkpoint.keep_every, 0, 0),
         ("engine.timeout_s", config.engine.timeout_s, 1, 1800),
         ("engine.threads", config.engine.threads, 0, 0),
+        ("engine.loss_chunk", config.engine.loss_chunk, 0, 0),
         ("run.seed", config.run.seed, 0, 0),
         ("data.seq_len", config.data.seq_len, 1, 256),
         ("batch.global_batch_size", config.batch.global_batch_size, 1, 8),
@@ -247,6 +249,26 @@ def _own_section(config: schema.Config) -> None:
         _in_range("generate.max_new_tokens", config.generate.max_new_tokens, lambda n: n >= 1, allowed="1 or more", instead="128")
         _in_range("generate.temperature", config.generate.temperature, lambda heat: heat >= 0, allowed="0 (greedy) or more", instead="0.8")
         _in_range("generate.top_p", config.generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
+    if isinstance(config, schema.ReportRoot):
+        words = "one run alone cannot be compared"
+        _require(len(config.report.compare) != 1, "report.compare", config.report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
+    if isinstance(config, schema.BenchRoot):
+        _bench(config)
     if isinstance(config, schema.ParityRoot):
         _in_range("parity.steps", config.parity.steps, lambda n: n >= 1, allowed="1 or more", instead="3")
         _in_range("parity.max_processes", config.parity.max_processes, lambda n: n >= 1, allowed="1 or more", instead="4")
+
+
+def _bench(config: schema.BenchRoot) -> None:
+    bench = config.bench
+    for field, value, instead in (("bench.warmup", bench.warmup, 3), ("bench.steps", bench.steps, 4), ("bench.rounds", bench.rounds, 15)):
+        _in_range(field, value, lambda n: n >= 1, allowed="1 or more", instead=instead)
+    _one_of("bench.plain_compile", bench.plain_compile, PLAIN_COMPILE)
+    _require(
+        not bench.corpus or bool(config.data.path),
+        "bench.corpus",
+        "true",
+        "data.path is empty",
+        allowed="true with a folder of token files",
+        instead="data.path=FOLDER, or bench.corpus=false for random tokens",
+    )

@@ -129,7 +129,12 @@ def _from_resolver(source: str, root: DictConfig) -> bool:
 def to_yaml(config: schema.Config) -> str:
     """The configuration as YAML, resolved, except that strings from a resolver (`${oc.env:...}`) stay as they were written."""
     # OmegaConf's dumper and not PyYAML's: the two disagree on what is a float ("1e-3").
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+
+
+def plain(config: schema.Config) -> dict[str, dict[str, Any]]:
+    """section -> option -> value, as `to_yaml` writes them: what may be shown to anybody."""
+    return {section: _plain(options) for section, options in dataclasses.asdict(config).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,8 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     ]
     if takes_run:
         lines.append("RUN is a run directory; it is short for run.dir=RUN.")
+    if command == "report":
+        lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
     lines += _entry("--multirun, -m", "run every combination of comma-separated values, one after the other (not under torchrun)")

@@ -140,6 +140,8 @@ class EngineConfig:
     """Backend of torch.compile: inductor (wants a C++ compiler on CPU), aot_eager or eager."""
     timeout_s: int = 1800
     """Seconds after which a collective that a rank never joined fails."""
+    loss_chunk: int = 0
+    """Tokens of a micro-batch whose logits are held at once; 0: as many as fit 256 MiB."""
     fp32_matmul: str = "auto"
     """fp32 matrix products: highest, high (TF32 on GPUs) or medium (bf16 where the hardware has it), as
     torch.set_float32_matmul_precision takes them; auto: highest, on a CPU by oneDNN where that is measured to be as exact."""
@@ -287,6 +289,26 @@ class ParityConfig:
 
 
 @dataclass
+class BenchConfig:
+    warmup: int = 3
+    """Steps of each side before the first round; compilation falls into them."""
+    steps: int = 4
+    """Steps per round."""
+    rounds: int = 15
+    """Rounds; in each both sides take a turn."""
+    plain: bool = True
+    """Also time a plain PyTorch loop over the same Hugging Face model: one process on rank 0's device, alone while it computes."""
+    plain_compile: str = "layer"
+    """What engine.compile compiles of the plain loop's model: each layer, or the whole model."""
+    corpus: bool = False
+    """Train on the corpus at data.path instead of random tokens, and tell which share of a step waits for it."""
+    parts: bool = False
+    """Profile two steps after the rounds and list the operations that take longest."""
+    out: str = ""
+    """JSON file for everything, each step's time included; empty: none."""
+
+
+@dataclass
 class PrepareConfig:
     overwrite: bool = False
     """Write again what is already prepared."""
@@ -299,7 +321,9 @@ class PrepareConfig:
 @dataclass
 class ReportConfig:
     out: str = ""
-    """Folder for the pictures; empty: <run>/report."""
+    """Folder for page and pictures; empty: <run>/report, or runs/compare for several runs."""
+    compare: list[str] = field(default_factory=list)
+    """Runs to lay over one another, two or more; `--compare RUN RUN ...` is short for it. Empty: the one run."""
 
 
 @dataclass
@@ -323,6 +347,11 @@ class ParityRoot(Config):
 
 
 @dataclass
+class BenchRoot(Config):
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+@dataclass
 class PrepareRoot(Config):
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
@@ -336,6 +365,7 @@ ROOTS: dict[str, type[Config]] = {
     "train": Config,
     "prepare": PrepareRoot,
     "parity": ParityRoot,
+    "bench": BenchRoot,
     "export": ExportRoot,
     "evaluate": EvaluateRoot,
     "generate": GenerateRoot,

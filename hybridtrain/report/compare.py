@@ -1,0 +1,83 @@
+"""The page of several runs: curves over one another, results side by side, and the options in which they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hybridtrain.config import compose
+from hybridtrain.metrics import duration, quantity
+from hybridtrain.report import page, single
+from hybridtrain.report.history import History
+from hybridtrain.report.plots import COLOURS, Plot
+
+_NOT_COMPARED = ("run.dir", "run.name")
+
+
+def names(histories: Sequence[History]) -> list[str]:
+    """A name for each, short and its own: the run's, else the folder's, else as much of the path as it takes."""
+    for made in ([history.name for history in histories], [history.folder.resolve().name for history in histories]):
+        if len(set(made)) == len(made):
+            return made
+    return ["/".join(history.folder.resolve().parts[-2:]) for history in histories]
+
+
+def differences(histories: Sequence[History]) -> dict[str, list[str]]:
+    """Option (and layout, revision, machine) -> its value in each run, where they are not all the same."""
+    columns = []
+    for history in histories:
+        sections = compose.plain(history.config) if history.config else {}
+        options = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values.items()}
+        hosts = history.summary.get("machine") or ()
+        facts = {"layout": history.summary.get("layout"), "processes": history.summary.get("world_size"), "git revision": history.summary.get("git_revision")}
+        facts["machine"] = ", ".join(sorted({str(host.get("gpu") or host.get("cpu")) for host in hosts}))
+        columns.append({name: "" if value is None else str(value) for name, value in facts.items()} | options)
+    keys = list(dict.fromkeys(key for column in columns for key in column if key not in _NOT_COMPARED))
+    rows = {key: [column.get(key, "") for column in columns] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def results(histories: Sequence[History]) -> dict[str, list[str]]:
+    """What came out: a line per number, a column per run."""
+    table: dict[str, list[str]] = {}
+    for history in histories:
+        known = single.tiles(history)
+        loss, evaluations, tokens, memory = history.last("loss"), history.known("eval_loss"), history.last("tokens_seen"), known["Peak memory"][0]
+        row = {
+            "status": history.status,
+            "steps": f"{history.step:,}" + (f" of {history.total_steps:,}" if history.total_steps else ""),
+            "tokens": quantity(tokens) if tokens is not None else "",
+            "final loss": f"{loss:.4f}" if loss is not None else "",
+            "held-out loss": f"{evaluations[-1]:.4f}" if len(evaluations) else "",
+            "lowest held-out loss": f"{evaluations.min():.4f}" if len(evaluations) else "",
+            "tokens/s": quantity(history.tokens_per_s) if history.tokens_per_s is not None else "",
+            "MFU": known["MFU"][0],
+            "peak memory": memory,
+            "training time": duration(history.wall_s) if history.wall_s is not None else "",
+        }
+        for name, value in row.items():
+            table.setdefault(name, []).append(value)
+    return {name: values for name, values in table.items() if any(values)}
+
+
+def document(histories: Sequence[History], plots: Sequence[Plot]) -> str:
+    """The whole HTML page."""
+    called = names(histories)
+    head = [
+        "",
+        *(page.Markup(f'<span class="swatch" style="background:var(--c{n % len(COLOURS)})"></span>{page.escape(name)}') for n, name in enumerate(called)),
+    ]
+    numbers = range(1, len(called) + 1)
+    body = [
+        page.header(f"{len(called)} runs compared", status="", about=" · ".join(str(history.folder) for history in histories)),
+        page.table(head, [(name, *values) for name, values in results(histories).items()], numbers=numbers),
+        page.section("Curves", page.plots(plots)),
+        page.section("Differing options", page.table(head, [(name, *values) for name, values in differences(histories).items()], numbers=())),
+    ]
+    return page.document(" / ".join(called), body)
+
+
+def lines(histories: Sequence[History]) -> str:
+    """Results and differing options for the console, a column per run."""
+    rows = [["", *names(histories)], *([name, *values] for name, values in (results(histories) | differences(histories)).items())]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,176 @@
+"""What a run directory says about its run: columns of numbers, summary, events, config. Reads runs that go on, failed, or never began."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridtrain.config import compose, schema
+from hybridtrain.rundir import METRICS
+from hybridtrain.types import UserError, refusal
+
+KEYS = (*METRICS, "eval_loss")
+STARTS, ENDS = ("started", "resumed"), ("finished", "failed", "preempted")
+SILENT_S = 600.0  # a run that logs nothing for so long, and for 20 of its usual intervals, may have been killed
+
+
+@dataclass(frozen=True)
+class History:
+    """A run, as far as its files tell."""
+
+    folder: Path
+    name: str
+    columns: Mapping[str, np.ndarray]
+    """KEYS -> one float64 per line of metrics.jsonl, in the order of their steps; NaN for null or missing."""
+    summary: Mapping[str, Any]
+    """summary.json; empty if there is none."""
+    events: list[dict[str, Any]]
+    """Lines of events.jsonl in the order of their times."""
+    config: schema.Config | None
+    """config.yaml; None if there is none or it cannot be read."""
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def known(self, key: str) -> np.ndarray:
+        """The finite values of `key`."""
+        values = self.columns[key]
+        return values[np.isfinite(values)]
+
+    def last(self, key: str) -> float | None:
+        """The last value of `key` that is known."""
+        values = self.known(key)
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def status(self) -> str:
+        return str(self.summary.get("status") or "unknown")
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.last("step") or self.summary.get("steps") or 0)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that the run was asked for; 0 if nothing tells."""
+        return int(self.summary.get("total_steps") or (self.config.train.steps if self.config else 0))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Median over all lines: unlike a single line, it forgets pauses."""
+        values = self.known("tokens_per_s")
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the end at the pace of the last lines, for a run that goes on."""
+        paces = self.known("step_time_s")[-20:]
+        if self.status != "running" or not len(paces) or not self.total_steps:
+            return None
+        return max(0, self.total_steps - self.step) * float(np.mean(paces))
+
+    @property
+    def silent_s(self) -> float | None:
+        """For how long a running run has logged nothing, if that is so long that it may have been killed."""
+        times = self.known("time")
+        if self.status != "running" or not len(times):
+            return None
+        usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        age = time.time() - float(times[-1])
+        return age if age > max(SILENT_S, 20 * usual) else None
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Time spent in training at each line: from the start, without the time between an end or kill and the next start."""
+        times, starts = self.columns["time"], [event["time"] for event in self.events if event["kind"] in STARTS]
+        if not len(times):
+            return times
+        spent = np.diff(times, prepend=min(starts[0], times[0]) if starts else times[0])
+        for start in starts[1:]:
+            first = int(np.searchsorted(times, start))
+            if first < len(times):
+                spent[first] = min(spent[first], times[first] - start)
+        return np.cumsum(spent)
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds of training so far, all starts together."""
+        return float(self.seconds[-1]) if len(self) and math.isfinite(self.seconds[-1]) else self.summary.get("wall_s")
+
+
+def read(folder: Path) -> History:
+    """Read a run directory; a last line that is still being written is left out. Raises UserError if nothing in it tells of a run."""
+    if not any((folder / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
+        problem = "there is no metrics.jsonl, summary.json or config.yaml in it" if folder.is_dir() else "there is no such folder"
+        raise refusal("run.dir", folder, problem, allowed="the folder of a run", instead=_runs_near(folder))
+    config = _config(folder / "config.yaml")
+    return History(
+        folder=folder,
+        name=config.run.name if config and config.run.name else folder.resolve().name,
+        columns=_columns(folder / "metrics.jsonl"),
+        summary=_summary(folder / "summary.json"),
+        events=_events(folder / "events.jsonl"),
+        config=config,
+    )
+
+
+def _config(path: Path) -> schema.Config | None:
+    """None also for a config of another version of this program, or with a ${oc.env:...} that is not set here: the curves can be drawn all the same."""
+    try:
+        return compose.from_yaml(path, "train") if path.is_file() else None
+    except UserError:
+        return None
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+            events.append({"time": float(event["time"]), "step": int(event["step"]), "kind": str(event["kind"]), "detail": str(event["detail"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(events, key=lambda event: event["time"])
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of metrics.jsonl. Line by line into flat arrays: a million dictionaries would take a GiB."""
+    columns = {key: array("d") for key in KEYS}
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                try:
+                    row = json.loads(line)
+                    numbers = [math.nan if (value := row.get(key)) is None else float(value) for key in KEYS]
+                except (ValueError, TypeError, AttributeError):
+                    continue
+                if not math.isnan(numbers[0]):
+                    for column, number in zip(columns.values(), numbers, strict=True):
+                        column.append(number)
+    arrays = {key: np.frombuffer(column, dtype=np.float64) for key, column in columns.items()}
+    order = np.argsort(arrays["step"], kind="stable")
+    return {key: values[order] for key, values in arrays.items()}
+
+
+def _runs_near(folder: Path) -> str:
+    """A folder of a run beside `folder`, the one that was written to last, as a suggestion."""
+    found = sorted(folder.parent.glob("*/summary.json"), key=lambda path: path.stat().st_mtime) if folder.parent.is_dir() else []
+    return f"hybridtrain report {found[-1].parent}" if found else "hybridtrain report runs/<name>"

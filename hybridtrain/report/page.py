@@ -1,0 +1,107 @@
+"""The HTML page: everything in one file, no request to anywhere. Whatever a run says is escaped."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.report.plots import AXES, Plot
+from hybridtrain.report.svg import inline
+
+FOLDER = Path(__file__).resolve().parent
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """The whole page around `body`. Its policy forbids the browser to load anything."""
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    drawn = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">']
+    lines += ['<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>", f"<style>{style}</style></head>"]
+    lines += ["<body><main>", *body, f'<p class="note">Drawn {drawn} by hybridtrain report.</p>', f"</main><script>{script}</script></body></html>"]
+    return "\n".join(lines) + "\n"
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def header(name: str, *, status: str, about: str) -> str:
+    pill = f'<span class="status {escape(status)}">{escape(status)}</span>' if status else ""
+    return f'<header><h1>{escape(name)}</h1>{pill}<p class="about">{escape(about)}</p></header>'
+
+
+def tiles(values: Mapping[str, tuple[str, str]]) -> str:
+    """name -> (value, words below it); those without a value are left out."""
+    made = [
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(below)}</small></dd></div>'
+        for name, (value, below) in values.items()
+        if value
+    ]
+    return f'<dl class="tiles">{"".join(made)}</dl>'
+
+
+def plots(drawn: Sequence[Plot]) -> str:
+    """The plots in a grid; those that differ only in what stands under them share a place, with tabs that work without a script."""
+    families: dict[str, list[Plot]] = {}
+    for plot in drawn:
+        base = next((plot.name.removesuffix(f"_{axis.name}") for axis in AXES if plot.name.endswith(f"_{axis.name}")), plot.name)
+        families.setdefault(base, []).append(plot)
+    return f'<div class="plots">{"".join(_figure(name, members) for name, members in families.items())}</div>'
+
+
+def _figure(name: str, members: Sequence[Plot]) -> str:
+    pictures = [inline(plot.figure, title=plot.title) for plot in members]
+    if len(members) == 1:
+        return f'<figure id="{name}">{pictures[0]}</figure>'
+    words = [axis.name for axis in AXES if any(plot.name in (name if axis is AXES[0] else "", f"{name}_{axis.name}") for plot in members)]
+    inputs = "".join(f'<input type="radio" name="{name}" id="{name}-{word}"{" checked" if n == 0 else ""}>' for n, word in enumerate(words))
+    bar = "".join(f'<label for="{name}-{word}">{word}</label>' for word in words)
+    panes = "".join(f'<div class="pane">{picture}</div>' for picture in pictures)
+    return f'<figure id="{name}" class="tabs">{inputs}<div class="bar">{bar}</div>{panes}</figure>'
+
+
+def section(title: str, content: str) -> str:
+    return f'<section id="{escape(title.split()[0].lower())}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int]) -> str:
+    """A table in a card; the columns in `numbers` keep their digits together. Empty without rows. A cell that is Markup stays as it is."""
+    if not rows:
+        return ""
+    top = f"<thead><tr>{''.join(f'<th>{_cell(text)}</th>' for text in head)}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{''.join(_column(text, index, numbers) for index, text in enumerate(row))}</tr>" for row in rows)
+    return f'<div class="card"><table>{top}<tbody>{body}</tbody></table></div>'
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, Markup) else escape("" if value is None else value)
+
+
+def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
+    return f'<th scope="row">{_cell(value)}</th>' if index == 0 else f'<td class="{"n" if index in numbers else "wide"}">{_cell(value)}</td>'
+
+
+def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
+    """All options by section, folded; what differs from the defaults is marked, and those sections say how much does."""
+    folded = []
+    for section_name, values in config.items():
+        changed = {key for key, value in values.items() if value != defaults.get(section_name, {}).get(key)}
+        rows = "".join(
+            f'<tr class="{"changed" if key in changed else ""}"><th scope="row">{escape(key)}</th><td class="wide">{escape(_shown(value))}</td></tr>'
+            for key, value in values.items()
+        )
+        count = f" <small>{len(changed)} of {len(values)} changed</small>" if changed else " <small>defaults</small>"
+        folded.append(f'<details><summary>{escape(section_name)}{count}</summary><table class="code">{rows}</table></details>')
+    return f'<div class="card">{"".join(folded)}</div>' if folded else ""
+
+
+def _shown(value: Any) -> str:
+    return "''" if value == "" else str(value)

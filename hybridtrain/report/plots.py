@@ -1,0 +1,248 @@
+"""The plots of one run or of several, as matplotlib figures. A plot without a single value is not made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator, PercentFormatter
+
+from hybridtrain.report.history import History
+from hybridtrain.report.series import BUCKETS, sample, smooth, thin
+
+INK, MUTED, GRID, PAPER, ALARM = "#1f2431", "#6b7281", "#e5e7ea", "#fefefe", "#c8102f"
+COLOURS = ("#2f6fde", "#d9660b", "#0d9373", "#b0529c", "#8a6d1b", "#3aa2c9", "#7a5af0", "#5f6b7a")
+"""Told apart by all kinds of colour vision, on white and (where the page replaces them) on black."""
+MARKS = {"checkpoint": ("^", MUTED), "resumed": ("|", INK), "skipped": ("v", ALARM), "failed": ("X", ALARM)}
+SMOOTH_FROM = 60  # so many points or more are drawn pale, with a running mean on top
+MOST_MARKS = 200
+LABEL_CHARS = 18
+
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (5.8, 3.3),
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 9,
+    "axes.labelsize": 8.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "lines.linewidth": 1.5,
+    "lines.solid_joinstyle": "round",
+    "path.simplify": False,  # series are thinned already, and the page reads values off the paths
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hybridtrain",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": MUTED,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with a name for its file and a title for people."""
+
+    name: str
+    title: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: finite or NaN values `y` over `x`, float64."""
+
+    label: str
+    colour: str
+    x: np.ndarray
+    y: np.ndarray
+    dots: bool
+    """Few points, far apart: each is marked."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What stands under a plot of a run."""
+
+    name: str
+    label: str
+    of: Callable[[History], np.ndarray]
+    formatter: Formatter | None
+
+
+STEPS = Axis("step", "optimizer step", lambda history: history.columns["step"], None)
+TOKENS = Axis("tokens", "tokens seen", lambda history: history.columns["tokens_seen"], EngFormatter(sep=""))
+TIME = Axis("time", "training time, hours", lambda history: history.seconds / 3600, None)
+AXES = (STEPS, TOKENS, TIME)
+
+
+def of_run(history: History) -> Iterator[Plot]:
+    """The plots of one run: loss against steps, tokens and time, then everything else that has values, against steps."""
+    for axis in AXES:
+        series = [_series(history, axis, "loss", label="train", colour=COLOURS[0])]
+        series += [_series(history, axis, "eval_loss", label="held out", colour=COLOURS[1])]
+        yield from _plot(f"loss_{axis.name}" if axis != STEPS else "loss", "Loss", "nats per token", series, axis=axis, marked=history)
+    for name, title, unit, key in METERS:
+        if key != "loss_scale" or len(set(history.known(key))) > 1:  # without fp16 it is 1 throughout
+            yield from _plot(name, title, unit, [_series(history, STEPS, key, label=title.lower(), colour=COLOURS[0])], axis=STEPS, marked=None)
+    skipped = np.nancumsum(history.columns["skipped"])
+    if len(skipped) and skipped[-1]:
+        series = [Series("skipped", ALARM, history.columns["step"], skipped, dots=False)]
+        yield from _plot("skipped", "Skipped updates", "updates since the start", series, axis=STEPS, marked=None)
+
+
+def of_runs(histories: Sequence[History], *, names: Sequence[str]) -> Iterator[Plot]:
+    """The plots of several runs over one another."""
+    for key, title in (("loss", "Training loss"), ("eval_loss", "Loss on held-out text")):
+        for axis in AXES:
+            name = key if axis == STEPS else f"{key}_{axis.name}"
+            yield from _plot(name, title, "nats per token", _all(histories, names, axis, key), axis=axis, marked=None)
+    for name, title, unit, key in METERS:
+        if name in ("grad_norm", "throughput", "mfu", "memory", "lr"):
+            yield from _plot(name, title, unit, _all(histories, names, STEPS, key), axis=STEPS, marked=None)
+
+
+METERS = (
+    ("grad_norm", "Gradient norm", "L2 norm before clipping", "grad_norm"),
+    ("lr", "Learning rate", "learning rate", "lr"),
+    ("throughput", "Throughput", "tokens per second, all devices", "tokens_per_s"),
+    ("mfu", "Model FLOPs utilisation", "share of the devices' peak", "mfu"),
+    ("memory", "Peak memory", "GiB per process, largest of all", "max_memory_gib"),
+    ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
+)
+NAMES = (*(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")), *(name for name, *_ in METERS), "skipped", "layout")
+"""Every name that a plot can have."""
+_NOISY = ("loss", "grad_norm", "throughput", "mfu")
+_FROM_ZERO = ("grad_norm", "lr", "throughput", "mfu", "memory")
+
+
+def _series(history: History, axis: Axis, key: str, *, label: str, colour: str) -> Series:
+    x, y = axis.of(history), history.columns[key]
+    if key == "eval_loss":
+        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    # A line through one or two points is easily missed.
+    return Series(label, colour, x, y, dots=int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3))
+
+
+def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: str) -> list[Series]:
+    return [_series(history, axis, key, label=name, colour=COLOURS[n % len(COLOURS)]) for n, (history, name) in enumerate(zip(histories, names, strict=True))]
+
+
+def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None) -> Iterator[Plot]:
+    """The plot, if there is a value in it."""
+    drawn = [one for one in series if (np.isfinite(one.x) & np.isfinite(one.y)).any()]
+    if not drawn:
+        return
+    kind = name.removesuffix(f"_{axis.name}")
+    with mpl.rc_context(STYLE):
+        figure = Figure()
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        axes.set_xlabel(axis.label)
+        tops = [_curve(axes, one, noisy=kind in _NOISY, steps=kind in ("memory", "loss_scale", "skipped")) for one in drawn]
+        _scale_x(axes, drawn, axis=axis)
+        _scale_y(axes, drawn, kind=kind)
+        if marked is not None:
+            _marks(axes, marked, axis=axis)
+        if len(series) > 1:
+            _label_ends(axes, drawn, tops)
+        yield Plot(name, title, figure)
+
+
+def _curve(axes: Axes, series: Series, *, noisy: bool, steps: bool) -> float:
+    """Draw it; returns the height at which it ends. A long noisy one is pale with its running mean on top."""
+    known = np.isfinite(series.x) & np.isfinite(series.y)
+    style: dict[str, Any] = {"color": series.colour, "gid": f"series:{series.label}"}
+    if noisy and known.sum() >= SMOOTH_FROM:
+        axes.plot(*thin(series.x, series.y, buckets=BUCKETS), color=series.colour, alpha=0.28, linewidth=0.8)
+        mean = smooth(series.y[known])
+        axes.plot(*sample(series.x[known], mean, points=BUCKETS), **style)
+        return float(mean[-1])
+    dots: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markeredgewidth": 0} if series.dots else {}
+    axes.plot(*thin(series.x, series.y, buckets=BUCKETS), drawstyle="steps-post" if steps else "default", **dots, **style)
+    return float(series.y[known][-1])
+
+
+def _scale_x(axes: Axes, series: Sequence[Series], *, axis: Axis) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=axis == STEPS, steps=[1, 2, 2.5, 5, 10]))
+    if axis.formatter is not None:
+        axes.xaxis.set_major_formatter(axis.formatter)
+    elif axis == STEPS:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    end = max(float(np.nanmax(one.x)) for one in series)
+    axes.set_xlim(0, 1.01 * end or 1)
+
+
+def _scale_y(axes: Axes, series: Sequence[Series], *, kind: str) -> None:
+    """Logarithmic where single values would press the others flat; from 0 where a share of the height should mean something."""
+    values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
+    if kind == "loss_scale":
+        axes.set_yscale("log", base=2)
+    elif kind not in ("lr", "skipped") and values.min() > 0 and values.max() > 30 * float(np.median(values)):
+        axes.set_yscale("log")
+    elif kind in _FROM_ZERO:
+        axes.set_ylim(bottom=0, top=1.1 * values.max() or 1)
+    if kind == "lr":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
+    elif kind == "throughput":
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif kind == "mfu":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+
+
+def scientific(value: float) -> str:
+    """1.75e-3 for 0.00175; 0 for 0."""
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
+
+
+def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
+    """Events along the lower edge, resumes and failures as lines through the plot."""
+    steps, places = history.columns["step"], axis.of(history)
+    for kind, (marker, colour) in MARKS.items():
+        at = np.array([event["step"] for event in history.events if event["kind"] == kind], dtype=float)
+        if not len(at):
+            continue
+        x = np.interp(at[np.linspace(0, len(at) - 1, min(len(at), MOST_MARKS)).astype(int)], steps, places)
+        if kind in ("resumed", "failed"):
+            axes.vlines(x, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.8, linestyles=(0, (3, 3)))
+        low = np.full(len(x), 0.02)
+        label = {"checkpoint": f"{len(at)} checkpoint(s)"}.get(kind, kind)
+        axes.plot(x, low, marker, color=colour, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False, label=label)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper right", handletextpad=0.1, borderaxespad=0.2, labelspacing=0.3)
+
+
+def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
+    """Each curve's name at its right end, moved apart where they would cover one another."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    shares = [float(to_share.transform((0, height))[1]) for height in heights]
+    gap, taken = 0.07, -1.0
+    for index in sorted(range(len(series)), key=lambda index: shares[index]):
+        taken = max(shares[index], taken + gap, 0.0)
+        label = series[index].label
+        text = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
+        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].colour, fontsize=8, va="center")

@@ -1,0 +1,101 @@
+"""The layout drawn as a grid of ranks: which rank sits where, and on which host.
+
+one block per pipeline stage; in it one row of cells per data rank (its tp ranks side by side); data ranks wrap into columns
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from hybridtrain.layout import AXES, ParallelLayout, parse
+from hybridtrain.report.plots import COLOURS, INK, MUTED, STYLE, Plot
+
+MOST_CELLS = 1024
+NUMBERS_UP_TO = 256  # more cells than that have no room for the number of their rank
+BETWEEN = 0.9  # cells between two stages, for title and frame
+
+
+def layout_of(summary: Mapping[str, Any]) -> ParallelLayout | None:
+    """The layout that summary.json names; None if it does not, or not in a form that this version knows."""
+    try:
+        degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | {key: n for key, n in parse(str(summary["layout"])).items() if key in AXES}
+        return ParallelLayout(**degrees)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
+    """Draw `layout`; `hosts` (summary.json's machine) colours the cells."""
+    group = layout.cp * layout.tp
+    shown = min(layout.dp, max(1, MOST_CELLS // (layout.pp * group)))
+    columns = _columns(groups=shown, width=group, stages=layout.pp)
+    rows = math.ceil(shown / columns)
+    wide, high = columns * group + 0.5 * (columns - 1), float(rows)
+    across = _blocks_across(layout.pp, wide=wide, high=high)
+    down = math.ceil(layout.pp / across)
+    width, height = across * (wide + BETWEEN) - BETWEEN, down * (high + 2 * BETWEEN) - BETWEEN
+    host_of = {rank: index for index, host in enumerate(hosts) for rank in host.get("ranks", ())}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.8, min(8.0, max(1.6, 0.6 + 5.8 * height / max(width, 8.0)))))
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        axes.set_aspect("equal")
+        for stage in range(layout.pp):
+            left, top = (stage % across) * (wide + BETWEEN), (stage // across) * (high + 2 * BETWEEN)
+            _frame(axes, left, top, wide, high, words=f"stage {stage}" if layout.pp > 1 else "")
+            for data in range(shown):
+                column, row = divmod(data, rows)
+                for inner in range(group):
+                    rank = (stage * layout.dp + data) * group + inner
+                    _cell(axes, left + column * (group + 0.5) + inner, top + row, rank=rank, layout=layout, host_of=host_of, hosts=hosts)
+        centre = max(0.0, (8.0 - width) / 2)
+        axes.set_xlim(-0.4 - centre, width + 0.4 + centre)
+        axes.set_ylim(height + 0.3, -BETWEEN - 0.2)
+        axes.set_title(_words(layout, shown=shown))
+        return Plot("layout", f"Layout of {layout.world_size} ranks", figure)
+
+
+def _columns(*, groups: int, width: int, stages: int) -> int:
+    """Columns of data ranks per stage, so that all stages side by side come near two to one."""
+    best = math.sqrt(2.0 * groups / (width * min(stages, 8)))
+    return max(1, min(groups, round(best)))
+
+
+def _blocks_across(stages: int, *, wide: float, high: float) -> int:
+    """Stages per line: all of them while they fit a line of the page, fewer if that made the cells tiny."""
+    candidates = range(1, stages + 1)
+    return min(candidates, key=lambda n: abs(math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))))
+
+
+def _words(layout: ParallelLayout, *, shown: int) -> str:
+    parts = [f"{axis} {degree}" for axis, degree in layout.axes() if degree > 1]
+    words = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}" + (": " + " x ".join(parts) if parts else "")
+    return words + (f" (data ranks {shown} to {layout.dp - 1} follow in the same way)" if shown < layout.dp else "")
+
+
+def _frame(axes: Axes, left: float, top: float, wide: float, high: float, *, words: str) -> None:
+    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.15", "facecolor": "none", "edgecolor": MUTED, "linewidth": 0.7}
+    axes.add_patch(FancyBboxPatch((left - 0.12, top - 0.12), wide + 0.24, high + 0.24, **style))
+    if words:
+        axes.text(left - 0.1, top - 0.25, words, fontsize=7.5, color=MUTED, va="bottom")
+
+
+def _cell(axes: Axes, x: float, y: float, *, rank: int, layout: ParallelLayout, host_of: Mapping[int, int], hosts: Sequence[Mapping[str, Any]]) -> None:
+    host = host_of.get(rank)
+    place = ", ".join(f"{axis} {at}" for axis, at in layout.coordinates(rank).items() if dict(layout.axes())[axis] > 1)
+    tip = f"rank {rank}" + (f": {place}" if place else "") + (f"; {hosts[host].get('host')}" if host is not None else "")
+    colour = COLOURS[(host or 0) % len(COLOURS)]
+    axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, facecolor=colour, alpha=0.22, edgecolor="none", gid=f"tip:{rank}:{tip}"))
+    if layout.world_size <= NUMBERS_UP_TO:
+        axes.text(x + 0.5, y + 0.5, str(rank), ha="center", va="center_baseline", fontsize=_font(layout), color=INK)
+
+
+def _font(layout: ParallelLayout) -> float:
+    return 10 if layout.world_size <= 16 else 8 if layout.world_size <= 64 else 4.5

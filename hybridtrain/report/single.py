@@ -1,0 +1,119 @@
+"""The page and the lines of one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hybridtrain.config import compose, schema
+from hybridtrain.metrics import duration, quantity
+from hybridtrain.report import page
+from hybridtrain.report.history import History
+from hybridtrain.report.plots import Plot
+
+MOST_EVENTS = 500
+ALARMING = ("skipped", "failed")
+
+
+def document(history: History, plots: Sequence[Plot]) -> str:
+    """The whole HTML page."""
+    body = [
+        page.header(history.name, status=history.status, about=about(history)),
+        page.tiles(tiles(history)),
+        page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
+        page.section("Events", events(history)),
+        page.section("Machine", machine(history)),
+        page.section("Config", config(history)),
+    ]
+    return page.document(f"{history.name} · {history.status}", body)
+
+
+def about(history: History) -> str:
+    """One line under the name: how it stands, and where."""
+    parts = [str(history.summary["exit_reason"])] if history.summary.get("exit_reason") else []
+    if history.silent_s is not None:
+        parts.append(f"nothing logged for {duration(history.silent_s)}: the run may have been killed")
+    elif history.eta_s is not None:
+        parts.append(f"step {history.step:,} of {history.total_steps:,}, about {duration(history.eta_s)} to go")
+    return " · ".join([*parts, str(history.folder)])
+
+
+def tiles(history: History) -> dict[str, tuple[str, str]]:
+    """The numbers one looks for first."""
+    summary, evaluations = history.summary, history.known("eval_loss")
+    loss, memory, mfu = history.last("loss"), history.known("max_memory_gib"), history.known("mfu")
+    first = history.known("loss")[:1]
+    size, tokens = summary.get("parameters"), history.last("tokens_seen")
+    return {
+        "Step": (f"{history.step:,}", f"of {history.total_steps:,}" if history.total_steps else ""),
+        "Loss": (f"{loss:.4f}" if loss is not None else "", f"from {first[0]:.4f}" if len(first) else ""),
+        "Held-out loss": (f"{evaluations[-1]:.4f}", f"lowest {evaluations.min():.4f}") if len(evaluations) else ("", ""),
+        "Tokens": (quantity(tokens) if tokens is not None else "", f"{quantity(size)} parameters" if size else ""),
+        "Tokens/s": (quantity(history.tokens_per_s), "median") if history.tokens_per_s is not None else ("", ""),
+        "MFU": (f"{sorted(mfu)[len(mfu) // 2]:.1%}", "median") if len(mfu) else ("", ""),
+        "Peak memory": (f"{memory.max():.2f} GiB", "per process") if len(memory) else ("", ""),
+        "Layout": (str(summary.get("layout") or ""), _processes(summary.get("world_size"))),
+        "Training time": (duration(history.wall_s), _starts(history)) if history.wall_s is not None else ("", ""),
+    }
+
+
+def _processes(count: int | None) -> str:
+    return f"{count:,} process{'es' if count != 1 else ''}" if count else ""
+
+
+def _starts(history: History) -> str:
+    resumes = sum(event["kind"] == "resumed" for event in history.events)
+    return f"{resumes} resume{'s' if resumes > 1 else ''}" if resumes else ""
+
+
+def events(history: History) -> str:
+    """Newest first; of very many the newest."""
+    rows = [
+        (
+            _moment(event["time"]),
+            f"{event['step']:,}",
+            page.Markup(f'<span class="alarm">{event["kind"]}</span>') if event["kind"] in ALARMING else event["kind"],
+            event["detail"],
+        )
+        for event in reversed(history.events[-MOST_EVENTS:])
+    ]
+    more = f'<p class="note">{len(history.events) - MOST_EVENTS} older ones are in events.jsonl.</p>' if len(history.events) > MOST_EVENTS else ""
+    return page.table(("time", "step", "event", ""), rows, numbers=(1,)) + more
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def machine(history: History) -> str:
+    """Hosts that are alike share a line; versions and revision below."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for host in history.summary.get("machine") or ():
+        gpu = f"{host.get('gpus')} x {host['gpu']}, {host.get('gpu_memory_gib')} GiB each" if host.get("gpu") else "none"
+        alike.setdefault((str(host.get("cpu")), str(host.get("cores")), f"{host.get('memory_gib')} GiB", gpu, str(host.get("os"))), []).append(host)
+    rows = [(_hosts(group), sum(len(host.get("ranks", ())) for host in group), *facts) for facts, group in alike.items()]
+    hosts = page.table(("host", "ranks", "CPU", "cores", "memory", "GPUs", "system"), rows, numbers=(1, 3, 4))
+    versions = dict(history.summary.get("versions") or {})
+    if history.summary.get("git_revision"):
+        versions["git revision"] = history.summary["git_revision"]
+    return hosts + ('<div style="height:12px"></div>' if hosts and versions else "") + page.table((), list(versions.items()), numbers=())
+
+
+def _hosts(group: Sequence[dict[str, Any]]) -> str:
+    names = [str(host.get("host")) for host in group]
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} hosts, {names[0]} to {names[-1]}"
+
+
+def config(history: History) -> str:
+    """The resolved options; of a config that this version cannot read, its text."""
+    if history.config is not None:
+        return page.options(compose.plain(history.config), defaults=compose.plain(schema.Config()))
+    path = history.folder / "config.yaml"
+    return f'<div class="card"><pre class="code">{page.escape(path.read_text(errors="replace"))}</pre></div>' if path.is_file() else ""
+
+
+def lines(history: History) -> str:
+    """The run's numbers for the console, one per line; what is not known is left out."""
+    known = {name.lower(): f"{value} {below}".strip() for name, (value, below) in tiles(history).items() if value}
+    return "\n".join(f"{name:<14}{value}" for name, value in {"run": history.folder, "status": f"{history.status} ({about(history)})", **known}.items())

@@ -1,0 +1,57 @@
+"""A matplotlib figure as inline SVG for the page: colours become CSS variables (light and dark), and a script can read values off the curves."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from hybridtrain.report.plots import ALARM, COLOURS, GRID, INK, MUTED, PAPER, STYLE
+
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
+_COLOUR = re.compile("|".join(VARIABLES))
+_SERIES = re.compile(r'<g id="series:([^"]*)">')
+_TIP = re.compile(r'<g id="tip:\d+:([^"]*)">')
+_NUMBER = re.compile(r"(\d\.\d{2})\d+")
+_NAMED = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">')
+
+
+def inline(figure: Figure, *, title: str) -> str:
+    """The figure as an <svg> element called `title` for those who cannot see it."""
+    stream = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = _NAMED.sub("<g>", text)  # several figures on one page must not share ids
+    text = _SERIES.sub(r'<g data-series="\1">', text)
+    text = _TIP.sub(r"<g><title>\1</title>", text)
+    text = _NUMBER.sub(r"\1", text)
+    text = _COLOUR.sub(lambda match: f"var(--{VARIABLES[match[0]]})", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None
+    head = f'<svg {view[0]} role="img" aria-label="{html.escape(title)}" {_scales(figure)}xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(r"\n\s*", "\n", head + text[text.index(">") + 1 :])
+
+
+def _scales(figure: Figure) -> str:
+    """Where the axes lie in the picture and what they range over, for the read-out; nothing for a picture without curves."""
+    axes = figure.axes[0]
+    if not axes.axison:
+        return ""
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    box = axes.get_position()
+    scales = {
+        "box": [round(value, 2) for value in (box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height)],
+        "x": axes.get_xlim(),
+        "y": axes.get_ylim(),
+        "log": axes.get_yscale() == "log",
+        "xlabel": axes.get_xlabel(),
+    }
+    return f"data-scales='{html.escape(json.dumps(scales), quote=True)}' "

@@ -1,21 +1,37 @@
-"""What a run runs on: per host its processors, memory, GPUs and the ranks that live there. Gathered once, at the start."""
+"""What a run runs on: per host its processors, memory, GPUs and the ranks that live there, gathered once, at the start; and versions."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-import torch.distributed as dist
+from hybridtrain import __version__
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 GIB = 1024**3
 
 
+def versions() -> dict[str, str]:
+    """Of Python, of this project and of the libraries that compute (nothing is imported)."""
+    found = {"python": platform.python_version(), "hybridtrain": __version__}
+    for name in ("torch", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # put on the path without being installed
+            found[name] = "unknown"
+    return found
+
+
 def gather(device: torch.device, *, group: dist.ProcessGroup) -> list[dict[str, Any]]:
     """On rank 0: one entry per host in the order of their first ranks, `ranks` naming those that live there; else empty (collective, on a CPU group)."""
+    import torch.distributed as dist
+
     world: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
     dist.gather_object(host(device), world, dst=0, group=group)
     return merge(world or [])
@@ -31,6 +47,9 @@ def merge(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def host(device: torch.device) -> dict[str, Any]:
     """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
+    import psutil
+    import torch
+
     cuda = device.type == "cuda"
     return {
         "host": platform.node(),

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridtrain import __version__, log
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
+from hybridtrain import log, machine
 from hybridtrain.command import run_command
 from hybridtrain.config import check
 from hybridtrain.config.schema import Config
@@ -135,7 +135,7 @@ def _open_run(job: Job) -> RunDir:
             progress = _progress_of(checkpoint, job=job)
         return checkpoint
 
-    run_dir = open_run(config, yaml_text=to_yaml(config), versions=_versions(), latest=newest)
+    run_dir = open_run(config, yaml_text=to_yaml(config), versions=machine.versions(), latest=newest)
     Manager(run_dir.checkpoints, settings=config.checkpoint).sweep()
     run_dir.cut(progress.step)
     _record_start(job, run_dir=run_dir, step=progress.step)
@@ -172,14 +172,8 @@ def _fingerprints(job: Job) -> dict[str, str]:
     return {"model": job.model_fingerprint, "data": job.corpus.fingerprint, "order": loader.fingerprint}
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": sys.version.split()[0], "hybridtrain": __version__, **{name: version(name) for name in ("torch", "transformers")}}
-
-
 def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, began: float) -> None:
-    from hybridtrain import hooks, loop, machine, metrics
+    from hybridtrain import hooks, loop, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config

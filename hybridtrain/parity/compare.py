@@ -8,12 +8,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridtrain import __version__, ranks
 from hybridtrain import engine as engines
+from hybridtrain import machine, ranks
 from hybridtrain.config import schema
 from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.loader import check_vocab
@@ -154,7 +153,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "tokens": config.data.path or "synthetic",
         "changed": comparison.said,
         "left_out": comparison.left_out,
-        "versions": {"hybridtrain": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        "versions": machine.versions(),
     }
 
 

@@ -1,0 +1,223 @@
+"""The command: build both sides, let them take turns, gather what each process measured, say it."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from hybridtrain import engine as engines
+from hybridtrain import layout as layouts
+from hybridtrain import log
+from hybridtrain.bench import result
+from hybridtrain.bench.result import Timing, Work
+from hybridtrain.config.schema import BenchRoot
+from hybridtrain.data.embedded import open_or_prepare
+from hybridtrain.data.loader import check_vocab
+from hybridtrain.engine import Settled
+from hybridtrain.layout import ParallelLayout
+from hybridtrain.types import refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridtrain.bench.plain import PlainProcess
+    from hybridtrain.bench.rounds import Memory, Part, Round, Side
+
+_log = log.get("bench")
+_PROFILED = 2
+
+
+def compare(config: BenchRoot) -> int:
+    """Time steps of `config` in the launcher's processes, and of the plain loop in turns with them. 1: their losses differ.
+
+    Raises UserError before processes meet for what cannot run, and later when the plain loop does not fit beside ours.
+    """
+    settled = engines.settle(config)
+    _check_tokens(config, settled)
+    if config.bench.out and log.rank() == 0:
+        result.check_writable(config.bench.out)
+    import torch
+
+    from hybridtrain import machine, mesh
+
+    device = mesh.device()
+    mesh.connect(device, timeout_s=config.engine.timeout_s)
+    torch.manual_seed(config.run.seed)
+    engine, ours = _ours(config, settled, device=device)
+    group = engine.mesh.control_group
+    _say(_opening(config, settled, device))
+    with _plain(config, settled) as plain:
+        rounds = _take_turns(config, ours, plain, group=group)
+        parts = _parts(ours, plain, group=group) if config.bench.parts else {}
+        everybody = _everybody((rounds["ours"], ours.memory()), group=group)
+        timings = [_timing(f"hybridtrain {layouts.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
+        if plain:
+            timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
+    hosts = machine.gather(device, group=group)
+    code = 0
+    if log.rank() == 0:
+        code = _conclude(config, settled, timings, parts=parts, work=_work(settled, engine=engine, device=device), hosts=hosts)
+    engine.close()
+    mesh.disconnect()
+    return code
+
+
+def _check_tokens(config: BenchRoot, settled: Settled) -> None:
+    if not config.bench.corpus:
+        return
+    corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
+    check_vocab(corpus, vocab=settled.facts.vocab)
+    if corpus.rows("train", seq_len=settled.plan.seq_len) < 1:
+        raise refusal(
+            "data.seq_len",
+            settled.plan.seq_len,
+            f"{corpus.path} holds no whole row of training tokens",
+            allowed="shorter rows",
+            instead="a smaller data.seq_len, or bench.corpus=false for random tokens",
+        )
+
+
+def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
+    """The engine, and this process's side of it."""
+    from hybridtrain import metrics
+    from hybridtrain.bench.rounds import Side, tokens_of
+
+    before_gib = metrics.max_memory_gib(device)
+    engine = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
+    tokens = tokens_of(config, corpus=config.bench.corpus, vocab=settled.facts.vocab, plan=settled.plan, dp_rank=engine.mesh.dp_rank, dp_size=settled.layout.dp)
+    return engine, Side(lambda batches: engine.train_step(batches, lr=config.optim.lr).loss, tokens=tokens, device=device, before_gib=before_gib)
+
+
+@contextlib.contextmanager
+def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]:
+    """On rank 0 the plain loop's process, unless bench.plain=false."""
+    if not config.bench.plain or log.rank() != 0:
+        yield None
+        return
+    from hybridtrain.bench.plain import PlainProcess, Task
+
+    plan = layouts.plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
+    process = PlainProcess(Task(config, plan, settled.facts.vocab), cores=settled.layout.world_size > 1)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def _take_turns(config: BenchRoot, ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[Round]]:
+    """Warm-up and rounds. One side computes at a time; who begins changes every round, so that a drift of the machine favours nobody."""
+    done: dict[str, list[Round]] = {"ours": [], "plain": []}
+    counts = [config.bench.warmup, *[config.bench.steps] * config.bench.rounds]
+    for number, count in enumerate(counts):
+        for side in ("ours", "plain") if number % 2 == 0 else ("plain", "ours"):
+            if side == "ours":
+                done["ours"].append(ours.run(count))
+            elif plain:
+                done["plain"].append(plain.run(count))
+            _wait(group)
+        _say([_progress(number, config.bench.rounds, {side: rounds[-1] for side, rounds in done.items() if rounds})])
+    return done
+
+
+def _progress(number: int, rounds: int, last: dict[str, Round]) -> str:
+    medians = {"hybridtrain" if side == "ours" else "plain loop": statistics.median(a_round.steps_s) for side, a_round in last.items()}
+    times = ", ".join(f"{name} {seconds:.4f} s" for name, seconds in medians.items())
+    ratio = f", {medians['plain loop'] / medians['hybridtrain']:.3f} times as fast" if number and len(medians) == 2 else ""
+    return f"{f'round {number}/{rounds}' if number else 'warm-up'}: {times} a step{ratio}"
+
+
+def _parts(ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[Part]]:
+    found = {"hybridtrain": ours.parts(_PROFILED)}
+    if plain:
+        found["plain loop"] = plain.parts(_PROFILED)
+    _wait(group)
+    return found
+
+
+def _wait(group: Any) -> None:
+    """Let the others catch up, without work for the CPU or the GPU."""
+    import torch.distributed as dist
+
+    dist.barrier(group=group)
+
+
+def _everybody(value: Any, *, group: Any) -> list[Any]:
+    import torch.distributed as dist
+
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -> Timing:
+    """A side from the rounds of each of its processes; the slowest process counts, the warm-up does not."""
+    by_round = list(zip(*ranks, strict=True))
+    return Timing(
+        name,
+        processes=len(ranks),
+        threads=memory[0].threads,
+        rounds=[[max(steps) for steps in zip(*(a_round.steps_s for a_round in same), strict=True)] for same in by_round[1:]],
+        data_s=[max(a_round.data_s for a_round in same) for same in by_round[1:]],
+        losses=[loss for a_round in ranks[0] for loss in a_round.losses],
+        memory_gib=[of_rank.peak_gib for of_rank in memory],
+        memory_before_gib=[of_rank.before_gib for of_rank in memory],
+    )
+
+
+def _work(settled: Settled, *, engine: Any, device: torch.device) -> Work:
+    from hybridtrain import metrics
+
+    flops = metrics.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
+    return Work(settled.plan.tokens, flops, metrics.peak_flops(device, dtype=engine.precision.compute))
+
+
+def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[str]:
+    """What is timed, and against what."""
+    plan, bench = settled.plan, config.bench
+    tokens = f"the corpus at {config.data.path}" if bench.corpus else f"random tokens from run.seed={config.run.seed}"
+    compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
+    lines = [
+        f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, {config.precision.kind}{compiled}, recompute {config.recompute.kind}",
+        f"{layouts.write(config.parallel, settled.layout)} on {settled.layout.world_size} {device.type} process(es); a step is {plan.global_batch_size} rows x "
+        f"{plan.seq_len} tokens in micro-batches of {plan.micro_batch_size}, {tokens}",
+        f"{bench.warmup} steps of warm-up, then {bench.rounds} rounds of {bench.steps} steps",
+    ]
+    if bench.plain:
+        compiled = f", compiled by {bench.plain_compile}" if config.engine.compile else ""
+        recompute = "full" if config.recompute.kind == "full" else "none"
+        lines.append(f"beside it: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}")
+    return lines
+
+
+def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[Part]], work: Work, hosts: list[Any]) -> int:
+    """Print the table and write the JSON; the exit code."""
+    from hybridtrain import machine
+    from hybridtrain.config.compose import plain as shown
+
+    lines = ["", result.table(timings, work), "", *result.words(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
+    for side, found in parts.items():
+        lines += ["", f"{side}: self time of {_PROFILED} profiled steps"]
+        lines += [f"  {part.share:6.1%}  {part.seconds:8.4f} s  {part.calls:6}x  {part.name[:100]}" for part in found]
+    _say(lines)
+    if config.bench.out:
+        run = {
+            "layout": layouts.write(config.parallel, settled.layout),
+            "world_size": settled.layout.world_size,
+            "model": asdict(settled.facts),
+            "machine": hosts,
+            "versions": machine.versions(),
+            "config": shown(config),
+            "parts": {side: [asdict(part) for part in found] for side, found in parts.items()},
+        }
+        result.write(config.bench.out, result.document(timings, work=work, precision=config.precision.kind, facts_of_run=run))
+        _say([config.bench.out])
+    same = len(timings) == 1 or result.agreement(*timings, precision=config.precision.kind).holds
+    return 0 if same else 1
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        _log.info("%s", line)

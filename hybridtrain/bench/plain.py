@@ -1,0 +1,176 @@
+"""The plain loop: what somebody who knows PyTorch writes around a Hugging Face model, and the process it lives in.
+
+fp32 master weights under autocast, fused AdamW, torch's own clipping, gradients added up over the micro-batches of the whole
+global batch. It shares initial weights, tokens and settings with the engine, and nothing of how that works.
+
+    this process  --pipe-->  serve()        a process of its own, so that its memory, threads and settings are its own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybridtrain import metrics, reference
+from hybridtrain.bench.rounds import Memory, Part, Round, Side, tokens_of
+from hybridtrain.config.schema import BenchRoot
+from hybridtrain.layout import BatchPlan
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.facts import read_config
+from hybridtrain.models.family import family_of
+from hybridtrain.models.init import draw
+from hybridtrain.models.load import pretrained
+from hybridtrain.optim import matches
+from hybridtrain.precision.policy import policy
+from hybridtrain.types import IGNORE_INDEX, Batch, refusal
+
+_LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
+_LEAVE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the plain loop needs to know; it pickles."""
+
+    config: BenchRoot
+    plan: BatchPlan
+    """All rows of the global batch in one process."""
+    vocab: int
+
+
+class PlainLoop:
+    """The model, its optimizer, and one way to step."""
+
+    def __init__(self, config: BenchRoot, *, device: torch.device) -> None:
+        settings, self._device = config.optim, device
+        precision = policy(config.precision.kind)
+        built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+        family = family_of(built.model_type)
+        source = pretrained(config.model) if config.model.from_pretrained else draw(built, family=family, seed=config.run.seed)
+        self.model = reference.initialised(built, family=family, source=source, param=precision.param).to(device)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not matches(name, config.model.freeze))
+        if config.recompute.kind == "full":  # Hugging Face has no other kind: beside `selective` the plain loop keeps everything
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if config.engine.compile:
+            layers = self.model.get_submodule(family.layers).children() if config.bench.plain_compile == "layer" else [self.model]
+            for module in layers:
+                module.compile(backend=config.engine.compile_backend)
+        self._autocast = precision.compute if precision.compute != precision.param else None
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=config.precision.init_scale, enabled=precision.loss_scale)
+        first, second = settings.betas
+        groups = reference.parameter_groups(self.model, settings)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._clip = settings.clip
+
+    def step(self, micro_batches: list[Batch]) -> Tensor:
+        """One optimizer step; the mean loss per valid token, 0-d on the device."""
+        tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
+        total = torch.zeros((), device=self._device)
+        for batch in micro_batches:
+            ids_BT, labels_BT = (tensor.to(self._device, non_blocking=True) for tensor in (batch.input_ids_BT, batch.labels_BT))
+            with self._casting():
+                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+                loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / max(1, tokens)
+            self._scaler.scale(loss).backward()
+            total += loss.detach()
+        self._scaler.unscale_(self._optimizer)
+        if self._clip > 0:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _casting(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self._device.type, dtype=self._autocast) if self._autocast else contextlib.nullcontext()
+
+
+# -- its process ---------------------------------------------------------------------------------------------------
+
+
+class PlainProcess:
+    """The plain loop in a process of its own, with the same questions as a Side. Raises UserError when it does not get through.
+
+    `cores`: leave the number of threads to torch, which then takes the machine's cores, instead of to OMP_NUM_THREADS.
+    """
+
+    def __init__(self, task: Task, *, cores: bool) -> None:
+        self._connection, theirs = Pipe()
+        code = "import sys; from hybridtrain.bench.plain import serve; serve(int(sys.argv[1]))"
+        left_out = {*_LAUNCHERS, *(["OMP_NUM_THREADS"] if cores else [])}
+        environment = {key: value for key, value in os.environ.items() if key not in left_out} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self._ask(pickle.dumps(task))
+
+    def run(self, count: int) -> Round:
+        return self._ask(("run", count))
+
+    def parts(self, count: int) -> list[Part]:
+        return self._ask(("parts", count))
+
+    def memory(self) -> Memory:
+        return self._ask(("memory",))
+
+    def close(self) -> None:
+        """End the process: it leaves when the pipe is closed."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            self._connection.send(question)
+            holds, answer = self._connection.recv()
+        except (EOFError, OSError):
+            holds, answer = False, f"its process died (exit code {self._process.wait()})"
+        if not holds:
+            self.close()
+            raise refusal(
+                "bench.plain",
+                "true",
+                f"the plain loop did not get through: {answer}",
+                allowed="a model that one device trains by itself, beside this run",
+                instead="bench.plain=false, or a smaller batch.micro_batch_size",
+            )
+        return answer
+
+
+def serve(descriptor: int) -> None:
+    """Build the plain loop that the first message describes, then answer until the pipe is closed."""
+    connection: Connection = Connection(descriptor)
+    try:
+        side = _side(pickle.loads(connection.recv()))
+        answer: Any = None
+        while True:
+            connection.send((True, answer))
+            question, *arguments = connection.recv()
+            answer = getattr(side, question)(*arguments)
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        connection.send((False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+
+
+def _side(task: Task) -> Side:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    before_gib = metrics.max_memory_gib(device)
+    loop = PlainLoop(task.config, device=device)
+    tokens = tokens_of(task.config, corpus=task.config.bench.corpus, vocab=task.vocab, plan=task.plan, dp_rank=0, dp_size=1)
+    return Side(loop.step, tokens=tokens, device=device, before_gib=before_gib)

@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from hybridtrain.config.schema import PrecisionConfig
-from hybridtrain.models.stage import loss_sum
 from hybridtrain.precision.scaler import LossScaler
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.types import Batch
 from tests.ranks import run_ranks
 from tests.training import Case, differences, model, on_ranks, reference, start, whole
 
@@ -71,14 +69,6 @@ def dtypes(case: Case) -> dict[str, set[torch.dtype]]:
 def test_each_role_has_its_dtype(layout, precision, stored, compute):
     for found in run_ranks(Case(layout).world_size, dtypes, Case(layout, precision=precision)):
         assert found == {"matmul": {compute}, "grad": {stored}, "param": {stored}, "optim": {stored}, "result": {torch.float32}}
-
-
-def test_the_loss_is_computed_in_fp32():
-    logits = (torch.randn(2, 8, 512, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
-    labels = torch.arange(16).view(2, 8)
-    labels[0, :3] = IGNORE_INDEX
-    wanted = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="sum")
-    assert float(loss_sum(logits, labels)) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def norms_and_softmax(case: Case) -> tuple[float, float]:

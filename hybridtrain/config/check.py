@@ -187,8 +187,23 @@ def _data(config: schema.Config) -> None:
             allowed="files, folders, patterns, stdlib",
             instead="data.source=[stdlib] or experiment=smoke",
         )
-    if type(config) in (schema.PrepareRoot, schema.Config):  # parity makes tokens of its own when there is no path
+    _blend(data)
+    wanted = type(config) is schema.PrepareRoot or (type(config) is schema.Config and not data.blend)  # parity makes tokens of its own when there is no path
+    if wanted:
         _require(bool(data.path), "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
+
+
+def _blend(data: schema.DataConfig) -> None:
+    for path, weight in data.blend.items():
+        _in_range(f"data.blend.{path}", weight, lambda share: share > 0, allowed="above 0", instead="0.5, or the blend without it")
+    _require(
+        not (data.blend and data.path),
+        "data.path",
+        data.path,
+        "there is a data.blend too",
+        allowed="one of data.path and data.blend",
+        instead="data.path='' with the blend",
+    )
 
 
 def _trainable(config: schema.Config) -> None:

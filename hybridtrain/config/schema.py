@@ -50,7 +50,13 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     path: str = ""
-    """Folder of token files, written by `hybridtrain prepare`."""
+    """Folder of token files, written by `hybridtrain prepare`; or PREFIX of PREFIX.bin and PREFIX.idx, as Megatron writes them."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Instead of `path`: paths of several corpora, and their weights in the rows; an epoch is as many rows as all have together."""
+    eval_path: str = ""
+    """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: those that `prepare` held out."""
+    document_mask: bool = False
+    """Documents in a row do not attend to each other, and positions count from each one's first token. Conversations always do so."""
     source: list[str] = field(default_factory=list)
     """What `prepare` reads: files, folders, patterns or Hugging Face datasets; 'stdlib' is the source of Python's own standard library."""
     format: str = "auto"

@@ -6,7 +6,6 @@ One step:  count valid tokens -> forward and backward of every micro-batch -> ti
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor.parallel import loss_parallel
 
 from hybridtrain import optim
 from hybridtrain.checkpoint import sharded
@@ -112,8 +110,7 @@ class TorchEngine:
         total = torch.zeros((), device=self.device)
         for stage in self.stages:
             stage.eval()
-        with vocabulary_parallel(self.layout.tp):
-            losses = self.pipeline.evaluate(**_joined(batches)) if self.pipeline else [self._forward(batch) for batch in batches]
+        losses = self.pipeline.evaluate(**_joined(batches)) if self.pipeline else [self._forward(batch) for batch in batches]
         for loss in losses:
             total += loss.squeeze()
         for stage in self.stages:
@@ -202,26 +199,19 @@ class TorchEngine:
     def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
-            with vocabulary_parallel(self.layout.tp):
-                loss = self._forward(batch).squeeze(0) * factor
-                before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)  # type: ignore[arg-type]
-                loss.backward()
+            loss = self._forward(batch).squeeze(0) * factor
+            before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)  # type: ignore[arg-type]
+            loss.backward()
             total += loss.detach()
         return total
 
     def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         assert self.pipeline is not None
-        with vocabulary_parallel(self.layout.tp):
-            losses = self.pipeline.step(**_joined(batches), factor=factor)
+        losses = self.pipeline.step(**_joined(batches), factor=factor)
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total += loss.detach().squeeze()
         return total
-
-
-def vocabulary_parallel(tp: int) -> contextlib.AbstractContextManager:
-    """Cross-entropy over logits that are sharded over the vocabulary; the backward pass must run inside it too."""
-    return loss_parallel() if tp > 1 else contextlib.nullcontext()
 
 
 def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:

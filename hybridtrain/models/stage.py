@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
-from hybridtrain.types import IGNORE_INDEX
+from hybridtrain.models.loss import linear_cross_entropy
 
 
 class Stage(nn.Module):
@@ -26,9 +25,10 @@ class Stage(nn.Module):
     fp32, shape (1,). Under sequence parallelism hidden states hold this rank's T / tp positions.
     """
 
-    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool):
+    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, loss_chunk: int):
         super().__init__()
         self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
+        self.loss_chunk = loss_chunk
         whole = meta_model(config)
         paths = [family.rotary, *(f"{family.layers}.{i}" for i in layers)]
         paths += [family.embed] * first + [family.norm, family.head] * last
@@ -63,15 +63,7 @@ class Stage(nn.Module):
             hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=position_ids_BT, position_embeddings=rotary)
         if not self.last:
             return hidden
-        logits = self.part(self.family.head)(self.part(self.family.norm)(hidden))
-        return loss_sum(logits, labels_BT)
-
-
-def loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of token losses in fp32, shape (1,); logits may be a DTensor sharded over V."""
-    total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    local = total.to_local() if hasattr(total, "to_local") else total
-    return torch.stack([local])  # not a view: FSDP hooks its outputs
+        return linear_cross_entropy(self.part(self.family.norm)(hidden), self.part(self.family.head).weight, labels_BT, chunk=self.loss_chunk)
 
 
 def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:

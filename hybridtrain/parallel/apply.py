@@ -41,7 +41,7 @@ def build_stages(config: Any, *, family: Family, mesh: Mesh, recipe: Recipe) -> 
     ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=recipe.parallel.schedule)
     stages = []
     for index in ids:
-        stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1)
+        stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1, loss_chunk=recipe.engine.loss_chunk)
         stages.append(_apply(stage, mesh=mesh, recipe=recipe))
     return ids, stages
 

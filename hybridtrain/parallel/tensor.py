@@ -57,7 +57,7 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
         plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
     if stage.last:
         plan[family.norm] = norm
-        plan[family.head] = ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False)
+        plan[family.head] = ColwiseParallel()  # its weight alone is used, by models/loss.py
     return plan
 
 

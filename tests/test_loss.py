@@ -1,0 +1,103 @@
+"""The fused head and loss against torch's cross-entropy over whole logits in fp64: losses and gradients, one rank and several."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+from hybridtrain.models.loss import linear_cross_entropy
+from hybridtrain.types import IGNORE_INDEX
+from tests.ranks import run_ranks
+
+ROWS, POSITIONS, HIDDEN = 2, 12, 16
+
+
+def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head weights, labels of which a third carries no loss."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, POSITIONS, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, HIDDEN, generator=generator).to(dtype)
+    labels = torch.randint(vocabulary, (ROWS, POSITIONS), generator=generator)
+    labels[:, ::3] = IGNORE_INDEX
+    return hidden, weight, labels
+
+
+def expected(vocabulary: int, dtype: torch.dtype, factor: float = 1.0) -> list[torch.Tensor]:
+    """Loss sum, gradient of hidden, gradient of weight: fp64, from logits rounded to `dtype` as a matrix product leaves them."""
+    hidden, weight, labels = inputs(vocabulary, dtype)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact = hidden @ weight.t()
+    rounded = exact + (exact.detach().to(dtype).double() - exact.detach())
+    loss = F.cross_entropy(rounded.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    (loss * factor).backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 7, 24, 100])
+@pytest.mark.parametrize(("dtype", "loss_limit", "limit"), [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 4e-3)])
+def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
+    hidden, weight, labels = inputs(1000, dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    assert (loss.shape, loss.dtype) == ((1,), torch.float32)
+    (loss * 0.125).sum().backward()
+    wanted = expected(1000, dtype, factor=0.125)
+    assert error(loss[0], wanted[0]) < loss_limit
+    assert error(hidden.grad, wanted[1]) < limit
+    assert error(weight.grad, wanted[2]) < limit
+
+
+def test_no_logits_outlive_the_forward_pass():
+    """Of N = 24 tokens and 1,000 words it keeps N x D and V x D numbers for backward, not N x V."""
+    hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32))
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=4)
+    kept = [gradient.numel() for gradient in loss.grad_fn.gradients]
+    assert kept == [ROWS * POSITIONS * HIDDEN, 1000 * HIDDEN]
+    assert not loss.grad_fn.saved_tensors
+
+
+def test_frozen_weights_and_evaluation_compute_no_gradients():
+    hidden, weight, labels = inputs(50, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk=5)
+    loss.sum().backward()
+    assert error(hidden.grad, expected(50, torch.float32)[1]) < 1e-6
+    assert weight.grad is None
+    with torch.no_grad():
+        assert float(linear_cross_entropy(hidden, weight, labels, chunk=5)) == pytest.approx(float(loss))
+
+
+def test_a_token_without_a_label_leaves_no_trace():
+    hidden, weight, labels = inputs(50, torch.float32)
+    before = float(linear_cross_entropy(hidden, weight, labels, chunk=0))
+    hidden[:, ::3] = 1e3
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=0)
+    loss.sum().backward()
+    assert float(loss.detach()) == before
+    assert not hidden.grad[:, ::3].any()
+
+
+def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int) -> list[torch.Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    hidden, weight, labels = inputs(vocabulary, torch.float32)
+    hidden = distribute_tensor(hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]).requires_grad_()
+    weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    (loss * 0.125).sum().backward()
+    return [loss.detach()[0], hidden.grad.full_tensor(), weight.grad.full_tensor()]
+
+
+@pytest.mark.parametrize(("vocabulary", "sequence_parallel", "chunk"), [(1000, True, 0), (1000, False, 5), (7, True, 7), (5, False, 0)])
+def test_a_vocabulary_shared_by_ranks(vocabulary, sequence_parallel, chunk):
+    """Odd sizes too: of 7 words the fourth rank has one, of 5 it has none."""
+    wanted = expected(vocabulary, torch.float32, factor=0.125)
+    for found in run_ranks(4, on_rank, vocabulary, sequence_parallel, chunk):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert error(ours, theirs) < 1e-6

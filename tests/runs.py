@@ -26,7 +26,7 @@ def corpus(folder: Path, *, words: str = "follows") -> Path:
     text.mkdir(parents=True)
     for number in range(12):
         (text / f"{number}.txt").write_text(" ".join(f"number {number * n} {words} {n * n},\n" for n in range(120)))
-    return prepare(schema.DataConfig(path=str(folder / "data"), source=[str(text)], vocab_size=300, eval_fraction=0.2), overwrite=False)
+    return prepare(schema.DataConfig(path=str(folder / "data"), source=[str(text)], vocab_size=300, eval_fraction=0.2), options=schema.PrepareConfig())
 
 
 def arguments(run: Path, data: Path, **options: object) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridtrain.config.schema import DataConfig
+from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import order, tokenize
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Corpus, Loader, check_vocab, eval_batches
@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     """The json package of the standard library, one file or more of it held out."""
     source = Path(json.__file__).parent
     data = DataConfig(path=str(tmp_path_factory.mktemp("json") / "data"), source=[str(source)], pattern="*.py", vocab_size=300, eval_fraction=0.2)
-    return tokenize.prepare(data, overwrite=False)
+    return tokenize.prepare(data, options=PrepareConfig())
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridtrain.config.schema import DataConfig, PrepareRoot
-from hybridtrain.data import corpus, tokenize
+from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
+from hybridtrain.data import corpus, pieces, statistics, tokenize, tokenizer
 from hybridtrain.data.indexed import IndexedReader
+from hybridtrain.data.readers import Fields
 from hybridtrain.data.loader import Corpus
 from hybridtrain.types import UserError
 
+TEXT = pieces.Recipe(chat=False, eval_fraction=0.0, deduplicate=False, skip_bad=False, eos=[], vocab_size=400)
 WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
 
 
@@ -44,73 +47,83 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts) -> Path:
-    return tokenize.prepare(settings(tmp_path_factory.mktemp("prepared") / "data", texts), overwrite=False)
+    return tokenize.prepare(settings(tmp_path_factory.mktemp("prepared") / "data", texts), options=PrepareConfig())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the one that tells how fast it was."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "speed.json"}
+
+
+def text_of(source: corpus.Source) -> str:
+    return Path(source.path).read_bytes().decode("utf-8-sig", errors="replace")
 
 
 def test_token_files_decode_to_the_documents(prepared, texts):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    saved = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     facts = json.loads((prepared / "corpus.json").read_text())
-    documents = corpus.documents(settings(prepared, texts))
-    assert sorted(contents(prepared)) == sorted(
-        [".lock", "corpus.json", "eval.bin", "eval.idx", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "train.bin", "train.idx"]
-    )
+    sources = corpus.sources(settings(prepared, texts))
+    names = [".lock", "corpus.json", "eval.bin", "eval.idx", "speed.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    assert sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()) == [*names, "train.bin", "train.idx"]
     largest = 0
     for split, held_out in (("train", False), ("eval", True)):
         reader = IndexedReader(prepared / split)
-        expected = [document.text() for document in documents if document.held_out is held_out]
+        expected = [text_of(source) for source in sources if source.held_out is held_out]
         ends = np.cumsum(reader.sizes)
         for end, size, text in zip(ends, reader.sizes, expected, strict=True):
             tokens = reader.read(end - size, end)
-            assert tokens[-1] == tokenizer.eos_token_id == facts["eos_id"]
-            assert tokenizer.decode(tokens[:-1]) == text
-            assert np.array_equal(tokens[:-1], tokenizer(text, add_special_tokens=False)["input_ids"])
-        assert facts["splits"][split] == {"documents": len(expected), "tokens": reader.tokens}
+            assert tokens[-1] == saved.eos_token_id == facts["eos_id"]
+            assert saved.decode(tokens[:-1]) == text
+            assert np.array_equal(tokens[:-1], saved(text, add_special_tokens=False)["input_ids"])
+        sizes = sorted(reader.sizes.tolist())
+        assert (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) == (len(expected), reader.tokens)
+        lengths = facts["splits"][split]["lengths"]
+        assert (lengths["min"], lengths["max"], lengths["median"]) == (sizes[0], sizes[-1], sizes[(len(sizes) + 1) // 2 - 1])
+        assert lengths["p90"] == sizes[-(len(sizes) // 10) - 1]
+        assert lengths["mean"] == pytest.approx(reader.tokens / len(sizes), abs=0.05)
         largest = max(largest, int(reader.read(0, reader.tokens).max()))
     assert facts["largest_id"] == largest
-    assert facts["vocab_size"] == len(tokenizer) == 400
-    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert facts["vocab_size"] == len(saved) == 400
+    assert facts["text_bytes"] == sum(path.stat().st_size for path in texts.rglob("*.txt"))
+    assert saved.eos_token == saved.bos_token == "<|endoftext|>"
 
 
 def test_prepared_already_returns_at_once_and_writes_nothing(prepared, texts, capsys):
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
     start = time.perf_counter()
-    assert tokenize.prepare(settings(prepared, texts), overwrite=False) == prepared
+    assert tokenize.prepare(settings(prepared, texts), options=PrepareConfig()) == prepared
     assert time.perf_counter() - start < 0.5
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
     assert "prepared already" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused_unless_overwritten(tmp_path, texts):
-    first = tokenize.prepare(settings(tmp_path / "data", texts), overwrite=False)
+    first = tokenize.prepare(settings(tmp_path / "data", texts), options=PrepareConfig())
     old = Corpus.open(first)
     with pytest.raises(UserError, match=r"data\.vocab_size=300: .* was prepared with 400[\s\S]*prepare\.overwrite=true"):
-        tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300), overwrite=False)
+        tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300), options=PrepareConfig())
     assert Corpus.open(first).fingerprint == old.fingerprint
-    new = Corpus.open(tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300, eval_fraction=0.0), overwrite=True))
+    new = Corpus.open(tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300, eval_fraction=0.0), options=PrepareConfig(overwrite=True)))
     assert new.fingerprint != old.fingerprint
     assert new.vocab_size == 300
-    assert new.rows("eval", seq_len=16) == 0
+    assert "eval" not in new.readers
     assert not (first / "eval.bin").exists()
 
 
 def test_fingerprint_is_of_the_tokens_not_of_the_place(tmp_path, prepared, texts):
     copy = shutil.copytree(texts, tmp_path / "moved" / texts.name)
-    same = Corpus.open(tokenize.prepare(settings(tmp_path / "same", copy), overwrite=False))
+    same = Corpus.open(tokenize.prepare(settings(tmp_path / "same", copy), options=PrepareConfig()))
     assert same.fingerprint == Corpus.open(prepared).fingerprint
     changed = copy / "part0" / "0.txt"
     changed.write_bytes(changed.read_bytes()[:-20])
-    other = Corpus.open(tokenize.prepare(settings(tmp_path / "other", copy), overwrite=False))
+    other = Corpus.open(tokenize.prepare(settings(tmp_path / "other", copy), options=PrepareConfig()))
     assert other.fingerprint != same.fingerprint
 
 
 def test_a_tokenizer_folder_and_no_end_of_text(tmp_path, prepared, texts):
-    folder = tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(prepared / "tokenizer"), append_eos=False), overwrite=False)
+    folder = tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(prepared / "tokenizer"), append_eos=False), options=PrepareConfig())
     plain, with_eos = Corpus.open(folder), Corpus.open(prepared)
     assert plain.vocab_size == with_eos.vocab_size
     for split in ("train", "eval"):
@@ -123,13 +136,13 @@ def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch)
     from tokenizers import Tokenizer
 
     text = "".join(Path(sys.modules[name].__file__).read_text() for name in ("argparse", "typing", "subprocess"))
-    monkeypatch.setattr(tokenize, "CHUNK_CHARS", 500)
-    parts = tokenize._parts(text)
+    monkeypatch.setattr(tokenizer, "CHUNK_CHARS", 500)
+    parts = tokenizer._parts(text)
     assert len(parts) > 50
     assert "".join(parts) == text
     whole = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(tokenize, "PARTS_AT_ONCE", 7)
-    short, long, empty = tokenize._encoder(prepared / "tokenizer")(["short", text, ""])
+    monkeypatch.setattr(tokenizer, "PARTS_AT_ONCE", 7)
+    short, long, empty = (ids for ids, _ in tokenizer.encoder(prepared, TEXT)(["short", text, ""]))
     assert long.tolist() == whole
     assert 0 < len(short) < 6
     assert empty.size == 0
@@ -139,21 +152,21 @@ def test_documents_are_not_cut_where_each_text_gets_a_prefix():
     """As Llama 2's tokenizer does: a part of a text would get a space that the whole has not."""
     from tokenizers import Tokenizer, models, normalizers
 
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate("▁abcdefinortux")}, merges=[]))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    assert tokenize._adds_up_at_gaps(tokenizer)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    assert not tokenize._adds_up_at_gaps(tokenizer)
+    bpe = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate("▁abcdefinortux")}, merges=[]))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    assert tokenizer._adds_up_at_gaps(bpe)
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    assert not tokenizer._adds_up_at_gaps(bpe)
 
 
 def test_stdlib_is_code_without_tests():
-    documents = corpus.documents(DataConfig(source=["stdlib"]))
-    names = [document.name for document in documents]
+    found = corpus.sources(DataConfig(source=["stdlib"]))
+    names = [source.name for source in found]
     assert names == sorted(names)
     assert {"stdlib/argparse.py", "stdlib/json/decoder.py"} <= set(names)
     assert not [name for name in names if {"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(name.split("/"))]
-    assert 5e6 < sum(document.size for document in documents) < 40e6
-    assert 0.01 < sum(document.held_out for document in documents) / len(documents) < 0.04
+    assert 5e6 < sum(source.size for source in found) < 40e6
+    assert 0.01 < sum(source.held_out is True for source in found) / len(found) < 0.04
 
 
 def test_sources_files_folders_and_patterns(tmp_path):
@@ -162,17 +175,17 @@ def test_sources_files_folders_and_patterns(tmp_path):
     (tmp_path / "texts" / "empty.txt").write_text("")
     (tmp_path / "single.md").write_text("\ufefftext after a byte order mark \udc80".encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     entries = [tmp_path / "single.md", tmp_path / "texts" / "part1", tmp_path / "texts" / "**" / "*.txt"]
-    found = corpus.documents(DataConfig(source=[str(entry) for entry in entries], eval_fraction=0.0))
-    assert [document.name for document in found] == ["single.md", "part1/1.txt", "part1/4.txt", "part0/0.txt", "part0/3.txt", "part2/2.txt", "part2/5.txt"]
-    assert found[0].text() == "text after a byte order mark \ufffd"
-    assert not any(document.held_out for document in found)
+    found = corpus.sources(DataConfig(source=[str(entry) for entry in entries], eval_fraction=0.0))
+    assert [source.name for source in found] == ["single.md", "part1/1.txt", "part1/4.txt", "part0/0.txt", "part0/3.txt", "part2/2.txt", "part2/5.txt"]
+    assert text_of(found[0]) == "text after a byte order mark \ufffd"
+    assert not any(source.held_out for source in found)
 
 
 @pytest.mark.parametrize(("fraction", "documents"), [(0.0001, 2), (0.9999, 2), (0.5, 40), (0.0, 5), (0.5, 1)])
 def test_held_out_documents(tmp_path, fraction, documents):
     write_texts(tmp_path, documents=documents, words=3)
-    found = corpus.documents(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
-    held_out = {document.name for document in found if document.held_out}
+    found = corpus.sources(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
+    held_out = {source.name for source in found if source.held_out}
     if fraction == 0 or documents == 1:
         assert not held_out
     else:
@@ -180,17 +193,17 @@ def test_held_out_documents(tmp_path, fraction, documents):
     if documents == 40:
         assert 10 < len(held_out) < 30
         (tmp_path / "part0" / "new.txt").write_text("one more")
-        again = corpus.documents(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
-        assert {document.name for document in again if document.held_out} - {f"{tmp_path.name}/part0/new.txt"} == held_out
+        again = corpus.sources(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
+        assert {source.name for source in again if source.held_out} - {f"{tmp_path.name}/part0/new.txt"} == held_out
 
 
 PROGRAM = """
 import sys
-from hybridtrain.config.schema import DataConfig
+from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import pieces, tokenize
 pieces.MIN_PIECE_BYTES = 20_000
 pieces.MAX_PIECES = 10**6
-tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=600, eval_fraction=0.1), overwrite=False)
+tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=600, eval_fraction=0.1), options=PrepareConfig())
 """
 
 
@@ -244,13 +257,13 @@ def test_a_full_disk_is_said_and_survived(tmp_path, room):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
         with pytest.raises(UserError, match=r"data\.path=.*the disk is full"):
-            tokenize.prepare(data, overwrite=False)
+            tokenize.prepare(data, options=PrepareConfig())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     with pytest.raises(UserError, match="holds no prepared corpus"):
         Corpus.open(tmp_path / "data")
-    assert Corpus.open(tokenize.prepare(data, overwrite=False)).vocab_size == 300
+    assert Corpus.open(tokenize.prepare(data, options=PrepareConfig())).vocab_size == 300
 
 
 def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
@@ -258,11 +271,17 @@ def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
     data = settings(tmp_path / "data", source, vocab_size=300)
     partial = tmp_path / "data" / ".partial"
     partial.mkdir(parents=True)
-    tokenize._begin(partial, settings=tokenize._settings(data), documents=corpus.documents(data))
+
+    def begin() -> None:
+        tokenize._begin(partial, settings=tokenize._settings(data), planned=pieces.plan(corpus.sources(data), fields=Fields.of(data)))
+
+    begin()
     (partial / "piece-00000").mkdir()
+    begin()
+    assert (partial / "piece-00000").is_dir()
     changed = source / "part0" / "0.txt"
     os.utime(changed, ns=(1, 1))
-    tokenize._begin(partial, settings=tokenize._settings(data), documents=corpus.documents(data))
+    begin()
     assert [path.name for path in partial.iterdir()] == ["plan.json"]
 
 
@@ -270,7 +289,7 @@ REFUSALS = {
     "no path": ({"path": ""}, r"data\.path=''"),
     "no source": ({"source": []}, r"data\.source=\[\]: nothing to read"),
     "missing source": ({"source": ["/nowhere/at/all"]}, r"data\.source=/nowhere/at/all: there is no such file"),
-    "nothing matches": ({"pattern": "*.parquet"}, r"data\.source=.*no text in it \(data\.pattern=\*\.parquet\)"),
+    "nothing matches": ({"pattern": "*.nothing"}, r"data\.source=.*no text in it \(data\.pattern=\*\.nothing\)"),
     "fraction": ({"eval_fraction": 1.0}, r"data\.eval_fraction=1\.0"),
     "vocabulary": ({"vocab_size": 200}, r"data\.vocab_size=200: .*\n.*257 or more"),
     "tokenizer": ({"tokenizer": "/nowhere/tokenizer"}, r"data\.tokenizer=/nowhere/tokenizer: transformers cannot load it"),
@@ -285,7 +304,7 @@ def test_refusals(tmp_path, texts, case):
     for name, value in fields.items():
         setattr(data, name, value)
     with pytest.raises(UserError, match=message) as error:
-        tokenize.prepare(data, overwrite=False)
+        tokenize.prepare(data, options=PrepareConfig())
     assert "allowed:" in str(error.value)
     assert "try:" in str(error.value)
 
@@ -296,7 +315,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, texts, prepared):
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"data\.append_eos=True: .*no end-of-text token"):
-        tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "bare")), overwrite=False)
+        tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "bare")), options=PrepareConfig())
 
 
 def test_two_at_once_are_refused(tmp_path, texts):
@@ -305,14 +324,14 @@ def test_two_at_once_are_refused(tmp_path, texts):
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another prepare is writing here"):
-            tokenize.prepare(settings(folder, texts), overwrite=False)
+            tokenize.prepare(settings(folder, texts), options=PrepareConfig())
 
 
-def test_damaged_text_is_counted(tmp_path, capsys):
+def test_damaged_text_is_counted(tmp_path):
     source = write_texts(tmp_path / "texts", documents=3, words=100)
     (source / "part0" / "bad.txt").write_bytes(b"caf\xe9 " * 50)
-    tokenize.prepare(settings(tmp_path / "data", source), overwrite=False)
-    assert "1 documents hold U+FFFD or bytes that are not UTF-8 (read as U+FFFD), first texts/part0/bad.txt" in capsys.readouterr().err
+    tokenize.prepare(settings(tmp_path / "data", source), options=PrepareConfig())
+    assert f"1 documents with U+FFFD or bytes that are not UTF-8, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
 
 
 def test_the_command_prints_what_the_folder_holds(prepared, texts, capsys):
@@ -320,8 +339,11 @@ def test_the_command_prints_what_the_folder_holds(prepared, texts, capsys):
     config.data = settings(prepared, texts)
     assert tokenize.run(config) == 0
     out = capsys.readouterr().out
-    counts = json.loads((prepared / "corpus.json").read_text())["splits"]
+    splits = json.loads((prepared / "corpus.json").read_text())["splits"]
     for split in ("train", "eval"):
-        assert f"{counts[split]['documents']:,} documents, {counts[split]['tokens']:,} tokens" in out
-    assert f"folder      {prepared}" in out
-    assert "vocabulary  400" in out
+        line = next(line.split() for line in out.splitlines() if line.startswith(split))
+        figures = splits[split]
+        assert line[1:] == [f"{value:,}" for value in (figures["documents"], figures["tokens"], *figures["lengths"].values())]
+    assert f"folder     {prepared}" in out
+    assert "vocabulary 400" in out
+    assert re.search(r"speed      [\d,]+ tokens/s, [\d.]+ MB/s", out)

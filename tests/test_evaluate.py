@@ -79,7 +79,7 @@ def trained(tmp_path_factory) -> Trained:
     for number in range(12):
         (root / "text" / f"{number}.txt").write_text(" ".join(f"number {number * n} follows {n}," for n in range(60)))
     config = settings(root)
-    prepare(config.data, overwrite=False)
+    prepare(config.data, options=schema.PrepareConfig())
     (root / "run").mkdir()
     (root / "run" / "config.yaml").write_text(compose.to_yaml(config))
     hf_config(config.model.config, chosen={}, attention="sdpa").save_pretrained(root / "run" / "model")

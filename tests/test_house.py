@@ -25,8 +25,10 @@ DOORS = {
     "wandb": ("trackers.py",),
     "tensorboard": ("trackers.py",),
     "accelerate": ("trackers.py", "mesh.py", "evaluate/"),
-    "transformers": ("models/", "data/tokenize.py", "data/chat.py", "evaluate/"),
-    "tokenizers": ("data/tokenize.py",),
+    "transformers": ("models/", "data/tokenizer.py", "data/chat.py", "evaluate/"),
+    "tokenizers": ("data/tokenizer.py",),
+    "datasets": ("data/readers.py",),
+    "pyarrow": ("data/readers.py",),
     "matplotlib": ("report/",),
 }
 

@@ -75,7 +75,7 @@ def test_tokens_of_a_prepared_corpus(run_dir, tmp_path, capsys):
     config.model.config["vocab_size"] = 300
     with pytest.raises(UserError, match=r"data\.path=''"):
         parity.run(config)
-    prepare(config.data, overwrite=False)
+    prepare(config.data, options=schema.PrepareConfig())
     assert parity.run(config) == 0
     assert f"the corpus at {config.data.path}" in capsys.readouterr().out
     assert result(run_dir)["tokens"] == config.data.path

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from hybridtrain.config.schema import DataConfig
+from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.loader import Corpus
 
 
@@ -17,7 +17,7 @@ def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             from hybridtrain.data.tokenize import prepare
 
-            return Corpus.open(prepare(data, overwrite=False))
+            return Corpus.open(prepare(data, options=PrepareConfig()))
         deadline = time.monotonic() + timeout_s
         while not done.exists() and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.data import order
-from hybridtrain.data.corpus import FORMAT
+from hybridtrain.data.corpus import FORMAT, READABLE
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.pack import Rows, count_rows
 from hybridtrain.layout import BatchPlan
@@ -56,7 +56,7 @@ class Corpus:
         folder = Path(path).expanduser()
         facts = _facts(folder)
         try:
-            if facts["format"] != FORMAT:
+            if facts["format"] not in READABLE:
                 raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
             counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
             named = {name: facts[name] for name in ("vocab_size", "largest_id", "eos_id", "fingerprint")}

@@ -1,73 +1,174 @@
-"""The restartable middle of `prepare`: a corpus in pieces, each tokenised aside and renamed into place, joined at the end."""
+"""The restartable middle of `prepare`: a corpus in pieces, each tokenised aside and renamed into place.
+
+pieces <- plan(sources)      fixed by the sources alone, so that any number of workers makes the same bytes
+piece-<n>/                   {train,eval}.{bin,idx}, the same with .loss for conversations; digests.npy; counts.json
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.data.corpus import Document
-from hybridtrain.data.indexed import IndexedReader, IndexedWriter, file_pair
+from hybridtrain.data import chat, corpus, readers
+from hybridtrain.data.corpus import Source
+from hybridtrain.data.indexed import IndexedWriter, token_dtype
+from hybridtrain.data.readers import Fields, Unit
+from hybridtrain.types import UserError, refusal
 
-MAX_PIECES = 256  # the restart grain of a large corpus
+MAX_PIECES = 1024  # the restart grain of a large corpus
 MIN_PIECE_BYTES = 1 << 20  # and of a small one
-BATCH_BYTES = 4 << 20  # text encoded at once: keeps every core busy within some 100 bytes of memory per byte
+BATCH_BYTES = 1 << 20  # text encoded at once, within some 100 bytes of memory per byte
+LOSS_DTYPE = np.dtype("u1")
+DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("held_out", "?")])
 
-Encode = Callable[[list[str]], list[np.ndarray]]  # int32 ids of each text
+Encode = Callable[[list[Any]], list[tuple[np.ndarray, np.ndarray | None]]]  # int32 ids of each document and, of a conversation, its uint8 loss mask
+Report = Callable[[int, int], None]  # bytes of text, tokens
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What one split holds."""
+class Recipe:
+    """What the bytes of a piece depend on, besides its units and the tokenizer."""
 
-    documents: int
+    chat: bool
+    eval_fraction: float
+    deduplicate: bool
+    skip_bad: bool
+    eos: list[int]
+    """Ids after each document."""
+    vocab_size: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return token_dtype(self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive units that are tokenised together."""
+
+    number: int
+    units: list[Unit]
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, about."""
+        return sum(unit.size for unit in self.units)
+
+    def folder(self, partial: Path) -> Path:
+        return partial / f"piece-{self.number:05d}"
+
+
+@dataclass
+class Counts:
+    """What was met in a piece, or in all of them."""
+
+    text_bytes: int
     tokens: int
-    largest_id: int
+    bad: int
+    """Records left out because they could not be read."""
+    first_bad: str
+    damaged: int
+    """Documents with U+FFFD or bytes that are not UTF-8."""
+    first_damaged: str
+
+    @classmethod
+    def none(cls) -> Counts:
+        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="")
+
+    @classmethod
+    def of(cls, folders: Iterable[Path]) -> Counts:
+        """The sum over complete pieces, in order."""
+        total = cls.none()
+        for folder in folders:
+            one = json.loads((folder / "counts.json").read_text())
+            for name, value in one.items():
+                have = getattr(total, name)
+                setattr(total, name, have or value if isinstance(value, str) else have + value)
+        return total
 
 
-def tokenise(documents: list[Document], *, folder: Path, encode: Encode, eos: list[int], dtype: np.dtype) -> list[Path]:
-    """Tokenise the documents into folders `piece-<n>` of `folder`, except those that are there; return all in order.
+class Document(NamedTuple):
+    """A record that is to be encoded."""
 
-    A piece holds a train pair and an eval pair of token files, or one of them. Each document is followed by `eos`.
-    """
-    total = sum(document.size for document in documents)
-    meter = _Meter(total)
-    made = []
-    for number, members in enumerate(_grouped(documents, limit=max(MIN_PIECE_BYTES, total // MAX_PIECES))):
-        piece = folder / f"piece-{number:05d}"
-        if piece.exists():
-            meter.skip(sum(document.size for document in members))
-        else:
-            _write_piece(piece, documents=members, encode=encode, eos=eos, dtype=dtype, meter=meter)
-        made.append(piece)
-    meter.end()
-    return made
+    unit: Unit
+    number: int
+    value: Any
+    size: int
+    digest: bytes
+    held_out: bool
 
 
-def join(made: list[Path], *, split: str, out: Path, dtype: np.dtype, identity: hashlib._Hash) -> Joined:
-    """Concatenate one split of all pieces into the pair `out`; add its sizes and tokens to `identity` in the same order."""
-    with IndexedWriter(out, dtype=dtype) as writer:
-        for piece in made:
-            if file_pair(piece / split)[0].exists():
-                reader = IndexedReader(piece / split)
-                writer.append(reader, keep=np.ones(reader.documents, dtype=bool))
-    if not file_pair(out)[0].exists():
-        return Joined(documents=0, tokens=0, largest_id=0)
-    reader = IndexedReader(out)
-    identity.update(reader.sizes.tobytes())
-    largest, step = 0, 1 << 24
-    for start in range(0, reader.tokens, step):
-        tokens = reader.read(start, min(start + step, reader.tokens))
-        identity.update(tokens.tobytes())
-        largest = max(largest, int(tokens.max()))
-    return Joined(documents=reader.documents, tokens=reader.tokens, largest_id=largest)
+def plan(sources: list[Source], *, fields: Fields) -> list[Piece]:
+    """All pieces of a corpus. Opens each source, reading metadata only."""
+    opened = []
+    for source in sources:
+        size, version = readers.open_source(source, fields=fields)
+        opened.append(replace(source, size=size, version=version))
+    limit = max(MIN_PIECE_BYTES, sum(source.size for source in opened) // MAX_PIECES)
+    units = (unit for source in opened for unit in readers.cut(source, fields=fields, limit=limit))
+    return [Piece(number=number, units=members) for number, members in enumerate(_grouped(units, limit=limit))]
+
+
+def check_beginnings(pieces: list[Piece], *, recipe: Recipe) -> None:
+    """Refuse a source whose first record is bad, before anything is made of it (raises UserError)."""
+    first = {unit.source.path: unit for piece in reversed(pieces) for unit in reversed(piece.units) if unit.source.format != "text"}
+    for unit in first.values():
+        next(documents(unit, recipe=recipe, counts=Counts.none()), None)
+
+
+def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Document]:
+    """The documents of a unit, split decided; empty ones are none. Counts what it meets; raises UserError for a bad record unless skip_bad."""
+    named = unit.source.held_out
+    for number, value, problem in readers.records(unit):
+        if not problem:
+            value, content, problem = _conversation(value) if recipe.chat else _text(value)
+        if problem:
+            _bad(unit, number, problem, recipe=recipe, counts=counts)
+        elif value:
+            digest = hashlib.blake2b(content, digest_size=16).digest() if named is None or recipe.deduplicate else b""
+            held_out = corpus.share(digest) < recipe.eval_fraction if named is None else named
+            if "\ufffd".encode() in content:
+                counts.damaged += 1
+                counts.first_damaged = counts.first_damaged or readers.where(unit, number)
+            yield Document(unit, number, value, len(content), digest, held_out)
+
+
+def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, report: Report) -> None:
+    """Tokenise a piece into its folder of `partial`. Raises UserError for a bad record (unless `skip_bad`) and OSError for a full disk."""
+    aside = piece.folder(partial).with_suffix(f".{os.getpid()}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    counts, digests = Counts.none(), bytearray()
+    end = np.array(recipe.eos, dtype=np.int32)
+    with ExitStack() as stack:
+        tokens = {name: stack.enter_context(IndexedWriter(aside / name, dtype=recipe.dtype)) for name in ("train", "eval")}
+        losses = {name: stack.enter_context(IndexedWriter(aside / f"{name}.loss", dtype=LOSS_DTYPE)) for name in tokens if recipe.chat}
+        for batch in _batches(piece, recipe=recipe, counts=counts):
+            before = counts.tokens
+            for document, ids, mask in _encoded(batch, encode=encode, recipe=recipe, counts=counts):
+                name = "eval" if document.held_out else "train"
+                tokens[name].add(np.concatenate([ids, end]))
+                if mask is not None:
+                    losses[name].add(mask)
+                if recipe.deduplicate:
+                    digests += document.digest + bytes([document.held_out])
+                counts.tokens += len(ids) + len(end)
+                counts.text_bytes += document.size
+            report(sum(document.size for document in batch), counts.tokens - before)
+    if recipe.deduplicate:
+        np.save(aside / "digests.npy", np.frombuffer(digests, dtype=DIGEST))
+    write_text(aside / "counts.json", json.dumps(asdict(counts)))
+    report(0, 0)  # a worker whose `prepare` is gone ends here
+    aside.rename(piece.folder(partial))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,76 +181,79 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def say(line: str) -> None:
-    """One line for the user, apart from the command's result on stdout."""
-    print(line, file=sys.stderr, flush=True)
+def _text(value: Any) -> tuple[str, bytes, str]:
+    """(text, its bytes, problem): half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
+    if not isinstance(value, str):
+        return "", b"", f"its field holds no text but {_short(value)}"
+    try:
+        return value, value.encode(), ""
+    except UnicodeEncodeError:
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value, value.encode(), ""
 
 
-def _write_piece(piece: Path, *, documents: list[Document], encode: Encode, eos: list[int], dtype: np.dtype, meter: _Meter) -> None:
-    aside = piece.with_suffix(".aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    end = np.array(eos, dtype=np.int32)
-    with IndexedWriter(aside / "train", dtype=dtype) as train, IndexedWriter(aside / "eval", dtype=dtype) as held_out:
-        for batch in _grouped(documents, limit=BATCH_BYTES):
-            texts = [document.text() for document in batch]
-            tokens = 0
-            for document, text, ids in zip(batch, texts, encode(texts), strict=True):
-                if "\ufffd" in text:
-                    meter.damaged.append(document.name)
-                if len(ids):
-                    (held_out if document.held_out else train).add(np.concatenate([ids, end]))
-                    tokens += len(ids) + len(eos)
-            meter.advance(sum(document.size for document in batch), tokens=tokens)
-    aside.rename(piece)
+def _conversation(value: Any) -> tuple[list, bytes, str]:
+    """(messages, their canonical bytes, problem); no messages are no document."""
+    if value == []:
+        return [], b"", ""
+    problem = chat.problem(value)
+    if problem:
+        return [], b"", f"{problem}: {_short(value)}"
+    value = [{key: field for key, field in message.items() if field is not None} for message in value]  # Parquet has every field in every row
+    try:
+        return value, json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), ""
+    except (UnicodeEncodeError, TypeError) as error:
+        return [], b"", f"it holds what no text can ({error})"
 
 
-def _grouped(documents: Iterable[Document], *, limit: int) -> Iterator[list[Document]]:
-    """Consecutive documents in groups that end once they reach `limit` bytes."""
-    group: list[Document] = []
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _bad(unit: Unit, number: int, problem: str, *, recipe: Recipe, counts: Counts) -> None:
+    if not recipe.skip_bad:
+        option = unit.fields.option
+        words = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
+        raise refusal(
+            "data.source", readers.where(unit, number), problem, allowed=words, instead=f"another {option}, or prepare.skip_bad=true to leave such out"
+        )
+    counts.bad += 1
+    counts.first_bad = counts.first_bad or f"{readers.where(unit, number)}: {problem}"
+
+
+def _batches(piece: Piece, *, recipe: Recipe, counts: Counts) -> Iterator[list[Document]]:
+    yield from _grouped((document for unit in piece.units for document in documents(unit, recipe=recipe, counts=counts)), limit=BATCH_BYTES)
+
+
+def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Counts) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Each document with its ids and loss mask; one without ids is left out, one that the tokenizer refuses is a bad record."""
+    try:
+        encoded = encode([document.value for document in batch])
+    except UserError as error:
+        if len(batch) > 1:
+            for document in batch:
+                yield from _encoded([document], encode=encode, recipe=recipe, counts=counts)
+        else:
+            _bad(batch[0].unit, batch[0].number, str(error).partition("\n")[0], recipe=recipe, counts=counts)
+        return
+    except Exception as error:
+        error.add_note(f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}")
+        raise
+    for document, (ids, mask) in zip(batch, encoded, strict=True):
+        if len(ids):
+            yield document, ids, mask
+
+
+def _grouped(members: Iterable[Any], *, limit: int) -> Iterator[list[Any]]:
+    """Consecutive members, each with a size, in groups that end once they reach `limit` bytes."""
+    group: list[Any] = []
     size = 0
-    for document in documents:
-        group.append(document)
-        size += document.size
+    for member in members:
+        group.append(member)
+        size += member.size
         if size >= limit:
             yield group
             group, size = [], 0
     if group:
         yield group
-
-
-class _Meter:
-    """The progress line: rewritten in place on a terminal, else a new line every 10 s, and one at the end."""
-
-    def __init__(self, total: int) -> None:
-        self.damaged: list[str] = []
-        self._total, self._skipped, self._done, self._tokens = total, 0, 0, 0
-        self._start = time.perf_counter()
-        self._shown = self._start
-        self._terminal = sys.stderr.isatty()
-
-    def skip(self, size: int) -> None:
-        """`size` bytes of text were done by an earlier call."""
-        self._skipped += size
-
-    def advance(self, size: int, *, tokens: int) -> None:
-        """`size` more bytes of text became `tokens` tokens."""
-        self._done += size
-        self._tokens += tokens
-        if self._done + self._skipped < self._total and time.perf_counter() - self._shown > (0.2 if self._terminal else 10):
-            self._show(end="" if self._terminal else "\n")
-
-    def end(self) -> None:
-        """The last line, and what was wrong with the text."""
-        self._show(end="\n")
-        if self.damaged:
-            say(f"{len(self.damaged)} documents hold U+FFFD or bytes that are not UTF-8 (read as U+FFFD), first {self.damaged[0]}")
-
-    def _show(self, *, end: str) -> None:
-        self._shown = time.perf_counter()
-        spent = self._shown - self._start
-        have, rate = self._done + self._skipped, self._done / max(spent, 1e-9)
-        left = (self._total - have) / rate if rate else 0
-        speed = f"{self._tokens / max(spent, 1e-9):,.0f} tokens/s"
-        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of {self._total / 1e6:.1f} MB  {speed}  {left:.0f} s left"
-        print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,60 @@
+"""What `prepare` says while it works: on stderr, apart from the command's result on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def say(line: str) -> None:
+    """One line for the user."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Meter:
+    """The progress line: rewritten in place on a terminal, else a new line every 10 s, and one at the end."""
+
+    def __init__(self, total: int) -> None:
+        self.tokens = 0
+        """Tokens made by this call."""
+        self.size = 0
+        """Bytes of text that they were made of."""
+        self._total, self._skipped, self._done = total, 0, 0
+        self._under_way: dict[int, int] = {}
+        self._start = time.perf_counter()
+        self._shown = self._start
+        self._terminal = sys.stderr.isatty()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def skip(self, size: int) -> None:
+        """`size` bytes of text were done by an earlier call."""
+        self._skipped += size
+
+    def advance(self, piece: int, size: int, tokens: int) -> None:
+        """`size` more bytes of text of a piece became `tokens` tokens."""
+        self._under_way[piece] = self._under_way.get(piece, 0) + size
+        self.size += size
+        self.tokens += tokens
+        if time.perf_counter() - self._shown > (0.2 if self._terminal else 10):
+            self._show(end="" if self._terminal else "\n")
+
+    def complete(self, piece: int, planned: int) -> None:
+        """A piece that was planned with `planned` bytes is done."""
+        self._under_way.pop(piece, None)
+        self._done += planned
+
+    def end(self) -> None:
+        """The last line."""
+        self._show(end="\n")
+
+    def _show(self, *, end: str) -> None:
+        self._shown = time.perf_counter()
+        spent = max(self.seconds, 1e-9)
+        fresh = min(self._done + sum(self._under_way.values()), self._total - self._skipped)
+        have, rate = fresh + self._skipped, fresh / spent
+        left = (self._total - have) / rate if rate else 0
+        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
+        print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

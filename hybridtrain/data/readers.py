@@ -1,0 +1,269 @@
+"""One reader per format behind one record: a `Unit` is a restartable range of a source, `records` streams what lies in it.
+
+    text        the whole file, one record                     jsonl     the lines that begin in a range of bytes
+    parquet     the rows of some row groups                    datasets  a range of rows
+
+Nothing is read whole but one text file, one line or one small batch of rows. pyarrow and datasets are optional packages.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data.corpus import COMPRESSED, Source
+from hybridtrain.types import UserError, refusal
+
+ROWS_AT_ONCE = 256  # of Parquet or a dataset
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where the documents stand in a record, and which part of a dataset is read."""
+
+    key: str
+    option: str
+    """The option that names `key`."""
+    config: str
+    split: str
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Fields:
+        option = "messages_key" if data.format == "chat" else "text_key"
+        return cls(key=getattr(data, option), option=f"data.{option}", config=data.dataset_config, split=data.dataset_split)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A range of a source that is read from its start: bytes (jsonl), row groups (parquet), rows (datasets), or all of it (text)."""
+
+    source: Source
+    fields: Fields
+    start: int
+    stop: int
+    size: int
+    """Bytes of text in it, about."""
+
+
+class Record(NamedTuple):
+    """One record of a unit: a value, or the problem that it has."""
+
+    number: int
+    """Within the unit, from 0."""
+    value: Any
+    problem: str
+
+
+def open_source(source: Source, *, fields: Fields) -> tuple[int, str]:
+    """(bytes of text, about; version) of a source, from its metadata.
+
+    Raises UserError for what is damaged or not of its format, for a missing package, and where there is no such column.
+    """
+    if source.format == "datasets":
+        dataset = _dataset(source, fields)
+        _check_column(source, fields, columns=dataset.column_names)
+        return max(1, dataset.data.nbytes), dataset._fingerprint  # the library's own identity of the content
+    if source.format == "parquet":
+        file = _parquet(source)
+        _check_column(source, fields, columns=file.schema_arrow.names)
+        return max(1, sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))), source.version
+    return source.size, source.version
+
+
+def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
+    """The source in units of about `limit` bytes of text; what cannot be entered in the middle is one unit."""
+
+    def unit(start: int, stop: int, size: int) -> Unit:
+        return Unit(source=source, fields=fields, start=start, stop=stop, size=size)
+
+    if source.format == "datasets":
+        rows = len(_dataset(source, fields))
+        step = max(1, rows * limit // source.size)
+        yield from (unit(start, min(start + step, rows), source.size * min(step, rows - start) // rows) for start in range(0, rows, step))
+    elif source.format == "parquet":
+        metadata = _parquet(source).metadata
+        start = size = 0
+        for group in range(metadata.num_row_groups):
+            size += metadata.row_group(group).total_byte_size
+            if size >= limit or group == metadata.num_row_groups - 1:
+                yield unit(start, group + 1, size)
+                start, size = group + 1, 0
+    elif source.format == "jsonl" and not source.path.endswith(COMPRESSED):
+        yield from (unit(start, min(start + limit, source.size), min(limit, source.size - start)) for start in range(0, source.size, limit))
+    else:
+        yield unit(0, source.size, source.size)
+
+
+def records(unit: Unit) -> Iterator[Record]:
+    """The records of a unit, in order. Raises UserError where the file itself cannot be read on."""
+    read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet_rows, "datasets": _dataset_rows}[unit.source.format]
+    try:
+        yield from read(unit)
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # as gzip, zstd and pyarrow name damage
+        raise refusal(
+            "data.source",
+            unit.source.path,
+            f"it cannot be read as {unit.source.format} ({type(error).__name__}: {error})",
+            allowed="complete, undamaged files",
+            instead="the file once more from where it came, or another data.format",
+        ) from error
+
+
+def where(unit: Unit, number: int) -> str:
+    """The place of a record, for people: file and line, or file and row."""
+    path = unit.source.path
+    if unit.source.format == "text":
+        return path
+    if unit.source.format == "jsonl":
+        return f"{path} line {_lines_before(path, unit.start) + number + 1}"
+    if unit.source.format == "parquet":
+        metadata = _parquet(unit.source).metadata
+        return f"{path} row {sum(metadata.row_group(group).num_rows for group in range(unit.start)) + number}"
+    return f"{path} row {unit.start + number}"
+
+
+def _text(unit: Unit) -> Iterator[Record]:
+    """A file as UTF-8; bytes that are not become U+FFFD, which `prepare` counts and reports."""
+    with _opened(unit.source.path) as file:
+        yield Record(0, file.read().decode("utf-8-sig", errors="replace"), "")
+
+
+def _jsonl(unit: Unit) -> Iterator[Record]:
+    with _opened(unit.source.path) as file:
+        whole = unit.source.path.endswith(COMPRESSED)
+        for number, line in enumerate(file if whole else _lines_from(file, start=unit.start, stop=unit.stop)):
+            if line.strip():
+                yield _parsed(number, line, key=unit.fields.key)
+
+
+def _lines_from(file: BinaryIO, *, start: int, stop: int) -> Iterator[bytes]:
+    """The lines that begin in the bytes [start, stop), so that ranges side by side give every line once."""
+    at = start
+    if start:
+        file.seek(start - 1)
+        at = start - 1 + len(file.readline())  # the end of the line that began before
+    while at < stop and (line := file.readline()):
+        yield line
+        at += len(line)
+
+
+def _parsed(number: int, line: bytes, *, key: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Record(number, None, f"it is not JSON ({error})")
+    if not isinstance(record, dict):
+        return Record(number, None, f"it is no object but a {type(record).__name__}")
+    if record.get(key) is None:
+        return Record(number, None, f"its field {key!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})")
+    return Record(number, record[key], "")
+
+
+def _parquet_rows(unit: Unit) -> Iterator[Record]:
+    groups, key = range(unit.start, unit.stop), unit.fields.key
+    batches = _parquet(unit.source).iter_batches(batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=[key])
+    yield from _rows((value for batch in batches for value in batch.column(key).to_pylist()), key=key)
+
+
+def _dataset_rows(unit: Unit) -> Iterator[Record]:
+    key = unit.fields.key
+    column = _dataset(unit.source, unit.fields).select_columns([key])
+    starts = range(unit.start, unit.stop, ROWS_AT_ONCE)
+    yield from _rows((value for start in starts for value in column[start : min(start + ROWS_AT_ONCE, unit.stop)][key]), key=key)
+
+
+def _rows(values: Iterable[Any], *, key: str) -> Iterator[Record]:
+    return (Record(number, value, "" if value is not None else f"its field {key!r} is empty (null)") for number, value in enumerate(values))
+
+
+def _opened(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.open(path, "rb"), READ_BYTES)  # type: ignore[arg-type]
+    if path.endswith(".zst"):
+        return io.BufferedReader(_package("pyarrow").input_stream(path, compression="zstd"), READ_BYTES)
+    return Path(path).open("rb", buffering=READ_BYTES)
+
+
+@lru_cache(maxsize=4)
+def _lines_before(path: str, stop: int) -> int:
+    """Line ends in the first `stop` bytes, and the line that begins before `stop` and ends after it."""
+    lines = 0
+    with Path(path).open("rb") as file:
+        for at in range(0, stop, READ_BYTES):
+            block = file.read(min(READ_BYTES, stop - at))
+            lines += block.count(b"\n")
+    return lines + (stop > 0 and not block.endswith(b"\n"))
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise refusal(
+            "data.format",
+            package,
+            f"the package {package} is not installed ({error})",
+            allowed="text and JSONL without it",
+            instead=f"pip install {package} (or bash launch/setup.sh)",
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _parquet(source: Source) -> Any:
+    """The open Parquet file, for its metadata and its rows."""
+    pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
+    try:
+        return parquet.ParquetFile(source.path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise refusal(
+            "data.source", source.path, f"it cannot be read as Parquet ({error})", allowed="complete Parquet files", instead="another data.format"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _dataset(source: Source, fields: Fields) -> Any:
+    """The dataset, from the folder that `save_to_disk` wrote, or through `load_dataset`; its library keeps it on disk, memory-mapped."""
+    datasets = _package("datasets")
+    folder = Path(source.path)
+    try:
+        if (folder / "state.json").is_file():
+            return datasets.load_from_disk(source.path)
+        if not (folder / "dataset_dict.json").is_file():
+            return datasets.load_dataset(source.path, name=fields.config or None, split=fields.split)
+        splits = datasets.load_from_disk(source.path)
+    except Exception as error:  # the library raises its own, huggingface_hub's and plain ones
+        raise refusal(
+            "data.source",
+            source.path,
+            f"datasets cannot load it ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})",
+            allowed="a folder that save_to_disk wrote or load_dataset reads, or a hub id that can be reached",
+            instead="the folder of a local copy, or another data.dataset_config or data.dataset_split",
+        ) from error
+    if fields.split not in splits:
+        raise refusal(
+            "data.dataset_split",
+            fields.split,
+            f"{source.path} has no such split",
+            allowed=", ".join(splits),
+            instead=f"data.dataset_split={next(iter(splits))}",
+        )
+    return splits[fields.split]
+
+
+def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None:
+    if fields.key not in columns:
+        raise refusal(fields.option, fields.key, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{fields.option}={columns[0]}")

@@ -1,0 +1,76 @@
+"""What a prepared corpus holds, in figures: for corpus.json, which is the same however often `prepare` ran, and for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.data.fit import Fitted
+from hybridtrain.data.join import Joined
+from hybridtrain.data.pieces import Counts, write_text
+from hybridtrain.data.progress import Meter
+
+SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
+
+
+def of_split(joined: Joined, *, rows: Fitted | None) -> dict[str, Any]:
+    """The figures of one split; of conversations also what carries loss and how they fit into rows."""
+    figures: dict[str, Any] = {"documents": joined.documents, "tokens": joined.tokens, "lengths": joined.lengths}
+    if rows:
+        figures |= {"loss_tokens": joined.loss_tokens, "rows": rows.rows, "cut": rows.cut, "fill": round(rows.fill, 4)}
+    return figures
+
+
+def of_text(counts: Counts) -> dict[str, Any]:
+    """What was met in the text."""
+    return {
+        "text_bytes": counts.text_bytes,
+        "bad_records": counts.bad,
+        "first_bad": counts.first_bad,
+        "damaged_documents": counts.damaged,
+        "first_damaged": counts.first_damaged,
+    }
+
+
+def write_speed(folder: Path, *, meter: Meter) -> None:
+    """Keep how fast this call tokenised: {seconds, tokens, tokens_per_s, mb_per_s}; what an earlier call had done does not count."""
+    seconds = max(meter.seconds, 1e-9)
+    speed = {
+        "seconds": round(seconds, 3),
+        "tokens": meter.tokens,
+        "tokens_per_s": round(meter.tokens / seconds),
+        "mb_per_s": round(meter.size / seconds / 1e6, 2),
+    }
+    write_text(folder / SPEED, json.dumps(speed) + "\n")
+
+
+def table(folder: Path) -> str:
+    """The figures of a prepared folder, for people."""
+    facts = json.loads((folder / "corpus.json").read_text())
+    columns = ("documents", "tokens", "min", "median", "mean", "p90", "p99", "max")
+    lines = [f"{'':11}{'documents':>13}{'tokens':>17}" + "".join(f"{name:>9}" for name in columns[2:]) + "   tokens per document"]
+    for split, figures in facts["splits"].items():
+        row = f"{split:11}{figures['documents']:>13,}{figures['tokens']:>17,}"
+        lines.append(row + "".join(f"{value:>9,}" for value in figures.get("lengths", {}).values()))
+        if "rows" in figures:
+            share = figures["loss_tokens"] / figures["tokens"]
+            fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
+            lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
+    tokens = sum(figures["tokens"] for figures in facts["splits"].values())
+    if size := facts.get("text_bytes", 0):
+        lines.append(f"text       {size / 1e6:,.1f} MB, {size / tokens:.2f} bytes per token")
+    lines.append(f"vocabulary {facts['vocab_size']:,} (largest id used {facts['largest_id']:,})")
+    for name, words in (
+        ("duplicates", "identical documents left out"),
+        ("bad_records", "records left out"),
+        ("damaged_documents", "documents with U+FFFD or bytes that are not UTF-8"),
+    ):
+        if count := facts.get(name):
+            first = facts.get({"bad_records": "first_bad", "damaged_documents": "first_damaged"}.get(name, ""))
+            lines.append(f"{'':11}{count:,} {words}" + (f", first {first}" if first else ""))
+    if (folder / SPEED).is_file():
+        speed = json.loads((folder / SPEED).read_text())
+        if speed["tokens"]:
+            lines.append(f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s")
+    return "\n".join(lines)

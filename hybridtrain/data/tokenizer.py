@@ -1,0 +1,165 @@
+"""The tokenizer of a corpus: made on the spot or loaded, kept as a folder, and turned into the function that encodes documents."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data import chat
+from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents, write_text
+from hybridtrain.data.progress import say
+from hybridtrain.types import refusal
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
+TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
+MAX_INFLATION = 4  # times TRAINING_BYTES, where files held more text than their size told
+MIN_SAMPLE_BYTES = 1 << 16  # least text taken of a unit, unless it has less
+CHUNK_CHARS = 1 << 16  # a longer document is encoded in parts of about this size, see `_parts`
+PARTS_AT_ONCE = 1 << 5  # parts in one call of the tokenizer: bounds memory, keeps every core busy
+FOLDER = "tokenizer"
+
+
+def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
+    """Write the tokenizer into `<partial>/tokenizer` unless it is there: the one of `data.tokenizer`, or one trained on `sample`.
+
+    Returns {vocab_size, eos_id}. Raises UserError for one that cannot be loaded, or that has no chat template where one is needed.
+    """
+    folder, record = partial / FOLDER, partial / "tokenizer.json"
+    if not record.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenizer = _train(data, sample=sample) if data.tokenizer == "train" else _load(data.tokenizer)
+        if data.format == "chat":
+            chat.set_template(tokenizer, choice=data.chat_template)
+        _save(tokenizer, folder)
+        write_text(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}))
+    return json.loads(record.read_text())
+
+
+def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
+    """Text of documents that are not held out, about TRAINING_BYTES at most, from all over the corpus: the same for the same corpus.
+
+    Of a larger corpus each unit gives the beginning of its text in proportion to its size; small units wait until a share has gathered.
+    """
+    total = sum(piece.size for piece in pieces)
+    part = TRAINING_BYTES / total if total > TRAINING_BYTES else math.inf
+    say(f"training a tokenizer on {min(total, TRAINING_BYTES) / 1e6:.1f} MB of text")
+    taken, credit = 0, 0.0
+    for unit in (unit for piece in pieces for unit in piece.units if not unit.source.held_out):
+        credit += unit.size * part
+        if credit < min(unit.size, MIN_SAMPLE_BYTES):
+            continue
+        for document in documents(unit, recipe=recipe, counts=Counts.none()):
+            if not document.held_out:
+                text = "\n".join(str(message.get("content", "")) for message in document.value) if recipe.chat else document.value
+                yield from _parts(text if credit == math.inf else text[: int(credit) + 1])
+                credit -= document.size
+                taken += document.size
+            if credit <= 0 or taken > MAX_INFLATION * TRAINING_BYTES:
+                break
+
+
+def encoder(partial: Path, recipe: Recipe) -> Encode:
+    """The function that encodes documents with the tokenizer of `<partial>/tokenizer`, without special tokens around them."""
+    folder = partial / FOLDER
+    if recipe.chat:
+        tokenizer = _load(str(folder))
+        return lambda conversations: list(chat.encode(conversations, tokenizer=tokenizer))
+    if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
+        slow = _load(str(folder))
+        return lambda texts: [(np.array(ids, dtype=np.int32), None) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.no_truncation()
+    fast.no_padding()
+    parts = _parts if _adds_up_at_gaps(fast) else (lambda text: [text])
+
+    def encode(texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        cut = [parts(text) for text in texts]
+        flat = [part for text in cut for part in text]
+        ids: list[np.ndarray] = []
+        for first in range(0, len(flat), PARTS_AT_ONCE):
+            ids += (np.array(one.ids, dtype=np.int32) for one in fast.encode_batch_fast(flat[first : first + PARTS_AT_ONCE], add_special_tokens=False))
+        ends = itertools.accumulate(len(text) for text in cut)
+        return [(np.concatenate(ids[end - len(text) : end]), None) for text, end in zip(cut, ends, strict=True)]
+
+    return encode
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the Rust side raises bare Exceptions; give a full disk its name back
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), str(error)) from error
+        raise
+
+
+def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
+    """A byte-level BPE. The same text gives the same tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=data.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(sample, trainer=trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+
+
+def _load(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise refusal(
+            "data.tokenizer",
+            name,
+            f"transformers cannot load it ({str(error).strip().splitlines()[0]})",
+            allowed="'train', a folder with tokenizer files, or a hub id that can be reached",
+            instead="data.tokenizer=train",
+        ) from error
+
+
+def _parts(text: str) -> list[str]:
+    """Cut a long text before a space between two words, where tokenizers do not join.
+
+    One text is encoded on one core with some 100 bytes of memory per character: a file of 100 MB took 9 GB.
+    """
+    parts, start = [], 0
+    while gap := _GAP.search(text, start + CHUNK_CHARS):
+        parts.append(text[start : gap.start() + 1])
+        start = gap.start() + 1
+    return [*parts, text[start:]]
+
+
+def _adds_up_at_gaps(tokenizer: Tokenizer) -> bool:
+    """Whether a text cut as `_parts` does gives the tokens of the whole (not so where each text gets a prefix space, for one)."""
+    samples = [("a", " b c"), ("x = 1)\ndef", " function():\n"), ("end. The", " end\n\n"), ("1  é", " ßx"), ("return", " x")]
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return all(ids(head + tail) == ids(head) + ids(tail) for head, tail in samples)

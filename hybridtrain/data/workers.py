@@ -1,0 +1,163 @@
+"""Pieces to processes: each tokenises one piece after the other with one thread, and writes it where `prepare` finds it.
+
+    this process                         worker
+      Piece  ------------------------->    write_piece
+             <-------------------------    (bytes, tokens) after each batch, then Done, or the exception
+
+Started by spawn, so that nothing of this process's threads is inherited. A worker whose `prepare` is gone fails at its next
+report; a worker that is gone ends the others. What is complete stays.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from hybridtrain.data.pieces import Encode, Piece, Recipe, write_piece
+from hybridtrain.data.progress import Meter
+from hybridtrain.types import UserError, refusal
+
+SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than they save
+
+
+@dataclass(frozen=True)
+class Done:
+    """A piece is complete."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs besides its pieces."""
+
+    partial: Path
+    recipe: Recipe
+    encoder: Callable[[Path, Recipe], Encode]
+    """Makes the encoder from the partial folder, in the process that uses it; a function of a module, so that it can be sent."""
+
+
+def tokenise(pieces: list[Piece], *, work: Work, processes: int) -> Meter:
+    """Make all pieces that are not there yet; processes=0: one per core, or none besides this one for a small corpus. Prints progress."""
+    meter = Meter(sum(piece.size for piece in pieces))
+    missing = []
+    for piece in pieces:
+        if piece.folder(work.partial).exists():
+            meter.skip(piece.size)
+        else:
+            missing.append(piece)
+    size = sum(piece.size for piece in missing)
+    if missing and processes == 0 and (size < SMALL_BYTES or _cores() == 1):
+        _here(missing, work=work, meter=meter)
+    elif missing:
+        _Pool(missing, work=work, meter=meter, processes=min(processes or _cores(), len(missing))).run()
+    meter.end()
+    return meter
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _here(pieces: list[Piece], *, work: Work, meter: Meter) -> None:
+    encode = work.encoder(work.partial, work.recipe)
+    for piece in pieces:
+        write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=partial(meter.advance, piece.number))
+        meter.complete(piece.number, piece.size)
+
+
+class _Worker:
+    """A process, and the piece that it has in hand."""
+
+    def __init__(self, work: Work) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+        self.piece: Piece | None = None
+
+    def give(self, piece: Piece) -> None:
+        self.piece = piece
+        with suppress(BrokenPipeError):  # it is gone, which the next look at its pipe tells
+            self.pipe.send(piece)
+
+
+class _Pool:
+    """Gives each worker a piece as it becomes free."""
+
+    def __init__(self, pieces: list[Piece], *, work: Work, meter: Meter, processes: int) -> None:
+        self._waiting = deque(pieces)
+        self._meter = meter
+        self._workers = [_Worker(work) for _ in range(processes)]
+
+    def run(self) -> None:
+        """Until all pieces are there. Raises what a worker raised; then, and however else this ends, no worker is left."""
+        try:
+            for worker in self._workers:
+                worker.give(self._waiting.popleft())
+            while busy := {worker.pipe: worker for worker in self._workers if worker.piece}:
+                for pipe in wait(list(busy)):
+                    self._hear(busy[pipe])  # type: ignore[index]
+        finally:
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.join()
+
+    def _hear(self, worker: _Worker) -> None:
+        assert worker.piece is not None
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise _lost(worker, processes=len(self._workers)) from None
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, Done):
+            self._meter.complete(worker.piece.number, worker.piece.size)
+            worker.piece = None
+            if self._waiting:
+                worker.give(self._waiting.popleft())
+        else:
+            self._meter.advance(worker.piece.number, *message)
+
+
+def _lost(worker: _Worker, *, processes: int) -> UserError:
+    worker.process.join()
+    assert worker.piece is not None
+    units = worker.piece.units
+    code = worker.process.exitcode or 0
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return refusal(
+        "prepare.workers",
+        processes,
+        f"one of the processes ended {how} while it read {units[0].source.path}" + (f" to {units[-1].source.path}" if len(units) > 1 else ""),
+        allowed="processes that have the memory for their text",
+        instead="the same command again, which goes on from here; with fewer prepare.workers if memory ran out",
+    )
+
+
+def _serve(pipe: Connection, work: Work) -> None:
+    """The worker process."""
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process ends us
+    with suppress(BrokenPipeError, EOFError):
+        try:
+            encode = work.encoder(work.partial, work.recipe)
+            while True:
+                piece = pipe.recv()
+                write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=lambda size, tokens: pipe.send((size, tokens)))
+                pipe.send(Done())
+        except (BrokenPipeError, EOFError):
+            raise
+        except (UserError, OSError) as error:
+            pipe.send(error)
+        except Exception as error:
+            pipe.send(RuntimeError(f"a worker failed\n{''.join(traceback.format_exception(error))}"))

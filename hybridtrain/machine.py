@@ -47,7 +47,6 @@ def merge(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def host(device: torch.device) -> dict[str, Any]:
     """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
-    import psutil
     import torch
 
     cuda = device.type == "cuda"
@@ -56,7 +55,7 @@ def host(device: torch.device) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,
         "gpu_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1) if cuda else None,

@@ -66,8 +66,8 @@ def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
         for document in documents(unit, recipe=recipe, counts=Counts.none()):
             if not document.held_out:
                 text = "\n".join(str(message.get("content", "")) for message in document.value) if recipe.chat else document.value
-                yield from _parts(text if credit == math.inf else text[: int(credit) + 1])
-                credit -= document.size
+                yield from _parts(text if credit == math.inf else text[: math.ceil(credit)])
+                credit -= min(document.size, credit)
                 taken += document.size
             if credit <= 0 or taken > MAX_INFLATION * TRAINING_BYTES:
                 break

@@ -83,7 +83,7 @@ class Log:
         if dist.get_rank() == 0:
             self.run.append_metrics(row)
             if row["skipped"]:
-                scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:g}"
+                scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:,.15g}"
                 self.run.append_event("skipped", step=moment.step, detail=f"{row['skipped']} update(s) skipped since the last line{scale}")
             self.trackers.log(row, moment.step)
             self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, final_loss=row["loss"], tokens_per_s=row["tokens_per_s"])

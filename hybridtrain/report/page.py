@@ -12,6 +12,7 @@ from hybridtrain.report.plots import AXES, Plot
 from hybridtrain.report.svg import inline
 
 FOLDER = Path(__file__).resolve().parent
+LONG = 9  # characters of a tile's value that fit at full size
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -37,7 +38,7 @@ def header(name: str, *, status: str, about: str) -> str:
 def tiles(values: Mapping[str, tuple[str, str]]) -> str:
     """name -> (value, words below it); those without a value are left out."""
     made = [
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(below)}</small></dd></div>'
+        f'<div class="tile"><dt>{escape(name)}</dt><dd{" class=long" if len(value) > LONG else ""}>{escape(value)}<small>{escape(below)}</small></dd></div>'
         for name, (value, below) in values.items()
         if value
     ]
@@ -90,18 +91,19 @@ def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
 
 
 def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """All options by section, folded; what differs from the defaults is marked, and those sections say how much does."""
+    """Two cards: the options that differ from the defaults, and all by section, folded, with the changed ones marked."""
+    changed = {(name, key) for name, values in config.items() for key, value in values.items() if value != defaults.get(name, {}).get(key)}
+    told = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
     folded = []
-    for section_name, values in config.items():
-        changed = {key for key, value in values.items() if value != defaults.get(section_name, {}).get(key)}
-        rows = "".join(
-            f'<tr class="{"changed" if key in changed else ""}"><th scope="row">{escape(key)}</th><td class="wide">{escape(_shown(value))}</td></tr>'
-            for key, value in values.items()
-        )
-        count = f" <small>{len(changed)} of {len(values)} changed</small>" if changed else " <small>defaults</small>"
-        folded.append(f'<details><summary>{escape(section_name)}{count}</summary><table class="code">{rows}</table></details>')
-    return f'<div class="card">{"".join(folded)}</div>' if folded else ""
+    for name, values in config.items():
+        count = sum((name, key) in changed for key in values)
+        rows = "".join(_option(key, value, marked=(name, key) in changed) for key, value in values.items())
+        words = f"{count} of {len(values)} changed" if count else "as by default"
+        folded.append(f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>')
+    first = f'<div class="card"><table class="code">{"".join(told)}</table></div>' if told else ""
+    return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(folded)}</div>'
 
 
-def _shown(value: Any) -> str:
-    return "''" if value == "" else str(value)
+def _option(name: str, value: Any, *, marked: bool) -> str:
+    shown = "''" if value == "" else str(value)
+    return f'<tr{" class=changed" if marked else ""}><th scope="row">{escape(name)}</th><td class="wide">{escape(shown)}</td></tr>'

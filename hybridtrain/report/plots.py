@@ -238,11 +238,16 @@ def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
 
 def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
     """Each curve's name at its right end, moved apart where they would cover one another."""
+    end = axes.get_xlim()[1]
     to_share = axes.transData + axes.transAxes.inverted()
     shares = [float(to_share.transform((0, height))[1]) for height in heights]
     gap, taken = 0.07, -1.0
     for index in sorted(range(len(series)), key=lambda index: shares[index]):
-        taken = max(shares[index], taken + gap, 0.0)
-        label = series[index].label
+        label, last = series[index].label, float(np.nanmax(series[index].x))
         text = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
+        if last < 0.85 * end:
+            place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate(text, (last, heights[index]), color=series[index].colour, fontsize=8, **place)
+            continue
+        taken = max(shares[index], taken + gap, 0.0)
         axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].colour, fontsize=8, va="center")

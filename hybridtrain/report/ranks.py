@@ -1,6 +1,6 @@
 """The layout drawn as a grid of ranks: which rank sits where, and on which host.
 
-one block per pipeline stage; in it one row of cells per data rank (its tp ranks side by side); data ranks wrap into columns
+One block per pipeline stage; in it the tp ranks of a data rank side by side, and data ranks in reading order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
     shown = min(layout.dp, max(1, MOST_CELLS // (layout.pp * group)))
     columns = _columns(groups=shown, width=group, stages=layout.pp)
     rows = math.ceil(shown / columns)
-    wide, high = columns * group + 0.5 * (columns - 1), float(rows)
+    gap = 0.5 if group > 1 else 0.0
+    wide, high = columns * (group + gap) - gap, float(rows)
     across = _blocks_across(layout.pp, wide=wide, high=high)
     down = math.ceil(layout.pp / across)
     width, height = across * (wide + BETWEEN) - BETWEEN, down * (high + 2 * BETWEEN) - BETWEEN
@@ -51,33 +52,41 @@ def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
             left, top = (stage % across) * (wide + BETWEEN), (stage // across) * (high + 2 * BETWEEN)
             _frame(axes, left, top, wide, high, words=f"stage {stage}" if layout.pp > 1 else "")
             for data in range(shown):
-                column, row = divmod(data, rows)
+                row, column = divmod(data, columns)
                 for inner in range(group):
                     rank = (stage * layout.dp + data) * group + inner
-                    _cell(axes, left + column * (group + 0.5) + inner, top + row, rank=rank, layout=layout, host_of=host_of, hosts=hosts)
+                    _cell(axes, left + column * (group + gap) + inner, top + row, rank=rank, layout=layout, host_of=host_of, hosts=hosts)
         centre = max(0.0, (8.0 - width) / 2)
         axes.set_xlim(-0.4 - centre, width + 0.4 + centre)
         axes.set_ylim(height + 0.3, -BETWEEN - 0.2)
-        axes.set_title(_words(layout, shown=shown))
+        title, below = _words(layout, shown=shown, hosts=len(hosts))
+        figure.suptitle(title, x=0.02, ha="left", fontsize=STYLE["axes.titlesize"], fontweight="bold")
+        axes.text(0.02, 0.01, below, transform=figure.transFigure, fontsize=7.5, color=MUTED, va="bottom")
         return Plot("layout", f"Layout of {layout.world_size} ranks", figure)
 
 
 def _columns(*, groups: int, width: int, stages: int) -> int:
     """Columns of data ranks per stage, so that all stages side by side come near two to one."""
     best = math.sqrt(2.0 * groups / (width * min(stages, 8)))
-    return max(1, min(groups, round(best)))
+    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / best)))
 
 
 def _blocks_across(stages: int, *, wide: float, high: float) -> int:
     """Stages per line: all of them while they fit a line of the page, fewer if that made the cells tiny."""
-    candidates = range(1, stages + 1)
-    return min(candidates, key=lambda n: abs(math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))))
+    divisors = [n for n in range(1, stages + 1) if stages % n == 0]
+    return min(divisors, key=lambda n: abs(math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))))
 
 
-def _words(layout: ParallelLayout, *, shown: int) -> str:
+def _words(layout: ParallelLayout, *, shown: int, hosts: int) -> tuple[str, str]:
+    """The title, and how to read the picture."""
     parts = [f"{axis} {degree}" for axis, degree in layout.axes() if degree > 1]
-    words = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}" + (": " + " x ".join(parts) if parts else "")
-    return words + (f" (data ranks {shown} to {layout.dp - 1} follow in the same way)" if shown < layout.dp else "")
+    title = f"{layout.world_size:,} rank{'s' if layout.world_size > 1 else ''}" + (": " + " x ".join(parts) if parts else "")
+    below = ["side by side: tp" + ("; groups: data ranks in reading order" if layout.dp > 1 else "")] if layout.tp > 1 else []
+    below += ["data ranks in reading order"] if layout.tp == 1 and layout.dp > 1 else []
+    below += [f"data ranks {shown:,} to {layout.dp - 1:,}, not drawn, follow in the same way"] if shown < layout.dp else []
+    below += [f"colours: {hosts} hosts" + (", eight in turn" if hosts > len(COLOURS) else "")] if hosts > 1 else []
+    return title, "; ".join(below)
 
 
 def _frame(axes: Axes, left: float, top: float, wide: float, high: float, *, words: str) -> None:

@@ -12,7 +12,7 @@ from hybridtrain.report import page
 from hybridtrain.report.history import History
 from hybridtrain.report.plots import Plot
 
-MOST_EVENTS = 500
+EVENTS_OPEN, MOST_EVENTS = 20, 1000
 ALARMING = ("skipped", "failed")
 
 
@@ -68,18 +68,22 @@ def _starts(history: History) -> str:
 
 
 def events(history: History) -> str:
-    """Newest first; of very many the newest."""
-    rows = [
-        (
-            _moment(event["time"]),
-            f"{event['step']:,}",
-            page.Markup(f'<span class="alarm">{event["kind"]}</span>') if event["kind"] in ALARMING else event["kind"],
-            event["detail"],
-        )
-        for event in reversed(history.events[-MOST_EVENTS:])
-    ]
-    more = f'<p class="note">{len(history.events) - MOST_EVENTS} older ones are in events.jsonl.</p>' if len(history.events) > MOST_EVENTS else ""
-    return page.table(("time", "step", "event", ""), rows, numbers=(1,)) + more
+    """Newest first; the older ones folded."""
+    head, rows = ("time", "step", "event", ""), [_event(event) for event in reversed(history.events)]
+    older = page.table(head, rows[EVENTS_OPEN:MOST_EVENTS], numbers=(1,))
+    count = len(rows) - EVENTS_OPEN
+    beyond = f'<p class="note">{len(rows) - MOST_EVENTS:,} more are in events.jsonl.</p>' if len(rows) > MOST_EVENTS else ""
+    return page.table(head, rows[:EVENTS_OPEN], numbers=(1,)) + (f"<details><summary>{count:,} older</summary>{older}{beyond}</details>" if older else "")
+
+
+def _event(event: dict[str, Any]) -> tuple[str, ...]:
+    kind = page.escape(event["kind"])
+    return (
+        _moment(event["time"]),
+        f"{event['step']:,}",
+        page.Markup(f'<span class="alarm">{kind}</span>' if event["kind"] in ALARMING else kind),
+        event["detail"],
+    )
 
 
 def _moment(seconds: float) -> str:
@@ -97,7 +101,7 @@ def machine(history: History) -> str:
     versions = dict(history.summary.get("versions") or {})
     if history.summary.get("git_revision"):
         versions["git revision"] = history.summary["git_revision"]
-    return hosts + ('<div style="height:12px"></div>' if hosts and versions else "") + page.table((), list(versions.items()), numbers=())
+    return hosts + page.table((), list(versions.items()), numbers=())
 
 
 def _hosts(group: Sequence[dict[str, Any]]) -> str:

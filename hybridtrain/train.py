@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,10 @@ from hybridtrain import log, machine
 from hybridtrain.command import run_command
 from hybridtrain.config import check
 from hybridtrain.config.schema import Config
-from hybridtrain.data.embedded import open_or_prepare
-from hybridtrain.data.loader import Corpus, check_vocab
+from hybridtrain.data import blend as blends
+from hybridtrain.data.blend import Blend
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.types import ModelFacts, Progress, UserError, refusal
+from hybridtrain.types import ModelFacts, Progress, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,39 +46,29 @@ class Job:
     layout: ParallelLayout
     plan: BatchPlan
     facts: ModelFacts
-    corpus: Corpus
+    data: Blend
     total_steps: int
 
-    @property
-    def model_fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint must have been made with. Reads a little of foreign token files: for rank 0, which tells the others."""
+        model = hashlib.sha256(json.dumps(dataclasses.asdict(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+        order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
+        return {"model": model, "data": self.data.fingerprint, "order": order}
 
 
 def resolve(config: Config) -> Job:
     """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
     settled = engines.settle(config)
     layout, plan, model = settled.layout, settled.plan, settled.facts
-    corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
-    check_vocab(corpus, vocab=model.vocab)
-    if corpus.rows("train", seq_len=plan.seq_len) < 1:
-        raise refusal(
-            "data.seq_len",
-            plan.seq_len,
-            f"{corpus.path} holds no whole row of training tokens",
-            allowed="shorter rows",
-            instead="a smaller data.seq_len, or more text",
-        )
-    if config.train.eval_every and corpus.rows("eval", seq_len=plan.seq_len) < 1:
-        raise refusal(
-            "train.eval_every",
-            config.train.eval_every,
-            f"{corpus.path} holds no held-out row",
-            allowed="0 without held-out text",
-            instead="train.eval_every=0, or prepare with data.eval_fraction > 0",
-        )
-    total_steps = _total_steps(config, plan, rows=corpus.rows("train", seq_len=plan.seq_len))
+    data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    blends.check_vocab(data, vocab=model.vocab)
+    blends.check_train_rows(data, seq_len=plan.seq_len)
+    if config.train.eval_every:
+        blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
+    total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     check.phases(config.schedule, steps=total_steps)
-    return Job(config, layout, plan, model, corpus, total_steps)
+    return Job(config, layout, plan, model, data, total_steps)
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
@@ -93,19 +84,19 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     job = resolve(config)
-    run_dir = _open_run(job) if log.rank() == 0 else None  # what it refuses is said before processes meet; the launcher ends the other ranks
+    opened = (_open_run(job), job.fingerprints) if log.rank() == 0 else None  # what it refuses is said before processes meet; the launcher ends the other ranks
     import torch
 
     from hybridtrain import mesh
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
-    run_dir = mesh.from_rank0(run_dir, group=None)
+    run_dir, fingerprints = mesh.from_rank0(opened, group=None)
     try:
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
-        _train(job, engine=engine, run_dir=run_dir, device=device, began=began)
+        _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began)
     except BaseException as error:
         if log.rank() == 0:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -159,20 +150,13 @@ def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
 
     marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
     progress = marker.read_progress(checkpoint)
-    changed = check_fingerprints(progress, fingerprints=_fingerprints(job), allow_data_change=job.config.run.allow_data_change)
+    changed = check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=job.config.run.allow_data_change)
     if changed:
         _log.warning("resuming with other data: %s", ", ".join(changed))
     return progress
 
 
-def _fingerprints(job: Job) -> dict[str, str]:
-    from hybridtrain.data.loader import Loader
-
-    loader = Loader(job.corpus, plan=job.plan, dp_rank=0, dp_size=job.layout.dp, seed=job.config.run.seed)
-    return {"model": job.model_fingerprint, "data": job.corpus.fingerprint, "order": loader.fingerprint}
-
-
-def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, began: float) -> None:
+def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float) -> None:
     from hybridtrain import hooks, loop, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
@@ -190,7 +174,8 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, bega
             config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)
         )
         _introduce(job, run_dir=run_dir, engine=engine, start=start)
-    loader = Loader(job.corpus, plan=plan, dp_rank=mesh.dp_rank, dp_size=job.layout.dp, seed=config.run.seed)
+    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
+    loader = Loader(job.data, **share, seed=config.run.seed)
     meter = metrics.Meter(
         first_step=start.step,
         total_steps=job.total_steps,
@@ -202,12 +187,10 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, device: torch.device, bega
     group = mesh.control_group
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
-        batches = eval_batches(
-            job.corpus, plan=plan, rows=config.train.eval_rows, dp_rank=mesh.dp_rank, dp_size=job.layout.dp, micro_batches_per_step=plan.grad_accum
-        )
+        batches = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
         chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=batches, meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
-    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=_fingerprints(job), group=group, meter=meter))
+    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
     end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen)

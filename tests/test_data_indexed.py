@@ -8,7 +8,7 @@ import pytest
 
 from hybridtrain.data import indexed
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter, file_pair, token_dtype
-from hybridtrain.data.pack import Rows, count_rows
+from hybridtrain.data.pack import TextRows, count_rows
 from hybridtrain.types import UserError
 
 DOCUMENTS = [[5, 6, 7], [65000], [1, 2, 3, 4, 9, 0]]
@@ -139,19 +139,23 @@ def test_damage_is_refused(tmp_path, damage):
     assert "prepare" in str(error.value)
 
 
+def text_rows(reader: IndexedReader, *, seq_len: int) -> TextRows:
+    return TextRows(reader, seq_len=seq_len, documents=False, check=lambda _: None)
+
+
 def test_rows_cover_the_stream_once(tmp_path):
     reader = IndexedReader(write(tmp_path / "train", [list(range(50)), list(range(50, 104))], vocab_size=200))
-    rows = Rows(reader, seq_len=10)
+    rows = text_rows(reader, seq_len=10)
     assert len(rows) == count_rows(104, seq_len=10) == 10  # 103 predictions, of which 100 make whole rows
-    got = rows.gather(np.arange(10))
+    got = rows.gather(np.arange(10)).tokens
     assert got.dtype == np.int64
     assert got[:, 1:].reshape(-1).tolist() == list(range(1, 101))
     assert got[:, :-1].reshape(-1).tolist() == list(range(100))
-    assert rows.gather(np.array([7, 0]))[:, 0].tolist() == [70, 0]
+    assert rows.gather(np.array([7, 0])).tokens[:, 0].tolist() == [70, 0]
 
 
 def test_not_one_row_is_refused(tmp_path):
     reader = IndexedReader(write(tmp_path / "train", [list(range(16))], vocab_size=200))
-    assert len(Rows(reader, seq_len=15)) == 1
+    assert len(text_rows(reader, seq_len=15)) == 1
     with pytest.raises(UserError, match=r"data\.seq_len=16: .*16 tokens, not one row of 16"):
-        Rows(reader, seq_len=16)
+        text_rows(reader, seq_len=16)

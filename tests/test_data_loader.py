@@ -13,8 +13,10 @@ import torch
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import order, tokenize
+from hybridtrain.data.blend import Blend, check_vocab, open_data, order_fingerprint
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.loader import Corpus, Loader, check_vocab, eval_batches
+from hybridtrain.data.loader import Loader, eval_batches
+from hybridtrain.data.store import Corpus
 from hybridtrain.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch, UserError
 
@@ -32,6 +34,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(folder) -> Corpus:
     return Corpus.open(folder)
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> Blend:
+    return open_data(DataConfig(path=str(folder)), timeout_s=0)
 
 
 def plan(*, global_batch_size: int, micro_batch_size: int, dp: int) -> BatchPlan:
@@ -61,11 +68,11 @@ def expected_rows(corpus: Corpus, split: str, row_ids: np.ndarray) -> np.ndarray
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6])
-def test_same_global_batch_under_every_layout(corpus, dp, micro_batch_size):
+def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size):
     size = 24
     shape = plan(global_batch_size=size, micro_batch_size=micro_batch_size, dp=dp)
-    loaders = [Loader(corpus, plan=shape, dp_rank=rank, dp_size=dp, seed=7) for rank in range(dp)]
-    rows = corpus.rows("train", seq_len=SEQ)
+    loaders = [Loader(data, plan=shape, dp_rank=rank, dp_size=dp, seed=7, vocab=300) for rank in range(dp)]
+    rows = corpus.count("train", seq_len=SEQ)
     assert loaders[0].rows_per_epoch == rows
     for step in (0, 1, 2, rows // size, 40, 3):  # in order, over the epoch's edge, far on and back
         parts = []
@@ -73,23 +80,22 @@ def test_same_global_batch_under_every_layout(corpus, dp, micro_batch_size):
             batches = loader.micro_batches(step)
             assert [batch.input_ids_BT.shape for batch in batches] == [(micro_batch_size, SEQ)] * shape.grad_accum
             parts.append(rows_of(batches))
-        ids = order.row_ids(step * size, size, rows=rows, seed=7)
-        assert np.array_equal(np.concatenate([loader.row_ids(step) for loader in loaders]), ids)
+        ids = order.row_ids(np.arange(step * size, step * size + size), rows=rows, seed=7)
+        assert np.array_equal(np.concatenate([loader.row_ids(step)[:, 1] for loader in loaders]), ids)
         assert np.array_equal(np.concatenate(parts), expected_rows(corpus, "train", ids))
-    assert len({loader.fingerprint for loader in loaders}) == 1
 
 
-def test_an_epoch_predicts_every_token_once(corpus):
-    rows = corpus.rows("train", seq_len=SEQ)
-    loader = Loader(corpus, plan=plan(global_batch_size=1, micro_batch_size=1, dp=1), dp_rank=0, dp_size=1, seed=0)
+def test_an_epoch_predicts_every_token_once(corpus, data):
+    rows = corpus.count("train", seq_len=SEQ)
+    loader = Loader(data, plan=plan(global_batch_size=1, micro_batch_size=1, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300)
     labels = torch.cat([loader.micro_batches(step)[0].labels_BT for step in range(rows)])
     tokens = np.fromfile(corpus.path / "train.bin", dtype=np.uint16)[1 : rows * SEQ + 1]
     assert np.array_equal(np.sort(labels.numpy(), axis=None), np.sort(tokens.astype(np.int64)))
 
 
-def test_fingerprint_names_the_order(corpus):
+def test_fingerprint_names_the_order(data):
     def fingerprint(*, size: int, micro: int, dp: int, seed: int) -> str:
-        return Loader(corpus, plan=plan(global_batch_size=size, micro_batch_size=micro, dp=dp), dp_rank=0, dp_size=dp, seed=seed).fingerprint
+        return order_fingerprint(data, plan=plan(global_batch_size=size, micro_batch_size=micro, dp=dp), seed=seed)
 
     base = fingerprint(size=8, micro=1, dp=1, seed=0)
     assert base == fingerprint(size=8, micro=2, dp=4, seed=0)
@@ -99,10 +105,10 @@ def test_fingerprint_names_the_order(corpus):
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize(("micro_batch_size", "per_step"), [(1, 1), (2, 2), (3, 4)])
 @pytest.mark.parametrize("rows", [1, 5, 12])
-def test_evaluation_rows_are_exact(corpus, dp, micro_batch_size, per_step, rows):
+def test_evaluation_rows_are_exact(corpus, data, dp, micro_batch_size, per_step, rows):
     shape = plan(global_batch_size=micro_batch_size * dp, micro_batch_size=micro_batch_size, dp=dp)
-    have = corpus.rows("eval", seq_len=SEQ)
-    ranks = [eval_batches(corpus, plan=shape, rows=rows, dp_rank=rank, dp_size=dp, micro_batches_per_step=per_step) for rank in range(dp)]
+    have = corpus.count("eval", seq_len=SEQ)
+    ranks = [eval_batches(data, plan=shape, rows=rows, dp_rank=rank, dp_size=dp, micro_batches_per_step=per_step, vocab=300) for rank in range(dp)]
     assert {len(steps) for steps in ranks} == {-(-rows // (micro_batch_size * per_step * dp))}
     seen = []
     for step in zip(*ranks, strict=True):
@@ -115,30 +121,30 @@ def test_evaluation_rows_are_exact(corpus, dp, micro_batch_size, per_step, rows)
     assert np.array_equal(np.concatenate(seen), expected_rows(corpus, "eval", np.arange(rows) * have // rows))
 
 
-def test_evaluation_on_fewer_rows_than_asked(corpus):
-    have = corpus.rows("eval", seq_len=SEQ)
-    steps = eval_batches(corpus, plan=plan(global_batch_size=4, micro_batch_size=4, dp=1), rows=10**6, dp_rank=0, dp_size=1, micro_batches_per_step=2)
+def test_evaluation_on_fewer_rows_than_asked(corpus, data):
+    have = corpus.count("eval", seq_len=SEQ)
+    steps = eval_batches(data, plan=plan(global_batch_size=4, micro_batch_size=4, dp=1), rows=10**6, dp_rank=0, dp_size=1, micro_batches_per_step=2, vocab=300)
     labels = torch.cat([batch.labels_BT for batches in steps for batch in batches])
     assert int((labels != IGNORE_INDEX).sum()) == have * SEQ
     assert len(steps) == -(-have // 8)
 
 
-def test_evaluation_without_a_row_is_refused(corpus):
+def test_evaluation_without_a_row_is_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
     with pytest.raises(UserError, match=r"train\.eval_rows=8: .*no held-out row of 1000000 tokens"):
-        eval_batches(corpus, plan=long, rows=8, dp_rank=0, dp_size=1, micro_batches_per_step=1)
+        eval_batches(data, plan=long, rows=8, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300)
 
 
-def test_rows_longer_than_the_corpus_are_refused(corpus):
+def test_rows_longer_than_the_corpus_are_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
     with pytest.raises(UserError, match=r"data\.seq_len=1000000: .*not one row"):
-        Loader(corpus, plan=long, dp_rank=0, dp_size=1, seed=0)
+        Loader(data, plan=long, dp_rank=0, dp_size=1, seed=0, vocab=300)
 
 
-def test_vocabulary_of_the_model(corpus):
-    check_vocab(corpus, vocab=corpus.largest_id + 1)
+def test_vocabulary_of_the_model(corpus, data):
+    check_vocab(data, vocab=corpus.largest_id + 1)
     with pytest.raises(UserError, match=rf"model\.config\.vocab_size={corpus.largest_id}: .*token id {corpus.largest_id}[\s\S]*vocab_size=300"):
-        check_vocab(corpus, vocab=corpus.largest_id)
+        check_vocab(data, vocab=corpus.largest_id)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -154,11 +160,11 @@ def swap(folder: Path) -> None:
 UNFIT = {
     "no folder": (shutil.rmtree, "there is no such folder"),
     "not prepared": (lambda p: [path.unlink() for path in p.iterdir() if path.is_file()], "holds no prepared corpus"),
-    "token files only": (lambda p: (p / "corpus.json").unlink(), "has token files but no corpus.json"),
+    "token files only": (lambda p: (p / "corpus.json").unlink(), "token files of another maker go by their prefix: data.path="),
     "cut corpus.json": (lambda p: (p / "corpus.json").write_text('{"format": 1, "spl'), "corpus.json cannot be read"),
     "other corpus.json": (lambda p: (p / "corpus.json").write_text('{"name": "mine"}'), "corpus.json lacks 'format'"),
     "no counts": (lambda p: edit(p, splits={}), "corpus.json lacks 'train'"),
-    "of another version": (lambda p: edit(p, format=99), "it has format 99, this version reads 1"),
+    "of another version": (lambda p: edit(p, format=99), "it has format 99, this version reads 2"),
     "truncated bin": (lambda p: os.truncate(p / "train.bin", 100), "train.bin: it has 100 bytes but its index describes"),
     "empty bin": (lambda p: os.truncate(p / "eval.bin", 0), "eval.bin: the file is empty"),
     "missing idx": (lambda p: (p / "eval.idx").unlink(), "eval.idx: there is no such file"),
@@ -188,17 +194,18 @@ def test_opening_reads_metadata_only(tmp_path, folder):
     (copy / "train.idx").write_bytes(idx)
     os.truncate(copy / "train.bin", 32 * tokens * 2)
     edit(copy, splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}})
-    opened = Corpus.open(copy)
-    assert opened.rows("train", seq_len=SEQ) == (32 * tokens - 1) // SEQ
-    loader = Loader(opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0)
+    opened = open_data(DataConfig(path=str(copy)), timeout_s=0)
+    assert opened.count("train", seq_len=SEQ) == (32 * tokens - 1) // SEQ
+    loader = Loader(opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300)
     assert loader.micro_batches(10**6)[1].input_ids_BT.shape == (2, SEQ)
 
 
 def test_a_corpus_is_checked_without_torch(folder):
     program = f"""
 import sys
-from hybridtrain.data.loader import Corpus
-Corpus.open({str(folder)!r})
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data.blend import open_data
+open_data(DataConfig(path={str(folder)!r}), timeout_s=0)
 sys.exit("torch" in sys.modules or "transformers" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -212,4 +219,4 @@ def test_attributes(corpus, folder):
     assert corpus.eos_id == tokenizer.eos_token_id
     assert corpus.path == folder
     reader = IndexedReader(folder / "train")
-    assert corpus.rows("train", seq_len=SEQ) == (reader.tokens - 1) // SEQ
+    assert corpus.count("train", seq_len=SEQ) == (reader.tokens - 1) // SEQ

@@ -20,7 +20,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import corpus, pieces, statistics, tokenize, tokenizer
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.readers import Fields
-from hybridtrain.data.loader import Corpus
+from hybridtrain.data.store import Corpus
 from hybridtrain.types import UserError
 
 TEXT = pieces.Recipe(chat=False, eval_fraction=0.0, deduplicate=False, skip_bad=False, eos=[], vocab_size=400)

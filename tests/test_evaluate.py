@@ -15,8 +15,9 @@ from hybridtrain import evaluate
 from hybridtrain import layout as layouts
 from hybridtrain.cli import main
 from hybridtrain.config import compose, schema
-from hybridtrain.data.loader import Corpus, Loader, eval_batches
-from hybridtrain.data.pack import Rows
+from hybridtrain.data.blend import open_data
+from hybridtrain.data.loader import Loader, eval_batches
+from hybridtrain.data.store import Corpus
 from hybridtrain.data.tokenize import prepare
 from hybridtrain.evaluate.generate import sample
 from hybridtrain.evaluate.perplexity import perplexity
@@ -46,12 +47,12 @@ def train_and_save(root: Path) -> tuple[float, int]:
     layout = layouts.resolve(config.parallel, world_size=4)
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=SEQ_LEN)
     engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
-    corpus = Corpus.open(config.data.path)
-    share = {"plan": plan, "dp_rank": engine.mesh.dp_rank, "dp_size": layout.dp}
-    loader = Loader(corpus, seed=0, **share)
+    data = open_data(config.data, timeout_s=0)
+    share = {"plan": plan, "dp_rank": engine.mesh.dp_rank, "dp_size": layout.dp, "vocab": 300}
+    loader = Loader(data, seed=0, **share)
     for step in range(2):
         engine.train_step(loader.micro_batches(step), lr=1e-2)
-    steps = eval_batches(corpus, rows=EVAL_ROWS, micro_batches_per_step=plan.grad_accum, **share)
+    steps = eval_batches(data, rows=EVAL_ROWS, micro_batches_per_step=plan.grad_accum, **share)
     results = [engine.eval_step(batches) for batches in steps]
     engine.save(root / "run" / "checkpoints" / "step-00000002", Progress(step=2, tokens_seen=256, fingerprints={})).result()
     return sum(result.loss_sum for result in results), sum(result.tokens for result in results)
@@ -100,8 +101,8 @@ def test_evaluate_agrees_with_training_and_with_plain_transformers(trained, caps
     assert f"perplexity  {result['perplexity']:.4f}" in out
     # transformers' own loss of whole rows: labels are the inputs, shifted inside the model
     model = transformers.AutoModelForCausalLM.from_pretrained(trained.run / "export")
-    held_out = Rows(Corpus.open(trained.root / "data").readers["eval"], seq_len=SEQ_LEN)
-    rows = torch.from_numpy(held_out.gather(torch.arange(EVAL_ROWS).numpy() * len(held_out) // EVAL_ROWS))  # evenly spread
+    held_out = Corpus.open(trained.root / "data").rows("eval", seq_len=SEQ_LEN, documents=False, vocab=300)
+    rows = torch.from_numpy(held_out.gather(torch.arange(EVAL_ROWS).numpy() * len(held_out) // EVAL_ROWS).tokens)  # evenly spread
     with torch.no_grad():
         assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["loss"], rel=1e-5)
 

@@ -95,7 +95,8 @@ def test_another_layout_goes_on_with_the_same_losses(data: Path, whole: Path, tm
 
 def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]:
     """On each rank: load a checkpoint under the layout of `argv` and save it again, nothing in between. Returns step and this rank's next rows."""
-    from hybridtrain.data.loader import Corpus, Loader
+    from hybridtrain.data.blend import open_data
+    from hybridtrain.data.loader import Loader
 
     config = compose.compose("train", argv)
     layout = layouts.resolve(config.parallel, world_size=torch.distributed.get_world_size())
@@ -103,8 +104,9 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
     engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
     progress = engine.load(source)
     engine.save(target, progress).result()
-    loader = Loader(Corpus.open(config.data.path), plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed)
-    return engine.mesh.dp_rank, loader.row_ids(progress.step).tolist()
+    data = open_data(config.data, timeout_s=0)
+    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300)
+    return engine.mesh.dp_rank, loader.row_ids(progress.step)[:, 1].tolist()
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,11 +15,9 @@ from hybridtrain import log
 from hybridtrain.bench import result
 from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
-from hybridtrain.data.embedded import open_or_prepare
-from hybridtrain.data.loader import check_vocab
+from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
 from hybridtrain.layout import ParallelLayout
-from hybridtrain.types import refusal
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +67,9 @@ def compare(config: BenchRoot) -> int:
 def _check_tokens(config: BenchRoot, settled: Settled) -> None:
     if not config.bench.corpus:
         return
-    corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
-    check_vocab(corpus, vocab=settled.facts.vocab)
-    if corpus.rows("train", seq_len=settled.plan.seq_len) < 1:
-        raise refusal(
-            "data.seq_len",
-            settled.plan.seq_len,
-            f"{corpus.path} holds no whole row of training tokens",
-            allowed="shorter rows",
-            instead="a smaller data.seq_len, or bench.corpus=false for random tokens",
-        )
+    data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    blends.check_vocab(data, vocab=settled.facts.vocab)
+    blends.check_train_rows(data, seq_len=settled.plan.seq_len)
 
 
 def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
@@ -97,10 +89,13 @@ def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]
     if not config.bench.plain or log.rank() != 0:
         yield None
         return
+    import torch
+
     from hybridtrain.bench.plain import PlainProcess, Task
 
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", settled.layout.world_size))
     plan = layouts.plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
-    process = PlainProcess(Task(config, plan, settled.facts.vocab), cores=settled.layout.world_size > 1)
+    process = PlainProcess(Task(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads()))
     try:
         yield process
     finally:

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hybridtrain import metrics
 from hybridtrain.config.schema import Config
-from hybridtrain.data.loader import Corpus, Loader
+from hybridtrain.data.blend import open_data
+from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.layout import BatchPlan
 from hybridtrain.types import Batch
@@ -135,5 +136,5 @@ def _clock(device: torch.device) -> _HostClock | _DeviceClock:
 def tokens_of(config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int) -> Tokens:
     """The corpus of `data.path`, or random tokens from the seed."""
     if corpus:
-        return Loader(Corpus.open(config.data.path), plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed)
+        return Loader(open_data(config.data, timeout_s=0), plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, vocab=vocab)
     return Synthetic(vocab=vocab, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed)

@@ -23,6 +23,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
 from hybridtrain.config.schema import ExportRoot
+from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.types import Progress, UserError, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,14 +49,13 @@ def run(config: ExportRoot) -> int:
         checkpoint = Manager(run_dir / "checkpoints", settings=its_config.checkpoint).latest()
     if checkpoint is None:
         raise refusal("run.dir", run_dir, "it has no complete checkpoint", allowed="a run that has saved one", instead="train on, or export.checkpoint=FOLDER")
-    tokenizer_dir: Path | None = Path(its_config.data.path) / "tokenizer"
-    if not its_config.data.path or tokenizer_dir is None or not tokenizer_dir.is_dir():
-        log.warning("export: without tokenizer, there is none in %s", tokenizer_dir)
-        tokenizer_dir = None
+    tokenizer = tokenizer_dir(its_config.data)
+    if tokenizer is None:
+        log.warning("export: without tokenizer, there is none with the data")
     out = export(
         checkpoint,
         model_dir=run_dir / "model",
-        tokenizer_dir=tokenizer_dir,
+        tokenizer_dir=tokenizer,
         out=Path(options.out) if options.out else run_dir / "export",
         dtype=options.dtype,
         max_shard_bytes=int(options.max_shard_gb * 10**9),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data.loader import Corpus
+from hybridtrain.data.store import Corpus
 
 
 def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:

@@ -17,35 +17,39 @@ import numpy as np
 ROUNDS = 8  # as many as one blake2b digest keys
 
 
-def row_ids(first_sample: int, count: int, *, rows: int, seed: int) -> np.ndarray:
-    """Rows of samples first_sample .. first_sample + count - 1: int64 (count,). Each epoch visits every row once.
+def row_ids(samples: np.ndarray, *, rows: int, seed: int | str) -> np.ndarray:
+    """Rows of the samples, int64 (n,). Each epoch visits every row once.
 
     Constant time per sample and no memory in proportion to `rows`; the same on every machine.
     """
-    assert min(first_sample, count) >= 0
-    assert rows >= 1
-    index = np.arange(first_sample, first_sample + count, dtype=np.uint64)
-    epochs, places = np.divmod(index, np.uint64(rows))
-    out = np.empty(count, dtype=np.int64)
-    for epoch in range(first_sample // rows, (first_sample + count - 1) // rows + 1):
-        chosen = epochs == epoch
-        out[chosen] = _permute(places[chosen], rows=rows, keys=_keys(seed, epoch))
+    return permuted(samples, size=rows, key=f"hybridtrain rows {seed}")
+
+
+def permuted(index: np.ndarray, *, size: int, key: str) -> np.ndarray:
+    """Place of each index, int64 (n,), in a permutation of 0..size-1 of its own for every `size` consecutive indices."""
+    assert size >= 1
+    assert index.min(initial=0) >= 0
+    runs, places = np.divmod(index.astype(np.uint64), np.uint64(size))
+    out = np.empty(len(index), dtype=np.int64)
+    for run in np.unique(runs):
+        chosen = runs == run
+        out[chosen] = _permute(places[chosen], size=size, keys=_keys(f"{key} {run}"))
     return out
 
 
-def _keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"hybridtrain rows {seed} {epoch}".encode(), digest_size=8 * ROUNDS).digest()
+def _keys(key: str) -> np.ndarray:
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8")
 
 
-def _permute(places: np.ndarray, *, rows: int, keys: np.ndarray) -> np.ndarray:
-    a = math.isqrt(rows - 1) + 1
-    b = -(-rows // a)
+def _permute(places: np.ndarray, *, size: int, keys: np.ndarray) -> np.ndarray:
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
     result = _feistel(places, a=np.uint64(a), b=np.uint64(b), keys=keys)
-    outside = np.flatnonzero(result >= rows)
+    outside = np.flatnonzero(result >= size)
     while outside.size:
         result[outside] = _feistel(result[outside], a=np.uint64(a), b=np.uint64(b), keys=keys)
-        outside = outside[result[outside] >= rows]
+        outside = outside[result[outside] >= size]
     return result
 
 

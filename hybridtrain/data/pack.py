@@ -1,15 +1,63 @@
-"""Documents to rows: row i is tokens [i*S, i*S + S] of the concatenated documents, S + 1 tokens.
+"""Documents to rows of S + 1 tokens: inputs are the first S, labels the last S.
 
-Inputs are the first S, labels the last S, so every token but the first is predicted exactly once per epoch. `prepare`
-wrote the end-of-text tokens; a row is one slice of the file.
+    TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: every token but the first is predicted once per epoch
+    ChatRows   whole conversations, as `prepare` fitted them into rows (fit.py); the rest of a row is padding
+
+`prepare` wrote the end-of-text tokens; a text row is one slice of the file.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.types import refusal
+
+Check = Callable[[np.ndarray], None]
+"""Raises UserError for token ids that must not reach the model."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows. Arrays of shape (n, S + 1)."""
+
+    tokens: np.ndarray
+    """int64."""
+    begins: np.ndarray | None
+    """bool: a document begins here; None: rows are not cut into documents."""
+    carries: np.ndarray | None
+    """bool: this token, as a target, carries loss; None: all do."""
+
+    @classmethod
+    def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool) -> Block:
+        """Rows of token 0; without documents, carrying no loss, where the block tells of such things."""
+        shape = (rows, seq_len + 1)
+        return cls(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool) if documents else None, np.zeros(shape, dtype=bool) if masked else None)
+
+    def put(self, places: np.ndarray, other: Block) -> None:
+        """Write the rows of `other` into rows `places`."""
+        self.tokens[places] = other.tokens
+        if self.begins is not None:
+            assert other.begins is not None
+            self.begins[places] = other.begins
+        if self.carries is not None:
+            self.carries[places] = True if other.carries is None else other.carries
+
+
+class Rows(Protocol):
+    """The rows of one split of one corpus at one length."""
+
+    masked: bool
+    """Whether its blocks say which tokens carry loss."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, row_ids: np.ndarray) -> Block:
+        """Rows by id, int64 (n,). Touches only the pages these rows lie on."""
 
 
 def count_rows(tokens: int, *, seq_len: int) -> int:
@@ -17,12 +65,13 @@ def count_rows(tokens: int, *, seq_len: int) -> int:
     return max(0, tokens - 1) // seq_len
 
 
-class Rows:
-    """The rows of one split at one length."""
+class TextRows:
+    """Slices of the token stream; with `documents` they tell where documents begin, which the index knows."""
 
-    def __init__(self, reader: IndexedReader, *, seq_len: int) -> None:
-        self._reader = reader
-        self._seq_len = seq_len
+    masked = False
+
+    def __init__(self, reader: IndexedReader, *, seq_len: int, documents: bool, check: Check) -> None:
+        self._reader, self._seq_len, self._documents, self._check = reader, seq_len, documents, check
         self._rows = count_rows(reader.tokens, seq_len=seq_len)
         if self._rows == 0:
             raise refusal(
@@ -36,11 +85,44 @@ class Rows:
     def __len__(self) -> int:
         return self._rows
 
-    def gather(self, row_ids: np.ndarray) -> np.ndarray:
-        """Rows by id: int64 (len(row_ids), S + 1). Touches only the pages these rows lie on."""
-        length = self._seq_len
-        out = np.empty((len(row_ids), length + 1), dtype=np.int64)
-        for place, row in zip(out, row_ids, strict=True):
-            start = int(row) * length
-            place[:] = self._reader.read(start, start + length + 1)
-        return out
+    def gather(self, row_ids: np.ndarray) -> Block:
+        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=False)
+        for place, row in enumerate(row_ids):
+            start = int(row) * self._seq_len
+            stop = start + self._seq_len + 1
+            block.tokens[place] = self._reader.read(start, stop)
+            if block.begins is not None:
+                block.begins[place, self._reader.document_starts(start, stop) - start] = True
+        self._check(block.tokens)
+        return block
+
+
+class ChatRows:
+    """Conversations side by side, each a document; one longer than a row is cut at the end. Only some tokens carry loss."""
+
+    masked = True
+
+    def __init__(self, reader: IndexedReader, loss: IndexedReader, *, ids: np.ndarray, starts: np.ndarray, seq_len: int, check: Check) -> None:
+        """`ids`, `starts`: the row index that fit.py wrote; `loss`: a mask beside the tokens of `reader`."""
+        self._reader, self._loss, self._ids, self._starts, self._seq_len, self._check = reader, loss, ids, starts, seq_len, check
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def gather(self, row_ids: np.ndarray) -> Block:
+        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True)
+        assert block.begins is not None
+        assert block.carries is not None
+        for place, row in enumerate(row_ids):
+            at = 0
+            for conversation in self._ids[self._starts[row] : self._starts[row + 1]]:
+                start = int(self._reader.pointers[conversation]) // self._reader.dtype.itemsize
+                stop = start + min(int(self._reader.sizes[conversation]), self._seq_len + 1)
+                here = slice(at, at + stop - start)
+                block.tokens[place, here] = self._reader.read(start, stop)
+                block.carries[place, here] = self._loss.read(start, stop)
+                block.begins[place, at] = True
+                at = here.stop
+            block.begins[place, at : at + 1] = True  # the padding
+        self._check(block.tokens)
+        return block

@@ -51,14 +51,14 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
 def _export(checkpoint: Path, *, out: Path) -> Path:
     from hybridtrain.checkpoint import hf
     from hybridtrain.config import compose
+    from hybridtrain.data.blend import tokenizer_dir
 
     run_dir = checkpoint.resolve().parent.parent
     data = compose.from_yaml(run_dir / "config.yaml", "train").data
-    tokenizer_dir = Path(data.path) / "tokenizer"
     return hf.export(
         checkpoint,
         model_dir=run_dir / "model",
-        tokenizer_dir=tokenizer_dir if data.path and tokenizer_dir.is_dir() else None,
+        tokenizer_dir=tokenizer_dir(data),
         out=out,
         dtype="float32",
         max_shard_bytes=5 * 10**9,

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -19,7 +20,8 @@ from torch.nn import functional
 from hybridtrain import evaluate
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
-from hybridtrain.data.loader import Corpus, check_vocab, eval_batches
+from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
+from hybridtrain.data.loader import eval_batches
 from hybridtrain.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch, refusal
 
@@ -32,22 +34,24 @@ def run(config: EvaluateRoot) -> int:
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
     settings = _settings(config, compose.from_yaml(run_dir / "config.yaml", "train") if is_run else config)
-    if not settings.data.path:
+    if not (settings.data.path or settings.data.blend):
         raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
-    corpus = Corpus.open(settings.data.path)
+    data = open_data(settings.data, timeout_s=0)
     rows = config.evaluate.rows or settings.train.eval_rows
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
-    steps = eval_batches(corpus, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1)
+    check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=settings.model.trust_remote_code)
-        check_vocab(corpus, vocab=model.get_input_embeddings().num_embeddings)
+        vocab = model.get_input_embeddings().num_embeddings
+        check_vocab(data, vocab=vocab)
+        steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab)
         loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
-        "data": str(corpus.path),
+        "data": data.name,
         "seq_len": plan.seq_len,
-        "rows": min(rows, corpus.rows("eval", seq_len=plan.seq_len)),
+        "rows": min(rows, data.count("eval", seq_len=plan.seq_len)),
         "tokens": tokens,
         "loss": loss if math.isfinite(loss) else None,
         "perplexity": math.exp(loss) if loss < 700 else None,
@@ -62,8 +66,14 @@ def run(config: EvaluateRoot) -> int:
 def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
     """The run's data, rows and batch; a value of the command line that is not the schema's default comes before the run's."""
     default, chosen = schema.Config(), schema.Config()
+    if config.data.path or config.data.blend:  # other data: none of the run's
+        of_run = copy.deepcopy(of_run)
+        of_run.data.path, of_run.data.blend, of_run.data.eval_path = "", {}, ""
     for section, option in (
         ("data", "path"),
+        ("data", "blend"),
+        ("data", "eval_path"),
+        ("data", "document_mask"),
         ("data", "seq_len"),
         ("train", "eval_rows"),
         ("batch", "micro_batch_size"),

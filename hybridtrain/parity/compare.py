@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hybridtrain import engine as engines
 from hybridtrain import machine, ranks
 from hybridtrain.config import schema
-from hybridtrain.data.embedded import open_or_prepare
-from hybridtrain.data.loader import check_vocab
+from hybridtrain.data import blend as blends
 from hybridtrain.layout import ParallelLayout
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
@@ -92,21 +91,22 @@ def _devices() -> int | None:
 
 def _check_tokens(comparison: Comparison) -> None:
     config = comparison.config
-    if not config.data.path:
+    if not _has_data(config):
         return
     try:
-        corpus = open_or_prepare(config.data, timeout_s=config.engine.timeout_s)
+        data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+        blends.check_vocab(data, vocab=comparison.facts.vocab)
+        blends.check_train_rows(data, seq_len=config.data.seq_len)
     except UserError as error:
         raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") from error
-    check_vocab(corpus, vocab=comparison.facts.vocab)
-    if corpus.rows("train", seq_len=config.data.seq_len) < 1:
-        raise refusal(
-            "data.seq_len",
-            config.data.seq_len,
-            f"{corpus.path} holds no whole row of training tokens",
-            allowed="shorter rows",
-            instead="a smaller data.seq_len, or data.path='' for random tokens from the seed",
-        )
+
+
+def _has_data(config: schema.Config) -> bool:
+    return bool(_corpus(config))
+
+
+def _corpus(config: schema.Config) -> str:
+    return config.data.path or " + ".join(config.data.blend)
 
 
 def _result_path(config: schema.ParityRoot) -> Path:
@@ -121,7 +121,7 @@ def _result_path(config: schema.ParityRoot) -> Path:
 def _opening(comparison: Comparison, devices: int | None) -> str:
     """What is compared with what, and what was changed in the user's config."""
     config, facts, plan = comparison.config, comparison.facts, comparison.plan
-    tokens = f"the corpus at {config.data.path}" if config.data.path else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
+    tokens = f"the corpus at {_corpus(config)}" if _has_data(config) else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
     where = f"{devices} GPUs" if devices else "the CPU"
     lines = [
         f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {config.engine.kind}, on {where}",
@@ -150,7 +150,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "lr": config.optim.lr,
         "eps": config.optim.eps,
         "tokens_per_step": plan.tokens,
-        "tokens": config.data.path or "synthetic",
+        "tokens": _corpus(config) or "synthetic",
         "changed": comparison.said,
         "left_out": comparison.left_out,
         "versions": machine.versions(),

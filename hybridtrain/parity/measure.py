@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from hybridtrain import engine as engines
 from hybridtrain import mesh
 from hybridtrain.config.schema import Config
-from hybridtrain.data.loader import Corpus, Loader
+from hybridtrain.data.blend import open_data
+from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.build import hf_config
@@ -171,6 +172,6 @@ def _on(device: torch.device, batch: Batch) -> Batch:
 
 def _tokens(task: Task, *, dp_rank: int, dp_size: int) -> Tokens:
     seed = task.config.run.seed
-    if task.config.data.path:
-        return Loader(Corpus.open(task.config.data.path), plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)
+    if task.config.data.path or task.config.data.blend:
+        return Loader(open_data(task.config.data, timeout_s=0), plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab)
     return Synthetic(vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)

@@ -95,7 +95,13 @@ def prepare(config: schema.ParityRoot, *, capabilities: Capabilities, devices: i
     model = facts(read_config(config.model))
     entries, left_out = _choose(config, model, capabilities, devices)
     if config.parity.shrink:
-        small = shrunk(read_config(config.model), model=model, layouts=[entry.layout for entry in entries], stages=_stages(entries), vocab=not config.data.path)
+        small = shrunk(
+            read_config(config.model),
+            model=model,
+            layouts=[entry.layout for entry in entries],
+            stages=_stages(entries),
+            vocab=not (config.data.path or config.data.blend),
+        )
         said.append(_shrink_said(config, read_config(config.model), small))
         config.model = dataclasses.replace(config.model, from_pretrained="", config=small)
         model = facts(small)

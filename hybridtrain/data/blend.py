@@ -1,0 +1,197 @@
+"""What training reads: one corpus, or several in the proportion of their weights.
+
+    sample index -> block of 10,000, place in it -> keyed permutation of the block -> corpus and its own sample index -> row
+
+Every block holds the same number of rows of each corpus: its share, rounded by largest remainder. Each corpus runs through
+epochs of its own, in an order of its own. All of it is a function of the sample index, in constant time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from hybridtrain import log
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data import order
+from hybridtrain.data.embedded import open_or_prepare
+from hybridtrain.data.pack import Rows
+from hybridtrain.data.store import Corpus
+from hybridtrain.layout import BatchPlan
+from hybridtrain.types import refusal
+
+BLOCK = 10_000
+"""Rows after which the shares repeat: a share is exact to 0.01 %."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One corpus or several, with their weights."""
+
+    corpora: tuple[Corpus, ...]
+    weights: tuple[float, ...]
+    """Above 0; only their proportion counts."""
+    evaluated: Corpus | None
+    """Held-out rows come from this one instead (data.eval_path)."""
+    documents: bool
+    """Documents in a row do not see each other (data.document_mask, or a corpus of conversations)."""
+
+    @property
+    def name(self) -> str:
+        return " + ".join(str(corpus.path) for corpus in self.corpora)
+
+    @property
+    def quotas(self) -> np.ndarray:
+        """Rows of each corpus in a block: int64 (corpora,)."""
+        return np.array(apportioned(BLOCK, self.weights), dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which tokens there are, in which proportion; not where they lie."""
+        if len(self.corpora) == 1:
+            return self.corpora[0].fingerprint
+        parts = [(corpus.fingerprint, int(quota)) for corpus, quota in zip(self.corpora, self.quotas, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def parts(self, split: str) -> list[tuple[Corpus, float]]:
+        """The corpora that have documents in a split, and their weights."""
+        if split == "eval" and self.evaluated is not None:
+            return [(self.evaluated, 1.0)]
+        return [(corpus, weight) for corpus, weight in zip(self.corpora, self.weights, strict=True) if split in corpus.readers]
+
+    def count(self, split: str, *, seq_len: int) -> int:
+        """Rows of a split over all corpora; of the train split, an epoch."""
+        return sum(corpus.count(split, seq_len=seq_len) for corpus, _ in self.parts(split))
+
+    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
+        """The rows of each of `parts`."""
+        return [corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab) for corpus, _ in self.parts(split)]
+
+
+def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
+    """Open data.path or data.blend, and data.eval_path; raises UserError for what cannot be read or does not go together.
+
+    The embedded corpus is prepared if it is not there yet.
+    """
+    corpora = tuple(Corpus.open(path) for path in data.blend) if data.blend else (open_or_prepare(data, timeout_s=timeout_s),)
+    evaluated = Corpus.held_out(data.eval_path) if data.eval_path else None
+    weights = tuple(data.blend.values()) if data.blend else (1.0,)
+    blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.chat for corpus in corpora))
+    for corpus, quota in zip(corpora, blend.quotas, strict=True):
+        if quota == 0:
+            least = math.fsum(weights) / BLOCK
+            raise refusal(
+                "data.blend",
+                f"{corpus.path}:{data.blend[str(corpus.path)]}",
+                f"less than a row of {BLOCK:,}",
+                allowed=f"weights of {least:g} or more beside the others",
+                instead="a larger weight, or the blend without it",
+            )
+    _check_tokenizers([corpus for corpus in corpora if corpus.facts is not None])
+    return blend
+
+
+def check_vocab(blend: Blend, *, vocab: int) -> None:
+    """Refuse token ids that the model has no embedding for. Files of another maker are checked as they are read."""
+    for corpus in blend.corpora:
+        if corpus.largest_id is not None and corpus.largest_id >= vocab:
+            assert corpus.vocab_size is not None
+            raise refusal(
+                "model.config.vocab_size",
+                vocab,
+                f"{corpus.path} holds token id {corpus.largest_id}",
+                allowed=f"{corpus.largest_id + 1} or more (its tokenizer has {corpus.vocab_size})",
+                instead=f"model.config.vocab_size={max(corpus.vocab_size, corpus.largest_id + 1)}, or text prepared with the model's own tokenizer",
+            )
+
+
+def check_train_rows(blend: Blend, *, seq_len: int) -> None:
+    """Refuse a corpus without a row to train on."""
+    for corpus in blend.corpora:
+        if corpus.count("train", seq_len=seq_len) < 1:
+            raise refusal(
+                "data.seq_len",
+                seq_len,
+                f"{corpus.path} holds no whole row of training tokens",
+                allowed="shorter rows",
+                instead="a smaller data.seq_len, or more text",
+            )
+
+
+def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
+    """Refuse an evaluation that has nothing to read; `field` asked for it."""
+    if blend.count("eval", seq_len=seq_len) < 1:
+        raise refusal(
+            field,
+            value,
+            f"{blend.name} holds no held-out row of {seq_len} tokens",
+            allowed="a corpus with held-out documents",
+            instead="train.eval_every=0, a larger data.eval_fraction in prepare, or data.eval_path=PREFIX of held-out token files",
+        )
+
+
+def tokenizer_dir(data: DataConfig) -> Path | None:
+    """The tokenizer that goes with the data: the first corpus' own, else the folder data.tokenizer; None if there is neither."""
+    folders = [Path(path).expanduser() / "tokenizer" for path in (data.blend or [data.path]) if path]
+    if data.tokenizer != "train":
+        folders.append(Path(data.tokenizer).expanduser())
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def apportioned(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts, by largest remainder: each at most one off its exact share, the first wins a tie."""
+    exact = [Fraction(weight) for weight in weights]
+    shares = [total * weight / sum(exact) for weight in exact]
+    parts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda number: parts[number] - shares[number])
+    for number in by_remainder[: total - sum(parts)]:
+        parts[number] += 1
+    return parts
+
+
+def drawn(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int], seed: int) -> np.ndarray:
+    """(corpus, row in it) of each sample index: int64 (n, 2). `rows`: how many each corpus has."""
+    if len(quotas) == 1:
+        ids = order.row_ids(samples, rows=rows[0], seed=seed)
+        return np.stack([np.zeros_like(ids), ids], axis=1)
+    ends = np.cumsum(quotas)
+    places = order.permuted(samples, size=BLOCK, key=f"hybridtrain blend {seed}")
+    which = np.searchsorted(ends, places, side="right")
+    own = samples // BLOCK * quotas[which] + places - (ends - quotas)[which]
+    ids = np.empty(len(samples), dtype=np.int64)
+    for number, count in enumerate(rows):
+        chosen = which == number
+        ids[chosen] = order.row_ids(own[chosen], rows=count, seed=f"{seed} of corpus {number}")
+    return np.stack([which, ids], axis=1)
+
+
+def order_fingerprint(blend: Blend, *, plan: BatchPlan, seed: int) -> str:
+    """Identity of the token order: equal fingerprints see the same tokens at the same step."""
+    identity = f"{blend.fingerprint} seq_len={plan.seq_len} seed={seed} global_batch_size={plan.global_batch_size}"
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
+    """One model, one tokenizer. Rank 0 compares the files; the others need not read them."""
+    for corpus in corpora[1:]:
+        same = (corpus.vocab_size, corpus.eos_id) == (corpora[0].vocab_size, corpora[0].eos_id)
+        if not same or (log.rank() == 0 and _tokenizer(corpus) != _tokenizer(corpora[0])):
+            raise refusal(
+                "data.blend",
+                f"{corpus.path}",
+                f"it was prepared with another tokenizer than {corpora[0].path}",
+                allowed="corpora of one tokenizer",
+                instead=f"hybridtrain prepare data.path={corpus.path} data.tokenizer={corpora[0].tokenizer_dir} prepare.overwrite=true data.source=...",
+            )
+
+
+def _tokenizer(corpus: Corpus) -> bytes | None:
+    file = corpus.tokenizer_dir / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None

@@ -1,0 +1,180 @@
+"""One corpus as training reads it: a folder that `prepare` completed, or a pair of token files of another maker.
+
+Opening reads metadata only and writes nothing: thousands of ranks may do it on a shared disk. Torch is not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridtrain.data.corpus import FORMAT, READABLE
+from hybridtrain.data.fit import row_files
+from hybridtrain.data.indexed import IndexedReader, file_pair
+from hybridtrain.data.pack import ChatRows, Rows, TextRows, count_rows
+from hybridtrain.types import UserError, refusal
+
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file of another maker: what identifies it
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token files by split; a split without documents has none."""
+
+    path: Path
+    """The folder, or the prefix of two token files."""
+    readers: Mapping[str, IndexedReader]
+    facts: Mapping[str, Any] | None
+    """corpus.json; None for token files of another maker, of which only their index is known."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Open a prepared folder, or PREFIX for PREFIX.bin and PREFIX.idx.
+
+        Raises UserError when it is neither, or when a token file is missing, empty, truncated or of another size than
+        corpus.json says.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir() and any(file.is_file() for file in file_pair(path)):
+            return cls(path, {"train": IndexedReader(path)}, None)
+        return _prepared(path)
+
+    @classmethod
+    def held_out(cls, path: str | Path) -> Corpus:
+        """PREFIX.bin and PREFIX.idx as a corpus that is evaluated on alone."""
+        path = Path(path).expanduser()
+        return cls(path, {"eval": IndexedReader(path)}, None)
+
+    @property
+    def chat(self) -> bool:
+        """Whether it holds conversations in rows of their own, instead of text."""
+        return self.facts is not None and self.facts.get("kind") == "chat"
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Entries of the tokenizer, where it is known."""
+        return None if self.facts is None else self.facts["vocab_size"]
+
+    @property
+    def eos_id(self) -> int | None:
+        return None if self.facts is None else self.facts["eos_id"]
+
+    @property
+    def largest_id(self) -> int | None:
+        """Largest token id in the files, where it is known."""
+        return None if self.facts is None else self.facts["largest_id"]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256: over tokens, sizes and tokenizer, by `prepare`; of foreign files over their sizes and some of their bytes."""
+        if self.facts is not None:
+            return self.facts["fingerprint"]
+        digest = hashlib.sha256()
+        for file in file_pair(self.path):
+            size = file.stat().st_size
+            digest.update(f"{size} ".encode())
+            with file.open("rb") as stream:
+                for sample in range(SAMPLES):
+                    stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def count(self, split: str, *, seq_len: int) -> int:
+        """Rows of `seq_len` in a split; 0 for a split without documents. Raises UserError for conversations fitted to other rows."""
+        if split not in self.readers:
+            return 0
+        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.chat else count_rows(self.readers[split].tokens, seq_len=seq_len)
+
+    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
+        """The rows of a split that has some, for a model of `vocab` entries. `documents`: they tell where documents begin."""
+        reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
+        if not self.chat:
+            return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
+        assert documents
+        ids, starts = self._row_index(split, seq_len=seq_len)
+        return ChatRows(reader, IndexedReader(self.path / f"{split}.loss"), ids=ids, starts=starts, seq_len=seq_len, check=check)
+
+    def _row_index(self, split: str, *, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.facts is not None
+        if seq_len != self.facts["seq_len"]:
+            raise refusal(
+                "data.seq_len",
+                seq_len,
+                f"the conversations of {self.path} were fitted into rows of {self.facts['seq_len']}",
+                allowed=f"{self.facts['seq_len']}",
+                instead=f"data.seq_len={self.facts['seq_len']}, or prepare again with data.seq_len={seq_len} prepare.overwrite=true",
+            )
+        try:
+            ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
+        except (OSError, ValueError) as error:
+            raise _unprepared(self.path, f"its row index cannot be read ({error})") from error
+        if len(ids) != self.readers[split].sequences or starts[-1] != len(ids):
+            raise _unprepared(self.path, f"its row index is of {len(ids)} conversations, and {split}.idx of {self.readers[split].sequences}")
+        return ids, starts
+
+    def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
+        """Refuse ids that the files should not hold: one beyond the embedding would crash, on a GPU without saying why."""
+        smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+        if self.largest_id is not None and largest > self.largest_id:
+            raise _unprepared(self.path, f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed")
+        if smallest < 0 or largest >= vocab:
+            raise refusal(
+                "model.config.vocab_size",
+                vocab,
+                f"{self.readers[split].bin_path} holds token id {smallest if smallest < 0 else largest}",
+                allowed=f"token ids of 0 to {vocab - 1}",
+                instead="a model with the vocabulary of the tokenizer that made the file",
+            )
+
+
+def _prepared(folder: Path) -> Corpus:
+    facts = _facts(folder)
+    try:
+        if facts["format"] not in READABLE:
+            raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
+        counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
+        wanted = ("vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if facts.get("kind") == "chat" else []))
+        facts = {**facts, **{name: facts[name] for name in wanted}}
+    except (KeyError, TypeError) as error:
+        raise _unprepared(folder, f"its corpus.json lacks {error}") from error
+    readers = {split: IndexedReader(folder / split) for split, (documents, _) in counts.items() if documents}
+    for split, reader in readers.items():
+        if (reader.documents, reader.tokens) != counts[split]:
+            found = f"{reader.documents} documents and {reader.tokens} tokens"
+            raise _unprepared(folder, f"{file_pair(folder / split)[0]} has {found}, corpus.json says {counts[split][0]} and {counts[split][1]}")
+    return Corpus(folder, readers, facts)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise _unprepared(folder, "there is no such folder, and no such pair of token files")
+    try:
+        return json.loads((folder / "corpus.json").read_text())
+    except FileNotFoundError:
+        if pairs := sorted(folder.glob("*.idx")):
+            prefix = pairs[0].with_suffix("")
+            raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}") from None
+        raise _unprepared(folder, "it holds no prepared corpus") from None
+    except ValueError as error:
+        raise _unprepared(folder, f"its corpus.json cannot be read ({error})") from error
+
+
+def _unprepared(folder: Path, problem: str) -> UserError:
+    return refusal(
+        "data.path",
+        folder,
+        problem,
+        allowed="a folder that prepare completed, or the prefix of a .bin and an .idx file",
+        instead=f"hybridtrain prepare data.path={folder} data.source=[stdlib] (or your own text), with prepare.overwrite=true if it holds something",
+    )

@@ -23,6 +23,7 @@ OPTIONS = [field for fields in {k: v for command in schema.ROOTS for k, v in key
 ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
 
 PARAMETERS = {
+    "llama_1_1b": 1_100_048_384,
     "llama3_2_1b": 1_235_814_400,
     "llama3_1_8b": 8_030_261_248,
     "llama3_1_70b": 70_553_706_496,

@@ -47,6 +47,8 @@ class Task:
     plan: BatchPlan
     """All rows of the global batch in one process."""
     vocab: int
+    threads: int
+    """CPU threads: as many as all our processes of this host have together."""
 
 
 class PlainLoop:
@@ -62,7 +64,8 @@ class PlainLoop:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
         if config.recompute.kind == "full":  # Hugging Face has no other kind: beside `selective` the plain loop keeps everything
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            recompute: Any = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable  # its older name
+            recompute({"use_reentrant": False})
         if config.engine.compile:
             layers = self.model.get_submodule(family.layers).children() if config.bench.plain_compile == "layer" else [self.model]
             for module in layers:
@@ -81,8 +84,9 @@ class PlainLoop:
         total = torch.zeros((), device=self._device)
         for batch in micro_batches:
             ids_BT, labels_BT = (tensor.to(self._device, non_blocking=True) for tensor in (batch.input_ids_BT, batch.labels_BT))
+            positions = {"position_ids": batch.position_ids_BT.to(self._device, non_blocking=True)} if batch.packed else {}
             with self._casting():
-                logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
+                logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **positions).logits
                 loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / max(1, tokens)
             self._scaler.scale(loss).backward()
             total += loss.detach()
@@ -102,16 +106,12 @@ class PlainLoop:
 
 
 class PlainProcess:
-    """The plain loop in a process of its own, with the same questions as a Side. Raises UserError when it does not get through.
+    """The plain loop in a process of its own, with the same questions as a Side. Raises UserError when it does not get through."""
 
-    `cores`: leave the number of threads to torch, which then takes the machine's cores, instead of to OMP_NUM_THREADS.
-    """
-
-    def __init__(self, task: Task, *, cores: bool) -> None:
+    def __init__(self, task: Task) -> None:
         self._connection, theirs = Pipe()
         code = "import sys; from hybridtrain.bench.plain import serve; serve(int(sys.argv[1]))"
-        left_out = {*_LAUNCHERS, *(["OMP_NUM_THREADS"] if cores else [])}
-        environment = {key: value for key, value in os.environ.items() if key not in left_out} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._ask(pickle.dumps(task))
@@ -170,6 +170,7 @@ def serve(descriptor: int) -> None:
 
 def _side(task: Task) -> Side:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(task.threads)
     before_gib = metrics.max_memory_gib(device)
     loop = PlainLoop(task.config, device=device)
     tokens = tokens_of(task.config, corpus=task.config.bench.corpus, vocab=task.vocab, plan=task.plan, dp_rank=0, dp_size=1)

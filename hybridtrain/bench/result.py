@@ -186,8 +186,10 @@ def check_writable(out: str) -> None:
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
     except OSError as error:
         raise refusal(
             "bench.out", out, f"it cannot be written: {error.strerror}", allowed="a file in a folder that you can write", instead="bench.out=bench.json"

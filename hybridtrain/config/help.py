@@ -10,6 +10,7 @@ EXAMPLES = {
     "train": "torchrun --standalone --nproc-per-node 4 -m hybridtrain.train experiment=quickstart parallel=tp2_pp2 train.steps=100",
     "prepare": "hybridtrain prepare data.source=[books/] data.path=data/books data.vocab_size=8192",
     "parity": "hybridtrain parity experiment=smoke parity.layouts=[tp2,pp2-dp_shard2-zero1]",
+    "bench": "torchrun --standalone --nproc-per-node 2 -m hybridtrain.bench experiment=smoke parallel=tp2 bench.rounds=15 bench.out=bench.json",
     "export": "hybridtrain export runs/quickstart export.dtype=bfloat16",
     "evaluate": "hybridtrain evaluate runs/quickstart",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",

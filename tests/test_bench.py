@@ -216,14 +216,7 @@ def plain():
     process.close()
 
 
-def test_the_plain_loops_memory_is_its_own(plain):
-    memory = plain.memory()
-    assert 0.1 < memory.before_gib < 0.9  # this process held 1 GiB when it was started
-    plain.run(1)
-    assert memory.before_gib <= memory.peak_gib <= plain.memory().peak_gib < 0.9
-
-
-def test_rounds_go_on_where_the_last_one_ended(plain):
+def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
     case = Case()
     plan = layout.plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     loop = PlainLoop(config_of(case), device=torch.device("cpu"))
@@ -233,6 +226,8 @@ def test_rounds_go_on_where_the_last_one_ended(plain):
     assert [loss for a_round in there for loss in a_round.losses] == pytest.approx(here.losses, rel=1e-5)
     assert [len(a_round.steps_s) for a_round in there] == [2, 1]
     assert all(seconds > 0 for a_round in there for seconds in a_round.steps_s)
+    memory = plain.memory()
+    assert 0.1 < memory.before_gib < memory.peak_gib < 0.9  # this process held 1 GiB when it was started
 
 
 def test_a_plain_loop_that_is_killed_is_a_refusal(plain):

@@ -107,7 +107,7 @@ def test_no_traces_of_one_machine():
     assert [place for place in found if not place.startswith("tests/test_house.py")] == []
 
 
-@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/quickstart.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/quickstart.sh", "launch/bench_gpu.sh", ".ci/run"])
 def test_scripts_parse_and_may_be_run(script):
     assert (ROOT / script).stat().st_mode & 0o111, f"{script} is not executable"
     assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ SHORTER = {
     "hybridtrain.train experiment=smoke parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
     "hybridtrain.train experiment=smoke parallel=zero1_pp2": ["train.steps=6", "train.eval_every=3", "checkpoint.every=2"],
     "hybridtrain parity": ["parity.steps=1"],
+    "hybridtrain.bench": ["bench.rounds=1", "bench.steps=1", "bench.warmup=1"],
     "hybridtrain generate": ["generate.max_new_tokens=8"],
     "hybridtrain.train model.from_pretrained": ["train.steps=3"],
 }
@@ -34,11 +37,28 @@ def test_what_the_readme_starts_with_is_there() -> None:
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
+def write_texts(folder: Path) -> None:
+    """A user's own texts in the formats that the section on data prepares."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    texts = [f"Text {number} of a user, with some words of its own: {number * number} and {number**3}." for number in range(200)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "compressed"}\n'))
+    pyarrow.parquet.write_table(pyarrow.table({"content": texts + texts}), folder / "pages.parquet")
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder / "saved")
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "I see."}] for text in texts]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+
+
 @pytest.mark.timeout(400)
 def test_the_five_things_to_try(tmp_path: Path) -> None:
     """In order, in one folder: a later command uses what an earlier one wrote."""
     for name in ("README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path)
+    write_texts(tmp_path / "texts")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -57,14 +77,19 @@ def test_the_five_things_to_try(tmp_path: Path) -> None:
     assert used == set(SHORTER), "a shortening that no command uses"
     assert (tmp_path / "runs/smoke/parity.json").is_file()
     assert (tmp_path / "runs/mine/summary.json").is_file()
+    documents = {name: json.loads((tmp_path / f"data/{name}/corpus.json").read_text())["splits"] for name in ("jsonl", "parquet", "datasets", "chat")}
+    assert {name: sum(split["documents"] for split in splits.values()) for name, splits in documents.items()} == {
+        "jsonl": 401,
+        "parquet": 200,
+        "datasets": 200,
+        "chat": 200,
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_quickstart(tmp_path: Path) -> None:
     """As a user would: the whole script; the loss falls well below its start, and the export's perplexity is our own evaluation's."""
-    import json
-
     done = subprocess.run(["bash", "launch/quickstart.sh", f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

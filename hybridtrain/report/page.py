@@ -55,7 +55,7 @@ def plots(drawn: Sequence[Plot]) -> str:
 
 
 def _figure(name: str, members: Sequence[Plot]) -> str:
-    pictures = [inline(plot.figure, title=plot.title) for plot in members]
+    pictures = [inline(plot) for plot in members]
     if len(members) == 1:
         return f'<figure id="{name}">{pictures[0]}</figure>'
     words = [axis.name for axis in AXES if any(plot.name in (name if axis is AXES[0] else "", f"{name}_{axis.name}") for plot in members)]

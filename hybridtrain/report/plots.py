@@ -54,7 +54,6 @@ STYLE: dict[Any, Any] = {
     "lines.solid_joinstyle": "round",
     "path.simplify": False,  # series are thinned already, and the page reads values off the paths
     "svg.fonttype": "none",
-    "svg.hashsalt": "hybridtrain",
     "legend.frameon": False,
     "legend.fontsize": 8,
     "legend.labelcolor": MUTED,

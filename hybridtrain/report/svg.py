@@ -10,7 +10,7 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from hybridtrain.report.plots import ALARM, COLOURS, GRID, INK, MUTED, PAPER, STYLE
+from hybridtrain.report.plots import ALARM, COLOURS, GRID, INK, MUTED, PAPER, STYLE, Plot
 
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
 _COLOUR = re.compile("|".join(VARIABLES))
@@ -20,15 +20,15 @@ _NUMBER = re.compile(r"(\d\.\d{2})\d+")
 _NAMED = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">')
 
 
-def inline(figure: Figure, *, title: str) -> str:
-    """The figure as an <svg> element called `title` for those who cannot see it."""
+def inline(plot: Plot) -> str:
+    """The plot as an <svg> element; its title is there for those who cannot see it."""
     stream = io.StringIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    with mpl.rc_context({**STYLE, "svg.hashsalt": plot.name}):  # ids are made from it: several plots on one page must not share them
+        plot.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = _NAMED.sub("<g>", text)  # several figures on one page must not share ids
+    text = _NAMED.sub("<g>", text)
     text = _SERIES.sub(r'<g data-series="\1">', text)
     text = _TIP.sub(r"<g><title>\1</title>", text)
     text = _NUMBER.sub(r"\1", text)
@@ -36,7 +36,7 @@ def inline(figure: Figure, *, title: str) -> str:
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None
-    head = f'<svg {view[0]} role="img" aria-label="{html.escape(title)}" {_scales(figure)}xmlns:xlink="http://www.w3.org/1999/xlink">'
+    head = f'<svg {view[0]} role="img" aria-label="{html.escape(plot.title)}" {_scales(plot.figure)}xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"\n\s*", "\n", head + text[text.index(">") + 1 :])
 
 

@@ -112,7 +112,7 @@ MISTAKES = {
     "attention": ([*TRAIN, "model.attention=flash"], ["model.attention=flash", "sdpa, eager"]),
     "pipeline schedule": ([*TRAIN, "parallel.schedule=2f2b"], ["parallel.schedule=2f2b", "zbv_zero_bubble"]),
     "ZeRO stage": ([*TRAIN, "parallel.zero_stage=4"], ["parallel.zero_stage=4", "0, 1, 2, 3"]),
-    "tracker": ([*TRAIN, "tracker.kinds=[mlflow]"], ["no tracker 'mlflow'", "tensorboard"]),
+    "tracker": ([*TRAIN, "tracker.kinds=[mlflo]"], ["no tracker 'mlflo'", "tensorboard"]),
     "learning rate": ([*TRAIN, "optim.lr=0"], ["optim.lr=0"]),
     "infinite learning rate": ([*TRAIN, "optim.lr=inf"], ["optim.lr=inf"]),
     "betas": ([*TRAIN, "optim.betas=[0.9,1.0]"], ["optim.betas=[0.9, 1.0]"]),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridtrain.config.check import TRACKERS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hybridtrain"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -22,9 +24,8 @@ DOORS = {
     "omegaconf": ("config/compose.py",),
     "yaml": ("config/compose.py",),
     "deepspeed": ("engine/deepspeed.py",),
-    "wandb": ("trackers.py",),
-    "tensorboard": ("trackers.py",),
-    "accelerate": ("trackers.py", "mesh.py", "evaluate/"),
+    **dict.fromkeys(TRACKERS, ("trackers/",)),
+    "accelerate": ("trackers/", "mesh.py", "evaluate/"),
     "transformers": ("models/", "data/tokenizer.py", "data/chat.py", "evaluate/"),
     "tokenizers": ("data/tokenizer.py",),
     "datasets": ("data/readers.py",),

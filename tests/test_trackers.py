@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from hybridtrain import trackers
+from hybridtrain.trackers import kinds
 
 TRACK = """
     import json, logging, resource, sys, time
@@ -156,7 +157,7 @@ def test_an_existing_process_group_is_left_as_it_is(tmp_path):
 def test_an_unreachable_wandb_costs_one_warning(tmp_path, listens):
     begin = time.monotonic()
     with server(listens=listens) as url:
-        limits = "trackers.INIT_S, trackers.FINISH_S = 3.0, 6.0"
+        limits = "from hybridtrain.trackers import kinds; kinds.INIT_S, trackers.FINISH_S = 3.0, 6.0"
         timings, warnings = track(tmp_path, "wandb", "tensorboard", before=limits, WANDB_MODE="online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url)
     assert len(warnings) == 1
     assert "tracker wandb gave up" in warnings[0]
@@ -206,7 +207,7 @@ def test_logged_in(tmp_path, monkeypatch, env, netrc, expected):
     (tmp_path / "netrc").chmod(0o600)
     for name, value in (env | {"NETRC": str(tmp_path / "netrc")}).items():
         monkeypatch.setenv(name, value)
-    assert trackers._logged_in_to_wandb() is expected
+    assert kinds.logged_in_to_wandb() is expected
 
 
 def test_public_drops_secrets_and_keeps_the_rest():

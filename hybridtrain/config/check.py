@@ -5,6 +5,7 @@ Layouts are checked by layout.check, models by models/, data files by data/: eac
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ FP32_MATMUL = ("auto", "highest", "high", "medium")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
-TRACKERS = ("wandb", "tensorboard")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml", "aim")
+"""Also the names of their packages."""
 CHAT_TEMPLATES = ("own", "plain")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")
 PLAIN_COMPILE = ("layer", "model")
@@ -72,6 +74,10 @@ def _kinds(config: schema.Config) -> None:
         _one_of(field, value, allowed)
     for kind in config.tracker.kinds:
         _require(kind in TRACKERS, "tracker.kinds", config.tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(TRACKERS), instead="tracker.kinds=[wandb]")
+        if type(config) is schema.Config:  # only training tracks
+            there = [name for name in TRACKERS if importlib.util.find_spec(name)]
+            words = f"the package {kind} is not installed here"
+            _require(kind in there, "tracker.kinds", config.tracker.kinds, words, allowed=", ".join(there) or "none", instead=f"pip install {kind}")
     _require(
         config.parallel.zero_stage in (0, 1, 2, 3),
         "parallel.zero_stage",

@@ -1,9 +1,9 @@
-"""wandb and TensorBoard, through accelerate's tracker classes. A tracker never stops, slows or fails a training run.
+"""Trackers (wandb, TensorBoard and others) through accelerate's tracker classes. A tracker never stops, slows or fails a training run.
 
-    training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker ──> wandb, TensorBoard
+    training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker ──> wandb, TensorBoard ...
 
 Whatever may raise or hang happens on the tracker's own thread; what goes wrong there costs one warning. Only rank 0 tracks.
-A new tracker is one function and one row in `_OPEN`.
+A new tracker is a row in kinds.py.
 """
 
 from __future__ import annotations
@@ -13,24 +13,21 @@ import importlib
 import json
 import logging
 import math
-import netrc
 import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
+from hybridtrain.trackers.kinds import KINDS
+
 _log = logging.getLogger(__name__)
 
-INIT_S = 30.0  # wandb.init gives up after so long
-UPLOAD_S = 20.0  # and run.finish() stops uploading after so long; the data stays on disk for `wandb sync`
 FINISH_S = 30.0  # all trackers together may hold up the end of the run for so long
 
 _NOT_PLOTTED = ("step", "time")  # the x axis, and the trackers have clocks of their own
@@ -53,17 +50,19 @@ class Trackers:
             return
         values = public(config)
         for kind in kinds:
-            modules, open_tracker = _OPEN[kind]
+            row, place = KINDS[kind], (folder / kind).resolve()
             try:
+                place.mkdir(parents=True, exist_ok=True)
+                for variable, value in row.environment(place).items():
+                    os.environ.setdefault(variable, value)
                 # Imported here: two threads inside one import with cycles can see half a module.
-                for module in ("accelerate.tracking", *modules):
+                for module in ("accelerate.tracking", *row.modules):
                     importlib.import_module(module)
                 _accelerate_state()
-                (folder / kind).mkdir(parents=True, exist_ok=True)
             except Exception as error:
                 _warn(kind, error)
                 continue
-            self._workers.append(_Worker(kind, open_tracker, project=project, name=name, folder=folder / kind, config=values))
+            self._workers.append(_Worker(kind, row.open, project=project, name=name, folder=place, config=values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Hand the numbers of `values` over to every tracker; returns at once. What is None or not finite is left out."""
@@ -137,46 +136,6 @@ def _accelerate_state() -> None:
 
     with contextlib.nullcontext() if dist.is_initialized() else clear_environment():
         PartialState()
-
-
-def _open_tensorboard(project: str, *, name: str, folder: Path) -> Any:
-    from accelerate.tracking import TensorBoardTracker
-
-    return TensorBoardTracker(f"{project}/{name}", folder)
-
-
-def _open_wandb(project: str, *, name: str, folder: Path) -> Any:
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in_to_wandb() else "offline")
-    online = mode == "online"  # then wandb prints the address of the run
-    settings = wandb.Settings(init_timeout=INIT_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True, silent=not online, console="off")
-    # The id stays with the run directory, so that a resumed run goes on in the same wandb run.
-    id_file = folder / "run-id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    run_id = id_file.read_text(encoding="utf-8")
-    # wandb adds a folder `wandb` of its own below `dir`.
-    return WandBTracker(project, name=name, dir=str(folder.parent), id=run_id, resume="allow" if online else None, mode=mode, settings=settings)
-
-
-def _logged_in_to_wandb() -> bool:
-    """Whether wandb would find a key: in the environment, or in the netrc file that `wandb login` writes."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host)) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-# kind -> modules to import before its thread starts, and what makes the accelerate tracker
-_OPEN: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
-    "tensorboard": (("torch.utils.tensorboard",), _open_tensorboard),
-    "wandb": (("wandb",), _open_wandb),
-}
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:

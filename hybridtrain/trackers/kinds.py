@@ -1,0 +1,137 @@
+"""The trackers there are, one row each: how accelerate's class for it is made, and how its files are kept in the run directory.
+
+A tracker that can work without a server does so unless its own login, environment variables or configuration file say otherwise.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+INIT_S = 30.0  # wandb.init gives up after so long
+UPLOAD_S = 20.0  # and run.finish() stops uploading after so long; the data stays on disk for `wandb sync`
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A tracker: `open` makes accelerate's object on the tracker's own thread, in a folder of its own."""
+
+    modules: tuple[str, ...]
+    """What to import before that thread starts."""
+    environment: Callable[[Path], dict[str, str]]
+    """Variables to set before the import, where the user has not set them."""
+    open: Callable[..., Any]
+
+
+def _nothing(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are told by arguments
+    return {}
+
+
+def _tensorboard(project: str, *, name: str, folder: Path) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+
+    return TensorBoardTracker(f"{project}/{name}", folder)
+
+
+def _wandb(project: str, *, name: str, folder: Path) -> Any:
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in_to_wandb() else "offline")
+    online = mode == "online"  # then wandb prints the address of the run
+    settings = wandb.Settings(init_timeout=INIT_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True, silent=not online, console="off")
+    # The id stays with the run directory, so that a resumed run goes on in the same wandb run.
+    id_file = folder / "run-id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    run_id = id_file.read_text(encoding="utf-8")
+    # wandb adds a folder `wandb` of its own below `dir`.
+    return WandBTracker(project, name=name, dir=str(folder.parent), id=run_id, resume="allow" if online else None, mode=mode, settings=settings)
+
+
+def logged_in_to_wandb() -> bool:
+    """Whether wandb would find a key: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _mlflow(project: str, *, name: str, folder: Path) -> Any:
+    from accelerate.tracking import MLflowTracker
+
+    # Every start is an MLflow run of its own: MLflow refuses to change a parameter, and a resume may change the layout.
+    remote = not os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite")
+    return MLflowTracker(project, logging_dir=None if remote else str(folder / "artifacts"), run_name=name)
+
+
+def _mlflow_environment(folder: Path) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def _trackio(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - the folder is told by the environment
+    from accelerate.tracking import TrackioTracker
+
+    return TrackioTracker(project, name=name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+
+
+def _dvclive(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - DVCLive has a folder instead of a project
+    from accelerate.tracking import DVCLiveTracker
+
+    # Without `resume` it would empty the folder; dvc.yaml would otherwise lie in the working directory.
+    return DVCLiveTracker(dir=str(folder), resume=(folder / "metrics.json").exists(), save_dvc_exp=False, dvcyaml=str(folder / "dvc.yaml"), exp_name=name)
+
+
+def _swanlab(project: str, *, name: str, folder: Path) -> Any:
+    from accelerate.tracking import SwanLabTracker
+
+    mode = os.environ.get("SWANLAB_MODE") or ("online" if os.environ.get("SWANLAB_API_KEY") else "offline")
+    return SwanLabTracker(project, name=name, log_dir=str(folder), mode=mode)
+
+
+def _comet_ml(project: str, *, name: str, folder: Path) -> Any:
+    import comet_ml
+    from accelerate.tracking import CometMLTracker
+
+    online = bool(os.environ.get("COMET_API_KEY")) or Path("~/.comet.config").expanduser().exists()
+    # Numbers and options only: neither the source code nor what is printed leaves with them.
+    config = comet_ml.ExperimentConfig(name=name, offline_directory=str(folder), log_code=False, log_git_patch=False, auto_output_logging="", parse_args=False)
+    return CometMLTracker(project, online=online, experiment_config=config)
+
+
+def _clearml(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - the folder is told by the environment
+    from accelerate.tracking import ClearMLTracker
+    from clearml import Task
+
+    if not (os.environ.get("CLEARML_API_ACCESS_KEY") or Path(os.environ.get("CLEARML_CONFIG_FILE", "~/clearml.conf")).expanduser().exists()):
+        Task.set_offline(True)
+    quiet = {f"auto_connect_{what}": False for what in ("frameworks", "arg_parser", "streams")}
+    return ClearMLTracker(name, project_name=project, task_name=name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
+
+
+def _aim(project: str, *, name: str, folder: Path) -> Any:
+    from accelerate.tracking import AimTracker
+
+    return AimTracker(name, folder, experiment=project, log_system_params=False, system_tracking_interval=None, capture_terminal_logs=False)
+
+
+KINDS: dict[str, Kind] = {
+    "tensorboard": Kind(("torch.utils.tensorboard",), _nothing, _tensorboard),
+    "wandb": Kind(("wandb",), _nothing, _wandb),
+    "mlflow": Kind(("mlflow",), _mlflow_environment, _mlflow),
+    "trackio": Kind(("trackio",), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio),
+    "dvclive": Kind(("dvclive", "dvclive.plots"), _nothing, _dvclive),
+    "swanlab": Kind(("swanlab",), _nothing, _swanlab),
+    "comet_ml": Kind(("comet_ml",), _nothing, _comet_ml),
+    "clearml": Kind(("clearml",), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml),
+    "aim": Kind(("aim",), _nothing, _aim),
+}

@@ -155,7 +155,7 @@ def test_marks_stand_where_things_happened(tmp_path):
     made, _ = drawn(eventful(tmp_path))
     axes = made["loss"].figure.axes[0]
     marks = {line.get_label(): line.get_xdata().tolist() for line in axes.get_lines() if not line.get_label().startswith("_")}
-    assert marks == {"1 checkpoint(s)": [100.0], "resumed": [100.0], "skipped": [30.0], "failed": [105.0]}
+    assert marks == {"1 checkpoint": [100.0], "resumed": [100.0], "skipped": [30.0], "failed": [105.0]}
     assert made["grad_norm"].figure.axes[0].get_yscale() == "log"
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_goes_on(tmp_path):
     assert read.eta_s == pytest.approx(8 * 0.2)
     assert "step 2 of 10, about 2s to go" in single.about(read)
     assert "layout" not in single.lines(read)
-    assert report.write(report.of_run(read), single.document(read, report.of_run(read)), out=tmp_path / "out")[1].is_file()
+    assert report.write(report.of_run(read), single.document(read, report.of_run(read)), name=read.name, out=tmp_path / "out")[1].is_file()
     assert is_drawn(tmp_path / "out" / "loss.png")
     silent = history.read(write(tmp_path, [row(1, time=now - 7000), row(2, time=now - 6990)], summary=summary))
     assert "nothing logged for 1h5" in single.about(silent)

@@ -27,12 +27,12 @@ def run(config: ReportRoot) -> int:
     if config.report.compare:
         histories = [read(Path(folder)) for folder in config.report.compare]
         drawn = list(plots.of_runs(histories, names=compare.names(histories)))
-        text, document, default = compare.lines(histories), compare.document(histories, drawn), COMPARISON
+        name, text, document, default = "", compare.lines(histories), compare.document(histories, drawn), COMPARISON
     else:
         history = read(Path(config.run.dir))
         drawn = of_run(history)
-        text, document, default = single.lines(history), single.document(history, drawn), history.folder / "report"
-    files = write(drawn, document, out=Path(config.report.out) if config.report.out else default)
+        name, text, document, default = history.name, single.lines(history), single.document(history, drawn), history.folder / "report"
+    files = write(drawn, document, name=name, out=Path(config.report.out) if config.report.out else default)
     print(text + "\n\n" + "\n".join(str(file) for file in files))
     return 0
 
@@ -43,13 +43,17 @@ def of_run(history: History) -> list[plots.Plot]:
     return [*plots.of_run(history), *([ranks.plot(layout, hosts=history.summary.get("machine") or ())] if layout else [])]
 
 
-def write(drawn: Sequence[plots.Plot], document: str, *, out: Path) -> list[Path]:
-    """Write index.html and the PNGs into `out`, each whole or not at all, and remove what an earlier report drew and this one did not; the files written."""
+def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -> list[Path]:
+    """Write index.html and the PNGs (with the run's `name` in a corner) into `out`, each whole or not at all; returns the files.
+
+    What an earlier report drew there and this one did not is removed.
+    """
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, plot in pictures.items():
             stream = io.BytesIO()
+            plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED)
             with mpl.rc_context(plots.STYLE):
                 plot.figure.savefig(stream, format="png", dpi=DPI)
             write_atomically(path, stream.getvalue())

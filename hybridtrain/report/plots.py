@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator
 
 from hybridtrain.report.history import History
 from hybridtrain.report.series import BUCKETS, sample, smooth, thin
@@ -209,7 +209,7 @@ def _scale_y(axes: Axes, series: Sequence[Series], *, kind: str) -> None:
     elif kind == "throughput":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif kind == "mfu":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
 
 
 def scientific(value: float) -> str:
@@ -229,7 +229,7 @@ def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
         if kind in ("resumed", "failed"):
             axes.vlines(x, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.8, linestyles=(0, (3, 3)))
         low = np.full(len(x), 0.02)
-        label = {"checkpoint": f"{len(at)} checkpoint(s)"}.get(kind, kind)
+        label = f"{len(at)} checkpoint{'s' if len(at) > 1 else ''}" if kind == "checkpoint" else kind
         axes.plot(x, low, marker, color=colour, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False, label=label)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper right", handletextpad=0.1, borderaxespad=0.2, labelspacing=0.3)

@@ -43,10 +43,10 @@ def write_texts(folder: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    folder.mkdir()
+    (folder / "texts").mkdir()
     texts = [f"Text {number} of a user, with some words of its own: {number * number} and {number**3}." for number in range(200)]
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "compressed"}\n'))
+    (folder / "texts/a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "texts/b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "compressed"}\n'))
     pyarrow.parquet.write_table(pyarrow.table({"content": texts + texts}), folder / "pages.parquet")
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder / "saved")
     turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "I see."}] for text in texts]
@@ -58,7 +58,7 @@ def test_the_five_things_to_try(tmp_path: Path) -> None:
     """In order, in one folder: a later command uses what an earlier one wrote."""
     for name in ("README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path)
-    write_texts(tmp_path / "texts")
+    write_texts(tmp_path)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -79,7 +79,7 @@ def test_the_five_things_to_try(tmp_path: Path) -> None:
     assert (tmp_path / "runs/mine/summary.json").is_file()
     documents = {name: json.loads((tmp_path / f"data/{name}/corpus.json").read_text())["splits"] for name in ("jsonl", "parquet", "datasets", "chat")}
     assert {name: sum(split["documents"] for split in splits.values()) for name, splits in documents.items()} == {
-        "jsonl": 401,
+        "jsonl": 201,
         "parquet": 200,
         "datasets": 200,
         "chat": 200,

@@ -40,8 +40,8 @@ class Fields:
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
-        option = "messages_key" if data.format == "chat" else "text_key"
-        return cls(key=getattr(data, option), option=f"data.{option}", config=data.dataset_config, split=data.dataset_split)
+        key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
+        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ def of_text(counts: Counts) -> dict[str, Any]:
     """What was met in the text."""
     return {
         "text_bytes": counts.text_bytes,
+        "bytes_per_token": round(counts.text_bytes / max(1, counts.tokens), 2),
         "bad_records": counts.bad,
         "first_bad": counts.first_bad,
         "damaged_documents": counts.damaged,
@@ -57,9 +58,8 @@ def table(folder: Path) -> str:
             share = figures["loss_tokens"] / figures["tokens"]
             fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
             lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
-    tokens = sum(figures["tokens"] for figures in facts["splits"].values())
-    if size := facts.get("text_bytes", 0):
-        lines.append(f"text       {size / 1e6:,.1f} MB, {size / tokens:.2f} bytes per token")
+    if size := facts.get("text_bytes"):
+        lines.append(f"text       {size / 1e6:,.1f} MB read, {facts['bytes_per_token']} bytes per token")
     lines.append(f"vocabulary {facts['vocab_size']:,} (largest id used {facts['largest_id']:,})")
     for name, words in (
         ("duplicates", "identical documents left out"),

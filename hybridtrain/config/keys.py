@@ -18,6 +18,7 @@ from hybridtrain.config import schema
 from hybridtrain.types import refusal
 
 FREE_FORM = "model.config"  # any field of a Hugging Face config.json may stand under it
+MAPPING = "data.blend"  # its value is {path:weight, ...}
 NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?P<equals>=(?P<value>.*))?$", re.DOTALL)
 
@@ -112,7 +113,7 @@ def _normalise_one(text: str, command: str, known: dict[str, list[str]], allowed
         prefix = "++"
     else:
         check_key(key, value=value, allowed=allowed, groups=list(known))
-        prefix = "++" if prefix == "+" else prefix
+        prefix = "++" if prefix == "+" or (key == MAPPING and not prefix) else prefix
     return f"{prefix}{key}{match['equals'] or ''}"
 
 

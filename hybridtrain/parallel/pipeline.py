@@ -46,6 +46,11 @@ class ZeroStage(PipelineStage):
     """
 
     zero_stage: int
+    packed: bool
+    """Given to every forward from here: torch 2.11 takes whatever goes through a schedule for a tensor."""
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward_maybe_with_nosync(*args, **kwargs, packed=self.packed)
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         stage = self.submod
@@ -101,9 +106,9 @@ class Pipeline:
     def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, plan: BatchPlan, group: dist.ProcessGroup, **shape: Any):
         self.stages, self.plan = stages, plan
         self.divisor = torch.ones(())
-        wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
+        self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
-        self.schedule = _SCHEDULES[schedule](wrapped[0] if schedule in SCHEDULES_SINGLE else wrapped, **options)
+        self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SCHEDULES_SINGLE else self.wrapped, **options)
         self.order = None if schedule in SCHEDULES_SINGLE else self.schedule.pipeline_order_with_comms
 
     def _wrap(
@@ -151,5 +156,7 @@ class Pipeline:
         losses: list[Tensor] = []
         args = (ids_BT,) if self.first else ()
         last = {"target": labels_BT, "losses": losses} if self.last else {}
-        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, packed=packed, **last)
+        for stage in self.wrapped:
+            stage.packed = packed
+        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, **last)
         return losses

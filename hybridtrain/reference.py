@@ -37,7 +37,7 @@ class Reference:
         self.settings, self.compute = settings, compute
         self.loss_scale = 1.0
         """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
-        self.master: nn.Module = initialised(config, family=family, source=source, param=param)
+        self.master: nn.Module = initialised(config, family=family, source=source, param=param, device=torch.device("cpu"))
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
@@ -88,9 +88,10 @@ class Reference:
 
 
 @torch.no_grad()
-def initialised(config: Any, *, family: Family, source: Source, param: torch.dtype) -> nn.Module:
-    """Hugging Face's own model of `config` with the weights of `source`, stored in `param`."""
-    model = _in_dtype(plain_model(config), param)
+def initialised(config: Any, *, family: Family, source: Source, param: torch.dtype, device: torch.device) -> nn.Module:
+    """Hugging Face's own model of `config` on `device`, with the weights of `source`, stored in `param`."""
+    with device:
+        model = _in_dtype(plain_model(config), param)
     for name, parameter in model.named_parameters():
         assert not (config.tie_word_embeddings and name == f"{family.head}.weight")
         shape = tuple(parameter.shape)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The benchmark of an NVIDIA machine, in one command of at most 10 minutes.
-#   bash launch/bench_gpu.sh [--rehearse] [--minutes M] [FOLDER]        FOLDER: where results go (default: bench-gpu)
+#   bash launch/bench_gpu.sh [--rehearse] [--minutes M] [FOLDER] [key=value ...]
+# FOLDER: where results go (default: bench-gpu); overrides hold for every part.
 #
 # What it measures, in this order, each part within a time of its own:
 #   tests        tests/gpu: parity with the plain process on the GPU, compilation, memory (where pytest is installed)
@@ -20,12 +21,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 rehearse=
 minutes=9.7
 folder=bench-gpu
+overrides=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         --rehearse) rehearse=yes ;;
         --minutes) minutes=${2:?--minutes wants a number}; shift ;;
         -*) echo "bench_gpu.sh: no flag $1; allowed: --rehearse, --minutes M, --help" >&2; exit 2 ;;
+        *=*) overrides+=("$1") ;;
         *) folder=$1 ;;
     esac
     shift
@@ -67,8 +70,8 @@ part() { # NAME SECONDS COMMAND...: run it within SECONDS, or what is left of th
 bench() { # NAME SECONDS PROCESSES OVERRIDES...
     local name=$1 limit=$2 processes=$3
     shift 3
-    if [ "$processes" -eq 1 ]; then set -- "$python" -m hybridtrain.bench "${work[@]}" "$@"; else
-        set -- "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m hybridtrain.bench "${work[@]}" "$@"
+    if [ "$processes" -eq 1 ]; then set -- "$python" -m hybridtrain.bench "${work[@]}" "$@" ${overrides[@]+"${overrides[@]}"}; else
+        set -- "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m hybridtrain.bench "${work[@]}" "$@" ${overrides[@]+"${overrides[@]}"}
     fi
     part "$name" "$limit" "$@" "bench.out=$folder/$name.json"
 }
@@ -100,7 +103,7 @@ for name in ("plain", "compiled", "parts", "selective", "zero3", "tp2", "pp2"):
     file, code = folder / f"{name}.json", folder / f"{name}.rc"
     if not file.is_file() or not file.stat().st_size:
         if code.is_file():
-            why = {"0": "no result", "124": "out of time", "137": "out of time"}.get(code.read_text().strip(), code.read_text().strip())
+            why = {"no time left": "no time left", "124": "out of time", "137": "out of time"}.get(code.read_text().strip(), "failed")
             print(f"| {name} | {why}: see {name}.log | | | | | | |")
         continue
     told = json.loads(file.read_text())

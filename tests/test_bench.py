@@ -261,3 +261,44 @@ def test_mistakes_are_answered_before_anything_starts(capsys, argv, field):
     out, err = capsys.readouterr()
     assert out == ""
     assert field in runs.four_parts(err, field.split(".")[0] if "." not in field else field)
+
+
+# -- the script for a machine with GPUs ----------------------------------------------------------------------------
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(["bash", ROOT / "launch/bench_gpu.sh", *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_gpu_script_says_what_it_measures_and_what_it_wants(tmp_path):
+    told = script("--help")
+    assert told.returncode == 0
+    assert all(f"  {part}  " in told.stdout for part in ("tests", "plain", "compiled", "parts", "selective"))
+    assert script("--rehears").returncode == 2
+    without = script(str(tmp_path / "results"))
+    assert without.returncode == 2
+    assert "torch sees no NVIDIA GPU here" in without.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_gpu_script_rehearses_on_the_cpu(tmp_path):
+    """Every part, small; two processes where it wants two GPUs. A part that runs out of time is a row that says so."""
+    done = script("--rehearse", "--minutes", "12", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "table.md").read_text()
+    for name, layout_of_it in [
+        ("plain", "single"),
+        ("compiled", "single"),
+        ("selective", "single"),
+        ("zero3", "dp_shard2-zero3"),
+        ("tp2", "tp2"),
+        ("pp2", "pp2"),
+    ]:
+        assert f"| {name} | hybridtrain {layout_of_it} |" in table
+    assert table.count("plain loop |") == 3  # a column and two rows
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"plain", "compiled", "parts", "selective", "zero3", "tp2", "pp2"}
+    late = script("--rehearse", "--minutes", "0.01", str(tmp_path))
+    assert late.returncode == 1
+    assert "| plain | no time left: see plain.log |" in late.stdout

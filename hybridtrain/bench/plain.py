@@ -60,7 +60,7 @@ class PlainLoop:
         built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
         family = family_of(built.model_type)
         source = pretrained(config.model) if config.model.from_pretrained else draw(built, family=family, seed=config.run.seed)
-        self.model = reference.initialised(built, family=family, source=source, param=precision.param).to(device)
+        self.model = reference.initialised(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
         if config.recompute.kind == "full":  # Hugging Face has no other kind: beside `selective` the plain loop keeps everything

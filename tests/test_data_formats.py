@@ -94,7 +94,7 @@ FORMATS = {
 def small_pieces(tmp_path_factory):
     """A corpus of a few kilobytes in many pieces; the datasets library keeps its cache here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "MIN_PIECE_BYTES", 2000)
+        patch.setattr(pieces, "MIN_PIECE_BYTES", 4000)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
 

@@ -135,7 +135,7 @@ def chat_settings(folder: Path, source: Path, **fields: object) -> DataConfig:
 def test_conversations_have_loss_masks_and_rows(tmp_path, talk, monkeypatch):
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 2000)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 5000)
     made = tokenize.prepare(chat_settings(tmp_path / "data", talk), options=PrepareConfig())
     expected = chat.encode(conversations(90), tokenizer=AutoTokenizer.from_pretrained(made / "tokenizer"))
     found = []
@@ -160,7 +160,7 @@ def test_conversations_of_parquet_and_of_several_processes_are_the_same(tmp_path
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 2000)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 5000)
     first = tokenize.prepare(chat_settings(tmp_path / "first", talk), options=PrepareConfig())
     source, options = talk, PrepareConfig(workers=2)
     if kind == "parquet":

@@ -15,7 +15,7 @@ from hybridtrain import trackers
 from hybridtrain.trackers import kinds
 
 TRACK = """
-    import json, logging, resource, sys, time
+    import json, logging, os, resource, sys, time
     from pathlib import Path
     logging.basicConfig(level=logging.WARNING, format="LOG %(message)s", stream=sys.stdout)
     from hybridtrain import trackers
@@ -23,7 +23,7 @@ TRACK = """
     {before}
     start = time.monotonic()
     tracking = Trackers()
-    tracking.start(sys.argv[2:], project="proj", name="demo", folder=Path(sys.argv[1]), config={"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub_token": "S3CRET"})
+    tracking.start(sys.argv[2:], project="proj", name="demo", folder=Path(sys.argv[1]), config={"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub_token": os.environ["A_TOKEN"]})
     {setup}
     begin = time.monotonic()
     for step in range(1, 6):
@@ -39,7 +39,7 @@ TRACK = """
 def track(folder, *kinds, before="pass", setup="pass", between="pass", **env) -> tuple[dict, list[str]]:
     """Run TRACK; returns its timings and its warnings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment = clean | {"NETRC": os.devnull, "OMP_NUM_THREADS": "1"} | env
+    environment = clean | {"NETRC": os.devnull, "OMP_NUM_THREADS": "1", "A_TOKEN": "S3CRET"} | env
     script = textwrap.dedent(TRACK).replace("{before}", before).replace("{setup}", setup).replace("{between}", between)
     done = subprocess.run([sys.executable, "-c", script, str(folder), *kinds], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,7 @@ FP32_MATMUL = ("auto", "highest", "high", "medium")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
-TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml", "aim")
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml")
 """Also the names of their packages."""
 CHAT_TEMPLATES = ("own", "plain")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")

@@ -224,7 +224,7 @@ class CheckpointConfig:
 @dataclass
 class TrackerConfig:
     kinds: list[str] = field(default_factory=list)
-    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml, aim. Their files lie in the run
+    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml. Their files lie in the run
     directory; what wants a server works offline unless logged in."""
     project: str = "hybridtrain"
     """Project name for trackers that have one."""

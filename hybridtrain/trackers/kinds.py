@@ -92,10 +92,14 @@ def _dvclive(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 -
 
 
 def _swanlab(project: str, *, name: str, folder: Path) -> Any:
+    import swanlab
     from accelerate.tracking import SwanLabTracker
 
+    # Numbers and options only: neither what is printed nor the machine, the packages and the command line leave with them. It never asks for a login.
+    probe = swanlab.Settings.Probe(hardware=False, runtime=False, requirements=False, git=False, monitor=False)
+    settings = swanlab.Settings(probe=probe, terminal=swanlab.Settings.Terminal(proxy_type="none"), interactive=False)
     mode = os.environ.get("SWANLAB_MODE") or ("online" if os.environ.get("SWANLAB_API_KEY") else "offline")
-    return SwanLabTracker(project, name=name, log_dir=str(folder), mode=mode)
+    return SwanLabTracker(project, name=name, log_dir=str(folder), mode=mode, settings=settings)
 
 
 def _comet_ml(project: str, *, name: str, folder: Path) -> Any:
@@ -114,14 +118,10 @@ def _clearml(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 -
 
     if not (os.environ.get("CLEARML_API_ACCESS_KEY") or Path(os.environ.get("CLEARML_CONFIG_FILE", "~/clearml.conf")).expanduser().exists()):
         Task.set_offline(True)
-    quiet = {f"auto_connect_{what}": False for what in ("frameworks", "arg_parser", "streams")}
+    # Numbers and options only: no patched frameworks, no console, and not the uncommitted changes of the checkout.
+    patched = ("matplotlib", "tensorflow", "tensorboard", "pytorch", "scikit", "joblib", "hydra", "detect_repository")
+    quiet = {"auto_connect_frameworks": dict.fromkeys(patched, False), "auto_connect_arg_parser": False, "auto_connect_streams": False}
     return ClearMLTracker(name, project_name=project, task_name=name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
-
-
-def _aim(project: str, *, name: str, folder: Path) -> Any:
-    from accelerate.tracking import AimTracker
-
-    return AimTracker(name, folder, experiment=project, log_system_params=False, system_tracking_interval=None, capture_terminal_logs=False)
 
 
 KINDS: dict[str, Kind] = {
@@ -133,5 +133,4 @@ KINDS: dict[str, Kind] = {
     "swanlab": Kind(("swanlab",), _nothing, _swanlab),
     "comet_ml": Kind(("comet_ml",), _nothing, _comet_ml),
     "clearml": Kind(("clearml",), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml),
-    "aim": Kind(("aim",), _nothing, _aim),
 }

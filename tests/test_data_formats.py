@@ -258,6 +258,8 @@ UNFIT = {
     ),
     "hub, offline": (lambda _: Path("nobody/nothing"), {"format": "datasets"}, r"data\.source=nobody/nothing: datasets cannot load it"),
     "no such file": (lambda p: p / "none.jsonl", {}, "there is no such file or folder"),
+    "no rows": (lambda p: write_parquet(p / "a.parquet", TEXTS[:0], name="text"), {}, "no tokens to train on"),
+    "no text": (lambda p: write_jsonl(p / "a.jsonl", ["", ""]), {"deduplicate": True}, "no tokens to train on"),
     "folder without": (lambda p: (p, (p / "a.csv").write_text("x"))[0], {}, r"no text in it \(data\.pattern=\*\.txt .*\*\.parquet"),
 }
 

@@ -222,6 +222,8 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     assert sum(split["documents"] for split in facts["splits"].values()) == 90
 
 
-def test_a_tokenizer_without_a_template_is_refused_for_conversations(tmp_path, talk):
+@pytest.mark.parametrize("kind", ["train", "folder"])
+def test_a_tokenizer_without_a_template_is_refused_for_conversations(tmp_path, talk, reference, kind):
+    data = chat_settings(tmp_path / "data", talk, chat_template="own", tokenizer="train" if kind == "train" else str(reference / "tokenizer"))
     with pytest.raises(UserError, match=r"data\.tokenizer=.*no chat template[\s\S]*data\.chat_template=plain"):
-        tokenize.prepare(chat_settings(tmp_path / "data", talk, chat_template="own"), options=PrepareConfig())
+        tokenize.prepare(data, options=PrepareConfig())

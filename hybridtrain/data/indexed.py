@@ -84,6 +84,7 @@ class IndexedWriter:
         self._add_sizes(reader.sizes[keep])
 
     def _add_sizes(self, sizes: np.ndarray) -> None:
+        assert sizes.max(initial=0) < 1 << 31, "a document of more tokens than the format can tell"
         self._idx.write(sizes.astype("<i4").tobytes())
         self._documents += len(sizes)
 

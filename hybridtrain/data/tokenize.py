@@ -30,7 +30,7 @@ from hybridtrain.data import corpus, fit, join, pieces, statistics, tokenizer, w
 from hybridtrain.data.pieces import Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
-from hybridtrain.types import refusal
+from hybridtrain.types import UserError, refusal
 
 SPLITS = ("train", "eval")
 
@@ -80,6 +80,14 @@ def _check(data: DataConfig) -> None:
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
         raise refusal(
             "data.vocab_size", data.vocab_size, "too small for a byte-level tokenizer", allowed=f"{tokenizer.MIN_VOCAB} or more", instead="data.vocab_size=4096"
+        )
+    if data.format == "chat" and data.tokenizer == "train" and data.chat_template == "own":
+        raise refusal(
+            "data.tokenizer",
+            data.tokenizer,
+            "a tokenizer that is trained here has no chat template of its own",
+            allowed="for conversations, the tokenizer of the model to be tuned",
+            instead="data.tokenizer=FOLDER or a hub id, or data.chat_template=plain",
         )
 
 
@@ -147,6 +155,8 @@ def _write(data: DataConfig, *, options: PrepareConfig, folder: Path, settings: 
         vocab_size=0,  # both follow from the tokenizer
     )
     planned = pieces.plan(corpus.sources(data), fields=Fields.of(data))
+    if not planned:
+        raise _no_tokens(data)
     pieces.check_beginnings(planned, recipe=recipe)
     _begin(partial, settings=settings, planned=planned)
     facts = tokenizer.make(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
@@ -188,9 +198,7 @@ def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Re
     identity = hashlib.sha256(json.dumps([facts, data.append_eos]).encode())
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
     if not joined["train"].tokens:
-        raise refusal(
-            "data.source", data.source, "no tokens to train on", allowed="documents with text", instead="another data.source, or a smaller data.eval_fraction"
-        )
+        raise _no_tokens(data)
     rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     (folder / "corpus.json").unlink(missing_ok=True)
     for split in SPLITS:
@@ -213,3 +221,8 @@ def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Re
         "settings": settings,
     }
     pieces.write_text(folder / "corpus.json", json.dumps(record, indent=2) + "\n")
+
+
+def _no_tokens(data: DataConfig) -> UserError:
+    instead = "another data.source, or a smaller data.eval_fraction"
+    return refusal("data.source", data.source, "no tokens to train on", allowed="documents with text", instead=instead)

@@ -320,7 +320,7 @@ class PrepareConfig:
     overwrite: bool = False
     """Write again what is already prepared."""
     workers: int = 0
-    """Processes that read and tokenise; 0: one per core, and none besides this one for a small corpus."""
+    """Processes that read and tokenise; 0: one per core, and none besides this one for a small corpus. One compressed file is read by one of them."""
     skip_bad: bool = False
     """Leave out and count records that cannot be read, instead of stopping at the first."""
 

@@ -16,7 +16,7 @@ import pytest
 from hybridtrain.config import check, schema
 from hybridtrain.trackers.kinds import KINDS
 from hybridtrain.types import UserError
-from tests.test_trackers import track
+from tests.test_trackers import server, track
 
 LOSSES = {step: 1.0 / step for step in range(1, 6)}
 
@@ -111,3 +111,17 @@ def test_files_hold_the_values_and_no_secret_and_lie_in_the_run(kind, tmp_path):
         assert "0.1" in rate
     else:  # SwanLab's format has no reader but its server
         assert any(b"eval_loss" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["hangs", "refuses"])
+def test_an_mlflow_server_that_cannot_be_reached_costs_one_warning(tmp_path, listens):
+    if importlib.util.find_spec("mlflow") is None:
+        pytest.skip("pip install mlflow")
+    with server(listens=listens) as url:
+        limit = "trackers.FINISH_S = 6.0"
+        timings, warnings = track(tmp_path, "mlflow", "tensorboard", before=limit, MLFLOW_TRACKING_URI=url, HOME=str(tmp_path))
+    ours = [line for line in warnings if "Retrying" not in line]  # urllib3 tells of its own attempts
+    assert len(ours) == 1
+    assert "tracker mlflow gave up" in ours[0]
+    assert timings["logged_s"] < 0.5
+    assert list(tmp_path.rglob("events.out.tfevents.*"))

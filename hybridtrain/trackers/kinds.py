@@ -75,7 +75,8 @@ def _mlflow(project: str, *, name: str, folder: Path) -> Any:
 
 
 def _mlflow_environment(folder: Path) -> dict[str, str]:
-    return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # of seven and 120 s
+    return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true", **patience}
 
 
 def _trackio(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - the folder is told by the environment

@@ -39,4 +39,5 @@ print(f"run directory  {run.resolve()}")
 print(f"loss           {rows[0]['loss']:.3f} at the start, {rows[-1]['loss']:.3f} at the end" + (f", {rows[-1]['eval_loss']:.3f} on held-out text" if rows[-1].get("eval_loss") else ""))
 print(f"export         {(run / 'export').resolve()}")
 print(f"loss curve     {(run / 'report' / 'loss.png').resolve()}")
+print(f"page           {(run / 'report' / 'index.html').resolve()}")
 PYTHON

@@ -151,7 +151,7 @@ def test_odd_vocabulary(layout, tied):
         ("dp_shard4-zero3", model(hidden_size=30, num_attention_heads=5, num_key_value_heads=1, intermediate_size=45, vocab_size=257)),
         ("dp_shard4-zero1", model(hidden_size=30, num_attention_heads=5, num_key_value_heads=1, intermediate_size=45, vocab_size=257)),
         # q_norm has two numbers for four ranks: two of them hold an empty shard. The larger eps: a norm over two numbers magnifies rounding
-        ("dp_shard4-zero3", model("qwen3", head_dim=2, rms_norm_eps=1e-2)),
+        ("dp_shard4-zero3", model("qwen3", head_dim=2, rms_norm_eps=1e-1)),
         ("dp_shard2-tp2-zero3", model(hidden_size=30, num_attention_heads=10, num_key_value_heads=2, head_dim=6, intermediate_size=50)),
     ],
 )

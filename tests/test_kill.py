@@ -28,6 +28,11 @@ def unfinished_save(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.partial"))
 
 
+def saved(run: Path) -> bool:
+    """Whether there is a complete checkpoint."""
+    return any((run / "checkpoints").glob("step-*/complete.json"))
+
+
 def dies(argv: list[str], run: Path, lines: int | None, seconds: float) -> Ended:
     """On each rank: the run, until metrics.jsonl has grown `lines` times (None: until a save is under way) and some more time; then kill -9."""
     started = {path.name for path in (run / "checkpoints").glob("*.partial")}
@@ -115,7 +120,7 @@ def test_kills_under_torchrun(data: Path, tmp_path: Path) -> None:
     argv, chance, metrics = arguments(run, data, checkpoint__every=5, **options), random.Random(1), run / "metrics.jsonl"
     for _ in range(3):
         process, before = torchrun(2, argv), metrics.read_text() if metrics.exists() else ""
-        while not metrics.exists() or metrics.read_text() in ("", before) or len(metrics.read_text()) < len(before):
+        while not metrics.exists() or metrics.read_text() in ("", before) or len(metrics.read_text()) < len(before) or not saved(run):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         time.sleep(chance.uniform(0.0, 2.0))

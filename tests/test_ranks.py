@@ -93,8 +93,8 @@ def test_no_process_is_left_behind(tmp_path, how):
     started = {int(pid) for path in tmp_path.iterdir() for pid in path.name.split()}
     assert len(started) == 3, "two ranks and the server they forked from"
     caller.send_signal(how)
-    assert caller.wait(timeout=20) != 0
-    deadline = time.monotonic() + 10
+    assert caller.wait(timeout=60) != 0
+    deadline = time.monotonic() + 30
     while any(map(alive, started)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in started if alive(pid)]

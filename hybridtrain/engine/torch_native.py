@@ -27,7 +27,7 @@ from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill
 from hybridtrain.models.load import pretrained
 from hybridtrain.parallel.apply import Recipe, build_stages
-from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm
+from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shard import before_backward
 from hybridtrain.precision.policy import policy
@@ -171,7 +171,7 @@ class TorchEngine:
         if embed is None or head is None or embed is head:
             return
         with torch.no_grad():
-            head.to_local().copy_(embed.to_local())  # type: ignore[attr-defined]
+            local_part(head).copy_(local_part(embed))
             if len(copies) == 2:
                 self.optimizer.copy_state(copies[0], copies[1])
 
@@ -200,7 +200,7 @@ class TorchEngine:
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
             loss = self._forward(batch).squeeze(0) * factor
-            before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)  # type: ignore[arg-type]
+            before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)
             loss.backward()
             total += loss.detach()
         return total

@@ -40,6 +40,11 @@ class Stage(nn.Module):
         """Whether the model shares one matrix between embedding and head."""
         return bool(self.config.tie_word_embeddings)
 
+    def tie(self) -> None:
+        """Make embedding and head one matrix again, where the model ties them and this stage has both."""
+        if self.tied and self.first and self.last:
+            self.part(self.family.head).weight = self.part(self.family.embed).weight
+
     def owner(self, name: str) -> str:
         """The name under which a parameter is drawn, frozen and saved: a tied head goes by the embedding's."""
         return f"{self.family.embed}.weight" if self.tied and name == f"{self.family.head}.weight" else name
@@ -63,7 +68,8 @@ class Stage(nn.Module):
             hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=position_ids_BT, position_embeddings=rotary)
         if not self.last:
             return hidden
-        return linear_cross_entropy(self.part(self.family.norm)(hidden), self.part(self.family.head).weight, labels_BT, chunk=self.loss_chunk)
+        weight: Tensor = self.part(self.family.head).weight  # type: ignore[assignment]
+        return linear_cross_entropy(self.part(self.family.norm)(hidden), weight, labels_BT, chunk=self.loss_chunk)
 
 
 def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:

@@ -57,6 +57,7 @@ def _apply(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> Stage:
     apply_recompute(stage, kind=recipe.recompute, split_backward=recipe.parallel.schedule in SPLIT_BACKWARD)
     apply_shard(stage, mesh=mesh.data, zero_stage=recipe.parallel.zero_stage, precision=recipe.precision)
     stage.to_empty(device=mesh.device)
+    stage.tie()  # to_empty, too, makes two of them where fully_shard has not wrapped the stage
     settle_shards(stage)
     reset_buffers(stage, device=mesh.device)
     return stage

@@ -64,17 +64,17 @@ def _sharded_over(grad: Tensor) -> tuple[int, Tensor]:
 def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:
     """Give both copies of a tied matrix the sum of their gradients. One of them is None where the other rank of `group` has it."""
     if embed is not None and head is not None:
-        total = _local_grad(embed) + _local_grad(head)
+        total = local_part(embed.grad) + local_part(head.grad)
         for copy in (embed, head):
-            _local_grad(copy).copy_(total)
+            local_part(copy.grad).copy_(total)
     elif embed is not None or head is not None:
-        dist.all_reduce(_local_grad(embed if embed is not None else head), group=group)
+        dist.all_reduce(local_part((embed if embed is not None else head).grad), group=group)  # type: ignore[union-attr]
 
 
-def _local_grad(parameter: nn.Parameter | None) -> Tensor:
-    assert parameter is not None
-    assert parameter.grad is not None
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+def local_part(tensor: Tensor | None) -> Tensor:
+    """What this rank holds of a tensor, in the same memory."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -54,7 +54,8 @@ class ZeroStage(PipelineStage):
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         stage = self.submod
-        assert isinstance(stage, FSDPModule)
+        if not isinstance(stage, FSDPModule):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
         if backward_type == "full" and self.zero_stage >= 2:
             before_backward(stage, zero_stage=self.zero_stage, last=False)
             _backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"])

@@ -13,24 +13,59 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, then the rest of the stage. Gradients come out averaged over data ranks: the loss makes up for it."""
+    """Wrap layers, then the rest of the stage. Gradients come out averaged over data ranks: the loss makes up for it.
+
+    A rank that neither shards nor casts has nothing to wrap for: it would hold every parameter twice and copy every gradient.
+    (Under tensor parallelism it does: fully_shard adds up the partial gradients of norms.)
+    """
+    same_dtype = precision.compute == precision.param == precision.reduce
+    if mesh.size() == 1 and same_dtype and not any(isinstance(parameter, DTensor) for parameter in stage.parameters()):
+        return
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
     # The root's own parameters are used first or last: gathering them again at once would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})
+    if mesh.size(-1) == 1:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(_OneShard())  # type: ignore[arg-type]  # what torch asks for is not public
 
 
-def before_backward(stage: FSDPModule, *, zero_stage: int, last: bool) -> None:
+class _OneShard:
+    """The reduce-scatter of a group of one: its output is its input, in the same memory.
+
+    fully_shard copies the one to the other, which torch leaves out where both are one tensor.
+    """
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Called for the input, then for the output."""
+        if self.input is None:
+            self.input = torch.empty(size, dtype=dtype, device=device)
+            return self.input
+        output, self.input = self.input, None
+        assert (output.shape, output.dtype) == (torch.Size(size), dtype)
+        return output
+
+
+def before_backward(stage: nn.Module, *, zero_stage: int, last: bool) -> None:
     """Set what happens to gradients and parameters at the end of this micro-batch's backward."""
+    if not isinstance(stage, FSDPModule):
+        return
     stage.set_requires_gradient_sync(last or zero_stage >= 2)
     stage.set_reshard_after_backward(last or zero_stage == 3)
     stage.set_is_last_backward(last or zero_stage >= 2)

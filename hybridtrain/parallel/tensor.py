@@ -25,10 +25,8 @@ def apply_tensor_parallel(stage: Stage, *, mesh: DeviceMesh, sequence_parallel: 
     """Shard the stage over the tp mesh in place. Call before fully_shard, on meta."""
     if mesh.size() == 1:
         return
-    tied = stage.first and stage.last and stage.tied
     parallelize_module(stage, mesh, _plan(stage, tp=mesh.size(), sequence_parallel=sequence_parallel))
-    if tied:  # parallelize_module gave each of the two a parameter of its own
-        stage.part(stage.family.head).weight = stage.part(stage.family.embed).weight
+    stage.tie()  # parallelize_module gave each of the two a parameter of its own
     plain = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
     assert not plain, f"no tensor-parallel style for {plain}"
 

@@ -22,6 +22,7 @@ SHORTER = {
     "hybridtrain.bench": ["bench.rounds=1", "bench.steps=1", "bench.warmup=1"],
     "hybridtrain generate": ["generate.max_new_tokens=8"],
     "hybridtrain.train model.from_pretrained": ["train.steps=3"],
+    "hybridtrain.train model=tiny": ["train.steps=2"],
 }
 
 
@@ -53,7 +54,7 @@ def write_texts(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_five_things_to_try(tmp_path: Path) -> None:
     """In order, in one folder: a later command uses what an earlier one wrote."""
     for name in ("README.md", "CONTRIBUTING.md"):

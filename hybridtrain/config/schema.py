@@ -147,7 +147,7 @@ class EngineConfig:
     timeout_s: int = 1800
     """Seconds after which a collective that a rank never joined fails."""
     loss_chunk: int = 0
-    """Tokens of a micro-batch whose logits are held at once; 0: as many as fit 256 MiB."""
+    """Tokens of a micro-batch whose logits are held at once; 0: as many as fit 8 MiB (a GPU: 256 MiB), but 256 at least."""
     fp32_matmul: str = "auto"
     """fp32 matrix products: highest, high (TF32 on GPUs) or medium (bf16 where the hardware has it), as
     torch.set_float32_matmul_precision takes them; auto: highest, on a CPU by oneDNN where that is measured to be as exact."""

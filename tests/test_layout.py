@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from hybridtrain import engine as engines
 from hybridtrain import layout
 from hybridtrain.config.schema import BatchConfig, ParallelConfig
 from hybridtrain.layout import BatchPlan, ParallelLayout
@@ -243,3 +244,15 @@ def test_parse_refuses(text):
     with pytest.raises(UserError) as error:
         layout.parse(text)
     assert f"layout={text}" in refused(error)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False), ("2.14.0a0+git12", False), ("3.0", False), ("unknown", False)]
+)
+def test_an_older_torch_runs_no_split_backward_passes(monkeypatch, tmp_path, version, refused):
+    (tmp_path / f"torch-{version}.dist-info").mkdir()
+    (tmp_path / f"torch-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = engines.capabilities("torch")
+    assert found.schedules == set(layout.SCHEDULES) - (set(layout.SPLIT_BACKWARD) if refused else set())
+    assert (version in found.engine) == refused

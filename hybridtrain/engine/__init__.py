@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import layout as layouts
+from hybridtrain import machine
 from hybridtrain.config.schema import Config
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from hybridtrain.engine.torch_native import TorchEngine
+
+
+_SPLIT_BACKWARD_SINCE = (2, 13)
+"""Torch 2.11 fails in schedules that split the backward pass: its weight pass on autograd functions written in Python, and gloo on V schedules."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,23 @@ def _check_fields(fields: dict[str, Any]) -> None:
 
 
 def capabilities(kind: str) -> Capabilities:
-    """What the engine runs (no torch is imported)."""
+    """What the engine runs with the torch that is installed (which is not imported)."""
     assert kind == "torch"
+    torch = machine.versions()["torch"]
+    split = _release(torch) >= _SPLIT_BACKWARD_SINCE
     return Capabilities(
-        engine="torch",
+        engine="torch" if split else f"torch (with torch {torch})",
         axes=frozenset({"pp", "dp_replicate", "dp_shard", "tp"}),
         zero_stages=frozenset({0, 1, 2, 3}),
-        schedules=frozenset({"gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"}),
+        schedules=frozenset(layouts.SCHEDULES) if split else frozenset(layouts.SCHEDULES) - frozenset(layouts.SPLIT_BACKWARD),
         precisions=frozenset({"fp32", "bf16_mixed", "bf16_pure", "fp16_mixed"}),
     )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(2, 13) of "2.13.0+cpu"; a torch that does not say counts as new."""
+    parts = version.split(".")
+    return (int(parts[0]), int(parts[1])) if parts[0].isdecimal() and parts[1].isdecimal() else _SPLIT_BACKWARD_SINCE
 
 
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine:

@@ -105,14 +105,14 @@ def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(layout):
         assert abs(packed - alone) / alone < 1e-5
 
 
-def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, attention: str) -> torch.Tensor:
+def states_before_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, attention: str) -> torch.Tensor:
     config = hf_config(fields, chosen={}, attention=attention)
     family = family_of(config.model_type)
     stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, loss_chunk=0).to_empty(device="cpu").eval()
     reset_buffers(stage, device=torch.device("cpu"))
     fill([stage], draw(config, family=family, seed=0))
     seen: list[torch.Tensor] = []
-    stage.part(family.head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
         stage(ids, position_ids_BT=places, labels_BT=torch.zeros_like(ids), packed=True)
     return seen[0]
@@ -125,10 +125,10 @@ def test_a_token_changes_its_own_document_alone(fields, reach, attention):
     places = positions(lengths)[None]
     document = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
-    before = logits_of_stage(fields, ids, places, attention)
+    before = states_before_the_head(fields, ids, places, attention)
     assert torch.isfinite(before).all()
     for at in range(16):
         other = ids.clone()
         other[0, at] = (ids[0, at] + 1) % 256
-        changed = (before != logits_of_stage(fields, other, places, attention)).any(-1)[0]
+        changed = (before != states_before_the_head(fields, other, places, attention)).any(-1)[0]
         assert changed.tolist() == [bool(document[place] == document[at]) and at <= place < at + reach for place in range(16)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,29 @@ def test_one_worker_is_killed(tmp_path, source, reference):
     assert re.search(rf"UserError: prepare\.workers=2: one of the processes ended by SIGKILL while it read {source}", said)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     finish(tmp_path / "data", source, reference)
+
+
+def peak_memory(folder: Path, source: Path, reference: Path) -> int:
+    """Bytes: the largest sum of the resident memory of `prepare` and its workers, sampled."""
+    process, peak = start(folder, source, reference), 0
+    tree = psutil.Process(process.pid)
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(one.memory_info().rss for one in [tree, *tree.children(recursive=True)]))
+        time.sleep(0.05)
+    assert process.returncode == 0, process.communicate()[1]
+    return peak
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path, source, reference):
+    text = source.read_bytes()
+    peaks = {}
+    for times in (2, 30):  # 3 and 45 MB, some of it in one line of 3 MB
+        big = tmp_path / f"{times}.jsonl"
+        big.write_bytes(text * times + json.dumps({"text": " ".join(["a word"] * 400_000)}).encode())
+        peaks[times] = peak_memory(tmp_path / str(times), big, reference)
+    assert peaks[30] < peaks[2] + (30 << 20)
 
 
 def conversations(count: int) -> list[list[dict[str, str]]]:

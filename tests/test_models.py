@@ -66,10 +66,10 @@ def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, attention: str) -
     reset_buffers(stage, device=torch.device("cpu"))
     fill([stage], draw(config, family=family, seed=0))
     seen: list[torch.Tensor] = []
-    stage.part(family.head).register_forward_hook(lambda *call: seen.append(call[2]))
+    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))  # the stage's own logits exist in chunks only
     with torch.no_grad():
         stage(ids, position_ids_BT=torch.arange(ids.shape[1]).repeat(len(ids), 1), labels_BT=torch.zeros_like(ids), packed=False)
-    return seen[0]
+    return torch.nn.functional.linear(seen[0], stage.part(family.head).weight.detach())
 
 
 def logits_of_transformers(fields: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:

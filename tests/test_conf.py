@@ -254,7 +254,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     )
     assert built.returncode == 0, built.stdout + built.stderr
     [wheel] = (tmp_path / "dist").glob("*.whl")
-    carried = {name.removeprefix("hybridtrain/conf/") for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hybridtrain/conf/")}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"hybridtrain/report/page.css", "hybridtrain/report/page.js"} <= set(names)
+    carried = {name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")}
     assert carried == {str(path.relative_to(keys.shipped())) for path in keys.shipped().rglob("*.yaml")}
 
     site = next(path for path in map(Path, sys.path) if path.name == "site-packages")

@@ -79,6 +79,8 @@ class Series:
     y: np.ndarray
     dots: bool
     """Few points, far apart: each is marked."""
+    line: str
+    """- or --, for more runs than there are colours."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,15 @@ AXES = (STEPS, TOKENS, TIME)
 def of_run(history: History) -> Iterator[Plot]:
     """The plots of one run: loss against steps, tokens and time, then everything else that has values, against steps."""
     for axis in AXES:
-        series = [_series(history, axis, "loss", label="train", colour=COLOURS[0])]
-        series += [_series(history, axis, "eval_loss", label="held out", colour=COLOURS[1])]
+        series = [_series(history, axis, "loss", label="train", number=0)]
+        series += [_series(history, axis, "eval_loss", label="held out", number=1)]
         yield from _plot(f"loss_{axis.name}" if axis != STEPS else "loss", "Loss", "nats per token", series, axis=axis, marked=history)
     for name, title, unit, key in METERS:
         if key != "loss_scale" or len(set(history.known(key))) > 1:  # without fp16 it is 1 throughout
-            yield from _plot(name, title, unit, [_series(history, STEPS, key, label=title.lower(), colour=COLOURS[0])], axis=STEPS, marked=None)
+            yield from _plot(name, title, unit, [_series(history, STEPS, key, label=title.lower(), number=0)], axis=STEPS, marked=None)
     skipped = np.nancumsum(history.columns["skipped"])
     if len(skipped) and skipped[-1]:
-        series = [Series("skipped", ALARM, history.columns["step"], skipped, dots=False)]
+        series = [Series("skipped", ALARM, history.columns["step"], skipped, dots=False, line="-")]
         yield from _plot("skipped", "Skipped updates", "updates since the start", series, axis=STEPS, marked=None)
 
 
@@ -137,16 +139,18 @@ _NOISY = ("loss", "grad_norm", "throughput", "mfu")
 _FROM_ZERO = ("grad_norm", "lr", "throughput", "mfu", "memory")
 
 
-def _series(history: History, axis: Axis, key: str, *, label: str, colour: str) -> Series:
+def _series(history: History, axis: Axis, key: str, *, label: str, number: int) -> Series:
+    """The curve of `key`, in the style of the run (or the curve) with this number."""
     x, y = axis.of(history), history.columns[key]
     if key == "eval_loss":
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     # A line through one or two points is easily missed.
-    return Series(label, colour, x, y, dots=int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3))
+    dots, line = int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3), "--" if number >= len(COLOURS) else "-"
+    return Series(label, COLOURS[number % len(COLOURS)], x, y, dots=dots, line=line)
 
 
 def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: str) -> list[Series]:
-    return [_series(history, axis, key, label=name, colour=COLOURS[n % len(COLOURS)]) for n, (history, name) in enumerate(zip(histories, names, strict=True))]
+    return [_series(history, axis, key, label=name, number=n) for n, (history, name) in enumerate(zip(histories, names, strict=True))]
 
 
 def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None) -> Iterator[Plot]:
@@ -174,7 +178,7 @@ def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: A
 def _curve(axes: Axes, series: Series, *, noisy: bool, steps: bool) -> float:
     """Draw it; returns the height at which it ends. A long noisy one is pale with its running mean on top."""
     known = np.isfinite(series.x) & np.isfinite(series.y)
-    style: dict[str, Any] = {"color": series.colour, "gid": f"series:{series.label}"}
+    style: dict[str, Any] = {"color": series.colour, "linestyle": series.line, "gid": f"series:{series.label}"}
     if noisy and known.sum() >= SMOOTH_FROM:
         axes.plot(*thin(series.x, series.y, buckets=BUCKETS), color=series.colour, alpha=0.28, linewidth=0.8)
         mean = smooth(series.y[known])

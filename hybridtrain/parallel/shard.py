@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,10 +38,28 @@ def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: P
         fully_shard(layer, **options)
     # The root's own parameters are used first or last: gathering them again at once would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})
-    if mesh.size(-1) == 1:
+    own = _OneShard if mesh.size(-1) == 1 else _AllToAll if mesh.device_type == "cpu" else None
+    if own is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(_OneShard())  # type: ignore[arg-type]  # what torch asks for is not public
+                module.set_custom_reduce_scatter(own())  # type: ignore[arg-type]  # what torch asks for is not public
+
+
+class _AllToAll:
+    """Gloo's reduce-scatter takes two to three times as long as an all-to-all of the same bytes and a sum."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any) -> None:
+        """Sum, or mean, of every rank's part for this rank, in rank order."""
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(group.size())
+        else:
+            assert op == dist.ReduceOp.SUM
 
 
 class _OneShard:

@@ -59,8 +59,8 @@ def test_structure(layout):
     first_of_tp = found[:: 2 if "tp2" in layout else 1]
     if "pp2" in layout:  # one home for every parameter
         assert sorted(name for rank in first_of_tp for name in rank["names"]) == sorted(name for name, _ in theirs.named_parameters())
-    for rank in found:
-        assert rank["plain"] == []
+    for rank in found:  # DTensors all, or none where nothing is sharded and nothing cast
+        assert rank["plain"] == ([] if "tp2" in layout or "shard2" in layout else rank["names"])
         assert set(rank["buffers"]) == {name for name, _ in theirs.named_buffers()}
         for name, buffer in theirs.named_buffers():
             assert torch.equal(rank["buffers"][name], buffer), name

@@ -223,11 +223,6 @@ def test_an_unknown_field_names_the_nearest():
         hf_config(fields, chosen={"num_hiden_layers": 3}, attention="sdpa")
 
 
-def test_quantised_weights_are_refused():
-    with pytest.raises(UserError, match="quantised"):
-        hf_config(model(quantization_config={"bits": 4}), chosen={}, attention="sdpa")
-
-
 def test_a_config_that_transformers_refuses_is_a_user_error():
     with pytest.raises(UserError, match=r"model\.config"):
         hf_config(model(hidden_size="wide"), chosen={}, attention="sdpa")

@@ -157,14 +157,6 @@ def _model(model: schema.ModelConfig) -> None:
             raise refusal(
                 f"model.config.{key}", model.config[key], words, allowed="full training, or model.freeze", instead="model.freeze=['model.embed_tokens.*']"
             )
-    if "quantization_config" in model.config:
-        raise refusal(
-            "model.config.quantization_config",
-            model.config["quantization_config"],
-            "training of quantised weights is not supported yet",
-            allowed=", ".join(schema.PRECISIONS) + " (precision.kind)",
-            instead="precision=bf16_mixed and the unquantised model",
-        )
     if model.config and not model.from_pretrained and not model.config.get("model_type"):
         raise refusal(
             "model.config.model_type",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridtrain import layout as layouts
 from hybridtrain import machine
 from hybridtrain.config.schema import Config
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
-from hybridtrain.types import Capabilities, ModelFacts, refusal
+from hybridtrain.types import Capabilities, ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -37,33 +37,11 @@ class Settled:
 
 def settle(config: Config) -> Settled:
     """Layout, batch plan and model facts of a config in the launcher's world; raises UserError for what does not fit. Imports no torch."""
-    fields = read_config(config.model)
-    model = facts(fields)
-    _check_fields(fields)
+    model = facts(read_config(config.model))
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities(config.engine.kind))
     return Settled(layout, plan, model)
-
-
-def _check_fields(fields: dict[str, Any]) -> None:
-    """What a config.json may ask for and training does not do yet."""
-    if fields.get("attention_dropout"):
-        raise refusal(
-            "model.config.attention_dropout",
-            fields["attention_dropout"],
-            "dropout is not supported yet",
-            allowed="0",
-            instead="model.config.attention_dropout=0",
-        )
-    if fields.get("quantization_config"):
-        raise refusal(
-            "model.config.quantization_config",
-            fields["quantization_config"],
-            "training of quantised weights is not supported yet",
-            allowed="unquantised weights, in any precision.kind",
-            instead="the unquantised model with precision=bf16_mixed",
-        )
 
 
 def capabilities(kind: str) -> Capabilities:

@@ -21,14 +21,6 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     from transformers import AutoConfig
 
     rest = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")}
-    if "quantization_config" in rest:
-        raise refusal(
-            "model.config.quantization_config",
-            "...",
-            "training from quantised weights is not supported yet",
-            allowed="none",
-            instead="the unquantised checkpoint",
-        )
     try:
         config = AutoConfig.for_model(fields["model_type"], **rest)
     except Exception as error:  # transformers validates with several libraries, each with its own exception

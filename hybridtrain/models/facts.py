@@ -18,6 +18,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "vocab_size": 151936, "num_key_value_heads": 32, "head_dim": 128},
 }
 SUPPORTED = tuple(_DEFAULTS)
+_NOT_YET = (
+    ("attention_dropout", "dropout", "model.config.attention_dropout=0"),
+    ("quantization_config", "training of quantised weights", "the unquantised model with precision=bf16_mixed"),
+)
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -89,7 +93,7 @@ def adapter_refused(folder: str) -> UserError:
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:
-    """Derive the facts from config.json fields; refuses families that are not supported yet."""
+    """Derive the facts from config.json fields; refuses families, and what a config.json may ask for, that are not supported yet."""
     kind = fields.get("model_type")
     if kind not in SUPPORTED:
         raise refusal(
@@ -99,6 +103,9 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
             allowed=", ".join(SUPPORTED),
             instead="model=tiny, or a model of these families",
         )
+    for field, words, instead in _NOT_YET:
+        if fields.get(field):
+            raise refusal(f"model.config.{field}", fields[field], f"{words} is not supported yet", allowed="none", instead=instead)
     given: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
     get: Callable[[str], Any] = given.get
     missing = [key for key in _SIZES if not get(key)]

@@ -1,18 +1,16 @@
 """Packed documents do not see each other: under every layout, with either attention, inside windows too."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw, fill, reset_buffers
-from hybridtrain.models.stage import Stage
+from hybridtrain.models.init import draw
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests.ranks import run_ranks
-from tests.training import Case, assert_parity, model, start
+from tests.training import Case, assert_parity, at_the_head, model, start
 
 WINDOWED = model("mistral", sliding_window=5)
 
@@ -105,19 +103,6 @@ def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(layout):
         assert abs(packed - alone) / alone < 1e-5
 
 
-def states_before_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, attention: str) -> torch.Tensor:
-    config = hf_config(fields, chosen={}, attention=attention)
-    family = family_of(config.model_type)
-    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, loss_chunk=0).to_empty(device="cpu").eval()
-    reset_buffers(stage, device=torch.device("cpu"))
-    fill([stage], draw(config, family=family, seed=0))
-    seen: list[torch.Tensor] = []
-    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))
-    with torch.no_grad():
-        stage(ids, position_ids_BT=places, labels_BT=torch.zeros_like(ids), packed=True)
-    return seen[0]
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("fields", "reach"), [(model("llama"), 99), (model("mistral", sliding_window=3, num_hidden_layers=1), 3)])
 def test_a_token_changes_its_own_document_alone(fields, reach, attention):
@@ -125,10 +110,10 @@ def test_a_token_changes_its_own_document_alone(fields, reach, attention):
     places = positions(lengths)[None]
     document = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
-    before = states_before_the_head(fields, ids, places, attention)
+    before = at_the_head(fields, ids, places, attention=attention, packed=True)[0]
     assert torch.isfinite(before).all()
     for at in range(16):
         other = ids.clone()
         other[0, at] = (ids[0, at] + 1) % 256
-        changed = (before != states_before_the_head(fields, other, places, attention)).any(-1)[0]
+        changed = (before != at_the_head(fields, other, places, attention=attention, packed=True)[0]).any(-1)[0]
         assert changed.tolist() == [bool(document[place] == document[at]) and at <= place < at + reach for place in range(16)]

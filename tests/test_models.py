@@ -12,12 +12,11 @@ from hybridtrain.config.schema import ModelConfig
 from hybridtrain.models.build import hf_config, meta_model, plain_model
 from hybridtrain.models.facts import SUPPORTED, facts, read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw, fill, reset_buffers
+from hybridtrain.models.init import draw
 from hybridtrain.models.load import pretrained
-from hybridtrain.models.stage import Stage
 from hybridtrain.types import UserError
 from tests.ranks import run_ranks
-from tests.training import Case, model, start, whole
+from tests.training import Case, at_the_head, model, start, whole
 
 CONF = sorted((Path(__file__).resolve().parent.parent / "conf" / "model").glob("*.yaml"))
 
@@ -60,16 +59,8 @@ def test_defaults_are_those_of_transformers(family):
 
 
 def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, attention: str) -> torch.Tensor:
-    config = hf_config(fields, chosen={}, attention=attention)
-    family = family_of(config.model_type)
-    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, loss_chunk=0).to_empty(device="cpu").eval()
-    reset_buffers(stage, device=torch.device("cpu"))
-    fill([stage], draw(config, family=family, seed=0))
-    seen: list[torch.Tensor] = []
-    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))  # the stage's own logits exist in chunks only
-    with torch.no_grad():
-        stage(ids, position_ids_BT=torch.arange(ids.shape[1]).repeat(len(ids), 1), labels_BT=torch.zeros_like(ids), packed=False)
-    return torch.nn.functional.linear(seen[0], stage.part(family.head).weight.detach())
+    places = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    return torch.nn.functional.linear(*at_the_head(fields, ids, places, attention=attention, packed=False))
 
 
 def logits_of_transformers(fields: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from hybridtrain.config import schema
 from hybridtrain.mesh import connect
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw
+from hybridtrain.models.init import draw, fill, reset_buffers
+from hybridtrain.models.stage import Stage
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -195,3 +196,17 @@ def assert_parity(case: Case) -> dict[str, float]:
     assert found["grad_rel"] < 1e-5, found
     assert found["param_abs"] < 0.05 * case.lr * case.steps, found
     return found
+
+
+def at_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, *, attention: str, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a whole model as one stage: what its head is given (its own logits exist in chunks only), and the head's weight."""
+    config = hf_config(fields, chosen={}, attention=attention)
+    family = family_of(config.model_type)
+    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, loss_chunk=0).to_empty(device="cpu").eval()
+    reset_buffers(stage, device=torch.device("cpu"))
+    fill([stage], draw(config, family=family, seed=0))
+    seen: list[torch.Tensor] = []
+    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))
+    with torch.no_grad():
+        stage(ids, position_ids_BT=places, labels_BT=torch.zeros_like(ids), packed=packed)
+    return seen[0], stage.part(family.head).weight.detach()

@@ -50,8 +50,13 @@ def _threads(environment: os._Environ[str]) -> int:
         return 0
     import psutil
 
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = cores()
     return max(1, min(free, psutil.cpu_count(logical=False) or free) // processes)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ with step_s (a list), rss_mb_max and loss_last. This file is run with each peer'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -106,10 +107,8 @@ class Contestant:
         if not self.error:
             for pipe in self.go:
                 os.write(pipe, b"g")
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                pass
         self.stop()
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
         return json.loads(lines[-1][7:]) if lines and not self.error else None
@@ -120,10 +119,8 @@ class Contestant:
             if self.process.poll() is not None:
                 return
             os.killpg(self.process.pid, number)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
-            except subprocess.TimeoutExpired:
-                pass
 
 
 def race(peers: list[dict[str, Any]], *, mode: str, prec: str, options: argparse.Namespace) -> list[dict[str, Any]]:

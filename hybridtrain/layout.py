@@ -157,6 +157,7 @@ def check(
 ) -> None:
     """Refuse what cannot run, with section.field, the value, what is allowed and what to try (raises UserError)."""
     _check_capabilities(parallel, layout, precision, capabilities)
+    _check_combinations(parallel, layout, facts, capabilities)
     _check_zero(parallel, layout)
     if layout.pp > 1:
         _check_pipeline(parallel, layout, plan, facts)
@@ -186,6 +187,24 @@ def _check_capabilities(parallel: schema.ParallelConfig, layout: ParallelLayout,
         if value not in allowed:
             names = sorted(map(str, allowed))
             raise refusal(field, value, f"engine={engine} does not run it", allowed=", ".join(names), instead=f"{field}={names[0]}")
+
+
+def _check_combinations(parallel: schema.ParallelConfig, layout: ParallelLayout, facts: ModelFacts, capabilities: Capabilities) -> None:
+    """What the engine runs by itself but not together; another engine may."""
+    engine, stages = f"engine={capabilities.engine}", capabilities.pipelined_zero_stages
+    if layout.pp > 1 and parallel.zero_stage not in stages:
+        names = ", ".join(map(str, sorted(stages)))
+        problem = f"{engine} has no pipeline (pp={layout.pp}) with it"
+        raise refusal("parallel.zero_stage", parallel.zero_stage, problem, allowed=f"{names} with pp > 1", instead="engine=torch, or parallel.zero_stage=1")
+    if layout.dp_replicate > 1 and layout.dp_shard > 1 and not capabilities.hybrid_sharding:
+        problem = f"{engine} does not replicate groups of sharded copies (dp_shard={layout.dp_shard})"
+        raise refusal("parallel.dp_replicate", layout.dp_replicate, problem, allowed="1 with dp_shard > 1", instead="engine=torch, or parallel.dp_replicate=1")
+    if layout.tp > 1 and parallel.sequence_parallel and not capabilities.sequence_parallel:
+        problem = f"{engine} keeps whole sequences on every tp rank"
+        raise refusal("parallel.sequence_parallel", True, problem, allowed="false", instead="parallel.sequence_parallel=false, or engine=torch")
+    if layout.tp > facts.kv_heads and not capabilities.repeated_heads:
+        problem = f"{engine} does not share a key/value head among ranks"
+        raise refusal("parallel.tp", layout.tp, problem, allowed=f"up to {facts.kv_heads}", instead=f"engine=torch, or parallel.tp={facts.kv_heads}")
 
 
 def _check_zero(parallel: schema.ParallelConfig, layout: ParallelLayout) -> None:

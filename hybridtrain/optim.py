@@ -47,16 +47,8 @@ class AdamW:
 
     def __init__(self, shards: list[Local], settings: OptimConfig):
         self.shards = shards
-        decayed = [item.shard for item in shards if item.parameter.dim() > 1 and not matches(item.name, settings.no_decay)]
-        chosen = {id(shard) for shard in decayed}
-        groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": [item.shard for item in shards if id(item.shard) not in chosen], "weight_decay": 0.0},
-        ]
-        first, second = settings.betas
-        self.optimizer = (
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True) if shards else None
-        )
+        decays = [item.parameter.dim() > 1 and not matches(item.name, settings.no_decay) for item in shards]
+        self.optimizer = _adamw([item.shard for item in shards], decays, settings) if shards else None
 
     def step(self, *, lr: float, divide: Tensor, nonfinite: Tensor) -> None:
         """Update with gradients divided by `divide`; do nothing where `nonfinite` is 1. Frees the gradients."""
@@ -92,6 +84,22 @@ class AdamW:
         assert self.optimizer is not None
         for field, value in self.optimizer.state[source.shard].items():
             self.optimizer.state[target.shard][field].copy_(value)
+
+
+def adamw(named: list[tuple[str, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over whole parameters, for an engine that shards them by itself."""
+    decays = [parameter.dim() > 1 and not matches(name, settings.no_decay) for name, parameter in named]
+    return _adamw([parameter for _, parameter in named], decays, settings)
+
+
+def _adamw(parameters: list[nn.Parameter], decays: list[bool], settings: OptimConfig) -> torch.optim.AdamW:
+    """Two groups: with weight decay and without."""
+    first, second = settings.betas
+    groups = [
+        {"params": [p for p, decay in zip(parameters, decays, strict=True) if decay], "weight_decay": settings.weight_decay},
+        {"params": [p for p, decay in zip(parameters, decays, strict=True) if not decay], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
 
 
 def build(shards: list[Local], settings: OptimConfig) -> AdamW:

@@ -5,7 +5,7 @@ Shape suffixes used across the project: B micro-batch rows, T positions, D hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +35,11 @@ class Batch:
     position_ids_BT: torch.Tensor
     packed: bool = False
     """Each position 0 begins a document that attends to itself alone (data.document_mask); else a row is one document."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device, without waiting for the copy."""
+        tensors = (self.input_ids_BT, self.labels_BT, self.position_ids_BT)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), packed=self.packed)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,14 @@ class Capabilities:
     zero_stages: frozenset[int]
     schedules: frozenset[str]
     precisions: frozenset[str]
+    pipelined_zero_stages: frozenset[int]
+    """ZeRO stages together with pp > 1."""
+    sequence_parallel: bool
+    """Activations outside attention and MLP sharded over tp."""
+    hybrid_sharding: bool
+    """dp_replicate and dp_shard both above 1."""
+    repeated_heads: bool
+    """More tp ranks than key/value heads."""
 
 
 class Saving(Protocol):
@@ -130,6 +143,9 @@ class Engine(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """This rank's (Hugging Face name, parameter or DTensor) pairs; tied weights once."""
+
+    def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
+        """Call once, when the next step has its gradients, with (name, gradient or DTensor): over all data ranks, before clipping."""
 
     def modules(self) -> Iterator[tuple[str, Any]]:
         """This rank's named modules, for hooks that watch them."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv complete: Python, the pinned packages of constraints.txt and this project (editable).
-#   bash launch/setup.sh           what training needs, and the readers of Parquet and of Hugging Face datasets
+#   bash launch/setup.sh           what training needs: both engines, and the readers of Parquet and of Hugging Face datasets
 #   bash launch/setup.sh test      and what the tests need
 # PYTHON=/path/to/python3 chooses the interpreter. Quick when there is nothing to do.
 set -euo pipefail
@@ -39,5 +39,5 @@ pip() { .venv/bin/python -m pip install --quiet --progress-bar off "$@"; }
 echo "setup: torch (minutes when it has to be downloaded)"
 pip "$(grep '^torch==' constraints.txt)"
 echo "setup: the other packages and the project${extra:+, with what the tests need}"
-pip --editable ".[data${extra:+,$extra}]"
+pip --editable ".[data,deepspeed${extra:+,$extra}]"
 echo "$key $root" >"$stamp-${extra:-run}"

@@ -23,7 +23,7 @@ DOORS = {
     "hydra": ("config/compose.py",),
     "omegaconf": ("config/compose.py",),
     "yaml": ("config/compose.py",),
-    "deepspeed": ("engine/deepspeed.py",),
+    "deepspeed": ("engine/deepspeed/",),
     **dict.fromkeys(TRACKERS, ("trackers/",)),
     "accelerate": ("trackers/", "mesh.py", "evaluate/"),
     "transformers": ("models/", "data/tokenizer.py", "data/chat.py", "evaluate/"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -141,16 +142,12 @@ def train(case: Case) -> Outcome:
     torch.manual_seed(0)
     engine = start(case)
     gradients: dict[str, torch.Tensor] = {}
-    update = engine.optimizer.step
 
-    def observe(**arguments: Any) -> None:
-        if not gradients:
-            for name, parameter in engine._named():
-                if parameter.grad is not None and name not in gradients:
-                    gradients[name] = whole(parameter.grad) / engine.scaler.scale.cpu()
-        update(**arguments)
+    def keep(named: Iterator[tuple[str, Any]]) -> None:
+        for name, gradient in named:
+            gradients.setdefault(name, whole(gradient))  # the first of two copies of a tied matrix
 
-    engine.optimizer.step = observe
+    engine.on_gradients(keep)
     results = [engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr) for step in range(case.steps)]
     parameters = {name: whole(parameter) for name, parameter in engine.weights()}
     return Outcome([float(r.loss) for r in results], [float(r.grad_norm) for r in results], gradients, parameters)

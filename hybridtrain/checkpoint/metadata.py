@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.types import UserError
 
 # DCP warns whenever one process saves or loads by itself, which here is on purpose.
@@ -69,12 +73,30 @@ def read(path: Path) -> dcp_metadata.Metadata:
         raise _refused(path, str(error)) from error
 
 
-def load_into(tensors: dict[str, torch.Tensor], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:
+class _Planner(DefaultLoadPlanner):
+    """Reads into fragments too, box by box."""
+
+    def create_local_plan(self) -> LoadPlan:
+        fragments = {key: value for key, value in self.state_dict.items() if isinstance(value, Fragment)}
+        others = {key: value for key, value in self.state_dict.items() if key not in fragments}
+        assert self.metadata is not None
+        entries: dict[str, Any] = self.metadata.state_dict_metadata
+        items = create_default_local_load_plan(others, self.metadata, strict=True).items
+        for key, fragment in fragments.items():
+            items += create_read_items_for_chunk_list(key, entries[key], fragment.chunks())
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: dcp_metadata.MetadataIndex) -> torch.Tensor:
+        value = self.state_dict[index.fqn]
+        return value.lookup(index) if isinstance(value, Fragment) else super().lookup_tensor(index)
+
+
+def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:
     """Fill `tensors` in place, under whatever layout they have (collective over `group`; None: this process alone).
 
     Raises UserError if a tensor file holds anything but the tensor that the metadata promises.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`, which is what an export wants

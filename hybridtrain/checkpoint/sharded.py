@@ -1,8 +1,8 @@
 """Saving and loading sharded tensors with torch DCP, under any layout.
 
 A checkpoint is a flat mapping of keys to whole tensors. Each rank gives what it has: a plain tensor is the same on every
-rank that gives it, a DTensor is this rank's part; pipeline stages give different keys. Only tensors are written (DCP
-would pickle anything else), beside `progress.json` and the marker.
+rank that gives it, a DTensor or a Fragment is this rank's part; pipeline stages give different keys. Only tensors are
+written (DCP would pickle anything else), beside `progress.json` and the marker.
 
 Saving, per rank:  stage (CPU copy) -> [thread: DCP write and fsync -> size and CRC32 -> rank 0: marker, rename]
 The thread talks over its own gloo group, so that training goes on meanwhile; it never touches a device or a mesh.
@@ -28,13 +28,14 @@ from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import marker, metadata
+from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.types import Progress, Saving, UserError, refusal
 
 T = TypeVar("T")
 _NAMED = 5  # keys that a refusal names before it says "and N more"
 
 
-def save(tensors: Mapping[str, torch.Tensor], *, path: Path, progress: Progress, group: dist.ProcessGroup | None, asynchronous: bool) -> Saving:
+def save(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, progress: Progress, group: dist.ProcessGroup | None, asynchronous: bool) -> Saving:
     """Start writing a complete checkpoint to `path` (collective over `group`, a gloo group of all ranks that nothing else uses).
 
     With `asynchronous` the values are those at the time of the call; the caller may change the tensors at once, but starts no
@@ -48,13 +49,13 @@ def save(tensors: Mapping[str, torch.Tensor], *, path: Path, progress: Progress,
     return saving
 
 
-def load(tensors: dict[str, torch.Tensor], *, path: Path, group: dist.ProcessGroup | None) -> Progress:
+def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: dist.ProcessGroup | None) -> Progress:
     """Fill `tensors` in place from the complete checkpoint at `path`, whatever layout wrote it (collective over `group`).
 
     Every file is checked first. Raises UserError on every rank for an incomplete or damaged checkpoint, one without a key that
     is asked for or with another shape, and one whose `model.` keys no rank asks for (a checkpoint of another model).
     """
-    assert not any(tensor.is_meta for tensor in tensors.values()), "load fills tensors in place; meta tensors have no place"
+    assert not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors.values()), "load fills tensors in place; meta tensors have no place"
     rank, size = _rank_and_size(group)
 
     def read() -> tuple[Progress, list[str], metadata.dcp_metadata.Metadata]:
@@ -91,11 +92,13 @@ class _Staged:
     """This rank's part of one tensor on the CPU, with DCP's description of where it belongs."""
 
     items: list[WriteItem]
-    tensor: torch.Tensor
+    part: torch.Tensor | Fragment
 
 
-def _stage(key: str, tensor: torch.Tensor, *, copy: bool) -> _Staged:
+def _stage(key: str, tensor: torch.Tensor | Fragment, *, copy: bool) -> _Staged:
     """Detach the local part of `tensor` from device and mesh; a copy even if it is on the CPU already when `copy`."""
+    if isinstance(tensor, Fragment):
+        return _Staged(tensor.write_items(key), tensor.at(tensor.values.detach().to("cpu", copy=copy)))
     assert isinstance(tensor, torch.Tensor), f"a checkpoint holds tensors only, {key} is a {type(tensor).__name__}"
     local = tensor.detach()
     if isinstance(local, DTensor):
@@ -114,7 +117,8 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: Any) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor
+        part = self.state_dict[index.fqn].part
+        return part.lookup(index) if isinstance(part, Fragment) else part
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -219,7 +223,7 @@ def _rename(partial: Path, path: Path) -> None:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(tensors: Mapping[str, torch.Tensor], *, stored: metadata.dcp_metadata.Metadata, path: Path) -> None:
+def _check_shapes(tensors: Mapping[str, torch.Tensor | Fragment], *, stored: metadata.dcp_metadata.Metadata, path: Path) -> None:
     entries = stored.state_dict_metadata
     missing = sorted(key for key in tensors if key not in entries)
     if missing:

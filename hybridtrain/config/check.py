@@ -16,9 +16,10 @@ from hybridtrain.types import refusal
 
 RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")
-ENGINES = ("torch",)
+ENGINES = ("torch", "deepspeed")
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 FP32_MATMUL = ("auto", "highest", "high", "medium")
+OFFLOAD = ("none", "cpu")
 OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
@@ -37,6 +38,7 @@ def check(config: schema.Config) -> None:
     _optim(config.optim)
     _schedule(config.schedule)
     _precision(config.precision)
+    _engine(config)
     _counts(config)
     _model(config.model)
     _data(config)
@@ -57,8 +59,6 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _kinds(config: schema.Config) -> None:
-    if config.engine.kind == "deepspeed":
-        raise refusal("engine.kind", "deepspeed", "not supported yet", allowed=", ".join(ENGINES), instead="engine.kind=torch with parallel.zero_stage")
     for field, value, allowed in (
         ("engine.kind", config.engine.kind, ENGINES),
         ("engine.compile_backend", config.engine.compile_backend, COMPILE_BACKENDS),
@@ -86,6 +86,43 @@ def _kinds(config: schema.Config) -> None:
         allowed="0, 1, 2, 3",
         instead="parallel.zero_stage=1 with parallel.dp_shard > 1",
     )
+
+
+def _engine(config: schema.Config) -> None:
+    engine = config.engine
+    parts = {"engine.offload_optimizer": engine.offload_optimizer, "engine.offload_parameters": engine.offload_parameters}
+    for field, value in parts.items():
+        if value == "nvme":
+            raise refusal(field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu")
+        _one_of(field, value, OFFLOAD)
+    if engine.kind == "torch":
+        for field, value in parts.items():
+            _require(value == "none", field, value, "engine=torch does not offload yet", allowed="none", instead="engine=deepspeed, or parallel.zero_stage=3")
+        words = "these are keys of DeepSpeed's config"
+        _require(not engine.config_overrides, "engine.config_overrides", engine.config_overrides, words, allowed="{}", instead="engine=deepspeed")
+    if engine.kind == "deepspeed":
+        _deepspeed(config)
+
+
+def _deepspeed(config: schema.Config) -> None:
+    """What DeepSpeed cannot do or would do silently wrong; layouts are layout.check's."""
+    engine, precision, there = config.engine, config.precision, importlib.util.find_spec("deepspeed") is not None
+    install = "pip install -c constraints.txt 'hybridtrain[deepspeed]', or engine=torch"
+    _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=install)
+    _require(not engine.compile, "engine.compile", True, "not with engine=deepspeed yet", allowed="false", instead="engine=torch, or engine.compile=false")
+    frozen = config.model.freeze
+    _require(not frozen, "model.freeze", frozen, "DeepSpeed keeps frozen weights in 16 bits only", allowed="[]", instead="engine=torch")
+    stage = config.parallel.zero_stage
+    words = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
+    offloads = engine.offload_parameters
+    _require(offloads == "none" or stage == 3, "engine.offload_parameters", offloads, words, allowed="none", instead="parallel.zero_stage=3")
+    if precision.kind == "fp16_mixed":
+        power = math.log2(precision.init_scale)
+        words = "DeepSpeed's first loss scale is a power of two"
+        _require(power == int(power), "precision.init_scale", precision.init_scale, words, allowed="powers of 2", instead="precision.init_scale=65536")
+        for field, value, fixed in (("growth_factor", precision.growth_factor, 2.0), ("backoff_factor", precision.backoff_factor, 0.5)):
+            words = "DeepSpeed's loss scale doubles and halves"
+            _require(value == fixed, f"precision.{field}", value, words, allowed=str(fixed), instead=f"engine=torch, or precision.{field}={fixed}")
 
 
 def _in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:

@@ -139,7 +139,7 @@ class ParallelConfig:
 @dataclass
 class EngineConfig:
     kind: str = "torch"
-    """Training engine; torch."""
+    """Training engine: torch or deepspeed."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     compile_backend: str = "inductor"
@@ -155,6 +155,12 @@ class EngineConfig:
     """CPU: threads of each process; 0: the cores of the machine shared by its processes (an OMP_NUM_THREADS above 1 is obeyed)."""
     keep_freed_memory: bool = True
     """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
+    offload_optimizer: str = "none"
+    """engine=deepspeed: where fp32 weights and Adam moments live; none (the training device) or cpu."""
+    offload_parameters: str = "none"
+    """engine=deepspeed with zero_stage 3: where parameters live between uses; none (the training device) or cpu."""
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    """engine=deepspeed: keys added to DeepSpeed's own config; those that another field decides are refused."""
 
 
 @dataclass

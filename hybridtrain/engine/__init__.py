@@ -19,6 +19,7 @@ from hybridtrain.types import Capabilities, ModelFacts
 if TYPE_CHECKING:
     import torch
 
+    from hybridtrain.engine.deepspeed import DeepSpeedEngine
     from hybridtrain.engine.torch_native import TorchEngine
 
 
@@ -45,7 +46,9 @@ def settle(config: Config) -> Settled:
 
 
 def capabilities(kind: str) -> Capabilities:
-    """What the engine runs with the torch that is installed (which is not imported)."""
+    """What the engine runs with the torch that is installed (which is not imported, but where fp16 hangs on the device)."""
+    if kind == "deepspeed":
+        return _of_deepspeed()
     assert kind == "torch"
     torch = machine.versions()["torch"]
     split = _release(torch) >= _SPLIT_BACKWARD_SINCE
@@ -55,7 +58,32 @@ def capabilities(kind: str) -> Capabilities:
         zero_stages=frozenset({0, 1, 2, 3}),
         schedules=frozenset(layouts.SCHEDULES) if split else frozenset(layouts.SCHEDULES) - frozenset(layouts.SPLIT_BACKWARD),
         precisions=frozenset({"fp32", "bf16_mixed", "bf16_pure", "fp16_mixed"}),
+        pipelined_zero_stages=frozenset({0, 1, 2, 3}),
+        sequence_parallel=True,
+        hybrid_sharding=True,
+        repeated_heads=True,
     )
+
+
+def _of_deepspeed() -> Capabilities:
+    return Capabilities(
+        engine="deepspeed",
+        axes=frozenset({"pp", "dp_replicate", "dp_shard", "tp"}),
+        zero_stages=frozenset({0, 1, 2, 3}),
+        schedules=frozenset({"1f1b"}),
+        precisions=frozenset({"fp32", "bf16_mixed"} | ({"fp16_mixed"} if fp16_on_deepspeed() else set())),
+        pipelined_zero_stages=frozenset({0, 1}),
+        sequence_parallel=False,
+        hybrid_sharding=False,
+        repeated_heads=False,
+    )
+
+
+def fp16_on_deepspeed() -> bool:
+    """DeepSpeed's own rule: GPUs have fp16, of CPUs those whose oneDNN has."""
+    import torch
+
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _release(version: str) -> tuple[int, int]:
@@ -64,10 +92,15 @@ def _release(version: str) -> tuple[int, int]:
     return (int(parts[0]), int(parts[1])) if parts[0].isdecimal() and parts[1].isdecimal() else _SPLIT_BACKWARD_SINCE
 
 
-def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine:
+def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
     """Mesh, stages, weights, optimizer and schedule (collective; the process group exists)."""
     from hybridtrain import backend
-    from hybridtrain.engine.torch_native import TorchEngine
 
     backend.apply(config.engine, device=device)
+    if config.engine.kind == "deepspeed":
+        from hybridtrain.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, layout=layout, plan=plan, device=device)
+    from hybridtrain.engine.torch_native import TorchEngine
+
     return TorchEngine(config, layout=layout, plan=plan, device=device)

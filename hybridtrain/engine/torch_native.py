@@ -6,7 +6,7 @@ One step:  count valid tokens -> forward and backward of every micro-batch -> ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class TorchEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
-        batches = [_to_device(batch, self.device) for batch in micro_batches]
+        batches = [batch.to(self.device) for batch in micro_batches]
         tokens = self._valid_tokens(batches)
         factor = self.scaler.scale * self.layout.dp / tokens.clamp(min=1)  # x dp: fully_shard averages over data ranks
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
@@ -105,7 +105,7 @@ class TorchEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
-        batches = [_to_device(batch, self.device) for batch in micro_batches]
+        batches = [batch.to(self.device) for batch in micro_batches]
         tokens = self._valid_tokens(batches)
         total = torch.zeros((), device=self.device)
         for stage in self.stages:
@@ -141,6 +141,17 @@ class TorchEngine:
                 if (owner := stage.owner(name)) not in seen:
                     seen.add(owner)
                     yield owner, parameter
+
+    def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
+        """Call once, when the next step has its gradients, with (name, gradient): reduced, unscaled, before clipping."""
+
+        def before(*_: object) -> None:
+            handle.remove()
+            scale = float(self.scaler.scale)
+            call((item.name, item.parameter.grad / scale) for item in self.optimizer.shards if item.parameter.grad is not None)
+
+        if self.optimizer.optimizer is not None:
+            handle = self.optimizer.optimizer.register_step_pre_hook(before)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:
@@ -216,11 +227,6 @@ class TorchEngine:
 
 def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
     return any(copy is not None and copy.requires_grad for copy in (embed, head))
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return Batch(move(batch.input_ids_BT), move(batch.labels_BT), move(batch.position_ids_BT), batch.packed)
 
 
 def _joined(batches: Sequence[Batch]) -> dict[str, Any]:

@@ -118,18 +118,14 @@ def train_layout(task: Task, reference_norm: float) -> Measured:
     device = mesh.device()
     mesh.connect(device, timeout_s=task.config.engine.timeout_s)
     engine = engines.build(task.config, layout=task.layout, plan=task.plan, device=device)
-    scale = task.config.precision.init_scale if policy(task.config.precision.kind).loss_scale else 1.0
     gradients, parameters = Differences(), Differences()
 
-    def compare_gradients(*_: object) -> None:
-        handle.remove()
-        named = ((item.name, item.parameter.grad) for item in engine.optimizer.shards if item.parameter.grad is not None)
+    def compare_gradients(named: Iterable[tuple[str, Any]]) -> None:
         floor = GRADIENT_FLOOR * reference_norm
-        relative = lambda ours, theirs: float((ours / scale - theirs).norm() / theirs.norm().clamp(min=floor))  # noqa: E731
+        relative = lambda ours, theirs: float((ours - theirs).norm() / theirs.norm().clamp(min=floor))  # noqa: E731
         _compare(named, Path(task.folder) / "gradients.safetensors", gradients, relative)
 
-    if engine.optimizer.optimizer is not None:
-        handle = engine.optimizer.optimizer.register_step_pre_hook(compare_gradients)
+    engine.on_gradients(compare_gradients)
     tokens = _tokens(task, dp_rank=engine.mesh.dp_rank, dp_size=task.layout.dp)
     done = Steps()
     for step in range(task.steps):

@@ -1,0 +1,89 @@
+"""What ZeRO leaves a rank of a parameter: a run of its elements in row-major order, which is no box of the whole tensor.
+
+A checkpoint holds boxes. A run of a matrix is at most three of them: the rest of a row, whole rows, the beginning of a row.
+
+    whole (6, 4), elements 6 to 17:   . . . .
+                                      . . x x     (1, 2)
+                                      x x x x  \\
+                                      x x x x  /  (2, 4)
+                                      x x . .     (1, 2)
+                                      . . . .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes)."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` and following of the box (`offsets`, `sizes`) of a tensor of `shape`, in 1-D memory of this rank."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+    values: Tensor
+
+    def pieces(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """(offsets in the whole tensor, view of `values` in the shape of a box)."""
+        done = 0
+        for offsets, sizes in _boxes(self.sizes, start=self.start, count=self.values.numel()):
+            count = math.prod(sizes)
+            yield tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.values[done : done + count].view(sizes)
+            done += count
+
+    def at(self, values: Tensor) -> Fragment:
+        """The same elements in other memory."""
+        return Fragment(self.shape, self.offsets, self.sizes, self.start, values)
+
+    def fill(self, whole: Tensor) -> None:
+        """Write the elements to their places in a tensor of the whole shape."""
+        for offsets, piece in self.pieces():
+            whole[tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True))] = piece
+
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        """The boxes, as DCP describes them."""
+        return [ChunkStorageMetadata(torch.Size(offsets), piece.shape) for offsets, piece in self.pieces()]
+
+    def write_items(self, key: str) -> list[WriteItem]:
+        """What DCP is to write."""
+        properties = TensorProperties.create_from_tensor(self.values)
+        return [
+            WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, torch.Size(self.shape)))
+            for chunk in self.chunks()
+        ]
+
+    def lookup(self, index: MetadataIndex) -> Tensor:
+        """The memory of the box at an offset."""
+        return next(piece for offsets, piece in self.pieces() if torch.Size(offsets) == index.offset)
+
+
+def _boxes(sizes: tuple[int, ...], *, start: int, count: int) -> Iterator[Box]:
+    """Boxes that together are `count` elements of a tensor of `sizes`, from element `start` on, in order."""
+    if count == 0:
+        return
+    if len(sizes) == 1:
+        yield (start,), (count,)
+        return
+    row = math.prod(sizes[1:])
+    first, skip = divmod(start, row)
+    if skip or count < row:
+        part = min(count, row - skip)
+        for offsets, inner in _boxes(sizes[1:], start=skip, count=part):
+            yield (first, *offsets), (1, *inner)
+        yield from _boxes(sizes, start=start + part, count=count - part)
+        return
+    rows = count // row
+    yield (first, *(0 for _ in sizes[1:])), (rows, *sizes[1:])
+    yield from _boxes(sizes, start=start + rows * row, count=count - rows * row)

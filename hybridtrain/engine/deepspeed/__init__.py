@@ -1,0 +1,273 @@
+"""The DeepSpeed engine: ZeRO 1-3 with offload, AutoTP's layers and PipelineModule behind the Engine contract.
+
+    pp = 1   Stage -> AutoTP's layers -> deepspeed.initialize (ZeRO 1, 2, 3)
+    pp > 1   Stage -> AutoTP's layers -> PipelineModule -> deepspeed.initialize (ZeRO 1)
+
+This package is the only place that imports deepspeed. Stages, initial weights, batches and checkpoints are those of the torch engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hybridtrain.checkpoint import sharded
+from hybridtrain.checkpoint.fragments import Fragment
+from hybridtrain.config.schema import Config
+from hybridtrain.engine import capabilities
+from hybridtrain.engine.deepspeed import settings, state, tensor
+from hybridtrain.engine.deepspeed.start import quiet, start
+from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers
+from hybridtrain.mesh import Mesh
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.facts import read_config
+from hybridtrain.models.family import family_of
+from hybridtrain.models.init import Source, draw, fill, reset_buffers
+from hybridtrain.models.load import pretrained
+from hybridtrain.models.stage import Stage
+from hybridtrain.optim import adamw
+from hybridtrain.parallel.recompute import apply_recompute
+from hybridtrain.precision.policy import policy
+from hybridtrain.types import IGNORE_INDEX, Batch, EvalResult, Progress, Saving, StepResult
+
+
+class DeepSpeedEngine:
+    """See types.Engine. Collective: every rank makes the same calls in the same order."""
+
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device):
+        self.capabilities = capabilities("deepspeed")
+        self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self._after_step: Callable[[], None] = _nothing
+        self.precision = policy(config.precision.kind)
+        self.settings = settings.build(config, plan=plan)
+        self.mesh = Mesh(layout, device=device)
+        self.stage_group = self.mesh.whole["dp_replicate", "dp_shard", "tp"]._flatten("stage").get_group()
+        fields = read_config(config.model)
+        self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
+        self.family = family_of(self.model_config.model_type)
+        self.deepspeed = start(device)
+        source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
+        self.stage, self.parts = self._stage(source)
+        self.named = tensor.parameters(self.stage)
+        self.owner: Callable[[str], str] = self.stage.owner  # bound now: DeepSpeed wraps what is looked up later
+        self.optimizer = adamw([(self.owner(name), parameter) for name, parameter in self.named], config.optim)
+        self.pipe, self.engine = self._initialized()
+        reset_buffers(self.stage, device=device)  # cast to 16 bits with the parameters, positions would be off by up to 0.4 %
+        self.held = state.held(self.zero, self.named, parts=self.parts)
+        state.fill(self.held, source, owner=self.owner)
+        state.publish(self.zero)
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer, around ours."""
+        return self.engine.optimizer
+
+    def _stage(self, source: Source) -> tuple[Stage, dict[str, tensor.Part]]:
+        """This rank's stage with AutoTP's layers and its initial weights, and where its parameters lie in the whole."""
+        layout, config = self.layout, self.model_config
+        index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
+        layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
+        chunk = self.config.engine.loss_chunk
+        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, loss_chunk=chunk)
+        parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
+        if layout.tp > 1:
+            with quiet():
+                tensor.replace_linears(stage, group=group)
+        apply_recompute(stage, kind=self.config.recompute.kind, split_backward=False)
+        stage.to_empty(device=self.device)
+        stage.tie()
+        reset_buffers(stage, device=self.device)
+        if layout.tp > 1:
+            tensor.mark(stage, parts, group=group)
+        fill([stage], lambda name, shape, box: _part_of(source, parts.get(name), name, shape, box))  # noqa: ARG005
+        return stage, parts
+
+    def _initialized(self) -> tuple[Any, Any]:
+        """(our layer in the pipeline or None, DeepSpeed's engine)."""
+        with quiet():
+            from hybridtrain.engine.deepspeed import pipe
+
+            options: dict[str, Any] = {"config": self.settings, "optimizer": self.optimizer, "model_parameters": [p for _, p in self.named]}
+            if self.layout.pp > 1:
+                layer = pipe.StageLayer(self.stage)
+                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends_group(), tied=self._tied())  # every rank makes the group
+                return layer, self.deepspeed.initialize(model=module, **options)[0]
+            if self.layout.tp > 1:
+                from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+                options["mpu"] = PipelineParallelGrid(topology=pipe.topology(self.layout))
+            if settings.zero_stage(self.config) == 3:
+                head: Any = self.stage.part(self.family.head)
+                self.deepspeed.zero.register_external_parameter(self.stage, head.weight)  # the stage uses it, not the head
+            return None, self.deepspeed.initialize(model=self.stage, **options)[0]
+
+    def _tied(self) -> nn.Parameter | None:
+        """This rank's copy of a matrix that the first and the last stage share."""
+        if not self.stage.tied or not (self.stage.first or self.stage.last):
+            return None
+        module: Any = self.stage.part(self.family.embed if self.stage.first else self.family.head)
+        return module.weight
+
+    # -- the contract ------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Forward, backward and update over this data rank's micro-batches."""
+        batches = [batch.to(self.device) for batch in micro_batches]
+        tokens = self._valid_tokens(batches)
+        factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
+        scale = torch.tensor(float(self.zero.loss_scale) if self.precision.loss_scale else 1.0, device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
+        dist.all_reduce(total, group=self.mesh.loss_group)
+        after, self._after_step = self._after_step, _nothing
+        after()
+        skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
+        norm = torch.as_tensor(float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        return StepResult(total / tokens.clamp(min=1), tokens, norm, skipped, scale)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        """Forward only, grad_accum micro-batches; sums over all ranks."""
+        batches = [batch.to(self.device) for batch in micro_batches]
+        tokens = self._valid_tokens(batches)
+        self.engine.eval()
+        if self.pipe:
+            self.pipe.begin(batches, factor=torch.ones((), device=self.device))
+            self.engine.eval_batch(self._inputs(batches), num_micro_batches=len(batches))
+            losses = self.pipe.losses
+        else:
+            losses = [self._forward(batch) for batch in batches]
+        self.engine.train()
+        total = self._sum(losses)
+        dist.all_reduce(total, group=self.mesh.loss_group)
+        return EvalResult(float(total), int(tokens))
+
+    def save(self, path: Path, progress: Progress) -> Saving:
+        """Start writing a complete checkpoint (collective), in the form of the torch engine's."""
+        return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
+
+    def load(self, path: Path) -> Progress:
+        """Load a complete checkpoint, whatever layout or engine wrote it (collective)."""
+        stored = sharded.stored_keys(path)
+        wanted = {**state.tensors(self.held, self.optimizer, owner=self.owner), **self._scaler_state()}
+        wanted = {key: value for key, value in wanted.items() if key in stored or not key.startswith("scaler.")}
+        progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
+        self._set_scaler(wanted)
+        state.publish(self.zero)
+        return progress
+
+    def weights(self) -> Iterator[tuple[str, state.Gathered]]:
+        """(Hugging Face name, fp32 master weight) of this rank's stage."""
+        return self._gathered(lambda run: run.flat)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return iter(self.stage.named_modules())
+
+    def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
+        """Call once, when the next step has its gradients, with (name, gradient): reduced, unscaled, before clipping."""
+        found: dict[nn.Parameter, Tensor] = {}
+
+        def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            norm, clip = float(self.zero._global_grad_norm), self.config.optim.clip
+            over = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
+            found.update({p: p.grad.detach() * over for group in optimizer.param_groups for p in group["params"] if p.grad is not None})
+
+        handle = self.optimizer.register_step_pre_hook(keep)
+
+        def after() -> None:
+            handle.remove()
+            call(self._gathered(lambda run: found[run.flat]))
+
+        self._after_step = after
+
+    def close(self) -> None:
+        """Drop what DeepSpeed holds; the caller leaves the process group."""
+        with quiet():
+            self.engine.destroy()
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor | Fragment]:
+        """Everything a checkpoint holds, as fragments that share memory with the run."""
+        runs = [run for run in self.held if not self._is_copy(run.name)]
+        return {**state.tensors(runs, self.optimizer, owner=self.owner), **self._scaler_state()}
+
+    def _is_copy(self, name: str) -> bool:
+        """A tied head on a stage of its own: the first stage's embedding speaks for it."""
+        return self.layout.pp > 1 and self.owner(name) != name
+
+    def _gathered(self, values: Callable[[state.Held], Tensor]) -> Iterator[tuple[str, state.Gathered]]:
+        named = [(name, self.parts[name]) for name, _ in self.named]
+        speaks = lambda part: part.sharded or self.mesh.coordinates["tp"] == 0  # noqa: E731
+        for name, whole in state.gathered(self.held, named, values=values, speaks=speaks, group=self.stage_group):
+            yield self.owner(name), whole
+
+    def _scaler_state(self) -> dict[str, Tensor]:
+        """The loss scale as the torch engine saves it."""
+        if not self.precision.loss_scale:
+            return {}
+        scaler = self.zero.loss_scaler
+        finite = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {"scaler.scale": torch.tensor(float(scaler.cur_scale)), "scaler.growth_tracker": torch.tensor(finite, dtype=torch.int32)}
+
+    def _set_scaler(self, loaded: dict[str, Any]) -> None:
+        if "scaler.scale" in loaded:
+            scaler = self.zero.loss_scaler
+            scaler.cur_scale = float(loaded["scaler.scale"])
+            scaler.last_overflow_iter = scaler.cur_iter - 1 - int(loaded["scaler.growth_tracker"])
+
+    # -- the step ----------------------------------------------------------------------------------------------
+
+    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
+        """Tokens with a label over the global batch, known before any backward."""
+        tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
+        if self.mesh.coordinates["pp"]:
+            tokens = torch.zeros_like(tokens)
+        dist.all_reduce(tokens, group=self.mesh.loss_group)
+        return tokens
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self.engine(batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)
+
+    def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+        losses = []
+        for batch in batches:
+            loss = self._forward(batch)
+            self.engine.backward(loss.squeeze(0) * factor, scale_wrt_gas=False)
+            self.engine.step()
+            losses.append(loss.detach())
+        return self._sum(losses)
+
+    def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+        self.pipe.begin(batches, factor=factor * len(batches))  # PipelineEngine averages over micro-batches
+        self.engine.train_batch(self._inputs(batches))
+        return self._sum(self.pipe.losses)
+
+    def _inputs(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What DeepSpeed loads on the first and the last stage: ids, and labels that nobody uses."""
+        return zip([batch.input_ids_BT for batch in batches], itertools.repeat(torch.zeros(1, device=self.device)), strict=False)
+
+    def _sum(self, losses: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total += loss.squeeze()
+        return total
+
+
+def _nothing() -> None:
+    """What on_gradients leaves behind."""
+
+
+def _part_of(source: Source, part: tensor.Part | None, name: str, shape: tuple[int, ...], box: Any) -> Tensor:
+    """A source of this rank's parts: a parameter's whole is its part."""
+    if part is None or not part.sharded:
+        return source(name, shape, box)
+    assert shape == part.sizes
+    return source(name, part.shape, tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True)))

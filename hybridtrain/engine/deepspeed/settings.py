@@ -1,0 +1,108 @@
+"""From a config's intent to the mapping DeepSpeed is started with. Pure: no torch, no deepspeed.
+
+What expresses intent belongs to our config alone; `engine.config_overrides` adds what it has no word for.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hybridtrain.config.schema import Config
+from hybridtrain.layout import BatchPlan
+from hybridtrain.types import refusal
+
+NEVER = 10**9
+_OWNED = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "precision",
+    "bf16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "tensor_parallel": "parallel.tp",
+    "sequence_parallel_size": "parallel.cp",
+    "pipeline": "parallel.pp",
+    "checkpoint": "checkpoint",
+    "managed_gradient_accumulation": "batch.global_batch_size",
+}
+"""Whole sections of DeepSpeed's config that another field of ours decides."""
+
+
+def zero_stage(config: Config) -> int:
+    """The stage DeepSpeed runs. Its stage 0 clips and scales wrongly without a word; stage 1 computes the same and shares more."""
+    return max(1, config.parallel.zero_stage)
+
+
+def build(config: Config, *, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's config. Raises UserError for an override that contradicts the intent."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.grad_accum,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NEVER,
+        **_precision(config),
+    }
+    _refuse_contradictions(settings, config.engine.config_overrides)
+    return _merged(settings, config.engine.config_overrides)
+
+
+def _offload(config: Config) -> dict[str, Any]:
+    parts = {"offload_optimizer": config.engine.offload_optimizer, "offload_param": config.engine.offload_parameters}
+    return {name: {"device": device} for name, device in parts.items() if device != "none"}
+
+
+def _precision(config: Config) -> dict[str, Any]:
+    """Gradients are added up and reduced in fp32 in every recipe."""
+    precision = config.precision
+    high = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if precision.kind == "bf16_mixed":
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **high}
+    if precision.kind == "fp16_mixed":
+        scaler = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": round(math.log2(precision.init_scale)),
+            "loss_scale_window": precision.growth_interval,
+            "hysteresis": 1,
+            "min_loss_scale": precision.min_scale,
+        }
+        return {"fp16": scaler, **high}
+    return {}
+
+
+def _refuse_contradictions(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    ours = dict(_leaves(settings, ()))
+    for path, value in _leaves(overrides, ()):
+        name = ".".join(path)
+        if path[0] in _OWNED:
+            field = _OWNED[path[0]]
+            raise refusal(f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=field)
+        if path in ours and ours[path] != value:
+            raise refusal(
+                f"engine.config_overrides.{name}", value, f"the rest of the config says {ours[path]}", allowed=str(ours[path]), instead="the field that decides it"
+            )
+
+
+def _leaves(mapping: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(dict(settings))
+    for key, value in overrides.items():
+        result[key] = _merged(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else copy.deepcopy(value)
+    return result

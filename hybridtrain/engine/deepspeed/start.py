@@ -1,0 +1,43 @@
+"""Importing and starting DeepSpeed, without what it prints; what it printed is shown when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what Python code prints, logs and warns of; show it only if something is raised."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def start(device: torch.device) -> Any:
+    """DeepSpeed, imported and joined to this process group (collective)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    for name, value in {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": device.index or 0}.items():
+        os.environ.setdefault(name, str(value))
+    with quiet():
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # An op compiled at start-up for a collective that only inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    return deepspeed

@@ -104,6 +104,11 @@ class Case:
         return [Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions) for s in starts]
 
 
+def deepspeed(layout: str, fields: dict[str, Any] | None = None, *, precision: str = "fp32", overrides: tuple[tuple[str, Any], ...] = ()) -> Case:
+    """A case for engine=deepspeed."""
+    return Case(layout, fields or model(), precision=precision, overrides=(("engine.kind", "deepspeed"), *overrides))
+
+
 @dataclasses.dataclass
 class Outcome:
     losses: list[float]

@@ -76,6 +76,15 @@ def read(path: Path) -> dcp_metadata.Metadata:
 class _Planner(DefaultLoadPlanner):
     """Reads into fragments too, box by box."""
 
+    def __init__(self, wanted: Mapping[str, torch.Tensor | Fragment]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.wanted = wanted
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        """Not torch's own, which replaces what is no tensor by None."""
+        self.original_state_dict = state_dict
+        self.state_dict, self.metadata, self.is_coordinator = dict(self.wanted), metadata, is_coordinator
+
     def create_local_plan(self) -> LoadPlan:
         fragments = {key: value for key, value in self.state_dict.items() if isinstance(value, Fragment)}
         others = {key: value for key, value in self.state_dict.items() if key not in fragments}
@@ -96,7 +105,7 @@ def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, met
 
     Raises UserError if a tensor file holds anything but the tensor that the metadata promises.
     """
-    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _Planner(tensors)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`, which is what an export wants

@@ -43,7 +43,9 @@ def test_every_layout(layout):
 
 
 @pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero3", "tp2-nosp", "pp2", "pp2-tp2-nosp"])
-@pytest.mark.parametrize("fields", [model("qwen3", tie_word_embeddings=True), pytest.param(model("llama", tie_word_embeddings=True), marks=SLOW)], ids=["qwen3", "llama"])
+@pytest.mark.parametrize(
+    "fields", [model("qwen3", tie_word_embeddings=True), pytest.param(model("llama", tie_word_embeddings=True), marks=SLOW)], ids=["qwen3", "llama"]
+)
 def test_tied_embeddings(layout, fields):
     assert_parity(deepspeed(layout, fields))
 
@@ -108,12 +110,12 @@ def overflow(case: Case) -> list[tuple[float, float, float]]:
 
 
 @pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero2", "dp_shard2-zero3", "pp2"])
-def test_fp16_skips_a_planted_overflow_on_every_rank_and_recovers(layout, fp16_opened):  # noqa: ARG001
+def test_fp16_skips_a_planted_overflow_on_every_rank_and_recovers(layout):
     scaled = (("precision.init_scale", 1024.0), ("precision.growth_interval", 2))
     ranks = run_ranks(2, overflow, deepspeed(layout, precision="fp16_mixed", overrides=scaled))
     assert all(found == ranks[0] for found in ranks)
     assert [skipped for _, skipped, _ in ranks[0]] == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert [scale for _, _, scale in ranks[0]] == [1024, 1024, 2048, 2048, 1024, 1024, 2048, 2048]
+    assert [scale for _, _, scale in ranks[0]] == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]  # DeepSpeed begins to count one step later
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])

@@ -155,10 +155,10 @@ def test_a_crash_is_a_failure_and_the_others_go_on(run_dir, capsys):
 def test_a_value_that_is_not_a_number_fails():
     tolerance = verdict.tolerances("fp32", tp=1, lr=1e-3, steps=3)
     good = dict.fromkeys(verdict.MEASURES, 0.0)
-    row = verdict.Row("single", 1, "fp32", tolerance, 0.0, good, {}, "")
+    row = verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "")
     assert row.passed
-    assert verdict.Row("single", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, "").beyond == ["grad_rel"]
-    assert not verdict.Row("single", 1, "fp32", tolerance, 0.0, good, {}, "one step was skipped").passed
+    assert verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, "").beyond == ["grad_rel"]
+    assert not verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "one step was skipped").passed
 
 
 # -- which layouts -------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: d
     Every file is checked first. Raises UserError on every rank for an incomplete or damaged checkpoint, one without a key that
     is asked for or with another shape, and one whose `model.` keys no rank asks for (a checkpoint of another model).
     """
-    assert not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors.values()), "load fills tensors in place; meta tensors have no place"
+    assert not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors.values()), (
+        "load fills tensors in place; meta tensors have no place"
+    )
     rank, size = _rank_and_size(group)
 
     def read() -> tuple[Progress, list[str], metadata.dcp_metadata.Metadata]:

@@ -89,18 +89,24 @@ def _kinds(config: schema.Config) -> None:
 
 
 def _engine(config: schema.Config) -> None:
-    engine = config.engine
+    engine, kinds = config.engine, {config.engine.kind}
+    if isinstance(config, schema.ParityRoot) and config.parity.engines:
+        for kind in config.parity.engines:
+            _require(
+                kind in ENGINES, "parity.engines", config.parity.engines, f"no engine {kind!r}", allowed=", ".join(ENGINES), instead="parity.engines=[torch]"
+            )
+        kinds = set(config.parity.engines)
     parts = {"engine.offload_optimizer": engine.offload_optimizer, "engine.offload_parameters": engine.offload_parameters}
     for field, value in parts.items():
         if value == "nvme":
             raise refusal(field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu")
         _one_of(field, value, OFFLOAD)
-    if engine.kind == "torch":
+    if "deepspeed" not in kinds:
         for field, value in parts.items():
             _require(value == "none", field, value, "engine=torch does not offload yet", allowed="none", instead="engine=deepspeed, or parallel.zero_stage=3")
         words = "these are keys of DeepSpeed's config"
         _require(not engine.config_overrides, "engine.config_overrides", engine.config_overrides, words, allowed="{}", instead="engine=deepspeed")
-    if engine.kind == "deepspeed":
+    else:
         _deepspeed(config)
 
 

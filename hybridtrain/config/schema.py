@@ -293,6 +293,8 @@ class GenerateConfig:
 class ParityConfig:
     layouts: list[str] = field(default_factory=list)
     """Layouts such as pp2-dp_shard2-tp2-zero3; empty: a set that fits the model and max_processes."""
+    engines: list[str] = field(default_factory=list)
+    """Engines to compare, each under every layout: torch, deepspeed; empty: engine.kind."""
     max_processes: int = 4
     """Largest layout of the default set, in processes."""
     steps: int = 3

@@ -46,7 +46,8 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     anything starts when the config or a named layout cannot run.
     """
     devices = _devices()
-    comparison = plans.prepare(config, capabilities=engines.capabilities(config.engine.kind), devices=devices)
+    kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
+    comparison = plans.prepare(config, capabilities={kind: engines.capabilities(kind) for kind in kinds}, devices=devices)
     _check_tokens(comparison)
     config = comparison.config
     path = _result_path(config)
@@ -57,14 +58,14 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
         reference, seconds = _reference(comparison, machine)
         facts = _facts(comparison)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
-        width = max(len(name) for name in ("at most, without tp", *(entry.name for entry in comparison.entries)))
+        width = max(len(name) for name in ("at most, without tp", *(f"{entry.name} ({entry.engine})" for entry in comparison.entries)))
         kinds = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison) for entry in comparison.entries}
         print(verdict.header(kinds, width=width), flush=True)
         for entry in comparison.entries:
             rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
             print(verdict.line(rows[-1], width=width), flush=True)
-            verdict.write(path, rows=rows, engine=config.engine.kind, reference=told, facts=facts)
-    failed = [row.layout for row in rows if not row.passed]
+            verdict.write(path, rows=rows, reference=told, facts=facts)
+    failed = [row.name for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "") + f"\n{path}", flush=True)
     return 1 if failed else 0
 
@@ -123,8 +124,9 @@ def _opening(comparison: Comparison, devices: int | None) -> str:
     config, facts, plan = comparison.config, comparison.facts, comparison.plan
     tokens = f"the corpus at {_corpus(config)}" if _has_data(config) else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
     where = f"{devices} GPUs" if devices else "the CPU"
+    kinds = ", ".join(dict.fromkeys(entry.engine for entry in comparison.entries))
     lines = [
-        f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {config.engine.kind}, on {where}",
+        f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {kinds}, on {where}",
         f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {tokens}",
         *comparison.said,
     ]
@@ -138,7 +140,8 @@ def _opening(comparison: Comparison, devices: int | None) -> str:
 
 def _preload(comparison: Comparison) -> tuple[str, ...]:
     family = comparison.facts.model_type
-    return ("hybridtrain.parity.measure", "hybridtrain.engine.torch_native", f"transformers.models.{family}.modeling_{family}")
+    engine = {"hybridtrain.engine.torch_native"} if any(entry.engine == "torch" for entry in comparison.entries) else set()
+    return ("hybridtrain.parity.measure", *engine, f"transformers.models.{family}.modeling_{family}")
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def _task(config: schema.Config, layout: ParallelLayout, comparison: Comparison,
 def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, reference: Reference, train: Callable[[Task, float], Measured]) -> Row:
     """Run one layout; one that crashes is a row like any other."""
     config = copy.deepcopy(comparison.config)
-    config.parallel = entry.parallel
+    config.parallel, config.engine.kind = entry.parallel, entry.engine
     task = _task(config, entry.layout, comparison, entry.plan, machine)
     processes = entry.layout.world_size
     began = time.monotonic()
@@ -192,4 +195,4 @@ def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, referenc
         measured, worst, error = verdict.merge(found, reference)
     except ranks.RankFailed as failure:
         measured, worst, error = {}, {}, str(failure)
-    return Row(entry.name, processes, config.precision.kind, _tolerance(entry, comparison), time.monotonic() - began, measured, worst, error)
+    return Row(entry.name, entry.engine, processes, config.precision.kind, _tolerance(entry, comparison), time.monotonic() - began, measured, worst, error)

@@ -62,6 +62,7 @@ class Entry:
     """One layout to compare, checked."""
 
     name: str
+    engine: str
     parallel: schema.ParallelConfig
     layout: ParallelLayout
     plan: BatchPlan
@@ -85,8 +86,9 @@ class Comparison:
         return layouts.plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
 
 
-def prepare(config: schema.ParityRoot, *, capabilities: Capabilities, devices: int | None) -> Comparison:
-    """Choose layouts and model; raises UserError for a named layout that cannot run. `devices`: number of GPUs, None on CPU."""
+def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None) -> Comparison:
+    """Choose layouts and model; raises UserError for a named layout that cannot run. `capabilities`: of the
+    engines to compare. `devices`: number of GPUs, None on CPU."""
     config, said = _settled(config)
     fields = read_config(config.model)
     if fields.get("attention_dropout"):
@@ -126,12 +128,22 @@ def _settled(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
     return config, said
 
 
-def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Capabilities, devices: int | None) -> tuple[list[Entry], dict[str, str]]:
-    """The layouts that run, and those of the default set that do not, with the reason."""
+def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None) -> tuple[list[Entry], dict[str, str]]:
+    """The layouts that run, engine after engine, and those of the default set that do not, with the reason."""
+    entries: list[Entry] = []
+    left_out: dict[str, str] = {}
+    for engine, able in capabilities.items():
+        found, missing = _choose_for(engine, config, model, able, devices)
+        entries += found
+        left_out |= {f"{engine} {name}" if len(capabilities) > 1 else name: why for name, why in missing.items()}
+    return entries, left_out
+
+
+def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able: Capabilities, devices: int | None) -> tuple[list[Entry], dict[str, str]]:
     named = [_written(text) for text in config.parity.layouts]
     entries: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
-    for parallel in named or [_written(text) for text in DEFAULT_SET] + [_own(config.parallel)]:
+    for parallel in named or [_able(_written(text), able) for text in DEFAULT_SET] + [_own(config.parallel)]:
         layout = layouts.resolve(parallel, world_size=_processes(parallel))
         name = layouts.write(parallel, layout)
         try:
@@ -140,18 +152,23 @@ def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Capabili
             if devices is not None and layout.world_size > devices:
                 raise _too_few(name, layout.world_size, devices)
             plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-            layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities)
+            layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
         except UserError as error:
             if named:
                 raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error
             left_out[name] = str(error).splitlines()[0]
             continue
-        entries.setdefault(name, Entry(name, parallel, layout, plan))
+        entries.setdefault(name, Entry(name, engine, parallel, layout, plan))
     return list(entries.values()), left_out
 
 
 def _written(text: str) -> schema.ParallelConfig:
     return schema.ParallelConfig(**layouts.parse(text))
+
+
+def _able(parallel: schema.ParallelConfig, able: Capabilities) -> schema.ParallelConfig:
+    """A layout of the default set, without sequence parallelism where the engine has none."""
+    return parallel if able.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
 
 
 def _own(parallel: schema.ParallelConfig) -> schema.ParallelConfig:

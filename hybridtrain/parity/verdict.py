@@ -38,6 +38,7 @@ class Row:
     """What one layout did; nothing is measured where it did not get that far."""
 
     layout: str
+    engine: str
     processes: int
     precision: str
     tolerance: Mapping[str, float]
@@ -47,6 +48,10 @@ class Row:
     worst: Mapping[str, str]
     """grad_rel and param_abs -> the parameter with the largest difference."""
     error: str
+
+    @property
+    def name(self) -> str:
+        return self.layout if self.engine == "torch" else f"{self.layout} ({self.engine})"
 
     @property
     def beyond(self) -> list[str]:
@@ -106,7 +111,7 @@ def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) ->
 def line(row: Row, *, width: int) -> str:
     """One row of the table; below it what went wrong."""
     result = "pass" if row.passed else "FAIL (error)" if row.error else f"FAIL ({', '.join(row.beyond)})"
-    text = f"{row.layout:<{width}}  {row.processes:>5}  {_cells(row.measured)}  {row.seconds:>7.1f}  {result}"
+    text = f"{row.name:<{width}}  {row.processes:>5}  {_cells(row.measured)}  {row.seconds:>7.1f}  {result}"
     notes = [f"largest {name} at {row.worst[name]}" for name in row.beyond if name in row.worst]
     notes += row.error.strip().splitlines()
     return "\n".join([text, *(f"    {note}" for note in notes)])
@@ -116,18 +121,18 @@ def _cells(values: Mapping[str, float]) -> str:
     return "  ".join(f"{format(values[name], '.1e') if name in values else '-':>{size}}" for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True))
 
 
-def write(path: Path, *, rows: list[Row], engine: str, reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write parity.json, atomically. Numbers that are not finite are null."""
     entries = []
     for row in rows:
-        values = (row.layout, engine, row.precision, row.passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))
+        values = (row.layout, row.engine, row.precision, row.passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))
         entries.append(dict(zip(COLUMNS, values, strict=True)))
     content = {
         "reference": dict(reference),
         "layouts": entries,
-        "tolerances": {row.layout: dict(row.tolerance) for row in rows},
-        "processes": {row.layout: row.processes for row in rows},
-        "errors": {row.layout: row.error for row in rows if row.error},
+        "tolerances": {row.name: dict(row.tolerance) for row in rows},
+        "processes": {row.name: row.processes for row in rows},
+        "errors": {row.name: row.error for row in rows if row.error},
         **facts,
     }
     aside = path.with_name(path.name + ".partial")

@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         reset_buffers(stage, device=self.device)
         if layout.tp > 1:
             tensor.mark(stage, parts, group=group)
-        fill([stage], lambda name, shape, box: _part_of(source, parts.get(name), name, shape, box))  # noqa: ARG005
+        fill([stage], lambda name, shape, box: _part_of(source, parts.get(name), name, shape, box))
         return stage, parts
 
     def _initialized(self) -> tuple[Any, Any]:
@@ -210,18 +210,19 @@ class DeepSpeedEngine:
             yield self.owner(name), whole
 
     def _scaler_state(self) -> dict[str, Tensor]:
-        """The loss scale as the torch engine saves it."""
+        """The loss scale as the torch engine saves it. DeepSpeed counts finite steps from the second one on: -1 before that."""
         if not self.precision.loss_scale:
             return {}
         scaler = self.zero.loss_scaler
-        finite = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        stable = scaler.cur_iter - scaler.last_overflow_iter - 1
+        finite = (stable - 1) % scaler.scale_window if stable else -1
         return {"scaler.scale": torch.tensor(float(scaler.cur_scale)), "scaler.growth_tracker": torch.tensor(finite, dtype=torch.int32)}
 
     def _set_scaler(self, loaded: dict[str, Any]) -> None:
         if "scaler.scale" in loaded:
             scaler = self.zero.loss_scaler
             scaler.cur_scale = float(loaded["scaler.scale"])
-            scaler.last_overflow_iter = scaler.cur_iter - 1 - int(loaded["scaler.growth_tracker"])
+            scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded["scaler.growth_tracker"])
 
     # -- the step ----------------------------------------------------------------------------------------------
 

@@ -89,7 +89,11 @@ def _refuse_contradictions(settings: Mapping[str, Any], overrides: Mapping[str, 
             raise refusal(f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=field)
         if path in ours and ours[path] != value:
             raise refusal(
-                f"engine.config_overrides.{name}", value, f"the rest of the config says {ours[path]}", allowed=str(ours[path]), instead="the field that decides it"
+                f"engine.config_overrides.{name}",
+                value,
+                f"the rest of the config says {ours[path]}",
+                allowed=str(ours[path]),
+                instead="the field that decides it",
             )
 
 

@@ -123,7 +123,9 @@ class Gathered:
         return whole
 
 
-def gathered(runs: list[Held], named: list[tuple[str, Part]], *, values: Callable[[Held], Tensor], speaks: Callable[[Part], bool], group: Any) -> Iterator[tuple[str, Gathered]]:
+def gathered(
+    runs: list[Held], named: list[tuple[str, Part]], *, values: Callable[[Held], Tensor], speaks: Callable[[Part], bool], group: Any
+) -> Iterator[tuple[str, Gathered]]:
     """Every named parameter with what this rank adds to it. `speaks`: of the ranks that hold the same part, one gives it."""
     by_name = {run.name: run for run in runs}
     for name, part in named:

@@ -161,6 +161,7 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
+    from hybridtrain.rundir import write_atomically
     from hybridtrain.trackers import Trackers
 
     config, plan, mesh = job.config, job.plan, engine.mesh
@@ -169,6 +170,8 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     trackers, hosts = Trackers(), machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         save_config(engine.model_config, run_dir.model)
+        if config.engine.kind == "deepspeed":
+            write_atomically(run_dir.path / "deepspeed.json", json.dumps(engine.settings, indent=2) + "\n")
         run_dir.update_summary(machine=hosts, tokens=start.tokens_seen)
         trackers.start(
             config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hybridtrain import layout as layouts
 from hybridtrain import machine
 from hybridtrain.config.schema import Config
+from hybridtrain.engine import deepspeed_config
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.types import Capabilities, ModelFacts
@@ -42,6 +43,8 @@ def settle(config: Config) -> Settled:
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities(config.engine.kind))
+    if config.engine.kind == "deepspeed":
+        deepspeed_config.build(config, plan=plan)  # for what it refuses
     return Settled(layout, plan, model)
 
 

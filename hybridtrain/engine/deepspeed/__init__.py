@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hybridtrain.checkpoint import sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
-from hybridtrain.engine import capabilities
-from hybridtrain.engine.deepspeed import settings, state, tensor
+from hybridtrain.engine import capabilities, deepspeed_config
+from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers
 from hybridtrain.mesh import Mesh
@@ -45,7 +45,7 @@ class DeepSpeedEngine:
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
-        self.settings = settings.build(config, plan=plan)
+        self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device)
         self.stage_group = self.mesh.whole["dp_replicate", "dp_shard", "tp"]._flatten("stage").get_group()
         fields = read_config(config.model)
@@ -102,7 +102,7 @@ class DeepSpeedEngine:
                 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
                 options["mpu"] = PipelineParallelGrid(topology=pipe.topology(self.layout))
-            if settings.zero_stage(self.config) == 3:
+            if deepspeed_config.zero_stage(self.config) == 3:
                 head: Any = self.stage.part(self.family.head)
                 self.deepspeed.zero.register_external_parameter(self.stage, head.weight)  # the stage uses it, not the head
             return None, self.deepspeed.initialize(model=self.stage, **options)[0]

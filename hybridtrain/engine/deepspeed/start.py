@@ -33,6 +33,8 @@ def start(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     for name, value in {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": device.index or 0}.items():
         os.environ.setdefault(name, str(value))
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed calls them in every step
+        warnings.filterwarnings("ignore", message=f".torch.distributed.{name}. is deprecated", category=FutureWarning)
     with quiet():
         import deepspeed
 

@@ -186,7 +186,8 @@ def _check_capabilities(parallel: schema.ParallelConfig, layout: ParallelLayout,
     for field, value, allowed in wanted:
         if value not in allowed:
             names = sorted(map(str, allowed))
-            raise refusal(field, value, f"engine={engine} does not run it", allowed=", ".join(names), instead=f"{field}={names[0]}")
+            other = "" if engine == "torch" else "engine=torch, or "
+            raise refusal(field, value, f"engine={engine} does not run it", allowed=", ".join(names), instead=f"{other}{field}={names[0]}")
 
 
 def _check_combinations(parallel: schema.ParallelConfig, layout: ParallelLayout, facts: ModelFacts, capabilities: Capabilities) -> None:

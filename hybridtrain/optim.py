@@ -86,10 +86,10 @@ class AdamW:
             self.optimizer.state[target.shard][field].copy_(value)
 
 
-def adamw(named: list[tuple[str, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW over whole parameters, for an engine that shards them by itself."""
-    decays = [parameter.dim() > 1 and not matches(name, settings.no_decay) for name, parameter in named]
-    return _adamw([parameter for _, parameter in named], decays, settings)
+def adamw(named: list[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over (name, dimensions, parameter), for an engine that shards parameters by itself."""
+    decays = [dimensions > 1 and not matches(name, settings.no_decay) for name, dimensions, _ in named]
+    return _adamw([parameter for _, _, parameter in named], decays, settings)
 
 
 def _adamw(parameters: list[nn.Parameter], decays: list[bool], settings: OptimConfig) -> torch.optim.AdamW:

@@ -121,7 +121,7 @@ def _deepspeed(config: schema.Config) -> None:
     stage = config.parallel.zero_stage
     words = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
     offloads = engine.offload_parameters
-    _require(offloads == "none" or stage == 3, "engine.offload_parameters", offloads, words, allowed="none", instead="parallel.zero_stage=3")
+    _require(offloads == "none" or stage == 3, "engine.offload_parameters", offloads, words, allowed="none", instead="parallel=zero3")
     recompute = config.recompute.kind
     words = "DeepSpeed gathers parameters inside what is recomputed, which torch's selective recomputation takes for a change"
     _require(stage < 3 or recompute != "selective", "recompute.kind", recompute, words, allowed="none, full", instead="recompute=full, or engine=torch")

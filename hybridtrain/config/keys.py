@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, get_type_hints
 from hybridtrain.config import schema
 from hybridtrain.types import refusal
 
-FREE_FORM = "model.config"  # any field of a Hugging Face config.json may stand under it
-MAPPING = "data.blend"  # its value is {path:weight, ...}
+FREE_FORM = ("model.config.", "engine.config_overrides.")  # any field of a config.json, any key of DeepSpeed's config
+MAPPINGS = ("data.blend", "engine.config_overrides")  # the value is {key:value, ...}
 NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?P<equals>=(?P<value>.*))?$", re.DOTALL)
 
@@ -92,7 +92,7 @@ def config_folder(text: str) -> Path:
 def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> list[str]:
     """Check every override against the schema and the groups, and return them in the form Hydra wants (raises UserError).
 
-    `+` is optional in front of keys that exist, and model.config may grow new keys without it.
+    `+` is optional in front of keys that exist, and model.config and engine.config_overrides may grow new keys without it.
     """
     known = groups(folders)
     allowed = sections(command)
@@ -109,11 +109,11 @@ def _normalise_one(text: str, command: str, known: dict[str, list[str]], allowed
         if group in known and prefix != "~":
             _check_choice(group, value, known[group])
             prefix = ""
-    elif prefix != "~" and key.startswith(FREE_FORM + "."):
+    elif prefix != "~" and key.startswith(FREE_FORM):
         prefix = "++"
     else:
         check_key(key, value=value, allowed=allowed, groups=list(known))
-        prefix = "++" if prefix == "+" or (key == MAPPING and not prefix) else prefix
+        prefix = "++" if prefix == "+" or (key in MAPPINGS and not prefix) else prefix
     return f"{prefix}{key}{match['equals'] or ''}"
 
 
@@ -129,7 +129,7 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
     """Refuse a key that the schema does not have, naming the nearest one (raises UserError)."""
     section, _, name = key.partition(".")
     keys = [field.key for fields in allowed.values() for field in fields]
-    if key in keys or key.startswith(FREE_FORM + "."):
+    if key in keys or key.startswith(FREE_FORM):
         return
     if NOT_YET.search(key):
         raise refusal(

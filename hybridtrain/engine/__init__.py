@@ -15,7 +15,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
-from hybridtrain.types import Capabilities, ModelFacts
+from hybridtrain.types import Capabilities, ModelFacts, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,12 @@ def settle(config: Config) -> Settled:
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities(config.engine.kind))
     if config.engine.kind == "deepspeed":
         deepspeed_config.build(config, plan=plan)  # for what it refuses
+    check_device([config.engine.kind], precision=config.precision.kind)
     return Settled(layout, plan, model)
 
 
 def capabilities(kind: str) -> Capabilities:
-    """What the engine runs with the torch that is installed (which is not imported, but where fp16 hangs on the device)."""
+    """What the engine runs with the torch that is installed (which is not imported)."""
     if kind == "deepspeed":
         return _of_deepspeed()
     assert kind == "torch"
@@ -74,7 +75,7 @@ def _of_deepspeed() -> Capabilities:
         axes=frozenset({"pp", "dp_replicate", "dp_shard", "tp"}),
         zero_stages=frozenset({0, 1, 2, 3}),
         schedules=frozenset({"1f1b"}),
-        precisions=frozenset({"fp32", "bf16_mixed"} | ({"fp16_mixed"} if fp16_on_deepspeed() else set())),
+        precisions=frozenset({"fp32", "bf16_mixed", "fp16_mixed"}),
         pipelined_zero_stages=frozenset({0, 1}),
         sequence_parallel=False,
         hybrid_sharding=False,
@@ -82,11 +83,15 @@ def _of_deepspeed() -> Capabilities:
     )
 
 
-def fp16_on_deepspeed() -> bool:
-    """DeepSpeed's own rule: GPUs have fp16, of CPUs those whose oneDNN has."""
+def check_device(engines: list[str], *, precision: str) -> None:
+    """Refuse a recipe that an engine does not run on this machine's device. DeepSpeed has fp16 on GPUs, and on CPUs whose oneDNN has."""
+    if precision != "fp16_mixed" or "deepspeed" not in engines:
+        return
     import torch
 
-    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if not (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()):
+        problem, instead = "engine=deepspeed has no fp16 on this CPU", "precision=bf16_mixed, or engine=torch"
+        raise refusal("precision.kind", precision, problem, allowed="fp32, bf16_mixed", instead=instead)
 
 
 def _release(version: str) -> tuple[int, int]:

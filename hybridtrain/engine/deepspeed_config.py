@@ -86,14 +86,16 @@ def _refuse_contradictions(settings: Mapping[str, Any], overrides: Mapping[str, 
         name = ".".join(path)
         if path[0] in _OWNED:
             field = _OWNED[path[0]]
-            raise refusal(f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=field)
+            raise refusal(
+                f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=f"the option {field}"
+            )
         if path in ours and ours[path] != value:
             raise refusal(
                 f"engine.config_overrides.{name}",
                 value,
                 f"the rest of the config says {ours[path]}",
                 allowed=str(ours[path]),
-                instead="the field that decides it",
+                instead="the option that decides it",
             )
 
 

@@ -47,6 +47,7 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     """
     devices = _devices()
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
+    engines.check_device(kinds, precision=config.precision.kind)
     comparison = plans.prepare(config, capabilities={kind: engines.capabilities(kind) for kind in kinds}, devices=devices)
     _check_tokens(comparison)
     config = comparison.config

@@ -143,7 +143,8 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
     named = [_written(text) for text in config.parity.layouts]
     entries: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
-    for parallel in named or [_able(_written(text), able) for text in DEFAULT_SET] + [_own(config.parallel)]:
+    for wanted in named or [_written(text) for text in DEFAULT_SET] + [_own(config.parallel)]:
+        parallel = _able(wanted, able)
         layout = layouts.resolve(parallel, world_size=_processes(parallel))
         name = layouts.write(parallel, layout)
         try:
@@ -167,7 +168,7 @@ def _written(text: str) -> schema.ParallelConfig:
 
 
 def _able(parallel: schema.ParallelConfig, able: Capabilities) -> schema.ParallelConfig:
-    """A layout of the default set, without sequence parallelism where the engine has none."""
+    """A layout, without sequence parallelism where the engine has none; its name says so."""
     return parallel if able.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
 
 

@@ -28,7 +28,7 @@ from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import Source, draw, fill, reset_buffers
+from hybridtrain.models.init import draw, reset_buffers
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim import adamw
@@ -53,10 +53,12 @@ class DeepSpeedEngine:
         self.family = family_of(self.model_config.model_type)
         self.deepspeed = start(device)
         source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
-        self.stage, self.parts = self._stage(source)
+        with quiet():
+            self.grid = self._grid()
+        self.stage, self.parts = self._stage()
         self.named = tensor.parameters(self.stage)
         self.owner: Callable[[str], str] = self.stage.owner  # bound now: DeepSpeed wraps what is looked up later
-        self.optimizer = adamw([(self.owner(name), parameter) for name, parameter in self.named], config.optim)
+        self.optimizer = adamw([(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named], config.optim)
         self.pipe, self.engine = self._initialized()
         reset_buffers(self.stage, device=device)  # cast to 16 bits with the parameters, positions would be off by up to 0.4 %
         self.held = state.held(self.zero, self.named, parts=self.parts)
@@ -68,8 +70,8 @@ class DeepSpeedEngine:
         """DeepSpeed's ZeRO optimizer, around ours."""
         return self.engine.optimizer
 
-    def _stage(self, source: Source) -> tuple[Stage, dict[str, tensor.Part]]:
-        """This rank's stage with AutoTP's layers and its initial weights, and where its parameters lie in the whole."""
+    def _stage(self) -> tuple[Stage, dict[str, tensor.Part]]:
+        """This rank's stage with AutoTP's layers, its weights not set yet, and where its parameters lie in the whole."""
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
@@ -80,13 +82,26 @@ class DeepSpeedEngine:
             with quiet():
                 tensor.replace_linears(stage, group=group)
         apply_recompute(stage, kind=self.config.recompute.kind, split_backward=False)
-        stage.to_empty(device=self.device)
+        if deepspeed_config.zero_stage(self.config) == 3:
+            with quiet():
+                state.make_shared_out(stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid)
+        else:
+            stage.to(self.precision.compute).to_empty(device=self.device)
         stage.tie()
         reset_buffers(stage, device=self.device)
         if layout.tp > 1:
             tensor.mark(stage, parts, group=group)
-        fill([stage], lambda name, shape, box: _part_of(source, parts.get(name), name, shape, box))
         return stage, parts
+
+    def _grid(self) -> Any:
+        """The groups of tensor parallelism as DeepSpeed is told of them (collective); PipelineModule makes its own."""
+        if self.layout.tp == 1 or self.layout.pp > 1:
+            return None
+        from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+        from hybridtrain.engine.deepspeed import pipe
+
+        return PipelineParallelGrid(topology=pipe.topology(self.layout))
 
     def _initialized(self) -> tuple[Any, Any]:
         """(our layer in the pipeline or None, DeepSpeed's engine)."""
@@ -98,10 +113,7 @@ class DeepSpeedEngine:
                 layer = pipe.StageLayer(self.stage)
                 module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends_group(), tied=self._tied())  # every rank makes the group
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
-            if self.layout.tp > 1:
-                from deepspeed.runtime.pipe.topology import PipelineParallelGrid
-
-                options["mpu"] = PipelineParallelGrid(topology=pipe.topology(self.layout))
+            options["mpu"] = self.grid
             if deepspeed_config.zero_stage(self.config) == 3:
                 head: Any = self.stage.part(self.family.head)
                 self.deepspeed.zero.register_external_parameter(self.stage, head.weight)  # the stage uses it, not the head
@@ -264,11 +276,3 @@ class DeepSpeedEngine:
 
 def _nothing() -> None:
     """What on_gradients leaves behind."""
-
-
-def _part_of(source: Source, part: tensor.Part | None, name: str, shape: tuple[int, ...], box: Any) -> Tensor:
-    """A source of this rank's parts: a parameter's whole is its part."""
-    if part is None or not part.sharded:
-        return source(name, shape, box)
-    assert shape == part.sizes
-    return source(name, part.shape, tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True)))

@@ -18,6 +18,36 @@ from hybridtrain.engine.deepspeed.tensor import Part
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class _AsMade(nn.Module):
+    """Gives a module's parameters one at a time, each made when it is asked for: DeepSpeed shares one out before it asks for the next."""
+
+    def __init__(self, module: nn.Module, *, dtype: torch.dtype):
+        super().__init__()
+        self.places = [(owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)]
+        self.made: dict[nn.Parameter, nn.Parameter] = {}
+        self.dtype_of_all = dtype
+
+    def parameters(self, recurse: bool) -> Iterator[nn.Parameter]:  # noqa: ARG002
+        for owner, name in self.places:
+            empty = getattr(owner, name)
+            if empty not in self.made:
+                self.made[empty] = nn.Parameter(torch.empty(empty.shape, dtype=self.dtype_of_all))
+                yield self.made[empty]
+            setattr(owner, name, self.made[empty])
+
+
+def make_shared_out(stage: nn.Module, *, dtype: torch.dtype, settings: dict[str, Any], mpu: Any) -> None:
+    """Make the parameters of a stage on meta, not set yet, as ZeRO 3 holds them (collective): no rank ever holds more than one whole."""
+    import deepspeed
+
+    deepspeed.zero.Init(
+        module=_AsMade(stage, dtype=dtype),
+        config_dict_or_path=settings,
+        data_parallel_group=mpu.get_data_parallel_group() if mpu else None,
+        mpu=mpu,
+    )
+
+
 @dataclass(frozen=True)
 class Held:
     """This rank's run of one parameter: elements `start`.. of its part, in `flat` from `place` on."""

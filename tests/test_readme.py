@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {
     "hybridtrain.train experiment=smoke parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
     "hybridtrain.train experiment=smoke parallel=zero1_pp2": ["train.steps=6", "train.eval_every=3", "checkpoint.every=2"],
+    "engine=deepspeed": ["train.steps=3", "train.eval_every=3"],
     "hybridtrain parity": ["parity.steps=1"],
     "hybridtrain.bench": ["bench.rounds=1", "bench.steps=1", "bench.warmup=1"],
     "hybridtrain generate": ["generate.max_new_tokens=8"],

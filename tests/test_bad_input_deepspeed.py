@@ -45,6 +45,7 @@ CASES = {
     "frozen weights": Case("model.freeze=", "in 16 bits only", TORCH, 2, {"model__freeze": "[model.embed_tokens.*]"}),
     "selective recomputation in ZeRO 3": Case("recompute.kind=selective", "takes for a change", TORCH, 2, {"parallel": "zero3", "recompute": "selective"}),
     "parameters offloaded without ZeRO 3": Case("engine.offload_parameters=cpu", "only ZeRO 3", "parallel=zero3", 2, {"engine__offload_parameters": "cpu"}),
+    "offload to NVMe": Case("engine.offload_optimizer=nvme", "not supported yet", "engine.offload_optimizer=cpu", 2, {"engine__offload_optimizer": "nvme"}),
     "a loss scale that is no power of two": Case(
         "precision.init_scale=1000", "power of two", "65536", 2, {"precision": "fp16_mixed", "precision__init_scale": 1000}
     ),

@@ -33,6 +33,8 @@ _OWNED = {
     "managed_gradient_accumulation": "batch.global_batch_size",
 }
 """Whole sections of DeepSpeed's config that another field of ours decides."""
+_BUCKETS = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), 2**23)
+"""Elements that travel together: 32 MiB in fp32. DeepSpeed's 500 million cost two gigabytes a buffer; an override may choose others."""
 
 
 def zero_stage(config: Config) -> int:
@@ -46,7 +48,7 @@ def build(config: Config, *, plan: BatchPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum,
         "gradient_clipping": config.optim.clip,
-        "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
+        "zero_optimization": {"stage": zero_stage(config), **_BUCKETS, **_offload(config)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": NEVER,
@@ -89,7 +91,7 @@ def _refuse_contradictions(settings: Mapping[str, Any], overrides: Mapping[str, 
             raise refusal(
                 f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=f"the option {field}"
             )
-        if path in ours and ours[path] != value:
+        if path in ours and ours[path] != value and path[-1] not in _BUCKETS:
             raise refusal(
                 f"engine.config_overrides.{name}",
                 value,

@@ -33,6 +33,8 @@ class Moment:
     step: int
     """Optimizer steps done, this one included."""
     last: bool
+    stopping: bool
+    """The run ends after this step, though not at its end."""
     tokens_seen: int
     lr: float
     result: StepResult
@@ -74,7 +76,7 @@ class Log:
 
     def __call__(self, moment: Moment) -> None:
         self.skipped = moment.result.skipped.clone() if self.skipped is None else self.skipped + moment.result.skipped
-        if not (moment.last or moment.extra or moment.step == 1 or moment.step % self.every == 0):
+        if not (moment.last or moment.stopping or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
         result, self.skipped = dataclasses.replace(moment.result, skipped=self.skipped), None
@@ -104,7 +106,7 @@ class Checkpoint:
 
     def __call__(self, moment: Moment) -> None:
         self._poll()
-        if self.manager.due(moment.step, last=moment.last):
+        if self.manager.due(moment.step, last=moment.last or moment.stopping):
             with self.meter.paused():
                 self._wait()
                 progress = Progress(moment.step, moment.tokens_seen, self.fingerprints)

@@ -11,23 +11,40 @@ from hybridtrain.data.loader import Loader
 from hybridtrain.hooks import Hook, Moment
 from hybridtrain.layout import BatchPlan
 from hybridtrain.optim import lr_at
+from hybridtrain.stop import Stop
 from hybridtrain.types import Engine, Progress, UserError
+from hybridtrain.watchdog import Watchdog
 
 
-def train(engine: Engine, *, config: Config, loader: Loader, plan: BatchPlan, start: Progress, total_steps: int, hooks: Sequence[Hook]) -> Progress:
-    """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands."""
-    tokens_seen, watch = start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
-    for step in range(start.step, total_steps):
+def train(
+    engine: Engine,
+    *,
+    config: Config,
+    loader: Loader,
+    plan: BatchPlan,
+    start: Progress,
+    total_steps: int,
+    hooks: Sequence[Hook],
+    stop: Stop,
+    watchdog: Watchdog,
+) -> Progress:
+    """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
+    step, tokens_seen, watch = start.step, start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
+    while step < total_steps and not stop.reason:
+        watchdog.beat()
         lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
         result = engine.train_step(loader.micro_batches(step), lr=lr)
-        tokens_seen += plan.tokens
-        moment = Moment(step=step + 1, last=step + 1 == total_steps, tokens_seen=tokens_seen, lr=lr, result=result)
+        step, tokens_seen = step + 1, tokens_seen + plan.tokens
+        stopping = bool(stop.agreed(group=engine.mesh.control_group))
+        moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
         for hook in hooks:
+            watchdog.beat()
             hook(moment)
-        watch(moment, check=moment.last or (step + 1) % config.train.log_every == 0)
+        watch(moment, check=moment.last or step % config.train.log_every == 0)
+    watchdog.beat()
     for hook in hooks:
         hook.close()
-    return Progress(max(start.step, total_steps), tokens_seen, start.fingerprints)
+    return Progress(step, tokens_seen, start.fingerprints)
 
 
 class NonFinite:

@@ -136,6 +136,8 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
         except (EOFError, OSError):
             return
         sys.path[:] = job.path
+        for gone in set(os.environ) - set(job.environment) - {"OMP_NUM_THREADS"}:
+            del os.environ[gone]
         os.environ.update(job.environment)
         answer = _run(job, connection)
         if answer is None:

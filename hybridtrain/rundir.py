@@ -57,7 +57,7 @@ SUMMARY = (
     "machine",
 )
 """Keys of summary.json. `machine` holds one entry per host (machine.py)."""
-EVENTS = ("started", "resumed", "checkpoint", "skipped", "finished", "failed")
+EVENTS = ("started", "resumed", "checkpoint", "skipped", "preempted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
 STATUSES = ("running", "finished", "preempted", "failed")
 
@@ -77,6 +77,8 @@ class RunDir:
     """The directory held this run already."""
     checkpoint: Path | None
     """Newest complete checkpoint to go on from; None: start at step 0."""
+    life: int
+    """How often the run was started before."""
     changed: Mapping[str, tuple[object, object]]
     """section.field -> (before, now) of what the command changes in a continued run; none of it is identity."""
     summary: dict[str, Any]
@@ -93,6 +95,11 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def failures(self) -> Path:
+        """What failed in this life of the run."""
+        return self.path / "failures" / f"life-{self.life}"
 
     @property
     def metrics(self) -> Path:
@@ -161,9 +168,16 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
         raise _unwritable(path, error) from error
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
     summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
-    run = RunDir(path=path, continued=before is not None, checkpoint=checkpoint, changed=changed, summary=summary)
+    run = RunDir(path=path, continued=before is not None, checkpoint=checkpoint, life=_lives(path), changed=changed, summary=summary)
     run.update_summary(status="running")
     return run
+
+
+def _lives(path: Path) -> int:
+    """Starts that the events tell of."""
+    events = path / "events.jsonl"
+    lines = events.read_text(errors="replace").splitlines() if events.is_file() else []
+    return sum(f'"kind": "{kind}"' in line for line in lines for kind in ("started", "resumed"))
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

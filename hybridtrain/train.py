@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
+from hybridtrain import failure, log, machine
 from hybridtrain import layout as layouts
-from hybridtrain import log, machine
 from hybridtrain.command import run_command
 from hybridtrain.config import check
 from hybridtrain.config.schema import Config
@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     import torch
 
     from hybridtrain.rundir import RunDir
+    from hybridtrain.stop import Stop
+    from hybridtrain.watchdog import Watchdog
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
+_OTHERS_S = 1.0
+"""How long rank 0 waits for the reports of others: what it sees may be the echo of their failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,27 +92,44 @@ def run(config: Config) -> int:
     import torch
 
     from hybridtrain import mesh
+    from hybridtrain.stop import Stop
+    from hybridtrain.watchdog import Watchdog
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
     run_dir, fingerprints = mesh.from_rank0(opened, group=None)
+    watchdog = Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=config.train.max_step_s)
     try:
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
-        engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
-        _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began)
+        with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
+            engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
+            _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began, stop=stop, watchdog=watchdog)
     except BaseException as error:
-        if log.rank() == 0:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            with contextlib.suppress(UserError):  # on a full disk the reason for the end must not be lost over the summary
-                run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
-                run_dir.append_event("failed", step=run_dir.summary["steps"] or 0, detail=reason)
-        if not isinstance(error, UserError):
-            _log.error("ended by %s: %s", type(error).__name__, error)
+        _record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began)
         raise
+    finally:
+        watchdog.close()
     engine.close()
     mesh.disconnect()
     return 0
+
+
+def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float) -> None:
+    """This rank's report; on rank 0 the run's, which names the rank that failed first."""
+    failure.record(run_dir.failures, rank=log.rank(), step=run_dir.summary["steps"] or 0, error=error)
+    if not isinstance(error, UserError):
+        _log.error("ended by %s: %s", type(error).__name__, error)
+    if log.rank() != 0:
+        return
+    time.sleep(0.0 if isinstance(error, UserError) else _OTHERS_S)
+    first = failure.first(run_dir.failures, world_size=world_size)
+    reason = str(first) if first and first.rank else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if first and first.rank:
+        _log.error("first failure: %s", first)
+    with contextlib.suppress(UserError):  # on a full disk the reason for the end must not be lost over the summary
+        run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
+        run_dir.append_event("failed", step=run_dir.summary["steps"] or 0, detail=reason)
 
 
 def _open_run(job: Job) -> RunDir:
@@ -156,7 +177,7 @@ def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
     return progress
 
 
-def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float) -> None:
+def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float, stop: Stop, watchdog: Watchdog) -> None:
     from hybridtrain import hooks, loop, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
@@ -196,11 +217,20 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
-    end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen)
+    end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog)
     if log.rank() == 0:
-        run_dir.update_summary(status="finished", steps=end.step, tokens=end.tokens_seen, exit_reason="reached the end", wall_s=time.monotonic() - began)
-        run_dir.append_event("finished", step=end.step, detail="reached the end")
-        _log.info("finished %d steps in %s; run directory %s", end.step, metrics.duration(time.monotonic() - began), run_dir.path)
+        status, why = ("finished", "reached the end") if end.step >= job.total_steps else ("preempted", stop.reason)
+        run_dir.update_summary(status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=why, wall_s=time.monotonic() - began)
+        run_dir.append_event(status, step=end.step, detail=why)
+        again = "" if status == "finished" else f" ({why}); the same command goes on from there"
+        _log.info(
+            "%s %d steps in %s; run directory %s%s",
+            "finished" if not again else "stopped after",
+            end.step,
+            metrics.duration(time.monotonic() - began),
+            run_dir.path,
+            again,
+        )
 
 
 def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:

@@ -25,6 +25,10 @@ class RunConfig:
     required: refuse to start without a checkpoint."""
     allow_data_change: bool = False
     """Resume even though the data or its order differ from the checkpoint's."""
+    stop_signal: str = "USR1"
+    """Besides TERM and INT, the signal at which training stops after its step, with a checkpoint; a second signal ends it at once."""
+    stop_before_s: float = 60.0
+    """Stop so many seconds before the end of the job's time, if HYBRIDTRAIN_DEADLINE (seconds since 1970) tells it, as our job script does."""
     profile: bool = False
     """Write a torch profiler trace of steps 3 to 5 of rank 0 into the run directory."""
 
@@ -110,6 +114,8 @@ class TrainConfig:
     """Steps between evaluations on held-out rows (0: never)."""
     eval_rows: int = 64
     """Held-out rows per evaluation."""
+    max_step_s: float = 1200.0
+    """A step, or an evaluation or checkpoint after it, that takes longer is a hang: each rank writes its stacks and ends (0: never)."""
     max_nonfinite: int = 20
     """Stop after so many steps in a row without a finite gradient."""
 

@@ -1,0 +1,107 @@
+"""Who failed first. Each rank that fails leaves a report; the others' reports are echoes of it, and a killed rank leaves none.
+
+    runs/<name>/failures/life-<n>/  rank-<r>.json (time, rank, node, step, error, traceback)   rank-<r>.stacks (of a hang)
+
+A life is one start of the run. No torch: whoever looks after a job asks, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+_ECHO = re.compile(
+    r"connection (closed|reset|refused|was (likely )?closed)|broken pipe|timed out|timeout|remote process exited|recv(Value|Vector)? failed"
+    r"|wait failed|socket error|nccl (communicator|error)|process group|store",
+    re.IGNORECASE,
+)
+"""What a rank says that has lost another one."""
+_WAITING = ("torch/distributed/", "torch/utils/data", "threading.py")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a run."""
+
+    rank: int
+    """-1: not known."""
+    node: str
+    what: str
+    """In one line."""
+    detail: str
+    """Traceback or stacks; may be empty."""
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank}" + (f" on {self.node}" if self.node else "") if self.rank >= 0 else "unknown rank"
+        return f"{where}: {self.what}"
+
+
+def node() -> str:
+    """This machine's name, as the scheduler has it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
+    """Leave this rank's report; never raises."""
+    told = {
+        "time": time.time(),
+        "rank": rank,
+        "node": node(),
+        "step": step,
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+
+
+def first(folder: Path, *, world_size: int) -> Failure | None:
+    """The failure that the others followed from; None if nothing failed or nobody could say."""
+    reports = sorted(_reports(folder), key=lambda report: report["time"])
+    own = [report for report in reports if not _ECHO.search(report["error"].splitlines()[0])]
+    if own:
+        return _told(own[0])
+    hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
+    busy = [rank for rank, text in hung.items() if not _waits(text)]
+    if hung:
+        rank = busy[0] if busy else min(hung)
+        what = "its step took longer than train.max_step_s" + ("" if busy else ", as on all others, which wait in collectives")
+        return Failure(rank, "", what, hung[rank])
+    silent = [rank for rank in range(world_size) if rank not in {report["rank"] for report in reports}]
+    if reports and silent:
+        others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
+        return Failure(silent[0], "", f"it ended without a word{others}: killed from outside, or out of memory", reports[0]["traceback"])
+    return _told(reports[0]) if reports else None
+
+
+def _reports(folder: Path) -> list[dict]:
+    found = []
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def _told(report: dict) -> Failure:
+    return Failure(report["rank"], report["node"], report["error"].splitlines()[0], report["traceback"])
+
+
+def _stacks(file: Path) -> str:
+    with contextlib.suppress(OSError):
+        return file.read_text()
+    return ""
+
+
+def _waits(stacks: str) -> bool:
+    """Whether the thread that trains waits for other ranks: its innermost frames are torch.distributed's."""
+    threads = [part for part in stacks.split("\n\n") if "hybridtrain/loop.py" in part]
+    frames = [line for part in threads for line in part.splitlines() if line.lstrip().startswith("File ")]
+    return any(place in frame for frame in frames[:3] for place in _WAITING)

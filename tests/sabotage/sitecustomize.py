@@ -1,0 +1,62 @@
+"""What goes wrong on clusters, planted in real runs: Python imports this at its start where this folder is on PYTHONPATH.
+
+SABOTAGE is JSON: {"kind": raise | kill | hang | slow | slow_save, "rank": r, "step": s, "seconds": t, "once": file}. With `once`
+it happens in the first life only. `slow` delays every step of every rank, `slow_save` every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def due(plan: dict[str, Any], step: int) -> bool:
+    if int(os.environ.get("RANK", "0")) != plan.get("rank", 0) or step != plan.get("step", 0):
+        return False
+    marker = plan.get("once")
+    if marker and Path(marker).exists():
+        return False
+    if marker:
+        Path(marker).write_text("done")
+    return True
+
+
+def act(plan: dict[str, Any], step: int) -> None:
+    match plan["kind"]:
+        case "slow":
+            time.sleep(plan["seconds"])
+        case "raise" if due(plan, step):
+            raise ArithmeticError("planted failure")
+        case "kill" if due(plan, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang" if due(plan, step):
+            time.sleep(3600)
+
+
+def plant(plan: dict[str, Any]) -> None:
+    """From here on, in this process."""
+    import hybridtrain.checkpoint.sharded as sharded
+    import hybridtrain.loop as loop
+
+    rate, write = loop.lr_at, sharded._write
+
+    def lr_at(step: int, **rest: Any) -> float:
+        act(plan, step)
+        return rate(step, **rest)
+
+    def slow_write(*args: Any, **rest: Any) -> None:
+        time.sleep(plan["seconds"])
+        write(*args, **rest)
+
+    loop.lr_at = lr_at
+    if plan["kind"] == "slow_save":
+        sharded._write = slow_write
+
+
+if "RANK" in os.environ and os.environ.get("SABOTAGE") and "torch.distributed.run" not in " ".join(sys.argv):
+    plant(json.loads(os.environ["SABOTAGE"]))

@@ -27,9 +27,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("hybridtrain.checkpoint.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
+    "submit": ("hybridtrain.submit", "run", "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs"),
+    "runs": ("hybridtrain.submit.listing", "runs", "list runs: status, step, loss, speed, last checkpoint, job"),
+    "logs": ("hybridtrain.submit.listing", "logs", "show what a run says, and follow it"),
     "report": ("hybridtrain.report", "run", "draw a run as a page and pictures; --compare RUN RUN ... several over one another"),
 }
-TAKES_RUN = ("export", "evaluate", "generate", "report")
+TAKES_RUN = ("export", "evaluate", "generate", "report", "logs")
 SPEAK_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
 
@@ -44,24 +47,30 @@ def run_command(command: str, argv: list[str]) -> int:
         running = True
         log.setup(None)
         module, function, _ = COMMANDS[command]
-        return getattr(importlib.import_module(module), function)(config)
+        return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
         return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running)
 
 
-def _configured(command: str, argv: list[str]) -> schema.Config | int:
-    """The checked config, or the exit code of a command line that asks for something else (help, the composed config, a sweep)."""
+def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Config] | int:
+    """The checked config (of a sweep that is submitted: all), or the exit code of a command line that asks for something else."""
     if any(flag in argv for flag in ("-h", "--help")):
         from hybridtrain.config import help as help_page
 
         return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
-    rest = _with_runs(command, rest)
-    if any(flag in rest for flag in ("-m", "--multirun")):
-        return _multirun(command, [text for text in rest if text not in ("-m", "--multirun")])
+    rest = _with_runs(command, ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest])
     from hybridtrain.config import check
-    from hybridtrain.config.compose import compose, to_yaml
+    from hybridtrain.config.compose import compose, sweep, to_yaml
 
+    if any(flag in rest for flag in ("-m", "--multirun")):
+        rest = [text for text in rest if text not in ("-m", "--multirun")]
+        if command != "submit":
+            return _multirun(command, rest)
+        configs = [compose(command, job) for job in sweep(command, rest)]
+        for config in configs:
+            check.check(config)
+        return configs
     config = compose(command, rest)
     if show:
         return _say(to_yaml(config))
@@ -131,11 +140,14 @@ def _multirun(command: str, argv: list[str]) -> int:
             allowed="sweeps outside torchrun",
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
-    from hybridtrain.config.compose import sweep
+    from hybridtrain.config.compose import compose, sweep
 
     codes = []
     jobs = sweep(command, argv)
     for number, job in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {' '.join(job)}", flush=True)
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *job], check=False).returncode)
+    if command == "train" and len(jobs) > 1 and not any(codes):
+        runs = [compose(command, job).run.dir for job in jobs]
+        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
     return next((code for code in codes if code), 0)

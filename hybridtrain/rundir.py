@@ -59,7 +59,7 @@ SUMMARY = (
 """Keys of summary.json. `machine` holds one entry per host (machine.py)."""
 EVENTS = ("started", "resumed", "checkpoint", "skipped", "preempted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
-STATUSES = ("running", "finished", "preempted", "failed")
+STATUSES = ("queued", "running", "finished", "preempted", "failed")
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
@@ -168,7 +168,8 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
         raise _unwritable(path, error) from error
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
     summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
-    run = RunDir(path=path, continued=before is not None, checkpoint=checkpoint, life=_lives(path), changed=changed, summary=summary)
+    life = _lives(path)
+    run = RunDir(path=path, continued=life > 0, checkpoint=checkpoint, life=life, changed=changed, summary=summary)
     run.update_summary(status="running")
     return run
 

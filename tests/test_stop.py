@@ -105,7 +105,7 @@ def wait_for(run: Path, *, lines: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def test_a_second_signal_ends_it_at_once(data, tmp_path, monkeypatch):
+def test_a_second_signal_ends_it_at_once(data, tmp_path):
     """Also while the main thread sleeps, or waits in a collective, where no Python handler runs."""
     run = tmp_path / "run"
     script = (
@@ -113,7 +113,9 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path, monkeypatch):
         "plant({'kind': 'hang', 'rank': 0, 'step': 2}); sys.exit(run_command('train', sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments(run, data)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments(run, data)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(run, lines=2, process=process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)

@@ -15,6 +15,9 @@ EXAMPLES = {
     "evaluate": "hybridtrain evaluate runs/quickstart",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
     "report": "hybridtrain report runs/quickstart",
+    "submit": "hybridtrain submit experiment=quickstart cluster=gpu8 cluster.nodes=2 parallel=zero3_tp2",
+    "runs": "hybridtrain runs",
+    "logs": "hybridtrain logs runs/quickstart",
 }
 WIDTH = 118
 

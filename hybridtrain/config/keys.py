@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, get_type_hints
 from hybridtrain.config import schema
 from hybridtrain.types import refusal
 
-FREE_FORM = ("model.config.", "engine.config_overrides.")  # any field of a config.json, any key of DeepSpeed's config
-MAPPINGS = ("data.blend", "engine.config_overrides")  # the value is {key:value, ...}
+FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
+MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
 NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?P<equals>=(?P<value>.*))?$", re.DOTALL)
 
@@ -34,9 +34,14 @@ class Field(NamedTuple):
 
 def shipped() -> Path:
     """The folder of conf/: inside the package in a wheel, beside it in a checkout."""
+    return carried("conf")
+
+
+def carried(name: str) -> Path:
+    """A folder that the wheel carries."""
     package = Path(__file__).resolve().parent.parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def sections(command: str) -> dict[str, list[Field]]:

@@ -348,6 +348,83 @@ class ReportConfig:
 
 
 @dataclass
+class ClusterConfig:
+    partition: str = ""
+    """Slurm partition; empty: the cluster's default. So are account, qos, constraint, exclude and mem."""
+    account: str = ""
+    """Account that is charged."""
+    qos: str = ""
+    """Quality of service."""
+    constraint: str = ""
+    """Features that nodes must have."""
+    exclude: str = ""
+    """Nodes not to use."""
+    mem: str = ""
+    """Memory of a node."""
+    nodes: int = 1
+    """Nodes of a job."""
+    gpus_per_node: int = 0
+    """GPUs of each node (0: train on its CPU)."""
+    ranks_per_node: int = 0
+    """Processes on each node; 0: one for each GPU, without GPUs one."""
+    cpus_per_node: int = 0
+    """CPUs of each node (0: what the cluster gives)."""
+    time: str = "01:00:00"
+    """Time limit, as sbatch takes it; training stops with a checkpoint before it is up, and goes on in a new life of the job."""
+    signal_before_s: int = 120
+    """Seconds before the time limit at which Slurm signals the job (run.stop_signal)."""
+    max_restarts: int = 3
+    """Restarts after failures; not counted: preemption and the time limit. A life without a new checkpoint is not followed by a second such one."""
+    health_timeout_s: int = 120
+    """How long nodes may take to find each other before training (0: no check)."""
+    container_image: str = ""
+    """Image for srun's --container-image (pyxis); `python` must be the image's."""
+    container_mounts: str = ""
+    """For srun's --container-mounts."""
+    python: str = ""
+    """Python on the nodes; empty: the one that runs `hybridtrain submit`."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job, e.g. NCCL_SOCKET_IFNAME."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Any other option of sbatch: {reservation: maintenance, exclusive: ''}."""
+    dry_run: bool = False
+    """Print the job's script and ask Slurm when it would run, and queue nothing; --dry-run is short for it."""
+    array_at_once: int = 0
+    """With --multirun: runs at the same time (0: as many as fit)."""
+
+
+@dataclass
+class RunsConfig:
+    folder: str = "runs"
+    """Folder whose run directories are listed."""
+
+
+@dataclass
+class LogsConfig:
+    lines: int = 20
+    """Lines to begin with."""
+    follow: bool = True
+    """Go on until the run has ended."""
+
+
+@dataclass
+class SubmitRoot(Config):
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class RunsRoot(Config):
+    runs: RunsConfig = field(default_factory=RunsConfig)
+
+
+@dataclass
+class LogsRoot(Config):
+    logs: LogsConfig = field(default_factory=LogsConfig)
+
+
+@dataclass
 class ExportRoot(Config):
     export: ExportConfig = field(default_factory=ExportConfig)
 
@@ -391,4 +468,7 @@ ROOTS: dict[str, type[Config]] = {
     "evaluate": EvaluateRoot,
     "generate": GenerateRoot,
     "report": ReportRoot,
+    "submit": SubmitRoot,
+    "runs": RunsRoot,
+    "logs": LogsRoot,
 }

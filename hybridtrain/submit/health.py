@@ -1,0 +1,119 @@
+"""Is every node fit? One process per node, before training:  python -m hybridtrain.submit.health RUN
+
+Each node tells the first one what it has: GPUs, versions, its clock, whether it can write the run's directory. Then all add up a
+tensor. The first node names whoever did not come, or differs, in <run>/submit/bad_nodes.json, and all end with code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybridtrain import failure, machine
+from hybridtrain.rundir import write_atomically
+
+SKEW_S = 30.0
+"""Clocks that differ by more make a nonsense of deadlines and logs."""
+
+
+def own_facts(run: Path, *, gpus: int) -> dict[str, Any]:
+    """What this node has; `problem` says what is wrong by itself."""
+    facts: dict[str, Any] = {
+        "node": failure.node(),
+        "time": time.time(),
+        "versions": dict(machine.versions()),
+        "gpus": torch.cuda.device_count(),
+        "problem": "",
+    }
+    probe = run / "submit" / f"probe-{facts['node']}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        facts["problem"] = f"cannot write {run}: {error}"
+    if gpus and facts["gpus"] != gpus:
+        facts["problem"] = f"{facts['gpus']} GPUs in place of {gpus}"
+    return facts
+
+
+def compare(found: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, str]:
+    """Node -> what is wrong with it. `found`: facts by node number, with `heard`, when they arrived; nodes that are missing did not come."""
+    bad = {name: "it did not come" for number, name in enumerate(names) if number not in found}
+    first = found.get(0)
+    for number, facts in found.items():
+        differing = sorted(key for key, value in facts["versions"].items() if first and value != first["versions"].get(key))
+        skew = abs(facts["time"] - facts["heard"])
+        if facts["problem"]:
+            bad[names[number]] = facts["problem"]
+        elif differing:
+            told = ", ".join(f"{key} {facts['versions'][key]} (the first node: {first['versions'].get(key)})" for key in differing)  # type: ignore[index]
+            bad[names[number]] = f"other versions: {told}"
+        elif skew > SKEW_S:
+            bad[names[number]] = f"its clock is {skew:.0f} s off"
+    return bad
+
+
+def main(run: Path) -> int:
+    me, size, patience = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"]), float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120)
+    timeout = timedelta(seconds=patience)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+    facts = own_facts(run, gpus=int(os.environ.get("HYBRIDTRAIN_GPUS") or 0))
+    store = dist.TCPStore(address, port, is_master=me == 0, wait_for_workers=False, timeout=timeout)
+    store.set(f"facts-{me}", json.dumps({**facts, "time": time.time()}))
+    if me == 0:
+        bad = compare(_gathered(store, size=size, until=time.monotonic() + patience), names=_node_names(size))
+        if bad:
+            write_atomically(run / "submit" / "bad_nodes.json", json.dumps(bad))
+        store.set("verdict", json.dumps(bad))
+    else:
+        bad = json.loads(store.get("verdict"))
+    if bad:
+        if me == 0:
+            print("; ".join(f"{node}: {why}" for node, why in bad.items()), flush=True)
+            time.sleep(2.0)  # the store lives here, and the others still read
+        return 1
+    return _added_up(store, me=me, size=size, timeout=timeout)
+
+
+def _gathered(store: dist.TCPStore, *, size: int, until: float) -> dict[int, dict[str, Any]]:
+    """Facts by node number, of all that come in time."""
+    found: dict[int, dict[str, Any]] = {}
+    while len(found) < size and time.monotonic() < until:
+        for number in set(range(size)) - set(found):
+            if store.check([f"facts-{number}"]):
+                found[number] = {**json.loads(store.get(f"facts-{number}")), "heard": time.time()}
+        time.sleep(0.05)
+    return found
+
+
+def _node_names(size: int) -> list[str]:
+    """Nodes in Slurm's order."""
+    import subprocess
+
+    done = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False)
+    names = done.stdout.split()
+    return names if len(names) == size else [f"node {number}" for number in range(size)]
+
+
+def _added_up(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta) -> int:
+    """A collective over the network that training will use: NCCL where there are GPUs."""
+    gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if gpu else "gloo", store=dist.PrefixStore("health", store), rank=me, world_size=size, timeout=timeout)
+    value = torch.full((1 << 20,), float(me + 1), device="cuda" if gpu else "cpu")
+    dist.all_reduce(value)
+    right = float(value[0]) == size * (size + 1) / 2
+    print(f"{failure.node()}: fit" if right else f"{failure.node()}: the sum over nodes is {float(value[0])}", flush=True)
+    dist.destroy_process_group()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

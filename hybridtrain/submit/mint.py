@@ -1,0 +1,64 @@
+"""From a checked config to a run directory that a job can start from: the run's folder, and its configuration frozen in it.
+
+runs/<name>/submit/conf/experiment/submitted.yaml    everything resolved; `--config-dir <run>/submit/conf experiment=submitted`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from hybridtrain import machine, train
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.config import check, schema
+from hybridtrain.config.compose import compose, to_yaml
+from hybridtrain.rundir import RunDir, open_run, write_atomically
+from hybridtrain.types import refusal
+
+_FROZEN = "# @package _global_\n# What this run was submitted with.\n"
+
+
+def mint_from(argv: list[str]) -> Path:
+    """The run directory that overrides continue or start, checked against the job's processes."""
+    config = compose("train", argv)
+    check.check(config)
+    return mint(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])).path
+
+
+def mint(config: schema.Config, *, world_size: int) -> RunDir:
+    """Check `config` for `world_size` processes, and open its run directory (raises UserError). A run that is there is continued."""
+    checked(config, world_size=world_size)
+    settings = config.checkpoint
+    run = open_run(config, yaml_text=to_yaml(config), versions=machine.versions(), latest=lambda folder: Manager(folder, settings=settings).latest())
+    run.update_summary(status="queued")
+    freeze(config, run.path)
+    return run
+
+
+def checked(config: schema.Config, *, world_size: int) -> train.Job:
+    """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(world_size)
+    try:
+        job = train.resolve(config)
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+    folder = Path(config.run.dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise refusal("run.dir", config.run.dir, f"{folder} cannot be written", allowed="a folder that you can write", instead="run.dir=FOLDER")
+    return job
+
+
+def freeze(config: schema.Config, run: Path) -> None:
+    """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile."""
+    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(schema.Config)}
+    own["run"] = dataclasses.replace(own["run"], dir=str(run.resolve()))
+    folder = run / "submit" / "conf" / "experiment"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(schema.Config(**own)))

@@ -1,0 +1,93 @@
+"""The job script: slurm/train.sbatch with a head of its own. Pure: text in, text out.
+
+What the user writes stands in two places: in #SBATCH lines, where only harmless characters are let through, because sbatch reads
+quotes in its own way; and in exported variables, quoted for the shell. The training options are in the frozen configuration.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from hybridtrain.config import keys
+from hybridtrain.config.schema import ClusterConfig
+from hybridtrain.types import refusal
+
+_HARMLESS = re.compile(r"[\w@%+=:,./\[\]()|&*^~-]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_OURS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
+_BEGIN = "# --- job ---\n"
+
+
+def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, runs: list[Path]) -> str:
+    """The script that `sbatch` takes. `folder`: where its output goes; `runs`: run directories, several make an array."""
+    options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
+    body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
+    lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
+    lines += [
+        f"export {key}={shlex.quote(value)}" for key, value in _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, runs=runs).items()
+    ]
+    return "\n".join(lines) + "\n" + _BEGIN + body
+
+
+def ranks_per_node(cluster: ClusterConfig) -> int:
+    """Processes on each node."""
+    return cluster.ranks_per_node or cluster.gpus_per_node or 1
+
+
+def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, stop_signal: str, runs: list[Path]) -> dict[str, str]:
+    """Options of sbatch, checked."""
+    array = len(runs) > 1
+    at_once = f"%{cluster.array_at_once}" if cluster.array_at_once else ""
+    fields = ("partition", "account", "qos", "constraint", "exclude", "mem")
+    options = {
+        "job-name": re.sub(r"[^\w.-]", "_", name),
+        "nodes": str(cluster.nodes),
+        "ntasks-per-node": "1",
+        "time": cluster.time,
+        "signal": f"B:{stop_signal}@{cluster.signal_before_s}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{folder}/slurm-{'%A_%a' if array else '%j'}.out",
+        "chdir": str(work_dir),
+        **{field: getattr(cluster, field) for field in fields if getattr(cluster, field)},
+        **({"cpus-per-task": str(cluster.cpus_per_node)} if cluster.cpus_per_node else {}),
+        **({"gpus-per-node": str(cluster.gpus_per_node)} if cluster.gpus_per_node else {}),
+        **({"array": f"0-{len(runs) - 1}{at_once}"} if array else {}),
+    }
+    for key, value in cluster.sbatch.items():
+        if not _OPTION.fullmatch(key) or key in _OURS or key in options:
+            raise refusal(
+                f"cluster.sbatch.{key}", value, "not an option for here", allowed="long options of sbatch that no other field sets", instead="its field"
+            )
+        options[key] = str(value or "")
+    for key, value in options.items():
+        if not _HARMLESS.fullmatch(value):
+            field = {"chdir": "(working directory)", "output": "run.dir"}.get(key, f"cluster.{key.replace('-', '_')}")
+            raise refusal(field, value, "sbatch would not take it as it stands", allowed="letters, digits and @%+=:,./[]()|&*^~-", instead="another name")
+    return options
+
+
+def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_signal: str, runs: list[Path]) -> Mapping[str, str]:
+    for key, value in cluster.environment.items():
+        if not _NAME.fullmatch(key) or "\0" in str(value):
+            raise refusal(f"cluster.environment.{key}", value, "not an environment variable", allowed="NAME: value", instead="NCCL_DEBUG: INFO")
+    for module in cluster.modules:
+        if module.startswith("-") or not module:
+            raise refusal("cluster.modules", cluster.modules, "not a module's name", allowed="names such as cuda/13.0", instead="[]")
+    ours = {
+        "HYBRIDTRAIN_PYTHON": python,
+        "HYBRIDTRAIN_RANKS": str(ranks_per_node(cluster)),
+        "HYBRIDTRAIN_GPUS": str(cluster.gpus_per_node),
+        "HYBRIDTRAIN_MAX_RESTARTS": str(cluster.max_restarts),
+        "HYBRIDTRAIN_HEALTH_S": str(cluster.health_timeout_s),
+        "HYBRIDTRAIN_SIGNAL": stop_signal,
+        "HYBRIDTRAIN_IMAGE": cluster.container_image,
+        "HYBRIDTRAIN_MOUNTS": cluster.container_mounts,
+    }
+    which = {"HYBRIDTRAIN_RUN": str(runs[0])} if len(runs) == 1 else {"HYBRIDTRAIN_RUNS": str(folder / "runs.txt")}
+    return {**{key: str(value) for key, value in cluster.environment.items()}, **{key: value for key, value in ours.items() if value}, **which}

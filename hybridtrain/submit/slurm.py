@@ -1,0 +1,36 @@
+"""Slurm's commands, as text; each call says what it wanted when it fails."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from hybridtrain.types import UserError, refusal
+
+
+def sbatch(script: Path, *, test_only: bool) -> str:
+    """Queue a script and return the job's id; with `test_only` ask when it would run, and queue nothing. Raises UserError with Slurm's reason."""
+    if shutil.which("sbatch") is None:
+        problem = "there is no sbatch here"
+        raise refusal("submit", str(script), problem, allowed="a machine of the cluster", instead="the login node, or torchrun -m hybridtrain.train")
+    done = subprocess.run(["sbatch", "--test-only" if test_only else "--parsable", str(script)], capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        reason = done.stderr.strip().removeprefix("sbatch: error: ").replace("sbatch: error: ", "")
+        raise UserError(
+            f"submit: Slurm refuses the job: {reason}\n  allowed: what `sinfo` shows\n  try:     other options of the section cluster; the script is {script}"
+        )
+    return (done.stderr if test_only else done.stdout).strip().partition(";")[0]
+
+
+def states(jobs: list[str]) -> dict[str, str]:
+    """Job id -> state, for those that Slurm still knows; empty where there is no Slurm."""
+    if not jobs or shutil.which("scontrol") is None:
+        return {}
+    found = {}
+    for job in jobs:
+        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, check=False, timeout=30)
+        words = [word.partition("=")[2] for line in done.stdout.splitlines() for word in line.split() if word.startswith("JobState=")]
+        if words:
+            found[job] = ",".join(dict.fromkeys(words))
+    return found

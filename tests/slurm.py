@@ -127,7 +127,9 @@ class Slurm:
             time.sleep(0.05)
 
     def run(self, *command: str) -> str:
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        """With this process's environment, as a user's shell."""
+        environment = {**os.environ, "PATH": PATH, "SLURM_CONF": self.env["SLURM_CONF"]}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
         words = self.run("scontrol", "-o", "show", "job", job).split()

@@ -58,5 +58,19 @@ def plant(plan: dict[str, Any]) -> None:
         sharded._write = slow_write
 
 
+def spoil_health() -> None:
+    """This node cannot write the run's directory."""
+    touch = Path.write_text
+
+    def write_text(path: Path, *args: Any, **rest: Any) -> int:
+        if path.name.startswith("probe-"):
+            raise OSError(30, "Read-only file system")
+        return touch(path, *args, **rest)
+
+    Path.write_text = write_text  # type: ignore[method-assign, assignment]
+
+
+if os.environ.get("SABOTAGE_NODE") and os.environ.get("SABOTAGE_NODE") == os.environ.get("SLURMD_NODENAME"):
+    spoil_health()
 if "RANK" in os.environ and os.environ.get("SABOTAGE") and "torch.distributed.run" not in " ".join(sys.argv):
     plant(json.loads(os.environ["SABOTAGE"]))

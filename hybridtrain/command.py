@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from hybridtrain import log
+from hybridtrain import launched, log
 from hybridtrain.types import UserError, refusal
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ SPEAK_FIRST_S = 5.0
 def run_command(command: str, argv: list[str]) -> int:
     """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for what the user can put right, said by rank 0."""
     running = False
+    launched.adopt_srun()
     try:
         config = _configured(command, argv)
         if isinstance(config, int):

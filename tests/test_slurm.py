@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -222,7 +222,8 @@ def test_a_bad_node_is_named_and_left_out(slurm, data, tmp_path, monkeypatch):
     assert "n1: cannot write" in output(run)
 
 
-def test_an_array_of_runs(slurm, data, tmp_path, capfd):
+@pytest.mark.usefixtures("slurm")
+def test_an_array_of_runs(data, tmp_path, capfd):
     run = tmp_path / "runs/sweep"
     given = [text for text in arguments(run, data, train__steps=3, parallel="tp2") if not text.startswith("run.dir")]
     sizes = ["cluster.ranks_per_node=2", "cluster.health_timeout_s=0", "cluster.array_at_once=2"]
@@ -241,3 +242,86 @@ def test_an_array_of_runs(slurm, data, tmp_path, capfd):
     assert f"{job}_0" in listed
     assert command.run_command("report", ["--compare", *map(str, runs), f"report.out={tmp_path / 'compare'}"]) == 0
     assert "sweep-5" in (tmp_path / "compare/index.html").read_text()
+
+
+def test_plain_srun_starts_the_trainer(slurm, data, uninterrupted, tmp_path):
+    """No torchrun: one process per task, ranks from Slurm's own variables."""
+    run = tmp_path / "run"
+    slurm.run("srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "hybridtrain.train", *arguments(run, data, parallel="tp2_pp2"))
+    assert rows(run) == uninterrupted
+
+
+def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
+    """One run on two nodes, on one, on two again: the same losses as a whole one to 1e-5, and the same rows at each step."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    shard = {"parallel": "zero3", "parallel__dp_shard": -1, "train__steps": 12, "train__log_every": 1}
+    finished(4, arguments(whole, data, **shard))
+    sabotage(monkeypatch, kind="slow", seconds=0.5)
+    for nodes, stop_at in ((2, 3), (1, 7), (2, None)):
+        argv = [*arguments(run, data, **shard), "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", "cluster.health_timeout_s=0"]
+        assert command.run_command("submit", argv) == 0
+        job = (run / "submit" / "job_id").read_text().strip()
+        if stop_at:
+            wait_for_lines(run, stop_at)
+            slurm.run("scancel", "--signal=TERM", job)
+            slurm.wait(job, timeout_s=120)
+            assert summary(run)["status"] == "preempted", output(run)
+    ended = slurm.wait(job, timeout_s=180)
+    assert ended["JobState"] == "COMPLETED", output(run)
+    for ours, theirs in zip(rows(run), rows(whole), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["tokens_seen"] == theirs["tokens_seen"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+WRONG = {
+    "degrees": (["parallel.tp=3"], "parallel="),
+    "no data": (["data.path=/no/such/data"], "data.path=/no/such/data: there is no such folder"),
+    "no partition": (["cluster.partition=nosuch"], "Slurm refuses the job: "),
+    "too many nodes": (["cluster.nodes=3", "cluster.ranks_per_node=4", "parallel=ddp", "batch.global_batch_size=12"], "Slurm refuses the job: "),
+    "an option of sbatch that is ours": (["cluster.sbatch={nodes: 7}"], "cluster.sbatch.nodes=7"),
+    "a value that sbatch would read": (["cluster.account='a\"; touch hacked'"], "cluster.account="),
+    "a line break": (['cluster.qos="x\n#SBATCH --nodes=9"'], "cluster.qos="),
+    "a variable that is none": (["cluster.environment={'A;touch hacked': b}"], "cluster.environment"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused_when_it_is_submitted(slurm, data, tmp_path, capfd, name):
+    extra, words = WRONG[name]
+    base = [
+        text for text in arguments(tmp_path / "run", data, parallel="tp2_pp2") if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}
+    ]
+    sizes = [text for text in TWO_BY_TWO if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}]
+    assert command.run_command("submit", [*base, *sizes, *extra]) == 2
+    said = capfd.readouterr().err
+    assert words in said, said
+    assert "try: " in said
+    assert slurm.run("squeue", "-h") == ""
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tmp_path):
+    """Options of the training are frozen as YAML; those of the environment are quoted."""
+    evil = "a\"b'c $(touch hacked) `touch hacked`; touch hacked & é \\ #"
+    run = tmp_path / "run"
+    quoted = "'" + evil.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    given = [*arguments(run, data, train__steps=1), f"model.name={quoted}", f"cluster.environment={{EVIL: {quoted}}}", "cluster.health_timeout_s=0"]
+    assert command.run_command("submit", given) == 0
+    job = (run / "submit" / "job_id").read_text().strip()
+    assert slurm.wait(job, timeout_s=120)["JobState"] == "COMPLETED", output(run)
+    from hybridtrain.config.compose import from_yaml
+
+    assert from_yaml(run / "config.yaml", "train").model.name == evil
+    assert f"EVIL={shlex.quote(evil)}" in (run / "submit" / "job.sbatch").read_text()
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_a_dry_run_shows_the_script_and_queues_nothing(slurm, data, tmp_path, capfd):
+    assert command.run_command("submit", [*arguments(tmp_path / "run", data, parallel="tp2_pp2"), *TWO_BY_TWO, "--dry-run"]) == 0
+    said = capfd.readouterr().out
+    assert "#SBATCH --nodes=2" in said
+    assert "to start at" in said
+    assert not (tmp_path / "run").exists()
+    assert slurm.run("squeue", "-h") == ""

@@ -1,0 +1,27 @@
+"""How this process was launched. torchrun, accelerate and deepspeed set the standard rank variables; plain srun has its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+
+def adopt_srun() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where srun alone started several processes, and nobody else did."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+        return
+    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_STEP_NUM_TASKS"]
+    env.setdefault("MASTER_ADDR", _address(env["SLURM_STEP_NODELIST"]))
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+
+
+def _address(nodes: str) -> str:
+    """Of the first of Slurm's nodes: what Slurm reaches it by, for its name need not resolve."""
+    first = _said("scontrol", "show", "hostnames", nodes).split()[0]
+    words = _said("scontrol", "-o", "show", "node", first).split()
+    return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), first)
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

@@ -23,6 +23,7 @@ _ECHO = re.compile(
     re.IGNORECASE,
 )
 """What a rank says that has lost another one."""
+FIRST = "first.txt"
 _WAITING = ("torch/distributed/", "torch/utils/data", "threading.py")
 
 
@@ -80,6 +81,15 @@ def first(folder: Path, *, world_size: int) -> Failure | None:
         others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
         return Failure(silent[0], "", f"it ended without a word{others}: killed from outside, or out of memory", reports[0]["traceback"])
     return _told(reports[0]) if reports else None
+
+
+def conclude(folder: Path, *, world_size: int) -> Failure | None:
+    """`first`, also written to first.txt, where people and the page of the run look for it."""
+    found = first(folder, world_size=world_size)
+    if found:
+        with contextlib.suppress(OSError):
+            (folder / FIRST).write_text(f"{found}\n\n{found.detail}")
+    return found
 
 
 def _reports(folder: Path) -> list[dict]:

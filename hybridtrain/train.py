@@ -123,7 +123,7 @@ def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, b
     if log.rank() != 0:
         return
     time.sleep(0.0 if isinstance(error, UserError) else _OTHERS_S)
-    first = failure.first(run_dir.failures, world_size=world_size)
+    first = failure.conclude(run_dir.failures, world_size=world_size)
     reason = str(first) if first and first.rank else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if first and first.rank:
         _log.error("first failure: %s", first)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridtrain import failure
 from hybridtrain.config import compose, schema
 from hybridtrain.rundir import METRICS
 from hybridtrain.types import UserError, refusal
@@ -37,6 +38,8 @@ class History:
     """Lines of events.jsonl in the order of their times."""
     config: schema.Config | None
     """config.yaml; None if there is none or it cannot be read."""
+    failure: str
+    """How the rank that failed first failed, in the newest life of a run that failed; else empty."""
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -113,15 +116,21 @@ def read(folder: Path) -> History:
     if not any((folder / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         problem = "there is no metrics.jsonl, summary.json or config.yaml in it" if folder.is_dir() else "there is no such folder"
         raise refusal("run.dir", folder, problem, allowed="the folder of a run", instead=_runs_near(folder))
-    config = _config(folder / "config.yaml")
+    config, summary = _config(folder / "config.yaml"), _summary(folder / "summary.json")
     return History(
         folder=folder,
         name=config.run.name if config and config.run.name else folder.resolve().name,
         columns=_columns(folder / "metrics.jsonl"),
-        summary=_summary(folder / "summary.json"),
+        summary=summary,
         events=_events(folder / "events.jsonl"),
         config=config,
+        failure=_failure(folder) if summary.get("status") == "failed" else "",
     )
+
+
+def _failure(folder: Path) -> str:
+    told = sorted(folder.glob(f"failures/life-*/{failure.FIRST}"), key=lambda path: path.stat().st_mtime)
+    return told[-1].read_text(errors="replace") if told else ""
 
 
 def _config(path: Path) -> schema.Config | None:

@@ -22,6 +22,7 @@ def document(history: History, plots: Sequence[Plot]) -> str:
         page.header(history.name, status=history.status, about=about(history)),
         page.tiles(tiles(history)),
         page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
+        page.section("Failure", f"<pre>{page.escape(history.failure)}</pre>" if history.failure else ""),
         page.section("Events", events(history)),
         page.section("Machine", machine(history)),
         page.section("Config", config(history)),

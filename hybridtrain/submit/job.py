@@ -77,13 +77,11 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     if status == "preempted" or stopped == "signal":
         return "preempted"
     folder = _newest_failures(run)
-    first = failure.first(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
+    first = failure.conclude(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
     bad = _bad_nodes(run)
     reason = str(first) if first else f"not fit: {', '.join(f'{node} ({why})' for node, why in bad.items())}" if bad else f"exit code {code}, no rank said why"
     print(f"first failure: {reason}\n{first.detail if first else ''}", flush=True)
     set_summary(run, status="failed", exit_reason=reason)
-    if first and folder:
-        write_atomically(folder / "first.txt", f"{first}\n\n{first.detail}")
     return "failed"
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ECHO = re.compile(
-    r"connection (closed|reset|refused|was (likely )?closed)|broken pipe|timed out|timeout|remote process exited|recv(Value|Vector)? failed"
-    r"|wait failed|socket error|nccl (communicator|error)|process group|store",
+    r"(RuntimeError|Dist\w+Error|Connection\w*Error|BrokenPipeError|TimeoutError): .*"
+    r"(connection (closed|reset|refused|was)|broken pipe|tim(ed|e) ?out|remote process exited|recv(Value|Vector)|nccl|gloo|TCPStore|socket)",
     re.IGNORECASE,
 )
 """What a rank says that has lost another one."""
@@ -67,7 +67,7 @@ def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
 def first(folder: Path, *, world_size: int) -> Failure | None:
     """The failure that the others followed from; None if nothing failed or nobody could say."""
     reports = sorted(_reports(folder), key=lambda report: report["time"])
-    own = [report for report in reports if not _ECHO.search(report["error"].splitlines()[0])]
+    own = [report for report in reports if not _ECHO.match(report["error"].splitlines()[0])]
     if own:
         return _told(own[0])
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}

@@ -100,6 +100,7 @@ def test_submit_trains_on_two_nodes(slurm, data, uninterrupted, tmp_path):
     assert nodes
 
 
+@pytest.mark.slow
 def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
@@ -136,6 +137,7 @@ def test_the_real_time_limit(slurm, data, uninterrupted, tmp_path, monkeypatch):
     assert rows(run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_node_that_goes_down(slurm, data, uninterrupted, tmp_path, monkeypatch):
     """Slurm itself requeues the job, and tells the ranks to end first."""
     run = tmp_path / "run"
@@ -168,6 +170,7 @@ def test_a_node_that_vanishes(slurm, data, uninterrupted, tmp_path, monkeypatch)
     assert rows(run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_one_restart(slurm, data, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     sabotage(monkeypatch, kind="kill", rank=3, step=4, once=str(tmp_path / "once"))
@@ -179,6 +182,7 @@ def test_a_killed_rank_costs_one_restart(slurm, data, uninterrupted, tmp_path, m
     assert "rank 3" in (run / "failures/life-0/first.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_is_found_and_the_job_restarted(slurm, data, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     sabotage(monkeypatch, kind="hang", rank=2, step=4, once=str(tmp_path / "once"))
@@ -191,6 +195,7 @@ def test_a_hanging_rank_is_found_and_the_job_restarted(slurm, data, uninterrupte
     assert rows(run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_rank_that_always_fails_exhausts_the_budget(slurm, data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     sabotage(monkeypatch, kind="raise", rank=1, step=3)
@@ -206,6 +211,7 @@ def test_a_rank_that_always_fails_exhausts_the_budget(slurm, data, tmp_path, mon
     assert "ArithmeticError: planted failure" in said.read_text()
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_left_out(slurm, data, tmp_path, monkeypatch):
     """n1 cannot write the run's folder; the job that takes over runs on n2 alone."""
     run = tmp_path / "run"
@@ -222,6 +228,7 @@ def test_a_bad_node_is_named_and_left_out(slurm, data, tmp_path, monkeypatch):
     assert "n1: cannot write" in output(run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slurm")
 def test_an_array_of_runs(data, tmp_path, capfd):
     run = tmp_path / "runs/sweep"
@@ -251,6 +258,7 @@ def test_plain_srun_starts_the_trainer(slurm, data, uninterrupted, tmp_path):
     assert rows(run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
     """One run on two nodes, on one, on two again: the same losses as a whole one to 1e-5, and the same rows at each step."""
     whole, run = tmp_path / "whole", tmp_path / "run"

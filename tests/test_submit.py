@@ -1,0 +1,166 @@
+"""What becomes of a job, without a scheduler: verdicts, the script, the health check's words, the list of runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hybridtrain import command, failure
+from hybridtrain.config.schema import ClusterConfig
+from hybridtrain.submit import health, lives, script
+from hybridtrain.submit.lives import DONE, FAILED, REQUEUE, Life
+from hybridtrain.types import UserError
+from tests.runs import arguments, corpus, finished
+
+
+def chain(*ends: tuple[str, int]) -> list[Life]:
+    """Lives of one chain: (outcome, newest checkpoint at the end)."""
+    found, before = [], 0
+    for number, (outcome, step) in enumerate(ends):
+        found.append(Life("7", "7", number, "n[1-2]", 0.0, before, ended=1.0, step_after=step, outcome=outcome))
+        before = step
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ends", "decision"),
+    [
+        ([("finished", 8)], DONE),
+        ([("preempted", 3)], REQUEUE),
+        ([("preempted", 0)], REQUEUE),
+        ([("preempted", 0), ("preempted", 0)], FAILED),
+        ([("preempted", 3), ("preempted", 3)], REQUEUE),
+        ([("preempted", 3), ("preempted", 3), ("preempted", 3)], FAILED),
+        ([("preempted", n) for n in range(1, 40)], REQUEUE),
+        ([("cancelled", 3)], FAILED),
+        ([("failed", 0)], REQUEUE),
+        ([("failed", 0), ("failed", 0)], FAILED),
+        ([("failed", 2), ("failed", 4), ("failed", 6)], REQUEUE),
+        ([("failed", 2), ("failed", 4), ("failed", 6), ("failed", 8)], FAILED),
+        ([("failed", 2), ("preempted", 4), ("preempted", 6), ("failed", 8)], REQUEUE),
+        ([("", 2), ("failed", 4)], REQUEUE),
+    ],
+)
+def test_the_verdict(ends, decision):
+    assert lives.verdict(chain(*ends), max_restarts=3)[0] == decision
+
+
+def test_a_new_chain_has_a_budget_of_its_own():
+    before = chain(("failed", 0), ("failed", 0))
+    again = Life("9", "9", 0, "n1", 2.0, 0, ended=3.0, step_after=0, outcome="failed")
+    assert lives.verdict([*before, again], max_restarts=3)[0] == REQUEUE
+
+
+def rendered(tmp_path: Path, *, runs: int = 1, **options: object) -> str:
+    cluster = ClusterConfig(**options)  # type: ignore[arg-type]
+    paths = [tmp_path / f"run-{number}" for number in range(runs)]
+    return script.render(cluster, name="a run", folder=tmp_path / "submit", work_dir=tmp_path, python="/opt/python", stop_signal="USR2", runs=paths)
+
+
+def test_the_script_has_what_was_asked_for(tmp_path):
+    text = rendered(
+        tmp_path, partition="batch", nodes=4, gpus_per_node=8, time="2-00:00:00", sbatch={"exclusive": "", "reservation": "night"}, modules=["cuda/13.0"]
+    )
+    head = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    for option in (
+        "--partition=batch",
+        "--nodes=4",
+        "--gpus-per-node=8",
+        "--time=2-00:00:00",
+        "--exclusive",
+        "--reservation=night",
+        "--signal=B:USR2@120",
+        "--requeue",
+    ):
+        assert option in head
+    assert "--job-name=a_run" in head
+    assert "export HYBRIDTRAIN_RANKS=8" in text
+    assert "module load cuda/13.0" in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_several_runs_are_an_array(tmp_path):
+    text = rendered(tmp_path, runs=6, array_at_once=2)
+    assert "#SBATCH --array=0-5%2" in text
+    assert "HYBRIDTRAIN_RUNS=" in text
+
+
+def test_variables_are_quoted(tmp_path):
+    evil = "a\"b'c $(touch hacked) `touch hacked`; touch hacked\n#SBATCH --nodes=99 é"
+    text = rendered(tmp_path, environment={"EVIL": evil}, container_image="x; touch hacked", modules=["m; touch hacked"])
+    exports = text.partition("# --- job ---")[0]
+    (tmp_path / "head.sh").write_text("module() { printf '%s|' \"$@\"; }\n" + exports + '\nprintf "%s" "$EVIL"')
+    said = subprocess.run(["bash", "head.sh"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said == "load|m; touch hacked|" + evil
+    assert not (tmp_path / "hacked").exists()
+    assert f"EVIL={shlex.quote(evil)}" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"partition": 'a"b'},
+        {"account": "a b"},
+        {"time": "1:00\n#SBATCH --nodes=9"},
+        {"constraint": "$(touch hacked)"},
+        {"sbatch": {"nodes": "9"}},
+        {"sbatch": {"comment": "a;b"}},
+        {"sbatch": {"--comment": "x"}},
+        {"environment": {"A B": "x"}},
+        {"modules": ["--force"]},
+    ],
+)
+def test_what_could_break_out_is_refused(options, tmp_path):
+    with pytest.raises(UserError, match=r"cluster\.") as told:
+        rendered(tmp_path, **options)
+    assert "try:" in str(told.value)
+
+
+def facts(**changed: object) -> dict[str, object]:
+    return {"versions": {"torch": "2.13.0"}, "time": 100.0, "heard": 100.2, "problem": "", **changed}
+
+
+def test_the_health_check_names_the_node():
+    names = ["n1", "n2", "n3"]
+    assert health.compare({0: facts(), 1: facts(), 2: facts()}, names=names) == {}
+    assert health.compare({0: facts(), 2: facts()}, names=names) == {"n2": "it did not come"}
+    [(node, why)] = health.compare({0: facts(), 1: facts(versions={"torch": "2.11.0"}), 2: facts()}, names=names).items()
+    assert (node, "torch 2.11.0 (the first node: 2.13.0)" in why) == ("n2", True)
+    assert "clock" in health.compare({0: facts(), 1: facts(), 2: facts(time=40.0)}, names=names)["n3"]
+    assert health.compare({0: facts(problem="7 GPUs in place of 8"), 1: facts(), 2: facts()}, names=names) == {"n1": "7 GPUs in place of 8"}
+
+
+def report(folder: Path, rank: int, error: str, at: float) -> None:
+    folder.mkdir(exist_ok=True)
+    told = {"time": at, "rank": rank, "node": f"n{rank}", "step": 3, "error": error, "traceback": f"Traceback: {error}"}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+
+
+def test_the_first_failure_is_told_from_its_echoes(tmp_path):
+    report(tmp_path, 0, "DistBackendError: [gloo] Connection closed by peer [127.0.0.1]:1234", 1.0)
+    report(tmp_path, 2, "ValueError: the reason", 1.5)
+    report(tmp_path, 3, "RuntimeError: NCCL communicator was aborted", 0.5)
+    found = failure.first(tmp_path, world_size=4)
+    assert (found.rank, found.node, found.what) == (2, "n2", "ValueError: the reason")
+
+
+def test_no_report_no_failure(tmp_path):
+    assert failure.first(tmp_path, world_size=4) is None
+
+
+def test_runs_and_logs_of_this_machine(tmp_path, capfd):
+    """Without any scheduler."""
+    run = tmp_path / "runs/here"
+    finished(2, arguments(run, corpus(tmp_path / "corpus"), train__steps=3))
+    assert command.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
+    listed = capfd.readouterr().out.splitlines()
+    assert listed[0].split()[:3] == ["run", "status", "step"]
+    assert listed[1].split()[:3] == ["here", "finished", "3/3"]
+    assert command.run_command("logs", [str(run), "logs.lines=3"]) == 0
+    assert "finished 3 steps" in capfd.readouterr().out
+    assert command.run_command("runs", [f"runs.folder={tmp_path / 'none'}"]) == 2
+    assert command.run_command("logs", [str(tmp_path / "none")]) == 2

@@ -35,7 +35,7 @@ def train(
         lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
         result = engine.train_step(loader.micro_batches(step), lr=lr)
         step, tokens_seen = step + 1, tokens_seen + plan.tokens
-        stopping = bool(stop.agreed(group=engine.mesh.control_group))
+        stopping = bool(stop.agreed())
         moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
         for hook in hooks:
             watchdog.beat()

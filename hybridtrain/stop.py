@@ -35,6 +35,8 @@ class Stop:
         self.deadline = float(os.environ.get(DEADLINE) or "inf") - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
+        self.group: dist.ProcessGroup | None = None
+        """A CPU group of all ranks; None: the default group."""
         self._signal = 0
         self._before: dict[int, Any] = {}
 
@@ -63,11 +65,11 @@ class Stop:
             elif time.monotonic() - first > TOGETHER_S:
                 os._exit(128 + heard[0])
 
-    def agreed(self, *, group: dist.ProcessGroup | None) -> str:
-        """Why to stop after this step, the same on every rank; empty: go on (collective over a CPU group)."""
+    def agreed(self) -> str:
+        """Why to stop after this step, the same on every rank; empty: go on (collective over `group`)."""
         code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else 0))
         if dist.is_initialized():
-            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
         if number := int(code):
             self.reason = "the job's time is nearly up" if number == _TIME_IS_UP else f"{signal.Signals(number).name} received"
         return self.reason

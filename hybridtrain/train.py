@@ -208,7 +208,7 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
         flops_per_token=metrics.flops_per_token(job.facts, seq_len=plan.seq_len),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
-    group = mesh.control_group
+    group = stop.group = mesh.control_group
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
         batches = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)

@@ -38,8 +38,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device, without waiting for the copy."""
-        tensors = (self.input_ids_BT, self.labels_BT, self.position_ids_BT)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), packed=self.packed)
+        ids, labels, positions = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids_BT, self.labels_BT, self.position_ids_BT))
+        return Batch(ids, labels, positions, packed=self.packed)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_every_command_composes(command):
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_types_and_passes(group, name):
     overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
-    config = compose("train", overrides)
+    config = compose("submit" if group == keys.CLUSTER else "train", overrides)
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
         with pytest.raises(UserError, match=f"pip install {name}"):
@@ -67,7 +67,8 @@ def test_group_files_hold_only_what_deviates(group, name):
     text = (keys.shipped() / group / f"{name}.yaml").read_text()
     values = yaml.safe_load(text) or {}
     written = values if "@package _global_" in text else {group: values}
-    changed, defaults = dataclasses.asdict(compose("train", [f"{group}={name}"])), dataclasses.asdict(schema.Config())
+    command, root = ("submit", schema.SubmitRoot) if group == keys.CLUSTER else ("train", schema.Config)
+    changed, defaults = dataclasses.asdict(compose(command, [f"{group}={name}"])), dataclasses.asdict(root())
     assert next(iter(written)) == group
     for section, options in written.items():
         assert sorted(options) == sorted(key for key, value in changed[section].items() if value != defaults[section][key] and key != "name")

@@ -121,7 +121,7 @@ def most_whole_at_once(case: Case) -> tuple[int, int]:
     seen = [0]
 
     class Watched(state._AsMade):
-        def parameters(self, recurse: bool) -> Iterator[nn.Parameter]:
+        def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for parameter in super().parameters(recurse):
                 seen.append(sum(made.numel() for made in self.made.values()))
                 yield parameter

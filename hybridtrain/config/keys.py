@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from hybridtrain.config import schema
+from hybridtrain.config import commands, schema
 from hybridtrain.types import refusal
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
+CLUSTER = "cluster"  # a group for one command alone
 MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
 NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?P<equals>=(?P<value>.*))?$", re.DOTALL)
@@ -63,7 +64,7 @@ def _default(option: dataclasses.Field) -> Any:
 def _docstrings() -> dict[str, dict[str, str]]:
     """Class -> field -> the string under the field, read from the source of the schema."""
     result: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    for node in [*ast.parse(inspect.getsource(schema)).body, *ast.parse(inspect.getsource(commands)).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for above, below in zip(node.body, node.body[1:], strict=False):
@@ -111,6 +112,8 @@ def _normalise_one(text: str, command: str, known: dict[str, list[str]], allowed
     prefix, key, value = match["prefix"] or "", match["key"].strip(), (match["value"] or "").strip()
     group = key.partition("@")[0]
     if group in known or key.startswith(("hydra.", "hydra/")):
+        if group == CLUSTER and command != "submit":
+            raise refusal(group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}")
         if group in known and prefix != "~":
             _check_choice(group, value, known[group])
             prefix = ""

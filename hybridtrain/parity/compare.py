@@ -60,8 +60,8 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
         facts = _facts(comparison)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
         width = max(len(name) for name in ("at most, without tp", *(f"{entry.name} ({entry.engine})" for entry in comparison.entries)))
-        kinds = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison) for entry in comparison.entries}
-        print(verdict.header(kinds, width=width), flush=True)
+        by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison) for entry in comparison.entries}
+        print(verdict.header(by_kind, width=width), flush=True)
         for entry in comparison.entries:
             rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
             print(verdict.line(rows[-1], width=width), flush=True)

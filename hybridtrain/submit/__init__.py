@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from hybridtrain import layout as layouts
 from hybridtrain import log
@@ -34,7 +35,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
         _log.info("%s", line)
     planned = [Path(config.run.dir).resolve() for config in configs]
     folder = planned[0] / "submit" if len(configs) == 1 else planned[0].with_name(f"{first.run.name}-array") / "submit"
-    told = {"name": first.run.name, "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    told: dict[str, Any] = {"name": first.run.name, "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
     text = script.render(cluster, folder=folder, runs=planned, **told)
     if cluster.dry_run:
         return _show(text)

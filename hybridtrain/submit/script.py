@@ -43,7 +43,16 @@ def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path,
     """Options of sbatch, checked."""
     array = len(runs) > 1
     at_once = f"%{cluster.array_at_once}" if cluster.array_at_once else ""
-    fields = ("partition", "account", "qos", "constraint", "exclude", "mem")
+    given = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "mem": cluster.mem,
+        "cpus-per-task": str(cluster.cpus_per_node or ""),
+        "gpus-per-node": str(cluster.gpus_per_node or ""),
+    }
     options = {
         "job-name": re.sub(r"[^\w.-]", "_", name),
         "nodes": str(cluster.nodes),
@@ -54,9 +63,7 @@ def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path,
         "open-mode": "append",
         "output": f"{folder}/slurm-{'%A_%a' if array else '%j'}.out",
         "chdir": str(work_dir),
-        **{field: getattr(cluster, field) for field in fields if getattr(cluster, field)},
-        **({"cpus-per-task": str(cluster.cpus_per_node)} if cluster.cpus_per_node else {}),
-        **({"gpus-per-node": str(cluster.gpus_per_node)} if cluster.gpus_per_node else {}),
+        **{key: value for key, value in given.items() if value},
         **({"array": f"0-{len(runs) - 1}{at_once}"} if array else {}),
     }
     for key, value in cluster.sbatch.items():

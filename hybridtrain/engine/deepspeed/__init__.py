@@ -23,6 +23,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities, deepspeed_config
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
+from hybridtrain.engine.deepspeed.state import Gathered, Held
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
@@ -175,7 +176,7 @@ class DeepSpeedEngine:
         state.publish(self.zero)
         return progress
 
-    def weights(self) -> Iterator[tuple[str, state.Gathered]]:
+    def weights(self) -> Iterator[tuple[str, Gathered]]:
         """(Hugging Face name, fp32 master weight) of this rank's stage."""
         return self._gathered(lambda run: run.flat)
 
@@ -215,7 +216,7 @@ class DeepSpeedEngine:
         """A tied head on a stage of its own: the first stage's embedding speaks for it."""
         return self.layout.pp > 1 and self.owner(name) != name
 
-    def _gathered(self, values: Callable[[state.Held], Tensor]) -> Iterator[tuple[str, state.Gathered]]:
+    def _gathered(self, values: Callable[[Held], Tensor]) -> Iterator[tuple[str, Gathered]]:
         named = [(name, self.parts[name]) for name, _ in self.named]
         speaks = lambda part: part.sharded or self.mesh.coordinates["tp"] == 0  # noqa: E731
         for name, whole in state.gathered(self.held, named, values=values, speaks=speaks, group=self.stage_group):

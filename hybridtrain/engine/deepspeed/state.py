@@ -27,7 +27,7 @@ class _AsMade(nn.Module):
         self.made: dict[nn.Parameter, nn.Parameter] = {}
         self.dtype_of_all = dtype
 
-    def parameters(self, recurse: bool) -> Iterator[nn.Parameter]:  # noqa: ARG002
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002 - Module's signature
         for owner, name in self.places:
             empty = getattr(owner, name)
             if empty not in self.made:

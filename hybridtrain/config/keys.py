@@ -113,7 +113,9 @@ def _normalise_one(text: str, command: str, known: dict[str, list[str]], allowed
     group = key.partition("@")[0]
     if group in known or key.startswith(("hydra.", "hydra/")):
         if group == CLUSTER and command != "submit":
-            raise refusal(group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}")
+            raise refusal(
+                group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}"
+            )
         if group in known and prefix != "~":
             _check_choice(group, value, known[group])
             prefix = ""

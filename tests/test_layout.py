@@ -19,6 +19,10 @@ EVERYTHING = Capabilities(
     zero_stages=frozenset({0, 1, 2, 3}),
     schedules=frozenset(layout.SCHEDULES),
     precisions=frozenset({"fp32", "bf16_mixed"}),
+    pipelined_zero_stages=frozenset({0, 1, 2, 3}),
+    sequence_parallel=True,
+    hybrid_sharding=True,
+    repeated_heads=True,
 )
 
 

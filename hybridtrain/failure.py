@@ -56,7 +56,7 @@ def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
         "rank": rank,
         "node": node(),
         "step": step,
-        "error": f"{type(error).__name__}: {error}",
+        "error": _said(_cause(error)),
         "traceback": "".join(traceback.format_exception(error)),
     }
     with contextlib.suppress(OSError):
@@ -64,10 +64,22 @@ def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
         (folder / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What an error was raised from, in the end: a pipeline schedule wraps what happens in a stage."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    """Type and first line."""
+    return f"{type(error).__name__}: {next((line.strip() for line in str(error).splitlines() if line.strip()), '')}"
+
+
 def first(folder: Path, *, world_size: int) -> Failure | None:
     """The failure that the others followed from; None if nothing failed or nobody could say."""
     reports = sorted(_reports(folder), key=lambda report: report["time"])
-    own = [report for report in reports if not _ECHO.match(report["error"].splitlines()[0])]
+    own = [report for report in reports if not _ECHO.match(report["error"])]
     if own:
         return _told(own[0])
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
@@ -101,7 +113,7 @@ def _reports(folder: Path) -> list[dict]:
 
 
 def _told(report: dict) -> Failure:
-    return Failure(report["rank"], report["node"], report["error"].splitlines()[0], report["traceback"])
+    return Failure(report["rank"], report["node"], report["error"], report["traceback"])
 
 
 def _stacks(file: Path) -> str:

@@ -29,6 +29,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     """Submit a run, or several as one job array (raises UserError)."""
     cluster, first = configs[0].cluster, configs[0]
     world = cluster.nodes * script.ranks_per_node(cluster)
+    slurm.check_nodes(cluster.nodes, partition=cluster.partition)
     jobs = [mint.checked(_training(config), world_size=world) for config in configs]
     described = [f"{config.run.name}: {layouts.write(config.parallel, job.layout)} on {world} processes" for config, job in zip(configs, jobs, strict=True)]
     for line in described:

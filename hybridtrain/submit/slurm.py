@@ -23,6 +23,22 @@ def sbatch(script: Path, *, test_only: bool) -> str:
     return (done.stderr if test_only else done.stdout).strip().partition(";")[0]
 
 
+def check_nodes(nodes: int, *, partition: str) -> None:
+    """Refuse more nodes than the partition has: Slurm would keep such a job in the queue for ever. Silent where sinfo does not say."""
+    if shutil.which("sinfo") is None:
+        return
+    done = subprocess.run(["sinfo", "-h", *(["-p", partition] if partition else []), "-o", "%D"], capture_output=True, text=True, check=False, timeout=60)
+    there = sum(int(word) for word in done.stdout.split() if word.isdecimal())
+    if 0 < there < nodes:
+        raise refusal(
+            "cluster.nodes",
+            nodes,
+            f"there are {there} nodes in {partition or 'all partitions together'}",
+            allowed=f"1 to {there}",
+            instead=f"cluster.nodes={there}",
+        )
+
+
 def states(jobs: list[str]) -> dict[str, str]:
     """Job id -> state, for those that Slurm still knows; empty where there is no Slurm."""
     if not jobs or shutil.which("scontrol") is None:

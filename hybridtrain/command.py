@@ -42,7 +42,7 @@ def run_command(command: str, argv: list[str]) -> int:
     running = False
     launched.adopt_srun()
     try:
-        config = _configured(command, argv)
+        config = _configured(command, launched.arguments(argv))
         if isinstance(config, int):
             return config
         running = True

@@ -6,6 +6,11 @@ import os
 import subprocess
 
 
+def arguments(argv: list[str]) -> list[str]:
+    """Without --local_rank=N, which the deepspeed launcher adds to what LOCAL_RANK says already."""
+    return [text for text in argv if not (text.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
+
+
 def adopt_srun() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where srun alone started several processes, and nobody else did."""
     env = os.environ

@@ -48,7 +48,7 @@ def test_our_own_script_on_two_machines(data, expected, tmp_path):
 
 
 def test_accelerate_launch(data, expected, tmp_path):
-    flags = ["--cpu", "--multi_cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = launched([str(BIN / "accelerate"), "launch", *flags, "-m", "hybridtrain.train"], tmp_path / "run", data)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run") == expected

@@ -271,7 +271,7 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
         job = (run / "submit" / "job_id").read_text().strip()
         if stop_at:
             wait_for_lines(run, stop_at)
-            slurm.run("scancel", "--signal=TERM", job)
+            slurm.run("scancel", job)
             slurm.wait(job, timeout_s=120)
             assert summary(run)["status"] == "preempted", output(run)
     ended = slurm.wait(job, timeout_s=180)

@@ -190,21 +190,21 @@ def test_inside_torchrun_it_is_refused(run_dir, monkeypatch):
 def test_the_default_set_fits_model_and_machine(run_dir, processes, least):
     config = root(run_dir)
     config.parity.max_processes = processes
-    chosen = plan.prepare(config, capabilities=CAPABILITIES, devices=None)
+    chosen = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
     names = [entry.name for entry in chosen.entries]
     assert len(names) == len(set(names)) >= least
     assert max(entry.layout.world_size for entry in chosen.entries) <= processes
     config.model.config["num_hidden_layers"] = 2
-    fewer = plan.prepare(config, capabilities=CAPABILITIES, devices=None)
+    fewer = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
     assert all(entry.layout.pp * layouts.stages_per_rank(entry.parallel) <= 2 for entry in fewer.entries)
     assert all("2 layers" in why for why in fewer.left_out.values())
-    assert [entry.name for entry in plan.prepare(config, capabilities=CAPABILITIES, devices=1).entries] == ["single"]
+    assert [entry.name for entry in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).entries] == ["single"]
 
 
 def test_the_default_set_holds_the_users_own_layout(run_dir):
     config = root(run_dir)
     config.parallel = schema.ParallelConfig(pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel=False)
-    assert "pp2-tp2-gpipe-nosp" in [entry.name for entry in plan.prepare(config, capabilities=CAPABILITIES, devices=None).entries]
+    assert "pp2-tp2-gpipe-nosp" in [entry.name for entry in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).entries]
 
 
 @pytest.mark.parametrize("name", ["llama3_1_70b", "qwen3_32b", "qwen2_5_7b", "mistral_7b", "llama3_2_1b"])
@@ -213,7 +213,7 @@ def test_shrink_keeps_the_family_and_its_head_ratio(run_dir, name):
 
     config = compose("parity", [f"model={name}", "parity.shrink=true", "parity.max_processes=8", f"run.dir={run_dir}", "data.seq_len=64"])
     full = facts(config.model.config)
-    chosen = plan.prepare(config, capabilities=CAPABILITIES, devices=None)
+    chosen = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
     small = chosen.facts
     assert small.model_type == full.model_type
     assert small.heads / small.kv_heads == full.heads / full.kv_heads
@@ -229,6 +229,34 @@ def test_a_shrunken_model_trains(run_dir):
 
     config = compose("parity", ["model=qwen2_5_7b", "parity.shrink=true", "parity.layouts=[pp2]", "parity.steps=1", f"run.dir={run_dir}", "data.seq_len=16"])
     assert parity.run(config) == 0
+
+
+def test_both_engines_in_one_table(run_dir, capsys):
+    config = root(run_dir, "dp_shard2-zero3", "tp2")
+    config.parity.engines = ["torch", "deepspeed"]
+    assert parity.run(config) == 0
+    rows = [(row["layout"], row["engine"], row["passed"]) for row in result(run_dir)["layouts"]]
+    assert rows == [("dp_shard2-zero3", "torch", True), ("tp2", "torch", True), ("dp_shard2-zero3", "deepspeed", True), ("tp2-nosp", "deepspeed", True)]
+    assert "tp2-nosp (deepspeed)" in capsys.readouterr().out
+
+
+OF_DEEPSPEED = [
+    *(f"dp_shard{ranks}-zero{stage}" for ranks in (2, 4) for stage in (1, 2, 3)),
+    *("tp2", "dp_shard2-tp2-zero1", "dp_shard2-tp2-zero2", "dp_shard2-tp2-zero3"),
+    *("pp2", "pp2-dp_shard2-zero1", "pp2-tp2", "pp2-dp_shard2-tp2-zero1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_layout_of_deepspeed(run_dir, family, tied):
+    config = root(run_dir, *OF_DEEPSPEED, family=family)
+    config.engine.kind, config.model.config["tie_word_embeddings"] = "deepspeed", tied
+    config.parity.max_processes = 8
+    assert parity.run(config) == 0
+    assert [row["passed"] for row in result(run_dir)["layouts"]] == [True] * len(OF_DEEPSPEED)
 
 
 def norm_of_a_large_gradient() -> tuple[float, float]:

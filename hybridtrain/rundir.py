@@ -169,7 +169,14 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
     summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
     life = _lives(path)
-    run = RunDir(path=path, continued=life > 0, checkpoint=checkpoint, life=life, changed=changed, summary=summary)
+    run = RunDir(
+        path=path,
+        continued=before is not None and (life > 0 or not (path / "submit").exists()),
+        checkpoint=checkpoint,
+        life=life,
+        changed=changed,
+        summary=summary,
+    )
     run.update_summary(status="running")
     return run
 

@@ -18,7 +18,7 @@ SLOW = pytest.mark.slow
     "layout",
     [
         "single",
-        "dp_replicate2",
+        pytest.param("dp_replicate2", marks=pytest.mark.slow),
         "dp_shard2-zero1",
         "dp_shard2-zero2",
         "dp_shard2-zero3",
@@ -42,7 +42,7 @@ def test_every_layout(layout):
     assert_parity(deepspeed(layout))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero3", "tp2-nosp", "pp2", "pp2-tp2-nosp"])
+@pytest.mark.parametrize("layout", ["dp_shard2-zero3", "pp2-tp2-nosp", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "tp2-nosp", "pp2"))])
 @pytest.mark.parametrize(
     "fields", [model("qwen3", tie_word_embeddings=True), pytest.param(model("llama", tie_word_embeddings=True), marks=SLOW)], ids=["qwen3", "llama"]
 )
@@ -57,12 +57,20 @@ def test_every_family(layout, family):
     assert_parity(deepspeed(layout, model(family, **extra)))
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("dp_shard2-zero1", "selective"), ("dp_shard2-zero3", "full"), ("pp2-tp2-nosp", "full"), ("pp2", "selective")])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("dp_shard2-zero3", "full"),
+        pytest.param("dp_shard2-zero1", "selective", marks=SLOW),
+        pytest.param("pp2-tp2-nosp", "full", marks=SLOW),
+        pytest.param("pp2", "selective", marks=SLOW),
+    ],
+)
 def test_recomputation(layout, kind):
     assert_parity(deepspeed(layout, overrides=(("recompute.kind", kind),)))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", "pp2"])
+@pytest.mark.parametrize("layout", ["dp_shard2-zero1", pytest.param("pp2", marks=SLOW)])
 def test_without_clipping(layout):
     assert_parity(deepspeed(layout, overrides=(("optim.clip", 0.0),)))
 
@@ -76,7 +84,9 @@ def test_parameters_offloaded_to_the_cpu():
     assert_parity(deepspeed("dp_shard2-zero3", overrides=(("engine.offload_optimizer", "cpu"), ("engine.offload_parameters", "cpu"))))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero2", "dp_shard2-zero3", "tp2-nosp", "pp2-dp_shard2"])
+@pytest.mark.parametrize(
+    "layout", ["dp_shard2-zero3", "pp2-dp_shard2", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "dp_shard2-zero2", "tp2-nosp"))]
+)
 def test_bf16_agrees_with_the_torch_engine(layout):
     """Nearer to each other than either is to the plain process, which casts at other places."""
     ours = on_ranks(deepspeed(layout, precision="bf16_mixed"))
@@ -108,7 +118,7 @@ def overflow(case: Case) -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero2", "dp_shard2-zero3", "pp2"])
+@pytest.mark.parametrize("layout", ["dp_shard2-zero3", "pp2", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "dp_shard2-zero2"))])
 def test_fp16_skips_a_planted_overflow_on_every_rank_and_recovers(layout):
     scaled = (("precision.init_scale", 1024.0), ("precision.growth_interval", 2))
     ranks = run_ranks(2, overflow, deepspeed(layout, precision="fp16_mixed", overrides=scaled))
@@ -117,7 +127,7 @@ def test_fp16_skips_a_planted_overflow_on_every_rank_and_recovers(layout):
     assert [scale for _, _, scale in ranks[0]] == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]  # DeepSpeed begins to count one step later
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+@pytest.mark.parametrize("precision", ["bf16_mixed", pytest.param("fp32", marks=SLOW)])
 @pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-zero3", "pp2"])
 def test_a_step_that_is_not_finite_changes_nothing(layout, precision):
     ranks = run_ranks(2, overflow, deepspeed(layout, precision=precision))

@@ -53,7 +53,7 @@ def logits(run: Path) -> torch.Tensor:
         return model(torch.arange(200, 232).unsqueeze(0)).logits
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["zero3", "tp2_pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2", "pp2", "zero3_tp2"))])
 def test_a_run_like_any_other(name, data, with_torch, tmp_path):
     run, (processes, options) = tmp_path / "run", LAYOUTS[name]
     ended = finished(processes, arguments(run, data, engine="deepspeed", train__eval_every=4, checkpoint__every=4, **options))
@@ -81,7 +81,7 @@ def killed(argv: list[str], step: int) -> Ended:
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero3", pytest.param("tp2_pp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2_pp2"))])
 def test_killed_it_goes_on_with_the_same_losses(name, data, tmp_path):
     whole, run, (processes, options) = tmp_path / "whole", tmp_path / "run", LAYOUTS[name]
     settings = {"engine": "deepspeed", "checkpoint__every": 2, **options}

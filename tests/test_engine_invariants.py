@@ -81,7 +81,13 @@ def local_values(case: Case) -> tuple[dict[str, int], dict[str, torch.Tensor], l
     return engine.mesh.coordinates, locals_, over_tp
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp_replicate2-tp2", "dp_replicate2-dp_shard2-zero3", "pp2-dp_replicate2", "dp_shard2-tp2-zero2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp_replicate2-tp2",
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("tp2", "dp_replicate2-dp_shard2-zero3", "pp2-dp_replicate2", "dp_shard2-tp2-zero2")),
+    ],
+)
 def test_replicated_parameters_stay_bitwise_equal(layout):
     case = Case(layout, model("qwen3", num_key_value_heads=1), steps=5, lr=1e-2)
     ranks = run_ranks(case.world_size, local_values, case)
@@ -130,14 +136,14 @@ def frozen_run(case: Case) -> dict[str, Any]:
     [
         ("single", ("model.embed_tokens.*",), False),
         ("tp2", ("*norm*", "lm_head.weight"), False),
-        ("dp_shard2-tp2-zero3", FIRST_STAGE, False),
+        pytest.param("dp_shard2-tp2-zero3", FIRST_STAGE, False, marks=pytest.mark.slow),
         ("pp2", FIRST_STAGE, False),
-        ("pp2-zbv_zero_bubble", FIRST_STAGE, False),
+        pytest.param("pp2-zbv_zero_bubble", FIRST_STAGE, False, marks=pytest.mark.slow),
         ("pp2-dp_shard2-zero3", FIRST_STAGE, False),
-        ("pp2-gpipe", ("model.layers.[23].*", "model.norm.*", "lm_head.*"), False),
+        pytest.param("pp2-gpipe", ("model.layers.[23].*", "model.norm.*", "lm_head.*"), False, marks=pytest.mark.slow),
         ("single", ("model.embed_tokens.*",), True),
         ("pp2", ("model.embed_tokens.*",), True),
-        ("pp2-zbv_zero_bubble", ("model.embed_tokens.*",), True),
+        pytest.param("pp2-zbv_zero_bubble", ("model.embed_tokens.*",), True, marks=pytest.mark.slow),
     ],
 )
 def test_freezing(layout, freeze, tied):
@@ -204,7 +210,11 @@ def train_with_evaluations(case: Case, between: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "pp2-dp_shard2-zero2", "pp2-dp_shard2-dualpipev"])
+OFTEN = ("dp_shard2-zero3", "tp2", "pp2-dp_shard2-dualpipev")
+SELDOM = [pytest.param(layout, marks=pytest.mark.slow) for layout in [*LAYOUTS, "pp2-dp_shard2-zero2"] if layout not in OFTEN]
+
+
+@pytest.mark.parametrize("layout", [*OFTEN, *SELDOM])
 def test_evaluation_leaves_training_bitwise_as_it_was(layout):
     case = Case(layout)
     assert run_ranks(case.world_size, train_with_evaluations, case, True) == run_ranks(case.world_size, train_with_evaluations, case, False)

@@ -72,7 +72,7 @@ def test_more_products_of_axes(layout):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("layout", ["pp2", "pp2-dp_shard2"])
+@pytest.mark.parametrize("layout", ["pp2", pytest.param("pp2-dp_shard2", marks=pytest.mark.slow)])
 def test_every_schedule(layout, schedule):
     assert_parity(Case(f"{layout}-{schedule}"))
 
@@ -159,7 +159,7 @@ def test_sizes_that_do_not_divide_by_the_ranks(layout, fields):
     assert_parity(Case(layout, fields))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp_shard2-zero3"])
+@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("pp2", "dp_shard2-zero3"))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, layout):
     assert_parity(Case(layout, model(family)))

@@ -111,7 +111,8 @@ def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypat
     assert rows(run) == uninterrupted
 
 
-@pytest.mark.parametrize("slow_save", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow_save", [False, True])
 def test_signalled_it_saves_requeues_and_ends_the_same(slurm, data, uninterrupted, tmp_path, monkeypatch, slow_save):
     """As before its time limit. A checkpoint may take longer than Slurm's KillWait (5 s here)."""
     run = tmp_path / "run"
@@ -251,6 +252,7 @@ def test_an_array_of_runs(data, tmp_path, capfd):
     assert "sweep-5" in (tmp_path / "compare/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_plain_srun_starts_the_trainer(slurm, data, uninterrupted, tmp_path):
     """No torchrun: one process per task, ranks from Slurm's own variables."""
     run = tmp_path / "run"

@@ -49,7 +49,7 @@ def told(argv: list[str], run: Path, number: int, plan: dict[str, Any]) -> Ended
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize("name", ["USR1", "TERM", "INT", "USR2"])
+@pytest.mark.parametrize("name", ["USR1", "INT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TERM", "USR2"))])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(name, data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     argv = arguments(run, data, run__stop_signal=name if name.startswith("USR") else "USR1")
@@ -154,7 +154,7 @@ def test_a_rank_that_was_killed_is_named(data, tmp_path):
     assert "killed from outside" in found.what
 
 
-@pytest.mark.parametrize("layout", [{}, {"parallel__pp": 2}, {"parallel__dp_replicate": 1, "parallel__dp_shard": 2, "parallel__zero_stage": 3}])
+@pytest.mark.parametrize("layout", [{}, *(pytest.param(layout, marks=pytest.mark.slow) for layout in ({"parallel__pp": 2}, {"parallel": "zero3"}))])
 def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_that_wait(layout, data, tmp_path):
     run = tmp_path / "run"
     began = time.monotonic()

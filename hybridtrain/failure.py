@@ -32,7 +32,6 @@ class Failure:
     """What ended a run."""
 
     rank: int
-    """-1: not known."""
     node: str
     what: str
     """In one line."""
@@ -40,8 +39,7 @@ class Failure:
     """Traceback or stacks; may be empty."""
 
     def __str__(self) -> str:
-        where = f"rank {self.rank}" + (f" on {self.node}" if self.node else "") if self.rank >= 0 else "unknown rank"
-        return f"{where}: {self.what}"
+        return f"rank {self.rank}{f' on {self.node}' if self.node else ''}: {self.what}"
 
 
 def node() -> str:

@@ -150,6 +150,15 @@ class RunDir:
             raise _unwritable(self.path, error) from error
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """summary.json of a run directory; empty if there is none or it cannot be read."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], latest: Callable[[Path], Path | None]) -> RunDir:
     """Decide which directory `config` continues or starts, and write its config.yaml (`yaml_text`) and a running summary.
 

@@ -43,14 +43,19 @@ class Fragment:
             yield tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.values[done : done + count].view(sizes)
             done += count
 
+    def placed(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """(place in the whole tensor, view of `values` in the shape of a box)."""
+        for offsets, piece in self.pieces():
+            yield tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True)), piece
+
     def at(self, values: Tensor) -> Fragment:
         """The same elements in other memory."""
         return Fragment(self.shape, self.offsets, self.sizes, self.start, values)
 
     def fill(self, whole: Tensor) -> None:
         """Write the elements to their places in a tensor of the whole shape."""
-        for offsets, piece in self.pieces():
-            whole[tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True))] = piece
+        for place, piece in self.placed():
+            whole[place] = piece
 
     def chunks(self) -> list[ChunkStorageMetadata]:
         """The boxes, as DCP describes them."""

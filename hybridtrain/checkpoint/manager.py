@@ -34,7 +34,7 @@ class Manager:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; None if there is none."""
-        steps = self._complete()
+        steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     def prune(self) -> None:
@@ -42,7 +42,7 @@ class Manager:
         keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
         if keep_last == 0:
             return
-        for step in self._complete()[:-keep_last]:
+        for step in self.steps()[:-keep_last]:
             if not (keep_every > 0 and step % keep_every == 0):
                 self._remove(self.path(step))
 
@@ -52,7 +52,7 @@ class Manager:
             for path in self.folder.glob(f"step-*{ending}"):
                 shutil.rmtree(path)
 
-    def _complete(self) -> list[int]:
+    def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []

@@ -19,6 +19,7 @@ from hybridtrain import optim
 from hybridtrain.checkpoint import sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
+from hybridtrain.engine.sums import valid_tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout, stages_per_rank
 from hybridtrain.mesh import Mesh, any_rank
 from hybridtrain.models.build import hf_config
@@ -32,7 +33,7 @@ from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shard import before_backward
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.scaler import LossScaler
-from hybridtrain.types import IGNORE_INDEX, Batch, EvalResult, Progress, Saving, StepResult
+from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
 class TorchEngine:
@@ -83,7 +84,7 @@ class TorchEngine:
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = self._valid_tokens(batches)
+        tokens = valid_tokens(batches, mesh=self.mesh)
         factor = self.scaler.scale * self.layout.dp / tokens.clamp(min=1)  # x dp: fully_shard averages over data ranks
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
@@ -106,7 +107,7 @@ class TorchEngine:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = self._valid_tokens(batches)
+        tokens = valid_tokens(batches, mesh=self.mesh)
         total = torch.zeros((), device=self.device)
         for stage in self.stages:
             stage.eval()
@@ -195,14 +196,6 @@ class TorchEngine:
         return embed, head  # type: ignore[return-value]
 
     # -- the step ----------------------------------------------------------------------------------------------
-
-    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label over the global batch, 0-d int64, known before any backward."""
-        tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
-        if self.mesh.coordinates["pp"]:
-            tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
-        dist.all_reduce(tokens, group=self.mesh.loss_group)
-        return tokens
 
     def _forward(self, batch: Batch) -> Tensor:
         return self.stages[0](batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)

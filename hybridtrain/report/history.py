@@ -16,7 +16,7 @@ import numpy as np
 
 from hybridtrain import failure
 from hybridtrain.config import compose, schema
-from hybridtrain.rundir import METRICS
+from hybridtrain.rundir import METRICS, read_summary
 from hybridtrain.types import UserError, refusal
 
 KEYS = (*METRICS, "eval_loss")
@@ -116,7 +116,7 @@ def read(folder: Path) -> History:
     if not any((folder / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
         problem = "there is no metrics.jsonl, summary.json or config.yaml in it" if folder.is_dir() else "there is no such folder"
         raise refusal("run.dir", folder, problem, allowed="the folder of a run", instead=_runs_near(folder))
-    config, summary = _config(folder / "config.yaml"), _summary(folder / "summary.json")
+    config, summary = _config(folder / "config.yaml"), read_summary(folder)
     return History(
         folder=folder,
         name=config.run.name if config and config.run.name else folder.resolve().name,
@@ -139,14 +139,6 @@ def _config(path: Path) -> schema.Config | None:
         return compose.from_yaml(path, "train") if path.is_file() else None
     except UserError:
         return None
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ def run_several(configs: list[SubmitRoot]) -> int:
     cluster, first = configs[0].cluster, configs[0]
     world = cluster.nodes * script.ranks_per_node(cluster)
     slurm.check_nodes(cluster.nodes, partition=cluster.partition)
-    jobs = [mint.checked(_training(config), world_size=world) for config in configs]
+    trainings = [_training(config) for config in configs]
+    jobs = [mint.checked(training, world_size=world) for training in trainings]
     described = [f"{config.run.name}: {layouts.write(config.parallel, job.layout)} on {world} processes" for config, job in zip(configs, jobs, strict=True)]
     for line in described:
         _log.info("%s", line)
@@ -40,7 +41,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     text = script.render(cluster, folder=folder, runs=planned, **told)
     if cluster.dry_run:
         return _show(text)
-    runs = [mint.mint(_training(config), world_size=world).path.resolve() for config in configs]
+    runs = [mint.mint(training).path.resolve() for training in trainings]
     if runs != planned:  # a directory of another run: this one got the next number
         folder = runs[0] / "submit" if len(configs) == 1 else folder
         text = script.render(cluster, folder=folder, runs=runs, **told)

@@ -7,7 +7,6 @@ python -m hybridtrain.submit.job close RUN --code N --stopped WHY    the verdict
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hybridtrain import failure
-from hybridtrain.rundir import write_atomically
+from hybridtrain.rundir import read_summary, write_atomically
 from hybridtrain.submit import lives
 from hybridtrain.types import UserError
 
@@ -69,7 +68,7 @@ def close_job(run: Path, *, code: int, stopped: str) -> int:
 
 def _outcome(run: Path, *, code: int, stopped: str) -> str:
     """What became of this life; a failure is written where people look for it."""
-    status = _summary(run).get("status")
+    status = read_summary(run).get("status")
     if status == "finished" and code == 0:
         return "finished"
     if stopped == "cancelled":
@@ -120,15 +119,9 @@ def _replaced(run: Path, *, without: dict[str, str], chain: str) -> bool:
     return True
 
 
-def _summary(run: Path) -> dict:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((run / "summary.json").read_text())
-    return {}
-
-
 def set_summary(run: Path, **values: object) -> None:
     """Change keys of summary.json while no rank 0 is there to do it."""
-    write_atomically(run / "summary.json", json.dumps({**_summary(run), **values}, indent=1) + "\n")
+    write_atomically(run / "summary.json", json.dumps({**read_summary(run), **values}, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from pathlib import Path
 
 from hybridtrain.config.schema import LogsRoot, RunsRoot
+from hybridtrain.rundir import read_summary
 from hybridtrain.submit import lives, slurm
 from hybridtrain.types import refusal
 
@@ -39,11 +38,11 @@ def _job(run: Path) -> str:
 
 
 def _row(run: Path, *, job: str, state: str) -> tuple[str, ...]:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_summary(run)
     loss, speed, reason = summary.get("final_loss"), summary.get("tokens_per_s"), str(summary.get("exit_reason") or "")
     return (
         run.name,
-        str(summary["status"]),
+        str(summary.get("status")),
         f"{summary.get('steps') or 0}/{summary.get('total_steps') or '?'}",
         f"{loss:.4f}" if loss is not None else "-",
         f"{speed:.0f}" if speed is not None else "-",
@@ -93,8 +92,5 @@ def _more(file: Path, seen: int) -> int:
 
 def _has_ended(run: Path) -> bool:
     """Whether nothing more will be said; a run that is requeued goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((run / "summary.json").read_text())["status"]
-        known = lives.read(run)
-        return status in _ENDED and not (known and status == "preempted")
-    return False
+    status = read_summary(run).get("status")
+    return status in _ENDED and not (status == "preempted" and lives.read(run))

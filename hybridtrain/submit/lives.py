@@ -12,7 +12,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.config.schema import CheckpointConfig
+from hybridtrain.rundir import write_atomically
 
 DONE, REQUEUE, FAILED = "done", "requeue", "failed"
 
@@ -35,8 +37,7 @@ class Life:
 
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint of a run; 0 without one."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal() and marker.is_complete(path)]
-    return max((int(path.name[5:]) for path in found), default=0)
+    return max(Manager(run / "checkpoints", settings=CheckpointConfig()).steps(), default=0)
 
 
 def read(run: Path) -> list[Life]:
@@ -48,9 +49,7 @@ def write(run: Path, lives: list[Life]) -> None:
     """Atomically: a requeue may end the writer."""
     file = run / "submit" / "lives.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps([asdict(life) for life in lives], indent=1) + "\n")
-    aside.replace(file)
+    write_atomically(file, json.dumps([asdict(life) for life in lives], indent=1) + "\n")
 
 
 def begin(run: Path, *, chain: str, job: str, life: int, nodes: str) -> None:

@@ -23,12 +23,12 @@ def mint_from(argv: list[str]) -> Path:
     """The run directory that overrides continue or start, checked against the job's processes."""
     config = compose("train", argv)
     check.check(config)
-    return mint(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])).path
+    checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
+    return mint(config).path
 
 
-def mint(config: schema.Config, *, world_size: int) -> RunDir:
-    """Check `config` for `world_size` processes, and open its run directory (raises UserError). A run that is there is continued."""
-    checked(config, world_size=world_size)
+def mint(config: schema.Config) -> RunDir:
+    """Open the run directory of a checked config (raises UserError). A run that is there is continued."""
     settings = config.checkpoint
     run = open_run(config, yaml_text=to_yaml(config), versions=machine.versions(), latest=lambda folder: Manager(folder, settings=settings).latest())
     run.update_summary(status="queued")
@@ -57,8 +57,7 @@ def checked(config: schema.Config, *, world_size: int) -> train.Job:
 
 def freeze(config: schema.Config, run: Path) -> None:
     """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile."""
-    own = {field.name: getattr(config, field.name) for field in dataclasses.fields(schema.Config)}
-    own["run"] = dataclasses.replace(own["run"], dir=str(run.resolve()))
+    frozen = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve())))
     folder = run / "submit" / "conf" / "experiment"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(schema.Config(**own)))
+    write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(frozen))

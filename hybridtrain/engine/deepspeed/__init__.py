@@ -24,6 +24,7 @@ from hybridtrain.engine import capabilities, deepspeed_config
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
+from hybridtrain.engine.sums import valid_tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
@@ -35,7 +36,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim import adamw
 from hybridtrain.parallel.recompute import apply_recompute
 from hybridtrain.precision.policy import policy
-from hybridtrain.types import IGNORE_INDEX, Batch, EvalResult, Progress, Saving, StepResult
+from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
 class DeepSpeedEngine:
@@ -57,7 +58,7 @@ class DeepSpeedEngine:
         with quiet():
             self.grid = self._grid()
         self.stage, self.parts = self._stage()
-        self.named = tensor.parameters(self.stage)
+        self.named = list(self.stage.named_parameters())  # ZeRO keeps the objects and changes what they hold
         self.owner: Callable[[str], str] = self.stage.owner  # bound now: DeepSpeed wraps what is looked up later
         self.optimizer = adamw([(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named], config.optim)
         self.pipe, self.engine = self._initialized()
@@ -132,7 +133,7 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = self._valid_tokens(batches)
+        tokens = valid_tokens(batches, mesh=self.mesh)
         factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
         scale = torch.tensor(float(self.zero.loss_scale) if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
@@ -149,7 +150,7 @@ class DeepSpeedEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = self._valid_tokens(batches)
+        tokens = valid_tokens(batches, mesh=self.mesh)
         self.engine.eval()
         if self.pipe:
             self.pipe.begin(batches, factor=torch.ones((), device=self.device))
@@ -238,14 +239,6 @@ class DeepSpeedEngine:
             scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded["scaler.growth_tracker"])
 
     # -- the step ----------------------------------------------------------------------------------------------
-
-    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label over the global batch, known before any backward."""
-        tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
-        if self.mesh.coordinates["pp"]:
-            tokens = torch.zeros_like(tokens)
-        dist.all_reduce(tokens, group=self.mesh.loss_group)
-        return tokens
 
     def _forward(self, batch: Batch) -> Tensor:
         return self.engine(batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridtrain.models.stage import Stage
 
@@ -82,8 +82,3 @@ class _Summed:
         total = gradient.to(torch.float32, copy=True)
         dist.all_reduce(total, group=self.group)
         return total.to(gradient.dtype)
-
-
-def parameters(stage: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """A stage's parameters by their names in it; ZeRO keeps the objects and changes what they hold."""
-    return list(stage.named_parameters())

@@ -1,0 +1,21 @@
+"""What both engines add up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridtrain.mesh import Mesh
+from hybridtrain.types import IGNORE_INDEX, Batch
+
+
+def valid_tokens(batches: Sequence[Batch], *, mesh: Mesh) -> Tensor:
+    """Tokens with a label over the global batch, 0-d int64, known before any backward (collective)."""
+    tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
+    if mesh.coordinates["pp"]:
+        tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
+    dist.all_reduce(tokens, group=mesh.loss_group)
+    return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import psutil
 import pytest
 
 from hybridtrain import failure
+from hybridtrain.config import check
+from hybridtrain.config.compose import compose
+from hybridtrain.types import UserError
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import Ended, arguments, checkpoints, corpus, finished, on_this_rank, rows, summary, torchrun
 from tests.sabotage.sitecustomize import plant
@@ -167,3 +171,10 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_tha
     assert "max_step_s" in found.what
     assert "sitecustomize" in found.detail
     assert not [child for child in psutil.Process().children(recursive=True) if child.status() == "zombie" and "hybridtrain.train" in child.name()]
+
+
+@pytest.mark.parametrize("text", ["run.stop_signal=KILL", "run.stop_signal=nonsense", "run.stop_before_s=-1", "train.max_step_s=nan"])
+def test_what_cannot_be_obeyed_is_refused(text):
+    with pytest.raises(UserError, match=re.escape(text.partition("=")[0])) as told:
+        check.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", text]))
+    assert "try:" in str(told.value)

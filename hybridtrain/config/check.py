@@ -18,6 +18,7 @@ RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")
 ENGINES = ("torch", "deepspeed")
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
+STOP_SIGNALS = ("USR1", "USR2")
 FP32_MATMUL = ("auto", "highest", "high", "medium")
 OFFLOAD = ("none", "cpu")
 OPTIMIZERS = ("adamw",)
@@ -62,6 +63,7 @@ def _kinds(config: schema.Config) -> None:
     for field, value, allowed in (
         ("engine.kind", config.engine.kind, ENGINES),
         ("engine.compile_backend", config.engine.compile_backend, COMPILE_BACKENDS),
+        ("run.stop_signal", config.run.stop_signal, STOP_SIGNALS),
         ("engine.fp32_matmul", config.engine.fp32_matmul, FP32_MATMUL),
         ("precision.kind", config.precision.kind, schema.PRECISIONS),
         ("optim.kind", config.optim.kind, OPTIMIZERS),
@@ -194,6 +196,8 @@ def _counts(config: schema.Config) -> None:
         ("batch.micro_batch_size", config.batch.micro_batch_size, 1, 1),
     ):
         _require(value >= least, field, value, "out of range", allowed=f"{least} or more", instead=f"{field}={instead}")
+    for field, seconds, instead in (("run.stop_before_s", config.run.stop_before_s, 60), ("train.max_step_s", config.train.max_step_s, 1200)):
+        _in_range(field, seconds, lambda value: value >= 0, allowed="0 or more", instead=instead)
 
 
 def _model(model: schema.ModelConfig) -> None:

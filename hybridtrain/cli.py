@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import sys
+from typing import NoReturn
 
 from hybridtrain import __version__
 from hybridtrain.command import COMMANDS, TAKES_RUN, run_command
+from hybridtrain.launched import leave
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,5 +41,10 @@ def _help() -> str:
     return "\n".join(lines) + "\n"
 
 
+def program() -> NoReturn:
+    """`hybridtrain` in a shell."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program()

@@ -62,6 +62,11 @@ def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
         (folder / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
+def is_echo(error: BaseException) -> bool:
+    """Whether this is how a rank ends that has lost another one."""
+    return bool(_ECHO.match(_said(_cause(error))))
+
+
 def _cause(error: BaseException) -> BaseException:
     """What an error was raised from, in the end: a pipeline schedule wraps what happens in a stage."""
     while error.__cause__ is not None:

@@ -32,6 +32,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from hybridtrain import failure
+
 GRACE_S = 5.0
 """How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes."""
 _TAIL_LINES = 20
@@ -171,7 +173,7 @@ def _run(job: _Job, connection: Connection) -> tuple[str, Any] | None:
 
 def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, timeout_s: float, folder: Path) -> tuple[str, Any] | None:
     results: dict[int, bytes] = {}
-    failures: list[tuple[float, int, str]] = []
+    failures: list[tuple[bool, float, int, str]] = []  # an echo may come before what it is the echo of: a death is seen late
     pending = {connection: rank for rank, (_, connection) in children.items()}
     deadline = time.monotonic() + timeout_s
     while pending:
@@ -191,10 +193,10 @@ def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, ti
             if outcome == "ok":
                 results[rank] = value
             else:
-                failures.append((when, rank, value))
+                failures.append((outcome == "echo", when, rank, value))
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if failures:
-        _, rank, text = min(failures)
+        _, _, rank, text = min(failures)
         return "failed", f"rank {rank} failed first:\n{text}" + _tail(folder, rank)
     return "ok", [results[rank] for rank in sorted(results)]
 
@@ -242,8 +244,8 @@ def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
         for part in job.name.split("."):
             function = getattr(function, part)
         return "ok", pickle.dumps(function(*pickle.loads(job.args))), time.time()
-    except BaseException:
-        return "failed", traceback.format_exc(), time.time()
+    except BaseException as error:
+        return "echo" if failure.is_echo(error) else "failed", traceback.format_exc(), time.time()
 
 
 def _die_with(server: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, log, machine
+from hybridtrain import failure, launched, log, machine
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check
@@ -280,4 +280,4 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command("train", sys.argv[1:]))
+    launched.leave(run_command("train", sys.argv[1:]))

@@ -233,3 +233,20 @@ def test_other_ranks_only_say_errors_and_who_they_are(tmp_path, monkeypatch):
     assert done.stderr == "[rank 3] ERROR hybridtrain.loop: it broke\n"
     lines = (tmp_path / "logs" / "rank-3.log").read_text()
     assert all(words in lines for words in ("step 1", "it broke", "chatter", "old habits"))
+
+
+def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_apart():
+    """A gloo thread that lets go of a tensor while the interpreter is being taken apart aborts the process."""
+    script = """
+import atexit, os
+from hybridtrain import cli, launched
+class Apart:
+    def __del__(self):
+        os.write(1, b"taken apart")
+kept = Apart()
+atexit.register(print, "exit function")
+cli.main = lambda: 3
+cli.program()
+"""
+    done = python("-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "exit function\n", "")

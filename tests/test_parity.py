@@ -103,10 +103,10 @@ def _louder(call):
 
 def divides_by_its_own_tokens(task: Task, reference_norm: float) -> Measured:
     """Every data rank divides by the tokens it sees, not by the global count."""
-    from hybridtrain.engine.torch_native import TorchEngine
+    from hybridtrain.engine import torch_native
 
-    count = TorchEngine._valid_tokens
-    TorchEngine._valid_tokens = lambda self, batches: count(self, batches) // self.layout.dp
+    count = torch_native.valid_tokens
+    torch_native.valid_tokens = lambda batches, *, mesh: count(batches, mesh=mesh) // task.layout.dp
     return train_layout(task, reference_norm)
 
 

@@ -42,6 +42,13 @@ def abort() -> None:
     dist.barrier()
 
 
+def die_late() -> None:
+    if dist.get_rank() == 0:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")  # as gloo says it
+    time.sleep(0.5)
+    os.abort()
+
+
 def sleep(folder: str) -> None:
     (Path(folder) / f"{os.getpid()} {os.getppid()}").touch()
     time.sleep(100)
@@ -65,8 +72,9 @@ def test_the_first_failing_ranks_traceback_and_output_are_told():
 
 
 def test_a_rank_that_dies_is_told():
-    with pytest.raises(RankFailed, match="rank 1 failed first:\ndied without a word"):
-        run_ranks(2, abort)
+    for how in (abort, die_late):
+        with pytest.raises(RankFailed, match="rank 1 failed first:\ndied without a word"):
+            run_ranks(2, how)
 
 
 def test_time_out(tmp_path):

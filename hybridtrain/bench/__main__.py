@@ -3,6 +3,7 @@
 import sys
 
 from hybridtrain.command import run_command
+from hybridtrain.launched import leave
 
 if __name__ == "__main__":
-    raise SystemExit(run_command("bench", sys.argv[1:]))
+    leave(run_command("bench", sys.argv[1:]))

@@ -10,6 +10,14 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # tests started inside somebo
     os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared corpus, for reading only."""
+    from tests.runs import corpus  # imports torch, which must find the environment above
+
+    return corpus(tmp_path_factory.mktemp("corpus"))
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Where a run of this test may live; not created yet."""

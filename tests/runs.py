@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from hybridtrain import command
+from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.config import schema
 from hybridtrain.data.tokenize import prepare
 from tests.ranks import run_ranks
@@ -100,6 +103,23 @@ def summary(run: Path) -> dict[str, object]:
 
 def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, whole."""
+    stored = metadata.read(checkpoint)
+    result = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in stored.state_dict_metadata.items()}
+    metadata.load_into(result, path=checkpoint, metadata=stored, group=None)
+    return result
+
+
+def assert_equal_state(ours: Path, theirs: Path) -> None:
+    """The same tensors bit for bit, and the same progress."""
+    ours_state, theirs_state = tensors(ours), tensors(theirs)
+    assert ours_state.keys() == theirs_state.keys()
+    differing = [key for key, value in theirs_state.items() if not torch.equal(ours_state[key], value)]
+    assert not differing
+    assert marker.read_progress(ours) == marker.read_progress(theirs)
 
 
 def four_parts(text: str, field: str) -> str:

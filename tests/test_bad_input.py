@@ -145,11 +145,6 @@ def answer(argv: list[str], *, world_size: int = 2) -> str:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def commands(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, list[str]]]:
     folder = tmp_path_factory.mktemp("cases")
     made = []

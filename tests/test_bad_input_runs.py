@@ -13,15 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from hybridtrain.checkpoint.hf import export
 from tests.ranks import run_ranks
-from tests.runs import Ended, arguments, checkpoints, corpus, finished, four_parts, on_ranks, on_this_rank, rows, summary, torchrun
+from tests.runs import Ended, arguments, checkpoints, finished, four_parts, on_ranks, on_this_rank, rows, summary, torchrun
 
 LARGEST_FILE = 400_000
 """Bytes. Between the few KB of the other files and the 1.3 MB that each of two ranks writes of a checkpoint of the tiny model."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def on_a_full_disk(argv: list[str]) -> Ended:

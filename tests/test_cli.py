@@ -12,7 +12,8 @@ import pytest
 
 from hybridtrain import __version__, command
 from hybridtrain.cli import main
-from hybridtrain.config import keys, schema
+from hybridtrain.config import compose, keys, schema
+from tests.runs import arguments
 
 TRAIN = ["train", "model=tiny", "data.path=x", "train.steps=100"]
 
@@ -194,6 +195,24 @@ def test_under_torchrun_a_mistake_is_said_once():
 def test_multirun_is_refused_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "outside torchrun" in refused(capsys, ["train", "-m", "optim.lr=1,2"])
+
+
+@pytest.mark.parametrize("name", ["train", "submit"])
+def test_runs_of_a_sweep_do_not_share_a_folder(capsys, name):
+    line = [name, "-m", "experiment=smoke", "optim.lr=1e-3,3e-4"]
+    assert "run.dir=runs/all: one folder for several of 2 runs" in refused(capsys, [*line, "run.dir=runs/all"])
+    assert [compose.compose(name, job).run.dir for job in compose.sweep(name, [*line[2:], "run.dir='all/${run.name}'"])] == ["all/smoke-0", "all/smoke-1"]
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_a_table(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [text for text in arguments(tmp_path, data, train__steps=2) if not text.startswith("run.dir=")]
+    done = python("-m", "hybridtrain.cli", "train", "--multirun", *given, "run.name=sweep", "optim.lr=1e-3,3e-4", PYTHONPATH=str(Path(__file__).parent.parent))
+    assert done.returncode == 0, done.stderr
+    assert "[2/2] hybridtrain train" in done.stdout
+    table = done.stdout[done.stdout.rindex("finished 2 steps") :]
+    assert all(words in table for words in ("sweep-0", "sweep-1", "optim.lr", "0.001", "0.0003")), table
 
 
 def test_multirun_runs_every_combination():

@@ -17,7 +17,7 @@ from hybridtrain import command, loop
 from hybridtrain.engine.deepspeed import state
 from hybridtrain.engine.deepspeed.start import quiet
 from tests.ranks import RankFailed, run_ranks
-from tests.runs import Ended, arguments, checkpoints, corpus, finished, on_this_rank, rows, summary, torchrun
+from tests.runs import Ended, arguments, checkpoints, finished, on_this_rank, rows, summary, torchrun
 from tests.training import Case, deepspeed, on_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -28,11 +28,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3_tp2": (4, {"parallel": "zero3_tp2"}),
     "tp2_pp2": (4, {"parallel": "tp2_pp2"}),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def logits(run: Path) -> torch.Tensor:
         return model(torch.arange(200, 232).unsqueeze(0)).logits
 
 
-@pytest.mark.parametrize("name", ["zero3", "tp2_pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2", "pp2", "zero3_tp2"))])
+@pytest.mark.parametrize("name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2", "pp2", "tp2_pp2", "zero3_tp2"))])
 def test_a_run_like_any_other(name, data, with_torch, tmp_path):
     run, (processes, options) = tmp_path / "run", LAYOUTS[name]
     ended = finished(processes, arguments(run, data, engine="deepspeed", train__eval_every=4, checkpoint__every=4, **options))

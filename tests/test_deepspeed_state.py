@@ -55,7 +55,7 @@ def both(saved: Case, loaded: Case, path: Path) -> tuple[list[float], list[float
         pytest.param("dp_shard2-zero2", marks=pytest.mark.slow),
         "dp_shard2-zero3",
         pytest.param("dp_shard2-tp2-zero3-nosp", marks=pytest.mark.slow),
-        "pp2-tp2-nosp",
+        pytest.param("pp2-tp2-nosp", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_layout_continues_bit_for_bit(layout, tmp_path):

@@ -68,37 +68,37 @@ def test_three_axes():
     ],
 )
 def test_more_products_of_axes(layout):
-    assert_parity(Case(layout, global_batch_size=16))
+    assert_parity(Case(layout, micro_batch_size=1, global_batch_size=16))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("layout", ["pp2", pytest.param("pp2-dp_shard2", marks=pytest.mark.slow)])
 def test_every_schedule(layout, schedule):
-    assert_parity(Case(f"{layout}-{schedule}"))
+    assert_parity(Case(f"{layout}-{schedule}", micro_batch_size=1))
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble"])
 def test_three_virtual_stages_of_uneven_size(schedule):
-    assert_parity(Case(f"pp2-{schedule}-v3", model(num_hidden_layers=7)))
+    assert_parity(Case(f"pp2-{schedule}-v3", model(num_hidden_layers=7), micro_batch_size=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_on_four_pipeline_ranks(schedule, tied):
-    assert_parity(Case(f"pp4-{schedule}", model(num_hidden_layers=9, tie_word_embeddings=tied)))
+    assert_parity(Case(f"pp4-{schedule}", model(num_hidden_layers=9, tie_word_embeddings=tied), micro_batch_size=1))
 
 
 @pytest.mark.parametrize("schedule", SYNCING)
 @pytest.mark.parametrize("zero", [2, 3])
 def test_zero_2_and_3_in_a_pipeline(zero, schedule):
-    assert_parity(Case(f"pp2-dp_shard2-zero{zero}-{schedule}"))
+    assert_parity(Case(f"pp2-dp_shard2-zero{zero}-{schedule}", micro_batch_size=1))
 
 
 @pytest.mark.parametrize("layers", [3, 5])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_layers_that_do_not_divide_by_the_stages(layers, schedule):
-    assert_parity(Case(f"pp2-{schedule}", model(num_hidden_layers=layers)))
+    assert_parity(Case(f"pp2-{schedule}", model(num_hidden_layers=layers), micro_batch_size=1))
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from hybridtrain import machine
-from tests.runs import arguments, corpus, finished, on_ranks, summary
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
+from tests.runs import arguments, finished, on_ranks, summary
 
 
 def events(run: Path) -> list[tuple[str, int, str]]:

@@ -13,14 +13,9 @@ import psutil
 import pytest
 
 from tests.ranks import RankFailed, run_ranks
-from tests.runs import Ended, arguments, checkpoints, corpus, finished, on_this_rank, rows, summary, torchrun
+from tests.runs import Ended, arguments, checkpoints, finished, on_this_rank, rows, summary, torchrun
 
 TP_PP = {"parallel__pp": 2, "parallel__tp": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def unfinished_save(run: Path) -> bool:

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import arguments, corpus, finished, rows
+from tests.runs import arguments, finished, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

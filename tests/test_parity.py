@@ -45,7 +45,9 @@ def result(run_dir: Path) -> dict:
     return json.loads((run_dir / "parity.json").read_text())
 
 
-@pytest.mark.parametrize(("family", "names"), [("llama", ["dp_shard2-zero3", "pp2-tp2"]), ("qwen3", ["tp2", "pp2-dp_shard2-zero1"])])
+@pytest.mark.parametrize(
+    ("family", "names"), [("llama", ["dp_shard2-zero3", "pp2-tp2"]), pytest.param("qwen3", ["tp2", "pp2-dp_shard2-zero1"], marks=pytest.mark.slow)]
+)
 def test_layouts_pass(run_dir, capsys, family, names):
     assert parity.run(root(run_dir, *names, family=family)) == 0
     written = result(run_dir)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridtrain.command import run_command
+
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {
     "hybridtrain.train experiment=smoke parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
@@ -55,6 +57,23 @@ def write_texts(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
 
 
+def as_composed(line: str) -> tuple[str, list[str]]:
+    """The command and its arguments, of `hybridtrain ...` and of `torchrun ... -m hybridtrain...`."""
+    words = shlex.split(line)
+    if words[0] == "hybridtrain":
+        return words[1], words[2:]
+    [module] = [word for word in words if word.startswith("hybridtrain.")]
+    return module.removeprefix("hybridtrain."), words[words.index(module) + 1 :]
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("bash ")])
+def test_each_command_composes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, argv = as_composed(line)
+    assert run_command(name, [*argv, "--cfg", "job"]) == 0
+    assert "run:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_five_things_to_try(tmp_path: Path) -> None:
     """In order, in one folder: a later command uses what an earlier one wrote."""

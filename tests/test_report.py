@@ -225,6 +225,7 @@ def test_loss_scale_is_drawn_when_it_varies_and_removed_when_not(tmp_path):
     assert not (tmp_path / "report" / "loss_scale.png").exists()
 
 
+@pytest.mark.slow
 def test_a_million_steps_are_read_and_thinned_with_their_spikes(tmp_path):
     count, spike = 1_000_000, 654_321
     line = json.dumps(row(0, loss=5.0)).replace('"step": 0', '"step": %d').replace('"loss": 5.0', '"loss": %s')

@@ -13,10 +13,9 @@ import torch
 
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
-from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.config import compose
 from tests.ranks import run_ranks
-from tests.runs import arguments, checkpoints, corpus, finished, rows, summary, torchrun
+from tests.runs import arguments, assert_equal_state, checkpoints, finished, rows, summary, torchrun
 
 LAYOUTS = {
     "dp_replicate2": {},
@@ -29,11 +28,6 @@ LAYOUTS = {
 }
 RANKS = {name: layouts.parse(name).get("pp", 1) * layouts.parse(name).get("tp", 1) * 2 ** name.count("dp_") for name in LAYOUTS}
 LONG = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def cut_off(whole: Path, run: Path, *, step: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", ["pp2-tp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2-tp2")])
+@pytest.mark.parametrize("name", ["pp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2")])
 def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data: Path, tmp_path: Path, name: str) -> None:
     straight, paused = tmp_path / "straight", tmp_path / "paused"
     finished(RANKS[name], arguments(straight, data, **LAYOUTS[name]))
@@ -109,22 +103,6 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
     return engine.mesh.dp_rank, loader.row_ids(progress.step)[:, 1].tolist()
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything a checkpoint holds, whole."""
-    stored = metadata.read(checkpoint)
-    result = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in stored.state_dict_metadata.items()}
-    metadata.load_into(result, path=checkpoint, metadata=stored, group=None)
-    return result
-
-
-def assert_equal_state(ours: Path, theirs: Path) -> None:
-    ours_state, theirs_state = tensors(ours), tensors(theirs)
-    assert ours_state.keys() == theirs_state.keys()
-    differing = [key for key, value in theirs_state.items() if not torch.equal(ours_state[key], value)]
-    assert not differing
-    assert marker.read_progress(ours) == marker.read_progress(theirs)
-
-
 UNEVEN = {"parallel__dp_replicate": 1, "parallel__dp_shard": 3, "parallel__zero_stage": 3, "batch__global_batch_size": 12}  # 3 divides no dimension
 
 
@@ -173,7 +151,8 @@ def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whol
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")  # else torchrun gives rank 0 half a minute to end
     (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)  # rank 1 cannot open its log
     process = torchrun(2, arguments(tmp_path / "run", data))
     _, said = process.communicate(timeout=120)

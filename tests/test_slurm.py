@@ -16,9 +16,13 @@ import psutil
 import pytest
 
 from hybridtrain import command
+from hybridtrain.config import compose
+from hybridtrain.data.blend import open_data
+from hybridtrain.data.loader import Loader
+from hybridtrain.layout import BatchPlan
 from hybridtrain.submit import lives
 from tests import slurm as private
-from tests.runs import arguments, corpus, finished, rows, summary
+from tests.runs import arguments, assert_equal_state, finished, rows, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_BY_TWO = ["cluster.nodes=2", "cluster.ranks_per_node=2", "cluster.health_timeout_s=60"]
@@ -46,11 +50,6 @@ def slurm(cluster: private.Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     yield cluster
     cluster.clear()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +262,12 @@ def test_plain_srun_starts_the_trainer(slurm, data, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
-    """One run on two nodes, on one, on two again: the same losses as a whole one to 1e-5, and the same rows at each step."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    shard = {"parallel": "zero3", "parallel__dp_shard": -1, "train__steps": 12, "train__log_every": 1}
+    """One run on two nodes, on one, on two again: state and rows are the same bit for bit at each change, losses those of a whole run to 1e-5."""
+    whole, run, witness = tmp_path / "whole", tmp_path / "run", tmp_path / "witness"
+    witness.mkdir()
+    shard = {"parallel": "zero3", "parallel__dp_shard": -1, "train__steps": 12, "train__log_every": 1, "checkpoint__keep_last": 0}
     finished(4, arguments(whole, data, **shard))
-    sabotage(monkeypatch, kind="slow", seconds=0.5)
+    sabotage(monkeypatch, kind="slow", seconds=0.5, witness=str(witness))
     for nodes, stop_at in ((2, 3), (1, 7), (2, None)):
         argv = [*arguments(run, data, **shard), "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", "cluster.health_timeout_s=0"]
         assert command.run_command("submit", argv) == 0
@@ -284,6 +284,16 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
         assert ours["tokens_seen"] == theirs["tokens_seen"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    loaded = sorted(witness.glob("step-*"))
+    assert [path.name.rpartition("-")[2] for path in loaded] == ["2", "4"]
+    for checkpoint in loaded:
+        assert_equal_state(checkpoint, run / "checkpoints" / checkpoint.name[: len("step-00000000")])
+    plan = BatchPlan(micro_batch_size=1, seq_len=32, grad_accum=8, global_batch_size=8)
+    loader = Loader(open_data(compose.compose("train", arguments(run, data)).data, timeout_s=0), plan=plan, dp_rank=0, dp_size=1, seed=0, vocab=300)
+    for step in range(12):
+        shares = sorted(json.loads(path.read_text()) for path in witness.glob(f"rows-{step}-*.json"))
+        assert len(shares) in (2, 4)
+        assert [row for _, share in shares for row in share] == loader.row_ids(step).tolist()
 
 
 WRONG = {

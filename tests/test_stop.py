@@ -20,15 +20,10 @@ from hybridtrain.config import check
 from hybridtrain.config.compose import compose
 from hybridtrain.types import UserError
 from tests.ranks import RankFailed, run_ranks
-from tests.runs import Ended, arguments, checkpoints, corpus, finished, on_this_rank, rows, summary, torchrun
+from tests.runs import Ended, arguments, checkpoints, finished, on_this_rank, rows, summary, torchrun
 from tests.sabotage.sitecustomize import plant
 
 SLOW = {"kind": "slow", "seconds": 0.2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,9 @@ class Case:
     layout: str = "single"
     fields: dict[str, Any] = dataclasses.field(default_factory=model)
     precision: str = "fp32"
-    steps: int = 3
+    steps: int = 2
     global_batch_size: int = 8
-    micro_batch_size: int = 1
+    micro_batch_size: int = 2
     seq_len: int = 16
     lr: float = 1e-3
     freeze: tuple[str, ...] = ()

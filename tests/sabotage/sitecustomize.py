@@ -1,7 +1,8 @@
 """What goes wrong on clusters, planted in real runs: Python imports this at its start where this folder is on PYTHONPATH.
 
 SABOTAGE is JSON: {"kind": raise | kill | hang | slow | slow_save, "rank": r, "step": s, "seconds": t, "once": file}. With `once`
-it happens in the first life only. `slow` delays every step of every rank, `slow_save` every checkpoint.
+it happens in the first life only. `slow` delays every step of every rank, `slow_save` every checkpoint. With `witness`, a
+folder, every rank leaves the rows of each step there, and what it has loaded, saved again at once.
 """
 
 from __future__ import annotations
@@ -54,8 +55,37 @@ def plant(plan: dict[str, Any]) -> None:
         write(*args, **rest)
 
     loop.lr_at = lr_at
+    if "witness" in plan:
+        bear_witness(Path(plan["witness"]))
     if plan["kind"] == "slow_save":
         sharded._write = slow_write
+
+
+def bear_witness(folder: Path) -> None:
+    """rows-STEP-RANK.json: data rank and its rows. step-STEP-of-RANKS: a checkpoint of what was loaded."""
+    import hybridtrain.engine as engines
+    from hybridtrain.data.loader import Loader
+
+    batches, build = Loader.micro_batches, engines.build
+
+    def micro_batches(loader: Any, step: int) -> Any:
+        ids = loader.row_ids(step).tolist()
+        (folder / f"rows-{step}-{os.environ['RANK']}.json").write_text(json.dumps([loader._offset, ids]))
+        return batches(loader, step)
+
+    def built(*args: Any, **rest: Any) -> Any:
+        engine = build(*args, **rest)
+        load = engine.load
+
+        def loaded(path: Path) -> Any:
+            progress = load(path)
+            engine.save(folder / f"step-{progress.step:08d}-of-{os.environ['WORLD_SIZE']}", progress).result()
+            return progress
+
+        engine.load = loaded
+        return engine
+
+    Loader.micro_batches, engines.build = micro_batches, built
 
 
 def spoil_health() -> None:

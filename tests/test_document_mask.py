@@ -97,7 +97,7 @@ def loss_of_documents_alone(case: Case) -> float:
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "dp_shard2-zero3"])
 def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(layout):
-    case = Case(layout, global_batch_size=2)
+    case = Case(layout, global_batch_size=2, micro_batch_size=1)
     alone = loss_of_documents_alone(case)
     for packed in run_ranks(case.world_size, loss_of_packed_rows, case):
         assert abs(packed - alone) / alone < 1e-5

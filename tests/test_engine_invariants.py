@@ -192,7 +192,7 @@ def reference_loss_sum(case: Case, number: int) -> tuple[float, int]:
     "layout", [*LAYOUTS, "pp2-gpipe", "pp2-interleaved_1f1b", "pp2-looped_bfs", "pp2-dualpipev", "pp2-interleaved_zero_bubble", "pp2-dp_shard2-zero3"]
 )
 def test_eval_step_gives_the_plain_loss(layout):
-    case = Case(layout)
+    case = Case(layout, micro_batch_size=1)
     wanted = [reference_loss_sum(case, number) for number in range(2)]
     for found in run_ranks(case.world_size, evaluations, case):
         for (loss_sum, tokens), (expected, count) in zip(found, wanted, strict=True):
@@ -216,7 +216,7 @@ SELDOM = [pytest.param(layout, marks=pytest.mark.slow) for layout in [*LAYOUTS, 
 
 @pytest.mark.parametrize("layout", [*OFTEN, *SELDOM])
 def test_evaluation_leaves_training_bitwise_as_it_was(layout):
-    case = Case(layout)
+    case = Case(layout, micro_batch_size=1)
     assert run_ranks(case.world_size, train_with_evaluations, case, True) == run_ranks(case.world_size, train_with_evaluations, case, False)
 
 
@@ -259,7 +259,7 @@ def test_every_zero_stage_saves_what_it_says(layout):
     """Before the last micro-batch of a step: which whole parameters and gradients are still in memory."""
     pipelined = "gpipe" in layout or "interleaved" in layout  # all forward passes of a stage may come before its first backward
     for zero in (1, 2, 3):
-        case = Case(f"{layout}-zero{zero}", model(vocab_size=64))
+        case = Case(f"{layout}-zero{zero}", model(vocab_size=64), micro_batch_size=1)
         for (found,) in run_ranks(case.world_size, memory_between_micro_batches, case):
             parts = 4 if "tp2" in layout else 2
             assert found["moments"] == found["local"]

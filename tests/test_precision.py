@@ -118,8 +118,8 @@ def gradients_of_equal_rows(case: Case) -> dict[str, torch.Tensor]:
 )
 def test_gradients_accumulate_and_reduce_in_fp32(layout):
     """n equal bf16 gradients, each 1/n as large, add up to one exactly in fp32 for n = 64; in bf16 the sum would be rounded 64 times."""
-    one = run_ranks(1, gradients_of_equal_rows, Case("single", precision="bf16_mixed", global_batch_size=1, steps=1))[0]
-    many = run_ranks(Case(layout).world_size, gradients_of_equal_rows, Case(layout, precision="bf16_mixed", global_batch_size=64, steps=1))
+    one = run_ranks(1, gradients_of_equal_rows, Case("single", precision="bf16_mixed", global_batch_size=1, micro_batch_size=1, steps=1))[0]
+    many = run_ranks(Case(layout).world_size, gradients_of_equal_rows, Case(layout, precision="bf16_mixed", global_batch_size=64, micro_batch_size=1, steps=1))
     for rank in many:
         assert rank
         for name, gradient in rank.items():
@@ -129,7 +129,7 @@ def test_gradients_accumulate_and_reduce_in_fp32(layout):
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"])
 def test_schedules_accumulate_different_gradients_in_fp32(schedule):
     """Each micro-batch's bf16 gradient is the same under every schedule, so fp32 sums agree to rounding; one sum in bf16 is off by 2^-9."""
-    single, piped = (on_ranks(Case(layout, precision="bf16_mixed", steps=1)).gradients for layout in ("single", f"pp2-{schedule}"))
+    single, piped = (on_ranks(Case(layout, precision="bf16_mixed", micro_batch_size=1, steps=1)).gradients for layout in ("single", f"pp2-{schedule}"))
     assert single.keys() == piped.keys()
     worst = max(float((piped[name] - gradient).norm() / gradient.norm()) for name, gradient in single.items())
     assert worst < 1e-6

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pickle
@@ -132,6 +133,8 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
     connection: Connection = Connection(descriptor)
     for module in preload:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what is imported stays: a rank's collections need not look at it, nor copy its pages
     while True:
         try:
             job = connection.recv()

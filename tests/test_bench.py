@@ -136,6 +136,7 @@ def bench(argv: list[str]) -> int:
     return command.run_command("bench", argv)
 
 
+@pytest.mark.slow
 def test_two_pipeline_stages_beside_the_plain_loop(tmp_path):
     out = tmp_path / "bench.json"
     assert run_ranks(2, bench, [*TINY, "parallel=pp2", f"bench.out={out}", "bench.parts=true"]) == [0, 0]

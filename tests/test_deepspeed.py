@@ -50,7 +50,7 @@ def test_tied_embeddings(layout, fields):
     assert_parity(deepspeed(layout, fields))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-tp2-zero3-nosp", "pp2-tp2-nosp"])
+@pytest.mark.parametrize("layout", ["dp_shard2-tp2-zero3-nosp", pytest.param("pp2-tp2-nosp", marks=SLOW)])
 @pytest.mark.parametrize("family", [pytest.param("mistral", marks=SLOW), "qwen2", pytest.param("qwen3", marks=SLOW)])
 def test_every_family(layout, family):
     extra = {"sliding_window": 6} if family == "mistral" else {}
@@ -85,7 +85,7 @@ def test_parameters_offloaded_to_the_cpu():
 
 
 @pytest.mark.parametrize(
-    "layout", ["dp_shard2-zero3", "pp2-dp_shard2", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "dp_shard2-zero2", "tp2-nosp"))]
+    "layout", ["dp_shard2-zero3", *(pytest.param(name, marks=SLOW) for name in ("pp2-dp_shard2", "dp_shard2-zero1", "dp_shard2-zero2", "tp2-nosp"))]
 )
 def test_bf16_agrees_with_the_torch_engine(layout):
     """Nearer to each other than either is to the plain process, which casts at other places."""

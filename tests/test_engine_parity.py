@@ -229,7 +229,7 @@ def test_recomputation(layout, kind):
     assert_parity(Case(layout, overrides=(("recompute.kind", kind),)))
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "dp_shard2-tp2-zero3", "pp2"])
+@pytest.mark.parametrize("layout", ["single", "tp2", pytest.param("dp_shard2-tp2-zero3", marks=pytest.mark.slow), "pp2"])
 def test_compilation(layout):
     assert_parity(Case(layout, overrides=(("engine.compile", True), ("engine.compile_backend", "aot_eager"))))
 

@@ -151,8 +151,8 @@ def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whol
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")  # else torchrun gives rank 0 half a minute to end
+@pytest.mark.slow  # torchrun gives rank 0 half a minute to end
+def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)  # rank 1 cannot open its log
     process = torchrun(2, arguments(tmp_path / "run", data))
     _, said = process.communicate(timeout=120)

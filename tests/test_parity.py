@@ -182,6 +182,14 @@ def test_a_named_layout_that_cannot_run_is_refused_before_anything_starts(run_di
     assert not (run_dir / "parity.json").exists()
 
 
+def test_what_deepspeed_cannot_do_in_zero_3_is_refused_for_each_layout(run_dir):
+    config = root(run_dir, "dp_shard2-zero1", "dp_shard2-zero3")
+    config.engine.kind, config.recompute.kind = "deepspeed", "selective"
+    with pytest.raises(UserError, match=r"dp_shard2-zero3 cannot run with this model and batch:\nrecompute\.kind=selective"):
+        parity.run(config)
+    assert not (run_dir / "parity.json").exists()
+
+
 def test_inside_torchrun_it_is_refused(run_dir, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):

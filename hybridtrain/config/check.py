@@ -120,13 +120,8 @@ def _deepspeed(config: schema.Config) -> None:
     _require(not engine.compile, "engine.compile", True, "not with engine=deepspeed yet", allowed="false", instead="engine=torch, or engine.compile=false")
     frozen = config.model.freeze
     _require(not frozen, "model.freeze", frozen, "DeepSpeed keeps frozen weights in 16 bits only", allowed="[]", instead="engine=torch")
-    stage = config.parallel.zero_stage
-    words = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
-    offloads = engine.offload_parameters
-    _require(offloads == "none" or stage == 3, "engine.offload_parameters", offloads, words, allowed="none", instead="parallel=zero3")
-    recompute = config.recompute.kind
-    words = "DeepSpeed gathers parameters inside what is recomputed, which torch's selective recomputation takes for a change"
-    _require(stage < 3 or recompute != "selective", "recompute.kind", recompute, words, allowed="none, full", instead="recompute=full, or engine=torch")
+    if not isinstance(config, schema.ParityRoot):  # parity has a stage for each of its layouts
+        deepspeed_stage(config, config.parallel.zero_stage)
     if precision.kind == "fp16_mixed":
         power = math.log2(precision.init_scale)
         words = "DeepSpeed's first loss scale is a power of two"
@@ -134,6 +129,16 @@ def _deepspeed(config: schema.Config) -> None:
         for field, value, fixed in (("growth_factor", precision.growth_factor, 2.0), ("backoff_factor", precision.backoff_factor, 0.5)):
             words = "DeepSpeed's loss scale doubles and halves"
             _require(value == fixed, f"precision.{field}", value, words, allowed=str(fixed), instead=f"engine=torch, or precision.{field}={fixed}")
+
+
+def deepspeed_stage(config: schema.Config, stage: int) -> None:
+    """What depends on the ZeRO stage (raises UserError)."""
+    words = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
+    offloads = config.engine.offload_parameters
+    _require(offloads == "none" or stage == 3, "engine.offload_parameters", offloads, words, allowed="none", instead="parallel=zero3")
+    recompute = config.recompute.kind
+    words = "DeepSpeed gathers parameters inside what is recomputed, which torch's selective recomputation takes for a change"
+    _require(stage < 3 or recompute != "selective", "recompute.kind", recompute, words, allowed="none, full", instead="recompute=full, or engine=torch")
 
 
 def _in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridtrain import layout as layouts
-from hybridtrain.config import schema
+from hybridtrain.config import check, schema
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.types import Capabilities, ModelFacts, UserError, refusal
@@ -154,6 +154,8 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
                 raise _too_few(name, layout.world_size, devices)
             plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
             layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
+            if engine == "deepspeed":
+                check.deepspeed_stage(config, parallel.zero_stage)
         except UserError as error:
             if named:
                 raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error

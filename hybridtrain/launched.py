@@ -23,7 +23,8 @@ def adopt_srun() -> None:
     if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
         return
     env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_STEP_NUM_TASKS"]
-    env.setdefault("MASTER_ADDR", _address(env["SLURM_STEP_NODELIST"]))
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _address(env["SLURM_STEP_NODELIST"])
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridtrain.launched import adopt_srun
 from tests.runs import arguments, finished, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,28 @@ def expected(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 def launched(command: list[str], run: Path, data: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
     return subprocess.run([*command, *arguments(run, data, train__steps=3)], env=settings, capture_output=True, text=True, timeout=180, check=False)
+
+
+def adopted(monkeypatch: pytest.MonkeyPatch, **given: str) -> dict[str, str]:
+    """The rank variables after a start in an environment with `given` alone."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    monkeypatch.setattr(os, "environ", dict(given))
+    adopt_srun()
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+TASK = {"SLURM_JOB_ID": "10007", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "MASTER_ADDR": "10.0.0.1"}
+
+
+def test_ranks_of_a_plain_srun(monkeypatch):
+    """The local rank chooses the GPU."""
+    rank = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20007"}
+    assert adopted(monkeypatch, **TASK) == rank
+    assert adopted(monkeypatch, **TASK, MASTER_PORT="1234") == {**rank, "MASTER_PORT": "1234"}
+    torchruns = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "other", "MASTER_PORT": "1"}
+    assert adopted(monkeypatch, **{**TASK, **torchruns}) == torchruns
+    alone = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # a shell in a job, or one task
+    assert adopted(monkeypatch, **alone) == adopted(monkeypatch, **alone, SLURM_STEP_NUM_TASKS="1") == {}
 
 
 def test_our_own_script(data, expected, tmp_path):

@@ -268,13 +268,13 @@ def _check_micro_batches(parallel: schema.ParallelConfig, layout: ParallelLayout
     schedule, pp, accum = parallel.schedule, layout.pp, plan.grad_accum
     stages = pp * stages_per_rank(parallel)
     rules: dict[str, tuple[Callable[[int], bool], str]] = {
-        "1f1b": (lambda n: n >= pp, f"at least the {pp} stages"),
-        "gpipe": (lambda n: n >= pp, f"at least the {pp} stages"),
-        "looped_bfs": (lambda n: n >= pp, f"at least the {pp} pipeline ranks"),
+        "1f1b": (lambda n: n >= pp, f"at least {pp}, one for each stage"),
+        "gpipe": (lambda n: n >= pp, f"at least {pp}, one for each stage"),
+        "looped_bfs": (lambda n: n >= pp, f"at least {pp}, one for each pipeline rank"),
         "interleaved_1f1b": (lambda n: n % pp == 0, f"a multiple of pp={pp}"),
         "interleaved_zero_bubble": (lambda n: n % pp == 0, f"a multiple of pp={pp}"),
         "zbv_zero_bubble": (lambda n: n >= pp, f"at least pp={pp}"),
-        "dualpipev": (lambda n: n >= stages, f"at least the {stages} stages"),
+        "dualpipev": (lambda n: n >= stages, f"at least {stages}, one for each stage"),
     }
     holds, words = rules[schedule]
     if not holds(accum):
@@ -284,7 +284,7 @@ def _check_micro_batches(parallel: schema.ParallelConfig, layout: ParallelLayout
             "batch.global_batch_size",
             plan.global_batch_size,
             f"gives {accum} micro-batches of {plan.micro_batch_size} rows to each of {layout.dp} data ranks; {schedule} wants {words}",
-            allowed=f"{words} micro-batches",
+            allowed=f"micro-batches for each data rank: {words}",
             instead=f"batch.global_batch_size={wanted * rows}" + (" or a smaller batch.micro_batch_size" if plan.micro_batch_size > 1 else ""),
         )
 

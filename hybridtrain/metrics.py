@@ -220,6 +220,7 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
     parts = [
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
         "loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}"),
+        *([f"eval {row['eval_loss']:.4f}"] if row.get("eval_loss") is not None else []),
         "norm " + ("not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"),
         f"lr {row['lr']:.1e}",
     ]

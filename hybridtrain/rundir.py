@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridtrain import log
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.types import Progress, UserError, refusal
+
+_log = log.get("run")
 
 METRICS = (
     "step",
@@ -248,6 +251,8 @@ def _choose(config: Config) -> tuple[Path, Config | None]:
                     "run.resume", "never", f"{path} holds a run already", allowed="a directory without a run", instead="another run.dir, or run.resume=auto"
                 )
             return path, before
+        if number == 1:
+            _log.info("%s holds another run (%s): this one gets the next number", path, ", ".join(sorted(differing)[:3]))
         number += 1
 
 

@@ -96,7 +96,7 @@ CASES = {
         "batch.global_batch_size=3", "a multiple of pp=2", 2, {**PP2, "parallel__schedule": "interleaved_1f1b", "batch__global_batch_size": 3}
     ),
     "dualpipev micro-batches": Case(
-        "batch.global_batch_size=3", "at least the 4 stages", 2, {**PP2, "parallel__schedule": "dualpipev", "batch__global_batch_size": 3}
+        "batch.global_batch_size=3", "at least 4, one for each stage", 2, {**PP2, "parallel__schedule": "dualpipev", "batch__global_batch_size": 3}
     ),
     "stage 0 with shards": Case("parallel.zero_stage=0", "dp_shard=2 shards something", 2, SHARD),
     "shards without anybody": Case("parallel.zero_stage=3", "dp_shard=1 leaves nobody", 2, {"parallel__zero_stage": 3}),

@@ -88,9 +88,12 @@ def test_what_is_not_identity_continues_the_run_and_is_told(config: Config, key:
 
 
 @pytest.mark.parametrize(("key", "value"), IDENTITY)
-def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(config: Config, key: str, value: object) -> None:
+def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(config: Config, key: str, value: object, caplog: pytest.LogCaptureFixture) -> None:
     opened(config)
     other = alter(config, key, value)
+    with caplog.at_level("INFO"):
+        opened(other)
+    assert f"runs/trial holds another run ({key}" in caplog.text
     assert (opened(other).path, opened(other).continued) == (Path("runs/trial-2"), True)
     assert opened(config).path == Path("runs/trial")
     third = alter(other, "optim.eps", 0.5)

@@ -318,6 +318,7 @@ def test_refused_when_it_is_submitted(slurm, data, tmp_path, capfd, name):
     assert command.run_command("submit", [*base, *sizes, *extra]) == 2
     said = capfd.readouterr().err
     assert words in said, said
+    assert not (tmp_path / "run").exists(), "a run that nobody runs"
     assert "try: " in said
     assert slurm.run("squeue", "-h") == ""
     assert not (tmp_path / "hacked").exists()

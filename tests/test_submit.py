@@ -11,7 +11,7 @@ import pytest
 
 from hybridtrain import command, failure
 from hybridtrain.config.schema import ClusterConfig
-from hybridtrain.submit import health, lives, script
+from hybridtrain.submit import health, lives, script, slurm
 from hybridtrain.submit.lives import DONE, FAILED, REQUEUE, Life
 from hybridtrain.types import UserError
 from tests.runs import arguments, corpus, finished
@@ -164,3 +164,28 @@ def test_runs_and_logs_of_this_machine(tmp_path, capfd):
     assert "finished 3 steps" in capfd.readouterr().out
     assert command.run_command("runs", [f"runs.folder={tmp_path / 'none'}"]) == 2
     assert command.run_command("logs", [str(tmp_path / "none")]) == 2
+
+
+def test_a_dry_run_prepares_no_corpus(tmp_path, capfd):
+    line = ["experiment=quickstart", f"data.path={tmp_path / 'shared'}", f"run.dir={tmp_path / 'run'}", "cluster.ranks_per_node=4", "--dry-run"]
+    assert command.run_command("submit", line) == 2
+    assert "the corpus is not there yet" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (
+            "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source",
+            "Slurm cannot be reached from here: ",
+        ),
+        ("sbatch: error: invalid partition specified: x", "Slurm refuses the job: invalid partition specified: x"),
+    ],
+)
+def test_a_slurm_that_is_not_there_is_told_from_one_that_refuses(said, answer, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\necho {shlex.quote(said)} >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(UserError, match=answer):
+        slurm.sbatch(tmp_path / "job.sbatch", test_only=False)

@@ -27,6 +27,10 @@ _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")  # ${oc.env:TOKEN}: a call, in cont
 _REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
+NAMELESS = "default"
+"""What a run is called that has neither a name nor an experiment."""
+
+
 class Interpolated(str):
     """A resolved string that remembers the interpolation it came from, so that secrets never reach a file."""
 
@@ -84,7 +88,7 @@ def _quoted(text: str) -> str:
 
 def _experiment(overrides: list[str]) -> str:
     chosen = [text.partition("=")[2].strip("'\" ") for text in overrides if text.startswith("experiment=")]
-    return chosen[-1] if chosen and chosen[-1] not in ("", "null") else "default"
+    return chosen[-1] if chosen and chosen[-1] not in ("", "null") else NAMELESS
 
 
 def typed(node: DictConfig) -> schema.Config:

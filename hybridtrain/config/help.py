@@ -15,7 +15,7 @@ EXAMPLES = {
     "evaluate": "hybridtrain evaluate runs/quickstart",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
     "report": "hybridtrain report runs/quickstart",
-    "submit": "hybridtrain submit experiment=quickstart cluster=gpu8 cluster.nodes=2 parallel=zero3_tp2",
+    "submit": "hybridtrain submit experiment=quickstart cluster=gpu8 cluster.nodes=2 parallel=zero3_tp2 batch.global_batch_size=16",
     "runs": "hybridtrain runs",
     "logs": "hybridtrain logs runs/quickstart",
 }
@@ -36,7 +36,8 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
         lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
-    lines += _entry("--multirun, -m", "run every combination of comma-separated values, one after the other (not under torchrun)")
+    how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
+    lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
     lines += ["", f"groups (group=file picks a file; the shipped ones are in {keys.shipped()})"]
     for group, names in keys.groups([keys.shipped()]).items():
         lines += _entry(group, ", ".join(names))

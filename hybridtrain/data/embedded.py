@@ -10,10 +10,19 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.store import Corpus
 
 
+def missing(data: DataConfig) -> bool:
+    """Whether the corpus is the embedded one and has yet to be prepared."""
+    return bool(data.path) and data.source == ["stdlib"] and data.tokenizer == "train" and not _marker(data).exists()
+
+
+def _marker(data: DataConfig) -> Path:
+    return Path(data.path).expanduser() / "corpus.json"
+
+
 def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
     """Open the corpus at `data.path`; if it is the embedded one and not there yet, one process of each machine prepares it first."""
-    done = Path(data.path).expanduser() / "corpus.json"
-    if data.path and data.source == ["stdlib"] and data.tokenizer == "train" and not done.exists():
+    done = _marker(data)
+    if missing(data):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             from hybridtrain.data.tokenize import prepare
 

@@ -119,7 +119,7 @@ def read(folder: Path) -> History:
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
     return History(
         folder=folder,
-        name=config.run.name if config and config.run.name else folder.resolve().name,
+        name=config.run.name if config and config.run.name not in ("", compose.NAMELESS) else folder.resolve().name,
         columns=_columns(folder / "metrics.jsonl"),
         summary=summary,
         events=_events(folder / "events.jsonl"),

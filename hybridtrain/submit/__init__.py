@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from hybridtrain import layout as layouts
 from hybridtrain import log
 from hybridtrain.config import schema
 from hybridtrain.config.schema import SubmitRoot
+from hybridtrain.data import embedded
 from hybridtrain.rundir import write_atomically
 from hybridtrain.submit import mint, script, slurm
+from hybridtrain.types import refusal
 
 _log = log.get("submit")
 
@@ -31,6 +34,11 @@ def run_several(configs: list[SubmitRoot]) -> int:
     world = cluster.nodes * script.ranks_per_node(cluster)
     slurm.check_nodes(cluster.nodes, partition=cluster.partition)
     trainings = [_training(config) for config in configs]
+    if cluster.dry_run and embedded.missing(first.data):
+        problem = "the corpus is not there yet, and a dry run writes nothing"
+        raise refusal(
+            "data.path", first.data.path, problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path="
+        )
     jobs = [mint.checked(training, world_size=world) for training in trainings]
     described = [f"{config.run.name}: {layouts.write(config.parallel, job.layout)} on {world} processes" for config, job in zip(configs, jobs, strict=True)]
     for line in described:
@@ -41,6 +49,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     text = script.render(cluster, folder=folder, runs=planned, **told)
     if cluster.dry_run:
         return _show(text)
+    _tried(text)
     runs = [mint.mint(training).path.resolve() for training in trainings]
     if runs != planned:  # a directory of another run: this one got the next number
         folder = runs[0] / "submit" if len(configs) == 1 else folder
@@ -66,11 +75,14 @@ def _training(config: SubmitRoot) -> schema.Config:
 
 def _show(text: str) -> int:
     """Print the script, and when Slurm would run it."""
-    import tempfile
-
     print(text)
+    _log.info("%s", _tried(text))
+    return 0
+
+
+def _tried(text: str) -> str:
+    """When Slurm would run this script (raises UserError if it would not). Nothing is queued, and nothing is left behind."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.sbatch"
         file.write_text(text)
-        _log.info("%s", slurm.sbatch(file, test_only=True))
-    return 0
+        return slurm.sbatch(file, test_only=True)

@@ -56,6 +56,8 @@ def _row(run: Path, *, job: str, state: str) -> tuple[str, ...]:
 def logs(config: LogsRoot) -> int:
     """Print the end of what rank 0 says, and what it says from now on until the run has ended."""
     run = Path(config.run.dir)
+    if not run.is_dir():
+        raise refusal("run.dir", run, "there is no such folder", allowed="the folder of a run", instead="hybridtrain runs")
     file = _newest_log(run)
     if file is None:
         raise refusal("run.dir", run, "nothing has been logged there", allowed="the folder of a run that has begun", instead="hybridtrain runs")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 from hybridtrain.types import UserError, refusal
+
+_UNREACHABLE = re.compile("configuration source|unable to contact|connection refused|could not resolve|socket timed out", re.IGNORECASE)
+"""In what Slurm's commands say when no controller answers."""
 
 
 def sbatch(script: Path, *, test_only: bool) -> str:
@@ -17,9 +21,10 @@ def sbatch(script: Path, *, test_only: bool) -> str:
     done = subprocess.run(["sbatch", "--test-only" if test_only else "--parsable", str(script)], capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("sbatch: error: ").replace("sbatch: error: ", "")
-        raise UserError(
-            f"submit: Slurm refuses the job: {reason}\n  allowed: what `sinfo` shows\n  try:     other options of the section cluster; the script is {script}"
-        )
+        if _UNREACHABLE.search(reason):
+            last = reason.splitlines()[-1]
+            raise UserError(f"Slurm cannot be reached from here: {last}\n  allowed: a machine where `sinfo` answers\n  try:     the login node of the cluster")
+        raise UserError(f"Slurm refuses the job: {reason}\n  allowed: what `sinfo` shows\n  try:     other options of the section cluster")
     return (done.stderr if test_only else done.stdout).strip().partition(";")[0]
 
 

@@ -62,7 +62,7 @@ def test_the_same_layout_continues_bit_for_bit(layout, tmp_path):
     assert resumed == losses
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("before", "after"),
     [

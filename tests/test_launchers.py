@@ -56,6 +56,7 @@ def test_our_own_script(data, expected, tmp_path):
     assert rows(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_our_own_script_on_two_machines(data, expected, tmp_path):
     """Both of them are this one."""
     script = ["bash", str(ROOT / "launch/torchrun.sh"), *arguments(tmp_path / "run", data, train__steps=3)]

@@ -241,6 +241,7 @@ def test_a_shrunken_model_trains(run_dir):
     assert parity.run(config) == 0
 
 
+@pytest.mark.slow
 def test_both_engines_in_one_table(run_dir, capsys):
     config = root(run_dir, "dp_shard2-zero3", "tp2")
     config.parity.engines = ["torch", "deepspeed"]

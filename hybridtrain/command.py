@@ -69,6 +69,7 @@ def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Co
         if command != "submit":
             return _multirun(command, rest)
         configs = [compose(command, job) for job in sweep(command, rest)]
+        check.own_folders(configs)
         for config in configs:
             check.check(config)
         return configs
@@ -141,14 +142,17 @@ def _multirun(command: str, argv: list[str]) -> int:
             allowed="sweeps outside torchrun",
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
+    from hybridtrain.config import check
     from hybridtrain.config.compose import compose, sweep
 
     codes = []
     jobs = sweep(command, argv)
+    configs = [compose(command, job) for job in jobs] if command == "train" else []
+    check.own_folders(configs)
     for number, job in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {' '.join(job)}", flush=True)
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *job], check=False).returncode)
-    if command == "train" and len(jobs) > 1 and not any(codes):
-        runs = [compose(command, job).run.dir for job in jobs]
+    if len(configs) > 1 and not any(codes):
+        runs = [config.run.dir for config in configs]
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
     return next((code for code in codes if code), 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hybridtrain.config import schema
 from hybridtrain.config.keys import NOT_YET
@@ -129,6 +129,20 @@ def _deepspeed(config: schema.Config) -> None:
         for field, value, fixed in (("growth_factor", precision.growth_factor, 2.0), ("backoff_factor", precision.backoff_factor, 0.5)):
             words = "DeepSpeed's loss scale doubles and halves"
             _require(value == fixed, f"precision.{field}", value, words, allowed=str(fixed), instead=f"engine=torch, or precision.{field}={fixed}")
+
+
+def own_folders(configs: Sequence[schema.Config]) -> None:
+    """Runs of a sweep each write into a folder of their own (raises UserError)."""
+    folders = [config.run.dir for config in configs]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise refusal(
+            "run.dir",
+            twice,
+            f"one folder for several of {len(folders)} runs",
+            allowed="a folder for each run: those of a sweep are runs/NAME-0, runs/NAME-1 ... by themselves",
+            instead="run.name=NAME instead of run.dir, or run.dir='folder/${run.name}'",
+        )
 
 
 def deepspeed_stage(config: schema.Config, stage: int) -> None:

@@ -177,24 +177,9 @@ def sweep(command: str, argv: list[str]) -> list[list[str]]:
         raise _translated(error, command) from error
     flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
     own_name = any(override.key_or_group in ("run.name", "run.dir") and override.is_sweep_override() for override in parsed)
-    lines = [[*flags, *job] for job in jobs]
-    if not own_name:
-        lines = [[*line, f"run.name={compose(command, line).run.name}-{number}"] for number, line in enumerate(lines)]
-    if command in ("train", "submit"):
-        _check_own_folders([compose(command, line).run.dir for line in lines])
-    return lines
-
-
-def _check_own_folders(folders: list[str]) -> None:
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
-        raise refusal(
-            "run.dir",
-            twice,
-            f"one folder for several of {len(folders)} runs",
-            allowed="a folder for each run: those of a sweep are runs/NAME-0, runs/NAME-1 ... by themselves",
-            instead="run.name=NAME instead of run.dir, or run.dir='folder/${run.name}'",
-        )
+    if own_name:
+        return [[*flags, *job] for job in jobs]
+    return [[*flags, *job, f"run.name={compose(command, [*flags, *job]).run.name}-{number}"] for number, job in enumerate(jobs)]
 
 
 def _translated(error: Exception, command: str, *, source: Path | None = None) -> UserError:

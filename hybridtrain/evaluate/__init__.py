@@ -32,9 +32,11 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     if not source:
         folder = run_dir / "export"
         if not (folder / "config.json").is_file():
-            try_ = f"hybridtrain export {run_dir}, or {field}=FOLDER" if run_dir.is_dir() else f"run.dir=RUN or {field}=FOLDER"
-            problem = f"{run_dir} holds no export" if run_dir.is_dir() else f"there is no folder {run_dir}"
-            raise refusal(field, "(none)", problem, allowed=_ALLOWED, instead=try_)
+            if run_dir.is_dir():
+                problem, instead = f"{run_dir} holds no export", f"hybridtrain export {run_dir}, or {field}=FOLDER"
+            else:
+                problem, instead = f"there is no folder {run_dir}", f"run.dir=RUN or {field}=FOLDER"
+            raise refusal(field, "(none)", problem, allowed=_ALLOWED, instead=instead)
         yield str(folder)
         return
     folder = Path(source).expanduser()

@@ -34,11 +34,10 @@ def run_several(configs: list[SubmitRoot]) -> int:
     world = cluster.nodes * script.ranks_per_node(cluster)
     slurm.check_nodes(cluster.nodes, partition=cluster.partition)
     trainings = [_training(config) for config in configs]
-    if cluster.dry_run and embedded.missing(first.data):
+    absent = [config.data.path for config in configs if embedded.missing(config.data)]
+    if cluster.dry_run and absent:
         problem = "the corpus is not there yet, and a dry run writes nothing"
-        raise refusal(
-            "data.path", first.data.path, problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path="
-        )
+        raise refusal("data.path", absent[0], problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path=")
     jobs = [mint.checked(training, world_size=world) for training in trainings]
     described = [f"{config.run.name}: {layouts.write(config.parallel, job.layout)} on {world} processes" for config, job in zip(configs, jobs, strict=True)]
     for line in described:

@@ -62,7 +62,7 @@ def plant(plan: dict[str, Any]) -> None:
 
 
 def bear_witness(folder: Path) -> None:
-    """rows-STEP-RANK.json: data rank and its rows. step-STEP-of-RANKS: a checkpoint of what was loaded."""
+    """rows-STEP-RANK.json: where in the global batch its rows begin, and which they are. step-STEP-of-RANKS: a checkpoint of what was loaded."""
     import hybridtrain.engine as engines
     from hybridtrain.data.loader import Loader
 

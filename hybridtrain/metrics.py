@@ -6,7 +6,6 @@ steps only; between them the host never waits for the device.
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybridtrain.files import finite
 from hybridtrain.types import ModelFacts, StepResult
 
 GIB = 1024**3
@@ -194,22 +194,18 @@ def record(result: StepResult, *, step: int, tokens_seen: int, lr: float, meter:
     return {
         "step": step,
         "tokens_seen": tokens_seen,
-        "loss": _finite(loss),
-        "grad_norm": _finite(grad_norm),
-        "lr": _finite(lr),
-        "loss_scale": _finite(loss_scale),
+        "loss": finite(loss),
+        "grad_norm": finite(grad_norm),
+        "lr": finite(lr),
+        "loss_scale": finite(loss_scale),
         "skipped": int(skipped),
         "tokens_per_s": rates.tokens_per_s,
         "tokens_per_s_per_device": rates.tokens_per_s_per_device,
         "step_time_s": rates.step_time_s,
         "mfu": rates.mfu,
-        "max_memory_gib": _finite(memory_gib),
+        "max_memory_gib": finite(memory_gib),
         "time": time.time(),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> str:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +21,8 @@ from typing import Any
 from hybridtrain import log
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.types import Progress, UserError, refusal
+from hybridtrain.files import finite, unwritable, write_atomically
+from hybridtrain.types import Progress, refusal
 
 _log = log.get("run")
 
@@ -122,12 +121,12 @@ class RunDir:
         self._append(self.events, {"time": time.time(), "step": step, "kind": kind, "detail": detail})
 
     def _append(self, file: Path, values: Mapping[str, object]) -> None:
-        line = json.dumps(_finite(values), allow_nan=False)
+        line = json.dumps(finite(values), allow_nan=False)
         try:
             with file.open("a") as stream:
                 stream.write(line + "\n")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable("run.dir", self.path, error) from error
 
     def cut(self, step: int) -> None:
         """Keep metrics and events up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
@@ -148,9 +147,9 @@ class RunDir:
         self.summary.update(values)
         assert self.summary["status"] in STATUSES, self.summary["status"]
         try:
-            write_atomically(self.path / "summary.json", json.dumps(_finite(self.summary), indent=1, allow_nan=False) + "\n")
+            write_atomically(self.path / "summary.json", json.dumps(finite(self.summary), indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable("run.dir", self.path, error) from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], lat
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.yaml", yaml_text)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable("run.dir", path, error) from error
     changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
     summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
     life = _lives(path)
@@ -198,12 +197,6 @@ def _lives(path: Path) -> int:
     events = path / "events.jsonl"
     lines = events.read_text(errors="replace").splitlines() if events.is_file() else []
     return sum(f'"kind": "{kind}"' in line for line in lines for kind in ("started", "resumed"))
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return refusal(
-        "run.dir", path, f"it cannot be written: {error}", allowed="a folder with space that you can write", instead="free some space, or run.dir=FOLDER"
-    )
 
 
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
@@ -290,15 +283,6 @@ def _differences(before: Config, now: Config) -> dict[str, tuple[object, object]
     return result
 
 
-def _finite(value: Any) -> Any:
-    """`value` with every number that JSON has no word for as None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _stands(line: str, *, step: int) -> bool:
     """Whether a line of metrics.jsonl or events.jsonl still holds after a resume at `step`; a torn one does not."""
     try:
@@ -306,16 +290,6 @@ def _stands(line: str, *, step: int) -> bool:
         return values["step"] <= step or values.get("kind", _REPEATED[0]) not in _REPEATED
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def write_atomically(file: Path, data: str | bytes) -> None:
-    """Write `file` aside and rename it, so that a reader sees the old content or the new one, never a part."""
-    aside = file.with_name(file.name + ".partial")
-    with aside.open("wb") as stream:
-        stream.write(data if isinstance(data, bytes) else data.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
 
 
 def _git_revision() -> str | None:

@@ -26,6 +26,7 @@ from hybridtrain.config import check
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
+from hybridtrain.files import write_json
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import ModelFacts, Progress, UserError
 
@@ -182,7 +183,6 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
-    from hybridtrain.rundir import write_atomically
     from hybridtrain.trackers import Trackers
 
     config, plan, mesh = job.config, job.plan, engine.mesh
@@ -192,7 +192,7 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     if log.rank() == 0:
         save_config(engine.model_config, run_dir.model)
         if config.engine.kind == "deepspeed":
-            write_atomically(run_dir.path / "deepspeed.json", json.dumps(engine.settings, indent=2) + "\n")
+            write_json(run_dir.path / "deepspeed.json", engine.settings)
         run_dir.update_summary(machine=hosts, tokens=start.tokens_seen)
         trackers.start(
             config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.files import finite
 from hybridtrain.types import refusal
 
 CONFIDENCE = 0.95
@@ -198,12 +199,4 @@ def check_writable(out: str) -> None:
 
 def write(out: str, told: Mapping[str, Any]) -> None:
     """Write the JSON; numbers that are not finite are null."""
-    Path(out).write_text(json.dumps(_finite(told), indent=1, default=str) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    Path(out).write_text(json.dumps(finite(told), indent=1, default=str) + "\n")

@@ -22,6 +22,7 @@ from hybridtrain.data import chat, corpus, readers
 from hybridtrain.data.corpus import Source
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
 from hybridtrain.data.readers import Fields, Unit
+from hybridtrain.files import write_atomically
 from hybridtrain.types import UserError, refusal
 
 MAX_PIECES = 1024  # the restart grain of a large corpus
@@ -166,19 +167,9 @@ def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, 
             report(sum(document.size for document in batch), counts.tokens - before)
     if recipe.deduplicate:
         np.save(aside / "digests.npy", np.frombuffer(digests, dtype=DIGEST))
-    write_text(aside / "counts.json", json.dumps(asdict(counts)))
+    write_atomically(aside / "counts.json", json.dumps(asdict(counts)))
     report(0, 0)  # a worker whose `prepare` is gone ends here
     aside.rename(piece.folder(partial))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    aside = path.with_suffix(".aside")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _text(value: Any) -> tuple[str, bytes, str]:

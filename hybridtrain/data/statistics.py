@@ -8,8 +8,9 @@ from typing import Any
 
 from hybridtrain.data.fit import Fitted
 from hybridtrain.data.join import Joined
-from hybridtrain.data.pieces import Counts, write_text
+from hybridtrain.data.pieces import Counts
 from hybridtrain.data.progress import Meter
+from hybridtrain.files import write_atomically
 
 SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
 
@@ -43,7 +44,7 @@ def write_speed(folder: Path, *, meter: Meter) -> None:
         "tokens_per_s": round(meter.tokens / seconds),
         "mb_per_s": round(meter.size / seconds / 1e6, 2),
     }
-    write_text(folder / SPEED, json.dumps(speed) + "\n")
+    write_atomically(folder / SPEED, json.dumps(speed) + "\n")
 
 
 def table(folder: Path) -> str:

@@ -30,6 +30,7 @@ from hybridtrain.data import corpus, fit, join, pieces, statistics, tokenizer, w
 from hybridtrain.data.pieces import Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
+from hybridtrain.files import write_atomically
 from hybridtrain.types import UserError, refusal
 
 SPLITS = ("train", "eval")
@@ -187,7 +188,7 @@ def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> 
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    pieces.write_text(mark, plan)
+    write_atomically(mark, plan)
 
 
 def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -220,7 +221,7 @@ def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Re
         "fingerprint": identity.hexdigest(),
         "settings": settings,
     }
-    pieces.write_text(folder / "corpus.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / "corpus.json", json.dumps(record, indent=2) + "\n")
 
 
 def _no_tokens(data: DataConfig) -> UserError:

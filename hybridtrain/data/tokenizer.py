@@ -16,8 +16,9 @@ import numpy as np
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data import chat
-from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents, write_text
+from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.progress import say
+from hybridtrain.files import write_atomically
 from hybridtrain.types import refusal
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str,
         if data.format == "chat":
             chat.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
-        write_text(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}))
+        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}))
     return json.loads(record.read_text())
 
 

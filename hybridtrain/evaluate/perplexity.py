@@ -6,9 +6,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -22,6 +20,7 @@ from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
+from hybridtrain.files import write_json
 from hybridtrain.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch, refusal
 
@@ -114,6 +113,4 @@ def _shown(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hybridtrain.files import write_json
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measured, Reference
@@ -135,14 +135,4 @@ def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: M
         "errors": {row.name: row.error for row in rows if row.error},
         **facts,
     }
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(path, content)

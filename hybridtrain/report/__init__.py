@@ -13,9 +13,9 @@ from pathlib import Path
 import matplotlib as mpl
 
 from hybridtrain.config.schema import ReportRoot
+from hybridtrain.files import write_atomically
 from hybridtrain.report import compare, plots, ranks, single
 from hybridtrain.report.history import History, read
-from hybridtrain.rundir import write_atomically
 from hybridtrain.types import refusal
 
 COMPARISON = Path("runs/compare")

@@ -16,7 +16,7 @@ from hybridtrain import log
 from hybridtrain.config import schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
-from hybridtrain.rundir import write_atomically
+from hybridtrain.files import write_atomically
 from hybridtrain.submit import mint, script, slurm
 from hybridtrain.types import refusal
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import failure, machine
-from hybridtrain.rundir import write_atomically
+from hybridtrain.files import write_atomically
 
 SKEW_S = 30.0
 """Clocks that differ by more make a nonsense of deadlines and logs."""

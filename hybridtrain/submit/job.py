@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from hybridtrain import failure
-from hybridtrain.rundir import read_summary, write_atomically
+from hybridtrain.files import write_atomically
+from hybridtrain.rundir import read_summary
 from hybridtrain.submit import lives
 from hybridtrain.types import UserError
 

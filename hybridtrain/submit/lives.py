@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
-from hybridtrain.rundir import write_atomically
+from hybridtrain.files import write_atomically
 
 DONE, REQUEUE, FAILED = "done", "requeue", "failed"
 

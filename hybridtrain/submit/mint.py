@@ -13,7 +13,8 @@ from hybridtrain import machine, train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import check, schema
 from hybridtrain.config.compose import compose, to_yaml
-from hybridtrain.rundir import RunDir, open_run, write_atomically
+from hybridtrain.files import write_atomically
+from hybridtrain.rundir import RunDir, open_run
 from hybridtrain.types import refusal
 
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"

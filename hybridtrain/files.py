@@ -1,0 +1,160 @@
+"""Small files: written whole or not at all, read within limits, removed without ending what goes on.
+
+Every command that writes into a folder which the user names keeps a record of what it wrote there (`record_files`), replaces only those
+files, and refuses the folder when others of the same names are in it (`claim`). Names are exact, never patterns. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.types import UserError, refusal
+
+_log = logging.getLogger("hybridtrain.files")
+_MOST_BYTES = 512 << 20
+"""More than the largest tokenizer or index there is; a larger file is not one of these."""
+_LFS = b"version https://git-lfs"
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
+_FORBIDDEN = {errno.EACCES: "permission denied", errno.EPERM: "not permitted", errno.EROFS: "the file system is read-only"}
+_GONE = {errno.ENOENT: "it has been moved or removed", errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "something else has this name"}
+
+
+def write_atomically(file: Path, data: str | bytes) -> None:
+    """Write `file` aside and rename it: a reader sees the old content or the new one, never a part. Raises OSError.
+
+    The name aside holds the process and the thread, so that two writers do not write into one file.
+    """
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        with aside.open("wb") as stream:
+            stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON atomically; numbers that JSON has no word for become null. Raises OSError."""
+    write_atomically(file, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON has no word for (NaN, infinities) as None, in mappings, lists and tuples too."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(file: Path, *, field: str) -> Any:
+    """What a JSON file holds. Raises UserError that names `field` and the file for whatever keeps it from being read."""
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise _unreadable(field, file, f"{file.stat().st_size:,} bytes are too many for a file of this kind")
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(field, file, error.strerror or str(error)) from error
+    if data.startswith(_LFS):
+        raise lfs_pointer(field, file)
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _unreadable(field, file, f"it is not UTF-8 (byte {error.start})") from error
+    except ValueError as error:
+        raise _unreadable(field, file, f"it is not JSON ({error})") from error
+    except RecursionError as error:
+        raise _unreadable(field, file, "its brackets are nested too deeply") from error
+
+
+def read_object(file: Path, *, field: str) -> dict[str, Any]:
+    """`read_json` of a file that holds one JSON object."""
+    content = read_json(file, field=field)
+    if not isinstance(content, dict):
+        raise _unreadable(field, file, f"it holds no object but {type(content).__name__}")
+    return content
+
+
+def _unreadable(field: str, file: Path, problem: str) -> UserError:
+    return refusal(field, file, f"it cannot be read: {problem}", allowed="a whole file", instead="restore the file, or write it again")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone without git-lfs left a pointer in place of the file."""
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
+
+
+def lfs_pointer(field: str, file: Path) -> UserError:
+    """The refusal of such a pointer."""
+    return refusal(field, file, "it is a git-lfs pointer, the file itself was not downloaded", allowed="the file itself", instead="git lfs pull")
+
+
+def unwritable(field: str, path: Path, error: OSError) -> UserError:
+    """The refusal of a place that cannot be written, in words that fit the error."""
+    code = error.errno or 0
+    if code in _FULL:
+        problem, instead = _FULL[code], f"free some space, or {field}=FOLDER"
+    elif code in _FORBIDDEN:
+        problem, instead = _FORBIDDEN[code], f"{field}=FOLDER that you may write"
+    else:
+        problem, instead = _GONE.get(code, str(error)), f"{field}=FOLDER"
+    where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
+    return refusal(field, path, f"it cannot be written: {problem}{where}", allowed="a folder with space that you may write", instead=instead)
+
+
+def discard(path: Path) -> bool:
+    """Remove a file, a link or a folder that is ours and no longer needed; what cannot be removed is warned of and left. True: it is gone.
+
+    A link is removed, not what it points to. Housekeeping never ends a run.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if path.exists() or path.is_symlink():
+            _log.warning("%s cannot be removed and stays (%s)", path, error.strerror or error)
+            return False
+    return True
+
+
+def recorded(folder: Path, *, record: str) -> set[str]:
+    """Names of the files that the record in `folder` says were written there by this program; none without a readable record."""
+    try:
+        names = json.loads((folder / record).read_bytes())["files"]
+        return {name for name in names if isinstance(name, str)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def claim(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
+    """Refuse a folder that has files of these names which are not recorded as ours (raises UserError); nothing is written."""
+    ours = recorded(folder, record=record)
+    foreign = sorted(name for name in names if name not in ours and ((folder / name).exists() or (folder / name).is_symlink()))
+    if foreign:
+        words = f"it has {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, which this command did not write and would replace"
+        raise refusal(field, folder, words, allowed="a new folder, an empty one, or one that this command wrote", instead=f"another {field}")
+
+
+def record_files(folder: Path, names: Iterable[str], *, record: str) -> None:
+    """Note in `folder` which files in it are ours. Write the record before the files. Raises OSError."""
+    write_json(folder / record, {"files": sorted(set(names))})

@@ -1,0 +1,110 @@
+"""Small files: whole or not at all, read within limits, removed only when they are ours."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from hybridtrain import files
+from hybridtrain.types import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "summary.json"
+    files.write_atomically(file, "old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_atomically(file, "new")
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path: Path) -> None:
+    file, errors = tmp_path / "summary.json", []
+
+    def write(text: str) -> None:
+        try:
+            for _ in range(50):
+                files.write_atomically(file, text * 1000)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert file.read_text() in [letter * 1000 for letter in "abcd"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"{", "not JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"[1]", "no object but list"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        files.read_object(file, field="model.from_pretrained")
+    assert str(caught.value).startswith(f"model.from_pretrained={file}: ")
+
+
+def test_a_folder_or_nothing_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(UserError, match="cannot be read"):
+            files.read_json(path, field="data.path")
+
+
+def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"a": float("inf"), "b": [float("nan"), 1.5], "c": (1, {"d": float("-inf")})})
+    assert files.read_object(tmp_path / "a.json", field="x") == {"a": None, "b": [None, 1.5], "c": [1, {"d": None}]}
+
+
+def test_discarding_removes_links_not_what_they_point_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert files.discard(tmp_path / "link")
+    assert files.discard(tmp_path / "link")  # it is gone: nothing to do
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
+
+
+def test_what_cannot_be_removed_is_warned_of_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "old").mkdir()
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    assert not files.discard(tmp_path / "old")
+    assert "old cannot be removed and stays (Operation not permitted)" in caplog.text
+
+
+def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: Path) -> None:
+    names, claim = ["index.html", "loss.png"], {"record": ".hybridtrain.json", "field": "report.out"}
+    files.claim(tmp_path, names, **claim)  # empty: nothing to lose
+    files.record_files(tmp_path, names, record=".hybridtrain.json")
+    (tmp_path / "loss.png").write_text("ours")
+    files.claim(tmp_path, names, **claim)
+    (tmp_path / "mine.png").write_text("the user's")
+    with pytest.raises(UserError, match=r"report.out=.*it has mine.png, which this command did not write"):
+        files.claim(tmp_path, [*names, "mine.png"], **claim)
+
+
+def test_an_error_of_the_disk_is_told_in_words_that_fit(tmp_path: Path) -> None:
+    for code, words in ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.ENOENT, "moved or removed"), (errno.EIO, "Input/output")):
+        assert words in str(files.unwritable("run.dir", tmp_path, OSError(code, os.strerror(code))))

@@ -259,7 +259,11 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     )
     assert built.returncode == 0, built.stdout + built.stderr
     [wheel] = (tmp_path / "dist").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    [licence] = [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "License-Expression: Apache-2.0" in archive.read(licence.replace("licenses/LICENSE", "METADATA")).decode()
     assert {"hybridtrain/report/page.css", "hybridtrain/report/page.js"} <= set(names)
     carried = {name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")}
     assert carried == {str(path.relative_to(keys.shipped())) for path in keys.shipped().rglob("*.yaml")}

@@ -34,12 +34,22 @@ def write_atomically(file: Path, data: str | bytes) -> None:
 
     The name aside holds the process and the thread, so that two writers do not write into one file.
     """
+    _write(file, data, sync=True)
+
+
+def write_often(file: Path, data: str | bytes) -> None:
+    """`write_atomically` without waiting for the disk, for what is written every few steps and told again by other files: only a power cut can lose it."""
+    _write(file, data, sync=False)
+
+
+def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with aside.open("wb") as stream:
             stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(aside, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -59,6 +69,22 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+LARGEST = 2.0**63
+"""Numbers beyond it occur in no file of ours."""
+
+
+def number(value: Any) -> float | int | None:
+    """`value` if it is a number that can be computed with and shown: finite, of a size that occurs. Else None."""
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST  # NaN fails too
+    return value if sound else None
+
+
+def one_line(text: str) -> str:
+    """`text` as one printable line: line breaks and tabs as spaces, other control characters and what is not Unicode as escapes."""
+    words = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in words)
 
 
 def read_json(file: Path, *, field: str) -> Any:

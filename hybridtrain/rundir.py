@@ -1,6 +1,6 @@
 """The run directory: which one a command continues or starts, and the files in it that tools read.
 
-    runs/<name>/  config.yaml  summary.json  metrics.jsonl  events.jsonl  model/  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  model/  checkpoints/  export/  report/  logs/
 
 A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed and global batch. The
 same identity continues the run in its directory; another one is a new run. Everything here is for rank 0, which decides
@@ -13,7 +13,7 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 from hybridtrain import log
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.files import finite, unwritable, write_atomically
-from hybridtrain.types import Progress, refusal
+from hybridtrain.files import finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
+from hybridtrain.types import Progress, UserError, refusal
 
 _log = log.get("run")
 
@@ -56,9 +56,9 @@ SUMMARY = (
     "exit_reason",
     "versions",
     "git_revision",
-    "machine",
 )
-"""Keys of summary.json. `machine` holds one entry per host (machine.py)."""
+"""Keys of summary.json. What the run runs on stands in machine.json: one entry per host (machine.py)."""
+_NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
 EVENTS = ("started", "resumed", "checkpoint", "skipped", "preempted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
 STATUSES = ("queued", "running", "finished", "preempted", "failed")
@@ -142,23 +142,55 @@ class RunDir:
                     self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
-        """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk."""
+        """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk.
+
+        A new status is on the disk when this returns; mere progress, which metrics.jsonl has too, does not wait for it.
+        """
         assert set(values) <= set(SUMMARY), f"not in a summary: {set(values) - set(SUMMARY)}"
         self.summary.update(values)
         assert self.summary["status"] in STATUSES, self.summary["status"]
         try:
-            write_atomically(self.path / "summary.json", json.dumps(finite(self.summary), indent=1, allow_nan=False) + "\n")
+            text = json.dumps(finite(self.summary), indent=1, allow_nan=False) + "\n"
+            (write_atomically if "status" in values else write_often)(self.path / "summary.json", text)
         except OSError as error:
             raise unwritable("run.dir", self.path, error) from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """summary.json of a run directory; empty if there is none or it cannot be read."""
+    """summary.json of a run directory; empty if there is none or it cannot be read. A value of another type than its key has is left out."""
     try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
+        summary = read_object(path / "summary.json", field="run.dir")
+    except UserError:
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return {key: value for key, value in summary.items() if value is None or _is_sound(key, value)}
+
+
+def _is_sound(key: str, value: object) -> bool:
+    if key in _NUMBERS:
+        return number(value) is not None
+    return key not in SUMMARY or isinstance(value, dict if key == "versions" else str)
+
+
+def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:
+    """Write machine.json: one entry per host, apart from the summary, which is written at every log line. Raises UserError on a full disk."""
+    try:
+        write_json(path / "machine.json", hosts)
+    except OSError as error:
+        raise unwritable("run.dir", path, error) from error
+
+
+def read_machine(path: Path) -> list[dict[str, Any]]:
+    """One entry per host: machine.json of a run directory, or what an older summary.json says; empty where neither does."""
+    try:
+        hosts = read_json(path / "machine.json", field="run.dir")
+    except UserError:
+        hosts = read_summary(path).get("machine")
+    entries = [host for host in hosts if isinstance(host, dict)] if isinstance(hosts, list) else []
+    return [{**host, "ranks": [rank for rank in _listed(host.get("ranks")) if isinstance(rank, int)]} for host in entries]
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], latest: Callable[[Path], Path | None]) -> RunDir:

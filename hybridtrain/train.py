@@ -183,6 +183,7 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
+    from hybridtrain.rundir import write_machine
     from hybridtrain.trackers import Trackers
 
     config, plan, mesh = job.config, job.plan, engine.mesh
@@ -193,7 +194,8 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
         save_config(engine.model_config, run_dir.model)
         if config.engine.kind == "deepspeed":
             write_json(run_dir.path / "deepspeed.json", engine.settings)
-        run_dir.update_summary(machine=hosts, tokens=start.tokens_seen)
+        write_machine(run_dir.path, hosts)
+        run_dir.update_summary(tokens=start.tokens_seen)
         trackers.start(
             config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)
         )

@@ -86,7 +86,7 @@ class PrepareConfig:
 @dataclass
 class ReportConfig:
     out: str = ""
-    """Folder for page and pictures; empty: <run>/report, or runs/compare for several runs."""
+    """Folder for page and pictures; empty: <run>/report, or a folder in runs/compare for several runs. Files in it that no report wrote are not touched."""
     compare: list[str] = field(default_factory=list)
     """Runs to lay over one another, two or more; `--compare RUN RUN ...` is short for it. Empty: the one run."""
 

@@ -6,20 +6,25 @@ run directory --history--> columns, events, config --plots, ranks--> figures -->
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 
 from hybridtrain.config.schema import ReportRoot
-from hybridtrain.files import write_atomically
-from hybridtrain.report import compare, plots, ranks, single
+from hybridtrain.files import claim, discard, record_files, recorded, unwritable, write_atomically
+from hybridtrain.report import compare, page, plots, ranks, single
 from hybridtrain.report.history import History, read
-from hybridtrain.types import refusal
 
-COMPARISON = Path("runs/compare")
+COMPARISONS = Path("runs/compare")
+RECORD = ".hybridtrain-report.json"
+"""Names the files of a folder that a report wrote and may replace."""
 DPI = 180
+_PAGE = "index.html"
+_NAMES = (_PAGE, *(f"{name}.png" for name in plots.NAMES))
 
 
 def run(config: ReportRoot) -> int:
@@ -27,7 +32,7 @@ def run(config: ReportRoot) -> int:
     if config.report.compare:
         histories = [read(Path(folder)) for folder in config.report.compare]
         drawn = list(plots.of_runs(histories, names=compare.names(histories)))
-        name, text, document, default = "", compare.lines(histories), compare.document(histories, drawn), COMPARISON
+        name, text, document, default = "", compare.lines(histories), compare.document(histories, drawn), comparison_folder(histories)
     else:
         history = read(Path(config.run.dir))
         drawn = of_run(history)
@@ -37,29 +42,52 @@ def run(config: ReportRoot) -> int:
     return 0
 
 
+def comparison_folder(histories: Sequence[History]) -> Path:
+    """Where a comparison of these runs belongs: a folder of its own, the same one when the same runs are compared again."""
+    called = [re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)]
+    words = "+".join(called[:2] if len(called) <= 2 else [called[0], f"{len(called) - 1}-others"])
+    which = "\n".join(str(history.folder.resolve()) for history in histories)
+    return COMPARISONS / f"{words}-{hashlib.sha256(which.encode(errors='surrogatepass')).hexdigest()[:6]}"
+
+
 def of_run(history: History) -> list[plots.Plot]:
     """All plots of one run, the layout last."""
     layout = ranks.layout_of(history.summary)
-    return [*plots.of_run(history), *([ranks.plot(layout, hosts=history.summary.get("machine") or ())] if layout else [])]
+    return [*plots.of_run(history), *([ranks.plot(layout, hosts=history.hosts)] if layout else [])]
 
 
 def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -> list[Path]:
     """Write index.html and the PNGs (with the run's `name` in a corner) into `out`, each whole or not at all; returns the files.
 
-    What an earlier report drew there and this one did not is removed.
+    Replaces, and removes where this report has no such plot, only what an earlier report wrote there; UserError if other files are in the way.
     """
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
+    made = [out / _PAGE, *pictures]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        before = recorded(out, record=RECORD)
+        if not before and _is_older_report(out):
+            before = {name for name in _NAMES if (out / name).is_file()}
+            record_files(out, before, record=RECORD)
+        claim(out, [file.name for file in made], record=RECORD, field="report.out")
+        record_files(out, before.union(file.name for file in made), record=RECORD)
         for path, plot in pictures.items():
             stream = io.BytesIO()
-            plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED)
+            plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED, parse_math=False)
             with mpl.rc_context(plots.STYLE):
                 plot.figure.savefig(stream, format="png", dpi=DPI)
             write_atomically(path, stream.getvalue())
-        write_atomically(out / "index.html", document)
-        for old in {out / f"{name}.png" for name in plots.NAMES} - set(pictures):
-            old.unlink(missing_ok=True)
+        write_atomically(out / _PAGE, document)
+        kept = {old for old in before.intersection(_NAMES) - {file.name for file in made} if not discard(out / old)}
+        record_files(out, kept.union(file.name for file in made), record=RECORD)
     except OSError as error:
-        raise refusal("report.out", out, f"it cannot be written: {error}", allowed="a folder that you can write", instead="report.out=FOLDER") from error
-    return [out / "index.html", *pictures]
+        raise unwritable("report.out", out, error) from error
+    return made
+
+
+def _is_older_report(folder: Path) -> bool:
+    """Whether an earlier version, which kept no record, wrote the page in `folder`."""
+    try:
+        return page.SIGNATURE in (folder / _PAGE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

@@ -27,9 +27,8 @@ def differences(histories: Sequence[History]) -> dict[str, list[str]]:
     for history in histories:
         sections = compose.plain(history.config) if history.config else {}
         options = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values.items()}
-        hosts = history.summary.get("machine") or ()
         facts = {"layout": history.summary.get("layout"), "processes": history.summary.get("world_size"), "git revision": history.summary.get("git_revision")}
-        facts["machine"] = ", ".join(sorted({str(host.get("gpu") or host.get("cpu")) for host in hosts}))
+        facts["machine"] = ", ".join(sorted({str(host.get("gpu") or host.get("cpu")) for host in history.hosts}))
         columns.append({name: "" if value is None else str(value) for name, value in facts.items()} | options)
     keys = list(dict.fromkeys(key for column in columns for key in column if key not in _NOT_COMPARED))
     rows = {key: [column.get(key, "") for column in columns] for key in keys}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,14 @@ import numpy as np
 
 from hybridtrain import failure
 from hybridtrain.config import compose, schema
-from hybridtrain.rundir import METRICS, read_summary
+from hybridtrain.files import LARGEST, number, one_line
+from hybridtrain.rundir import METRICS, read_machine, read_summary
 from hybridtrain.types import UserError, refusal
 
 KEYS = (*METRICS, "eval_loss")
 STARTS, ENDS = ("started", "resumed"), ("finished", "failed", "preempted")
+_LAST_TIME = 2.0**40
+"""Seconds since 1970 that a calendar still has a date for."""
 SILENT_S = 600.0  # a run that logs nothing for so long, and for 20 of its usual intervals, may have been killed
 
 
@@ -40,6 +44,10 @@ class History:
     """config.yaml; None if there is none or it cannot be read."""
     failure: str
     """How the rank that failed first failed, in the newest life of a run that failed; else empty."""
+    hosts: list[dict[str, Any]]
+    """machine.json: one entry per host."""
+    unread: Mapping[str, int]
+    """File -> lines in it that could not be read and are left out."""
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -103,7 +111,9 @@ class History:
             first = int(np.searchsorted(times, start))
             if first < len(times):
                 spent[first] = min(spent[first], times[first] - start)
-        return np.cumsum(spent)
+        # Where the clock was set back, time is what the steps took.
+        steps = np.diff(self.columns["step"], prepend=0.0) * np.nan_to_num(self.columns["step_time_s"])
+        return np.cumsum(np.where(spent < 0, np.maximum(steps, 0.0), spent))
 
     @property
     def wall_s(self) -> float | None:
@@ -117,20 +127,29 @@ def read(folder: Path) -> History:
         problem = "there is no metrics.jsonl, summary.json or config.yaml in it" if folder.is_dir() else "there is no such folder"
         raise refusal("run.dir", folder, problem, allowed="the folder of a run", instead=_runs_near(folder))
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
+    columns, bad_rows = _columns(folder / "metrics.jsonl")
+    events, bad_events = _events(folder / "events.jsonl")
+    unread = {name: count for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items() if count}
+    if not summary and (folder / "summary.json").exists():
+        unread["summary.json"] = 1
     return History(
         folder=folder,
-        name=config.run.name if config and config.run.name not in ("", compose.NAMELESS) else folder.resolve().name,
-        columns=_columns(folder / "metrics.jsonl"),
+        name=one_line(config.run.name if config and config.run.name not in ("", compose.NAMELESS) else folder.resolve().name),
+        columns=columns,
         summary=summary,
-        events=_events(folder / "events.jsonl"),
+        events=events,
         config=config,
         failure=_failure(folder) if summary.get("status") == "failed" else "",
+        hosts=read_machine(folder),
+        unread=unread,
     )
 
 
 def _failure(folder: Path) -> str:
-    told = sorted(folder.glob(f"failures/life-*/{failure.FIRST}"), key=lambda path: path.stat().st_mtime)
-    return told[-1].read_text(errors="replace") if told else ""
+    with contextlib.suppress(OSError):  # another command may remove it meanwhile
+        found = sorted(folder.glob(f"failures/life-*/{failure.FIRST}"), key=lambda path: path.stat().st_mtime)
+        return found[-1].read_text(errors="replace") if found else ""
+    return ""
 
 
 def _config(path: Path) -> schema.Config | None:
@@ -141,34 +160,50 @@ def _config(path: Path) -> schema.Config | None:
         return None
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Events in the order of their times, and how many lines are none."""
+    events, bad = [], 0
+    for line in _lines(path):
         try:
             event = json.loads(line)
-            events.append({"time": float(event["time"]), "step": int(event["step"]), "kind": str(event["kind"]), "detail": str(event["detail"])})
-        except (ValueError, KeyError, TypeError):
+            at, step = number(event["time"]), number(event["step"])
+            if at is None or step is None or not 0 <= at <= _LAST_TIME:
+                raise ValueError("no time or no step")
+            events.append({"time": float(at), "step": int(step), "kind": str(event["kind"]), "detail": str(event["detail"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            bad += line.endswith("\n")  # without its end it is still being written
+    return sorted(events, key=lambda event: event["time"]), bad
+
+
+def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
+    """The numbers of metrics.jsonl, and how many lines are none. Line by line into flat arrays: a million dictionaries would take a GiB."""
+    columns, bad = {key: array("d") for key in KEYS}, 0
+    for line in _lines(path):
+        try:
+            row = json.loads(line)
+            numbers = [float(value) if type(value := row.get(key)) in (float, int) else math.nan for key in KEYS]
+            if not abs(numbers[0]) < LARGEST:
+                raise ValueError("no step")
+        except (ValueError, AttributeError, OverflowError, RecursionError):
+            bad += line.endswith("\n")
             continue
-    return sorted(events, key=lambda event: event["time"])
-
-
-def _columns(path: Path) -> dict[str, np.ndarray]:
-    """The numbers of metrics.jsonl. Line by line into flat arrays: a million dictionaries would take a GiB."""
-    columns = {key: array("d") for key in KEYS}
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                try:
-                    row = json.loads(line)
-                    numbers = [math.nan if (value := row.get(key)) is None else float(value) for key in KEYS]
-                except (ValueError, TypeError, AttributeError):
-                    continue
-                if not math.isnan(numbers[0]):
-                    for column, number in zip(columns.values(), numbers, strict=True):
-                        column.append(number)
+        for column, value in zip(columns.values(), numbers, strict=True):
+            column.append(value)
     arrays = {key: np.frombuffer(column, dtype=np.float64) for key, column in columns.items()}
+    arrays = {key: np.where(np.abs(values) < LARGEST, values, np.nan) for key, values in arrays.items()}
     order = np.argsort(arrays["step"], kind="stable")
-    return {key: values[order] for key, values in arrays.items()}
+    return {key: values[order] for key, values in arrays.items()}, bad
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file with their ends; none of a file that is not there. Raises UserError if it is there and cannot be read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
+            yield from stream
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise refusal("run.dir", path, f"it cannot be read: {error.strerror or error}", allowed="the folder of a run", instead="the run's own files") from error
 
 
 def _runs_near(folder: Path) -> str:

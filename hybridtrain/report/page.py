@@ -13,6 +13,7 @@ from hybridtrain.report.svg import inline
 
 FOLDER = Path(__file__).resolve().parent
 LONG = 9  # characters of a tile's value that fit at full size
+SIGNATURE = " by hybridtrain report."
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -22,7 +23,7 @@ def document(title: str, body: Iterable[str]) -> str:
     drawn = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">']
     lines += ['<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>", f"<style>{style}</style></head>"]
-    lines += ["<body><main>", *body, f'<p class="note">Drawn {drawn} by hybridtrain report.</p>', f"</main><script>{script}</script></body></html>"]
+    lines += ["<body><main>", *body, f'<p class="note">Drawn {drawn}{SIGNATURE}</p>', f"</main><script>{script}</script></body></html>"]
     return "\n".join(lines) + "\n"
 
 

@@ -250,7 +250,7 @@ def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) 
         text = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
         if last < 0.85 * end:
             place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(text, (last, heights[index]), color=series[index].colour, fontsize=8, **place)
+            axes.annotate(text, (last, heights[index]), color=series[index].colour, fontsize=8, parse_math=False, **place)
             continue
         taken = max(shares[index], taken + gap, 0.0)
-        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].colour, fontsize=8, va="center")
+        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].colour, fontsize=8, va="center", parse_math=False)

@@ -18,21 +18,23 @@ from hybridtrain.layout import AXES, ParallelLayout, parse
 from hybridtrain.report.plots import COLOURS, INK, MUTED, STYLE, Plot
 
 MOST_CELLS = 1024
+MOST_OF_ONE_REPLICA = 16384  # ranks; no run has more, and as many cells would take minutes
 NUMBERS_UP_TO = 256  # more cells than that have no room for the number of their rank
 BETWEEN = 0.9  # cells between two stages, for title and frame
 
 
 def layout_of(summary: Mapping[str, Any]) -> ParallelLayout | None:
-    """The layout that summary.json names; None if it does not, or not in a form that this version knows."""
+    """The layout that summary.json names; None if it does not, or in a form that cannot be drawn."""
     try:
         degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | {key: n for key, n in parse(str(summary["layout"])).items() if key in AXES}
-        return ParallelLayout(**degrees)
+        layout = ParallelLayout(**degrees)
     except (KeyError, ValueError, TypeError):
         return None
+    return layout if min(degrees.values()) >= 1 and layout.pp * layout.cp * layout.tp <= MOST_OF_ONE_REPLICA else None
 
 
 def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw `layout`; `hosts` (summary.json's machine) colours the cells."""
+    """Draw `layout`; `hosts` (machine.json) colours the cells."""
     group = layout.cp * layout.tp
     shown = min(layout.dp, max(1, MOST_CELLS // (layout.pp * group)))
     columns = _columns(groups=shown, width=group, stages=layout.pp)

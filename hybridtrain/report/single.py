@@ -21,6 +21,7 @@ def document(history: History, plots: Sequence[Plot]) -> str:
     body = [
         page.header(history.name, status=history.status, about=about(history)),
         page.tiles(tiles(history)),
+        f'<p class="note">{page.escape(unread(history))}</p>' if history.unread else "",
         page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
         page.section("Failure", f"<pre>{page.escape(history.failure)}</pre>" if history.failure else ""),
         page.section("Events", events(history)),
@@ -38,6 +39,13 @@ def about(history: History) -> str:
     elif history.eta_s is not None:
         parts.append(f"step {history.step:,} of {history.total_steps:,}, about {duration(history.eta_s)} to go")
     return " · ".join([*parts, str(history.folder)])
+
+
+def unread(history: History) -> str:
+    """What could not be read and is left out."""
+    return "Left out, because it cannot be read: " + ", ".join(
+        f"{name}" if name == "summary.json" else f"{count:,} line{'s' if count > 1 else ''} of {name}" for name, count in history.unread.items()
+    )
 
 
 def tiles(history: History) -> dict[str, tuple[str, str]]:
@@ -94,7 +102,7 @@ def _moment(seconds: float) -> str:
 def machine(history: History) -> str:
     """Hosts that are alike share a line; versions and revision below."""
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for host in history.summary.get("machine") or ():
+    for host in history.hosts:
         gpu = f"{host.get('gpus')} x {host['gpu']}, {host.get('gpu_memory_gib')} GiB each" if host.get("gpu") else "none"
         alike.setdefault((str(host.get("cpu")), str(host.get("cores")), f"{host.get('memory_gib')} GiB", gpu, str(host.get("os"))), []).append(host)
     rows = [(_hosts(group), sum(len(host.get("ranks", ())) for host in group), *facts) for facts, group in alike.items()]
@@ -121,4 +129,5 @@ def config(history: History) -> str:
 def lines(history: History) -> str:
     """The run's numbers for the console, one per line; what is not known is left out."""
     known = {name.lower(): f"{value} {below}".strip() for name, (value, below) in tiles(history).items() if value}
-    return "\n".join(f"{name:<14}{value}" for name, value in {"run": history.folder, "status": f"{history.status} ({about(history)})", **known}.items())
+    shown = {"run": history.folder, "status": f"{history.status} ({about(history)})", **known}
+    return "\n".join([*(f"{name:<14}{value}" for name, value in shown.items()), *([unread(history)] if history.unread else [])])

@@ -2,23 +2,28 @@
 """Compare training systems on the same work, step by step in turns, in one table of paired ratios.
 
     bench_peers.py PEERS.json --mode dp2,zero3 --prec fp32,bf16 --rounds 15 --out table
+    bench_peers.py --checkouts new=. old=../old --mode 1p,dp2 --prec fp32 --rounds 60 --until 0.04 --steps 1      # two checkouts of hybridtrain
 
 All contestants of a cell (mode, precision) are started once and warmed up, each alone. Then, in each round, each makes its
 steps while the others sleep, and who begins changes every round. Start-up is paid once, and what is compared lies
-seconds apart. The ratio to a peer is the median over rounds of (its time) / (ours), with the sign test's 95 % interval.
+seconds apart. The ratio to a peer is the median over rounds of (its time) / (ours), with the sign test's 95 % interval; with --until W
+there are as many rounds as it takes to make every interval at most W wide.
 
-PEERS.json: {"command": {...}, "peers": [{"name", "python", "script", "args", "modes", "precs", "ours"}]}. A script times its steps
-with `Meter` of a module `common` beside it (`start()`, and `lap(loss)` once a step), and prints one line `RESULT {json}`
-with step_s (a list), rss_mb_max and loss_last. This file is run with each peer's own Python: it imports nothing else.
+PEERS.json: [{"name", "python", "script", "args", "modes", "precs", "env", "ours"}]. A script calls `Meter` of a module `common` beside it:
+`start()`, and `lap(loss)` once a step. --checkouts makes such a list of folders of hybridtrain, each with its own .venv or this Python;
+the first is "ours". This file is run with each peer's own Python: it imports nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import itertools
 import json
 import math
 import os
+import resource
 import runpy
 import select
 import signal
@@ -30,30 +35,42 @@ import time
 from pathlib import Path
 from typing import Any
 
+OURS = "bench_ours.py"
 _PATIENCE_S = 420  # for a start with compilation; a turn takes seconds
 
 
 def take_turns(folder: str, warmup: int, steps: int, script: str, arguments: list[str]) -> None:
-    """Inside a contestant: run `script`, and sleep after the warm-up and after every turn until the runner says go."""
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    import common  # type: ignore[import-not-found]
+    """Inside a contestant: run `script`, and sleep after the warm-up and after every turn until the runner says go.
 
-    rank, laps = os.environ.get("RANK", "0"), 0
+    Each turn leaves a line in laps.RANK: seconds of its steps, the last loss, the peak of resident memory in MB.
+    """
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    common = importlib.import_module(Path(script).stem if Path(script).name == OURS else "common")
+    rank, laps, times = os.environ.get("RANK", "0"), 0, [time.perf_counter()]
     go, done = (os.open(f"{folder}/{name}", os.O_RDWR) for name in (f"go.{rank}", "done"))
     lap = common.Meter.lap
 
     def waiting(meter: Any, loss: Any = None) -> None:
         nonlocal laps
         lap(meter, loss)
+        times.append(time.perf_counter())
         laps += 1
         if laps >= warmup and (laps - warmup) % steps == 0:
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            turn = [later - earlier for earlier, later in itertools.pairwise(times)]
+            with Path(folder, f"laps.{rank}").open("a") as file:
+                file.write(json.dumps([turn, None if loss is None else float(loss), peak_mb]) + "\n")
             os.write(done, b"d")
             os.read(go, 1)
             meter.start()  # the wait is nobody's step
+            times[:] = [time.perf_counter()]
 
     common.Meter.lap = waiting
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    if common.__name__ == "common":
+        runpy.run_path(script, run_name="__main__")
+    else:
+        common.main(arguments)
 
 
 class Contestant:
@@ -102,16 +119,18 @@ class Contestant:
                 self.error = (lines[0].strip() if lines else f"no step within {_PATIENCE_S} s, exit code {self.process.poll()}")[:140]
                 self.stop()
 
-    def result(self) -> dict[str, Any] | None:
-        """Let it end, and take its line."""
-        if not self.error:
-            for pipe in self.go:
-                os.write(pipe, b"g")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
-        self.stop()
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
-        return json.loads(lines[-1][7:]) if lines and not self.error else None
+    def laps(self) -> list[dict[str, Any]]:
+        """What each turn after the warm-up took, by the slowest of its processes: median seconds a step, loss, peak memory."""
+        ranks = []
+        for rank in range(self.processes):
+            file = self.folder / f"laps.{rank}"
+            ranks.append([json.loads(line) for line in file.read_text().splitlines()][1:] if file.exists() else [])
+        turns = []
+        for turn in zip(*ranks, strict=False):
+            slowest = [max(step) for step in zip(*(times for times, _, _ in turn), strict=True)]
+            losses = [loss for _, loss, _ in turn if loss is not None]
+            turns.append({"s": statistics.median(slowest), "loss": losses[-1] if losses else None, "rss_mb": round(max(peak for _, _, peak in turn))})
+        return turns
 
     def stop(self) -> None:
         """The launcher first, which ends its processes; then what is left of its group."""
@@ -134,17 +153,25 @@ def race(peers: list[dict[str, Any]], *, mode: str, prec: str, options: argparse
         first = round_ % len(contestants)
         for contestant in contestants[first:] + contestants[:first]:
             contestant.turn()
+        if options.until and round_ >= 14 and round_ % 5 == 4 and _narrow(contestants, width=options.until):
+            break
     rows = []
     for contestant in contestants:
-        result, n = contestant.result(), options.steps
-        row = {"peer": contestant.name, "mode": mode, "prec": prec, "load": load, "error": contestant.error or ("" if result else "no RESULT line")}
-        if result:
-            times = result["step_s"]
-            row |= {"rounds_s": [statistics.median(times[i : i + n]) for i in range(0, len(times), n)], "rss_mb": result["rss_mb_max"]}
-            row |= {"loss": result["loss_last"], "tokens": options.gbs * options.seq}
+        turns = contestant.laps()
+        contestant.stop()
+        row = {"peer": contestant.name, "mode": mode, "prec": prec, "load": load, "error": contestant.error or ("" if turns else "it made no turn")}
+        if turns:
+            row |= {"rounds_s": [turn["s"] for turn in turns], "rss_mb": turns[-1]["rss_mb"], "loss": turns[-1]["loss"], "tokens": options.gbs * options.seq}
         rows.append(row)
     _say(f"{prec} {mode}: done")
     return rows
+
+
+def _narrow(contestants: list[Contestant], *, width: float) -> bool:
+    """Whether every ratio to the first contestant is known closely enough."""
+    own, *others = [[turn["s"] for turn in contestant.laps()] for contestant in contestants if not contestant.error]
+    intervals = [median_interval([a / b for a, b in zip(theirs, own, strict=True)]) for theirs in others]
+    return all(high - low <= width for _, low, high in intervals)
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
@@ -179,7 +206,7 @@ def table(rows: list[dict[str, Any]], ours: set[str]) -> str:
             middle, low, high = median_interval([theirs / own for theirs, own in zip(row["rounds_s"], mine["rounds_s"], strict=True)])
             ratios.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
         speed = row["tokens"] / statistics.median(row["rounds_s"])
-        lines.append(f"{head} {speed:.0f} | " + " | ".join(ratios) + f" | {row['rss_mb']} | {row['loss']:.4f} |")
+        lines.append(f"{head} {speed:.0f} | " + " | ".join(ratios) + f" | {row['rss_mb']} | {row['loss']:.6f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -189,7 +216,10 @@ def _say(text: str) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", type=Path)
+    parser.add_argument("peers", type=Path, nargs="?")
+    parser.add_argument("--checkouts", nargs="+", default=[], metavar="NAME=FOLDER", help="folders of hybridtrain instead of peers; the first is ours")
+    parser.add_argument("--compile", action="store_true", help="with --checkouts: engine.compile=true")
+    parser.add_argument("--until", type=float, default=0.0, help="end when every interval is at most this wide (after 15 rounds or more)")
     parser.add_argument("--mode", default="1p,dp2,zero3,tp2,pp2")
     parser.add_argument("--prec", default="fp32,bf16")
     parser.add_argument("--only", default="", help="names, comma-separated; ours always takes part")
@@ -201,9 +231,32 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _checkouts(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Contestants that are folders of hybridtrain."""
+    peers = []
+    for number, entry in enumerate(options.checkouts):
+        name, _, folder = entry.partition("=")
+        root = Path(folder).resolve()
+        python = root / ".venv" / "bin" / "python"
+        peers.append(
+            {
+                "name": name,
+                "python": str(python) if python.exists() else sys.executable,
+                "script": str(Path(__file__).resolve().with_name(OURS)),
+                "args": ["--compile"] if options.compile else [],
+                "modes": "1p dp2 zero1 zero2 zero3 tp2 pp2",
+                "env": {"PYTHONPATH": str(root)},
+                "ours": number == 0,
+            }
+        )
+    return peers
+
+
 def main() -> None:
     options = _options()
-    peers = json.loads(options.peers.read_text())
+    if bool(options.peers) == bool(options.checkouts):
+        sys.exit("bench_peers.py: give PEERS.json or --checkouts NAME=FOLDER NAME=FOLDER")
+    peers = _checkouts(options) or json.loads(options.peers.read_text())
     only = set(filter(None, options.only.split(",")))
     rows: list[dict[str, Any]] = []
     for prec in options.prec.split(","):

@@ -1,0 +1,68 @@
+"""hybridtrain as a contestant of bench_peers.py: its optimizer step on the work that all contestants do, from whichever checkout PYTHONPATH names.
+
+The work: a Llama of --model's size, rows of --seq random tokens, --gbs rows a step in micro-batches of --mbs, AdamW with clipping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+SIZES = {  # hidden, layers, heads, key/value heads, ffn, vocabulary
+    "tiny": (512, 8, 8, 4, 1408, 8192),
+    "micro": (128, 4, 4, 2, 352, 1024),
+}
+LAYOUTS = {"1p": "single", "dp2": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "tp2": "tp2", "pp2": "pp2"}
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16_mixed"}
+
+
+class Meter:
+    """What bench_peers.py watches: `start()` before the first step, `lap(loss)` after each."""
+
+    def start(self) -> None:
+        """A step begins now."""
+
+    def lap(self, loss: Any) -> None:
+        """A step has ended, and its loss is known."""
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """The work in the words of the command line."""
+    hidden, layers, heads, kv_heads, ffn, vocab = SIZES[options.model]
+    fields = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    fields |= {"intermediate_size": ffn, "vocab_size": vocab, "max_position_embeddings": max(options.seq, 2048), "rms_norm_eps": 1e-5}
+    words = ["model=tiny", *(f"model.config.{key}={value}" for key, value in fields.items())]
+    words += [f"data.seq_len={options.seq}", f"batch.global_batch_size={options.gbs}", f"batch.micro_batch_size={options.mbs}"]
+    words += [f"parallel={LAYOUTS[options.mode]}", f"precision={PRECISIONS[options.prec]}", "optim.lr=3e-4"]
+    return words + (["engine.compile=true"] if options.compile else [])
+
+
+def main(argv: list[str]) -> None:
+    """Warm up, then make the steps; each ends with a lap."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("mode", "prec", "model"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("seq", "gbs", "mbs", "warmup", "steps"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args(argv)
+
+    from hybridtrain import engine as engines
+    from hybridtrain import mesh
+    from hybridtrain.config.compose import compose
+    from hybridtrain.data.synthetic import Synthetic
+
+    config = compose("bench", overrides(options))
+    settled = engines.settle(config)
+    device = mesh.device()
+    given = {"timeout_s": config.engine.timeout_s}
+    mesh.connect(device, **{key: value for key, value in given.items() if key in inspect.signature(mesh.connect).parameters})
+    engine: Any = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
+    tokens = Synthetic(vocab=settled.facts.vocab, plan=settled.plan, dp_rank=engine.mesh.dp_rank, dp_size=settled.layout.dp, seed=0)
+    meter = Meter()
+    meter.start()
+    for step in range(options.warmup + options.steps):
+        meter.lap(float(engine.train_step(tokens.micro_batches(step), lr=3e-4).loss))
+    engine.close()
+    mesh.disconnect()

@@ -71,10 +71,8 @@ def test_an_old_run_is_exported_and_its_export_evaluated(old: Path, name: str, c
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     data = {"tied_zero3": "megatron/mega_eval", "ds_zero3": "sft"}.get(name, "corpus")
     capsys.readouterr()
-    if name == "tied_zero3":  # token files by prefix have no tokenizer; what is evaluated is named by its own option
-        options = [f"data.eval_path={data}", "data.path=megatron/mega_train"]
-    else:
-        options = [f"data.path={data}"]
+    # token files by prefix have no tokenizer; what is evaluated is named by its own option
+    options = [f"data.eval_path={data}", "data.path=megatron/mega_train"] if name == "tied_zero3" else [f"data.path={data}"]
     assert main(["evaluate", f"evaluate.source={out}", "data.seq_len=32", "train.eval_rows=4", *options]) == 0
     loss = next(float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("loss"))
     tolerance = 1e-4 if name == "fp16" else 1e-5  # that run computes in fp16, an evaluation in fp32

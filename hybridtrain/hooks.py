@@ -59,7 +59,9 @@ class Evaluate:
         if self.every and (moment.last or moment.step % self.every == 0):
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
-            moment.extra["eval_loss"] = sum(r.loss_sum for r in results) / max(1, sum(r.tokens for r in results))
+            tokens = sum(r.tokens for r in results)
+            assert tokens, "the held-out rows have targets (train.py looked)"
+            moment.extra["eval_loss"] = sum(r.loss_sum for r in results) / tokens
 
     def close(self) -> None:
         return
@@ -71,15 +73,16 @@ class Log:
     def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
         self.run, self.every, self.total_steps = run, every, total_steps
         self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
-        self.skipped: torch.Tensor | None = None
-        """Updates skipped since the last line, counted on the device."""
+        self.since: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Since the last line, counted on the device: updates skipped, and steps without targets."""
 
     def __call__(self, moment: Moment) -> None:
-        self.skipped = moment.result.skipped.clone() if self.skipped is None else self.skipped + moment.result.skipped
+        new = (moment.result.skipped, moment.result.empty)
+        self.since = (new[0].clone(), new[1].clone()) if self.since is None else (self.since[0] + new[0], self.since[1] + new[1])
         if not (moment.last or moment.stopping or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
-        result, self.skipped = dataclasses.replace(moment.result, skipped=self.skipped), None
+        result, self.since = dataclasses.replace(moment.result, skipped=self.since[0], empty=self.since[1]), None
         row: dict[str, Any] = metrics.record(result, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory)
         row |= moment.extra
         if dist.get_rank() == 0:
@@ -87,8 +90,13 @@ class Log:
             if row["skipped"]:
                 scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:,.15g}"
                 self.run.append_event("skipped", step=moment.step, detail=f"{row['skipped']} update(s) skipped since the last line{scale}")
+            if empty := row.get("steps_without_targets"):
+                self.run.append_event(
+                    "empty", step=moment.step, detail=f"{empty} step(s) without a single target since the last line; no update was made in them"
+                )
             self.trackers.log(row, moment.step)
-            self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, final_loss=row["loss"], tokens_per_s=row["tokens_per_s"])
+            known = {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
+            self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, tokens_per_s=row["tokens_per_s"], **known)
             _log.info(metrics.progress_line(row, total_steps=self.total_steps, eta_s=self.meter.eta_s))
 
     def close(self) -> None:

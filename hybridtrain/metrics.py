@@ -188,8 +188,8 @@ def record(result: StepResult, *, step: int, tokens_seen: int, lr: float, meter:
 
     Reads the scalars of `result` in one transfer, which waits for the device, and only then takes the time.
     """
-    scalars = (result.loss, result.grad_norm, result.skipped, result.loss_scale)
-    loss, grad_norm, skipped, loss_scale = torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
+    scalars = (result.loss, result.grad_norm, result.skipped, result.empty, result.loss_scale)
+    loss, grad_norm, skipped, empty, loss_scale = torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
     rates = meter.measure(step)
     return {
         "step": step,
@@ -205,6 +205,7 @@ def record(result: StepResult, *, step: int, tokens_seen: int, lr: float, meter:
         "mfu": rates.mfu,
         "max_memory_gib": finite(memory_gib),
         "time": time.time(),
+        **({"steps_without_targets": int(empty)} if empty else {}),
     }
 
 
@@ -215,13 +216,15 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
     """
     parts = [
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
-        "loss " + ("not finite" if row["loss"] is None else f"{row['loss']:.4f}"),
+        "loss " + (f"{row['loss']:.4f}" if row["loss"] is not None else "none" if row.get("steps_without_targets") else "not finite"),
         *([f"eval {row['eval_loss']:.4f}"] if row.get("eval_loss") is not None else []),
         "norm " + ("not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"),
         f"lr {row['lr']:.1e}",
     ]
     if row["skipped"]:
         parts.append(f"skipped, loss scale {row['loss_scale']:g}")
+    if empty := row.get("steps_without_targets"):
+        parts.append(f"{empty} step(s) without a target, no update in them")
     parts.append(f"{quantity(row['tokens_per_s'])} tok/s")
     if row["mfu"] is not None:
         parts.append(f"MFU {row['mfu']:.1%}")

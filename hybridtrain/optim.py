@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step.
 
 The optimizer works on each rank's local shards (`Local`), not on DTensors: one fused call whatever the mesh, with clipping,
-unscaling and the skip of a non-finite step inside the kernel (the `grad_scale` and `found_inf` that GradScaler hands to it).
+unscaling and skipped steps inside the kernel (the `grad_scale` and `found_inf` that GradScaler hands to it).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class AdamW:
         decays = [item.parameter.dim() > 1 and not matches(item.name, settings.no_decay) for item in shards]
         self.optimizer = _adamw([item.shard for item in shards], decays, settings) if shards else None
 
-    def step(self, *, lr: float, divide: Tensor, nonfinite: Tensor) -> None:
-        """Update with gradients divided by `divide`; do nothing where `nonfinite` is 1. Frees the gradients."""
+    def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
+        """Update with gradients divided by `divide`; do nothing where `skip` is 1. Frees the gradients."""
         if self.optimizer is None:
             return
         for item in self.shards:
@@ -59,7 +59,7 @@ class AdamW:
             item.shard.grad = grad.to_local() if isinstance(grad, DTensor) else grad
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.grad_scale, self.optimizer.found_inf = divide, nonfinite  # type: ignore[attr-defined]
+        self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
         self.optimizer.step()
         for item in self.shards:
             item.parameter.grad = item.shard.grad = None

@@ -6,6 +6,7 @@ they work: Hugging Face's own forward, gradients added up by hand, torch's own c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from hybridtrain.types import IGNORE_INDEX, Batch
 @dataclass(frozen=True)
 class ReferenceStep:
     loss: float
+    """Mean over valid tokens; NaN without one."""
     grad_norm: float
     gradients: dict[str, Tensor]
     """Before clipping, fp32, by Hugging Face name."""
@@ -54,11 +56,13 @@ class Reference:
         tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
         gradients = {name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad}
         loss_sum = 0.0
+        if tokens == 0:  # nothing to learn from: no loss and no update
+            return ReferenceStep(math.nan, 0.0, gradients)
         self._refresh()
         for batch in micro_batches:
             loss = self._loss(batch)
             loss_sum += loss.item()
-            (loss / max(1, tokens) * self.loss_scale).backward()
+            (loss / tokens * self.loss_scale).backward()
             for name, parameter in self.worker.named_parameters():
                 if name in gradients and parameter.grad is not None:
                     gradients[name] += parameter.grad.float() / self.loss_scale
@@ -74,7 +78,7 @@ class Reference:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return ReferenceStep(loss_sum / max(1, tokens), float(norm), gradients)
+        return ReferenceStep(loss_sum / tokens, float(norm), gradients)
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -59,14 +59,14 @@ SUMMARY = (
 )
 """Keys of summary.json. What the run runs on stands in machine.json: one entry per host (machine.py)."""
 _NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
-EVENTS = ("started", "resumed", "checkpoint", "skipped", "preempted", "finished", "failed")
+EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
 STATUSES = ("queued", "running", "finished", "preempted", "failed")
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
 _SINGLE_FIELDS = ("run.seed", "batch.global_batch_size")
-_REPEATED = ("checkpoint", "skipped")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
+_REPEATED = ("checkpoint", "skipped", "empty")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
 _NOT_TOLD = ("run.dir", "run.name", "run.resume", "run.allow_data_change")  # how the command was given, nothing about the run
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,11 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
 from hybridtrain.files import write_json
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.types import ModelFacts, Progress, UserError
+from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress, UserError, refusal
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from hybridtrain.rundir import RunDir
     from hybridtrain.stop import Stop
@@ -214,6 +216,7 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
         batches = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
+        _check_targets(batches, data=job.data, rows=config.train.eval_rows, group=mesh.control_group)
         chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=batches, meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
@@ -233,6 +236,18 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
             run_dir.path,
             again,
         )
+
+
+def _check_targets(steps: Sequence[Sequence[Batch]], *, data: Blend, rows: int, group: dist.ProcessGroup) -> None:
+    """Refuse an evaluation without a token to measure: its loss would be a mean over nothing (collective)."""
+    from hybridtrain.mesh import any_rank
+
+    mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
+    (there,) = any_rank([mine], group=group)
+    if not there:
+        problem = f"none of the held-out rows of {data.name} has a token that carries loss"
+        instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
+        raise refusal("train.eval_rows", rows, problem, allowed="held-out rows with answers", instead=instead)
 
 
 def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:

@@ -47,13 +47,15 @@ class StepResult:
     """What one optimizer step did. 0-d tensors on the device, so that the step never synchronises."""
 
     loss: torch.Tensor
-    """Mean loss per valid token over the global batch, fp32."""
+    """Mean loss per valid token over the global batch, fp32; NaN without one."""
     tokens: torch.Tensor
     """Valid tokens in the global batch."""
     grad_norm: torch.Tensor
     """L2 norm over the whole model, before clipping, unscaled."""
     skipped: torch.Tensor
     """1 if the update was skipped because a gradient was not finite, else 0."""
+    empty: torch.Tensor
+    """1 if the global batch has no valid token, so that no update was made, else 0. Such a step is not in `skipped`."""
     loss_scale: torch.Tensor
     """The scale this step used; 1 without loss scaling."""
 

@@ -30,12 +30,13 @@ KEYS = [
 ]
 
 
-def result(loss=2.5, grad_norm=0.75, skipped=0, loss_scale=1.0) -> StepResult:
+def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> StepResult:
     return StepResult(
         loss=torch.tensor(loss),
         tokens=torch.tensor(64),
         grad_norm=torch.tensor(grad_norm),
         skipped=torch.tensor(skipped),
+        empty=torch.tensor(empty),
         loss_scale=torch.tensor(loss_scale),
     )
 
@@ -174,6 +175,13 @@ def test_record_writes_null_for_what_is_not_finite_or_unknown():
     assert row["mfu"] is None
     assert row["skipped"] == 1
     assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_steps_without_targets_have_no_loss_and_are_counted():
+    row = metrics.record(result(loss=math.nan, grad_norm=0.0, empty=2), step=1, tokens_seen=1000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    assert list(row) == [*KEYS, "steps_without_targets"]
+    assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
+    assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 step(s) without a target, no update in them |" in metrics.progress_line(row, total_steps=10, eta_s=1)
 
 
 def test_progress_line():

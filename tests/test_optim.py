@@ -66,7 +66,7 @@ def test_steps_equal_those_of_torch_with_the_gradient_divided():
             parameter.grad /= 8.0
         for group in other.param_groups:
             group["lr"] = lr
-        mine.step(lr=lr, divide=torch.tensor(8.0), nonfinite=torch.tensor(0.0))
+        mine.step(lr=lr, divide=torch.tensor(8.0), skip=torch.tensor(0.0))
         other.step()
         assert all(parameter.grad is None for parameter in ours.parameters())
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -77,11 +77,11 @@ def test_a_skipped_step_changes_nothing_and_does_not_count():
     module = small_model()
     optimizer = AdamW(local_shards(module.named_parameters()), OptimConfig())
     with_gradients(module, 0)
-    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), nonfinite=torch.tensor(0.0))
+    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), skip=torch.tensor(0.0))
     before = {key: value.clone() for key, value in {**dict(module.named_parameters()), **optimizer.state()}.items()}
     with_gradients(module, 1)
     module["proj"].weight.grad[0, 0] = float("inf")
-    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), nonfinite=torch.tensor(1.0))
+    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), skip=torch.tensor(1.0))
     after = {**dict(module.named_parameters()), **optimizer.state()}
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert float(after["optim.proj.weight.step"]) == 1.0
@@ -93,6 +93,6 @@ def test_frozen_parameters_have_no_state():
     optimizer = AdamW(local_shards(module.named_parameters()), OptimConfig())
     with_gradients(module, 0)
     before = module["proj"].weight.clone()
-    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), nonfinite=torch.tensor(0.0))
+    optimizer.step(lr=1e-2, divide=torch.tensor(1.0), skip=torch.tensor(0.0))
     assert torch.equal(module["proj"].weight, before)
     assert not any("proj.weight" in key for key in optimizer.state())

@@ -196,7 +196,7 @@ def test_the_scale_grows_backs_off_and_has_a_floor():
     scaler = LossScaler(settings, enabled=True, device=torch.device("cpu"))
     scales = []
     for nonfinite in (0, 0, 0, 1, 0, 0, 1, 1, 1, 0):
-        scaler.update(torch.tensor(float(nonfinite)))
+        scaler.update(torch.tensor(float(nonfinite)), empty=torch.tensor(0.0))
         scales.append(float(scaler.scale))
     assert scales == [4.0, 12.0, 12.0, 3.0, 3.0, 9.0, 2.25, 0.5625, 0.5, 0.5]
     assert int(scaler.state()["scaler.growth_tracker"]) == 1
@@ -204,6 +204,6 @@ def test_the_scale_grows_backs_off_and_has_a_floor():
 
 def test_without_loss_scaling_the_scale_stays_one():
     scaler = LossScaler(PrecisionConfig(), enabled=False, device=torch.device("cpu"))
-    scaler.update(torch.tensor(1.0))
+    scaler.update(torch.tensor(1.0), empty=torch.tensor(0.0))
     assert float(scaler.scale) == 1.0
     assert scaler.state() == {}

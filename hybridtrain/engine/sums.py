@@ -19,3 +19,8 @@ def valid_tokens(batches: Sequence[Batch], *, mesh: Mesh) -> Tensor:
         tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
     dist.all_reduce(tokens, group=mesh.loss_group)
     return tokens
+
+
+def mean_loss(mean: Tensor, *, tokens: Tensor) -> Tensor:
+    """The loss of a step, 0-d; NaN without a single valid token: a mean over nothing is no loss of 0."""
+    return torch.where(tokens > 0, mean, torch.nan)

@@ -1,7 +1,7 @@
 """The torch-native engine: DTensor, FSDP2 and torch pipelining behind the Engine contract.
 
 One step:  count valid tokens -> forward and backward of every micro-batch -> tied gradients -> global norm
-           -> update with clipping, unscaling and the non-finite skip inside the fused optimizer -> loss scale
+           -> update with clipping, unscaling and skips (non-finite, no target) inside the fused optimizer -> loss scale
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hybridtrain import optim
 from hybridtrain.checkpoint import sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
-from hybridtrain.engine.sums import valid_tokens
+from hybridtrain.engine.sums import mean_loss, valid_tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout, stages_per_rank
 from hybridtrain.mesh import Mesh, any_rank
 from hybridtrain.models.build import hf_config
@@ -93,14 +93,16 @@ class TorchEngine:
             add_tied_gradients(embed, head, group=self.ends)
         counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
         scaled_norm = gradient_norm(counted, mesh=self.mesh)  # a tied head of its own has the embedding's gradient: counted there
-        nonfinite = (~torch.isfinite(scaled_norm)).float()
+        empty = (tokens == 0).float()  # nothing to learn from: no update, and no reason to change the loss scale
+        nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0), nonfinite=nonfinite)
-        self.scaler.update(nonfinite)
+        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0), skip=torch.maximum(nonfinite, empty))
+        self.scaler.update(nonfinite, empty=empty)
         dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
-        return StepResult(scaled_loss / (scale * self.layout.dp), tokens, norm, nonfinite, scale)
+        loss = mean_loss(scaled_loss / (scale * self.layout.dp), tokens=tokens)
+        return StepResult(loss, tokens, norm, nonfinite, empty, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:

@@ -20,13 +20,15 @@ class LossScaler:
         self.scale = torch.tensor(settings.init_scale if enabled else 1.0, dtype=torch.float32, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, nonfinite: Tensor) -> None:
-        """Adjust after a step; `nonfinite` is a 0-d float tensor, 1 or 0, equal on all ranks."""
+    def update(self, nonfinite: Tensor, *, empty: Tensor) -> None:
+        """Adjust after a step; unchanged after one without targets (`empty`). 0-d float tensors, 1 or 0, equal on all ranks."""
         if not self.enabled:
             return
-        s = self.settings
+        s, before = self.settings, (self.scale.clone(), self.growth_tracker.clone())
         torch._amp_update_scale_(self.scale, self.growth_tracker, nonfinite, s.growth_factor, s.backoff_factor, s.growth_interval)
         self.scale.clamp_(min=s.min_scale)
+        for now, old in zip((self.scale, self.growth_tracker), before, strict=True):
+            now.copy_(torch.where(empty > 0, old, now))
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for the checkpoint; loading writes into them."""

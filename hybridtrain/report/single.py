@@ -13,7 +13,7 @@ from hybridtrain.report.history import History
 from hybridtrain.report.plots import Plot
 
 EVENTS_OPEN, MOST_EVENTS = 20, 1000
-ALARMING = ("skipped", "failed")
+ALARMING = ("skipped", "empty", "failed")
 
 
 def document(history: History, plots: Sequence[Plot]) -> str:

@@ -24,7 +24,7 @@ from hybridtrain.engine import capabilities, deepspeed_config
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
-from hybridtrain.engine.sums import valid_tokens
+from hybridtrain.engine.sums import mean_loss, valid_tokens
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
@@ -138,13 +138,18 @@ class DeepSpeedEngine:
         scale = torch.tensor(float(self.zero.loss_scale) if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        empty = (tokens == 0).float()
+        self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
+        scaler = self._scaler_state()
         total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
         dist.all_reduce(total, group=self.mesh.loss_group)
         after, self._after_step = self._after_step, _nothing
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
         norm = torch.as_tensor(float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-        return StepResult(total / tokens.clamp(min=1), tokens, norm, skipped, scale)
+        if scaler and not int(tokens):
+            self._set_scaler(scaler)
+        return StepResult(mean_loss(total / tokens.clamp(min=1), tokens=tokens), tokens, norm, skipped * (1 - empty), empty, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:

@@ -82,6 +82,11 @@ FORMATS = {
     "text.gz": lambda p: as_text_files(p / "texts", compressed=True),
     "jsonl": lambda p: write_jsonl(p / "a.jsonl", TEXTS),
     "jsonl.gz": lambda p: (p / "a.jsonl.gz", (p / "a.jsonl.gz").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
+    "gz by its bytes": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
+    "not packed": lambda p: write_jsonl(p / "a.jsonl.gz", TEXTS),
+    "array": lambda p: (p / "a.json", (p / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS])))[0],
+    "indented": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, indent=2) for text in TEXTS)))[0],
+    "utf-16": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(write_jsonl(p / "a", TEXTS).read_text("utf-8").encode("utf-16")))[0],
     "jsonl.zst": lambda p: write_zst(p / "a.jsonl.zst", write_jsonl(p / "a", TEXTS).read_bytes()),
     "parquet": lambda p: write_parquet(p / "a.parquet", TEXTS, name="text"),
     "saved": lambda p: as_datasets(p / "saved", splits=False),
@@ -139,7 +144,7 @@ def test_documents_and_split_of_records(reference):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_gives_the_same_tokens(tmp_path, reference, kind):
     source = FORMATS[kind](tmp_path)
-    fields = {"format": "datasets"} if kind == "load_dataset" else {}
+    fields = {"load_dataset": {"format": "datasets"}, "utf-16": {"encoding": "utf-16"}}.get(kind, {})
     whole = tokenize.prepare(settings(tmp_path / "whole", source, reference, eval_fraction=0.0, **fields), options=PrepareConfig())
     assert decoded(whole, "train") == TEXTS
     assert not (whole / "eval.bin").exists()
@@ -165,7 +170,7 @@ def test_byte_ranges_give_every_line_once(jsonl, limit):
     assert [record.value for record in found if record.value] == TEXTS
     lines = jsonl.read_bytes().split(b"\n")
     for unit in units[:: max(1, len(units) // 40)]:
-        for number, value, _ in readers.records(unit):
+        for number, value, *_ in readers.records(unit):
             line = int(readers.where(unit, number).rpartition(" ")[2])
             assert json.loads(lines[line - 1])["text"] == value
 
@@ -247,7 +252,6 @@ UNFIT = {
         "cannot be read as jsonl",
     ),
     "cut zst": (lambda p: damaged(p / "a.jsonl.zst", lambda f: write_zst(f, random.Random(0).randbytes(99999))), {}, "it is not JSON|cannot be read as jsonl"),
-    "no gz": (lambda p: write_jsonl(p / "a.jsonl.gz", TEXTS), {}, "cannot be read as jsonl"),
     "cut parquet": (lambda p: damaged(p / "a.parquet", lambda f: write_parquet(f, TEXTS, name="text")), {}, "cannot be read as Parquet"),
     "other column": (columns_of_another_name, {}, r"data\.text_key=text: .*a\.parquet has no such column\n  allowed: id, body"),
     "numbers": (columns_of_another_name, {"text_key": "id"}, r"a\.parquet row 0: its field holds no text but 0"),

@@ -5,6 +5,7 @@ Layouts are checked by layout.check, models by models/, data files by data/: eac
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -241,6 +242,7 @@ def _data(config: schema.Config) -> None:
     _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
     _one_of("data.chat_template", data.chat_template, CHAT_TEMPLATES)
     _one_of("data.format", data.format, DATA_FORMATS)
+    _encoding(data.encoding)
     for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):
         _require(bool(value), field, "''", "empty", allowed="a name", instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}")
     if data.tokenizer == "train":
@@ -258,6 +260,16 @@ def _data(config: schema.Config) -> None:
     wanted = type(config) is schema.PrepareRoot or (type(config) is schema.Config and not data.blend)  # parity makes tokens of its own when there is no path
     if wanted:
         _require(bool(data.path), "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
+
+
+def _encoding(name: str) -> None:
+    try:
+        known = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        known = False
+    _require(
+        known, "data.encoding", name, "Python has no such text encoding", allowed="utf-8, latin-1, cp1251, koi8-r, utf-16, ...", instead="data.encoding=utf-8"
+    )
 
 
 def _blend(data: schema.DataConfig) -> None:

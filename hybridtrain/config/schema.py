@@ -78,9 +78,12 @@ class DataConfig:
     """What `prepare` reads: files, folders, patterns or Hugging Face datasets; 'stdlib' is the source of Python's own standard library."""
     format: str = "auto"
     """auto: by a file's ending; text (a file is a document), jsonl, parquet, datasets (what `save_to_disk` wrote, or what `load_dataset` takes:
-    a folder or a hub id), chat (conversations, in any of the last three). Text and JSONL may be compressed (.gz, .zst)."""
+    a folder or a hub id), chat (conversations, in any of the last three). Text and JSONL may be compressed by gzip or zstd; JSON may
+    also be one array of objects, or indented objects."""
     pattern: str = ""
     """Which files of a folder in `source` are read; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
+    encoding: str = "utf-8"
+    """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251, koi8-r, gb18030 or utf-16."""
     text_key: str = "text"
     """Field of a JSONL record, or column, that holds the text of a document."""
     messages_key: str = "messages"

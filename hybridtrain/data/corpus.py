@@ -21,7 +21,7 @@ STDLIB = "stdlib"
 FORMAT = 2  # of a prepared folder
 READABLE = (1, FORMAT)  # format 1 had text files only, and no statistics
 COMPRESSED = (".gz", ".zst")
-_INFLATION = 4  # bytes of text behind a byte of a compressed file, about
+INFLATION = 4  # bytes of text behind a byte of a compressed file, about
 _ENDINGS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",), "text": (".txt",)}
 _PATTERNS = {
     "auto": ("*.txt", "*.jsonl", "*.ndjson", "*.parquet"),
@@ -50,6 +50,8 @@ class Source:
     """Changes when the content does."""
     held_out: bool | None
     """Whether it is held out for evaluation; None: each record's content decides."""
+    packed: str
+    """How it is compressed, known when it is opened: gz, zst or not at all."""
 
 
 def sources(data: DataConfig) -> list[Source]:
@@ -80,13 +82,13 @@ def _entry(entry: str, *, data: DataConfig) -> Iterator[Source]:
     saved = data.format in ("auto", "chat") and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
-        yield Source(name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version="", held_out=None)
+        yield Source(name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version="", held_out=None, packed="")
         return
     for name, file in sorted(_files(entry, path=path, patterns=_patterns(data))):
         kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format == "chat" else "text")
         facts = file.stat()
-        size = facts.st_size * (_INFLATION if file.suffix in COMPRESSED else 1)
-        yield Source(name=name, path=str(file), format=kind, size=size, version=str(facts.st_mtime_ns), held_out=False if kind == "text" else None)
+        size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)
+        yield Source(name=name, path=str(file), format=kind, size=size, version=str(facts.st_mtime_ns), held_out=False if kind == "text" else None, packed="")
 
 
 def _patterns(data: DataConfig) -> list[str]:

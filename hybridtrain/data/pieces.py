@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,10 +110,7 @@ class Document(NamedTuple):
 
 def plan(sources: list[Source], *, fields: Fields) -> list[Piece]:
     """All pieces of a corpus. Opens each source, reading metadata only."""
-    opened = []
-    for source in sources:
-        size, version = readers.open_source(source, fields=fields)
-        opened.append(replace(source, size=size, version=version))
+    opened = [readers.open_source(source, fields=fields) for source in sources]
     limit = max(MIN_PIECE_BYTES, sum(source.size for source in opened) // MAX_PIECES)
     units = (unit for source in opened for unit in readers.cut(source, fields=fields, limit=limit))
     return [Piece(number=number, units=members) for number, members in enumerate(_grouped(units, limit=limit))]
@@ -129,11 +126,11 @@ def check_beginnings(pieces: list[Piece], *, recipe: Recipe) -> None:
 def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Document]:
     """The documents of a unit, split decided; empty ones are none. Counts what it meets; raises UserError for a bad record unless skip_bad."""
     named = unit.source.held_out
-    for number, value, problem in readers.records(unit):
+    for number, value, problem, instead in readers.records(unit):
         if not problem:
             value, content, problem = _conversation(value) if recipe.chat else _text(value)
         if problem:
-            _bad(unit, number, problem, recipe=recipe, counts=counts)
+            _bad(unit, number, problem, instead=instead, recipe=recipe, counts=counts)
         elif value:
             digest = hashlib.blake2b(content, digest_size=16).digest() if named is None or recipe.deduplicate else b""
             held_out = corpus.share(digest) < recipe.eval_fraction if named is None else named
@@ -198,17 +195,19 @@ def _conversation(value: Any) -> tuple[list, bytes, str]:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def _bad(unit: Unit, number: int, problem: str, *, recipe: Recipe, counts: Counts) -> None:
+def _bad(unit: Unit, number: int, problem: str, *, instead: str, recipe: Recipe, counts: Counts) -> None:
     if not recipe.skip_bad:
         option = unit.fields.option
         words = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
-        raise refusal(
-            "data.source", readers.where(unit, number), problem, allowed=words, instead=f"another {option}, or prepare.skip_bad=true to leave such out"
-        )
+        allowed = f"text in {unit.fields.encoding}" if unit.source.format == "text" else words
+        raise refusal("data.source", readers.where(unit, number), problem, allowed=allowed, instead=instead or f"another {option}, or {readers.SKIP}")
     counts.bad += 1
     counts.first_bad = counts.first_bad or f"{readers.where(unit, number)}: {problem}"
 
@@ -226,7 +225,7 @@ def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: C
             for document in batch:
                 yield from _encoded([document], encode=encode, recipe=recipe, counts=counts)
         else:
-            _bad(batch[0].unit, batch[0].number, str(error).partition("\n")[0], recipe=recipe, counts=counts)
+            _bad(batch[0].unit, batch[0].number, str(error).partition("\n")[0], instead="", recipe=recipe, counts=counts)
         return
     except Exception as error:
         error.add_note(f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}")

@@ -1,31 +1,34 @@
 """One reader per format behind one record: a `Unit` is a restartable range of a source, `records` streams what lies in it.
 
     text        the whole file, one record                     jsonl     the lines that begin in a range of bytes
-    parquet     the rows of some row groups                    datasets  a range of rows
+    json        the elements of an array, or indented objects  parquet   the rows of some row groups
+    datasets    a range of rows
 
-Nothing is read whole but one text file, one line or one small batch of rows. pyarrow and datasets are optional packages.
+Nothing is read whole but one text file, one line, one element or one small batch of rows. pyarrow and datasets are optional packages.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib
-import io
 import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.corpus import COMPRESSED, Source
+from hybridtrain.data import streams
+from hybridtrain.data.corpus import INFLATION, Source
+from hybridtrain.data.streams import READ_BYTES, UTF8
+from hybridtrain.files import is_lfs_pointer, lfs_pointer
 from hybridtrain.types import UserError, refusal
 
 ROWS_AT_ONCE = 256  # of Parquet or a dataset
-READ_BYTES = 1 << 20
+ENCODINGS = "any that Python knows: latin-1, cp1251, koi8-r, gb18030, utf-16, ..."
+SKIP = "prepare.skip_bad=true to leave such records out"
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class Fields:
     """The option that names `key`."""
     config: str
     split: str
+    encoding: str
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
         key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
-        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split)
+        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +67,35 @@ class Record(NamedTuple):
     """Within the unit, from 0."""
     value: Any
     problem: str
+    instead: str = ""
+    """What to try where there is a problem; empty: another field, or leaving it out."""
 
 
-def open_source(source: Source, *, fields: Fields) -> tuple[int, str]:
-    """(bytes of text, about; version) of a source, from its metadata.
+def open_source(source: Source, *, fields: Fields) -> Source:
+    """The source with what only its own bytes tell: its format and compression, its bytes of text (about), its version.
 
-    Raises UserError for what is damaged or not of its format, for a missing package, and where there is no such column.
+    Raises UserError for what is damaged or not of its format or encoding, for a missing package, and where there is no such column.
     """
+    if source.format in ("parquet", "datasets") and fields.encoding != UTF8:
+        allowed = "text and JSONL, in any encoding"
+        raise refusal("data.encoding", fields.encoding, f"{source.path} is {source.format}, which has its own", allowed=allowed, instead="no data.encoding")
     if source.format == "datasets":
         dataset = _dataset(source, fields)
         _check_column(source, fields, columns=dataset.column_names)
-        return max(1, dataset.data.nbytes), dataset._fingerprint  # the library's own identity of the content
+        return replace(source, size=max(1, dataset.data.nbytes), version=dataset._fingerprint)  # the library's own identity of the content
+    if is_lfs_pointer(Path(source.path)):
+        raise lfs_pointer("data.source", Path(source.path))
     if source.format == "parquet":
         file = _parquet(source)
         _check_column(source, fields, columns=file.schema_arrow.names)
-        return max(1, sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))), source.version
-    return source.size, source.version
+        return replace(source, size=max(1, sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))))
+    with _readable(source, fields):
+        packed = streams.compression(source.path)
+        start = streams.head(source.path, packed=packed)
+    streams.check_beginning(source.path, start, encoding=fields.encoding)
+    size = Path(source.path).stat().st_size * (INFLATION if packed else 1)
+    values = source.format == "jsonl" and streams.holds_values(start, encoding=fields.encoding)
+    return replace(source, size=size, packed=packed, format="json" if values else source.format)
 
 
 def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
@@ -99,7 +116,7 @@ def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
             if size >= limit or group == metadata.num_row_groups - 1:
                 yield unit(start, group + 1, size)
                 start, size = group + 1, 0
-    elif source.format == "jsonl" and not source.path.endswith(COMPRESSED):
+    elif source.format == "jsonl" and not source.packed and fields.encoding == UTF8:
         yield from (unit(start, min(start + limit, source.size), min(limit, source.size - start)) for start in range(0, source.size, limit))
     else:
         yield unit(0, source.size, source.size)
@@ -107,16 +124,26 @@ def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
 
 def records(unit: Unit) -> Iterator[Record]:
     """The records of a unit, in order. Raises UserError where the file itself cannot be read on."""
-    read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet_rows, "datasets": _dataset_rows}[unit.source.format]
-    try:
+    read = {"text": _text, "jsonl": _jsonl, "json": _json, "parquet": _parquet_rows, "datasets": _dataset_rows}[unit.source.format]
+    with _readable(unit.source, unit.fields):
         yield from read(unit)
+
+
+@contextmanager
+def _readable(source: Source, fields: Fields) -> Iterator[None]:
+    """Damage, as gzip, zstd and pyarrow name it, is refused with the file."""
+    try:
+        yield
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:  # as gzip, zstd and pyarrow name damage
+    except UnicodeDecodeError as error:
+        words, allowed = f"it has bytes that are no text in {fields.encoding} ({error.reason})", f"text in {fields.encoding}"
+        raise refusal("data.source", source.path, words, allowed=allowed, instead=f"data.encoding=NAME, {ENCODINGS}") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise refusal(
             "data.source",
-            unit.source.path,
-            f"it cannot be read as {unit.source.format} ({type(error).__name__}: {error})",
+            source.path,
+            f"it cannot be read as {source.format} ({type(error).__name__}: {error})",
             allowed="complete, undamaged files",
             instead="the file once more from where it came, or another data.format",
         ) from error
@@ -129,6 +156,8 @@ def where(unit: Unit, number: int) -> str:
         return path
     if unit.source.format == "jsonl":
         return f"{path} line {_lines_before(path, unit.start) + number + 1}"
+    if unit.source.format == "json":
+        return f"{path} element {number + 1}"
     if unit.source.format == "parquet":
         metadata = _parquet(unit.source).metadata
         return f"{path} row {sum(metadata.row_group(group).num_rows for group in range(unit.start)) + number}"
@@ -136,17 +165,24 @@ def where(unit: Unit, number: int) -> str:
 
 
 def _text(unit: Unit) -> Iterator[Record]:
-    """A file as UTF-8; bytes that are not become U+FFFD, which `prepare` counts and reports."""
-    with _opened(unit.source.path) as file:
-        yield Record(0, file.read().decode("utf-8-sig", errors="replace"), "")
+    """A file, decoded; a few bytes that are no text become U+FFFD, which `prepare` counts and reports."""
+    content, problem = streams.text(unit.source.path, packed=unit.source.packed, encoding=unit.fields.encoding)
+    yield Record(0, content, problem, f"data.encoding=NAME, {ENCODINGS}; or {SKIP}")
 
 
 def _jsonl(unit: Unit) -> Iterator[Record]:
-    with _opened(unit.source.path) as file:
-        whole = unit.source.path.endswith(COMPRESSED)
-        for number, line in enumerate(file if whole else _lines_from(file, start=unit.start, stop=unit.stop)):
-            if line.strip():
-                yield _parsed(number, line, key=unit.fields.key)
+    source, encoding = unit.source, unit.fields.encoding
+    if source.packed or encoding != UTF8:
+        yield from _parsed(streams.lines(source.path, packed=source.packed, encoding=encoding), unit=unit)
+    else:
+        with streams.opened(source.path, packed="") as file:
+            yield from _parsed(_lines_from(file, start=unit.start, stop=unit.stop), unit=unit)
+
+
+def _json(unit: Unit) -> Iterator[Record]:
+    source = unit.source
+    values = streams.values(source.path, packed=source.packed, encoding=unit.fields.encoding)
+    return (_record(number, value, key=unit.fields.key) for number, value in enumerate(values))
 
 
 def _lines_from(file: BinaryIO, *, start: int, stop: int) -> Iterator[bytes]:
@@ -160,11 +196,33 @@ def _lines_from(file: BinaryIO, *, start: int, stop: int) -> Iterator[bytes]:
         at += len(line)
 
 
-def _parsed(number: int, line: bytes, *, key: str) -> Record:
+def _parsed(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
+    for number, line in enumerate(lines):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except RecursionError:
+                yield Record(number, None, "it is not JSON (its brackets are nested too deeply)", SKIP)
+            except ValueError as error:
+                yield Record(number, None, f"it is not JSON ({error})", _advice(line, first=unit.start == number == 0))
+            else:
+                yield _record(number, value, key=unit.fields.key)
+
+
+def _advice(line: bytes, *, first: bool) -> str:
+    """What to try with a line that is not JSON; where it is the first, all are likely to be so, and leaving them out is no advice."""
+    if b"}\r{" in line:
+        return "line ends of LF, not CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl"
+    if first and not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        return "data.format=text for plain text; a CSV file becomes Parquet by pandas: read_csv(FILE).to_parquet('FILE.parquet')"
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Record(number, None, f"it is not JSON ({error})")
+        line.decode()
+    except UnicodeDecodeError:
+        return f"data.encoding=NAME of the file's encoding, or {SKIP}"
+    return "a whole JSON object on each line, without a comma after the last field" + ("" if first else f"; or {SKIP}")
+
+
+def _record(number: int, record: Any, *, key: str) -> Record:
     if not isinstance(record, dict):
         return Record(number, None, f"it is no object but a {type(record).__name__}")
     if record.get(key) is None:
@@ -189,14 +247,6 @@ def _rows(values: Iterable[Any], *, key: str) -> Iterator[Record]:
     return (Record(number, value, "" if value is not None else f"its field {key!r} is empty (null)") for number, value in enumerate(values))
 
 
-def _opened(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.open(path, "rb"), READ_BYTES)  # type: ignore[arg-type]
-    if path.endswith(".zst"):
-        return io.BufferedReader(_package("pyarrow").input_stream(path, compression="zstd"), READ_BYTES)
-    return Path(path).open("rb", buffering=READ_BYTES)
-
-
 @lru_cache(maxsize=4)
 def _lines_before(path: str, stop: int) -> int:
     """Line ends in the first `stop` bytes, and the line that begins before `stop` and ends after it."""
@@ -208,24 +258,10 @@ def _lines_before(path: str, stop: int) -> int:
     return lines + (stop > 0 and not block.endswith(b"\n"))
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise refusal(
-            "data.format",
-            package,
-            f"the package {package} is not installed ({error})",
-            allowed="text and JSONL without it",
-            instead=f"pip install {package} (or bash launch/setup.sh)",
-        ) from error
-
-
 @lru_cache(maxsize=8)
 def _parquet(source: Source) -> Any:
     """The open Parquet file, for its metadata and its rows."""
-    pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
+    pyarrow, parquet = streams.package("pyarrow"), streams.package("pyarrow.parquet")
     try:
         return parquet.ParquetFile(source.path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -237,7 +273,7 @@ def _parquet(source: Source) -> Any:
 @lru_cache(maxsize=8)
 def _dataset(source: Source, fields: Fields) -> Any:
     """The dataset, from the folder that `save_to_disk` wrote, or through `load_dataset`; its library keeps it on disk, memory-mapped."""
-    datasets = _package("datasets")
+    datasets = streams.package("datasets")
     folder = Path(source.path)
     try:
         if (folder / "state.json").is_file():
@@ -265,5 +301,8 @@ def _dataset(source: Source, fields: Fields) -> Any:
 
 
 def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None:
+    if columns.count(fields.key) > 1:
+        allowed, instead = "columns with names of their own", f"the file with one of them renamed, or another {fields.option}"
+        raise refusal(fields.option, fields.key, f"{source.path} has {columns.count(fields.key)} columns of this name", allowed=allowed, instead=instead)
     if fields.key not in columns:
         raise refusal(fields.option, fields.key, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{fields.option}={columns[0]}")

@@ -94,7 +94,7 @@ def _check(data: DataConfig) -> None:
 
 def _settings(data: DataConfig) -> dict[str, Any]:
     """What determines the token files, apart from the text itself."""
-    names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split"]
+    names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split", "encoding"]
     names += ["messages_key", "chat_template", "seq_len"] if data.format == "chat" else ["text_key", "append_eos"]
     names += ["vocab_size"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}

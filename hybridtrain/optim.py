@@ -6,7 +6,6 @@ unscaling and skipped steps inside the kernel (the `grad_scale` and `found_inf` 
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.config.schema import OptimConfig, ScheduleConfig
+from hybridtrain.models.patterns import matches
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class Local:
     name: str
     parameter: nn.Parameter
     shard: nn.Parameter
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter name matches one of the shell-style patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[Local]:

@@ -91,6 +91,10 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     job = resolve(config)
+    if log.rank() == 0 and config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
+        from hybridtrain.models.build import check as check_model
+
+        check_model(config)  # a new run: what transformers refuses leaves no folder behind
     opened = (_open_run(job), job.fingerprints) if log.rank() == 0 else None  # what it refuses is said before processes meet; the launcher ends the other ranks
     import torch
 

@@ -180,7 +180,7 @@ def test_folders_without_weights_or_config(tmp_path):
     with pytest.raises(UserError, match="no safetensors weights"):
         source_of(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="it is not JSON"):
         read_config(ModelConfig(from_pretrained=str(tmp_path)))
     with pytest.raises(UserError, match="no such folder"):
         read_config(ModelConfig(from_pretrained=str(tmp_path / "nowhere")))

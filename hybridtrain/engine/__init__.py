@@ -103,7 +103,9 @@ def _release(version: str) -> tuple[int, int]:
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
     """Mesh, stages, weights, optimizer and schedule (collective; the process group exists)."""
     from hybridtrain import backend
+    from hybridtrain.models.build import check
 
+    check(config)
     backend.apply(config.engine, device=device)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine

@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.types import refusal
+from hybridtrain.config.schema import Config
+from hybridtrain.models import overrides, patterns
+from hybridtrain.models.facts import read_config
+from hybridtrain.models.family import family_of
+from hybridtrain.types import UserError, refusal
 
-_LEGACY_FIELDS = {"rope_theta", "rope_scaling", "model_type"}  # older config.json files spell rope_parameters so
+_NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
+"""Fields of a config.json that do not shape the model: labels, and what precision, training and export decide."""
 
 
 def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention: str) -> Any:
-    """A transformers config from config.json `fields`; those the user chose (`chosen`) must exist in it. Raises UserError."""
+    """A transformers config from config.json `fields`, in which those that the user chose (`chosen`) are in force. Raises UserError."""
     from transformers import AutoConfig
 
-    rest = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")}
+    rest = {key: value for key, value in fields.items() if key not in _NOT_OURS}
     try:
-        config = AutoConfig.for_model(fields["model_type"], **rest)
+        config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exception
-        reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise refusal(
-            "model.config", dict(rest), "; ".join(reason[:3]), allowed="what this architecture's config.json takes", instead="the published values"
-        ) from error
-    known = set(type(config)().to_dict()) | _LEGACY_FIELDS
+        raise _unfit(error, fields, chosen=chosen) from error
+    known = set(type(config)().to_dict()) | {*overrides.ROPE, *_NOT_OURS}
     for key in chosen:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
@@ -37,11 +39,130 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
                 chosen[key],
                 f"a {fields['model_type']} config has no such field",
                 allowed="the fields of its config.json",
-                instead=nearest[0] if nearest else "leave it out",
+                instead=f"model.config.{nearest[0]}={chosen[key]}" if nearest else "leave it out",
             )
+    _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
+    if chosen:
+        _check_in_force(config, fields, chosen=chosen)
     return config
+
+
+def _unfit(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> UserError:
+    """The refusal of fields that transformers does not take, with the first lines of its reason."""
+    reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(reason[:3])
+    named = next((key for key in chosen if key in text), None)
+    where, value = (f"model.config.{named}", chosen[named]) if named else ("model.config", f"(a {fields.get('model_type')} model)")
+    return refusal(where, value, text[:300], allowed="what this architecture's config.json takes", instead="the published value, or leave it out")
+
+
+def _check_activation(config: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    name = getattr(config, "hidden_act", None)
+    if name is not None and name not in ACT2FN:
+        near = difflib.get_close_matches(str(name), ACT2FN, n=1, cutoff=0.3)
+        words = "transformers has no such activation"
+        raise refusal(
+            "model.config.hidden_act", name, words, allowed=", ".join(sorted(ACT2FN)), instead=f"model.config.hidden_act={near[0] if near else 'silu'}"
+        )
+
+
+def check(config: Config) -> None:
+    """Build what can be built of the model without weights or processes (raises UserError): fields in force, patterns that match."""
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    patterns.check(parameter_names(built), freeze=config.model.freeze, no_decay=config.optim.no_decay)
+
+
+def parameter_names(config: Any) -> list[str]:
+    """Names of all parameters of the model, tied ones once. Layers are alike: one stands for all."""
+    family = family_of(config.model_type)
+    prefix = f"{family.layers}.0."
+    names: list[str] = []
+    for name, _ in _one_layer(config).named_parameters():
+        names += [f"{family.layers}.{index}.{name.removeprefix(prefix)}" for index in range(config.num_hidden_layers)] if name.startswith(prefix) else [name]
+    return names
+
+
+def _one_layer(config: Any) -> nn.Module:
+    """The model with its first layer alone, on the meta device."""
+    one = copy.deepcopy(config)
+    if getattr(one, "layer_types", None) is not None:
+        one.layer_types = one.layer_types[:1]
+    one.num_hidden_layers = 1
+    return meta_model(one)
+
+
+# -- what was asked for is in force --------------------------------------------------------------------------------
+
+
+def _check_in_force(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
+    """Hold the built config, and the modules that it makes, against each chosen value (raises UserError, naming the first that differs)."""
+    for key, value in chosen.items():
+        if key in (*overrides.ROPE, *_NOT_OURS) or (value is None and key != "sliding_window"):
+            continue
+        if key == "sliding_window" and chosen.get("use_sliding_window") is False:
+            continue  # published Qwen configs name a window and switch it off
+        effective = getattr(config, key)
+        if effective != value:
+            raise _not_in_force(key, value, effective)
+    family = family_of(config.model_type)
+    if any(key in chosen for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "num_hidden_layers")):
+        wanted = overrides.windows(fields, layers=config.num_hidden_layers)
+        windows = [family.window(config, index) for index in range(config.num_hidden_layers)]
+        named = next((key for key in ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers") if key in chosen), "num_hidden_layers")
+        if windows != wanted:
+            raise _not_in_force(named, chosen[named], f"windows {windows} instead of {wanted}")
+        asks = chosen.get("use_sliding_window") or "sliding_attention" in (chosen.get("layer_types") or [])
+        if asks and getattr(config, "sliding_window", None) is None:
+            words = "without use_sliding_window and sliding_window no layer has a window, so it would not be in force"
+            instead = "model.config.use_sliding_window=true model.config.sliding_window=4096"
+            raise refusal(f"model.config.{named}", chosen[named], words, allowed="with both", instead=instead)
+    if any(key in chosen for key in overrides.ROPE):
+        _check_rotary(config, overrides.rope_of(fields), chosen=chosen)
+    try:
+        model = _one_layer(config)
+    except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+        raise _unfit(error, fields, chosen=chosen) from error
+    embed, attention = model.get_submodule(family.embed), model.get_submodule(f"{family.layers}.0.{family.attention}")
+    for key, effective in (("vocab_size", embed.num_embeddings), ("hidden_size", embed.embedding_dim), ("head_dim", attention.head_dim)):
+        if chosen.get(key) is not None and chosen[key] != effective:
+            raise _not_in_force(key, chosen[key], effective)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _not_in_force(key: str, value: object, effective: object) -> UserError:
+    instead = {"sliding_window": "model.config.use_sliding_window=true too"}.get(key, "leave it out")
+    words = f"transformers makes {effective} of it, so it would not be in force"
+    return refusal(f"model.config.{key}", value, words, allowed="a value that the model takes", instead=instead)
+
+
+def _check_rotary(config: Any, wanted: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
+    """Hold the rotary module against the rotary fields `wanted`: its kind, its base, and each key."""
+    key = next(key for key in overrides.ROPE if key in chosen)
+    for name, value in wanted.items():
+        if config.rope_parameters.get(name) != value:
+            raise _not_in_force(key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}")
+    try:
+        rotary: Any = type(_one_layer(config).get_submodule(family_of(config.model_type).rotary))(config=config)
+    except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise refusal(f"model.config.{key}", chosen[key], f"no rotary positions ({error})", allowed="fields of its kind", instead="leave it out") from error
+    kind, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
+    if rotary.rope_type != kind:
+        raise _not_in_force(key, chosen[key], f"rope_type={rotary.rope_type} instead of {kind}")
+    for name, effective in (("partial_rotary_factor", 2 * len(rotary.inv_freq) / _head_dim(config)), ("attention_factor", rotary.attention_scaling)):
+        if name in wanted and wanted[name] != effective:
+            raise _not_in_force(key, chosen[key], f"{name}={effective} instead of {wanted[name]}")
+    if kind in ("default", "linear"):  # the others bend the frequencies each in its way
+        dim = 2 * len(rotary.inv_freq)
+        expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / float(config.rope_parameters.get("factor") or 1.0)
+        if not torch.allclose(rotary.inv_freq.double(), expected, rtol=1e-4, atol=0.0):
+            raise _not_in_force(key, chosen[key], "other frequencies")
 
 
 def meta_model(config: Any) -> nn.Module:

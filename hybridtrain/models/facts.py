@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import difflib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.files import read_object
+from hybridtrain.models import overrides
+from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.types import ModelFacts, UserError, refusal
 
 # What transformers fills in when config.json leaves a field out, for the fields that planning needs.
@@ -23,24 +27,14 @@ _NOT_YET = (
     ("quantization_config", "training of quantised weights", "the unquantised model with precision=bf16_mixed"),
 )
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert", "mpnet", "vit", "clip")
+_OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json fields: from_pretrained's own, then `model.config` over them."""
-    fields: dict[str, Any] = {}
-    if model.from_pretrained:
-        path = _config_json(model)
-        try:
-            fields = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise refusal(
-                "model.from_pretrained",
-                model.from_pretrained,
-                f"its config.json is not valid JSON ({error})",
-                allowed="a Hugging Face model folder",
-                instead="download it again",
-            ) from error
-    return fields | dict(model.config)
+    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.laid_over). Raises UserError."""
+    source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
+    return overrides.laid_over(source, model.config)
 
 
 def _config_json(model: ModelConfig) -> Path:
@@ -96,24 +90,19 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     """Derive the facts from config.json fields; refuses families, and what a config.json may ask for, that are not supported yet."""
     kind = fields.get("model_type")
     if kind not in SUPPORTED:
-        raise refusal(
-            "model.config.model_type",
-            kind,
-            "this architecture is not supported yet",
-            allowed=", ".join(SUPPORTED),
-            instead="model=tiny, or a model of these families",
-        )
+        raise _unsupported(kind)
     for field, words, instead in _NOT_YET:
         if fields.get(field):
             raise refusal(f"model.config.{field}", fields[field], f"{words} is not supported yet", allowed="none", instead=instead)
     given: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
     get: Callable[[str], Any] = given.get
-    missing = [key for key in _SIZES if not get(key)]
+    missing = [key for key in _SIZES if get(key) is None]
     if missing:
         raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")
-    hidden, heads = int(get("hidden_size")), int(get("num_attention_heads"))
+    check_fields(given)
+    hidden, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
-    head_dim = int(get("head_dim") or hidden // heads)
+    head_dim = get("head_dim") or hidden // heads
     if not get("head_dim") and hidden % heads:
         raise refusal(
             "model.config.num_attention_heads",
@@ -122,31 +111,46 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
             allowed=f"divisors of {hidden}",
             instead="a head_dim, or another number of heads",
         )
-    kv_heads = int(get("num_key_value_heads") or heads)
+    kv_heads = get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise refusal(
             "model.config.num_key_value_heads",
             kv_heads,
             f"does not divide num_attention_heads {heads}",
             allowed=f"divisors of {heads}",
-            instead="another number",
+            instead=f"model.config.num_key_value_heads={math.gcd(heads, kv_heads)}",
         )
     result = ModelFacts(
         model_type=kind,
-        layers=int(get("num_hidden_layers")),
+        layers=get("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn=int(get("intermediate_size")),
-        vocab=int(get("vocab_size")),
+        ffn=get("intermediate_size"),
+        vocab=get("vocab_size"),
         tied=bool(get("tie_word_embeddings")),
-        window=int(window) if window else None,
-        max_positions=int(get("max_position_embeddings")),
+        window=window or None,
+        max_positions=get("max_position_embeddings"),
         parameters=0,
     )
     biases = {"attention": bool(get("attention_bias")), "mlp": bool(get("mlp_bias"))}
-    return _count(result, biases=biases)
+    counted = _count(result, biases=biases)
+    if counted.parameters > MOST_PARAMETERS:
+        words = f"the model would have {counted.parameters:,} parameters"
+        raise refusal("model.config.hidden_size", hidden, words, allowed=f"up to {MOST_PARAMETERS:,}", instead="the published sizes")
+    return counted
+
+
+def _unsupported(kind: object) -> UserError:
+    """The refusal of an architecture, with advice that fits its kind."""
+    if kind in _ENCODERS or kind in _OTHERS:
+        words = "only causal language models are trained, and this is " + ("an encoder" if kind in _ENCODERS else "an encoder-decoder model")
+    else:
+        words = "this architecture is not supported yet"
+    near = difflib.get_close_matches(str(kind), SUPPORTED, n=1, cutoff=0.75)
+    instead = f"model.config.model_type={near[0]}" if near else "a model of these families; CONTRIBUTING.md says what a new one takes"
+    return refusal("model.config.model_type", kind, words, allowed=", ".join(SUPPORTED), instead=instead)
 
 
 def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:

@@ -14,8 +14,8 @@ from hybridtrain.layout import SPLIT_BACKWARD, stage_layers, stages_per_rank
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
-from hybridtrain.optim import matches
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute
 from hybridtrain.parallel.shard import apply_shard, settle_shards

@@ -1,0 +1,213 @@
+"""Fields that a user chose, laid over those of a model's config.json: one spelling for each, and nothing stale beside it. No torch.
+
+    config.json (either spelling)  +  model.config  ->  one spelling  ->  build.hf_config, which holds the result against `model.config`
+
+config.json files spell rotary positions in two ways (`rope_theta` and `rope_scaling`, or both inside `rope_parameters`), and those that
+transformers 5 writes hold fields that follow from others (`layer_types`, `head_dim`). Where both reach transformers, it takes one in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from hybridtrain.types import UserError, refusal
+
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+"""Fields of config.json that hold parts of the rotary positions."""
+_ALWAYS = ("rope_theta", "rope_type", "partial_rotary_factor")
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
+}
+"""rope_type -> (keys it needs, keys it may have) beside those that all have."""
+_KNOWN = {*_ALWAYS, *(key for needs, may in ROPE_TYPES.values() for key in (*needs, *may))}
+_LAYER_TYPES_FOLLOW = ("num_hidden_layers", "use_sliding_window", "sliding_window", "max_window_layers")
+_WINDOW_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_HEAD_DIM_FOLLOWS = ("llama", "mistral")
+"""Families whose head_dim is hidden_size / num_attention_heads unless config.json says otherwise."""
+
+
+def laid_over(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json `source` with the user's `chosen` over them, mappings merged key by key. Raises UserError.
+
+    Rotary fields come out as `rope_parameters` where the user chose any. Fields of the source that follow from a chosen one are dropped,
+    unless they are chosen too.
+    """
+    for key in ("dtype", "torch_dtype"):
+        if chosen.get(key) not in (None, "float32"):
+            words = "a precision recipe decides the dtypes of training, export.dtype that of an export"
+            raise refusal(f"model.config.{key}", chosen[key], words, allowed="float32, or leave it out", instead="precision=bf16_mixed")
+    chosen = {key: value for key, value in chosen.items() if key not in ("dtype", "torch_dtype")}
+    rope = _rope(source, chosen)
+    if rope is not None:
+        source, chosen = ({key: value for key, value in fields.items() if key not in ROPE} for fields in (source, chosen))
+    result = _deep(_without_derived(source, chosen), chosen)
+    return result if rope is None else {**result, "rope_parameters": rope}
+
+
+def _deep(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        before = result.get(key)
+        result[key] = _deep(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+# -- rotary positions ----------------------------------------------------------------------------------------------
+
+
+def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rotary positions in their new spelling; None if the user chose none of their fields."""
+    if not any(key in chosen for key in ROPE):
+        return None
+    mine, base = _chosen_rope(chosen), rope_of(source)
+    kind = mine.get("rope_type") or base.get("rope_type") or "default"
+    if kind not in ROPE_TYPES:
+        near = difflib.get_close_matches(str(kind), ROPE_TYPES, n=1, cutoff=0.3)
+        where = _where(chosen, "rope_type")
+        raise refusal(where, kind, "no such kind of rotary positions", allowed=", ".join(ROPE_TYPES), instead=f"{where}={near[0] if near else 'default'}")
+    if kind != base.get("rope_type", "default"):  # what belongs to the other kind goes
+        base = {key: value for key, value in base.items() if key in _ALWAYS}
+    rope = {key: value for key, value in {**base, **mine, "rope_type": kind}.items() if value is not None}
+    needs, may = ROPE_TYPES[kind]
+    for key in mine:
+        _check_rope_key(key, mine[key], chosen=chosen, kind=kind, takes=(*_ALWAYS, *needs, *may))
+    missing = [key for key in needs if key not in rope]
+    if missing:
+        words = f"rope_type={kind} needs {', '.join(needs)}"
+        raise refusal(_where(chosen, missing[0]), "(missing)", words, allowed="all of them", instead=f"{_where(chosen, missing[0])}=VALUE")
+    return rope
+
+
+def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions that transformers reads from config.json `fields`, in their new spelling; empty: all at their defaults."""
+    held = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(held, Mapping):
+        raise _no_mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters", held)
+    rope = dict(held)
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if fields.get(key) is not None:
+            rope.setdefault(key, fields[key])
+    return rope
+
+
+def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user chose of the rotary positions, in one spelling; two that differ are refused."""
+    rope: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    for field in ROPE:
+        if field not in chosen:
+            continue
+        value = chosen[field]
+        if field in ("rope_scaling", "rope_parameters"):
+            if value is not None and not isinstance(value, Mapping):
+                raise _no_mapping(field, value)
+            parts = {f"{field}.{key}": item for key, item in value.items()} if value is not None else {f"{field}.rope_type": "default"}
+        else:
+            parts = {field: value}
+        for name, item in parts.items():
+            key = name.rpartition(".")[2]
+            key = "rope_type" if key == "type" else key
+            if key in rope and rope[key] != item:
+                words = f"model.config.{seen[key]}={rope[key]} says otherwise"
+                raise refusal(f"model.config.{name}", item, words, allowed="one of the two", instead=f"model.config.{seen[key]}={item}")
+            rope[key], seen[key] = item, name
+    return rope
+
+
+def _check_rope_key(key: str, value: Any, *, chosen: Mapping[str, Any], kind: str, takes: tuple[str, ...]) -> None:
+    if value is None or key in takes:
+        return
+    where = _where(chosen, key)
+    if key in _KNOWN:
+        words = f"rope_type={kind} does not take it"
+        whole = where.rpartition(".")[0] + "={rope_type:" + kind + "," + ",".join(f"{name}:VALUE" for name in ROPE_TYPES[kind][0]) + "}"
+        raise refusal(where, value, words, allowed=", ".join(takes), instead=f"{where}=null, or {whole.replace(',}', '}')}")
+    near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.3)
+    instead = f"{where.rpartition('.')[0]}.{near[0]}={value}" if near else "leave it out"
+    raise refusal(where, value, "rotary positions have no such key", allowed=", ".join(sorted(_KNOWN)), instead=instead)
+
+
+def _where(chosen: Mapping[str, Any], key: str) -> str:
+    """The option under which the user wrote `key`, or would write it."""
+    if key in chosen and key in ROPE:
+        return f"model.config.{key}"
+    for field in ("rope_parameters", "rope_scaling"):
+        held = chosen.get(field)
+        if isinstance(held, Mapping):
+            return f"model.config.{field}.{'type' if key == 'rope_type' and 'type' in held else key}"
+    return f"model.config.rope_parameters.{key}"
+
+
+def _no_mapping(field: str, value: Any) -> UserError:
+    return refusal(f"model.config.{field}", value, "not a mapping", allowed="{rope_type: linear, factor: 4.0} and the like, or null", instead="null")
+
+
+# -- what follows from other fields --------------------------------------------------------------------------------
+
+
+def _without_derived(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """`source` without the fields that follow from those the user changes."""
+    result = dict(source)
+    changed = {key for key, value in chosen.items() if source.get(key) != value}
+    kind = chosen.get("model_type", source.get("model_type"))
+    heads, hidden = _whole(source.get("num_attention_heads")), _whole(source.get("hidden_size"))
+    followed = kind in _HEAD_DIM_FOLLOWS and heads and hidden and source.get("head_dim") == hidden // heads
+    if followed and changed & {"num_attention_heads", "hidden_size"}:
+        result.pop("head_dim")
+    if "num_attention_heads" in changed and heads and source.get("num_key_value_heads") == heads:
+        result["num_key_value_heads"] = chosen["num_attention_heads"]
+    if source.get("layer_types") is not None and "layer_types" not in chosen and changed & set(_LAYER_TYPES_FOLLOW):
+        _cut_layer_types(result, source, chosen, changed=changed)
+    return result
+
+
+def _whole(value: Any) -> int:
+    """`value` if it is a whole number above 0, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _cut_layer_types(result: dict[str, Any], source: Mapping[str, Any], chosen: Mapping[str, Any], *, changed: set[str]) -> None:
+    """Drop layer types that follow from other fields; of a pattern of the model's own, keep the first layers or refuse."""
+    listed, layers = list(source["layer_types"]), chosen.get("num_hidden_layers")
+    if listed == layer_types(source):
+        del result["layer_types"]
+    elif changed & set(_LAYER_TYPES_FOLLOW) == {"num_hidden_layers"} and 0 < _whole(layers) <= len(listed):
+        result["layer_types"] = listed[: _whole(layers)]
+    else:
+        field = sorted(changed & set(_LAYER_TYPES_FOLLOW))[0]
+        words = f"the model lists the attention of its {len(listed)} layers in a pattern of its own (layer_types), which does not follow from it"
+        raise refusal(f"model.config.{field}", chosen[field], words, allowed="with layer_types", instead="model.config.layer_types=[full_attention,...]")
+
+
+def layer_types(fields: Mapping[str, Any]) -> list[str] | None:
+    """The attention of each layer as Qwen's window fields have it; None where these cannot be read."""
+    given = {**_WINDOW_DEFAULTS, **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
+    layers, first = _whole(given.get("num_hidden_layers")), given["max_window_layers"]
+    if not layers or not isinstance(first, int):
+        return None
+    windowed = given["use_sliding_window"] and given["sliding_window"] is not None
+    return ["sliding_attention" if windowed and index >= first else "full_attention" for index in range(layers)]
+
+
+def windows(fields: Mapping[str, Any], *, layers: int) -> list[int | None]:
+    """The sliding window of each layer that `fields` ask for; None: full attention."""
+    kind = fields.get("model_type")
+    if kind == "mistral":
+        return [fields.get("sliding_window", 4096)] * layers
+    if kind not in ("qwen2", "qwen3"):
+        return [None] * layers
+    listed = fields.get("layer_types") or layer_types({**fields, "num_hidden_layers": layers}) or []
+    window = fields.get("sliding_window", _WINDOW_DEFAULTS["sliding_window"])
+    return [window if name == "sliding_attention" else None for name in listed]

@@ -65,7 +65,7 @@ def test_token_files_decode_to_the_documents(prepared, texts):
     saved = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     facts = json.loads((prepared / "corpus.json").read_text())
     sources = corpus.sources(settings(prepared, texts))
-    names = [".lock", "corpus.json", "eval.bin", "eval.idx", "speed.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    names = [".lock", ".prepare.json", "corpus.json", "eval.bin", "eval.idx", "speed.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
     assert sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()) == [*names, "train.bin", "train.idx"]
     largest = 0
     for split, held_out in (("train", False), ("eval", True)):
@@ -256,7 +256,7 @@ def test_a_full_disk_is_said_and_survived(tmp_path, room):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
-        with pytest.raises(UserError, match=r"data\.path=.*the disk is full"):
+        with pytest.raises(UserError, match=r"data\.path=.*the file would be larger than is allowed"):
             tokenize.prepare(data, options=PrepareConfig())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -329,7 +329,7 @@ def test_two_at_once_are_refused(tmp_path, texts):
 
 def test_damaged_text_is_counted(tmp_path):
     source = write_texts(tmp_path / "texts", documents=3, words=100)
-    (source / "part0" / "bad.txt").write_bytes(b"caf\xe9 " * 50)
+    (source / "part0" / "bad.txt").write_bytes(b"caf\xe9 " + b"words " * 50)
     tokenize.prepare(settings(tmp_path / "data", source), options=PrepareConfig())
     assert f"1 documents with U+FFFD or bytes that are not UTF-8, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
 

@@ -6,13 +6,19 @@ real text that every machine with Python has. A text file is one document; the o
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
+import json
 import os
+import platform
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.types import UserError, refusal
@@ -21,6 +27,8 @@ STDLIB = "stdlib"
 FORMAT = 2  # of a prepared folder
 READABLE = (1, FORMAT)  # format 1 had text files only, and no statistics
 COMPRESSED = (".gz", ".zst")
+LISTED = 1000  # sources that corpus.json names, so that a change can be named
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 INFLATION = 4  # bytes of text behind a byte of a compressed file, about
 _ENDINGS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",), "text": (".txt",)}
 _PATTERNS = {
@@ -54,17 +62,66 @@ class Source:
     """How it is compressed, known when it is opened: gz, zst or not at all."""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What a corpus is made of."""
+
+    sources: list[Source]
+    left_out: dict[str, int]
+    """Files that were met and are not read, by reason."""
+    tokenizer: str
+    """Hash of the tokenizer's files, where it is a folder; "" for another."""
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        count = len(self.sources)
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in self.left_out.items())
+        return f"reading {count:,} {'source' if count == 1 else 'sources'}" + (f"; left out: {left_out}" if left_out else "")
+
+    def record(self) -> dict[str, Any]:
+        """What tells, later, whether they have changed: {digest, count, tokenizer, files}; files only where there are few."""
+        files = {source.name: [source.size, source.version] for source in self.sources}
+        digest = hashlib.sha256(json.dumps([[name, *facts] for name, facts in sorted(files.items())]).encode()).hexdigest()
+        return {"digest": digest, "count": len(self.sources), "tokenizer": self.tokenizer, "files": files if len(files) <= LISTED else None}
+
+    def changes(self, before: Mapping[str, Any]) -> str:
+        """What differs from an earlier `record`, in words; "" for nothing."""
+        now = self.record()
+        if self.tokenizer != before.get("tokenizer"):
+            return "the tokenizer has changed"
+        if now["digest"] == before.get("digest"):
+            return ""
+        old, new = before.get("files"), now["files"]
+        if not isinstance(old, dict) or new is None:
+            return f"some of the {now['count']:,} sources have changed (there were {before.get('count')})"
+        kinds = {
+            "changed": [n for n in new if n in old and new[n] != old[n]],
+            "new": [n for n in new if n not in old],
+            "gone": [n for n in old if n not in new],
+        }
+        return "; ".join(f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for kind, names in kinds.items() if names)
+
+
 def sources(data: DataConfig) -> list[Source]:
+    """All files and datasets of `data.source`: see `listing`."""
+    return listing(data).sources
+
+
+def listing(data: DataConfig) -> Listing:
     """All files and datasets of `data.source`: entries in the given order, names sorted within one, a file listed twice taken once.
 
-    Empty files are left out. Raises UserError for an entry that is not there and for a corpus with nothing to read.
+    Empty files are left out. Nothing is opened. Raises UserError for an entry that is not there and for a corpus with nothing to read.
     """
     found: dict[str, Source] = {}
+    left_out: Counter[str] = Counter()
     for entry in data.source:
-        for source in _entry(entry, data=data):
+        for source in _entry(entry, data=data, left_out=left_out):
             key = source.path if source.format == "datasets" else str(Path(source.path).resolve())
-            if source.size or source.format == "datasets":
-                found.setdefault(key, source)
+            if not source.size and source.format != "datasets":
+                left_out["empty"] += 1
+            elif found.setdefault(key, source) is not source:
+                left_out["named twice"] += 1
     if not found:
         raise refusal(
             "data.source",
@@ -73,22 +130,35 @@ def sources(data: DataConfig) -> list[Source]:
             allowed=_ALLOWED,
             instead=f"data.source=[{STDLIB}], or another data.pattern",
         )
-    return _split(list(found.values()), fraction=data.eval_fraction)
+    return Listing(_split(list(found.values()), fraction=data.eval_fraction), dict(sorted(left_out.items())), _tokenizer_digest(data))
 
 
-def _entry(entry: str, *, data: DataConfig) -> Iterator[Source]:
+def _tokenizer_digest(data: DataConfig) -> str:
+    folder = Path(data.tokenizer).expanduser()
+    if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).expanduser().resolve() in folder.resolve().parents:
+        return ""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
     """What one entry of `data.source` names, sorted by name."""
     path = Path(entry).expanduser()
     saved = data.format in ("auto", "chat") and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
-        yield Source(name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version="", held_out=None, packed="")
+        version = _folder_version(path) if path.is_dir() else ""
+        yield Source(name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version=version, held_out=None, packed="")
         return
-    for name, file in sorted(_files(entry, path=path, patterns=_patterns(data))):
+    for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
         kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format == "chat" else "text")
         facts = file.stat()
+        version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
         size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)
-        yield Source(name=name, path=str(file), format=kind, size=size, version=str(facts.st_mtime_ns), held_out=False if kind == "text" else None, packed="")
+        yield Source(name=name, path=str(file), format=kind, size=size, version=version, held_out=False if kind == "text" else None, packed="")
 
 
 def _patterns(data: DataConfig) -> list[str]:
@@ -100,8 +170,15 @@ def _by_ending(file: Path) -> str | None:
     return next((kind for kind, endings in _ENDINGS.items() if name.endswith(endings)), None)
 
 
-def _files(entry: str, *, path: Path, patterns: list[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of every file behind one entry of `data.source`."""
+def _folder_version(folder: Path) -> str:
+    """Changes when a file below the folder does."""
+    facts = sorted((name, os.stat(os.path.join(at, name))) for at, _, names in os.walk(folder) for name in names)
+    return hashlib.sha256(json.dumps([[name, one.st_size, one.st_mtime_ns] for name, one in facts]).encode()).hexdigest()
+
+
+def _files(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of every file behind one entry of `data.source`. What `prepare` itself writes below it is no source."""
+    written = Path(data.path).expanduser().resolve() if data.path else None
     if entry == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         yield from ((f"{STDLIB}/{file.relative_to(root).as_posix()}", file) for file in _python_files(root))
@@ -109,14 +186,73 @@ def _files(entry: str, *, path: Path, patterns: list[str]) -> Iterator[tuple[str
         yield path.name, path
     elif path.is_dir():
         root = path.resolve()
-        files = {file for pattern in patterns for file in root.rglob(pattern) if file.is_file()}
-        yield from ((f"{root.name}/{file.relative_to(root).as_posix()}", file) for file in files)
+        fits = _matcher(_patterns(data))
+        for file in _walk(root, but=written if written != root else None):
+            name = file.relative_to(root).as_posix()
+            if not fits(name):
+                left_out["of other endings"] += 1
+            elif file.is_file():
+                yield f"{root.name}/{name}", file
+            else:
+                left_out["links to nothing, or no files"] += 1
     elif glob.has_magic(entry):
         matches = glob.glob(str(path), recursive=True)
+        if hidden := len(glob.glob(str(path), recursive=True, include_hidden=True)) - len(matches):
+            left_out["hidden"] += hidden
         root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-        yield from ((Path(match).relative_to(root).as_posix(), Path(match)) for match in matches if Path(match).is_file())
+        inside = written is not None and written not in (root.resolve(), *root.resolve().parents)
+        files = (Path(match) for match in matches if Path(match).is_file())
+        yield from ((file.relative_to(root).as_posix(), file) for file in files if not (inside and written in file.resolve().parents))
     else:
         raise _missing(entry)
+
+
+def _walk(root: Path, *, but: Path | None) -> Iterator[Path]:
+    """Every file below `root`. Folders behind links come after the others and each folder once, so that loops end and real names win."""
+    seen = {_identity(but)} if but is not None and but.is_dir() else set()
+    waiting = [root]
+    while waiting:
+        links: list[Path] = []
+        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_unreadable):
+            if _identity(Path(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(_identity(Path(folder)))
+            links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in names)
+        waiting += sorted(links)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _unreadable(error: OSError) -> None:
+    words = f"a folder in it cannot be read ({error.strerror})"
+    raise refusal("data.source", error.filename, words, allowed="folders that you may read", instead="other permissions, or a pattern that leaves it out")
+
+
+def _matcher(patterns: list[str]) -> Callable[[str], bool]:
+    """Whether a path below a folder fits one of the patterns, as pathlib's rglob takes them: from any folder on."""
+    plain = [pattern for pattern in patterns if "/" not in pattern]
+    names = re.compile("|".join(fnmatch.translate(pattern) for pattern in plain)) if plain else None
+    deep = [("**", *pattern.split("/")) for pattern in patterns if "/" in pattern]
+
+    def fits(path: str) -> bool:
+        if names and names.match(path.rpartition("/")[2]):
+            return True
+        return any(_fits(tuple(path.split("/")), pattern) for pattern in deep)
+
+    return fits
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return any(_fits(parts[first:], pattern[1:]) for first in range(len(parts) + 1))
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _missing(entry: str) -> UserError:

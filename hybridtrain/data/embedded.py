@@ -24,9 +24,9 @@ def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
     done = _marker(data)
     if missing(data):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            from hybridtrain.data.tokenize import prepare
+            from hybridtrain.data.tokenize import prepare_after  # on a shared disk one machine prepares, and the others wait for it
 
-            return Corpus.open(prepare(data, options=PrepareConfig()))
+            return Corpus.open(prepare_after(data, options=PrepareConfig(), wait_s=timeout_s))
         deadline = time.monotonic() + timeout_s
         while not done.exists() and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -13,62 +13,72 @@ is complete. Killed at any moment, the same command again keeps what is complete
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import corpus, fit, join, pieces, statistics, tokenizer, workers
+from hybridtrain.data import corpus, digests, fit, folder, join, pieces, statistics, tokenizer, workers
+from hybridtrain.data.corpus import Listing
+from hybridtrain.data.folder import PARTIAL, SPLITS
 from hybridtrain.data.pieces import Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
-from hybridtrain.files import write_atomically
+from hybridtrain.files import discard, read_json, unwritable, write_atomically
 from hybridtrain.types import UserError, refusal
 
-SPLITS = ("train", "eval")
+INTERRUPTED = 130
 
 
 def run(config: PrepareRoot) -> int:
     """The `hybridtrain prepare` command: prepare, then say what the folder holds."""
     start = time.perf_counter()
-    folder = prepare(config.data, options=config.prepare)
-    print(statistics.table(folder))
+    try:
+        path = prepare(config.data, options=config.prepare)
+    except KeyboardInterrupt:
+        say("\ninterrupted; the same command goes on from here")
+        return INTERRUPTED
+    print(statistics.table(path))
     print(f"time       {time.perf_counter() - start:.1f} s")
-    print(f"folder     {folder}")
+    print(f"folder     {path}")
     return 0
 
 
 def prepare(data: DataConfig, *, options: PrepareConfig) -> Path:
     """Write the token files of `data.source` into `data.path`; return that folder.
 
-    Does nothing when they are there with the same settings. Raises UserError for what is missing or does not fit, for a
-    folder prepared with other settings (unless `overwrite`), for one that another process is writing, and for a full disk.
+    Does nothing when they are there with the same settings and from the same files. Raises UserError for what is missing or does
+    not fit, for a folder prepared otherwise (unless `overwrite`) or holding files of others, for one that another process is
+    writing, and for a full disk. A refusal leaves nothing but pieces that are complete.
     """
+    return prepare_after(data, options=options, wait_s=0)
+
+
+def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) -> Path:
+    """`prepare` that waits for another one of this folder at most `wait_s`, and then takes what that has written."""
     _check(data)
-    folder, settings = Path(data.path).expanduser(), _settings(data)
+    path, settings = Path(data.path).expanduser(), _settings(data)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if options.overwrite or not _is_prepared(folder, settings):
-                _write(data, options=options, folder=folder, settings=settings)
-            shutil.rmtree(folder / ".partial", ignore_errors=True)
+        if not options.overwrite and _is_prepared(path, data=data, settings=settings):
+            if (path / PARTIAL).exists():
+                discard(path / PARTIAL)
+            return path
+        listing = corpus.listing(data)
+        folder.check_free(path, read=[source.path for source in listing.sources])
+        planned = pieces.plan(listing.sources, fields=Fields.of(data))
+        with folder.reserved(path, wait_s=wait_s):
+            if options.overwrite or not _is_prepared(path, data=data, settings=settings):
+                folder.check_free(path, read=[])
+                _write(data, options=options, path=path, planned=planned, listing=listing, settings=settings)
+            discard(path / PARTIAL)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise refusal(
-                "data.path", folder, f"the disk is full ({error.strerror})", allowed="a disk with room", instead="the same command again; it goes on from here"
-            ) from error
-        if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
-            raise refusal("data.path", folder, str(error), allowed="a folder that can be written", instead="data.path=data/mine") from error
-        raise
-    return folder
+        if error.errno is None:
+            raise
+        raise unwritable("data.path", path, error) from error
+    return path
 
 
 def _check(data: DataConfig) -> None:
@@ -100,23 +110,17 @@ def _settings(data: DataConfig) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names}
 
 
-def _is_prepared(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder is complete with these settings; raises UserError when it is complete with others."""
-    try:
-        record = json.loads((folder / "corpus.json").read_text())
-        found = record["settings"]
-        if record["format"] == 1:
-            found = {name: value for name, value in found.items() if name != "pattern"}  # another default, and never read for stdlib
-    except FileNotFoundError:
+def _is_prepared(path: Path, *, data: DataConfig, settings: dict[str, Any]) -> bool:
+    """Whether the folder is complete with these settings and from these files; raises UserError when it is complete with others."""
+    if not (path / "corpus.json").exists():
         return False
-    except (ValueError, KeyError, TypeError) as error:
-        raise refusal(
-            "data.path",
-            folder,
-            "its corpus.json is not one that prepare wrote",
-            allowed="an empty or prepared folder",
-            instead="prepare.overwrite=true, or another data.path",
-        ) from error
+    record = read_json(path / "corpus.json", field="data.path")
+    if not folder.is_ours(record):
+        words, instead = "its corpus.json is not one that prepare wrote", "another data.path"
+        raise refusal("data.path", path, words, allowed="an empty or prepared folder", instead=instead)
+    found = record["settings"]
+    if record.get("format") == 1:
+        found = {name: value for name, value in found.items() if name != "pattern"}  # another default, and never read for stdlib
     defaults = DataConfig()
     for name in settings | found:  # an option that the folder does not know had its default
         wanted, had = (some.get(name, getattr(defaults, name, None)) for some in (settings, found))
@@ -124,29 +128,31 @@ def _is_prepared(folder: Path, settings: dict[str, Any]) -> bool:
             raise refusal(
                 f"data.{name}",
                 wanted,
-                f"{folder} was prepared with {had}",
+                f"{path} was prepared with {had}",
                 allowed="the settings it was prepared with",
                 instead="another data.path, or prepare.overwrite=true",
             )
-    say(f"{folder} is prepared already (prepare.overwrite=true writes it again)")
+    gone = _compare(path, data=data, before=record.get("sources"))
+    say(f"{path} is prepared already{gone} (prepare.overwrite=true writes it again)")
     return True
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second `prepare` out of the folder; the system drops the lock when the process ends, however it ends."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise refusal(
-                "data.path", folder, "another prepare is writing here", allowed="one prepare per folder", instead="wait for it, or another data.path"
-            ) from None
-        yield
+def _compare(path: Path, *, data: DataConfig, before: Any) -> str:
+    """Refuse what was prepared from other files (raises UserError); a note where the files cannot be compared."""
+    if not isinstance(before, dict):  # an earlier version kept none of it
+        return ""
+    try:
+        listing = corpus.listing(data)
+    except UserError:
+        return "; its source is not there any more, or cannot be read"
+    if changes := listing.changes(before):
+        instead = "prepare.overwrite=true to prepare it again, or another data.path"
+        raise refusal("data.source", data.source, f"{changes} since {path} was prepared", allowed="the files it was prepared from", instead=instead)
+    return ""
 
 
-def _write(data: DataConfig, *, options: PrepareConfig, folder: Path, settings: dict[str, Any]) -> None:
-    partial = folder / ".partial"
+def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: list[Piece], listing: Listing, settings: dict[str, Any]) -> None:
+    partial = path / PARTIAL
     recipe = Recipe(
         chat=data.format == "chat",
         eval_fraction=data.eval_fraction,
@@ -155,25 +161,29 @@ def _write(data: DataConfig, *, options: PrepareConfig, folder: Path, settings: 
         eos=[],
         vocab_size=0,  # both follow from the tokenizer
     )
-    planned = pieces.plan(corpus.sources(data), fields=Fields.of(data))
     if not planned:
         raise _no_tokens(data)
     pieces.check_beginnings(planned, recipe=recipe)
-    _begin(partial, settings=settings, planned=planned)
-    facts = tokenizer.make(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
-    eos = [facts["eos_id"]] if data.append_eos and not recipe.chat else []
-    if None in eos:
-        raise refusal(
-            "data.append_eos", True, f"{data.tokenizer} has no end-of-text token", allowed="false with this tokenizer", instead="data.append_eos=false"
-        )
+    say(listing.summary)
+    new = _begin(partial, settings=settings, planned=planned)
+    try:
+        facts = tokenizer.make(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
+        eos = [facts["eos_id"]] if data.append_eos and not recipe.chat else []
+        if None in eos:
+            words = f"{data.tokenizer} has no end-of-text token"
+            raise refusal("data.append_eos", True, words, allowed="false with this tokenizer", instead="data.append_eos=false")
+    except UserError:
+        if new:
+            discard(partial)
+        raise
     recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"])
     meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
-    _publish(data, folder=folder, planned=planned, recipe=recipe, facts=facts, settings=settings)
-    statistics.write_speed(folder, meter=meter)
+    _publish(data, path=path, planned=planned, listing=listing, recipe=recipe, facts=facts, settings=settings)
+    statistics.write_speed(path, meter=meter)
 
 
-def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> None:
-    """Keep the partial folder if the same settings over the same files left it, else start with an empty one."""
+def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
+    """Keep the partial folder if the same settings over the same files left it, else start with an empty one (True)."""
     listing = hashlib.sha256()
     for piece in planned:
         for unit in piece.units:
@@ -183,17 +193,18 @@ def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> 
     mark = partial / "plan.json"
     if mark.exists() and mark.read_text() == plan:
         for aside in partial.glob("piece-*.aside"):
-            shutil.rmtree(aside, ignore_errors=True)
+            discard(aside)
         say("going on from an interrupted prepare")
-        return
-    shutil.rmtree(partial, ignore_errors=True)
+        return False
+    discard(partial)
     partial.mkdir()
     write_atomically(mark, plan)
+    return True
 
 
-def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
+def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Listing, recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
     """Join the pieces, move all into place, and write corpus.json as the mark of completeness."""
-    partial = folder / ".partial"
+    partial = path / PARTIAL
     made = [piece.folder(partial) for piece in planned]
     keep = join.first_of_each(made) if recipe.deduplicate else None
     identity = hashlib.sha256(json.dumps([facts, data.append_eos]).encode())
@@ -201,14 +212,8 @@ def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Re
     if not joined["train"].tokens:
         raise _no_tokens(data)
     rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
-    (folder / "corpus.json").unlink(missing_ok=True)
-    for split in SPLITS:
-        for old in folder.glob(f"{split}.*"):
-            old.unlink()
-        for new in partial.glob(f"{split}.*"):
-            new.replace(folder / new.name)
-    shutil.rmtree(folder / tokenizer.FOLDER, ignore_errors=True)
-    shutil.copytree(partial / tokenizer.FOLDER, folder / tokenizer.FOLDER)
+    written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
+    folder.replace(path)
     record = {
         "format": corpus.FORMAT,
         "kind": "chat" if recipe.chat else "text",
@@ -218,10 +223,13 @@ def _publish(data: DataConfig, *, folder: Path, planned: list[Piece], recipe: Re
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
         **statistics.of_text(Counts.of(made)),
+        "left_out": listing.left_out,
         "fingerprint": identity.hexdigest(),
         "settings": settings,
+        "sources": listing.record(),
+        "digests": written,
     }
-    write_atomically(folder / "corpus.json", json.dumps(record, indent=2) + "\n")
+    write_atomically(path / "corpus.json", json.dumps(record, indent=2) + "\n")
 
 
 def _no_tokens(data: DataConfig) -> UserError:

@@ -1,0 +1,144 @@
+"""The folder that `prepare` writes: which files in it are its own, one `prepare` at a time, and nothing left behind by a refusal.
+
+The folder is one that the user names, so it may hold anything. What `prepare` wrote there is in its record, and nothing else is replaced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from hybridtrain import files
+from hybridtrain.data.progress import say
+from hybridtrain.data.statistics import SPEED
+from hybridtrain.types import UserError, refusal
+
+FIELD = "data.path"
+CORPUS = "corpus.json"
+TOKENIZER = "tokenizer"
+PARTIAL = ".partial"
+RECORD = ".prepare.json"
+"""Which files here are ours; folders of earlier versions have none."""
+SPLITS = ("train", "eval")
+_LOCK = ".lock"
+_PARTS = ("bin", "idx", "loss.bin", "loss.idx", "rows.npy", "row_starts.npy")
+NAMES = (CORPUS, SPEED, *(f"{split}.{part}" for split in SPLITS for part in _PARTS))
+_TOKENIZER_NAMES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What transformers saves of a tokenizer."""
+_WAIT_SAID_S = 3.0
+
+
+def is_ours(record: Any) -> bool:
+    """Whether the content of a corpus.json is what `prepare` writes."""
+    return isinstance(record, dict) and isinstance(record.get("fingerprint"), str) and isinstance(record.get("settings"), dict)
+
+
+def _own(folder: Path) -> set[str]:
+    """Files of the folder that may be replaced."""
+    own = files.recorded(folder, record=RECORD)
+    if not own and (folder / CORPUS).is_file():
+        with suppress(UserError):
+            if is_ours(files.read_json(folder / CORPUS, field=FIELD)):
+                own = {*NAMES, *(f"{TOKENIZER}/{name}" for name in _TOKENIZER_NAMES)}
+    return own
+
+
+def check_free(folder: Path, *, read: Iterable[str]) -> None:
+    """Refuse a folder that has other files of our names, or one of the files that are read (raises UserError); nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise refusal(FIELD, folder, "it is a file", allowed="a folder", instead="data.path=data/mine")
+    root = folder.resolve()
+    inside = next((path for path in read if root in Path(path).resolve().parents), None)
+    if inside is not None:
+        allowed = "a folder apart from what is read"
+        raise refusal(FIELD, folder, f"{inside}, which is to be read, lies in the folder to be written", allowed=allowed, instead="data.path=data/mine")
+    own, there = _own(folder), folder / TOKENIZER
+    found = (
+        [path.relative_to(folder).as_posix() for path in there.rglob("*") if not path.is_dir()] if there.is_dir() and not there.is_symlink() else [TOKENIZER]
+    )
+    partial = folder / PARTIAL
+    work = [PARTIAL] if partial.exists() and not (partial / "plan.json").is_file() and any(partial.iterdir()) else []
+    files.claim(folder, [name for name in (*NAMES, *sorted(found), *work) if name not in own], record=RECORD, field=FIELD)
+
+
+@contextmanager
+def reserved(folder: Path, *, wait_s: float) -> Iterator[None]:
+    """Make the folder and keep a second `prepare` out of it, after waiting at most `wait_s` for the first.
+
+    The system drops the lock when the process ends, however it ends. Ends with a refusal: what was made and holds nothing is removed.
+    """
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    had_lock = (folder / _LOCK).exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder, wait_s=wait_s)
+    try:
+        yield
+    except UserError:
+        if not had_lock and not (folder / PARTIAL).exists() and not (folder / CORPUS).exists():
+            with suppress(OSError):
+                (folder / _LOCK).unlink()
+                for path in absent:
+                    path.rmdir()
+        raise
+    finally:
+        lock.close()
+
+
+def _lock(folder: Path, *, wait_s: float) -> TextIO:
+    start, told = time.monotonic(), False
+    while True:
+        lock = (folder / _LOCK).open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # a refused `prepare` may have removed it between opening and locking
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / _LOCK)):
+                    return lock
+        except BlockingIOError:
+            spent = time.monotonic() - start
+            if spent >= wait_s:
+                lock.close()
+                words, instead = "another prepare is writing here", "wait for it, or another data.path"
+                raise refusal(FIELD, folder, words, allowed="one prepare per folder", instead=instead) from None
+            if spent > _WAIT_SAID_S and not told:
+                say(f"waiting for the prepare that is writing {folder}")
+                told = True
+            time.sleep(0.1)
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def replace(folder: Path) -> list[str]:
+    """Move what lies complete in the partial folder into place, over what earlier ones left; return the names of all that is ours now.
+
+    The record comes first, so that a kill in between leaves nothing whose owner is unknown.
+    """
+    partial, own = folder / PARTIAL, _own(folder)
+    new = [path for split in SPLITS for path in sorted(partial.glob(f"{split}.*"))]
+    kept = [path for path in sorted((partial / TOKENIZER).rglob("*")) if path.is_file()]
+    names = [CORPUS, SPEED, *(path.relative_to(partial).as_posix() for path in (*new, *kept))]
+    files.claim(folder, [name for name in names if name not in own], record=RECORD, field=FIELD)
+    files.record_files(folder, {*own, *names}, record=RECORD)
+    (folder / CORPUS).unlink(missing_ok=True)
+    for name in own - set(names):
+        (folder / name).unlink(missing_ok=True)
+    for path in new:
+        path.replace(folder / path.name)
+    for path in kept:  # copied: a kill before the end finds it in the partial folder again
+        place = folder / path.relative_to(partial)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f".{place.name}.partial")
+        shutil.copyfile(path, aside)
+        aside.replace(place)
+    return names

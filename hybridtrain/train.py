@@ -69,6 +69,10 @@ def resolve(config: Config) -> Job:
     settled = engines.settle(config)
     layout, plan, model = settled.layout, settled.plan, settled.facts
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
+    if fitted is not config:
+        config, settled = fitted, engines.settle(fitted)
+        layout, plan, model = settled.layout, settled.plan, settled.facts
     blends.check_vocab(data, vocab=model.vocab)
     blends.check_train_rows(data, seq_len=plan.seq_len)
     if config.train.eval_every:
@@ -91,6 +95,7 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     job = resolve(config)
+    config = job.config
     if log.rank() == 0 and config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
         from hybridtrain.models.build import check as check_model
 
@@ -146,6 +151,7 @@ def _open_run(job: Job) -> RunDir:
     from hybridtrain.rundir import open_run
 
     config, progress = job.config, Progress(0, 0, {})
+    _check_weights(config)
 
     def newest(folder: Path) -> Path | None:
         nonlocal progress
@@ -159,6 +165,20 @@ def _open_run(job: Job) -> RunDir:
     run_dir.cut(progress.step)
     _record_start(job, run_dir=run_dir, step=progress.step)
     return run_dir
+
+
+def _check_weights(config: Config) -> None:
+    """Refuse weights that do not go with the model before anything is written; a run that has a checkpoint does not read them."""
+    from hybridtrain.checkpoint.manager import Manager
+    from hybridtrain.models import load
+    from hybridtrain.models.build import hf_config
+    from hybridtrain.models.facts import read_config
+    from hybridtrain.models.family import family_of
+
+    if not config.model.from_pretrained or Manager(Path(config.run.dir) / "checkpoints", settings=config.checkpoint).latest():
+        return
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    load.check(config.model, built, family=family_of(built.model_type))
 
 
 def _record_start(job: Job, *, run_dir: RunDir, step: int) -> None:

@@ -13,7 +13,7 @@ from hybridtrain.models.build import hf_config, meta_model, plain_model
 from hybridtrain.models.facts import SUPPORTED, facts, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
-from hybridtrain.models.load import pretrained
+from hybridtrain.models.load import initial
 from hybridtrain.types import UserError
 from tests.ranks import run_ranks
 from tests.training import Case, at_the_head, model, start, whole
@@ -141,8 +141,10 @@ def test_weights_of_a_hugging_face_folder(tied, dtype, shards, tmp_path):
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
-def source_of(folder: Path) -> Any:
-    return pretrained(ModelConfig(from_pretrained=str(folder)))
+def source_of(folder: Path, fields: dict[str, Any] | None = None, **changes: Any) -> Any:
+    chosen = ModelConfig(from_pretrained=str(folder), config=changes)
+    config = hf_config({**(fields or model()), **changes}, chosen=changes, attention="sdpa")
+    return initial(chosen, config, family=family_of(config.model_type), seed=0)
 
 
 def whole_box(shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -151,11 +153,10 @@ def whole_box(shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def test_weights_that_are_not_there_or_of_another_shape(tmp_path):
     saved_model(tmp_path, model(), dtype=torch.float32, shards="5GB")
-    source = source_of(tmp_path)
-    with pytest.raises(UserError, match=r"model\.from_pretrained=.*holds no 'model\.layers\.9\.mlp\.up_proj\.weight'"):
-        source("model.layers.9.mlp.up_proj.weight", (96, 64), whole_box((96, 64)))
-    with pytest.raises(UserError, match=r"'model\.norm\.weight' has shape \(64,\), the config wants \(32,\)"):
-        source("model.norm.weight", (32,), whole_box((32,)))
+    with pytest.raises(UserError, match=r"model\.from_pretrained=.*holds no 'model\.layers\.4\.self_attn\.q_proj\.weight' and 8 others"):
+        source_of(tmp_path, num_hidden_layers=5)
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(96, 64\), the config wants \(32, 64\)"):
+        source_of(tmp_path, intermediate_size=32)
 
 
 def test_damaged_weights_are_refused(tmp_path):
@@ -166,10 +167,12 @@ def test_damaged_weights_are_refused(tmp_path):
     source = source_of(tmp_path)
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"model\.from_pretrained=.*{shard.name}: it cannot be read"):
-        source(name, (1,), whole_box((1,)))
+        source(name, (256, 64), whole_box((256, 64)))
+    with pytest.raises(UserError, match=rf"{shard.name}: it cannot be read"):
+        source_of(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name}: it cannot be read"):
-        source(name, (1,), whole_box((1,)))
+        source_of(tmp_path)
 
 
 def test_folders_without_weights_or_config(tmp_path):

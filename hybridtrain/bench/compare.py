@@ -35,7 +35,9 @@ def compare(config: BenchRoot) -> int:
     Raises UserError before processes meet for what cannot run, and later when the plain loop does not fit beside ours.
     """
     settled = engines.settle(config)
-    _check_tokens(config, settled)
+    fitted = _checked_tokens(config, settled)
+    if fitted is not config:
+        config, settled = fitted, engines.settle(fitted)
     if config.bench.out and log.rank() == 0:
         result.check_writable(config.bench.out)
     import torch
@@ -64,12 +66,16 @@ def compare(config: BenchRoot) -> int:
     return code
 
 
-def _check_tokens(config: BenchRoot, settled: Settled) -> None:
+def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
+    """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot be)."""
     if not config.bench.corpus:
-        return
+        return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    blends.check_vocab(data, vocab=settled.facts.vocab)
+    fitted = blends.with_vocabulary(config, data, vocab=settled.facts.vocab)
+    if fitted is config:
+        blends.check_vocab(data, vocab=settled.facts.vocab)
     blends.check_train_rows(data, seq_len=settled.plan.seq_len)
+    return fitted
 
 
 def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:

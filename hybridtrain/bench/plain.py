@@ -29,8 +29,7 @@ from hybridtrain.layout import BatchPlan
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw
-from hybridtrain.models.load import pretrained
+from hybridtrain.models.load import initial
 from hybridtrain.optim import matches
 from hybridtrain.precision.policy import policy
 from hybridtrain.types import IGNORE_INDEX, Batch, refusal
@@ -59,7 +58,7 @@ class PlainLoop:
         precision = policy(config.precision.kind)
         built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
         family = family_of(built.model_type)
-        source = pretrained(config.model) if config.model.from_pretrained else draw(built, family=family, seed=config.run.seed)
+        source = initial(config.model, built, family=family, seed=config.run.seed)
         self.model = reference.initialised(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))

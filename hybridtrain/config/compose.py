@@ -24,6 +24,7 @@ from hybridtrain.config import keys, schema
 from hybridtrain.types import UserError, refusal
 
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")  # ${oc.env:TOKEN}: a call, in contrast to ${run.name}
+_VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
 _REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
@@ -63,7 +64,11 @@ def compose(command: str, argv: list[str]) -> schema.Config:
             node.run.name = experiment
         if not node.run.dir:
             node.run.dir = "runs/${run.name}"
-        return typed(node)
+        config = typed(node)
+        vocab = config.model.config.get("vocab_size")
+        if type(vocab) is int and not any(_VOCABULARY.match(text) for text in overrides):
+            config.model.config["vocab_size"] = schema.Suggested(vocab)
+        return config
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _translated(error, command) from error
 
@@ -146,6 +151,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, schema.Suggested):
+        return int(value)
     return value.source if isinstance(value, Interpolated) else value
 
 

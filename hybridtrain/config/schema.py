@@ -22,6 +22,11 @@ from hybridtrain.config.commands import (
     RunsConfig,
 )
 
+
+class Suggested(int):
+    """A number of a configuration file that nobody asked for on the command line: a vocabulary, which the corpus may enlarge."""
+
+
 PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
 
 

@@ -8,6 +8,7 @@ epochs of its own, in an order of its own. All of it is a function of the sample
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from hybridtrain import log
-from hybridtrain.config.schema import DataConfig
+from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.pack import Rows
@@ -27,6 +29,8 @@ from hybridtrain.data.store import Corpus
 from hybridtrain.layout import BatchPlan
 from hybridtrain.types import refusal
 
+C = TypeVar("C", bound=Config)
+_log = log.get("data")
 BLOCK = 10_000
 """Rows after which the shares repeat: a share is exact to 0.01 %."""
 
@@ -110,6 +114,20 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
                 allowed=f"{corpus.largest_id + 1} or more (its tokenizer has {corpus.vocab_size})",
                 instead=f"model.config.vocab_size={max(corpus.vocab_size, corpus.largest_id + 1)}, or text prepared with the model's own tokenizer",
             )
+
+
+def with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
+    """`config` with a vocabulary that has every token of the corpus, for new weights whose `vocab` was not asked for; else `config` itself.
+
+    A vocabulary is enlarged only where training would be refused: whatever could be trained before keeps its size.
+    """
+    needed = max((corpus.largest_id + 1 for corpus in blend.corpora if corpus.largest_id is not None), default=0)
+    if config.model.from_pretrained or needed <= vocab or type(config.model.config.get("vocab_size")) is int:
+        return config
+    size = max(needed, *(corpus.vocab_size or 0 for corpus in blend.corpora))
+    _log.info("vocabulary %d -> %d: that of the corpus", vocab, size)
+    model = dataclasses.replace(config.model, config={**config.model.config, "vocab_size": size})
+    return dataclasses.replace(config, model=model)
 
 
 def check_train_rows(blend: Blend, *, seq_len: int) -> None:

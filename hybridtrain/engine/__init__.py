@@ -14,6 +14,7 @@ from hybridtrain import machine
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.models import weights
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.types import Capabilities, ModelFacts, refusal
 
@@ -40,6 +41,7 @@ class Settled:
 def settle(config: Config) -> Settled:
     """Layout, batch plan and model facts of a config in the launcher's world; raises UserError for what does not fit. Imports no torch."""
     model = facts(read_config(config.model))
+    weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities(config.engine.kind))

@@ -25,8 +25,8 @@ from hybridtrain.mesh import Mesh, any_rank
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw, fill
-from hybridtrain.models.load import pretrained
+from hybridtrain.models.init import fill
+from hybridtrain.models.load import initial
 from hybridtrain.parallel.apply import Recipe, build_stages
 from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.pipeline import Pipeline
@@ -49,7 +49,7 @@ class TorchEngine:
         self.family = family_of(self.model_config.model_type)
         recipe = Recipe(config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
         self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
-        source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
+        source = initial(config.model, self.model_config, family=self.family, seed=config.run.seed)
         fill(self.stages, source)
         self.optimizer = optim.build(optim.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)

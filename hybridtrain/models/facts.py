@@ -12,6 +12,7 @@ from hybridtrain.config.schema import ModelConfig
 from hybridtrain.files import read_object
 from hybridtrain.models import overrides
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
+from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.types import ModelFacts, UserError, refusal
 
 # What transformers fills in when config.json leaves a field out, for the fields that planning needs.
@@ -32,9 +33,13 @@ _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.laid_over). Raises UserError."""
+    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.laid_over). Raises UserError.
+
+    A folder whose stored head differs from its embedding is not tied (weights.checked_tie).
+    """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
-    return overrides.laid_over(source, model.config)
+    fields = overrides.laid_over(source, model.config)
+    return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields
 
 
 def _config_json(model: ModelConfig) -> Path:
@@ -73,17 +78,6 @@ def _config_json(model: ModelConfig) -> Path:
             allowed="a folder, or a hub id that this machine reaches",
             instead="a local folder",
         ) from error
-
-
-def adapter_refused(folder: str) -> UserError:
-    """What a LoRA adapter in place of a model gets."""
-    return refusal(
-        "model.from_pretrained",
-        folder,
-        "it holds a LoRA adapter, which is not supported yet",
-        allowed="the whole weights of a model",
-        instead="merge it into its base model (peft's merge_and_unload), save that, and start from it",
-    )
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

@@ -1,44 +1,77 @@
-"""Weights from a Hugging Face folder or hub id, read slice by slice: no rank ever holds more than its own part."""
+"""Initial weights: from a Hugging Face folder or hub id, read slice by slice so that no rank ever holds more than its own part, or drawn.
+
+Every parameter of the model comes from the files, and every tensor of the files goes into a parameter: what is left over is refused,
+or counted where it does no harm. Rows of added tokens are drawn as those of a new model are.
+"""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.models.facts import adapter_refused
-from hybridtrain.models.init import Box, Source
+from hybridtrain.models import weights
+from hybridtrain.models.build import meta_model
+from hybridtrain.models.family import Family
+from hybridtrain.models.init import Box, Source, draw
+from hybridtrain.models.weights import FIELD, Stored
 from hybridtrain.types import UserError, refusal
 
+_log = log.get("model")
+_LAYER = re.compile(r"\.(\d+)\.")
 
-def pretrained(model: ModelConfig) -> Source:
-    """A source of weights from `model.from_pretrained` (safetensors only). Raises UserError for missing or ill-shaped ones."""
-    from safetensors import SafetensorError, safe_open
 
-    folder = _folder(model)
-    files = _index(folder)
-    if any(".lora_" in name for name in files):
-        raise adapter_refused(model.from_pretrained)
+def initial(model: ModelConfig, config: Any, *, family: Family, seed: int) -> Source:
+    """The source of a run's initial weights: those of `model.from_pretrained`, else new ones. `config` is transformers'."""
+    fresh = draw(config, family=family, seed=seed)
+    return pretrained(model, config, family=family, fresh=fresh) if model.from_pretrained else fresh
+
+
+def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Source) -> Source:
+    """A source of weights from `model.from_pretrained` (safetensors only); `fresh` gives the rows of added tokens.
+
+    Raises UserError for missing, ill-shaped, quantised or left-over weights.
+    """
+    held = weights.stored(_folder(model))
+    for line in _checked(held, model=model, config=config, family=family):
+        _log.info("weights   %s", line)
+    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
 
     def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
-        if name not in files:
-            raise UserError(f"model.from_pretrained={model.from_pretrained}: it holds no '{name}'; is it a checkpoint of this architecture?")
-        try:
-            with safe_open(folder / files[name], framework="pt") as file:
-                view = file.get_slice(name)
-                if tuple(view.get_shape()) != shape:
-                    raise UserError(f"model.from_pretrained={model.from_pretrained}: '{name}' has shape {tuple(view.get_shape())}, the config wants {shape}")
-                return view[box]
-        except (SafetensorError, OSError) as error:
-            raise _damaged(folder / files[name], error) from error
+        key = head if name == embed and embed not in held else name
+        rows = held[key].shape[0] if shape else 0
+        if rows == (shape[0] if shape else 0):
+            return _read(held[key], key, box)
+        wanted, parts = box[0], []
+        if wanted.start < rows:
+            parts.append(_read(held[key], key, (slice(wanted.start, min(wanted.stop, rows)), *box[1:])).float())
+        if wanted.stop > rows:
+            parts.append(fresh(name, shape, (slice(max(wanted.start, rows), wanted.stop), *box[1:])))
+        return torch.cat(parts)
 
     return values
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
-    return refusal("model.from_pretrained", file, f"it cannot be read ({error})", allowed="whole safetensors files", instead="download or export it again")
+def check(model: ModelConfig, config: Any, *, family: Family) -> None:
+    """Refuse, before a run directory is opened, what `pretrained` refuses (local folders; a hub id is read when the run is built)."""
+    if model.from_pretrained and Path(model.from_pretrained).is_dir():
+        _checked(weights.stored(_folder(model)), model=model, config=config, family=family)
+
+
+def _read(tensor: Stored, name: str, box: Box) -> Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(tensor.file, framework="pt") as file:
+            return file.get_slice(name)[box]
+    except (SafetensorError, OSError) as error:
+        raise weights.unreadable(tensor.file, error) from error
 
 
 def _folder(model: ModelConfig) -> Path:
@@ -51,24 +84,75 @@ def _folder(model: ModelConfig) -> Path:
     return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns))
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Parameter name -> file name."""
-    from safetensors import SafetensorError, safe_open
+def _checked(held: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:
+    """Lines on what is added and what is left out; raises UserError for whatever makes another model of it."""
+    if any(".lora_" in name for name in held):
+        raise weights.adapter_refused(model.from_pretrained)
+    weights.check_dtypes(held, source=model.from_pretrained)
+    wanted = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+    swapped = config.tie_word_embeddings and embed not in held and head in held  # transformers ties to the one that is there
+    missing = [name for name in wanted if name not in held and not (swapped and name == embed)]
+    if missing:
+        raise _missing(missing, model=model, head=head, config=config)
+    lines = []
+    for name, shape in wanted.items():
+        there = held[head if swapped and name == embed else name].shape
+        if there == shape:
+            continue
+        if name not in (embed, head) or there[1:] != shape[1:]:
+            raise refusal(
+                FIELD,
+                model.from_pretrained,
+                f"'{name}' has shape {there}, the config wants {shape}",
+                allowed="weights of the model in config.json",
+                instead="the checkpoint's own sizes in model.config",
+            )
+        weights.check_rows(there, rows=shape[0], model=model)
+        lines.append(f"{name}: {shape[0] - there[0]} rows for added tokens, drawn as in a new model ({there[0]} -> {shape[0]})")
+    return lines + _left_over(held, wanted=wanted, model=model, config=config, family=family)
 
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
-    single = folder / "model.safetensors"
-    if not single.is_file():
+
+def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) -> UserError:
+    more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    untied = names == [head] and not config.tie_word_embeddings
+    return refusal(
+        FIELD,
+        model.from_pretrained,
+        f"it holds no '{names[0]}'{more}" + ("" if untied else "; is it a checkpoint of this architecture?"),
+        allowed="weights of the model in config.json",
+        instead="model.config.tie_word_embeddings=true" if untied else "the folder of the whole model",
+    )
+
+
+def _left_over(held: Mapping[str, Stored], *, wanted: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
+    """Lines on stored tensors that no parameter takes; UserError for one that would be lost."""
+    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+    tables, cut, lost = 0, set(), []
+    for name in held:
+        if name in wanted:
+            continue
+        layer = _LAYER.search(name) if name.startswith(f"{family.layers}.") else None
+        if weights.harmless(name):
+            tables += 1
+        elif name == head and config.tie_word_embeddings:
+            if weights.heads_differ(held, embed=embed, head=head):
+                raise weights.tie_refused(model.from_pretrained)
+        elif layer and int(layer[1]) >= config.num_hidden_layers and "num_hidden_layers" in model.config:
+            cut.add(int(layer[1]))
+        else:
+            lost.append(name)
+    if lost:
+        more = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+        bias = "model.config.attention_bias=true or mlp_bias=true where the architecture has it; else " if lost[0].endswith(".bias") else ""
         raise refusal(
-            "model.from_pretrained",
-            folder,
-            "there are no safetensors weights in it",
-            allowed="model.safetensors, or shards with their index",
-            instead="convert the checkpoint with transformers' save_pretrained",
+            FIELD,
+            model.from_pretrained,
+            f"its files hold '{lost[0]}'{more}, which the model of its config.json has no place for: training would lose it",
+            allowed="files whose every tensor is a parameter of the model",
+            instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(single, error) from error
+    lines = [f"{tables} rotary tables in the files are computed instead"] if tables else []
+    if cut:
+        lines.append(f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={config.num_hidden_layers}")
+    return lines

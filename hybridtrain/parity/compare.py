@@ -16,6 +16,7 @@ from hybridtrain import machine, ranks
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
 from hybridtrain.layout import ParallelLayout
+from hybridtrain.models.facts import facts, read_config
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
@@ -48,6 +49,7 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     devices = _devices()
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
+    config = _fitted(config)
     comparison = plans.prepare(config, capabilities={kind: engines.capabilities(kind) for kind in kinds}, devices=devices)
     _check_tokens(comparison)
     config = comparison.config
@@ -101,6 +103,17 @@ def _check_tokens(comparison: Comparison) -> None:
         blends.check_train_rows(data, seq_len=config.data.seq_len)
     except UserError as error:
         raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") from error
+
+
+def _fitted(config: schema.ParityRoot) -> schema.ParityRoot:
+    """The model that `train` would make: new weights have every token of the corpus. What cannot be opened is refused later."""
+    if not _has_data(config):
+        return config
+    try:
+        data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    except UserError:
+        return config
+    return blends.with_vocabulary(config, data, vocab=facts(read_config(config.model)).vocab)
 
 
 def _has_data(config: schema.Config) -> bool:

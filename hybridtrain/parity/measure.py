@@ -25,8 +25,7 @@ from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw
-from hybridtrain.models.load import pretrained
+from hybridtrain.models.load import initial
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
@@ -94,7 +93,7 @@ def train_reference(task: Task) -> Reference:
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     family = family_of(built.model_type)
     precision = policy(config.precision.kind)
-    source = pretrained(config.model) if config.model.from_pretrained else draw(built, family=family, seed=config.run.seed)
+    source = initial(config.model, built, family=family, seed=config.run.seed)
     plain = PlainLoop(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=config.model.freeze)
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:

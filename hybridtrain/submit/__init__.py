@@ -49,7 +49,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     if cluster.dry_run:
         return _show(text)
     _tried(text)
-    runs = [mint.mint(training).path.resolve() for training in trainings]
+    runs = [mint.mint(job.config).path.resolve() for job in jobs]
     if runs != planned:  # a directory of another run: this one got the next number
         folder = runs[0] / "submit" if len(configs) == 1 else folder
         text = script.render(cluster, folder=folder, runs=runs, **told)

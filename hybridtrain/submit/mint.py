@@ -24,8 +24,8 @@ def mint_from(argv: list[str]) -> Path:
     """The run directory that overrides continue or start, checked against the job's processes."""
     config = compose("train", argv)
     check.check(config)
-    checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
-    return mint(config).path
+    job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
+    return mint(job.config).path
 
 
 def mint(config: schema.Config) -> RunDir:

@@ -30,8 +30,8 @@ from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.models.init import draw, reset_buffers
-from hybridtrain.models.load import pretrained
+from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.load import initial
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim import adamw
 from hybridtrain.parallel.recompute import apply_recompute
@@ -54,7 +54,7 @@ class DeepSpeedEngine:
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
         self.deepspeed = start(device)
-        source = pretrained(config.model) if config.model.from_pretrained else draw(self.model_config, family=self.family, seed=config.run.seed)
+        source = initial(config.model, self.model_config, family=self.family, seed=config.run.seed)
         with quiet():
             self.grid = self._grid()
         self.stage, self.parts = self._stage()

@@ -1,0 +1,217 @@
+"""Which weight files of a Hugging Face folder transformers reads, and what they hold by their headers: names, shapes, dtypes.
+
+    model.safetensors, where it is there; else the shards that model.safetensors.index.json lists
+
+Torch is needed only to compare a stored head with the embedding that config.json says it equals.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridtrain import log
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.models.family import family_of
+from hybridtrain.types import ModelFacts, UserError, refusal
+
+FIELD = "model.from_pretrained"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ROWS = 4096  # of two matrices compared at once
+
+_log = log.get("model")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a weight file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it: F32, BF16, I8 ..."""
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything to read in `folder`."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Parameter name -> where it is stored, over the files that transformers reads. Raises UserError for what cannot be read."""
+    return {name: tensor for file in _files(folder) for name, tensor in _header(file, file.stat().st_mtime_ns).items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The single file before an index, as transformers has it, so that `evaluate` and training read the same weights."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.is_file():
+        raise refusal(
+            FIELD,
+            folder,
+            "there are no safetensors weights in it",
+            allowed=f"{SINGLE}, or shards with their index",
+            instead="convert the checkpoint with transformers' save_pretrained",
+        )
+    where = read_object(index, field=FIELD).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise _damaged(index, "it has no weight_map from names to files")
+    if any(".lora_" in name for name in where):
+        raise adapter_refused(str(folder))
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise _damaged(index, f"{name} lies in {file!r}, which is no file name in this folder")
+    files = [folder / name for name in sorted(set(where.values()))]
+    held: dict[str, Path] = {}
+    for file in files:
+        for name in _header(file, file.stat().st_mtime_ns if file.is_file() else 0):
+            if name in held:
+                raise _damaged(index, f"{name} is in {held[name].name} and in {file.name}")
+            held[name] = file
+    lost = next((name for name, file in where.items() if held.get(name) != folder / file), None)
+    if lost is not None:
+        raise _damaged(index, f"{lost} is not in {where[lost]}")
+    return files
+
+
+@functools.lru_cache(maxsize=512)
+def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001 - `modified` is a part of the key
+    """What a safetensors file holds; its values are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    if is_lfs_pointer(file):
+        raise lfs_pointer(FIELD, file)
+    try:
+        with safe_open(file, framework="np") as opened:
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
+            return {name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: Exception) -> UserError:
+    """The refusal of a weight file that is missing, cut short or no safetensors file."""
+    return refusal(FIELD, file, f"it cannot be read ({error})", allowed="whole safetensors files", instead="download or export it again")
+
+
+def adapter_refused(folder: str) -> UserError:
+    """What a LoRA adapter in place of a model gets."""
+    return refusal(
+        "model.from_pretrained",
+        folder,
+        "it holds a LoRA adapter, which is not supported yet",
+        allowed="the whole weights of a model",
+        instead="merge it into its base model (peft's merge_and_unload), save that, and start from it",
+    )
+
+
+def _damaged(file: Path, problem: str) -> UserError:
+    return refusal(FIELD, file, problem, allowed="an index as save_pretrained writes it", instead="download or export it again")
+
+
+def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]:
+    """config.json `fields`, with tie_word_embeddings false where the folder stores a head that differs from its embedding.
+
+    transformers does the same: such a config is wrong about its weights, and tying would lose the head. Of a hub id nothing is looked
+    at here (see load.py). Raises UserError where the user asks for the tie.
+    """
+    folder = Path(model.from_pretrained)
+    if not (model.from_pretrained and fields.get("tie_word_embeddings") and folder.is_dir() and has_weights(folder)):
+        return fields
+    family = family_of(fields["model_type"])
+    held = stored(folder)
+    if not heads_differ(held, embed=f"{family.embed}.weight", head=f"{family.head}.weight"):
+        return fields
+    if model.config.get("tie_word_embeddings"):
+        raise tie_refused(model.from_pretrained)
+    _say_untied(str(folder))
+    return {**fields, "tie_word_embeddings": False}
+
+
+def tie_refused(source: str) -> UserError:
+    """The refusal of a tie that would lose a stored head."""
+    return refusal(
+        "model.config.tie_word_embeddings",
+        True,
+        f"{source} stores a head that differs from its embedding: tying the two would lose it",
+        allowed="false",
+        instead="model.config.tie_word_embeddings=false",
+    )
+
+
+@functools.cache
+def _say_untied(folder: str) -> None:
+    _log.warning("%s: config.json ties the head to the embedding, but the two are stored with different values: they are not tied", folder)
+
+
+def heads_differ(held: Mapping[str, Stored], *, embed: str, head: str) -> bool:
+    """Whether both matrices are stored, with different values."""
+    if embed not in held or head not in held:
+        return False
+    first, second = held[embed], held[head]
+    return first.shape != second.shape or _differ(embed, first, first.file.stat().st_mtime_ns, head, second, second.file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _differ(embed: str, first: Stored, _first_time: int, head: str, second: Stored, _second_time: int) -> bool:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(first.file, framework="pt") as one, safe_open(second.file, framework="pt") as other:
+        left, right = one.get_slice(embed), other.get_slice(head)
+        blocks = (slice(start, start + _ROWS) for start in range(0, first.shape[0], _ROWS))
+        return any(not torch.equal(left[rows].float(), right[rows].float()) for rows in blocks)
+
+
+def check(model: ModelConfig, *, facts: ModelFacts) -> None:
+    """Refuse, before anything is built or written, weights of a local folder that cannot be the model's (by headers alone; raises UserError).
+
+    A folder whose weights are gone is let pass: a run that goes on from its own checkpoint does not read them.
+    """
+    folder = Path(model.from_pretrained)
+    if model.from_pretrained and folder.is_dir() and has_weights(folder):
+        held = stored(folder)
+        family = family_of(facts.model_type)
+        check_dtypes(held, source=model.from_pretrained)
+        for name in (f"{family.embed}.weight", f"{family.head}.weight"):
+            if name in held and held[name].shape[:1] != (facts.vocab,):
+                check_rows(held[name].shape, rows=facts.vocab, model=model)
+
+
+def check_dtypes(held: Mapping[str, Stored], *, source: str) -> None:
+    """Refuse integers and 8-bit floats: values of quantised weights mean nothing without their scales."""
+    other = next((name for name, tensor in held.items() if tensor.dtype not in _FLOATS and not harmless(name)), None)
+    if other is not None:
+        raise refusal(
+            FIELD,
+            source,
+            f"'{other}' is stored as {held[other].dtype}: quantised weights, without a quantization_config that says how",
+            allowed=", ".join(_FLOATS),
+            instead="the unquantised weights of this model",
+        )
+
+
+def check_rows(shape: tuple[int, ...], *, rows: int, model: ModelConfig) -> None:
+    """Refuse a vocabulary that is not the checkpoint's, unless `model.config.vocab_size` asks for a larger one."""
+    if shape and rows > shape[0] and "vocab_size" in model.config:
+        return
+    have = shape[0] if shape else 0
+    raise refusal(
+        "model.config.vocab_size" if "vocab_size" in model.config else FIELD,
+        rows if "vocab_size" in model.config else model.from_pretrained,
+        f"its embedding has {have} rows, " + ("and tokens are not taken away" if rows < have else f"its config.json says vocab_size {rows}"),
+        allowed=f"{have}, or more: the rows of added tokens are drawn as in a new model",
+        instead=f"model.config.vocab_size={max(rows, have)}",
+    )
+
+
+def harmless(name: str) -> bool:
+    """Whether a stored tensor is none of the weights: rotary tables, which older releases of transformers stored, are computed."""
+    return name.endswith("rotary_emb.inv_freq")

@@ -169,14 +169,17 @@ def _open_run(job: Job) -> RunDir:
 
 def _check_weights(config: Config) -> None:
     """Refuse weights that do not go with the model before anything is written; a run that has a checkpoint does not read them."""
+    if not config.model.from_pretrained:
+        return
     from hybridtrain.checkpoint.manager import Manager
+
+    if Manager(Path(config.run.dir) / "checkpoints", settings=config.checkpoint).latest():
+        return
     from hybridtrain.models import load
     from hybridtrain.models.build import hf_config
     from hybridtrain.models.facts import read_config
     from hybridtrain.models.family import family_of
 
-    if not config.model.from_pretrained or Manager(Path(config.run.dir) / "checkpoints", settings=config.checkpoint).latest():
-        return
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     load.check(config.model, built, family=family_of(built.model_type))
 

@@ -292,7 +292,7 @@ REFUSALS = {
     "nothing matches": ({"pattern": "*.nothing"}, r"data\.source=.*no text in it \(data\.pattern=\*\.nothing\)"),
     "fraction": ({"eval_fraction": 1.0}, r"data\.eval_fraction=1\.0"),
     "vocabulary": ({"vocab_size": 200}, r"data\.vocab_size=200: .*\n.*257 or more"),
-    "tokenizer": ({"tokenizer": "/nowhere/tokenizer"}, r"data\.tokenizer=/nowhere/tokenizer: transformers cannot load it"),
+    "tokenizer": ({"tokenizer": "/nowhere/tokenizer"}, r"data\.tokenizer=/nowhere/tokenizer: it cannot be loaded"),
     "a file as folder": ({"path": __file__}, r"data\.path=.*test_data_prepare"),
 }
 

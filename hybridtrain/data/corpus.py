@@ -134,7 +134,8 @@ def listing(data: DataConfig) -> Listing:
 
 
 def _tokenizer_digest(data: DataConfig) -> str:
-    folder = Path(data.tokenizer).expanduser()
+    path = Path(data.tokenizer).expanduser()
+    folder = path.parent if path.is_file() else path
     if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).expanduser().resolve() in folder.resolve().parents:
         return ""
     digest = hashlib.sha256()

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ from hybridtrain.config.schema import DataConfig
 from hybridtrain.data import chat
 from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.progress import say
-from hybridtrain.files import write_atomically
-from hybridtrain.types import refusal
+from hybridtrain.files import is_lfs_pointer, lfs_pointer, write_atomically
+from hybridtrain.types import UserError, refusal
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,6 +34,7 @@ MIN_SAMPLE_BYTES = 1 << 16  # least text taken of a unit, unless it has less
 CHUNK_CHARS = 1 << 16  # a longer document is encoded in parts of about this size, see `_parts`
 PARTS_AT_ONCE = 1 << 5  # parts in one call of the tokenizer: bounds memory, keeps every core busy
 FOLDER = "tokenizer"
+FIELD = "data.tokenizer"
 
 
 def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str,
     folder, record = partial / FOLDER, partial / "tokenizer.json"
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        tokenizer = _train(data, sample=sample) if data.tokenizer == "train" else _load(data.tokenizer)
+        tokenizer = _train(data, sample=sample) if data.tokenizer == "train" else load(data.tokenizer, field=FIELD)
         if data.format == "chat":
             chat.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
@@ -78,14 +80,15 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     """The function that encodes documents with the tokenizer of `<partial>/tokenizer`, without special tokens around them."""
     folder = partial / FOLDER
     if recipe.chat:
-        tokenizer = _load(str(folder))
-        return lambda conversations: list(chat.encode(conversations, tokenizer=tokenizer))
+        tokenizer = load(str(folder), field=FIELD)
+        return _whole(lambda conversations: list(chat.encode(conversations, tokenizer=tokenizer)))
     if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
-        slow = _load(str(folder))
-        return lambda texts: [(np.array(ids, dtype=np.int32), None) for ids in slow(texts, add_special_tokens=False)["input_ids"]]
+        slow = load(str(folder), field=FIELD)
+        return _whole(lambda texts: [(np.array(ids, dtype=np.int32), None) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
     from tokenizers import Tokenizer
 
-    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with _guarded(FIELD, str(folder), "it cannot be loaded", instead="prepare.overwrite=true"):
+        fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.no_truncation()
     fast.no_padding()
     parts = _parts if _adds_up_at_gaps(fast) else (lambda text: [text])
@@ -99,7 +102,22 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
         ends = itertools.accumulate(len(text) for text in cut)
         return [(np.concatenate(ids[end - len(text) : end]), None) for text, end in zip(cut, ends, strict=True)]
 
-    return encode
+    return _whole(encode)
+
+
+def _whole(encode: Encode) -> Encode:
+    """The same, refusing what the tokenizer cannot encode: Rust raises bare Exceptions and panics, which are no Exceptions."""
+
+    def guarded(documents: list[Any]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        try:
+            return encode(documents)
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            words, allowed = f"it fails on a document ({type(error).__name__}: {str(error).strip()[:200]})", "a tokenizer that takes every text"
+            raise refusal(FIELD, "of the corpus", words, allowed=allowed, instead="another data.tokenizer") from error
+
+    return guarded
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
@@ -129,19 +147,47 @@ def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
 
 
-def _load(name: str) -> Any:
-    from transformers import AutoTokenizer
+def load(name: str, *, field: str) -> Any:
+    """The tokenizer of a folder, a tokenizer.json or a hub id. Raises UserError that names `field` for whatever cannot be loaded."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = Path(name).expanduser()
+    for file in _files(path):
+        if is_lfs_pointer(file):
+            raise lfs_pointer(field, file)
+    if path.is_file() and path.suffix != ".json":
+        allowed, instead = "a folder with tokenizer files, a tokenizer.json, or a hub id", f"{field}={path.parent}"
+        raise refusal(field, name, "it is a file of one part of a tokenizer", allowed=allowed, instead=instead)
+    with _guarded(field, name, "it cannot be loaded", instead=f"{field}=FOLDER of a whole tokenizer"):
+        if path.is_file() and path.name != "tokenizer.json":
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            place = path.parent if path.is_file() else path
+            tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else name, trust_remote_code=False)
+        len(tokenizer)
+    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":  # its text has all its spaces; transformers warns where it is asked for
+        tokenizer.clean_up_tokenization_spaces = False
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    return tokenizer
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [path / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")]
+    return [path]
+
+
+@contextmanager
+def _guarded(field: str, name: str, problem: str, *, instead: str) -> Iterator[None]:
+    """Whatever a damaged or hostile tokenizer makes the libraries raise becomes a refusal; Rust's panics are no Exceptions."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise refusal(
-            "data.tokenizer",
-            name,
-            f"transformers cannot load it ({str(error).strip().splitlines()[0]})",
-            allowed="'train', a folder with tokenizer files, or a hub id that can be reached",
-            instead="data.tokenizer=train",
-        ) from error
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        words = (str(error).strip().splitlines() or ["no reason given"])[0]
+        allowed = "'train', a folder with tokenizer files, a tokenizer.json, or a hub id that can be reached"
+        raise refusal(field, name, f"{problem} ({type(error).__name__}: {words})", allowed=allowed, instead=instead) from error
 
 
 def _parts(text: str) -> list[str]:

@@ -1,0 +1,105 @@
+"""Faults of parallel composition that were reported of other systems, planted in ours: each trains, converges, and is wrong.
+
+Every function has the signature of `parity.measure.train_layout`, runs on each rank, plants its fault there and trains. The reports:
+NVIDIA/Megatron-LM#7452 (findings 1, 3, 8, 11), ROCm/TransformerEngine#715, pytorch/pytorch#190746, bigcode-project/Megatron-LM#35.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hybridtrain.engine import torch_native
+from hybridtrain.models import loss
+from hybridtrain.parallel import tensor
+from hybridtrain.parity.measure import Measured, Task, train_layout
+
+
+def _over_tp(grad: Any) -> bool:
+    names = grad.device_mesh.mesh_dim_names or ()
+    return any(name == "tp" and not placement.is_replicate() for name, placement in zip(names, grad.placements, strict=True))
+
+
+def softmax_over_the_local_vocabulary(task: Task, reference_norm: float) -> Measured:
+    """Each tp rank normalises over its rows of the vocabulary as if they were all."""
+    whole = loss._log_probabilities
+    loss._log_probabilities = lambda logits, *, group: whole(logits, group=None)  # noqa: ARG005 - the group is what is forgotten
+    return train_layout(task, reference_norm)
+
+
+def local_token_counts(task: Task, reference_norm: float) -> Measured:
+    """Each data rank divides by its own targets; they differ from rank to rank."""
+    count = torch_native.valid_tokens
+
+    def own(batches: Any, *, mesh: Any) -> Any:
+        shares = torch.tensor([0.75, 1.25], device=mesh.device)  # of an even share: what uneven rows would give
+        return (count(batches, mesh=mesh) * shares[mesh.dp_rank % 2]).long()
+
+    torch_native.valid_tokens = own
+    return train_layout(task, reference_norm)
+
+
+def a_sliced_parameter_counted_on_one_rank(task: Task, reference_norm: float) -> Measured:
+    """Of one kind of parameter that is sliced over tp, only the first rank's slices enter the gradient norm."""
+    norm = torch_native.gradient_norm
+
+    def without(parameters: Any, *, mesh: Any) -> Any:
+        sliced = sorted({tuple(p.shape) for p in parameters if isinstance(p.grad, DTensor) and _over_tp(p.grad)})
+        dropped = sliced[0] if mesh.coordinates["tp"] else None
+        return norm([p for p in parameters if tuple(p.shape) != dropped], mesh=mesh)
+
+    torch_native.gradient_norm = without
+    return train_layout(task, reference_norm)
+
+
+def replicated_parameters_counted_on_every_rank(task: Task, reference_norm: float) -> Measured:
+    """Norm weights, whole on every tp rank, enter the gradient norm once for each."""
+    norm = torch_native.gradient_norm
+
+    def twice(parameters: Any, *, mesh: Any) -> Any:
+        whole = [p for p in parameters if p.grad is not None and not _over_tp(p.grad)]
+        again = norm(whole, mesh=mesh).square() * (mesh.layout.tp - 1)
+        return (norm(parameters, mesh=mesh).square() + again).sqrt()
+
+    torch_native.gradient_norm = twice
+    return train_layout(task, reference_norm)
+
+
+def partial_gradients_of_a_replicated_norm(task: Task, reference_norm: float) -> Measured:
+    """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own heads, and not added up."""
+    real = tensor.SequenceParallel
+
+    class Unreduced(tensor.ReplicatedNorm):
+        def _apply(self, module: Any, device_mesh: Any) -> Any:
+            output = lambda module, output, mesh: output.to_local()  # noqa: E731, ARG005
+            return tensor.distribute_module(module, device_mesh, tensor._replicate, self._input, output)
+
+    tensor.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
+        Unreduced() if sequence_dim == 2 else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
+    )
+    return train_layout(task, reference_norm)
+
+
+def identity_gradient_of_log_softmax(task: Task, reference_norm: float) -> Measured:
+    """The loss is right; its gradient lacks the softmax."""
+    torch.Tensor.exp_ = lambda self: self.zero_()  # type: ignore[method-assign]
+    return train_layout(task, reference_norm)
+
+
+def repeated_heads_not_reduced(task: Task, reference_norm: float) -> Measured:
+    """A key/value head that several tp ranks use gets the gradient of one of them."""
+
+    def output(self: Any, module: Any, output: Any, mesh: Any) -> Any:  # noqa: ARG001
+        heads = output.to_local().unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2)
+        return heads.chunk(mesh.size(), dim=-2)[mesh.get_local_rank()].flatten(-2)
+
+    tensor.RepeatedHeads._output = output
+    return train_layout(task, reference_norm)
+
+
+def tied_gradients_not_added(task: Task, reference_norm: float) -> Measured:
+    """Embedding and head are one matrix on two pipeline stages, and each keeps its own gradient."""
+    torch_native.add_tied_gradients = lambda *copies, group: None  # noqa: ARG005
+    return train_layout(task, reference_norm)

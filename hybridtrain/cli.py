@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from typing import NoReturn
 
@@ -13,6 +14,9 @@ from hybridtrain.launched import leave
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 the command says no (parity), 2 something to put right."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text, and a terminal may know ASCII alone
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help(), end="")

@@ -9,6 +9,7 @@ and tells the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -169,6 +170,29 @@ def _is_sound(key: str, value: object) -> bool:
     if key in _NUMBERS:
         return number(value) is not None
     return key not in SUMMARY or isinstance(value, dict if key == "versions" else str)
+
+
+_TRACES = ("config.yaml", "summary.json", "metrics.jsonl")
+"""A folder with one of them is a run's."""
+
+
+def require_run(path: Path, *, command: str) -> None:
+    """Refuse a folder that is no run's (raises UserError), naming the run beside it that was written to last for the same command."""
+    if any((path / name).exists() for name in _TRACES):
+        return
+    problem = (
+        f"there is no {', '.join(_TRACES[:-1])} or {_TRACES[-1]} in it" if path.is_dir() else "it is a file" if path.exists() else "there is no such folder"
+    )
+    raise refusal("run.dir", path, problem, allowed="the folder of a run", instead=_run_beside(path, command=command))
+
+
+def _run_beside(path: Path, *, command: str) -> str:
+    aged = []
+    with contextlib.suppress(OSError):
+        for file in path.parent.glob("*/summary.json"):
+            with contextlib.suppress(OSError):
+                aged.append((file.stat().st_mtime, file.parent))
+    return f"hybridtrain {command} {max(aged)[1]}" if aged else f"hybridtrain runs, then hybridtrain {command} RUN"
 
 
 def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:

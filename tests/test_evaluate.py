@@ -193,6 +193,7 @@ def test_too_many_tokens_are_refused(trained):
 
 
 def test_sources_that_cannot_be_loaded(trained, tmp_path, capsys):
+    (tmp_path / "summary.json").write_text("{}")
     assert main(["generate", f"run.dir={tmp_path}"]) == 2
     assert f"generate.source=(none): {tmp_path} holds no export" in capsys.readouterr().err
     assert main(["evaluate", str(trained.run), f"evaluate.source={tmp_path}"]) == 2

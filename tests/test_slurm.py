@@ -296,6 +296,24 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
         assert [row for _, share in shares for row in share] == loader.row_ids(step).tolist()
 
 
+@pytest.mark.slow
+def test_after_a_cancellation_the_log_ends_with_the_verdict(slurm, data, tmp_path, monkeypatch, capfd):
+    """Not with what the launcher says about the signal; and the list of runs has the states of all jobs from one question."""
+    run = tmp_path / "runs/run"
+    sabotage(monkeypatch, kind="slow", seconds=0.5)
+    job = submit(run, data)
+    wait_for_lines(run, 2)
+    capfd.readouterr()
+    assert command.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
+    assert capfd.readouterr().out.splitlines()[1].split()[6:8] == [job, "RUNNING"]
+    slurm.run("scancel", job)
+    slurm.wait(job, timeout_s=120)
+    capfd.readouterr()
+    assert command.run_command("logs", [str(run), "logs.lines=1"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "cancelled: the job was cancelled; the same command goes on"
+    assert outcomes(run) == ["cancelled"]
+
+
 WRONG = {
     "degrees": (["parallel.tp=3"], "parallel="),
     "no data": (["data.path=/no/such/data"], "data.path=/no/such/data: there is no such folder"),

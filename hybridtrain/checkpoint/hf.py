@@ -24,6 +24,7 @@ from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
 from hybridtrain.config.schema import ExportRoot
 from hybridtrain.data.blend import tokenizer_dir
+from hybridtrain.rundir import require_run
 from hybridtrain.types import Progress, UserError, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,8 +41,7 @@ def run(config: ExportRoot) -> int:
     """`hybridtrain export`: the newest complete checkpoint of run.dir, or export.checkpoint with the run that it belongs to."""
     options = config.export
     run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise refusal("run.dir", run_dir, "there is no run: it has no config.yaml", allowed="the folder of a run", instead="run.dir=runs/<name>")
+    require_run(run_dir, command="export")
     its_config = compose.from_yaml(run_dir / "config.yaml", "train")
     if options.checkpoint:
         checkpoint: Path | None = Path(options.checkpoint)

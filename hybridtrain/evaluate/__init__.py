@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.rundir import require_run
 from hybridtrain.types import UserError, refusal
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
@@ -32,11 +33,8 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     if not source:
         folder = run_dir / "export"
         if not (folder / "config.json").is_file():
-            if run_dir.is_dir():
-                problem, instead = f"{run_dir} holds no export", f"hybridtrain export {run_dir}, or {field}=FOLDER"
-            else:
-                problem, instead = f"there is no folder {run_dir}", f"run.dir=RUN or {field}=FOLDER"
-            raise refusal(field, "(none)", problem, allowed=_ALLOWED, instead=instead)
+            require_run(run_dir, command=field.partition(".")[0])
+            raise refusal(field, "(none)", f"{run_dir} holds no export", allowed=_ALLOWED, instead=f"hybridtrain export {run_dir}, or {field}=FOLDER")
         yield str(folder)
         return
     folder = Path(source).expanduser()

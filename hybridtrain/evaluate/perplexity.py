@@ -22,6 +22,7 @@ from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.files import write_json
 from hybridtrain.layout import BatchPlan
+from hybridtrain.rundir import require_run
 from hybridtrain.types import IGNORE_INDEX, Batch, refusal
 
 
@@ -34,8 +35,7 @@ def run(config: EvaluateRoot) -> int:
     is_run = (run_dir / "config.yaml").is_file()
     settings = _settings(config, compose.from_yaml(run_dir / "config.yaml", "train") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
-        problem = "there is no run in it" if run_dir.is_dir() else "there is no such folder"
-        raise refusal("run.dir", run_dir, problem, allowed="the folder of a run", instead="hybridtrain runs, or evaluate.source=FOLDER")
+        require_run(run_dir, command="evaluate")
     if not (settings.data.path or settings.data.blend):
         raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
     data = open_data(settings.data, timeout_s=0)

@@ -18,7 +18,7 @@ import numpy as np
 from hybridtrain import failure
 from hybridtrain.config import compose, schema
 from hybridtrain.files import LARGEST, number, one_line
-from hybridtrain.rundir import METRICS, read_machine, read_summary
+from hybridtrain.rundir import METRICS, read_machine, read_summary, require_run
 from hybridtrain.types import UserError, refusal
 
 KEYS = (*METRICS, "eval_loss")
@@ -123,9 +123,7 @@ class History:
 
 def read(folder: Path) -> History:
     """Read a run directory; a last line that is still being written is left out. Raises UserError if nothing in it tells of a run."""
-    if not any((folder / name).is_file() for name in ("metrics.jsonl", "summary.json", "config.yaml")):
-        problem = "there is no metrics.jsonl, summary.json or config.yaml in it" if folder.is_dir() else "there is no such folder"
-        raise refusal("run.dir", folder, problem, allowed="the folder of a run", instead=_runs_near(folder))
+    require_run(folder, command="report")
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
@@ -204,9 +202,3 @@ def _lines(path: Path) -> Iterator[str]:
         return
     except OSError as error:
         raise refusal("run.dir", path, f"it cannot be read: {error.strerror or error}", allowed="the folder of a run", instead="the run's own files") from error
-
-
-def _runs_near(folder: Path) -> str:
-    """A folder of a run beside `folder`, the one that was written to last, as a suggestion."""
-    found = sorted(folder.parent.glob("*/summary.json"), key=lambda path: path.stat().st_mtime) if folder.parent.is_dir() else []
-    return f"hybridtrain report {found[-1].parent}" if found else "hybridtrain report runs/<name>"

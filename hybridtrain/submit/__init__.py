@@ -6,6 +6,9 @@ hybridtrain submit experiment=... cluster=gpu8 cluster.nodes=4 key=value ...    
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +19,7 @@ from hybridtrain import log
 from hybridtrain.config import schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
-from hybridtrain.files import write_atomically
+from hybridtrain.files import unwritable, write_atomically
 from hybridtrain.submit import mint, script, slurm
 from hybridtrain.types import refusal
 
@@ -38,29 +41,25 @@ def run_several(configs: list[SubmitRoot]) -> int:
     if cluster.dry_run and absent:
         problem = "the corpus is not there yet, and a dry run writes nothing"
         raise refusal("data.path", absent[0], problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path=")
+    for training in trainings:
+        _check_processes(training.parallel, cluster)
     jobs = [mint.checked(training, world_size=world) for training in trainings]
-    described = [f"{config.run.name}: {layouts.write(config.parallel, job.layout)} on {world} processes" for config, job in zip(configs, jobs, strict=True)]
+    described = [
+        f"{training.run.name}: {layouts.write(training.parallel, job.layout)} on {world} processes" for training, job in zip(trainings, jobs, strict=True)
+    ]
+    planned = [Path(config.run.dir).resolve() for config in configs]
+    told: dict[str, Any] = {"name": first.run.name, "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    text = script.render(cluster, folder=_folder(planned, name=first.run.name), runs=planned, **told)
+    if cluster.dry_run:
+        return _show(text, described)
     for line in described:
         _log.info("%s", line)
-    planned = [Path(config.run.dir).resolve() for config in configs]
-    folder = planned[0] / "submit" if len(configs) == 1 else planned[0].with_name(f"{first.run.name}-array") / "submit"
-    told: dict[str, Any] = {"name": first.run.name, "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
-    text = script.render(cluster, folder=folder, runs=planned, **told)
-    if cluster.dry_run:
-        return _show(text)
     _tried(text)
     runs = [mint.mint(job.config).path.resolve() for job in jobs]
+    folder = _folder(runs, name=first.run.name)
     if runs != planned:  # a directory of another run: this one got the next number
-        folder = runs[0] / "submit" if len(configs) == 1 else folder
         text = script.render(cluster, folder=folder, runs=runs, **told)
-    folder.mkdir(parents=True, exist_ok=True)
-    if len(runs) > 1:
-        write_atomically(folder / "runs.txt", "".join(f"{path}\n" for path in runs))
-    write_atomically(folder / "job.sbatch", text)
-    job = slurm.sbatch(folder / "job.sbatch", test_only=False)
-    for number, path in enumerate(runs):
-        (path / "submit").mkdir(exist_ok=True)
-        write_atomically(path / "submit" / "job_id", (job if len(runs) == 1 else f"{job}_{number}") + "\n")
+    job = _queued(text, folder=folder, runs=runs)
     _log.info("submitted job %s%s", job, f", an array of {len(runs)}" if len(runs) > 1 else "")
     for path in runs:
         _log.info("run       %s", path)
@@ -68,14 +67,70 @@ def run_several(configs: list[SubmitRoot]) -> int:
     return 0
 
 
+def _folder(runs: list[Path], *, name: str) -> Path:
+    """Where the script goes: into the run; for several into a folder of these runs alone, which a queued array of others may still read."""
+    if len(runs) == 1:
+        return runs[0] / "submit"
+    base = runs[0].parent / "arrays" / re.sub(r"[^\w.-]", "_", name)
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not folder.exists() or _listed(folder) == script.listed(runs):
+            return folder
+    raise AssertionError
+
+
+def _listed(folder: Path) -> bytes:
+    try:
+        return (folder / script.RUNS).read_bytes()
+    except OSError:
+        return b""
+
+
+def _queued(text: str, *, folder: Path, runs: list[Path]) -> str:
+    """Write the script and hand it to Slurm; the job's id, which is noted in each run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(runs) > 1:
+            write_atomically(folder / script.RUNS, script.listed(runs))
+        write_atomically(folder / "job.sbatch", script.encoded(text))
+    except OSError as error:
+        raise unwritable("run.dir", folder, error) from error
+    job = slurm.sbatch(folder / "job.sbatch", test_only=False)
+    try:
+        for number, path in enumerate(runs):
+            write_atomically(path / "submit" / "job_id", (job if len(runs) == 1 else f"{job}_{number}") + "\n")
+    except OSError as error:  # the job is queued all the same, and notes itself when it starts
+        _log.warning("job %s is queued, but that cannot be noted in the run (%s)", job, error.strerror or error)
+    return job
+
+
+def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterConfig) -> None:
+    """Refuse degrees that do not multiply out to the cluster's processes, in words of its options (raises UserError)."""
+    each, degrees = script.ranks_per_node(cluster), [getattr(parallel, axis) for axis in layouts.AXES]
+    if any(degree < 1 and degree != -1 for degree in degrees) or degrees.count(-1) > 1:
+        return  # `layout.resolve` says what is wrong with those
+    fixed, world = math.prod(degree for degree in degrees if degree != -1), cluster.nodes * each
+    if world % fixed == 0 and (fixed == world or -1 in degrees):
+        return
+    named = " x ".join(f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1)
+    problem = f"these degrees take {'a multiple of ' if -1 in degrees else ''}{fixed} processes, and {cluster.nodes} x {each} (cluster.nodes x ranks on each) are {world}"
+    nodes, rest = divmod(fixed, each)
+    fitting = [f"cluster.nodes={nodes}"] if nodes and not rest else [f"cluster.ranks_per_node={fixed // cluster.nodes}"] if fixed % cluster.nodes == 0 else []
+    fitting += ["other degrees"] if -1 in degrees else ["parallel.dp_shard=-1", "parallel.dp_replicate=-1"]
+    raise refusal("parallel", named or "single", problem, allowed=f"degrees whose product is {world}", instead=", or ".join(fitting))
+
+
 def _training(config: SubmitRoot) -> schema.Config:
     return schema.Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(schema.Config)})
 
 
-def _show(text: str) -> int:
-    """Print the script, and when Slurm would run it."""
-    print(text)
-    _log.info("%s", _tried(text))
+def _show(text: str, described: list[str]) -> int:
+    """Print the script, and after it what matters: what it trains, and when Slurm would run it."""
+    print(text, flush=True)
+    answer = _tried(text)
+    for line in described:
+        _log.info("%s", line)
+    _log.info("%s (nothing was queued)", answer or "Slurm would take it")
     return 0
 
 
@@ -83,5 +138,5 @@ def _tried(text: str) -> str:
     """When Slurm would run this script (raises UserError if it would not). Nothing is queued, and nothing is left behind."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.sbatch"
-        file.write_text(text)
+        file.write_bytes(script.encoded(text))
         return slurm.sbatch(file, test_only=True)

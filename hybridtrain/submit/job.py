@@ -7,17 +7,16 @@ python -m hybridtrain.submit.job close RUN --code N --stopped WHY    the verdict
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from hybridtrain import failure
-from hybridtrain.files import write_atomically
+from hybridtrain.files import read_object, unwritable, write_json
 from hybridtrain.rundir import read_summary
-from hybridtrain.submit import lives
-from hybridtrain.types import UserError
+from hybridtrain.submit import lives, slurm
+from hybridtrain.types import UserError, refusal
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL
 RUN = "HYBRIDTRAIN_RUN"
@@ -25,38 +24,56 @@ RUN = "HYBRIDTRAIN_RUN"
 
 def open_job(argv: list[str]) -> int:
     """Print the run directory of this job: the one that `submit` minted, or the one that these overrides continue or start."""
-    run = _given_run()
-    if run is None:
-        from hybridtrain.submit import mint
+    try:
+        run = _given_run()
+        if run is None:
+            from hybridtrain.submit import mint
 
-        os.environ["WORLD_SIZE"] = os.environ["HYBRIDTRAIN_WORLD"]
-        try:
+            os.environ["WORLD_SIZE"] = os.environ["HYBRIDTRAIN_WORLD"]
             run = mint.mint_from(argv)
-        except UserError as error:
+        job, life = _this_life()
+        lives.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, life=life, nodes=os.environ["SLURM_JOB_NODELIST"])
+        set_summary(run, status="queued", exit_reason=None)
+    except UserError as error:
+        with contextlib.suppress(OSError):
             print(f"hybridtrain submit: {error}", file=sys.stderr)
-            return 2
-    job = os.environ["SLURM_JOB_ID"]
-    again = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    lives.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, life=again, nodes=os.environ["SLURM_JOB_NODELIST"])
-    set_summary(run, status="queued", exit_reason=None)
+        return 2
     print(run)
     return 0
+
+
+def _say(text: object) -> None:
+    """To the job's output, which may stand on a full disk: the verdict comes all the same."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def _this_life() -> tuple[str, int]:
+    """The job, and how often Slurm has requeued it."""
+    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _given_run() -> Path | None:
     """The minted run: of this job, or of this task of an array."""
     if listed := os.environ.get("HYBRIDTRAIN_RUNS"):
-        return Path(Path(listed).read_text().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+        try:
+            return Path(os.fsdecode(Path(listed).read_bytes().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
+        except (OSError, IndexError) as error:
+            problem = f"it does not name the run of task {os.environ['SLURM_ARRAY_TASK_ID']} ({error})"
+            raise refusal("HYBRIDTRAIN_RUNS", listed, problem, allowed="the list that submit wrote", instead="hybridtrain submit once more") from error
     return Path(os.environ[RUN]) if os.environ.get(RUN) else None
 
 
 def close_job(run: Path, *, code: int, stopped: str) -> int:
     """Say how this life ended, and whether there is another."""
     outcome = _outcome(run, code=code, stopped=stopped)
-    lives.end(run, outcome=outcome)
-    known = lives.read(run)
-    decision, why = lives.verdict(known, max_restarts=int(os.environ.get("HYBRIDTRAIN_MAX_RESTARTS") or 3))
-    print(f"{outcome}: {why}", flush=True)
+    job, life = _this_life()
+    known, kept = lives.end(run, job=job, life=life, outcome=outcome)
+    most = int(os.environ.get("HYBRIDTRAIN_MAX_RESTARTS") or 3)
+    decision, why = lives.verdict(known, max_restarts=most)
+    if decision == lives.REQUEUE and not kept and life >= most:  # nothing counts failures any more
+        decision, why = lives.FAILED, f"lives.json cannot be written, and after {life} restarts (cluster.max_restarts={most}) nobody knows how often it failed"
+    _say(f"{outcome}: {why}")
     if decision == lives.DONE:
         return 0
     if decision == lives.REQUEUE:
@@ -80,24 +97,31 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     first = failure.conclude(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
     bad = _bad_nodes(run)
     reason = str(first) if first else f"not fit: {', '.join(f'{node} ({why})' for node, why in bad.items())}" if bad else f"exit code {code}, no rank said why"
-    print(f"first failure: {reason}\n{first.detail if first else ''}", flush=True)
-    set_summary(run, status="failed", exit_reason=reason)
+    _say(f"first failure: {reason}\n{first.detail if first else ''}")
+    try:
+        set_summary(run, status="failed", exit_reason=reason)
+    except UserError as error:  # the verdict comes all the same
+        _say(error)
     return "failed"
 
 
 def _newest_failures(run: Path) -> Path | None:
     """Reports of this life alone: a rank that never came so far leaves none."""
-    started = lives.read(run)[-1].started
+    job, life = _this_life()
+    started = lives.began(run, job=job, life=life)
     folders = [path for path in (run / "failures").glob("life-*") if path.stat().st_mtime >= started]
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _bad_nodes(run: Path) -> dict[str, str]:
     """Nodes that the health check of this life refused, with the reason."""
-    file = run / "submit" / "bad_nodes.json"
-    if not file.is_file() or file.stat().st_mtime < lives.read(run)[-1].started:
+    file, (job, life) = run / "submit" / "bad_nodes.json", _this_life()
+    if not file.is_file() or file.stat().st_mtime < lives.began(run, job=job, life=life):
         return {}
-    return json.loads(file.read_text())
+    try:
+        return {str(node): str(why) for node, why in read_object(file, field="run.dir").items()}
+    except UserError:
+        return {}
 
 
 def _replaced(run: Path, *, without: dict[str, str], chain: str) -> bool:
@@ -110,19 +134,22 @@ def _replaced(run: Path, *, without: dict[str, str], chain: str) -> bool:
     environment = {**os.environ, "HYBRIDTRAIN_CHAIN": chain, "HYBRIDTRAIN_EXCLUDE": exclude}
     for name in [name for name in environment if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
         del environment[name]
-    done = subprocess.run(["sbatch", "--parsable", f"--exclude={exclude}", str(script)], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"sbatch without {exclude}: {done.stderr.strip()}", flush=True)
+    try:
+        new = slurm.queued(slurm.ask("sbatch", "--parsable", f"--exclude={exclude}", str(script), env=environment))
+        (run / "submit" / "job_id").write_text(new + "\n")
+    except (UserError, OSError) as error:
+        _say(f"sbatch without {exclude}: {error}")
         return False
-    new = done.stdout.strip().partition(";")[0]
-    (run / "submit" / "job_id").write_text(new + "\n")
-    print(f"job {new} takes over, without {exclude}", flush=True)
+    _say(f"job {new} takes over, without {exclude}")
     return True
 
 
 def set_summary(run: Path, **values: object) -> None:
-    """Change keys of summary.json while no rank 0 is there to do it."""
-    write_atomically(run / "summary.json", json.dumps({**read_summary(run), **values}, indent=1) + "\n")
+    """Change keys of summary.json while no rank 0 is there to do it. Raises UserError on a full disk."""
+    try:
+        write_json(run / "summary.json", {**read_summary(run), **values})
+    except OSError as error:
+        raise unwritable("run.dir", run, error) from error
 
 
 def main(argv: list[str]) -> int:

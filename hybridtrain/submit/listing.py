@@ -2,68 +2,109 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybridtrain.config.schema import LogsRoot, RunsRoot
-from hybridtrain.rundir import read_summary
+from hybridtrain.files import one_line, read_object
+from hybridtrain.rundir import read_summary, require_run
 from hybridtrain.submit import lives, slurm
-from hybridtrain.types import refusal
+from hybridtrain.types import UserError, refusal
+
+_MOST_BYTES = 1 << 20
+"""Of a log's end; its last lines are in it."""
 
 _COLUMNS = ("run", "status", "step", "loss", "tokens/s", "checkpoint", "job", "state", "reason")
 _ENDED = ("finished", "failed", "preempted")
 
 
 def runs(config: RunsRoot) -> int:
-    """Print one line for each run directory, the newest last."""
+    """Print one line for each run directory, the newest last; one whose files cannot be read has a line that says which."""
     folder = Path(config.runs.folder)
-    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    found = _by_age(folder.glob("*/summary.json"))
     if not found:
         raise refusal("runs.folder", folder, "there is no run in it", allowed="a folder of run directories", instead="runs.folder=FOLDER")
-    jobs = {path.parent: _job(path.parent) for path in found}
-    states = slurm.states([job for job in jobs.values() if job])
-    table = [_COLUMNS, *(_row(path.parent, job=jobs[path.parent], state=states.get(jobs[path.parent], "")) for path in found)]
+    read = [_read(path.parent) for path in found]
+    states, trouble = _states([run.job for run in read if run.job])
+    table = [_COLUMNS, *(run.row(states) for run in read)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
-    for row in table:
-        print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    print("\n".join(lines), flush=True)
+    if trouble:
+        print(f"states of jobs are not shown: {trouble}", file=sys.stderr)
     return 0
 
 
-def _job(run: Path) -> str:
-    file = run / "submit" / "job_id"
-    if file.is_file():
-        return file.read_text().strip()
-    known = lives.read(run)
-    return known[-1].job if known else ""
+def _by_age(files: Iterable[Path]) -> list[Path]:
+    """Those that are still there, the newest last."""
+    aged = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            aged.append((file.stat().st_mtime, file))
+    return [file for _, file in sorted(aged)]
 
 
-def _row(run: Path, *, job: str, state: str) -> tuple[str, ...]:
-    summary = read_summary(run)
-    loss, speed, reason = summary.get("final_loss"), summary.get("tokens_per_s"), str(summary.get("exit_reason") or "")
+def _states(jobs: list[str]) -> tuple[dict[str, str], str]:
+    """Job -> state, and why there are none."""
+    try:
+        return slurm.states(jobs), ""
+    except UserError as error:
+        return {}, str(error).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run directory as far as it could be read."""
+
+    name: str
+    job: str
+    cells: tuple[str, ...]
+    """status, step, loss, tokens/s and checkpoint."""
+    reason: str
+
+    def row(self, states: Mapping[str, str]) -> tuple[str, ...]:
+        return (self.name, *self.cells, self.job or "-", states.get(self.job) or "-", self.reason)
+
+
+def _read(run: Path) -> _Run:
+    try:
+        if not (summary := read_summary(run)):
+            read_object(run / "summary.json", field="run.dir")  # raises what is wrong with it
+        return _Run(one_line(run.name), lives.job_id(run), _cells(run, summary), _short(one_line(str(summary.get("exit_reason") or ""))))
+    except UserError as error:
+        problem = str(error).splitlines()[0].partition("=")[2].removeprefix(f"{run}/")
+        return _Run(one_line(run.name), "", ("unreadable", "-", "-", "-", "-"), one_line(problem))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _cells(run: Path, summary: Mapping[str, Any]) -> tuple[str, ...]:
+    loss, speed = summary.get("final_loss"), summary.get("tokens_per_s")
     return (
-        run.name,
-        str(summary.get("status")),
+        one_line(str(summary.get("status"))),
         f"{summary.get('steps') or 0}/{summary.get('total_steps') or '?'}",
         f"{loss:.4f}" if loss is not None else "-",
         f"{speed:.0f}" if speed is not None else "-",
         str(lives.newest_step(run) or "-"),
-        job or "-",
-        state or "-",
-        reason if len(reason) <= 60 else reason[:57] + "...",
     )
 
 
 def logs(config: LogsRoot) -> int:
     """Print the end of what rank 0 says, and what it says from now on until the run has ended."""
     run = Path(config.run.dir)
-    if not run.is_dir():
-        raise refusal("run.dir", run, "there is no such folder", allowed="the folder of a run", instead="hybridtrain runs")
+    require_run(run, command="logs")
     file = _newest_log(run)
     if file is None:
         raise refusal("run.dir", run, "nothing has been logged there", allowed="the folder of a run that has begun", instead="hybridtrain runs")
-    text = file.read_text(errors="replace")
-    print("\n".join(text.splitlines()[-config.logs.lines :]), flush=True)
-    seen = len(text.encode())
+    seen = _end_of(file, lines=config.logs.lines)
     while config.logs.follow:
         ended = _has_ended(run)
         seen = _more(file, seen)
@@ -76,18 +117,35 @@ def logs(config: LogsRoot) -> int:
     return 0
 
 
+def _end_of(file: Path, *, lines: int) -> int:
+    """Print the last lines of a file, or that it has none; its size."""
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _MOST_BYTES))
+            text = stream.read().decode(errors="replace")
+    except OSError as error:
+        raise refusal("run.dir", file, f"it cannot be read: {error.strerror or error}", allowed="a log of the run", instead="hybridtrain runs") from error
+    print("\n".join(text.splitlines()[-lines:]) if text.strip() else f"{file} is empty so far", flush=True)
+    return size
+
+
 def _newest_log(run: Path) -> Path | None:
     """Of a job: the first node's, which has what goes wrong in launching too; else rank 0's own."""
-    nodes = sorted(run.glob("logs/job-*/life-*/node-0.log"), key=lambda path: path.stat().st_mtime)
+    nodes = _by_age(run.glob("logs/job-*/life-*/node-0.log"))
     own = run / "logs" / "rank-0.log"
     return nodes[-1] if nodes else own if own.is_file() else None
 
 
 def _more(file: Path, seen: int) -> int:
-    """Print what stands after byte `seen`; the file's new size."""
-    with file.open("rb") as stream:
-        stream.seek(seen)
-        new = stream.read()
+    """Print what stands after byte `seen`; the file's new size. A file that was cut or is gone begins again."""
+    try:
+        with file.open("rb") as stream:
+            seen = seen if seen <= stream.seek(0, os.SEEK_END) else 0
+            stream.seek(seen)
+            new = stream.read()
+    except OSError:
+        return 0
     print(new.decode(errors="replace"), end="", flush=True)
     return seen + len(new)
 
@@ -95,4 +153,13 @@ def _more(file: Path, seen: int) -> int:
 def _has_ended(run: Path) -> bool:
     """Whether nothing more will be said; a run that is requeued goes on."""
     status = read_summary(run).get("status")
-    return status in _ENDED and not (status == "preempted" and lives.read(run))
+    return status in _ENDED and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run))
+
+
+def _is_over(run: Path) -> bool:
+    """Whether no other life follows the newest one of a job that was stopped."""
+    try:
+        known = lives.read(run)
+    except UserError:
+        return True
+    return bool(known) and known[-1].outcome == "cancelled"

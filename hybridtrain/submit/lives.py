@@ -7,15 +7,22 @@ A chain is what one `sbatch` began: its requeues, and the jobs that took its pla
 
 from __future__ import annotations
 
-import json
+import logging
+import os
+import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
-from hybridtrain.files import write_atomically
+from hybridtrain.files import number, read_json, unwritable, write_json
+from hybridtrain.types import UserError, refusal
 
+_log = logging.getLogger("hybridtrain.submit")
+_JOB = re.compile(r"\d+([_+]\d+)?")
 DONE, REQUEUE, FAILED = "done", "requeue", "failed"
 
 
@@ -41,27 +48,94 @@ def newest_step(run: Path) -> int:
 
 
 def read(run: Path) -> list[Life]:
+    """What lives.json says; empty where there is none. Raises UserError that names the file if it cannot be read."""
     file = run / "submit" / "lives.json"
-    return [Life(**entry) for entry in json.loads(file.read_text())] if file.is_file() else []
+    if not file.exists():
+        return []
+    entries = read_json(file, field="run.dir")
+    if not isinstance(entries, list):
+        raise refusal("run.dir", file, "it cannot be read: it holds no list", allowed="what a job of this run wrote", instead="restore the file, or remove it")
+    return [_life(entry, file) for entry in entries]
+
+
+def _life(entry: Any, file: Path) -> Life:
+    """One entry; what another version added is left out, what it did not write stands at its default."""
+    values = entry if isinstance(entry, Mapping) else {}
+    kinds = {"str": lambda value: isinstance(value, str), "int": lambda value: type(value) is int, "float": lambda value: number(value) is not None}
+    wrong = [field.name for field in fields(Life) if not (kinds[str(field.type)](values[field.name]) if field.name in values else field.default is not MISSING)]
+    if wrong:
+        problem = f"it cannot be read: {', '.join(wrong)} missing or of another type"
+        raise refusal("run.dir", file, problem, allowed="what a job of this run wrote", instead="restore the file, or remove it")
+    return Life(**{field.name: values[field.name] for field in fields(Life) if field.name in values})
+
+
+def known(run: Path) -> list[Life]:
+    """`read` for a job, which goes on where the file cannot be read: it is warned of and set aside, and the count begins again."""
+    try:
+        return read(run)
+    except UserError as error:
+        file = run / "submit" / "lives.json"
+        aside = file.with_name(f"lives.unreadable-{int(time.time())}.json")
+        _log.warning("%s; earlier starts are not counted, the file is kept as %s", str(error).splitlines()[0], aside.name)
+        try:
+            file.rename(aside)
+        except OSError as problem:
+            _log.warning("%s cannot be set aside (%s)", file, problem.strerror or problem)
+        return []
+
+
+def job_id(run: Path) -> str:
+    """The newest job of a run; empty without one. Raises UserError that names the file if it holds no job id."""
+    file = run / "submit" / "job_id"
+    try:
+        text = file.read_bytes().decode("ascii").strip()
+    except FileNotFoundError:
+        lives = read(run)
+        return lives[-1].job if lives else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise refusal("run.dir", file, f"it cannot be read: {error}", allowed="a job id", instead="remove the file") from error
+    if not _JOB.fullmatch(text):
+        raise refusal("run.dir", file, "it holds no job id", allowed="a number as sbatch gives it", instead="remove the file")
+    return text
 
 
 def write(run: Path, lives: list[Life]) -> None:
-    """Atomically: a requeue may end the writer."""
+    """Atomically: a requeue may end the writer. Raises UserError on a full disk."""
     file = run / "submit" / "lives.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps([asdict(life) for life in lives], indent=1) + "\n")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, [asdict(life) for life in lives])
+    except OSError as error:
+        raise unwritable("run.dir", file, error) from error
 
 
 def begin(run: Path, *, chain: str, job: str, life: int, nodes: str) -> None:
     """Note that a life begins."""
-    write(run, [*read(run), Life(chain, job, life, nodes, time.time(), newest_step(run))])
+    write(run, [*known(run), Life(chain, job, life, nodes, time.time(), newest_step(run))])
 
 
-def end(run: Path, *, outcome: str) -> None:
-    """Note how the newest life ended."""
-    lives = read(run)
+def end(run: Path, *, job: str, life: int, outcome: str) -> tuple[list[Life], bool]:
+    """Note how this life of `job` ended: all lives, and whether they are on the disk (False is warned of). One that was not noted to begin is added."""
+    lives = known(run)
+    if not lives or (lives[-1].job, lives[-1].life) != (job, life):
+        chain = os.environ.get("HYBRIDTRAIN_CHAIN") or job
+        lives.append(Life(chain, job, life, os.environ.get("SLURM_JOB_NODELIST", ""), began(run, job=job, life=life), 0))
     lives[-1].ended, lives[-1].step_after, lives[-1].outcome = time.time(), newest_step(run), outcome
-    write(run, lives)
+    try:
+        write(run, lives)
+    except UserError as error:
+        _log.warning("%s", str(error).splitlines()[0])
+        return lives, False
+    return lives, True
+
+
+def began(run: Path, *, job: str, life: int) -> float:
+    """When a life began, in seconds since 1970: as noted, else as its folder of logs tells; 0 if nothing does."""
+    noted = [one.started for one in known(run) if (one.job, one.life) == (job, life)]
+    if noted:
+        return noted[-1]
+    logs = run / "logs" / f"job-{job}" / f"life-{life}"
+    return min((path.stat().st_mtime for path in (logs, *logs.glob("*")) if path.exists()), default=0.0)
 
 
 def verdict(lives: list[Life], *, max_restarts: int) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from hybridtrain import machine, train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import check, schema
 from hybridtrain.config.compose import compose, to_yaml
-from hybridtrain.files import write_atomically
+from hybridtrain.files import unwritable, write_atomically
 from hybridtrain.rundir import RunDir, open_run
 from hybridtrain.types import refusal
 
@@ -60,5 +60,8 @@ def freeze(config: schema.Config, run: Path) -> None:
     """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile."""
     frozen = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve())))
     folder = run / "submit" / "conf" / "experiment"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(frozen))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(frozen))
+    except OSError as error:
+        raise unwritable("run.dir", folder, error) from error

@@ -6,6 +6,7 @@ quotes in its own way; and in exported variables, quoted for the shell. The trai
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _OURS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
 _BEGIN = "# --- job ---\n"
+RUNS = "runs.txt"
+"""Beside the script of an array: its run directories, one a line."""
 
 
 def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, runs: list[Path]) -> str:
@@ -28,10 +31,30 @@ def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, p
     body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
     lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
-    lines += [
-        f"export {key}={shlex.quote(value)}" for key, value in _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, runs=runs).items()
-    ]
+    exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, runs=runs)
+    for field, value in {**{f"cluster.environment.{key}": value for key, value in exported.items()}, "cluster.modules": " ".join(cluster.modules)}.items():
+        _check_letters(field, value)
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in exported.items()]
     return "\n".join(lines) + "\n" + _BEGIN + body
+
+
+def _check_letters(field: str, value: str) -> None:
+    """Refuse half letters (lone surrogates), which no file can hold; the bytes of a path that is not Unicode are none."""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        shown = ascii(value[max(0, error.start - 10) : error.end + 10])
+        raise refusal(field, shown, "it has half a letter in it (a lone surrogate)", allowed="Unicode text", instead="the text typed anew") from error
+
+
+def encoded(text: str) -> bytes:
+    """The script as bytes: a path that is not Unicode has its own bytes in it again. `render` has refused what cannot be written."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def listed(runs: list[Path]) -> bytes:
+    """What stands in RUNS."""
+    return b"".join(os.fsencode(path) + b"\n" for path in runs)
 
 
 def ranks_per_node(cluster: ClusterConfig) -> int:
@@ -96,5 +119,5 @@ def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_sign
         "HYBRIDTRAIN_IMAGE": cluster.container_image,
         "HYBRIDTRAIN_MOUNTS": cluster.container_mounts,
     }
-    which = {"HYBRIDTRAIN_RUN": str(runs[0])} if len(runs) == 1 else {"HYBRIDTRAIN_RUNS": str(folder / "runs.txt")}
+    which = {"HYBRIDTRAIN_RUN": str(runs[0])} if len(runs) == 1 else {"HYBRIDTRAIN_RUNS": str(folder / RUNS)}
     return {**{key: str(value) for key, value in cluster.environment.items()}, **{key: value for key, value in ours.items() if value}, **which}

@@ -138,7 +138,7 @@ def test_an_earlier_export_is_replaced_and_any_other_folder_is_not(tmp_path: Pat
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
-    with pytest.raises(UserError, match="there is no run"):
+    with pytest.raises(UserError, match="there is no such folder"):
         hf.run(exporting(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"export\.dtype=int4"):
         hf.run(exporting(run, dtype="int4"))

@@ -258,9 +258,10 @@ def _lives(path: Path) -> int:
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
     """Compare a checkpoint's fingerprints with this run's; the names that differ and are let through.
 
-    `model` must be the same; anything else (data, order) only unless `allow_data_change`. Raises UserError.
+    `model` must be the same; anything else (data, order, tokens) only unless `allow_data_change`. Raises UserError.
+    `tokens`, a sample of files that no other fingerprint covers, is compared where both have it: earlier versions kept none.
     """
-    names = sorted(set(progress.fingerprints) | set(fingerprints))
+    names = sorted((set(progress.fingerprints) | set(fingerprints)) - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"}))
     differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
     if "model" in differing:
         raise refusal(

@@ -61,7 +61,8 @@ class Job:
         """What a checkpoint must have been made with. Reads a little of foreign token files: for rank 0, which tells the others."""
         model = hashlib.sha256(json.dumps(dataclasses.asdict(self.facts), sort_keys=True).encode()).hexdigest()[:16]
         order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
-        return {"model": model, "data": self.data.fingerprint, "order": order}
+        sample = self.data.sample
+        return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
 
 
 def resolve(config: Config) -> Job:

@@ -193,7 +193,7 @@ def test_opening_reads_metadata_only(tmp_path, folder):
     idx += (np.arange(32, dtype="<i8") * tokens * 2).tobytes() + np.arange(33, dtype="<i8").tobytes()
     (copy / "train.idx").write_bytes(idx)
     os.truncate(copy / "train.bin", 32 * tokens * 2)
-    edit(copy, splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}})
+    edit(copy, splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}}, digests=None)
     opened = open_data(DataConfig(path=str(copy)), timeout_s=0)
     assert opened.count("train", seq_len=SEQ) == (32 * tokens - 1) // SEQ
     loader = Loader(opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300)

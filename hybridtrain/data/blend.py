@@ -64,6 +64,12 @@ class Blend:
         parts = [(corpus.fingerprint, int(quota)) for corpus, quota in zip(self.corpora, self.quotas, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @property
+    def sample(self) -> str | None:
+        """sha256 over a sample of the token files of earlier versions; None where there are none. Reads a little of them."""
+        samples = [corpus.sample for corpus in self.corpora]
+        return hashlib.sha256(json.dumps(samples).encode()).hexdigest() if any(samples) else None
+
     def parts(self, split: str) -> list[tuple[Corpus, float]]:
         """The corpora that have documents in a split, and their weights."""
         if split == "eval" and self.evaluated is not None:

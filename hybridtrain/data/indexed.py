@@ -119,7 +119,7 @@ def _synced_close(file) -> None:
 
 
 class IndexedReader:
-    """One `.bin/.idx` pair, memory-mapped. Opening reads the header and the last entry only.
+    """One `.bin/.idx` pair, memory-mapped. Opening reads the header and the last entry only; `check` reads the index.
 
     Raises UserError when a file is missing, empty, cut short or not in this format.
     """
@@ -162,10 +162,38 @@ class IndexedReader:
             raise _bad(self.idx_path, f"its type code {code} is none of the integer types {sorted(_DTYPES)}")
         if sequences == 0:
             raise _bad(self.idx_path, "it holds no documents")
+        if not 1 < boundaries <= sequences + 1:
+            raise _bad(self.idx_path, f"it has {boundaries} document boundaries for {sequences} sequences")
         need, size = _HEADER.size + 12 * sequences + 8 * boundaries, self.idx_path.stat().st_size
         if size < need:
             raise _bad(self.idx_path, f"it is truncated: {size} bytes of {need}")
+        if size not in (need, need + sequences):  # Megatron adds a byte for each sequence of several modes
+            raise _bad(self.idx_path, f"it has {size} bytes, and its header describes {need}")
         return _DTYPES[code], sequences, boundaries
+
+    def check(self) -> None:
+        """Refuse an index whose entries do not fit one another (raises UserError). Reads all of the index, a few MB at a time."""
+        pointer, item = 0, self.dtype.itemsize
+        for first in range(0, self.sequences, COPY_BYTES):
+            part = slice(first, first + COPY_BYTES)
+            bytes_each = self.sizes[part].astype(np.int64) * item
+            ends = np.cumsum(bytes_each) + pointer
+            wrong = np.flatnonzero((bytes_each < 0) | (self.pointers[part] != ends - bytes_each))
+            if len(wrong):
+                place = first + int(wrong[0])
+                words = f"sequence {place} has {self.sizes[place]} tokens from byte {self.pointers[place]}, which does not follow the one before"
+                raise _bad(self.idx_path, words)
+            pointer = int(ends[-1])
+        last = 0
+        for first in range(0, self.documents + 1, COPY_BYTES):
+            bounds = self.first_sequences[first : first + COPY_BYTES].astype(np.int64)
+            wrong = np.flatnonzero(np.diff(bounds, prepend=last) < 0)
+            if len(wrong) or (first == 0 and bounds[0] != 0):
+                place = first + (int(wrong[0]) if len(wrong) else 0)
+                raise _bad(self.idx_path, f"document {place} begins at sequence {self.first_sequences[place]}, before the one before it")
+            last = int(bounds[-1])
+        if last != self.sequences:
+            raise _bad(self.idx_path, f"its documents end at sequence {last} of {self.sequences}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view of the mapped file."""

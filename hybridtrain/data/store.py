@@ -6,7 +6,7 @@ Opening reads metadata only and writes nothing: thousands of ranks may do it on 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from hybridtrain import log
+from hybridtrain.data import digests
 from hybridtrain.data.corpus import FORMAT, READABLE
 from hybridtrain.data.fit import row_files
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.pack import ChatRows, Rows, TextRows, count_rows
+from hybridtrain.files import read_object
 from hybridtrain.types import UserError, refusal
-
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file of another maker: what identifies it
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,46 @@ class Corpus:
         """Open a prepared folder, or PREFIX for PREFIX.bin and PREFIX.idx.
 
         Raises UserError when it is neither, or when a token file is missing, empty, truncated or of another size than
-        corpus.json says.
+        corpus.json says. Rank 0 also reads the index, and the first rank of each machine a sample of what `prepare` wrote.
         """
         path = Path(path).expanduser()
         if not path.is_dir() and any(file.is_file() for file in file_pair(path)):
-            return cls(path, {"train": IndexedReader(path)}, None)
-        return _prepared(path)
+            return cls(path, {"train": IndexedReader(path)}, None)._checked()
+        return _prepared(path)._checked()
 
     @classmethod
     def held_out(cls, path: str | Path) -> Corpus:
         """PREFIX.bin and PREFIX.idx as a corpus that is evaluated on alone."""
         path = Path(path).expanduser()
-        return cls(path, {"eval": IndexedReader(path)}, None)
+        return cls(path, {"eval": IndexedReader(path)}, None)._checked()
+
+    def _checked(self) -> Corpus:
+        if log.rank() == 0:
+            for split, reader in self.readers.items():
+                reader.check()
+                if self.chat:
+                    _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
+        if log.rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
+            for name, written in (self.digests or {}).items():
+                if problem := _changed(self.path / name, written):
+                    raise _unprepared(self.path, f"{name} {problem}")
+        return self
+
+    @property
+    def digests(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """What `prepare` wrote, by file; None for files of another maker and of earlier versions."""
+        return None if self.facts is None else self.facts.get("digests")
+
+    @cached_property
+    def sample(self) -> str | None:
+        """sha256 over a sample of the token files of an earlier version, which kept none; None where the fingerprint covers the files."""
+        if self.facts is None or self.digests is not None:
+            return None
+        digest = hashlib.sha256()
+        for split in sorted(self.readers):
+            for file in file_pair(self.path / split):
+                digests.add_sample(digest, file)
+        return digest.hexdigest()
 
     @property
     def chat(self) -> bool:
@@ -82,12 +111,7 @@ class Corpus:
             return self.facts["fingerprint"]
         digest = hashlib.sha256()
         for file in file_pair(self.path):
-            size = file.stat().st_size
-            digest.update(f"{size} ".encode())
-            with file.open("rb") as stream:
-                for sample in range(SAMPLES):
-                    stream.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                    digest.update(stream.read(SAMPLE_BYTES))
+            digests.add_sample(digest, file)
         return digest.hexdigest()
 
     def count(self, split: str, *, seq_len: int) -> int:
@@ -117,10 +141,10 @@ class Corpus:
             )
         try:
             ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
-        except (OSError, ValueError) as error:
-            raise _unprepared(self.path, f"its row index cannot be read ({error})") from error
-        if len(ids) != self.readers[split].sequences or starts[-1] != len(ids):
-            raise _unprepared(self.path, f"its row index is of {len(ids)} conversations, and {split}.idx of {self.readers[split].sequences}")
+        except Exception as error:  # a damaged header makes numpy raise whatever its parser raises
+            raise _unprepared(self.path, f"its row index cannot be read ({type(error).__name__}: {error})") from error
+        if problem := _row_problem(ids, starts, conversations=self.readers[split].sequences):
+            raise _unprepared(self.path, f"its row index {problem}")
         return ids, starts
 
     def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
@@ -138,6 +162,37 @@ class Corpus:
             )
 
 
+def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> str:
+    """What is wrong with a row index; "" for nothing."""
+    if ids.dtype != np.int64 or starts.dtype != np.int64 or ids.ndim != 1 or starts.ndim != 1 or len(starts) < 2:
+        return f"has arrays of {ids.dtype} {ids.shape} and {starts.dtype} {starts.shape}"
+    if len(ids) > conversations or starts[0] != 0 or starts[-1] != len(ids):
+        return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, and there are {conversations}"
+    if log.rank() == 0 and ((np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations):
+        return f"names conversations that are not among {conversations}, or rows backwards"
+    return ""
+
+
+def _check_loss(reader: IndexedReader, loss: IndexedReader) -> None:
+    loss.check()
+    if loss.sequences != reader.sequences or not np.array_equal(loss.sizes, reader.sizes):
+        raise _unprepared(loss.idx_path.parent, f"{loss.idx_path.name} is not of the conversations of {reader.idx_path.name}")
+
+
+def _changed(file: Path, written: Mapping[str, Any]) -> str:
+    """How a file differs from what `prepare` wrote, by its size and a sample; "" for not at all."""
+    try:
+        size = file.stat().st_size
+        if size != written["bytes"]:
+            return f"has {size:,} bytes, and prepare wrote {written['bytes']:,}"
+        return "" if digests.sampled(file) == written["sample"] else "holds other bytes than prepare wrote"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+_KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,)}
+
+
 def _prepared(folder: Path) -> Corpus:
     facts = _facts(folder)
     try:
@@ -146,8 +201,13 @@ def _prepared(folder: Path) -> Corpus:
         counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
         wanted = ("vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if facts.get("kind") == "chat" else []))
         facts = {**facts, **{name: facts[name] for name in wanted}}
-    except (KeyError, TypeError) as error:
+        for values in (facts.get("digests") or {}).values():
+            values["bytes"], values["sample"], values["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
         raise _unprepared(folder, f"its corpus.json lacks {error}") from error
+    for name, kinds in _KINDS.items():
+        if name in facts and type(facts[name]) not in kinds:
+            raise _unprepared(folder, f"its corpus.json has {name} {facts[name]!r}")
     readers = {split: IndexedReader(folder / split) for split, (documents, _) in counts.items() if documents}
     for split, reader in readers.items():
         if (reader.documents, reader.tokens) != counts[split]:
@@ -159,15 +219,16 @@ def _prepared(folder: Path) -> Corpus:
 def _facts(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise _unprepared(folder, "there is no such folder, and no such pair of token files")
-    try:
-        return json.loads((folder / "corpus.json").read_text())
-    except FileNotFoundError:
-        if pairs := sorted(folder.glob("*.idx")):
-            prefix = pairs[0].with_suffix("")
-            raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}") from None
-        raise _unprepared(folder, "it holds no prepared corpus") from None
-    except ValueError as error:
-        raise _unprepared(folder, f"its corpus.json cannot be read ({error})") from error
+    if (folder / "corpus.json").exists():
+        try:
+            return read_object(folder / "corpus.json", field="data.path")
+        except UserError as error:
+            words = str(error).partition("\n")[0].partition(": ")[2]
+            raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
+    if pairs := sorted(folder.glob("*.idx")):
+        prefix = pairs[0].with_suffix("")
+        raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")
+    raise _unprepared(folder, "it holds no prepared corpus")
 
 
 def _unprepared(folder: Path, problem: str) -> UserError:

@@ -1,0 +1,119 @@
+"""Whether a prepared corpus still is what `prepare` wrote: every byte against its hash, every index, token and row against the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridtrain.data import digests
+from hybridtrain.data.fit import row_files
+from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, file_pair
+from hybridtrain.data.store import Corpus
+from hybridtrain.files import read_object
+from hybridtrain.types import UserError
+
+SPLITS = ("train", "eval")
+
+
+def verify_corpus(path: str | Path) -> list[str]:
+    """What is wrong with a prepared folder, or PREFIX of PREFIX.bin and PREFIX.idx, a line each; nothing wrong: an empty list.
+
+    Reads every byte once or twice, in a few MB of memory.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return _problems(lambda: _check_tokens(Corpus.open(path).readers["train"], most=None))
+    problems: list[str] = []
+    facts: dict[str, Any] = {}
+    try:
+        facts = read_object(path / "corpus.json", field="data.path")
+        for name, written in (facts.get("digests") or {}).items():
+            problems += _changed(path / name, written)
+        corpus = Corpus.open(path)
+    except UserError as error:
+        line = _first_line(error)
+        return [*problems, line] if not any(problem.partition(" ")[0] in line for problem in problems) else problems
+    except (AttributeError, KeyError, TypeError) as error:
+        return [*problems, f"corpus.json is damaged ({type(error).__name__}: {error})"]
+    for split, reader in corpus.readers.items():
+        problems += _problems(partial(_check_tokens, reader, most=corpus.largest_id))
+        if corpus.chat:
+            problems += _problems(partial(_check_rows, corpus, split=split))
+    if not problems and corpus.digests is None and not _has_its_fingerprint(corpus):
+        problems.append("its token files are not those of the fingerprint in corpus.json")
+    if not corpus.tokenizer_dir.is_dir():
+        problems.append("its tokenizer is missing")
+    return problems
+
+
+def _problems(check: Callable[[], None]) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [_first_line(error)]
+    return []
+
+
+def _first_line(error: UserError) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _changed(file: Path, written: dict[str, Any]) -> list[str]:
+    try:
+        size = file.stat().st_size
+        if size != written["bytes"]:
+            return [f"{file.name} has {size:,} bytes, and prepare wrote {written['bytes']:,}"]
+        return [] if digests.whole(file) == written["sha256"] else [f"{file.name} holds other bytes than prepare wrote"]
+    except OSError as error:
+        return [f"{file.name} cannot be read ({error.strerror})"]
+
+
+def _blocks(reader: IndexedReader) -> Iterator[np.ndarray]:
+    for start in range(0, reader.tokens, COPY_BYTES):
+        yield reader.read(start, min(start + COPY_BYTES, reader.tokens))
+
+
+def _check_tokens(reader: IndexedReader, *, most: int | None) -> None:
+    for block in _blocks(reader):
+        smallest, largest = int(block.min()), int(block.max())
+        if smallest < 0 or (most is not None and largest > most):
+            raise UserError(f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {most}")
+
+
+def _check_rows(corpus: Corpus, *, split: str) -> None:
+    assert corpus.facts is not None
+    seq_len = corpus.facts["seq_len"]
+    corpus.count(split, seq_len=seq_len)  # opens the row index
+    ids, starts = (np.load(file, mmap_mode="r") for file in row_files(corpus.path, split=split))
+    if len(np.unique(ids)) != len(ids):
+        raise UserError(f"{split}.rows.npy has a conversation twice")
+    lengths = np.minimum(corpus.readers[split].sizes[ids].astype(np.int64), seq_len + 1)
+    filled = np.diff(np.concatenate([[0], np.cumsum(lengths)])[starts])
+    if filled.max(initial=0) > seq_len + 1:
+        raise UserError(f"{split}.rows.npy has a row of {filled.max()} tokens, and rows have {seq_len + 1}")
+
+
+def _has_its_fingerprint(corpus: Corpus) -> bool:
+    """Of an earlier version, which kept no hash of each file: the hash over tokenizer, sizes, tokens and loss masks."""
+    assert corpus.facts is not None
+    facts = {name: corpus.facts[name] for name in ("vocab_size", "eos_id")}
+    prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.chat else []))]
+    found = set()
+    for append_eos in (True, False):
+        digest = hashlib.sha256(json.dumps([facts, append_eos]).encode())
+        for prefix in prefixes:
+            if not prefix.endswith(".loss"):
+                reader = IndexedReader(corpus.path / prefix)
+                for start in range(0, reader.documents, COPY_BYTES):
+                    digest.update(reader.sizes[start : start + COPY_BYTES].tobytes())
+            with file_pair(corpus.path / prefix)[0].open("rb") as file:
+                while block := file.read(COPY_BYTES):
+                    digest.update(block)
+        found.add(digest.hexdigest())
+    return corpus.fingerprint in found

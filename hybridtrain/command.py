@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "report": ("hybridtrain.report", "run", "draw a run as a page and pictures; --compare RUN RUN ... several over one another"),
 }
 TAKES_RUN = ("export", "evaluate", "generate", "report", "logs")
+LISTS = ("runs", "logs", "report")
+"""Commands that print for a reader, who may have had enough."""
 SPEAK_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
 
@@ -51,6 +53,11 @@ def run_command(command: str, argv: list[str]) -> int:
         return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
         return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running)
+    except BrokenPipeError:
+        if command not in LISTS:
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more (`| head`); what is left in the buffer goes nowhere
+        return 0
 
 
 def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Config] | int:

@@ -62,6 +62,14 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
+def append_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Add a line of JSON, on a line of its own though a kill may have torn the one before. Raises OSError."""
+    line = json.dumps(finite(values), allow_nan=False) + "\n"
+    with file.open("ab+") as stream:
+        torn = stream.tell() > 0 and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n"
+        stream.write((("\n" if torn else "") + line).encode())
+
+
 def finite(value: Any) -> Any:
     """`value` with every number that JSON has no word for (NaN, infinities) as None, in mappings, lists and tuples too."""
     if isinstance(value, Mapping):
@@ -149,18 +157,21 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
 def discard(path: Path) -> bool:
     """Remove a file, a link or a folder that is ours and no longer needed; what cannot be removed is warned of and left. True: it is gone.
 
-    A link is removed, not what it points to. Housekeeping never ends a run.
+    A link is removed, not what it points to; of a folder everything goes that can. Housekeeping never ends a run.
     """
+    first: list[BaseException] = []
     try:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, onerror=lambda *call: first.append(call[2][1]))
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        if path.exists() or path.is_symlink():
-            _log.warning("%s cannot be removed and stays (%s)", path, error.strerror or error)
-            return False
-    return True
+        first.append(error)
+    if not path.exists() and not path.is_symlink():
+        return True
+    why = first[0] if first else None
+    _log.warning("%s cannot be removed and stays (%s)", path, getattr(why, "strerror", None) or why)
+    return False
 
 
 def recorded(folder: Path, *, record: str) -> set[str]:

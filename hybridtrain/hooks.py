@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +90,11 @@ class Log:
             self.run.append_metrics(row)
             if row["skipped"]:
                 scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:,.15g}"
-                self.run.append_event("skipped", step=moment.step, detail=f"{row['skipped']} update(s) skipped since the last line{scale}")
+                updates = "1 update" if row["skipped"] == 1 else f"{row['skipped']} updates"
+                self.run.append_event("skipped", step=moment.step, detail=f"{updates} skipped since the last line{scale}")
             if empty := row.get("steps_without_targets"):
-                self.run.append_event(
-                    "empty", step=moment.step, detail=f"{empty} step(s) without a single target since the last line; no update was made in them"
-                )
+                steps = "1 step" if empty == 1 else f"{empty} steps"
+                self.run.append_event("empty", step=moment.step, detail=f"{steps} without a single target since the last line; no update was made in them")
             self.trackers.log(row, moment.step)
             known = {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
             self.run.update_summary(steps=moment.step, tokens=moment.tokens_seen, tokens_per_s=row["tokens_per_s"], **known)
@@ -111,17 +112,20 @@ class Checkpoint:
         self.saving: Saving | None = None
         self.saved = 0
         """The step of the save under way, or of the last one."""
+        self._pruning: threading.Thread | None = None
 
     def __call__(self, moment: Moment) -> None:
         self._poll()
         if self.manager.due(moment.step, last=moment.last or moment.stopping):
             with self.meter.paused():
                 self._wait()
+                self.run.check()
                 progress = Progress(moment.step, moment.tokens_seen, self.fingerprints)
                 self.saving, self.saved = self.engine.save(self.manager.path(moment.step), progress), moment.step
 
     def close(self) -> None:
         self._wait()
+        self._pruned()
 
     def _poll(self) -> None:
         """See whether the save under way is done on all ranks; if it failed on any, all wait for its error."""
@@ -141,7 +145,14 @@ class Checkpoint:
             saving.result()
             if dist.get_rank() == 0:
                 self.run.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)
-                self.manager.prune()
+                self._pruned()
+                self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)  # removing thousands of files takes its time
+                self._pruning.start()
+
+    def _pruned(self) -> None:
+        """Wait for the removal under way."""
+        if self._pruning:
+            self._pruning.join()
 
 
 class Profile:

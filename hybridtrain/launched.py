@@ -46,7 +46,7 @@ def leave(code: int) -> NoReturn:
     is being taken apart aborts the process, and a run that has finished would count as failed.
     """
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):  # whoever read it has enough
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # whoever read it has enough; a full disk; closed from the start
+            stream.flush()
     os._exit(code)

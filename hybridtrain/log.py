@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from hybridtrain.files import unwritable
+
 ROOT = "hybridtrain"
 CHATTY = ("transformers", "torch", "accelerate", "huggingface_hub", "py.warnings")
 
@@ -41,8 +43,11 @@ def setup(logs_dir: Path | None) -> None:
             chatty.propagate = False
             _replace(chatty, logging.NullHandler())
     if logs_dir is not None:
-        logs_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(logs_dir / f"rank-{rank()}.log", encoding="utf-8")
+        try:
+            logs_dir.mkdir(parents=True, exist_ok=True)
+            file = _File(logs_dir / f"rank-{rank()}.log", encoding="utf-8")
+        except OSError as error:
+            raise unwritable("run.dir", logs_dir, error) from error
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
         for name in (ROOT, *CHATTY):
             logging.getLogger(name).addHandler(file)
@@ -50,10 +55,31 @@ def setup(logs_dir: Path | None) -> None:
 
 def _console() -> logging.Handler:
     # Progress goes to stdout, so that a pipe or a scheduler's file gets it in order with what the command prints.
-    handler = logging.StreamHandler(sys.stdout if rank() == 0 else sys.stderr)
+    handler = _Console(sys.stdout if rank() == 0 else sys.stderr)
     handler.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     handler.setFormatter(_Plain() if rank() == 0 else logging.Formatter(f"[rank {rank()}] %(levelname)s %(name)s: %(message)s"))
     return handler
+
+
+class _Console(logging.StreamHandler):
+    """A console that is closed (`| head`) or full costs its lines, not a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not _is_of_the_place(sys.exc_info()[1]):
+            super().handleError(record)
+
+
+class _File(logging.FileHandler):
+    """The same for a file on a disk that has no space."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not _is_of_the_place(sys.exc_info()[1]):
+            super().handleError(record)
+
+
+def _is_of_the_place(error: BaseException | None) -> bool:
+    """Whether a line could not be written because of where it goes; what is wrong with the line itself is our mistake."""
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
 
 
 class _Plain(logging.Formatter):

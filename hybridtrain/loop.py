@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,13 @@ from hybridtrain.types import Engine, Progress, UserError
 from hybridtrain.watchdog import Watchdog
 
 
+@dataclass
+class Done:
+    """Steps that are done, on this rank, while they are being done: what a report of a failure says."""
+
+    step: int
+
+
 def train(
     engine: Engine,
     *,
@@ -27,6 +35,7 @@ def train(
     hooks: Sequence[Hook],
     stop: Stop,
     watchdog: Watchdog,
+    done: Done,
 ) -> Progress:
     """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
     step, tokens_seen, watch = start.step, start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
@@ -35,6 +44,7 @@ def train(
         lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
         result = engine.train_step(loader.micro_batches(step), lr=lr)
         step, tokens_seen = step + 1, tokens_seen + plan.tokens
+        done.step = step
         stopping = bool(stop.agreed())
         moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
         for hook in hooks:

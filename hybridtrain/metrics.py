@@ -224,7 +224,7 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
     if row["skipped"]:
         parts.append(f"skipped, loss scale {row['loss_scale']:g}")
     if empty := row.get("steps_without_targets"):
-        parts.append(f"{empty} step(s) without a target, no update in them")
+        parts.append(f"{empty} step{'' if empty == 1 else 's'} without a target, no update made")
     parts.append(f"{quantity(row['tokens_per_s'])} tok/s")
     if row["mfu"] is not None:
         parts.append(f"MFU {row['mfu']:.1%}")

@@ -1,31 +1,23 @@
-"""The run directory: which one a command continues or starts, and the files in it that tools read.
+"""The run directory: the files in it that tools read, and the one process that writes them.
 
-    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  model/  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  lock  model/  checkpoints/  export/  report/  logs/
 
-A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed and global batch. The
-same identity continues the run in its directory; another one is a new run. Everything here is for rank 0, which decides
-and tells the others.
+Everything here is for rank 0, which decides for all ranks; the others know the paths.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import log
-from hybridtrain.config import compose
-from hybridtrain.config.schema import Config
-from hybridtrain.files import finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
-from hybridtrain.types import Progress, UserError, refusal
-
-_log = log.get("run")
+from hybridtrain import lock
+from hybridtrain.files import append_json, discard, finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
+from hybridtrain.types import UserError, refusal
 
 METRICS = (
     "step",
@@ -60,15 +52,13 @@ SUMMARY = (
 )
 """Keys of summary.json. What the run runs on stands in machine.json: one entry per host (machine.py)."""
 _NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
-EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "finished", "failed")
+EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "interrupted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
-STATUSES = ("queued", "running", "finished", "preempted", "failed")
+STATUSES = ("queued", "running", "finished", "preempted", "interrupted", "failed")
+"""preempted: by the scheduler, and it goes on by itself; interrupted: by a person. Runs of earlier versions say preempted for both."""
+NO_REPORT = "ended without a report"
 
-_WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
-_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
-_SINGLE_FIELDS = ("run.seed", "batch.global_batch_size")
 _REPEATED = ("checkpoint", "skipped", "empty")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
-_NOT_TOLD = ("run.dir", "run.name", "run.resume", "run.allow_data_change")  # how the command was given, nothing about the run
 
 
 @dataclass(frozen=True)
@@ -80,11 +70,25 @@ class RunDir:
     """The directory held this run already."""
     checkpoint: Path | None
     """Newest complete checkpoint to go on from; None: start at step 0."""
-    life: int
+    attempt: int
     """How often the run was started before."""
+    created: bool
+    """The run is new: what it writes was not there."""
+    made: tuple[Path, ...]
+    """Folders that this command made for it."""
+    lost: str
+    """How the attempt before ended, if it left no report; else empty."""
     changed: Mapping[str, tuple[object, object]]
     """section.field -> (before, now) of what the command changes in a continued run; none of it is identity."""
+    step: int
+    """Steps that are done when this attempt begins."""
+    lock: lock.Lock | None
+    """Rank 0's; None on the others."""
     summary: dict[str, Any]
+    """Rank 0's; empty on the others."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lock": None, "summary": {}}
 
     @property
     def model(self) -> Path:
@@ -101,8 +105,8 @@ class RunDir:
 
     @property
     def failures(self) -> Path:
-        """What failed in this life of the run."""
-        return self.path / "failures" / f"life-{self.life}"
+        """What failed in this attempt."""
+        return self.path / "failures" / f"life-{self.attempt}"
 
     @property
     def metrics(self) -> Path:
@@ -114,33 +118,35 @@ class RunDir:
 
     def append_metrics(self, values: Mapping[str, object]) -> None:
         """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null. Raises UserError on a full disk."""
-        self._append(self.metrics, {**dict.fromkeys(METRICS), **values})
+        self.check()
+        _append(self.metrics, {**dict.fromkeys(METRICS), **values})
 
     def append_event(self, kind: str, *, step: int, detail: str) -> None:
         """Add one line of EVENTS that happened now, when `step` steps were done. Raises UserError on a full disk."""
-        assert kind in EVENTS, kind
-        self._append(self.events, {"time": time.time(), "step": step, "kind": kind, "detail": detail})
+        self.check()
+        append_event(self.path, kind, step=step, detail=detail)
 
-    def _append(self, file: Path, values: Mapping[str, object]) -> None:
-        line = json.dumps(finite(values), allow_nan=False)
-        try:
-            with file.open("a") as stream:
-                stream.write(line + "\n")
-        except OSError as error:
-            raise unwritable("run.dir", self.path, error) from error
+    def check(self) -> None:
+        """Raise UserError if another process has taken the run over: nothing may be written any more."""
+        if self.lock is not None:
+            self.lock.check()
 
     def cut(self, step: int) -> None:
         """Keep metrics and events up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
 
-        The summary takes over what the last of the metrics says: a command that finds nothing left to do must not lose it.
+        The summary takes over what the last of the metrics says: a command that finds nothing left to do must not lose it. Raises UserError.
         """
         for file in (self.metrics, self.events):
-            if file.is_file():
+            try:
+                if not file.is_file():
+                    continue
                 kept = [line for line in file.read_text(errors="replace").splitlines() if _stands(line, step=step)]
                 write_atomically(file, "".join(line + "\n" for line in kept))
-                if kept and file == self.metrics:
-                    last = json.loads(kept[-1])
-                    self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
+            except OSError as error:
+                raise unwritable("run.dir", self.path, error) from error
+            if kept and file == self.metrics:
+                last = json.loads(kept[-1])
+                self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
         """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk.
@@ -148,6 +154,7 @@ class RunDir:
         A new status is on the disk when this returns; mere progress, which metrics.jsonl has too, does not wait for it.
         """
         assert set(values) <= set(SUMMARY), f"not in a summary: {set(values) - set(SUMMARY)}"
+        self.check()
         self.summary.update(values)
         assert self.summary["status"] in STATUSES, self.summary["status"]
         try:
@@ -155,6 +162,31 @@ class RunDir:
             (write_atomically if "status" in values else write_often)(self.path / "summary.json", text)
         except OSError as error:
             raise unwritable("run.dir", self.path, error) from error
+
+    def close(self) -> None:
+        """Give the lock back; the run's last word has been written."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def undo(self) -> None:
+        """Remove what a new run has written by now, and the folders made for it: nothing was trained. Files of others stay."""
+        assert self.created, self.path
+        for name in (
+            "config.yaml",
+            "summary.json",
+            "events.jsonl",
+            "machine.json",
+            "branch.json",
+            "deepspeed.json",
+            "model/config.json",
+            "model/generation_config.json",
+        ):
+            discard(self.path / name)
+        for pattern in ("logs/rank-*.log", "failures/life-0/*"):
+            for path in self.path.glob(pattern):
+                discard(path)
+        self.close()
+        remove_folders((*self.made, *(self.path / name for name in ("failures", "failures/life-0", "logs", "model"))))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -217,127 +249,66 @@ def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def open_run(config: Config, *, yaml_text: str, versions: Mapping[str, str], latest: Callable[[Path], Path | None]) -> RunDir:
-    """Decide which directory `config` continues or starts, and write its config.yaml (`yaml_text`) and a running summary.
-
-    `latest` gives the newest complete checkpoint in a folder of checkpoints. In the default directory another identity moves on
-    to the next number (runs/name-2); an explicit run.dir of another run is refused, as is what run.resume rules out (UserError).
-    """
-    path, before = _choose(config)
-    checkpoint = latest(path / "checkpoints") if before is not None else None
-    if config.run.resume == "required" and checkpoint is None:
-        problem = f"{path} holds no complete checkpoint" + ("" if before is not None else " of this run")
-        raise refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
+def make_folders(path: Path) -> tuple[Path, ...]:
+    """Make a folder and those above it; which ones are new. Raises UserError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.yaml", yaml_text)
+    except OSError as error:
+        remove_folders(tuple(missing))
+        raise unwritable("run.dir", path, error) from error
+    return tuple(missing)
+
+
+def remove_folders(made: tuple[Path, ...]) -> None:
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):  # somebody else uses it by now
+            folder.rmdir()
+
+
+def record_lost(path: Path, *, lost: str, step: int) -> None:
+    """Add the event of an attempt that ended without a report."""
+    append_event(path, "failed", step=step, detail=lost)
+
+
+def record_finished(path: Path, *, step: int, tokens: int) -> None:
+    """Note that a run is at its end: its last attempt had saved its last checkpoint, and could not say so. Raises UserError."""
+    why = "reached the end"
+    try:
+        write_json(path / "summary.json", {**read_summary(path), "status": "finished", "steps": step, "tokens": tokens, "exit_reason": why})
     except OSError as error:
         raise unwritable("run.dir", path, error) from error
-    changed = {} if before is None else {key: pair for key, pair in _differences(before, config).items() if key not in _NOT_TOLD}
-    summary = {**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()}
-    life = _lives(path)
-    run = RunDir(
-        path=path,
-        continued=before is not None and (life > 0 or not (path / "submit").exists()),
-        checkpoint=checkpoint,
-        life=life,
-        changed=changed,
-        summary=summary,
-    )
-    run.update_summary(status="running")
-    return run
+    append_event(path, "finished", step=step, detail=why)
 
 
-def _lives(path: Path) -> int:
+def append_event(path: Path, kind: str, *, step: int, detail: str) -> None:
+    """Add one line of EVENTS that happened now, when `step` steps were done. Raises UserError on a full disk."""
+    assert kind in EVENTS, kind
+    _append(path / "events.jsonl", {"time": time.time(), "step": step, "kind": kind, "detail": detail})
+
+
+def _append(file: Path, values: Mapping[str, object]) -> None:
+    try:
+        append_json(file, values)
+    except OSError as error:
+        raise unwritable("run.dir", file.parent, error) from error
+
+
+def attempts(path: Path) -> int:
     """Starts that the events tell of."""
-    events = path / "events.jsonl"
-    lines = events.read_text(errors="replace").splitlines() if events.is_file() else []
-    return sum(f'"kind": "{kind}"' in line for line in lines for kind in ("started", "resumed"))
+    try:
+        lines = (path / "events.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    return sum(_kind(line) in ("started", "resumed") for line in lines if '"kind"' in line)
 
 
-def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
-    """Compare a checkpoint's fingerprints with this run's; the names that differ and are let through.
-
-    `model` must be the same; anything else (data, order, tokens) only unless `allow_data_change`. Raises UserError.
-    `tokens`, a sample of files that no other fingerprint covers, is compared where both have it: earlier versions kept none.
-    """
-    names = sorted((set(progress.fingerprints) | set(fingerprints)) - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"}))
-    differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
-    if "model" in differing:
-        raise refusal(
-            "model",
-            fingerprints.get("model"),
-            f"the checkpoint of step {progress.step} is of another model ({progress.fingerprints.get('model')})",
-            allowed="the model that the run began with",
-            instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
-        )
-    if differing and not allow_data_change:
-        raise refusal(
-            "data",
-            fingerprints.get(differing[0]),
-            f"the {' and '.join(differing)} of the checkpoint of step {progress.step} was another ({progress.fingerprints.get(differing[0])})",
-            allowed="the data and the order that the run began with",
-            instead="the run's own data.path, or run.allow_data_change=true to go on with this data",
-        )
-    return differing
-
-
-def _choose(config: Config) -> tuple[Path, Config | None]:
-    """The run's directory, and the configuration that it was last run with (None: a new run)."""
-    base = Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
-    explicit = base != Path("runs") / config.run.name
-    number = 1
-    while True:
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        if not _holds_run(path):
-            return path, None
-        before = compose.from_yaml(path / "config.yaml", "train")
-        differing = {key: pair for key, pair in _differences(before, config).items() if _is_identity(key, config)}
-        if explicit and differing:
-            raise _another_run(path, differing)
-        if not differing:
-            if config.run.resume == "never":
-                raise refusal(
-                    "run.resume", "never", f"{path} holds a run already", allowed="a directory without a run", instead="another run.dir, or run.resume=auto"
-                )
-            return path, before
-        if number == 1:
-            _log.info("%s holds another run (%s): this one gets the next number", path, ", ".join(sorted(differing)[:3]))
-        number += 1
-
-
-def _holds_run(path: Path) -> bool:
-    if (path / "config.yaml").is_file():
-        return True
-    leftover = next((name for name in ("checkpoints", "metrics.jsonl", "summary.json") if (path / name).exists()), None)
-    if path.exists() and (leftover or not path.is_dir()):
-        problem = f"it has {leftover} but no config.yaml, so what ran there is not known" if leftover else "it is a file"
-        raise refusal("run.dir", path, problem, allowed="a run's folder, or one without a run", instead="another run.dir")
-    return False
-
-
-def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> Exception:
-    told = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
-    return refusal("run.dir", path, f"it holds another run: {told}", allowed="the same values, or a directory of its own", instead="another run.dir")
-
-
-def _is_identity(key: str, config: Config) -> bool:
-    section = key.partition(".")[0]
-    if section == "data" and config.run.allow_data_change:
-        return key == "data.seq_len"
-    return key in _SINGLE_FIELDS or (section in _WHOLE_SECTIONS and key not in _NOT_IDENTITY)
-
-
-def _differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """section.field -> (before, now), over all sections of a training run."""
-    result: dict[str, tuple[object, object]] = {}
-    for section in dataclasses.fields(Config):
-        old, new = getattr(before, section.name), getattr(now, section.name)
-        for option in dataclasses.fields(old):
-            pair = (getattr(old, option.name), getattr(new, option.name))
-            if pair[0] != pair[1]:
-                result[f"{section.name}.{option.name}"] = pair
-    return result
+def _kind(line: str) -> object:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event.get("kind") if isinstance(event, dict) else None
 
 
 def _stands(line: str, *, step: int) -> bool:
@@ -347,15 +318,3 @@ def _stands(line: str, *, step: int) -> bool:
         return values["step"] <= step or values.get("kind", _REPEATED[0]) not in _REPEATED
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _git_revision() -> str | None:
-    """The commit of the checkout this code runs from, "-dirty" with local changes; None outside a checkout."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,6 +1,6 @@
 """The wish to stop: a signal, or the coming end of the job's time, sets a flag on which all ranks agree between two steps.
 
-    first signal       the step is finished, a checkpoint written, the run ends as `preempted`, exit code 0
+    first signal       the step is finished, a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
     a second signal    this process ends at once
 
 A thread reads the signals, so that the second one works while the main thread waits in a collective. Nothing is saved inside a
@@ -35,6 +35,8 @@ class Stop:
         self.deadline = float(os.environ.get(DEADLINE) or "inf") - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
+        self.status = ""
+        """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while."""
         self.group: dist.ProcessGroup | None = None
         """A CPU group of all ranks; None: the default group."""
         self._signal = 0
@@ -71,7 +73,10 @@ class Stop:
         if dist.is_initialized():
             dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
         if number := int(code):
+            self.status = "interrupted" if number == signal.SIGINT or (number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")) else "preempted"
             self.reason = "the job's time is nearly up" if number == _TIME_IS_UP else f"{signal.Signals(number).name} received"
+            if number == signal.SIGINT:
+                self.reason = "stopped by Ctrl-C (SIGINT received)"
         return self.reason
 
 

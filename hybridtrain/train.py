@@ -27,7 +27,7 @@ from hybridtrain.config import check
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
-from hybridtrain.files import write_json
+from hybridtrain.files import unwritable, write_json
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress, UserError, refusal
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+    from hybridtrain.loop import Done
     from hybridtrain.rundir import RunDir
     from hybridtrain.stop import Stop
     from hybridtrain.watchdog import Watchdog
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
 _OTHERS_S = 1.0
-"""How long rank 0 waits for the reports of others: what it sees may be the echo of their failure."""
+"""How long rank 0 waits for the reports of others: what it sees may follow from their failure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,114 +102,85 @@ def run(config: Config) -> int:
         from hybridtrain.models.build import check as check_model
 
         check_model(config)  # a new run: what transformers refuses leaves no folder behind
-    opened = (_open_run(job), job.fingerprints) if log.rank() == 0 else None  # what it refuses is said before processes meet; the launcher ends the other ranks
+    opened = None
+    if log.rank() == 0:  # what is refused here is said before processes meet; the launcher ends the other ranks
+        from hybridtrain import resume
+
+        opened = (resume.open_run(job), job.fingerprints)
+        if opened[0] is None and job.layout.world_size == 1:
+            return 0
+    return _on_all_ranks(job, opened=opened, began=began)
+
+
+def _on_all_ranks(job: Job, *, opened: tuple[RunDir | None, dict[str, str]] | None, began: float) -> int:
+    """Meet, train, and note how it ended. `opened`: on rank 0, the run directory (None: nothing is left to do) and the fingerprints."""
     import torch
 
     from hybridtrain import mesh
+    from hybridtrain.loop import Done
     from hybridtrain.stop import Stop
     from hybridtrain.watchdog import Watchdog
 
-    device = mesh.device()
-    mesh.connect(device, timeout_s=config.engine.timeout_s)
-    run_dir, fingerprints = mesh.from_rank0(opened, group=None)
-    watchdog = Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=config.train.max_step_s)
+    config, device, done = job.config, mesh.device(), Done(0)
+    run_dir, watchdog = opened[0] if opened else None, None
     try:
+        mesh.connect(device, timeout_s=config.engine.timeout_s)
+        run_dir, fingerprints = mesh.from_rank0(opened, group=None)
+        if run_dir is None:
+            mesh.disconnect()
+            return 0
+        done.step = run_dir.step
+        watchdog = Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=config.train.max_step_s)
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
             engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
-            _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began, stop=stop, watchdog=watchdog)
+            _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began, stop=stop, watchdog=watchdog, done=done)
     except BaseException as error:
-        _record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began)
+        if run_dir is not None:
+            _record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
         raise
     finally:
-        watchdog.close()
+        if watchdog:
+            watchdog.close()
+        if run_dir is not None:
+            run_dir.close()
     engine.close()
     mesh.disconnect()
     return 0
 
 
-def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float) -> None:
-    """This rank's report; on rank 0 the run's, which names the rank that failed first."""
-    failure.record(run_dir.failures, rank=log.rank(), step=run_dir.summary["steps"] or 0, error=error)
-    if not isinstance(error, UserError):
+def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float, step: int) -> None:
+    """This rank's report; on rank 0 the run's, which names the rank that failed first. A new run that did nothing but refuse leaves nothing."""
+    refused = isinstance(error, UserError)
+    nothing_done = refused and run_dir.created and step == run_dir.step
+    if nothing_done and log.rank() != 0:
+        time.sleep(_OTHERS_S)  # rank 0 refuses the same, as a rule, and has removed the directory by then
+        if not (run_dir.path / "config.yaml").exists():
+            return
+    if nothing_done and log.rank() == 0:
+        run_dir.undo()
+        return
+    failure.record(run_dir.failures, rank=log.rank(), step=step, error=error)
+    if not refused:
         _log.error("ended by %s: %s", type(error).__name__, error)
     if log.rank() != 0:
         return
-    time.sleep(0.0 if isinstance(error, UserError) else _OTHERS_S)
-    first = failure.conclude(run_dir.failures, world_size=world_size)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    time.sleep(0.0 if refused or interrupted else _OTHERS_S)
+    first = None if interrupted else failure.conclude(run_dir.failures, world_size=world_size)
     reason = str(first) if first and first.rank else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if first and first.rank:
         _log.error("first failure: %s", first)
+    status, reason = ("interrupted", "stopped by Ctrl-C while it started") if interrupted else ("failed", reason)
     with contextlib.suppress(UserError):  # on a full disk the reason for the end must not be lost over the summary
-        run_dir.update_summary(status="failed", exit_reason=reason, wall_s=time.monotonic() - began)
-        run_dir.append_event("failed", step=run_dir.summary["steps"] or 0, detail=reason)
+        run_dir.update_summary(status=status, exit_reason=reason, wall_s=time.monotonic() - began)
+        run_dir.append_event(status, step=step, detail=reason)
 
 
-def _open_run(job: Job) -> RunDir:
-    """Rank 0: the run directory, once its newest checkpoint is known to go with this command. A refusal leaves it as it was."""
-    from hybridtrain.checkpoint.manager import Manager
-    from hybridtrain.config.compose import to_yaml
-    from hybridtrain.rundir import open_run
-
-    config, progress = job.config, Progress(0, 0, {})
-    _check_weights(config)
-
-    def newest(folder: Path) -> Path | None:
-        nonlocal progress
-        checkpoint = Manager(folder, settings=config.checkpoint).latest()
-        if checkpoint:
-            progress = _progress_of(checkpoint, job=job)
-        return checkpoint
-
-    run_dir = open_run(config, yaml_text=to_yaml(config), versions=machine.versions(), latest=newest)
-    Manager(run_dir.checkpoints, settings=config.checkpoint).sweep()
-    run_dir.cut(progress.step)
-    _record_start(job, run_dir=run_dir, step=progress.step)
-    return run_dir
-
-
-def _check_weights(config: Config) -> None:
-    """Refuse weights that do not go with the model before anything is written; a run that has a checkpoint does not read them."""
-    if not config.model.from_pretrained:
-        return
-    from hybridtrain.checkpoint.manager import Manager
-
-    if Manager(Path(config.run.dir) / "checkpoints", settings=config.checkpoint).latest():
-        return
-    from hybridtrain.models import load
-    from hybridtrain.models.build import hf_config
-    from hybridtrain.models.facts import read_config
-    from hybridtrain.models.family import family_of
-
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    load.check(config.model, built, family=family_of(built.model_type))
-
-
-def _record_start(job: Job, *, run_dir: RunDir, step: int) -> None:
-    """What begins here, for whoever looks at the run: in the summary, and as an event. Names of changed options, not values: these may be secrets."""
-    layout, parameters = layouts.write(job.config.parallel, job.layout), job.facts.parameters
-    run_dir.update_summary(layout=layout, world_size=job.layout.world_size, parameters=parameters, total_steps=job.total_steps, steps=step)
-    words = [f"{layout} on {job.layout.world_size} process(es)"]
-    words += [f"from {run_dir.checkpoint.name}"] if run_dir.checkpoint else ["again, there was no complete checkpoint"] if run_dir.continued else []
-    words += ["changed: " + ", ".join(run_dir.changed)] if run_dir.changed else []
-    run_dir.append_event("resumed" if run_dir.checkpoint else "started", step=step, detail="; ".join(words))
-
-
-def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
-    """Where a checkpoint stands, if it is whole as far as sizes tell (contents are checked by all ranks together) and of this model and data."""
-    from hybridtrain.checkpoint import marker
-    from hybridtrain.rundir import check_fingerprints
-
-    marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
-    progress = marker.read_progress(checkpoint)
-    changed = check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=job.config.run.allow_data_change)
-    if changed:
-        _log.warning("resuming with other data: %s", ", ".join(changed))
-    return progress
-
-
-def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float, stop: Stop, watchdog: Watchdog) -> None:
+def _train(
+    job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float, stop: Stop, watchdog: Watchdog, done: Done
+) -> None:
     from hybridtrain import hooks, loop, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
@@ -221,9 +193,12 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
     trackers, hosts = Trackers(), machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
-        save_config(engine.model_config, run_dir.model)
-        if config.engine.kind == "deepspeed":
-            write_json(run_dir.path / "deepspeed.json", engine.settings)
+        try:
+            save_config(engine.model_config, run_dir.model)
+            if config.engine.kind == "deepspeed":
+                write_json(run_dir.path / "deepspeed.json", engine.settings)
+        except OSError as error:
+            raise unwritable("run.dir", run_dir.path, error) from error
         write_machine(run_dir.path, hosts)
         run_dir.update_summary(tokens=start.tokens_seen)
         trackers.start(
@@ -250,20 +225,23 @@ def _train(job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, st
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
-    end = loop.train(engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog)
+    end = loop.train(
+        engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done
+    )
     if log.rank() == 0:
-        status, why = ("finished", "reached the end") if end.step >= job.total_steps else ("preempted", stop.reason)
-        run_dir.update_summary(status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=why, wall_s=time.monotonic() - began)
-        run_dir.append_event(status, step=end.step, detail=why)
-        again = "" if status == "finished" else f" ({why}); the same command goes on from there"
-        _log.info(
-            "%s %d steps in %s; run directory %s%s",
-            "finished" if not again else "stopped after",
-            end.step,
-            metrics.duration(time.monotonic() - began),
-            run_dir.path,
-            again,
-        )
+        status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)
+        _record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
+
+
+def _record_end(end: Progress, *, status: str, why: str, run_dir: RunDir, seconds: float) -> None:
+    """The run's last word, on rank 0."""
+    from hybridtrain import metrics
+
+    run_dir.update_summary(status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=why, wall_s=seconds)
+    run_dir.append_event(status, step=end.step, detail=why)
+    again = "" if status == "finished" else f" ({why}); the same command goes on from there"
+    words = "finished" if not again else "stopped after"
+    _log.info("%s %d steps in %s; run directory %s%s", words, end.step, metrics.duration(seconds), run_dir.path, again)
 
 
 def _check_targets(steps: Sequence[Sequence[Batch]], *, data: Blend, rows: int, group: dist.ProcessGroup) -> None:
@@ -285,7 +263,8 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
     name = config.model.name or job.facts.model_type
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", config.model.from_pretrained or "new weights")
-    _log.info("layout    %s on %d %s process(es), %s", layouts.write(config.parallel, layout), layout.world_size, engine.device.type, config.engine.kind)
+    world, device = layout.world_size, engine.device.type
+    _log.info("layout    %s on %d %s process%s, %s", layouts.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
     _log.info(
         "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
         plan.global_batch_size,
@@ -303,20 +282,16 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     _log.info("run       %s", run_dir.path)
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
-    if run_dir.checkpoint:
-        _log.info(
-            "resumed   %s at step %d, %d tokens; model, data, optimizer, schedule, seed and batch are as they were",
-            run_dir.checkpoint.name,
-            start.step,
-            start.tokens_seen,
-        )
+    if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
+        _log.info("branched  from %s at step %d, %d tokens", run_dir.checkpoint, start.step, start.tokens_seen)
+    elif run_dir.checkpoint:
+        same = "model, data, optimizer, schedule, seed and batch are as they were"
+        _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
     elif run_dir.continued:
         _log.info("resumed   no complete checkpoint was there: from the beginning")
     for field, (before, now) in run_dir.changed.items():
         _log.info("changed   %s: %s -> %s", field, before, now)
-    if start.step > job.total_steps:
-        _log.warning("the run has done %d steps already; it was asked to end after %d", start.step, job.total_steps)
-    elif start.step and config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
+    if start.step and config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
         _log.warning(
             "the %s schedule now ends at step %d: learning rates from here on are not those of the run that was interrupted",
             config.schedule.kind,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import faulthandler
 from pathlib import Path
 
+from hybridtrain.files import unwritable
+
 
 class Watchdog:
     """`beat` starts the clock anew. `limit_s` 0: never."""
@@ -17,8 +19,11 @@ class Watchdog:
         self.limit_s = limit_s
         self._file = None
         if limit_s:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = file.open("w")  # stays open: the C thread writes to its descriptor
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._file = file.open("w")  # stays open: the C thread writes to its descriptor
+            except OSError as error:
+                raise unwritable("run.dir", file.parent, error) from error
 
     def beat(self) -> None:
         """Something ended; the next thing may take limit_s."""

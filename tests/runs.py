@@ -7,10 +7,13 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from hybridtrain import command
@@ -120,6 +123,17 @@ def assert_equal_state(ours: Path, theirs: Path) -> None:
     differing = [key for key, value in theirs_state.items() if not torch.equal(ours_state[key], value)]
     assert not differing
     assert marker.read_progress(ours) == marker.read_progress(theirs)
+
+
+@contextlib.contextmanager
+def immutable(file: Path) -> Iterator[None]:
+    """`file` cannot be removed, by anybody (chattr +i); skips the test where the file system does not have it."""
+    if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", file], capture_output=True, check=False).returncode:
+        pytest.skip("chattr +i does not work here")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", file], check=False, capture_output=True)
 
 
 def four_parts(text: str, field: str) -> str:

@@ -241,6 +241,7 @@ def fake(manager: Manager, *steps: int) -> None:
     for step in steps:
         manager.path(step).mkdir(parents=True)
         (manager.path(step) / marker.MARKER).write_text("{}")
+        (manager.path(step) / marker.PROGRESS).write_text(json.dumps({"step": step, "tokens_seen": 0, "fingerprints": {}}))
 
 
 def names(folder: Path) -> list[int]:

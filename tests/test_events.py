@@ -20,7 +20,7 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
     run = tmp_path / "run"
     finished(2, arguments(run, data, train__steps=4, checkpoint__every=2))
     assert [(kind, step) for kind, step, _ in events(run)] == [("started", 0), ("checkpoint", 2), ("checkpoint", 4), ("finished", 4)]
-    assert events(run)[0][2] == "dp_replicate2 on 2 process(es)"
+    assert events(run)[0][2] == "dp_replicate2 on 2 processes"
     assert events(run)[1][2] == "step-00000002"
     told = summary(run)
     assert (told["total_steps"], told["layout"]) == (4, "dp_replicate2")
@@ -33,7 +33,7 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
     finished(2, arguments(run, data, train__steps=6, checkpoint__every=2, parallel="tp2"))
     later = events(run)[4:]
     assert [(kind, step) for kind, step, _ in later] == [("resumed", 4), ("checkpoint", 6), ("finished", 6)]
-    assert later[0][2].startswith("tp2 on 2 process(es); from step-00000004; changed: ")
+    assert later[0][2].startswith("tp2 on 2 processes; from step-00000004; changed: ")
     assert "parallel.tp" in later[0][2]
 
 
@@ -46,9 +46,9 @@ def test_updates_skipped_between_two_lines_are_counted(data: Path, tmp_path: Pat
     assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 3)]
     skipped = [(step, detail) for kind, step, detail in events(run) if kind == "skipped"]
     assert skipped == [
-        (1, "1 update(s) skipped since the last line; loss scale 1,099,511,627,776"),
-        (3, "2 update(s) skipped since the last line; loss scale 274,877,906,944"),
-        (6, "3 update(s) skipped since the last line; loss scale 34,359,738,368"),
+        (1, "1 update skipped since the last line; loss scale 1,099,511,627,776"),
+        (3, "2 updates skipped since the last line; loss scale 274,877,906,944"),
+        (6, "3 updates skipped since the last line; loss scale 34,359,738,368"),
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hybridtrain import files
 from hybridtrain.types import UserError
+from tests.runs import immutable
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +84,16 @@ def test_discarding_removes_links_not_what_they_point_to(tmp_path: Path) -> None
     assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
 
 
-def test_what_cannot_be_removed_is_warned_of_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "old").mkdir()
-
-    def refuse(*_arguments: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("shutil.rmtree", refuse)
-    assert not files.discard(tmp_path / "old")
-    assert "old cannot be removed and stays (Operation not permitted)" in caplog.text
+def test_what_cannot_be_removed_is_warned_of_and_left_and_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in "abc":
+        (old / name).write_text("")
+    with immutable(old / "b"):
+        assert not files.discard(old)
+        assert "old cannot be removed and stays (Operation not permitted)" in caplog.text
+        assert [path.name for path in old.iterdir()] == ["b"]
+    assert files.discard(old)
 
 
 def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_steps_without_targets_have_no_loss_and_are_counted():
     row = metrics.record(result(loss=math.nan, grad_norm=0.0, empty=2), step=1, tokens_seen=1000, lr=1e-3, meter=meter(), memory_gib=1.5)
     assert list(row) == [*KEYS, "steps_without_targets"]
     assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
-    assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 step(s) without a target, no update in them |" in metrics.progress_line(row, total_steps=10, eta_s=1)
+    assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |" in metrics.progress_line(row, total_steps=10, eta_s=1)
 
 
 def test_progress_line():

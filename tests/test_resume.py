@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -127,13 +128,30 @@ def test_a_crash_long_after_the_last_checkpoint_leaves_each_step_once(data: Path
     assert checkpoints(run) == checkpoints(whole)
 
 
-def test_the_same_command_after_the_end_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_same_command_after_the_end_says_so_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
     run = cut_off(whole, tmp_path / "run", step=8)
+    before = content(run)
     said = finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0)).out
-    assert "resumed   step-00000008" in said
-    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    for key in ("status", "steps", "tokens", "final_loss", "tokens_per_s", "layout", "world_size"):
-        assert summary(run)[key] == summary(whole)[key], key
+    assert f"{run} is finished, 8 of 8 steps are done: nothing is left to do" in said
+    assert "resumed" not in said
+    assert content(run) == before
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_could_not_say_that_it_had_finished_is_finished_by_the_next_command(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its last word. No engine is built for that, no torch loaded."""
+    run = cut_off(whole, tmp_path / "run", step=8)
+    (run / "summary.json").write_text(json.dumps({**summary(run), "status": "running", "steps": 7}))
+    code = "import sys; from hybridtrain.command import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    argv = arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0, parallel__dp_replicate=1)
+    ended = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.stdout.endswith("0 False\n"), ended
+    assert (summary(run)["status"], summary(run)["steps"], summary(run)["tokens"]) == ("finished", 8, 2048)
+    assert summary(run)["final_loss"] == summary(whole)["final_loss"]
 
 
 def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_changes(data: Path, tmp_path: Path) -> None:
@@ -147,8 +165,8 @@ def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_chan
 def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
     run = cut_off(whole, tmp_path / "run", step=8)
     said = finished(1, arguments(run, data, train__steps=5)).out
-    assert "warning: the run has done 8 steps already; it was asked to end after 5" in said
-    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert f"warning: {run} has done 8 steps, and is asked to end after 5: nothing is left to do" in said
+    assert content(run) == content(whole)
 
 
 @pytest.mark.slow  # torchrun gives rank 0 half a minute to end

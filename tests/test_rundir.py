@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import rundir
+from hybridtrain import entry as entries
+from hybridtrain import identity, rundir
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.types import Progress, UserError
@@ -31,7 +32,15 @@ def newest(folder: Path) -> Path | None:
 
 
 def opened(config: Config) -> rundir.RunDir:
-    return rundir.open_run(config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, latest=newest)
+    """The run directory, begun; its lock is given back at once, so that the next command can have it."""
+    entry = entries.enter(config)
+    try:
+        checkpoint = newest(entry.path / "checkpoints") if entry.before else None
+        if config.run.resume == "required" and checkpoint is None:
+            raise identity.not_resumable(entry.path, words="")
+        return entries.begin(entry, config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, checkpoint=checkpoint, step=0)
+    finally:
+        entry.leave()
 
 
 def refusal_of(config: Config) -> str:
@@ -197,7 +206,7 @@ def test_the_summary_takes_the_keys_of_the_interface_only(config: Config) -> Non
 
 def test_fingerprints() -> None:
     progress = Progress(7, 0, {"model": "m", "data": "d"})
-    check: Callable[..., tuple[str, ...]] = rundir.check_fingerprints
+    check: Callable[..., tuple[str, ...]] = identity.check_fingerprints
     assert check(progress, fingerprints={"model": "m", "data": "d"}, allow_data_change=False) == ()
     with pytest.raises(UserError, match=r"run\.allow_data_change=true"):
         check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=False)

@@ -56,12 +56,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(name, data, uninterr
     assert [rank.code for rank in ended] == [0, 0], ended
     assert "stopped after" in ended[0].out
     stood = summary(run)
-    assert stood["status"] == "preempted"
-    assert stood["exit_reason"] == f"SIG{name} received"
+    status = "preempted" if name.startswith("USR") else "interrupted"
+    assert stood["status"] == status
+    assert stood["exit_reason"] == ("stopped by Ctrl-C (SIGINT received)" if name == "INT" else f"SIG{name} received")
     assert 2 <= stood["steps"] < 8
     assert checkpoints(run) == [f"step-{stood['steps']:08d}"]
     events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "checkpoint", "preempted"]
+    assert events == ["started", "checkpoint", status]
     finished(2, argv)
     assert rows(run) == uninterrupted
     assert summary(run)["status"] == "finished"
@@ -90,7 +91,7 @@ def test_torchrun_told_to_end_leaves_a_checkpoint_and_goes_on(data, uninterrupte
     wait_for(run, lines=2, process=process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert summary(run)["status"] == "preempted"
+    assert summary(run)["status"] == "interrupted"
     monkeypatch.delenv("SABOTAGE")
     finished(2, argv)
     assert rows(run) == uninterrupted

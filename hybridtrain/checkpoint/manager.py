@@ -8,11 +8,15 @@ checkpoints/step-00000050.removed    being removed, or left by a crash
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
+from hybridtrain import log
 from hybridtrain.checkpoint import marker
 from hybridtrain.config.schema import CheckpointConfig
+from hybridtrain.files import discard
+from hybridtrain.types import refusal
+
+_log = log.get("checkpoint")
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -23,6 +27,8 @@ class Manager:
     def __init__(self, folder: Path, *, settings: CheckpointConfig) -> None:
         self.folder = folder
         self.settings = settings
+        self._kept: set[str] = set()
+        """Names that could not be removed, and that was said."""
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether to save after `step` steps: every so many, and after the last."""
@@ -33,12 +39,26 @@ class Manager:
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; None if there is none."""
+        """The newest complete checkpoint; None if there is none. Raises UserError for one whose content is of another step than its name."""
         steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        if not steps:
+            return None
+        newest = self.path(steps[-1])
+        if (held := marker.read_progress(newest).step) != steps[-1]:
+            raise refusal(
+                "checkpoint",
+                newest,
+                f"it holds step {held}: somebody has renamed it",
+                allowed=f"the checkpoint of step {steps[-1]} under this name",
+                instead=f"mv {newest} {self.path(held).name if not self.path(held).exists() else 'ELSEWHERE'}, or remove it",
+            )
+        return newest
 
     def prune(self) -> None:
-        """Remove complete checkpoints but the newest `keep_last`, every `keep_every`-th, and always the newest one."""
+        """Remove complete checkpoints but the newest `keep_last`, every `keep_every`-th, and always the newest one.
+
+        What cannot be removed is warned of, and tried again after the next save.
+        """
         keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
         if keep_last == 0:
             return
@@ -47,10 +67,13 @@ class Manager:
                 self._remove(self.path(step))
 
     def sweep(self) -> None:
-        """Remove what a crash left half-written or half-removed. Only while nothing is being saved."""
+        """Remove what a crash left half-written or half-removed. Only while nothing is being saved. What cannot be removed is warned of."""
         for ending in (marker.PARTIAL, marker.REPLACED):
-            for path in self.folder.glob(f"step-*{ending}"):
-                shutil.rmtree(path)
+            for path in sorted(self.folder.glob(f"step-*{ending}")):
+                if path.is_dir():
+                    discard(path)
+                else:  # we write folders
+                    _log.warning("%s is no folder: it is not ours, and stays", path)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -60,8 +83,13 @@ class Manager:
         return sorted(int(name[1]) for path, name in names if name and marker.is_complete(path))
 
     def _remove(self, path: Path) -> None:
-        """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts."""
-        doomed = path.with_name(path.name + marker.REPLACED)
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts. A link goes, not its target."""
+        try:
+            doomed = marker.free_name(path, ending=marker.REPLACED)
+            path.rename(doomed)
+        except OSError as error:
+            if path.name not in self._kept:
+                _log.warning("%s cannot be removed and stays (%s)", path, error.strerror or error)
+            self._kept.add(path.name)
+            return
+        discard(doomed)

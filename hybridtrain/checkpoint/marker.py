@@ -115,6 +115,15 @@ def read_progress(path: Path) -> Progress:
         raise damaged(path, PROGRESS, f"it cannot be read ({error})") from error
 
 
+def free_name(path: Path, *, ending: str) -> Path:
+    """step-N + ending, or step-N.2 + ending ...: the first name beside `path` that nothing has. What could not be removed before stands in the way."""
+    aside, number = path.with_name(path.name + ending), 1
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"{path.name}.{number}{ending}")
+    return aside
+
+
 def damaged(path: Path, name: str, problem: str) -> UserError:
     """The refusal for a checkpoint that is not what was written."""
     return refusal(

@@ -11,7 +11,6 @@ The thread talks over its own gloo group, so that training goes on meanwhile; it
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.checkpoint.fragments import Fragment
+from hybridtrain.files import discard
 from hybridtrain.types import Progress, Saving, UserError, refusal
 
 T = TypeVar("T")
@@ -173,13 +173,18 @@ class _Saving:
 
 def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
     """Write aside, mark complete, rename; on failure remove what was written and raise on every rank."""
-    partial = path.with_name(path.name + marker.PARTIAL)
     rank, _ = _rank_and_size(group)
+    partial = path.with_name(path.name + marker.PARTIAL)
 
-    def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a crash
-            partial.mkdir(parents=True)
+    def prepare() -> str:
+        """The name on rank 0."""
+        if rank != 0:
+            return ""
+        if partial.is_dir():
+            discard(partial)  # left by a crash
+        free = marker.free_name(path, ending=marker.PARTIAL)
+        free.mkdir(parents=True)
+        return free.name
 
     def measure() -> dict[str, marker.Record]:
         return {file.name: marker.measure(file) for file in partial.glob(f"__{rank}_*")}
@@ -190,13 +195,13 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
             _rename(partial, path)
 
     try:
-        _agree(prepare, group=group, path=path, doing="write")
+        partial = path.with_name(_agree(prepare, group=group, path=path, doing="write")[0])
         _dcp_save(staged, path=path, partial=partial, group=group)
         files = {name: record for part in _agree(measure, group=group, path=path, doing="write") for name, record in part.items()}
         _agree(complete, group=group, path=path, doing="write")
     except BaseException:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        if rank == 0 and partial.is_dir():
+            discard(partial)
         raise
 
 
@@ -213,13 +218,12 @@ def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: d
 
 def _rename(partial: Path, path: Path) -> None:
     """The moment at which the checkpoint exists. One of the same step makes room first (a run that went back to an earlier one)."""
-    replaced = path.with_name(path.name + marker.REPLACED)
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    replaced = marker.free_name(path, ending=marker.REPLACED)
+    if path.exists() or path.is_symlink():
         os.rename(path, replaced)
     os.rename(partial, path)
     marker.sync_folder(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    discard(replaced)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint if there is one; never: refuse a directory that holds a run;
     required: refuse to start without a checkpoint."""
+    branch_from: str = ""
+    """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights, optimizer, loss scale, step and tokens;
+    schedule, rate, data, batch and layout may be others, the model not. Its own checkpoints count once it has some."""
+    takeover: bool = False
+    """Take the run over from the process that the lock of the directory names, though it may be alive: only when you know that it is not."""
     allow_data_change: bool = False
     """Resume even though the data or its order differ from the checkpoint's."""
     stop_signal: str = "USR1"

@@ -21,7 +21,7 @@ _MOST_BYTES = 1 << 20
 """Of a log's end; its last lines are in it."""
 
 _COLUMNS = ("run", "status", "step", "loss", "tokens/s", "checkpoint", "job", "state", "reason")
-_ENDED = ("finished", "failed", "preempted")
+_ENDED = ("finished", "failed", "preempted", "interrupted")
 
 
 def runs(config: RunsRoot) -> int:

@@ -9,12 +9,13 @@ import dataclasses
 import os
 from pathlib import Path
 
-from hybridtrain import machine, train
+from hybridtrain import entry as entries
+from hybridtrain import identity, machine, rundir, train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import check, schema
 from hybridtrain.config.compose import compose, to_yaml
 from hybridtrain.files import unwritable, write_atomically
-from hybridtrain.rundir import RunDir, open_run
+from hybridtrain.rundir import RunDir
 from hybridtrain.types import refusal
 
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
@@ -30,10 +31,18 @@ def mint_from(argv: list[str]) -> Path:
 
 def mint(config: schema.Config) -> RunDir:
     """Open the run directory of a checked config (raises UserError). A run that is there is continued."""
-    settings = config.checkpoint
-    run = open_run(config, yaml_text=to_yaml(config), versions=machine.versions(), latest=lambda folder: Manager(folder, settings=settings).latest())
-    run.update_summary(status="queued")
-    freeze(config, run.path)
+    entry = entries.enter(config)
+    try:
+        checkpoint = Manager(entry.path / "checkpoints", settings=config.checkpoint).latest() if entry.before else None
+        if config.run.resume == "required" and checkpoint is None:
+            raise identity.not_resumable(entry.path, words="")
+        run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=0)
+        if run.lost:
+            rundir.record_lost(run.path, lost=run.lost, step=0)
+        run.update_summary(status="queued")
+        freeze(config, run.path)
+    finally:
+        entry.leave()
     return run
 
 

@@ -1,0 +1,115 @@
+"""Entering a run's directory: chosen, made if need be, and locked, before anything in it is written.
+
+enter (choose, take the lock)  ->  begin (config.yaml, summary.json): a RunDir  or  leave (as it was)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridtrain import failure, identity, lock, log
+from hybridtrain.config.schema import Config
+from hybridtrain.files import unwritable, write_atomically
+from hybridtrain.rundir import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
+from hybridtrain.types import UserError
+
+_log = log.get("run")
+_APPEAR_S = 5.0
+"""How long a new run's config.yaml may take to appear after its lock."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run's directory that this process is alone in; nothing in it but the lock has been written yet."""
+
+    path: Path
+    before: Config | None
+    """What the run in it was last run with; None: a new run."""
+    lock: lock.Lock
+    made: tuple[Path, ...]
+    """Folders that were made for it, outermost first."""
+    lost: str
+    """Whose attempt ended without a report; else empty."""
+
+    def leave(self) -> None:
+        """Give it back as it was."""
+        self.lock.release()
+        remove_folders(self.made)
+
+
+def enter(config: Config) -> Entry:
+    """Choose the directory that `config` continues or starts (identity.choose), make it if need be, and take its lock.
+
+    Raises UserError for what `choose` refuses, a directory in which another process trains, and one that cannot be written.
+    """
+    until = time.monotonic() + _APPEAR_S
+    while True:
+        choice = identity.choose(config)
+        holder, made = lock.read(choice.path), make_folders(choice.path)
+        try:
+            taken = lock.acquire(choice.path, takeover=config.run.takeover)
+        except UserError:
+            remove_folders(made)
+            if choice.before is None and time.monotonic() < until:  # another new run, begun at the same moment: it may be of another identity
+                time.sleep(0.05)
+                continue
+            raise
+        again = identity.choose(config)
+        if again.path == choice.path:
+            break
+        taken.release()
+        remove_folders(made)
+    if again.others:
+        _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, again.others, again.path)
+    return Entry(again.path, again.before, taken, made, lost_attempt(again.path, holder=holder) if again.before else "")
+
+
+def begin(entry: Entry, config: Config, *, yaml_text: str, versions: Mapping[str, str], checkpoint: Path | None, step: int) -> RunDir:
+    """Write config.yaml (`yaml_text`) and a running summary: from here on the directory is this run's. Raises UserError."""
+    path, before = entry.path, entry.before
+    try:
+        write_atomically(path / "config.yaml", yaml_text)
+    except OSError as error:
+        raise unwritable("run.dir", path, error) from error
+    attempt = attempts(path)
+    run = RunDir(
+        path=path,
+        continued=before is not None and (attempt > 0 or not (path / "submit").exists()),
+        checkpoint=checkpoint,
+        attempt=attempt,
+        created=before is None,
+        made=entry.made,
+        lost=entry.lost,
+        changed=identity.changes(before, config) if before else {},
+        step=step,
+        lock=entry.lock,
+        summary={**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()},
+    )
+    run.update_summary(status="running")
+    return run
+
+
+def lost_attempt(path: Path, *, holder: lock.Holder | None) -> str:
+    """How the attempt before ended, if its summary still says that it runs; else empty. `holder`: whom the lock named."""
+    summary = read_summary(path)
+    if summary.get("status") != "running":
+        return ""
+    size, attempt = summary.get("world_size"), max(0, attempts(path) - 1)
+    first = failure.first(path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0)
+    return f"the attempt before{f' ({holder}, since {holder.when})' if holder else ''} {NO_REPORT}{f'; {first}' if first else ''}"
+
+
+def _git_revision() -> str | None:
+    """The commit of the checkout this code runs from, "-dirty" with local changes; None outside a checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

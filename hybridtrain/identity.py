@@ -1,0 +1,168 @@
+"""Which run a command continues or starts: its directory, its identity, and what must not have changed.
+
+A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed, global batch and what it was branched
+from. The same identity continues the run in its directory; another one is a new run. Reads only; no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config import compose
+from hybridtrain.config.schema import Config
+from hybridtrain.types import Progress, UserError, refusal
+
+_WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
+_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
+_SINGLE_FIELDS = ("run.seed", "run.branch_from", "batch.global_batch_size")
+_HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # how the command was given, nothing about the run
+WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")
+"""What a run writes beside config.yaml. In a folder without a config.yaml these are somebody else's; so is a log of a rank."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The directory of a run."""
+
+    path: Path
+    before: Config | None
+    """What the run in it was last run with; None: a new run."""
+    others: str
+    """In the default directory: the first fields in which the run there differs, because of which this one has a number; else empty."""
+
+
+def choose(config: Config) -> Choice:
+    """The directory that `config` continues or starts, as it stands now.
+
+    In the default directory another identity moves on to the next number (runs/name-2); an explicit run.dir of another run is refused, as are
+    a folder that is no run's and what run.resume rules out (UserError).
+    """
+    base = Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
+    explicit = base != Path("runs") / config.run.name
+    number, others = 1, ""
+    while True:
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        _check_source(config, path=path)
+        if not _holds_run(path):
+            if config.run.resume == "required":
+                raise not_resumable(path, words=" of this run")
+            return Choice(path, None, others)
+        before = compose.from_yaml(path / "config.yaml", "train")
+        differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
+        if explicit and differing:
+            raise _another_run(path, differing)
+        if not differing:
+            if config.run.resume == "never":
+                raise refusal(
+                    "run.resume", "never", f"{path} holds a run already", allowed="a directory without a run", instead="another run.dir, or run.resume=auto"
+                )
+            return Choice(path, before, others)
+        others = others or ", ".join(sorted(differing)[:3])
+        number += 1
+
+
+def not_resumable(path: Path, *, words: str) -> UserError:
+    """The refusal of run.resume=required."""
+    problem = f"{path} holds no complete checkpoint{words}"
+    return refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
+
+
+def _check_source(config: Config, *, path: Path) -> None:
+    """Refuse to write over the model that the run starts from."""
+    source, target = config.model.from_pretrained, path / "model"
+    if source and target.exists() and Path(source).exists() and Path(source).resolve() == target.resolve():
+        problem = f"the run would write its model's config into {target}, the model that it starts from"
+        raise refusal("run.dir", path, problem, allowed="a directory apart from the model's", instead="another run.dir")
+
+
+def _holds_run(path: Path) -> bool:
+    if (path / "config.yaml").is_file():
+        return True
+    if path.exists() and not path.is_dir():
+        raise refusal("run.dir", path, "it is a file", allowed="a run's folder, or one without a run", instead="another run.dir")
+    for name in _leftovers(path):
+        problem = f"it has {name} but no config.yaml, so it is not known whose that is, and a run would write over it"
+        raise refusal("run.dir", path, problem, allowed="a run's folder, or one without what a run writes", instead="another run.dir")
+    return False
+
+
+def _leftovers(path: Path) -> Iterator[str]:
+    yield from (name for name in WRITES if (path / name).exists() or (path / name).is_symlink())
+    yield from (f"logs/{log.name}" for log in path.glob("logs/rank-*.log"))
+
+
+def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> UserError:
+    words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
+    return refusal("run.dir", path, f"it holds another run: {words}", allowed="the same values, or a directory of its own", instead="another run.dir")
+
+
+def _is_identity(key: str, config: Config) -> bool:
+    section = key.partition(".")[0]
+    if section == "data" and config.run.allow_data_change:
+        return key == "data.seq_len"
+    return key in _SINGLE_FIELDS or (section in _WHOLE_SECTIONS and key not in _NOT_IDENTITY)
+
+
+def model_differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
+    """`differences` in what the model is."""
+    return {key: pair for key, pair in differences(before, now).items() if key.startswith("model.") and key not in _NOT_IDENTITY}
+
+
+def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
+    """`differences` in what is trained and how, without those in how the command was given."""
+    return {key: pair for key, pair in differences(before, now).items() if key not in _HOW}
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
+    """section.field -> (before, now), over all sections of a training run."""
+    result: dict[str, tuple[object, object]] = {}
+    for section in dataclasses.fields(Config):
+        old, new = getattr(before, section.name), getattr(now, section.name)
+        for option in dataclasses.fields(old):
+            pair = (getattr(old, option.name), getattr(new, option.name))
+            if not _same(*pair):
+                result[f"{section.name}.{option.name}"] = pair
+    return result
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Equal, of values one of which has been through YAML: 1 and 1.0, a tuple and a list, and two NaN are the same."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return old.keys() == new.keys() and all(_same(value, new[key]) for key, value in old.items())
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new):
+        return True
+    return bool(old == new) and isinstance(old, bool) == isinstance(new, bool)
+
+
+def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
+    """Compare a checkpoint's fingerprints with this run's; the names that differ and are let through.
+
+    `model` must be the same; anything else (data, order, tokens) only unless `allow_data_change`. Raises UserError.
+    `tokens`, a sample of files that no other fingerprint covers, is compared where both have it: earlier versions kept none.
+    """
+    names = sorted((set(progress.fingerprints) | set(fingerprints)) - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"}))
+    differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
+    if "model" in differing:
+        raise refusal(
+            "model",
+            fingerprints.get("model"),
+            f"the checkpoint of step {progress.step} is of another model ({progress.fingerprints.get('model')})",
+            allowed="the model that the run began with",
+            instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
+        )
+    if differing and not allow_data_change:
+        raise refusal(
+            "data",
+            fingerprints.get(differing[0]),
+            f"the {' and '.join(differing)} of the checkpoint of step {progress.step} was another ({progress.fingerprints.get(differing[0])})",
+            allowed="the data and the order that the run began with",
+            instead="the run's own data.path, or run.allow_data_change=true to go on with this data",
+        )
+    return differing

@@ -1,0 +1,158 @@
+"""Where a run goes on: rank 0's decision before the ranks train.
+
+    enter the directory alone -> its newest checkpoint, or the one that it branches from -> nothing left to do? -> clear what a crash left
+    -> config.yaml, summary.json, the event of the start
+
+What is refused leaves the directory as it was, and makes none. No torch, except to check pretrained weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridtrain import entry as entries
+from hybridtrain import identity, log, machine, rundir
+from hybridtrain import layout as layouts
+from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.config.compose import from_yaml, to_yaml
+from hybridtrain.config.schema import CheckpointConfig, Config
+from hybridtrain.entry import Entry
+from hybridtrain.files import read_object, unwritable, write_json
+from hybridtrain.rundir import RunDir
+from hybridtrain.types import Progress, refusal
+
+if TYPE_CHECKING:
+    from hybridtrain.train import Job
+
+_log = log.get("train")
+BRANCH = "branch.json"
+"""In a run that branched: the checkpoint that it began from, which stays the same when that run goes on."""
+
+
+def open_run(job: Job) -> RunDir | None:
+    """Rank 0: the run directory, entered alone, with the checkpoint to go on from; None: nothing is left to do, and that is logged. Raises UserError."""
+    config, entry = job.config, entries.enter(job.config)
+    try:
+        manager = Manager(entry.path / "checkpoints", settings=config.checkpoint)
+        checkpoint = manager.latest() if entry.before is not None else None
+        if config.run.resume == "required" and checkpoint is None:
+            raise identity.not_resumable(entry.path, words="")
+        progress = _progress_of(checkpoint, job=job) if checkpoint else Progress(0, 0, {})
+        if checkpoint and progress.step >= job.total_steps:
+            _nothing_left(job, entry=entry, progress=progress)
+            entry.leave()
+            return None
+        origin = None
+        if config.run.branch_from and checkpoint is None:
+            checkpoint = origin = _origin(config, run=entry.path)
+            progress = _branched(origin, job=job)
+        if checkpoint is None:
+            _check_weights(config)
+        manager.sweep()
+        run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=progress.step)
+        if origin:
+            _pin(origin, run=entry.path, progress=progress)
+        run_dir.cut(progress.step)
+        _record_start(job, run_dir=run_dir, origin=origin)
+    except BaseException:
+        entry.leave()
+        raise
+    return run_dir
+
+
+def finished_steps(run: Path) -> int:
+    """Steps in the newest complete checkpoint of a run; 0 without one. Raises UserError for a checkpoint that is not what its name says."""
+    newest = Manager(run / "checkpoints", settings=CheckpointConfig()).latest()
+    return marker.read_progress(newest).step if newest else 0
+
+
+def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
+    """What begins here, for whoever looks at the run: in the summary, and as an event. Names of changed options, not values: these may be secrets."""
+    layout, world, parameters = layouts.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
+    run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
+    if run_dir.lost:
+        rundir.record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
+        _log.warning("%s", run_dir.lost)
+    words = [f"{layout} on {world} process{'es' if world > 1 else ''}"]
+    if origin:
+        words += [f"branched from {origin} at step {run_dir.step}"]
+    else:
+        words += [f"from {run_dir.checkpoint.name}"] if run_dir.checkpoint else ["again, there was no complete checkpoint"] if run_dir.continued else []
+    words += ["changed: " + ", ".join(run_dir.changed)] if run_dir.changed else []
+    run_dir.append_event("resumed" if run_dir.checkpoint and not origin else "started", step=run_dir.step, detail="; ".join(words))
+
+
+def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
+    """Where a checkpoint stands, if it is whole as far as sizes tell (contents are checked by all ranks together) and of this model and data."""
+    marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
+    progress = marker.read_progress(checkpoint)
+    changed = identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=job.config.run.allow_data_change)
+    if changed:
+        _log.warning("resuming with other data: %s", ", ".join(changed))
+    return progress
+
+
+def _check_weights(config: Config) -> None:
+    """Refuse weights that do not go with the model; a run that has a checkpoint does not read them (raises UserError)."""
+    if not config.model.from_pretrained:
+        return
+    from hybridtrain.models import load
+    from hybridtrain.models.build import hf_config
+    from hybridtrain.models.facts import read_config
+    from hybridtrain.models.family import family_of
+
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    load.check(config.model, built, family=family_of(built.model_type))
+
+
+def _nothing_left(job: Job, *, entry: Entry, progress: Progress) -> None:
+    """Say that the run is at its end; if its last attempt could not write that down, do."""
+    steps, asked = progress.step, job.total_steps
+    on = "a larger train.steps (or tokens, epochs) goes on, another run.dir or run.name starts anew"
+    if steps > asked:
+        _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", entry.path, steps, asked, on)
+        return
+    if rundir.read_summary(entry.path).get("status") != "finished":
+        rundir.record_finished(entry.path, step=steps, tokens=progress.tokens_seen)
+    _log.info("%s is finished, %d of %d steps are done: nothing is left to do (%s)", entry.path, steps, asked, on)
+
+
+def _origin(config: Config, *, run: Path) -> Path:
+    """The checkpoint that a branch begins from: the one noted when it began first, else the newest of run.branch_from. Raises UserError."""
+    if (run / BRANCH).exists():
+        return Path(str(read_object(run / BRANCH, field="run.dir").get("checkpoint", "")))
+    source = Path(config.run.branch_from)
+    if marker.is_complete(source):
+        return source.resolve()
+    newest = Manager(source / "checkpoints", settings=CheckpointConfig()).latest() if source.is_dir() else None
+    if newest is None:
+        problem = "there is no complete checkpoint in it" if source.is_dir() else "there is no such folder"
+        raise refusal("run.branch_from", source, problem, allowed="a run with a complete checkpoint, or such a checkpoint", instead="run.branch_from=RUN")
+    return newest.resolve()
+
+
+def _branched(origin: Path, *, job: Job) -> Progress:
+    """Where the branch begins, once the source is known to be whole, of the same model, and before the end. Raises UserError."""
+    marker.check_sizes(origin, files=sorted(marker.read(origin).items()))
+    progress = marker.read_progress(origin)
+    identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=True)
+    theirs = origin.parent.parent / "config.yaml"
+    differing = identity.model_differences(from_yaml(theirs, "train"), job.config) if theirs.is_file() else {}
+    if differing:
+        words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
+        raise refusal("run.branch_from", origin, f"it is of another model: {words}", allowed="the same model section", instead="the model of that run")
+    if progress.step >= job.total_steps:
+        problem = f"run.branch_from has done {progress.step} steps already"
+        raise refusal("train", f"{job.total_steps} steps", problem, allowed=f"an end after step {progress.step}", instead=f"train.steps={2 * progress.step}")
+    return progress
+
+
+def _pin(origin: Path, *, run: Path, progress: Progress) -> None:
+    content = {"checkpoint": str(origin), "step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
+    try:
+        if not (run / BRANCH).exists():
+            write_json(run / BRANCH, content)
+    except OSError as error:
+        raise unwritable("run.dir", run, error) from error

@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import DataConfig
+from hybridtrain.data import blocks
+from hybridtrain.data.blocks import BY_CHANCE, SURELY, WHOLE, share
 from hybridtrain.types import UserError, refusal
 
 STDLIB = "stdlib"
@@ -29,6 +32,7 @@ READABLE = (1, FORMAT)  # format 1 had text files only, and no statistics
 COMPRESSED = (".gz", ".zst")
 LISTED = 1000  # sources that corpus.json names, so that a change can be named
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
+MOST_TIMES = 3  # what is held out is at most so many times what was asked
 INFLATION = 4  # bytes of text behind a byte of a compressed file, about
 _ENDINGS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",), "text": (".txt",)}
 _PATTERNS = {
@@ -58,6 +62,8 @@ class Source:
     """Changes when the content does."""
     held_out: bool | None
     """Whether it is held out for evaluation; None: each record's content decides."""
+    blocks: str
+    """Whether blocks of a text file are held out, and how (blocks.py); "" for none."""
     packed: str
     """How it is compressed, known when it is opened: gz, zst or not at all."""
 
@@ -71,6 +77,21 @@ class Listing:
     """Files that were met and are not read, by reason."""
     tokenizer: str
     """Hash of the tokenizer's files, where it is a folder; "" for another."""
+
+    before: dict[str, str]
+    """What an earlier `prepare` of the folder held out in part, or had to: it stays held out."""
+
+    def held_out(self, *, fraction: float) -> dict[str, str]:
+        """The same of this listing, for corpus.json."""
+        texts = [source for source in self.sources if source.format == "text"]
+        forced = {source.name: WHOLE for source in texts if source.held_out and share(_name_digest(source)) >= fraction}
+        return forced | {source.name: source.blocks for source in texts if source.blocks}
+
+    def check_share(self, *, fraction: float) -> None:
+        """Refuse a split of text files far from what was asked (raises UserError); what only the records decide is not looked at."""
+        if all(source.format == "text" for source in self.sources):
+            total = sum(source.size for source in self.sources)
+            check_share(sum(source.size * (fraction if source.blocks else bool(source.held_out)) for source in self.sources) / total, fraction=fraction)
 
     @property
     def summary(self) -> str:
@@ -103,6 +124,22 @@ class Listing:
         return "; ".join(f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for kind, names in kinds.items() if names)
 
 
+def check_share(held_out: float, *, fraction: float) -> None:
+    """Refuse to hold out much more than was asked (raises UserError)."""
+    if held_out > MOST_TIMES * fraction:
+        raise refusal(
+            "data.eval_fraction",
+            fraction,
+            f"{held_out:.1%} of the corpus would be held out: it is too small to be divided so, or a few of its documents are much of it",
+            allowed=f"a share that comes out within {MOST_TIMES} times what was asked",
+            instead=f"data.eval_fraction={min(0.5, math.ceil(100 * held_out) / 100):g}, data.eval_fraction=0 with data.eval_path for another corpus, or more text",
+        )
+
+
+def _name_digest(source: Source) -> bytes:
+    return hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest()
+
+
 def sources(data: DataConfig) -> list[Source]:
     """All files and datasets of `data.source`: see `listing`."""
     return listing(data).sources
@@ -130,7 +167,8 @@ def listing(data: DataConfig) -> Listing:
             allowed=_ALLOWED,
             instead=f"data.source=[{STDLIB}], or another data.pattern",
         )
-    return Listing(_split(list(found.values()), fraction=data.eval_fraction), dict(sorted(left_out.items())), _tokenizer_digest(data))
+    before = _held_out_before(data)
+    return Listing(_split(list(found.values()), fraction=data.eval_fraction, before=before), dict(sorted(left_out.items())), _tokenizer_digest(data), before)
 
 
 def _tokenizer_digest(data: DataConfig) -> str:
@@ -152,14 +190,16 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
     hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
         version = _folder_version(path) if path.is_dir() else ""
-        yield Source(name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version=version, held_out=None, packed="")
+        yield Source(
+            name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version=version, held_out=None, blocks="", packed=""
+        )
         return
     for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
         kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format == "chat" else "text")
         facts = file.stat()
         version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
         size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)
-        yield Source(name=name, path=str(file), format=kind, size=size, version=version, held_out=False if kind == "text" else None, packed="")
+        yield Source(name=name, path=str(file), format=kind, size=size, version=version, held_out=False if kind == "text" else None, blocks="", packed="")
 
 
 def _patterns(data: DataConfig) -> list[str]:
@@ -267,21 +307,50 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
-def _split(found: list[Source], *, fraction: float) -> list[Source]:
-    """Hold out the text files whose name hashes below `fraction`, so that others coming or going move none of them.
+def _split(found: list[Source], *, fraction: float, before: Mapping[str, str]) -> list[Source]:
+    """Hold out the text files whose name hashes below `fraction`, and blocks of those that are much of the corpus (blocks.py).
 
-    Both splits get at least one when there are two and fraction > 0.
+    Others coming or going move none of them; `before` names those that an earlier `prepare` of the folder held out in part, or had to.
+    Both splits get something when there is text for both and fraction > 0.
     """
     texts = [source for source in found if source.format == "text"]
-    if fraction == 0 or len(texts) < 2:
+    if fraction == 0 or not texts:
         return found
-    places = {source.path: share(hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest()) for source in texts}
-    held_out = {path for path, place in places.items() if place < fraction} or {min(places, key=places.__getitem__)}
-    if len(held_out) == len(places):
-        held_out.discard(max(places, key=places.__getitem__))
-    return [replace(source, held_out=source.path in held_out) if source.format == "text" else source for source in found]
+    total = sum(source.size for source in found)
+    places = {source.path: share(_name_digest(source)) for source in texts}
+    how: dict[str, str] = {}
+    for source in texts:
+        old = before.get(source.name)
+        if old in (BY_CHANCE, SURELY) or blocks.is_long(source.size, total=total):
+            how[source.path] = old if old in (BY_CHANCE, SURELY) else BY_CHANCE
+        elif places[source.path] < fraction or old == WHOLE:
+            how[source.path] = WHOLE
+    long = [source for source in texts if how.get(source.path, WHOLE) != WHOLE]
+    none = not any(kind != BY_CHANCE for kind in how.values()) and not any(_has_block(source, fraction=fraction) for source in long)
+    if none and (long or len(texts) > 1):
+        chosen = min(long or texts, key=lambda source: places[source.path]).path
+        how[chosen] = SURELY if long else WHOLE
+    if not long and len(how) == len(texts):
+        how.pop(max(places, key=places.__getitem__))
+    return [
+        replace(source, held_out=how.get(source.path) == WHOLE, blocks=_in_part(how.get(source.path))) if source.format == "text" else source
+        for source in found
+    ]
 
 
-def share(digest: bytes) -> float:
-    """A place in [0, 1) that follows from a hash."""
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _in_part(how: str | None) -> str:
+    return how if how in (BY_CHANCE, SURELY) else ""
+
+
+def _has_block(source: Source, *, fraction: float) -> bool:
+    return next(blocks.places(source.name, fraction=fraction, how=BY_CHANCE))[1] <= source.size
+
+
+def _held_out_before(data: DataConfig) -> dict[str, str]:
+    """What an earlier `prepare` of this folder, with the same fraction, held out in part or had to: {name: how}."""
+    try:
+        record = json.loads((Path(data.path).expanduser() / "corpus.json").read_bytes())
+        same = record["settings"]["eval_fraction"] == data.eval_fraction
+        return {name: how for name, how in record["held_out"].items() if how in (BY_CHANCE, SURELY, WHOLE)} if same else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}

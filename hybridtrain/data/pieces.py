@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.data import chat, corpus, readers
+from hybridtrain.data import blocks, chat, readers
+from hybridtrain.data.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.corpus import Source
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
 from hybridtrain.data.readers import Fields, Unit
@@ -43,6 +44,10 @@ class Recipe:
     eval_fraction: float
     deduplicate: bool
     skip_bad: bool
+    total: int
+    """Bytes of text in all, about: a record that is much of it is cut into what is held out and what is not; 0: none is."""
+    before: Mapping[str, str]
+    """How records that an earlier `prepare` of the folder cut were held out, by digest."""
     eos: list[int]
     """Ids after each document."""
     vocab_size: int
@@ -80,10 +85,12 @@ class Counts:
     damaged: int
     """Documents with U+FFFD or bytes that are not UTF-8."""
     first_damaged: str
+    held_out: dict[str, str]
+    """Records of which blocks are held out: digest to how."""
 
     @classmethod
     def none(cls) -> Counts:
-        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="")
+        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="", held_out={})
 
     @classmethod
     def of(cls, folders: Iterable[Path]) -> Counts:
@@ -93,7 +100,7 @@ class Counts:
             one = json.loads((folder / "counts.json").read_text())
             for name, value in one.items():
                 have = getattr(total, name)
-                setattr(total, name, have or value if isinstance(value, str) else have + value)
+                setattr(total, name, have | value if isinstance(value, dict) else have or value if isinstance(value, str) else have + value)
         return total
 
 
@@ -133,11 +140,32 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             _bad(unit, number, problem, instead=instead, recipe=recipe, counts=counts)
         elif value:
             digest = hashlib.blake2b(content, digest_size=16).digest() if named is None or recipe.deduplicate else b""
-            held_out = corpus.share(digest) < recipe.eval_fraction if named is None else named
             if "\ufffd".encode() in content:
                 counts.damaged += 1
                 counts.first_damaged = counts.first_damaged or readers.where(unit, number)
-            yield Document(unit, number, value, len(content), digest, held_out)
+            if how := unit.source.blocks or _how(digest, size=len(content), recipe=recipe, counts=counts):
+                yield from _cut(unit, number, value, key=unit.source.name if unit.source.blocks else digest.hex(), how=how, recipe=recipe)
+            else:
+                held_out = blocks.share(digest) < recipe.eval_fraction if named is None else named
+                yield Document(unit, number, value, len(content), digest, held_out)
+
+
+def _how(digest: bytes, *, size: int, recipe: Recipe, counts: Counts) -> str:
+    """How blocks of a record are held out; "" for one that is a document as a whole."""
+    if not recipe.total or not digest:
+        return ""
+    how = recipe.before.get(digest.hex()) or (BY_CHANCE if blocks.is_long(size, total=recipe.total) else "")
+    if how and size > recipe.total / 3:  # a third of the corpus and more: chance may leave it out altogether
+        how = SURELY
+    if how:
+        counts.held_out[digest.hex()] = how
+    return how
+
+
+def _cut(unit: Unit, number: int, text: str, *, key: str, how: str, recipe: Recipe) -> Iterator[Document]:
+    for part, held_out in blocks.cut(text, key=key, fraction=recipe.eval_fraction, how=how):
+        content = part.encode()
+        yield Document(unit, number, part, len(content), hashlib.blake2b(content, digest_size=16).digest() if recipe.deduplicate else b"", held_out)
 
 
 def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, report: Report) -> None:

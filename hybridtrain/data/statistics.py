@@ -59,6 +59,9 @@ def table(folder: Path) -> str:
             share = figures["loss_tokens"] / figures["tokens"]
             fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
             lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
+    asked, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
+    share = held_out / max(1, held_out + facts["splits"]["train"]["tokens"])
+    lines.append(f"held out   {share:.1%} of the tokens, {asked:.1%} were asked for (data.eval_fraction)")
     if size := facts.get("text_bytes"):
         lines.append(f"text       {size / 1e6:,.1f} MB read, {facts['bytes_per_token']} bytes per token")
     lines.append(f"vocabulary {facts['vocab_size']:,} (largest id used {facts['largest_id']:,})")

@@ -158,11 +158,14 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
+        total=sum(piece.size for piece in planned) if data.format != "chat" and data.eval_fraction else 0,
+        before=listing.before,
         eos=[],
         vocab_size=0,  # both follow from the tokenizer
     )
     if not planned:
         raise _no_tokens(data)
+    listing.check_share(fraction=data.eval_fraction)
     pieces.check_beginnings(planned, recipe=recipe)
     say(listing.summary)
     new = _begin(partial, settings=settings, planned=planned)
@@ -211,6 +214,8 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
     if not joined["train"].tokens:
         raise _no_tokens(data)
+    corpus.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
+    counts = Counts.of(made)
     rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
     folder.replace(path)
@@ -222,8 +227,9 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "largest_id": max(joined[split].largest_id for split in SPLITS),
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
-        **statistics.of_text(Counts.of(made)),
+        **statistics.of_text(counts),
         "left_out": listing.left_out,
+        "held_out": listing.held_out(fraction=data.eval_fraction) | counts.held_out,
         "fingerprint": identity.hexdigest(),
         "settings": settings,
         "sources": listing.record(),

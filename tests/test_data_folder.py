@@ -236,6 +236,7 @@ print(open_or_prepare(DataConfig(path=sys.argv[1], source=["stdlib"], vocab_size
 """
 
 
+@pytest.mark.slow
 def test_two_machines_with_a_shared_disk_prepare_once(tmp_path):
     def start(rank: int) -> subprocess.Popen[str]:
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0"}

@@ -30,9 +30,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "submit": ("hybridtrain.submit", "run", "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs"),
     "runs": ("hybridtrain.submit.listing", "runs", "list runs: status, step, loss, speed, last checkpoint, job"),
     "logs": ("hybridtrain.submit.listing", "logs", "show what a run says, and follow it"),
+    "verify": ("hybridtrain.verify", "run", "read every byte of a run's checkpoints, or of a corpus, and list what is wrong"),
     "report": ("hybridtrain.report", "run", "draw a run as a page and pictures; --compare RUN RUN ... several over one another"),
 }
-TAKES_RUN = ("export", "evaluate", "generate", "report", "logs")
+TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
 """Commands that print for a reader, who may have had enough."""
 SPEAK_FIRST_S = 5.0

@@ -7,6 +7,8 @@ from. The same identity continues the run in its directory; another one is a new
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.types import Progress, UserError, refusal
+from hybridtrain.types import ModelFacts, Progress, UserError, refusal
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
@@ -139,6 +141,11 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new):
         return True
     return bool(old == new) and isinstance(old, bool) == isinstance(new, bool)
+
+
+def model_fingerprint(facts: ModelFacts) -> str:
+    """What a checkpoint's model is known by."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:

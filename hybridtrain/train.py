@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 import time
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, launched, log, machine
+from hybridtrain import failure, identity, launched, log, machine
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check
@@ -60,7 +58,7 @@ class Job:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint must have been made with. Reads a little of foreign token files: for rank 0, which tells the others."""
-        model = hashlib.sha256(json.dumps(dataclasses.asdict(self.facts), sort_keys=True).encode()).hexdigest()[:16]
+        model = identity.model_fingerprint(self.facts)
         order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
         sample = self.data.sample
         return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})

@@ -18,6 +18,7 @@ EXAMPLES = {
     "submit": "hybridtrain submit experiment=quickstart cluster=gpu8 cluster.nodes=2 parallel=zero3_tp2 batch.global_batch_size=16",
     "runs": "hybridtrain runs",
     "logs": "hybridtrain logs runs/quickstart",
+    "verify": "hybridtrain verify runs/quickstart",
 }
 WIDTH = 118
 

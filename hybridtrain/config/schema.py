@@ -337,6 +337,11 @@ class ReportRoot(Config):
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
+@dataclass
+class VerifyRoot(Config):
+    """What is verified is run.dir."""
+
+
 ROOTS: dict[str, type[Config]] = {
     "train": Config,
     "prepare": PrepareRoot,
@@ -349,4 +354,5 @@ ROOTS: dict[str, type[Config]] = {
     "submit": SubmitRoot,
     "runs": RunsRoot,
     "logs": LogsRoot,
+    "verify": VerifyRoot,
 }

@@ -20,7 +20,7 @@ from hybridtrain.config import schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
 from hybridtrain.files import unwritable, write_atomically
-from hybridtrain.submit import mint, script, slurm
+from hybridtrain.submit import free, mint, script, slurm
 from hybridtrain.types import refusal
 
 _log = log.get("submit")
@@ -44,6 +44,8 @@ def run_several(configs: list[SubmitRoot]) -> int:
     for training in trainings:
         _check_processes(training.parallel, cluster)
     jobs = [mint.checked(training, world_size=world) for training in trainings]
+    for resolved in jobs:
+        free.check(resolved)
     described = [
         f"{training.run.name}: {layouts.write(training.parallel, job.layout)} on {world} processes" for training, job in zip(trainings, jobs, strict=True)
     ]

@@ -12,9 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from hybridtrain import failure
+from hybridtrain import entry as entries
+from hybridtrain import failure, lock
 from hybridtrain.files import read_object, unwritable, write_json
-from hybridtrain.rundir import read_summary
+from hybridtrain.rundir import read_summary, record_lost
 from hybridtrain.submit import lives, slurm
 from hybridtrain.types import UserError, refusal
 
@@ -31,8 +32,12 @@ def open_job(argv: list[str]) -> int:
 
             os.environ["WORLD_SIZE"] = os.environ["HYBRIDTRAIN_WORLD"]
             run = mint.mint_from(argv)
+        if (holder := lock.holder_elsewhere(run)) is not None:
+            raise lock.held(run, by=holder)
         job, life = _this_life()
         lives.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, life=life, nodes=os.environ["SLURM_JOB_NODELIST"])
+        if lost := entries.lost_attempt(run, holder=lock.read(run)):
+            record_lost(run, lost=lost, step=read_summary(run).get("steps") or 0)
         set_summary(run, status="queued", exit_reason=None)
     except UserError as error:
         with contextlib.suppress(OSError):
@@ -89,7 +94,9 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     status = read_summary(run).get("status")
     if status == "finished" and code == 0:
         return "finished"
-    if stopped == "cancelled":
+    if stopped == "cancelled" or status == "interrupted":
+        if stopped == "cancelled":
+            _note(run, status="interrupted", reason="the job was cancelled")
         return "cancelled"
     if status == "preempted" or stopped == "signal":
         return "preempted"
@@ -98,11 +105,19 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     bad = _bad_nodes(run)
     reason = str(first) if first else f"not fit: {', '.join(f'{node} ({why})' for node, why in bad.items())}" if bad else f"exit code {code}, no rank said why"
     _say(f"first failure: {reason}\n{first.detail if first else ''}")
+    _note(run, status="failed", reason=reason)
+    return "failed"
+
+
+def _note(run: Path, *, status: str, reason: str) -> None:
+    """Write how the run ended, unless another process trains there: this job was refused then."""
+    if (holder := lock.holder_elsewhere(run)) is not None:
+        _say(f"{run} is left as it is: {holder} trains there")
+        return
     try:
-        set_summary(run, status="failed", exit_reason=reason)
+        set_summary(run, status=status, exit_reason=reason)
     except UserError as error:  # the verdict comes all the same
         _say(error)
-    return "failed"
 
 
 def _newest_failures(run: Path) -> Path | None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridtrain import lock
 from hybridtrain.config.schema import LogsRoot, RunsRoot
 from hybridtrain.files import one_line, read_object
-from hybridtrain.rundir import read_summary, require_run
+from hybridtrain.rundir import NO_REPORT, read_summary, require_run
 from hybridtrain.submit import lives, slurm
 from hybridtrain.types import UserError, refusal
 
@@ -76,10 +77,17 @@ def _read(run: Path) -> _Run:
     try:
         if not (summary := read_summary(run)):
             read_object(run / "summary.json", field="run.dir")  # raises what is wrong with it
+        if _is_lost(run, summary):
+            summary = {**summary, "status": "failed", "exit_reason": NO_REPORT}
         return _Run(one_line(run.name), lives.job_id(run), _cells(run, summary), _short(one_line(str(summary.get("exit_reason") or ""))))
     except UserError as error:
         problem = str(error).splitlines()[0].partition("=")[2].removeprefix(f"{run}/")
         return _Run(one_line(run.name), "", ("unreadable", "-", "-", "-", "-"), one_line(problem))
+
+
+def _is_lost(run: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether the run says that it runs, and the process that holds its lock is dead."""
+    return summary.get("status") == "running" and lock.alive(run) is False
 
 
 def _short(text: str) -> str:
@@ -152,8 +160,9 @@ def _more(file: Path, seen: int) -> int:
 
 def _has_ended(run: Path) -> bool:
     """Whether nothing more will be said; a run that is requeued goes on."""
-    status = read_summary(run).get("status")
-    return status in _ENDED and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run))
+    summary = read_summary(run)
+    status = summary.get("status")
+    return _is_lost(run, summary) or (status in _ENDED and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run)))
 
 
 def _is_over(run: Path) -> bool:

@@ -1,0 +1,30 @@
+"""Whether a run may be submitted: nobody has queued it, nobody trains it, and it has steps left."""
+
+from __future__ import annotations
+
+from hybridtrain import identity, lock, resume, train
+from hybridtrain.submit import lives, slurm
+from hybridtrain.types import refusal
+
+_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
+"""States of a job that Slurm will not run again by itself."""
+
+
+def check(job: train.Job) -> None:
+    """Refuse a run that another job has, that trains now, or that is at its end (raises UserError). Reads only."""
+    choice = identity.choose(job.config)
+    if choice.before is not None:
+        steps = resume.finished_steps(choice.path)
+        if steps >= job.total_steps:
+            problem = f"the run is finished, {steps} of {job.total_steps} steps are done"
+            instead = f"train.steps={2 * steps} to go on, or another run.dir (run.name=NAME)"
+            raise refusal("run.dir", choice.path, problem, allowed="a run with steps left", instead=instead)
+        number = lives.job_id(choice.path)
+        state = slurm.states([number]).get(number, "") if number else ""
+        if state and state not in _ENDED:
+            problem = f"job {number} has this run already, and is {state}"
+            raise refusal(
+                "run.dir", choice.path, problem, allowed="one job for a run", instead=f"wait for it; scancel {number}; another run.dir (run.name=NAME)"
+            )
+    if (holder := lock.holder_elsewhere(choice.path)) is not None:
+        raise lock.held(choice.path, by=holder)

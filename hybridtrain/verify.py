@@ -1,0 +1,101 @@
+"""`hybridtrain verify RUN` (or CORPUS): every byte that a later command will trust, read and held against what was written. No torch.
+
+Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml, model/config.json, metrics.jsonl (each step
+once), events.jsonl and summary.json. Exit code 1 and a list when something is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hybridtrain import identity, log
+from hybridtrain.checkpoint import marker
+from hybridtrain.config.compose import from_yaml
+from hybridtrain.config.schema import ModelConfig, VerifyRoot
+from hybridtrain.files import read_object
+from hybridtrain.models.facts import facts, read_config
+from hybridtrain.rundir import require_run
+from hybridtrain.types import UserError
+
+_log = log.get("verify")
+
+
+def run(config: VerifyRoot) -> int:
+    """Print what is wrong, a line each; 0: nothing, 1: something."""
+    path = Path(config.run.dir)
+    if (path / "corpus.json").is_file() or Path(f"{path}.idx").is_file():
+        from hybridtrain.data.verify import verify_corpus
+
+        problems, what = verify_corpus(path), "the corpus is as it was prepared"
+    else:
+        require_run(path, command="verify")
+        problems, number = verify_run(path)
+        what = f"{number} checkpoint{'' if number == 1 else 's'} and the run's files are as they were written"
+    for problem in problems:
+        _log.error("%s", problem)
+    _log.info("%s: %s", path, f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else what)
+    return 1 if problems else 0
+
+
+def verify_run(path: Path) -> tuple[list[str], int]:
+    """What is wrong with a run directory, a line each, and how many complete checkpoints were read."""
+    problems: list[str] = []
+    folder, fingerprints = path / "checkpoints", set()
+    complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REPLACED))]
+    for checkpoint in complete:
+        try:
+            marker.verify(checkpoint, files=sorted(marker.read(checkpoint).items()))
+            progress = marker.read_progress(checkpoint)
+        except UserError as error:
+            problems.append(_line(error))
+            continue
+        fingerprints.add(progress.fingerprints.get("model"))
+        if checkpoint.name != f"step-{progress.step:08d}":
+            problems.append(f"{checkpoint}: it holds step {progress.step}")
+    problems += [f"{checkpoint}: no folder of a checkpoint" for checkpoint in folder.glob("step-*") if not checkpoint.is_dir()]
+    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}), *_of_lines(path)]
+    return problems, len(complete)
+
+
+def _of_configs(path: Path, *, fingerprints: set[str]) -> Iterator[str]:
+    """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of."""
+    try:
+        from_yaml(path / "config.yaml", "train")
+        read_object(path / "summary.json", field="run.dir")
+        if (path / "model" / "config.json").exists() and fingerprints:
+            model = facts(read_config(ModelConfig(from_pretrained=str(path / "model"))))
+            if fingerprints != {identity.model_fingerprint(model)}:
+                yield f"{path / 'model' / 'config.json'}: it describes another model than the checkpoints hold"
+    except UserError as error:
+        yield _line(error)
+
+
+def _of_lines(path: Path) -> Iterator[str]:
+    """metrics.jsonl and events.jsonl: each line whole, and each step once and in order."""
+    for name in ("metrics.jsonl", "events.jsonl"):
+        file, last = path / name, 0
+        if not file.exists():
+            continue
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            yield f"{file}: it cannot be read ({error.strerror or error})"
+            continue
+        for number, line in enumerate(lines, 1):
+            try:
+                step = json.loads(line)["step"]
+                sound = isinstance(step, int)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                sound = False
+            if not sound:
+                yield f"{file}: line {number} is no line of it: {line[:60]!r}"
+            elif name == "metrics.jsonl":
+                if step <= last:
+                    yield f"{file}: line {number} has step {step} after step {last}"
+                last = max(last, step)
+
+
+def _line(error: UserError) -> str:
+    return str(error).splitlines()[0].partition("=")[2] or str(error)

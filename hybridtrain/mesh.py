@@ -45,22 +45,35 @@ def disconnect() -> None:
 
 
 class Mesh:
-    """The DeviceMesh of a layout and the groups that the engine needs."""
+    """The DeviceMesh of a layout and the groups that the engine needs. In every one a collective fails after `timeout_s`."""
 
-    def __init__(self, layout: ParallelLayout, *, device: torch.device):
+    def __init__(self, layout: ParallelLayout, *, device: torch.device, timeout_s: int):
         names, degrees = zip(*layout.axes(), strict=True)
-        self.layout, self.device = layout, device
+        self.layout, self.device, self.timeout = layout, device, timedelta(seconds=timeout_s)
         self.whole: DeviceMesh = init_device_mesh(device.type, degrees, mesh_dim_names=names)
         self.coordinates = layout.coordinates(dist.get_rank())
         self.tp = self.whole["tp"]
         self.data = self.whole["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else self.whole["dp_shard"]
-        losses = self.whole["pp", "dp_replicate", "dp_shard"]
-        self.loss_group = losses._flatten("loss").get_group()
+        self.groups = {name: self._timed(self.whole[name].get_group()) for name in names}
+        self.loss_group = self.flat("pp", "dp_replicate", "dp_shard", name="loss")
         """Ranks with the same tp coordinate: a sum over it counts each micro-batch of each stage once."""
-        self.control_group = dist.new_group(backend="gloo")
+        self.control_group = self.new_group(None, backend="gloo")
         """All ranks, on the CPU: flags and objects, from the main thread only."""
-        self.checkpoint_group = dist.new_group(backend="gloo")
+        self.checkpoint_group = self.new_group(None, backend="gloo")
         """All ranks, on the CPU, for the thread that writes checkpoints: sharing a group would mix its messages with flags."""
+
+    def new_group(self, ranks: list[int] | None, *, backend: str | None) -> dist.ProcessGroup:
+        """A group of `ranks` (None: all) over `backend` (None: that of the default group); every rank of the world makes it."""
+        return dist.new_group(ranks, timeout=self.timeout, backend=backend)
+
+    def flat(self, *axes: str, name: str) -> dist.ProcessGroup:
+        """The ranks that differ in these axes alone, as one group (collective)."""
+        return self._timed(self.whole[axes]._flatten(name).get_group())
+
+    def _timed(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """`group`, with our timeout: DeviceMesh makes its groups with torch's own."""
+        dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        return group
 
     @property
     def dp_rank(self) -> int:
@@ -68,7 +81,7 @@ class Mesh:
         return self.coordinates["dp_replicate"] * self.layout.dp_shard + self.coordinates["dp_shard"]
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        return self.whole[axis].get_group()
+        return self.groups[axis]
 
     def ends_group(self) -> dist.ProcessGroup | None:
         """First and last pipeline rank with otherwise equal coordinates (for tied weights); None on ranks between them."""
@@ -77,7 +90,7 @@ class Mesh:
         mine = None
         for column in range(ranks.shape[1]):
             pair = [int(ranks[0, column]), int(ranks[pp - 1, column])]
-            group = dist.new_group(pair)
+            group = self.new_group(pair, backend=None)
             if dist.get_rank() in pair:
                 mine = group
         return mine

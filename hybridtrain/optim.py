@@ -45,6 +45,7 @@ class AdamW:
         decays = [item.parameter.dim() > 1 and not matches(item.name, settings.no_decay) for item in shards]
         self.optimizer = _adamw([item.shard for item in shards], decays, settings) if shards else None
 
+    @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
         """Update with gradients divided by `divide`; do nothing where `skip` is 1. Frees the gradients."""
         if self.optimizer is None:

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from hybridtrain.models.loss import linear_cross_entropy
+from hybridtrain.models.loss import HeadGradient, linear_cross_entropy
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks
 
@@ -45,7 +45,7 @@ def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
     hidden, weight, labels = inputs(1000, dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, gradient=HeadGradient())
     assert (loss.shape, loss.dtype) == ((1,), torch.float32)
     (loss * 0.125).sum().backward()
     wanted = expected(1000, dtype, factor=0.125)
@@ -57,28 +57,30 @@ def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
 def test_no_logits_outlive_the_forward_pass():
     """Of N = 24 tokens and 1,000 words it keeps N x D and V x D numbers for backward, not N x V."""
     hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32))
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=4)
-    kept = [gradient.numel() for gradient in loss.grad_fn.gradients]
-    assert kept == [ROWS * POSITIONS * HIDDEN, 1000 * HIDDEN]
-    assert not loss.grad_fn.saved_tensors
+    gradient = HeadGradient()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=4, gradient=gradient)
+    (of_loss, _), (of_weight, _) = loss.grad_fn.next_functions
+    assert (of_loss.gradient.numel(), gradient.total.numel()) == (ROWS * POSITIONS * HIDDEN, 1000 * HIDDEN)
+    assert not of_loss.saved_tensors
+    assert not of_weight.saved_tensors
 
 
 def test_frozen_weights_and_evaluation_compute_no_gradients():
     hidden, weight, labels = inputs(50, torch.float32)
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk=5)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk=5, gradient=HeadGradient())
     loss.sum().backward()
     assert error(hidden.grad, expected(50, torch.float32)[1]) < 1e-6
     assert weight.grad is None
     with torch.no_grad():
-        assert float(linear_cross_entropy(hidden, weight, labels, chunk=5)) == pytest.approx(float(loss))
+        assert float(linear_cross_entropy(hidden, weight, labels, chunk=5, gradient=HeadGradient())) == pytest.approx(float(loss))
 
 
 def test_a_token_without_a_label_leaves_no_trace():
     hidden, weight, labels = inputs(50, torch.float32)
-    before = float(linear_cross_entropy(hidden, weight, labels, chunk=0))
+    before = float(linear_cross_entropy(hidden, weight, labels, chunk=0, gradient=HeadGradient()))
     hidden[:, ::3] = 1e3
     hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=0)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=0, gradient=HeadGradient())
     loss.sum().backward()
     assert float(loss.detach()) == before
     assert not hidden.grad[:, ::3].any()
@@ -89,7 +91,7 @@ def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int) -> list[torch.
     hidden, weight, labels = inputs(vocabulary, torch.float32)
     hidden = distribute_tensor(hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]).requires_grad_()
     weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, gradient=HeadGradient())
     (loss * 0.125).sum().backward()
     return [loss.detach()[0], hidden.grad.full_tensor(), weight.grad.full_tensor()]
 

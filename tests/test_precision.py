@@ -126,10 +126,14 @@ def test_gradients_accumulate_and_reduce_in_fp32(layout):
             assert torch.equal(gradient, one[name]), name
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev"])
 def test_schedules_accumulate_different_gradients_in_fp32(schedule):
-    """Each micro-batch's bf16 gradient is the same under every schedule, so fp32 sums agree to rounding; one sum in bf16 is off by 2^-9."""
-    single, piped = (on_ranks(Case(layout, precision="bf16_mixed", micro_batch_size=1, steps=1)).gradients for layout in ("single", f"pp2-{schedule}"))
+    """Each micro-batch's bf16 gradient is the same under every schedule, so fp32 sums agree to rounding; one sum in bf16 is off by 2^-9.
+
+    Every token has a label: divided by 128 tokens nothing is rounded, so it does not matter whether that happens before or after adding up.
+    """
+    cases = (Case(layout, precision="bf16_mixed", micro_batch_size=1, steps=1, uneven=False) for layout in ("single", f"pp2-{schedule}"))
+    single, piped = (on_ranks(case).gradients for case in cases)
     assert single.keys() == piped.keys()
     worst = max(float((piped[name] - gradient).norm() / gradient.norm()) for name, gradient in single.items())
     assert worst < 1e-6

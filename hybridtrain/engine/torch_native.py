@@ -43,7 +43,7 @@ class TorchEngine:
         self.capabilities = capabilities("torch")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self.precision = policy(config.precision.kind)
-        self.mesh = Mesh(layout, device=device)
+        self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
@@ -83,6 +83,8 @@ class TorchEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
+        for stage in self.stages:
+            stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = valid_tokens(batches, mesh=self.mesh)
         factor = self.scaler.scale * self.layout.dp / tokens.clamp(min=1)  # x dp: fully_shard averages over data ranks

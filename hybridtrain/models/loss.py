@@ -4,6 +4,7 @@
                                                   -> gradients of hidden (N, D) and of the head's weight (V, D)
 
 The gradients are ready before backward is called, which only scales them: the loss sum is linear in what comes after it.
+The weight's is added up in one buffer (`HeadGradient`), however many micro-batches wait for their backward pass.
 Under tensor parallelism each rank has its rows of V and the ranks exchange one number per token. The idea is that of
 Liger Kernel (arXiv 2410.10989) and of Megatron-LM's vocabulary-parallel loss (arXiv 1909.08053).
 
@@ -21,15 +22,56 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from hybridtrain.types import IGNORE_INDEX
 
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of fp32 logits; on a CPU they stay in its cache: 1.19 times as fast in bf16
+_CHUNK_BYTES = 256 << 20  # of fp32 logits
+_CHUNK_BYTES_CPU = 8 << 20  # they stay in its cache: 1.19 times as fast in bf16
 _LEAST_ROWS = 256  # each chunk adds the weight's gradient up once: fewer tokens would make that the larger part
 
 
-def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int) -> Tensor:
+class HeadGradient:
+    """The gradient of a stage's head weight over all micro-batches in flight: forward passes add to it, backward passes take from it.
+
+    A micro-batch's part is in here before its backward pass comes, so whatever a backward pass finds may leave with it: with one
+    micro-batch in flight its own part, under schedules that run several forward passes first the sum of theirs. All losses of a
+    step must be multiplied by the same factor.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.in_flight = 0
+
+    def clear(self) -> None:
+        """Forget forward passes that no backward pass followed."""
+        self.total, self.in_flight = None, 0
+
+    def add(self, part: Tensor, *, alone: bool) -> None:
+        """Accumulate in fp32. `alone`: the whole part of a micro-batch, kept in its dtype while nothing is added to it."""
+        if self.total is None:
+            self.total = part if alone else part.float()
+        else:
+            self.total = self.total.float().add_(part)
+
+    def take(self, factor: Tensor, *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What has been added up, times `factor` (0-d), in `dtype`; zeros of `shape` if an earlier backward pass has taken it.
+
+        What is lost to rounding stays for the next backward pass, as long as there is one, so that the sum is that of fp32.
+        """
+        total, self.total = self.total, None
+        self.in_flight -= 1
+        if total is None:
+            return factor.new_zeros((), dtype=dtype).expand(shape)  # not None, which torch's split backward refuses
+        if total.dtype == dtype:
+            return total.mul_(factor)
+        taken = torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
+        if self.in_flight:
+            self.total = total.addcdiv_(taken, factor, value=-1)
+        return taken
+
+
+def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int, gradient: HeadGradient) -> Tensor:
     """Sum of token losses in fp32, shape (1,), the same on all tp ranks.
 
     `hidden_BTD` may be a DTensor sharded over T or replicated, `weight_VD` one sharded over V. `chunk`: tokens whose logits
-    are held at once; 0: as many as fit 8 MiB in fp32 (on a GPU 256 MiB), but 256 at least.
+    are held at once; 0: as many as fit 8 MiB in fp32 (on a GPU 256 MiB), but 256 at least. `gradient`: the weight's, of this stage.
     """
     group, first = None, 0
     if isinstance(weight_VD, DTensor):
@@ -39,25 +81,29 @@ def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tenso
         assert isinstance(hidden_BTD, DTensor)
         hidden_BTD = hidden_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         weight_VD = weight_VD.to_local()
-    rows = chunk or max(_LEAST_ROWS, _CHUNK_BYTES[hidden_BTD.device.type] // (4 * max(1, weight_VD.shape[0])))
-    return _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), rows, group, first)
+    held = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
+    rows = chunk or max(_LEAST_ROWS, held // (4 * max(1, weight_VD.shape[0])))
+    into = gradient if torch.is_grad_enabled() and weight_VD.requires_grad else None
+    total = _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD.detach(), labels_BT.flatten(), rows, group, first, into)
+    # The weight has a node of its own: a split backward passes once for the hidden states and once for the weight.
+    return total if into is None else total + _WeightGradient.apply(weight_VD, into)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See the module. Gradients are accumulated over chunks in fp32 and handed on in the compute dtype."""
+    """See the module. The gradient of the hidden states is kept for backward, in their dtype."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, group: dist.ProcessGroup | None, first: int) -> Tensor:
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, group: dist.ProcessGroup | None, first: int, into: HeadGradient | None
+    ) -> Tensor:
         total = hidden_ND.new_zeros(1, dtype=torch.float32)
-        d_hidden = torch.empty_like(hidden_ND) if for_hidden else None
-        d_weight = None
+        d_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), rows):
             hidden, labels = hidden_ND[start : start + rows], labels_N[start : start + rows]
             log_p = _log_probabilities(hidden @ weight_VD.t(), group=group)
             valid, mine, index = _targets(labels, first=first, vocabulary=len(weight_VD))
             total -= (log_p.gather(1, index) * mine).sum() if len(weight_VD) else 0
-            if not (for_hidden or for_weight):
+            if d_hidden is None and into is None:
                 continue
             d_logits = log_p.exp_().mul_(valid)
             if len(weight_VD):
@@ -65,19 +111,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight_VD, out=d_hidden[start : start + rows])
-            if for_weight:
-                d_weight = _add(d_weight, d_logits.t() @ hidden, alone=rows >= len(hidden_ND))
+            if into is not None:
+                into.add(d_logits.t() @ hidden, alone=rows >= len(hidden_ND))
         if group is not None:
             dist.all_reduce(total, group=group)
-        ctx.gradients = d_hidden, d_weight
-        ctx.dtype = weight_VD.dtype
+        ctx.gradient = d_hidden
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # Not in place: a split backward comes here twice, once for the hidden states and once for the weight.
-        scaled = [None if gradient is None else (gradient * grad.squeeze(0)).to(ctx.dtype) for gradient in ctx.gradients]
-        return *scaled, None, None, None, None
+        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), None, None, None, None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Zero, of shape (1,), through which the head's weight gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, gradient: HeadGradient) -> Tensor:
+        gradient.in_flight += 1
+        ctx.gradient, ctx.shape, ctx.dtype = gradient, weight_VD.shape, weight_VD.dtype
+        return weight_VD.new_zeros(1, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.gradient.take(grad.squeeze(0), shape=ctx.shape, dtype=ctx.dtype), None
 
 
 def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
@@ -98,10 +155,3 @@ def _targets(labels_n: Tensor, *, first: int, vocabulary: int) -> tuple[Tensor, 
     place = labels_n - first
     mine = valid & (place >= 0) & (place < vocabulary)
     return valid.float()[:, None], mine.float()[:, None], place.where(mine, 0)[:, None]
-
-
-def _add(total: Tensor | None, part: Tensor, *, alone: bool) -> Tensor:
-    """Accumulate in fp32, unless there is only one part."""
-    if alone:
-        return part
-    return part.float() if total is None else total.add_(part)

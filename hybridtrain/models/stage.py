@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
-from hybridtrain.models.loss import linear_cross_entropy
+from hybridtrain.models.loss import HeadGradient, linear_cross_entropy
 
 
 class Stage(nn.Module):
@@ -28,7 +28,7 @@ class Stage(nn.Module):
     def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, loss_chunk: int):
         super().__init__()
         self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
-        self.loss_chunk = loss_chunk
+        self.loss_chunk, self.head_gradient = loss_chunk, HeadGradient()
         whole = meta_model(config)
         paths = [family.rotary, *(f"{family.layers}.{i}" for i in layers)]
         paths += [family.embed] * first + [family.norm, family.head] * last
@@ -69,7 +69,7 @@ class Stage(nn.Module):
         if not self.last:
             return hidden
         weight: Tensor = self.part(self.family.head).weight  # type: ignore[assignment]
-        return linear_cross_entropy(self.part(self.family.norm)(hidden), weight, labels_BT, chunk=self.loss_chunk)
+        return linear_cross_entropy(self.part(self.family.norm)(hidden), weight, labels_BT, chunk=self.loss_chunk, gradient=self.head_gradient)
 
 
 def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:

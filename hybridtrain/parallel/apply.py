@@ -1,6 +1,6 @@
 """From a layout to this rank's parallel stages: the one place that knows the order of application.
 
-build on meta, cut  ->  tensor parallel (and re-tie)  ->  freeze  ->  compile, recompute  ->  fully_shard
+build on meta, cut  ->  tensor parallel (and re-tie)  ->  freeze  ->  recompute, compile  ->  fully_shard
     ->  to_empty  ->  settle shards, buffers anew
 """
 
@@ -50,17 +50,31 @@ def _apply(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> Stage:
     stage.to(recipe.precision.param)
     apply_tensor_parallel(stage, mesh=mesh.tp, sequence_parallel=recipe.parallel.sequence_parallel)
     freeze(stage, patterns=recipe.freeze)  # not earlier: tensor-parallel styles make parameters that require gradients
-    if recipe.engine.compile:
-        if mesh.layout.tp > 1:
-            settle_embedding(stage)
-        apply_compile(stage, backend=recipe.engine.compile_backend)
-    apply_recompute(stage, kind=recipe.recompute, split_backward=recipe.parallel.schedule in SPLIT_BACKWARD)
+    _recompute_and_compile(stage, mesh=mesh, recipe=recipe)
     apply_shard(stage, mesh=mesh.data, zero_stage=recipe.parallel.zero_stage, precision=recipe.precision)
     stage.to_empty(device=mesh.device)
     stage.tie()  # to_empty, too, makes two of them where fully_shard has not wrapped the stage
     settle_shards(stage)
     reset_buffers(stage, device=mesh.device)
     return stage
+
+
+def _recompute_and_compile(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> None:
+    """Compilation goes around recomputation, so that one graph decides what is kept.
+
+    Not where whole layers are recomputed under tensor parallelism: there torch 2.13 cannot save what such a graph hands to its backward pass
+    (a DeviceMesh). Nothing is lost: with `full` nothing of a layer is kept in either order.
+    """
+    kind, compiled = recipe.recompute, recipe.engine.compile
+    inside = not (compiled and kind == "full" and mesh.layout.tp > 1)
+    if inside:
+        apply_recompute(stage, kind=kind, split_backward=recipe.parallel.schedule in SPLIT_BACKWARD and not compiled)
+    if compiled:
+        if mesh.layout.tp > 1:
+            settle_embedding(stage)
+        apply_compile(stage, backend=recipe.engine.compile_backend)
+    if not inside:
+        apply_recompute(stage, kind=kind, split_backward=False)
 
 
 def freeze(stage: Stage, *, patterns: list[str]) -> None:

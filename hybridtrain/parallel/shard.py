@@ -25,7 +25,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, then the rest of the stage. Gradients come out averaged over data ranks: the loss makes up for it.
+    """Wrap layers, then the rest of the stage. Gradients come out as means over data ranks: the engine counts them dp times.
 
     A rank that neither shards nor casts has nothing to wrap for: it would hold every parameter twice and copy every gradient.
     (Under tensor parallelism it does: fully_shard adds up the partial gradients of norms.)

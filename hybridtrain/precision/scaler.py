@@ -2,6 +2,8 @@
 
 Down by backoff_factor (not below min_scale) after a step whose gradients were not finite, up by growth_factor after
 growth_interval finite steps in a row. The update is torch's own `_amp_update_scale_`, which GradScaler uses.
+
+The scale is what multiplies (loss sum / tokens of the global batch) in backward: the same number means the same under every layout and engine.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 
 from hybridtrain.config.schema import PrecisionConfig
+
+STORED, OLDER, TRACKER = "scaler.loss_scale", "scaler.scale", "scaler.growth_tracker"
+"""Keys of a checkpoint. Version 0.1 wrote OLDER: a scale that multiplied the loss times its number of data ranks."""
 
 
 class LossScaler:
@@ -32,4 +37,13 @@ class LossScaler:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for the checkpoint; loading writes into them."""
-        return {"scaler.scale": self.scale, "scaler.growth_tracker": self.growth_tracker} if self.enabled else {}
+        return {STORED: self.scale, TRACKER: self.growth_tracker} if self.enabled else {}
+
+    def older_state(self) -> dict[str, Tensor]:
+        """What loading fills besides, where a checkpoint of version 0.1 has it."""
+        return {OLDER: torch.zeros_like(self.scale)} if self.enabled else {}
+
+    def adopt(self, loaded: dict[str, Tensor], *, dp: int) -> None:
+        """Take over what a checkpoint of version 0.1, written by `dp` data ranks, had in place of STORED."""
+        if OLDER in loaded:
+            self.scale.copy_(loaded[OLDER] * dp)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hybridtrain.checkpoint import sharded
+from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities, deepspeed_config
@@ -36,6 +36,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim import adamw
 from hybridtrain.parallel.recompute import apply_recompute
 from hybridtrain.precision.policy import policy
+from hybridtrain.precision.scaler import OLDER, STORED, TRACKER
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -63,6 +64,7 @@ class DeepSpeedEngine:
         self.optimizer = adamw([(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named], config.optim)
         self.pipe, self.engine = self._initialized()
         reset_buffers(self.stage, device=device)  # cast to 16 bits with the parameters, positions would be off by up to 0.4 %
+        self._begin_scaling()
         self.held = state.held(self.zero, self.named, parts=self.parts)
         state.fill(self.held, source, owner=self.owner)
         state.publish(self.zero)
@@ -136,7 +138,7 @@ class DeepSpeedEngine:
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = valid_tokens(batches, mesh=self.mesh)
         factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
-        scale = torch.tensor(float(self.zero.loss_scale) if self.precision.loss_scale else 1.0, device=self.device)
+        scale = torch.tensor(float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         empty = (tokens == 0).float()
@@ -176,9 +178,12 @@ class DeepSpeedEngine:
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint, whatever layout or engine wrote it (collective)."""
         stored = sharded.stored_keys(path)
-        wanted = {**state.tensors(self.held, self.optimizer, owner=self.owner), **self._scaler_state()}
+        older = torch.zeros(())
+        wanted = {**state.tensors(self.held, self.optimizer, owner=self.owner), **self._scaler_state(), **({OLDER: older} if self.precision.loss_scale else {})}
         wanted = {key: value for key, value in wanted.items() if key in stored or not key.startswith("scaler.")}
         progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
+        if OLDER in wanted:
+            wanted[STORED] = older * origin.data_ranks(path)
         self._set_scaler(wanted)
         state.publish(self.zero)
         return progress
@@ -230,19 +235,25 @@ class DeepSpeedEngine:
             yield self.owner(name), whole
 
     def _scaler_state(self) -> dict[str, Tensor]:
-        """The loss scale as the torch engine saves it. DeepSpeed counts finite steps from the second one on: -1 before that."""
+        """The loss scale as the torch engine saves it: DeepSpeed's multiplies dp times as large a loss. It counts finite steps from the second one on: -1 before."""
         if not self.precision.loss_scale:
             return {}
         scaler = self.zero.loss_scaler
         stable = scaler.cur_iter - scaler.last_overflow_iter - 1
         finite = (stable - 1) % scaler.scale_window if stable else -1
-        return {"scaler.scale": torch.tensor(float(scaler.cur_scale)), "scaler.growth_tracker": torch.tensor(finite, dtype=torch.int32)}
+        return {STORED: torch.tensor(float(scaler.cur_scale) * self.layout.dp), TRACKER: torch.tensor(finite, dtype=torch.int32)}
 
     def _set_scaler(self, loaded: dict[str, Any]) -> None:
-        if "scaler.scale" in loaded:
+        if STORED in loaded:
             scaler = self.zero.loss_scaler
-            scaler.cur_scale = float(loaded["scaler.scale"])
-            scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded["scaler.growth_tracker"])
+            scaler.cur_scale = float(loaded[STORED]) / self.layout.dp
+            scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded[TRACKER])
+
+    def _begin_scaling(self) -> None:
+        """DeepSpeed's scale multiplies a loss that is dp times as large as ours (it averages over data ranks)."""
+        if self.precision.loss_scale:
+            scaler, settings = self.zero.loss_scaler, self.config.precision
+            scaler.cur_scale, scaler.min_scale = settings.init_scale / self.layout.dp, settings.min_scale / self.layout.dp
 
     # -- the step ----------------------------------------------------------------------------------------------
 

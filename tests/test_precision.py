@@ -103,7 +103,7 @@ def gradients_of_equal_rows(case: Case) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
 
     def observe(**_: Any) -> None:
-        gradients.update({name: whole(parameter.grad) for name, parameter in engine._named()})
+        gradients.update({name: whole(parameter.grad) * engine.layout.dp for name, parameter in engine._named()})  # `grad` is a mean over data ranks
 
     engine.optimizer.step = observe
     ids, labels = case.rows(0)

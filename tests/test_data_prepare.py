@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import corpus, pieces, statistics, tokenize, tokenizer
+from hybridtrain.data import corpus, cuts, pieces, statistics, tokenize, tokenizer
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.readers import Fields
 from hybridtrain.data.store import Corpus
 from hybridtrain.types import UserError
 
-TEXT = pieces.Recipe(chat=False, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], vocab_size=400)
+TEXT = pieces.Recipe(chat=False, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
 
 
@@ -136,27 +136,17 @@ def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch)
     from tokenizers import Tokenizer
 
     text = "".join(Path(sys.modules[name].__file__).read_text() for name in ("argparse", "typing", "subprocess"))
-    monkeypatch.setattr(tokenizer, "CHUNK_CHARS", 500)
-    parts = tokenizer._parts(text)
+    monkeypatch.setattr(cuts, "CHUNK_CHARS", 500)
+    fast = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))
+    whole = fast.encode(text, add_special_tokens=False).ids
+    parts = list(cuts.Cutter(lambda one: fast.encode(one, add_special_tokens=False).ids).parts(text))
     assert len(parts) > 50
     assert "".join(parts) == text
-    whole = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    monkeypatch.setattr(tokenizer, "PARTS_AT_ONCE", 7)
+    monkeypatch.setattr(tokenizer, "GROUP_CHARS", 3000)
     short, long, empty = (ids for ids, _ in tokenizer.encoder(prepared, TEXT)(["short", text, ""]))
     assert long.tolist() == whole
     assert 0 < len(short) < 6
     assert empty.size == 0
-
-
-def test_documents_are_not_cut_where_each_text_gets_a_prefix():
-    """As Llama 2's tokenizer does: a part of a text would get a space that the whole has not."""
-    from tokenizers import Tokenizer, models, normalizers
-
-    bpe = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate("▁abcdefinortux")}, merges=[]))
-    bpe.normalizer = normalizers.Replace(" ", "▁")
-    assert tokenizer._adds_up_at_gaps(bpe)
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    assert not tokenizer._adds_up_at_gaps(bpe)
 
 
 def test_stdlib_is_code_without_tests():
@@ -331,7 +321,7 @@ def test_damaged_text_is_counted(tmp_path):
     source = write_texts(tmp_path / "texts", documents=3, words=100)
     (source / "part0" / "bad.txt").write_bytes(b"caf\xe9 " + b"words " * 50)
     tokenize.prepare(settings(tmp_path / "data", source), options=PrepareConfig())
-    assert f"1 documents with U+FFFD or bytes that are not UTF-8, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
+    assert f"1 documents with U+FFFD or bytes that are no text, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
 
 
 def test_the_command_prints_what_the_folder_holds(prepared, texts, capsys):

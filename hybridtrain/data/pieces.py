@@ -50,6 +50,8 @@ class Recipe:
     """How records that an earlier `prepare` of the folder cut were held out, by digest."""
     eos: list[int]
     """Ids after each document."""
+    controls: list[int]
+    """Ids of special tokens: in a document of text they are counted."""
     vocab_size: int
 
     @property
@@ -85,12 +87,15 @@ class Counts:
     damaged: int
     """Documents with U+FFFD or bytes that are not UTF-8."""
     first_damaged: str
+    controls: int
+    """Documents of text that spell out special tokens of the tokenizer, which become these tokens."""
+    first_control: str
     held_out: dict[str, str]
     """Records of which blocks are held out: digest to how."""
 
     @classmethod
     def none(cls) -> Counts:
-        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="", held_out={})
+        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="", controls=0, first_control="", held_out={})
 
     @classmethod
     def of(cls, folders: Iterable[Path]) -> Counts:
@@ -258,7 +263,12 @@ def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: C
     except Exception as error:
         error.add_note(f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}")
         raise
+    is_control = np.zeros(2 + max(recipe.controls, default=0), dtype=bool)  # the last: ids above
+    is_control[recipe.controls] = True
     for document, (ids, mask) in zip(batch, encoded, strict=True):
+        if mask is None and is_control.take(ids, mode="clip").any():
+            counts.controls += 1
+            counts.first_control = counts.first_control or readers.where(document.unit, document.number)
         if len(ids):
             yield document, ids, mask
 

@@ -32,6 +32,8 @@ def of_text(counts: Counts) -> dict[str, Any]:
         "first_bad": counts.first_bad,
         "damaged_documents": counts.damaged,
         "first_damaged": counts.first_damaged,
+        "documents_with_control_tokens": counts.controls,
+        "first_with_control_tokens": counts.first_control,
     }
 
 
@@ -50,11 +52,12 @@ def write_speed(folder: Path, *, meter: Meter) -> None:
 def table(folder: Path) -> str:
     """The figures of a prepared folder, for people."""
     facts = json.loads((folder / "corpus.json").read_text())
-    columns = ("documents", "tokens", "min", "median", "mean", "p90", "p99", "max")
-    lines = [f"{'':11}{'documents':>13}{'tokens':>17}" + "".join(f"{name:>9}" for name in columns[2:]) + "   tokens per document"]
+    splits = {split: [f"{value:,}" for value in (one["documents"], one["tokens"], *one.get("lengths", {}).values())] for split, one in facts["splits"].items()}
+    names = ["documents", "tokens", *next((one["lengths"] for one in facts["splits"].values() if one.get("lengths")), {})]
+    widths = [max(least, *(len(row[place]) + 2 for row in splits.values() if place < len(row)), 0) for place, least in enumerate([13, 17] + [9] * 6)]
+    lines = [f"{'':11}" + "".join(name.rjust(width) for name, width in zip(names, widths, strict=False)) + "   tokens per document"]
     for split, figures in facts["splits"].items():
-        row = f"{split:11}{figures['documents']:>13,}{figures['tokens']:>17,}"
-        lines.append(row + "".join(f"{value:>9,}" for value in figures.get("lengths", {}).values()))
+        lines.append(f"{split:11}" + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False)))
         if "rows" in figures:
             share = figures["loss_tokens"] / figures["tokens"]
             fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
@@ -65,14 +68,16 @@ def table(folder: Path) -> str:
     if size := facts.get("text_bytes"):
         lines.append(f"text       {size / 1e6:,.1f} MB read, {facts['bytes_per_token']} bytes per token")
     lines.append(f"vocabulary {facts['vocab_size']:,} (largest id used {facts['largest_id']:,})")
-    for name, words in (
-        ("duplicates", "identical documents left out"),
-        ("bad_records", "records left out"),
-        ("damaged_documents", "documents with U+FFFD or bytes that are not UTF-8"),
+    for name, first, words in (
+        ("duplicates", "", "identical documents left out"),
+        ("bad_records", "first_bad", "records left out"),
+        ("damaged_documents", "first_damaged", "documents with U+FFFD or bytes that are no text"),
+        ("documents_with_control_tokens", "first_with_control_tokens", "documents that spell out special tokens, and now contain them"),
     ):
         if count := facts.get(name):
-            first = facts.get({"bad_records": "first_bad", "damaged_documents": "first_damaged"}.get(name, ""))
-            lines.append(f"{'':11}{count:,} {words}" + (f", first {first}" if first else ""))
+            lines.append(f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else ""))
+    if left_out := facts.get("left_out"):
+        lines.append(f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
     if (folder / SPEED).is_file():
         speed = json.loads((folder / SPEED).read_text())
         if speed["tokens"]:

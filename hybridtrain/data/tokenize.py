@@ -161,7 +161,8 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         total=sum(piece.size for piece in planned) if data.format != "chat" and data.eval_fraction else 0,
         before=listing.before,
         eos=[],
-        vocab_size=0,  # both follow from the tokenizer
+        controls=[],
+        vocab_size=0,  # these follow from the tokenizer
     )
     if not planned:
         raise _no_tokens(data)
@@ -179,7 +180,7 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         if new:
             discard(partial)
         raise
-    recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"])
+    recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.chat else tokenizer.control_ids(partial))
     meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     _publish(data, path=path, planned=planned, listing=listing, recipe=recipe, facts=facts, settings=settings)
     statistics.write_speed(path, meter=meter)

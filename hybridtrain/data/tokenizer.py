@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -11,19 +10,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data import chat
+from hybridtrain.data.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.progress import say
-from hybridtrain.files import is_lfs_pointer, lfs_pointer, write_atomically
+from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
 from hybridtrain.types import UserError, refusal
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 END_OF_TEXT = "<|endoftext|>"
@@ -31,8 +28,7 @@ MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
 TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
 MAX_INFLATION = 4  # times TRAINING_BYTES, where files held more text than their size told
 MIN_SAMPLE_BYTES = 1 << 16  # least text taken of a unit, unless it has less
-CHUNK_CHARS = 1 << 16  # a longer document is encoded in parts of about this size, see `_parts`
-PARTS_AT_ONCE = 1 << 5  # parts in one call of the tokenizer: bounds memory, keeps every core busy
+GROUP_CHARS = 1 << 20  # in one call of the tokenizer: bounds memory, keeps the cores busy
 FOLDER = "tokenizer"
 FIELD = "data.tokenizer"
 
@@ -91,18 +87,41 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.no_truncation()
     fast.no_padding()
-    parts = _parts if _adds_up_at_gaps(fast) else (lambda text: [text])
+    cutter = Cutter(lambda text: fast.encode(text, add_special_tokens=False).ids)
 
     def encode(texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        cut = [parts(text) for text in texts]
-        flat = [part for text in cut for part in text]
-        ids: list[np.ndarray] = []
-        for first in range(0, len(flat), PARTS_AT_ONCE):
-            ids += (np.array(one.ids, dtype=np.int32) for one in fast.encode_batch_fast(flat[first : first + PARTS_AT_ONCE], add_special_tokens=False))
-        ends = itertools.accumulate(len(text) for text in cut)
-        return [(np.concatenate(ids[end - len(text) : end]), None) for text, end in zip(cut, ends, strict=True)]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups(texts, cutter=cutter):
+            encoded = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+            for (number, _), one in zip(group, encoded, strict=True):
+                found[number].append(np.array(one.ids, dtype=np.int32))
+        return [(np.concatenate(ids), None) for ids in found]
 
     return _whole(encode)
+
+
+def _groups(texts: list[str], *, cutter: Cutter) -> Iterator[list[tuple[int, str]]]:
+    """The parts of all texts, each with the number of its text, in groups for one call of the tokenizer."""
+    group: list[tuple[int, str]] = []
+    chars = 0
+    for number, text in enumerate(texts):
+        for part in cutter.parts(text):
+            group.append((number, part))
+            chars += len(part)
+            if chars >= GROUP_CHARS:
+                yield group
+                group, chars = [], 0
+    if group:
+        yield group
+
+
+def control_ids(partial: Path) -> list[int]:
+    """Ids of the tokenizer's special tokens, which a document that spells them out would contain."""
+    file = partial / FOLDER / "tokenizer.json"
+    if not file.is_file():
+        return sorted(load(str(partial / FOLDER), field=FIELD).all_special_ids)
+    added = read_object(file, field=FIELD).get("added_tokens") or []
+    return sorted({token["id"] for token in added if token.get("special")})
 
 
 def _whole(encode: Encode) -> Encode:
@@ -191,22 +210,9 @@ def _guarded(field: str, name: str, problem: str, *, instead: str) -> Iterator[N
 
 
 def _parts(text: str) -> list[str]:
-    """Cut a long text before a space between two words, where tokenizers do not join.
-
-    One text is encoded on one core with some 100 bytes of memory per character: a file of 100 MB took 9 GB.
-    """
+    """A text for the training of a tokenizer, cut before a space between two words: in one piece it takes much memory."""
     parts, start = [], 0
     while gap := _GAP.search(text, start + CHUNK_CHARS):
         parts.append(text[start : gap.start() + 1])
         start = gap.start() + 1
     return [*parts, text[start:]]
-
-
-def _adds_up_at_gaps(tokenizer: Tokenizer) -> bool:
-    """Whether a text cut as `_parts` does gives the tokens of the whole (not so where each text gets a prefix space, for one)."""
-    samples = [("a", " b c"), ("x = 1)\ndef", " function():\n"), ("end. The", " end\n\n"), ("1  é", " ßx"), ("return", " x")]
-
-    def ids(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    return all(ids(head + tail) == ids(head) + ids(tail) for head, tail in samples)

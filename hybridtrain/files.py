@@ -12,8 +12,10 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from hybridtrain.types import UserError, refusal
 _log = logging.getLogger("hybridtrain.files")
 _MOST_BYTES = 512 << 20
 """More than the largest tokenizer or index there is; a larger file is not one of these."""
+_ASIDE_S = 600.0
+"""No small file takes this long to write."""
 _LFS = b"version https://git-lfs"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
 _FORBIDDEN = {errno.EACCES: "permission denied", errno.EPERM: "not permitted", errno.EROFS: "the file system is read-only"}
@@ -43,7 +47,7 @@ def write_often(file: Path, data: str | bytes) -> None:
 
 
 def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    aside = file.with_name(f".{file.name.lstrip('.')}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with aside.open("wb") as stream:
             stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
@@ -55,6 +59,14 @@ def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def sweep_asides(folder: Path) -> None:
+    """Remove what writers that were killed left aside in `folder`; one that was written to in the last minutes may still be going on."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(".*.partial"):
+            if re.search(r"\.\d+-\d+\.partial$", path.name) and time.time() - path.stat().st_mtime > _ASIDE_S:
+                discard(path)
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -185,6 +197,7 @@ def recorded(folder: Path, *, record: str) -> set[str]:
 
 def claim(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
     """Refuse a folder that has files of these names which are not recorded as ours (raises UserError); nothing is written."""
+    sweep_asides(folder)
     ours = recorded(folder, record=record)
     foreign = sorted(name for name in names if name not in ours and ((folder / name).exists() or (folder / name).is_symlink()))
     if foreign:

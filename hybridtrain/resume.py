@@ -19,7 +19,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import from_yaml, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.entry import Entry
-from hybridtrain.files import read_object, unwritable, write_json
+from hybridtrain.files import read_object, sweep_asides, unwritable, write_json
 from hybridtrain.rundir import RunDir
 from hybridtrain.types import Progress, refusal
 
@@ -51,6 +51,7 @@ def open_run(job: Job) -> RunDir | None:
         if checkpoint is None:
             _check_weights(config)
         manager.sweep()
+        sweep_asides(entry.path)
         run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=progress.step)
         if origin:
             _pin(origin, run=entry.path, progress=progress)

@@ -110,3 +110,13 @@ def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: 
 def test_an_error_of_the_disk_is_told_in_words_that_fit(tmp_path: Path) -> None:
     for code, words in ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.ENOENT, "moved or removed"), (errno.EIO, "Input/output")):
         assert words in str(files.unwritable("run.dir", tmp_path, OSError(code, os.strerror(code))))
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    old, new, theirs = tmp_path / ".summary.json.71-140.partial", tmp_path / ".index.html.72-140.partial", tmp_path / ".notes.partial"
+    for file in (old, new, theirs):
+        file.write_text("half")
+    os.utime(old, (0, 0))
+    os.utime(theirs, (0, 0))
+    files.sweep_asides(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, theirs.name}

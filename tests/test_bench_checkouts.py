@@ -1,8 +1,9 @@
-"""launch/bench_peers.py with two checkouts of ours as contestants: here this one beside itself."""
+"""launch/bench_peers.py with two checkouts of ours as contestants, here this one beside itself; launch/bench_cases.py on a tiny model."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,14 @@ def test_neither_or_both_kinds_of_contestants_are_refused() -> None:
     ended = subprocess.run([sys.executable, str(ROOT / "launch" / "bench_peers.py")], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert "--checkouts" in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_cases_of_one_gpu_run_on_a_tiny_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "bench_cases.py"), "--tiny", "compiled", "plain", "packed", "selective"]
+    ended = subprocess.run(command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=500, check=False)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["case"]: row for row in map(json.loads, (tmp_path / "cases.jsonl").read_text().splitlines())}
+    assert [row.get("error") for row in rows.values()] == [None] * 4
+    assert rows["compiled"]["loss"] == pytest.approx(rows["plain"]["loss"], rel=1e-3)  # the same weights and rows
+    assert rows["compiled"]["kernels"]

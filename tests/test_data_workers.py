@@ -17,7 +17,9 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import chat, pieces, tokenize
+from hybridtrain.data.conversations import read
 from hybridtrain.data.indexed import IndexedReader
+from hybridtrain.data.template import PLAIN, Template
 from hybridtrain.types import UserError
 
 PROGRAM = """
@@ -161,7 +163,9 @@ def test_conversations_have_loss_masks_and_rows(tmp_path, talk, monkeypatch):
 
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 5000)
     made = tokenize.prepare(chat_settings(tmp_path / "data", talk), options=PrepareConfig())
-    expected = chat.encode(conversations(90), tokenizer=AutoTokenizer.from_pretrained(made / "tokenizer"))
+    template = Template(AutoTokenizer.from_pretrained(made / "tokenizer"), name="")
+    talks = [read({"messages": one}, key="messages") for one in conversations(90)]
+    expected = [sample for each in chat.encode(talks, template=template, turns="all") for sample in each.samples]
     found = []
     facts = json.loads((made / "corpus.json").read_text())
     assert (facts["kind"], facts["seq_len"]) == ("chat", 64)
@@ -171,10 +175,13 @@ def test_conversations_have_loss_masks_and_rows(tmp_path, talk, monkeypatch):
         for end, size in zip(np.cumsum(ids.sizes), ids.sizes, strict=True):
             found.append((ids.read(end - size, end).tolist(), mask.read(end - size, end).tolist()))
         figures = facts["splits"][split]
-        assert figures["loss_tokens"] == int(mask.read(0, mask.tokens).sum())
+        rows_of = [mask.read(end - size, end)[:65] for end, size in zip(np.cumsum(ids.sizes), ids.sizes, strict=True)]
+        assert (figures["loss_tokens"], figures["kept_tokens"]) == (sum(int(row[1:].sum()) for row in rows_of), sum(map(len, rows_of)))
         starts, rows = np.load(made / f"{split}.row_starts.npy"), np.load(made / f"{split}.rows.npy")
         assert figures["rows"] == len(starts) - 1
         assert sorted(rows.tolist()) == list(range(ids.documents))
+    assert facts["notes"] == {"records without any message, left out": [1, f"{talk} line 5"]}
+    assert (facts["conversations"], facts["forms"], facts["unread"]) == (90, {"messages of role and content": 90}, {"source": 90})
     assert sorted(found) == sorted((ids.tolist(), mask.tolist()) for ids, mask in expected)
     assert 5 < facts["splits"]["eval"]["documents"] < 35
 
@@ -204,7 +211,7 @@ def test_text_after_conversations_leaves_nothing_of_them(tmp_path, talk):
 
 
 BAD_TALK = {
-    "no list": ({"messages": "hello"}, "it is no list of messages: 'hello'"),
+    "no list": ({"messages": "hello"}, "its field 'messages' is text, no list of messages"),
     "no role": ({"messages": [{"content": "x"}]}, "message 0 is no object with a role"),
     "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "it has no assistant message"),
     "no field": ({"text": "x"}, "its field 'messages' is missing or null"),
@@ -228,7 +235,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     from transformers import AutoTokenizer
 
     strict = AutoTokenizer.from_pretrained(tokenize.prepare(chat_settings(tmp_path / "first", talk), options=PrepareConfig()) / "tokenizer")
-    strict.chat_template = chat.PLAIN.replace(
+    strict.chat_template = PLAIN.replace(
         "{% for message in messages %}", "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )
     strict.save_pretrained(tmp_path / "strict")
@@ -237,7 +244,8 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     talk.write_text("\n".join(lines))
     data = chat_settings(tmp_path / "data", talk, tokenizer=str(tmp_path / "strict"), chat_template="own")
     with pytest.raises(
-        UserError, match=r"talk\.jsonl line 31: .*its chat template fails on a conversation of system, user, assistant: TemplateError: no system"
+        UserError,
+        match=r"talk\.jsonl line 31: the chat template of data\.tokenizer=\S*/strict fails on a conversation of system, user, assistant: TemplateError: no system",
     ):
         tokenize.prepare(data, options=PrepareConfig())
     made = tokenize.prepare(data, options=PrepareConfig(skip_bad=True))

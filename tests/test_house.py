@@ -24,6 +24,7 @@ DOORS = {
     "omegaconf": ("config/compose.py",),
     "yaml": ("config/compose.py",),
     "deepspeed": ("engine/deepspeed/",),
+    "jinja2": ("data/template.py",),
     **dict.fromkeys(TRACKERS, ("trackers/",)),
     "accelerate": ("trackers/", "mesh.py", "evaluate/"),
     "transformers": ("models/", "data/tokenizer.py", "data/chat.py", "evaluate/"),

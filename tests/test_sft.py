@@ -104,9 +104,17 @@ def loss_of(batches: list[Batch]) -> tuple[float, torch.Tensor]:
     return float(total.detach()), whole.grad
 
 
+def copied(folder: Path, target: Path, *, changes: dict[str, object]) -> Path:
+    """A copy of the corpus that does not know its files' digests, so that they may be written to."""
+    shutil.copytree(folder, target)
+    facts = {name: value for name, value in json.loads((target / "corpus.json").read_text()).items() if name != "digests"}
+    (target / "corpus.json").write_text(json.dumps(facts | changes))
+    return target
+
+
 def rewritten(folder: Path, target: Path, *, answers: bool) -> Path:
     """A copy of the corpus in which each conversation's last token (a line break after the answer), or the answer, is another."""
-    shutil.copytree(folder, target)
+    copied(folder, target, changes={})
     tokens = np.memmap(target / "train.bin", mode="r+", dtype="<u2")
     loss = np.memmap(target / "train.loss.bin", mode="r", dtype="u1")
     ends = np.cumsum(IndexedReader(folder / "train").sizes) - 1
@@ -137,9 +145,7 @@ def test_evaluation_counts_answers_only(folder):
 
 
 def test_conversations_longer_than_a_row_lose_their_end(folder, tmp_path):
-    copy = Path(shutil.copytree(folder, tmp_path / "short"))
-    facts = json.loads((copy / "corpus.json").read_text())
-    (copy / "corpus.json").write_text(json.dumps(facts | {"seq_len": 30}))
+    copy = copied(folder, tmp_path / "short", changes={"seq_len": 30})
     made = fit.build(copy, split="train", seq_len=30)
     assert made.cut > 0
     loader = Loader(open_data(schema.DataConfig(path=str(copy)), timeout_s=0), plan=BatchPlan(1, 30, 1, 1), dp_rank=0, dp_size=1, seed=0, vocab=320)
@@ -158,7 +164,7 @@ def test_rows_of_another_length_are_refused(folder, tmp_path):
 
 
 def test_a_damaged_row_index_is_refused(folder, tmp_path):
-    copy = Path(shutil.copytree(folder, tmp_path / "data"))
+    copy = copied(folder, tmp_path / "data", changes={})
     np.save(fit.row_files(copy, split="train")[0], np.arange(3))
     with pytest.raises(UserError, match="its row index is of 3 conversations"):
         open_data(schema.DataConfig(path=str(copy)), timeout_s=0).count("train", seq_len=SEQ)

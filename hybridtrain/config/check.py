@@ -28,6 +28,7 @@ RECOMPUTE = ("none", "selective", "full")
 TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml")
 """Also the names of their packages."""
 CHAT_TEMPLATES = ("own", "plain")
+CHAT_TURNS = ("all", "last")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")
 PLAIN_COMPILE = ("layer", "model")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -241,6 +242,7 @@ def _data(config: schema.Config) -> None:
     data = config.data
     _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
     _one_of("data.chat_template", data.chat_template, CHAT_TEMPLATES)
+    _one_of("data.chat_turns", data.chat_turns, CHAT_TURNS)
     _one_of("data.format", data.format, DATA_FORMATS)
     _encoding(data.encoding)
     for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):

@@ -97,7 +97,8 @@ class DataConfig:
     text_key: str = "text"
     """Field of a JSONL record, or column, that holds the text of a document."""
     messages_key: str = "messages"
-    """chat: field that holds the list of messages, each with role and content."""
+    """chat: field that holds the list of messages, each with role and content. With its default also read: conversations of from and value
+    (ShareGPT), prompt and completion, instruction and output (Alpaca)."""
     dataset_config: str = ""
     """datasets: configuration of the dataset; empty: its default."""
     dataset_split: str = "train"
@@ -116,6 +117,9 @@ class DataConfig:
     """Tokens per row."""
     chat_template: str = "own"
     """Conversations: 'own' is the tokenizer's chat template; 'plain' gives it a simple one, for a tokenizer that has none."""
+    chat_turns: str = "all"
+    """Conversations: all answers are learnt, or the last one only. Where a template renders earlier answers otherwise than the last (Qwen3's
+    takes their thinking out), each answer that is learnt is a sample of its own, with the messages up to it."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.pack import Rows
 from hybridtrain.data.store import Corpus
 from hybridtrain.layout import BatchPlan
-from hybridtrain.types import refusal
+from hybridtrain.types import UserError, refusal
 
 C = TypeVar("C", bound=Config)
 _log = log.get("data")
@@ -147,6 +147,8 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
                 allowed="shorter rows",
                 instead="a smaller data.seq_len, or more text",
             )
+        if not corpus.has_targets("train", seq_len=seq_len):
+            raise _no_targets(corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path)
 
 
 def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
@@ -159,6 +161,13 @@ def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) ->
             allowed="a corpus with held-out documents",
             instead="train.eval_every=0, a larger data.eval_fraction in prepare, or data.eval_path=PREFIX of held-out token files",
         )
+    if not any(corpus.has_targets("eval", seq_len=seq_len) for corpus, _ in blend.parts("eval") if corpus.count("eval", seq_len=seq_len)):
+        raise _no_targets(f"the held-out part of {blend.name}", field=field, value=value)
+
+
+def _no_targets(where: object, *, field: str, value: object) -> UserError:
+    problem = f"no token of {where} carries loss: every answer is cut off"
+    return refusal(field, value, problem, allowed="conversations with answers within a row", instead="prepare again with a larger data.seq_len")
 
 
 def tokenizer_dir(data: DataConfig) -> Path | None:

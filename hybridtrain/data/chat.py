@@ -1,157 +1,264 @@
 """Conversations to tokens, and which of them carry loss: what the assistant says, its end-of-turn token included.
 
-    [{role, content}, ...] -> the tokenizer's chat template -> text and the assistant's spans in it -> ids, loss mask
+    Conversation -> chat template -> texts and the assistant's spans in them -> ids, loss mask
 
 The spans are the template's own where it marks them with `{% generation %}`. Else each is the difference of two renderings:
 from the end of "the messages before, and the header of an answer" to the end of "the messages up to this answer".
+
+A template may render an answer otherwise once more messages follow (it takes the thinking out of earlier answers, for one).
+Such a conversation becomes one sample for each answer: the messages up to it, as the model sees them when it is asked, with
+loss on this answer alone. What the template leaves out is counted in `Encoded.notes`; where that would make a wrong target,
+the conversation is refused.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.data.conversations import Conversation, Message
+from hybridtrain.data.template import Span, Template, Unrendered
 
-PLAIN = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-"""For a tokenizer without a template: a line that names the role, then the content; answers end with the end-of-text token."""
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Conversation = list[dict[str, Any]]
-Span = tuple[int, int]
+Sample = tuple[np.ndarray, np.ndarray | None]
+_HARMLESS = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages
+_PROBE = "\u2063probe\u2063"
 
 
-def set_template(tokenizer: Any, *, choice: str) -> None:
-    """Give the tokenizer the template of `data.chat_template`: its own, or PLAIN. Raises UserError where it has none of its own."""
-    if choice == "plain":
-        if tokenizer.eos_token is None:
-            raise refusal(
-                "data.chat_template",
-                choice,
-                "the tokenizer has no end-of-text token to end an answer with",
-                allowed="a tokenizer that has one",
-                instead="another data.tokenizer",
-            )
-        tokenizer.chat_template = PLAIN
-    _template(tokenizer)
+class Encoded(NamedTuple):
+    """What became of one document."""
+
+    samples: list[Sample]
+    """int32 ids (n,) and, of a conversation, its uint8 loss mask (n,): 1 = this token, as a target, carries loss."""
+    notes: list[str]
+    """What was met in it, to be counted."""
+    problem: str
+    """Why it cannot be learnt; empty if it can."""
+    instead: str
+    """What to try where there is a problem."""
+
+    @classmethod
+    def text(cls, ids: np.ndarray) -> Encoded:
+        """A document that is text."""
+        return cls([(ids, None)], [], "", "")
 
 
-def problem(conversation: Any) -> str | None:
-    """What is wrong with a record that should be a conversation; None if it can be encoded."""
-    if not isinstance(conversation, list) or not conversation:
-        return "it is no list of messages"
-    for number, message in enumerate(conversation):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} is no object with a role"
-        if not isinstance(message.get("content"), str) and message["role"] != "assistant":
-            return f"message {number} ({message['role']}) has no content"
-    roles = [message["role"] for message in conversation]
-    if "assistant" not in roles:
-        return "it has no assistant message, so nothing to learn"
-    return "it begins with the assistant's answer" if roles[0] == "assistant" else None
+@dataclass(frozen=True)
+class _Sample:
+    """A text, and the answers in it that carry loss."""
+
+    messages: int
+    """How many messages of the conversation it shows."""
+    text: str
+    spans: dict[int, Span]
+    """Message number -> place in the text."""
 
 
-def encode(conversations: list[Conversation], *, tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32 (n,), loss mask uint8 (n,)) of each conversation; 1 = this token, as a target, carries loss.
+class _Unfit(Exception):
+    """The conversation and the template do not go together."""
 
-    Raises UserError for a tokenizer without a chat template or without character offsets, and for a template that fails on a
-    conversation or does not tell where an answer starts and ends.
-    """
-    template = _template(tokenizer)
-    if not tokenizer.is_fast:
-        raise refusal(
-            "data.tokenizer",
-            tokenizer.name_or_path,
-            "it is written in Python and does not tell which characters a token stands for",
-            allowed="for conversations, tokenizers with a tokenizer.json",
-            instead="a tokenizer folder with tokenizer.json",
-        )
-    spans = _marked_spans if _MARKED.search(template) else _difference_spans
-    given = [[{key: value for key, value in message.items() if value is not None} for message in conversation] for conversation in conversations]
-    rendered = [spans(conversation, tokenizer=tokenizer, template=template) for conversation in given]
-    if not rendered:
-        return []
-    encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
-    return [(np.array(ids, dtype=np.int32), _mask(offsets, spans=found)) for ids, offsets, (_, found) in pairs]
+    def __init__(self, problem: str, instead: str) -> None:
+        super().__init__(problem)
+        self.instead = instead
 
 
-def _template(tokenizer: Any) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise refusal(
-            "data.tokenizer",
-            tokenizer.name_or_path,
-            "it has no chat template",
-            allowed="for conversations, a tokenizer with a chat template",
-            instead="the tokenizer of an instruction-tuned model, or data.chat_template=plain",
-        ) from error
+def encode(conversations: list[Conversation], *, template: Template, turns: str) -> list[Encoded]:
+    """Each conversation as samples. `turns`: learn all answers, or the last of each conversation ("last")."""
+    found: list[tuple[list[_Sample], list[str], str, str]] = []
+    for conversation in conversations:
+        try:
+            samples, notes = _rendered(conversation, template=template, turns=turns)
+            found.append((samples, notes, "", ""))
+        except Unrendered as error:
+            found.append(([], [], str(error), "a tokenizer whose chat template knows such conversations, or data.chat_template=plain"))
+        except _Unfit as error:
+            found.append(([], [], str(error), error.instead))
+    texts = [sample.text for samples, *_ in found for sample in samples]
+    tokens = template.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+    pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    return [Encoded([_masked(*next(pairs), sample=sample) for sample in samples], notes, problem, instead) for samples, notes, problem, instead in found]
 
 
-def _mask(offsets: list[Span], *, spans: list[Span]) -> np.ndarray:
+def _masked(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
     """1 for tokens with a character inside a span. A token of spaces may have no width: it stands where the spaces end."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=np.uint8)
-    for start, end in spans:
+    for start, end in sample.spans.values():
         mask[(ends > start) & ((starts < end) | (ends <= end))] = 1
-    return mask
+    return np.array(ids, dtype=np.int32), mask
 
 
-def _marked_spans(conversation: Conversation, *, tokenizer: Any, template: str) -> tuple[str, list[Span]]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        rendered: Any = render_jinja_template([conversation], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map)
-    except Exception as error:  # whatever a template of any maker raises
-        raise _failed(tokenizer, conversation, error) from error
-    (text,), (spans,) = rendered
-    return text, spans
+# -- a conversation and its template -------------------------------------------------------------------------------
 
 
-def _difference_spans(conversation: Conversation, *, tokenizer: Any, template: str) -> tuple[str, list[Span]]:
-    def render(messages: Conversation, *, header: bool) -> str:
+def _rendered(conversation: Conversation, *, template: Template, turns: str) -> tuple[list[_Sample], list[str]]:
+    """The samples of a conversation, and notes. Of the ways to write its tool calls, the first that the template renders."""
+    learnt = [number for number, trains in enumerate(conversation.trains) if trains]
+    learnt = learnt[-1:] if turns == "last" else learnt
+    failed: Exception | None = None
+    for messages in _ways(conversation.messages):
+        one = _View(replace(conversation, messages=messages), template)
         try:
-            return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=header)
-        except Exception as error:
-            raise _failed(tokenizer, conversation, error) from error
-
-    whole = render(conversation, header=False)
-    special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    spans = []
-    for number, message in enumerate(conversation):
-        if message["role"] == "assistant":
-            before, through = render(conversation[:number], header=True), render(conversation[: number + 1], header=False)
-            if not (through.startswith(before) and whole.startswith(through)):
-                raise _shifting(tokenizer, number)
-            end = through.rstrip()  # the model stops at its end-of-turn token; the line break after it is the template's
-            spans.append((len(before), len(end) if end.endswith(special) else len(through)))
-    return whole, spans
+            samples = one.marked(learnt) if template.marks else one.differences(learnt)
+        except (Unrendered, _Unfit) as error:
+            failed = failed or error
+            continue
+        lost = [number for number, message in enumerate(messages) if message.get("tool_calls") and not one.shows_calls(samples, number)]
+        if any(number in learnt for number in lost):
+            number = next(number for number in lost if number in learnt)
+            words = f"message {number} (assistant) has tool calls that the chat template of {template.name} does not render, so its target would be wrong"
+            failed = _Unfit(words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message")
+            continue
+        return samples, [*_notes(one, samples), *(["messages whose tool calls the template does not render"] if lost else [])]
+    assert failed is not None
+    raise failed
 
 
-def _failed(tokenizer: Any, conversation: Conversation, error: Exception) -> UserError:
-    roles = ", ".join(message["role"] for message in conversation[:6])
-    return refusal(
-        "data.tokenizer",
-        tokenizer.name_or_path,
-        f"its chat template fails on a conversation of {roles}{', ...' if len(conversation) > 6 else ''}: {type(error).__name__}: {error}",
-        allowed="conversations that the template renders",
-        instead="a tokenizer whose chat template knows these roles, or data.chat_template=plain",
-    )
+def _ways(messages: list[Message]) -> Iterator[list[Message]]:
+    """The messages as templates want them. Of tool calls, arguments as an object or as its JSON, and content that is empty or None."""
+    if not any("tool_calls" in message for message in messages):
+        yield messages
+        return
+    seen: list[list[Message]] = []
+    for arguments in (_as_object, _as_json):
+        for empty in ("", None):
+            way = [_called(message, arguments=arguments, empty=empty) for message in messages]
+            if way not in seen:
+                seen.append(way)
+                yield way
 
 
-def _shifting(tokenizer: Any, number: int) -> UserError:
-    return refusal(
-        "data.tokenizer",
-        tokenizer.name_or_path,
-        f"its chat template renders message {number} (assistant) otherwise when more messages follow, so there is no telling which tokens are the answer",
-        allowed="templates that mark answers with {% generation %}, or whose text only grows with the conversation",
-        instead="conversations with one answer each, a template with {% generation %}, or data.chat_template=plain",
-    )
+def _called(message: Message, *, arguments: Callable[[Any], Any], empty: str | None) -> Message:
+    message = {"role": message["role"], "content": message.get("content") or empty, **{k: v for k, v in message.items() if k not in ("role", "content")}}
+    if not message.get("tool_calls"):
+        return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": message["content"] or ""}
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        changed = {**function, "arguments": arguments(function.get("arguments", {}))}
+        calls.append({**call, "function": changed} if "function" in call else changed)
+    return {**message, "tool_calls": calls}
+
+
+def _as_object(arguments: Any) -> Any:
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_json(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A conversation as its template shows it."""
+
+    conversation: Conversation
+    template: Template
+
+    def text(self, messages: list[Message], *, header: bool) -> str:
+        return self.template.render(messages, tools=self.conversation.tools, options=self.conversation.options, header=header)
+
+    def marked(self, learnt: list[int]) -> list[_Sample]:
+        """One sample, its spans marked by the template."""
+        messages = self.conversation.messages
+        text, spans = self.template.marked(messages, tools=self.conversation.tools, options=self.conversation.options)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) == len(answers):
+            return [_Sample(len(messages), text, {number: span for number, span in zip(answers, spans, strict=True) if number in learnt})]
+        if learnt == answers:
+            return [_Sample(len(messages), text, dict(enumerate(spans)))]
+        words = f"the chat template of {self.template.name} marks {len(spans)} stretches of {len(answers)} answers, so some of them cannot be left out"
+        raise _Unfit(words, "data.chat_turns=all, and conversations without weights")
+
+    def differences(self, learnt: list[int]) -> list[_Sample]:
+        """One sample if the text only grows with the conversation, else one for each answer."""
+        messages = self.conversation.messages
+        whole = self.text(messages, header=False)
+        alone = []
+        for number in learnt:
+            before, through = self.text(messages[:number], header=True), self.text(messages[: number + 1], header=False)
+            if not through.startswith(before):
+                words = f"the chat template of {self.template.name} begins the answer of message {number} otherwise when it is asked for than when it is given"
+                raise _Unfit(f"{words}, so there is no telling which tokens are the answer", "a template with {% generation %}, or data.chat_template=plain")
+            alone.append(_Sample(number + 1, through, {number: (len(before), self.template.end(through))}))
+        if all(whole.startswith(sample.text) for sample in alone):
+            return [_Sample(len(messages), whole, {number: span for sample in alone for number, span in sample.spans.items()})]
+        return alone
+
+    def changes(self, samples: list[_Sample], change: Callable[[int, Message], Message], *, tools: bool) -> bool:
+        """Whether a change of the messages (or without `tools`, of the tools) shows in any sample; what fails without it does."""
+        one = self if tools else replace(self, conversation=replace(self.conversation, tools=None))
+        try:
+            return any(one._again(sample, change) != sample.text for sample in samples)
+        except Unrendered:
+            return True
+
+    def _again(self, sample: _Sample, change: Callable[[int, Message], Message]) -> str:
+        messages = [change(number, message) for number, message in enumerate(self.conversation.messages[: sample.messages])]
+        return self.text(messages, header=False)
+
+    def shows_calls(self, samples: list[_Sample], number: int) -> bool:
+        """Whether the tool calls of a message show: in the sample that learns it, where there is one."""
+        own = [sample for sample in samples if number in sample.spans] or [sample for sample in samples if sample.messages > number]
+        return self.changes(own, lambda place, message: _without(message, "tool_calls") if place == number else message, tools=True)
+
+
+def _without(message: Message, key: str) -> Message:
+    return {name: value for name, value in message.items() if name != key}
+
+
+# -- what people should know ---------------------------------------------------------------------------------------
+
+
+def _notes(view: _View, samples: list[_Sample]) -> list[str]:
+    """What in a conversation is left out, changed or unusual."""
+    conversation, template = view.conversation, view.template
+    notes = []
+    if len(samples) > 1:
+        notes.append("conversations with a sample for each answer, since the template renders earlier answers otherwise")
+    if conversation.tools and not view.changes(samples, lambda _, message: message, tools=False):
+        notes.append("records whose tools the template does not render")
+    notes += [f"records whose chat_template_kwargs {name!r} the template does not know" for name in conversation.options if name not in template.source]
+    keys = {key for message in conversation.messages for key in message} - {"role", "content", *_HARMLESS}
+    for key in sorted(keys):
+        if not view.changes(samples, lambda _, message, key=key: _without(message, key), tools=True):  # type: ignore[misc]
+            notes.append(f"records whose messages have {key!r}, which the template does not render")
+    notes += sorted({f"records with a message of {role!r} that the template does not render" for role in _unseen(view, samples)})
+    notes += _of_answers(view, samples)
+    if any(template.literal.search(message.get("content") or "") for message in conversation.messages):
+        notes.append("conversations with a control token written out in a message, which becomes the token itself")
+    return notes
+
+
+def _unseen(view: _View, samples: list[_Sample]) -> Iterator[str]:
+    """Roles of messages, other than answers, whose content does not show."""
+    for number, message in enumerate(view.conversation.messages):
+        content = (message.get("content") or "").strip()
+        showing = [sample for sample in samples if sample.messages > number]
+        if message["role"] == "assistant" or not content or any(content in sample.text for sample in showing):
+            continue
+
+        def probe(place: int, other: Message, number: int = number) -> Message:
+            return {**other, "content": other["content"] + _PROBE} if place == number else other
+
+        if not view.changes(showing, probe, tools=True):
+            yield message["role"]
+
+
+def _of_answers(view: _View, samples: list[_Sample]) -> Iterator[str]:
+    messages = view.conversation.messages
+    if view.template.marks and not all(messages[number]["role"] == "assistant" for sample in samples for number in sample.spans):
+        return  # stretches that the template marks, not answers
+    contents = [(message.get("content") or "", "tool_calls" in message) for message in messages]
+    learnt = [(sample.text[start:end], *contents[number]) for sample in samples for number, (start, end) in sample.spans.items()]
+    if any(not content.strip() and not calls for _, content, calls in learnt):
+        yield "conversations with an empty answer, which learn its end alone"
+    if any("".join(content.split()) not in "".join(text.split()) for text, content, _ in learnt):
+        yield "conversations with an answer that the template changes"

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from hybridtrain.data.indexed import IndexedReader
+from hybridtrain.data.indexed import COPY_BYTES, IndexedReader
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Fitted:
     """Conversations longer than a row, which lose their end."""
     fill: float
     """Share of the rows' tokens that are not padding."""
+    tokens: int
+    """What is left of the conversations after cutting."""
+    targets: int
+    """Of these, tokens that carry loss."""
 
 
 def row_files(folder: Path, *, split: str) -> tuple[Path, Path]:
@@ -47,8 +52,24 @@ def build(folder: Path, *, split: str, seq_len: int) -> Fitted:
     np.cumsum(np.bincount(row_of), out=starts[1:])
     for path, array in zip(row_files(folder, split=split), (order, starts), strict=True):
         np.save(path, array)
-    rows = len(starts) - 1
-    return Fitted(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=float(fitted.sum()) / (rows * length))
+    rows, tokens = len(starts) - 1, int(fitted.sum(dtype=np.int64))
+    found = int(sum(part.sum() for part in targets(folder, split=split, seq_len=seq_len)))
+    return Fitted(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=tokens / (rows * length), tokens=tokens, targets=found)
+
+
+def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
+    """How many targets each conversation has in its row, int64 arrays in order: the first token is none, and what is cut off is none."""
+    reader = IndexedReader(folder / f"{split}.loss")
+    assert reader.dtype.itemsize == 1
+    starts, sizes = np.asarray(reader.pointers), np.asarray(reader.sizes, dtype=np.int64)
+    first = 0
+    while first < len(sizes):
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + COPY_BYTES)))
+        sums = np.concatenate([[0], np.cumsum(reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])), dtype=np.int64)])
+        begins = starts[first:last] - starts[first] + 1
+        ends = begins - 1 + np.minimum(sizes[first:last], seq_len + 1)
+        yield sums[ends] - sums[np.minimum(begins, ends)]
+        first = last
 
 
 def pack(sizes: np.ndarray, *, capacity: int) -> np.ndarray:

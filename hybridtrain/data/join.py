@@ -22,14 +22,12 @@ class Joined:
     documents: int
     tokens: int
     largest_id: int
-    loss_tokens: int
-    """Of conversations: tokens that carry loss."""
     lengths: dict[str, float]
     """Tokens per document: min, median, mean, p90, p99, max."""
 
     @classmethod
     def nothing(cls) -> Joined:
-        return cls(documents=0, tokens=0, largest_id=0, loss_tokens=0, lengths={})
+        return cls(documents=0, tokens=0, largest_id=0, lengths={})
 
 
 def first_of_each(folders: list[Path]) -> list[np.ndarray]:
@@ -75,16 +73,12 @@ def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: li
     for block in _blocks(out, dtype=recipe.dtype):
         identity.update(block.tobytes())
         largest = max(largest, int(block.max()))
-    loss_tokens = 0
     if recipe.chat:
         loss = out.with_name(f"{out.name}.loss")
         _concatenate([folder / loss.name for folder in folders], kept=kept, out=loss, dtype=LOSS_DTYPE)
         for block in _blocks(loss, dtype=LOSS_DTYPE):
             identity.update(block.tobytes())
-            loss_tokens += int(block.sum(dtype=np.int64))
-    return Joined(
-        documents=reader.documents, tokens=reader.tokens, largest_id=largest, loss_tokens=loss_tokens, lengths=_lengths(reader.sizes, tokens=reader.tokens)
-    )
+    return Joined(documents=reader.documents, tokens=reader.tokens, largest_id=largest, lengths=_lengths(reader.sizes, tokens=reader.tokens))
 
 
 def _of_split(folder: Path, flags: np.ndarray, *, split: str) -> np.ndarray:

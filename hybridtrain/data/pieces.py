@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.data import blocks, chat, readers
+from hybridtrain.data import blocks, conversations, readers
 from hybridtrain.data.blocks import BY_CHANCE, SURELY
+from hybridtrain.data.chat import Encoded, Sample
+from hybridtrain.data.conversations import Conversation, Unreadable
 from hybridtrain.data.corpus import Source
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
 from hybridtrain.data.readers import Fields, Unit
@@ -30,17 +32,31 @@ MAX_PIECES = 1024  # the restart grain of a large corpus
 MIN_PIECE_BYTES = 1 << 20  # and of a small one
 BATCH_BYTES = 1 << 20  # text encoded at once, within some 100 bytes of memory per byte
 LOSS_DTYPE = np.dtype("u1")
+NO_TARGET = "conversations without an answer within data.seq_len tokens, left out"
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("held_out", "?")])
 
-Encode = Callable[[list[Any]], list[tuple[np.ndarray, np.ndarray | None]]]  # int32 ids of each document and, of a conversation, its uint8 loss mask
+Encode = Callable[[list[Any]], list[Encoded]]  # of each document
 Report = Callable[[int, int], None]  # bytes of text, tokens
+
+
+@dataclass(frozen=True)
+class ChatRecipe:
+    """How conversations become tokens."""
+
+    tokenizer: str
+    """What the user calls it."""
+    turns: str
+    """data.chat_turns."""
+    seq_len: int
+    """What is cut off behind it cannot be learnt."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the bytes of a piece depend on, besides its units and the tokenizer."""
 
-    chat: bool
+    chat: ChatRecipe | None
+    """None: documents are text."""
     eval_fraction: float
     deduplicate: bool
     skip_bad: bool
@@ -93,9 +109,31 @@ class Counts:
     held_out: dict[str, str]
     """Records of which blocks are held out: digest to how."""
 
+    conversations: int
+    forms: dict[str, int]
+    """Conversations by the form of their record."""
+    unread: dict[str, int]
+    """Records by a field that is not read."""
+    notes: dict[str, list[Any]]
+    """[how many, the first] of what is worth knowing."""
+
     @classmethod
     def none(cls) -> Counts:
-        return cls(text_bytes=0, tokens=0, bad=0, first_bad="", damaged=0, first_damaged="", controls=0, first_control="", held_out={})
+        return cls(
+            text_bytes=0,
+            tokens=0,
+            bad=0,
+            first_bad="",
+            damaged=0,
+            first_damaged="",
+            controls=0,
+            first_control="",
+            held_out={},
+            conversations=0,
+            forms={},
+            unread={},
+            notes={},
+        )
 
     @classmethod
     def of(cls, folders: Iterable[Path]) -> Counts:
@@ -105,8 +143,13 @@ class Counts:
             one = json.loads((folder / "counts.json").read_text())
             for name, value in one.items():
                 have = getattr(total, name)
-                setattr(total, name, have | value if isinstance(value, dict) else have or value if isinstance(value, str) else have + value)
+                setattr(total, name, _merged(have, value) if isinstance(value, dict) else have or value if isinstance(value, str) else have + value)
         return total
+
+    def note(self, what: str, unit: Unit, number: int) -> None:
+        """Count something met in a record; the place of the first is kept."""
+        count, first = self.notes.get(what, (0, ""))
+        self.notes[what] = [count + 1, first or readers.where(unit, number)]
 
 
 class Document(NamedTuple):
@@ -140,7 +183,10 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
     named = unit.source.held_out
     for number, value, problem, instead in readers.records(unit):
         if not problem:
-            value, content, problem = _conversation(value) if recipe.chat else _text(value)
+            if recipe.chat:
+                value, content, problem, instead = _conversation(value, unit, number, counts=counts)
+            else:
+                value, content, problem = _text(value)
         if problem:
             _bad(unit, number, problem, instead=instead, recipe=recipe, counts=counts)
         elif value:
@@ -185,14 +231,15 @@ def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, 
         losses = {name: stack.enter_context(IndexedWriter(aside / f"{name}.loss", dtype=LOSS_DTYPE)) for name in tokens if recipe.chat}
         for batch in _batches(piece, recipe=recipe, counts=counts):
             before = counts.tokens
-            for document, ids, mask in _encoded(batch, encode=encode, recipe=recipe, counts=counts):
+            for document, samples in _encoded(batch, encode=encode, recipe=recipe, counts=counts):
                 name = "eval" if document.held_out else "train"
-                tokens[name].add(np.concatenate([ids, end]))
-                if mask is not None:
-                    losses[name].add(mask)
-                if recipe.deduplicate:
-                    digests += document.digest + bytes([document.held_out])
-                counts.tokens += len(ids) + len(end)
+                for sample, (ids, mask) in enumerate(samples):
+                    tokens[name].add(np.concatenate([ids, end]))
+                    if mask is not None:
+                        losses[name].add(mask)
+                    if recipe.deduplicate:
+                        digests += _digest_of(document, sample=sample) + bytes([document.held_out])
+                    counts.tokens += len(ids) + len(end)
                 counts.text_bytes += document.size
             report(sum(document.size for document in batch), counts.tokens - before)
     if recipe.deduplicate:
@@ -213,18 +260,39 @@ def _text(value: Any) -> tuple[str, bytes, str]:
         return value, value.encode(), ""
 
 
-def _conversation(value: Any) -> tuple[list, bytes, str]:
-    """(messages, their canonical bytes, problem); no messages are no document."""
-    if value == []:
-        return [], b"", ""
-    problem = chat.problem(value)
-    if problem:
-        return [], b"", f"{problem}: {_short(value)}"
-    value = [{key: field for key, field in message.items() if field is not None} for message in value]  # Parquet has every field in every row
+def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tuple[Conversation | None, bytes, str, str]:
+    """(conversation, what identifies it, problem, what to try); one without messages is none."""
     try:
-        return value, json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), ""
-    except (UnicodeEncodeError, TypeError) as error:
-        return [], b"", f"it holds what no text can ({error})"
+        found = conversations.read(record, key=unit.fields.key)
+    except Unreadable as error:
+        return None, b"", str(error), error.instead
+    if found is None:
+        counts.note("records without any message, left out", unit, number)
+        return None, b"", "", ""
+    counts.conversations += 1
+    counts.forms[found.form] = counts.forms.get(found.form, 0) + 1
+    for name in found.unread:
+        counts.unread[name] = counts.unread.get(name, 0) + 1
+    return found, found.content, "", ""
+
+
+def _digest_of(document: Document, *, sample: int) -> bytes:
+    """Samples of one conversation are no duplicates of one another; those of identical conversations are."""
+    return hashlib.blake2b(document.digest + bytes([sample % 256]), digest_size=16).digest() if sample else document.digest
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Counts by name, [count, first place] by name, or words by name, of both."""
+    total = dict(first)
+    for name, value in second.items():
+        if isinstance(value, list):
+            have = total.get(name, [0, ""])
+            total[name] = [have[0] + value[0], have[1] or value[1]]
+        elif isinstance(value, str):
+            total.setdefault(name, value)
+        else:
+            total[name] = total.get(name, 0) + value
+    return total
 
 
 def _short(value: Any) -> str:
@@ -249,8 +317,8 @@ def _batches(piece: Piece, *, recipe: Recipe, counts: Counts) -> Iterator[list[D
     yield from _grouped((document for unit in piece.units for document in documents(unit, recipe=recipe, counts=counts)), limit=BATCH_BYTES)
 
 
-def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Counts) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Each document with its ids and loss mask; one without ids is left out, one that the tokenizer refuses is a bad record."""
+def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Counts) -> Iterator[tuple[Document, list[Sample]]]:
+    """Each document with its samples; those without ids or without a target are left out, what the tokenizer refuses is a bad record."""
     try:
         encoded = encode([document.value for document in batch])
     except UserError as error:
@@ -265,12 +333,25 @@ def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: C
         raise
     is_control = np.zeros(2 + max(recipe.controls, default=0), dtype=bool)  # the last: ids above
     is_control[recipe.controls] = True
-    for document, (ids, mask) in zip(batch, encoded, strict=True):
-        if mask is None and is_control.take(ids, mode="clip").any():
+    for document, (samples, notes, problem, instead) in zip(batch, encoded, strict=True):
+        if problem:
+            _bad(document.unit, document.number, problem, instead=f"{instead}, or {readers.SKIP}", recipe=recipe, counts=counts)
+        for note in notes:
+            counts.note(note, document.unit, document.number)
+        if recipe.chat is None and any(is_control.take(ids, mode="clip").any() for ids, _ in samples):
             counts.controls += 1
             counts.first_control = counts.first_control or readers.where(document.unit, document.number)
-        if len(ids):
-            yield document, ids, mask
+        kept = [(ids, mask) for ids, mask in samples if len(ids) and (recipe.chat is None or _learnable(mask, seq_len=recipe.chat.seq_len))]
+        if len(kept) < len(samples) and recipe.chat:
+            counts.note(NO_TARGET, document.unit, document.number)
+        if kept:
+            yield document, kept
+
+
+def _learnable(mask: np.ndarray | None, *, seq_len: int) -> bool:
+    """Whether any token carries loss in a row; the first of a conversation is never a target."""
+    assert mask is not None
+    return bool(mask[1 : seq_len + 1].any())
 
 
 def _grouped(members: Iterable[Any], *, limit: int) -> Iterator[list[Any]]:

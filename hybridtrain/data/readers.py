@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data import streams
+from hybridtrain.data import conversations, streams
 from hybridtrain.data.corpus import INFLATION, Source
 from hybridtrain.data.streams import READ_BYTES, UTF8
 from hybridtrain.files import is_lfs_pointer, lfs_pointer
@@ -41,11 +41,18 @@ class Fields:
     config: str
     split: str
     encoding: str
+    whole: bool
+    """Records are given whole (conversations have more than one form), not their field `key` alone."""
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
         key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
-        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding)
+        whole = data.format == "chat"
+        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding, whole=whole)
+
+    def columns(self, there: list[str]) -> list[str]:
+        """Which of the columns are read."""
+        return [name for name in there if name in conversations.fields(self.key)] if self.whole else [self.key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +189,7 @@ def _jsonl(unit: Unit) -> Iterator[Record]:
 def _json(unit: Unit) -> Iterator[Record]:
     source = unit.source
     values = streams.values(source.path, packed=source.packed, encoding=unit.fields.encoding)
-    return (_record(number, value, key=unit.fields.key) for number, value in enumerate(values))
+    return (_record(number, value, fields=unit.fields) for number, value in enumerate(values))
 
 
 def _lines_from(file: BinaryIO, *, start: int, stop: int) -> Iterator[bytes]:
@@ -206,7 +213,7 @@ def _parsed(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
             except ValueError as error:
                 yield Record(number, None, f"it is not JSON ({error})", _advice(line, first=unit.start == number == 0))
             else:
-                yield _record(number, value, key=unit.fields.key)
+                yield _record(number, value, fields=unit.fields)
 
 
 def _advice(line: bytes, *, first: bool) -> str:
@@ -222,29 +229,39 @@ def _advice(line: bytes, *, first: bool) -> str:
     return "a whole JSON object on each line, without a comma after the last field" + ("" if first else f"; or {SKIP}")
 
 
-def _record(number: int, record: Any, *, key: str) -> Record:
+def _record(number: int, record: Any, *, fields: Fields) -> Record:
+    key = fields.key
     if not isinstance(record, dict):
-        return Record(number, None, f"it is no object but a {type(record).__name__}")
+        return Record(number, None, f"it is no object but {conversations.kind(record)}")
+    if fields.whole:
+        return Record(number, record, "")
     if record.get(key) is None:
         return Record(number, None, f"its field {key!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})")
     return Record(number, record[key], "")
 
 
 def _parquet_rows(unit: Unit) -> Iterator[Record]:
-    groups, key = range(unit.start, unit.stop), unit.fields.key
-    batches = _parquet(unit.source).iter_batches(batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=[key])
-    yield from _rows((value for batch in batches for value in batch.column(key).to_pylist()), key=key)
+    groups, file = range(unit.start, unit.stop), _parquet(unit.source)
+    names = file.schema_arrow.names
+    batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=unit.fields.columns(names))
+    yield from _rows((row for batch in batches for row in batch.to_pylist()), fields=unit.fields, names=names)
 
 
 def _dataset_rows(unit: Unit) -> Iterator[Record]:
-    key = unit.fields.key
-    column = _dataset(unit.source, unit.fields).select_columns([key])
+    dataset = _dataset(unit.source, unit.fields)
+    chosen = dataset.select_columns(unit.fields.columns(dataset.column_names))
     starts = range(unit.start, unit.stop, ROWS_AT_ONCE)
-    yield from _rows((value for start in starts for value in column[start : min(start + ROWS_AT_ONCE, unit.stop)][key]), key=key)
+    blocks = (chosen[start : min(start + ROWS_AT_ONCE, unit.stop)] for start in starts)
+    rows = (dict(zip(block, values, strict=True)) for block in blocks for values in zip(*block.values(), strict=True))
+    yield from _rows(rows, fields=unit.fields, names=dataset.column_names)
 
 
-def _rows(values: Iterable[Any], *, key: str) -> Iterator[Record]:
-    return (Record(number, value, "" if value is not None else f"its field {key!r} is empty (null)") for number, value in enumerate(values))
+def _rows(rows: Iterable[dict[str, Any]], *, fields: Fields, names: list[str]) -> Iterator[Record]:
+    """Records of rows that have the columns that are read; the names of the others stand in a whole record, without their values."""
+    others = dict.fromkeys(name for name in names if fields.whole and name not in fields.columns(names))
+    for number, row in enumerate(rows):
+        value = {**row, **dict.fromkeys(others, ...)} if fields.whole else row[fields.key]
+        yield Record(number, value, "" if value is not None else f"its field {fields.key!r} is empty (null)")
 
 
 @lru_cache(maxsize=4)
@@ -304,5 +321,7 @@ def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None
     if columns.count(fields.key) > 1:
         allowed, instead = "columns with names of their own", f"the file with one of them renamed, or another {fields.option}"
         raise refusal(fields.option, fields.key, f"{source.path} has {columns.count(fields.key)} columns of this name", allowed=allowed, instead=instead)
+    if fields.whole and conversations.has_form(columns, key=fields.key):
+        return
     if fields.key not in columns:
         raise refusal(fields.option, fields.key, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{fields.option}={columns[0]}")

@@ -12,6 +12,7 @@ from hybridtrain.data.pieces import Counts
 from hybridtrain.data.progress import Meter
 from hybridtrain.files import write_atomically
 
+MOST_FIELDS = 8  # named in the table
 SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
 
 
@@ -19,7 +20,7 @@ def of_split(joined: Joined, *, rows: Fitted | None) -> dict[str, Any]:
     """The figures of one split; of conversations also what carries loss and how they fit into rows."""
     figures: dict[str, Any] = {"documents": joined.documents, "tokens": joined.tokens, "lengths": joined.lengths}
     if rows:
-        figures |= {"loss_tokens": joined.loss_tokens, "rows": rows.rows, "cut": rows.cut, "fill": round(rows.fill, 4)}
+        figures |= {"loss_tokens": rows.targets, "kept_tokens": rows.tokens, "rows": rows.rows, "cut": rows.cut, "fill": round(rows.fill, 4)}
     return figures
 
 
@@ -35,6 +36,11 @@ def of_text(counts: Counts) -> dict[str, Any]:
         "documents_with_control_tokens": counts.controls,
         "first_with_control_tokens": counts.first_control,
     }
+
+
+def of_conversations(counts: Counts) -> dict[str, Any]:
+    """What was met in records of conversations: {conversations, forms, unread, notes}."""
+    return {"conversations": counts.conversations, "forms": counts.forms, "unread": counts.unread, "notes": counts.notes}
 
 
 def write_speed(folder: Path, *, meter: Meter) -> None:
@@ -59,7 +65,7 @@ def table(folder: Path) -> str:
     for split, figures in facts["splits"].items():
         lines.append(f"{split:11}" + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False)))
         if "rows" in figures:
-            share = figures["loss_tokens"] / figures["tokens"]
+            share = figures["loss_tokens"] / figures.get("kept_tokens", figures["tokens"])
             fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
             lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
     asked, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
@@ -78,8 +84,26 @@ def table(folder: Path) -> str:
             lines.append(f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else ""))
     if left_out := facts.get("left_out"):
         lines.append(f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
+    lines += _conversations(facts)
     if (folder / SPEED).is_file():
         speed = json.loads((folder / SPEED).read_text())
         if speed["tokens"]:
             lines.append(f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s")
     return "\n".join(lines)
+
+
+def _conversations(facts: dict[str, Any]) -> list[str]:
+    """Lines on the records of conversations, and on their template."""
+    lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
+    if unread := facts.get("unread"):
+        most = sorted(unread.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} ({count:,})" for name, count in most[:MOST_FIELDS]) + (" ..." if most[MOST_FIELDS:] else "")
+        lines.append(f"{'':11}fields that are not read: {shown}")
+    lines += [f"{'':11}{count:,} {words}, first {first}" for words, (count, first) in facts.get("notes", {}).items()]
+    template = facts.get("template", {})
+    if (end := template.get("end_of_turn")) != (eos := template.get("eos")):
+        turns = f"answers end with {end}" if end else "answers end with text, not with a control token"
+        lines.append(f"{'':11}{turns}; the tokenizer's end of text is {eos}: whatever generates has to stop at the end of an answer")
+    if template.get("dated"):
+        lines.append(f"{'':11}the chat template writes the date, which is that of this preparation")
+    return lines

@@ -18,7 +18,7 @@ import numpy as np
 from hybridtrain import log
 from hybridtrain.data import digests
 from hybridtrain.data.corpus import FORMAT, READABLE
-from hybridtrain.data.fit import row_files
+from hybridtrain.data.fit import row_files, targets
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.pack import ChatRows, Rows, TextRows, count_rows
 from hybridtrain.files import read_object
@@ -119,6 +119,16 @@ class Corpus:
         if split not in self.readers:
             return 0
         return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.chat else count_rows(self.readers[split].tokens, seq_len=seq_len)
+
+    def has_targets(self, split: str, *, seq_len: int) -> bool:
+        """Whether any token of a split that has rows carries loss in them. Of folders of before `kept_tokens` the masks are read, up to the first."""
+        if not self.chat:
+            return True
+        assert self.facts is not None
+        figures = self.facts["splits"][split]
+        if "kept_tokens" in figures:
+            return figures["loss_tokens"] > 0
+        return any(part.any() for part in targets(self.path, split=split, seq_len=seq_len))
 
     def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
         """The rows of a split that has some, for a model of `vocab` entries. `documents`: they tell where documents begin."""

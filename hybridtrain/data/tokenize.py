@@ -24,7 +24,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import corpus, digests, fit, folder, join, pieces, statistics, tokenizer, workers
 from hybridtrain.data.corpus import Listing
 from hybridtrain.data.folder import PARTIAL, SPLITS
-from hybridtrain.data.pieces import Counts, Piece, Recipe
+from hybridtrain.data.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
 from hybridtrain.files import discard, read_json, unwritable, write_atomically
@@ -105,7 +105,7 @@ def _check(data: DataConfig) -> None:
 def _settings(data: DataConfig) -> dict[str, Any]:
     """What determines the token files, apart from the text itself."""
     names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split", "encoding"]
-    names += ["messages_key", "chat_template", "seq_len"] if data.format == "chat" else ["text_key", "append_eos"]
+    names += ["messages_key", "chat_template", "chat_turns", "seq_len"] if data.format == "chat" else ["text_key", "append_eos"]
     names += ["vocab_size"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}
 
@@ -154,7 +154,7 @@ def _compare(path: Path, *, data: DataConfig, before: Any) -> str:
 def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: list[Piece], listing: Listing, settings: dict[str, Any]) -> None:
     partial = path / PARTIAL
     recipe = Recipe(
-        chat=data.format == "chat",
+        chat=_chat(data),
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
@@ -186,6 +186,11 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
     statistics.write_speed(path, meter=meter)
 
 
+def _chat(data: DataConfig) -> ChatRecipe | None:
+    name = "data.chat_template=plain" if data.chat_template == "plain" else f"data.tokenizer={data.tokenizer}"
+    return ChatRecipe(tokenizer=name, turns=data.chat_turns, seq_len=data.seq_len) if data.format == "chat" else None
+
+
 def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
     """Keep the partial folder if the same settings over the same files left it, else start with an empty one (True)."""
     listing = hashlib.sha256()
@@ -209,14 +214,15 @@ def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> 
 def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Listing, recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
     """Join the pieces, move all into place, and write corpus.json as the mark of completeness."""
     partial = path / PARTIAL
+    chat = {"template": facts.pop("template")} if "template" in facts else {}  # not in the identity: tokens are
     made = [piece.folder(partial) for piece in planned]
     keep = join.first_of_each(made) if recipe.deduplicate else None
     identity = hashlib.sha256(json.dumps([facts, data.append_eos]).encode())
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
-    if not joined["train"].tokens:
-        raise _no_tokens(data)
-    corpus.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     counts = Counts.of(made)
+    if not joined["train"].tokens:
+        raise _no_targets(data) if NO_TARGET in counts.notes else _no_tokens(data)
+    corpus.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
     folder.replace(path)
@@ -229,6 +235,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
         **statistics.of_text(counts),
+        **(statistics.of_conversations(counts) | chat if recipe.chat else {}),
         "left_out": listing.left_out,
         "held_out": listing.held_out(fraction=data.eval_fraction) | counts.held_out,
         "fingerprint": identity.hexdigest(),
@@ -237,6 +244,11 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "digests": written,
     }
     write_atomically(path / "corpus.json", json.dumps(record, indent=2) + "\n")
+
+
+def _no_targets(data: DataConfig) -> UserError:
+    problem = "no conversation to train on has an answer that begins within so many tokens, so there is nothing to learn"
+    return refusal("data.seq_len", data.seq_len, problem, allowed="rows in which answers fit", instead="a larger data.seq_len")
 
 
 def _no_tokens(data: DataConfig) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data import chat
+from hybridtrain.data import chat, template
+from hybridtrain.data.chat import Encoded
 from hybridtrain.data.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.progress import say
@@ -36,16 +38,17 @@ FIELD = "data.tokenizer"
 def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
     """Write the tokenizer into `<partial>/tokenizer` unless it is there: the one of `data.tokenizer`, or one trained on `sample`.
 
-    Returns {vocab_size, eos_id}. Raises UserError for one that cannot be loaded, or that has no chat template where one is needed.
+    Returns {vocab_size, eos_id} and, for conversations, {template: see template.facts}. Raises UserError for one that cannot be loaded, or that has no chat template where one is needed.
     """
     folder, record = partial / FOLDER, partial / "tokenizer.json"
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer = _train(data, sample=sample) if data.tokenizer == "train" else load(data.tokenizer, field=FIELD)
         if data.format == "chat":
-            chat.set_template(tokenizer, choice=data.chat_template)
+            template.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
-        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id}))
+        known = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
+        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **known}))
     return json.loads(record.read_text())
 
 
@@ -64,7 +67,7 @@ def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
             continue
         for document in documents(unit, recipe=recipe, counts=Counts.none()):
             if not document.held_out:
-                text = "\n".join(str(message.get("content", "")) for message in document.value) if recipe.chat else document.value
+                text = document.value.text if recipe.chat else document.value
                 yield from _parts(text if credit == math.inf else text[: math.ceil(credit)])
                 credit -= min(document.size, credit)
                 taken += document.size
@@ -77,10 +80,10 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)
-        return _whole(lambda conversations: list(chat.encode(conversations, tokenizer=tokenizer)))
+        return _whole(functools.partial(chat.encode, template=template.Template(tokenizer, name=recipe.chat.tokenizer), turns=recipe.chat.turns))
     if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
         slow = load(str(folder), field=FIELD)
-        return _whole(lambda texts: [(np.array(ids, dtype=np.int32), None) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
+        return _whole(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
     from tokenizers import Tokenizer
 
     with _guarded(FIELD, str(folder), "it cannot be loaded", instead="prepare.overwrite=true"):
@@ -89,13 +92,13 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     fast.no_padding()
     cutter = Cutter(lambda text: fast.encode(text, add_special_tokens=False).ids)
 
-    def encode(texts: list[str]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def encode(texts: list[str]) -> list[Encoded]:
         found: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(texts, cutter=cutter):
             encoded = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (number, _), one in zip(group, encoded, strict=True):
                 found[number].append(np.array(one.ids, dtype=np.int32))
-        return [(np.concatenate(ids), None) for ids in found]
+        return [Encoded.text(np.concatenate(ids)) for ids in found]
 
     return _whole(encode)
 
@@ -127,7 +130,7 @@ def control_ids(partial: Path) -> list[int]:
 def _whole(encode: Encode) -> Encode:
     """The same, refusing what the tokenizer cannot encode: Rust raises bare Exceptions and panics, which are no Exceptions."""
 
-    def guarded(documents: list[Any]) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    def guarded(documents: list[Any]) -> list[Encoded]:
         try:
             return encode(documents)
         except BaseException as error:

@@ -1,0 +1,302 @@
+"""Records of every usual form to one: a list of messages with text, and what else decides what is learnt.
+
+    messages            [{role, content}, ...], as OpenAI's fine-tuning files have it; beside it tools, system, chat_template_kwargs
+    conversations       [{from, value}, ...] (ShareGPT), or messages under that name
+    prompt, completion  two texts, or two lists of messages; loss on the completion alone
+    instruction, output (Alpaca); input and history, if there are, come into the question
+
+A field is read, or refused, or named in `unread`. Content is text: of lists of parts the text parts, joined.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+DEFAULT_KEY = "messages"
+_BESIDE = ("tools", "system", "chat_template_kwargs")
+_FORMS = {
+    "conversations": ("conversations",),
+    "prompt and completion": ("prompt", "completion"),
+    "instruction and output": ("instruction", "output"),
+}
+_OPTIONAL = {"instruction and output": ("input", "history")}
+_PAIR = ("chosen", "rejected")
+_LOSS_KEYS = ("weight", "train", "loss")
+"""Of a message: 0 or false is an answer without loss."""
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_TEMPLATE_OWN = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "conversations",
+    "return_assistant_tokens_mask",
+)
+NOT_YET = "it is a preference pair (chosen, rejected), and preference pairs are not supported yet"
+
+
+class Unreadable(ValueError):
+    """A record that is no conversation; the message says why, `instead` what to try if there is something better than the usual."""
+
+    def __init__(self, problem: str, *, instead: str) -> None:
+        super().__init__(problem)
+        self.instead = instead
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given, and on which answers loss lies."""
+
+    messages: list[Message]
+    """role, content (text; absent beside tool_calls at most), and the other keys that the record has."""
+    trains: list[bool]
+    """Of each message: whether it is an answer that is learnt."""
+    tools: list[dict[str, Any]] | None
+    options: dict[str, Any]
+    """chat_template_kwargs."""
+    form: str
+    unread: list[str]
+    """Fields of the record that nothing here reads."""
+    content: bytes
+    """What identifies it: its split and its duplicates."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(message.get("content") or "" for message in self.messages)
+
+
+def fields(key: str) -> set[str]:
+    """Every field that may be read of a record, with `data.messages_key=key`."""
+    forms = [name for names in (*_FORMS.values(), *_OPTIONAL.values()) for name in names] if key == DEFAULT_KEY else []
+    return {key, *forms, *_PAIR, *_BESIDE}
+
+
+def has_form(columns: Iterable[str], *, key: str) -> bool:
+    """Whether records with these fields are of a form that is known (or refused by name)."""
+    there = set(columns)
+    return key in there or (key == DEFAULT_KEY and any(there.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
+
+
+def read(record: dict[str, Any], *, key: str) -> Conversation | None:
+    """The conversation in a record; None for one without any message. Raises Unreadable."""
+    there = {name: value for name, value in record.items() if value is not None}
+    if set(_PAIR) <= there.keys():
+        raise Unreadable(NOT_YET, instead="conversations with the chosen answer alone: messages, or prompt and completion")
+    form = next((name for name, names in _FORMS.items() if there.keys() >= set(names)), None) if key == DEFAULT_KEY and key not in there else key
+    if form is None or (form == key and key not in there):
+        shown = ", ".join(map(repr, list(record)[:8])) or "none"
+        raise _unreadable(f"its field {key!r} is missing or null (its fields: {shown})")
+    messages, first = _messages(there, form=form)
+    if not messages:
+        return None
+    first_one: Any = messages[0]
+    before, shape = len(messages), "from and value" if isinstance(first_one, dict) and "from" in first_one else "role and content"
+    messages = _with_system(messages, there.get("system"))
+    first += len(messages) - before
+    tools, options = _tools(there.get("tools")), _options(there.get("chat_template_kwargs"))
+    given = [_given(number, message) for number, message in enumerate(messages)]
+    trains = [_trains(number, message) and number >= first for number, message in enumerate(given)]
+    _check_roles(given)
+    used = {key, *_FORMS.get(form, ()), *_OPTIONAL.get(form, ()), *_BESIDE}
+    return Conversation(
+        messages=[{name: value for name, value in message.items() if name not in _LOSS_KEYS} for message in given],
+        trains=trains,
+        tools=tools,
+        options=options,
+        form=form if form in _OPTIONAL or form == "prompt and completion" else f"{form} of {shape}",
+        unread=sorted(name for name in there if name not in used),
+        content=_content(given, tools=tools, options=options),
+    )
+
+
+def _messages(record: dict[str, Any], *, form: str) -> tuple[list[Any], int]:
+    """(the messages of a record, number of the first that may carry loss)."""
+    if form == "prompt and completion":
+        parts = []
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            value = record[name]
+            if not isinstance(value, str | list):
+                raise _unreadable(f"its field {name!r} is {kind(value)}, neither text nor a list of messages")
+            parts.append([{"role": role, "content": value}] if isinstance(value, str) else value)
+        return [*parts[0], *parts[1]], len(parts[0])
+    if form == "instruction and output":
+        for name in ("instruction", "input", "output"):
+            if not isinstance(record.get(name, ""), str):
+                raise _unreadable(f"its field {name!r} is {kind(record[name])}, not text")
+        question = "\n\n".join(text for text in (record["instruction"], record.get("input", "")) if text)
+        turns = [*_history(record.get("history", [])), (question, record["output"])]
+        return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)], 0
+    value = record[form]
+    if not isinstance(value, list):
+        raise _unreadable(f"its field {form!r} is {kind(value)}, no list of messages")
+    return value, 0
+
+
+def _history(value: Any) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value):
+        raise _unreadable("its field 'history' is no list of [question, answer]")
+    return [(question, answer) for question, answer in value]
+
+
+def _with_system(messages: list[Any], system: Any) -> list[Any]:
+    """The record's own field `system`, as the first message."""
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise _unreadable(f"its field 'system' is {kind(system)}, not text")
+    first = messages[0] if isinstance(messages[0], dict) else {}
+    if (first.get("role") or first.get("from")) in ("system", "developer"):
+        raise _unreadable("it has a field 'system', and its messages begin with a system message too")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _given(number: int, message: Any) -> Message:
+    """A message with a role and text, without fields that are null (Parquet has every field in every row)."""
+    if not isinstance(message, dict):
+        raise _unreadable(f"message {number} is {kind(message)}, no object with a role")
+    message = {name: value for name, value in message.items() if value is not None}
+    if "role" not in message and isinstance(message.get("from"), str):
+        message = _from_sharegpt(number, message)
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise _unreadable(f"message {number} is no object with a role")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        _check_calls(calls, place=f"message {number} ({role})")
+    content = _text(message.get("content"), place=f"message {number} ({role})")
+    if content is None:
+        if not calls:
+            raise _unreadable(f"message {number} ({role}) has no content" + (" and no tool_calls" if role == "assistant" else ""))
+        return message
+    return {**message, "content": content}
+
+
+def _from_sharegpt(number: int, message: Message) -> Message:
+    source, value = message["from"], message.get("value")
+    if source not in _ROLES:
+        raise _unreadable(f"message {number} is from {source!r}, which is none of {', '.join(_ROLES)}")
+    rest = {name: field for name, field in message.items() if name not in ("from", "value")}
+    if source != "function_call":
+        return {"role": _ROLES[source], "content": value, **rest}
+    try:
+        call: Any = json.loads(value) if isinstance(value, str) else value
+        calls = [{"type": "function", "function": {"name": one["name"], "arguments": one["arguments"]}} for one in (call if isinstance(call, list) else [call])]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _unreadable(f"message {number} is a function_call whose value is no JSON object with name and arguments") from None
+    return {"role": "assistant", "tool_calls": calls, **rest}
+
+
+def _check_calls(calls: Any, *, place: str) -> None:
+    if not isinstance(calls, list):
+        raise _unreadable(f"{place}: its tool_calls are {kind(calls)}, no list")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _unreadable(f"{place}: a tool call has no function with a name")
+
+
+def _text(content: Any, *, place: str) -> str | None:
+    """Content as text: itself, or its text parts, joined; None where there is none."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _unreadable(f"{place}: its content is {kind(content)}, not text")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict):
+            raise _unreadable(f"{place}: its content is a list with {kind(part)} in it; allowed are parts of type text")
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise _unreadable(f"{place}: its content has a part of type {part.get('type')!r}, and only text is supported")
+        texts.append(part["text"])
+    return "".join(texts) if texts else None
+
+
+def _trains(number: int, message: Message) -> bool:
+    """Whether loss lies on a message: on answers, unless weight, train or loss says no."""
+    answer = message["role"] == "assistant"
+    wanted = {name: message[name] for name in _LOSS_KEYS if name in message}
+    for name, value in wanted.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise _unreadable(f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported")
+        if value and not answer:
+            raise _unreadable(f"message {number} ({message['role']}) asks for loss by {name}, and only answers of the assistant get any")
+    if len({bool(value) for value in wanted.values()}) > 1:
+        raise _unreadable(f"message {number} ({message['role']}): {' and '.join(wanted)} contradict each other")
+    return answer and all(wanted.values())
+
+
+def _check_roles(messages: Sequence[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise _unreadable("it has no assistant message, so nothing to learn")
+    if roles[0] == "assistant":
+        raise _unreadable("it begins with the assistant's answer")
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    value = _from_json(value, name="tools")
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _unreadable(f"its field 'tools' is {kind(value)}, no list of objects")
+    return value
+
+
+def _options(value: Any) -> dict[str, Any]:
+    value = _from_json(value, name="chat_template_kwargs")
+    if not value:
+        return {}
+    if not isinstance(value, dict):
+        raise _unreadable(f"its field 'chat_template_kwargs' is {kind(value)}, no object")
+    if own := [name for name in value if name in _TEMPLATE_OWN]:
+        raise _unreadable(f"its field 'chat_template_kwargs' sets {own[0]!r}, which is not for a record to decide")
+    return {name: option for name, option in value.items() if option is not None}
+
+
+def _from_json(value: Any, *, name: str) -> Any:
+    """Columns of Parquet hold nested values as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        raise _unreadable(f"its field {name!r} is text that is not JSON") from None
+
+
+def _content(messages: list[Message], *, tools: Any, options: dict[str, Any]) -> bytes:
+    beside = {**({"tools": tools} if tools else {}), **({"chat_template_kwargs": options} if options else {})}
+    try:
+        return json.dumps({"messages": messages, **beside} if beside else messages, sort_keys=True, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, TypeError, RecursionError) as error:
+        raise _unreadable(f"it holds what no text can ({error})") from None
+
+
+def _unreadable(problem: str) -> Unreadable:
+    return Unreadable(problem, instead="")
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")

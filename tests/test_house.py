@@ -27,7 +27,7 @@ DOORS = {
     "jinja2": ("data/template.py",),
     **dict.fromkeys(TRACKERS, ("trackers/",)),
     "accelerate": ("trackers/", "mesh.py", "evaluate/"),
-    "transformers": ("models/", "data/tokenizer.py", "data/chat.py", "evaluate/"),
+    "transformers": ("models/", "data/tokenizer.py", "data/template.py", "evaluate/"),
     "tokenizers": ("data/tokenizer.py",),
     "datasets": ("data/readers.py",),
     "pyarrow": ("data/readers.py",),

@@ -101,7 +101,7 @@ class Log:
             _log.info(metrics.progress_line(row, total_steps=self.total_steps, eta_s=self.meter.eta_s))
 
     def close(self) -> None:
-        self.trackers.finish()
+        return  # trackers are finished when the last checkpoint is complete, too
 
 
 class Checkpoint:

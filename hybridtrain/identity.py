@@ -121,14 +121,14 @@ def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """section.field -> (before, now), over all sections of a training run."""
+    """section.field -> (before, now) in their public form, over all sections of a training run."""
     result: dict[str, tuple[object, object]] = {}
+    public = compose.plain(before), compose.plain(now)
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(now, section.name)
         for option in dataclasses.fields(old):
-            pair = (getattr(old, option.name), getattr(new, option.name))
-            if not _same(*pair):
-                result[f"{section.name}.{option.name}"] = pair
+            if not _same(getattr(old, option.name), getattr(new, option.name)):
+                result[f"{section.name}.{option.name}"] = (public[0][section.name][option.name], public[1][section.name][option.name])
     return result
 
 

@@ -21,7 +21,7 @@ from hybridtrain import engine as engines
 from hybridtrain import failure, identity, launched, log, machine
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
-from hybridtrain.config import check
+from hybridtrain.config import check, compose
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hybridtrain.loop import Done
     from hybridtrain.rundir import RunDir
     from hybridtrain.stop import Stop
+    from hybridtrain.trackers import Trackers
     from hybridtrain.watchdog import Watchdog
 
 _log = log.get("train")
@@ -117,8 +118,10 @@ def _on_all_ranks(job: Job, *, opened: tuple[RunDir | None, dict[str, str]] | No
     from hybridtrain import mesh
     from hybridtrain.loop import Done
     from hybridtrain.stop import Stop
+    from hybridtrain.trackers import Trackers
     from hybridtrain.watchdog import Watchdog
 
+    trackers = Trackers()
     config, device, done = job.config, mesh.device(), Done(0)
     run_dir, watchdog = opened[0] if opened else None, None
     try:
@@ -133,10 +136,12 @@ def _on_all_ranks(job: Job, *, opened: tuple[RunDir | None, dict[str, str]] | No
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
             engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
-            _train(job, engine=engine, run_dir=run_dir, fingerprints=fingerprints, device=device, began=began, stop=stop, watchdog=watchdog, done=done)
+            world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
+            _train(job, run_dir=run_dir, fingerprints=fingerprints, began=began, **world)
     except BaseException as error:
         if run_dir is not None:
             _record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
+            trackers.finish(failed=True)
         raise
     finally:
         if watchdog:
@@ -177,19 +182,28 @@ def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, b
 
 
 def _train(
-    job: Job, *, engine: Any, run_dir: RunDir, fingerprints: dict[str, str], device: torch.device, began: float, stop: Stop, watchdog: Watchdog, done: Done
+    job: Job,
+    *,
+    engine: Any,
+    run_dir: RunDir,
+    fingerprints: dict[str, str],
+    device: torch.device,
+    began: float,
+    stop: Stop,
+    watchdog: Watchdog,
+    done: Done,
+    trackers: Trackers,
 ) -> None:
     from hybridtrain import hooks, loop, metrics
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
     from hybridtrain.rundir import write_machine
-    from hybridtrain.trackers import Trackers
 
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
-    trackers, hosts = Trackers(), machine.gather(device, group=mesh.control_group)
+    hosts = machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         try:
             save_config(engine.model_config, run_dir.model)
@@ -199,9 +213,7 @@ def _train(
             raise unwritable("run.dir", run_dir.path, error) from error
         write_machine(run_dir.path, hosts)
         run_dir.update_summary(tokens=start.tokens_seen)
-        trackers.start(
-            config.tracker.kinds, project=config.tracker.project, name=config.run.name, folder=run_dir.path / "trackers", config=dataclasses.asdict(config)
-        )
+        trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
         _introduce(job, run_dir=run_dir, engine=engine, start=start)
     share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
     loader = Loader(job.data, **share, seed=config.run.seed)
@@ -226,6 +238,7 @@ def _train(
     end = loop.train(
         engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done
     )
+    trackers.finish(failed=False)
     if log.rank() == 0:
         status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)
         _record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
@@ -259,8 +272,9 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     from hybridtrain import backend
 
     config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
-    name = config.model.name or job.facts.model_type
-    _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", config.model.from_pretrained or "new weights")
+    public = compose.plain(config)
+    name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
+    _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
     _log.info("layout    %s on %d %s process%s, %s", layouts.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
     _log.info(

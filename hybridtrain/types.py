@@ -21,8 +21,11 @@ class UserError(ValueError):
 
 
 def refusal(field: str, value: object, problem: str, *, allowed: str, instead: str) -> UserError:
-    """Build the one form every refusal has: section.field, the value, what is allowed, what to try."""
-    return UserError(f"{field}={value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
+    """Build the one form every refusal has: section.field, the value, what is allowed, what to try.
+
+    A value that came from the environment (config.compose.Interpolated) is shown as the reference that was written: refusals stand in logs.
+    """
+    return UserError(f"{field}={getattr(value, 'source', value) if isinstance(value, str) else value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ TRACK = """
     {before}
     start = time.monotonic()
     tracking = Trackers()
-    tracking.start(sys.argv[2:], project="proj", name="demo", folder=Path(sys.argv[1]), config={"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub_token": os.environ["A_TOKEN"]})
+    config = {"tracker": {"project": "proj"}, "run": {"name": "demo"}, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub": {"token": os.environ["A_TOKEN"]}}
+    tracking.start(sys.argv[2:], config=config, folder=Path(sys.argv[1]), first_step={first_step})
     {setup}
     begin = time.monotonic()
     for step in range(1, 6):
@@ -31,16 +32,17 @@ TRACK = """
         {between}
     tracking.log({"eval_loss": 9.5}, 5)
     logged = time.monotonic() - begin
-    tracking.finish()
+    tracking.finish(failed={failed})
     print(json.dumps({"logged_s": logged, "total_s": time.monotonic() - start}))
 """
 
 
-def track(folder, *kinds, before="pass", setup="pass", between="pass", **env) -> tuple[dict, list[str]]:
+def track(folder, *kinds, before="pass", setup="pass", between="pass", failed=False, first_step=0, **env) -> tuple[dict, list[str]]:
     """Run TRACK; returns its timings and its warnings."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment = clean | {"NETRC": os.devnull, "OMP_NUM_THREADS": "1", "A_TOKEN": "S3CRET"} | env
     script = textwrap.dedent(TRACK).replace("{before}", before).replace("{setup}", setup).replace("{between}", between)
+    script = script.replace("{failed}", str(failed)).replace("{first_step}", str(first_step))
     done = subprocess.run([sys.executable, "-c", script, str(folder), *kinds], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -211,19 +213,66 @@ def test_logged_in(tmp_path, monkeypatch, env, netrc, expected):
     assert kinds.logged_in_to_wandb() is expected
 
 
-def test_public_drops_secrets_and_keeps_the_rest():
+def test_public_hides_secrets_and_keeps_the_rest():
     config = {
         "model": {"config": {"eos_token_id": 2, "tie": True, "rope": {"theta": 1e4}}, "api_key": "x"},
-        "data": {"tokenizer": "train", "source": ["a", "b"], "url": "https://user:pw@host/x", "mirror": "https://host/x"},
+        "data": {"tokenizer": "train", "source": ["a", "b"], "url": "https://user:pw@host/x", "mirror": "https://host/x", "text_key": "text"},
         "train": {"tokens": 5, "note": None},
-        "hub": {"HF_TOKEN": "x", "password": "x", "value": "hf_abcdefghijkl"},
+        "hub": {"HF_TOKEN": "x", "password": "x", "value": "hf_abcdefghijkl", "hub_tokens": ["x", "y"], "apikey": "x", "pw": "x", "auth": {"user": "x"}},
+        "forms": {"a": "Bearer abcdef", "b": "AKIA" + "A" * 16, "c": "eyJhbGciOiJI.eyJzdWIi.x", "list": [{"token": "x", "size": 1}, {"plain": "y"}]},
+        "env": {"token": "${oc.env:TOKEN}", "empty_key": ""},
     }
+    hidden = trackers.HIDDEN
     assert trackers.public(config) == {
         "model.config.eos_token_id": 2,
         "model.config.tie": True,
         "model.config.rope.theta": 1e4,
+        "model.api_key": hidden,
         "data.tokenizer": "train",
         "data.source": '["a", "b"]',
+        "data.url": hidden,
         "data.mirror": "https://host/x",
+        "data.text_key": "text",
         "train.tokens": 5,
+        "hub.HF_TOKEN": hidden,
+        "hub.password": hidden,
+        "hub.value": hidden,
+        "hub.hub_tokens": '["***", "***"]',
+        "hub.apikey": hidden,
+        "hub.pw": hidden,
+        "hub.auth": '{"user": "***"}',
+        "forms.a": hidden,
+        "forms.b": hidden,
+        "forms.c": hidden,
+        "forms.list": '[{"token": "***", "size": 1}, {"plain": "y"}]',
+        "env.token": "${oc.env:TOKEN}",
+        "env.empty_key": "",
     }
+
+
+def test_a_failed_run_is_failed_for_its_trackers_and_keeps_every_line(tmp_path):
+    _, warnings = track(tmp_path, "wandb", failed=True)
+    assert warnings == []
+    records = wandb_records(tmp_path)
+    assert len(wandb_history(records)) == 5
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1]
+
+
+def test_what_a_resume_logs_again_is_once_in_tensorboard(tmp_path):
+    """The second start goes on from step 2; one entry of hyperparameters remains."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = tmp_path / "tensorboard" / "proj" / "demo"
+    track(tmp_path, "tensorboard")
+    entries = sorted(place.glob("*/hparams.yml"))
+    track(
+        tmp_path,
+        "tensorboard",
+        before="trackers.Trackers.log = (lambda log: lambda self, row, step: log(self, row, step) if step > 2 else None)(Trackers.log)",
+        first_step=2,
+    )
+    assert sorted(place.glob("*/hparams.yml")) == entries
+    assert len(entries) == 1
+    assert len(list(place.glob("events.out.tfevents.*"))) == 2
+    steps = [event.step for event in EventAccumulator(str(place)).Reload().Scalars("loss")]
+    assert steps == [1, 2, 3, 4, 5]

@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridtrain import layout as layouts
 from hybridtrain import log
-from hybridtrain.config import schema
+from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
 from hybridtrain.files import unwritable, write_atomically
@@ -46,19 +46,20 @@ def run_several(configs: list[SubmitRoot]) -> int:
     jobs = [mint.checked(training, world_size=world) for training in trainings]
     for resolved in jobs:
         free.check(resolved)
+    names = [compose.plain(training)["run"]["name"] for training in trainings]  # they stand in the queue, which everybody sees
     described = [
-        f"{training.run.name}: {layouts.write(training.parallel, job.layout)} on {world} processes" for training, job in zip(trainings, jobs, strict=True)
+        f"{name}: {layouts.write(training.parallel, job.layout)} on {world} processes" for name, training, job in zip(names, trainings, jobs, strict=True)
     ]
     planned = [Path(config.run.dir).resolve() for config in configs]
-    told: dict[str, Any] = {"name": first.run.name, "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
-    text = script.render(cluster, folder=_folder(planned, name=first.run.name), runs=planned, **told)
+    told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    text = script.render(cluster, folder=_folder(planned, name=names[0]), runs=planned, **told)
     if cluster.dry_run:
         return _show(text, described)
     for line in described:
         _log.info("%s", line)
     _tried(text)
     runs = [mint.mint(job.config).path.resolve() for job in jobs]
-    folder = _folder(runs, name=first.run.name)
+    folder = _folder(runs, name=names[0])
     if runs != planned:  # a directory of another run: this one got the next number
         text = script.render(cluster, folder=folder, runs=runs, **told)
     job = _queued(text, folder=folder, runs=runs)

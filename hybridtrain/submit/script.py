@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hybridtrain.config import keys
+from hybridtrain.config.compose import Interpolated
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.types import refusal
 
@@ -20,6 +21,7 @@ _HARMLESS = re.compile(r"[\w@%+=:,./\[\]()|&*^~-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _OURS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
+_FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)\s*\}")
 _BEGIN = "# --- job ---\n"
 RUNS = "runs.txt"
 """Beside the script of an array: its run directories, one a line."""
@@ -34,8 +36,24 @@ def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, p
     exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, runs=runs)
     for field, value in {**{f"cluster.environment.{key}": value for key, value in exported.items()}, "cluster.modules": " ".join(cluster.modules)}.items():
         _check_letters(field, value)
-    lines += [f"export {key}={shlex.quote(value)}" for key, value in exported.items()]
+    lines += [f"export {key}={_word(key, value)}" for key, value in exported.items()]
     return "\n".join(lines) + "\n" + _BEGIN + body
+
+
+def _word(key: str, value: str) -> str:
+    """A value as the shell takes it. One that comes from a variable of the user's environment, which Slurm hands on, stays that variable."""
+    if not isinstance(value, Interpolated):
+        return shlex.quote(value)
+    found = _FROM_ENVIRONMENT.fullmatch(value.source)
+    if found is None:
+        raise refusal(
+            f"cluster.environment.{key}",
+            value,
+            "its value comes from the environment, which may be a secret, and would stand in the job's script",
+            allowed="text, or one variable: ${oc.env:NAME}",
+            instead=f"cluster.environment={{{key}: '${{oc.env:NAME}}'}}",
+        )
+    return f'"${{{found[1]}:?{found[1]} is not set in the environment of the job}}"'
 
 
 def _check_letters(field: str, value: str) -> None:
@@ -120,4 +138,5 @@ def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_sign
         "HYBRIDTRAIN_MOUNTS": cluster.container_mounts,
     }
     which = {"HYBRIDTRAIN_RUN": str(runs[0])} if len(runs) == 1 else {"HYBRIDTRAIN_RUNS": str(folder / RUNS)}
-    return {**{key: str(value) for key, value in cluster.environment.items()}, **{key: value for key, value in ours.items() if value}, **which}
+    given = {key: value if isinstance(value, str) else str(value) for key, value in cluster.environment.items()}
+    return {**given, **{key: value for key, value in ours.items() if value}, **which}

@@ -17,22 +17,33 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain.trackers.kinds import KINDS
+from hybridtrain.trackers.kinds import KINDS, Kind, Place
 
 _log = logging.getLogger(__name__)
 
 FINISH_S = 30.0  # all trackers together may hold up the end of the run for so long
+FAILED_S = 10.0  # the same after a failure: the launcher ends what is left of the run soon
 
 _NOT_PLOTTED = ("step", "time")  # the x axis, and the trackers have clocks of their own
-_SECRET_NAME = re.compile(r"(^|_)(token|key|password|passwd|passphrase|secret|credentials?)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@|^(hf_|sk-|ghp_|github_pat_)\w{8,}")
+# A second line of defence, for secrets that were typed: what comes through ${oc.env:...} is sent as that reference.
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(tokens?|api[_-]?keys?|(?<!text_)(?<!messages_)keys?|passw(or)?ds?|passphrases?|pwd?|secrets?|credentials?|auth|authorization|bearer|cookies?)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"://[^/\s]*:[^/\s]*@|^(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abprs]-)[\w-]{8,}|^(AKIA|ASIA)[0-9A-Z]{16}$|^eyJ[\w-]{8,}\.[\w-]+\.|^(Bearer|Basic)\s+\S{6,}",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"\$\{[^${}]*\}")
+HIDDEN = "***"
+"""In place of what looks like a secret."""
 
 
 class Trackers:
@@ -41,14 +52,16 @@ class Trackers:
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
 
-    def start(self, kinds: Sequence[str], *, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    def start(self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int) -> None:
         """Open the trackers called `kinds` in the background; their files go to `folder`/<kind>.
 
-        `config` may be nested; it is stored with the run, flat and without what looks like a secret.
+        `config` is the public form of the run's configuration (compose.plain), which gives project and name too; it is stored with the
+        run, flat and without what looks like a secret. `first_step`: steps done before; what was logged after them is out of date.
         """
         if os.environ.get("RANK", "0") != "0" or not kinds:
             return
         values = public(config)
+        project, name = (_called(str(config[section][option]), f"{section}.{option}") for section, option in (("tracker", "project"), ("run", "name")))
         for kind in kinds:
             row, place = KINDS[kind], (folder / kind).resolve()
             try:
@@ -62,7 +75,7 @@ class Trackers:
             except Exception as error:
                 _warn(kind, error)
                 continue
-            self._workers.append(_Worker(kind, row.open, project=project, name=name, folder=place, config=values))
+            self._workers.append(_Worker(kind, row, Place(project=project, name=name, folder=place, first_step=first_step), config=values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Hand the numbers of `values` over to every tracker; returns at once. What is None or not finite is left out."""
@@ -70,35 +83,36 @@ class Trackers:
         for worker in self._workers:
             worker.log(numbers, step)
 
-    def finish(self) -> None:
-        """Write out what was logged; takes FINISH_S at most."""
-        deadline = time.monotonic() + FINISH_S
+    def finish(self, *, failed: bool) -> None:
+        """Write out what was logged, and whether the run failed; takes FINISH_S at most (FAILED_S for one that failed)."""
+        patience = FAILED_S if failed else FINISH_S
+        deadline = time.monotonic() + patience
         for worker in self._workers:
-            worker.close()
+            worker.close(failed=failed)
         for worker in self._workers:
-            worker.join(deadline)
+            worker.join(deadline, patience_s=patience)
         self._workers = []
 
 
 class _Worker:
     """One tracker on its own daemon thread, which ends at the first failure."""
 
-    def __init__(self, kind: str, open_tracker: Callable[..., Any], *, project: str, name: str, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, kind: str, row: Kind, place: Place, *, config: dict[str, Any]) -> None:
         self._kind = kind
-        self._queue: SimpleQueue[tuple[dict[str, Any], int] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[dict[str, Any], int] | bool] = SimpleQueue()
         self._given_up = False
-        self._thread = threading.Thread(target=self._work, args=(open_tracker, project, name, folder, config), name=f"tracker-{kind}", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(row, place, config), name=f"tracker-{kind}", daemon=True)
         self._thread.start()
 
-    def _work(self, open_tracker: Callable[..., Any], project: str, name: str, folder: Path, config: dict[str, Any]) -> None:
+    def _work(self, row: Kind, place: Place, config: dict[str, Any]) -> None:
         try:
-            tracker = open_tracker(project, name=name, folder=folder)
+            tracker = row.open(place)
             tracker.start()
             tracker.store_init_configuration(config)
-            while (row := self._queue.get()) is not None:
-                values, step = row
+            while not isinstance(entry := self._queue.get(), bool):
+                values, step = entry
                 tracker.log(values, step=step)
-            tracker.finish()
+            (row.fail if entry else _finish)(tracker)
         except Exception as error:
             self._give_up(error)
 
@@ -111,13 +125,26 @@ class _Worker:
         if not self._given_up:
             self._queue.put((values, step))
 
-    def close(self) -> None:
-        self._queue.put(None)
+    def close(self, *, failed: bool) -> None:
+        self._queue.put(failed)
 
-    def join(self, deadline: float) -> None:
+    def join(self, deadline: float, *, patience_s: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._give_up(TimeoutError(f"not finished after {FINISH_S:.0f} s"))
+            self._give_up(TimeoutError(f"not finished after {patience_s:.0f} s"))
+
+
+def _finish(tracker: Any) -> None:
+    tracker.finish()
+
+
+def _called(text: str, field: str) -> str:
+    """A project or a run as trackers call it. One that comes from the environment may be a secret: it gets the name of its variable."""
+    if "${" not in text:
+        return text
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-") or "run"
+    _log.warning("%s=%s: trackers call it %s, for what comes from the environment may be a secret; write it out to have it sent", field, text, name)
+    return name
 
 
 def _warn(kind: str, error: Exception) -> None:
@@ -139,21 +166,33 @@ def _accelerate_state() -> None:
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` flat, with dotted keys, without secrets: names ending in token, key, password ..., URLs with a password, known key forms.
+    """`config` flat, with dotted keys; what looks like a secret is HIDDEN: text under names ending in token, key, password ..., URLs with a
+    password, known forms of keys.
 
     Values are bool, int, float or str (other values as JSON), which every tracker can store; None is left out.
 
     >>> public({"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub_token": "abc"})
-    {'optim.lr': 0.1, 'optim.betas': '[0.9, 0.95]'}
+    {'optim.lr': 0.1, 'optim.betas': '[0.9, 0.95]', 'hub_token': '***'}
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if _SECRET_NAME.search(str(key)):
-            continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not _SECRET_NAME.search(str(key)):
             flat |= {f"{key}.{name}": inner for name, inner in public(value).items()}
-        elif isinstance(value, bool | int | float | str):
-            flat[str(key)] = value
-        elif value is not None:
-            flat[str(key)] = json.dumps(value, default=str)
-    return {key: value for key, value in flat.items() if not (isinstance(value, str) and _SECRET_VALUE.search(value))}
+            continue
+        shown = _masked(str(key), value)
+        if isinstance(shown, bool | int | float | str):
+            flat[str(key)] = shown
+        elif shown is not None:
+            flat[str(key)] = json.dumps(shown, default=str)
+    return flat
+
+
+def _masked(key: str, value: Any) -> Any:
+    """`value` with HIDDEN in place of text that is a secret by its own form or by its key; numbers are none."""
+    if isinstance(value, Mapping):
+        return {name: _masked(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(key, item) for item in value]
+    if isinstance(value, str) and value and not _REFERENCE.fullmatch(value) and (_SECRET_NAME.search(key) or _SECRET_VALUE.search(value)):
+        return HIDDEN
+    return value

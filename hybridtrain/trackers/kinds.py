@@ -19,6 +19,18 @@ UPLOAD_S = 20.0  # and run.finish() stops uploading after so long; the data stay
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a run is tracked."""
+
+    project: str
+    name: str
+    folder: Path
+    """The tracker's own, in the run directory."""
+    first_step: int
+    """Steps that were done before this start; 0 for a new run."""
+
+
+@dataclass(frozen=True)
 class Kind:
     """A tracker: `open` makes accelerate's object on the tracker's own thread, in a folder of its own."""
 
@@ -26,20 +38,36 @@ class Kind:
     """What to import before that thread starts."""
     environment: Callable[[Path], dict[str, str]]
     """Variables to set before the import, where the user has not set them."""
-    open: Callable[..., Any]
+    open: Callable[[Place], Any]
+    fail: Callable[[Any], None]
+    """Ends a run that failed; as `finish` where the tracker has no word for it."""
 
 
 def _nothing(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are told by arguments
     return {}
 
 
-def _tensorboard(project: str, *, name: str, folder: Path) -> Any:
+def _finished(tracker: Any) -> None:
+    tracker.finish()
+
+
+def _tensorboard(place: Place) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
-    return TensorBoardTracker(f"{project}/{name}", folder)
+    class OneRun(TensorBoardTracker):
+        """Every start makes a session of hyperparameters, which TensorBoard lists as a run: the first start's is enough."""
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            if not list(Path(self.logging_dir).glob("*/hparams.yml")):
+                super().store_init_configuration(values)
+
+    name = "/".join(part for part in f"{place.project}/{place.name}".split("/") if part not in ("", ".", ".."))
+    # What an earlier start logged after the checkpoint is logged again: TensorBoard leaves it out from this step on.
+    return OneRun(name, place.folder, purge_step=place.first_step + 1)
 
 
-def _wandb(project: str, *, name: str, folder: Path) -> Any:
+def _wandb(place: Place) -> Any:
+    project, name, folder = place.project, place.name, place.folder
     import wandb
     from accelerate.tracking import WandBTracker
 
@@ -66,7 +94,8 @@ def logged_in_to_wandb() -> bool:
         return False
 
 
-def _mlflow(project: str, *, name: str, folder: Path) -> Any:
+def _mlflow(place: Place) -> Any:
+    project, name, folder = place.project, place.name, place.folder
     from accelerate.tracking import MLflowTracker
 
     # Every start is an MLflow run of its own: MLflow refuses to change a parameter, and a resume may change the layout.
@@ -74,25 +103,42 @@ def _mlflow(project: str, *, name: str, folder: Path) -> Any:
     return MLflowTracker(project, logging_dir=None if remote else str(folder / "artifacts"), run_name=name)
 
 
+def _wandb_failed(tracker: Any) -> None:
+    tracker.run.finish(exit_code=1)
+
+
+def _mlflow_failed(tracker: Any) -> None:  # noqa: ARG001 - MLflow knows its run
+    import mlflow
+
+    mlflow.end_run(status="FAILED")
+
+
+def _clearml_failed(tracker: Any) -> None:
+    tracker.task.mark_failed()
+    tracker.finish()
+
+
 def _mlflow_environment(folder: Path) -> dict[str, str]:
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # of seven and 120 s
     return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true", **patience}
 
 
-def _trackio(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - the folder is told by the environment
+def _trackio(place: Place) -> Any:
     from accelerate.tracking import TrackioTracker
 
-    return TrackioTracker(project, name=name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    return TrackioTracker(place.project, name=place.name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
 
-def _dvclive(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - DVCLive has a folder instead of a project
+def _dvclive(place: Place) -> Any:
     from accelerate.tracking import DVCLiveTracker
 
     # Without `resume` it would empty the folder; dvc.yaml would otherwise lie in the working directory.
+    folder, name = place.folder, place.name  # a folder instead of a project
     return DVCLiveTracker(dir=str(folder), resume=(folder / "metrics.json").exists(), save_dvc_exp=False, dvcyaml=str(folder / "dvc.yaml"), exp_name=name)
 
 
-def _swanlab(project: str, *, name: str, folder: Path) -> Any:
+def _swanlab(place: Place) -> Any:
+    project, name, folder = place.project, place.name, place.folder
     import swanlab
     from accelerate.tracking import SwanLabTracker
 
@@ -103,7 +149,8 @@ def _swanlab(project: str, *, name: str, folder: Path) -> Any:
     return SwanLabTracker(project, name=name, log_dir=str(folder), mode=mode, settings=settings)
 
 
-def _comet_ml(project: str, *, name: str, folder: Path) -> Any:
+def _comet_ml(place: Place) -> Any:
+    project, name, folder = place.project, place.name, place.folder
     import comet_ml
     from accelerate.tracking import CometMLTracker
 
@@ -113,7 +160,7 @@ def _comet_ml(project: str, *, name: str, folder: Path) -> Any:
     return CometMLTracker(project, online=online, experiment_config=config)
 
 
-def _clearml(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 - the folder is told by the environment
+def _clearml(place: Place) -> Any:
     from accelerate.tracking import ClearMLTracker
     from clearml import Task
 
@@ -122,16 +169,16 @@ def _clearml(project: str, *, name: str, folder: Path) -> Any:  # noqa: ARG001 -
     # Numbers and options only: no patched frameworks, no console, and not the uncommitted changes of the checkout.
     patched = ("matplotlib", "tensorflow", "tensorboard", "pytorch", "scikit", "joblib", "hydra", "detect_repository")
     quiet = {"auto_connect_frameworks": dict.fromkeys(patched, False), "auto_connect_arg_parser": False, "auto_connect_streams": False}
-    return ClearMLTracker(name, project_name=project, task_name=name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
+    return ClearMLTracker(place.name, project_name=place.project, task_name=place.name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
 
 
 KINDS: dict[str, Kind] = {
-    "tensorboard": Kind(("torch.utils.tensorboard",), _nothing, _tensorboard),
-    "wandb": Kind(("wandb",), _nothing, _wandb),
-    "mlflow": Kind(("mlflow",), _mlflow_environment, _mlflow),
-    "trackio": Kind(("trackio",), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio),
-    "dvclive": Kind(("dvclive", "dvclive.plots"), _nothing, _dvclive),
-    "swanlab": Kind(("swanlab",), _nothing, _swanlab),
-    "comet_ml": Kind(("comet_ml",), _nothing, _comet_ml),
-    "clearml": Kind(("clearml",), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml),
+    "tensorboard": Kind(("torch.utils.tensorboard",), _nothing, _tensorboard, _finished),
+    "wandb": Kind(("wandb",), _nothing, _wandb, _wandb_failed),
+    "mlflow": Kind(("mlflow",), _mlflow_environment, _mlflow, _mlflow_failed),
+    "trackio": Kind(("trackio",), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finished),
+    "dvclive": Kind(("dvclive", "dvclive.plots"), _nothing, _dvclive, _finished),
+    "swanlab": Kind(("swanlab",), _nothing, _swanlab, _finished),
+    "comet_ml": Kind(("comet_ml",), _nothing, _comet_ml, _finished),
+    "clearml": Kind(("clearml",), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml, _clearml_failed),
 }

@@ -110,7 +110,7 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
     runs = [write(tmp_path / "runs" / name, [row(1), row(2)], summary={"status": "finished"}, config=config) for name in ("a", "b")]
     for run in runs:
         text = (run / "config.yaml").read_text()
-        (run / "config.yaml").write_text(text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace("project: hybridtrain", "project: '${run[name]}'"))
+        (run / "config.yaml").write_text(text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace("project: hybridtrain", "project: '${run.name}'"))
         (run / "logs").mkdir()
         (run / "logs/rank-0.log").write_text("line\n")
     assert main(["report", str(runs[0])]) == 0
@@ -123,9 +123,6 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
         assert SECRET not in path.name
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert "${oc.env:READERS_KEY}" in (runs[0] / "report/index.html").read_text()
-    monkeypatch.delenv("READERS_KEY")
-    assert main(["report", str(runs[0])]) == 0
-    assert "<h1>${oc.env:READERS_KEY}</h1>" in (runs[0] / "report/index.html").read_text(), "it is read where the variable is not set"
 
 
 def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

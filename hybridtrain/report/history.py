@@ -125,6 +125,7 @@ def read(folder: Path) -> History:
     """Read a run directory; a last line that is still being written is left out. Raises UserError if nothing in it tells of a run."""
     require_run(folder, command="report")
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
+    called = compose.plain(config)["run"]["name"] if config else ""
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
     unread = {name: count for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items() if count}
@@ -132,7 +133,7 @@ def read(folder: Path) -> History:
         unread["summary.json"] = 1
     return History(
         folder=folder,
-        name=one_line(config.run.name if config and config.run.name not in ("", compose.NAMELESS) else folder.resolve().name),
+        name=one_line(called if called not in ("", compose.NAMELESS) else folder.resolve().name),
         columns=columns,
         summary=summary,
         events=events,

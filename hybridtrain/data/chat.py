@@ -210,6 +210,15 @@ class _View:
         return self.changes(own, lambda place, message: _without(message, "tool_calls") if place == number else message, tools=True)
 
 
+def _dropping(key: str) -> Callable[[int, Message], Message]:
+    return lambda _, message: _without(message, key)
+
+
+def _probed(number: int) -> Callable[[int, Message], Message]:
+    """Adds to the content of one message what no text has."""
+    return lambda place, message: {**message, "content": message["content"] + _PROBE} if place == number else message
+
+
 def _without(message: Message, key: str) -> Message:
     return {name: value for name, value in message.items() if name != key}
 
@@ -228,7 +237,7 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
     notes += [f"records whose chat_template_kwargs {name!r} the template does not know" for name in conversation.options if name not in template.source]
     keys = {key for message in conversation.messages for key in message} - {"role", "content", *_HARMLESS}
     for key in sorted(keys):
-        if not view.changes(samples, lambda _, message, key=key: _without(message, key), tools=True):  # type: ignore[misc]
+        if not view.changes(samples, _dropping(key), tools=True):
             notes.append(f"records whose messages have {key!r}, which the template does not render")
     notes += sorted({f"records with a message of {role!r} that the template does not render" for role in _unseen(view, samples)})
     notes += _of_answers(view, samples)
@@ -244,11 +253,7 @@ def _unseen(view: _View, samples: list[_Sample]) -> Iterator[str]:
         showing = [sample for sample in samples if sample.messages > number]
         if message["role"] == "assistant" or not content or any(content in sample.text for sample in showing):
             continue
-
-        def probe(place: int, other: Message, number: int = number) -> Message:
-            return {**other, "content": other["content"] + _PROBE} if place == number else other
-
-        if not view.changes(showing, probe, tools=True):
+        if not view.changes(showing, _probed(number), tools=True):
             yield message["role"]
 
 

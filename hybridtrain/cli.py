@@ -38,7 +38,7 @@ def _help() -> str:
         lines.append(f"  {name + (' RUN' if name in TAKES_RUN else ''):<14}{does}")
     lines += [
         "",
-        "In several processes:  torchrun --standalone --nproc-per-node N -m hybridtrain.train [key=value ...]",
+        "In several processes:  hybridtrain train --nproc N [key=value ...]   (or torchrun, srun, accelerate, deepspeed: -m hybridtrain.train)",
         "Options of a command:  hybridtrain <command> --help",
         "Its composed config:   hybridtrain <command> [key=value ...] --cfg job",
     ]

@@ -7,14 +7,15 @@ The functions are named by strings and imported last: a mistake is answered befo
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from hybridtrain import launched, log
-from hybridtrain.types import UserError, refusal
+from hybridtrain import launched, log, spawn
+from hybridtrain.types import Answered, OnThisRank, UserError, refusal
 
 if TYPE_CHECKING:
     from hybridtrain.config import schema
@@ -38,27 +39,58 @@ LISTS = ("runs", "logs", "report")
 """Commands that print for a reader, who may have had enough."""
 SPEAK_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
+AFTER_RANK_0_S = 1.0
+"""The same, where rank 0 is known to be about to speak."""
+SEVERAL = ("train", "bench")
+"""Commands that run in several processes."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def run_command(command: str, argv: list[str]) -> int:
     """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for what the user can put right, said by rank 0."""
     running = False
-    launched.adopt_srun()
     try:
-        config = _configured(command, launched.arguments(argv))
+        if (refused := _misplaced(command)) is not None:
+            return refused
+        processes, argv = _take_nproc(command, launched.arguments(argv))
+        config = _configured(command, argv)
         if isinstance(config, int):
             return config
+        if processes:
+            return spawn.start(COMMANDS[command][0], argv, processes=_count(processes, config))
         running = True
         log.setup(None)
         module, function, _ = COMMANDS[command]
         return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
-        return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running)
+        return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running, at_once=isinstance(error, OnThisRank))
     except BrokenPipeError:
         if command not in LISTS:
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more (`| head`); what is left in the buffer goes nowhere
         return 0
+    except Answered as answered:
+        time.sleep(AFTER_RANK_0_S)
+        return answered.code
+    except KeyboardInterrupt:
+        if log.rank() == 0:
+            print(f"hybridtrain {command}: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _misplaced(command: str) -> int | None:
+    """The exit code where the directory or the launcher's variables do not do, which each process says for itself; None: they do."""
+    try:
+        launched.check_directory()
+        launched.adopt_srun()
+        if command in SEVERAL:
+            launched.check()
+            launched.deadline()
+            launched.end_with_launcher()
+    except UserError as error:
+        return _answer(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
+    return None
 
 
 def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Config] | int:
@@ -88,13 +120,15 @@ def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Co
     return config
 
 
-def _answer(text: str, *, known_everywhere: bool) -> int:
+def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
     """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
+    launched.tell_launcher(text)
     if log.rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return 2
-    time.sleep(SPEAK_FIRST_S)
-    if not known_everywhere:
+    if not at_once:
+        time.sleep(SPEAK_FIRST_S)
+    if at_once or not known_everywhere:
         print(f"[rank {log.rank()}] {text}", file=sys.stderr, flush=True)
     return 2
 
@@ -128,6 +162,40 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
+    """What `--nproc` says (empty: it is not there), and the rest; a sweep keeps it for each of its runs."""
+    for index, text in enumerate(argv):
+        flag, _, value = text.partition("=")
+        if flag != "--nproc":
+            continue
+        rest = argv[:index] + argv[index + (1 if value else 2) :]
+        value = value or (argv[index + 1] if index + 1 < len(argv) else "")
+        allowed = "a number from 1 on, or auto: as many as the layout takes"
+        if command not in SEVERAL:
+            raise refusal("--nproc", value, f"{command} runs in one process", allowed=f"--nproc with {', '.join(SEVERAL)}", instead=f"hybridtrain {command}")
+        if value != "auto" and not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65536):
+            raise refusal("--nproc", value or "(nothing)", "not a number of processes", allowed=allowed, instead="--nproc 2")
+        if launched.several():
+            problem = f"this is rank {log.rank()} of a launcher already"
+            raise refusal("--nproc", value, problem, allowed="one launcher", instead="either --nproc, or torchrun and its like")
+        if any(flag in rest for flag in ("-m", "--multirun")):
+            return "", ["--nproc", value, *rest]
+        return value, rest
+    return "", argv
+
+
+def _count(given: str, config: schema.Config | list[schema.Config]) -> int:
+    """Processes that `--nproc` asks for; auto: what the layout's degrees multiply to, or a whole number of times that as GPUs allow."""
+    if given != "auto":
+        return int(given)
+    assert not isinstance(config, list)
+    degrees = [getattr(config.parallel, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
+    fixed = math.prod(degree for degree in degrees if degree > 0)
+    if all(degree > 0 for degree in degrees):
+        return fixed
+    return max(1, spawn.gpus() // fixed) * fixed
+
+
 def _take_cfg(argv: list[str]) -> tuple[bool, list[str]]:
     """Whether `--cfg job` (or `-c job`) is there, and the rest."""
     for index, text in enumerate(argv):
@@ -153,13 +221,14 @@ def _multirun(command: str, argv: list[str]) -> int:
     from hybridtrain.config import check
     from hybridtrain.config.compose import compose, sweep
 
+    flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
     codes = []
     jobs = sweep(command, argv)
     configs = [compose(command, job) for job in jobs] if command == "train" else []
     check.own_folders(configs)
     for number, job in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {' '.join(job)}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *job], check=False).returncode)
+        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *flags, *job], check=False).returncode)
     if len(configs) > 1 and not any(codes):
         runs = [config.run.dir for config in configs]
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)

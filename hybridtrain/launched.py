@@ -1,15 +1,41 @@
-"""How this process was launched, and how it leaves. torchrun, accelerate and deepspeed set the standard rank variables; plain srun
-has its own.
+"""How this process was launched: its rank variables, the launcher it belongs to, and how it leaves.
+
+torchrun, accelerate and deepspeed set the standard rank variables; plain srun has its own, which are translated. Everything here is
+read before torch is imported, so that a mistake is answered at once.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import json
+import logging
+import math
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import NoReturn
+
+from hybridtrain.types import refusal
+
+_log = logging.getLogger("hybridtrain.launched")
+DEADLINE = "HYBRIDTRAIN_DEADLINE"
+"""Environment variable: when the job's time ends, in seconds since 1970."""
+JOB = "HYBRIDTRAIN_JOB"
+"""Environment variable: a name of this start, the same in all of its processes; `hybridtrain train --nproc` sets it."""
+LISTENING = "HYBRIDTRAIN_LISTENING"
+"""Environment variable of rank 0: the open descriptor of MASTER_PORT, from `hybridtrain train --nproc`."""
+_ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_HOLD_ON_S = 0.5
+"""Seconds between two looks at the launcher."""
+_LAUNCHER = re.compile(r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain")
+_GENERATIONS = 5
+"""How far above a rank its launcher is looked for: a script that sets up a rank may stand between them."""
 
 
 def arguments(argv: list[str]) -> list[str]:
@@ -17,26 +43,214 @@ def arguments(argv: list[str]) -> list[str]:
     return [text for text in argv if not (text.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
 
 
+# -- the environment -----------------------------------------------------------------------------------------------
+
+
+def check_directory() -> None:
+    """Refuse a working directory that has been removed; raises UserError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        where = os.environ.get("PWD", "(unknown)")
+        raise refusal("working directory", where, "it has been removed", allowed="a folder that exists", instead="cd to another folder") from error
+
+
 def adopt_srun() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where srun alone started several processes, and nobody else did."""
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where srun alone started several processes, and nobody else did.
+
+    Raises UserError for an environment that is not what srun sets.
+    """
     env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+    if "RANK" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") in ("", "1"):
         return
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
+        if not env.get(name, "").isdecimal():
+            missing = "it is not set" if name not in env else "it is not a number"
+            raise refusal(name, env.get(name, ""), f"{missing}, though srun sets it", allowed="what srun sets", instead="srun, torchrun, or unset SLURM_PROCID")
     env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_STEP_NUM_TASKS"]
     if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _address(env["SLURM_STEP_NODELIST"])
+        env["MASTER_ADDR"] = _address(env.get("SLURM_STEP_NODELIST", ""))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
 
 
 def _address(nodes: str) -> str:
     """Of the first of Slurm's nodes: what Slurm reaches it by, for its name need not resolve."""
-    first = _said("scontrol", "show", "hostnames", nodes).split()[0]
-    words = _said("scontrol", "-o", "show", "node", first).split()
-    return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), first)
+    first = _output("scontrol", "show", "hostnames", nodes).split()
+    if not first:
+        raise refusal("SLURM_STEP_NODELIST", nodes, "Slurm knows no node by it", allowed="what srun sets", instead="MASTER_ADDR=ADDRESS of the first node")
+    words = _output("scontrol", "-o", "show", "node", first[0]).split()
+    return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), first[0])
 
 
-def _said(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        problem = f"`{' '.join(command)}`, which tells where ranks meet, failed: {words[0] if words else type(error).__name__}"
+        raise refusal("MASTER_ADDR", "(not set)", problem, allowed="an address of the first node", instead="export MASTER_ADDR=ADDRESS before srun") from error
+
+
+def check() -> None:
+    """Refuse rank variables that are incomplete or make no sense, all of them together, and a network card that is not there; raises UserError."""
+    env = os.environ
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [name for name in _ADDRESS if name not in env]
+        wrong = _wrong()
+        if missing or wrong:
+            present = " ".join(f"{name}={env[name]!r}" if not env[name] else f"{name}={env[name]}" for name in (*_ADDRESS, "LOCAL_RANK") if name in env)
+            name = next(iter(wrong), next(name for name in _ADDRESS if name in env))
+            problem = [f"set are {present}"]
+            problem += [f"missing {'are' if missing[1:] else 'is'} {', '.join(missing)}"] if missing else []
+            problem += [f"{key} {why}" for key, why in wrong.items()]
+            several = f"hybridtrain train --nproc {env.get('WORLD_SIZE') if env.get('WORLD_SIZE', '').strip('0').isdecimal() else 'N'} ..., or torchrun"
+            allowed = f"all of {', '.join(_ADDRESS)}, as a launcher sets them, or none"
+            raise refusal(name, env[name], "; ".join(problem), allowed=allowed, instead=f"unset {' '.join(_ADDRESS)} LOCAL_RANK; several processes: {several}")
+    _check_card()
+
+
+def _wrong() -> dict[str, str]:
+    """Rank variable -> what is wrong with its value."""
+    env, wrong = os.environ, {}
+    for name, least, most in (("RANK", 0, 1 << 31), ("WORLD_SIZE", 1, 1 << 31), ("LOCAL_RANK", 0, 1 << 31), ("MASTER_PORT", 1, 65535)):
+        if name in env and not (env[name].isascii() and env[name].isdecimal() and least <= int(env[name][:12]) <= most):
+            wrong[name] = f"is no whole number from {least}{f' to {most}' if most == 65535 else ' on'}"
+    if env.get("MASTER_ADDR", "x").strip() == "":
+        wrong["MASTER_ADDR"] = "is empty"
+    if not wrong and "RANK" in env and "WORLD_SIZE" in env and int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        wrong["RANK"] = f"is not below WORLD_SIZE={env['WORLD_SIZE']}"
+    return wrong
+
+
+def _check_card() -> None:
+    given = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    cards = [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in given.split(",") if name and name not in cards]
+    if unknown:
+        problem = f"this machine has no network card {', '.join(unknown)}"
+        raise refusal("GLOO_SOCKET_IFNAME", given, problem, allowed=", ".join(cards), instead="unset GLOO_SOCKET_IFNAME")
+
+
+def deadline() -> float:
+    """When the job's time ends, in seconds since 1970; infinite where nobody says. Raises UserError for what is no time to come."""
+    given = os.environ.get(DEADLINE, "").strip()
+    if not given:
+        return math.inf
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    now = time.time()
+    if math.isnan(value) or value <= now:
+        problem = "it is not a time in seconds since 1970" if math.isnan(value) else f"it was {_duration(now - value)} ago: the run would end after each step"
+        raise refusal(DEADLINE, given, problem, allowed="a time to come, in seconds since 1970", instead=f"unset {DEADLINE}")
+    return value
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def several() -> bool:
+    """Whether a launcher started this process, as one of several or as if it were."""
+    return "RANK" in os.environ
+
+
+def job() -> str:
+    """What the launcher calls this start, the same in all of its processes; empty where nothing tells one start from another."""
+    env = os.environ
+    if env.get(JOB):
+        return env[JOB]
+    if env.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none"):  # torchrun's default without a rendezvous id is the word none
+        return f"torchrun {env['TORCHELASTIC_RUN_ID']}"
+    slurm = env.get("SLURM_JOB_ID_HET_GROUP_0") or env.get("SLURM_JOB_ID")
+    return f"Slurm job {slurm}" if slurm else ""
+
+
+def attempt() -> str:
+    """Which of the launcher's attempts this is: a store that outlives a restart still holds what the last one wrote."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+
+
+def store_of_launcher() -> bool:
+    """Whether the launcher holds the store through which ranks meet; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+# -- the launcher ---------------------------------------------------------------------------------------------------
+
+
+def end_with_launcher() -> None:
+    """From here on this rank ends when its launcher is gone. Processes that no launcher started go on by themselves.
+
+    A launcher that is killed cannot end its ranks. Without it nobody would, and the same command would meet them in the run's directory.
+    """
+    launcher = _launcher()
+    if launcher is not None:
+        threading.Thread(target=_watch, args=(launcher, _started(launcher)), name="launcher", daemon=True).start()
+
+
+def _launcher() -> int | None:
+    """The process that started this rank; None where there is none, or where only variables of one are left over."""
+    env, parent = os.environ, os.getppid()
+    if "RANK" not in env:
+        return None
+    if not ({"TORCHELASTIC_RUN_ID", JOB, "SLURM_PROCID", "CROSS_RANK"} & set(env)):
+        return None
+    if not Path("/proc/self/stat").exists():
+        return parent
+    process = parent
+    for _ in range(_GENERATIONS):
+        if process <= 0:
+            break
+        if _LAUNCHER.search(_command_line(process)):
+            return process
+        process = _parent(process)
+    return parent if "python" in _command_line(parent).partition(" ")[0] else None  # a program that uses torch's launcher as a library
+
+
+def _command_line(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty for a process that is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return []
+
+
+def _parent(process: int) -> int:
+    fields = _stat(process)
+    return int(fields[1]) if fields else 0
+
+
+def _started(process: int) -> str:
+    """When a process started, in the kernel's ticks, which tells it from a later one of the same number; empty: it is gone."""
+    fields = _stat(process)
+    return fields[19] if fields and fields[0] not in "ZX" else ""
+
+
+def _watch(launcher: int, started: str) -> None:
+    direct = os.getppid() == launcher
+    while os.getppid() == launcher if direct else _started(launcher) == started:
+        time.sleep(_HOLD_ON_S)
+    late = threading.Timer(2.0, os._exit, (1,))  # the line below may wait for whoever reads it
+    late.daemon = True
+    late.start()
+    _log.error("the launcher (process %d) is gone: this rank ends", launcher)
+    os._exit(1)
+
+
+def tell_launcher(text: str) -> None:
+    """Leave the reason of this process's end where torchrun looks for it, so that its own last lines show it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and not Path(file).exists():
+        now = str(int(time.time()))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": now}}}))
 
 
 def leave(code: int) -> NoReturn:

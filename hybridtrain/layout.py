@@ -99,7 +99,7 @@ def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayo
             named or "single",
             f"these degrees take {'a multiple of ' if open_axes else ''}{fixed} processes, but {world_size} were started",
             allowed=f"degrees whose product is {world_size}",
-            instead=f"torchrun --nproc-per-node {fixed}, or other degrees",
+            instead=f"hybridtrain train --nproc {fixed} ..., torchrun --nproc-per-node {fixed}, or other degrees",
         )
     if open_axes:
         degrees[open_axes[0]] = world_size // fixed

@@ -19,7 +19,8 @@ CHATTY = ("transformers", "torch", "accelerate", "huggingface_hub", "py.warnings
 
 def rank() -> int:
     """This process's rank as the launcher (torchrun, Slurm through our script) tells it; 0 without one."""
-    return int(os.environ.get("RANK") or 0)
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isascii() and given.isdecimal() else 0  # `launched.check` has refused what is no number
 
 
 def get(name: str) -> logging.Logger:

@@ -5,7 +5,10 @@ Every axis of the layout is a dimension of one DeviceMesh, also those of degree 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,30 +16,62 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from hybridtrain import launched, log, meeting, network
+from hybridtrain.types import Answered, UserError
+
 if TYPE_CHECKING:
     from hybridtrain.layout import ParallelLayout
 
 
 def device() -> torch.device:
-    """This rank's GPU where there is one, else the CPU."""
+    """This rank's GPU where there is one, else the CPU. Where each process sees one GPU only, that one is its own."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or 0)
+        return torch.device("cuda", local % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def connect(device: torch.device, *, timeout_s: int) -> None:
-    """Join the process group that torchrun describes, or make one of a single process. CPU collectives always work."""
+    """Join the process group that the launcher describes, or make one of a single process. CPU collectives always work.
+
+    Raises UserError for processes that cannot meet or whose network does not carry a sum, Answered on ranks that have nothing to add.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connections are made when they are used: a group of N ranks is not N x N sockets
+    _allow_files()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device  # NCCL connects once, now, and splits that communicator into those of the mesh
-    if "RANK" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **options)
+    if not launched.several():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        return
+    met = meeting.meet(gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "", timeout_s=timeout_s)
+    if met.hosts > 1:
+        network.choose_card(met.address)
+    rank, world_size = log.rank(), int(os.environ["WORLD_SIZE"])
+    try:
+        dist.init_process_group(backend, store=met.store, rank=rank, world_size=world_size, **options)
+        total = torch.tensor(rank)
+        dist.all_reduce(total)
+        assert int(total) == world_size * (world_size - 1) // 2, f"a sum over ranks gave {int(total)}"
+    except RuntimeError as error:
+        raise network.unfit(error) from error
+    if rank == 0:
+        met.clear()
+
+
+def _allow_files() -> None:
+    """Raise the number of files and sockets that this process may hold to what the system allows."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def disconnect() -> None:
@@ -111,3 +146,30 @@ def from_rank0(value: Any, *, group: dist.ProcessGroup | None) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
+
+
+def on_rank0(call: Callable[[], Any], *, group: dist.ProcessGroup | None) -> Any:
+    """What `call` returns on rank 0, on every rank. What it raises is raised on rank 0; the others leave without words (Answered)."""
+    outcome: tuple[Any, int | None] = (None, None)
+    raised: BaseException | None = None
+    if log.rank() == 0:
+        try:
+            outcome = (call(), None)
+        except BaseException as error:  # the others must not wait for it
+            raised = error
+            outcome = (None, error.code if isinstance(error, Answered) else 2 if isinstance(error, UserError) else 1)
+    value, code = from_rank0(outcome, group=group)
+    if raised is not None:
+        raise raised
+    if code is not None:
+        raise Answered(code)
+    return value
+
+
+def gathered(value: Any, *, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's value, on rank 0; empty on the others (collective, objects)."""
+    if not dist.is_initialized():
+        return [value]
+    world: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(value, world, dst=0, group=group)
+    return world or []

@@ -228,6 +228,7 @@ def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, serve
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # complete, as a launcher's are; they meet through a file
         message = _call(rank, job, folder)
         code = 0 if message[0] == "ok" else 1
         connection.send_bytes(pickle.dumps(message))

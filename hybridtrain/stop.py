@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEADLINE = "HYBRIDTRAIN_DEADLINE"
-"""Environment variable: when the job's time ends, in seconds since 1970."""
+from hybridtrain import launched
+
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
 _TIME_IS_UP = 1000  # above every signal number
@@ -32,7 +32,7 @@ class Stop:
 
     def __init__(self, signals: list[str], *, before_s: float):
         self.numbers = [getattr(signal, f"SIG{name}") for name in signals]
-        self.deadline = float(os.environ.get(DEADLINE) or "inf") - before_s
+        self.deadline = launched.deadline() - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
         self.status = ""

@@ -1,5 +1,6 @@
 """The door of training: checked config -> layout -> run directory -> engine -> loop.
 
+    hybridtrain train --nproc N experiment=... key=value ...
     torchrun --standalone --nproc-per-node N -m hybridtrain.train experiment=... key=value ...
 
 Everything that can be refused without torch and without the other processes is refused in `resolve`.
@@ -96,37 +97,42 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     job = resolve(config)
+    run_dir = None
+    if not launched.several():  # a process alone: refused before torch is imported
+        run_dir = _opened(job)
+        if run_dir is None:
+            return 0
+    return _on_all_ranks(job, run_dir=run_dir, began=began)
+
+
+def _opened(job: Job) -> RunDir | None:
+    """Rank 0: what only it looks at, and then the run directory; None: nothing is left to do."""
+    from hybridtrain import resume
+
     config = job.config
-    if log.rank() == 0 and config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
+    if config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
         from hybridtrain.models.build import check as check_model
 
         check_model(config)  # a new run: what transformers refuses leaves no folder behind
-    opened = None
-    if log.rank() == 0:  # what is refused here is said before processes meet; the launcher ends the other ranks
-        from hybridtrain import resume
-
-        opened = (resume.open_run(job), job.fingerprints)
-        if opened[0] is None and job.layout.world_size == 1:
-            return 0
-    return _on_all_ranks(job, opened=opened, began=began)
+    return resume.open_run(job)
 
 
-def _on_all_ranks(job: Job, *, opened: tuple[RunDir | None, dict[str, str]] | None, began: float) -> int:
-    """Meet, train, and note how it ended. `opened`: on rank 0, the run directory (None: nothing is left to do) and the fingerprints."""
+def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
+    """Meet, agree, train, and note how it ended. `run_dir`: of a process alone; else rank 0 opens it once all are there."""
     import torch
 
-    from hybridtrain import mesh
+    from hybridtrain import agreement, mesh
     from hybridtrain.loop import Done
     from hybridtrain.stop import Stop
     from hybridtrain.trackers import Trackers
     from hybridtrain.watchdog import Watchdog
 
-    trackers = Trackers()
-    config, device, done = job.config, mesh.device(), Done(0)
-    run_dir, watchdog = opened[0] if opened else None, None
+    config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
     try:
         mesh.connect(device, timeout_s=config.engine.timeout_s)
-        run_dir, fingerprints = mesh.from_rank0(opened, group=None)
+        agreement.agree(config, fingerprints=job.fingerprints)
+        if run_dir is None:
+            run_dir = mesh.on_rank0(lambda: _opened(job), group=None)  # a start that does not come about leaves no trace
         if run_dir is None:
             mesh.disconnect()
             return 0
@@ -137,7 +143,7 @@ def _on_all_ranks(job: Job, *, opened: tuple[RunDir | None, dict[str, str]] | No
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
             engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
             world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
-            _train(job, run_dir=run_dir, fingerprints=fingerprints, began=began, **world)
+            _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, **world)
     except BaseException as error:
         if run_dir is not None:
             _record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)

@@ -20,6 +20,18 @@ class UserError(ValueError):
     """Something the user can put right. Printed once, by rank 0, without a traceback."""
 
 
+class OnThisRank(UserError):
+    """A mistake that this rank alone can know of, and so prints whatever its number."""
+
+
+class Answered(Exception):
+    """Another rank has said why the run ends: this one leaves without words, with the exit code `code`."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 def refusal(field: str, value: object, problem: str, *, allowed: str, instead: str) -> UserError:
     """Build the one form every refusal has: section.field, the value, what is allowed, what to try.
 

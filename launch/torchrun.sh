@@ -11,10 +11,9 @@ processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_S:-600}
-if [ "${NNODES:-1}" -gt 1 ]; then
-  : "${MASTER_ADDR:?the address of the machine with NODE_RANK=0}" "${NODE_RANK:?this machine, from 0 to NNODES - 1}"
-  where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-else
-  where=(--standalone)
+if [ "${NNODES:-1}" -eq 1 ]; then # ends with what the trainer says, without torchrun's report
+  exec hybridtrain train --nproc "$processes" "$@"
 fi
-exec torchrun "${where[@]}" --nproc-per-node "$processes" -m hybridtrain.train "$@"
+: "${MASTER_ADDR:?the address of the machine with NODE_RANK=0}" "${NODE_RANK:?this machine, from 0 to NNODES - 1}"
+exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" \
+  --nproc-per-node "$processes" -m hybridtrain.train "$@"

@@ -66,7 +66,7 @@ class Ended:
 def on_this_rank(argv: list[str]) -> Ended:
     """`hybridtrain train` in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        command.SPEAK_FIRST_S = 0.2  # there is no launcher that would end the other ranks
+        command.SPEAK_FIRST_S = command.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
         code = command.run_command("train", argv)
     return Ended(code, out.getvalue(), err.getvalue())
 

@@ -26,10 +26,14 @@ import contextlib, io, json, sys, time
 began = time.monotonic()
 from hybridtrain import command
 command.SPEAK_FIRST_S = 0.0
-answers = {}
+import os
+answers, rank = {}, os.environ["RANK"]
 for name, world_size, argv in json.load(sys.stdin):
-    import os
-    os.environ["WORLD_SIZE"] = str(world_size)
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if world_size == 1:
+            os.environ.pop(key, None)  # one process needs no launcher
+    if world_size > 1:
+        os.environ.update(WORLD_SIZE=str(world_size), RANK=rank, LOCAL_RANK=rank)
     start = time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
         try:
@@ -123,20 +127,20 @@ CASES = {
     "phases longer than the epochs": Case(
         "schedule.decay_steps=5000", "exceed the run's", 2, {"train__steps": 0, "train__epochs": 1, "schedule": "wsd", "schedule__decay_steps": 5000}
     ),
-    "no checkpoint to go on from": Case("run.resume=required", "holds no complete checkpoint", 2, {"run__resume": "required"}),
+    "no checkpoint to go on from": Case("run.resume=required", "holds no complete checkpoint", 1, {"run__resume": "required"}),
     "no such model folder": Case("model.from_pretrained=/no/such", "there is no such folder", 2, {"model__from_pretrained": "/no/such"}),
 }
 
 
 def answers(cases: list[tuple[str, int, list[str]]], *, rank: int = 0) -> dict[str, dict[str, Any]]:
     """What `hybridtrain train` answers to each (name, world size, argv), by name, from one process that must not import torch."""
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     ended = subprocess.run([sys.executable, "-c", ANSWER], input=json.dumps(cases), env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 
 
-def answer(argv: list[str], *, world_size: int = 2) -> str:
+def answer(argv: list[str], *, world_size: int = 1) -> str:
     """The refusal of one command line, in its four parts."""
     given = answers([("it", world_size, argv)])["it"]
     assert given["code"] == 2, given
@@ -183,7 +187,7 @@ def test_other_ranks_keep_silent_about_what_every_rank_can_see(commands: list[tu
 
 def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: Path) -> None:
     argv = arguments(tmp_path / "run", data, parallel__tp=2, data__seq_len=33)
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     began = time.monotonic()
     ended = subprocess.run([sys.executable, "-m", "hybridtrain.train", *argv], env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert time.monotonic() - began < 5
@@ -192,8 +196,9 @@ def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: 
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out == ""
-    assert err.count("data.seq_len=33") == 1, err
+    assert err.count("\nhybridtrain train: data.seq_len=33") == 1 - err.startswith("hybridtrain train: data.seq_len=33"), err
     assert err.count("Traceback") <= 1, err  # torchrun's own, about a child that failed
+    assert "  traceback : hybridtrain train: data.seq_len=33" in err[-1000:], "torchrun's last lines have it too"
     assert "[rank" not in err
 
 

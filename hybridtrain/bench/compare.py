@@ -42,10 +42,11 @@ def compare(config: BenchRoot) -> int:
         result.check_writable(config.bench.out)
     import torch
 
-    from hybridtrain import machine, mesh
+    from hybridtrain import agreement, machine, mesh
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
+    agreement.agree(config, fingerprints={})
     torch.manual_seed(config.run.seed)
     engine, ours = _ours(config, settled, device=device)
     group = engine.mesh.control_group

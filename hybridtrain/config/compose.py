@@ -81,7 +81,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
             folders.append(keys.config_folder(argument.partition("=")[2] or next(rest, "")))
         elif argument.startswith("-"):
-            raise refusal("argument", argument, "no such flag", allowed="--help, --cfg job, --config-dir DIR, --multirun", instead="key=value")
+            raise refusal("argument", argument, "no such flag", allowed="--help, --cfg job, --config-dir DIR, --multirun, --nproc N", instead="key=value")
         else:
             overrides.append(argument)
     return overrides, folders

@@ -7,10 +7,10 @@ import textwrap
 from hybridtrain.config import keys
 
 EXAMPLES = {
-    "train": "torchrun --standalone --nproc-per-node 4 -m hybridtrain.train experiment=quickstart parallel=tp2_pp2 train.steps=100",
+    "train": "hybridtrain train --nproc 4 experiment=quickstart parallel=tp2_pp2 train.steps=100",
     "prepare": "hybridtrain prepare data.source=[books/] data.path=data/books data.vocab_size=8192",
     "parity": "hybridtrain parity experiment=smoke parity.layouts=[tp2,pp2-dp_shard2-zero1]",
-    "bench": "torchrun --standalone --nproc-per-node 2 -m hybridtrain.bench experiment=smoke parallel=tp2 bench.rounds=15 bench.out=bench.json",
+    "bench": "hybridtrain bench --nproc 2 experiment=smoke parallel=tp2 bench.rounds=15 bench.out=bench.json",
     "export": "hybridtrain export runs/quickstart export.dtype=bfloat16",
     "evaluate": "hybridtrain evaluate runs/quickstart",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
@@ -37,6 +37,8 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
         lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
+    if command in ("train", "bench"):
+        lines += _entry("--nproc N", "run in N processes on this machine; auto: as many as the layout's degrees take, with what GPUs there are")
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
     lines += ["", f"groups (group=file picks a file; the shipped ones are in {keys.shipped()})"]

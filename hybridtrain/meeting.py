@@ -1,0 +1,291 @@
+"""How the processes of one start find each other: through a key-value store, before there is a process group.
+
+    rank 0    says who it is   ...   counts the others, and says for whom it waits   ...   writes the verdict
+    rank r    reads who rank 0 is and leaves what is another job's;  says who it is  ...   reads the verdict
+
+The store is the launcher's, or rank 0's. Its keys carry the launcher's attempt: what an attempt before has left there is not read.
+Waiting is done in short looks, so that a signal is obeyed meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from hybridtrain import failure, launched, log
+from hybridtrain.types import Answered, OnThisRank, UserError, refusal
+
+_log = log.get("meeting")
+FIRST_WORD_S = 5.0
+"""How long processes wait before they say for whom; then they say it once a minute."""
+_WORDS_EVERY_S = 60.0
+_CONNECT_S = 120.0
+"""How long a store may take to answer that accepts connections, and rank 0 to reach its own."""
+_GONE_S = 15.0
+"""How long the launcher's store may refuse connections: it is there before its ranks are."""
+_NAMED = 8
+"""How many missing ranks are named."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a meeting comes to."""
+
+    store: dist.Store
+    """For a process group of this start alone."""
+    hosts: int
+    address: str
+    """Of rank 0's host, as another host reaches it; where there is one host, MASTER_ADDR."""
+    keys: dist.Store
+
+    def clear(self) -> None:
+        """Rank 0, once all have read the verdict: remove what was written, for a launcher that starts others without counting an attempt."""
+        for rank in range(int(os.environ["WORLD_SIZE"])):
+            self.keys.delete_key(_of(rank))
+        for key in (_ARRIVED, _VERDICT):
+            self.keys.delete_key(key)
+
+
+_ARRIVED, _ODD, _VERDICT = "arrived", "odd", "verdict"
+
+
+def _of(rank: int) -> str:
+    return f"rank/{rank}"
+
+
+def meet(*, gpu: str, timeout_s: float) -> Met:
+    """Wait until every rank is there. `gpu`: what identifies this rank's device; empty on a CPU.
+
+    Raises UserError on the rank that finds a mistake: another job's store, a rank that is there already, no answer within timeout_s;
+    on the others Answered, when rank 0 has said why.
+    """
+    rank, until = log.rank(), time.monotonic() + timeout_s
+    try:
+        store, peer = _open(rank, until=until, timeout_s=timeout_s)
+    except UserError as error:
+        raise OnThisRank(str(error)) from error
+    keys = dist.PrefixStore(f"hybridtrain/{launched.attempt()}", store)
+    mine = {
+        "rank": rank,
+        "world_size": int(os.environ["WORLD_SIZE"]),
+        "job": launched.job(),
+        "host": failure.node(),
+        "process": os.getpid(),
+        "gpu": gpu,
+        "peer": peer,
+    }
+    try:
+        verdict = _rank0(mine, keys, until=until, timeout_s=timeout_s) if rank == 0 else _other(mine, keys, until=until, timeout_s=timeout_s)
+    except dist.DistError as error:  # the store has gone
+        if rank == 0:
+            raise _no_store(str(error)) from error
+        raise Answered(2) from error
+    except UserError as error:
+        raise OnThisRank(str(error)) from error
+    return Met(dist.PrefixStore(verdict["start"], store), verdict["hosts"], verdict["address"], keys)
+
+
+def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
+    world = mine["world_size"]
+    _claim(mine, keys)
+
+    def all_there() -> bool:
+        if keys.check([_ODD]):
+            raise UserError(keys.get(_ODD).decode())
+        return keys.add(_ARRIVED, 0) >= world - 1
+
+    def missing() -> str:
+        absent = [rank for rank in range(1, world) if not keys.check([_of(rank)])]
+        more = f" and {len(absent) - _NAMED} more" if absent[_NAMED:] else ""
+        return f"{'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent[:_NAMED]))}{more} of {world}"
+
+    try:
+        _wait(all_there, words=missing, until=until, timeout_s=timeout_s)
+        present = [json.loads(text) for text in keys.multi_get([_of(rank) for rank in range(world)])]
+        _check_devices(present)
+    except UserError:
+        keys.set(_VERDICT, json.dumps({"refused": True}))
+        raise
+    hosts = dict.fromkeys(entry["host"] for entry in present)
+    address = next((entry["peer"] for entry in present if entry["host"] != mine["host"] and entry["peer"]), os.environ["MASTER_ADDR"])
+    verdict = {"refused": False, "start": uuid.uuid4().hex, "hosts": len(hosts), "address": address}
+    keys.set(_VERDICT, json.dumps(verdict))
+    return verdict
+
+
+def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    _wait(lambda: keys.check([_of(0)]), words=(lambda: "rank 0") if speaks else None, until=until, timeout_s=timeout_s)
+    first = json.loads(keys.get(_of(0)))
+    if first["job"] != mine["job"] and first["job"] and mine["job"]:
+        raise _foreign(mine, first)
+    if first["world_size"] != mine["world_size"]:
+        problem = f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, rank 0 on {first['host']} has {first['world_size']}"
+        refused = refusal("WORLD_SIZE", mine["world_size"], problem, allowed="the same number in all processes", instead="the same command on every machine")
+        keys.set(_ODD, str(refused))
+        raise refused
+    _claim(mine, keys)
+    keys.add(_ARRIVED, 1)
+    _wait(lambda: keys.check([_VERDICT]), words=None, until=until + _CONNECT_S, timeout_s=timeout_s)
+    verdict = json.loads(keys.get(_VERDICT))
+    if verdict["refused"]:
+        raise Answered(2)
+    return verdict
+
+
+def _claim(mine: dict[str, Any], keys: dist.Store) -> None:
+    """Say who this rank is; another process that has said so first stays."""
+    text = json.dumps(mine)
+    before = keys.compare_set(_of(mine["rank"]), "", text).decode()
+    if before == text:
+        return
+    other = json.loads(before)
+    problem = f"process {other['process']} on {other['host']} has joined as rank {mine['rank']} already ({_where()})"
+    raise refusal("RANK", mine["rank"], problem, allowed="one process for each rank", instead="another MASTER_PORT, if these are two trainings")
+
+
+def _foreign(mine: dict[str, Any], first: dict[str, Any]) -> UserError:
+    problem = (
+        f"{first['job']} meets there (rank 0 on {first['host']}, process {first['process']}), and rank {mine['rank']} on {mine['host']} is of {mine['job']}"
+    )
+    return refusal("MASTER_PORT", os.environ["MASTER_PORT"], problem, allowed="a port for each job", instead="another MASTER_PORT")
+
+
+def _check_devices(present: list[dict[str, Any]]) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for entry in present:
+        if not entry["gpu"]:
+            continue
+        first = seen.setdefault((entry["host"], entry["gpu"]), entry["rank"])
+        if first != entry["rank"]:
+            here = [rank["rank"] for rank in present if rank["host"] == entry["host"]]
+            gpus = len({rank["gpu"] for rank in present if rank["host"] == entry["host"]})
+            problem = f"ranks {first} and {entry['rank']} on {entry['host']} have the same GPU: {len(here)} processes share {gpus}"
+            raise refusal("WORLD_SIZE", entry["world_size"], problem, allowed="one process for each GPU", instead=f"{gpus} processes on {entry['host']}")
+
+
+def _wait(holds: Callable[[], bool], *, words: Callable[[], str] | None, until: float, timeout_s: float) -> None:
+    """Look until it holds. After a while `words` says for whom this waits; None: silently. Raises UserError at the end of the time."""
+    began = time.monotonic()
+    pause, word_at = 0.002, began + FIRST_WORD_S
+    while not holds():
+        now = time.monotonic()
+        if now > until:
+            if not words:
+                raise Answered(2)
+            for_whom = words()
+            problem = f"{for_whom} did not come within {timeout_s:g} s ({_where()})"
+            raise refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())
+        if words and now > word_at:
+            _say(f"{_who()} waits for {words()} at {_where()}, at most {max(0, until - now) / 60:.0f} minutes more")
+            word_at = now + _WORDS_EVERY_S
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _say(text: str) -> None:
+    _log.log(20 if log.rank() == 0 else 40, text)  # of other ranks the console shows errors only
+
+
+def _who() -> str:
+    return "this process" if log.rank() == 0 else f"rank {log.rank()} on {failure.node()}"
+
+
+def _where() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _alone() -> str:
+    return "start the missing ones; for one process: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT LOCAL_RANK"
+
+
+# -- the store -----------------------------------------------------------------------------------------------------
+
+
+def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str]:
+    """The store, and the address that it was reached by (empty where this process holds it)."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds_it = rank == 0 and not launched.store_of_launcher()
+    peer = "" if holds_it else _reached(address, port, until=until, timeout_s=timeout_s)
+    options: dict[str, Any] = {"is_master": holds_it, "wait_for_workers": False, "timeout": timedelta(seconds=_CONNECT_S)}
+    if holds_it:
+        options["multi_tenant"] = True
+        if (listening := os.environ.get(launched.LISTENING, "")).isdecimal():
+            options["master_listen_fd"] = int(listening)
+    answer: list[Any] = []
+
+    def connect() -> None:
+        try:
+            answer.append(dist.TCPStore(address, port, **options))
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)  # against a server of another kind it never returns
+    thread.start()
+    give_up = time.monotonic() + _CONNECT_S
+    while thread.is_alive() and time.monotonic() < give_up:
+        thread.join(0.2)
+    if not answer:
+        raise _no_store("what listens there does not answer as rank 0 would")
+    if isinstance(answer[0], Exception):
+        raise _taken(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0])) from answer[0]
+    store = answer[0]
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store, peer
+
+
+def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
+    """Wait until somebody listens; the address it was reached by."""
+    refused_since: float | None = None
+    why, found = "", ""
+
+    def answers() -> bool:
+        nonlocal refused_since, why, found
+        try:
+            with socket.create_connection((address, port), timeout=5) as connection:
+                found = connection.getpeername()[0]
+                return True
+        except ConnectionRefusedError as error:
+            refused_since = refused_since or time.monotonic()
+            why = "connection refused"
+            if launched.store_of_launcher() and time.monotonic() - refused_since > _GONE_S:
+                raise _no_store("the launcher's store is gone, and the launcher with it") from error
+        except OSError as error:
+            why = error.strerror or str(error)
+        return False
+
+    speaks = log.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+    _wait(answers, words=(lambda: f"rank 0 ({why})") if speaks else None, until=until, timeout_s=timeout_s)
+    return found
+
+
+def _taken(error: Exception) -> UserError:
+    refused = refusal(
+        "MASTER_PORT",
+        os.environ["MASTER_PORT"],
+        f"another process listens on it here ({failure.node()})",
+        allowed="a port that is free",
+        instead="another MASTER_PORT in all processes, or wait until the other training has ended",
+    )
+    refused.__cause__ = error
+    return refused
+
+
+def _no_store(why: str) -> UserError:
+    words = next((line.strip() for line in why.splitlines() if line.strip()), "")
+    problem = f"{_who()} cannot meet the others at {_where()}: {words}"
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        return refusal("MASTER_PORT", os.environ["MASTER_PORT"], problem, allowed="the address and port of rank 0", instead=_alone())
+    return refusal("MASTER_ADDR", os.environ["MASTER_ADDR"], f"{problem} (the name does not resolve)", allowed="rank 0's address", instead=_alone())

@@ -1,0 +1,46 @@
+"""Which network card gloo uses. By itself it takes the one that this machine's name resolves to, which may be the loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from hybridtrain import failure, log
+from hybridtrain.types import UserError, refusal
+
+_log = log.get("network")
+_CARD = "GLOO_SOCKET_IFNAME"
+
+
+def choose_card(address: str) -> None:
+    """For ranks on several hosts: the card on the route to `address`, rank 0's host as others reach it; what the user chose stays."""
+    if os.environ.get(_CARD):
+        return
+    card = card_to(address)
+    if card:
+        os.environ[_CARD] = card
+        _log.debug("gloo uses the network card %s, on the route to %s", card, address)
+
+
+def card_to(address: str) -> str:
+    """The card whose address the system would use to reach `address` (nothing is sent); on the host itself, the one that has it. Empty: unknown."""
+    import psutil
+
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)
+            own = probe.getsockname()[0]
+    except OSError:
+        return ""
+    return next((card for card, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address.partition("%")[0] == own), "")
+
+
+def unfit(error: Exception) -> UserError:
+    """The refusal of a network over which ranks that have met cannot compute."""
+    import psutil
+
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    problem = f"rank {log.rank()} on {failure.node()} has met the others but cannot compute with them: {words}"
+    cards = ", ".join(psutil.net_if_addrs())
+    return refusal(_CARD, os.environ.get(_CARD, "(not set)"), problem, allowed=f"a card that all hosts can reach; here: {cards}", instead=f"{_CARD}=CARD")

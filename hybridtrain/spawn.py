@@ -1,0 +1,126 @@
+"""Starts the ranks of a command on this machine:  hybridtrain train --nproc N ...
+
+    this process   --starts-->   rank 0 ... rank N-1   (python -m hybridtrain.<command>, with the variables that torchrun sets)
+
+It computes nothing and does not import torch. It passes signals on, gives ranks time to save, ends all when one has failed, and leaves
+with the exit code of the rank that ended first in failure, so that the last lines are what that rank said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from types import FrameType
+
+from hybridtrain import launched
+
+_SAVE_S = 600.0
+"""How long ranks may take to save a checkpoint after a signal, unless SHUTDOWN says otherwise."""
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Environment variable: the same in seconds, as torchrun reads it."""
+ALONE_S = 15.0
+"""How long the others may take to notice that a rank has failed, and to write what they know, before they are asked to end."""
+_ASKED_S = 15.0
+"""How long they may take after that, before they are killed."""
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def start(module: str, argv: list[str], *, processes: int) -> int:
+    """Run `python -m module argv` in `processes` ranks; the exit code of the whole, 128 + number for a rank that a signal ended."""
+    ranks: list[subprocess.Popen[bytes]] = []
+    heard: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        heard.append(number)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(512)  # rank 0 takes it over: the port is ours from here on
+            for number in range(processes):
+                ranks.append(_rank(number, module, argv, processes=processes, listening=listening))
+                if heard:
+                    ranks[-1].send_signal(heard[-1])
+        return _watch(ranks, heard)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def gpus() -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves; 0 without NVIDIA's tools."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
+
+
+def _rank(rank: int, module: str, argv: list[str], *, processes: int, listening: socket.socket) -> subprocess.Popen[bytes]:
+    port = str(listening.getsockname()[1])
+    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, launched.JOB: f"process {os.getpid()} {_START}"}
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, and this machine's name need not resolve
+    if processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; engine.threads decides
+    if rank == 0:
+        environment[launched.LISTENING] = str(listening.fileno())
+    kept = (listening.fileno(),) if rank == 0 else ()
+    return subprocess.Popen([sys.executable, "-m", module, *argv], env=environment, pass_fds=kept)
+
+
+_START = uuid.uuid4().hex
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
+    """Until all ranks have ended. When one has failed, or a signal was passed on, the others get the time that they need, and no more."""
+    failed: int | None = None
+    patience: float | None = None
+    asked = False
+    while any(rank.poll() is None for rank in ranks):
+        if failed is None and (codes := [rank.returncode for rank in ranks if rank.returncode]):
+            failed, patience = codes[0], time.monotonic() + ALONE_S
+        if heard and patience is None:
+            patience = time.monotonic() + _save_s()
+        if patience is not None and time.monotonic() > patience:
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    (rank.kill if asked else rank.terminate)()
+            asked, patience = True, time.monotonic() + _ASKED_S
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    if failed < 0:
+        number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
+        print(f"hybridtrain: rank {number} (process {ranks[number].pid}) was ended by {_name(-failed)}", file=sys.stderr, flush=True)
+        return 128 - failed
+    return failed
+
+
+def _save_s() -> float:
+    given = os.environ.get(SHUTDOWN, "")
+    return float(given) if given.isascii() and given.isdecimal() else _SAVE_S
+
+
+def _name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"

@@ -124,9 +124,9 @@ def test_processes_and_pieces_change_no_byte(tmp_path, monkeypatch, deduplicate)
 def test_short_documents_stay_whole(tmp_path):
     """As earlier versions had them: by name, or by content, and one at least."""
     for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(text(15_000, seed=number))
+        (tmp_path / f"{number}.txt").write_text(text(7000, seed=number))
     assert not any(source.blocks for source in sources(settings(tmp_path / "data", tmp_path)))
-    (tmp_path / "long.txt").write_text(text(17_000, seed=99))
+    (tmp_path / "long.txt").write_text(text(9000, seed=99))
     assert [source.name for source in sources(settings(tmp_path / "data", tmp_path)) if source.blocks] == [f"{tmp_path.name}/long.txt"]
 
 

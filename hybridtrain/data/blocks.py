@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator
 
 LONG = 50  # a document longer than 1/50 of the corpus is cut
-LEAST_BYTES = 1 << 14  # and none shorter than this
+LEAST_BYTES = 1 << 13  # and none shorter than this
 _SMALLEST, _LARGEST = 1 << 11, 1 << 14  # characters of a block
 _EDGE_CHARS = 256  # a block begins and ends at a line or a word, if there is one so near
 BY_CHANCE, SURELY, WHOLE = "blocks", "first block", "all"

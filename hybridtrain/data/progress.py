@@ -47,8 +47,9 @@ class Meter:
         self._done += planned
 
     def end(self) -> None:
-        """The last line."""
-        self._show(end="\n")
+        """The last line: what was read, where the lines before can only tell how much there would be, as of compressed files."""
+        line = f"tokenised {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (", the rest by an earlier call" if self._skipped else "")
+        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
 
     def _show(self, *, end: str) -> None:
         self._shown = time.perf_counter()
@@ -56,5 +57,5 @@ class Meter:
         fresh = min(self._done + sum(self._under_way.values()), self._total - self._skipped)
         have, rate = fresh + self._skipped, fresh / spent
         left = (self._total - have) / rate if rate else 0
-        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
+        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of about {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
         print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -108,6 +108,18 @@ def test_a_name_with_line_breaks_and_halves_of_letters_is_one_line(tmp_path: Pat
     report.write([ranks.plot(ranks.layout_of(read.summary), hosts=[])], single.document(read, []), name=read.name, out=tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("error")
+def test_many_runs_leave_room_for_their_curves(tmp_path: Path) -> None:
+    read = [history.read(write(tmp_path / f"run-{number}", [row(1), row(2, loss=number)])) for number in range(60)]
+    [loss, *_] = plots.of_runs(read, names=compare.names(read))
+    axes = loss.figure.axes[0]
+    assert "60 runs" in axes.get_title(loc="left")
+    assert len(axes.get_lines()) == 60
+    assert not axes.texts
+    report.write([loss], compare.document(read, [loss]), name="", out=tmp_path / "out")
+    assert axes.get_position().width > 0.5
+
+
 OTHERS = {"index.html": "<p>my page</p>", "loss.png": "my picture", "eval_loss.png": "mine too", "notes.txt": "hands off"}
 
 

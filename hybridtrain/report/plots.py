@@ -22,6 +22,7 @@ MARKS = {"checkpoint": ("^", MUTED), "resumed": ("|", INK), "skipped": ("v", ALA
 SMOOTH_FROM = 60  # so many points or more are drawn pale, with a running mean on top
 MOST_MARKS = 200
 LABEL_CHARS = 18
+MOST_LABELS = 14  # names at the ends of curves; more do not fit beside a plot, and the page shows them under the mouse
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (5.8, 3.3),
@@ -170,8 +171,10 @@ def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: A
         _scale_y(axes, drawn, kind=kind)
         if marked is not None:
             _marks(axes, marked, axis=axis)
-        if len(series) > 1:
+        if 1 < len(drawn) <= MOST_LABELS:
             _label_ends(axes, drawn, tops)
+        elif len(drawn) > 1:
+            axes.set_title(f"{title}, {len(drawn):,} runs")
         yield Plot(name, title, figure)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 
@@ -156,6 +157,54 @@ def test_what_is_no_conversation_is_refused_in_true_words(messages, words):
 def test_records_that_cannot_be_read_are_refused(record, words):
     with pytest.raises(Unreadable, match=f"^{words}"):
         read(record, key="messages")
+
+
+def anything(draw: random.Random, depth: int) -> object:
+    """A JSON value; keys are those that mean something."""
+    kinds = ["text", "number", "flag", "null", *(["list", "object", "object"] if depth else [])]
+    match draw.choice(kinds):
+        case "text":
+            return draw.choice(["user", "assistant", "human", "gpt", "text", "function_call", "", "{", "[]", '{"name": "f", "arguments": {}}', "\ud800"])
+        case "number":
+            return draw.choice([0, 1, -1, 0.5, float("nan"), 10**400])
+        case "flag":
+            return draw.random() < 0.5
+        case "null":
+            return None
+        case "list":
+            return [anything(draw, depth - 1) for _ in range(draw.randrange(3))]
+    keys = ("role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "text", "weight", "train", "messages", "tools", "system")
+    return {draw.choice(keys): anything(draw, depth - 1) for _ in range(draw.randrange(5))}
+
+
+def test_whatever_a_record_holds_it_is_read_or_refused():
+    draw, read_ones = random.Random(0), 0
+    names = (
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "tools",
+        "system",
+        "chat_template_kwargs",
+        "chosen",
+    )
+    for _ in range(20_000):
+        turns: list = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        odd = anything(draw, 3)
+        turns.insert(draw.randrange(1, 3), odd if draw.random() < 0.5 else {"role": "assistant", "content": odd})
+        record = {draw.choice(names): anything(draw, 3) for _ in range(draw.randrange(3))}
+        record[draw.choice(("messages", "conversations", "other"))] = turns
+        try:
+            found = read(record, key="messages")
+            read_ones += found is not None
+        except Unreadable:
+            continue
+    assert 300 < read_ones < 19_700, read_ones
 
 
 # -- through prepare -----------------------------------------------------------------------------------------------

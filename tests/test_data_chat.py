@@ -180,6 +180,11 @@ def test_nothing_that_changes_what_is_learnt_is_dropped_in_silence(tokenizer):
     assert one.notes == ["conversations with a control token written out in a message, which becomes the token itself"]
 
 
+def test_a_role_that_is_none_of_the_usual_ones_is_named(tokenizer):
+    one = encoded(tokenizer, [{"role": "human", "content": "Où?"}, TALK[2]], CHATML)
+    assert one.notes == ["records with a message of the unusual role 'human'"]
+
+
 CALL = {"type": "function", "function": {"name": "depth", "arguments": '{"of": "sea"}'}}
 
 

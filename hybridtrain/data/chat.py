@@ -25,6 +25,7 @@ from hybridtrain.data.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
 _HARMLESS = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _PROBE = "\u2063probe\u2063"
 
 
@@ -240,6 +241,7 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
         if not view.changes(samples, _dropping(key), tools=True):
             notes.append(f"records whose messages have {key!r}, which the template does not render")
     notes += sorted({f"records with a message of {role!r} that the template does not render" for role in _unseen(view, samples)})
+    notes += sorted({f"records with a message of the unusual role {message['role']!r}" for message in conversation.messages if message["role"] not in _ROLES})
     notes += _of_answers(view, samples)
     if any(template.literal.search(message.get("content") or "") for message in conversation.messages):
         notes.append("conversations with a control token written out in a message, which becomes the token itself")

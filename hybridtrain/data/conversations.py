@@ -106,7 +106,7 @@ def read(record: dict[str, Any], *, key: str) -> Conversation | None:
     form = next((name for name, names in _FORMS.items() if there.keys() >= set(names)), None) if key == DEFAULT_KEY and key not in there else key
     if form is None or (form == key and key not in there):
         shown = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise _unreadable(f"its field {key!r} is missing or null (its fields: {shown})")
+        raise Unreadable(f"its field {key!r} is missing or null (its fields: {shown})", instead="")
     messages, first = _messages(there, form=form)
     if not messages:
         return None
@@ -293,7 +293,7 @@ def _content(messages: list[Message], *, tools: Any, options: dict[str, Any]) ->
 
 
 def _unreadable(problem: str) -> Unreadable:
-    return Unreadable(problem, instead="")
+    return Unreadable(problem, instead="the record corrected")
 
 
 def kind(value: Any) -> str:

@@ -265,7 +265,7 @@ def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tu
     try:
         found = conversations.read(record, key=unit.fields.key)
     except Unreadable as error:
-        return None, b"", str(error), error.instead
+        return None, b"", str(error), f"{error.instead}, or {readers.SKIP}" if error.instead else ""
     if found is None:
         counts.note("records without any message, left out", unit, number)
         return None, b"", "", ""

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,9 +233,8 @@ def _train(
     group = stop.group = mesh.control_group
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
-        batches = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        _check_targets(batches, data=job.data, rows=config.train.eval_rows, group=mesh.control_group)
-        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=batches, meter=meter))
+        steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
+        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, group=group), meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
@@ -261,16 +259,17 @@ def _record_end(end: Progress, *, status: str, why: str, run_dir: RunDir, second
     _log.info("%s %d steps in %s; run directory %s%s", words, end.step, metrics.duration(seconds), run_dir.path, again)
 
 
-def _check_targets(steps: Sequence[Sequence[Batch]], *, data: Blend, rows: int, group: dist.ProcessGroup) -> None:
-    """Refuse an evaluation without a token to measure: its loss would be a mean over nothing (collective)."""
+def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:
+    """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
     from hybridtrain.mesh import any_rank
 
     mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
     (there,) = any_rank([mine], group=group)
     if not there:
-        problem = f"none of the held-out rows of {data.name} has a token that carries loss"
+        problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
         instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
-        raise refusal("train.eval_rows", rows, problem, allowed="held-out rows with answers", instead=instead)
+        raise refusal("train.eval_rows", job.config.train.eval_rows, problem, allowed="held-out rows with answers", instead=instead)
+    return steps
 
 
 def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:

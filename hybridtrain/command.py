@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
 """Commands that print for a reader, who may have had enough."""
+_FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--compare", "--dry-run")
 SPEAK_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
 AFTER_RANK_0_S = 1.0
@@ -141,25 +143,33 @@ def _say(text: str) -> int:
 
 def _with_runs(command: str, argv: list[str]) -> list[str]:
     """`argv` with its bare words written out: one is run.dir=RUN; after `report --compare` all are report.compare=[RUN,...]."""
+    from hybridtrain.config import words
+
     bare = [_is_run(command, text, before) for before, text in zip(["", *argv], argv, strict=False)]
     runs = [text for text, is_run in zip(argv, bare, strict=True) if is_run]
     rest = [text for text, is_run in zip(argv, bare, strict=True) if not is_run]
     if command == "report" and "--compare" in rest:
         if not runs:
             raise refusal("--compare", "(nothing)", "no runs to compare", allowed="two run directories or more", instead="--compare runs/a runs/b")
-        return [f"report.compare=[{','.join(map(_quoted, runs))}]", *(text for text in rest if text != "--compare")]
+        return [f"report.compare=[{','.join(map(words.literal, runs))}]", *(text for text in rest if text != "--compare")]
     if len(runs) > 1:
         several = "hybridtrain report --compare " + " ".join(runs) if command == "report" else f"hybridtrain {command} {runs[0]}"
         raise refusal("argument", runs[1], f"a second run beside {runs[0]}", allowed="one run directory", instead=several)
-    return [f"run.dir={_quoted(run)}" for run in runs] + rest
+    return [f"run.dir={words.literal(run)}" for run in runs] + rest
 
 
 def _is_run(command: str, text: str, before: str) -> bool:
-    return command in TAKES_RUN and "=" not in text and not text.startswith(("-", "~")) and before != "--config-dir"
+    """Whether a word is a run directory: an existing folder is, whatever its name looks like, unless the word sets an option."""
+    from hybridtrain.config import keys
 
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if command not in TAKES_RUN or before == "--config-dir" or text in _FLAGS or text.startswith("--config-dir="):
+        return False
+    head, equals, _ = text.lstrip("+~").partition("=")
+    if equals and ("." in head and head.partition(".")[0] in keys.sections(command)) and "/" not in head:
+        return False
+    if os.path.isdir(os.path.expanduser(text)):
+        return True
+    return "/" in head if equals or text.startswith("~") else not text.startswith("-")
 
 
 def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
@@ -227,7 +237,7 @@ def _multirun(command: str, argv: list[str]) -> int:
     configs = [compose(command, job) for job in jobs] if command == "train" else []
     check.own_folders(configs)
     for number, job in enumerate(jobs):
-        print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {' '.join(job)}", flush=True)
+        print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *flags, *job], check=False).returncode)
     if len(configs) > 1 and not any(codes):
         runs = [config.run.dir for config in configs]

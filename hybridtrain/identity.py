@@ -54,7 +54,8 @@ def choose(config: Config) -> Choice:
             if config.run.resume == "required":
                 raise not_resumable(path, words=" of this run")
             return Choice(path, None, others)
-        before = compose.from_yaml(path / "config.yaml", "train")
+        before = compose.read_run(path / "config.yaml", "train")
+        before.model.trust_remote_code = config.model.trust_remote_code  # a permission, which the command line alone gives
         differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
         if explicit and differing:
             raise _another_run(path, differing)
@@ -123,12 +124,13 @@ def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
 def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
     """section.field -> (before, now) in their public form, over all sections of a training run."""
     result: dict[str, tuple[object, object]] = {}
-    public = compose.plain(before), compose.plain(now)
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(now, section.name)
         for option in dataclasses.fields(old):
-            if not _same(getattr(old, option.name), getattr(new, option.name)):
-                result[f"{section.name}.{option.name}"] = (public[0][section.name][option.name], public[1][section.name][option.name])
+            pair = (getattr(old, option.name), getattr(new, option.name))
+            public = (compose.shown(pair[0]), compose.shown(pair[1]))
+            if not (_same(*pair) or _same(*public)):
+                result[f"{section.name}.{option.name}"] = public
     return result
 
 

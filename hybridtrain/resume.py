@@ -16,7 +16,7 @@ from hybridtrain import identity, log, machine, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.config.compose import from_yaml, to_yaml
+from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.entry import Entry
 from hybridtrain.files import read_object, sweep_asides, unwritable, write_json
@@ -140,7 +140,7 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     progress = marker.read_progress(origin)
     identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=True)
     theirs = origin.parent.parent / "config.yaml"
-    differing = identity.model_differences(from_yaml(theirs, "train"), job.config) if theirs.is_file() else {}
+    differing = identity.model_differences(read_run(theirs, "train"), job.config) if theirs.is_file() else {}
     if differing:
         words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
         raise refusal("run.branch_from", origin, f"it is of another model: {words}", allowed="the same model section", instead="the model of that run")

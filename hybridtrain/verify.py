@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hybridtrain import identity, log
 from hybridtrain.checkpoint import marker
-from hybridtrain.config.compose import from_yaml
+from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.files import read_object
 from hybridtrain.models.facts import facts, read_config
@@ -62,7 +62,7 @@ def verify_run(path: Path) -> tuple[list[str], int]:
 def _of_configs(path: Path, *, fingerprints: set[str]) -> Iterator[str]:
     """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of."""
     try:
-        from_yaml(path / "config.yaml", "train")
+        read_run(path / "config.yaml", "train")
         read_object(path / "summary.json", field="run.dir")
         if (path / "model" / "config.json").exists() and fingerprints:
             model = facts(read_config(ModelConfig(from_pretrained=str(path / "model"))))

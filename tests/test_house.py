@@ -21,8 +21,8 @@ MAX_FUNCTION_LINES = 60
 # Library -> the files (or folders) that may import it.
 DOORS = {
     "hydra": ("config/compose.py",),
-    "omegaconf": ("config/compose.py",),
-    "yaml": ("config/compose.py",),
+    "omegaconf": ("config/compose.py", "config/interpolations.py"),
+    "yaml": ("config/compose.py", "config/limits.py"),
     "deepspeed": ("engine/deepspeed/",),
     "jinja2": ("data/template.py",),
     **dict.fromkeys(TRACKERS, ("trackers/",)),

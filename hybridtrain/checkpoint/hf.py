@@ -42,7 +42,7 @@ def run(config: ExportRoot) -> int:
     options = config.export
     run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
     require_run(run_dir, command="export")
-    its_config = compose.from_yaml(run_dir / "config.yaml", "train")
+    its_config = compose.read_run(run_dir / "config.yaml", "train")
     if options.checkpoint:
         checkpoint: Path | None = Path(options.checkpoint)
     else:

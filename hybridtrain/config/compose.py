@@ -1,12 +1,18 @@
-"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML. No other file imports hydra or omegaconf.
+"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML. No other file imports hydra.
 
 conf/<command>.yaml + groups + experiment + overrides  --compose-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import io
+import itertools
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +23,75 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from hybridtrain.config import keys, schema
+from hybridtrain.config import keys, limits, schema, words
+from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
 from hybridtrain.types import UserError, refusal
 
-_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")  # ${oc.env:TOKEN}: a call, in contrast to ${run.name}
 _VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
-_REFERENCE = re.compile(r"\$\{\s*([\w.]+)\s*\}")
 
 
 NAMELESS = "default"
 """What a run is called that has neither a name nor an experiment."""
 
 
-class Interpolated(str):
-    """A resolved string that remembers the interpolation it came from, so that secrets never reach a file."""
-
-    source: str
-
-    def __new__(cls, value: str, source: str) -> Interpolated:
-        made = super().__new__(cls, value)
-        made.source = source
-        return made
-
-    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        return str(self), self.source
-
-
 def compose(command: str, argv: list[str]) -> schema.Config:
     """Compose the configuration of `command` from overrides (and `--config-dir DIR`); raises UserError.
 
     run.name and run.dir are filled in when empty: the experiment's name (else "default") and runs/<name>.
+    `given` of the result names the options that the command line or a file that it chooses sets.
     """
     overrides, folders = _split(argv)
-    overrides = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
-    search = "hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders) + "]"
-    # Only this command's schema: building the nodes of all takes 50 ms of every start.
-    ConfigStore.instance().store(name=f"schema_{command}", node=schema.ROOTS[command])
+    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(keys.shipped())):
-            node = hydra_compose(command, overrides=[*overrides, search] if folders else overrides)
-        experiment = _experiment(overrides)
-        if not node.run.name:
-            node.run.name = experiment
-        if not node.run.dir:
-            node.run.dir = "runs/${run.name}"
+        node = _composed(command, prepared, folders, schema_node=schema.ROOTS[command])
+        _fill_in(node, prepared)
         config = typed(node)
+        config.given = prepared.given
         vocab = config.model.config.get("vocab_size")
-        if type(vocab) is int and not any(_VOCABULARY.match(text) for text in overrides):
+        if type(vocab) is int and not any(_VOCABULARY.match(text) for text in prepared.overrides):
             config.model.config["vocab_size"] = schema.Suggested(vocab)
+        if prepared.chosen_files and command == "evaluate":  # the one that lays its options over those of a run
+            config.given |= _set_in_files(command, prepared, folders)
         return config
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise _translated(error, command) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _translated(error, command, argv=overrides) from error
+
+
+def _composed(command: str, prepared: keys.Prepared, folders: list[Path], *, schema_node: Any) -> DictConfig:
+    search = "hydra.searchpath=[" + ",".join(words.quoted(f"file://{folder}") for folder in folders) + "]"
+    # Only this command's schema: building the nodes of all takes 50 ms of every start.
+    ConfigStore.instance().store(name=f"schema_{command}", node=schema_node)
+    with initialize_config_dir(version_base="1.3", config_dir=str(keys.shipped())):
+        node = hydra_compose(command, overrides=[*prepared.overrides, search] if folders else prepared.overrides)
+    for key, mapping in prepared.mappings:
+        OmegaConf.update(node, key, mapping, merge=True, force_add=True)
+    for text in prepared.overrides:  # another kind of rotary positions replaces those of the model's file, with all their keys
+        if text.startswith(("++model.config.rope_scaling={", "++model.config.rope_parameters={")):
+            [override] = OverridesParser.create().parse_overrides([text])
+            value = override.value()
+            if isinstance(value, dict) and {"rope_type", "type"} & {str(name) for name in value}:
+                OmegaConf.update(node, override.key_or_group, {str(name): item for name, item in value.items()}, merge=False, force_add=True)
+    return node
+
+
+def _fill_in(node: DictConfig, prepared: keys.Prepared) -> None:
+    if not node.run.name:
+        node.run.name = _experiment(prepared.overrides)
+    if not node.run.dir:
+        node.run.dir = "runs/${run.name}"
+
+
+def _set_in_files(command: str, prepared: keys.Prepared, folders: list[Path]) -> frozenset[str]:
+    """Options that a chosen file sets: those that are there when the schema has no defaults."""
+    bare = OmegaConf.structured(schema.ROOTS[command])
+    options = [field.key for fields in keys.sections(command).values() for field in fields]
+    for key in options:
+        OmegaConf.update(bare, key, "???")
+    node = _composed(command, prepared, folders, schema_node=bare)
+    return frozenset(key for key in options if not OmegaConf.is_missing(node[key.partition(".")[0]], key.partition(".")[2]))
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
@@ -87,109 +108,196 @@ def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
     return overrides, folders
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _experiment(overrides: list[str]) -> str:
     chosen = [text.partition("=")[2].strip("'\" ") for text in overrides if text.startswith("experiment=")]
     return chosen[-1] if chosen and chosen[-1] not in ("", "null") else NAMELESS
 
 
 def typed(node: DictConfig) -> schema.Config:
-    """A composed node as an instance of its dataclass, interpolations resolved."""
+    """A composed node as an instance of its dataclass, interpolations resolved and a leading ~ of paths expanded."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema.Config), type(config)
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for option in dataclasses.fields(values):
-            setattr(values, option.name, _marked(getattr(values, option.name), node[section.name]._get_node(option.name), node))
+            value = marked(getattr(values, option.name), node[section.name]._get_node(option.name), node)
+            if _holds_section(value):
+                key = f"{section.name}.{option.name}"
+                raise refusal(key, "${...}", "it refers to a whole section", allowed="references to single options", instead=f"{key}=VALUE")
+            setattr(values, option.name, _expanded(value) if f"{section.name}.{option.name}" in keys.PATHS else value)
     return config
 
 
-def _marked(value: Any, node: Any, root: DictConfig) -> Any:
-    """`value` with its strings marked where they come from a resolver such as oc.env."""
-    if isinstance(value, dict) and isinstance(node, DictConfig) and not node._is_interpolation():
-        return {key: _marked(item, node._get_node(key), root) for key, item in value.items()}
-    if isinstance(value, list) and isinstance(node, ListConfig) and not node._is_interpolation():
-        return [_marked(item, node._get_node(index), root) for index, item in enumerate(value)]
-    source = node._value() if node is not None else None
-    if isinstance(value, str) and isinstance(source, str) and _from_resolver(source, root):
-        return Interpolated(value, source)
-    return value
+def _holds_section(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(_holds_section(item) for item in (value.values() if isinstance(value, dict) else value))
+    return dataclasses.is_dataclass(value)
 
 
-def _from_resolver(source: str, root: DictConfig) -> bool:
-    """Whether a resolver is called in `source`, or in a string that it refers to."""
-    if _RESOLVER.search(source):
-        return True
-    for reference in _REFERENCE.findall(source):
-        if reference.startswith("."):
-            return True  # relative: not followed, kept as written
-        parent, _, leaf = reference.rpartition(".")
-        holder = OmegaConf.select(root, parent) if parent else root
-        node = holder._get_node(leaf) if isinstance(holder, DictConfig) else None
-        target = node._value() if isinstance(node, Node) else None
-        if isinstance(target, str) and _from_resolver(target, root):
-            return True
-    return False
+def _expanded(value: Any) -> Any:
+    """Paths with ~ and ~user expanded; in a mapping the keys."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if isinstance(value, dict):
+        return {_expanded(key): item for key, item in value.items()}
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    return Interpolated(path, value.source) if isinstance(value, Interpolated) else path
 
 
 def to_yaml(config: schema.Config) -> str:
     """The configuration as YAML, resolved, except that strings from a resolver (`${oc.env:...}`) stay as they were written."""
     # OmegaConf's dumper and not PyYAML's: the two disagree on what is a float ("1e-3").
-    return OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config), escape=True)))
 
 
 def plain(config: schema.Config) -> dict[str, dict[str, Any]]:
-    """section -> option -> value, as `to_yaml` writes them: what may be shown to anybody."""
-    return {section: _plain(options) for section, options in dataclasses.asdict(config).items()}
+    """section -> option -> value in the public form, which may leave the process (files, trackers, logs, pages).
+
+    Text that came through a resolver such as oc.env, directly or through other options, stands as the reference that was written.
+    """
+    return {section: _plain(options, escape=False) for section, options in dataclasses.asdict(config).items()}
 
 
-def _plain(value: Any) -> Any:
+def shown(value: Any) -> Any:
+    """The public form of one value of a config."""
+    return _plain(value, escape=False)
+
+
+def _plain(value: Any, *, escape: bool) -> Any:
+    """`escape`: so that YAML with it is read as it stands, a `${` that is no reference included."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, escape=escape) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, escape=escape) for item in value]
     if isinstance(value, schema.Suggested):
         return int(value)
-    return value.source if isinstance(value, Interpolated) else value
+    if isinstance(value, Interpolated):
+        return value.source
+    return words.escaped(value) if escape and isinstance(value, str) and "${" in value else value
+
+
+def read_run(path: Path, command: str) -> schema.Config:
+    """The config.yaml of a run that is looked at: calls such as `${oc.env:X}` stay as they are written, and what it permits does not count.
+
+    For everything but going on with one's own run: the environment of who reads is none of the writer's, and
+    model.trust_remote_code comes from the command line alone. Raises UserError.
+    """
+    config = _read(path, command, resolve=False)
+    config.model.trust_remote_code = False
+    return config
+
+
+def laid_over(config: schema.Config, below: schema.Config) -> schema.Config:
+    """`below`, a run's configuration, with the training options that `config` sets on top of it.
+
+    Those are the ones that its command line gave, at the schema's default or not; of a config made in Python, those that are not at it.
+    """
+    result, default = copy.deepcopy(below), schema.Config()
+    for section in dataclasses.fields(schema.Config):
+        asked, standard = getattr(config, section.name), getattr(default, section.name)
+        for option in dataclasses.fields(asked):
+            value = getattr(asked, option.name)
+            if f"{section.name}.{option.name}" in config.given or value != getattr(standard, option.name):
+                setattr(getattr(result, section.name), option.name, value)
+    return result
 
 
 def from_yaml(path: Path, command: str) -> schema.Config:
-    """Read a run's config.yaml as the configuration of `command`. Sections of other commands are left out; raises UserError."""
+    """Read a config.yaml as the configuration of `command`, calls such as `${oc.env:X}` resolved; raises UserError.
+
+    Sections of other commands are left out. See `read_run` for runs of others.
+    """
+    return _read(path, command, resolve=True)
+
+
+def _read(path: Path, command: str, *, resolve: bool) -> schema.Config:
     if not path.is_file():
         raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
     others = set().union(*(keys.sections(name) for name in schema.ROOTS)) - set(keys.sections(command))
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(limits.read(path)))
         if not isinstance(loaded, DictConfig):
-            raise refusal("run.dir", path.parent, f"{path.name} is not a configuration", allowed="the folder of a run", instead="run.dir=runs/<name>")
+            raise limits.unfit(path, "is not a configuration")
         kept = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key not in others])
         merged = OmegaConf.merge(OmegaConf.structured(schema.ROOTS[command]), kept)
         assert isinstance(merged, DictConfig)
+        if not resolve:
+            _keep_calls(merged, path)
         return typed(merged)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise _translated(error, command, source=path) from error
 
 
-def sweep(command: str, argv: list[str]) -> list[list[str]]:
-    """Expand the sweeps in `argv` (lr=1e-3,1e-4) into one command line per job; each job gets its own run.name; raises UserError."""
-    overrides, folders = _split(argv)
-    overrides = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
+def _keep_calls(node: DictConfig, path: Path) -> None:
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        keep_calls(node, node)
+    except ValueError as error:
+        raise limits.unfit(path, str(error)) from error
+
+
+def sweep(command: str, argv: list[str]) -> list[list[str]]:
+    """Expand the sweeps in `argv` (lr=1e-3,1e-4) into one command line per job, each with a run.name of its own; raises UserError."""
+    overrides, folders = _split(argv)
+    keys.normalise(command, [text for text in overrides if "," not in text], folders=[keys.shipped(), *folders])
+    choices = [_alternatives(text, command, folders) for text in overrides]
+    flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
+    jobs = [list(job) for job in itertools.product(*choices)]
+    if any(len(choice) > 1 and choice[0].lstrip("+").startswith(("run.name=", "run.dir=")) for choice in choices):
+        return [[*flags, *job] for job in jobs]
+    name = functools.cache(lambda files: _name(command, [*flags, *files]))
+    return [[*flags, *job, f"run.name={words.quoted(name(_naming(job)) + f'-{number}')}"] for number, job in enumerate(jobs)]
+
+
+def _naming(job: list[str]) -> tuple[str, ...]:
+    """The overrides that may set a run's name: files, and the name itself."""
+    return tuple(text for text in job if "." not in text.partition("=")[0] or text.lstrip("+").startswith("run.name="))
+
+
+def _name(command: str, argv: list[str]) -> str:
+    """run.name as it is written: a reference in it stays one."""
+    overrides, folders = _split(argv)
+    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
+    try:
+        node = _composed(command, prepared, folders, schema_node=schema.ROOTS[command])
+        _fill_in(node, prepared)
+        return str(node.run._get_node("name")._value())
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _translated(error, command) from error
+
+
+def _alternatives(text: str, command: str, folders: list[Path]) -> list[str]:
+    """One override for each value of a sweep, written as it was typed."""
+    key, equals, value = text.partition("=")
+    parts = words.alternatives(value) if equals else [value]
+    if parts is not None:
+        return [text] if len(parts) < 2 else [f"{key}={part}" for part in parts]
+    try:
+        parsed = OverridesParser.create().parse_overrides(keys.normalise(command, [text], folders=[keys.shipped(), *folders]).overrides)
         [jobs] = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
         raise _translated(error, command) from error
-    flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
-    own_name = any(override.key_or_group in ("run.name", "run.dir") and override.is_sweep_override() for override in parsed)
-    if own_name:
-        return [[*flags, *job] for job in jobs]
-    return [[*flags, *job, f"run.name={compose(command, [*flags, *job]).run.name}-{number}"] for number, job in enumerate(jobs)]
+    return [job for [job] in jobs]
 
 
-def _translated(error: Exception, command: str, *, source: Path | None = None) -> UserError:
+_EXAMPLES = {"train.steps": 1000, "train.tokens": 1_000_000_000, "train.epochs": 1}
+
+
+def _that_fits(option: keys.Field, value: str) -> str:
+    """An override for an option that does not take `value`: one near it, else the default, else an example."""
+    if option.type == "int":
+        try:
+            return f"{option.key}={round(float(value))}"
+        except (ValueError, OverflowError):
+            pass
+    if option.type.startswith("list") and value and not value.startswith("["):
+        return f"{option.key}=[{value}]"
+    fallback = _EXAMPLES.get(option.key, option.default)
+    return f"{option.key}={'VALUE' if fallback in ('', [], {}) else fallback}"
+
+
+def _translated(error: Exception, command: str, *, source: Path | None = None, argv: Sequence[str] = ()) -> UserError:
     """Hydra's and OmegaConf's errors in our form: section.field, the value, what is allowed, what to try."""
     cause: BaseException = error
     while isinstance(cause, HydraException) and (deeper := cause.__cause__ or cause.__context__) is not None:
@@ -203,12 +311,12 @@ def _translated(error: Exception, command: str, *, source: Path | None = None) -
             keys.check_key(key, value="..." + where, allowed=allowed, groups=list(keys.groups([keys.shipped()])))
         except UserError as refused:
             return refused
-    first = str(cause).strip().splitlines()[0]
+    first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     option = next((field for fields in keys.sections(command).values() for field in fields if key == field.key or key.startswith(field.key + "[")), None)
     if option is not None:
-        value = re.search(r"[Vv]alue '(.*?)'", first)
-        return refusal(
-            key, value[1] if value else "...", first + where, allowed=f"a value of type {option.type}: {option.doc}", instead=f"{option.key}={option.default}"
-        )
+        typed_in = [text.partition("=")[2] for text in argv if text.lstrip("+").startswith(f"{option.key}=")]
+        match = re.search(r"[Vv]alue '(.*?)'", first)
+        value = match[1] if match else typed_in[-1] if typed_in else "..."
+        return refusal(key, value, first + where, allowed=f"a value of type {option.type}: {option.doc}", instead=_that_fits(option, value))
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return UserError(f"the configuration does not compose{f' (in {source})' if source else ''}:\n  " + "\n  ".join(lines[:6]))

@@ -8,20 +8,45 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from hybridtrain.config import commands, schema
-from hybridtrain.types import refusal
+from hybridtrain import layout
+from hybridtrain.config import commands, schema, words
+from hybridtrain.types import UserError, refusal
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
 CLUSTER = "cluster"  # a group for one command alone
 MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
+TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
+PATHS = (
+    *("run.dir", "run.branch_from", "runs.folder", "data.path", "data.blend", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained"),
+    *("export.checkpoint", "export.out", "evaluate.source", "generate.source", "report.out", "report.compare", "bench.out"),
+    *("cluster.python", "cluster.container_image"),
+)
+"""Options that may hold paths; in `data.blend` the keys. A leading ~ is expanded in each (compose.typed)."""
+_MEANT = {
+    "precision": {"bf16": "bf16_mixed", "bfloat16": "bf16_mixed", "fp16": "fp16_mixed", "float16": "fp16_mixed", "float32": "fp32", "mixed": "bf16_mixed"},
+}
+"""Group -> what people write -> the file they mean."""
 NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(?P<equals>=(?P<value>.*))?$", re.DOTALL)
+
+
+class Prepared(NamedTuple):
+    """A command line in the form that compose hands to Hydra."""
+
+    overrides: list[str]
+    mappings: list[tuple[str, dict[str, str]]]
+    """Options whose keys are text, and their values: set after composition, since Hydra's grammar makes numbers of such keys."""
+    given: frozenset[str]
+    """Options that stand on the command line by themselves."""
+    chosen_files: bool
+    """Whether files of groups are chosen too."""
 
 
 class Field(NamedTuple):
@@ -45,6 +70,7 @@ def carried(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+@functools.cache
 def sections(command: str) -> dict[str, list[Field]]:
     """The sections of `command` and their options, in the order of the schema; the command's own section comes first."""
     docs = _docstrings()
@@ -61,6 +87,7 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
+@functools.cache
 def _docstrings() -> dict[str, dict[str, str]]:
     """Class -> field -> the string under the field, read from the source of the schema."""
     result: dict[str, dict[str, str]] = {}
@@ -95,44 +122,125 @@ def config_folder(text: str) -> Path:
     return folder
 
 
-def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> list[str]:
-    """Check every override against the schema and the groups, and return them in the form Hydra wants (raises UserError).
+def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> Prepared:
+    """Check every override against the schema and the groups, and prepare it for Hydra (raises UserError).
 
     `+` is optional in front of keys that exist, and model.config and engine.config_overrides may grow new keys without it.
+    Text arrives as it was typed (words.py).
     """
-    known = groups(folders)
-    allowed = sections(command)
-    return [_normalise_one(text, command, known, allowed) for text in overrides]
+    known, allowed = groups(folders), sections(command)
+    done, mappings, given, files = [], [], set(), False
+    for text in overrides:
+        word = _word(text, command)
+        group = word.key.partition("@")[0]
+        if group in known or word.key.startswith(("hydra.", "hydra/")):
+            files = True
+            done.append(_of_group(word, group, command, known, folders))
+            continue
+        prefix = _checked(word, known=known, allowed=allowed)
+        given.add(".".join(word.key.split(".")[:2]))
+        held = words.mapping(word.value, numbers=word.key == "data.blend") if word.key in TEXT_MAPPINGS and word.equals else None
+        if held is not None:
+            mappings.append((word.key, held))
+        else:
+            value = words.as_typed(word.value, kind=kind_of(word.key, allowed), free=word.key == "generate.prompt")
+            done.append(f"{prefix}{word.key}{'=' if word.equals else ''}{value}")
+    return Prepared(done, mappings, frozenset(given), files)
 
 
-def _normalise_one(text: str, command: str, known: dict[str, list[str]], allowed: dict[str, list[Field]]) -> str:
+class Word(NamedTuple):
+    """An override in its parts."""
+
+    prefix: str
+    key: str
+    equals: bool
+    value: str
+
+
+def _word(text: str, command: str) -> Word:
     match = _OVERRIDE.match(text)
     if match is None or (match["equals"] is None and match["prefix"] != "~"):
         raise refusal("argument", text, "not an override", allowed="key=value", instead=f"{text.strip('=')}=VALUE, or `hybridtrain {command} --help`")
-    prefix, key, value = match["prefix"] or "", match["key"].strip(), (match["value"] or "").strip()
-    group = key.partition("@")[0]
-    if group in known or key.startswith(("hydra.", "hydra/")):
-        if group == CLUSTER and command != "submit":
-            raise refusal(
-                group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}"
-            )
-        if group in known and prefix != "~":
-            _check_choice(group, value, known[group])
-            prefix = ""
-    elif prefix != "~" and key.startswith(FREE_FORM):
-        prefix = "++"
-    else:
-        check_key(key, value=value, allowed=allowed, groups=list(known))
-        prefix = "++" if prefix == "+" or (key in MAPPINGS and not prefix) else prefix
-    return f"{prefix}{key}{match['equals'] or ''}"
+    return Word(match["prefix"] or "", match["key"].strip(), match["equals"] is not None, match["value"] or "")
+
+
+def kind_of(key: str, allowed: dict[str, list[Field]]) -> str:
+    """The type of an option as the schema writes it; str for keys of mappings to text, empty for free-form keys."""
+    if key.startswith(("cluster.environment.", "cluster.sbatch.")):
+        return "str"
+    return next((field.type for fields in allowed.values() for field in fields if field.key == key), "")
+
+
+def _of_group(word: Word, group: str, command: str, known: dict[str, list[str]], folders: list[Path]) -> str:
+    prefix, value = word.prefix, word.value.strip()
+    if group == CLUSTER and command != "submit":
+        raise refusal(group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}")
+    if group in known and prefix != "~":
+        for name in words.split(value):
+            _check_choice(group, name, known[group])
+            if group == "experiment":
+                _check_package(name, folders)
+        prefix = ""
+    return f"{prefix}{word.key}{'=' if word.equals else ''}{value}"
+
+
+def _checked(word: Word, *, known: dict[str, list[str]], allowed: dict[str, list[Field]]) -> str:
+    """Check the key of an option and return the prefix that Hydra wants in front of it."""
+    if word.prefix != "~" and word.key.startswith(FREE_FORM):
+        return "++"
+    check_key(word.key, value=word.value, allowed=allowed, groups=list(known))
+    field = next((field for fields in allowed.values() for field in fields if field.key == word.key), None)
+    if word.prefix == "~" and field is not None:
+        default = f"{field.key}={field.default}" if field.default not in ("", [], {}) else f"{field.key}=VALUE"
+        raise refusal(f"~{word.key}", word.value or "(removed)", "an option cannot be removed, only set", allowed="key=value", instead=default)
+    return "++" if word.prefix == "+" or (word.key in MAPPINGS and not word.prefix) else word.prefix
 
 
 def _check_choice(group: str, value: str, names: list[str]) -> None:
-    # Sweeps (a,b or choice(a,b)), interpolations and quoted names are left to Hydra's own grammar.
+    # Interpolations and quoted names are left to Hydra's own grammar.
     if value in (*names, "null") or not re.fullmatch(r"[\w.-]+", value):
         return
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.3)
-    raise refusal(group, value, f"there is no {group}/{value}.yaml", allowed=", ".join(names), instead=f"{group}={near[0] if near else names[0]}")
+    raise refusal(group, value, f"there is no {group}/{value}.yaml", allowed=", ".join(names), instead=_instead(group, value, names))
+
+
+def _instead(group: str, value: str, names: list[str]) -> str:
+    if value.lower() in _MEANT.get(group, {}):
+        return f"{group}={_MEANT[group][value.lower()]}"
+    if group == "parallel":
+        return _layout_instead(value, names)
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.3 if group != "model" else 0.6)
+    if group == "model" and not near:
+        return "a file of yours with --config-dir, or model.from_pretrained=FOLDER (model.config.model_type: llama, mistral, qwen2, qwen3)"
+    return f"{group}={near[0] if near else names[0]}"
+
+
+def _layout_instead(value: str, names: list[str]) -> str:
+    """The file with the same axes and the nearest degrees, and the degrees themselves where `value` is a layout."""
+    axes, degrees = re.sub(r"\d+", "", value), [int(number[:6]) for number in re.findall(r"\d+", value)]
+    alike = [name for name in names if re.sub(r"\d+", "", name) == axes]
+    ranked = sorted(alike, key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)])
+    near = ranked[:1] or difflib.get_close_matches(value, names, n=1, cutoff=0.3) or names[:1]
+    try:
+        options = layout.parse(value.replace("_", "-"))
+    except UserError:
+        return f"parallel={near[0]}"
+    written = " ".join(f"parallel.{name}={degree}" for name, degree in options.items() if degree not in (None, 0, 1))
+    return f"parallel={near[0]}, or {written}"
+
+
+def _check_package(name: str, folders: list[Path]) -> None:
+    """An experiment sets options of all sections: its file must say so, or Hydra looks for them under `experiment`."""
+    file = next((folder / "experiment" / f"{name}.yaml" for folder in folders if (folder / "experiment" / f"{name}.yaml").is_file()), None)
+    if file is not None and not re.search(r"^#\s*@package\s+_global_\s*$", file.read_text(errors="replace"), re.MULTILINE):
+        problem = f"{file} has no line `# @package _global_`, so its sections would lie under `experiment`"
+        raise refusal("experiment", name, problem, allowed="an experiment with that line", instead="# @package _global_ as the first line of the file")
+
+
+def nearest_of(value: str, names: Sequence[str]) -> str:
+    """The name that is closest to what was written; else the first."""
+    meant = {text: name for group in _MEANT.values() for text, name in group.items()}
+    near = [meant[value]] if meant.get(value) in names else difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    return near[0] if near else names[0]
 
 
 def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], groups: list[str]) -> None:

@@ -290,6 +290,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
+    given = frozenset[str]()  # no annotation: not a section. The options that a command line sets; compose fills it in
+
 
 @dataclass
 class SubmitRoot(Config):

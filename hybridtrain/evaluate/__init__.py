@@ -55,7 +55,7 @@ def _export(checkpoint: Path, *, out: Path) -> Path:
     from hybridtrain.data.blend import tokenizer_dir
 
     run_dir = checkpoint.resolve().parent.parent
-    data = compose.from_yaml(run_dir / "config.yaml", "train").data
+    data = compose.read_run(run_dir / "config.yaml", "train").data
     return hf.export(
         checkpoint,
         model_dir=run_dir / "model",

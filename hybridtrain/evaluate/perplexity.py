@@ -33,7 +33,7 @@ def run(config: EvaluateRoot) -> int:
     """
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
-    settings = _settings(config, compose.from_yaml(run_dir / "config.yaml", "train") if is_run else config)
+    settings = _settings(config, compose.read_run(run_dir / "config.yaml", "train") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
     if not (settings.data.path or settings.data.blend):
@@ -66,24 +66,11 @@ def run(config: EvaluateRoot) -> int:
 
 
 def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
-    """The run's data, rows and batch; a value of the command line that is not the schema's default comes before the run's."""
-    default, chosen = schema.Config(), schema.Config()
-    if config.data.path or config.data.blend:  # other data: none of the run's
+    """The run's data, rows and batch, with what the command asks for on top. Of other data nothing is the run's."""
+    if config.data.path or config.data.blend:
         of_run = copy.deepcopy(of_run)
         of_run.data.path, of_run.data.blend, of_run.data.eval_path = "", {}, ""
-    for section, option in (
-        ("data", "path"),
-        ("data", "blend"),
-        ("data", "eval_path"),
-        ("data", "document_mask"),
-        ("data", "seq_len"),
-        ("train", "eval_rows"),
-        ("batch", "micro_batch_size"),
-        ("model", "trust_remote_code"),
-    ):
-        given, plain, before = (getattr(getattr(each, section), option) for each in (config, default, of_run))
-        setattr(getattr(chosen, section), option, given if given != plain else before)
-    return chosen
+    return compose.laid_over(config, of_run)
 
 
 def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int]:

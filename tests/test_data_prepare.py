@@ -143,7 +143,7 @@ def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch)
     assert len(parts) > 50
     assert "".join(parts) == text
     monkeypatch.setattr(tokenizer, "GROUP_CHARS", 3000)
-    short, long, empty = (ids for ids, _ in tokenizer.encoder(prepared, TEXT)(["short", text, ""]))
+    short, long, empty = (one.samples[0][0] for one in tokenizer.encoder(prepared, TEXT)(["short", text, ""]))
     assert long.tolist() == whole
     assert 0 < len(short) < 6
     assert empty.size == 0

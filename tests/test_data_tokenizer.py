@@ -10,6 +10,7 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import tokenize, tokenizer
+from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.store import Corpus
 from hybridtrain.types import UserError
 
@@ -76,6 +77,7 @@ def test_a_file_is_taken_for_the_tokenizer_it_is(tmp_path, made, texts, name):
         (folder / "tokenizer.json").rename(folder / name)
     data = settings(tmp_path / "data", texts, tokenizer=str(folder / name), append_eos=name == "tokenizer.json")
     assert Corpus.open(tokenize.prepare(data, options=PrepareConfig())).vocab_size == 270
+    assert tokenizer_dir(settings(tmp_path / "none", texts, tokenizer=data.tokenizer)) == folder
 
 
 def test_a_part_of_a_tokenizer_is_refused(tmp_path, texts):

@@ -65,10 +65,12 @@ class IndexedWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document of integer ids, shape (n,)."""
-        document = tokens.astype(self._dtype)
-        assert np.array_equal(document, tokens), f"an id that {self._dtype} cannot hold"
-        self._bin.write(document.tobytes())
-        self._add_sizes(np.array([len(document)]))
+        for first in range(0, len(tokens), COPY_BYTES):
+            part = tokens[first : first + COPY_BYTES]
+            written = part.astype(self._dtype)
+            assert np.array_equal(written, part), f"an id that {self._dtype} cannot hold"
+            self._bin.write(written.tobytes())
+        self._add_sizes(np.array([len(tokens)]))
 
     def append(self, reader: IndexedReader, *, keep: np.ndarray) -> None:
         """Append those documents of another pair of the same dtype that `keep`, bool (documents,), names, without decoding them."""

@@ -194,11 +194,12 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             if "\ufffd".encode() in content:
                 counts.damaged += 1
                 counts.first_damaged = counts.first_damaged or readers.where(unit, number)
-            if how := unit.source.blocks or _how(digest, size=len(content), recipe=recipe, counts=counts):
+            size, content = len(content), b""  # not held while a long document is encoded
+            if how := unit.source.blocks or _how(digest, size=size, recipe=recipe, counts=counts):
                 yield from _cut(unit, number, value, key=unit.source.name if unit.source.blocks else digest.hex(), how=how, recipe=recipe)
             else:
                 held_out = blocks.share(digest) < recipe.eval_fraction if named is None else named
-                yield Document(unit, number, value, len(content), digest, held_out)
+                yield Document(unit, number, value, size, digest, held_out)
 
 
 def _how(digest: bytes, *, size: int, recipe: Recipe, counts: Counts) -> str:

@@ -98,7 +98,8 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
             encoded = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (number, _), one in zip(group, encoded, strict=True):
                 found[number].append(np.array(one.ids, dtype=np.int32))
-        return [Encoded.text(np.concatenate(ids)) for ids in found]
+        found.reverse()
+        return [Encoded.text(np.concatenate(found.pop())) for _ in texts]  # one by one: a long document is not held twice
 
     return _whole(encode)
 

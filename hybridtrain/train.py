@@ -213,7 +213,7 @@ def _train(
         try:
             save_config(engine.model_config, run_dir.model)
             if config.engine.kind == "deepspeed":
-                write_json(run_dir.path / "deepspeed.json", engine.settings)
+                write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
         except OSError as error:
             raise unwritable("run.dir", run_dir.path, error) from error
         write_machine(run_dir.path, hosts)

@@ -51,7 +51,7 @@ def test_a_training_tells_nobody(data: Path, tmp_path: Path) -> None:
     planted = [key for key in string_options() if _is_free(key, data)]
     assert {"run.name", "model.name", "model.revision", "tracker.project", "data.text_key"} <= set(planted), planted
     words = [f"{key}=${{oc.env:A_SECRET}}" for key in planted if key not in ("tracker.project", "run.name")]
-    words += ["run.name='${oc.env:A_SECRET}'", "tracker.project='${run[name]}-${model.name}'"]
+    words += ["run.name='${oc.env:A_SECRET}'", "tracker.project='${run[name]}'"]
     options = {"train__steps": 2, "tracker__kinds": "[wandb,tensorboard]"}
     argv = [text for text in arguments(run, data, **options) if text.partition("=")[0] not in planted]
     seen = [_train([*argv, *words], environment)]
@@ -110,7 +110,7 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
     runs = [write(tmp_path / "runs" / name, [row(1), row(2)], summary={"status": "finished"}, config=config) for name in ("a", "b")]
     for run in runs:
         text = (run / "config.yaml").read_text()
-        (run / "config.yaml").write_text(text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace("project: hybridtrain", "project: '${run.name}'"))
+        (run / "config.yaml").write_text(text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace("project: hybridtrain", "project: '${run[name]}'"))
         (run / "logs").mkdir()
         (run / "logs/rank-0.log").write_text("line\n")
     assert main(["report", str(runs[0])]) == 0
@@ -122,7 +122,9 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
     for path in tmp_path.rglob("*"):
         assert SECRET not in path.name
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    assert "${oc.env:READERS_KEY}" in (runs[0] / "report/index.html").read_text()
+    monkeypatch.delenv("READERS_KEY")
+    assert main(["report", str(runs[0])]) == 0
+    assert "<h1>${oc.env:READERS_KEY}</h1>" in (runs[0] / "report/index.html").read_text(), "it is read where the variable is not set"
 
 
 def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

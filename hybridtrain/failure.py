@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -86,16 +87,32 @@ def first(folder: Path, *, world_size: int) -> Failure | None:
     if own:
         return _told(own[0])
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
+    silent = [rank for rank in range(world_size) if rank not in hung and rank not in {report["rank"] for report in reports}]
     busy = [rank for rank, text in hung.items() if not _waits(text)]
-    if hung:
+    if busy or (hung and not silent):
         rank = busy[0] if busy else min(hung)
         what = "its step took longer than train.max_step_s" + ("" if busy else ", as on all others, which wait in collectives")
         return Failure(rank, "", what, hung[rank])
-    silent = [rank for rank in range(world_size) if rank not in {report["rank"] for report in reports}]
+    others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
+    if hung:
+        what = f"it gave no sign of life{others} while the others waited for it longer than train.max_step_s: frozen, killed, or cut off from them"
+        return Failure(silent[0], "", what, f"rank {min(hung)} waited here:\n{hung[min(hung)]}")
     if reports and silent:
-        others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
         return Failure(silent[0], "", f"it ended without a word{others}: killed from outside, or out of memory", reports[0]["traceback"])
     return _told(reports[0]) if reports else None
+
+
+def earlier(folder: Path) -> Failure | None:
+    """What ended an attempt that could not conclude itself, from what its ranks left: each rank opens its file of stacks at its start."""
+    files = {int(match[1]) for path in folder.glob("rank-*") if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))}
+    if not files or (folder / FIRST).exists():
+        return None
+    return conclude(folder, world_size=max(files) + 1)
+
+
+def waited(folder: Path) -> list[int]:
+    """Ranks that have left their stacks because a step took too long."""
+    return sorted(int(match[1]) for path in folder.glob("rank-*.stacks") if (match := re.fullmatch(r"rank-(\d{1,7})\.stacks", path.name)) and _stacks(path))
 
 
 def conclude(folder: Path, *, world_size: int) -> Failure | None:
@@ -108,11 +125,20 @@ def conclude(folder: Path, *, world_size: int) -> Failure | None:
 
 
 def _reports(folder: Path) -> list[dict]:
+    """Reports that are what `record` writes; others are no reports."""
     found = []
     for path in folder.glob("rank-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text()))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            report = json.loads(path.read_text())
+            if isinstance(report, dict) and _is_report(report):
+                found.append(report)
     return found
+
+
+def _is_report(report: dict) -> bool:
+    texts = all(isinstance(report.get(name), str) for name in ("node", "error", "traceback"))
+    when = report.get("time")
+    return texts and type(report.get("rank")) is int and isinstance(when, int | float) and math.isfinite(when)
 
 
 def _told(report: dict) -> Failure:
@@ -121,7 +147,7 @@ def _told(report: dict) -> Failure:
 
 def _stacks(file: Path) -> str:
     with contextlib.suppress(OSError):
-        return file.read_text()
+        return file.read_text(errors="replace")
     return ""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain import entry as entries
-from hybridtrain import identity, log, machine, rundir
+from hybridtrain import failure, identity, log, machine, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.manager import Manager
@@ -74,6 +74,7 @@ def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
     layout, world, parameters = layouts.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
     run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
     if run_dir.lost:
+        failure.earlier(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
         rundir.record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
         _log.warning("%s", run_dir.lost)
     words = [f"{layout} on {world} process{'es' if world > 1 else ''}"]

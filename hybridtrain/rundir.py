@@ -271,6 +271,15 @@ def record_lost(path: Path, *, lost: str, step: int) -> None:
     append_event(path, "failed", step=step, detail=lost)
 
 
+def record_failed(path: Path, *, reason: str, step: int) -> None:
+    """Note how an attempt failed, from whichever rank is able to: in the summary, and as an event. Raises UserError."""
+    try:
+        write_json(path / "summary.json", {**read_summary(path), "status": "failed", "exit_reason": reason})
+    except OSError as error:
+        raise unwritable("run.dir", path, error) from error
+    append_event(path, "failed", step=step, detail=reason)
+
+
 def record_finished(path: Path, *, step: int, tokens: int) -> None:
     """Note that a run is at its end: its last attempt had saved its last checkpoint, and could not say so. Raises UserError."""
     why = "reached the end"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, identity, launched, log, machine
+from hybridtrain import failure, identity, launched, log, machine, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
+_STACKS_S = 3.0
+"""How long a rank that ran out of time waits for the stacks of the others."""
 _OTHERS_S = 1.0
 """How long rank 0 waits for the reports of others: what it sees may follow from their failure."""
 
@@ -136,7 +138,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
             mesh.disconnect()
             return 0
         done.step = run_dir.step
-        watchdog = Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=config.train.max_step_s)
+        opened = run_dir
+        stacks = run_dir.failures / f"rank-{log.rank()}.stacks"
+        watchdog = Watchdog(stacks, limit_s=config.train.max_step_s, hung=lambda: _record_hang(opened, world_size=job.layout.world_size, step=done.step))
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
@@ -156,6 +160,18 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
     engine.close()
     mesh.disconnect()
     return 0
+
+
+def _record_hang(run_dir: RunDir, *, world_size: int, step: int) -> None:
+    """Of the ranks that have run out of time, the first that is able to writes down which rank the others waited for."""
+    time.sleep(_STACKS_S)  # all run out of time at nearly the same moment
+    if log.rank() != next(iter(failure.waited(run_dir.failures)), None):
+        time.sleep(_STACKS_S)
+        return
+    first = failure.conclude(run_dir.failures, world_size=world_size)
+    _log.error("first failure: %s", first)
+    with contextlib.suppress(UserError, OSError):
+        rundir.record_failed(run_dir.path, reason=str(first), step=step)
 
 
 def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float, step: int) -> None:

@@ -1,37 +1,60 @@
 """Ends a rank whose step takes too long, with the stacks of all its threads in a file.
 
-The rank that hangs and those that wait for it run out of time together; `failure.first` tells them apart by their stacks. Python's
-faulthandler does it from a C thread, which needs neither the main thread nor the interpreter lock.
+The rank that hangs and those that wait for it run out of time together; `failure.first` tells them apart by their stacks. A thread does
+it, so that the reason can still be written down; where that thread does not come to run, Python's faulthandler does it from C later,
+which needs neither the main thread nor the interpreter lock.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hybridtrain.files import unwritable
 
+_FALLBACK_S = 30.0
+"""How long after the limit a process is ended that could not end itself."""
+
 
 class Watchdog:
-    """`beat` starts the clock anew. `limit_s` 0: never."""
+    """`beat` starts the clock anew. `limit_s` 0: never. `hung` is called in a thread, once the stacks are written; then the process ends."""
 
-    def __init__(self, file: Path, *, limit_s: float):
-        self.limit_s = limit_s
+    def __init__(self, file: Path, *, limit_s: float, hung: Callable[[], None]):
+        self.limit_s, self._hung, self._until = limit_s, hung, float("inf")
+        self._closed = threading.Event()
         self._file = None
         if limit_s:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._file = file.open("w")  # stays open: the C thread writes to its descriptor
+                self._file = file.open("w")  # stays open: a full disk or a lost mount must not keep the stacks back
             except OSError as error:
                 raise unwritable("run.dir", file.parent, error) from error
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """Something ended; the next thing may take limit_s."""
         if self._file:
-            faulthandler.dump_traceback_later(self.limit_s, exit=True, file=self._file)
+            self._until = time.monotonic() + self.limit_s
+            faulthandler.dump_traceback_later(self.limit_s + _FALLBACK_S, exit=True, file=self._file)
 
     def close(self) -> None:
         """Stop watching."""
+        self._closed.set()
         if self._file:
+            self._until = float("inf")
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, max(0.02, self._until - time.monotonic()))):
+            if time.monotonic() >= self._until:
+                assert self._file is not None
+                faulthandler.dump_traceback(file=self._file, all_threads=True)
+                try:
+                    self._hung()
+                finally:
+                    os._exit(1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridtrain import failure, machine
+from hybridtrain import failure, machine, network
 from hybridtrain.files import write_atomically
 
 SKEW_S = 30.0
@@ -64,7 +64,7 @@ def compare(found: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, 
 def main(run: Path) -> int:
     me, size, patience = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"]), float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120)
     timeout = timedelta(seconds=patience)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # training takes it after this: a port of its own would be the next job's
     facts = own_facts(run, gpus=int(os.environ.get("HYBRIDTRAIN_GPUS") or 0))
     store = dist.TCPStore(address, port, is_master=me == 0, wait_for_workers=False, timeout=timeout)
     store.set(f"facts-{me}", json.dumps({**facts, "time": time.time()}))
@@ -104,15 +104,23 @@ def _node_names(size: int) -> list[str]:
 
 
 def _added_up(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta) -> int:
-    """A collective over the network that training will use: NCCL where there are GPUs."""
+    """A collective over the networks that training will use: gloo, and NCCL where there are GPUs."""
     gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo", store=dist.PrefixStore("health", store), rank=me, world_size=size, timeout=timeout)
-    value = torch.full((1 << 20,), float(me + 1), device="cuda" if gpu else "cpu")
-    dist.all_reduce(value)
-    right = float(value[0]) == size * (size + 1) / 2
-    print(f"{failure.node()}: fit" if right else f"{failure.node()}: the sum over nodes is {float(value[0])}", flush=True)
+    if size > 1:
+        network.choose_card(os.environ["MASTER_ADDR"])
+    if gpu:
+        torch.cuda.set_device(0)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("health", store), rank=me, world_size=size, timeout=timeout)
+    wrong = []
+    for device, name in (("cpu", "gloo"), *((("cuda", "nccl"),) if gpu else ())):
+        value = torch.full((1 << 20,), float(me + 1), device=device)
+        dist.all_reduce(value)
+        if float(value[0]) != size * (size + 1) / 2:
+            wrong.append(f"the sum over nodes is {float(value[0])} ({name})")
+    print(f"{failure.node()}: {'; '.join(wrong) or 'fit'}", flush=True)
     dist.destroy_process_group()
-    return 0 if right else 1
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -109,3 +109,8 @@ def test_a_run_that_an_old_version_queued_can_start(old: Path) -> None:
     assert {rank.code for rank in ended} == {0}, ended[0].err + ended[0].out
     assert [row["loss"] for row in rows(queued)] == pytest.approx([row["loss"] for row in EXPECTED["dp2"][:SAVED]], rel=1e-6)
     assert math.isfinite(json.loads((queued / "summary.json").read_text())["final_loss"])
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_old_runs_are_verified(old: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(old / "runs" / name)]) == 0, capfd.readouterr().err

@@ -214,3 +214,46 @@ def test_fingerprints() -> None:
     for model in ("n", None):
         with pytest.raises(UserError, match="of another model"):
             check(progress, fingerprints={"data": "d", **({"model": model} if model else {})}, allow_data_change=True)
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "events.jsonl", "machine.json", "trackers/mine", "logs/rank-0.log"])
+def test_a_folder_with_files_of_others_that_a_run_would_write_is_refused_and_stays(config: Config, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "project" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    message = refusal_of(alter(config, "run.dir", str(tmp_path / "project")))
+    assert "but no config.yaml" in message
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [mine.relative_to(tmp_path)]
+
+
+def test_a_folder_with_other_files_and_with_logs_of_a_scheduler_is_taken(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "project" / "logs").mkdir(parents=True)
+    (tmp_path / "project" / "logs" / "slurm-7.out").write_text("mine")
+    (tmp_path / "project" / "train.py").write_text("mine")
+    assert opened(alter(config, "run.dir", str(tmp_path / "project"))).path == tmp_path / "project"
+
+
+def test_the_model_that_a_run_starts_from_is_not_written_over(config: Config) -> None:
+    Path("runs/trial/model").mkdir(parents=True)
+    Path("runs/trial/config.yaml").write_text(compose.to_yaml(config))
+    assert "the model that it starts from" in refusal_of(alter(config, "model.from_pretrained", "runs/trial/model"))
+
+
+def test_values_that_went_through_yaml_are_the_same_run(config: Config) -> None:
+    config.model.config = {"eps": 1e-6, "theta": 10000, "list": [1, 2.5], "deep": {"x": float("nan")}, "flag": True}
+    opened(config)
+    same = alter(config, "model.config", {"eps": 0.000001, "theta": 10000.0, "list": (1, 2.5), "deep": {"x": float("nan")}, "flag": True})
+    assert opened(same).path == Path("runs/trial")
+    assert opened(alter(config, "model.config", {**config.model.config, "flag": 1})).path == Path("runs/trial-2")
+
+
+def test_attempts_are_counted_by_events_not_by_words(config: Config) -> None:
+    run = opened(config)
+    run.append_event("started", step=0, detail="")
+    run.append_event("failed", step=0, detail='it said "kind": "started"')
+    run.append_event("resumed", step=0, detail='"kind": "resumed"')
+    with run.events.open("a") as stream:
+        stream.write('{"kind": "started", "st')
+    assert opened(config).attempt == 2
+    run.append_event("finished", step=1, detail="")
+    assert json.loads(run.events.read_text().splitlines()[-1])["kind"] == "finished", "on a line of its own after a torn one"

@@ -142,6 +142,7 @@ def test_a_rank_that_raises_is_named_as_the_first(layout, data, tmp_path):
     assert "planted failure" in found.detail
     assert found.node == failure.node()
     assert summary(run)["exit_reason"] == str(found)
+    assert json.loads((run / "failures/life-0/rank-1.json").read_text())["step"] == 3, "steps done, on a rank that is not 0"
 
 
 def test_a_rank_that_was_killed_is_named(data, tmp_path):

@@ -179,7 +179,7 @@ class _Watch:
     def begin(self, seconds: float) -> None:
         with self.lock:
             self.ends[threading.get_ident()] = _clock(threading.get_ident()) + seconds
-            if self.thread is None:
+            if self.thread is None or not self.thread.is_alive():  # in a forked process it is not
                 self.thread = threading.Thread(target=self._look, name="template limit", daemon=True)
                 self.thread.start()
 

@@ -95,7 +95,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
     failed: int | None = None
     patience: float | None = None
     asked = False
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # looks at all of them, also behind one that is alive
         if failed is None and (codes := [rank.returncode for rank in ranks if rank.returncode]):
             failed, patience = codes[0], time.monotonic() + ALONE_S
         if heard and patience is None:

@@ -88,7 +88,7 @@ def outcomes(run: Path) -> list[str]:
     return [life.outcome for life in lives.read(run)]
 
 
-def test_submit_trains_on_two_nodes(slurm, data, uninterrupted, tmp_path):
+def test_submit_trains_on_two_nodes(slurm, data, uninterrupted, tmp_path, capfd):
     run = tmp_path / "run"
     job = submit(run, data)
     ended = slurm.wait(job, timeout_s=180)
@@ -98,6 +98,24 @@ def test_submit_trains_on_two_nodes(slurm, data, uninterrupted, tmp_path):
     assert outcomes(run) == ["finished"]
     nodes = {path.parent.name: path for path in run.glob("logs/job-*/life-0/node-*.log")}
     assert nodes
+    capfd.readouterr()
+    assert command.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
+    assert "the run is finished, 8 of 8 steps are done" in capfd.readouterr().err
+
+
+def test_a_run_that_is_queued_is_not_queued_a_second_time(slurm, data, tmp_path, capfd):
+    run = tmp_path / "run"
+    job = submit(run, data, "cluster.sbatch={begin: now+1hour}")
+    before = sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file())
+    capfd.readouterr()
+    assert command.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
+    said = capfd.readouterr().err
+    assert f"job {job} has this run already, and is PENDING" in said
+    assert f"scancel {job}" in said
+    assert sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file()) == before
+    slurm.run("scancel", job)
+    slurm.wait(job, timeout_s=30)
+    assert submit(run, data, "cluster.sbatch={begin: now+1hour}") != job
 
 
 @pytest.mark.slow
@@ -276,7 +294,7 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
             wait_for_lines(run, stop_at)
             slurm.run("scancel", job)
             slurm.wait(job, timeout_s=120)
-            assert summary(run)["status"] == "preempted", output(run)
+            assert summary(run)["status"] == "interrupted", output(run)
     ended = slurm.wait(job, timeout_s=180)
     assert ended["JobState"] == "COMPLETED", output(run)
     for ours, theirs in zip(rows(run), rows(whole), strict=True):

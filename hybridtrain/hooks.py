@@ -7,7 +7,6 @@ is on disk before it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,18 +73,23 @@ class Log:
     def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
         self.run, self.every, self.total_steps = run, every, total_steps
         self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
-        self.since: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Since the last line, counted on the device: updates skipped, and steps without targets."""
+        self.since: torch.Tensor | None = None
+        """Since the last line, added up on the device in fp64: loss of all valid tokens, these tokens, updates skipped, steps without targets."""
 
     def __call__(self, moment: Moment) -> None:
-        new = (moment.result.skipped, moment.result.empty)
-        self.since = (new[0].clone(), new[1].clone()) if self.since is None else (self.since[0] + new[0], self.since[1] + new[1])
+        result = moment.result
+        loss = torch.where(result.tokens > 0, result.loss * result.tokens.double(), 0.0)  # of no tokens the mean is NaN
+        new = torch.stack([loss, *(number.double() for number in (result.tokens, result.skipped, result.empty))])
+        self.since = new if self.since is None else self.since + new
         if not (moment.last or moment.stopping or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
-        result, self.since = dataclasses.replace(moment.result, skipped=self.since[0], empty=self.since[1]), None
-        row: dict[str, Any] = metrics.record(result, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory)
-        row |= moment.extra
+        allocator = {key: metrics.max_over_ranks(value, group=self.group) for key, value in metrics.allocator(self.device).items()}
+        since, self.since = self.since, None
+        row: dict[str, Any] = metrics.record(
+            result, since=since, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory
+        )
+        row |= moment.extra | allocator
         if dist.get_rank() == 0:
             self.run.append_metrics(row)
             if row["skipped"]:

@@ -264,3 +264,9 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # whoever read it has enough; a full disk; closed from the start
             stream.flush()
     os._exit(code)
+
+
+def use_expandable_segments() -> None:
+    """Let torch's GPU allocator grow its segments unless its settings are given: less is lost to fragments. Call before torch is imported."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

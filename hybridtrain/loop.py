@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,22 +40,52 @@ def train(
 ) -> Progress:
     """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
     step, tokens_seen, watch = start.step, start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
-    while step < total_steps and not stop.reason:
-        watchdog.beat()
-        lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
-        result = engine.train_step(loader.micro_batches(step), lr=lr)
-        step, tokens_seen = step + 1, tokens_seen + plan.tokens
-        done.step = step
-        stopping = bool(stop.agreed())
-        moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
-        for hook in hooks:
+    with Collector() as collector:
+        while step < total_steps and not stop.reason:
             watchdog.beat()
-            hook(moment)
-        watch(moment, check=moment.last or step % config.train.log_every == 0)
+            lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
+            result = engine.train_step(loader.micro_batches(step), lr=lr)
+            step, tokens_seen = step + 1, tokens_seen + plan.tokens
+            done.step = step
+            stopping = bool(stop.agreed())
+            moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
+            for hook in hooks:
+                watchdog.beat()
+                hook(moment)
+            watch(moment, check=moment.last or step % config.train.log_every == 0)
+            collector.after(step)
     watchdog.beat()
     for hook in hooks:
         hook.close()
     return Progress(step, tokens_seen, start.fingerprints)
+
+
+class Collector:
+    """Python's garbage collection at the same steps on all ranks. By itself it comes at another time on each, and every step waits for the slowest."""
+
+    EVERY = 50
+
+    def __init__(self) -> None:
+        self.began, self.enabled = False, gc.isenabled()
+
+    def after(self, step: int) -> None:
+        """Once the first step has made what stays, only what comes after it is looked through, every EVERY steps."""
+        if not self.began:
+            self.began = True
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif step % self.EVERY == 0:
+            gc.collect(1)
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.began:
+            gc.unfreeze()
+            if self.enabled:
+                gc.enable()
 
 
 class NonFinite:

@@ -6,6 +6,7 @@ steps only; between them the host never waits for the device.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -110,6 +111,13 @@ def max_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def allocator(device: torch.device) -> dict[str, float]:
+    """On a GPU: the most memory that torch's allocator has reserved, in GiB, and how often it had to free its cache to go on; else nothing."""
+    if device.type != "cuda":
+        return {}
+    return {"reserved_memory_gib": torch.cuda.max_memory_reserved(device) / GIB, "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"]}
+
+
 def max_over_ranks(value: float, *, group: dist.ProcessGroup | None) -> float:
     """The largest `value` of all ranks of `group` (collective); None stands for a single process."""
     if group is None:
@@ -152,7 +160,9 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent in the `with` block."""
+        """Leave out the time spent in the `with` block, but not what a GPU still does for the steps before it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         start = time.perf_counter()
         try:
             yield
@@ -183,18 +193,23 @@ class Meter:
         return max(0, self._total_steps - last_step) * (last_time - first_time) / (last_step - first_step)
 
 
-def record(result: StepResult, *, step: int, tokens_seen: int, lr: float, meter: Meter, memory_gib: float) -> dict[str, Any]:
+def record(result: StepResult, *, since: torch.Tensor, step: int, tokens_seen: int, lr: float, meter: Meter, memory_gib: float) -> dict[str, Any]:
     """One line of metrics.jsonl; non-finite and unknown values are None.
 
-    Reads the scalars of `result` in one transfer, which waits for the device, and only then takes the time.
+    `since`: of the steps since the last line, loss of all valid tokens, these tokens, updates skipped, steps without targets. `loss` is the
+    mean over these tokens, `step_loss` the last step's own. Reads all scalars in one transfer, which waits for the device, and only then
+    takes the time.
     """
-    scalars = (result.loss, result.grad_norm, result.skipped, result.empty, result.loss_scale)
-    loss, grad_norm, skipped, empty, loss_scale = torch.stack([scalar.detach().float() for scalar in scalars]).tolist()
+    scalars = (result.loss, result.grad_norm, result.loss_scale)
+    numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), since]).tolist()
+    step_loss, grad_norm, loss_scale, loss_sum, tokens, skipped, empty = numbers
+    loss = loss_sum / tokens if tokens else math.nan
     rates = meter.measure(step)
     return {
         "step": step,
         "tokens_seen": tokens_seen,
         "loss": finite(loss),
+        "step_loss": finite(step_loss),
         "grad_norm": finite(grad_norm),
         "lr": finite(lr),
         "loss_scale": finite(loss_scale),

@@ -97,6 +97,7 @@ def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
 def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
+    launched.use_expandable_segments()
     job = resolve(config)
     run_dir = None
     if not launched.several():  # a process alone: refused before torch is imported

@@ -17,6 +17,7 @@ KEYS = [
     "step",
     "tokens_seen",
     "loss",
+    "step_loss",
     "grad_norm",
     "lr",
     "loss_scale",
@@ -39,6 +40,12 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
         empty=torch.tensor(empty),
         loss_scale=torch.tensor(loss_scale),
     )
+
+
+def since(step: StepResult) -> torch.Tensor:
+    """What is added up over this step alone."""
+    loss = step.loss * step.tokens if step.tokens else torch.tensor(0.0)
+    return torch.stack([number.double() for number in (loss.double(), step.tokens, step.skipped, step.empty)])
 
 
 def meter(**changes) -> metrics.Meter:
@@ -160,16 +167,28 @@ def test_eta_averages_over_measurements_and_ends_at_zero():
 
 def test_record_has_the_keys_and_the_exact_loss():
     loss = torch.tensor(1 / 3)
-    row = metrics.record(result(loss=1 / 3), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    row = metrics.record(result(loss=1 / 3), since=since(result(loss=1 / 3)), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5)
     assert list(row) == KEYS
-    assert row["loss"] == loss.item()
+    assert row["loss"] == row["step_loss"] == loss.item()  # over one step the mean is the step's own, to the last bit
     assert (row["step"], row["tokens_seen"], row["grad_norm"], row["lr"], row["skipped"], row["loss_scale"]) == (7, 7000, 0.75, 1e-3, 0, 1.0)
     assert abs(row["time"] - time.time()) < 5
 
 
+def test_the_loss_of_a_line_is_the_mean_over_its_tokens():
+    """100 tokens at 2.0 and 300 at 4.0; one update skipped, one step without a token."""
+    row = metrics.record(
+        result(loss=4.0), since=torch.tensor([1400.0, 400.0, 1.0, 1.0]).double(), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5
+    )
+    assert (row["loss"], row["step_loss"], row["skipped"], row["steps_without_targets"]) == (3.5, 4.0, 1, 1)
+
+
+def test_the_allocator_is_one_of_gpus():
+    assert metrics.allocator(torch.device("cpu")) == {}
+
+
 def test_record_writes_null_for_what_is_not_finite_or_unknown():
     bad = result(loss=math.nan, grad_norm=math.inf, skipped=1, loss_scale=32768.0)
-    row = metrics.record(bad, step=1, tokens_seen=1000, lr=1e-3, meter=meter(peak=None), memory_gib=1.5)
+    row = metrics.record(bad, since=since(bad), step=1, tokens_seen=1000, lr=1e-3, meter=meter(peak=None), memory_gib=1.5)
     assert row["loss"] is None
     assert row["grad_norm"] is None
     assert row["mfu"] is None
@@ -178,7 +197,8 @@ def test_record_writes_null_for_what_is_not_finite_or_unknown():
 
 
 def test_steps_without_targets_have_no_loss_and_are_counted():
-    row = metrics.record(result(loss=math.nan, grad_norm=0.0, empty=2), step=1, tokens_seen=1000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    nothing = torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
+    row = metrics.record(result(loss=math.nan, grad_norm=0.0, empty=1), since=nothing, step=1, tokens_seen=1000, lr=1e-3, meter=meter(), memory_gib=1.5)
     assert list(row) == [*KEYS, "steps_without_targets"]
     assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
     assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |" in metrics.progress_line(row, total_steps=10, eta_s=1)

@@ -3,7 +3,8 @@
 import sys
 
 from hybridtrain.command import run_command
-from hybridtrain.launched import leave
+from hybridtrain.launched import leave, use_expandable_segments
 
 if __name__ == "__main__":
+    use_expandable_segments()
     leave(run_command("bench", sys.argv[1:]))

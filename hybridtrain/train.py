@@ -69,7 +69,7 @@ class Job:
 
 def resolve(config: Config) -> Job:
     """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
-    settled = engines.settle(config)
+    settled = engines.settle(_source_at_hand(config))
     layout, plan, model = settled.layout, settled.plan, settled.facts
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
@@ -83,6 +83,19 @@ def resolve(config: Config) -> Job:
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     check.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, data, total_steps)
+
+
+def _source_at_hand(config: Config) -> Config:
+    """`config`; where a run goes on whose pretrained model is not in a folder here (any more), with the run's own copy of its config.json instead.
+
+    Weights come from the checkpoint, so neither the folder nor the hub is needed.
+    """
+    run, source = Path(config.run.dir), config.model.from_pretrained
+    if not source or Path(source).is_dir() or not (run / "model" / "config.json").is_file():
+        return config
+    if not any((run / "checkpoints").glob("*/complete.json")):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, from_pretrained=str(run / "model")))
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
@@ -145,7 +158,8 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
-            engine = engines.build(config, layout=job.layout, plan=job.plan, device=device)
+            build = engines.build_for_load if run_dir.checkpoint else engines.build
+            engine = build(_source_at_hand(config), layout=job.layout, plan=job.plan, device=device)
             world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
             _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, **world)
     except BaseException as error:

@@ -182,6 +182,8 @@ class EngineConfig:
     """Backend of torch.compile: inductor (wants a C++ compiler on CPU), aot_eager or eager."""
     timeout_s: int = 1800
     """Seconds after which a collective that a rank never joined fails."""
+    check_memory: bool = True
+    """Refuse a layout whose weights, gradients and optimizer state are larger than the memory there is, before anything is allocated."""
     loss_chunk: int = 0
     """Tokens of a micro-batch whose logits are held at once; 0: as many as fit 8 MiB (a GPU: 256 MiB), but 256 at least."""
     fp32_matmul: str = "auto"

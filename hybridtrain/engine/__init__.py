@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hybridtrain import layout as layouts
-from hybridtrain import machine
+from hybridtrain import machine, memory
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.layout import BatchPlan, ParallelLayout
@@ -112,16 +112,30 @@ def _release(version: str) -> tuple[int, int]:
 
 
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
-    """Mesh, stages, weights, optimizer and schedule (collective; the process group exists)."""
+    """Mesh, stages, initial weights, optimizer and schedule (collective; the process group exists)."""
+    return _build(config, layout=layout, plan=plan, device=device, initial=True)
+
+
+def build_for_load(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
+    """`build` without setting weights, for who loads a checkpoint next: drawing or reading them takes time, and their source may be gone."""
+    return _build(config, layout=layout, plan=plan, device=device, initial=False)
+
+
+def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool) -> TorchEngine | DeepSpeedEngine:
     from hybridtrain import backend
     from hybridtrain.models.build import check
 
     check(config)
+    if device.type == "cuda":
+        import torch
+
+        capacity, model = torch.cuda.get_device_properties(device).total_memory, facts(read_config(config.model))
+        memory.check(config, layout=layout, plan=plan, facts=model, available=capacity, place="GPU memory")
     backend.apply(config.engine, device=device)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, layout=layout, plan=plan, device=device)
+        return DeepSpeedEngine(config, layout=layout, plan=plan, device=device, initial=initial)
     from hybridtrain.engine.torch_native import TorchEngine
 
-    return TorchEngine(config, layout=layout, plan=plan, device=device)
+    return TorchEngine(config, layout=layout, plan=plan, device=device, initial=initial)

@@ -26,7 +26,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import fill
-from hybridtrain.models.load import initial
+from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.parallel.apply import Recipe, build_stages
 from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.pipeline import Pipeline
@@ -39,7 +39,7 @@ from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 class TorchEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device):
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = capabilities("torch")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self.precision = policy(config.precision.kind)
@@ -49,8 +49,8 @@ class TorchEngine:
         self.family = family_of(self.model_config.model_type)
         recipe = Recipe(config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
         self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
-        source = initial(config.model, self.model_config, family=self.family, seed=config.run.seed)
-        fill(self.stages, source)
+        if initial:
+            fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
         self.optimizer = optim.build(optim.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipeline = self._pipeline() if layout.pp > 1 else None

@@ -31,7 +31,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import reset_buffers
-from hybridtrain.models.load import initial
+from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim import adamw
 from hybridtrain.parallel.recompute import apply_recompute
@@ -43,7 +43,7 @@ from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 class DeepSpeedEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device):
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = capabilities("deepspeed")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self._after_step: Callable[[], None] = _nothing
@@ -55,7 +55,6 @@ class DeepSpeedEngine:
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
         self.deepspeed = start(device)
-        source = initial(config.model, self.model_config, family=self.family, seed=config.run.seed)
         with quiet():
             self.grid = self._grid()
         self.stage, self.parts = self._stage()
@@ -66,8 +65,10 @@ class DeepSpeedEngine:
         reset_buffers(self.stage, device=device)  # cast to 16 bits with the parameters, positions would be off by up to 0.4 %
         self._begin_scaling()
         self.held = state.held(self.zero, self.named, parts=self.parts)
-        state.fill(self.held, source, owner=self.owner)
-        state.publish(self.zero)
+        if initial:
+            source = initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed)
+            state.fill(self.held, source, owner=self.owner)
+            state.publish(self.zero)
 
     @property
     def zero(self) -> Any:

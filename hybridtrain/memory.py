@@ -1,0 +1,156 @@
+"""Memory that a layout needs per rank, known before anything is allocated. Plain arithmetic, no torch.
+
+    held   weights, their gradients, Adam's moments, master copies: exact, in bytes of this rank's shares
+    step   copies gathered in the compute dtype, gradients being added up, the head's gradient: what a step surely has besides
+
+Activations are not in it: how many there are depends on kernels, so that they could only be guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
+from hybridtrain.types import ModelFacts, UserError, refusal
+
+if TYPE_CHECKING:
+    from hybridtrain.config.schema import Config, ParallelConfig
+
+GIB = 1024**3
+_MOST_SHARDS = 1024
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the rank that needs most."""
+
+    held: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.held + self.step
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number as it is stored and as it is computed with."""
+
+    stored: int
+    compute: int
+
+
+def widths(precision: str) -> Widths:
+    """Of a recipe of precision/policy.py."""
+    return {"fp32": Widths(4, 4), "bf16_mixed": Widths(4, 2), "fp16_mixed": Widths(4, 2), "bf16_pure": Widths(2, 2)}[precision]
+
+
+def parameters_of_stage(facts: ModelFacts, *, layers: int, first: bool, last: bool, tp: int) -> tuple[int, int]:
+    """(all parameters of one tensor-parallel rank in a run of layers, those of its largest layer). Biases and norms count as sliced: below 0.1 %."""
+    matrix = facts.vocab * facts.hidden
+    layer = (facts.parameters - facts.hidden - matrix * (1 if facts.tied else 2)) // facts.layers
+    repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0  # key and value projections, whole on every rank
+    norms = 2 * facts.hidden if tp > 1 else 0
+    per_layer = math.ceil((layer - repeated - norms) / tp) + repeated + norms
+    ends = math.ceil(facts.vocab / tp) * facts.hidden
+    both = first and last and facts.tied
+    return layers * per_layer + (first + last - both) * ends + last * facts.hidden, per_layer
+
+
+def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> Need:
+    """What the rank that needs most needs."""
+    per_rank, found = stages_per_rank(parallel), []
+    cuts = stage_layers(facts.layers, layout.pp * per_rank)
+    for rank in range(layout.pp):
+        total = largest = 0
+        for index in range(rank, len(cuts), layout.pp):
+            whole, layer = parameters_of_stage(facts, layers=len(cuts[index]), first=index == 0, last=index == len(cuts) - 1, tp=layout.tp)
+            total, largest = total + whole, max(largest, layer)
+        head = 4 * math.ceil(facts.vocab / layout.tp) * facts.hidden * (rank == (len(cuts) - 1) % layout.pp)
+        of = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
+        found.append(of(config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head))
+    return max(found, key=lambda need: need.total)
+
+
+def _of_torch(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> Need:
+    w, zero = widths(config.precision.kind), parallel.zero_stage
+    share = math.ceil(total / layout.dp_shard)
+    held = share * w.stored * 4  # weight, gradient, two moments
+    wrapped = layout.dp > 1 or layout.tp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
+    if not wrapped:
+        return Need(held, head)
+    gathered = (largest if zero == 3 else total) * w.compute
+    summed = total * 4 if zero < 2 and plan.grad_accum > 1 and w.compute != 4 else 0
+    return Need(held, gathered + summed + head)
+
+
+def _of_deepspeed(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> Need:  # noqa: ARG001
+    """fp32 weights and moments in equal shares of the data ranks from stage 1 on, the model's own copy whole up to stage 2. On a GPU offloaded parts are not its."""
+    zero, compute = max(1, parallel.zero_stage), widths(config.precision.kind).compute
+    share = math.ceil(total / layout.dp)
+    moved = config.engine.offload_optimizer == "cpu" and _on_gpu()
+    masters = 0 if moved else share * 12
+    copy = (0 if config.engine.offload_parameters == "cpu" and _on_gpu() else share) if zero == 3 else total
+    return Need(masters + copy * compute + share * 4, head + (largest * compute if zero == 3 else 0))
+
+
+def host_memory() -> int:
+    """Bytes that this process's host, or the container around it, has; a very large number where that is not told."""
+    found = [_UNLIMITED]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(name).read_text().strip() if Path(name).is_file() else ""
+        found += [int(text)] if text.isdecimal() else []
+    return min(found)
+
+
+def _on_gpu() -> bool:
+    """Whether this machine has NVIDIA GPUs that processes may use (without asking torch)."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> None:
+    """On a machine without GPUs: refuse what the processes of this host surely cannot hold together. Raises UserError."""
+    if not _on_gpu():
+        check(config, layout=layout, plan=plan, facts=facts, available=host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), place="host memory")
+
+
+def check(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:
+    """Refuse a layout that needs more than the `available` bytes of a rank. Raises UserError."""
+    if not config.engine.check_memory:
+        return
+    need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
+    if need.total > available:
+        raise _too_large(config, layout=layout, plan=plan, facts=facts, need=need, available=available, place=place)
+
+
+def _too_large(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, need: Need, available: int, place: str) -> UserError:
+    words = (
+        f"a rank needs {need.held / GIB:.1f} GiB for weights, gradients and optimizer state and {need.step / GIB:.1f} GiB more in a step, before activations"
+    )
+    words += f"; there are {available / GIB:.1f} GiB of {place} for each rank"
+    fitting = list(_fitting(config, plan=plan, facts=facts, available=available))
+    instead = " or ".join(fitting) if fitting else "a smaller model"
+    return refusal(
+        "parallel", write(config.parallel, layout), words, allowed=f"at most {available / GIB:.1f} GiB", instead=f"{instead}, or engine.check_memory=false"
+    )
+
+
+def _fitting(config: Config, *, plan: BatchPlan, facts: ModelFacts, available: int) -> Iterator[str]:
+    """With the fewest ranks that fit: fully sharded data parallelism, alone and with tensor parallelism within a node."""
+    for tp in (1, 8):
+        if tp > 1 and (facts.heads % tp or facts.ffn % tp or facts.kv_heads % tp):
+            continue
+        for shards in (2**power for power in range(1, int(math.log2(_MOST_SHARDS)) + 1)):
+            parallel = replace(config.parallel, pp=1, dp_replicate=1, dp_shard=shards, tp=tp, zero_stage=3)
+            layout = ParallelLayout(dp_replicate=1, dp_shard=shards, cp=1, tp=tp, pp=1)
+            if needs(config, parallel=parallel, layout=layout, plan=plan, facts=facts).total <= available:
+                yield f"{write(parallel, layout)} on {shards * tp} ranks with as much memory"
+                break

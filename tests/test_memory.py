@@ -1,0 +1,98 @@
+"""Memory known before it is allocated: the formula against what engines hold, and the refusal."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hybridtrain import layout as layouts
+from hybridtrain import memory
+from hybridtrain.config.schema import Config, ParallelConfig
+from hybridtrain.models.facts import facts
+from hybridtrain.types import UserError
+from tests.ranks import run_ranks
+from tests.training import Case, model, start
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
+
+
+def needs(config: Config, layout: str, fields: dict[str, Any]) -> memory.Need:
+    parallel = ParallelConfig(**layouts.parse(layout))
+    degrees = layouts.ParallelLayout(parallel.dp_replicate, parallel.dp_shard, 1, parallel.tp, parallel.pp)
+    plan = layouts.BatchPlan(1, 16, 4, 4 * degrees.dp)
+    return memory.needs(config, parallel=parallel, layout=degrees, plan=plan, facts=facts(fields))
+
+
+def held(case: Case) -> int:
+    """Bytes of this rank's weights, gradients and moments after a step."""
+    engine = start(case)
+    engine.train_step(case.batches(0, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr)
+    shards = [item.shard for item in engine.optimizer.shards]
+    moments = [engine.optimizer.optimizer.state[shard][name] for shard in shards for name in ("exp_avg", "exp_avg_sq")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*shards, *shards, *moments))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", ["single", "dp_replicate2", "dp_shard2-zero1", "dp_shard2-zero3", "tp2", "pp2"])
+def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
+    fields = model(tie_word_embeddings=tied)
+    case = Case(layout, fields, precision=precision, micro_batch_size=1)
+    config = case.config()
+    assert needs(config, layout, fields).held == max(run_ranks(case.world_size, held, case))
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "gib"),
+    [("single", "fp32", 8.03 * 16 / 1.0737), ("dp_shard8-zero3", "bf16_mixed", 8.03 * 16 / 8 / 1.0737), ("tp8", "bf16_pure", 8.03 * 8 / 8 / 1.0737)],
+)
+def test_an_8b_model_holds_16_bytes_a_parameter(layout, precision, gib):
+    config = Config()
+    config.precision.kind = precision
+    assert needs(config, layout, LLAMA_8B).held / memory.GIB == pytest.approx(gib, rel=0.01)
+
+
+def refused(available: int, **engine: Any) -> str:
+    config = Config()
+    config.engine = dataclasses.replace(config.engine, **engine)
+    with pytest.raises(UserError) as error:
+        memory.check(
+            config,
+            layout=layouts.ParallelLayout(1, 1, 1, 1, 1),
+            plan=layouts.BatchPlan(1, 2048, 8, 8),
+            facts=facts(LLAMA_8B),
+            available=available,
+            place="host memory",
+        )
+    return str(error.value)
+
+
+def test_what_cannot_fit_is_refused_with_what_would():
+    text = refused(24 * memory.GIB)
+    assert text.startswith("parallel=single: a rank needs 119.7 GiB for weights, gradients and optimizer state")
+    assert "dp_shard8-zero3 on 8 ranks" in text
+    assert "engine.check_memory=false" in text
+
+
+def test_offloading_is_not_the_gpus(monkeypatch):
+    monkeypatch.setattr(memory, "_on_gpu", lambda: True)
+    config = Config()
+    config.engine.kind, config.precision.kind = "deepspeed", "bf16_mixed"
+    before = needs(config, "dp_shard8-zero3", LLAMA_8B).held
+    config.engine.offload_optimizer = "cpu"
+    assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).held == pytest.approx(8.03e9 / 8 * 12, rel=0.01)
+
+
+def test_whoever_knows_better_is_not_stopped():
+    config = Config()
+    config.engine.check_memory = False
+    single = layouts.ParallelLayout(1, 1, 1, 1, 1)
+    memory.check(config, layout=single, plan=layouts.BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B), available=1, place="host memory")

@@ -30,7 +30,7 @@ MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
 TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
 MAX_INFLATION = 4  # times TRAINING_BYTES, where files held more text than their size told
 MIN_SAMPLE_BYTES = 1 << 16  # least text taken of a unit, unless it has less
-GROUP_CHARS = 1 << 20  # in one call of the tokenizer: bounds memory, keeps the cores busy
+GROUP_CHARS = 1 << 18  # in one call of the tokenizer: bounds memory, keeps the cores busy
 FOLDER = "tokenizer"
 FIELD = "data.tokenizer"
 

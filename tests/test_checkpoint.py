@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
+import random
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from hybridtrain.checkpoint import marker, metadata, sharded
 from hybridtrain.checkpoint.manager import Manager
@@ -203,7 +206,7 @@ def test_entries_of_bytes_are_refused_because_dcp_would_unpickle_them(tmp_path: 
     assert "refused" in refusal_of_load(path, {"model.weight": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("case", ["outside", "bytes", "hole", "nowhere", "transform", "lacking", "other"])
+@pytest.mark.parametrize("case", ["outside", "bytes", "hole", "overlap", "nowhere", "transform", "lacking", "other"])
 def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case: str) -> None:
     path = written(tmp_path / "step-3")
     content = metadata.read(path)
@@ -213,6 +216,11 @@ def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case:
         content.state_dict_metadata["model.weight"] = BytesStorageMetadata()
     elif case == "hole":
         content.state_dict_metadata["model.weight"].chunks[0].sizes = torch.Size([4, 5])  # type: ignore[union-attr]
+    elif case == "overlap":  # the volumes add up: two rows twice, two rows never
+        entry = content.state_dict_metadata["model.weight"]
+        rows, columns = entry.size  # type: ignore[union-attr]
+        half = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([1, columns])) for _ in range(rows)]
+        entry.chunks = half  # type: ignore[union-attr]
     elif case == "nowhere":
         content.storage_data.clear()
     elif case == "transform":
@@ -224,6 +232,41 @@ def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case:
     (path / ".metadata").write_bytes(pickle.dumps(content))
     reseal(path)
     assert "damaged: .metadata: refused" in refusal_of_load(path)
+
+
+def chunks(*boxes: tuple[tuple[int, ...], tuple[int, ...]], size: tuple[int, ...]) -> TensorStorageMetadata:
+    parts = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    return TensorStorageMetadata(TensorProperties(), torch.Size(size), parts)
+
+
+def test_chunks_cover_a_tensor_exactly_once_or_not() -> None:
+    tiled = metadata._tiled
+    assert tiled(chunks(((), ()), size=()))
+    assert not tiled(chunks(((), ()), ((), ()), size=()))
+    assert tiled(chunks(size=(0, 3)))
+    assert tiled(chunks(((0, 0), (0, 3)), size=(0, 3)))
+    assert tiled(chunks(((0, 0), (2, 3)), ((2, 0), (1, 2)), ((2, 2), (1, 1)), size=(3, 3)))
+    assert not tiled(chunks(((0, 0), (2, 3)), ((1, 0), (1, 3)), size=(3, 3)))  # a row twice, a row never
+    assert not tiled(chunks(((0, 0), (3, 2)), ((0, 2), (3, 2)), ((0, 1), (3, -1)), size=(3, 3)))
+    assert not tiled(chunks(((-1, 0), (3, 3)), size=(3, 3)))
+    assert not tiled(chunks(((0, 1), (3, 3)), size=(3, 3)))
+    assert not tiled(chunks(((0,), (9,)), size=(3, 3)))
+    generator = random.Random(0)
+    for _ in range(200):  # a random tiling, and the same with one part moved onto another
+        rows = sorted({0, 8, *generator.sample(range(1, 8), 3)})
+        boxes = []
+        for top, bottom in itertools.pairwise(rows):
+            columns = sorted({0, 6, *generator.sample(range(1, 6), 2)})
+            boxes += [((top, left), (bottom - top, right - left)) for left, right in itertools.pairwise(columns)]
+        assert tiled(chunks(*boxes, size=(8, 6)))
+        moved = generator.randrange(len(boxes))
+        (top, left), sizes = boxes[moved]
+        boxes[moved] = ((max(0, top - 1) if top else 1, left), sizes)
+        assert not tiled(chunks(*boxes, size=(8, 6)))
+    many = chunks(*(((row, 0), (1, 4)) for row in range(50_000)), size=(50_000, 4))
+    began = time.process_time()
+    assert tiled(many)
+    assert time.process_time() - began < 5
 
 
 def test_progress_that_is_no_position_is_refused(tmp_path: Path) -> None:

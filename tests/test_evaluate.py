@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,9 +140,10 @@ def test_perplexity_counts_valid_tokens_only(trained):
         perplexity(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"))
 
 
-def draw(trained, **changes) -> str:
-    options = {"prompt": "number 4 follows", "max_new_tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 3, "trust_remote_code": False}
-    return sample(trained.run / "export", **options | changes)
+def draw(trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any) -> str:
+    options = schema.GenerateConfig(**{"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.95, **changes})
+    [text] = sample(source or trained.run / "export", prompts=[prompt], options=options, seed=seed, trust_remote_code=False)
+    return text
 
 
 def test_sampling_is_seeded_and_leaves_the_callers_random_state(trained):
@@ -217,3 +219,123 @@ def test_evaluate_without_data_or_with_a_smaller_vocabulary_is_refused(trained, 
     model.save_pretrained(tmp_path / "small")
     assert main(["evaluate", str(trained.run), f"evaluate.source={tmp_path / 'small'}"]) == 2
     assert "model.config.vocab_size=50" in capsys.readouterr().err
+
+
+# -- generate: chats, ends, several prompts ------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    """A copy of the export, to be changed."""
+    return Path(shutil.copytree(trained.run / "export", tmp_path / "folder"))
+
+
+def generated(capsys, *argv: str) -> str:
+    assert main(["generate", *argv, "generate.max_new_tokens=8", "generate.temperature=0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_chat_is_put_into_the_models_template(trained, folder, capsys):
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    answer = generated(capsys, f"generate.source={folder}", "generate.prompt=number", "generate.chat=true", "generate.system=four")
+    whole = generated(capsys, f"generate.source={folder}", "generate.prompt='[system] four\\n[user] number\\n[assistant]'".replace("\\n", "\n"))
+    assert whole == "[system] four\n[user] number\n[assistant]" + answer
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
+    assert main(["generate", f"generate.source={folder}", "generate.chat=true"]) == 2
+    assert "the chat template fails: no system messages" in capsys.readouterr().err
+    assert main(["generate", str(trained.run), "generate.chat=true"]) == 2
+    assert "generate.chat=true: the tokenizer has no chat template" in capsys.readouterr().err
+    assert main(["generate", str(trained.run), "generate.system=x"]) == 2
+    assert "generate.system=x: a system message belongs to a chat" in capsys.readouterr().err
+
+
+def test_several_prompts_and_a_file_of_them(trained, tmp_path, capsys):
+    alone = [generated(capsys, str(trained.run), f"generate.prompt={prompt}") for prompt in ("number 4", "follows")]
+    both = generated(capsys, str(trained.run), "generate.prompts=[number 4,follows]")
+    assert both == f"[1]\n{alone[0]}\n[2]\n{alone[1]}"
+    (tmp_path / "prompts.txt").write_text("number 4\n\nfollows\n")
+    assert generated(capsys, str(trained.run), f"generate.prompts_file={tmp_path / 'prompts.txt'}") == both
+    assert main(["generate", str(trained.run), f"generate.prompts_file={tmp_path / 'none.txt'}"]) == 2
+    assert "generate.prompts_file=" in capsys.readouterr().err
+
+
+def test_stop_texts_and_seeds(trained):
+    text = draw(trained, temperature=0.0)
+    assert len(text) > 4
+    stop = text[2:4]
+    assert draw(trained, temperature=0.0, stop=[stop]) == text[: text.find(stop)]
+    assert draw(trained, temperature=0.0, stop=["never there"]) == text
+
+
+def test_a_seed_of_its_own_goes_before_the_runs(trained, capsys):
+    argv = [str(trained.run), "generate.max_new_tokens=10", "generate.temperature=2", "generate.top_p=1"]
+    shown = {}
+    for options in ("run.seed=1", "generate.seed=1", "run.seed=2"):
+        assert main(["generate", *argv, options]) == 0
+        shown[options] = capsys.readouterr().out
+    assert shown["run.seed=1"] == shown["generate.seed=1"] != shown["run.seed=2"]
+
+
+def test_end_tokens_of_generation_config_end_a_text(trained, folder):
+    text = draw(trained, temperature=0.0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    second = tokenizer("number 4 follows" + text)["input_ids"][len(tokenizer("number 4 follows")["input_ids"]) + 1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, 0]}))
+    assert len(draw(trained, temperature=0.0, source=folder)) < len(text)
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused(folder, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    assert main(["generate", f"generate.source={folder}", "generate.prompt='a <new>'"]) == 2
+    assert "generate.prompt=(token id 300): the tokenizer has a token that the model, of 300 rows" in capsys.readouterr().err
+
+
+# -- damaged and hostile folders -----------------------------------------------------------------------------------
+
+DAMAGE = {
+    "weights cut": ("model.safetensors", lambda data: data[: len(data) // 2]),
+    "weights pointer": ("model.safetensors", lambda _: b"version https://git-lfs.github.com/spec/v1\n"),
+    "config no JSON": ("config.json", lambda _: b"{"),
+    "config no object": ("config.json", lambda _: b"[1]"),
+    "config nonsense": ("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": "wide"')),
+    "tokenizer cut": ("tokenizer.json", lambda data: data[: len(data) // 2]),
+    "tokenizer kind": ("tokenizer.json", lambda data: data.replace(b'"BPE"', b'"Unheard"')),
+    "tokenizer pointer": ("tokenizer.json", lambda _: b"version https://git-lfs.github.com/spec/v1\n"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_folders_are_refused_by_name(kind, trained, folder, capsys):
+    name, change = DAMAGE[kind]
+    before = (folder / name).read_bytes()
+    (folder / name).write_bytes(change(before))
+    assert (folder / name).read_bytes() != before
+    for command in ("generate",) if name == "tokenizer.json" else ("generate", "evaluate"):
+        assert main([command, f"{command}.source={folder}", *([str(trained.run)] if command == "evaluate" else [])]) == 2
+        refused = capsys.readouterr().err
+        assert f"{command}.source=" in refused
+        assert str(folder) in refused
+        assert ("git-lfs pointer" in refused) == ("pointer" in kind)
+
+
+def test_a_run_directory_grants_no_permission_to_run_its_code(trained, tmp_path, capsys):
+    """Its config.yaml says model.trust_remote_code=true; only the command line's own word counts."""
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+    assert (run / "config.yaml").read_text() != text
+    victim = tmp_path / "victim"
+    (run / "export" / "evil.py").write_text(
+        f"open({str(victim)!r}, 'w').close()\nfrom transformers import LlamaConfig as Evil, LlamaForCausalLM as EvilModel\n"
+    )
+    config = json.loads((run / "export" / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilModel"}
+    (run / "export" / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
+    for command in ("evaluate", "generate"):
+        assert main([command, str(run)]) == 2
+        assert "cannot load its" in capsys.readouterr().err
+        assert not victim.exists()

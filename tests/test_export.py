@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridtrain.checkpoint import hf, safetensors, sharded
+from hybridtrain.checkpoint import destination, hf, safetensors, sharded
+from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
-from hybridtrain.config.schema import Config, ExportConfig, ExportRoot, RunConfig
+from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
+from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
@@ -68,7 +72,12 @@ def test_an_export_holds_the_models_values_and_loads_in_transformers(tmp_path: P
     stored, state = read_back(out), model.state_dict()
     assert set(stored) == set(state) - ({"lm_head.weight"} if tied else set())
     assert all(torch.equal(stored[name], state[name]) for name in stored)
-    assert json.loads((out / "hybridtrain.json").read_text()) == {"step": 20, "tokens_seen": 20, "dtype": "float32"}
+    assert {**json.loads((out / "hybridtrain.json").read_text()), "files": sorted(os.listdir(out))} == {
+        "step": 20,
+        "tokens_seen": 20,
+        "dtype": "float32",
+        "files": sorted(os.listdir(out)),
+    }
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.dtype == torch.float32
@@ -144,6 +153,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         hf.run(exporting(run, dtype="int4"))
     with pytest.raises(UserError, match=r"export\.max_shard_gb"):
         hf.run(exporting(run, max_shard_gb=0.0))
+    as_earlier(run / "checkpoints" / "step-00000020")
     config = json.loads((run / "model" / "config.json").read_text())
     (run / "model" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(UserError, match="does not tie the embeddings"):
@@ -157,6 +167,192 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         hf.run(exporting(run))
     assert not list(run.glob("export*"))
+
+
+def as_earlier(checkpoint: Path) -> None:
+    """Make a checkpoint what earlier releases wrote: without the model's config.json."""
+    (checkpoint / "config.json").unlink()
+    listed = json.loads((checkpoint / "complete.json").read_text())
+    del listed["files"]["config.json"]
+    (checkpoint / "complete.json").write_text(json.dumps(listed))
+
+
+def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(tmp_path, model_of(tied=False), tied=False)
+    file = run / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_hidden_layers": 1, "rms_norm_eps": 1e-3}))
+    hf.run(exporting(run))
+    exported = json.loads((run / "export" / "config.json").read_text())
+    assert (exported["num_hidden_layers"], exported["rms_norm_eps"]) == (11, 1e-6)
+    assert "config.json has changed since the checkpoint was written (num_hidden_layers, rms_norm_eps)" in caplog.text
+    as_earlier(run / "checkpoints" / "step-00000020")
+    with pytest.raises(UserError, match=r"num_hidden_layers=1, the checkpoint's model has 11; was it edited"):
+        hf.run(exporting(run))
+    file.write_text(json.dumps(config))
+    hf.run(exporting(run))
+
+
+# -- beside the weights --------------------------------------------------------------------------------------------
+
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path, earlier: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The file is taken over when training starts; of a run of an earlier release, which did not, from the source."""
+    given = {**SAMPLING, "eos_token_id": [5, 0], "pad_token_id": 0, "bos_token_id": 0}
+    model = model_of(tied=True)
+    run = run_of(tmp_path, model, tied=True)
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
+    config = compose.from_yaml(run / "config.yaml", "train")
+    config.model.from_pretrained = str(tmp_path / "source")
+    (run / "config.yaml").write_text(compose.to_yaml(config))
+    if not earlier:
+        save_config(model.config, run / "model", model=config.model)
+        assert json.loads((run / "model" / "generation_config.json").read_text()) == given
+        shutil.rmtree(tmp_path / "source")
+    hf.run(exporting(run))
+    loaded = GenerationConfig.from_pretrained(run / "export").to_dict()
+    # the corpus's texts end with token 1, which the source did not know: training taught the model to end with it
+    assert {key: loaded[key] for key in given} == {**given, "eos_token_id": [5, 0, 1]}
+    assert "generation_config.json: eos_token_id [5, 0] and the tokenizer's 1" in caplog.text
+
+
+def test_new_weights_end_texts_as_their_corpus_does(tmp_path: Path) -> None:
+    model = model_of(tied=True)
+    model.config.eos_token_id, model.config.bos_token_id = 2, 3
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    run = run_of(tmp_path, model, tied=True)
+    hf.run(exporting(run))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((run / "export" / name).read_text())["eos_token_id"] == 1, name
+    assert "pad_token_id" not in {key for key, value in json.loads((run / "export" / "config.json").read_text()).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"version": "1.0", "trunc', b'{"version": "1.0", "model": {"type": "Unheard"}}', b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_a_tokenizer_that_does_not_load_is_not_exported(tmp_path: Path, content: bytes) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*(cannot load its tokenizer|git-lfs pointer)"):
+        hf.run(exporting(run))
+    assert not list(run.glob("export*"))
+
+
+def test_a_folder_that_holds_a_model_too_gives_its_tokenizer_alone(tmp_path: Path) -> None:
+    model = model_of(tied=True)
+    run = run_of(tmp_path, model, tied=True)
+    other = model_of(tied=False)
+    other.save_pretrained(tmp_path / "other")
+    for file in (tmp_path / "data" / "tokenizer").iterdir():
+        file.rename(tmp_path / "other" / file.name)
+    (tmp_path / "data" / "tokenizer").rmdir()
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
+    config = compose.from_yaml(run / "config.yaml", "train")
+    config.data.tokenizer = str(tmp_path / "other")
+    (run / "config.yaml").write_text(compose.to_yaml(config))
+    hf.run(exporting(run))
+    assert json.loads((run / "export" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert set(read_back(run / "export")) == set(model.state_dict()) - {"lm_head.weight"}
+    assert AutoTokenizer.from_pretrained(run / "export").chat_template == "{{ messages }}"
+
+
+# -- where it goes -------------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_followed_and_leftovers_block_nothing(tmp_path: Path) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    (tmp_path / "disk").mkdir()
+    (run / "export").symlink_to(tmp_path / "disk" / "mine")
+    for _ in range(2):  # into a place that is not there yet, and over an export
+        hf.run(exporting(run))
+        assert (run / "export").is_symlink()
+        assert AutoModelForCausalLM.from_pretrained(run / "export").config.vocab_size == 37
+    assert os.listdir(tmp_path / "disk") == ["mine"]
+    shutil.copytree(tmp_path / "disk" / "mine", tmp_path / "disk" / "mine.removed")
+    shutil.copytree(tmp_path / "disk" / "mine", tmp_path / "disk" / "mine.partial")
+    hf.run(exporting(run))
+    assert os.listdir(tmp_path / "disk") == ["mine"]
+    (tmp_path / "disk" / "mine").rename(tmp_path / "disk" / "mine.removed")  # ended between the two renames
+    (tmp_path / "disk" / "mine.removed" / "README.md").write_text("kept")
+    hf.run(exporting(run))
+    assert (tmp_path / "disk" / "mine" / "README.md").read_text() == "kept"
+    assert os.listdir(tmp_path / "disk") == ["mine"]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_files_of_others_in_an_export_stay(tmp_path: Path, earlier: bool) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    hf.run(exporting(run, max_shard_gb=6e-6))
+    out = run / "export"
+    if earlier:  # whose record has no list
+        (out / "hybridtrain.json").write_text(json.dumps({"step": 20, "tokens_seen": 20, "dtype": "float32"}))
+    (out / "README.md").write_text("my notes")
+    (out / "runs").mkdir()
+    (out / "runs" / "one.txt").write_text("mine")
+    for _ in range(2):
+        hf.run(exporting(run))
+        assert [(out / "README.md").read_text(), (out / "runs" / "one.txt").read_text()] == ["my notes", "mine"]
+        assert len(list(out.glob("*.safetensors*"))) == 1
+    (out / "chat_template.jinja").write_text("mine")
+    hf.run(exporting(run))
+    (tmp_path / "data" / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match=r"it has chat_template\.jinja, which no export wrote and this one would replace"):
+        hf.run(exporting(run))
+    assert (out / "chat_template.jinja").read_text() == "mine"
+    assert not list(run.glob("export.*"))
+
+
+def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for shard in (6e-6, 5.0):
+        hf.run(exporting(run, out=".", max_shard_gb=shard))
+        Path("note.txt").write_text("mine")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "here").config.vocab_size == 37
+        assert Path.cwd() == tmp_path / "here"
+    assert len(list(Path.cwd().glob("*.safetensors*"))) == 1
+    assert set(os.listdir(tmp_path)) == {"here", "run", "data"}
+
+
+def test_two_exports_at_once(tmp_path: Path) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    with destination.replacing(run / "export") as partial:
+        (partial / "hybridtrain.json").write_text('{"step": 1}')
+        with pytest.raises(UserError, match="another export is writing there"):
+            hf.run(exporting(run))
+    hf.run(exporting(run))
+    assert json.loads((run / "export" / "hybridtrain.json").read_text())["step"] == 20
+
+
+def test_exports_of_a_run_that_removes_its_checkpoints_meanwhile(tmp_path: Path) -> None:
+    """A thread saves a checkpoint and removes the one before, again and again, as checkpoint.every=1 keep_last=1 does."""
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    manager = Manager(run / "checkpoints", settings=CheckpointConfig(keep_last=1))
+    ended = threading.Event()
+
+    def train() -> None:
+        for step in range(21, 10_000):
+            if ended.is_set():
+                return
+            aside = manager.folder / f"step-{step:08d}.partial"
+            shutil.copytree(manager.latest() or tmp_path, aside)
+            aside.rename(manager.path(step))
+            manager.prune()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(8):
+            assert hf.run(exporting(run)) == 0
+    finally:
+        ended.set()
+        thread.join()
+    assert manager.steps()[-1] > 40
 
 
 def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_path: Path) -> None:
@@ -188,8 +384,10 @@ MEASURED = """
 import re, sys
 from pathlib import Path
 from hybridtrain.checkpoint import hf
+from hybridtrain.config.schema import ModelConfig
 def export(run):
-    hf.export(Path(run) / "step-1", model_dir=Path(run) / "model", tokenizer_dir=None, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
+    its = hf.Run(Path(run) / "model", None, ModelConfig())
+    hf.export(Path(run) / "step-1", run=its, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 export(sys.argv[1])

@@ -6,33 +6,36 @@ checkpoint/*.distcp --(one tensor)--> cast --> model-00001-of-0000N.safetensors 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hybridtrain.checkpoint import marker, metadata, safetensors
+from hybridtrain.checkpoint import destination, marker, metadata, safetensors
+from hybridtrain.checkpoint.hold import Removed, held
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
-from hybridtrain.config.schema import ExportRoot
+from hybridtrain.config.schema import Config, ExportRoot, ModelConfig
 from hybridtrain.data.blend import tokenizer_dir
+from hybridtrain.files import read_object, unwritable
+from hybridtrain.models import tokens
 from hybridtrain.rundir import require_run
 from hybridtrain.types import Progress, UserError, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ORIGIN = "hybridtrain.json"
-"""Says what a folder was exported from; only a folder that has it is replaced by a later export."""
 _PREFIX = "model."
 _HEAD = "lm_head.weight"
 _SAY_EVERY_S = 5.0
+_TRIES = 20  # a run that saves often may remove a checkpoint before it is open
 
 log = logging.getLogger(__name__)
 
@@ -43,86 +46,120 @@ def run(config: ExportRoot) -> int:
     run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
     require_run(run_dir, command="export")
     its_config = compose.read_run(run_dir / "config.yaml", "train")
-    if options.checkpoint:
-        checkpoint: Path | None = Path(options.checkpoint)
-    else:
-        checkpoint = Manager(run_dir / "checkpoints", settings=its_config.checkpoint).latest()
-    if checkpoint is None:
-        raise refusal("run.dir", run_dir, "it has no complete checkpoint", allowed="a run that has saved one", instead="train on, or export.checkpoint=FOLDER")
-    tokenizer = tokenizer_dir(its_config.data)
-    if tokenizer is None:
-        log.warning("export: without tokenizer, there is none with the data")
-    out = export(
-        checkpoint,
-        model_dir=run_dir / "model",
-        tokenizer_dir=tokenizer,
-        out=Path(options.out) if options.out else run_dir / "export",
-        dtype=options.dtype,
-        max_shard_bytes=int(options.max_shard_gb * 10**9),
-    )
-    print(out)
-    return 0
+    manager = Manager(run_dir / "checkpoints", settings=its_config.checkpoint)
+    out = Path(options.out).expanduser() if options.out else run_dir / "export"
+    for attempt in range(_TRIES):
+        checkpoint = Path(options.checkpoint) if options.checkpoint else manager.latest()
+        if checkpoint is None and attempt < _TRIES - 1 and any(manager.folder.glob("step-*")):
+            continue  # the one that was listed has made room for a newer one
+        if checkpoint is None:
+            instead = "train on, or export.checkpoint=FOLDER"
+            raise refusal("run.dir", run_dir, "it has no complete checkpoint", allowed="a run that has saved one", instead=instead)
+        try:
+            export(checkpoint, run=of_run(run_dir, its_config), out=out, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 10**9))
+        except Removed:
+            if options.checkpoint:
+                raise refusal(
+                    "export.checkpoint", checkpoint, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints"
+                ) from None
+            continue  # the run has gone on, and removed it for a newer one
+        print(out)
+        return 0
+    raise refusal("run.dir", run_dir, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
 
 
-def export(checkpoint: Path, *, model_dir: Path, tokenizer_dir: Path | None, out: Path, dtype: str, max_shard_bytes: int) -> Path:
+@dataclass(frozen=True)
+class Run:
+    """What an export needs of a run beside a checkpoint."""
+
+    model_dir: Path
+    """config.json (that of checkpoints which have none) and generation_config.json."""
+    tokenizer_dir: Path | None
+    """The tokenizer of its data."""
+    source: ModelConfig
+    """Where its weights came from."""
+
+
+def of_run(run_dir: Path, config: Config) -> Run:
+    """The run in `run_dir`, whose config.yaml is `config`. Token files without a tokenizer of their own go by that of the model they train."""
+    tokenizer, pretrained = tokenizer_dir(config.data), Path(config.model.from_pretrained)
+    if tokenizer is None and config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES):
+        tokenizer = pretrained
+    return Run(run_dir / "model", tokenizer, config.model)
+
+
+def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes: int) -> Path:
     """Write the Hugging Face folder `out` from a complete checkpoint and return it.
 
-    `model_dir` holds the model's config.json (and generation_config.json); `dtype` is a key of DTYPES and applies to floating-point
-    weights. Memory stays at about two copies of the largest tensor. Written aside and renamed; an earlier export is replaced.
-    Raises UserError for a damaged checkpoint, values that `dtype` cannot hold, a folder that is no export, a full disk.
+    `dtype` is a key of DTYPES and applies to floating-point weights. Memory stays at about two copies of the largest tensor. Written
+    aside and renamed; an earlier export is replaced, files of others in it stay. Raises UserError for a damaged checkpoint or tokenizer,
+    values that `dtype` cannot hold, a folder that is no export, a full disk; Removed for a checkpoint that is not there any more.
     """
-    _check(dtype=dtype, max_shard_bytes=max_shard_bytes, model_dir=model_dir, out=out)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        marker.verify(checkpoint, files=marker.read(checkpoint).items())
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_weights(checkpoint, partial=partial, config=_config(model_dir), dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
-        _write_rest(partial, model_dir=model_dir, tokenizer_dir=tokenizer_dir, dtype=dtype, progress=marker.read_progress(checkpoint))
-        marker.sync_folder(partial)
-        if out.exists():
-            replaced = out.with_name(out.name + ".removed")
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(out, replaced)
-            os.rename(partial, out)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(partial, out)
-        marker.sync_folder(out.parent)
-    except OSError as error:
-        raise refusal("export.out", out, f"it could not be written: {error}", allowed="a folder with enough free space", instead="export.out=FOLDER") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _check(dtype=dtype, max_shard_bytes=max_shard_bytes)
+    destination.check(out)
+    tokenizer = None
+    if run.tokenizer_dir is None:
+        log.warning("export: without tokenizer, there is none with the data")
+    else:
+        tokenizer = tokens.ends(tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False))
+    with held(checkpoint) as files:
+        stored = _verified(files)
+        config = _config(files, run=run, stored=stored)
+        try:
+            with destination.replacing(out) as partial:
+                _write_weights(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+                _write_rest(partial, config=config, run=run, tokenizer=tokenizer, dtype=dtype, progress=marker.read_progress(files))
+        except OSError as error:
+            raise unwritable("export.out", out, error) from error
     return out
 
 
-def _check(*, dtype: str, max_shard_bytes: int, model_dir: Path, out: Path) -> None:
+def _check(*, dtype: str, max_shard_bytes: int) -> None:
     if dtype not in DTYPES:
         raise refusal("export.dtype", dtype, "not a dtype of exports", allowed=", ".join(DTYPES), instead="export.dtype=bfloat16")
     if max_shard_bytes <= 0:
         raise refusal("export.max_shard_gb", max_shard_bytes / 10**9, "no room for a tensor", allowed="more than 0", instead="export.max_shard_gb=5")
-    if not (model_dir / "config.json").is_file():
-        raise refusal("run.dir", model_dir.parent, f"there is no {model_dir}/config.json", allowed="the folder of a run", instead="run.dir=runs/<name>")
-    if out.exists() and not (out / ORIGIN).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise refusal(
-            "export.out",
-            out,
-            "it exists and is not an earlier export",
-            allowed="a new or empty folder, or one that an export wrote",
-            instead="export.out=FOLDER",
-        )
 
 
-def _config(model_dir: Path) -> dict:
-    try:
-        return json.loads((model_dir / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{model_dir}/config.json cannot be read: {error}") from error
-
-
-def _write_weights(checkpoint: Path, *, partial: Path, config: dict, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """Write the safetensors files and, if there are several, their index."""
+def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
+    """The metadata of a checkpoint whose files are what was written, as far as the model's weights are in them."""
+    files = marker.read(checkpoint)
+    marker.check_sizes(checkpoint, files=files.items())
+    others = {name: record for name, record in files.items() if not name.endswith(".distcp")}
+    marker.verify(checkpoint, files=others.items())
     stored = metadata.read(checkpoint)
+    needed = {info.relative_path for index, info in stored.storage_data.items() if index.fqn.startswith(_PREFIX)}
+    marker.verify(checkpoint, files=[(name, record) for name, record in files.items() if name in needed])
+    return stored
+
+
+def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadata) -> dict[str, Any]:
+    """config.json as the checkpoint holds it; an earlier release's checkpoint has none, and is held against the run's."""
+    beside = run.model_dir / marker.CONFIG
+    if (checkpoint / marker.CONFIG).is_file():
+        config = read_object(checkpoint / marker.CONFIG, field="checkpoint")
+        with contextlib.suppress(UserError):
+            now = read_object(beside, field="run.dir")
+            changed = sorted(key for key in config.keys() | now.keys() if key != "transformers_version" and config.get(key) != now.get(key))
+            if changed:
+                log.warning("export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, ", ".join(changed))
+        return config
+    if not beside.is_file():
+        raise refusal("run.dir", run.model_dir.parent, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
+    config = read_object(beside, field="run.dir")
+    shapes = {key.removeprefix(_PREFIX): tuple(entry.size) for key, entry in stored.state_dict_metadata.items() if key.startswith(_PREFIX)}  # type: ignore[union-attr]
+    layers = {int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    embed = shapes.get("model.embed_tokens.weight")
+    for field, is_now in (("num_hidden_layers", len(layers)), ("vocab_size", embed and embed[0]), ("hidden_size", embed and embed[1])):
+        if is_now and field in config and config[field] != is_now:
+            raise marker.damaged(checkpoint, str(beside), f"it says {field}={config[field]}, the checkpoint's model has {is_now}; was it edited?")
+    return config
+
+
+def _write_weights(
+    checkpoint: Path, *, partial: Path, config: dict[str, Any], stored: metadata.dcp_metadata.Metadata, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write the safetensors files and, if there are several, their index."""
     tied = bool(config.get("tie_word_embeddings", False))
     entries = _entries(stored, dtype=dtype, tied=tied)
     if not entries or not (tied or any(entry.name == _HEAD for entry in entries)):
@@ -173,18 +210,28 @@ def _cast(tensor: torch.Tensor, *, entry: Entry) -> torch.Tensor:
     return cast
 
 
-def _write_rest(partial: Path, *, model_dir: Path, tokenizer_dir: Path | None, dtype: str, progress: Progress) -> None:
+def _write_rest(partial: Path, *, config: dict[str, Any], run: Run, tokenizer: tokens.Ends | None, dtype: str, progress: Progress) -> None:
     """config.json (with the dtype), generation_config.json, the tokenizer, and where it all comes from."""
-    config = _config(model_dir)
+    generation = _generation(run)
+    config, generation, lines = tokens.fitted(config, generation, of_tokenizer=tokenizer, new=not run.source.from_pretrained)
+    for line in lines:
+        log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # transformers' older name for the same field
-    _write_json(partial / "config.json", {**config, "dtype": dtype})
-    generation = model_dir / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, partial / generation.name)
-    for file in sorted(tokenizer_dir.iterdir()) if tokenizer_dir is not None else []:
-        if file.is_file():
-            shutil.copyfile(file, partial / file.name)
-    _write_json(partial / ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
+    _write_json(partial / marker.CONFIG, {**config, "dtype": dtype})
+    if generation:
+        _write_json(partial / tokens.GENERATION, generation)
+    if run.tokenizer_dir is not None:
+        tokens.copy_tokenizer(run.tokenizer_dir, out=partial)
+    _write_json(partial / destination.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
+
+
+def _generation(run: Run) -> dict[str, Any]:
+    """The run's generation_config.json; runs of earlier releases made one of config.json alone, so the source's goes before it."""
+    file = run.model_dir / tokens.GENERATION
+    own = read_object(file, field="run.dir") if file.is_file() else {}
+    if tokens.is_derived(own) and Path(run.source.from_pretrained).is_dir():
+        return tokens.source_generation(run.source) or own
+    return own
 
 
 def _progress_line(*, tensors: int, size: int) -> Callable[[Entry], None]:

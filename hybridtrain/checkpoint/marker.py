@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.files import write_atomically
 from hybridtrain.types import Progress, UserError, refusal
 
 MARKER = "complete.json"
 PROGRESS = "progress.json"
 METADATA = ".metadata"
+CONFIG = "config.json"
+"""The model's config.json as it was when the checkpoint was written; checkpoints of earlier releases have none."""
 PARTIAL = ".partial"
 """Ending of a folder that is being written, or was when a crash came."""
 REPLACED = ".removed"
@@ -50,10 +53,18 @@ def is_complete(path: Path) -> bool:
 
 
 def write(path: Path, *, progress: Progress, files: Mapping[str, Record]) -> None:
-    """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError)."""
+    """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError).
+
+    A checkpoint of a run takes the run's model/config.json along, so that an export needs nothing that may be edited later.
+    """
     content = {"step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
     _write_json(path / PROGRESS, content)
-    everything = {**files, METADATA: measure(path / METADATA), PROGRESS: measure(path / PROGRESS)}
+    own = [METADATA, PROGRESS]
+    config = path.parent.parent / "model" / CONFIG
+    if config.is_file():
+        write_atomically(path / CONFIG, config.read_bytes())
+        own.append(CONFIG)
+    everything = {**files, **{name: measure(path / name) for name in own}}
     listed = {name: {"size": record.size, "crc32": f"{record.crc32:08x}"} for name, record in sorted(everything.items())}
     _write_json(path / MARKER, {"format": FORMAT, "files": listed})
     sync_folder(path)

@@ -7,6 +7,7 @@ DCP with `torch.load(weights_only=True)`; entries of bytes, which DCP would unpi
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import warnings
@@ -38,6 +39,9 @@ _CLASSES: dict[tuple[str, str], object] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up in a table of layouts
 }
+
+
+_MOST_DIMS = 8
 
 
 class _Unpickler(pickle.Unpickler):
@@ -138,8 +142,27 @@ def _check(content: object, *, path: Path) -> None:
     for key, entry in entries.items():
         expect(isinstance(entry, dcp_metadata.TensorStorageMetadata), f"{key} is not a tensor")
         expect(isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype), f"{key} has no shape or dtype")
-        expect(sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size), f"{key} is not whole")
+        expect(_tiled(entry), f"{key} is not whole: its parts leave a hole, or overlap")
         expect(all(dcp_metadata.MetadataIndex(key, chunk.offsets) in storage for chunk in entry.chunks), f"a part of {key} is in no file")
+
+
+def _tiled(entry: dcp_metadata.TensorStorageMetadata) -> bool:
+    """Whether the chunks cover every element of the tensor exactly once; in time linear in their number.
+
+    Where the volumes add up to the whole's, and every corner of a chunk that is no corner of the whole belongs to an even number of
+    chunks, then the number of chunks over each element is odd inside and even outside, hence one and none.
+    """
+    dims = len(entry.size)
+    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    if dims > _MOST_DIMS or any(len(offsets) != dims or len(sizes) != dims or min(offsets + sizes, default=0) < 0 for offsets, sizes in boxes):
+        return False
+    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(entry.size):
+        return False
+    odd: set[tuple[int, ...]] = set()
+    for offsets, sizes in [*boxes, ((0,) * dims, tuple(entry.size))]:
+        for corner in itertools.product(*((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))):
+            odd ^= {corner}
+    return not odd
 
 
 def _refused(path: Path, problem: str) -> UserError:

@@ -345,6 +345,7 @@ def _own_section(config: schema.Config) -> None:
         _in_range("generate.max_new_tokens", config.generate.max_new_tokens, lambda n: n >= 1, allowed="1 or more", instead="128")
         _in_range("generate.temperature", config.generate.temperature, lambda heat: heat >= 0, allowed="0 (greedy) or more", instead="0.8")
         _in_range("generate.top_p", config.generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
+        _generate(config.generate)
     if isinstance(config, schema.ReportRoot):
         words = "one run alone cannot be compared"
         _require(len(config.report.compare) != 1, "report.compare", config.report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
@@ -353,6 +354,17 @@ def _own_section(config: schema.Config) -> None:
     if isinstance(config, schema.ParityRoot):
         _in_range("parity.steps", config.parity.steps, lambda n: n >= 1, allowed="1 or more", instead="3")
         _in_range("parity.max_processes", config.parity.max_processes, lambda n: n >= 1, allowed="1 or more", instead="4")
+
+
+def _generate(generate: schema.GenerateConfig) -> None:
+    _in_range("generate.seed", generate.seed, lambda seed: -1 <= seed < 2**63, allowed="0 to 2^63 - 1, or -1 (run.seed)", instead="0")
+    words = "which of the two is meant is not clear"
+    _require(
+        not (generate.prompts and generate.prompts_file), "generate.prompts", generate.prompts, words, allowed="one of prompts and prompts_file", instead="one"
+    )
+    words = "a system message belongs to a chat"
+    _require(generate.chat or not generate.system, "generate.system", generate.system, words, allowed="with generate.chat=true", instead="generate.chat=true")
+    _require(all(generate.stop), "generate.stop", generate.stop, "an empty text stops everything", allowed="texts of a character or more", instead="without ''")
 
 
 def _bench(config: schema.BenchRoot) -> None:

@@ -31,6 +31,18 @@ class GenerateConfig:
     """Export folder, checkpoint folder, Hugging Face folder or hub id; empty: <run>/export."""
     prompt: str = "def "
     """Text to continue."""
+    prompts: list[str] = field(default_factory=list)
+    """Several texts, instead of `prompt`."""
+    prompts_file: str = ""
+    """A UTF-8 file with a text on each line, instead of `prompt`."""
+    chat: bool = False
+    """The text is a message of a user, which the model's chat template turns into a prompt; the answer alone is printed."""
+    system: str = ""
+    """chat: the system message before it; empty: none."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, besides the model's end tokens; what follows from there on is cut off."""
+    seed: int = -1
+    """Seed of the sampling; -1: run.seed."""
     max_new_tokens: int = 128
     """Tokens to sample."""
     temperature: float = 0.8

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.files import is_lfs_pointer, lfs_pointer
 from hybridtrain.rundir import require_run
 from hybridtrain.types import UserError, refusal
 
@@ -52,18 +53,10 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
 def _export(checkpoint: Path, *, out: Path) -> Path:
     from hybridtrain.checkpoint import hf
     from hybridtrain.config import compose
-    from hybridtrain.data.blend import tokenizer_dir
 
     run_dir = checkpoint.resolve().parent.parent
-    data = compose.read_run(run_dir / "config.yaml", "train").data
-    return hf.export(
-        checkpoint,
-        model_dir=run_dir / "model",
-        tokenizer_dir=tokenizer_dir(data),
-        out=out,
-        dtype="float32",
-        max_shard_bytes=5 * 10**9,
-    )
+    config = compose.read_run(run_dir / "config.yaml", "train")
+    return hf.export(checkpoint, run=hf.of_run(run_dir, config), out=out, dtype="float32", max_shard_bytes=5 * 10**9)
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
@@ -76,11 +69,20 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device_map = "auto" if torch.cuda.is_available() else None
+    _check_pointers(Path(source), field=field)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except Exception as error:  # a damaged folder: safetensors, pydantic and whatever reads the config have errors of their own
         raise unloadable(source, field=field, what="model", error=error) from error
     return model.eval()
+
+
+def _check_pointers(folder: Path, *, field: str) -> None:
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.json")) if folder.is_dir() else ():
+        if is_lfs_pointer(file):
+            raise lfs_pointer(field, file)
 
 
 def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserError:

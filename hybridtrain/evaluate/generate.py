@@ -1,73 +1,109 @@
-"""`hybridtrain generate`: continue a prompt with an export, a checkpoint, or any Hugging Face causal LM."""
+"""`hybridtrain generate`: continue prompts, or answer messages, with an export, a checkpoint, or any Hugging Face causal LM."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridtrain import evaluate
-from hybridtrain.config.schema import GenerateRoot
+from hybridtrain.config.schema import GenerateConfig, GenerateRoot
+from hybridtrain.models.tokens import check_ids, load_tokenizer
 from hybridtrain.types import refusal
 
 FIELD = "generate.source"
 
 
 def run(config: GenerateRoot) -> int:
-    """Print the prompt of `generate.prompt` and what `generate.source` makes of it; the same text for the same run.seed."""
+    """Print each prompt and what `generate.source` makes of it (of a chat the answer alone); the same texts for the same seed."""
     options = config.generate
+    prompts = _prompts(options)
+    seed = config.run.seed if options.seed < 0 else options.seed
     with evaluate.exported(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
-        continuation = sample(
-            source,
-            prompt=options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=config.run.seed,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    print(options.prompt + continuation)
+        texts = sample(source, prompts=prompts, options=options, seed=seed, trust_remote_code=config.model.trust_remote_code)
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+        if len(prompts) > 1:
+            print(f"[{number}]" if number == 1 else f"\n[{number}]")
+        print(text if options.chat else prompt + text)
     return 0
 
 
-def sample(folder: str | Path, *, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int, trust_remote_code: bool) -> str:
-    """The text that the model in `folder` (or a hub id) puts after `prompt`, by nucleus sampling (arXiv:1904.09751).
+def _prompts(options: GenerateConfig) -> list[str]:
+    if not options.prompts_file:
+        return list(options.prompts) or [options.prompt]
+    try:
+        lines = Path(options.prompts_file).expanduser().read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise refusal("generate.prompts_file", options.prompts_file, reason, allowed="a UTF-8 file, a prompt on each line", instead="another file") from error
+    if not any(lines):
+        raise refusal("generate.prompts_file", options.prompts_file, "it is empty", allowed="a UTF-8 file, a prompt on each line", instead="another file")
+    return [line for line in lines if line]
 
-    `temperature` 0 is greedy. Ends at max_new_tokens or the end-of-text token. The caller's random state is left as it was.
-    Raises UserError when model or tokenizer cannot be loaded, or the model has too few positions.
+
+def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfig, seed: int, trust_remote_code: bool) -> list[str]:
+    """What the model in the folder `source` (or a hub id) puts after each prompt, by nucleus sampling (arXiv:1904.09751).
+
+    `options.temperature` 0 is greedy. A text ends at max_new_tokens, an end token of generation_config.json (without one: of the
+    tokenizer), or before one of `options.stop`. The caller's random state is left as it was. Raises UserError when model or tokenizer
+    cannot be loaded, a chat has no template, a prompt has tokens that the model lacks, or the model has too few positions.
     """
-    source = str(folder)
-    tokenizer = _load_tokenizer(source, trust_remote_code=trust_remote_code)
-    model = evaluate.load_model(source, field=FIELD, trust_remote_code=trust_remote_code)
-    prompt_ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    _check_room(model, prompt_tokens=len(prompt_ids), max_new_tokens=max_new_tokens)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}  # transformers' own top_k is 50
-    ids = torch.tensor([prompt_ids], device=model.device)
+    tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
+    inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
+    model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
+    for ids in inputs:
+        check_ids(ids, rows=model.get_input_embeddings().num_embeddings, field="generate.prompt")
+        _check_room(model, prompt_tokens=len(ids), max_new_tokens=options.max_new_tokens)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **_end(model, tokenizer), **sampling
-        )
+        return [_continued(model, tokenizer, ids, options=options) for ids in inputs]
+
+
+def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
+    if options.chat:
+        return tokenizer(_rendered(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False)["input_ids"]
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
+    if not ids:
+        words = "the tokenizer makes no token of it, and has none that begins a text"
+        raise refusal("generate.prompt", repr(prompt), words, allowed="a text", instead="generate.prompt=TEXT")
+    return ids
+
+
+def _rendered(message: str, *, tokenizer: Any, system: str) -> str:
+    """A user's message as the chat template puts it before an answer."""
+    if not tokenizer.chat_template:
+        raise refusal("generate.chat", "true", "the tokenizer has no chat template", allowed="a model with a chat template", instead="generate.chat=false")
+    messages = [{"role": "system", "content": system}] if system else []
+    try:
+        return tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program of its own: jinja's errors, and any that it provokes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        words = f"the chat template fails: {reason[0]}"
+        raise refusal("generate.chat", "true", words, allowed="messages that the template takes", instead="generate.system='', or another model") from error
+
+
+def _continued(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: GenerateConfig) -> str:
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}  # transformers' own top_k is 50
+    if options.stop:
+        sampling |= {"stop_strings": list(options.stop), "tokenizer": tokenizer}
+    if model.generation_config.eos_token_id is None:
+        sampling["eos_token_id"] = tokenizer.eos_token_id
+    ids = torch.tensor([prompt_ids], device=model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, pad_token_id=pad, **sampling)
+    except (ValueError, NotImplementedError) as error:  # values of a generation_config.json that cannot be, or do not go together
+        raise evaluate.unloadable("the model", field=FIELD, what="generation_config.json", error=error) from error
     # Decoded together: a tokenizer may drop the space in front of a text that begins with the continuation.
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist()))
-    return whole[len(before) :]
-
-
-def _load_tokenizer(source: str, *, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise evaluate.unloadable(source, field=FIELD, what="tokenizer", error=error) from error
-
-
-def _end(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The end-of-text token, where the model's own generation config does not name one (or several)."""
-    return {} if model.generation_config.eos_token_id is not None else {"eos_token_id": tokenizer.eos_token_id}
+    text = whole[len(before) :]
+    places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def _check_room(model: Any, *, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -44,7 +44,7 @@ def run(config: EvaluateRoot) -> int:
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
-        model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=settings.model.trust_remote_code)
+        model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)
         steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab)

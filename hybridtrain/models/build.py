@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.config.schema import Config
-from hybridtrain.models import overrides, patterns
+from hybridtrain.config.schema import Config, ModelConfig
+from hybridtrain.files import write_json
+from hybridtrain.models import overrides, patterns, tokens
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.types import UserError, refusal
@@ -178,8 +179,8 @@ def plain_model(config: Any) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()
 
 
-def save_config(config: Any, folder: Path) -> None:
-    """Write config.json and generation_config.json, as an export needs them."""
+def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
+    """Write config.json and generation_config.json, as an export needs them: the latter is the source's, where it has one."""
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -187,4 +188,8 @@ def save_config(config: Any, folder: Path) -> None:
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    generation = tokens.source_generation(model)
+    if generation is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    else:
+        write_json(folder / tokens.GENERATION, generation)

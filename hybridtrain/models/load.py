@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.models import weights
+from hybridtrain.models import tokens, weights
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Box, Source, draw
@@ -62,6 +62,7 @@ def check(model: ModelConfig, config: Any, *, family: Family) -> None:
     """Refuse, before a run directory is opened, what `pretrained` refuses (local folders; a hub id is read when the run is built)."""
     if model.from_pretrained and Path(model.from_pretrained).is_dir():
         _checked(weights.stored(_folder(model)), model=model, config=config, family=family)
+        tokens.source_generation(model)
 
 
 def _read(tensor: Stored, name: str, box: Box) -> Tensor:

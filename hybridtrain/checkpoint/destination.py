@@ -1,0 +1,193 @@
+"""Where an export goes: written aside, then put in the place of an earlier one, of which only our own files are replaced.
+
+    <out>.partial    being written; the process that writes it holds a lock on the folder, so a second export is refused
+    <out>.removed    the earlier export, while the new one takes its place
+
+A link is followed: what is replaced is the folder it points to. Files that somebody else put into an export stay in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hybridtrain.files import discard, read_object, recorded, write_json
+from hybridtrain.models import tokens
+from hybridtrain.types import refusal
+
+ORIGIN = "hybridtrain.json"
+"""Says what a folder was exported from, and which files an export wrote; only a folder that has it is replaced by a later one."""
+FIELD = "export.out"
+_PARTIAL, _REMOVED = ".partial", ".removed"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+def check(out: Path) -> None:
+    """Refuse a place that holds something else (raises UserError)."""
+    real = out.resolve()
+    if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
+        raise refusal(
+            FIELD, out, "it exists and is not an earlier export", allowed="a new or empty folder, or one that an export wrote", instead="export.out=FOLDER"
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export wrote `folder`: its record says so."""
+    try:
+        content = json.loads((folder / ORIGIN).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "step" in content
+
+
+def ours(folder: Path) -> set[str]:
+    """Names in `folder` that an export wrote. Earlier releases kept no list: their files are known by name, shards by their index."""
+    listed = recorded(folder, record=ORIGIN)
+    if listed:
+        return listed | {ORIGIN}
+    shards: set[str] = set()
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shards = {name for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values() if isinstance(name, str)}
+    return shards | {ORIGIN, "config.json", tokens.GENERATION, "model.safetensors", _INDEX, *tokens.TOKENIZER_FILES}
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into; when the block ends without an error it takes the place of `out`. Raises OSError and UserError."""
+    real = out.resolve()
+    real.parent.mkdir(parents=True, exist_ok=True)
+    partial = real.with_name(real.name + _PARTIAL)
+    handle = _locked(partial, out=out)
+    try:
+        write_json(partial / ORIGIN, {})  # what a crash leaves is known as ours
+        removed = real.with_name(real.name + _REMOVED)
+        if not real.exists() and is_export(removed):
+            os.rename(removed, real)  # an export was ended between its two renames
+        yield partial
+        origin = read_object(partial / ORIGIN, field=FIELD)
+        write_json(partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir())})
+        _sync(partial)
+        others = _others(real, partial=partial, out=out)
+        if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
+            _fill(real, partial=partial)  # this folder cannot be renamed, or somebody stands in it
+        else:
+            _take_over(others, partial=partial)
+            _swap(real, partial=partial)
+        _sync(real.parent)
+    finally:
+        discard(partial)
+        os.close(handle)
+
+
+def _locked(partial: Path, *, out: Path) -> int:
+    """A handle that locks the empty folder `partial`. What a crash left of an earlier export goes."""
+    for _ in range(5):
+        partial.mkdir(exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(handle)
+                raise refusal(
+                    FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER"
+                ) from None
+            # a file system without locks: the names still keep a reader from seeing half an export
+        with suppress(FileNotFoundError):
+            if os.stat(partial).st_ino == os.fstat(handle).st_ino:
+                _clear(partial, out=out)
+                return handle
+        os.close(handle)  # the folder was another export's, which has put it in its place meanwhile
+    raise refusal(FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER")
+
+
+def _clear(partial: Path, *, out: Path) -> None:
+    """Remove what a crash left in `partial`, if an export wrote it."""
+    paths = list(partial.iterdir())
+    strange = [path.name for path in paths if path.name not in ours(partial) and not _SHARD.fullmatch(path.name)]
+    if strange and not (partial / ORIGIN).is_file():
+        words = f"{partial} holds {strange[0]}, which no export wrote"
+        raise refusal(FIELD, out, words, allowed=f"a place without a {partial.name} beside it", instead="move it away, or export.out=FOLDER")
+    for path in paths:
+        discard(path)
+
+
+def _others(real: Path, *, partial: Path, out: Path) -> list[Path]:
+    """What somebody else put into the earlier export; names that this export would replace are refused."""
+    if not real.is_dir():
+        return []
+    mine = ours(real)
+    others = [path for path in sorted(real.iterdir()) if path.name not in mine]
+    taken = [path.name for path in others if (partial / path.name).exists()]
+    if taken:
+        words = f"it has {', '.join(taken[:3])}, which no export wrote and this one would replace"
+        raise refusal(FIELD, out, words, allowed="a folder without files of these names", instead="move them away, or export.out=FOLDER")
+    return others
+
+
+def _take_over(others: list[Path], *, partial: Path) -> None:
+    for path in others:
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, partial / path.name, symlinks=True, copy_function=_same)
+        else:
+            _same(str(path), str(partial / path.name))
+
+
+def _same(source: str, target: str) -> str:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
+
+
+def _swap(real: Path, *, partial: Path) -> None:
+    if not real.exists():
+        os.rename(partial, real)
+        return
+    names = itertools.chain([_REMOVED], (f"{_REMOVED}-{number}" for number in itertools.count(1)))
+    removed = next(path for name in names if _free(path := real.with_name(real.name + name)))
+    os.rename(real, removed)
+    try:
+        os.rename(partial, real)
+    except OSError:
+        os.rename(removed, real)
+        raise
+    discard(removed)
+
+
+def _free(path: Path) -> bool:
+    """Whether nothing has this name, once an earlier export that a crash left under it is gone."""
+    return not (path.exists() or path.is_symlink()) or (is_export(path) and discard(path))
+
+
+def _fill(real: Path, *, partial: Path) -> None:
+    """Replace our files one by one; the record goes first, so that whatever is there of them is known as ours."""
+    before = ours(real) if is_export(real) else set()
+    names = recorded(partial, record=ORIGIN)
+    write_json(real / ORIGIN, {**read_object(partial / ORIGIN, field=FIELD), "files": sorted(before | names)})
+    for name in sorted(names - {ORIGIN}):
+        if (real / name).is_dir():
+            discard(real / name)
+        os.replace(partial / name, real / name)
+    for name in sorted(before - names):
+        discard(real / name)
+    os.replace(partial / ORIGIN, real / ORIGIN)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

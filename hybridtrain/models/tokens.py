@@ -1,0 +1,138 @@
+"""What a model needs to be used beside its weights: the tokenizer's files, the tokens that begin and end a text, sampling values.
+
+source's generation_config.json  --as it is-->  <run>/model/  --+ end of the corpus's texts-->  export
+new weights                      --beginning and end of the corpus's tokenizer------------->  export
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.types import refusal
+
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES = "additional_chat_templates"
+"""Folder of named templates, beside them."""
+_DERIVED = "_from_model_config"  # transformers marks a file so that it made from config.json alone
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Ids of a tokenizer's special tokens."""
+
+    begin: int | None
+    end: int | None
+    pad: int | None
+
+
+def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder or hub id; UserError, naming `field`, for one that is missing, damaged or of an unknown kind."""
+    from transformers import AutoTokenizer
+
+    pointer = next((Path(source) / name for name in TOKENIZER_FILES if is_lfs_pointer(Path(source) / name)), None)
+    if pointer is not None:
+        raise lfs_pointer(field, pointer)
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the Rust side raises bare Exceptions, and panics that are no Exceptions
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise refusal(
+            field,
+            source,
+            f"transformers cannot load its tokenizer: {reason[:300]}",
+            allowed="a folder with the tokenizer's files, whole",
+            instead="restore the files, or another folder",
+        ) from error
+
+
+def ends(tokenizer: Any) -> Ends:
+    return Ends(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def copy_tokenizer(folder: Path, *, out: Path) -> None:
+    """Copy the tokenizer's files, by name: the folder may hold a model, too. Raises OSError."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if (folder / TEMPLATES).is_dir():
+        shutil.copytree(folder / TEMPLATES, out / TEMPLATES)
+
+
+def source_generation(model: ModelConfig) -> dict[str, Any] | None:
+    """generation_config.json of `model.from_pretrained`; None where there is none. Raises UserError for one that cannot be read."""
+    if not model.from_pretrained:
+        return None
+    folder = Path(model.from_pretrained)
+    if folder.is_dir():
+        return read_object(folder / GENERATION, field="model.from_pretrained") if (folder / GENERATION).is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    with suppress(Exception):  # the repository has none, or cannot be reached: its config.json has end tokens, too
+        return read_object(Path(hf_hub_download(model.from_pretrained, GENERATION, revision=model.revision)), field="model.from_pretrained")
+    return None
+
+
+def is_derived(generation: Mapping[str, Any]) -> bool:
+    """Whether transformers made it from config.json alone, so that it says nothing of its own."""
+    return bool(generation.get(_DERIVED))
+
+
+def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: Ends | None, new: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """config.json and generation_config.json of an export, and lines on what disagreed.
+
+    New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the token is added that ended
+    the texts they were trained on. The padding token goes into generation_config.json alone: in config.json it would freeze a row.
+    """
+    if of_tokenizer is None:
+        return config, generation, []
+    if new:
+        tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
+        pad = {} if of_tokenizer.pad is None else {"pad_token_id": of_tokenizer.pad}
+        return {**config, **tokens}, {**generation, **{key: value for key, value in tokens.items() if value is not None}, **pad}, []
+    lines, known = [], _listed(generation.get("eos_token_id", config.get("eos_token_id")))
+    of_config = _listed(config.get("eos_token_id"))
+    if of_tokenizer.end is not None and of_tokenizer.end not in of_config:
+        lines.append(f"config.json ends texts with {of_config or 'no token'}, the tokenizer with {of_tokenizer.end}")
+    if of_tokenizer.end is not None and of_tokenizer.end not in known:
+        lines.append(f"{GENERATION}: eos_token_id {known or 'none'} and the tokenizer's {of_tokenizer.end}")
+        generation = {**generation, "eos_token_id": [*known, of_tokenizer.end] if known else of_tokenizer.end}
+    return config, generation, lines
+
+
+def _listed(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def check_ids(ids: list[int], *, rows: int, field: str) -> None:
+    """Refuse token ids that the model's embedding has no row for."""
+    if ids and max(ids) >= rows:
+        raise refusal(
+            field,
+            f"(token id {max(ids)})",
+            f"the tokenizer has a token that the model, of {rows} rows, has no embedding for",
+            allowed=f"texts of tokens 0 to {rows - 1}",
+            instead="a text without that token, or a model trained with model.config.vocab_size of the whole tokenizer",
+        )

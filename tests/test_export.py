@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridtrain.checkpoint import destination, hf, safetensors, sharded
+from hybridtrain.checkpoint import destination, hf, marker, safetensors, sharded
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
@@ -340,7 +340,8 @@ def test_exports_of_a_run_that_removes_its_checkpoints_meanwhile(tmp_path: Path)
             if ended.is_set():
                 return
             aside = manager.folder / f"step-{step:08d}.partial"
-            shutil.copytree(manager.latest() or tmp_path, aside)
+            shutil.copytree(manager.path(step - 1), aside)
+            marker.write(aside, progress=Progress(step, step, {}), files={file.name: marker.measure(file) for file in aside.glob("*.distcp")})
             aside.rename(manager.path(step))
             manager.prune()
 

@@ -49,7 +49,7 @@ def run(config: ExportRoot) -> int:
     manager = Manager(run_dir / "checkpoints", settings=its_config.checkpoint)
     out = Path(options.out).expanduser() if options.out else run_dir / "export"
     for attempt in range(_TRIES):
-        checkpoint = Path(options.checkpoint) if options.checkpoint else manager.latest()
+        checkpoint = Path(options.checkpoint) if options.checkpoint else _newest(manager)
         if checkpoint is None and attempt < _TRIES - 1 and any(manager.folder.glob("step-*")):
             continue  # the one that was listed has made room for a newer one
         if checkpoint is None:
@@ -66,6 +66,17 @@ def run(config: ExportRoot) -> int:
         print(out)
         return 0
     raise refusal("run.dir", run_dir, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
+
+
+def _newest(manager: Manager) -> Path | None:
+    """The newest complete checkpoint; None if there is none, or it was removed while it was looked at."""
+    steps = manager.steps()
+    try:
+        return manager.latest()
+    except UserError:
+        if steps and marker.is_complete(manager.path(steps[-1])):
+            raise
+        return None
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,9 @@ def options_read(tree: ast.AST) -> set[str]:
             while more := set().union(*(sections_of.get(name, set()) for name in names)) - names:
                 names |= more
             found |= {f"{name}.{node.attr}" for name in names}
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript):  # of the public form, which is a mapping of mappings
+            keys = [part.value for part in (node.value.slice, node.slice) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            found |= {".".join(keys)} if len(keys) == 2 else set()
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node).startswith("getattr(parallel, axis"):
             found |= {f"parallel.{axis}" for axis in layout.AXES}
     return found

@@ -61,7 +61,8 @@ class Trackers:
         if os.environ.get("RANK", "0") != "0" or not kinds:
             return
         values = public(config)
-        project, name = (_called(str(config[section][option]), f"{section}.{option}") for section, option in (("tracker", "project"), ("run", "name")))
+        project = _called(str(config["tracker"]["project"]), "tracker.project")
+        name = _called(str(config["run"]["name"]), "run.name")
         for kind in kinds:
             row, place = KINDS[kind], (folder / kind).resolve()
             try:

@@ -76,7 +76,11 @@ class BatchPlan:
 
 def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayout:
     """Fill in the one -1 and refuse degrees that do not multiply out to `world_size`."""
+    if world_size < 1:
+        raise refusal("WORLD_SIZE", world_size, "no number of processes", allowed="1 or more", instead="unset WORLD_SIZE, or start with torchrun")
     degrees = {axis: getattr(parallel, axis) for axis in AXES}
+    if degrees["cp"] not in (1, -1):
+        raise refusal("parallel.cp", degrees["cp"], "context parallelism: the engine does not run this axis yet", allowed="1", instead="parallel.cp=1")
     for axis, degree in degrees.items():
         if degree == 0 or degree < -1:
             raise refusal(f"parallel.{axis}", degree, "not a degree", allowed="1 or more, or -1 for one axis", instead=f"parallel.{axis}=1")

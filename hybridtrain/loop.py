@@ -39,7 +39,8 @@ def train(
     done: Done,
 ) -> Progress:
     """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
-    step, tokens_seen, watch = start.step, start.tokens_seen, NonFinite(limit=config.train.max_nonfinite, scaled=config.precision.kind == "fp16_mixed")
+    step, tokens_seen, scaled = start.step, start.tokens_seen, config.precision.kind == "fp16_mixed"
+    watch = NonFinite(limit=config.train.max_nonfinite, scaled=scaled, first=start.step == 0)
     with Collector() as collector:
         while step < total_steps and not stop.reason:
             watchdog.beat()
@@ -91,24 +92,32 @@ class Collector:
 class NonFinite:
     """Ends a run whose gradients stay non-finite. Counts on the device; reads the count when there is a reason to wait anyway."""
 
-    def __init__(self, *, limit: int, scaled: bool):
-        self.limit, self.scaled = limit, scaled
+    def __init__(self, *, limit: int, scaled: bool, first: bool):
+        self.limit, self.scaled, self.first = limit, scaled, first
+        self.steps = 0
         self.streak: torch.Tensor | None = None
         self.unread = 0
 
     def __call__(self, moment: Moment, *, check: bool) -> None:
         skipped = moment.result.skipped
         self.streak = skipped.clone() if self.streak is None else (self.streak + 1) * skipped
-        self.unread += 1
+        self.unread, self.steps = self.unread + 1, self.steps + 1
         if not (check or self.unread >= self.limit):
             return
         self.unread = 0
-        if (count := int(self.streak)) >= self.limit:
+        count = int(self.streak)
+        nothing = moment.last and self.first and count == self.steps  # a whole run without one update has not trained
+        if count >= self.limit or nothing:
             advice = (
                 "precision=bf16_mixed, which has fp32's range and needs no loss scale, or a lower optim.lr"
                 if self.scaled
                 else "a lower optim.lr, optim.clip=1.0, a longer schedule.warmup_steps"
             )
+            if count < self.limit:
+                raise UserError(
+                    f"train.steps={self.steps}: the gradients of all {count} steps were not finite, so nothing was trained\n"
+                    f"  allowed: a run with at least one update\n  try:     {advice}"
+                )
             raise UserError(
                 f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {moment.step}, were not finite (loss {float(moment.result.loss):.4g}); no update was made in them\n"
                 f"  allowed: fewer than {self.limit} such steps in a row\n  try:     {advice}; the last checkpoint is from before or within them"

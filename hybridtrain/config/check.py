@@ -10,8 +10,8 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 
-from hybridtrain.config import schema
-from hybridtrain.config.keys import NOT_YET
+from hybridtrain.config import ranges, schema
+from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.layout import SCHEDULES as PIPELINE_SCHEDULES
 from hybridtrain.types import refusal
 
@@ -50,6 +50,7 @@ def check(config: schema.Config) -> None:
     if type(config) in (schema.Config, schema.ParityRoot, schema.BenchRoot):
         _trainable(config)
     _own_section(config)
+    ranges.check(config)
 
 
 def _require(holds: bool, field: str, value: object, problem: str, *, allowed: str, instead: str) -> None:
@@ -58,7 +59,7 @@ def _require(holds: bool, field: str, value: object, problem: str, *, allowed: s
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={allowed[0]}")
+    _require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={nearest_of(value, allowed)}")
 
 
 def _kinds(config: schema.Config) -> None:
@@ -331,6 +332,16 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
         allowed=f"up to {max(0, steps - warmup)}",
         instead="schedule.decay_steps=0",
     )
+    if schedule.kind == "wsd" and not decay:
+        share = max(1, steps // 10)
+        _require(
+            warmup + share <= steps or warmup == 0,
+            "schedule.warmup_steps",
+            warmup,
+            f"{warmup} warm-up steps and the decay of the last {share} overlap in a run of {steps}",
+            allowed=f"up to {max(0, steps - share)}",
+            instead=f"schedule.warmup_steps={max(0, steps // 10)}",
+        )
 
 
 def _own_section(config: schema.Config) -> None:

@@ -44,6 +44,7 @@ class Manager:
         if not steps:
             return None
         newest = self.path(steps[-1])
+        marker.check_sizes(newest, files=[(marker.PROGRESS, marker.read(newest)[marker.PROGRESS])])
         if (held := marker.read_progress(newest).step) != steps[-1]:
             raise refusal(
                 "checkpoint",

@@ -101,7 +101,10 @@ def _leftovers(path: Path) -> Iterator[str]:
 
 def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> UserError:
     words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
-    return refusal("run.dir", path, f"it holds another run: {words}", allowed="the same values, or a directory of its own", instead="another run.dir")
+    instead = "another run.dir"
+    if not any(key.startswith("model.") for key in differing):  # a branch keeps the model
+        instead += f"; run.branch_from={path} with it, to begin from what is trained here"
+    return refusal("run.dir", path, f"it holds another run: {words}", allowed="the same values, or a directory of its own", instead=instead)
 
 
 def _is_identity(key: str, config: Config) -> bool:

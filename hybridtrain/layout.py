@@ -101,13 +101,18 @@ def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayo
         raise refusal(
             "parallel",
             named or "single",
-            f"these degrees take {'a multiple of ' if open_axes else ''}{fixed} processes, but {world_size} were started",
+            f"these degrees take {'a multiple of ' if open_axes else ''}{processes(fixed)}, but {world_size} {'was' if world_size == 1 else 'were'} started",
             allowed=f"degrees whose product is {world_size}",
             instead=f"hybridtrain train --nproc {fixed} ..., torchrun --nproc-per-node {fixed}, or other degrees",
         )
     if open_axes:
         degrees[open_axes[0]] = world_size // fixed
     return ParallelLayout(**degrees)
+
+
+def processes(count: int) -> str:
+    """The number of them, for a sentence."""
+    return f"{count} process{'' if count == 1 else 'es'}"
 
 
 def plan_batch(batch: schema.BatchConfig, *, layout: ParallelLayout, seq_len: int) -> BatchPlan:

@@ -119,7 +119,9 @@ def _on_gpu() -> bool:
 def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> None:
     """On a machine without GPUs: refuse what the processes of this host surely cannot hold together. Raises UserError."""
     if not _on_gpu():
-        check(config, layout=layout, plan=plan, facts=facts, available=host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), place="host memory")
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        each = host_memory() // (int(here) if here.isdecimal() and int(here) else 1)
+        check(config, layout=layout, plan=plan, facts=facts, available=each, place="host memory")
 
 
 def check(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, identity, launched, log, machine, rundir
+from hybridtrain import failure, identity, launched, log, machine, memory, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
@@ -112,6 +112,7 @@ def run(config: Config) -> int:
     began = time.monotonic()
     launched.use_expandable_segments()
     job = resolve(config)
+    memory.check_host(job.config, layout=job.layout, plan=job.plan, facts=job.facts)
     run_dir = None
     if not launched.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
@@ -287,7 +288,7 @@ def _record_end(end: Progress, *, status: str, why: str, run_dir: RunDir, second
     run_dir.append_event(status, step=end.step, detail=why)
     again = "" if status == "finished" else f" ({why}); the same command goes on from there"
     words = "finished" if not again else "stopped after"
-    _log.info("%s %d steps in %s; run directory %s%s", words, end.step, metrics.duration(seconds), run_dir.path, again)
+    _log.info("%s %d step%s in %s; run directory %s%s", words, end.step, "" if end.step == 1 else "s", metrics.duration(seconds), run_dir.path, again)
 
 
 def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:

@@ -310,6 +310,7 @@ def test_an_explicit_directory_of_another_run(trained: Path, copy: Path, option:
     text = four_parts(answer(arguments(copy, trained / "data", checkpoint__every=2, **{option: value})), "run.dir")
     assert "it holds another run" in text
     assert words in text
+    assert (f"run.branch_from={copy}" in text) == (not option.startswith("model"))
     assert contents(copy) == before
 
 

@@ -120,6 +120,14 @@ def test_other_losses_are_not_the_same_work(theirs):
     assert result.agreement(timing("a"), timing("b"), precision="fp32").holds
 
 
+def test_times_that_vary_are_told():
+    quiet = timing("b", rounds=[[3.0, 3.1], [3.0, 3.1]])
+    assert not result.unquiet([quiet, quiet])
+    [line] = result.unquiet([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])])
+    assert line.startswith("THE MACHINE WAS NOT QUIET: half of the steps lie in plain loop 0.8000 to 3.5000 s;")
+    assert line in result.words([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])], precision="fp32", corpus=False)
+
+
 def test_flops_of_the_1_1b_llama_by_hand():
     """Matrix products of one token, forward: 2 FLOPs per weight; causal attention sees (2048 + 1) / 2 positions; backward is twice forward."""
     config = compose("bench", ["model=llama_1_1b"])

@@ -42,7 +42,15 @@ def test_help_lists_the_commands(capsys):
     assert capsys.readouterr().out == f"hybridtrain {__version__}\n"
 
 
-@pytest.mark.parametrize("name", command.COMMANDS)
+@pytest.mark.parametrize(("name", "options"), [("runs", ["runs.folder"]), ("logs", ["logs.lines", "logs.follow", "run.dir"]), ("verify", ["run.dir"])])
+def test_commands_that_read_runs_list_their_own_options_alone(capsys, name, options):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.partition("\noptions\n")[2].splitlines() if line[2:3].strip()] == options
+    assert len(text.splitlines()) < 30
+
+
+@pytest.mark.parametrize("name", [name for name in command.COMMANDS if name not in ("runs", "logs", "report", "verify")])
 def test_help_of_a_command_explains_every_option_and_group(capsys, name):
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
@@ -53,6 +61,11 @@ def test_help_of_a_command_explains_every_option_and_group(capsys, name):
             assert field.doc in words, field.key
     for group, files in keys.groups([keys.shipped()]).items():
         assert f"{group} {', '.join(files)}" in words
+
+
+def test_a_file_or_a_run_in_place_of_options_is_told_where_it_goes(capsys, tmp_path):
+    assert "try:     a file of options is an experiment: FOLDER/experiment/mine.yaml" in refused(capsys, ["train", "mine.yaml"])
+    assert f"try:     run.dir={tmp_path} after the options" in refused(capsys, ["train", str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)

@@ -7,10 +7,12 @@ import pytest
 
 from hybridtrain import layout as layouts
 from hybridtrain import memory
+from hybridtrain.cli import main
 from hybridtrain.config.schema import Config, ParallelConfig
 from hybridtrain.models.facts import facts
 from hybridtrain.types import UserError
 from tests.ranks import run_ranks
+from tests.runs import arguments, corpus
 from tests.training import Case, model, start
 
 LLAMA_8B = {
@@ -96,3 +98,18 @@ def test_whoever_knows_better_is_not_stopped():
     config.engine.check_memory = False
     single = layouts.ParallelLayout(1, 1, 1, 1, 1)
     memory.check(config, layout=single, plan=layouts.BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B), available=1, place="host memory")
+
+
+def test_training_and_benchmarks_on_a_cpu_ask_its_host_first(tmp_path, monkeypatch, capsys):
+    """Before torch is imported by a process alone, and before a run directory is there; a rank has its share of the host."""
+    monkeypatch.setattr(memory, "host_memory", lambda: 2 << 20)
+    argv = arguments(tmp_path / "run", corpus(tmp_path / "corpus"), train__steps=1)
+    assert main(["train", *argv]) == 2
+    assert "parallel=single: a rank needs 0.0 GiB for weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["bench", *argv, "bench.rounds=1", "bench.plain=false"]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(memory, "host_memory", lambda: 1 << 40)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 20))
+    with pytest.raises(UserError, match=r"there are 0\.0 GiB of host memory for each rank"):
+        memory.check_host(Config(), layout=layouts.ParallelLayout(1, 1, 1, 1, 1), plan=layouts.BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B))

@@ -17,14 +17,14 @@ from hybridtrain.command import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {
-    "hybridtrain.train experiment=smoke parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
-    "hybridtrain.train experiment=smoke parallel=zero1_pp2": ["train.steps=6", "train.eval_every=3", "checkpoint.every=2"],
+    "experiment=smoke schedule=constant parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
+    "experiment=smoke schedule=constant parallel=zero1_pp2": ["train.steps=6", "train.eval_every=3", "checkpoint.every=2"],
     "engine=deepspeed": ["train.steps=3", "train.eval_every=3"],
     "hybridtrain parity": ["parity.steps=1"],
-    "hybridtrain.bench": ["bench.rounds=1", "bench.steps=1", "bench.warmup=1"],
+    "hybridtrain bench": ["bench.rounds=1", "bench.steps=1", "bench.warmup=1"],
     "hybridtrain generate": ["generate.max_new_tokens=8"],
-    "hybridtrain.train model.from_pretrained": ["train.steps=3"],
-    "hybridtrain.train model=tiny": ["train.steps=2"],
+    "model.from_pretrained=runs/smoke/export": ["train.steps=3"],
+    "hybridtrain train --nproc 2 model=tiny": ["train.steps=2"],
 }
 
 
@@ -46,12 +46,10 @@ def makes_files(line: str) -> bool:
 
 
 def as_composed(line: str) -> tuple[str, list[str]]:
-    """The command and its arguments, of `hybridtrain ...` and of `torchrun ... -m hybridtrain...`."""
+    """The command and its arguments."""
     words = shlex.split(line)
-    if words[0] == "hybridtrain":
-        return words[1], words[2:]
-    [module] = [word for word in words if word.startswith("hybridtrain.")]
-    return module.removeprefix("hybridtrain."), words[words.index(module) + 1 :]
+    assert words[0] == "hybridtrain"
+    return words[1], words[2:]
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("bash ") and not makes_files(line)])

@@ -181,7 +181,7 @@ def test_a_dry_run_ends_with_what_matters(data: Path, tmp_path: Path, monkeypatc
     assert command.run_command("submit", [*arguments(tmp_path / "run", data), "run.name=mine", "--dry-run"]) == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
-    assert lines[-2:] == ["mine: single on 1 processes", "sbatch: Job 5 to start at noon (nothing was queued)"]
+    assert lines[-2:] == ["mine: single on 1 process", "sbatch: Job 5 to start at noon (nothing was queued)"]
     assert not (tmp_path / "run").exists()
 
 

@@ -183,7 +183,7 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
     lines = [
         f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, {config.precision.kind}{compiled}, recompute {config.recompute.kind}",
-        f"{layouts.write(config.parallel, settled.layout)} on {settled.layout.world_size} {device.type} process{'' if settled.layout.world_size == 1 else 'es'}; a step is {plan.global_batch_size} rows x "
+        f"{layouts.write(config.parallel, settled.layout)} on {layouts.processes(settled.layout.world_size)} ({device.type}); a step is {plan.global_batch_size} rows x "
         f"{plan.seq_len} tokens in micro-batches of {plan.micro_batch_size}, {tokens}",
         f"{bench.warmup} steps of warm-up, then {bench.rounds} rounds of {bench.steps} steps",
     ]

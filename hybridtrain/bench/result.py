@@ -151,6 +151,24 @@ def agreement(ours: Timing, theirs: Timing, *, precision: str) -> Agreement:
     return Agreement(difference, LOSS_TOLERANCE[precision], difference <= LOSS_TOLERANCE[precision])  # NaN does not hold
 
 
+_UNQUIET = 1.25
+"""Upper quartile of a side's steps in lower quartiles, from which on its times are said to vary."""
+
+
+def unquiet(timings: Sequence[Timing]) -> list[str]:
+    """What to think of times that vary: other work on the machine, which slows several processes down more than one, or the reverse."""
+    wide = []
+    for timing in timings:
+        quarter = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
+        if quarter[2] > _UNQUIET * quarter[0]:
+            wide.append(f"{timing.name} {quarter[0]:.4f} to {quarter[2]:.4f} s")
+    if not wide:
+        return []
+    return [
+        f"THE MACHINE WAS NOT QUIET: half of the steps lie in {', '.join(wide)}; other work on it does not slow both sides alike, so that ratio says little"
+    ]
+
+
 def words(timings: Sequence[Timing], *, precision: str, corpus: bool) -> list[str]:
     """What stands below the table."""
     said = []
@@ -164,6 +182,7 @@ def words(timings: Sequence[Timing], *, precision: str, corpus: bool) -> list[st
             f"{ratio.median:.3f} times as fast as the plain loop: median of {ratio.rounds} paired rounds, "
             f"{ratio.confidence:.0%} interval {ratio.low:.3f} to {ratio.high:.3f}{few}"
         )
+        said += unquiet(timings)
         verdict = "the same work" if same.holds else "NOT THE SAME WORK"
         said.append(
             f"{verdict}: first losses {ours.losses[0]:.6f} and {theirs.losses[0]:.6f}, relative difference {same.difference:.1e}, "

@@ -21,14 +21,17 @@ EXAMPLES = {
     "verify": "hybridtrain verify runs/quickstart",
 }
 WIDTH = 118
+_OWN = ("runs", "logs", "report", "verify")
+"""Commands that read what is there: options of training mean nothing to them."""
 
 
 def text(command: str, *, does: str, takes_run: bool) -> str:
     """The help page of `command`, which `does` something and may take a run directory as its only bare word."""
+    run = "RUN " if takes_run else ""
     lines = [
         f"hybridtrain {command}: {does}",
         "",
-        f"usage:   hybridtrain {command} {'RUN ' if takes_run else ''}[group=file ...] [section.option=value ...] [flags]",
+        f"usage:   hybridtrain {command} {run}{'' if command in _OWN else '[group=file ...] '}[section.option=value ...] [flags]",
         f"example: {EXAMPLES[command]}",
     ]
     if takes_run:
@@ -36,6 +39,10 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     if command == "report":
         lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
+    if command in _OWN:
+        sections = keys.sections(command)
+        own = [*sections.get(command, []), *(field for field in sections["run"] if field.key == "run.dir" and takes_run)]
+        return "\n".join([*lines, "", "options", *_options(own)]) + "\n"
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
     if command in ("train", "bench"):
         lines += _entry("--nproc N", "run in N processes on this machine; auto: as many as the layout's degrees take, with what GPUs there are")
@@ -45,10 +52,12 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     for group, names in keys.groups([keys.shipped()]).items():
         lines += _entry(group, ", ".join(names))
     for section, fields in keys.sections(command).items():
-        lines += ["", f"{section}.*"]
-        for field in fields:
-            lines += _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")
+        lines += ["", f"{section}.*", *_options(fields)]
     return "\n".join(lines) + "\n"
+
+
+def _options(fields: list[keys.Field]) -> list[str]:
+    return [line for field in fields for line in _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")]
 
 
 def _shown(default: object) -> str:

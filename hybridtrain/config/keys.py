@@ -160,8 +160,19 @@ class Word(NamedTuple):
 def _word(text: str, command: str) -> Word:
     match = _OVERRIDE.match(text)
     if match is None or (match["equals"] is None and match["prefix"] != "~"):
-        raise refusal("argument", text, "not an override", allowed="key=value", instead=f"{text.strip('=')}=VALUE, or `hybridtrain {command} --help`")
+        raise refusal("argument", text, "not an override", allowed="key=value", instead=_instead_of_word(text, command))
     return Word(match["prefix"] or "", match["key"].strip(), match["equals"] is not None, match["value"] or "")
+
+
+def _instead_of_word(text: str, command: str) -> str:
+    """What a bare word may have been meant as: a file of options, the folder of a run, an option."""
+    path = Path(text).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        name = path.stem if path.stem != "config" else "NAME"
+        return f"a file of options is an experiment: FOLDER/experiment/{name}.yaml, with `# @package _global_` as its first line; --config-dir FOLDER experiment={name}"
+    if path.is_dir():
+        return f"run.dir={text} after the options that the run was started with"
+    return f"{text.strip('=')}=VALUE, or `hybridtrain {command} --help`"
 
 
 def kind_of(key: str, allowed: dict[str, list[Field]]) -> str:

@@ -126,11 +126,14 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
     from hybridtrain.models.build import check
 
     check(config)
+    model = facts(read_config(config.model))
     if device.type == "cuda":
         import torch
 
-        capacity, model = torch.cuda.get_device_properties(device).total_memory, facts(read_config(config.model))
+        capacity = torch.cuda.get_device_properties(device).total_memory
         memory.check(config, layout=layout, plan=plan, facts=model, available=capacity, place="GPU memory")
+    else:
+        memory.check_host(config, layout=layout, plan=plan, facts=model)
     backend.apply(config.engine, device=device)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine

@@ -48,7 +48,8 @@ def run_several(configs: list[SubmitRoot]) -> int:
         free.check(resolved)
     names = [compose.plain(training)["run"]["name"] for training in trainings]  # they stand in the queue, which everybody sees
     described = [
-        f"{name}: {layouts.write(training.parallel, job.layout)} on {world} processes" for name, training, job in zip(names, trainings, jobs, strict=True)
+        f"{name}: {layouts.write(training.parallel, job.layout)} on {layouts.processes(world)}"
+        for name, training, job in zip(names, trainings, jobs, strict=True)
     ]
     planned = [Path(config.run.dir).resolve() for config in configs]
     told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
@@ -116,7 +117,7 @@ def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterCon
     if world % fixed == 0 and (fixed == world or -1 in degrees):
         return
     named = " x ".join(f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1)
-    problem = f"these degrees take {'a multiple of ' if -1 in degrees else ''}{fixed} processes, and {cluster.nodes} x {each} (cluster.nodes x ranks on each) are {world}"
+    problem = f"these degrees take {'a multiple of ' if -1 in degrees else ''}{layouts.processes(fixed)}, and {cluster.nodes} x {each} (cluster.nodes x ranks on each) are {world}"
     nodes, rest = divmod(fixed, each)
     fitting = [f"cluster.nodes={nodes}"] if nodes and not rest else [f"cluster.ranks_per_node={fixed // cluster.nodes}"] if fixed % cluster.nodes == 0 else []
     fitting += ["other degrees"] if -1 in degrees else ["parallel.dp_shard=-1", "parallel.dp_replicate=-1"]

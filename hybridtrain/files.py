@@ -187,12 +187,22 @@ def discard(path: Path) -> bool:
 
 
 def recorded(folder: Path, *, record: str) -> set[str]:
-    """Names of the files that the record in `folder` says were written there by this program; none without a readable record."""
+    """Names of the files that the record in `folder` says were written there by this program; none without a readable record.
+
+    A record is a file that anybody may have edited: names of what lies outside the folder are not believed.
+    """
     try:
         names = json.loads((folder / record).read_bytes())["files"]
-        return {name for name in names if isinstance(name, str)}
+        return {name for name in names if is_inside(name)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
+
+
+def is_inside(name: object) -> bool:
+    """Whether `name` is a file's name relative to its folder that does not lead out of it."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    return name.strip("./ ") != "" and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def claim(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:

@@ -93,6 +93,22 @@ def test_what_was_added_to_our_tokenizer_is_not_removed(tmp_path, texts, earlier
     assert contents(folder) == before
 
 
+def test_a_record_that_was_edited_gives_away_nothing_of_the_users(tmp_path, texts):
+    """Preparing again removes what the record lists and the new corpus does not have."""
+    folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
+    foreign = [folder / "train.py", tmp_path / "thesis.tex", folder / "notes" / "a.txt"]
+    foreign[2].parent.mkdir()
+    record = json.loads((folder / ".prepare.json").read_text())
+    for path in foreign:
+        path.write_text("mine")
+    record["files"] += ["train.py", "../thesis.tex", str(tmp_path / "thesis.tex"), "tokenizer/../../thesis.tex", "notes/a.txt", "train.loss.bin"]
+    (folder / "train.loss.bin").write_text("of an earlier corpus")
+    (folder / ".prepare.json").write_text(json.dumps(record))
+    tokenize.prepare(settings(folder, texts, vocab_size=260), options=AGAIN)
+    assert [path.read_text() for path in foreign] == ["mine"] * 3
+    assert not (folder / "train.loss.bin").exists()
+
+
 def test_the_source_lies_in_the_folder(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()

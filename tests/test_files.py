@@ -107,6 +107,12 @@ def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: 
         files.claim(tmp_path, [*names, "mine.png"], **claim)
 
 
+def test_a_record_that_names_what_lies_outside_is_not_believed(tmp_path: Path) -> None:
+    names = ["a.png", "../b.png", "/etc/passwd", "sub/../../c.png", "", ".", "..", "sub/d.png", 3, "e\0.png"]
+    files.write_json(tmp_path / ".hybridtrain.json", {"files": names})
+    assert files.recorded(tmp_path, record=".hybridtrain.json") == {"a.png", "sub/d.png"}
+
+
 def test_an_error_of_the_disk_is_told_in_words_that_fit(tmp_path: Path) -> None:
     for code, words in ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.ENOENT, "moved or removed"), (errno.EIO, "Input/output")):
         assert words in str(files.unwritable("run.dir", tmp_path, OSError(code, os.strerror(code))))

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hybridtrain.files import discard, read_object, recorded, write_json
+from hybridtrain.files import discard, is_inside, read_object, recorded, write_json
 from hybridtrain.models import tokens
 from hybridtrain.types import refusal
 
@@ -56,7 +56,7 @@ def ours(folder: Path) -> set[str]:
         return listed | {ORIGIN}
     shards: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        shards = {name for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values() if isinstance(name, str)}
+        shards = {name for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values() if is_inside(name)}
     return shards | {ORIGIN, "config.json", tokens.GENERATION, "model.safetensors", _INDEX, *tokens.TOKENIZER_FILES}
 
 

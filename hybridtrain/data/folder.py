@@ -44,7 +44,7 @@ def is_ours(record: Any) -> bool:
 
 def _own(folder: Path) -> set[str]:
     """Files of the folder that may be replaced."""
-    own = files.recorded(folder, record=RECORD)
+    own = {name for name in files.recorded(folder, record=RECORD) if name in NAMES or name.startswith(f"{TOKENIZER}/")}
     if not own and (folder / CORPUS).is_file():
         with suppress(UserError):
             if is_ours(files.read_json(folder / CORPUS, field=FIELD)):

@@ -31,6 +31,7 @@ _LFS = b"version https://git-lfs"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
 _FORBIDDEN = {errno.EACCES: "permission denied", errno.EPERM: "not permitted", errno.EROFS: "the file system is read-only"}
 _GONE = {errno.ENOENT: "it has been moved or removed", errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "something else has this name"}
+_GONE |= {errno.EISDIR: "a folder has this name", errno.ELOOP: "a link has this name"}
 
 
 def write_atomically(file: Path, data: str | bytes) -> None:

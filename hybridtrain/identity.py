@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridtrain import lock
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.types import ModelFacts, Progress, UserError, refusal
@@ -97,6 +98,8 @@ def _holds_run(path: Path) -> bool:
 def _leftovers(path: Path) -> Iterator[str]:
     yield from (name for name in WRITES if (path / name).exists() or (path / name).is_symlink())
     yield from (f"logs/{log.name}" for log in path.glob("logs/rank-*.log"))
+    if lock.is_foreign(path):
+        yield lock.NAME
 
 
 def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> UserError:

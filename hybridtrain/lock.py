@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -43,6 +44,11 @@ _SETTLE_S = 1.0
 """How long a lock that is being written may be without content, and after how long two that took over at once know which of them has it."""
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MOST_BYTES = 1 << 16
+_LONGEST_BEAT_S = 600.0
+_LAST_TIME = 1e11
+"""The year 5138: no lock is from a later time."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,30 @@ class Lock:
 def read(folder: Path) -> Holder | None:
     """Who the lock of `folder` says trains there; None without a lock, or one that cannot be read."""
     try:
-        return _parsed((folder / NAME).read_bytes())
+        handle = os.open(folder / NAME, os.O_RDONLY | _PLAIN)
     except OSError:
         return None
+    try:
+        return _parsed(os.pread(handle, _MOST_BYTES, 0))
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the file under our name holds something else: text, which a crash does not leave of a lock."""
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY | _PLAIN)
+    except OSError:
+        return os.path.lexists(folder / NAME)
+    try:
+        data = os.pread(handle, _MOST_BYTES, 0).strip(b"\0 \n")
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return bool(data) and not data.startswith(b'{\n "host"')
 
 
 def alive(folder: Path) -> bool | None:
@@ -176,7 +203,7 @@ def _taken(folder: Path, *, handle: int, made: bool, own: Holder, takeover: bool
     free, file = _flock(handle), folder / NAME
     if free and not _same_file(handle, file):
         return None
-    holder = _parsed(os.pread(handle, 1 << 16, 0))
+    holder = _parsed(os.pread(handle, _MOST_BYTES, 0))
     dead = _is_dead(holder) if holder else None
     ours = takeover or (holder is not None and _is_requeue(own, of=holder))
     if free or (free is None and made):
@@ -248,11 +275,15 @@ def _stopped(folder: Path, *, holder: Holder) -> bool:
 
 
 def _opened(file: Path) -> tuple[int, bool]:
-    """A handle, and whether the file is new."""
+    """A handle, and whether the file is new. Raises OSError; a link is not followed, for what it points to is not ours to write."""
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), True
     except FileExistsError:
-        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), False
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | _PLAIN, 0o644)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(file))
+    return handle, False
 
 
 def _flock(handle: int) -> bool | None:
@@ -288,9 +319,10 @@ def _write(handle: int, holder: Holder) -> None:
 def _parsed(data: bytes) -> Holder | None:
     try:
         values = json.loads(data)
-        return Holder(**{name: kind(values[name]) for name, kind in _TYPES.items()})
-    except (ValueError, KeyError, TypeError, RecursionError):
+        holder = Holder(**{name: kind(values[name]) for name, kind in _TYPES.items()})
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    return holder if 0 <= holder.since < _LAST_TIME and 0 < holder.every <= _LONGEST_BEAT_S else None
 
 
 _TYPES = {"host": str, "pid": int, "machine": str, "born": str, "job": str, "chain": str, "attempt": int}

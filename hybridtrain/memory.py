@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
-from hybridtrain.types import ModelFacts, UserError, refusal
+from hybridtrain.types import ModelFacts, refusal
 
 if TYPE_CHECKING:
     from hybridtrain.config.schema import Config, ParallelConfig
@@ -32,6 +32,8 @@ class Need:
 
     held: int
     step: int
+    host: int
+    """Moved to the host's memory by offloading on a GPU, and not in the others."""
 
     @property
     def total(self) -> int:
@@ -84,20 +86,20 @@ def _of_torch(config: Config, *, parallel: ParallelConfig, layout: ParallelLayou
     held = share * w.stored * 4  # weight, gradient, two moments
     wrapped = layout.dp > 1 or layout.tp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
-        return Need(held, head)
+        return Need(held, head, 0)
     gathered = (largest if zero == 3 else total) * w.compute
     summed = total * 4 if zero < 2 and plan.grad_accum > 1 and w.compute != 4 else 0
-    return Need(held, gathered + summed + head)
+    return Need(held, gathered + summed + head, 0)
 
 
 def _of_deepspeed(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> Need:  # noqa: ARG001
     """fp32 weights and moments in equal shares of the data ranks from stage 1 on, the model's own copy whole up to stage 2. On a GPU offloaded parts are not its."""
     zero, compute = max(1, parallel.zero_stage), widths(config.precision.kind).compute
     share = math.ceil(total / layout.dp)
-    moved = config.engine.offload_optimizer == "cpu" and _on_gpu()
-    masters = 0 if moved else share * 12
-    copy = (0 if config.engine.offload_parameters == "cpu" and _on_gpu() else share) if zero == 3 else total
-    return Need(masters + copy * compute + share * 4, head + (largest * compute if zero == 3 else 0))
+    masters, copy = share * 12, (share if zero == 3 else total) * compute
+    moved = masters * (config.engine.offload_optimizer == "cpu" and _on_gpu())
+    moved += copy * (config.engine.offload_parameters == "cpu" and zero == 3 and _on_gpu())
+    return Need(masters + copy + share * 4 - moved, head + (largest * compute if zero == 3 else 0), moved)
 
 
 def host_memory() -> int:
@@ -117,11 +119,17 @@ def _on_gpu() -> bool:
 
 
 def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> None:
-    """On a machine without GPUs: refuse what the processes of this host surely cannot hold together. Raises UserError."""
+    """Refuse what the processes of this host surely cannot hold together in its memory: without GPUs everything, else what is offloaded. Raises UserError."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    available = host_memory() // (int(here) if here.isdecimal() and int(here) else 1)
     if not _on_gpu():
-        here = os.environ.get("LOCAL_WORLD_SIZE", "")
-        each = host_memory() // (int(here) if here.isdecimal() and int(here) else 1)
-        check(config, layout=layout, plan=plan, facts=facts, available=each, place="host memory")
+        check(config, layout=layout, plan=plan, facts=facts, available=available, place="host memory")
+        return
+    need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
+    if config.engine.check_memory and need.host > available:
+        words = f"a rank offloads {need.host / GIB:.1f} GiB to the host's memory, of which there are {available / GIB:.1f} GiB for each rank"
+        instead = "more data ranks, offloading less (engine.offload_optimizer, engine.offload_parameters), or engine.check_memory=false"
+        raise refusal("parallel", write(config.parallel, layout), words, allowed=f"at most {available / GIB:.1f} GiB", instead=instead)
 
 
 def check(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:
@@ -129,20 +137,15 @@ def check(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: Mod
     if not config.engine.check_memory:
         return
     need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
-    if need.total > available:
-        raise _too_large(config, layout=layout, plan=plan, facts=facts, need=need, available=available, place=place)
-
-
-def _too_large(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, need: Need, available: int, place: str) -> UserError:
+    if need.total <= available:
+        return
     words = (
         f"a rank needs {need.held / GIB:.1f} GiB for weights, gradients and optimizer state and {need.step / GIB:.1f} GiB more in a step, before activations"
     )
     words += f"; there are {available / GIB:.1f} GiB of {place} for each rank"
     fitting = list(_fitting(config, plan=plan, facts=facts, available=available))
-    instead = " or ".join(fitting) if fitting else "a smaller model"
-    return refusal(
-        "parallel", write(config.parallel, layout), words, allowed=f"at most {available / GIB:.1f} GiB", instead=f"{instead}, or engine.check_memory=false"
-    )
+    instead = f"{' or '.join(fitting) if fitting else 'a smaller model'}, or engine.check_memory=false"
+    raise refusal("parallel", write(config.parallel, layout), words, allowed=f"at most {available / GIB:.1f} GiB", instead=instead)
 
 
 def _fitting(config: Config, *, plan: BatchPlan, facts: ModelFacts, available: int) -> Iterator[str]:

@@ -256,8 +256,8 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units: 42s, 3m12s, 5h07m, 2d04h."""
-    minutes, secs = divmod(round(seconds), 60)
+    """A length of time in its two largest units: 42s, 3m12s, 5h07m, 2d04h. Nothing takes less than 0s, whatever clocks say."""
+    minutes, secs = divmod(round(max(0.0, seconds)), 60)
     hours, mins = divmod(minutes, 60)
     days, hrs = divmod(hours, 24)
     if days:

@@ -67,10 +67,15 @@ class Job:
         return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
 
 
-def resolve(config: Config) -> Job:
-    """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch."""
+def resolve(config: Config, *, here: bool) -> Job:
+    """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch.
+
+    `here`: it will run on this machine, whose memory is looked at, too.
+    """
     settled = engines.settle(_source_at_hand(config))
     layout, plan, model = settled.layout, settled.plan, settled.facts
+    if here:
+        memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
     if fitted is not config:
@@ -111,8 +116,7 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     launched.use_expandable_segments()
-    job = resolve(config)
-    memory.check_host(job.config, layout=job.layout, plan=job.plan, facts=job.facts)
+    job = resolve(config, here=True)
     run_dir = None
     if not launched.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)

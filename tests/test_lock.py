@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -188,4 +190,24 @@ def test_a_child_that_outlives_a_dead_process_does_not_keep_its_lock(tmp_path: P
 def test_a_lock_that_cannot_be_read_and_that_nobody_holds_is_no_lock(tmp_path: Path, text: str) -> None:
     (tmp_path / lock.NAME).write_text(text)
     assert lock.read(tmp_path) is None
+    lock.acquire(tmp_path, takeover=False).release()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_is_no_file_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "thesis").write_text("mine")
+    file = tmp_path / lock.NAME
+    {"folder": file.mkdir, "link": lambda: file.symlink_to("thesis"), "pipe": lambda: os.mkfifo(file)}[kind]()
+    assert lock.read(tmp_path) is None
+    assert lock.alive(tmp_path) is None
+    words = {"folder": "a folder has this name", "link": "a link has this name", "pipe": "something else has this name"}
+    assert words[kind] in refused(tmp_path)
+    assert (tmp_path / "thesis").read_text() == "mine"
+    assert os.path.lexists(file)
+
+
+@pytest.mark.parametrize("fields", [{"every": 1e9}, {"every": -1.0}, {"every": float("nan")}, {"since": float("inf")}, {"since": -1.0}, {"pid": float("inf")}])
+def test_a_lock_with_numbers_that_no_process_wrote_is_no_lock(tmp_path: Path, fields: dict[str, float]) -> None:
+    other = {**dataclasses.asdict(lock._own()), "machine": "elsewhere", **fields}
+    (tmp_path / lock.NAME).write_text(json.dumps(other, indent=1))
     lock.acquire(tmp_path, takeover=False).release()

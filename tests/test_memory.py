@@ -93,6 +93,29 @@ def test_offloading_is_not_the_gpus(monkeypatch):
     assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).held == pytest.approx(8.03e9 / 8 * 12, rel=0.01)
 
 
+def test_what_is_offloaded_is_the_hosts(monkeypatch):
+    monkeypatch.setattr(memory, "_on_gpu", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = Config()
+    config.engine.kind, config.precision.kind, config.engine.offload_optimizer = "deepspeed", "bf16_mixed", "cpu"
+    config.parallel = ParallelConfig(**layouts.parse("dp_shard8-zero3"))
+    world = {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": layouts.BatchPlan(1, 16, 1, 8), "facts": facts(LLAMA_8B)}
+    monkeypatch.setattr(memory, "host_memory", lambda: 80 * memory.GIB)
+    with pytest.raises(UserError, match=r"a rank offloads 11\.2 GiB to the host's memory, of which there are 10\.0 GiB for each rank"):
+        memory.check_host(config, **world)
+    monkeypatch.setattr(memory, "host_memory", lambda: 96 * memory.GIB)
+    memory.check_host(config, **world)
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_the_command_line_refuses_before_a_corpus_is_looked_for(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "_on_gpu", lambda: False)
+    monkeypatch.setattr(memory, "host_memory", lambda: 24 * memory.GIB)
+    assert main([command, "model=llama3_1_8b", "parallel=single", "train.steps=1", f"data.path={tmp_path / 'none'}", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "parallel=single: a rank needs 119.7 GiB" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_whoever_knows_better_is_not_stopped():
     config = Config()
     config.engine.check_memory = False

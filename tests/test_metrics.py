@@ -222,7 +222,7 @@ def test_quantity(value, text):
     assert metrics.quantity(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (187300, "2d04h")])
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (187300, "2d04h"), (-3600, "0s")])
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
 

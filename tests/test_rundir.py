@@ -216,7 +216,7 @@ def test_fingerprints() -> None:
             check(progress, fingerprints={"data": "d", **({"model": model} if model else {})}, allow_data_change=True)
 
 
-@pytest.mark.parametrize("name", ["model/config.json", "events.jsonl", "machine.json", "trackers/mine", "logs/rank-0.log"])
+@pytest.mark.parametrize("name", ["model/config.json", "events.jsonl", "machine.json", "trackers/mine", "logs/rank-0.log", "lock"])
 def test_a_folder_with_files_of_others_that_a_run_would_write_is_refused_and_stays(config: Config, tmp_path: Path, name: str) -> None:
     mine = tmp_path / "project" / name
     mine.parent.mkdir(parents=True)

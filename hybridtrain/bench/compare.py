@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
-from hybridtrain import log
+from hybridtrain import log, memory
 from hybridtrain.bench import result
 from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
@@ -35,6 +35,7 @@ def compare(config: BenchRoot) -> int:
     Raises UserError before processes meet for what cannot run, and later when the plain loop does not fit beside ours.
     """
     settled = engines.settle(config)
+    memory.check_host(config, layout=settled.layout, plan=settled.plan, facts=settled.facts)
     fitted = _checked_tokens(config, settled)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted)

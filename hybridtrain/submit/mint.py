@@ -51,7 +51,7 @@ def checked(config: schema.Config, *, world_size: int) -> train.Job:
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)
     try:
-        job = train.resolve(config)
+        job = train.resolve(config, here=False)
     finally:
         if before is None:
             del os.environ["WORLD_SIZE"]

@@ -51,7 +51,7 @@ class Manager:
                 newest,
                 f"it holds step {held}: somebody has renamed it",
                 allowed=f"the checkpoint of step {steps[-1]} under this name",
-                instead=f"mv {newest} {self.path(held).name if not self.path(held).exists() else 'ELSEWHERE'}, or remove it",
+                instead=f"mv {newest} {self.path(held) if not self.path(held).exists() else 'ELSEWHERE'}, or remove it",
             )
         return newest
 

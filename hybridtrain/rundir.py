@@ -325,5 +325,5 @@ def _stands(line: str, *, step: int) -> bool:
     try:
         values = json.loads(line)
         return values["step"] <= step or values.get("kind", _REPEATED[0]) not in _REPEATED
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pickle
 import random
@@ -124,7 +123,16 @@ def test_incomplete_and_absent_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 1, "files": {}}', '{"format": 1, "files": {"../x": {"size": 1, "crc32": "0"}}}', '{"format": 9, "files": {}}']
+    "content",
+    [
+        "{",
+        "[]",
+        "[" * 200_000,
+        '{"format": 1, "files": {"x": {"size": 1e999, "crc32": "0"}}}',
+        '{"format": 1, "files": {}}',
+        '{"format": 1, "files": {"../x": {"size": 1, "crc32": "0"}}}',
+        '{"format": 9, "files": {}}',
+    ],
 )
 def test_an_unreadable_marker_is_refused(tmp_path: Path, content: str) -> None:
     path = written(tmp_path / "step-3")
@@ -271,9 +279,10 @@ def test_chunks_cover_a_tensor_exactly_once_or_not() -> None:
 
 def test_progress_that_is_no_position_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "step-3")
-    (path / marker.PROGRESS).write_text(json.dumps({"step": "soon"}))
-    with pytest.raises(UserError, match=r"progress\.json"):
-        marker.read_progress(path)
+    for text in ('{"step": "soon"}', '{"step": 1e999, "tokens_seen": 0, "fingerprints": {}}', "[" * 200_000):
+        (path / marker.PROGRESS).write_text(text)
+        with pytest.raises(UserError, match=r"progress\.json"):
+            marker.read_progress(path)
 
 
 # --- which ones are kept --------------------------------------------------------------------------------------------
@@ -283,8 +292,8 @@ def fake(manager: Manager, *steps: int) -> None:
     """Folders that count as complete; that real ones do is shown above."""
     for step in steps:
         manager.path(step).mkdir(parents=True)
-        (manager.path(step) / marker.MARKER).write_text("{}")
-        (manager.path(step) / marker.PROGRESS).write_text(json.dumps({"step": step, "tokens_seen": 0, "fingerprints": {}}))
+        (manager.path(step) / marker.METADATA).write_bytes(b"")
+        marker.write(manager.path(step), progress=Progress(step, 0, {}), files={})
 
 
 def names(folder: Path) -> list[int]:

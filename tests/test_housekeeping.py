@@ -20,7 +20,7 @@ from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
-from hybridtrain.types import UserError
+from hybridtrain.types import Progress, UserError
 from hybridtrain.verify import verify_run
 from tests.runs import arguments, checkpoints, finished, immutable, on_ranks, rows
 
@@ -30,8 +30,8 @@ def made(folder: Path, *steps: int) -> Manager:
     for step in steps:
         path = manager.path(step)
         path.mkdir(parents=True)
-        (path / marker.PROGRESS).write_text(json.dumps({"step": step, "tokens_seen": 0, "fingerprints": {}}))
-        (path / marker.MARKER).write_text("{}")
+        (path / marker.METADATA).write_bytes(b"")
+        marker.write(path, progress=Progress(step, 0, {}), files={})
     return manager
 
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_cannot_be_renamed_is_warned_of_once(tmp_path: Path, c
 def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path: Path) -> None:
     manager = made(tmp_path, 8)
     manager.path(8).rename(manager.path(99))
-    with pytest.raises(UserError, match=r"step-00000099: it holds step 8: somebody has renamed it\n.*\n.*mv .*step-00000099 /.*step-00000008"):
+    with pytest.raises(UserError, match=r"step-00000099: it holds step 8: somebody has renamed it\n.*\n.*mv .*step-00000099 .*/step-00000008"):
         manager.latest()
     manager.path(99).rename(manager.path(8))
     assert manager.latest() == manager.path(8)

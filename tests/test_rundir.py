@@ -171,7 +171,7 @@ def test_cutting_keeps_the_steps_up_to_the_checkpoint_and_drops_a_torn_line(conf
         run.append_metrics({"step": step, "loss": step / 3})
     lines = run.metrics.read_text().splitlines(keepends=True)
     with run.metrics.open("a") as stream:
-        stream.write('{"step": 3, "lo')
+        stream.write("[" * 200_000 + '\n{"step": 3, "lo')
     run.cut(5)
     assert run.metrics.read_text() == "".join(lines[:5])
     run.append_metrics({"step": 6})

@@ -37,6 +37,9 @@ class Record:
     crc32: int
 
 
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
 def measure(file: Path) -> Record:
     """Read `file` once; raises OSError."""
     size = crc = 0
@@ -86,7 +89,7 @@ def read(path: Path) -> dict[str, Record]:
         content = json.loads((path / MARKER).read_text())
         version = content["format"]
         files = {name: Record(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise damaged(path, MARKER, f"it cannot be read ({error})") from error
     if version != FORMAT:
         raise refusal("checkpoint", path, f"written in format {version}", allowed=f"format {FORMAT}", instead="the release of hybridtrain that wrote it")
@@ -122,7 +125,7 @@ def read_progress(path: Path) -> Progress:
     try:
         content = json.loads((path / PROGRESS).read_text())
         return Progress(int(content["step"]), int(content["tokens_seen"]), {str(k): str(v) for k, v in content["fingerprints"].items()})
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+    except (*_UNREADABLE, FileNotFoundError) as error:
         raise damaged(path, PROGRESS, f"it cannot be read ({error})") from error
 
 

@@ -35,7 +35,7 @@ def _events(file: Path) -> list[dict]:
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             found.append(event)

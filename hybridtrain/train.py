@@ -24,8 +24,9 @@ from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
+from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend
-from hybridtrain.files import unwritable, write_json
+from hybridtrain.files import read_object, unwritable, write_json
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress, UserError, refusal
 
@@ -333,6 +334,8 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     )
     _log.info("backend   %s", backend.describe(config.engine, device=engine.device))
     _log.info("run       %s", run_dir.path)
+    for line in _of_tokenizer(job, model=run_dir.model):
+        _log.info("tokenizer %s", line)
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
@@ -350,6 +353,22 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
             config.schedule.kind,
             job.total_steps,
         )
+
+
+def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
+    """Where model, tokenizer and chat template disagree: on the tokens there are, and those that end a text. `model`: the run's folder of that name."""
+    from hybridtrain.models import tokens
+
+    facts = next((corpus.facts for corpus in job.data.corpora if corpus.facts is not None), None)
+    if facts is None:
+        return []
+    text, turn = vocabulary.end_tokens(facts)
+    config, generation = (read_object(model / name, field="run.dir") for name in ("config.json", tokens.GENERATION))
+    ends = tokens.Ends(begin=None, end=text, pad=None, turn=turn)
+    lines = tokens.fitted(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
+    if facts["vocab_size"] > job.facts.vocab:
+        lines.append(f"it has {facts['vocab_size']} tokens, the model {job.facts.vocab} rows: a text with one of the others cannot be given to the model")
+    return lines
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ REFUSED = {
     "no such tokenizer": {"tokenizer": "/nowhere/tokenizer"},
     "no text": {"pattern": "*.nothing"},
     "no template": {"format": "chat", "tokenizer": "train"},
+    "a bad record behind a good one": {"format": "jsonl"},
 }
 
 
@@ -153,6 +154,9 @@ def test_a_refusal_leaves_nothing(tmp_path, texts, case, there):
     if there:
         folder.mkdir(parents=True)
     data = settings(folder, texts)
+    if case == "a bad record behind a good one":
+        (texts / "records.jsonl").write_text('{"text": "good words"}\n{"text": 5}\n')
+        data.source = [str(texts / "records.jsonl")]
     for name, value in REFUSED[case].items():
         setattr(data, name, value)
     refused(data, options=NEW)

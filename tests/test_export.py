@@ -20,6 +20,7 @@ from hybridtrain.checkpoint import destination, hf, marker, safetensors, sharded
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
+from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress, UserError
 
@@ -217,7 +218,7 @@ def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path,
     loaded = GenerationConfig.from_pretrained(run / "export").to_dict()
     # the corpus's texts end with token 1, which the source did not know: training taught the model to end with it
     assert {key: loaded[key] for key in given} == {**given, "eos_token_id": [5, 0, 1]}
-    assert "generation_config.json: eos_token_id [5, 0] and the tokenizer's 1" in caplog.text
+    assert "generation_config.json: eos_token_id [5, 0] and 1, which ended what was trained on" in caplog.text
 
 
 def test_new_weights_end_texts_as_their_corpus_does(tmp_path: Path) -> None:
@@ -229,6 +230,38 @@ def test_new_weights_end_texts_as_their_corpus_does(tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         assert json.loads((run / "export" / name).read_text())["eos_token_id"] == 1, name
     assert "pad_token_id" not in {key for key, value in json.loads((run / "export" / "config.json").read_text()).items() if value is not None}
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new: bool) -> None:
+    """Of conversations, training teaches the token of the chat template that ends an answer, which need not be the tokenizer's end of text."""
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "data" / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + '<|turn|>' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "data" / "tokenizer")
+    (tmp_path / "data" / "corpus.json").write_text(json.dumps({"kind": "chat"}))
+    if not new:
+        model_of(tied=True).save_pretrained(tmp_path / "source")
+        config = compose.from_yaml(run / "config.yaml", "train")
+        config.model.from_pretrained = str(tmp_path / "source")
+        (run / "config.yaml").write_text(compose.to_yaml(config))
+    hf.run(exporting(run))
+    assert GenerationConfig.from_pretrained(run / "export").eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|turn|>")]
+    assert json.loads((run / "export" / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_end_tokens_that_differ_are_named() -> None:
+    ends = tokens.Ends(begin=None, end=7, pad=None, turn=9)
+    config, generation, lines = tokens.fitted({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, of_tokenizer=ends, new=False)
+    assert (config, generation) == ({"eos_token_id": 2}, {"eos_token_id": [2, 7, 9]})
+    assert lines == [
+        "config.json ends texts with [2], the tokenizer with 7",
+        "the chat template ends answers with 9, the tokenizer ends texts with [7]",
+        "generation_config.json: eos_token_id [2, 7] and 9, which ended what was trained on",
+    ]
+    assert tokens.fitted({"eos_token_id": 7}, {}, of_tokenizer=tokens.Ends(None, 7, None, 7), new=False)[2] == []
+    assert len(tokens.fitted({"eos_token_id": 2}, {}, of_tokenizer=ends, new=True)[2]) == 2
 
 
 @pytest.mark.parametrize(
@@ -387,7 +420,7 @@ from pathlib import Path
 from hybridtrain.checkpoint import hf
 from hybridtrain.config.schema import ModelConfig
 def export(run):
-    its = hf.Run(Path(run) / "model", None, ModelConfig())
+    its = hf.Run(Path(run) / "model", None, ModelConfig(), False)
     hf.export(Path(run) / "step-1", run=its, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from hybridtrain.config import schema
+from hybridtrain.data.tokenize import prepare
 from hybridtrain.loop import Collector
 from tests import runs
 
@@ -27,6 +30,21 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last_one(tmp_path):
     assert [line["loss"] for line in some] == pytest.approx(means, rel=1e-6)
     assert runs.summary(tmp_path / "some")["final_loss"] == some[-1]["loss"]
     assert f"loss {means[-1]:.4f}" in ended.out + ended.err
+
+
+def test_a_start_names_what_does_not_go_together(tmp_path):
+    """End tokens of model and tokenizer, a tokenizer with more tokens than the model has rows, a warm-up longer than the run."""
+    data, tokenizer = runs.corpus(tmp_path), tmp_path / "tokenizer"
+    added = AutoTokenizer.from_pretrained(data / "tokenizer")
+    added.add_tokens(["<|new|>"])
+    added.save_pretrained(tokenizer)
+    settings = schema.DataConfig(path=str(tmp_path / "more"), source=[str(tmp_path / "text")], tokenizer=str(tokenizer), eval_fraction=0.0)
+    options = {"train__steps": 1, "model__config__eos_token_id": 2, "schedule__warmup_steps": 5}
+    ended = runs.finished(1, runs.arguments(tmp_path / "run", prepare(settings, options=schema.PrepareConfig()), **options))
+    said = ended.out + ended.err
+    assert "tokenizer config.json ends texts with [2], the tokenizer with 0" in said
+    assert "tokenizer it has 301 tokens, the model 300 rows: a text with one of the others cannot be given to the model" in said
+    assert "schedule.warmup_steps=5: the run ends before its warm-up does" in said
 
 
 def test_garbage_is_collected_at_certain_steps_only():

@@ -54,6 +54,11 @@ def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
     assert error(weight.grad, wanted[2]) < limit
 
 
+def test_a_device_that_is_neither_cpu_nor_gpu_is_no_reason_to_fail():
+    hidden, weight, labels = (tensor.to("meta") for tensor in inputs(1000, torch.float32))
+    assert linear_cross_entropy(hidden, weight.requires_grad_(), labels, chunk=0, gradient=HeadGradient()).device.type == "meta"
+
+
 def test_no_logits_outlive_the_forward_pass():
     """Of N = 24 tokens and 1,000 words it keeps N x D and V x D numbers for backward, not N x V."""
     hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32))

@@ -86,6 +86,24 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
     source_of(tmp_path)
 
 
+def test_a_head_of_its_own_on_the_hub_is_refused_by_name(tmp_path, monkeypatch):
+    """A hub id is read when the model is built: by then it is too late to untie, but not to refuse."""
+    repository = tmp_path / "models--me--tied"
+    tied_with_another_head(repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for chosen in ({}, {"tie_word_embeddings": False}):
+        it = ModelConfig(from_pretrained="me/tied", config=chosen)
+        built = hf_config(read_config(it), chosen=chosen, attention="sdpa")
+        if chosen:
+            assert not torch.equal(*(initial(it, built, family=family_of("qwen3"), seed=0)(name, (257, 64), whole_box((257, 64))) for name in (EMBED, HEAD)))
+        else:
+            with pytest.raises(UserError, match=r"me/tied stores a head that differs.*\n.*\n.*model\.config\.tie_word_embeddings=false"):
+                initial(it, built, family=family_of("qwen3"), seed=0)
+
+
 def test_a_tied_model_of_which_only_the_head_is_stored(tmp_path):
     held = folder_of(tmp_path, tie_word_embeddings=True)
     changed(tmp_path, model__embed_tokens__weight=None, lm_head__weight=held[EMBED])

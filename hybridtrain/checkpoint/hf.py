@@ -25,7 +25,9 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ExportRoot, ModelConfig
+from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
+from hybridtrain.data.template import end_of_turn
 from hybridtrain.files import read_object, unwritable
 from hybridtrain.models import tokens
 from hybridtrain.rundir import require_run
@@ -89,6 +91,8 @@ class Run:
     """The tokenizer of its data."""
     source: ModelConfig
     """Where its weights came from."""
+    conversations: bool
+    """Whether it was trained on conversations, in the tokenizer's chat template."""
 
 
 def of_run(run_dir: Path, config: Config) -> Run:
@@ -96,7 +100,7 @@ def of_run(run_dir: Path, config: Config) -> Run:
     tokenizer, pretrained = tokenizer_dir(config.data), Path(config.model.from_pretrained)
     if tokenizer is None and config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES):
         tokenizer = pretrained
-    return Run(run_dir / "model", tokenizer, config.model)
+    return Run(run_dir / "model", tokenizer, config.model, any(corpus.get("kind") == "chat" for corpus in vocabulary.records(config.data)))
 
 
 def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes: int) -> Path:
@@ -112,7 +116,8 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
     if run.tokenizer_dir is None:
         log.warning("export: without tokenizer, there is none with the data")
     else:
-        tokenizer = tokens.ends(tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False))
+        loaded = tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False)
+        tokenizer = tokens.ends(loaded, turn=end_of_turn(loaded) if run.conversations else None)
     with held(checkpoint) as files:
         stored = _verified(files)
         config = _config(files, run=run, stored=stored)

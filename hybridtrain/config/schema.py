@@ -204,7 +204,7 @@ class EngineConfig:
 @dataclass
 class PrecisionConfig:
     kind: str = "fp32"
-    """fp32, bf16_mixed, bf16_pure or fp16_mixed."""
+    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates below 2^-9 of a weight are lost."""
     init_scale: float = 65536.0
     """fp16_mixed: first loss scale."""
     growth_factor: float = 2.0

@@ -103,7 +103,8 @@ def _conversations(facts: dict[str, Any]) -> list[str]:
     template = facts.get("template", {})
     if (end := template.get("end_of_turn")) != (eos := template.get("eos")):
         turns = f"answers end with {end}" if end else "answers end with text, not with a control token"
-        lines.append(f"{'':11}{turns}; the tokenizer's end of text is {eos}: whatever generates has to stop at the end of an answer")
+        stop = "exports end a text with either" if end else "whatever generates has to stop at the end of an answer"
+        lines.append(f"{'':11}{turns}; the tokenizer's end of text is {eos}: {stop}")
     if template.get("dated"):
         lines.append(f"{'':11}the chat template writes the date, which is that of this preparation")
     return lines

@@ -176,12 +176,12 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         if None in eos:
             words = f"{data.tokenizer} has no end-of-text token"
             raise refusal("data.append_eos", True, words, allowed="false with this tokenizer", instead="data.append_eos=false")
+        recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.chat else tokenizer.control_ids(partial))
+        meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     except UserError:
-        if new:
+        if new and not any(piece.folder(partial).exists() for piece in planned):
             discard(partial)
         raise
-    recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.chat else tokenizer.control_ids(partial))
-    meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     _publish(data, path=path, planned=planned, listing=listing, recipe=recipe, facts=facts, settings=settings)
     statistics.write_speed(path, meter=meter)
 

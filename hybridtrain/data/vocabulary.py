@@ -1,8 +1,10 @@
-"""How many entries the tokenizer of prepared data has, without opening the data: a new model takes it for its own."""
+"""The tokenizer of prepared data, by corpus.json alone: how many entries it has, which a new model takes for its own, and what ends a text."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.files import read_object
@@ -13,10 +15,18 @@ def of_corpora(data: DataConfig) -> int | None:
 
     Reads corpus.json alone, neither torch nor numpy. Raises UserError for one that cannot be read.
     """
-    sizes = []
-    for path in data.blend or [data.path]:
-        file = Path(path).expanduser() / "corpus.json"
-        if path and file.is_file():
-            facts = read_object(file, field="data.path")
-            sizes += [value + more for name, more in (("vocab_size", 0), ("largest_id", 1)) if type(value := facts.get(name)) is int]
+    sizes = [value + more for facts in records(data) for name, more in (("vocab_size", 0), ("largest_id", 1)) if type(value := facts.get(name)) is int]
     return max(sizes, default=None)
+
+
+def records(data: DataConfig) -> list[dict[str, Any]]:
+    """corpus.json of data.path or of each corpus of data.blend, where it is there. Raises UserError for one that cannot be read."""
+    files = [Path(path).expanduser() / "corpus.json" for path in data.blend or [data.path] if path]
+    return [read_object(file, field="data.path") for file in files if file.is_file()]
+
+
+def end_tokens(facts: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Of a corpus.json: ids of the tokens that end a text and an answer of a conversation; None where there is none, or it is not known."""
+    template = facts.get("template")
+    turn = template.get("end_of_turn_id") if isinstance(template, dict) else None
+    return facts.get("eos_id"), turn if type(turn) is int else None

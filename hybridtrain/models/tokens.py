@@ -1,7 +1,7 @@
 """What a model needs to be used beside its weights: the tokenizer's files, the tokens that begin and end a text, sampling values.
 
-source's generation_config.json  --as it is-->  <run>/model/  --+ end of the corpus's texts-->  export
-new weights                      --beginning and end of the corpus's tokenizer------------->  export
+source's generation_config.json  --as it is-->  <run>/model/  --+ ends of the corpus's texts and answers-->  export
+new weights                      --beginning and ends of the corpus's tokenizer------------------------->  export
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ _DERIVED = "_from_model_config"  # transformers marks a file so that it made fro
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids of a tokenizer's special tokens."""
+    """Ids of a tokenizer's special tokens; None for one that it lacks."""
 
     begin: int | None
     end: int | None
     pad: int | None
+    turn: int | None
+    """Ends an answer in its chat template, where conversations are trained on."""
 
 
 def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
@@ -68,8 +70,8 @@ def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def ends(tokenizer: Any) -> Ends:
-    return Ends(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+def ends(tokenizer: Any, *, turn: int | None) -> Ends:
+    return Ends(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, turn)
 
 
 def copy_tokenizer(folder: Path, *, out: Path) -> None:
@@ -103,22 +105,27 @@ def is_derived(generation: Mapping[str, Any]) -> bool:
 def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: Ends | None, new: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """config.json and generation_config.json of an export, and lines on what disagreed.
 
-    New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the token is added that ended
-    the texts they were trained on. The padding token goes into generation_config.json alone: in config.json it would freeze a row.
+    New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the tokens are added that ended
+    the texts and answers they were trained on. The padding token goes into generation_config.json alone: in config.json it would freeze
+    a row.
     """
     if of_tokenizer is None:
         return config, generation, []
-    if new:
-        tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
-        pad = {} if of_tokenizer.pad is None else {"pad_token_id": of_tokenizer.pad}
-        return {**config, **tokens}, {**generation, **{key: value for key, value in tokens.items() if value is not None}, **pad}, []
-    lines, known = [], _listed(generation.get("eos_token_id", config.get("eos_token_id")))
-    of_config = _listed(config.get("eos_token_id"))
+    learnt = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
+    of_config, lines = _listed(config.get("eos_token_id")), []
     if of_tokenizer.end is not None and of_tokenizer.end not in of_config:
         lines.append(f"config.json ends texts with {of_config or 'no token'}, the tokenizer with {of_tokenizer.end}")
-    if of_tokenizer.end is not None and of_tokenizer.end not in known:
-        lines.append(f"{GENERATION}: eos_token_id {known or 'none'} and the tokenizer's {of_tokenizer.end}")
-        generation = {**generation, "eos_token_id": [*known, of_tokenizer.end] if known else of_tokenizer.end}
+    if of_tokenizer.turn is not None and of_tokenizer.turn != of_tokenizer.end:
+        lines.append(f"the chat template ends answers with {of_tokenizer.turn}, the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}")
+    if new:
+        tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
+        of_texts = {"bos_token_id": of_tokenizer.begin, "eos_token_id": learnt[0] if len(learnt) == 1 else learnt or None, "pad_token_id": of_tokenizer.pad}
+        return {**config, **tokens}, {**generation, **{key: value for key, value in of_texts.items() if value is not None}}, lines
+    known = _listed(generation.get("eos_token_id", config.get("eos_token_id")))
+    more = [token for token in learnt if token not in known]
+    if more:
+        lines.append(f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, which ended what was trained on")
+        generation = {**generation, "eos_token_id": [*known, *more] if len(known) + len(more) > 1 else more[0]}
     return config, generation, lines
 
 

@@ -324,6 +324,16 @@ def test_damaged_text_is_counted(tmp_path):
     assert f"1 documents with U+FFFD or bytes that are no text, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
 
 
+def test_columns_keep_apart_whatever_their_figures(tmp_path, prepared):
+    facts = json.loads((prepared / "corpus.json").read_text())
+    facts["splits"]["train"] |= {"documents": 10**12, "tokens": 10**15, "lengths": dict.fromkeys(facts["splits"]["train"]["lengths"], 622484622.5)}
+    (tmp_path / "corpus.json").write_text(json.dumps(facts))
+    head, train, held_out, *_ = statistics.table(tmp_path).splitlines()
+    assert len(train.split()) == len(held_out.split()) == len(head.removesuffix("tokens per document").split()) + 1
+    ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (train[11:], held_out[11:])]
+    assert ends[0] == ends[1] <= {match.end() for match in re.finditer(r"\S+", head[11:])}
+
+
 def test_the_command_prints_what_the_folder_holds(prepared, texts, capsys):
     config = PrepareRoot()
     config.data = settings(prepared, texts)

@@ -34,6 +34,48 @@ DOORS = {
     "matplotlib": ("report/",),
 }
 
+# Names that a library keeps to itself, and may change without a word -> where we use them.
+PRIVATE = {
+    "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
+    "torch.distributed.tensor._utils": ("models/init.py",),
+    "hydra._internal.core_plugins.basic_sweeper": ("config/compose.py",),
+    **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
+    **dict.fromkeys(("_flatten", "_set_pg_timeout"), ("mesh.py",)),
+    **dict.fromkeys(("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"), ("parallel/pipeline.py",)),
+    "_amp_update_scale_": ("precision/scaler.py",),
+    "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
+    "_attn_implementation": ("models/build.py", "models/stage.py"),
+    "_modules": ("models/stage.py",),
+    "_fingerprint": ("data/readers.py",),
+    **dict.fromkeys(("_get_param_partition_group", "_hp_mapping", "_partition_all_parameters"), ("engine/deepspeed/",)),
+    **dict.fromkeys(("_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm"), ("engine/deepspeed/",)),
+    **dict.fromkeys(("_get_full_key", "_get_node", "_is_interpolation", "_is_missing"), ("config/",)),
+    **dict.fromkeys(("_is_none", "_maybe_dereference_node", "_set_value"), ("config/",)),
+    "_is_text_encoding": ("config/check.py",),
+    "_run_exitfuncs": ("launched.py",),
+}
+PUBLIC = re.compile(r"_exit|_foreach_\w+|_scaled_dot_product_\w+|_c10d_functional|_Environ|_Hash")  # spelt so; the last two in annotations alone
+
+
+def private(tree: ast.AST) -> Iterator[str]:
+    """Names with a leading underscore that a file takes from elsewhere, and its own: attributes, words of getattr, imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr"):
+            yield from (word.value for word in node.args[1:2] if isinstance(word, ast.Constant) and isinstance(word.value, str))
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("hybridtrain"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name.startswith("_"))
+            yield from (node.module for word in node.module.split(".")[1:] if word.startswith("_"))
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr if isinstance(node.value, ast.Name) and node.value.id == "self" else ""
+
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
@@ -68,6 +110,15 @@ def test_one_door_per_foreign_library(module):
     for library in set(imported(ast.parse((ROOT / module).read_text()))):
         doors = DOORS.get(library, (inside,))
         assert any(inside == door or (door.endswith("/") and inside.startswith(door)) for door in doors), f"{module} imports {library}; its door: {doors}"
+
+
+def test_private_names_of_libraries_are_in_one_list():
+    trees = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
+    ours = {name for tree in trees.values() for name in defined(tree)}
+    used = {(name, file) for file, tree in trees.items() for name in private(tree) if "_" in (name[0], *re.findall(r"\.(.)", name))}
+    used = {(name, file) for name, file in used if name not in ours and not name.startswith("__") and not PUBLIC.fullmatch(name)}
+    assert {(name, file) for name, file in used if not any(file.startswith(place) for place in PRIVATE.get(name, ()))} == set()
+    assert PRIVATE.keys() - {name for name, _ in used} == set(), "not used any more"
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if "/config/" not in module])

@@ -22,7 +22,7 @@ from hybridtrain.rundir import METRICS, read_machine, read_summary, require_run
 from hybridtrain.types import UserError, refusal
 
 KEYS = (*METRICS, "eval_loss")
-STARTS, ENDS = ("started", "resumed"), ("finished", "failed", "preempted")
+STARTS = ("started", "resumed")
 _LAST_TIME = 2.0**40
 """Seconds since 1970 that a calendar still has a date for."""
 SILENT_S = 600.0  # a run that logs nothing for so long, and for 20 of its usual intervals, may have been killed

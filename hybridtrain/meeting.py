@@ -74,7 +74,7 @@ def meet(*, gpu: str, timeout_s: float) -> Met:
     try:
         store, peer = _open(rank, until=until, timeout_s=timeout_s)
     except UserError as error:
-        raise OnThisRank(str(error)) from error
+        raise _said(error) from error
     keys = dist.PrefixStore(f"hybridtrain/{launched.attempt()}", store)
     mine = {
         "rank": rank,
@@ -92,7 +92,7 @@ def meet(*, gpu: str, timeout_s: float) -> Met:
             raise _no_store(str(error)) from error
         raise Answered(2) from error
     except UserError as error:
-        raise OnThisRank(str(error)) from error
+        raise _said(error) from error
     return Met(dist.PrefixStore(verdict["start"], store), verdict["hosts"], verdict["address"], keys)
 
 
@@ -111,7 +111,7 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
         return f"{'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent[:_NAMED]))}{more} of {world}"
 
     try:
-        _wait(all_there, words=missing, until=until, timeout_s=timeout_s)
+        _wait(all_there, words=missing, speaks=True, until=until, timeout_s=timeout_s)
         present = [json.loads(text) for text in keys.multi_get([_of(rank) for rank in range(world)])]
         _check_devices(present)
     except UserError:
@@ -125,8 +125,7 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
 
 def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    _wait(lambda: keys.check([_of(0)]), words=(lambda: "rank 0") if speaks else None, until=until, timeout_s=timeout_s)
+    _wait(lambda: keys.check([_of(0)]), words=lambda: "rank 0", speaks=_speaks(), until=until, timeout_s=timeout_s)
     first = json.loads(keys.get(_of(0)))
     if first["job"] != mine["job"] and first["job"] and mine["job"]:
         raise _foreign(mine, first)
@@ -137,7 +136,7 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
         raise refused
     _claim(mine, keys)
     keys.add(_ARRIVED, 1)
-    _wait(lambda: keys.check([_VERDICT]), words=None, until=until + _CONNECT_S, timeout_s=timeout_s)
+    _wait(lambda: keys.check([_VERDICT]), words=lambda: "the answer of rank 0", speaks=False, until=until + _CONNECT_S, timeout_s=timeout_s)
     verdict = json.loads(keys.get(_VERDICT))
     if verdict["refused"]:
         raise Answered(2)
@@ -175,19 +174,30 @@ def _check_devices(present: list[dict[str, Any]]) -> None:
             raise refusal("WORLD_SIZE", entry["world_size"], problem, allowed="one process for each GPU", instead=f"{gpus} processes on {entry['host']}")
 
 
-def _wait(holds: Callable[[], bool], *, words: Callable[[], str] | None, until: float, timeout_s: float) -> None:
-    """Look until it holds. After a while `words` says for whom this waits; None: silently. Raises UserError at the end of the time."""
+class _TooLate(UserError):
+    """Nobody came within the time. Every rank finds it."""
+
+
+def _speaks() -> bool:
+    """Whether this rank is the one of its machine that says what all of them see."""
+    return log.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _said(error: UserError) -> UserError:
+    """`error` as this rank is to say it: at once, or, where another one of this machine says the same, only if it is alive after that."""
+    return error if isinstance(error, _TooLate) and not _speaks() else OnThisRank(str(error))
+
+
+def _wait(holds: Callable[[], bool], *, words: Callable[[], str], speaks: bool, until: float, timeout_s: float) -> None:
+    """Look until it holds. After a while this says for whom it waits, `words`, if it `speaks`. Raises _TooLate at the end of the time."""
     began = time.monotonic()
     pause, word_at = 0.002, began + FIRST_WORD_S
     while not holds():
         now = time.monotonic()
         if now > until:
-            if not words:
-                raise Answered(2)
-            for_whom = words()
-            problem = f"{for_whom} did not come within {timeout_s:g} s ({_where()})"
-            raise refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())
-        if words and now > word_at:
+            problem = f"{words()} did not come within {timeout_s:g} s ({_where()})"
+            raise _TooLate(str(refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())))
+        if speaks and now > word_at:
             _say(f"{_who()} waits for {words()} at {_where()}, at most {max(0, until - now) / 60:.0f} minutes more")
             word_at = now + _WORDS_EVERY_S
         time.sleep(pause)
@@ -265,8 +275,7 @@ def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
             why = error.strerror or str(error)
         return False
 
-    speaks = log.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
-    _wait(answers, words=(lambda: f"rank 0 ({why})") if speaks else None, until=until, timeout_s=timeout_s)
+    _wait(answers, words=lambda: f"rank 0 ({why})", speaks=_speaks(), until=until, timeout_s=timeout_s)
     return found
 
 

@@ -145,11 +145,14 @@ def test_rank_0_says_for_whom_it_waits_and_names_it_at_the_end(argv, tmp_path):
     assert not (tmp_path / "run").exists(), "a start that does not come about leaves no trace"
 
 
-def test_a_rank_without_a_rank_0_says_so(argv):
-    process = start([*argv, "engine.timeout_s=7"], package=ROOT, RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_rank_without_a_rank_0_says_so(argv, local_rank):
+    """Of several ranks of a machine the first one says for whom they wait; at the end of the time each that is still there says what it waited for."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    process = start([*argv, "engine.timeout_s=7"], package=ROOT, RANK=1, WORLD_SIZE=2, LOCAL_RANK=local_rank, **where)
     [ended] = ends([process], within_s=120)
     assert ended.code == 2
-    assert "waits for rank 0 (connection refused)" in ended.err
+    assert ("waits for rank 0 (connection refused)" in ended.err) == (local_rank == 0)
     assert "rank 0 (connection refused) did not come within 7 s" in ended.err
     assert "Traceback" not in ended.err
 

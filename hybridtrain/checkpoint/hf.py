@@ -230,7 +230,7 @@ def _write_rest(partial: Path, *, config: dict[str, Any], run: Run, tokenizer: t
     """config.json (with the dtype), generation_config.json, the tokenizer, and where it all comes from."""
     generation = _generation(run)
     config, generation, lines = tokens.fitted(config, generation, of_tokenizer=tokenizer, new=not run.source.from_pretrained)
-    for line in lines:
+    for line in lines if run.source.from_pretrained else ():  # new weights have no tokens of their own
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # transformers' older name for the same field
     _write_json(partial / marker.CONFIG, {**config, "dtype": dtype})

@@ -248,7 +248,7 @@ def _train(
     hosts = machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         try:
-            save_config(engine.model_config, run_dir.model, model=config.model)
+            save_config(engine.model_config, run_dir.model, model=_source_at_hand(config).model)
             if config.engine.kind == "deepspeed":
                 write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
         except OSError as error:

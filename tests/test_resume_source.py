@@ -1,5 +1,6 @@
 """A resumed run sets no initial weights: it needs neither the pretrained model it began from nor the time to draw them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def test_a_run_goes_on_without_the_pretrained_model_it_began_from(tmp_path, kind
     source, data = tmp_path / "source", runs.corpus(tmp_path)
     fields = {**compose("train", ["model=tiny"]).model.config, "vocab_size": 300}
     plain_model(hf_config(fields, chosen={}, attention="sdpa")).save_pretrained(source)
+    generation = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(generation))
     options = {"model__from_pretrained": source, "engine": kind}
     options |= {"train__steps": 4, "train__log_every": 2, "checkpoint__every": 2}
     whole = runs.arguments(tmp_path / "whole", data, **options)
@@ -30,6 +33,7 @@ def test_a_run_goes_on_without_the_pretrained_model_it_began_from(tmp_path, kind
     shutil.rmtree(source)
     runs.finished(1, runs.arguments(tmp_path / "run", data, **options))
     assert runs.rows(tmp_path / "run") == runs.rows(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text()) == generation
 
 
 def saved_and_loaded(case: Case, path: Path) -> None:

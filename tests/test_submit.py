@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -132,6 +135,33 @@ def test_the_health_check_names_the_node():
     assert (node, "torch 2.11.0 (the first node: 2.13.0)" in why) == ("n2", True)
     assert "clock" in health.compare({0: facts(), 1: facts(), 2: facts(time=40.0)}, names=names)["n3"]
     assert health.compare({0: facts(problem="7 GPUs in place of 8"), 1: facts(), 2: facts()}, names=names) == {"n1": "7 GPUs in place of 8"}
+
+
+def free_beside_a_taken_one() -> tuple[int, socket.socket]:
+    """A free port, and a socket that listens on the next one."""
+    while True:
+        taken = socket.socket()
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", 0))
+            taken.bind(("", free.getsockname()[1] + 1))
+            taken.listen()
+            return free.getsockname()[1], taken
+        taken.close()
+
+
+def test_the_health_check_leaves_the_port_of_the_next_job_alone(tmp_path, monkeypatch, capfd):
+    """Jobs of an array have ports side by side."""
+    (tmp_path / "run" / "submit").mkdir(parents=True)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    port, taken = free_beside_a_taken_one()
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NODEID": 0, "SLURM_JOB_NUM_NODES": 1, "SLURM_JOB_NODELIST": "n1"}
+    place |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{tmp_path}:{os.environ['PATH']}", "HYBRIDTRAIN_HEALTH_S": 20}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with taken:
+        assert health.main(tmp_path / "run") == 0
+    assert "fit" in capfd.readouterr().out
 
 
 def report(folder: Path, rank: int, error: str, at: float) -> None:

@@ -24,7 +24,7 @@ from hybridtrain.checkpoint.hold import Removed, held
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
-from hybridtrain.config.schema import Config, ExportRoot, ModelConfig
+from hybridtrain.config.schema import Config, DataConfig, ExportRoot, ModelConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.template import end_of_turn
@@ -100,7 +100,23 @@ def of_run(run_dir: Path, config: Config) -> Run:
     tokenizer, pretrained = tokenizer_dir(config.data), Path(config.model.from_pretrained)
     if tokenizer is None and config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES):
         tokenizer = pretrained
-    return Run(run_dir / "model", tokenizer, config.model, any(corpus.get("kind") == "chat" for corpus in vocabulary.records(config.data)))
+    return Run(run_dir / "model", tokenizer, config.model, _conversations(config.data))
+
+
+def _conversations(data: DataConfig) -> bool:
+    try:
+        return any(facts.get("kind") == "chat" for facts in vocabulary.records(data))
+    except UserError as error:  # weights can be exported without their data
+        log.warning("export: whether it was trained on conversations is not known: %s", str(error).partition("\n")[0])
+        return False
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    try:
+        return end_of_turn(tokenizer)
+    except UserError as error:
+        log.warning("export: the token that ends an answer is not known: %s", str(error).partition("\n")[0])
+        return None
 
 
 def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes: int) -> Path:
@@ -117,7 +133,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
         log.warning("export: without tokenizer, there is none with the data")
     else:
         loaded = tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False)
-        tokenizer = tokens.ends(loaded, turn=end_of_turn(loaded) if run.conversations else None)
+        tokenizer = tokens.ends(loaded, turn=_end_of_turn(loaded) if run.conversations else None)
     with held(checkpoint) as files:
         stored = _verified(files)
         config = _config(files, run=run, stored=stored)

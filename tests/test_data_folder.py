@@ -143,7 +143,6 @@ REFUSED = {
     "no such tokenizer": {"tokenizer": "/nowhere/tokenizer"},
     "no text": {"pattern": "*.nothing"},
     "no template": {"format": "chat", "tokenizer": "train"},
-    "a bad record behind a good one": {"format": "jsonl"},
 }
 
 
@@ -154,13 +153,17 @@ def test_a_refusal_leaves_nothing(tmp_path, texts, case, there):
     if there:
         folder.mkdir(parents=True)
     data = settings(folder, texts)
-    if case == "a bad record behind a good one":
-        (texts / "records.jsonl").write_text('{"text": "good words"}\n{"text": 5}\n')
-        data.source = [str(texts / "records.jsonl")]
     for name, value in REFUSED[case].items():
         setattr(data, name, value)
     refused(data, options=NEW)
     assert sorted(path.name for path in tmp_path.rglob("*") if path != texts and texts not in path.parents) == (["a", "b"] if there else [])
+
+
+def test_a_bad_record_before_anything_is_complete_leaves_nothing(tmp_path, texts):
+    made = tokenize.prepare(settings(tmp_path / "made", texts), options=NEW)
+    (tmp_path / "records.jsonl").write_text('{"text": "good words"}\n{"text": 5}\n')
+    refused(settings(tmp_path / "a" / "b", tmp_path / "records.jsonl", tokenizer=str(made / "tokenizer")), options=NEW)
+    assert not (tmp_path / "a").exists()
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path, texts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import shutil
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hybridtrain.checkpoint.hf import export
+from hybridtrain.checkpoint.hf import export, of_run
+from hybridtrain.config.compose import from_yaml
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, checkpoints, finished, four_parts, on_ranks, on_this_rank, rows, summary, torchrun
 
@@ -71,10 +73,13 @@ def test_a_disk_without_space_for_a_line_is_said_too(data: Path, tmp_path: Path)
     assert "cannot be written" in text
 
 
+BLOWN_UP = {"optim__lr": 1e4, "optim__weight_decay": 1e4}  # each update multiplies every weight by -1e8
+
+
 @pytest.mark.parametrize("options", [{}, pytest.param({"parallel__pp": 2, "precision": "bf16_mixed"}, marks=pytest.mark.slow)])
 def test_steps_that_stay_non_finite_end_the_run(data: Path, tmp_path: Path, options: dict[str, object]) -> None:
-    """The first update with this learning rate makes every gradient after it infinite or no number."""
-    argv = arguments(tmp_path / "run", data, train__steps=50, train__max_nonfinite=3, train__log_every=5, optim__lr="1e30", checkpoint__every=1, **options)
+    """After a few updates every gradient is infinite or no number."""
+    argv = arguments(tmp_path / "run", data, train__steps=50, train__max_nonfinite=3, train__log_every=5, checkpoint__every=1, **BLOWN_UP, **options)
     ended = on_ranks(2, argv)
     assert ended.code == 2
     text = four_parts(ended.err, "train.max_nonfinite")
@@ -89,7 +94,8 @@ def test_steps_that_stay_non_finite_end_the_run(data: Path, tmp_path: Path, opti
 def test_weights_that_are_no_numbers_end_the_run(data: Path, tmp_path: Path) -> None:
     finished(1, arguments(tmp_path / "first", data, train__steps=1))
     newest = tmp_path / "first" / "checkpoints" / "step-00000001"
-    export(newest, out=tmp_path / "model", dtype="float32", max_shard_bytes=10**9, model_dir=tmp_path / "first" / "model", tokenizer_dir=data / "tokenizer")
+    run = of_run(tmp_path / "first", from_yaml(tmp_path / "first" / "config.yaml", "train"))
+    export(newest, run=run, out=tmp_path / "model", dtype="float32", max_shard_bytes=10**9)
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("nan")
@@ -105,6 +111,8 @@ def test_weights_that_are_no_numbers_end_the_run(data: Path, tmp_path: Path) -> 
 
 def test_token_files_that_changed_after_prepare_are_refused_where_they_are_read(data: Path, tmp_path: Path) -> None:
     spoilt = Path(shutil.copytree(data, tmp_path / "data"))
+    facts = {name: value for name, value in json.loads((spoilt / "corpus.json").read_text()).items() if name != "digests"}
+    (spoilt / "corpus.json").write_text(json.dumps(facts))  # as an earlier version left it: nothing to compare the files with
     tokens = np.fromfile(spoilt / "train.bin", dtype="<u2")
     tokens[::50] = 60000
     tokens.tofile(spoilt / "train.bin")

@@ -38,17 +38,17 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
 
 
 def test_updates_skipped_between_two_lines_are_counted(data: Path, tmp_path: Path) -> None:
-    """A loss scale that no fp16 gradient survives: every one of the first steps overflows, though only each third is logged."""
+    """A loss scale that no fp16 gradient survives at first: each of four steps overflows, though only every third is logged."""
     run = tmp_path / "run"
-    options = {"precision": "fp16_mixed", "precision__init_scale": 2.0**40, "train__steps": 6, "train__log_every": 3}
+    options = {"precision": "fp16_mixed", "precision__init_scale": 2.0**40, "precision__backoff_factor": 2.0**-6, "train__steps": 9, "train__log_every": 3}
     finished(1, arguments(run, data, **options))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 3)]
+    assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 1), (9, 0)]
     skipped = [(step, detail) for kind, step, detail in events(run) if kind == "skipped"]
     assert skipped == [
         (1, "1 update skipped since the last line; loss scale 1,099,511,627,776"),
-        (3, "2 updates skipped since the last line; loss scale 274,877,906,944"),
-        (6, "3 updates skipped since the last line; loss scale 34,359,738,368"),
+        (3, "2 updates skipped since the last line; loss scale 268,435,456"),
+        (6, "1 update skipped since the last line; loss scale 65,536"),
     ]
 
 

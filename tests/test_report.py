@@ -346,7 +346,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
         history.read(tmp_path / "dem")
     assert f"hybridtrain report {tmp_path / 'demo'}" in str(error.value)
     (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match=r"there is no metrics.jsonl"):
+    with pytest.raises(UserError, match=r"there is no config.yaml, summary.json or metrics.jsonl in it"):
         history.read(tmp_path / "bare")
     (tmp_path / "file").write_text("")
     assert main(["report", str(tmp_path / "demo"), f"report.out={tmp_path / 'file'}"]) == 2

@@ -81,6 +81,7 @@ def test_twenty_kills_of_torchrun_alone_at_random_moments(data, tmp_path):
     assert rows(run) == rows(straight)
 
 
+@pytest.mark.slow
 def test_a_process_that_no_launcher_started_outlives_its_parent(data, tmp_path):
     """As with nohup in a shell that is closed."""
     run = tmp_path / "run"

@@ -145,7 +145,7 @@ def test_rank_0_says_for_whom_it_waits_and_names_it_at_the_end(argv, tmp_path):
     assert not (tmp_path / "run").exists(), "a start that does not come about leaves no trace"
 
 
-@pytest.mark.parametrize("local_rank", [0, 1])
+@pytest.mark.parametrize("local_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_without_a_rank_0_says_so(argv, local_rank):
     """Of several ranks of a machine the first one says for whom they wait; at the end of the time each that is still there says what it waited for."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

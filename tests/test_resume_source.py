@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.training import Case, model, start
 
 
-@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
+@pytest.mark.parametrize("kind", ["torch", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_run_goes_on_without_the_pretrained_model_it_began_from(tmp_path, kind):
     pytest.importorskip("deepspeed") if kind == "deepspeed" else None
     source, data = tmp_path / "source", runs.corpus(tmp_path)
@@ -49,7 +49,9 @@ def saved_and_loaded(case: Case, path: Path) -> None:
     second.save(path.with_name("again"), Progress(1, 0, {})).result()
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("pp2", "torch"), ("dp_shard2-zero3", "torch"), ("tp2", "torch"), ("dp_shard2-zero3", "deepspeed")])
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("pp2", "torch"), ("dp_shard2-zero3", "torch"), ("tp2", "torch"), pytest.param("dp_shard2-zero3", "deepspeed", marks=pytest.mark.slow)]
+)
 def test_everything_a_run_has_comes_from_its_checkpoint(tmp_path, layout, kind):
     """Frozen parameters and both copies of a tied matrix too (pp2)."""
     pytest.importorskip("deepspeed") if kind == "deepspeed" else None

@@ -1,5 +1,6 @@
 """What a step costs besides arithmetic: nothing that waits for the device, so many collectives; what recomputation repeats; what schedules hold."""
 
+import itertools
 import shutil
 from collections import Counter
 from typing import Any
@@ -127,8 +128,14 @@ def peak_of_a_step(case: Case) -> int:
     return watch.peak
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "interleaved_zero_bubble", "1f1b"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+@pytest.mark.parametrize(
+    ("schedule", "precision"),
+    [
+        ("gpipe", "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(["looped_bfs", "interleaved_zero_bubble", "1f1b"], ["fp32", "bf16_mixed"])),
+        pytest.param("gpipe", "bf16_mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_one_gradient_of_the_head_whatever_is_in_flight(schedule, precision):
     """Each micro-batch in flight adds its activations, not another matrix of the head's size."""
     peaks = []

@@ -85,6 +85,10 @@ def _check_source(config: Config, *, path: Path) -> None:
 
 
 def _holds_run(path: Path) -> bool:
+    above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
+    if above is not None:
+        problem = f"it lies among the checkpoints of {above.parent}, which that run removes"
+        raise refusal("run.dir", path, problem, allowed="a directory apart from the checkpoints of runs", instead="another run.dir")
     if (path / "config.yaml").is_file():
         return True
     if path.exists() and not path.is_dir():

@@ -28,6 +28,8 @@ ALONE_S = 15.0
 """How long the others may take to notice that a rank has failed, and to write what they know, before they are asked to end."""
 _ASKED_S = 15.0
 """How long they may take after that, before they are killed."""
+_SAID = (0, 1, 2, 130)
+"""Exit codes after which a rank has said why: none, a traceback, a refusal, Ctrl-C."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -112,6 +114,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
         number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
         print(f"hybridtrain: rank {number} (process {ranks[number].pid}) was ended by {_name(-failed)}", file=sys.stderr, flush=True)
         return 128 - failed
+    if failed not in _SAID:
+        number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
+        print(f"hybridtrain: rank {number} (process {ranks[number].pid}) ended with exit code {failed}", file=sys.stderr, flush=True)
     return failed
 
 

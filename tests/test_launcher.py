@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import random
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hybridtrain import spawn
 from tests.runs import arguments, finished, four_parts, rows, summary, torchrun
 
 SABOTAGE = str(Path(__file__).parent / "sabotage")
@@ -151,3 +154,17 @@ def test_a_rank_that_dies_is_named_by_nproc(data, tmp_path):
     assert process.returncode == 128 + signal.SIGKILL
     assert err.splitlines()[-1] == f"hybridtrain: rank 1 (process {ranks['1'].pid}) was ended by SIGKILL"
     assert "rank 1" in str(summary(run)["exit_reason"])
+
+
+def test_a_rank_that_ends_without_a_word_before_it_begins_is_named(data, tmp_path, monkeypatch):
+    """A library, or a site's own start-up file, may end a process while Python imports."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os._exit(3)\n")
+    monkeypatch.setattr(spawn, "ALONE_S", 0.0)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert spawn.start("hybridtrain.train", arguments(tmp_path / "run", data), processes=2) == 3
+    assert "hybridtrain: rank 1 (process" in said.getvalue()
+    assert said.getvalue().endswith("ended with exit code 3\n")
+    assert not (tmp_path / "run").exists()

@@ -226,6 +226,13 @@ def test_a_folder_with_files_of_others_that_a_run_would_write_is_refused_and_sta
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [mine.relative_to(tmp_path)]
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/step-00000004/new/run"])
+def test_a_run_among_the_checkpoints_of_another_would_be_removed_with_them(config: Config, tmp_path: Path, place: str) -> None:
+    other = opened(alter(config, "run.dir", str(tmp_path / "other")))
+    (other.path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert "among the checkpoints of" in refusal_of(alter(config, "run.dir", str(other.path / place)))
+
+
 def test_a_folder_with_other_files_and_with_logs_of_a_scheduler_is_taken(config: Config, tmp_path: Path) -> None:
     (tmp_path / "project" / "logs").mkdir(parents=True)
     (tmp_path / "project" / "logs" / "slurm-7.out").write_text("mine")

@@ -26,10 +26,14 @@ SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable: the same in seconds, as torchrun reads it."""
 ALONE_S = 15.0
 """How long the others may take to notice that a rank has failed, and to write what they know, before they are asked to end."""
+REFUSED_S = 2.0
+"""The same where a rank has refused: the others would refuse the same, and write nothing. Less than they wait before they say it again."""
 _ASKED_S = 15.0
 """How long they may take after that, before they are killed."""
 _SAID = (0, 1, 2, 130)
 """Exit codes after which a rank has said why: none, a traceback, a refusal, Ctrl-C."""
+_REFUSAL = 2
+"""Exit code of a rank that met something to put right."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -99,7 +103,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
     asked = False
     while None in [rank.poll() for rank in ranks]:  # looks at all of them, also behind one that is alive
         if failed is None and (codes := [rank.returncode for rank in ranks if rank.returncode]):
-            failed, patience = codes[0], time.monotonic() + ALONE_S
+            failed, patience = codes[0], time.monotonic() + (REFUSED_S if codes[0] == _REFUSAL else ALONE_S)
         if heard and patience is None:
             patience = time.monotonic() + _save_s()
         if patience is not None and time.monotonic() > patience:

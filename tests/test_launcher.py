@@ -144,6 +144,14 @@ def test_ctrl_c_saves_and_ends_without_a_traceback(data, tmp_path):
     assert summary(run)["status"] == "interrupted"
 
 
+def test_a_refusal_that_every_rank_meets_is_said_once_by_nproc(data, tmp_path):
+    process = nproc(arguments(tmp_path / "run", data, model__config__vocab_size=100))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.count("holds token id") == 1, err
+    assert "[rank 1]" not in err
+
+
 def test_a_rank_that_dies_is_named_by_nproc(data, tmp_path):
     run = tmp_path / "run"
     process = nproc(arguments(run, data, train__steps=5000))

@@ -126,11 +126,11 @@ class ClusterConfig:
     cpus_per_node: int = 0
     """CPUs of each node (0: what the cluster gives)."""
     time: str = "01:00:00"
-    """Time limit, as sbatch takes it; training stops with a checkpoint before it is up, and goes on in a new life of the job."""
+    """Time limit, as sbatch takes it; training stops with a checkpoint before it is up, and goes on in a new attempt of the job."""
     signal_before_s: int = 120
     """Seconds before the time limit at which Slurm signals the job (run.stop_signal)."""
     max_restarts: int = 3
-    """Restarts after failures; not counted: preemption and the time limit. A life without a new checkpoint is not followed by a second such one."""
+    """Restarts after failures; not counted: preemption and the time limit. After two attempts without a new checkpoint there is no third."""
     health_timeout_s: int = 120
     """How long nodes may take to find each other before training (0: no check)."""
     container_image: str = ""

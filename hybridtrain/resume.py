@@ -8,20 +8,23 @@ What is refused leaves the directory as it was, and makes none. No torch, except
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain import entry as entries
 from hybridtrain import failure, identity, log, machine, rundir
 from hybridtrain import layout as layouts
-from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.entry import Entry
 from hybridtrain.files import read_object, sweep_asides, unwritable, write_json
+from hybridtrain.models import described
 from hybridtrain.rundir import RunDir
-from hybridtrain.types import Progress, refusal
+from hybridtrain.types import Progress, UserError, refusal
 
 if TYPE_CHECKING:
     from hybridtrain.train import Job
@@ -50,6 +53,8 @@ def open_run(job: Job) -> RunDir | None:
             progress = _branched(origin, job=job)
         if checkpoint is None:
             _check_weights(config)
+        else:
+            _check_described(source_at_hand(config), checkpoint=checkpoint)
         manager.sweep()
         sweep_asides(entry.path)
         run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=progress.step)
@@ -106,7 +111,53 @@ def _check_weights(config: Config) -> None:
     from hybridtrain.models.family import family_of
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    sealed.check(Path(config.model.from_pretrained), field="model.from_pretrained")
     load.check(config.model, built, family=family_of(built.model_type))
+
+
+def source_at_hand(config: Config) -> Config:
+    """`config`; where a run goes on whose pretrained model is not in a folder here (any more), with the config.json of its newest checkpoint instead.
+
+    Weights come from the checkpoint, so neither the folder nor the hub is needed. Checkpoints of earlier releases have no config.json: then
+    the run's own copy is taken.
+    """
+    run, source = Path(config.run.dir), config.model.from_pretrained
+    if not source or Path(source).is_dir():
+        return config
+    manager = Manager(run / "checkpoints", settings=config.checkpoint)
+    steps = manager.steps()
+    places = [manager.path(steps[-1]), run / "model"] if steps else []
+    here = next((place for place in places if (place / marker.CONFIG).is_file()), None)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, from_pretrained=str(here))) if here else config
+
+
+def _check_described(config: Config, *, checkpoint: Path) -> None:
+    """Refuse a model that is built otherwise than the one that the checkpoint is of, down to its rotary positions; a copy that was edited is warned of.
+
+    The model's fingerprint holds sizes only, and the config.json that a run starts from may be edited while the run stands still.
+    """
+    sealed, beside = checkpoint / marker.CONFIG, checkpoint.parent.parent / "model" / marker.CONFIG
+    records = {name: record for name, record in marker.read(checkpoint).items() if name == marker.CONFIG}
+    marker.verify(checkpoint, files=records.items())
+    file = sealed if records else beside
+    try:
+        before = read_object(file, field="checkpoint")
+    except UserError as error:
+        if records:
+            raise
+        _log.warning("it is not known whether the model is built as it was: %s", str(error).splitlines()[0])
+        return
+    from hybridtrain.models.build import hf_config, saved_fields
+    from hybridtrain.models.facts import read_config
+
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    if found := described.model_changes(before, saved_fields(built)):
+        problem = f"{file} is of another model: {described.words(found)}"
+        instead = "the config.json that the run began with, or a new run with model.from_pretrained=<export of this run>"
+        raise refusal("model", config.model.from_pretrained or built.model_type, problem, allowed="the model that the run began with", instead=instead)
+    with contextlib.suppress(UserError):
+        if records and (edited := described.changes(before, read_object(beside, field="run.dir"))):
+            _log.warning("%s has changed since %s was written (%s); the checkpoint's holds", beside, checkpoint.name, described.words(edited))
 
 
 def _nothing_left(job: Job, *, entry: Entry, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, identity, launched, log, machine, memory, rundir
+from hybridtrain import failure, identity, launched, log, machine, memory, resume, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
@@ -73,7 +73,7 @@ def resolve(config: Config, *, here: bool) -> Job:
 
     `here`: it will run on this machine, whose memory is looked at, too.
     """
-    settled = engines.settle(_source_at_hand(config))
+    settled = engines.settle(resume.source_at_hand(config))
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
@@ -89,19 +89,6 @@ def resolve(config: Config, *, here: bool) -> Job:
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     check.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, data, total_steps)
-
-
-def _source_at_hand(config: Config) -> Config:
-    """`config`; where a run goes on whose pretrained model is not in a folder here (any more), with the run's own copy of its config.json instead.
-
-    Weights come from the checkpoint, so neither the folder nor the hub is needed.
-    """
-    run, source = Path(config.run.dir), config.model.from_pretrained
-    if not source or Path(source).is_dir() or not (run / "model" / "config.json").is_file():
-        return config
-    if not any((run / "checkpoints").glob("*/complete.json")):
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, from_pretrained=str(run / "model")))
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
@@ -128,8 +115,6 @@ def run(config: Config) -> int:
 
 def _opened(job: Job) -> RunDir | None:
     """Rank 0: what only it looks at, and then the run directory; None: nothing is left to do."""
-    from hybridtrain import resume
-
     config = job.config
     if config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
         from hybridtrain.models.build import check as check_model
@@ -165,7 +150,7 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
             build = engines.build_for_load if run_dir.checkpoint else engines.build
-            engine = build(_source_at_hand(config), layout=job.layout, plan=job.plan, device=device)
+            engine = build(resume.source_at_hand(config), layout=job.layout, plan=job.plan, device=device)
             world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
             _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, **world)
     except BaseException as error:
@@ -248,7 +233,7 @@ def _train(
     hosts = machine.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         try:
-            save_config(engine.model_config, run_dir.model, model=_source_at_hand(config).model)
+            save_config(engine.model_config, run_dir.model, model=config.model)
             if config.engine.kind == "deepspeed":
                 write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
         except OSError as error:

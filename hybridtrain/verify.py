@@ -1,4 +1,4 @@
-"""`hybridtrain verify RUN` (or CORPUS): every byte that a later command will trust, read and held against what was written. No torch.
+"""`hybridtrain verify RUN` (or CORPUS, or EXPORT): every byte that a later command will trust, read and held against what was written. No torch.
 
 Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml, model/config.json, metrics.jsonl (each step
 once), events.jsonl and summary.json. Exit code 1 and a list when something is wrong.
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybridtrain import identity, log
-from hybridtrain.checkpoint import marker
+from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.files import read_object
+from hybridtrain.models import described
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.rundir import require_run
 from hybridtrain.types import UserError
@@ -29,6 +30,8 @@ def run(config: VerifyRoot) -> int:
         from hybridtrain.data.verify import verify_corpus
 
         problems, what = verify_corpus(path), "the corpus is as it was prepared"
+    elif (path / sealed.ORIGIN).is_file():
+        problems, what = sealed.verify(path, field="run.dir"), "the export is as it was written"
     else:
         require_run(path, command="verify")
         problems, number = verify_run(path)
@@ -43,6 +46,7 @@ def verify_run(path: Path) -> tuple[list[str], int]:
     """What is wrong with a run directory, a line each, and how many complete checkpoints were read."""
     problems: list[str] = []
     folder, fingerprints = path / "checkpoints", set()
+    sealed: list[Path] = []
     complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REPLACED))]
     for checkpoint in complete:
         try:
@@ -51,23 +55,36 @@ def verify_run(path: Path) -> tuple[list[str], int]:
         except UserError as error:
             problems.append(_line(error))
             continue
+        if (checkpoint / marker.CONFIG).is_file():
+            sealed.append(checkpoint / marker.CONFIG)
         fingerprints.add(progress.fingerprints.get("model"))
         if checkpoint.name != f"step-{progress.step:08d}":
             problems.append(f"{checkpoint}: it holds step {progress.step}")
     problems += [f"{checkpoint}: no folder of a checkpoint" for checkpoint in folder.glob("step-*") if not checkpoint.is_dir()]
-    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}), *_of_lines(path)]
+    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, sealed=sealed), *_of_lines(path)]
     return problems, len(complete)
 
 
-def _of_configs(path: Path, *, fingerprints: set[str]) -> Iterator[str]:
-    """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of."""
+def _of_configs(path: Path, *, fingerprints: set[str], sealed: list[Path]) -> Iterator[str]:
+    """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of.
+
+    `sealed`: the config.json of each checkpoint that has one, oldest first. Those of earlier releases have none.
+    """
+    file = path / "model" / marker.CONFIG
     try:
         read_run(path / "config.yaml", "train")
         read_object(path / "summary.json", field="run.dir")
-        if (path / "model" / "config.json").exists() and fingerprints:
-            model = facts(read_config(ModelConfig(from_pretrained=str(path / "model"))))
+        now = read_object(file, field="run.dir") if file.exists() else None
+        configs = {checkpoint: read_object(checkpoint, field="checkpoint") for checkpoint in sealed}
+        if now is not None and sealed and (found := described.changes(configs[sealed[-1]], now)):
+            yield f"{file}: it has changed since {sealed[-1].parent.name} was written ({described.words(found)})"
+        elif now is not None and fingerprints:
+            model = facts(read_config(ModelConfig(from_pretrained=str(file.parent))))
             if fingerprints != {identity.model_fingerprint(model)}:
-                yield f"{path / 'model' / 'config.json'}: it describes another model than the checkpoints hold"
+                yield f"{file}: it describes another model than the checkpoints hold"
+        for older in sealed[:-1]:
+            if found := described.model_changes(configs[older], configs[sealed[-1]]):
+                yield f"{older}: it is of another model than {sealed[-1].parent.name} ({described.words(found)})"
     except UserError as error:
         yield _line(error)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import tokenize
+from hybridtrain.data import statistics, tokenize
 from hybridtrain.data.store import Corpus
+from hybridtrain.data.verify import verify_corpus
 from hybridtrain.types import UserError
 
 NEW, AGAIN = PrepareConfig(), PrepareConfig(overwrite=True)
@@ -287,3 +288,50 @@ def test_an_interrupt_is_one_line(tmp_path):
     assert process.returncode == 130, err
     assert "interrupted; the same command goes on from here" in err
     assert "Traceback" not in err
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    file.unlink()
+    if how == "folder":
+        file.mkdir()
+    elif how != "gone":
+        file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "bit": bytes([content[0] ^ 1]) + content[1:], "junk": b"\xff\xfe junk"}[how])
+
+
+@pytest.mark.parametrize("name", ["train.bin", "eval.idx"])
+def test_a_damaged_folder_is_not_called_prepared(tmp_path, texts, name):
+    folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
+    whole = (folder / name).read_bytes()
+    for how in ("folder", "gone", "empty", "cut", "bit"):
+        damage(folder / name, how)
+        message = refused(settings(folder, texts), options=NEW)
+        assert name in message
+        assert "prepare.overwrite=true" in message
+        if how == "folder":
+            (folder / name).rmdir()
+        (folder / name).write_bytes(whole)
+    damage(folder / name, "cut")
+    tokenize.prepare(settings(folder, texts), options=AGAIN)
+    assert (folder / name).read_bytes() == whole
+
+
+def test_a_tokenizer_that_has_changed_is_noted(tmp_path, texts, capsys):
+    folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
+    damage(folder / "tokenizer" / "tokenizer_config.json", "junk")
+    tokenize.prepare(settings(folder, texts), options=NEW)
+    assert "is prepared already; tokenizer/tokenizer_config.json has 7 bytes, and prepare wrote" in capsys.readouterr().err
+    assert any("tokenizer_config.json" in problem for problem in verify_corpus(folder))
+
+
+@pytest.mark.parametrize("how", ["folder", "empty", "cut", "junk"])
+def test_damaged_figures_are_said_to_be_damaged(tmp_path, texts, how):
+    folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
+    assert "tokens/s" in statistics.table(folder)
+    damage(folder / "speed.json", how)
+    table = statistics.table(folder)
+    assert "speed      cannot be shown, speed.json is damaged" in table
+    assert "vocabulary 270" in table
+    facts = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps({**facts, "splits": {"train": None}}))
+    assert "corpus.json is damaged" in statistics.table(folder)

@@ -16,10 +16,12 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridtrain.checkpoint import destination, hf, marker, safetensors, sharded
+from hybridtrain.checkpoint import destination, hf, marker, safetensors, sealed, sharded
 from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.cli import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
+from hybridtrain.data import digests
 from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress, UserError
@@ -73,12 +75,9 @@ def test_an_export_holds_the_models_values_and_loads_in_transformers(tmp_path: P
     stored, state = read_back(out), model.state_dict()
     assert set(stored) == set(state) - ({"lm_head.weight"} if tied else set())
     assert all(torch.equal(stored[name], state[name]) for name in stored)
-    assert {**json.loads((out / "hybridtrain.json").read_text()), "files": sorted(os.listdir(out))} == {
-        "step": 20,
-        "tokens_seen": 20,
-        "dtype": "float32",
-        "files": sorted(os.listdir(out)),
-    }
+    origin = json.loads((out / "hybridtrain.json").read_text())
+    assert sorted(origin.pop("contents")) == sorted(set(os.listdir(out)) - {"hybridtrain.json"})
+    assert {**origin, "files": sorted(os.listdir(out))} == {"step": 20, "tokens_seen": 20, "dtype": "float32", "files": sorted(os.listdir(out))}
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.dtype == torch.float32
@@ -186,7 +185,7 @@ def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, capl
     hf.run(exporting(run))
     exported = json.loads((run / "export" / "config.json").read_text())
     assert (exported["num_hidden_layers"], exported["rms_norm_eps"]) == (11, 1e-6)
-    assert "config.json has changed since the checkpoint was written (num_hidden_layers, rms_norm_eps)" in caplog.text
+    assert "config.json has changed since the checkpoint was written (num_hidden_layers was 11 and is 1; rms_norm_eps was 1e-06 and is 0.001)" in caplog.text
     as_earlier(run / "checkpoints" / "step-00000020")
     with pytest.raises(UserError, match=r"num_hidden_layers=1, the checkpoint's model has 11; was it edited"):
         hf.run(exporting(run))
@@ -451,3 +450,56 @@ def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(list((tmp_path / "large" / "out").glob("*.safetensors"))) == 4
     assert 8 < grown < 90, f"{grown:.0f} MiB more for a model of 160 MB whose tensors have 8 MB"
+
+
+# -- an export is what was written ---------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(tmp_path, model_of(tied=False), tied=False)
+    hf.run(exporting(run))
+    out = run / "export"
+    file, name = out / "model.safetensors", "model.safetensors"
+    whole = file.read_bytes()
+    sealed.check(out, field="evaluate.source")
+    assert sealed.verify(out, field="run.dir") == []
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    sealed.check(out, field="evaluate.source")  # may be meant
+    assert "config.json holds other bytes than were exported" in caplog.text
+    (out / "config.json").write_text(config)
+    for damaged, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than were exported"), (whole + b"0", "bytes, and")):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: {'holds' if 'holds' in words else 'has'}"):
+            sealed.check(out, field="evaluate.source")
+        assert words in sealed.verify(out, field="run.dir")[0]
+        assert main(["verify", str(out)]) == 1
+        assert main(["evaluate", f"evaluate.source={out}", f"data.path={tmp_path / 'none'}"]) == 2
+    file.write_bytes(whole)
+    assert main(["verify", str(out)]) == 0
+    (out / "hybridtrain.json").write_text('{"step": 20}')  # an earlier release's
+    sealed.check(out, field="evaluate.source")
+    assert "earlier release" in sealed.verify(out, field="run.dir")[0]
+
+
+def test_a_tokenizer_that_changed_after_prepare_is_named_when_it_is_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(tmp_path, model_of(tied=False), tied=False)
+    file = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    record = {"tokenizer_files": {"tokenizer/tokenizer.json": digests.of(file)}}
+    (tmp_path / "data" / "corpus.json").write_text(json.dumps(record))
+    hf.run(exporting(run))
+    assert "prepare wrote" not in caplog.text
+    file.write_text(file.read_text() + " ")
+    hf.run(exporting(run))
+    assert "tokenizer/tokenizer.json has" in caplog.text
+    assert "prepare wrote" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["complete.json", "progress.json"])
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff\xfe", b"{}", b'{"format": 1, "files": {"a": {"size": 1e999, "crc32": "0"}}}'])
+def test_a_record_of_a_checkpoint_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    for file in ("complete.json", "progress.json"):
+        (tmp_path / file).write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        marker.read(tmp_path) if name == "complete.json" else marker.read_progress(tmp_path)

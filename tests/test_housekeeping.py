@@ -206,5 +206,6 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
     problems, number = verify_run(run)
     assert number == 3
     assert len(problems) == 5, problems
-    for words in ("damaged: " + damaged.name, "it holds step 3", "has step 2 after step 3", "line 5 is no line", "another model than the checkpoints"):
+    changed = "it has changed since step-00000007 was written (num_hidden_layers was"
+    for words in ("damaged: " + damaged.name, "it holds step 3", "has step 2 after step 3", "line 5 is no line", changed):
         assert sum(words in problem for problem in problems) == 1, (words, problems)

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hybridtrain.checkpoint import sealed
+from hybridtrain.checkpoint.sealed import ORIGIN
 from hybridtrain.files import discard, is_inside, read_object, recorded, write_json
 from hybridtrain.models import tokens
 from hybridtrain.types import refusal
 
-ORIGIN = "hybridtrain.json"
-"""Says what a folder was exported from, and which files an export wrote; only a folder that has it is replaced by a later one."""
 FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def replacing(out: Path) -> Iterator[Path]:
             os.rename(removed, real)  # an export was ended between its two renames
         yield partial
         origin = read_object(partial / ORIGIN, field=FIELD)
-        write_json(partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir())})
+        write_json(partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir()), sealed.CONTENTS: sealed.contents(partial)})
         _sync(partial)
         others = _others(real, partial=partial, out=out)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hybridtrain.checkpoint import destination, marker, metadata, safetensors
+from hybridtrain.checkpoint import destination, marker, metadata, safetensors, sealed
 from hybridtrain.checkpoint.hold import Removed, held
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.checkpoint.safetensors import Entry
@@ -27,9 +27,10 @@ from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, DataConfig, ExportRoot, ModelConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
+from hybridtrain.data.store import changed_files
 from hybridtrain.data.template import end_of_turn
 from hybridtrain.files import read_object, unwritable
-from hybridtrain.models import tokens
+from hybridtrain.models import described, tokens
 from hybridtrain.rundir import require_run
 from hybridtrain.types import Progress, UserError, refusal
 
@@ -132,6 +133,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
     if run.tokenizer_dir is None:
         log.warning("export: without tokenizer, there is none with the data")
     else:
+        _compare_tokenizer(run.tokenizer_dir.parent)
         loaded = tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False)
         tokenizer = tokens.ends(loaded, turn=_end_of_turn(loaded) if run.conversations else None)
     with held(checkpoint) as files:
@@ -144,6 +146,14 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
         except OSError as error:
             raise unwritable("export.out", out, error) from error
     return out
+
+
+def _compare_tokenizer(corpus: Path) -> None:
+    """Say which of a corpus's tokenizer files have changed since its texts were made into tokens: the export takes them as they are."""
+    with contextlib.suppress(UserError, OSError):
+        record = read_object(corpus / "corpus.json", field="data.path") if (corpus / "corpus.json").is_file() else {}
+        for line in changed_files(corpus, written=record.get("tokenizer_files")):
+            log.warning("export: %s: %s", corpus, line)
 
 
 def _check(*, dtype: str, max_shard_bytes: int) -> None:
@@ -172,9 +182,8 @@ def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadat
         config = read_object(checkpoint / marker.CONFIG, field="checkpoint")
         with contextlib.suppress(UserError):
             now = read_object(beside, field="run.dir")
-            changed = sorted(key for key in config.keys() | now.keys() if key != "transformers_version" and config.get(key) != now.get(key))
-            if changed:
-                log.warning("export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, ", ".join(changed))
+            if changed := described.changes(config, now):
+                log.warning("export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, described.words(changed))
         return config
     if not beside.is_file():
         raise refusal("run.dir", run.model_dir.parent, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
@@ -254,7 +263,7 @@ def _write_rest(partial: Path, *, config: dict[str, Any], run: Run, tokenizer: t
         _write_json(partial / tokens.GENERATION, generation)
     if run.tokenizer_dir is not None:
         tokens.copy_tokenizer(run.tokenizer_dir, out=partial)
-    _write_json(partial / destination.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
+    _write_json(partial / sealed.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
 
 
 def _generation(run: Run) -> dict[str, Any]:

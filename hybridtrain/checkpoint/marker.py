@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Record]:
             instead="another folder beside it; resuming chooses the newest complete one by itself",
         )
     try:
-        content = json.loads((path / MARKER).read_text())
+        content = json.loads((path / MARKER).read_bytes())
         version = content["format"]
         files = {name: Record(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in content["files"].items()}
     except _UNREADABLE as error:
@@ -123,7 +123,7 @@ def verify(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
 def read_progress(path: Path) -> Progress:
     """The position that a complete checkpoint was written at."""
     try:
-        content = json.loads((path / PROGRESS).read_text())
+        content = json.loads((path / PROGRESS).read_bytes())
         return Progress(int(content["step"]), int(content["tokens_seen"]), {str(k): str(v) for k, v in content["fingerprints"].items()})
     except (*_UNREADABLE, FileNotFoundError) as error:
         raise damaged(path, PROGRESS, f"it cannot be read ({error})") from error

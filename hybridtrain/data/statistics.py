@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from hybridtrain.data.fit import Fitted
 from hybridtrain.data.join import Joined
 from hybridtrain.data.pieces import Counts
 from hybridtrain.data.progress import Meter
-from hybridtrain.files import write_atomically
+from hybridtrain.files import one_line, read_object, write_atomically
+from hybridtrain.types import UserError
 
 MOST_FIELDS = 8  # named in the table
 SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
@@ -56,8 +58,24 @@ def write_speed(folder: Path, *, meter: Meter) -> None:
 
 
 def table(folder: Path) -> str:
-    """The figures of a prepared folder, for people."""
-    facts = json.loads((folder / "corpus.json").read_text())
+    """The figures of a prepared folder, for people. Whoever only shows them goes on when one is damaged."""
+    try:
+        return "\n".join([*_lines(read_object(folder / "corpus.json", field="data.path")), *_speed(folder)])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        return f"figures    cannot be shown, corpus.json is damaged ({type(error).__name__}: {one_line(str(error))[:80]})"
+
+
+def _speed(folder: Path) -> list[str]:
+    if not (folder / SPEED).exists():
+        return []
+    try:
+        speed = read_object(folder / SPEED, field="data.path")
+        return [f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s"] if speed["tokens"] else []
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        return [f"speed      cannot be shown, {SPEED} is damaged ({one_line(str(error))[:80]})"]
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
     splits = {split: [f"{value:,}" for value in (one["documents"], one["tokens"], *one.get("lengths", {}).values())] for split, one in facts["splits"].items()}
     names = ["documents", "tokens", *next((one["lengths"] for one in facts["splits"].values() if one.get("lengths")), {})]
     widths = [max(least, *(len(row[place]) + 2 for row in splits.values() if place < len(row)), 0) for place, least in enumerate([13, 17] + [9] * 6)]
@@ -84,15 +102,10 @@ def table(folder: Path) -> str:
             lines.append(f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else ""))
     if left_out := facts.get("left_out"):
         lines.append(f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
-    lines += _conversations(facts)
-    if (folder / SPEED).is_file():
-        speed = json.loads((folder / SPEED).read_text())
-        if speed["tokens"]:
-            lines.append(f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s")
-    return "\n".join(lines)
+    return lines + _conversations(facts)
 
 
-def _conversations(facts: dict[str, Any]) -> list[str]:
+def _conversations(facts: Mapping[str, Any]) -> list[str]:
     """Lines on the records of conversations, and on their template."""
     lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if unread := facts.get("unread"):

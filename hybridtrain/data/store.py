@@ -189,6 +189,17 @@ def _check_loss(reader: IndexedReader, loss: IndexedReader) -> None:
         raise _unprepared(loss.idx_path.parent, f"{loss.idx_path.name} is not of the conversations of {reader.idx_path.name}")
 
 
+def changed_files(folder: Path, *, written: Any) -> list[str]:
+    """Which files of a prepared folder differ from what its corpus.json says of them, and how; of an earlier version's nothing is known."""
+    if not isinstance(written, Mapping):
+        return []
+    try:
+        problems = {name: _changed(folder / name, values) for name, values in written.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unprepared(folder, f"its corpus.json lacks {error}") from error
+    return [f"{name} {problem}" for name, problem in problems.items() if problem]
+
+
 def _changed(file: Path, written: Mapping[str, Any]) -> str:
     """How a file differs from what `prepare` wrote, by its size and a sample; "" for not at all."""
     try:

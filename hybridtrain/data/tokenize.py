@@ -27,6 +27,7 @@ from hybridtrain.data.folder import PARTIAL, SPLITS
 from hybridtrain.data.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
+from hybridtrain.data.store import Corpus, changed_files
 from hybridtrain.files import discard, read_json, unwritable, write_atomically
 from hybridtrain.types import UserError, refusal
 
@@ -133,8 +134,20 @@ def _is_prepared(path: Path, *, data: DataConfig, settings: dict[str, Any]) -> b
                 instead="another data.path, or prepare.overwrite=true",
             )
     gone = _compare(path, data=data, before=record.get("sources"))
-    say(f"{path} is prepared already{gone} (prepare.overwrite=true writes it again)")
+    changed = _check_files(path, tokenizer_files=record.get("tokenizer_files"))
+    say(f"{path} is prepared already{gone}{changed} (prepare.overwrite=true writes it again)")
     return True
+
+
+def _check_files(path: Path, *, tokenizer_files: Any) -> str:
+    """Refuse a folder that training would refuse (raises UserError); a note on a tokenizer that has changed since, which may be meant."""
+    try:
+        Corpus.open(path)
+    except UserError as error:
+        words = str(error).partition("\n")[0].partition("=")[2].removeprefix(f"{path}: ")
+        raise refusal("data.path", path, words, allowed="a folder as prepare left it", instead="prepare.overwrite=true, which writes it again") from error
+    changed = changed_files(path, written=tokenizer_files)
+    return f"; {', '.join(changed)}" if changed else ""
 
 
 def _compare(path: Path, *, data: DataConfig, before: Any) -> str:
@@ -225,6 +238,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     corpus.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
+    made_tokenizer = {file.relative_to(partial).as_posix(): digests.of(file) for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()}
     folder.replace(path)
     record = {
         "format": corpus.FORMAT,
@@ -242,6 +256,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "settings": settings,
         "sources": listing.record(),
         "digests": written,
+        "tokenizer_files": made_tokenizer,
     }
     write_atomically(path / "corpus.json", json.dumps(record, indent=2) + "\n")
 

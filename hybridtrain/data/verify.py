@@ -33,7 +33,7 @@ def verify_corpus(path: str | Path) -> list[str]:
     facts: dict[str, Any] = {}
     try:
         facts = read_object(path / "corpus.json", field="data.path")
-        for name, written in (facts.get("digests") or {}).items():
+        for name, written in {**(facts.get("digests") or {}), **(facts.get("tokenizer_files") or {})}.items():
             problems += _changed(path / name, written)
         corpus = Corpus.open(path)
     except UserError as error:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.checkpoint import sealed
 from hybridtrain.files import is_lfs_pointer, lfs_pointer
 from hybridtrain.rundir import require_run
 from hybridtrain.types import UserError, refusal
@@ -70,6 +71,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
         logging.disable_progress_bar()
     device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
+    sealed.check(Path(source), field=field)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, SystemExit):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from hybridtrain.config.schema import Config, ModelConfig
-from hybridtrain.files import write_json
+from hybridtrain.files import read_object, write_json
 from hybridtrain.models import overrides, patterns, tokens
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
@@ -180,16 +182,35 @@ def plain_model(config: Any) -> nn.Module:
 
 
 def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
-    """Write config.json and generation_config.json, as an export needs them: the latter is the source's, where it has one."""
+    """Write config.json and generation_config.json, as an export needs them: the latter is the source's, where it has one.
+
+    One that was taken from a source which is not in a folder here (any more) stays.
+    """
     from transformers import GenerationConfig
+
+    config = _as_saved(config)
+    config.save_pretrained(folder)
+    generation = None
+    if model.from_pretrained and not Path(model.from_pretrained).is_dir():
+        with suppress(UserError):
+            generation = read_object(folder / tokens.GENERATION, field="run.dir")
+    if generation is None:
+        generation = tokens.source_generation(model)
+    if generation is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    else:
+        write_json(folder / tokens.GENERATION, generation)
+
+
+def saved_fields(config: Any) -> dict[str, Any]:
+    """What `save_config` writes into config.json."""
+    return json.loads(_as_saved(config).to_json_string())
+
+
+def _as_saved(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = copy.deepcopy(config)
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    config.save_pretrained(folder)
-    generation = tokens.source_generation(model)
-    if generation is None:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-    else:
-        write_json(folder / tokens.GENERATION, generation)
+    return config

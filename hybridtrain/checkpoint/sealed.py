@@ -1,0 +1,83 @@
+"""Whether an export still holds what was written: `hybridtrain.json` keeps size, CRC32 and a hash of a sample of each file. No torch.
+
+Sizes and samples (64 KiB of each file) are compared whenever an export is loaded, everything by `hybridtrain verify EXPORT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridtrain import log
+from hybridtrain.checkpoint import marker
+from hybridtrain.data import digests
+from hybridtrain.files import read_object
+from hybridtrain.types import UserError, refusal
+
+ORIGIN = "hybridtrain.json"
+"""In an export: what it was exported from, which files an export wrote, and what they held."""
+CONTENTS = "contents"
+_log = log.get("model")
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: {bytes, crc32, sample}} of the files in `folder`, which are read once. Raises OSError."""
+    result = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != ORIGIN:
+            record = marker.measure(path)
+            result[path.name] = {"bytes": record.size, "crc32": f"{record.crc32:08x}", "sample": digests.sampled(path)}
+    return result
+
+
+def check(folder: Path, *, field: str) -> None:
+    """Refuse weights that are not those that were exported (raises UserError), and warn of other files that have changed.
+
+    By sizes and samples. Folders of other makers, and exports of earlier versions, have no record and pass.
+    """
+    for name, problem in _problems(folder, field=field, whole=False):
+        if name.endswith(".safetensors"):
+            instead = f"hybridtrain export again, or, if it was changed on purpose, remove {ORIGIN} from the folder"
+            raise refusal(field, folder / name, problem, allowed="weights as they were exported", instead=instead)
+        _log.warning("%s %s", folder / name, problem)
+
+
+def verify(folder: Path, *, field: str) -> list[str]:
+    """What is wrong with an export, a line each. Reads every byte."""
+    try:
+        record = read_object(folder / ORIGIN, field=field)
+        if CONTENTS not in record:
+            return [f"{folder / ORIGIN}: it is of an earlier release, and does not say what the files held"]
+        return [f"{folder / name}: {problem}" for name, problem in _problems(folder, field=field, whole=True)]
+    except UserError as error:
+        return [str(error).splitlines()[0]]
+
+
+def _problems(folder: Path, *, field: str, whole: bool) -> Iterator[tuple[str, str]]:
+    if not (folder / ORIGIN).is_file():
+        return
+    try:
+        record = read_object(folder / ORIGIN, field=field)
+    except UserError as error:
+        if whole:
+            raise
+        _log.warning("it is not known whether the export is as it was written: %s", str(error).splitlines()[0])
+        return
+    written = record.get(CONTENTS)
+    for name, values in written.items() if isinstance(written, Mapping) else ():
+        if Path(name).name == name and (problem := _changed(folder / name, values, whole=whole)):
+            yield name, problem
+
+
+def _changed(file: Path, values: Any, *, whole: bool) -> str:
+    try:
+        size = file.stat().st_size
+        if size != values["bytes"]:
+            return f"has {size:,} bytes, and {values['bytes']:,} were exported"
+        same = f"{marker.measure(file).crc32:08x}" == values["crc32"] if whole else digests.sampled(file) == values["sample"]
+        return "" if same else "holds other bytes than were exported"
+    except (KeyError, TypeError, ValueError):
+        return f"cannot be compared, {ORIGIN} is damaged"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"

@@ -1,0 +1,47 @@
+"""Whether two config.json describe one model: the one that a checkpoint holds, and one that was written, edited or built at another time. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = "transformers_version"
+LABELS = ("architectures", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "_name_or_path")
+"""Fields that leave the outputs of a trained model as they are."""
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two config.json differ: name, dotted inside mappings -> (before, now). A field that is not there is as one that is null.
+
+    Each version of transformers writes fields of its own, so of two versions only fields that both have are compared.
+    """
+    one_writer = before.get(VERSION) == now.get(VERSION)
+    old, new = _flat(before), _flat(now)
+    names = (old.keys() | new.keys() if one_writer else old.keys() & new.keys()) - {VERSION}
+    pairs = {name: (old.get(name), new.get(name)) for name in sorted(names)}
+    return {name: pair for name, pair in pairs.items() if not _same(*pair)}
+
+
+def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`changes` without LABELS."""
+    return {name: pair for name, pair in changes(before, now).items() if name not in LABELS}
+
+
+def words(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """The first three of `changes`, for people."""
+    named = [f"{name} was {str(was)[:60]} and is {str(is_now)[:60]}" for name, (was, is_now) in found.items()]
+    return "; ".join([*named[:3], *(["..."] if named[3:] else [])])
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            result |= {f"{name}.{key}": item for key, item in _flat(value).items()}
+        else:
+            result[name] = value
+    return result
+
+
+def _same(was: Any, is_now: Any) -> bool:
+    return bool(was == is_now) and isinstance(was, bool) == isinstance(is_now, bool)

@@ -46,7 +46,7 @@ def verify_run(path: Path) -> tuple[list[str], int]:
     """What is wrong with a run directory, a line each, and how many complete checkpoints were read."""
     problems: list[str] = []
     folder, fingerprints = path / "checkpoints", set()
-    sealed: list[Path] = []
+    configs: list[Path] = []
     complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REPLACED))]
     for checkpoint in complete:
         try:
@@ -56,35 +56,36 @@ def verify_run(path: Path) -> tuple[list[str], int]:
             problems.append(_line(error))
             continue
         if (checkpoint / marker.CONFIG).is_file():
-            sealed.append(checkpoint / marker.CONFIG)
+            configs.append(checkpoint / marker.CONFIG)
         fingerprints.add(progress.fingerprints.get("model"))
         if checkpoint.name != f"step-{progress.step:08d}":
             problems.append(f"{checkpoint}: it holds step {progress.step}")
     problems += [f"{checkpoint}: no folder of a checkpoint" for checkpoint in folder.glob("step-*") if not checkpoint.is_dir()]
-    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, sealed=sealed), *_of_lines(path)]
+    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs), *_of_lines(path)]
     return problems, len(complete)
 
 
-def _of_configs(path: Path, *, fingerprints: set[str], sealed: list[Path]) -> Iterator[str]:
+def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> Iterator[str]:
     """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of.
 
-    `sealed`: the config.json of each checkpoint that has one, oldest first. Those of earlier releases have none.
+    `configs`: the config.json of each checkpoint that has one, oldest first. Those of earlier releases have none.
     """
     file = path / "model" / marker.CONFIG
     try:
         read_run(path / "config.yaml", "train")
         read_object(path / "summary.json", field="run.dir")
         now = read_object(file, field="run.dir") if file.exists() else None
-        configs = {checkpoint: read_object(checkpoint, field="checkpoint") for checkpoint in sealed}
-        if now is not None and sealed and (found := described.changes(configs[sealed[-1]], now)):
-            yield f"{file}: it has changed since {sealed[-1].parent.name} was written ({described.words(found)})"
+        held = [(config.parent.name, read_object(config, field="checkpoint")) for config in configs]
+        newest, described_by = held[-1] if held else ("", {})
+        if now is not None and held and (found := described.changes(described_by, now)):
+            yield f"{file}: it has changed since {newest} was written ({described.words(found)})"
         elif now is not None and fingerprints:
             model = facts(read_config(ModelConfig(from_pretrained=str(file.parent))))
             if fingerprints != {identity.model_fingerprint(model)}:
                 yield f"{file}: it describes another model than the checkpoints hold"
-        for older in sealed[:-1]:
-            if found := described.model_changes(configs[older], configs[sealed[-1]]):
-                yield f"{older}: it is of another model than {sealed[-1].parent.name} ({described.words(found)})"
+        for older, fields in held[:-1]:
+            if found := described.model_changes(fields, described_by):
+                yield f"{path / 'checkpoints' / older}: its config.json is of another model than that of {newest} ({described.words(found)})"
     except UserError as error:
         yield _line(error)
 

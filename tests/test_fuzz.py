@@ -37,9 +37,9 @@ def check(module: str, *, count: int, folder: Path, timeout_s: float) -> list[di
     [1, pytest.param(8, marks=[pytest.mark.slow, pytest.mark.timeout(900)]), pytest.param(60, marks=[pytest.mark.table, pytest.mark.timeout(HOURS_S)])],
 )
 def test_a_file_operation_that_fails_costs_nothing(tmp_path: Path, count: int) -> None:
-    """Of each of six commands `count` operations fail, or kill it."""
+    """Of each of seven commands `count` operations fail, or kill it."""
     rows = check("file_faults", count=count, folder=tmp_path, timeout_s=HOURS_S)
-    assert len(rows) >= 6 * min(count, 15)
+    assert len(rows) >= 7 * min(count, 15)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,19 @@ def _evaluated(said: str) -> Any:
     return [line for line in said.splitlines() if line.startswith(("loss", "tokens"))]
 
 
+CHAT = ["prepare", "data=chat", "data.source=[talks]", "data.path=chat", "data.tokenizer=corpus/tokenizer", "data.chat_template=plain"]
+CHAT += ["data.eval_fraction=0.3", "data.seq_len=48"]
+SFT = [word for word in TRAIN if not word.startswith(("data.", "run.dir"))] + ["data.path=chat", "data.seq_len=48", "run.dir=sft", "train.steps=1"]
+MEGATRON = [word for word in TRAIN if not word.startswith(("data.path", "run.dir"))] + ["data.path=mega/train", "run.dir=mega_run", "train.steps=1"]
+BRANCH = [word for word in TRAIN if not word.startswith("run.dir")]
+BRANCH += ["run.dir=branch", "run.branch_from=runs/x", "optim.lr=0.02", "train.steps=3", "train.eval_every=3"]
+GENERATE = ["generate", "generate.source=runs/x/export", "generate.prompt=number 7", "generate.max_new_tokens=4"]
+
+
+def _rows(name: str) -> Callable[[Path, str], Any]:
+    return lambda folder, _: harness.metrics(folder / name)
+
+
 COMMANDS: dict[str, tuple[list[str], Callable[[Path, str], Any]]] = {
     "resume": (RESUME, lambda folder, _: _losses(folder)),
     "export": (["export", "runs/x"], lambda folder, _: _export(folder)),
@@ -52,19 +65,37 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path, str], Any]]] = {
     "evaluate": (EVALUATE, lambda _, said: _evaluated(said)),
     "report": (["report", "runs/x"], lambda folder, _: (folder / "runs" / "x" / "report" / "index.html").is_file()),
     "runs": (["runs"], lambda *_: True),
+    "branch": (BRANCH, _rows("branch")),
+    "generate": (GENERATE, lambda _, said: said[-200:]),
+    "sft": (SFT, _rows("sft")),
+    "megatron": (MEGATRON, _rows("mega_run")),
+    "verify_run": (["verify", "runs/x"], lambda *_: True),
+    "verify_export": (["verify", "runs/x/export"], lambda *_: True),
+    "verify_corpus": (["verify", "corpus"], lambda *_: True),
+    "prepare_chat": (CHAT, lambda folder, _: harness.digests(folder / "chat", lambda name: name.endswith((".bin", ".idx", ".npy")))),
     "prepare": (PREPARE, lambda folder, _: harness.digests(folder / "corpus", lambda name: name.endswith((".bin", ".idx")))),
 }
 
 
 def reads(path: str) -> list[str]:
     """The commands that read a file."""
+    if path.startswith("chat/"):
+        return ["sft", "prepare_chat"]
+    if path.startswith("mega/"):
+        return ["megatron"]
+    if path.startswith("corpus/tokenizer"):
+        return ["resume", "evaluate", "prepare", "export", "verify_corpus"]
     if path.startswith("corpus/"):
-        return ["resume", "evaluate", "prepare"]
+        return ["resume", "evaluate", "prepare", "verify_corpus"]
     if path.startswith("runs/x/export/"):
-        return ["evaluate", "tune", "export"]
+        return ["evaluate", "tune", "export", "generate", "verify_export"]
     if path.startswith("runs/x/checkpoints/"):
-        return ["resume", "export"]
-    return ["resume", "export", "report", "runs"]
+        return ["resume", "export", "branch", "verify_run"]
+    return ["resume", "export", "report", "runs", "branch", "verify_run"]
+
+
+NOT_VERIFIED = {"machine.json", "evaluation.json", "generation_config.json", ".lock", "lock", "corpus.json", "speed.json", ".prepare.json", "config.yaml"}
+"""Files beside those that `verify` holds against a record: other legal values pass. corpus.json is the record itself."""
 
 
 def mutate(file: Path, chance: random.Random) -> str:
@@ -143,17 +174,30 @@ def _altered(value: Any, chance: random.Random, *, drop: bool) -> Any:
     return value
 
 
-def verdict(ended: Ended, path: str, *, found: Any, expected: Any) -> str:
-    """What is wrong; empty: nothing."""
+def verdict(ended: Ended, path: str, *, command: str, changed: bool, found: Any, expected: Any) -> str:
+    """What is wrong; empty: nothing. `changed`: the file is not what it was."""
     name, parent = Path(path).name, Path(path).parent.name
-    if ended.crashed or ended.code not in (0, 2):
+    named = name in ended.said or parent in ended.said or Path(path).parts[0] in ended.said
+    if ended.crashed or ended.code not in (0, 2, *([1] if command.startswith("verify") else [])):
         return f"it ended with {ended.code}: {ended.said[-1500:]}"
-    if ended.code == 2:
-        named = name in ended.said or parent in ended.said or Path(path).parts[0] in ended.said
+    if ended.code:
         return "" if named else f"the refusal names neither file nor folder: {ended.said[-600:]}"
+    if command.startswith("verify"):  # what it passes is what was written
+        sealed = command != "verify_run" or "checkpoints" in path
+        return "" if not changed or not sealed or name in NOT_VERIFIED | SHOWN else "verify finds nothing"
     if name in SHOWN or found == expected:
         return ""
+    if name in ended.said and not name.endswith((".safetensors", ".bin", ".idx", ".distcp")):
+        return ""  # a text that people edit is taken as it is, with a warning by name
     return f"another result: {str(found)[:400]} instead of {str(expected)[:400]}\n{ended.said[-300:]}"
+
+
+def _more_sources(base: Path) -> None:
+    """Conversations, and token files of another maker: the tokens of the text corpus under another name."""
+    (base / "talks").mkdir()
+    for n in range(8):
+        messages = [{"role": "user", "content": f"what is {n} + {n}?"}, {"role": "assistant", "content": f"it is {2 * n}"}]
+        (base / "talks" / f"{n}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
 
 
 def main() -> None:
@@ -166,10 +210,14 @@ def main() -> None:
     harness.preload()
     base = options.work / "base"
     harness.write_texts(base)
-    for argv in (PREPARE, [*TRAIN, "train.steps=2", "train.eval_every=2"], ["export", "runs/x"]):
+    _more_sources(base)
+    for argv in (PREPARE, [*TRAIN, "train.steps=2", "train.eval_every=2"], ["export", "runs/x"], CHAT):
         harness.must(argv, base)
+    (base / "mega").mkdir()
+    for ending in ("bin", "idx"):
+        shutil.copy(base / "corpus" / f"train.{ending}", base / "mega" / f"train.{ending}")
     files = [str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file() and path.stat().st_size]
-    files = [path for path in files if not path.startswith(("texts/", "runs/x/logs/", "runs/x/failures/")) and not path.endswith(".lock")]
+    files = [path for path in files if not path.startswith(("texts/", "talks/", "runs/x/logs/", "runs/x/failures/")) and not path.endswith(".lock")]
     fresh = harness.copies(base, options.work)
     expected = {}
     for name, (argv, result) in COMMANDS.items():
@@ -183,13 +231,15 @@ def main() -> None:
             path = chance.choice(files)
             name = chance.choice(reads(path))
             folder = next(fresh)
+            before = (folder / path).read_bytes()
             kind = mutate(folder / path, chance)
+            changed = not (folder / path).is_file() or (folder / path).read_bytes() != before
             argv, result = COMMANDS[name]
             ended, _ = harness.run(argv, folder=folder, arm=None, timeout_s=60)
             found = None
             if ended.code == 0:
                 found = result(folder, ended.said)
-            wrong = verdict(ended, path, found=found, expected=expected[name])
+            wrong = verdict(ended, path, command=name, changed=changed, found=found, expected=expected[name])
             out.write(json.dumps({"number": number, "file": path, "mutation": kind, "command": name, "code": ended.code, "wrong": wrong}) + "\n")
             out.flush()
     shutil.rmtree(options.work, ignore_errors=True)

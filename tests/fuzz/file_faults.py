@@ -49,13 +49,19 @@ def _prepared(folder: Path) -> Any:
     return harness.digests(folder / "corpus", lambda name: name.endswith((".bin", ".idx")) or name == "tokenizer.json")
 
 
+def _branched(folder: Path) -> Any:
+    return [harness.metrics(folder / "runs" / "b"), max(path.name for path in (folder / "runs" / "b" / "checkpoints").iterdir())]
+
+
 def _reported(folder: Path) -> Any:
     return (folder / "runs" / "x" / "report" / "index.html").stat().st_size > 1000
 
 
+BRANCH = [word for word in TRAIN if not word.startswith("run.dir")] + ["run.dir=runs/b", "run.branch_from=runs/x", "optim.lr=0.02", "train.steps=4"]
 SCENARIOS = {
     "train": Scenario([*TRAIN, "train.steps=3"], [], _trained),
     "resume": Scenario([*TRAIN, "train.steps=4"], [[*TRAIN, "train.steps=2"]], _trained),
+    "branch": Scenario(BRANCH, [[*TRAIN, "train.steps=2"]], _branched),
     "export": Scenario(["export", "runs/x"], [[*TRAIN, "train.steps=1"]], _exported),
     "export_again": Scenario(["export", "runs/x", "export.dtype=bfloat16"], [[*TRAIN, "train.steps=1"], ["export", "runs/x"]], _exported),
     "prepare": Scenario([*PREPARE, "data.path=corpus"], [], _prepared),

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hybridtrain import layout
-from hybridtrain.config import check, keys, schema
+from hybridtrain.config import check, keys, ranges, schema
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
 from hybridtrain.types import UserError
 
@@ -35,6 +35,12 @@ PARAMETERS = {
     "qwen2_5_7b": 7_615_616_512,
     "mistral_7b": 7_248_023_552,
 }
+
+
+@pytest.mark.parametrize("command", schema.ROOTS)
+def test_every_default_is_within_the_range_of_its_option(command):
+    """An option that nobody set is never refused."""
+    ranges.check(compose(command, []))
 
 
 @pytest.mark.parametrize("command", schema.ROOTS)

@@ -19,7 +19,7 @@ _RANKS = 1 << 20
 PLACES = (*PATHS, "run.name")
 RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, (1 << 63) - 1),
-    "generate.seed": (0, (1 << 63) - 1),
+    "generate.seed": (-1, (1 << 63) - 1),  # -1: run.seed
     "run.stop_before_s": (0, _SECONDS),
     "data.vocab_size": (0, 1 << 28),
     "data.eval_fraction": (0, 1),

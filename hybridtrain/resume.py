@@ -45,6 +45,8 @@ def open_run(job: Job) -> RunDir | None:
         progress = _progress_of(checkpoint, job=job) if checkpoint else Progress(0, 0, {})
         if checkpoint and progress.step >= job.total_steps:
             _nothing_left(job, entry=entry, progress=progress)
+            manager.sweep()
+            sweep_asides(entry.path)
             entry.leave()
             return None
         origin = None

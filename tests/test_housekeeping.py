@@ -209,3 +209,13 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
     changed = "it has changed since step-00000007 was written (num_hidden_layers was"
     for words in ("damaged: " + damaged.name, "it holds step 3", "has step 2 after step 3", "line 5 is no line", changed):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
+
+
+def test_a_finished_run_that_is_started_again_loses_what_could_not_be_removed_before(data: Path, tmp_path: Path) -> None:
+    argv = arguments(tmp_path / "run", data, train__steps=1)
+    finished(1, argv)
+    left = tmp_path / "run" / "checkpoints" / "step-00000000.removed"
+    left.mkdir()
+    (left / "complete.json").write_text("{}")
+    assert "nothing is left to do" in finished(1, argv).out
+    assert sorted(path.name for path in left.parent.iterdir()) == ["step-00000001"]

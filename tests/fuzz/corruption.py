@@ -200,6 +200,14 @@ def _more_sources(base: Path) -> None:
         (base / "talks" / f"{n}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
 
 
+def _undisturbed(name: str, *, folder: Path) -> Any:
+    """What a command makes of the undamaged folder."""
+    argv, result = COMMANDS[name]
+    ended, _ = harness.run(argv, folder=folder, arm=None, timeout_s=300)
+    assert ended.code == 0, f"{name}: {ended.said}"
+    return result(folder, ended.said)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
@@ -219,17 +227,14 @@ def main() -> None:
     files = [str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file() and path.stat().st_size]
     files = [path for path in files if not path.startswith(("texts/", "talks/", "runs/x/logs/", "runs/x/failures/")) and not path.endswith(".lock")]
     fresh = harness.copies(base, options.work)
-    expected = {}
-    for name, (argv, result) in COMMANDS.items():
-        folder = next(fresh)
-        ended, _ = harness.run(argv, folder=folder, arm=None, timeout_s=300)
-        assert ended.code == 0, f"{name}: {ended.said}"
-        expected[name] = result(folder, ended.said)
+    expected: dict[str, Any] = {}
     with options.out.open("w") as out:
         for number in range(options.count):
             chance = random.Random(f"{options.seed}-{number}")
             path = chance.choice(files)
             name = chance.choice(reads(path))
+            if name not in expected:
+                expected[name] = _undisturbed(name, folder=next(fresh))
             folder = next(fresh)
             before = (folder / path).read_bytes()
             kind = mutate(folder / path, chance)

@@ -503,3 +503,11 @@ def test_a_record_of_a_checkpoint_that_cannot_be_read_is_refused(tmp_path: Path,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         marker.read(tmp_path) if name == "complete.json" else marker.read_progress(tmp_path)
+
+
+def test_an_export_that_was_killed_over_its_first_file_is_begun_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path, model_of(tied=False), tied=False)
+    (run / "export.partial").mkdir()
+    (run / "export.partial" / ".hybridtrain.json.17-140.partial").write_text("{")
+    hf.run(exporting(run))
+    assert not list(run.glob("export.*"))

@@ -63,6 +63,19 @@ def missing() -> list[str]:
     return [command for command in COMMANDS if shutil.which(command, path=PATH) is None]
 
 
+def _free(first: int, *, count: int) -> int:
+    """The first port of `count` free ones, from `first` on: another session may have a cluster of its own."""
+    for start in range(first, first + 1000, 100):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(start, start + count):
+                    stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
+            except OSError:
+                continue
+        return start
+    raise RuntimeError(f"no {count} free ports from {first} on")
+
+
 class Slurm:
     """Started by the constructor; `stop` ends every process it started, and nothing else."""
 
@@ -73,7 +86,7 @@ class Slurm:
         self.node_daemons: dict[str, subprocess.Popen[bytes]] = {}
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         self.env = {**environment, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
-        self._configure(port)
+        self._configure(_free(port, count=10 + nodes))
         try:
             self._start()
         except BaseException:

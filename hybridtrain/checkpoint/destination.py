@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hybridtrain.checkpoint import sealed
+from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.sealed import ORIGIN
 from hybridtrain.files import discard, is_inside, read_object, recorded, write_json
 from hybridtrain.models import tokens
@@ -76,14 +76,14 @@ def replacing(out: Path) -> Iterator[Path]:
         yield partial
         origin = read_object(partial / ORIGIN, field=FIELD)
         write_json(partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir()), sealed.CONTENTS: sealed.contents(partial)})
-        _sync(partial)
+        marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
             _fill(real, partial=partial)  # this folder cannot be renamed, or somebody stands in it
         else:
             _take_over(others, partial=partial)
             _swap(real, partial=partial)
-        _sync(real.parent)
+        marker.sync_folder(real.parent)
     finally:
         discard(partial)
         os.close(handle)
@@ -184,11 +184,3 @@ def _fill(real: Path, *, partial: Path) -> None:
     for name in sorted(before - names):
         discard(real / name)
     os.replace(partial / ORIGIN, real / ORIGIN)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

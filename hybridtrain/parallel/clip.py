@@ -6,7 +6,7 @@ last over pipeline stages. Replicated gradients count once, tied weights once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,3 @@ def local_part(tensor: Tensor | None) -> Tensor:
     """What this rank holds of a tensor, in the same memory."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -32,7 +32,8 @@ _WAITING = ("torch/distributed/", "torch/utils/data", "threading.py")
 class Failure:
     """What ended a run."""
 
-    rank: int
+    rank: int | None
+    """None: none of them alone."""
     node: str
     what: str
     """In one line."""
@@ -40,7 +41,7 @@ class Failure:
     """Traceback or stacks; may be empty."""
 
     def __str__(self) -> str:
-        return f"rank {self.rank}{f' on {self.node}' if self.node else ''}: {self.what}"
+        return f"{'all ranks' if self.rank is None else f'rank {self.rank}'}{f' on {self.node}' if self.node else ''}: {self.what}"
 
 
 def node() -> str:
@@ -89,10 +90,12 @@ def first(folder: Path, *, world_size: int) -> Failure | None:
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
     silent = [rank for rank in range(world_size) if rank not in hung and rank not in {report["rank"] for report in reports}]
     busy = [rank for rank, text in hung.items() if not _waits(text)]
+    if hung and not busy and not silent and len(hung) > 1:
+        what = "they waited for each other longer than train.max_step_s: the network between them is cut, or they wait for different things"
+        return Failure(None, "", what, _by_place(hung))
     if busy or (hung and not silent):
         rank = busy[0] if busy else min(hung)
-        what = "its step took longer than train.max_step_s" + ("" if busy else ", as on all others, which wait in collectives")
-        return Failure(rank, "", what, hung[rank])
+        return Failure(rank, "", "its step took longer than train.max_step_s", hung[rank])
     others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
     if hung:
         what = f"it gave no sign of life{others} while the others waited for it longer than train.max_step_s: frozen, killed, or cut off from them"
@@ -153,6 +156,19 @@ def _stacks(file: Path) -> str:
 
 def _waits(stacks: str) -> bool:
     """Whether the thread that trains waits for other ranks: its innermost frames are torch.distributed's."""
+    return any(place in frame for frame in _frames(stacks)[:3] for place in _WAITING)
+
+
+def _by_place(hung: dict[int, str]) -> str:
+    """The stacks of one rank for each place where ranks wait."""
+    places: dict[tuple[str, ...], list[int]] = {}
+    for rank, text in hung.items():
+        places.setdefault(tuple(_frames(text)), []).append(rank)
+    few = [f"rank {', '.join(map(str, ranks[:8]))}{' ...' if ranks[8:] else ''} waited here:\n{hung[ranks[0]]}" for ranks in list(places.values())[:4]]
+    return "\n\n".join(few)
+
+
+def _frames(stacks: str) -> list[str]:
+    """Of the thread that trains, innermost first."""
     threads = [part for part in stacks.split("\n\n") if "hybridtrain/loop.py" in part]
-    frames = [line for part in threads for line in part.splitlines() if line.lstrip().startswith("File ")]
-    return any(place in frame for frame in frames[:3] for place in _WAITING)
+    return [line for part in threads for line in part.splitlines() if line.lstrip().startswith("File ")]

@@ -167,6 +167,16 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
     return refusal(field, path, f"it cannot be written: {problem}{where}", allowed="a folder with space that you may write", instead=instead)
 
 
+def discard_folder(folder: Path, *, record: str) -> bool:
+    """`discard` of a folder that its `record` says is ours. The record goes last: while anything of the folder stays, it is known whose it is."""
+    others: list[Path] = []
+    if not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            others = [path for path in folder.iterdir() if path.name != record]
+    gone = [discard(path) for path in others]
+    return all(gone) and discard(folder)
+
+
 def discard(path: Path) -> bool:
     """Remove a file, a link or a folder that is ours and no longer needed; what cannot be removed is warned of and left. True: it is gone.
 
@@ -206,8 +216,17 @@ def is_inside(name: object) -> bool:
     return name.strip("./ ") != "" and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
+def check_apart(path: Path, *, field: str) -> None:
+    """Refuse a place among the checkpoints of a run, which removes them as it goes on (raises UserError)."""
+    above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
+    if above is not None:
+        problem = f"it lies among the checkpoints of {above.parent}, which that run removes"
+        raise refusal(field, path, problem, allowed="a folder apart from the checkpoints of runs", instead=f"another {field}")
+
+
 def claim(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
     """Refuse a folder that has files of these names which are not recorded as ours (raises UserError); nothing is written."""
+    check_apart(folder, field=field)
     sweep_asides(folder)
     ours = recorded(folder, record=record)
     foreign = sorted(name for name in names if name not in ours and ((folder / name).exists() or (folder / name).is_symlink()))

@@ -18,6 +18,7 @@ from typing import Any
 from hybridtrain import lock
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
+from hybridtrain.files import check_apart
 from hybridtrain.types import ModelFacts, Progress, UserError, refusal
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
@@ -85,10 +86,7 @@ def _check_source(config: Config, *, path: Path) -> None:
 
 
 def _holds_run(path: Path) -> bool:
-    above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
-    if above is not None:
-        problem = f"it lies among the checkpoints of {above.parent}, which that run removes"
-        raise refusal("run.dir", path, problem, allowed="a directory apart from the checkpoints of runs", instead="another run.dir")
+    check_apart(path, field="run.dir")
     if (path / "config.yaml").is_file():
         return True
     if path.exists() and not path.is_dir():

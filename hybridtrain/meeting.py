@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain import failure, launched, log
+from hybridtrain import failure, launched, log, network
 from hybridtrain.types import Answered, OnThisRank, UserError, refusal
 
 _log = log.get("meeting")
@@ -45,6 +45,7 @@ class Met:
     store: dist.Store
     """For a process group of this start alone."""
     hosts: int
+    """Two containers of one machine with networks of their own are two."""
     address: str
     """Of rank 0's host, as another host reaches it; where there is one host, MASTER_ADDR."""
     keys: dist.Store
@@ -81,6 +82,7 @@ def meet(*, gpu: str, timeout_s: float) -> Met:
         "world_size": int(os.environ["WORLD_SIZE"]),
         "job": launched.job(),
         "host": failure.node(),
+        "network": network.identity(),
         "process": os.getpid(),
         "gpu": gpu,
         "peer": peer,
@@ -117,9 +119,9 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
     except UserError:
         keys.set(_VERDICT, json.dumps({"refused": True}))
         raise
-    hosts = dict.fromkeys(entry["host"] for entry in present)
-    address = next((entry["peer"] for entry in present if entry["host"] != mine["host"] and entry["peer"]), os.environ["MASTER_ADDR"])
-    verdict = {"refused": False, "start": uuid.uuid4().hex, "hosts": len(hosts), "address": address}
+    networks = {entry["network"] for entry in present}
+    address = next((entry["peer"] for entry in present if entry["network"] != mine["network"] and entry["peer"]), os.environ["MASTER_ADDR"])
+    verdict = {"refused": False, "start": uuid.uuid4().hex, "hosts": len(networks), "address": address}
     keys.set(_VERDICT, json.dumps(verdict))
     return verdict
 

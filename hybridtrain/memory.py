@@ -1,9 +1,9 @@
 """Memory that a layout needs per rank, known before anything is allocated. Plain arithmetic, no torch.
 
-    held   weights, their gradients, Adam's moments, master copies: exact, in bytes of this rank's shares
-    step   copies gathered in the compute dtype, gradients being added up, the head's gradient: what a step surely has besides
+held   weights, their gradients, Adam's moments, master copies: exact, in bytes of this rank's shares
+step   copies gathered in the compute dtype, gradients being added up, the head's gradient: what a step surely has besides
 
-Activations are not in it: how many there are depends on kernels, so that they could only be guessed.
+activations   what layers keep for the backward pass: measured on eager layers, an estimate elsewhere, so that it only warns
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridtrain import log
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
 from hybridtrain.types import ModelFacts, refusal
 
 if TYPE_CHECKING:
     from hybridtrain.config.schema import Config, ParallelConfig
 
+_log = log.get("memory")
 GIB = 1024**3
 _MOST_SHARDS = 1024
 _UNLIMITED = 1 << 60
@@ -102,6 +104,40 @@ def _of_deepspeed(config: Config, *, parallel: ParallelConfig, layout: ParallelL
     return Need(masters + copy + share * 4 - moved, head + (largest * compute if zero == 3 else 0), moved)
 
 
+def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> int:
+    """About how many bytes the layers of the first stage keep for the backward pass: of each of the micro-batches in flight, and one layer recomputed."""
+    compute, pp, tp = widths(config.precision.kind).compute, layout.pp, layout.tp
+    hidden = facts.hidden // (tp if config.parallel.sequence_parallel else 1)
+    attention, ffn = 2 * (facts.heads + facts.kv_heads) * facts.head_dim // tp, facts.ffn // tp
+    layer = 4 * ffn + (4 if compute == 4 else 6) * hidden + 2 * facts.hidden + attention  # attention and MLP take the whole input
+    if config.engine.compile:
+        layer = layer * 2 // 3  # measured: inductor recomputes what is cheap
+    kind = config.recompute.kind
+    kept = {"none": layer, "selective": 2 * ffn + 2 * hidden + attention, "full": hidden}[kind]
+    per_rank = stages_per_rank(config.parallel)
+    layers = len(stage_layers(facts.layers, pp * per_rank)[0]) * per_rank
+    flying = plan.grad_accum if pp > 1 and config.parallel.schedule == "gpipe" else min(pp, plan.grad_accum)
+    return compute * plan.micro_batch_size * plan.seq_len * (kept * layers * flying + (layer if kind != "none" else 0))
+
+
+def warn(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:
+    """Say so where a step may need more than the `available` bytes of a rank."""
+    need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts).total
+    extra = activations(config, layout=layout, plan=plan, facts=facts)
+    if not config.engine.check_memory or need + extra <= available:
+        return
+    ways = [f"batch.micro_batch_size={plan.micro_batch_size // 2}"] if plan.micro_batch_size > 1 else []
+    ways += [f"recompute={kind}" for kind in {"none": ["selective", "full"], "selective": ["full"], "full": []}[config.recompute.kind]]
+    words = f"activations of about {extra / GIB:.1f} GiB come on top of {need / GIB:.1f} GiB for weights, gradients, optimizer state and their copies"
+    _log.warning("memory    %s: there are %.1f GiB of %s for each rank%s", words, available / GIB, place, f"; {' or '.join(ways)} takes less" if ways else "")
+
+
+def host_share() -> int:
+    """Bytes of the host's memory for each of its ranks."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return host_memory() // (int(here) if here.isdecimal() and int(here) else 1)
+
+
 def host_memory() -> int:
     """Bytes that this process's host, or the container around it, has; a very large number where that is not told."""
     found = [_UNLIMITED]
@@ -120,8 +156,7 @@ def _on_gpu() -> bool:
 
 def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> None:
     """Refuse what the processes of this host surely cannot hold together in its memory: without GPUs everything, else what is offloaded. Raises UserError."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    available = host_memory() // (int(here) if here.isdecimal() and int(here) else 1)
+    available = host_share()
     if not _on_gpu():
         check(config, layout=layout, plan=plan, facts=facts, available=available, place="host memory")
         return

@@ -25,6 +25,7 @@ from hybridtrain.data import digests
 from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress, UserError
+from tests.runs import immutable
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
 
@@ -323,6 +324,19 @@ def test_a_link_is_followed_and_leftovers_block_nothing(tmp_path: Path) -> None:
     hf.run(exporting(run))
     assert (tmp_path / "disk" / "mine" / "README.md").read_text() == "kept"
     assert os.listdir(tmp_path / "disk") == ["mine"]
+
+
+def test_an_earlier_export_that_cannot_be_removed_goes_with_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What stays of it still says whose it is: removed with its record first, it would lie there for ever."""
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    hf.run(exporting(run))
+    with immutable(run / "export" / "model.safetensors"):
+        hf.run(exporting(run))
+        assert "model.safetensors cannot be removed and stays" in caplog.text
+        assert sorted(os.listdir(run / "export.removed")) == ["hybridtrain.json", "model.safetensors"]
+        assert AutoModelForCausalLM.from_pretrained(run / "export").config.vocab_size == 37
+    hf.run(exporting(run))
+    assert not list(run.glob("export.*"))
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import files
+from hybridtrain import files, report
+from hybridtrain.checkpoint import destination
+from hybridtrain.data import folder
 from hybridtrain.types import UserError
 from tests.runs import immutable
 
@@ -105,6 +107,22 @@ def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: 
     (tmp_path / "mine.png").write_text("the user's")
     with pytest.raises(UserError, match=r"report.out=.*it has mine.png, which this command did not write"):
         files.claim(tmp_path, [*names, "mine.png"], **claim)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004/mine"])
+@pytest.mark.parametrize("field", ["data.path", "export.out", "report.out"])
+def test_nothing_is_written_among_checkpoints_that_will_be_removed(tmp_path: Path, field: str, place: str) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    out = tmp_path / place
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    write = {
+        "data.path": lambda: folder.check_free(out, read=[]),
+        "export.out": lambda: destination.check(out),
+        "report.out": lambda: report.write([], "", name="", out=out),
+    }[field]
+    with pytest.raises(UserError, match=f"{field}=.*it lies among the checkpoints of .*, which that run removes"):
+        write()
+    assert sorted(os.listdir(tmp_path / "checkpoints" / "step-00000004")) == []
 
 
 def test_a_record_that_names_what_lies_outside_is_not_believed(tmp_path: Path) -> None:

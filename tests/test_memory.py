@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
 
 from hybridtrain import layout as layouts
 from hybridtrain import memory
@@ -50,6 +52,57 @@ def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
     case = Case(layout, fields, precision=precision, micro_batch_size=1)
     config = case.config()
     assert needs(config, layout, fields).held == max(run_ranks(case.world_size, held, case))
+
+
+def kept(case: Case) -> int:
+    """Bytes that a step keeps for the backward pass; weights among them."""
+    engine, sizes, alive = start(case), {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        sizes[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+        alive.append(local)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.train_step(case.batches(0, dp_rank=0, dp=1), lr=case.lr)
+    return sum(sizes.values())
+
+
+def kept_everywhere(cases: list[Case]) -> list[int]:
+    return [kept(case) for case in cases]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("single", "fp32"), ("single", "bf16_mixed"), ("tp2", "bf16_mixed")])
+def test_the_estimate_of_activations_is_what_eager_layers_keep(layout, precision):
+    """What four layers more keep of 96 tokens more: weights and ends drop out."""
+
+    def case(layers: int, seq_len: int) -> Case:
+        fields = model(num_hidden_layers=layers, intermediate_size=192)
+        return Case(layout, fields, precision=precision, micro_batch_size=2, global_batch_size=2, seq_len=seq_len)
+
+    def estimate(case: Case) -> int:
+        degrees = layouts.ParallelLayout(1, 1, 1, case.world_size, 1)
+        return memory.activations(case.config(), layout=degrees, plan=layouts.BatchPlan(2, case.seq_len, 1, 2), facts=facts(case.fields))
+
+    def difference(values: list[int]) -> int:
+        return values[3] - values[2] - values[1] + values[0]
+
+    cases = [case(layers, seq_len) for layers in (4, 8) for seq_len in (16, 64)]
+    found = difference(run_ranks(cases[0].world_size, kept_everywhere, cases)[0])
+    assert difference([estimate(case) for case in cases]) == pytest.approx(found, rel=0.03)
+
+
+def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_less(caplog):
+    config, world = Config(), {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": layouts.BatchPlan(4, 8192, 1, 32), "facts": facts(LLAMA_8B)}
+    config.precision.kind, config.parallel = "bf16_mixed", ParallelConfig(**layouts.parse("dp_shard8-zero3"))
+    memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
+    assert "activations of about 196.0 GiB come on top of 17.3 GiB" in caplog.text
+    assert "there are 80.0 GiB of GPU memory for each rank; batch.micro_batch_size=2 or recompute=selective or recompute=full takes less" in caplog.text
+    caplog.clear()
+    config.recompute.kind = "full"
+    memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

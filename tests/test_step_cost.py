@@ -84,7 +84,7 @@ def products(case: Case) -> int:
     ("layout", "compiled"),
     [
         ("single", ()),
-        pytest.param("single", COMPILED, marks=needs_compiler),
+        pytest.param("single", COMPILED, marks=[needs_compiler, pytest.mark.slow]),
         pytest.param("tp2", COMPILED, marks=[needs_compiler, pytest.mark.slow]),
         pytest.param("pp2", COMPILED, marks=[needs_compiler, pytest.mark.slow]),
     ],

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.sealed import ORIGIN
-from hybridtrain.files import discard, is_inside, read_object, recorded, write_json
+from hybridtrain.files import check_apart, discard, discard_folder, is_inside, read_object, recorded, write_json
 from hybridtrain.models import tokens
 from hybridtrain.types import refusal
 
@@ -33,7 +33,8 @@ _ASIDE = re.compile(re.escape(f".{ORIGIN}.") + r"\d+-\d+\.partial")  # of a reco
 
 
 def check(out: Path) -> None:
-    """Refuse a place that holds something else (raises UserError)."""
+    """Refuse a place that holds something else, or that will be removed (raises UserError)."""
+    check_apart(out, field=FIELD)
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
         raise refusal(
@@ -85,7 +86,7 @@ def replacing(out: Path) -> Iterator[Path]:
             _swap(real, partial=partial)
         marker.sync_folder(real.parent)
     finally:
-        discard(partial)
+        discard_folder(partial, record=ORIGIN)
         os.close(handle)
 
 
@@ -118,7 +119,7 @@ def _clear(partial: Path, *, out: Path) -> None:
     if strange and not (partial / ORIGIN).is_file():
         words = f"{partial} holds {strange[0]}, which no export wrote"
         raise refusal(FIELD, out, words, allowed=f"a place without a {partial.name} beside it", instead="move it away, or export.out=FOLDER")
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.name == ORIGIN):  # the record last
         discard(path)
 
 
@@ -164,12 +165,12 @@ def _swap(real: Path, *, partial: Path) -> None:
     except OSError:
         os.rename(removed, real)
         raise
-    discard(removed)
+    discard_folder(removed, record=ORIGIN)
 
 
 def _free(path: Path) -> bool:
     """Whether nothing has this name, once an earlier export that a crash left under it is gone."""
-    return not (path.exists() or path.is_symlink()) or (is_export(path) and discard(path))
+    return not (path.exists() or path.is_symlink()) or (is_export(path) and discard_folder(path, record=ORIGIN))
 
 
 def _fill(real: Path, *, partial: Path) -> None:

@@ -130,10 +130,12 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
     if device.type == "cuda":
         import torch
 
-        capacity = torch.cuda.get_device_properties(device).total_memory
-        memory.check(config, layout=layout, plan=plan, facts=model, available=capacity, place="GPU memory")
+        available, place = torch.cuda.get_device_properties(device).total_memory, "GPU memory"
+        memory.check(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     else:
+        available, place = memory.host_share(), "host memory"
         memory.check_host(config, layout=layout, plan=plan, facts=model)
+    memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     backend.apply(config.engine, device=device)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine

@@ -64,12 +64,12 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
     made = [out / _PAGE, *pictures]
     try:
-        out.mkdir(parents=True, exist_ok=True)
         before = recorded(out, record=RECORD)
         if not before and _is_older_report(out):
             before = {name for name in _NAMES if (out / name).is_file()}
             record_files(out, before, record=RECORD)
         claim(out, [file.name for file in made], record=RECORD, field="report.out")
+        out.mkdir(parents=True, exist_ok=True)
         record_files(out, before.union(file.name for file in made), record=RECORD)
         for path, plot in pictures.items():
             stream = io.BytesIO()

@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_gpu_script_says_what_it_measures_and_what_it_wants(tmp_path):
     told = script("--help")
     assert told.returncode == 0
-    assert all(f"  {part}  " in told.stdout for part in ("tests", "plain", "compiled", "parts", "selective"))
+    assert all(f"  {part}  " in told.stdout for part in ("headline", "trainer", "variants", "tests"))
     assert script("--rehears").returncode == 2
     without = script(str(tmp_path / "results"))
     assert without.returncode == 2
@@ -297,17 +298,11 @@ def test_the_gpu_script_rehearses_on_the_cpu(tmp_path):
     done = script("--rehearse", "--minutes", "12", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "table.md").read_text()
-    for name, layout_of_it in [
-        ("plain", "single"),
-        ("compiled", "single"),
-        ("selective", "single"),
-        ("zero3", "dp_shard2-zero3"),
-        ("tp2", "tp2"),
-        ("pp2", "pp2"),
-    ]:
-        assert f"| {name} | hybridtrain {layout_of_it} |" in table
-    assert table.count("plain loop |") == 3  # a column and two rows
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"plain", "compiled", "parts", "selective", "zero3", "tp2", "pp2"}
+    names = ["compiled", "plain-compiled", "eager", "plain", "compiled-8-rows", "trainer", "trainer-compiled"]
+    names += ["packed", "rows-of-4096", "selective", "bf16-pure", "zero3: hybridtrain dp_shard2-zero3", "tp2: hybridtrain tp2", "pp2: hybridtrain pp2"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:] == names
+    with tarfile.open(tmp_path / "results.tar.gz") as together:
+        assert {"./cases.jsonl", "./table.md", "./zero3.json", "./variants.log"} <= set(together.getnames())
     late = script("--rehearse", "--minutes", "0.01", str(tmp_path))
     assert late.returncode == 1
-    assert "| plain | no time left: see plain.log |" in late.stdout
+    assert "headline: no time left" in late.stdout

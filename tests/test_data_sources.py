@@ -11,7 +11,7 @@ import pytest
 
 from hybridtrain.config.check import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import pieces, streams, tokenize, vocabulary
+from hybridtrain.data import pieces, streams, tokenize
 from hybridtrain.data.corpus import sources
 from hybridtrain.data.readers import Fields
 from hybridtrain.types import UserError
@@ -147,13 +147,3 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert "has 2 columns of this name" in refused(data(tmp_path / "a.parquet"))
-
-
-def test_the_vocabulary_of_prepared_data_is_known_without_opening_it(tmp_path):
-    (tmp_path / "a.txt").write_text("some words " * 100)
-    folder = tokenize.prepare(data(tmp_path / "a.txt"), options=PrepareConfig())
-    entries = json.loads((folder / "corpus.json").read_text())["vocab_size"]
-    assert vocabulary.of_corpora(DataConfig(path=str(folder))) == entries
-    assert vocabulary.of_corpora(DataConfig(blend={str(folder): 1.0})) == entries
-    assert vocabulary.of_corpora(DataConfig(path=str(folder / "train"))) is None
-    assert vocabulary.of_corpora(DataConfig()) is None

@@ -480,9 +480,9 @@ def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_p
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config.replace("1e-06", "1e-05"))
     sealed.check(out, field="evaluate.source")  # may be meant
-    assert "config.json holds other bytes than were exported" in caplog.text
+    assert "config.json holds other bytes than the export wrote" in caplog.text
     (out / "config.json").write_text(config)
-    for damaged, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than were exported"), (whole + b"0", "bytes, and")):
+    for damaged, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than the export wrote"), (whole + b"0", "bytes, and")):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{name}: {'holds' if 'holds' in words else 'has'}"):
             sealed.check(out, field="evaluate.source")

@@ -26,8 +26,7 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     result = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != ORIGIN:
-            record = marker.measure(path)
-            result[path.name] = {"bytes": record.size, "crc32": f"{record.crc32:08x}", "sample": digests.sampled(path)}
+            result[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "sample": digests.sampled(path)}
     return result
 
 
@@ -71,13 +70,12 @@ def _problems(folder: Path, *, field: str, whole: bool) -> Iterator[tuple[str, s
 
 
 def _changed(file: Path, values: Any, *, whole: bool) -> str:
+    by, of = ("crc32", _crc32) if whole else ("sample", digests.sampled)
     try:
-        size = file.stat().st_size
-        if size != values["bytes"]:
-            return f"has {size:,} bytes, and {values['bytes']:,} were exported"
-        same = f"{marker.measure(file).crc32:08x}" == values["crc32"] if whole else digests.sampled(file) == values["sample"]
-        return "" if same else "holds other bytes than were exported"
+        return digests.difference(file, values, by=by, of=of, writer="the export")
     except (KeyError, TypeError, ValueError):
         return f"cannot be compared, {ORIGIN} is damaged"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+
+
+def _crc32(file: Path) -> str:
+    return f"{marker.measure(file).crc32:08x}"

@@ -25,7 +25,7 @@ MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "clu
 TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
 PATHS = (
     *("run.dir", "run.branch_from", "runs.folder", "data.path", "data.blend", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained"),
-    *("export.checkpoint", "export.out", "evaluate.source", "generate.source", "report.out", "report.compare", "bench.out"),
+    *("export.checkpoint", "export.out", "evaluate.source", "generate.source", "report.out", "report.compare", "bench.out", "generate.prompts_file"),
     *("cluster.python", "cluster.container_image"),
 )
 """Options that may hold paths; in `data.blend` the keys. A leading ~ is expanded in each (compose.typed)."""

@@ -172,9 +172,9 @@ def _no_targets(where: object, *, field: str, value: object) -> UserError:
 
 def tokenizer_dir(data: DataConfig) -> Path | None:
     """The tokenizer that goes with the data: the first corpus' own, else the folder data.tokenizer; None if there is neither."""
-    folders = [Path(path).expanduser() / "tokenizer" for path in (data.blend or [data.path]) if path]
+    folders = [Path(path) / "tokenizer" for path in (data.blend or [data.path]) if path]
     if data.tokenizer != "train":
-        path = Path(data.tokenizer).expanduser()
+        path = Path(data.tokenizer)
         folders.append(path.parent if path.is_file() else path)
     return next((folder for folder in folders if folder.is_dir()), None)
 

@@ -172,9 +172,9 @@ def listing(data: DataConfig) -> Listing:
 
 
 def _tokenizer_digest(data: DataConfig) -> str:
-    path = Path(data.tokenizer).expanduser()
+    path = Path(data.tokenizer)
     folder = path.parent if path.is_file() else path
-    if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).expanduser().resolve() in folder.resolve().parents:
+    if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).resolve() in folder.resolve().parents:
         return ""
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
@@ -185,7 +185,7 @@ def _tokenizer_digest(data: DataConfig) -> str:
 
 def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
     """What one entry of `data.source` names, sorted by name."""
-    path = Path(entry).expanduser()
+    path = Path(entry)
     saved = data.format in ("auto", "chat") and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
@@ -219,7 +219,7 @@ def _folder_version(folder: Path) -> str:
 
 def _files(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[str, Path]]:
     """(name, path) of every file behind one entry of `data.source`. What `prepare` itself writes below it is no source."""
-    written = Path(data.path).expanduser().resolve() if data.path else None
+    written = Path(data.path).resolve() if data.path else None
     if entry == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         yield from ((f"{STDLIB}/{file.relative_to(root).as_posix()}", file) for file in _python_files(root))
@@ -349,7 +349,7 @@ def _has_block(source: Source, *, fraction: float) -> bool:
 def _held_out_before(data: DataConfig) -> dict[str, str]:
     """What an earlier `prepare` of this folder, with the same fraction, held out in part or had to: {name: how}."""
     try:
-        record = json.loads((Path(data.path).expanduser() / "corpus.json").read_bytes())
+        record = json.loads((Path(data.path) / "corpus.json").read_bytes())
         same = record["settings"]["eval_fraction"] == data.eval_fraction
         return {name: how for name, how in record["held_out"].items() if how in (BY_CHANCE, SURELY, WHOLE)} if same else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

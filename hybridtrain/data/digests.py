@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def whole(file: Path) -> str:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def difference(file: Path, written: Mapping[str, Any], *, by: str, of: Callable[[Path], str], writer: str) -> str:
+    """How a file differs from what `writer` says it wrote: in its size, or in the record `by`, which `of` computes. Empty: not at all.
+
+    Raises KeyError, TypeError or ValueError for a record that is damaged.
+    """
+    try:
+        size = file.stat().st_size
+        if size != written["bytes"]:
+            return f"has {size:,} bytes, and {writer} wrote {written['bytes']:,}"
+        return "" if of(file) == written[by] else f"holds other bytes than {writer} wrote"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def of(file: Path) -> dict[str, Any]:

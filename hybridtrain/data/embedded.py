@@ -16,7 +16,7 @@ def missing(data: DataConfig) -> bool:
 
 
 def _marker(data: DataConfig) -> Path:
-    return Path(data.path).expanduser() / "corpus.json"
+    return Path(data.path) / "corpus.json"
 
 
 def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:

@@ -42,7 +42,7 @@ class Corpus:
         Raises UserError when it is neither, or when a token file is missing, empty, truncated or of another size than
         corpus.json says. Rank 0 also reads the index, and the first rank of each machine a sample of what `prepare` wrote.
         """
-        path = Path(path).expanduser()
+        path = Path(path)
         if not path.is_dir() and any(file.is_file() for file in file_pair(path)):
             return cls(path, {"train": IndexedReader(path)}, None)._checked()
         return _prepared(path)._checked()
@@ -50,7 +50,7 @@ class Corpus:
     @classmethod
     def held_out(cls, path: str | Path) -> Corpus:
         """PREFIX.bin and PREFIX.idx as a corpus that is evaluated on alone."""
-        path = Path(path).expanduser()
+        path = Path(path)
         return cls(path, {"eval": IndexedReader(path)}, None)._checked()
 
     def _checked(self) -> Corpus:
@@ -201,14 +201,7 @@ def changed_files(folder: Path, *, written: Any) -> list[str]:
 
 
 def _changed(file: Path, written: Mapping[str, Any]) -> str:
-    """How a file differs from what `prepare` wrote, by its size and a sample; "" for not at all."""
-    try:
-        size = file.stat().st_size
-        if size != written["bytes"]:
-            return f"has {size:,} bytes, and prepare wrote {written['bytes']:,}"
-        return "" if digests.sampled(file) == written["sample"] else "holds other bytes than prepare wrote"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    return digests.difference(file, written, by="sample", of=digests.sampled, writer="prepare")
 
 
 _KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,)}

@@ -61,7 +61,7 @@ def prepare(data: DataConfig, *, options: PrepareConfig) -> Path:
 def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) -> Path:
     """`prepare` that waits for another one of this folder at most `wait_s`, and then takes what that has written."""
     _check(data)
-    path, settings = Path(data.path).expanduser(), _settings(data)
+    path, settings = Path(data.path), _settings(data)
     try:
         if not options.overwrite and _is_prepared(path, data=data, settings=settings):
             if (path / PARTIAL).exists():

@@ -174,7 +174,7 @@ def load(name: str, *, field: str) -> Any:
     """The tokenizer of a folder, a tokenizer.json or a hub id. Raises UserError that names `field` for whatever cannot be loaded."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(name).expanduser()
+    path = Path(name)
     for file in _files(path):
         if is_lfs_pointer(file):
             raise lfs_pointer(field, file)

@@ -26,7 +26,7 @@ def verify_corpus(path: str | Path) -> list[str]:
 
     Reads every byte once or twice, in a few MB of memory.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if not path.is_dir():
         return _problems(lambda: _check_tokens(Corpus.open(path).readers["train"], most=None))
     problems: list[str] = []
@@ -65,13 +65,8 @@ def _first_line(error: UserError) -> str:
 
 
 def _changed(file: Path, written: dict[str, Any]) -> list[str]:
-    try:
-        size = file.stat().st_size
-        if size != written["bytes"]:
-            return [f"{file.name} has {size:,} bytes, and prepare wrote {written['bytes']:,}"]
-        return [] if digests.whole(file) == written["sha256"] else [f"{file.name} holds other bytes than prepare wrote"]
-    except OSError as error:
-        return [f"{file.name} cannot be read ({error.strerror})"]
+    problem = digests.difference(file, written, by="sha256", of=digests.whole, writer="prepare")
+    return [f"{file.name} {problem}"] if problem else []
 
 
 def _blocks(reader: IndexedReader) -> Iterator[np.ndarray]:

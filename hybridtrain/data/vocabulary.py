@@ -1,4 +1,4 @@
-"""The tokenizer of prepared data, by corpus.json alone: how many entries it has, which a new model takes for its own, and what ends a text."""
+"""The tokenizer of prepared data, by corpus.json alone: what ends a text, and an answer of a conversation."""
 
 from __future__ import annotations
 
@@ -10,18 +10,9 @@ from hybridtrain.config.schema import DataConfig
 from hybridtrain.files import read_object
 
 
-def of_corpora(data: DataConfig) -> int | None:
-    """Entries that an embedding needs for data.path or data.blend; None where no corpus.json says so, as for token files of another maker.
-
-    Reads corpus.json alone, neither torch nor numpy. Raises UserError for one that cannot be read.
-    """
-    sizes = [value + more for facts in records(data) for name, more in (("vocab_size", 0), ("largest_id", 1)) if type(value := facts.get(name)) is int]
-    return max(sizes, default=None)
-
-
 def records(data: DataConfig) -> list[dict[str, Any]]:
     """corpus.json of data.path or of each corpus of data.blend, where it is there. Raises UserError for one that cannot be read."""
-    files = [Path(path).expanduser() / "corpus.json" for path in data.blend or [data.path] if path]
+    files = [Path(path) / "corpus.json" for path in data.blend or [data.path] if path]
     return [read_object(file, field="data.path") for file in files if file.is_file()]
 
 

@@ -39,7 +39,7 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
             raise refusal(field, "(none)", f"{run_dir} holds no export", allowed=_ALLOWED, instead=f"hybridtrain export {run_dir}, or {field}=FOLDER")
         yield str(folder)
         return
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if (folder / "complete.json").is_file():
         with tempfile.TemporaryDirectory(prefix="hybridtrain-") as temporary:
             yield str(_export(folder, out=Path(temporary) / "export"))

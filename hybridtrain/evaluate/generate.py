@@ -34,7 +34,7 @@ def _prompts(options: GenerateConfig) -> list[str]:
     if not options.prompts_file:
         return list(options.prompts) or [options.prompt]
     try:
-        lines = Path(options.prompts_file).expanduser().read_bytes().decode("utf-8-sig").splitlines()
+        lines = Path(options.prompts_file).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise refusal("generate.prompts_file", options.prompts_file, reason, allowed="a UTF-8 file, a prompt on each line", instead="another file") from error

@@ -171,10 +171,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
 
 
 def as_earlier(checkpoint: Path) -> None:
-    """Make a checkpoint what earlier releases wrote: without the model's config.json."""
-    (checkpoint / "config.json").unlink()
+    """Make a checkpoint what earlier releases wrote: without the model's config.json and generation_config.json."""
     listed = json.loads((checkpoint / "complete.json").read_text())
-    del listed["files"]["config.json"]
+    for name in ("config.json", "generation_config.json"):
+        (checkpoint / name).unlink()
+        del listed["files"][name]
     (checkpoint / "complete.json").write_text(json.dumps(listed))
 
 
@@ -194,6 +195,19 @@ def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, capl
     hf.run(exporting(run))
 
 
+def test_end_tokens_that_were_edited_after_training_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    file = run / "model" / "generation_config.json"
+    given = json.loads(file.read_text())
+    file.write_text(json.dumps({**given, "temperature": 7.0}))
+    hf.run(exporting(run))
+    assert "generation_config.json has changed since the checkpoint was written; the checkpoint's own is exported" in caplog.text
+    assert "temperature" not in json.loads((run / "export" / "generation_config.json").read_text())
+    as_earlier(run / "checkpoints" / "step-00000020")  # which took no copy along
+    hf.run(exporting(run))
+    assert json.loads((run / "export" / "generation_config.json").read_text())["temperature"] == 7.0
+
+
 # -- beside the weights --------------------------------------------------------------------------------------------
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
@@ -205,6 +219,7 @@ def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path,
     given = {**SAMPLING, "eos_token_id": [5, 0], "pad_token_id": 0, "bos_token_id": 0}
     model = model_of(tied=True)
     run = run_of(tmp_path, model, tied=True)
+    as_earlier(run / "checkpoints" / "step-00000020")  # what model/ holds by then counts
     model.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
     config = compose.from_yaml(run / "config.yaml", "train")

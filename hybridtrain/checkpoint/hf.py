@@ -32,7 +32,7 @@ from hybridtrain.data.template import end_of_turn
 from hybridtrain.files import read_object, unwritable
 from hybridtrain.models import described, tokens
 from hybridtrain.rundir import require_run
-from hybridtrain.types import Progress, UserError, refusal
+from hybridtrain.types import UserError, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = "model."
@@ -142,7 +142,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
         try:
             with destination.replacing(out) as partial:
                 _write_weights(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
-                _write_rest(partial, config=config, run=run, tokenizer=tokenizer, dtype=dtype, progress=marker.read_progress(files))
+                _write_rest(partial, checkpoint=files, config=config, run=run, tokenizer=tokenizer, dtype=dtype)
         except OSError as error:
             raise unwritable("export.out", out, error) from error
     return out
@@ -251,9 +251,9 @@ def _cast(tensor: torch.Tensor, *, entry: Entry) -> torch.Tensor:
     return cast
 
 
-def _write_rest(partial: Path, *, config: dict[str, Any], run: Run, tokenizer: tokens.Ends | None, dtype: str, progress: Progress) -> None:
+def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: Run, tokenizer: tokens.Ends | None, dtype: str) -> None:
     """config.json (with the dtype), generation_config.json, the tokenizer, and where it all comes from."""
-    generation = _generation(run)
+    generation = _generation(checkpoint, run=run)
     config, generation, lines = tokens.fitted(config, generation, of_tokenizer=tokenizer, new=not run.source.from_pretrained)
     for line in lines if run.source.from_pretrained else ():  # new weights have no tokens of their own
         log.warning("export: %s", line)
@@ -263,13 +263,19 @@ def _write_rest(partial: Path, *, config: dict[str, Any], run: Run, tokenizer: t
         _write_json(partial / tokens.GENERATION, generation)
     if run.tokenizer_dir is not None:
         tokens.copy_tokenizer(run.tokenizer_dir, out=partial)
+    progress = marker.read_progress(checkpoint)
     _write_json(partial / sealed.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
 
 
-def _generation(run: Run) -> dict[str, Any]:
-    """The run's generation_config.json; runs of earlier releases made one of config.json alone, so the source's goes before it."""
-    file = run.model_dir / tokens.GENERATION
-    own = read_object(file, field="run.dir") if file.is_file() else {}
+def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:
+    """generation_config.json as the checkpoint holds it, else the run's; earlier releases made one of config.json alone, so the source's goes before it."""
+    sealed_file, file = checkpoint / tokens.GENERATION, run.model_dir / tokens.GENERATION
+    own = read_object(file, field="run.dir") if file.is_file() and not sealed_file.is_file() else {}
+    if sealed_file.is_file():
+        own = read_object(sealed_file, field="checkpoint")
+        with contextlib.suppress(UserError):
+            if read_object(file, field="run.dir") != own:
+                log.warning("export: %s has changed since the checkpoint was written; the checkpoint's own is exported", file)
     if tokens.is_derived(own) and Path(run.source.from_pretrained).is_dir():
         return tokens.source_generation(run.source) or own
     return own

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.files import write_atomically
+from hybridtrain.models import tokens
 from hybridtrain.types import Progress, UserError, refusal
 
 MARKER = "complete.json"
@@ -58,15 +59,15 @@ def is_complete(path: Path) -> bool:
 def write(path: Path, *, progress: Progress, files: Mapping[str, Record]) -> None:
     """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError).
 
-    A checkpoint of a run takes the run's model/config.json along, so that an export needs nothing that may be edited later.
+    A checkpoint of a run takes the run's model/config.json and generation_config.json along, so that an export needs nothing that may be edited later.
     """
     content = {"step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
     _write_json(path / PROGRESS, content)
-    own = [METADATA, PROGRESS]
-    config = path.parent.parent / "model" / CONFIG
-    if config.is_file():
-        write_atomically(path / CONFIG, config.read_bytes())
-        own.append(CONFIG)
+    own, model = [METADATA, PROGRESS], path.parent.parent / "model"
+    for name in (CONFIG, tokens.GENERATION):
+        if (model / name).is_file():
+            write_atomically(path / name, (model / name).read_bytes())
+            own.append(name)
     everything = {**files, **{name: measure(path / name) for name in own}}
     listed = {name: {"size": record.size, "crc32": f"{record.crc32:08x}"} for name, record in sorted(everything.items())}
     _write_json(path / MARKER, {"format": FORMAT, "files": listed})

@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.files import read_object
-from hybridtrain.models import overrides
+from hybridtrain.models import hub, overrides
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.types import ModelFacts, UserError, refusal
@@ -65,19 +65,7 @@ def _config_json(model: ModelConfig) -> Path:
             allowed="a Hugging Face model folder or hub id",
             instead="an existing folder",
         )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model.from_pretrained, "config.json", revision=model.revision))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise refusal(
-            "model.from_pretrained",
-            model.from_pretrained,
-            f"neither a folder here nor to be had from the hub ({reason})",
-            allowed="a folder, or a hub id that this machine reaches",
-            instead="a local folder",
-        ) from error
+    return hub.file(model, "config.json")
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

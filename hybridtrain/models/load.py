@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.models import tokens, weights
+from hybridtrain.models import hub, tokens, weights
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Box, Source, draw
@@ -77,12 +77,7 @@ def _read(tensor: Stored, name: str, box: Box) -> Tensor:
 
 def _folder(model: ModelConfig) -> Path:
     folder = Path(model.from_pretrained)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
-    return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns))
+    return folder if folder.is_dir() else hub.folder(model)
 
 
 def _checked(held: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:

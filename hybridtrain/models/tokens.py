@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.models import hub
 from hybridtrain.types import refusal
 
 GENERATION = "generation_config.json"
@@ -90,11 +90,8 @@ def source_generation(model: ModelConfig) -> dict[str, Any] | None:
     folder = Path(model.from_pretrained)
     if folder.is_dir():
         return read_object(folder / GENERATION, field="model.from_pretrained") if (folder / GENERATION).is_file() else None
-    from huggingface_hub import hf_hub_download
-
-    with suppress(Exception):  # the repository has none, or cannot be reached: its config.json has end tokens, too
-        return read_object(Path(hf_hub_download(model.from_pretrained, GENERATION, revision=model.revision)), field="model.from_pretrained")
-    return None
+    file = hub.optional(model, GENERATION)
+    return read_object(file, field="model.from_pretrained") if file else None
 
 
 def is_derived(generation: Mapping[str, Any]) -> bool:

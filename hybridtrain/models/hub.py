@@ -1,0 +1,71 @@
+"""Files of `model.from_pretrained` on the Hugging Face hub: the one place that asks for them. Each is asked for once a process."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from hybridtrain import log
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.types import UserError, refusal
+
+FIELD = "model.from_pretrained"
+_log = log.get("model")
+
+
+def file(model: ModelConfig, name: str) -> Path:
+    """A file of the repository, in the local cache. Raises UserError for one that cannot be had."""
+    try:
+        return _downloaded(model.from_pretrained, model.revision, name)
+    except Exception as error:
+        raise _refused(error, model, name=name) from error
+
+
+def optional(model: ModelConfig, name: str) -> Path | None:
+    """A file that a repository need not have. One that cannot be had for another reason is warned of."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return _downloaded(model.from_pretrained, model.revision, name)
+    except Exception as error:
+        if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            _log.warning("%s goes on without %s: %s", model.from_pretrained, name, _reason(error, model, name=name))
+    return None
+
+
+def folder(model: ModelConfig) -> Path:
+    """The repository's weights, and its JSON files, in the local cache. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+    try:
+        return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise _refused(error, model, name="its weights") from error
+
+
+@functools.cache
+def _downloaded(repository: str, revision: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, name, revision=revision))
+
+
+def _refused(error: Exception, model: ModelConfig, *, name: str) -> UserError:
+    problem = f"neither a folder here nor to be had from the hub: {_reason(error, model, name=name)}"
+    return refusal(FIELD, model.from_pretrained, problem, allowed="a folder, or a hub id that this machine reaches", instead="a local folder")
+
+
+def _reason(error: Exception, model: ModelConfig, *, name: str) -> str:
+    from huggingface_hub import errors
+
+    words: tuple[tuple[type[Exception], str], ...] = (
+        (errors.GatedRepoError, "its owner lets nobody in without asking; accept its terms on its page, then give your token (HF_TOKEN)"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and wants a token (HF_TOKEN)"),
+        (errors.RevisionNotFoundError, f"it has no revision {model.revision} (model.revision)"),
+        (errors.LocalEntryNotFoundError, f"{name} is not in the local cache, and the hub cannot be reached"),
+        (errors.OfflineModeIsEnabled, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set"),
+        (errors.EntryNotFoundError, f"it has no {name}"),
+    )
+    said = next((text for kind, text in words if isinstance(error, kind)), "")
+    return said or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -352,6 +352,9 @@ def test_an_earlier_export_that_cannot_be_removed_goes_with_the_next(tmp_path: P
         assert AutoModelForCausalLM.from_pretrained(run / "export").config.vocab_size == 37
     hf.run(exporting(run))
     assert not list(run.glob("export.*"))
+    (run / "export.removed").mkdir()  # everything in it could be removed, and it could not
+    hf.run(exporting(run))
+    assert not list(run.glob("export.*"))
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -169,8 +169,11 @@ def _swap(real: Path, *, partial: Path) -> None:
 
 
 def _free(path: Path) -> bool:
-    """Whether nothing has this name, once an earlier export that a crash left under it is gone."""
-    return not (path.exists() or path.is_symlink()) or (is_export(path) and discard_folder(path, record=ORIGIN))
+    """Whether nothing has this name, once what is left there of an earlier export is gone: with its record, or nothing but the folder."""
+    if not (path.exists() or path.is_symlink()):
+        return True
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    return (empty or is_export(path)) and discard_folder(path, record=ORIGIN)
 
 
 def _fill(real: Path, *, partial: Path) -> None:

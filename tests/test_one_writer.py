@@ -14,9 +14,13 @@ from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished, on_this_rank, rows, summary
 
 
-def alone(argv_of: list[list[str]], folder: Path, starts: list[float]) -> Ended:
-    """On each forked process: a command of its own, as one process without a launcher, begun at its time."""
+def alone(argv_of: list[list[str]], folder: Path, starts: list[float], kind: str) -> Ended:
+    """On each forked process: a command of its own, as one process without a launcher, begun at its time. `kind`: see KINDS."""
     number = int(os.environ["RANK"])
+    lock.FLOCK = kind == "flock"
+    if kind == "hosts":
+        lock.BEAT_S = 0.5
+        lock._machine = lambda: f"machine {number}"  # type: ignore[assignment]
     mesh.disconnect()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -25,9 +29,13 @@ def alone(argv_of: list[list[str]], folder: Path, starts: list[float]) -> Ended:
     return on_this_rank(argv_of[number])
 
 
-def together(argv_of: list[list[str]], folder: Path, *, apart_s: float) -> list[Ended]:
+KINDS = ("flock", "no flock", "hosts")
+"""On one machine with and without flock; on two machines whose file system carries no flock, so that they know of each other by beats alone."""
+
+
+def together(argv_of: list[list[str]], folder: Path, *, apart_s: float, kind: str) -> list[Ended]:
     first = time.time() + 0.5
-    return run_ranks(len(argv_of), alone, argv_of, folder, [first + apart_s * number for number in range(len(argv_of))])
+    return run_ranks(len(argv_of), alone, argv_of, folder, [first + apart_s * number for number in range(len(argv_of))], kind)
 
 
 def check_double_start(ended: list[Ended], run: Path, *, steps: int) -> None:
@@ -43,21 +51,24 @@ def check_double_start(ended: list[Ended], run: Path, *, steps: int) -> None:
 
 def test_of_two_commands_in_one_directory_one_trains(data: Path, tmp_path: Path) -> None:
     argv = arguments(tmp_path / "run", data, train__steps=12, checkpoint__every=3)
-    check_double_start(together([argv, argv], tmp_path, apart_s=0.0), tmp_path / "run", steps=12)
+    check_double_start(together([argv, argv], tmp_path, apart_s=0.0, kind="flock"), tmp_path / "run", steps=12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_double_starts(data: Path, tmp_path: Path) -> None:
-    for number in range(20):
+@pytest.mark.parametrize("kind", KINDS)
+def test_double_starts(data: Path, tmp_path: Path, kind: str) -> None:
+    """Twenty in all, from the same moment to a fifth of a second apart. Who listens for another host's beats needs that host to train on."""
+    steps = 300 if kind == "hosts" else 8
+    for number in range(4 if kind == "hosts" else 8):
         run = tmp_path / f"run-{number}"
-        argv = arguments(run, data, train__steps=8, checkpoint__every=2, checkpoint__keep_last=1)
-        check_double_start(together([argv, argv], tmp_path, apart_s=0.02 * number), run, steps=8)
+        argv = arguments(run, data, train__steps=steps, checkpoint__every=steps // 4, checkpoint__keep_last=1)
+        check_double_start(together([argv, argv], tmp_path, apart_s=0.03 * number, kind=kind), run, steps=steps)
 
 
 def test_two_new_runs_in_the_default_folder_have_two_directories(data: Path, tmp_path: Path) -> None:
     given = [text for text in arguments(tmp_path, data, train__steps=2, run__name="both") if not text.startswith("run.dir")]
-    ended = together([[*given, "run.seed=1"], [*given, "run.seed=2"]], tmp_path, apart_s=0.0)
+    ended = together([[*given, "run.seed=1"], [*given, "run.seed=2"]], tmp_path, apart_s=0.0, kind="flock")
     assert [one.code for one in ended] == [0, 0], ended
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["both", "both-2"]
     assert [len(rows(path)) for path in sorted((tmp_path / "runs").iterdir())] == [2, 2]

@@ -119,6 +119,24 @@ def test_a_run_that_is_queued_is_not_queued_a_second_time(slurm, data, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_second_job_in_a_run_that_trains_is_refused_and_the_first_goes_on(slurm, data, uninterrupted, tmp_path, monkeypatch):
+    """By plain sbatch, which asks nobody; submit refuses it at once."""
+    run = tmp_path / "run"
+    sabotage(monkeypatch, kind="slow", seconds=1.5)
+    first = submit(run, data)
+    wait_for_lines(run, 1)
+    monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
+    monkeypatch.setenv("HYBRIDTRAIN_RANKS", "2")
+    second = slurm.run("sbatch", "--parsable", "--nodes=2", "--no-requeue", str(ROOT / "slurm/train.sbatch"), *arguments(run, data, parallel="tp2_pp2"))
+    assert slurm.wait(second, timeout_s=120)["JobState"] == "FAILED", output(run)
+    said = (tmp_path / f"slurm-{second}.out").read_text() + output(run)
+    assert f"(job {first}) trains here since" in said
+    assert slurm.wait(first, timeout_s=120)["JobState"] == "COMPLETED", output(run)
+    assert rows(run) == uninterrupted
+    assert summary(run)["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)

@@ -171,7 +171,9 @@ def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whol
 
 @pytest.mark.slow  # torchrun gives rank 0 half a minute to end
 def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)  # rank 1 cannot open its log
+    finished(2, arguments(tmp_path / "run", data, train__steps=1))
+    (tmp_path / "run" / "logs" / "rank-1.log").unlink()
+    (tmp_path / "run" / "logs" / "rank-1.log").mkdir()  # rank 1 cannot open its log
     process = torchrun(2, arguments(tmp_path / "run", data))
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -16,7 +16,7 @@ from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.files import read_object
 from hybridtrain.models import described
-from hybridtrain.models.facts import facts, read_config
+from hybridtrain.models.facts import facts_of
 from hybridtrain.rundir import require_run
 from hybridtrain.types import UserError
 
@@ -60,7 +60,11 @@ def verify_run(path: Path) -> tuple[list[str], int]:
         fingerprints.add(progress.fingerprints.get("model"))
         if checkpoint.name != f"step-{progress.step:08d}":
             problems.append(f"{checkpoint}: it holds step {progress.step}")
-    problems += [f"{checkpoint}: no folder of a checkpoint" for checkpoint in folder.glob("step-*") if not checkpoint.is_dir()]
+    for other in sorted(set(folder.glob("step-*")) - set(complete)):
+        if not other.is_dir():
+            problems.append(f"{other}: no folder of a checkpoint")
+        elif not other.name.endswith((marker.PARTIAL, marker.REPLACED)):
+            problems.append(f"{other}: it has no {marker.MARKER} any more, so it does not count")
     problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs), *_of_lines(path)]
     return problems, len(complete)
 
@@ -80,7 +84,7 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
         if now is not None and held and (found := described.changes(described_by, now)):
             yield f"{file}: it has changed since {newest} was written ({described.words(found)})"
         elif now is not None and fingerprints:
-            model = facts(read_config(ModelConfig(from_pretrained=str(file.parent))))
+            model = facts_of(ModelConfig(from_pretrained=str(file.parent)))
             if fingerprints != {identity.model_fingerprint(model)}:
                 yield f"{file}: it describes another model than the checkpoints hold"
         for older, fields in held[:-1]:

@@ -203,7 +203,13 @@ def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("train: {stepz: 3}", "train.steps=VALUE"), ("train: {steps: soon}", "train.steps=soon"), ("[1, 2]", "not a configuration"), ("a: [", "does not compose")],
+    [
+        ("train: {stepz: 3}", "train.steps=VALUE"),
+        ("train: {steps: soon}", "train.steps=soon"),
+        ("[1, 2]", "not a configuration"),
+        ("7", "not a configuration"),
+        ("a: [", "does not compose"),
+    ],
 )
 def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)

@@ -9,6 +9,7 @@ import pytest
 from hybridtrain.data import indexed
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter, file_pair, token_dtype
 from hybridtrain.data.pack import TextRows, count_rows
+from hybridtrain.data.store import Corpus
 from hybridtrain.types import UserError
 
 DOCUMENTS = [[5, 6, 7], [65000], [1, 2, 3, 4, 9, 0]]
@@ -137,6 +138,15 @@ def test_damage_is_refused(tmp_path, damage):
         IndexedReader(tmp_path / "train")
     assert message in str(error.value)
     assert "prepare" in str(error.value)
+
+
+def test_a_file_of_zeros_is_no_text(tmp_path):
+    """What a copy with holes in it reads as. Files that `prepare` wrote are held against what it wrote."""
+    write(tmp_path / "train", [[5, 6, 7] * 40], vocab_size=300)
+    assert Corpus.open(tmp_path / "train").count("train", seq_len=32) == 3
+    (tmp_path / "train.bin").write_bytes(bytes((tmp_path / "train.bin").stat().st_size))
+    with pytest.raises(UserError, match=r"train\.bin: each of \d+ tokens all over it has the id 0: it was not copied whole"):
+        Corpus.open(tmp_path / "train")
 
 
 def text_rows(reader: IndexedReader, *, seq_len: int) -> TextRows:

@@ -160,6 +160,7 @@ DAMAGED = {
             ("splits", []),
             ("digests", {"train.bin": 1}),
             ("digests", [1]),
+            ("digests", {"train.bin": {"bytes": [1], "sample": "", "sha256": ""}}),
             ("largest_id", None),
             ("format", 9),
         )

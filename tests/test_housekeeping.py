@@ -199,15 +199,23 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     (folder / "step-00000003").rename(folder / "step-00000007")
+    (folder / "step-00000009").mkdir()
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write((run / "metrics.jsonl").read_text().splitlines()[1] + '\n{"st')
     model = json.loads((run / "model" / "config.json").read_text())
     (run / "model" / "config.json").write_text(json.dumps({**model, "num_hidden_layers": model["num_hidden_layers"] - 1, "layer_types": None}))
     problems, number = verify_run(run)
     assert number == 3
-    assert len(problems) == 5, problems
+    assert len(problems) == 6, problems
     changed = "it has changed since step-00000007 was written (num_hidden_layers was"
-    for words in ("damaged: " + damaged.name, "it holds step 3", "has step 2 after step 3", "line 5 is no line", changed):
+    for words in (
+        "damaged: " + damaged.name,
+        "it holds step 3",
+        "has step 2 after step 3",
+        "line 5 is no line",
+        changed,
+        "step-00000009: it has no complete.json any more",
+    ):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.models.build import hf_config, meta_model, plain_model
-from hybridtrain.models.facts import SUPPORTED, facts, read_config
+from hybridtrain.models.facts import SUPPORTED, facts, facts_of, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
@@ -192,6 +192,15 @@ def test_folders_without_weights_or_config(tmp_path):
 def test_fields_of_a_folder_can_be_changed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model()))
     assert facts(read_config(ModelConfig(from_pretrained=str(tmp_path), config={"num_hidden_layers": 2}))).layers == 2
+
+
+def test_a_value_that_cannot_be_names_the_file_it_stands_in_or_the_option(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**model(), "hidden_size": "wide"}))
+    with pytest.raises(UserError, match=rf"model\.config\.hidden_size=wide: not a whole number \(config\.json of {tmp_path}\)\n  allowed"):
+        facts_of(ModelConfig(from_pretrained=str(tmp_path)))
+    with pytest.raises(UserError, match=r"model\.config\.hidden_size=none: not a whole number\n  allowed"):
+        facts_of(ModelConfig(from_pretrained=str(tmp_path), config={"hidden_size": "none"}))
+    assert facts_of(ModelConfig(from_pretrained=str(tmp_path), config={"hidden_size": 64})).hidden == 64
 
 
 def test_an_adapter_is_refused_by_name(tmp_path):

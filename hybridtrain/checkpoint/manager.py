@@ -75,6 +75,9 @@ class Manager:
                     discard(path)
                 else:  # we write folders
                     _log.warning("%s is no folder: it is not ours, and stays", path)
+        for path in sorted(self.folder.glob("step-*")):
+            if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):  # it had one, or it would not have this name
+                _log.warning("%s has no %s any more: it does not count as a checkpoint, and stays", path, marker.MARKER)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

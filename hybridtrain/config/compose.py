@@ -217,7 +217,7 @@ def _read(path: Path, command: str, *, resolve: bool) -> schema.Config:
         raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
     others = set().union(*(keys.sections(name) for name in schema.ROOTS)) - set(keys.sections(command))
     try:
-        loaded = OmegaConf.load(io.StringIO(limits.read(path)))
+        loaded = _loaded(limits.read(path))
         if not isinstance(loaded, DictConfig):
             raise limits.unfit(path, "is not a configuration")
         kept = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key not in others])
@@ -228,6 +228,14 @@ def _read(path: Path, command: str, *, resolve: bool) -> schema.Config:
         return typed(merged)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise _translated(error, command, source=path) from error
+
+
+def _loaded(text: str) -> Any:
+    """What a YAML text holds; None where it is one value, which OmegaConf calls an IOError."""
+    try:
+        return OmegaConf.load(io.StringIO(text))
+    except OSError:
+        return None
 
 
 def _keep_calls(node: DictConfig, path: Path) -> None:

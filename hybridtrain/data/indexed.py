@@ -24,6 +24,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point and hold no tokens
 _DTYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_SAMPLES, _SAMPLE_TOKENS = 16, 64
 COPY_BYTES = 1 << 22  # bytes, or entries of an index, held at once
 
 
@@ -196,6 +197,13 @@ class IndexedReader:
             last = int(bounds[-1])
         if last != self.sequences:
             raise _bad(self.idx_path, f"its documents end at sequence {last} of {self.sequences}")
+
+    def check_not_zeros(self) -> None:
+        """Refuse token files whose sample is zeros (raises UserError): so reads a copy that has holes in it, or was cut off."""
+        starts = [self.tokens * part // _SAMPLES for part in range(_SAMPLES)]
+        sample = np.concatenate([self.read(start, min(start + _SAMPLE_TOKENS, self.tokens)) for start in starts])
+        if len(sample) > _SAMPLE_TOKENS and not sample.any():
+            raise _bad(self.bin_path, f"each of {len(sample)} tokens all over it has the id 0: it was not copied whole, or is no text")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view of the mapped file."""

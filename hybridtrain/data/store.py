@@ -59,6 +59,8 @@ class Corpus:
                 reader.check()
                 if self.chat:
                     _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
+                if self.facts is None:
+                    reader.check_not_zeros()
         if log.rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             for name, written in (self.digests or {}).items():
                 if problem := _changed(self.path / name, written):
@@ -215,8 +217,9 @@ def _prepared(folder: Path) -> Corpus:
         counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
         wanted = ("vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if facts.get("kind") == "chat" else []))
         facts = {**facts, **{name: facts[name] for name in wanted}}
-        for values in (facts.get("digests") or {}).values():
-            values["bytes"], values["sample"], values["sha256"]
+        for name, values in (facts.get("digests") or {}).items():
+            if [type(values[key]) for key in ("bytes", "sample", "sha256")] != [int, str, str]:
+                raise _unprepared(folder, f"its corpus.json has no digest of {name}")
     except (KeyError, TypeError, AttributeError) as error:
         raise _unprepared(folder, f"its corpus.json lacks {error}") from error
     for name, kinds in _KINDS.items():

@@ -15,7 +15,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models import weights
-from hybridtrain.models.facts import facts, read_config
+from hybridtrain.models.facts import facts_of
 from hybridtrain.types import Capabilities, ModelFacts, refusal
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Settled:
 
 def settle(config: Config) -> Settled:
     """Layout, batch plan and model facts of a config in the launcher's world; raises UserError for what does not fit. Imports no torch."""
-    model = facts(read_config(config.model))
+    model = facts_of(config.model)
     weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
@@ -126,7 +126,7 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
     from hybridtrain.models.build import check
 
     check(config)
-    model = facts(read_config(config.model))
+    model = facts_of(config.model)
     if device.type == "cuda":
         import torch
 

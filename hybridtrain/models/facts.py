@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ def _config_json(model: ModelConfig) -> Path:
             instead="an existing folder",
         )
     return hub.file(model, "config.json")
+
+
+def facts_of(model: ModelConfig) -> ModelFacts:
+    """`facts` of `read_config`. A refusal of what the config.json of from_pretrained says names that file."""
+    try:
+        return facts(read_config(model))
+    except UserError as error:
+        first, line, rest = str(error).partition("\n")
+        field = re.match(r"model\.config\.(\w+)", first)
+        if field is None or field[1] in model.config or not model.from_pretrained:
+            raise
+        raise UserError(f"{first} (config.json of {model.from_pretrained}){line}{rest}") from error
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

@@ -16,7 +16,7 @@ from hybridtrain import machine, ranks
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
 from hybridtrain.layout import ParallelLayout
-from hybridtrain.models.facts import facts, read_config
+from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
@@ -113,7 +113,7 @@ def _fitted(config: schema.ParityRoot) -> schema.ParityRoot:
         data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     except UserError:
         return config
-    return blends.with_vocabulary(config, data, vocab=facts(read_config(config.model)).vocab)
+    return blends.with_vocabulary(config, data, vocab=facts_of(config.model).vocab)
 
 
 def _has_data(config: schema.Config) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from hybridtrain import layout as layouts
 from hybridtrain.config import check, schema
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.models.facts import facts, read_config
+from hybridtrain.models.facts import facts, facts_of, read_config
 from hybridtrain.types import Capabilities, ModelFacts, UserError, refusal
 
 MIN_EPS = 1e-6
@@ -94,7 +94,7 @@ def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilitie
     if fields.get("attention_dropout"):
         config.model.config["attention_dropout"] = 0.0
         said.append(f"dropout is off (model.config.attention_dropout was {fields['attention_dropout']})")
-    model = facts(read_config(config.model))
+    model = facts_of(config.model)
     entries, left_out = _choose(config, model, capabilities, devices)
     if config.parity.shrink:
         small = shrunk(

@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, to see them again")
     options = parser.parse_args()
     harness.preload()
     base = options.work / "base"
@@ -229,7 +230,7 @@ def main() -> None:
     fresh = harness.copies(base, options.work)
     expected: dict[str, Any] = {}
     with options.out.open("w") as out:
-        for number in range(options.count):
+        for number in options.only or range(options.count):
             chance = random.Random(f"{options.seed}-{number}")
             path = chance.choice(files)
             name = chance.choice(reads(path))

@@ -58,15 +58,15 @@ def opened(tmp_path: Path, **weights: float) -> Blend:
 
 def test_ten_thousand_rows_hold_each_corpus_by_its_weight(tmp_path):
     weights, rows = {"a": 6.0, "b": 3.0, "c": 1.23456}, {"a": 700, "b": 50, "c": 5000}
-    for token, name in enumerate(weights):
+    for token, name in enumerate(weights, start=1):
         constant(tmp_path / name, token, rows=rows[name])
     reading = loader(opened(tmp_path, **weights), size=1000)
     drawn_tokens = np.concatenate([[int(batch.input_ids_BT[0, 0]) for batch in reading.micro_batches(step)] for step in range(20)])
     for start in (0, BLOCK):
-        counts = np.bincount(drawn_tokens[start : start + BLOCK], minlength=3)
+        counts = np.bincount(drawn_tokens[start : start + BLOCK], minlength=4)[1:]
         exact = np.array(list(weights.values())) / sum(weights.values()) * BLOCK
         assert np.abs(counts - exact).max() < 1
-    halves = [np.bincount(drawn_tokens[start : start + 1000], minlength=3)[0] for start in range(0, 2 * BLOCK, 1000)]
+    halves = [np.bincount(drawn_tokens[start : start + 1000], minlength=4)[1] for start in range(0, 2 * BLOCK, 1000)]
     assert max(abs(count - 586) for count in halves) < 5 * np.sqrt(1000 * 0.586 * 0.414)  # spread like random draws within a block
     assert len(set(halves)) > 1
 
@@ -90,7 +90,7 @@ def test_cost_does_not_depend_on_the_sample():
 
 
 def test_every_layout_and_a_resume_draw_the_same_rows(tmp_path):
-    for token, name in enumerate("ab"):
+    for token, name in enumerate("ab", start=1):
         constant(tmp_path / name, token, rows=40)
     data = opened(tmp_path, a=1.0, b=2.0)
     whole = loader(data, size=12)
@@ -130,7 +130,7 @@ def test_fingerprint_is_of_tokens_and_shares_not_of_places(tmp_path):
 
 
 def test_a_weight_below_a_row_of_a_block_is_refused(tmp_path):
-    for token, name in enumerate("ab"):
+    for token, name in enumerate("ab", start=1):
         constant(tmp_path / name, token, rows=10)
     with pytest.raises(UserError, match=r"data\.blend=.*/b:1e-05: less than a row of 10,000\n  allowed: weights of 0\.00010.* or more"):
         opened(tmp_path, a=1.0, b=1e-5)

@@ -62,6 +62,11 @@ def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
         raise
 
 
+def is_aside(name: str, *, of: str) -> bool:
+    """Whether a file of this name is what a writer of the file `of` left aside when a kill came."""
+    return re.fullmatch(re.escape(f".{of.lstrip('.')}.") + r"\d+-\d+\.partial", name) is not None
+
+
 def sweep_asides(folder: Path) -> None:
     """Remove what writers that were killed left aside in `folder`; one that was written to in the last minutes may still be going on."""
     with contextlib.suppress(OSError):

@@ -207,6 +207,13 @@ def test_changed_sources_are_noticed(tmp_path, texts, case):
     assert tokenize.prepare(settings(folder, texts), options=NEW) == folder  # an earlier version kept no listing
 
 
+def test_a_prepare_that_was_killed_over_its_first_file_is_begun_again(tmp_path, texts):
+    (tmp_path / "data" / ".partial").mkdir(parents=True)
+    (tmp_path / "data" / ".partial" / ".plan.json.17-140.partial").write_text("{")
+    assert tokenize.prepare(settings(tmp_path / "data", texts), options=NEW) == tmp_path / "data"
+    assert not (tmp_path / "data" / ".partial").exists()
+
+
 def test_a_source_that_is_gone_does_not_matter_to_what_is_prepared(tmp_path, texts, capsys):
     folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
     shutil.rmtree(texts)

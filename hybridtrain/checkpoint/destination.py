@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.sealed import ORIGIN
-from hybridtrain.files import check_apart, discard, discard_folder, is_inside, read_object, recorded, write_json
+from hybridtrain.files import check_apart, discard, discard_folder, is_aside, is_inside, read_object, recorded, write_json
 from hybridtrain.models import tokens
 from hybridtrain.types import refusal
 
@@ -29,7 +29,6 @@ FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_ASIDE = re.compile(re.escape(f".{ORIGIN}.") + r"\d+-\d+\.partial")  # of a record that was being written when a kill came
 
 
 def check(out: Path) -> None:
@@ -115,7 +114,7 @@ def _locked(partial: Path, *, out: Path) -> int:
 def _clear(partial: Path, *, out: Path) -> None:
     """Remove what a crash left in `partial`, if an export wrote it."""
     paths = list(partial.iterdir())
-    strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or _ASIDE.fullmatch(path.name))]
+    strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or is_aside(path.name, of=ORIGIN))]
     if strange and not (partial / ORIGIN).is_file():
         words = f"{partial} holds {strange[0]}, which no export wrote"
         raise refusal(FIELD, out, words, allowed=f"a place without a {partial.name} beside it", instead="move it away, or export.out=FOLDER")

@@ -22,7 +22,7 @@ from hybridtrain.types import UserError, refusal
 FIELD = "data.path"
 CORPUS = "corpus.json"
 TOKENIZER = "tokenizer"
-PARTIAL = ".partial"
+PARTIAL, PLAN = ".partial", "plan.json"
 RECORD = ".prepare.json"
 """Which files here are ours; folders of earlier versions have none."""
 SPLITS = ("train", "eval")
@@ -66,7 +66,8 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
         [path.relative_to(folder).as_posix() for path in there.rglob("*") if not path.is_dir()] if there.is_dir() and not there.is_symlink() else [TOKENIZER]
     )
     partial = folder / PARTIAL
-    work = [PARTIAL] if partial.exists() and not (partial / "plan.json").is_file() and any(partial.iterdir()) else []
+    strange = partial.exists() and not (partial / PLAN).is_file() and not all(files.is_aside(path.name, of=PLAN) for path in partial.iterdir())
+    work = [PARTIAL] if strange else []
     files.claim(folder, [name for name in (*NAMES, *sorted(found), *work) if name not in own], record=RECORD, field=FIELD)
 
 

@@ -212,7 +212,7 @@ def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> 
             line = f"{piece.number}\0{unit.source.name}\0{unit.start}\0{unit.stop}\0{unit.source.size}\0{unit.source.version}\n"
             listing.update(line.encode("utf-8", "surrogateescape"))
     plan = json.dumps({"format": corpus.FORMAT, "settings": settings, "units": listing.hexdigest()})
-    mark = partial / "plan.json"
+    mark = partial / folder.PLAN
     if mark.exists() and mark.read_text() == plan:
         for aside in partial.glob("piece-*.aside"):
             discard(aside)

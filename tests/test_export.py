@@ -427,7 +427,7 @@ def test_exports_of_a_run_that_removes_its_checkpoints_meanwhile(tmp_path: Path)
     finally:
         ended.set()
         thread.join()
-    assert manager.steps()[-1] > 40
+    assert manager.steps()[-1] > 30
 
 
 def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_path: Path) -> None:

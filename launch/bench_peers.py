@@ -4,10 +4,12 @@
     bench_peers.py PEERS.json --mode dp2,zero3 --prec fp32,bf16 --rounds 15 --out table
     bench_peers.py --checkouts new=. old=../old --mode 1p,dp2 --prec fp32 --rounds 60 --until 0.04 --steps 1      # two checkouts of hybridtrain
 
-All contestants of a cell (mode, precision) are started once and warmed up, each alone. Then, in each round, each makes its
-steps while the others sleep, and who begins changes every round. Start-up is paid once, and what is compared lies
-seconds apart. The ratio to a peer is the median over rounds of (its time) / (ours), with the sign test's 95 % interval; with --until W
-there are as many rounds as it takes to make every interval at most W wide.
+All contestants of a cell (mode, precision) are started and warmed up, each alone. Then, in each round, each makes its
+steps while the others sleep, and who begins changes every round: what is compared lies seconds apart. Then all are started once more,
+in the opposite order, for as many rounds: on some machines whoever is started first is slower by a few per cent from then on (the same
+checkout twice: 2 %). A round's time is the geometric mean of its two sittings, in which that cancels. The ratio to a peer is the median
+over rounds of (its time) / (ours), with the sign test's 95 % interval; with --until W there are as many rounds as it takes to make every
+interval of the first sitting at most W wide.
 
 PEERS.json: [{"name", "python", "script", "args", "modes", "precs", "env", "ours"}]. A script calls `Meter` of a module `common` beside it:
 `start()`, and `lap(loss)` once a step. --checkouts makes such a list of folders of hybridtrain, each with its own .venv or this Python;
@@ -143,7 +145,23 @@ class Contestant:
 
 
 def race(peers: list[dict[str, Any]], *, mode: str, prec: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One cell: everybody's median seconds a step in each round."""
+    """One cell: everybody's seconds a step in each round, of two sittings."""
+    there = _sitting(peers, mode=mode, prec=prec, options=options)
+    made = max((len(row.get("rounds_s", ())) for row in there), default=0)
+    options = argparse.Namespace(**{**vars(options), "rounds": made or 1, "until": 0.0})
+    back = {row["peer"]: row for row in _sitting(peers[::-1], mode=mode, prec=prec, options=options)}
+    for row in there:
+        again = back[row["peer"]]
+        row["error"] = row["error"] or again["error"]
+        if not row["error"]:
+            row["rounds_s"] = [math.sqrt(one * other) for one, other in zip(row["rounds_s"], again["rounds_s"], strict=True)]
+            row["rss_mb"] = max(row["rss_mb"], again["rss_mb"])
+    _say(f"{prec} {mode}: done")
+    return there
+
+
+def _sitting(peers: list[dict[str, Any]], *, mode: str, prec: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All are started, take turns, and are ended; the first peer is the one whose ratios decide how many rounds there are."""
     contestants = []
     for peer in peers:
         contestants.append(Contestant(peer, mode=mode, prec=prec, options=options))
@@ -163,7 +181,6 @@ def race(peers: list[dict[str, Any]], *, mode: str, prec: str, options: argparse
         if turns:
             row |= {"rounds_s": [turn["s"] for turn in turns], "rss_mb": turns[-1]["rss_mb"], "loss": turns[-1]["loss"], "tokens": options.gbs * options.seq}
         rows.append(row)
-    _say(f"{prec} {mode}: done")
     return rows
 
 

@@ -278,6 +278,13 @@ def test_a_seed_of_its_own_goes_before_the_runs(trained, capsys):
     assert shown["run.seed=1"] == shown["generate.seed=1"] != shown["run.seed=2"]
 
 
+@pytest.mark.parametrize(("name", "value"), [("bos_token_id", "text"), ("eos_token_id", [1, "x"]), ("eos_token_id", 0.5), ("pad_token_id", {})])
+def test_special_tokens_that_are_no_ids_are_refused(trained, folder, name, value):
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(UserError, match=rf"generate\.source=.*the {name} of its generation_config\.json is .*|cannot load its"):
+        draw(trained, temperature=0.0, source=folder)
+
+
 def test_end_tokens_of_generation_config_end_a_text(trained, folder):
     text = draw(trained, temperature=0.0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

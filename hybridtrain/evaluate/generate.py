@@ -53,6 +53,7 @@ def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfi
     tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
     model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
+    _check_tokens(model)
     for ids in inputs:
         check_ids(ids, rows=model.get_input_embeddings().num_embeddings, field="generate.prompt")
         _check_room(model, prompt_tokens=len(ids), max_new_tokens=options.max_new_tokens)
@@ -97,13 +98,23 @@ def _continued(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Ge
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, pad_token_id=pad, **sampling)
-    except (ValueError, NotImplementedError) as error:  # values of a generation_config.json that cannot be, or do not go together
+    except (ValueError, TypeError, NotImplementedError) as error:  # values of a generation_config.json that cannot be, or do not go together
         raise evaluate.unloadable("the model", field=FIELD, what="generation_config.json", error=error) from error
     # Decoded together: a tokenizer may drop the space in front of a text that begins with the continuation.
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist()))
     text = whole[len(before) :]
     places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
+
+
+def _check_tokens(model: Any) -> None:
+    """Refuse special tokens of a generation_config.json that are no ids: some would be taken for others."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in listed):
+            problem = f"the {name} of its generation_config.json is {str(value)[:40]}"
+            raise refusal(FIELD, model.name_or_path, problem, allowed="ids of tokens", instead="a folder as it was exported")
 
 
 def _check_room(model: Any, *, prompt_tokens: int, max_new_tokens: int) -> None:

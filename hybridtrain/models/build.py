@@ -47,9 +47,15 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
-    if chosen:
+    asked = repr((sorted(fields.items()), sorted(chosen.items()), attention))
+    if chosen and asked not in _IN_FORCE:
         _check_in_force(config, fields, chosen=chosen)
+        _IN_FORCE.add(asked)
     return config
+
+
+_IN_FORCE: set[str] = set()
+"""What this process has asked for and found to be in force: a start builds the same config three times, and layers to look at each time."""
 
 
 def _unfit(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> UserError:

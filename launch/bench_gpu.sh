@@ -89,7 +89,7 @@ if has hydra; then
     done
     if [ -z "$rehearse" ] && has pytest; then part tests 600 "$python" -m pytest -q -o addopts= -m gpu -p no:cacheprovider tests/gpu; fi
 else
-    echo "two GPUs, tests: left out, no hydra-core" | tee "$folder/missed.txt"
+    echo "two GPUs, tests: left out, no hydra-core" | tee -a "$folder/missed.txt"
 fi
 
 "$python" - "$folder" <<'PYTHON' | tee "$folder/table.md"

@@ -270,12 +270,13 @@ def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run:
 def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:
     """generation_config.json as the checkpoint holds it, else the run's; earlier releases made one of config.json alone, so the source's goes before it."""
     sealed_file, file = checkpoint / tokens.GENERATION, run.model_dir / tokens.GENERATION
-    own = read_object(file, field="run.dir") if file.is_file() and not sealed_file.is_file() else {}
     if sealed_file.is_file():
         own = read_object(sealed_file, field="checkpoint")
         with contextlib.suppress(UserError):
             if read_object(file, field="run.dir") != own:
                 log.warning("export: %s has changed since the checkpoint was written; the checkpoint's own is exported", file)
+    else:
+        own = read_object(file, field="run.dir") if file.is_file() else {}
     if tokens.is_derived(own) and Path(run.source.from_pretrained).is_dir():
         return tokens.source_generation(run.source) or own
     return own

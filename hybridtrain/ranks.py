@@ -36,7 +36,8 @@ from typing import Any
 from hybridtrain import failure
 
 GRACE_S = 5.0
-"""How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes."""
+"""How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes.
+A rank that is done stays as long for the others: one that still connects to it would take its end for a crash."""
 _TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1
 
@@ -235,6 +236,8 @@ def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, serve
         connection.close()
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 0:
+            time.sleep(GRACE_S)  # the server ends this process as soon as all ranks have answered
     finally:
         os._exit(code)  # no interpreter exit: what the server has registered for it is not this process's
 

@@ -54,6 +54,14 @@ def sleep(folder: str) -> None:
     time.sleep(100)
 
 
+def rank_0_is_there_a_second_later() -> bool:
+    pids: list[int] = [0, 0]
+    dist.all_gather_object(pids, os.getpid())
+    if dist.get_rank() == 1:
+        time.sleep(1)
+    return alive(pids[0])
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -107,3 +115,10 @@ def test_no_process_is_left_behind(tmp_path, how):
     while any(map(alive, started)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in started if alive(pid)]
+
+
+def test_a_rank_that_is_done_stays_until_the_others_are():
+    """A rank that is still connecting would take its end for a crash ("Connection closed by peer")."""
+    began = time.monotonic()
+    assert run_ranks(2, rank_0_is_there_a_second_later) == [True, True]
+    assert time.monotonic() - began < ranks.GRACE_S  # and is ended at once when they are

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import failure, log, machine, mesh
+from hybridtrain import mesh
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import failure, host, log
 
 PER_HOST = ("data.path", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained", "run.dir")
 """Options whose environment references may have another value on each host."""
@@ -57,7 +58,7 @@ def code() -> dict[str, str]:
     """File of this package -> a digest of its text; library -> its version."""
     package = Path(__file__).parent
     files = {f"hybridtrain/{file.relative_to(package)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(package.rglob("*.py"))}
-    return {**files, **{name: version for name, version in machine.versions().items() if name != "hybridtrain"}}
+    return {**files, **{name: version for name, version in host.versions().items() if name != "hybridtrain"}}
 
 
 def _digest(value: Any) -> str:
@@ -82,7 +83,7 @@ def _differences(first: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str,
 
 
 def _refused(differences: dict[int, tuple[str, list[tuple[str, str, str]]]]) -> UserError:
-    rank, (host, entries) = next(iter(differences.items()))
+    rank, (node, entries) = next(iter(differences.items()))
     (what, value, _), others = entries[0], ", ".join(map(str, list(differences)[1:]))
     words = "; ".join(f"{key}={there} here and {here} there" for key, there, here in entries[:_NAMED])
     more = f" and {len(entries) - _NAMED} more" if entries[_NAMED:] else ""
@@ -90,7 +91,7 @@ def _refused(differences: dict[int, tuple[str, list[tuple[str, str, str]]]]) -> 
     return refusal(
         what,
         value,
-        f"rank {rank} on {host} differs from rank 0 on {failure.node()}: {words}{more}{also}",
+        f"rank {rank} on {node} differs from rank 0 on {failure.node()}: {words}{more}{also}",
         allowed="the same options, code and data on all ranks; places may be ${oc.env:NAME} of each host",
         instead="the same command and the same checkout on every machine; another MASTER_PORT, if these are two trainings",
     )

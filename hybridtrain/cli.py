@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from hybridtrain import __version__
 from hybridtrain.command import COMMANDS, TAKES_RUN, run_command
-from hybridtrain.launched import leave
+from hybridtrain.runtime.launch import leave
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from hybridtrain import launched, log, spawn
-from hybridtrain.types import Answered, OnThisRank, UserError, refusal
+from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.runtime import launch, log, spawn
 
 if TYPE_CHECKING:
     from hybridtrain.config import schema
@@ -60,7 +60,7 @@ def run_command(command: str, argv: list[str]) -> int:
     try:
         if (refused := _misplaced(command)) is not None:
             return refused
-        processes, argv = _take_nproc(command, launched.arguments(argv))
+        processes, argv = _take_nproc(command, launch.arguments(argv))
         config = _configured(command, argv)
         if isinstance(config, int):
             return config
@@ -89,12 +89,12 @@ def run_command(command: str, argv: list[str]) -> int:
 def _misplaced(command: str) -> int | None:
     """The exit code where the directory or the launcher's variables do not do, which each process says for itself; None: they do."""
     try:
-        launched.check_directory()
-        launched.adopt_srun()
+        launch.check_directory()
+        launch.adopt_srun()
         if command in SEVERAL:
-            launched.check()
-            launched.deadline()
-            launched.end_with_launcher()
+            launch.check()
+            launch.deadline()
+            launch.end_with_launcher()
     except UserError as error:
         return _answer(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
     return None
@@ -129,7 +129,7 @@ def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Co
 
 def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
     """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
-    launched.tell_launcher(text)
+    launch.tell_launcher(text)
     if log.rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return 2
@@ -190,7 +190,7 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
             raise refusal("--nproc", value, f"{command} runs in one process", allowed=f"--nproc with {', '.join(SEVERAL)}", instead=f"hybridtrain {command}")
         if value != "auto" and not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65536):
             raise refusal("--nproc", value or "(nothing)", "not a number of processes", allowed=allowed, instead="--nproc 2")
-        if launched.several():
+        if launch.several():
             problem = f"this is rank {log.rank()} of a launcher already"
             raise refusal("--nproc", value, problem, allowed="one launcher", instead="either --nproc, or torchrun and its like")
         if any(flag in rest for flag in ("-m", "--multirun")):

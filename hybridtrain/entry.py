@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridtrain import failure, identity, lock, log
+from hybridtrain import identity, lock
 from hybridtrain.config.schema import Config
-from hybridtrain.files import unwritable, write_atomically
+from hybridtrain.errors import UserError
 from hybridtrain.rundir import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
-from hybridtrain.types import UserError
+from hybridtrain.runtime import failure, log
+from hybridtrain.runtime.files import unwritable, write_atomically
 
 _log = log.get("run")
 _APPEAR_S = 5.0

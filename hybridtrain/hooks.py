@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from hybridtrain import log, metrics
+from hybridtrain import metrics
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.mesh import any_rank
 from hybridtrain.rundir import RunDir
+from hybridtrain.runtime import log
 from hybridtrain.trackers import Trackers
 from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 

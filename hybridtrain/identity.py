@@ -18,8 +18,9 @@ from typing import Any
 from hybridtrain import lock
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.files import check_apart
-from hybridtrain.types import ModelFacts, Progress, UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import check_apart
+from hybridtrain.types import ModelFacts, Progress
 
 _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hybridtrain.types import Capabilities, ModelFacts, refusal
+from hybridtrain.errors import refusal
+from hybridtrain.types import Capabilities, ModelFacts
 
 if TYPE_CHECKING:
     from hybridtrain.config import schema

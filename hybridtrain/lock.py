@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from hybridtrain import log
-from hybridtrain.files import unwritable
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import unwritable
 
 _log = log.get("run")
 NAME = "lock"

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain import log
+from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
-from hybridtrain.types import ModelFacts, refusal
+from hybridtrain.runtime import log
+from hybridtrain.types import ModelFacts
 
 if TYPE_CHECKING:
     from hybridtrain.config.schema import Config, ParallelConfig

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hybridtrain import launched, log, meeting, network
-from hybridtrain.types import Answered, UserError
+from hybridtrain.errors import Answered, UserError
+from hybridtrain.runtime import launch, log, meeting, network
 
 if TYPE_CHECKING:
     from hybridtrain.layout import ParallelLayout
@@ -46,7 +46,7 @@ def connect(device: torch.device, *, timeout_s: int) -> None:
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device  # NCCL connects once, now, and splits that communicator into those of the mesh
-    if not launched.several():
+    if not launch.several():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
     met = meeting.meet(gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "", timeout_s=timeout_s)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridtrain.files import finite
+from hybridtrain.runtime.files import finite
 from hybridtrain.types import ModelFacts, StepResult
 
 GIB = 1024**3

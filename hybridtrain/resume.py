@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain import entry as entries
-from hybridtrain import failure, identity, log, machine, rundir
+from hybridtrain import identity, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.entry import Entry
-from hybridtrain.files import read_object, sweep_asides, unwritable, write_json
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described
 from hybridtrain.rundir import RunDir
-from hybridtrain.types import Progress, UserError, refusal
+from hybridtrain.runtime import failure, host, log
+from hybridtrain.runtime.files import read_object, sweep_asides, unwritable, write_json
+from hybridtrain.types import Progress
 
 if TYPE_CHECKING:
     from hybridtrain.train import Job
@@ -59,7 +61,7 @@ def open_run(job: Job) -> RunDir | None:
             _check_described(source_at_hand(config), checkpoint=checkpoint)
         manager.sweep()
         sweep_asides(entry.path)
-        run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=progress.step)
+        run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
         if origin:
             _pin(origin, run=entry.path, progress=progress)
         run_dir.cut(progress.step)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import lock
-from hybridtrain.files import append_json, discard, finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import append_json, discard, finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
 
 METRICS = (
     "step",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import failure, identity, launched, log, machine, memory, resume, rundir
+from hybridtrain import identity, memory, resume, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
@@ -26,9 +26,11 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend
-from hybridtrain.files import read_object, unwritable, write_json
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress, UserError, refusal
+from hybridtrain.runtime import failure, host, launch, log
+from hybridtrain.runtime.files import read_object, unwritable, write_json
+from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +38,9 @@ if TYPE_CHECKING:
 
     from hybridtrain.loop import Done
     from hybridtrain.rundir import RunDir
-    from hybridtrain.stop import Stop
+    from hybridtrain.runtime.stop import Stop
+    from hybridtrain.runtime.watchdog import Watchdog
     from hybridtrain.trackers import Trackers
-    from hybridtrain.watchdog import Watchdog
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
@@ -103,10 +105,10 @@ def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
 def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
-    launched.use_expandable_segments()
+    launch.use_expandable_segments()
     job = resolve(config, here=True)
     run_dir = None
-    if not launched.several():  # a process alone: refused before torch is imported
+    if not launch.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
         if run_dir is None:
             return 0
@@ -129,9 +131,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
 
     from hybridtrain import agreement, mesh
     from hybridtrain.loop import Done
-    from hybridtrain.stop import Stop
+    from hybridtrain.runtime.stop import Stop
+    from hybridtrain.runtime.watchdog import Watchdog
     from hybridtrain.trackers import Trackers
-    from hybridtrain.watchdog import Watchdog
 
     config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
     try:
@@ -230,7 +232,7 @@ def _train(
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
-    hosts = machine.gather(device, group=mesh.control_group)
+    hosts = host.gather(device, group=mesh.control_group)
     if log.rank() == 0:
         try:
             save_config(engine.model_config, run_dir.model, model=config.model)
@@ -296,7 +298,7 @@ def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGrou
 
 def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
     """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
-    from hybridtrain import backend
+    from hybridtrain.runtime import cpu
 
     config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
     public = compose.plain(config)
@@ -317,7 +319,7 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     _log.info(
         "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
     )
-    _log.info("backend   %s", backend.describe(config.engine, device=engine.device))
+    _log.info("backend   %s", cpu.describe(config.engine, device=engine.device))
     _log.info("run       %s", run_dir.path)
     for line in _of_tokenizer(job, model=run_dir.model):
         _log.info("tokenizer %s", line)
@@ -357,4 +359,4 @@ def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    launched.leave(run_command("train", sys.argv[1:]))
+    launch.leave(run_command("train", sys.argv[1:]))

@@ -16,30 +16,6 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # a label with this value carries no loss (the convention of torch and of Hugging Face)
 
 
-class UserError(ValueError):
-    """Something the user can put right. Printed once, by rank 0, without a traceback."""
-
-
-class OnThisRank(UserError):
-    """A mistake that this rank alone can know of, and so prints whatever its number."""
-
-
-class Answered(Exception):
-    """Another rank has said why the run ends: this one leaves without words, with the exit code `code`."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
-
-def refusal(field: str, value: object, problem: str, *, allowed: str, instead: str) -> UserError:
-    """Build the one form every refusal has: section.field, the value, what is allowed, what to try.
-
-    A value that came from the environment (config.compose.Interpolated) is shown as the reference that was written: refusals stand in logs.
-    """
-    return UserError(f"{field}={getattr(value, 'source', value) if isinstance(value, str) else value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
-
-
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one data rank. All tensors have shape (B, T) and dtype int64."""

@@ -10,15 +10,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridtrain import identity, log
+from hybridtrain import identity
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
-from hybridtrain.files import read_object
+from hybridtrain.errors import UserError
 from hybridtrain.models import described
 from hybridtrain.models.facts import facts_of
 from hybridtrain.rundir import require_run
-from hybridtrain.types import UserError
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
 
 _log = log.get("verify")
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from hybridtrain import ranks
-from hybridtrain.ranks import RankFailed
+from hybridtrain.runtime import ranks
+from hybridtrain.runtime.ranks import RankFailed
 
 __all__ = ["RankFailed", "run_ranks"]
 
@@ -19,5 +19,5 @@ PRELOAD = (
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, backend: str = "gloo") -> list[Any]:
-    """See hybridtrain.ranks; a rank's output is shown when it fails."""
+    """See hybridtrain.runtime.ranks; a rank's output is shown when it fails."""
     return ranks.run_ranks(world_size, function, *args, preload=PRELOAD, backend=backend, timeout_s=timeout_s)

@@ -7,17 +7,17 @@ import pytest
 
 from hybridtrain.config.check import check
 from hybridtrain.config.compose import compose
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 
 def settings(*, environment, **options) -> list[str]:
     """threads, fp32 precision, relative error of a product: in a process of its own, with these options of `engine`."""
     program = (
         "import torch\n"
-        "from hybridtrain import backend\n"
+        "from hybridtrain.runtime import cpu\n"
         "from hybridtrain.config.schema import EngineConfig\n"
-        f"backend.apply(EngineConfig(**{options!r}), device=torch.device('cpu'))\n"
-        "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), backend._product_error())\n"
+        f"cpu.apply(EngineConfig(**{options!r}), device=torch.device('cpu'))\n"
+        "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), cpu._product_error())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", **environment})
     return done.stdout.split()

@@ -14,7 +14,7 @@ import pytest
 
 from hybridtrain.config import check
 from hybridtrain.config.compose import compose
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 from tests.runs import arguments, corpus, four_parts
 from tests.test_bad_input import answers
 

@@ -17,8 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from hybridtrain import engine as engines
 from hybridtrain import layout
 from hybridtrain.config.schema import BatchConfig, ParallelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.parallel.pipeline import _SCHEDULES, stage_ids
-from hybridtrain.types import ModelFacts, UserError
+from hybridtrain.types import ModelFacts
 
 FACTS = ModelFacts(
     model_type="llama", layers=16, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=192, vocab=512, tied=False, window=None, max_positions=128, parameters=1000

@@ -25,8 +25,8 @@ from hybridtrain.cli import main
 from hybridtrain.config import schema
 from hybridtrain.config.compose import compose
 from hybridtrain.data.synthetic import Synthetic
+from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
-from hybridtrain.types import UserError
 from tests import runs
 from tests.ranks import run_ranks
 from tests.training import Case, model, reference

@@ -14,7 +14,7 @@ from hybridtrain.data import blend, statistics
 from hybridtrain.data.conversations import NOT_YET, Conversation, Unreadable, read
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.tokenize import prepare
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 from tests import runs
 from tests.test_data_chat import CHATML, THINKING, tokenizer  # noqa: F401 - a fixture
 

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 from hybridtrain.checkpoint import marker, metadata, sharded
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
-from hybridtrain.types import Progress, UserError
+from hybridtrain.errors import UserError
+from hybridtrain.types import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
 

@@ -240,7 +240,7 @@ def test_multirun_runs_every_combination():
 LOGGING = """
 import logging, warnings
 from pathlib import Path
-from hybridtrain import log
+from hybridtrain.runtime import log
 log.setup(None)
 log.setup(Path("logs"))
 log.get("loop").info("step 1")
@@ -273,7 +273,8 @@ def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_ap
     """A gloo thread that lets go of a tensor while the interpreter is being taken apart aborts the process."""
     script = """
 import atexit, os
-from hybridtrain import cli, launched
+from hybridtrain import cli
+from hybridtrain.runtime import launch
 class Apart:
     def __del__(self):
         os.write(1, b"taken apart")

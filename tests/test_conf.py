@@ -16,7 +16,7 @@ import yaml
 from hybridtrain import layout
 from hybridtrain.config import check, keys, ranges, schema
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = keys.groups([keys.shipped()])

@@ -13,7 +13,7 @@ from hybridtrain import engine as engines
 from hybridtrain.config import check, keys, schema
 from hybridtrain.config.compose import compose, plain, to_yaml
 from hybridtrain.config.ranges import RANGES
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 from tests.training import model
 
 NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, 10**18, 10**30, 1e-300, 1e308, -1e308, 0.5, 1.5, 1e30, float("nan"), float("inf"), -float("inf")]

@@ -14,8 +14,9 @@ from hybridtrain.config import schema
 from hybridtrain.config.check import check
 from hybridtrain.data.blend import BLOCK, Blend, apportioned, check_vocab, drawn, open_data, order_fingerprint
 from hybridtrain.data.loader import Loader, eval_batches
+from hybridtrain.errors import UserError
 from hybridtrain.layout import BatchPlan
-from hybridtrain.types import IGNORE_INDEX, Batch, UserError
+from hybridtrain.types import IGNORE_INDEX, Batch
 from tests import runs
 
 SEQ = 8

@@ -13,7 +13,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import blocks, pieces, tokenize
 from hybridtrain.data.corpus import sources
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(300)]
 

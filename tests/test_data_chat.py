@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hybridtrain.data import chat, conversations, fit
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter
 from hybridtrain.data.template import PLAIN, Template, end_of_turn, set_template
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

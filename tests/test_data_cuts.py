@@ -12,7 +12,7 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import cuts, tokenize
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 GENERATOR = random.Random(0)
 HANZI = [chr(0x4E00 + number) for number in range(300)]

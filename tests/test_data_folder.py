@@ -17,7 +17,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import statistics, tokenize
 from hybridtrain.data.store import Corpus
 from hybridtrain.data.verify import verify_corpus
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 NEW, AGAIN = PrepareConfig(), PrepareConfig(overwrite=True)
 

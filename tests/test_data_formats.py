@@ -15,7 +15,7 @@ from hybridtrain.data import join, pieces, readers, tokenize, tokenizer
 from hybridtrain.data.corpus import sources
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.readers import Fields
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]
 

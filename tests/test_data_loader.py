@@ -17,8 +17,9 @@ from hybridtrain.data.blend import Blend, check_vocab, open_data, order_fingerpr
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.store import Corpus
+from hybridtrain.errors import UserError
 from hybridtrain.layout import BatchPlan
-from hybridtrain.types import IGNORE_INDEX, Batch, UserError
+from hybridtrain.types import IGNORE_INDEX, Batch
 
 SEQ = 32
 

@@ -21,7 +21,7 @@ from hybridtrain.data import corpus, cuts, pieces, statistics, tokenize, tokeniz
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.readers import Fields
 from hybridtrain.data.store import Corpus
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 TEXT = pieces.Recipe(chat=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]

@@ -14,7 +14,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import pieces, streams, tokenize
 from hybridtrain.data.corpus import sources
 from hybridtrain.data.readers import Fields
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 20
 

@@ -12,7 +12,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import tokenize, tokenizer
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.store import Corpus
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 
 @pytest.fixture(scope="module")

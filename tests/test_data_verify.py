@@ -15,8 +15,9 @@ from hybridtrain.data.blend import open_data
 from hybridtrain.data.indexed import IndexedWriter
 from hybridtrain.data.store import Corpus
 from hybridtrain.data.verify import verify_corpus
+from hybridtrain.errors import UserError
 from hybridtrain.identity import check_fingerprints
-from hybridtrain.types import Progress, UserError
+from hybridtrain.types import Progress
 from tests.test_data_folder import as_before_records
 
 HEADER = struct.calcsize("<9sQBQQ")

@@ -20,7 +20,7 @@ from hybridtrain.data import chat, pieces, tokenize
 from hybridtrain.data.conversations import read
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.template import PLAIN, Template
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 PROGRAM = """
 import json, sys

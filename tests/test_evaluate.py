@@ -20,10 +20,11 @@ from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.store import Corpus
 from hybridtrain.data.tokenize import prepare
+from hybridtrain.errors import UserError
 from hybridtrain.evaluate.generate import sample
 from hybridtrain.evaluate.perplexity import perplexity
 from hybridtrain.models.build import hf_config
-from hybridtrain.types import IGNORE_INDEX, Batch, Progress, UserError
+from hybridtrain.types import IGNORE_INDEX, Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import model as model_fields
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hybridtrain import machine
 from hybridtrain.rundir import read_machine
+from hybridtrain.runtime import host
 from tests.runs import arguments, finished, on_ranks, summary
 
 
@@ -25,11 +25,11 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
     told = summary(run)
     assert (told["total_steps"], told["layout"]) == (4, "dp_replicate2")
     assert told["parameters"] > 1000
-    (host,) = read_machine(run)
+    (node,) = read_machine(run)
     assert "machine" not in told, "it would be written again at every log line"
-    assert host["ranks"] == [0, 1]
-    assert host["cores"] >= 1
-    assert host["memory_gib"] > 0.5
+    assert node["ranks"] == [0, 1]
+    assert node["cores"] >= 1
+    assert node["memory_gib"] > 0.5
     finished(2, arguments(run, data, train__steps=6, checkpoint__every=2, parallel="tp2"))
     later = events(run)[4:]
     assert [(kind, step) for kind, step, _ in later] == [("resumed", 4), ("checkpoint", 6), ("finished", 6)]
@@ -64,5 +64,5 @@ def test_a_failure_is_an_event_with_its_reason(data: Path, tmp_path: Path) -> No
 
 def test_ranks_are_told_by_host() -> None:
     facts = {"cpu": "x", "cores": 8}
-    merged = machine.merge([{"host": "a", **facts}, {"host": "b", **facts}, {"host": "a", **facts}])
+    merged = host.merge([{"host": "a", **facts}, {"host": "b", **facts}, {"host": "a", **facts}])
     assert merged == [{"host": "a", **facts, "ranks": [0, 2]}, {"host": "b", **facts, "ranks": [1]}]

@@ -22,9 +22,10 @@ from hybridtrain.cli import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
 from hybridtrain.data import digests
+from hybridtrain.errors import UserError
 from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
-from hybridtrain.types import Progress, UserError
+from hybridtrain.types import Progress
 from tests.runs import immutable
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off

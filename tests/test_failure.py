@@ -15,15 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybridtrain import failure
+from hybridtrain.runtime import failure
 from tests.runs import arguments, summary, torchrun
 
 WAITING = """Thread 0x00007f0001 (most recent call first):
   File "torch/distributed/distributed_c10d.py", line 3 in all_reduce
-  File "hybridtrain/stop.py", line 68 in agreed
+  File "hybridtrain/runtime/stop.py", line 68 in agreed
   File "hybridtrain/loop.py", line 38 in train
 """
-COMPUTING = WAITING.replace("torch/distributed/distributed_c10d.py", "my/model.py").replace("hybridtrain/stop.py", "my/model.py")
+COMPUTING = WAITING.replace("torch/distributed/distributed_c10d.py", "my/model.py").replace("hybridtrain/runtime/stop.py", "my/model.py")
 
 
 def stacks(folder: Path, *texts: str) -> None:
@@ -55,7 +55,7 @@ def test_a_rank_that_computes_is_named_before_one_that_is_silent_and_one_that_wa
 
 
 def test_no_rank_is_blamed_where_all_wait_for_each_other(tmp_path):
-    elsewhere = WAITING.replace("hybridtrain/stop.py", "hybridtrain/engine/torch_native.py")
+    elsewhere = WAITING.replace("hybridtrain/runtime/stop.py", "hybridtrain/engine/torch_native.py")
     stacks(tmp_path, WAITING, elsewhere, WAITING)
     found = failure.conclude(tmp_path, world_size=3)
     assert found.rank is None

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import files, report
+from hybridtrain import report
 from hybridtrain.checkpoint import destination
 from hybridtrain.data import folder
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
+from hybridtrain.runtime import files
 from tests.runs import immutable
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from hybridtrain import entry as entries
-from hybridtrain import log
 from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
-from hybridtrain.types import Progress, UserError
+from hybridtrain.errors import UserError
+from hybridtrain.runtime import log
+from hybridtrain.types import Progress
 from hybridtrain.verify import verify_run
 from tests.runs import arguments, checkpoints, finished, immutable, on_ranks, rows
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.models import hub as files
 from hybridtrain.models import tokens
 from hybridtrain.models.facts import read_config
-from hybridtrain.types import UserError
 from tests import hub
 from tests.runs import arguments, corpus, finished, rows
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybridtrain import spawn
+from hybridtrain.runtime import spawn
 from tests.runs import arguments, finished, four_parts, rows, summary, torchrun
 
 SABOTAGE = str(Path(__file__).parent / "sabotage")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.launched import adopt_srun
+from hybridtrain.runtime.launch import adopt_srun
 from tests.runs import arguments, finished, rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,8 +7,9 @@ import pytest
 from hybridtrain import engine as engines
 from hybridtrain import layout
 from hybridtrain.config.schema import BatchConfig, Config, ParallelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.layout import BatchPlan, ParallelLayout
-from hybridtrain.types import Capabilities, ModelFacts, UserError
+from hybridtrain.types import Capabilities, ModelFacts
 
 FACTS = ModelFacts(
     model_type="llama", layers=8, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=192, vocab=512, tied=False, window=None, max_positions=128, parameters=1000

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hybridtrain import lock
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 EVERY = 0.25
 HOLD = """

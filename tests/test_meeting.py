@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from hybridtrain import agreement, launched, network
+from hybridtrain import agreement
 from hybridtrain.command import run_command
 from hybridtrain.config.compose import compose
+from hybridtrain.runtime import launch, network
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, four_parts, on_this_rank
 
@@ -98,8 +99,8 @@ def test_variables_that_a_job_script_exports_are_no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    launched.check()
-    assert not launched.several()
+    launch.check()
+    assert not launch.several()
 
 
 def test_a_scontrol_that_fails_is_a_refusal(monkeypatch, tmp_path, capsys):

@@ -11,8 +11,8 @@ from hybridtrain import layout as layouts
 from hybridtrain import memory
 from hybridtrain.cli import main
 from hybridtrain.config.schema import Config, ParallelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
-from hybridtrain.types import UserError
 from tests.ranks import run_ranks
 from tests.runs import arguments, corpus
 from tests.training import Case, model, start

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.models import build, overrides
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
-from hybridtrain.types import UserError
 from tests.training import at_the_head, model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config, meta_model, plain_model
 from hybridtrain.models.facts import SUPPORTED, facts, facts_of, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
-from hybridtrain.types import UserError
 from tests.ranks import run_ranks
 from tests.training import Case, at_the_head, model, start, whole
 

@@ -12,12 +12,12 @@ from hybridtrain import layout as layouts
 from hybridtrain import parity
 from hybridtrain.config import schema
 from hybridtrain.data.tokenize import prepare
+from hybridtrain.errors import UserError
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.facts import facts
 from hybridtrain.parallel.clip import gradient_norm
 from hybridtrain.parity import plan, verdict
 from hybridtrain.parity.measure import Measured, Task, train_layout
-from hybridtrain.types import UserError
 from tests.ranks import run_ranks
 from tests.training import model
 

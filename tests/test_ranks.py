@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain import ranks
+from hybridtrain.runtime import ranks
 from tests.ranks import RankFailed, run_ranks
 
 CALLER = """

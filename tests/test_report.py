@@ -11,9 +11,9 @@ from matplotlib.image import imread
 from hybridtrain import report
 from hybridtrain.cli import main
 from hybridtrain.config import compose, schema
+from hybridtrain.errors import UserError
 from hybridtrain.layout import ParallelLayout
 from hybridtrain.report import compare, history, plots, ranks, series, single
-from hybridtrain.types import UserError
 
 BEGIN = 1.7e9
 

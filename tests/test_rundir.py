@@ -14,7 +14,8 @@ from hybridtrain import entry as entries
 from hybridtrain import identity, rundir
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
-from hybridtrain.types import Progress, UserError
+from hybridtrain.errors import UserError
+from hybridtrain.types import Progress
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import ClusterConfig
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.submit import mint, script
-from hybridtrain.types import UserError, refusal
 from tests.runs import arguments
 
 SECRET = "s3cr3t-Value-47110815"

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from hybridtrain import failure
 from hybridtrain.config import check
 from hybridtrain.config.compose import compose
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
+from hybridtrain.runtime import failure
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import Ended, arguments, checkpoints, finished, on_this_rank, rows, summary, torchrun
 from tests.sabotage.sitecustomize import plant

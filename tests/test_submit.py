@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import command, failure
+from hybridtrain import command
 from hybridtrain.config.schema import ClusterConfig
+from hybridtrain.errors import UserError
+from hybridtrain.runtime import failure
 from hybridtrain.submit import health, lives, script, slurm
 from hybridtrain.submit.lives import DONE, FAILED, REQUEUE, Life
-from hybridtrain.types import UserError
 from tests.runs import arguments, corpus, finished
 
 

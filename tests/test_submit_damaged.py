@@ -17,8 +17,8 @@ from hybridtrain import command
 from hybridtrain.cli import main
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ClusterConfig
+from hybridtrain.errors import UserError
 from hybridtrain.submit import _folder, _queued, job, listing, lives, mint, script, slurm
-from hybridtrain.types import UserError
 from tests.runs import arguments
 from tests.test_report_damaged import largest_file
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.config import check, schema
+from hybridtrain.errors import UserError
 from hybridtrain.trackers.kinds import KINDS
-from hybridtrain.types import UserError
 from tests.test_trackers import server, track
 
 LOSSES = {step: 1.0 / step for step in range(1, 6)}

@@ -14,13 +14,13 @@ from hybridtrain import train
 from hybridtrain.cli import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ModelConfig
+from hybridtrain.errors import UserError
 from hybridtrain.models import weights
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.models.facts import facts, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
-from hybridtrain.types import UserError
 from tests.ranks import run_ranks
 from tests.test_models import loaded_weights, whole_box
 from tests.training import Case, model

@@ -3,7 +3,7 @@
 import sys
 
 from hybridtrain.command import run_command
-from hybridtrain.launched import leave, use_expandable_segments
+from hybridtrain.runtime.launch import leave, use_expandable_segments
 
 if __name__ == "__main__":
     use_expandable_segments()

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import layout as layouts
-from hybridtrain import log, memory
+from hybridtrain import memory
 from hybridtrain.bench import result
 from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
 from hybridtrain.layout import ParallelLayout
+from hybridtrain.runtime import log
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,8 @@ def compare(config: BenchRoot) -> int:
         result.check_writable(config.bench.out)
     import torch
 
-    from hybridtrain import agreement, machine, mesh
+    from hybridtrain import agreement, mesh
+    from hybridtrain.runtime import host
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
@@ -59,7 +61,7 @@ def compare(config: BenchRoot) -> int:
         timings = [_timing(f"hybridtrain {layouts.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
         if plain:
             timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
-    hosts = machine.gather(device, group=group)
+    hosts = host.gather(device, group=group)
     code = 0
     if log.rank() == 0:
         code = _conclude(config, settled, timings, parts=parts, work=_work(settled, engine=engine, device=device), hosts=hosts)
@@ -197,8 +199,8 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
 
 def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[Part]], work: Work, hosts: list[Any]) -> int:
     """Print the table and write the JSON; the exit code."""
-    from hybridtrain import machine
     from hybridtrain.config.compose import plain as shown
+    from hybridtrain.runtime import host
 
     lines = ["", result.table(timings, work), "", *result.words(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
     for side, found in parts.items():
@@ -211,7 +213,7 @@ def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, par
             "world_size": settled.layout.world_size,
             "model": asdict(settled.facts),
             "machine": hosts,
-            "versions": machine.versions(),
+            "versions": host.versions(),
             "config": shown(config),
             "parts": {side: [asdict(part) for part in found] for side, found in parts.items()},
         }

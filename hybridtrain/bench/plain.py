@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from hybridtrain import metrics, reference
 from hybridtrain.bench.rounds import Memory, Part, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
+from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
@@ -32,7 +33,7 @@ from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
 from hybridtrain.optim import matches
 from hybridtrain.precision.policy import policy
-from hybridtrain.types import IGNORE_INDEX, Batch, refusal
+from hybridtrain.types import IGNORE_INDEX, Batch
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
 _LEAVE_S = 10.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.files import finite
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
+from hybridtrain.runtime.files import finite
 
 CONFIDENCE = 0.95
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16_mixed": 1e-3, "fp16_mixed": 1e-3, "bf16_pure": 3e-3}

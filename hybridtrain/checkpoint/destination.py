@@ -21,9 +21,9 @@ from pathlib import Path
 
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.sealed import ORIGIN
-from hybridtrain.files import check_apart, discard, discard_folder, is_aside, is_inside, read_object, recorded, write_json
+from hybridtrain.errors import refusal
 from hybridtrain.models import tokens
-from hybridtrain.types import refusal
+from hybridtrain.runtime.files import check_apart, discard, discard_folder, is_aside, is_inside, read_object, recorded, write_json
 
 FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from hybridtrain.checkpoint import marker
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 _HANDLES = Path("/proc/self/fd")
 _SPARE = 256  # handles for everything else

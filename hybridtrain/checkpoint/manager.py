@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hybridtrain import log
 from hybridtrain.checkpoint import marker
 from hybridtrain.config.schema import CheckpointConfig
-from hybridtrain.files import discard
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import discard
 
 _log = log.get("checkpoint")
 

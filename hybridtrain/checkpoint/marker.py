@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.files import write_atomically
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import tokens
-from hybridtrain.types import Progress, UserError, refusal
+from hybridtrain.runtime.files import write_atomically
+from hybridtrain.types import Progress
 
 MARKER = "complete.json"
 PROGRESS = "progress.json"

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.fragments import Fragment
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 # DCP warns whenever one process saves or loads by itself, which here is on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hybridtrain import layout, log
-from hybridtrain.types import UserError
+from hybridtrain import layout
+from hybridtrain.errors import UserError
+from hybridtrain.runtime import log
 
 _log = log.get("checkpoint")
 

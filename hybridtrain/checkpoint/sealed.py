@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import log
 from hybridtrain.checkpoint import marker
 from hybridtrain.data import digests
-from hybridtrain.files import read_object
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
 
 ORIGIN = "hybridtrain.json"
 """In an export: what it was exported from, which files an export wrote, and what they held."""

@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.checkpoint.fragments import Fragment
-from hybridtrain.files import discard
-from hybridtrain.types import Progress, Saving, UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import discard
+from hybridtrain.types import Progress, Saving
 
 T = TypeVar("T")
 _NAMED = 5  # keys that a refusal names before it says "and N more"

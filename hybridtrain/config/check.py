@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
+from hybridtrain.errors import refusal
 from hybridtrain.layout import SCHEDULES as PIPELINE_SCHEDULES
-from hybridtrain.types import refusal
 
 RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")

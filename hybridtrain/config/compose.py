@@ -28,7 +28,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hybridtrain.config import keys, limits, schema, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 _VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
 

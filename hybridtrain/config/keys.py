@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from hybridtrain import layout
 from hybridtrain.config import commands, schema, words
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
 CLUSTER = "cluster"  # a group for one command alone

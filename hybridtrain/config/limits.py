@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 _MOST_BYTES = 1 << 20
 _MOST_NODES = 100_000

@@ -10,7 +10,7 @@ import math
 
 from hybridtrain.config import schema
 from hybridtrain.config.keys import PATHS
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 _SECONDS = 10.0**8  # three years
 _STEPS = 10**12

@@ -20,14 +20,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from hybridtrain import log
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.pack import Rows
 from hybridtrain.data.store import Corpus
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.layout import BatchPlan
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime import log
 
 C = TypeVar("C", bound=Config)
 _log = log.get("data")

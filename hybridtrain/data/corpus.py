@@ -24,7 +24,7 @@ from typing import Any
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data import blocks
 from hybridtrain.data.blocks import BY_CHANCE, SURELY, WHOLE, share
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 STDLIB = "stdlib"
 FORMAT = 2  # of a prepared folder

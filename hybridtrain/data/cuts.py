@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 CHUNK_CHARS = 1 << 16  # a part is about as long
 MOST_CHARS = 1 << 24  # of a stretch without a place to cut

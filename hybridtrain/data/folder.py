@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from hybridtrain import files
 from hybridtrain.data.progress import say
 from hybridtrain.data.statistics import SPEED
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import files
 
 FIELD = "data.path"
 CORPUS = "corpus.json"

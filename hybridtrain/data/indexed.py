@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 Check = Callable[[np.ndarray], None]
 """Raises UserError for token ids that must not reach the model."""

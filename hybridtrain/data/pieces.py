@@ -25,8 +25,8 @@ from hybridtrain.data.conversations import Conversation, Unreadable
 from hybridtrain.data.corpus import Source
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
 from hybridtrain.data.readers import Fields, Unit
-from hybridtrain.files import write_atomically
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import write_atomically
 
 MAX_PIECES = 1024  # the restart grain of a large corpus
 MIN_PIECE_BYTES = 1 << 20  # and of a small one

@@ -23,8 +23,8 @@ from hybridtrain.config.schema import DataConfig
 from hybridtrain.data import conversations, streams
 from hybridtrain.data.corpus import INFLATION, Source
 from hybridtrain.data.streams import READ_BYTES, UTF8
-from hybridtrain.files import is_lfs_pointer, lfs_pointer
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 ROWS_AT_ONCE = 256  # of Parquet or a dataset
 ENCODINGS = "any that Python knows: latin-1, cp1251, koi8-r, gb18030, utf-16, ..."

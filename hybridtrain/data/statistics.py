@@ -11,8 +11,8 @@ from hybridtrain.data.fit import Fitted
 from hybridtrain.data.join import Joined
 from hybridtrain.data.pieces import Counts
 from hybridtrain.data.progress import Meter
-from hybridtrain.files import one_line, read_object, write_atomically
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
+from hybridtrain.runtime.files import one_line, read_object, write_atomically
 
 MOST_FIELDS = 8  # named in the table
 SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from hybridtrain import log
 from hybridtrain.data import digests
 from hybridtrain.data.corpus import FORMAT, READABLE
 from hybridtrain.data.fit import row_files, targets
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.pack import ChatRows, Rows, TextRows, count_rows
-from hybridtrain.files import read_object
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
 
 
 @dataclass(frozen=True)

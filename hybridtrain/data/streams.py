@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from hybridtrain.files import is_lfs_pointer, lfs_pointer
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 READ_BYTES = 1 << 20
 UTF8 = "utf-8"

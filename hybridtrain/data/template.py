@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 LIMIT_S = 1.0
 PLAIN = (

@@ -28,8 +28,8 @@ from hybridtrain.data.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.progress import say
 from hybridtrain.data.readers import Fields
 from hybridtrain.data.store import Corpus, changed_files
-from hybridtrain.files import discard, read_json, unwritable, write_atomically
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import discard, read_json, unwritable, write_atomically
 
 INTERRUPTED = 130
 

@@ -21,8 +21,8 @@ from hybridtrain.data.chat import Encoded
 from hybridtrain.data.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.progress import say
-from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 END_OF_TEXT = "<|endoftext|>"

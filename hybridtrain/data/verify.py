@@ -15,8 +15,8 @@ from hybridtrain.data import digests
 from hybridtrain.data.fit import row_files
 from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, file_pair
 from hybridtrain.data.store import Corpus
-from hybridtrain.files import read_object
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
+from hybridtrain.runtime.files import read_object
 
 SPLITS = ("train", "eval")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.files import read_object
+from hybridtrain.runtime.files import read_object
 
 
 def records(data: DataConfig) -> list[dict[str, Any]]:

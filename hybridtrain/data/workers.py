@@ -24,7 +24,7 @@ from pathlib import Path
 
 from hybridtrain.data.pieces import Encode, Piece, Recipe, write_piece
 from hybridtrain.data.progress import Meter
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than they save
 

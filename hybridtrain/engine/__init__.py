@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hybridtrain import layout as layouts
-from hybridtrain import machine, memory
+from hybridtrain import memory
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
+from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models import weights
 from hybridtrain.models.facts import facts_of
-from hybridtrain.types import Capabilities, ModelFacts, refusal
+from hybridtrain.runtime import host
+from hybridtrain.types import Capabilities, ModelFacts
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +58,7 @@ def capabilities(kind: str) -> Capabilities:
     if kind == "deepspeed":
         return _of_deepspeed()
     assert kind == "torch"
-    torch = machine.versions()["torch"]
+    torch = host.versions()["torch"]
     split = _release(torch) >= _SPLIT_BACKWARD_SINCE
     return Capabilities(
         engine="torch" if split else f"torch (with torch {torch})",
@@ -122,8 +124,8 @@ def build_for_load(config: Config, *, layout: ParallelLayout, plan: BatchPlan, d
 
 
 def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool) -> TorchEngine | DeepSpeedEngine:
-    from hybridtrain import backend
     from hybridtrain.models.build import check
+    from hybridtrain.runtime import cpu
 
     check(config)
     model = facts_of(config.model)
@@ -136,7 +138,7 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
         available, place = memory.host_share(), "host memory"
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
-    backend.apply(config.engine, device=device)
+    cpu.apply(config.engine, device=device)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 

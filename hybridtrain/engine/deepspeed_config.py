@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hybridtrain.config.schema import Config
+from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan
-from hybridtrain.types import refusal
 
 NEVER = 10**9
 _OWNED = {

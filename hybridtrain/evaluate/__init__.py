@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.checkpoint import sealed
-from hybridtrain.files import is_lfs_pointer, lfs_pointer
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.rundir import require_run
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
 _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub id"

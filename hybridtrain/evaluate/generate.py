@@ -10,8 +10,8 @@ import torch
 
 from hybridtrain import evaluate
 from hybridtrain.config.schema import GenerateConfig, GenerateRoot
+from hybridtrain.errors import refusal
 from hybridtrain.models.tokens import check_ids, load_tokenizer
-from hybridtrain.types import refusal
 
 FIELD = "generate.source"
 

@@ -20,10 +20,11 @@ from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
-from hybridtrain.files import write_json
+from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan
 from hybridtrain.rundir import require_run
-from hybridtrain.types import IGNORE_INDEX, Batch, refusal
+from hybridtrain.runtime.files import write_json
+from hybridtrain.types import IGNORE_INDEX, Batch
 
 
 def run(config: EvaluateRoot) -> int:

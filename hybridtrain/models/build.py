@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from hybridtrain.config.schema import Config, ModelConfig
-from hybridtrain.files import read_object, write_json
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import overrides, patterns, tokens
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime.files import read_object, write_json
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of a config.json that do not shape the model: labels, and what precision, training and export decide."""

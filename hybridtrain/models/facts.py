@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.files import read_object
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import hub, overrides
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.models.weights import adapter_refused, checked_tie
-from hybridtrain.types import ModelFacts, UserError, refusal
+from hybridtrain.runtime.files import read_object
+from hybridtrain.types import ModelFacts
 
 # What transformers fills in when config.json leaves a field out, for the fields that planning needs.
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain.types import UserError
+from hybridtrain.errors import UserError
 
 
 @dataclass(frozen=True)

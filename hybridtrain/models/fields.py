@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 MOST_PARAMETERS = 10**13
 _COUNTS: dict[str, tuple[int, int]] = {

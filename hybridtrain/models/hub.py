@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import log
 
 FIELD = "model.from_pretrained"
 _log = log.get("model")

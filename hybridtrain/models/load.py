@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import hub, tokens, weights
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Box, Source, draw
 from hybridtrain.models.weights import FIELD, Stored
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime import log
 
 _log = log.get("model")
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Fields of config.json that hold parts of the rotary positions."""

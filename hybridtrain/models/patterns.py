@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.errors import refusal
 from hybridtrain.models import hub
-from hybridtrain.types import refusal
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (

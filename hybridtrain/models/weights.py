@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import log
 from hybridtrain.config.schema import ModelConfig
-from hybridtrain.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.family import family_of
-from hybridtrain.types import ModelFacts, UserError, refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
+from hybridtrain.types import ModelFacts
 
 FIELD = "model.from_pretrained"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

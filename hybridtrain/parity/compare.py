@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import machine, ranks
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.layout import ParallelLayout
 from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
 from hybridtrain.parity.verdict import Row
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime import host, ranks
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measured, Reference, Task
@@ -170,7 +170,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "tokens": _corpus(config) or "synthetic",
         "changed": comparison.said,
         "left_out": comparison.left_out,
-        "versions": machine.versions(),
+        "versions": host.versions(),
     }
 
 

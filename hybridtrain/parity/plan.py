@@ -14,9 +14,10 @@ from typing import Any
 
 from hybridtrain import layout as layouts
 from hybridtrain.config import check, schema
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, facts_of, read_config
-from hybridtrain.types import Capabilities, ModelFacts, UserError, refusal
+from hybridtrain.types import Capabilities, ModelFacts
 
 MIN_EPS = 1e-6
 """Adam moves an element whose gradient is far below eps by next to nothing, one whose gradient is above it by about lr. With

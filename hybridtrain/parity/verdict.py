@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridtrain.files import write_json
+from hybridtrain.runtime.files import write_json
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measured, Reference

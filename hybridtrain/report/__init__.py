@@ -15,9 +15,9 @@ from pathlib import Path
 import matplotlib as mpl
 
 from hybridtrain.config.schema import ReportRoot
-from hybridtrain.files import claim, discard, record_files, recorded, unwritable, write_atomically
 from hybridtrain.report import compare, page, plots, ranks, single
 from hybridtrain.report.history import History, read
+from hybridtrain.runtime.files import claim, discard, record_files, recorded, unwritable, write_atomically
 
 COMPARISONS = Path("runs/compare")
 RECORD = ".hybridtrain-report.json"

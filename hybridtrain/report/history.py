@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from hybridtrain import failure
 from hybridtrain.config import compose, schema
-from hybridtrain.files import LARGEST, number, one_line
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.rundir import METRICS, read_machine, read_summary, require_run
-from hybridtrain.types import UserError, refusal
+from hybridtrain.runtime import failure
+from hybridtrain.runtime.files import LARGEST, number, one_line
 
 KEYS = (*METRICS, "eval_loss")
 STARTS = ("started", "resumed")

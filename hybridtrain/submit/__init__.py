@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain import layout as layouts
-from hybridtrain import log
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
-from hybridtrain.files import unwritable, write_atomically
+from hybridtrain.errors import refusal
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.submit import free, mint, script, slurm
-from hybridtrain.types import refusal
 
 _log = log.get("submit")
 

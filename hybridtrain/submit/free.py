@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hybridtrain import identity, lock, resume, train
+from hybridtrain.errors import refusal
 from hybridtrain.submit import lives, slurm
-from hybridtrain.types import refusal
 
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
 """States of a job that Slurm will not run again by itself."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridtrain import failure, machine, network
-from hybridtrain.files import write_atomically
+from hybridtrain.runtime import failure, host, network
+from hybridtrain.runtime.files import write_atomically
 
 SKEW_S = 30.0
 """Clocks that differ by more make a nonsense of deadlines and logs."""
@@ -29,7 +29,7 @@ def own_facts(run: Path, *, gpus: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "node": failure.node(),
         "time": time.time(),
-        "versions": dict(machine.versions()),
+        "versions": dict(host.versions()),
         "gpus": torch.cuda.device_count(),
         "problem": "",
     }

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 from hybridtrain import entry as entries
-from hybridtrain import failure, lock
-from hybridtrain.files import read_object, unwritable, write_json
+from hybridtrain import lock
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.rundir import read_summary, record_lost
+from hybridtrain.runtime import failure
+from hybridtrain.runtime.files import read_object, unwritable, write_json
 from hybridtrain.submit import lives, slurm
-from hybridtrain.types import UserError, refusal
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL
 RUN = "HYBRIDTRAIN_RUN"

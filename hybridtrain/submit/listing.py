@@ -13,10 +13,10 @@ from typing import Any
 
 from hybridtrain import lock
 from hybridtrain.config.schema import LogsRoot, RunsRoot
-from hybridtrain.files import one_line, read_object
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.rundir import NO_REPORT, read_summary, require_run
+from hybridtrain.runtime.files import one_line, read_object
 from hybridtrain.submit import lives, slurm
-from hybridtrain.types import UserError, refusal
 
 _MOST_BYTES = 1 << 20
 """Of a log's end; its last lines are in it."""

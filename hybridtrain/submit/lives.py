@@ -18,8 +18,8 @@ from typing import Any
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
-from hybridtrain.files import number, read_json, unwritable, write_json
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import number, read_json, unwritable, write_json
 
 _log = logging.getLogger("hybridtrain.submit")
 _JOB = re.compile(r"\d+([_+]\d+)?")

@@ -10,13 +10,14 @@ import os
 from pathlib import Path
 
 from hybridtrain import entry as entries
-from hybridtrain import identity, machine, rundir, train
+from hybridtrain import identity, rundir, train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import check, schema
 from hybridtrain.config.compose import compose, to_yaml
-from hybridtrain.files import unwritable, write_atomically
+from hybridtrain.errors import refusal
 from hybridtrain.rundir import RunDir
-from hybridtrain.types import refusal
+from hybridtrain.runtime import host
+from hybridtrain.runtime.files import unwritable, write_atomically
 
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
@@ -36,7 +37,7 @@ def mint(config: schema.Config) -> RunDir:
         checkpoint = Manager(entry.path / "checkpoints", settings=config.checkpoint).latest() if entry.before else None
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(entry.path, words="")
-        run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=machine.versions(), checkpoint=checkpoint, step=0)
+        run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
         if run.lost:
             rundir.record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")

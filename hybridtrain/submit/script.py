@@ -15,7 +15,7 @@ from pathlib import Path
 from hybridtrain.config import keys
 from hybridtrain.config.compose import Interpolated
 from hybridtrain.config.schema import ClusterConfig
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
 _HARMLESS = re.compile(r"[\w@%+=:,./\[\]()|&*^~-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
 PATIENCE_S = 60.0
 """How long a command of Slurm may take: a busy controller answers after seconds."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybridtrain import launched
+from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
@@ -32,7 +32,7 @@ class Stop:
 
     def __init__(self, signals: list[str], *, before_s: float):
         self.numbers = [getattr(signal, f"SIG{name}") for name in signals]
-        self.deadline = launched.deadline() - before_s
+        self.deadline = launch.deadline() - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
         self.status = ""

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from hybridtrain.files import unwritable
+from hybridtrain.runtime.files import unwritable
 
 ROOT = "hybridtrain"
 CHATTY = ("transformers", "torch", "accelerate", "huggingface_hub", "py.warnings")

@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from hybridtrain.types import refusal
+from hybridtrain.errors import refusal
 
-_log = logging.getLogger("hybridtrain.launched")
+_log = logging.getLogger("hybridtrain.runtime.launch")
 DEADLINE = "HYBRIDTRAIN_DEADLINE"
 """Environment variable: when the job's time ends, in seconds since 1970."""
 JOB = "HYBRIDTRAIN_JOB"

@@ -33,7 +33,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import failure
+from hybridtrain.runtime import failure
 
 GRACE_S = 5.0
 """How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes.
@@ -67,7 +67,7 @@ class _Server:
     def __init__(self, preload: Sequence[str]) -> None:
         self.preload = tuple(preload)
         self.connection, theirs = Pipe()
-        code = "import sys; from hybridtrain.ranks import serve; serve(int(sys.argv[1]), sys.argv[2:])"
+        code = "import sys; from hybridtrain.runtime.ranks import serve; serve(int(sys.argv[1]), sys.argv[2:])"
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(theirs.fileno()), *self.preload], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL

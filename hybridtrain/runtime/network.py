@@ -7,8 +7,8 @@ import os
 import socket
 from pathlib import Path
 
-from hybridtrain import failure, log
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import failure, log
 
 _log = log.get("network")
 _CARD = "GLOO_SOCKET_IFNAME"

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.types import UserError, refusal
+from hybridtrain.errors import UserError, refusal
 
-_log = logging.getLogger("hybridtrain.files")
+_log = logging.getLogger("hybridtrain.runtime.files")
 _MOST_BYTES = 512 << 20
 """More than the largest tokenizer or index there is; a larger file is not one of these."""
 _ASIDE_S = 600.0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hybridtrain.files import unwritable
+from hybridtrain.runtime.files import unwritable
 
 _FALLBACK_S = 30.0
 """How long after the limit a process is ended that could not end itself."""

@@ -18,7 +18,7 @@ import time
 import uuid
 from types import FrameType
 
-from hybridtrain import launched
+from hybridtrain.runtime import launch
 
 _SAVE_S = 600.0
 """How long ranks may take to save a checkpoint after a signal, unless SHUTDOWN says otherwise."""
@@ -82,13 +82,13 @@ def gpus() -> int:
 def _rank(rank: int, module: str, argv: list[str], *, processes: int, listening: socket.socket) -> subprocess.Popen[bytes]:
     port = str(listening.getsockname()[1])
     environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, launched.JOB: f"process {os.getpid()} {_START}"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, launch.JOB: f"process {os.getpid()} {_START}"}
     if "lo" in [name for _, name in socket.if_nameindex()]:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, and this machine's name need not resolve
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; engine.threads decides
     if rank == 0:
-        environment[launched.LISTENING] = str(listening.fileno())
+        environment[launch.LISTENING] = str(listening.fileno())
     kept = (listening.fileno(),) if rank == 0 else ()
     return subprocess.Popen([sys.executable, "-m", module, *argv], env=environment, pass_fds=kept)
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain import failure, launched, log, network
-from hybridtrain.types import Answered, OnThisRank, UserError, refusal
+from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.runtime import failure, launch, log, network
 
 _log = log.get("meeting")
 FIRST_WORD_S = 5.0
@@ -76,11 +76,11 @@ def meet(*, gpu: str, timeout_s: float) -> Met:
         store, peer = _open(rank, until=until, timeout_s=timeout_s)
     except UserError as error:
         raise _said(error) from error
-    keys = dist.PrefixStore(f"hybridtrain/{launched.attempt()}", store)
+    keys = dist.PrefixStore(f"hybridtrain/{launch.attempt()}", store)
     mine = {
         "rank": rank,
         "world_size": int(os.environ["WORLD_SIZE"]),
-        "job": launched.job(),
+        "job": launch.job(),
         "host": failure.node(),
         "network": network.identity(),
         "process": os.getpid(),
@@ -228,12 +228,12 @@ def _alone() -> str:
 def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str]:
     """The store, and the address that it was reached by (empty where this process holds it)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holds_it = rank == 0 and not launched.store_of_launcher()
+    holds_it = rank == 0 and not launch.store_of_launcher()
     peer = "" if holds_it else _reached(address, port, until=until, timeout_s=timeout_s)
     options: dict[str, Any] = {"is_master": holds_it, "wait_for_workers": False, "timeout": timedelta(seconds=_CONNECT_S)}
     if holds_it:
         options["multi_tenant"] = True
-        if (listening := os.environ.get(launched.LISTENING, "")).isdecimal():
+        if (listening := os.environ.get(launch.LISTENING, "")).isdecimal():
             options["master_listen_fd"] = int(listening)
     answer: list[Any] = []
 
@@ -271,7 +271,7 @@ def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
         except ConnectionRefusedError as error:
             refused_since = refused_since or time.monotonic()
             why = "connection refused"
-            if launched.store_of_launcher() and time.monotonic() - refused_since > _GONE_S:
+            if launch.store_of_launcher() and time.monotonic() - refused_since > _GONE_S:
                 raise _no_store("the launcher's store is gone, and the launcher with it") from error
         except OSError as error:
             why = error.strerror or str(error)

@@ -49,14 +49,14 @@ def host(device: torch.device) -> dict[str, Any]:
     """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
     import torch
 
-    from hybridtrain import backend
+    from hybridtrain.runtime import cpu
 
     cuda = device.type == "cuda"
     return {
         "host": platform.node(),
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
-        "cores": backend.cores(),
+        "cores": cpu.cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,

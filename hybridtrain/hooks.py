@@ -19,9 +19,9 @@ import torch.distributed as dist
 from hybridtrain import metrics
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.mesh import any_rank
-from hybridtrain.rundir import RunDir
+from hybridtrain.run.directory import RunDir
+from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
-from hybridtrain.trackers import Trackers
 from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 
 _log = log.get("train")

@@ -13,17 +13,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain import entry as entries
-from hybridtrain import identity, rundir
 from hybridtrain import layout as layouts
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
-from hybridtrain.entry import Entry
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described
-from hybridtrain.rundir import RunDir
+from hybridtrain.run import directory, identity
+from hybridtrain.run import entry as entries
+from hybridtrain.run.directory import RunDir
+from hybridtrain.run.entry import Entry
 from hybridtrain.runtime import failure, host, log
 from hybridtrain.runtime.files import read_object, sweep_asides, unwritable, write_json
 from hybridtrain.types import Progress
@@ -84,7 +84,7 @@ def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
     run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
     if run_dir.lost:
         failure.earlier(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
-        rundir.record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
+        directory.record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
         _log.warning("%s", run_dir.lost)
     words = [f"{layout} on {world} process{'es' if world > 1 else ''}"]
     if origin:
@@ -171,8 +171,8 @@ def _nothing_left(job: Job, *, entry: Entry, progress: Progress) -> None:
     if steps > asked:
         _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", entry.path, steps, asked, on)
         return
-    if rundir.read_summary(entry.path).get("status") != "finished":
-        rundir.record_finished(entry.path, step=steps, tokens=progress.tokens_seen)
+    if directory.read_summary(entry.path).get("status") != "finished":
+        directory.record_finished(entry.path, step=steps, tokens=progress.tokens_seen)
     _log.info("%s is finished, %d of %d steps are done: nothing is left to do (%s)", entry.path, steps, asked, on)
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import identity, memory, resume, rundir
 from hybridtrain import layout as layouts
+from hybridtrain import memory, resume
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
 from hybridtrain.config.schema import Config
@@ -28,6 +28,7 @@ from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.run import directory, identity
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import read_object, unwritable, write_json
 from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from hybridtrain.loop import Done
-    from hybridtrain.rundir import RunDir
+    from hybridtrain.run.directory import RunDir
+    from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
-    from hybridtrain.trackers import Trackers
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
@@ -131,9 +132,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
 
     from hybridtrain import agreement, mesh
     from hybridtrain.loop import Done
+    from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
-    from hybridtrain.trackers import Trackers
 
     config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
     try:
@@ -179,7 +180,7 @@ def _record_hang(run_dir: RunDir, *, world_size: int, step: int) -> None:
     first = failure.conclude(run_dir.failures, world_size=world_size)
     _log.error("first failure: %s", first)
     with contextlib.suppress(UserError, OSError):
-        rundir.record_failed(run_dir.path, reason=str(first), step=step)
+        directory.record_failed(run_dir.path, reason=str(first), step=step)
 
 
 def _record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float, step: int) -> None:
@@ -227,7 +228,7 @@ def _train(
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
     from hybridtrain.models.build import save_config
-    from hybridtrain.rundir import write_machine
+    from hybridtrain.run.directory import write_machine
 
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)

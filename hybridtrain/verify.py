@@ -10,14 +10,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridtrain import identity
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.errors import UserError
 from hybridtrain.models import described
 from hybridtrain.models.facts import facts_of
-from hybridtrain.rundir import require_run
+from hybridtrain.run import identity
+from hybridtrain.run.directory import require_run
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 

@@ -15,7 +15,7 @@ from hybridtrain.command import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, laid_over, plain, read_run, sweep, to_yaml
 from hybridtrain.errors import UserError
-from hybridtrain.identity import choose, differences
+from hybridtrain.run.identity import choose, differences
 
 TEXTS = [
     "2026_11_26",

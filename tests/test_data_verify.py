@@ -16,7 +16,7 @@ from hybridtrain.data.indexed import IndexedWriter
 from hybridtrain.data.store import Corpus
 from hybridtrain.data.verify import verify_corpus
 from hybridtrain.errors import UserError
-from hybridtrain.identity import check_fingerprints
+from hybridtrain.run.identity import check_fingerprints
 from hybridtrain.types import Progress
 from tests.test_data_folder import as_before_records
 

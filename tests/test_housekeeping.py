@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import entry as entries
 from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError
+from hybridtrain.run import entry as entries
 from hybridtrain.runtime import log
 from hybridtrain.types import Progress
 from hybridtrain.verify import verify_run

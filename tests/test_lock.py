@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import lock
 from hybridtrain.errors import UserError
+from hybridtrain.run import lock
 
 EVERY = 0.25
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from hybridtrain import lock
-from hybridtrain.types import UserError
+from hybridtrain.run import lock
+from hybridtrain.errors import UserError
 folder, flock, machine, every, start = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3], float(sys.argv[4]), float(sys.argv[5])
 lock.FLOCK, lock.BEAT_S = flock, every
 if machine:

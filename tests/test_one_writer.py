@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import command, lock, mesh
+from hybridtrain import command, mesh
+from hybridtrain.run import lock
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished, on_this_rank, rows, summary
 

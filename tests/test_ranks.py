@@ -17,7 +17,7 @@ from tests.ranks import RankFailed, run_ranks
 CALLER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if whoever started the tests did it in the background
-from hybridtrain.ranks import run_ranks
+from hybridtrain.runtime.ranks import run_ranks
 from tests import test_ranks
 run_ranks(2, test_ranks.sleep, sys.argv[1], preload=("torch",), backend="gloo", timeout_s=100)
 """

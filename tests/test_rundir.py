@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import entry as entries
-from hybridtrain import identity, rundir
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
+from hybridtrain.run import directory, identity
+from hybridtrain.run import entry as entries
 from hybridtrain.types import Progress
 
 
@@ -32,7 +32,7 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None) if folder.is_dir() else None
 
 
-def opened(config: Config) -> rundir.RunDir:
+def opened(config: Config) -> directory.RunDir:
     """The run directory, begun; its lock is given back at once, so that the next command can have it."""
     entry = entries.enter(config)
     try:
@@ -55,7 +55,7 @@ def test_a_new_run_writes_its_config_and_a_running_summary(config: Config) -> No
     assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (Path("runs/trial"), False, None, {})
     assert compose.from_yaml(run.path / "config.yaml", "train") == config
     summary = json.loads((run.path / "summary.json").read_text())
-    assert tuple(summary) == rundir.SUMMARY
+    assert tuple(summary) == directory.SUMMARY
     assert summary["status"] == "running"
     assert summary["versions"] == {"torch": "2"}
     assert summary["final_loss"] is None
@@ -158,7 +158,7 @@ def test_metrics_have_all_keys_and_null_for_what_is_not_a_number(config: Config)
     run.append_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     run.append_metrics({"step": 2, "loss": 0.1 + 0.2, "eval_loss": 3.0})
     first, second = map(json.loads, run.metrics.read_text().splitlines())
-    assert tuple(first) == rundir.METRICS
+    assert tuple(first) == directory.METRICS
     assert (first["loss"], first["grad_norm"], first["lr"], first["mfu"]) == (None, None, 0.5, None)
     assert second["loss"] == 0.1 + 0.2, "losses are compared bit for bit after a resume"
     assert second["eval_loss"] == 3.0

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from hybridtrain import trackers
-from hybridtrain.trackers import kinds
+from hybridtrain.run import trackers
+from hybridtrain.run.trackers import kinds
 
 TRACK = """
     import json, logging, os, resource, sys, time
     from pathlib import Path
     logging.basicConfig(level=logging.WARNING, format="LOG %(message)s", stream=sys.stdout)
-    from hybridtrain import trackers
-    from hybridtrain.trackers import Trackers
+    from hybridtrain.run import trackers
+    from hybridtrain.run.trackers import Trackers
     {before}
     start = time.monotonic()
     tracking = Trackers()
@@ -160,7 +160,7 @@ def test_an_existing_process_group_is_left_as_it_is(tmp_path):
 def test_an_unreachable_wandb_costs_one_warning(tmp_path, listens):
     begin = time.monotonic()
     with server(listens=listens) as url:
-        limits = "from hybridtrain.trackers import kinds; kinds.INIT_S, trackers.FINISH_S = 3.0, 6.0"
+        limits = "from hybridtrain.run.trackers import kinds; kinds.INIT_S, trackers.FINISH_S = 3.0, 6.0"
         timings, warnings = track(tmp_path, "wandb", "tensorboard", before=limits, WANDB_MODE="online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url)
     assert len(warnings) == 1
     assert "tracker wandb gave up" in warnings[0]

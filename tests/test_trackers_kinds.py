@@ -15,7 +15,7 @@ import pytest
 
 from hybridtrain.config import check, schema
 from hybridtrain.errors import UserError
-from hybridtrain.trackers.kinds import KINDS
+from hybridtrain.run.trackers.kinds import KINDS
 from tests.test_trackers import server, track
 
 LOSSES = {step: 1.0 / step for step in range(1, 6)}

@@ -31,7 +31,7 @@ from hybridtrain.data.store import changed_files
 from hybridtrain.data.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described, tokens
-from hybridtrain.rundir import require_run
+from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,7 +18,7 @@ from typing import Any
 
 from hybridtrain.checkpoint import sealed
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.rundir import require_run
+from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name

@@ -22,7 +22,7 @@ from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.layout import BatchPlan
-from hybridtrain.rundir import require_run
+from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.types import IGNORE_INDEX, Batch
 

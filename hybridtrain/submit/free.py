@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hybridtrain import identity, lock, resume, train
+from hybridtrain import resume, train
 from hybridtrain.errors import refusal
+from hybridtrain.run import identity, lock
 from hybridtrain.submit import lives, slurm
 
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")

@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from hybridtrain import entry as entries
-from hybridtrain import lock
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.rundir import read_summary, record_lost
+from hybridtrain.run import entry as entries
+from hybridtrain.run import lock
+from hybridtrain.run.directory import read_summary, record_lost
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import read_object, unwritable, write_json
 from hybridtrain.submit import lives, slurm

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import lock
 from hybridtrain.config.schema import LogsRoot, RunsRoot
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.rundir import NO_REPORT, read_summary, require_run
+from hybridtrain.run import lock
+from hybridtrain.run.directory import NO_REPORT, read_summary, require_run
 from hybridtrain.runtime.files import one_line, read_object
 from hybridtrain.submit import lives, slurm
 

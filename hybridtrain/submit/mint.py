@@ -9,13 +9,14 @@ import dataclasses
 import os
 from pathlib import Path
 
-from hybridtrain import entry as entries
-from hybridtrain import identity, rundir, train
+from hybridtrain import train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import check, schema
 from hybridtrain.config.compose import compose, to_yaml
 from hybridtrain.errors import refusal
-from hybridtrain.rundir import RunDir
+from hybridtrain.run import directory, identity
+from hybridtrain.run import entry as entries
+from hybridtrain.run.directory import RunDir
 from hybridtrain.runtime import host
 from hybridtrain.runtime.files import unwritable, write_atomically
 
@@ -39,7 +40,7 @@ def mint(config: schema.Config) -> RunDir:
             raise identity.not_resumable(entry.path, words="")
         run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
         if run.lost:
-            rundir.record_lost(run.path, lost=run.lost, step=0)
+            directory.record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")
         freeze(config, run.path)
     finally:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import lock
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.run import lock
 from hybridtrain.runtime.files import check_apart
 from hybridtrain.types import ModelFacts, Progress
 

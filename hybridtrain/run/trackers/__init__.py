@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain.trackers.kinds import KINDS, Kind, Place
+from hybridtrain.run.trackers.kinds import KINDS, Kind, Place
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridtrain import identity, lock
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
-from hybridtrain.rundir import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
+from hybridtrain.run import identity, lock
+from hybridtrain.run.directory import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
 from hybridtrain.runtime import failure, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import lock
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.run import lock
 from hybridtrain.runtime.files import append_json, discard, finite, number, read_json, read_object, unwritable, write_atomically, write_json, write_often
 
 METRICS = (

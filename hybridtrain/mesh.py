@@ -20,7 +20,7 @@ from hybridtrain.errors import Answered, UserError
 from hybridtrain.runtime import launch, log, meeting, network
 
 if TYPE_CHECKING:
-    from hybridtrain.layout import ParallelLayout
+    from hybridtrain.plan.layout import ParallelLayout
 
 
 def device() -> torch.device:

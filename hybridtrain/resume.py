@@ -13,13 +13,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain import layout as layouts
 from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described
+from hybridtrain.plan import layout as layouts
 from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
 from hybridtrain.run.directory import RunDir

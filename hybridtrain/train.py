@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
-from hybridtrain import memory, resume
+from hybridtrain import resume
 from hybridtrain.command import run_command
 from hybridtrain.config import check, compose
 from hybridtrain.config.schema import Config
@@ -27,7 +26,9 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import memory
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.run import directory, identity
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import read_object, unwritable, write_json

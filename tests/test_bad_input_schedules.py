@@ -15,10 +15,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridtrain import engine as engines
-from hybridtrain import layout
 from hybridtrain.config.schema import BatchConfig, ParallelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.pipeline import _SCHEDULES, stage_ids
+from hybridtrain.plan import layout
 from hybridtrain.types import ModelFacts
 
 FACTS = ModelFacts(

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain import command, layout, metrics
+from hybridtrain import command, metrics
 from hybridtrain.bench import compare, result
 from hybridtrain.bench.plain import PlainLoop, PlainProcess, Task
 from hybridtrain.bench.result import Timing, Work
@@ -27,6 +27,7 @@ from hybridtrain.config.compose import compose
 from hybridtrain.data.synthetic import Synthetic
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
+from hybridtrain.plan import layout
 from tests import runs
 from tests.ranks import run_ranks
 from tests.training import Case, model, reference

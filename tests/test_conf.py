@@ -13,10 +13,10 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from hybridtrain import layout
 from hybridtrain.config import check, keys, ranges, schema
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
 from hybridtrain.errors import UserError
+from hybridtrain.plan import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = keys.groups([keys.shipped()])

@@ -18,7 +18,7 @@ from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.store import Corpus
 from hybridtrain.errors import UserError
-from hybridtrain.layout import BatchPlan
+from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 SEQ = 32

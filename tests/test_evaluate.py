@@ -13,7 +13,6 @@ import transformers
 
 from hybridtrain import engine as engines
 from hybridtrain import evaluate
-from hybridtrain import layout as layouts
 from hybridtrain.cli import main
 from hybridtrain.config import compose, schema
 from hybridtrain.data.blend import open_data
@@ -24,6 +23,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.evaluate.generate import sample
 from hybridtrain.evaluate.perplexity import perplexity
 from hybridtrain.models.build import hf_config
+from hybridtrain.plan import layout as layouts
 from hybridtrain.types import IGNORE_INDEX, Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import model as model_fields

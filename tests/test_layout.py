@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from hybridtrain import engine as engines
-from hybridtrain import layout
 from hybridtrain.config.schema import BatchConfig, Config, ParallelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan import layout
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 FACTS = ModelFacts(

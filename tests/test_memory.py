@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from hybridtrain import layout as layouts
-from hybridtrain import memory
 from hybridtrain.cli import main
 from hybridtrain.config.schema import Config, ParallelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import memory
 from tests.ranks import run_ranks
 from tests.runs import arguments, corpus
 from tests.training import Case, model, start

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
 from hybridtrain import parity
 from hybridtrain.config import schema
 from hybridtrain.data.tokenize import prepare
@@ -18,6 +17,7 @@ from hybridtrain.models.facts import facts
 from hybridtrain.parallel.clip import gradient_norm
 from hybridtrain.parity import plan, verdict
 from hybridtrain.parity.measure import Measured, Task, train_layout
+from hybridtrain.plan import layout as layouts
 from tests.ranks import run_ranks
 from tests.training import model
 

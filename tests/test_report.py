@@ -12,7 +12,7 @@ from hybridtrain import report
 from hybridtrain.cli import main
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError
-from hybridtrain.layout import ParallelLayout
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.report import compare, history, plots, ranks, series, single
 
 BEGIN = 1.7e9

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
 from hybridtrain.config import compose
+from hybridtrain.plan import layout as layouts
 from tests.ranks import run_ranks
 from tests.runs import arguments, assert_equal_state, checkpoints, finished, rows, summary, torchrun
 

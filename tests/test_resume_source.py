@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
 from hybridtrain.config.compose import compose
 from hybridtrain.models.build import hf_config, plain_model
+from hybridtrain.plan import layout as layouts
 from hybridtrain.types import Progress
 from tests import runs
 from tests.ranks import run_ranks

@@ -17,8 +17,8 @@ from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.tokenize import prepare
 from hybridtrain.errors import UserError
-from hybridtrain.layout import BatchPlan
 from hybridtrain.models.build import hf_config, plain_model
+from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests import runs
 from tests.training import model

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
 from hybridtrain.config import schema
 from hybridtrain.mesh import connect
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.stage import Stage
+from hybridtrain.plan import layout as layouts
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference
 from hybridtrain.types import IGNORE_INDEX, Batch

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
-from hybridtrain import memory
 from hybridtrain.bench import result
 from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
-from hybridtrain.layout import ParallelLayout
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import memory
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.runtime import log
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from hybridtrain import metrics, reference
 from hybridtrain.bench.rounds import Memory, Part, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
-from hybridtrain.layout import BatchPlan
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
 from hybridtrain.optim import matches
+from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.precision.policy import policy
 from hybridtrain.types import IGNORE_INDEX, Batch
 

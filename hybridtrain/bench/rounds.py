@@ -19,7 +19,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
-from hybridtrain.layout import BatchPlan
+from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.types import Batch
 
 _PARTS = 20

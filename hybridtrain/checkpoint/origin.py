@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hybridtrain import layout
 from hybridtrain.errors import UserError
+from hybridtrain.plan import layout
 from hybridtrain.runtime import log
 
 _log = log.get("checkpoint")

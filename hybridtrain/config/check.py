@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.errors import refusal
-from hybridtrain.layout import SCHEDULES as PIPELINE_SCHEDULES
+from hybridtrain.plan.layout import SCHEDULES as PIPELINE_SCHEDULES
 
 RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from hybridtrain import layout
 from hybridtrain.config import commands, schema, words
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.plan import layout
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
 CLUSTER = "cluster"  # a group for one command alone

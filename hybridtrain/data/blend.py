@@ -26,7 +26,7 @@ from hybridtrain.data.embedded import open_or_prepare
 from hybridtrain.data.pack import Rows
 from hybridtrain.data.store import Corpus
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.layout import BatchPlan
+from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.runtime import log
 
 C = TypeVar("C", bound=Config)

@@ -9,14 +9,14 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hybridtrain import layout as layouts
-from hybridtrain import memory
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.errors import refusal
-from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models import weights
 from hybridtrain.models.facts import facts_of
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import memory
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.runtime import host
 from hybridtrain.types import Capabilities, ModelFacts
 

@@ -20,7 +20,6 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
 from hybridtrain.engine.sums import mean_loss, valid_tokens
-from hybridtrain.layout import BatchPlan, ParallelLayout, stages_per_rank
 from hybridtrain.mesh import Mesh, any_rank
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
@@ -31,6 +30,7 @@ from hybridtrain.parallel.apply import Recipe, build_stages
 from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shard import before_backward
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stages_per_rank
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.scaler import OLDER, LossScaler
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult

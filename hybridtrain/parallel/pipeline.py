@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from hybridtrain.layout import SCHEDULES_SINGLE, SCHEDULES_V, BatchPlan
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.shard import before_backward
+from hybridtrain.plan.layout import SCHEDULES_SINGLE, SCHEDULES_V, BatchPlan
 
 _SCHEDULES: dict[str, type] = {
     "gpipe": schedules.ScheduleGPipe,

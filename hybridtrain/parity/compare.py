@@ -15,12 +15,12 @@ from hybridtrain import engine as engines
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.layout import ParallelLayout
 from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
 from hybridtrain.parity.verdict import Row
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.runtime import host, ranks
 
 if TYPE_CHECKING:

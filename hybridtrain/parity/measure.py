@@ -21,12 +21,12 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
-from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
 from hybridtrain.types import Batch, StepResult

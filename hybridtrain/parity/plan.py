@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain import layout as layouts
 from hybridtrain.config import check, schema
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.layout import BatchPlan, ParallelLayout
 from hybridtrain.models.facts import facts, facts_of, read_config
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 MIN_EPS = 1e-6

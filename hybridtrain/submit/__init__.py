@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import layout as layouts
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data import embedded
 from hybridtrain.errors import refusal
+from hybridtrain.plan import layout as layouts
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.submit import free, mint, script, slurm

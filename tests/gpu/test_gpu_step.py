@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridtrain import engine as engines
-from hybridtrain import layout as layouts
+from hybridtrain.plan import layout as layouts
 from hybridtrain.types import Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import Case, model, start

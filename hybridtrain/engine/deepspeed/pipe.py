@@ -15,8 +15,8 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from hybridtrain.layout import ParallelLayout
 from hybridtrain.models.stage import Stage
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.types import Batch
 
 

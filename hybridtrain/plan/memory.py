@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import refusal
-from hybridtrain.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import resume
-from hybridtrain.command import run_command
-from hybridtrain.config import check, compose
+from hybridtrain.cli.commands import run_command
+from hybridtrain.config import checks, compose
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data import vocabulary
@@ -91,7 +91,7 @@ def resolve(config: Config, *, here: bool) -> Job:
     if config.train.eval_every:
         blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
-    check.phases(config.schedule, steps=total_steps)
+    checks.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, data, total_steps)
 
 

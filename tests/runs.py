@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridtrain import command
 from hybridtrain.checkpoint import marker, metadata
+from hybridtrain.cli import commands
 from hybridtrain.config import schema
 from hybridtrain.data.tokenize import prepare
 from tests.ranks import run_ranks
@@ -67,8 +67,8 @@ class Ended:
 def on_this_rank(argv: list[str]) -> Ended:
     """`hybridtrain train` in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        command.SPEAK_FIRST_S = command.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
-        code = command.run_command("train", argv)
+        commands.SPEAK_FIRST_S = commands.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
+        code = commands.run_command("train", argv)
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hybridtrain.config.check import check
+from hybridtrain.config.checks import check
 from hybridtrain.config.compose import compose
 from hybridtrain.errors import UserError
 

@@ -24,8 +24,8 @@ from tests.runs import arguments, corpus, finished, four_parts, on_ranks, rows, 
 ANSWER = """
 import contextlib, io, json, sys, time
 began = time.monotonic()
-from hybridtrain import command
-command.SPEAK_FIRST_S = 0.0
+from hybridtrain.cli import commands
+commands.SPEAK_FIRST_S = 0.0
 import os
 answers, rank = {}, os.environ["RANK"]
 for name, world_size, argv in json.load(sys.stdin):
@@ -37,7 +37,7 @@ for name, world_size, argv in json.load(sys.stdin):
     start = time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            code = command.run_command("train", argv)
+            code = commands.run_command("train", argv)
         except Exception as error:
             code = repr(error)
     answers[name] = dict(code=code, err=err.getvalue(), out=out.getvalue(), seconds=time.monotonic() - start)

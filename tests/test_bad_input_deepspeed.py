@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hybridtrain.config import check
+from hybridtrain.config import checks
 from hybridtrain.config.compose import compose
 from hybridtrain.errors import UserError
 from tests.runs import arguments, corpus, four_parts
@@ -91,7 +91,7 @@ def test_refused(answered: dict[str, dict[str, Any]], name: str) -> None:
 )
 def test_its_own_options_are_refused_elsewhere(options: list[str], field: str) -> None:
     with pytest.raises(UserError, match=field) as told:
-        check.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", *options]))
+        checks.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", *options]))
     assert "engine=deepspeed" in str(told.value)
 
 
@@ -100,8 +100,8 @@ def test_not_installed_is_said_with_the_command_that_installs_it() -> None:
     script = (
         "import importlib.util, sys; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'deepspeed' else found(name, *rest)\n"
-        "from hybridtrain import command\n"
-        "sys.exit(command.run_command('train', ['data.path=x', 'model=tiny', 'train.steps=1', 'engine=deepspeed']))"
+        "from hybridtrain.cli import commands\n"
+        "sys.exit(commands.run_command('train', ['data.path=x', 'model=tiny', 'train.steps=1', 'engine=deepspeed']))"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60, cwd=Path(__file__).parent.parent)
     assert ended.returncode == 2, ended.stderr

@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain import command, metrics
+from hybridtrain import metrics
 from hybridtrain.bench import compare, result
 from hybridtrain.bench.plain import PlainLoop, PlainProcess, Task
 from hybridtrain.bench.result import Timing, Work
 from hybridtrain.bench.rounds import Side
-from hybridtrain.cli import main
+from hybridtrain.cli import commands
+from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.config.compose import compose
 from hybridtrain.data.synthetic import Synthetic
@@ -143,7 +144,7 @@ def test_flops_of_the_1_1b_llama_by_hand():
 
 
 def bench(argv: list[str]) -> int:
-    return command.run_command("bench", argv)
+    return commands.run_command("bench", argv)
 
 
 @pytest.mark.slow

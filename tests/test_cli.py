@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import __version__, command
-from hybridtrain.cli import main
+from hybridtrain import __version__
+from hybridtrain.cli import commands
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
 from tests.runs import arguments
 
@@ -34,8 +35,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text for name in command.COMMANDS)
-    assert set(command.COMMANDS) == set(schema.ROOTS)
+    assert all(f"  {name}" in text for name in commands.COMMANDS)
+    assert set(commands.COMMANDS) == set(schema.ROOTS)
     assert main([]) == 2
     capsys.readouterr()
     assert main(["--version"]) == 0
@@ -50,7 +51,7 @@ def test_commands_that_read_runs_list_their_own_options_alone(capsys, name, opti
     assert len(text.splitlines()) < 30
 
 
-@pytest.mark.parametrize("name", [name for name in command.COMMANDS if name not in ("runs", "logs", "report", "verify")])
+@pytest.mark.parametrize("name", [name for name in commands.COMMANDS if name not in ("runs", "logs", "report", "verify")])
 def test_help_of_a_command_explains_every_option_and_group(capsys, name):
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
@@ -68,9 +69,9 @@ def test_a_file_or_a_run_in_place_of_options_is_told_where_it_goes(capsys, tmp_p
     assert f"try:     run.dir={tmp_path} after the options" in refused(capsys, ["train", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", command.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_every_command_has_its_function(name):
-    module, function, _ = command.COMMANDS[name]
+    module, function, _ = commands.COMMANDS[name]
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"{module} is not there"
     assert spec.origin is not None
@@ -170,7 +171,7 @@ def test_a_mistake_is_answered_within_two_seconds_and_without_torch(mistake):
     script = f"""
 import sys, time
 begin = time.monotonic()
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 code = main({argv!r})
 assert code == 2, code
 assert not {{"torch", "transformers", "accelerate", "numpy"}} & set(sys.modules)
@@ -184,7 +185,7 @@ assert time.monotonic() - begin < 2
 def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_speak(capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command, "SPEAK_FIRST_S", 0.3)
+    monkeypatch.setattr(commands, "SPEAK_FIRST_S", 0.3)
     begin = time.monotonic()
     assert main(["train", "train.step=5"]) == 2
     assert time.monotonic() - begin >= 0.3
@@ -195,7 +196,7 @@ def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_sp
 
 def test_a_mistake_that_only_another_rank_meets_is_said_by_it(capsys, monkeypatch, run_dir):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(command, "SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr(commands, "SPEAK_FIRST_S", 0.0)
     assert main(["export", str(run_dir)]) == 2  # no such run: known only while the command runs
     assert capsys.readouterr().err.startswith("[rank 1] hybridtrain export: ")
 
@@ -273,15 +274,15 @@ def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_ap
     """A gloo thread that lets go of a tensor while the interpreter is being taken apart aborts the process."""
     script = """
 import atexit, os
-from hybridtrain import cli
+from hybridtrain.cli import main
 from hybridtrain.runtime import launch
 class Apart:
     def __del__(self):
         os.write(1, b"taken apart")
 kept = Apart()
 atexit.register(print, "exit function")
-cli.main = lambda: 3
-cli.program()
+main.main = lambda: 3
+main.program()
 """
     done = python("-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (3, "exit function\n", "")

@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from hybridtrain.config import check, keys, ranges, schema
+from hybridtrain.config import checks, keys, ranges, schema
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
@@ -57,9 +57,9 @@ def test_every_file_composes_types_and_passes(group, name):
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
         with pytest.raises(UserError, match=f"pip install {name}"):
-            check.check(config)
+            checks.check(config)
     else:
-        check.check(config)
+        checks.check(config)
     for section in dataclasses.fields(config):  # typed all the way down
         values = getattr(config, section.name)
         for option, kind in get_type_hints(type(values)).items():
@@ -291,7 +291,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     (own_site / "others.pth").write_text(f"{site}\n")
     python = tmp_path / "venv" / "bin" / "python"
     (tmp_path / "elsewhere").mkdir()
-    command = "from hybridtrain.cli import main; import hybridtrain, sys; print(hybridtrain.__file__, file=sys.stderr); raise SystemExit(main())"
+    command = "from hybridtrain.cli.main import main; import hybridtrain, sys; print(hybridtrain.__file__, file=sys.stderr); raise SystemExit(main())"
     shown = subprocess.run(
         [python, "-c", command, "train", "--cfg", "job", "experiment=smoke"], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False
     )

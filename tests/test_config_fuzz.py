@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hybridtrain import engine as engines
-from hybridtrain.config import check, keys, schema
+from hybridtrain.config import checks, keys, schema
 from hybridtrain.config.compose import compose, plain, to_yaml
 from hybridtrain.config.ranges import RANGES
 from hybridtrain.errors import UserError
@@ -85,7 +85,7 @@ def tried(config: schema.Config) -> bool:
     """Whether the config is accepted."""
     begin = time.process_time()
     try:
-        check.check(config)
+        checks.check(config)
         if type(config) is schema.Config:
             engines.settle(config)
         to_yaml(config), plain(config)
@@ -148,7 +148,7 @@ def test_every_number_has_a_range_that_holds_its_default(key):
         section, option = key.split(".")
         setattr(getattr(config, section), option, type(default)(beyond))
         with pytest.raises(UserError, match=key):
-            check.check(config)
+            checks.check(config)
 
 
 SLIPS = [
@@ -167,7 +167,7 @@ SLIPS = [
 @pytest.mark.parametrize(("words", "expected"), SLIPS)
 def test_advice_that_fits(words, expected):
     with pytest.raises(UserError) as refused:
-        check.check(compose("train", ["data.path=x", "train.steps=100", *([] if words[0].startswith("model=") else ["model=tiny"]), *words]))
+        checks.check(compose("train", ["data.path=x", "train.steps=100", *([] if words[0].startswith("model=") else ["model=tiny"]), *words]))
     assert expected in str(refused.value)
 
 

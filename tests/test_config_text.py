@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hybridtrain.command import TAKES_RUN, _with_runs
+from hybridtrain.cli.commands import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
 from hybridtrain.config.compose import Interpolated, compose, from_yaml, laid_over, plain, read_run, sweep, to_yaml
 from hybridtrain.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridtrain.config import schema
-from hybridtrain.config.check import check
+from hybridtrain.config.checks import check
 from hybridtrain.data.blend import BLOCK, Blend, apportioned, check_vocab, drawn, open_data, order_fingerprint
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import UserError
@@ -190,7 +190,7 @@ def test_a_blend_trains_and_resumes(tmp_path, prepared):
     runs.finished(2, half)
     assert runs.rows(tmp_path / "half") == runs.rows(tmp_path / "whole")
     assert "eval_loss" in runs.rows(tmp_path / "whole")[-1]
-    from hybridtrain.cli import main
+    from hybridtrain.cli.main import main
 
     assert main(["export", str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole" / "export" / "tokenizer.json").is_file()
@@ -298,7 +298,7 @@ def test_every_token_but_the_first_of_a_document_or_row_is_predicted_once(tmp_pa
 
 def test_training_and_plain_transformers_evaluate_masked_rows_alike(tmp_path):
     """`evaluate` leaves it to transformers to find the documents in the positions."""
-    from hybridtrain.cli import main
+    from hybridtrain.cli.main import main
 
     documents = [[np.random.default_rng(number).integers(0, 300, size=5 + number).tolist()] for number in range(40)]
     train, held_out = foreign(tmp_path / "train", documents, dtype="<u2"), foreign(tmp_path / "test", documents[:20], dtype="<u2")

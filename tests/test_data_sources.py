@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.config.check import check
+from hybridtrain.config.checks import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import pieces, streams, tokenize
 from hybridtrain.data.corpus import sources

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybridtrain import command, loop
+from hybridtrain import loop
+from hybridtrain.cli import commands
 from hybridtrain.engine.deepspeed import state
 from hybridtrain.engine.deepspeed.start import quiet
 from tests.ranks import RankFailed, run_ranks
@@ -35,7 +36,7 @@ def with_torch(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by the torch engine in one process, exported."""
     run = tmp_path_factory.mktemp("torch") / "run"
     finished(1, arguments(run, data, train__eval_every=4))
-    assert command.run_command("export", [str(run)]) == 0
+    assert commands.run_command("export", [str(run)]) == 0
     return run
 
 
@@ -59,7 +60,7 @@ def test_a_run_like_any_other(name, data, with_torch, tmp_path):
     assert summary(run)["status"] == "finished"
     assert checkpoints(run) == ["step-00000004", "step-00000008"]
     assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == (3 if "zero3" in name else 1)
-    assert command.run_command("export", [str(run)]) == 0
+    assert commands.run_command("export", [str(run)]) == 0
     torch.testing.assert_close(logits(run), logits(with_torch), rtol=1e-3, atol=1e-4)
 
 

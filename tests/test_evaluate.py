@@ -13,7 +13,7 @@ import transformers
 
 from hybridtrain import engine as engines
 from hybridtrain import evaluate
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader, eval_batches

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hybridtrain.checkpoint import destination, hf, marker, safetensors, sealed, sharded
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
 from hybridtrain.data import digests

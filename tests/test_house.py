@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.config.check import TRACKERS
+from hybridtrain.config.checks import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hybridtrain"
@@ -51,7 +51,7 @@ PRIVATE = {
     **dict.fromkeys(("_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_get_full_key", "_get_node", "_is_interpolation", "_is_missing"), ("config/",)),
     **dict.fromkeys(("_is_none", "_maybe_dereference_node", "_set_value"), ("config/",)),
-    "_is_text_encoding": ("config/check.py",),
+    "_is_text_encoding": ("config/checks.py",),
     "_run_exitfuncs": ("runtime/launch.py",),
 }
 PUBLIC = re.compile(r"_exit|_foreach_\w+|_scaled_dot_product_\w+|_c10d_functional|_Environ|_Hash")  # spelt so; the last two in annotations alone

@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def repositories(tmp_path: Path, data: Path) -> Path:
     """someone/tiny: an export, with end tokens and a temperature of its own."""
-    from hybridtrain.cli import main
+    from hybridtrain.cli.main import main
 
     finished(1, arguments(tmp_path / "first", data, train__steps=1))
     assert main(["export", str(tmp_path / "first")]) == 0

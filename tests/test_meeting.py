@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hybridtrain import agreement
-from hybridtrain.command import run_command
+from hybridtrain.cli.commands import run_command
 from hybridtrain.config.compose import compose
 from hybridtrain.runtime import launch, network
 from tests.ranks import run_ranks
@@ -87,7 +87,7 @@ def test_launcher_variables_that_make_no_sense_are_refused_together(change, word
     for name, value in {**GOOD, **change}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("hybridtrain.command.SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr("hybridtrain.cli.commands.SPEAK_FIRST_S", 0.0)
     assert run_command("train", ["model=tiny", "data.path=x", "train.steps=1"]) == 2
     text = capsys.readouterr().err
     assert [word for word in words if word not in text] == [], text

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config.schema import Config, ParallelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from tests.ranks import run_ranks
 from tests.runs import Ended, on_this_rank, rows
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import command, mesh
+from hybridtrain import mesh
+from hybridtrain.cli import commands
 from hybridtrain.run import lock
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished, on_this_rank, rows, summary
@@ -97,7 +98,7 @@ def test_a_killed_run_is_told_from_one_that_runs_and_the_next_start_notes_it(dat
         run_ranks(1, killed_after_two_lines, argv, run)
     assert summary(run)["status"] == "running", "nobody could say how it ended"
     capfd.readouterr()
-    assert command.run_command("runs", [f"runs.folder={tmp_path}"]) == 0
+    assert commands.run_command("runs", [f"runs.folder={tmp_path}"]) == 0
     listed = capfd.readouterr().out
     assert "ended without a report" in listed
     assert "running" not in listed

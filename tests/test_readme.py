@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.command import run_command
+from hybridtrain.cli.commands import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from hybridtrain import report
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError
 from hybridtrain.plan.layout import ParallelLayout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from tests import browser
 from tests.test_report import eventful, finished
 

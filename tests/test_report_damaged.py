@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hybridtrain import report
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.report import compare, history, plots, ranks, single
 from hybridtrain.run import directory

@@ -73,11 +73,11 @@ def test_a_training_tells_nobody(data: Path, tmp_path: Path) -> None:
 
 def _is_free(key: str, data: Path) -> bool:
     """Whether a training accepts any text there."""
-    from hybridtrain.config import check
+    from hybridtrain.config import checks
 
     try:
         config = compose.compose("train", [*arguments(Path("run"), data), f"{key}=any-text"])
-        check.check(config)
+        checks.check(config)
     except UserError:
         return False
     return True
@@ -102,7 +102,7 @@ def _train(argv: list[str], environment: dict[str, str]) -> str:
 
 
 def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from hybridtrain.cli import main
+    from hybridtrain.cli.main import main
     from tests.test_report import row, write
 
     monkeypatch.setenv("READERS_KEY", SECRET)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
 from hybridtrain.data import fit
 from hybridtrain.data.blend import open_data

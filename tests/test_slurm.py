@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hybridtrain import command
+from hybridtrain.cli import commands
 from hybridtrain.config import compose
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
@@ -62,7 +62,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def submit(run: Path, data: Path, *more: str, **options: object) -> str:
     """The job's id."""
     argv = [*arguments(run, data, **{"parallel": "tp2_pp2", **options}), *TWO_BY_TWO, *more]
-    assert command.run_command("submit", argv) == 0
+    assert commands.run_command("submit", argv) == 0
     return (run / "submit" / "job_id").read_text().strip()
 
 
@@ -99,7 +99,7 @@ def test_submit_trains_on_two_nodes(slurm, data, uninterrupted, tmp_path, capfd)
     nodes = {path.parent.name: path for path in run.glob("logs/job-*/life-0/node-*.log")}
     assert nodes
     capfd.readouterr()
-    assert command.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
+    assert commands.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
     assert "the run is finished, 8 of 8 steps are done" in capfd.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_is_queued_is_not_queued_a_second_time(slurm, data, tmp_path,
     job = submit(run, data, "cluster.sbatch={begin: now+1hour}")
     before = sorted((path, path.read_bytes()) for path in run.rglob("*") if path.is_file())
     capfd.readouterr()
-    assert command.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
+    assert commands.run_command("submit", [*arguments(run, data, parallel="tp2_pp2"), *TWO_BY_TWO]) == 2
     said = capfd.readouterr().err
     assert f"job {job} has this run already, and is PENDING" in said
     assert f"scancel {job}" in said
@@ -255,7 +255,7 @@ def test_a_bad_node_is_named_and_left_out(slurm, data, tmp_path, monkeypatch):
     monkeypatch.setenv("SABOTAGE_NODE", "n1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests/sabotage"), str(ROOT)]))
     argv = [*arguments(run, data, parallel="tp2", cluster__ranks_per_node=2, cluster__health_timeout_s=60)]
-    assert command.run_command("submit", argv) == 0
+    assert commands.run_command("submit", argv) == 0
     first = (run / "submit" / "job_id").read_text().strip()
     slurm.wait(first, timeout_s=120)
     second = (run / "submit" / "job_id").read_text().strip()
@@ -271,7 +271,7 @@ def test_an_array_of_runs(data, tmp_path, capfd):
     run = tmp_path / "runs/sweep"
     given = [text for text in arguments(run, data, train__steps=3, parallel="tp2") if not text.startswith("run.dir")]
     sizes = ["cluster.ranks_per_node=2", "cluster.health_timeout_s=0", "cluster.array_at_once=2"]
-    assert command.run_command("submit", [*given, *sizes, "run.name=sweep", "--multirun", "optim.lr=0.001,0.003,0.01", "run.seed=0,1"]) == 0
+    assert commands.run_command("submit", [*given, *sizes, "run.name=sweep", "--multirun", "optim.lr=0.001,0.003,0.01", "run.seed=0,1"]) == 0
     runs = [tmp_path / f"runs/sweep-{number}" for number in range(6)]
     job = (runs[0] / "submit/job_id").read_text().strip().partition("_")[0]
     end = time.monotonic() + 300
@@ -280,11 +280,11 @@ def test_an_array_of_runs(data, tmp_path, capfd):
         time.sleep(0.5)
     assert len({json.dumps(rows(path)) for path in runs}) == 6
     capfd.readouterr()
-    assert command.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
+    assert commands.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
     listed = capfd.readouterr().out
     assert listed.count("finished") == 6
     assert f"{job}_0" in listed
-    assert command.run_command("report", ["--compare", *map(str, runs), f"report.out={tmp_path / 'compare'}"]) == 0
+    assert commands.run_command("report", ["--compare", *map(str, runs), f"report.out={tmp_path / 'compare'}"]) == 0
     assert "sweep-5" in (tmp_path / "compare/index.html").read_text()
 
 
@@ -306,7 +306,7 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
     sabotage(monkeypatch, kind="slow", seconds=0.5, witness=str(witness))
     for nodes, stop_at in ((2, 3), (1, 7), (2, None)):
         argv = [*arguments(run, data, **shard), "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", "cluster.health_timeout_s=0"]
-        assert command.run_command("submit", argv) == 0
+        assert commands.run_command("submit", argv) == 0
         job = (run / "submit" / "job_id").read_text().strip()
         if stop_at:
             wait_for_lines(run, stop_at)
@@ -340,12 +340,12 @@ def test_after_a_cancellation_the_log_ends_with_the_verdict(slurm, data, tmp_pat
     job = submit(run, data)
     wait_for_lines(run, 2)
     capfd.readouterr()
-    assert command.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
+    assert commands.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
     assert capfd.readouterr().out.splitlines()[1].split()[6:8] == [job, "RUNNING"]
     slurm.run("scancel", job)
     slurm.wait(job, timeout_s=120)
     capfd.readouterr()
-    assert command.run_command("logs", [str(run), "logs.lines=1"]) == 0
+    assert commands.run_command("logs", [str(run), "logs.lines=1"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "cancelled: the job was cancelled; the same command goes on"
     assert outcomes(run) == ["cancelled"]
 
@@ -369,7 +369,7 @@ def test_refused_when_it_is_submitted(slurm, data, tmp_path, capfd, name):
         text for text in arguments(tmp_path / "run", data, parallel="tp2_pp2") if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}
     ]
     sizes = [text for text in TWO_BY_TWO if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}]
-    assert command.run_command("submit", [*base, *sizes, *extra]) == 2
+    assert commands.run_command("submit", [*base, *sizes, *extra]) == 2
     said = capfd.readouterr().err
     assert words in said, said
     assert not (tmp_path / "run").exists(), "a run that nobody runs"
@@ -384,7 +384,7 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
     run = tmp_path / "run"
     quoted = "'" + evil.replace("'", "\\'") + "'"
     given = [*arguments(run, data, train__steps=1), f"model.name={quoted}", f"cluster.environment={{EVIL: {quoted}}}", "cluster.health_timeout_s=0"]
-    assert command.run_command("submit", given) == 0
+    assert commands.run_command("submit", given) == 0
     job = (run / "submit" / "job_id").read_text().strip()
     assert slurm.wait(job, timeout_s=120)["JobState"] == "COMPLETED", output(run)
     from hybridtrain.config.compose import from_yaml
@@ -395,7 +395,7 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
 
 
 def test_a_dry_run_shows_the_script_and_queues_nothing(slurm, data, tmp_path, capfd):
-    assert command.run_command("submit", [*arguments(tmp_path / "run", data, parallel="tp2_pp2"), *TWO_BY_TWO, "--dry-run"]) == 0
+    assert commands.run_command("submit", [*arguments(tmp_path / "run", data, parallel="tp2_pp2"), *TWO_BY_TWO, "--dry-run"]) == 0
     said = capfd.readouterr().out
     assert "#SBATCH --nodes=2" in said
     assert "to start at" in said
@@ -414,7 +414,7 @@ def test_the_commands_of_the_readme(slurm, data, tmp_path, capfd):
     for line in lines:
         name, *argv = shlex.split(line)
         argv = [here.pop(text) if text in here and "--dry-run" not in argv else here.get(text, text) for text in argv]
-        assert command.run_command(name, [*argv, *(smaller if name == "submit" else [])]) == 0, line
+        assert commands.run_command(name, [*argv, *(smaller if name == "submit" else [])]) == 0, line
         if name == "submit" and "--dry-run" not in argv:
             job = Path("runs/quickstart/submit/job_id").read_text().strip()
             assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(tmp_path / "runs/quickstart")

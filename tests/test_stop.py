@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hybridtrain.config import check
+from hybridtrain.config import checks
 from hybridtrain.config.compose import compose
 from hybridtrain.errors import UserError
 from hybridtrain.runtime import failure
@@ -109,7 +109,7 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path):
     """Also while the main thread sleeps, or waits in a collective, where no Python handler runs."""
     run = tmp_path / "run"
     script = (
-        "import sys, json; from tests.sabotage.sitecustomize import plant; from hybridtrain.command import run_command\n"
+        "import sys, json; from tests.sabotage.sitecustomize import plant; from hybridtrain.cli.commands import run_command\n"
         "plant({'kind': 'hang', 'rank': 0, 'step': 2}); sys.exit(run_command('train', sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -173,5 +173,5 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_tha
 @pytest.mark.parametrize("text", ["run.stop_signal=KILL", "run.stop_signal=nonsense", "run.stop_before_s=-1", "train.max_step_s=nan"])
 def test_what_cannot_be_obeyed_is_refused(text):
     with pytest.raises(UserError, match=re.escape(text.partition("=")[0])) as told:
-        check.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", text]))
+        checks.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", text]))
     assert "try:" in str(told.value)

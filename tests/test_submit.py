@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import command
+from hybridtrain.cli import commands
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.errors import UserError
 from hybridtrain.runtime import failure
@@ -187,19 +187,19 @@ def test_runs_and_logs_of_this_machine(tmp_path, capfd):
     """Without any scheduler."""
     run = tmp_path / "runs/here"
     finished(2, arguments(run, corpus(tmp_path / "corpus"), train__steps=3))
-    assert command.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
+    assert commands.run_command("runs", [f"runs.folder={tmp_path / 'runs'}"]) == 0
     listed = capfd.readouterr().out.splitlines()
     assert listed[0].split()[:3] == ["run", "status", "step"]
     assert listed[1].split()[:3] == ["here", "finished", "3/3"]
-    assert command.run_command("logs", [str(run), "logs.lines=3"]) == 0
+    assert commands.run_command("logs", [str(run), "logs.lines=3"]) == 0
     assert "finished 3 steps" in capfd.readouterr().out
-    assert command.run_command("runs", [f"runs.folder={tmp_path / 'none'}"]) == 2
-    assert command.run_command("logs", [str(tmp_path / "none")]) == 2
+    assert commands.run_command("runs", [f"runs.folder={tmp_path / 'none'}"]) == 2
+    assert commands.run_command("logs", [str(tmp_path / "none")]) == 2
 
 
 def test_a_dry_run_prepares_no_corpus(tmp_path, capfd):
     line = ["experiment=quickstart", f"data.path={tmp_path / 'shared'}", f"run.dir={tmp_path / 'run'}", "cluster.ranks_per_node=4", "--dry-run"]
-    assert command.run_command("submit", line) == 2
+    assert commands.run_command("submit", line) == 2
     assert "the corpus is not there yet" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import command
-from hybridtrain.cli import main
+from hybridtrain.cli.commands import run_command
+from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.errors import UserError
@@ -169,7 +169,7 @@ def test_the_states_of_all_runs_are_one_question(tmp_path: Path, monkeypatch: py
 def test_processes_are_refused_in_words_of_the_cluster(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commands(tmp_path / "bin", monkeypatch, sinfo="echo 9", sbatch="exit 1")
     argv = arguments(tmp_path / "run", data, parallel="tp2_pp2", cluster__nodes=3, cluster__ranks_per_node=2)
-    assert command.run_command("submit", argv) == 2
+    assert run_command("submit", argv) == 2
     said = capsys.readouterr().err
     assert "these degrees take a multiple of 4 processes, and 3 x 2 (cluster.nodes x ranks on each) are 6" in said
     assert "try:     cluster.nodes=2" in said
@@ -178,7 +178,7 @@ def test_processes_are_refused_in_words_of_the_cluster(data: Path, tmp_path: Pat
 
 def test_a_dry_run_ends_with_what_matters(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commands(tmp_path / "bin", monkeypatch, sinfo="echo 9", sbatch="echo 'sbatch: Job 5 to start at noon' >&2")
-    assert command.run_command("submit", [*arguments(tmp_path / "run", data), "run.name=mine", "--dry-run"]) == 0
+    assert run_command("submit", [*arguments(tmp_path / "run", data), "run.name=mine", "--dry-run"]) == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert lines[-2:] == ["mine: single on 1 process", "sbatch: Job 5 to start at noon (nothing was queued)"]
@@ -190,7 +190,7 @@ def test_an_array_has_a_folder_of_its_own(data: Path, tmp_path: Path, monkeypatc
     commands(tmp_path / "bin", monkeypatch, sinfo="echo 9", sbatch="case $1 in --test-only) ;; *) echo 5;; esac")
     monkeypatch.chdir(tmp_path)
     given = [text for text in arguments(tmp_path, data) if not text.startswith("run.dir")]
-    assert command.run_command("submit", [*given, "run.name=a/b", "--multirun", "optim.lr=0.1,0.2"]) == 0, capsys.readouterr().err
+    assert run_command("submit", [*given, "run.name=a/b", "--multirun", "optim.lr=0.1,0.2"]) == 0, capsys.readouterr().err
     folder = tmp_path / "runs/a/arrays/a_b-0"
     first = (folder / script.RUNS).read_text()
     assert first.split() == [str(tmp_path / f"runs/a/b-{number}") for number in range(2)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain.config import check, schema
+from hybridtrain.config import checks, schema
 from hybridtrain.errors import UserError
 from hybridtrain.run.trackers.kinds import KINDS
 from tests.test_trackers import server, track
@@ -22,7 +22,7 @@ LOSSES = {step: 1.0 / step for step in range(1, 6)}
 
 
 def test_every_kind_that_the_config_knows_has_a_row():
-    assert set(KINDS) == set(check.TRACKERS)
+    assert set(KINDS) == set(checks.TRACKERS)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command(monkeypatch):
@@ -31,11 +31,11 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command(monkeypatch
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "comet_ml" else real(name, *rest))
     with pytest.raises(UserError, match="pip install comet_ml") as refused:
-        check.check(config)
+        checks.check(config)
     assert "the package comet_ml is not installed here" in str(refused.value)
     assert "tensorboard" in str(refused.value).split("allowed:")[1]
     config.tracker.kinds = ["tensorboard"]
-    check.check(config)
+    checks.check(config)
 
 
 def mlflow(folder: Path) -> tuple[dict[int, float], str]:
@@ -88,7 +88,7 @@ def clearml(folder: Path) -> tuple[dict[int, float], str]:
 READERS: dict[str, Callable[[Path], tuple[dict[int, float], str]]] = {reader.__name__: reader for reader in (mlflow, trackio, dvclive, comet_ml, clearml)}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in check.TRACKERS if kind not in ("wandb", "tensorboard")])
+@pytest.mark.parametrize("kind", [kind for kind in checks.TRACKERS if kind not in ("wandb", "tensorboard")])
 def test_files_hold_the_values_and_no_secret_and_lie_in_the_run(kind, tmp_path):
     if importlib.util.find_spec(kind) is None:
         pytest.skip(f"pip install {kind}")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hybridtrain import train
-from hybridtrain.cli import main
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError

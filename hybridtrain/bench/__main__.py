@@ -2,7 +2,7 @@
 
 import sys
 
-from hybridtrain.command import run_command
+from hybridtrain.cli.commands import run_command
 from hybridtrain.runtime.launch import leave, use_expandable_segments
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain.config import check, schema
+from hybridtrain.config import checks, schema
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts, facts_of, read_config
 from hybridtrain.plan import layout as layouts
@@ -156,7 +156,7 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
             plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
             layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
             if engine == "deepspeed":
-                check.deepspeed_stage(config, parallel.zero_stage)
+                checks.deepspeed_stage(config, parallel.zero_stage)
         except UserError as error:
             if named:
                 raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hybridtrain import train
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.config import check, schema
+from hybridtrain.config import checks, schema
 from hybridtrain.config.compose import compose, to_yaml
 from hybridtrain.errors import refusal
 from hybridtrain.run import directory, identity
@@ -26,7 +26,7 @@ _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 def mint_from(argv: list[str]) -> Path:
     """The run directory that overrides continue or start, checked against the job's processes."""
     config = compose("train", argv)
-    check.check(config)
+    checks.check(config)
     job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
     return mint(job.config).path
 

@@ -98,7 +98,7 @@ def _child(argv: list[str], *, folder: Path, arm: tuple[int, int] | None, log: P
         shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
         shim.failed_at.restype = ctypes.c_char_p
         shim.arm(str(folder).encode(), *(arm or (0, 0)))
-        from hybridtrain.cli import main
+        from hybridtrain.cli.main import main
 
         code = main(argv)
         operations = shim.disarm()

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from hybridtrain import command
+from hybridtrain.cli import commands
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no NVIDIA GPU")]
 
 
 def bench(argv: list[str]) -> int:
-    return command.run_command("bench", argv)
+    return commands.run_command("bench", argv)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])

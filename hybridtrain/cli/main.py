@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from hybridtrain import __version__
-from hybridtrain.command import COMMANDS, TAKES_RUN, run_command
+from hybridtrain.cli.commands import COMMANDS, TAKES_RUN, run_command
 from hybridtrain.runtime.launch import leave
 
 
@@ -48,7 +48,3 @@ def _help() -> str:
 def program() -> NoReturn:
     """`hybridtrain` in a shell."""
     leave(main())
-
-
-if __name__ == "__main__":
-    program()

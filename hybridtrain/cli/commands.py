@@ -103,12 +103,12 @@ def _misplaced(command: str) -> int | None:
 def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Config] | int:
     """The checked config (of a sweep that is submitted: all), or the exit code of a command line that asks for something else."""
     if any(flag in argv for flag in ("-h", "--help")):
-        from hybridtrain.config import help as help_page
+        from hybridtrain.cli import help as help_page
 
         return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
     rest = _with_runs(command, ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest])
-    from hybridtrain.config import check
+    from hybridtrain.config import checks
     from hybridtrain.config.compose import compose, sweep, to_yaml
 
     if any(flag in rest for flag in ("-m", "--multirun")):
@@ -116,14 +116,14 @@ def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Co
         if command != "submit":
             return _multirun(command, rest)
         configs = [compose(command, job) for job in sweep(command, rest)]
-        check.own_folders(configs)
+        checks.own_folders(configs)
         for config in configs:
-            check.check(config)
+            checks.check(config)
         return configs
     config = compose(command, rest)
     if show:
         return _say(to_yaml(config))
-    check.check(config)
+    checks.check(config)
     return config
 
 
@@ -233,14 +233,14 @@ def _multirun(command: str, argv: list[str]) -> int:
             allowed="sweeps outside torchrun",
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
-    from hybridtrain.config import check
+    from hybridtrain.config import checks
     from hybridtrain.config.compose import compose, sweep
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
     codes = []
     jobs = sweep(command, argv)
     configs = [compose(command, job) for job in jobs] if command == "train" else []
-    check.own_folders(configs)
+    checks.own_folders(configs)
     for number, job in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *flags, *job], check=False).returncode)

@@ -1,0 +1,1 @@
+"""`hybridtrain <command> [overrides]`: the command line, one caller of the library."""

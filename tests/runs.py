@@ -20,7 +20,7 @@ import torch
 from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.cli import commands
 from hybridtrain.config import schema
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare.tokenize import prepare
 from tests.ranks import run_ranks
 
 SAME = ("step", "tokens_seen", "loss", "grad_norm", "lr", "loss_scale", "skipped", "eval_loss")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridtrain.data import chat, conversations
-from hybridtrain.data.template import Template, end_of_turn
+from hybridtrain.data.prepare import chat, conversations
+from hybridtrain.data.prepare.template import Template, end_of_turn
 
 FOLDER = Path(os.environ.get("HYBRIDTRAIN_TEST_TOKENIZERS", "/nonexistent"))
 TALK = [

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from hybridtrain.config import schema
-from hybridtrain.data import blend, statistics
-from hybridtrain.data.conversations import NOT_YET, Conversation, Unreadable, read
+from hybridtrain.data import blend
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare import statistics
+from hybridtrain.data.prepare.conversations import NOT_YET, Conversation, Unreadable, read
+from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from tests import runs
 from tests.test_data_chat import CHATML, THINKING, tokenizer  # noqa: F401 - a fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import blocks, pieces, tokenize
-from hybridtrain.data.corpus import sources
 from hybridtrain.data.indexed import IndexedReader
+from hybridtrain.data.prepare import blocks, pieces, tokenize
+from hybridtrain.data.prepare.sources import sources
 from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(300)]

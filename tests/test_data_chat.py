@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybridtrain.data import chat, conversations, fit
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter
-from hybridtrain.data.template import PLAIN, Template, end_of_turn, set_template
+from hybridtrain.data.prepare import chat, conversations, packing
+from hybridtrain.data.prepare.template import PLAIN, Template, end_of_turn, set_template
 from hybridtrain.errors import UserError
 
 CHATML = (
@@ -267,7 +267,7 @@ def test_the_end_of_a_turn(tokenizer, template, token):
 
 def filled(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Tokens in each row of a packing, after checking that no row overflows and no row is missing."""
-    row_of = fit.pack(sizes, capacity=capacity)
+    row_of = packing.pack(sizes, capacity=capacity)
     full = np.bincount(row_of, weights=sizes).astype(int)
     assert full.max() <= capacity
     assert full.min() > 0
@@ -310,17 +310,17 @@ def test_the_row_index(tmp_path: Path):
     with IndexedWriter(tmp_path / "train.loss", dtype=np.dtype("u1")) as writer:
         for size in sizes:
             writer.add(np.arange(size) >= size - 2)
-    made = fit.build(tmp_path, split="train", seq_len=9)
+    made = packing.build(tmp_path, split="train", seq_len=9)
     assert (made.conversations, made.cut) == (7, 1)
     assert (made.tokens, made.targets) == (5 + 9 + 3 + 10 + 4 + 1 + 8, 5 * 2)  # the end of 20 is cut off; the first token, all there is of 1, is no target
-    ids, starts = (np.load(path, mmap_mode="r") for path in fit.row_files(tmp_path, split="train"))
+    ids, starts = (np.load(path, mmap_mode="r") for path in packing.row_files(tmp_path, split="train"))
     assert sorted(ids.tolist()) == list(range(7))
     rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(starts)]
     assert len(rows) == made.rows
     lengths = [sum(min(10, sizes[conversation]) for conversation in row) for row in rows]
     assert max(lengths) <= 10
     assert made.fill == sum(lengths) / (10 * len(rows))
-    before = [path.read_bytes() for path in fit.row_files(tmp_path, split="train")]
+    before = [path.read_bytes() for path in packing.row_files(tmp_path, split="train")]
     assert IndexedReader(tmp_path / "train").documents == 7
-    fit.build(tmp_path, split="train", seq_len=9)
-    assert [path.read_bytes() for path in fit.row_files(tmp_path, split="train")] == before
+    packing.build(tmp_path, split="train", seq_len=9)
+    assert [path.read_bytes() for path in packing.row_files(tmp_path, split="train")] == before

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import cuts, tokenize
+from hybridtrain.data.prepare import cuts, tokenize
 from hybridtrain.errors import UserError
 
 GENERATOR = random.Random(0)
@@ -95,7 +95,7 @@ def test_special_tokens_that_a_document_spells_out_are_counted(tmp_path):
 PROGRAM = """
 import resource, sys
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import tokenize
+from hybridtrain.data.prepare import tokenize
 tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], tokenizer=sys.argv[3], eval_fraction=float(sys.argv[4])), options=PrepareConfig(workers=int(sys.argv[5])))
 print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) >> 10)
 """

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import statistics, tokenize
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.prepare import statistics, tokenize
 from hybridtrain.data.verify import verify_corpus
 from hybridtrain.errors import UserError
 
@@ -252,7 +252,7 @@ def test_patterns_match_as_pathlib_does(tmp_path, texts, pattern):
     root = tmp_path / "root"
     for place in ("", "a", "b", "c/a", "c/a/d", "a/d/e", ".hidden"):
         shutil.copytree(texts, root / place, dirs_exist_ok=True)
-    from hybridtrain.data.corpus import sources
+    from hybridtrain.data.prepare.sources import sources
 
     found = sources(settings(tmp_path / "data", root, pattern=pattern))
     expected = sorted(f"root/{path.relative_to(root).as_posix()}" for path in root.rglob(pattern) if path.is_file())
@@ -262,7 +262,7 @@ def test_patterns_match_as_pathlib_does(tmp_path, texts, pattern):
 EMBEDDED = """
 import sys
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.embedded import open_or_prepare
+from hybridtrain.data.prepare.embedded import open_or_prepare
 print(open_or_prepare(DataConfig(path=sys.argv[1], source=["stdlib"], vocab_size=300), timeout_s=300).fingerprint)
 """
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import join, pieces, readers, tokenize, tokenizer
-from hybridtrain.data.corpus import sources
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.readers import Fields
+from hybridtrain.data.prepare import join, pieces, readers, tokenize, tokenizer
+from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare.sources import sources
 from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]

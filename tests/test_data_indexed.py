@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hybridtrain.data import indexed
+from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader, IndexedWriter, file_pair, token_dtype
-from hybridtrain.data.pack import TextRows, count_rows
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.rows import TextRows, count_rows
 from hybridtrain.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [65000], [1, 2, 3, 4, 9, 0]]

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import order, tokenize
+from hybridtrain.data import order
 from hybridtrain.data.blend import Blend, check_vocab, open_data, order_fingerprint
+from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.prepare import tokenize
 from hybridtrain.errors import UserError
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch

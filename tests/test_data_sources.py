@@ -11,9 +11,9 @@ import pytest
 
 from hybridtrain.config.checks import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import pieces, streams, tokenize
-from hybridtrain.data.corpus import sources
-from hybridtrain.data.readers import Fields
+from hybridtrain.data.prepare import pieces, streams, tokenize
+from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare.sources import sources
 from hybridtrain.errors import UserError
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 20

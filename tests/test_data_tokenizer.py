@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import tokenize, tokenizer
 from hybridtrain.data.blend import tokenizer_dir
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.prepare import tokenize, tokenizer
 from hybridtrain.errors import UserError
 
 

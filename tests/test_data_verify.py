@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import tokenize
 from hybridtrain.data.blend import open_data
+from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedWriter
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.prepare import tokenize
 from hybridtrain.data.verify import verify_corpus
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import check_fingerprints

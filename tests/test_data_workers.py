@@ -16,16 +16,16 @@ import psutil
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import chat, pieces, tokenize
-from hybridtrain.data.conversations import read
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.template import PLAIN, Template
+from hybridtrain.data.prepare import chat, pieces, tokenize
+from hybridtrain.data.prepare.conversations import read
+from hybridtrain.data.prepare.template import PLAIN, Template
 from hybridtrain.errors import UserError
 
 PROGRAM = """
 import json, sys
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data import pieces, tokenize
+from hybridtrain.data.prepare import pieces, tokenize
 if __name__ == "__main__":
     pieces.MIN_PIECE_BYTES = 40_000
     tokenize.prepare(DataConfig(**json.loads(sys.argv[1])), options=PrepareConfig(workers=2))

@@ -16,9 +16,9 @@ from hybridtrain import evaluate
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
 from hybridtrain.data.blend import open_data
+from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.loader import Loader, eval_batches
-from hybridtrain.data.store import Corpus
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.evaluate.generate import sample
 from hybridtrain.evaluate.perplexity import perplexity

@@ -9,7 +9,7 @@ import pytest
 
 from hybridtrain import report
 from hybridtrain.checkpoint import destination
-from hybridtrain.data import folder
+from hybridtrain.data.prepare import folder
 from hybridtrain.errors import UserError
 from hybridtrain.runtime import files
 from tests.runs import immutable

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from hybridtrain.config import schema
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.loop import Collector
 from tests import runs
 

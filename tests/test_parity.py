@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hybridtrain import engine as engines
 from hybridtrain import parity
 from hybridtrain.config import schema
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.mesh import Mesh
 from hybridtrain.models.facts import facts

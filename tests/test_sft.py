@@ -11,11 +11,11 @@ import torch
 
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
-from hybridtrain.data import fit
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
-from hybridtrain.data.tokenize import prepare
+from hybridtrain.data.prepare import packing
+from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.plan.layout import BatchPlan
@@ -147,7 +147,7 @@ def test_evaluation_counts_answers_only(folder):
 
 def test_conversations_longer_than_a_row_lose_their_end(folder, tmp_path):
     copy = copied(folder, tmp_path / "short", changes={"seq_len": 30})
-    made = fit.build(copy, split="train", seq_len=30)
+    made = packing.build(copy, split="train", seq_len=30)
     assert made.cut > 0
     loader = Loader(open_data(schema.DataConfig(path=str(copy)), timeout_s=0), plan=BatchPlan(1, 30, 1, 1), dp_rank=0, dp_size=1, seed=0, vocab=320)
     reader = IndexedReader(copy / "train")
@@ -166,7 +166,7 @@ def test_rows_of_another_length_are_refused(folder, tmp_path):
 
 def test_a_damaged_row_index_is_refused(folder, tmp_path):
     copy = copied(folder, tmp_path / "data", changes={})
-    np.save(fit.row_files(copy, split="train")[0], np.arange(3))
+    np.save(packing.row_files(copy, split="train")[0], np.arange(3))
     with pytest.raises(UserError, match="its row index is of 3 conversations"):
         open_data(schema.DataConfig(path=str(copy)), timeout_s=0).count("train", seq_len=SEQ)
 

@@ -27,8 +27,8 @@ from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, DataConfig, ExportRoot, ModelConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
-from hybridtrain.data.store import changed_files
-from hybridtrain.data.template import end_of_turn
+from hybridtrain.data.corpus import changed_files
+from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described, tokens
 from hybridtrain.run.directory import require_run

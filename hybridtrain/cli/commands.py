@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("hybridtrain.train", "run", "train a model under any layout; continues a run that is there"),
-    "prepare": ("hybridtrain.data.tokenize", "run", "turn text into token files"),
+    "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
     "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
     "bench": ("hybridtrain.bench", "run", "time steps of a config beside a plain PyTorch loop"),
     "export": ("hybridtrain.checkpoint.hf", "run", "write a checkpoint as a Hugging Face folder"),

@@ -22,9 +22,9 @@ import numpy as np
 
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
-from hybridtrain.data.embedded import open_or_prepare
-from hybridtrain.data.pack import Rows
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.prepare.embedded import open_or_prepare
+from hybridtrain.data.rows import Rows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.runtime import log

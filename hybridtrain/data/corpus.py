@@ -1,356 +1,258 @@
-"""Which files and datasets a corpus has, in a stable order, and which of its text files are held out for evaluation.
+"""One corpus as training reads it: a folder that `prepare` completed, or a pair of token files of another maker.
 
-`data.source` names files, folders, patterns, Hugging Face datasets, or `stdlib`: the source of Python's own standard library,
-real text that every machine with Python has. A text file is one document; the other formats hold many.
+Opening reads metadata only and writes nothing: thousands of ranks may do it on a shared disk. Torch is not needed.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
-import json
-import math
 import os
-import platform
-import re
-import sysconfig
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.config.schema import DataConfig
-from hybridtrain.data import blocks
-from hybridtrain.data.blocks import BY_CHANCE, SURELY, WHOLE, share
+import numpy as np
+
+from hybridtrain.data import digests
+from hybridtrain.data.indexed import IndexedReader, file_pair
+from hybridtrain.data.prepare.packing import row_files, targets
+from hybridtrain.data.prepare.sources import FORMAT, READABLE
+from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
 from hybridtrain.errors import UserError, refusal
-
-STDLIB = "stdlib"
-FORMAT = 2  # of a prepared folder
-READABLE = (1, FORMAT)  # format 1 had text files only, and no statistics
-COMPRESSED = (".gz", ".zst")
-LISTED = 1000  # sources that corpus.json names, so that a change can be named
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
-MOST_TIMES = 3  # what is held out is at most so many times what was asked
-INFLATION = 4  # bytes of text behind a byte of a compressed file, about
-_ENDINGS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",), "text": (".txt",)}
-_PATTERNS = {
-    "auto": ("*.txt", "*.jsonl", "*.ndjson", "*.parquet"),
-    "text": ("*.txt",),
-    "jsonl": ("*.jsonl", "*.ndjson", "*.json"),
-    "parquet": ("*.parquet",),
-    "chat": ("*.jsonl", "*.ndjson", "*.parquet"),
-}
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_ALLOWED = f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file or dataset of a corpus; nothing of it has been read."""
-
-    name: str
-    """Path below its source entry, with forward slashes: the same wherever the corpus lies. Decides the split of a text file."""
-    path: str
-    """A file, a folder, or a hub id."""
-    format: str
-    """text, jsonl, parquet or datasets."""
-    size: int
-    """Bytes of text, about; 0: known when it is opened."""
-    version: str
-    """Changes when the content does."""
-    held_out: bool | None
-    """Whether it is held out for evaluation; None: each record's content decides."""
-    blocks: str
-    """Whether blocks of a text file are held out, and how (blocks.py); "" for none."""
-    packed: str
-    """How it is compressed, known when it is opened: gz, zst or not at all."""
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What a corpus is made of."""
+class Corpus:
+    """Token files by split; a split without documents has none."""
 
-    sources: list[Source]
-    left_out: dict[str, int]
-    """Files that were met and are not read, by reason."""
-    tokenizer: str
-    """Hash of the tokenizer's files, where it is a folder; "" for another."""
+    path: Path
+    """The folder, or the prefix of two token files."""
+    readers: Mapping[str, IndexedReader]
+    facts: Mapping[str, Any] | None
+    """corpus.json; None for token files of another maker, of which only their index is known."""
 
-    before: dict[str, str]
-    """What an earlier `prepare` of the folder held out in part, or had to: it stays held out."""
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Open a prepared folder, or PREFIX for PREFIX.bin and PREFIX.idx.
 
-    def held_out(self, *, fraction: float) -> dict[str, str]:
-        """The same of this listing, for corpus.json."""
-        texts = [source for source in self.sources if source.format == "text"]
-        forced = {source.name: WHOLE for source in texts if source.held_out and share(_name_digest(source)) >= fraction}
-        return forced | {source.name: source.blocks for source in texts if source.blocks}
+        Raises UserError when it is neither, or when a token file is missing, empty, truncated or of another size than
+        corpus.json says. Rank 0 also reads the index, and the first rank of each machine a sample of what `prepare` wrote.
+        """
+        path = Path(path)
+        if not path.is_dir() and any(file.is_file() for file in file_pair(path)):
+            return cls(path, {"train": IndexedReader(path)}, None)._checked()
+        return _prepared(path)._checked()
 
-    def check_share(self, *, fraction: float) -> None:
-        """Refuse a split of text files far from what was asked (raises UserError); what only the records decide is not looked at."""
-        if all(source.format == "text" for source in self.sources):
-            total = sum(source.size for source in self.sources)
-            check_share(sum(source.size * (fraction if source.blocks else bool(source.held_out)) for source in self.sources) / total, fraction=fraction)
+    @classmethod
+    def held_out(cls, path: str | Path) -> Corpus:
+        """PREFIX.bin and PREFIX.idx as a corpus that is evaluated on alone."""
+        path = Path(path)
+        return cls(path, {"eval": IndexedReader(path)}, None)._checked()
+
+    def _checked(self) -> Corpus:
+        if log.rank() == 0:
+            for split, reader in self.readers.items():
+                reader.check()
+                if self.chat:
+                    _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
+                if self.facts is None:
+                    reader.check_not_zeros()
+        if log.rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
+            for name, written in (self.digests or {}).items():
+                if problem := _changed(self.path / name, written):
+                    raise _unprepared(self.path, f"{name} {problem}")
+        return self
 
     @property
-    def summary(self) -> str:
-        """For people."""
-        count = len(self.sources)
-        left_out = ", ".join(f"{number:,} {reason}" for reason, number in self.left_out.items())
-        return f"reading {count:,} {'source' if count == 1 else 'sources'}" + (f"; left out: {left_out}" if left_out else "")
+    def digests(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """What `prepare` wrote, by file; None for files of another maker and of earlier versions."""
+        return None if self.facts is None else self.facts.get("digests")
 
-    def record(self) -> dict[str, Any]:
-        """What tells, later, whether they have changed: {digest, count, tokenizer, files}; files only where there are few."""
-        files = {source.name: [source.size, source.version] for source in self.sources}
-        digest = hashlib.sha256(json.dumps([[name, *facts] for name, facts in sorted(files.items())]).encode()).hexdigest()
-        return {"digest": digest, "count": len(self.sources), "tokenizer": self.tokenizer, "files": files if len(files) <= LISTED else None}
+    @cached_property
+    def sample(self) -> str | None:
+        """sha256 over a sample of the token files of an earlier version, which kept none; None where the fingerprint covers the files."""
+        if self.facts is None or self.digests is not None:
+            return None
+        digest = hashlib.sha256()
+        for split in sorted(self.readers):
+            for file in file_pair(self.path / split):
+                digests.add_sample(digest, file)
+        return digest.hexdigest()
 
-    def changes(self, before: Mapping[str, Any]) -> str:
-        """What differs from an earlier `record`, in words; "" for nothing."""
-        now = self.record()
-        if self.tokenizer != before.get("tokenizer"):
-            return "the tokenizer has changed"
-        if now["digest"] == before.get("digest"):
-            return ""
-        old, new = before.get("files"), now["files"]
-        if not isinstance(old, dict) or new is None:
-            return f"some of the {now['count']:,} sources have changed (there were {before.get('count')})"
-        kinds = {
-            "changed": [n for n in new if n in old and new[n] != old[n]],
-            "new": [n for n in new if n not in old],
-            "gone": [n for n in old if n not in new],
-        }
-        return "; ".join(f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for kind, names in kinds.items() if names)
+    @property
+    def chat(self) -> bool:
+        """Whether it holds conversations in rows of their own, instead of text."""
+        return self.facts is not None and self.facts.get("kind") == "chat"
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Entries of the tokenizer, where it is known."""
+        return None if self.facts is None else self.facts["vocab_size"]
 
-def check_share(held_out: float, *, fraction: float) -> None:
-    """Refuse to hold out much more than was asked (raises UserError)."""
-    if held_out > MOST_TIMES * fraction:
-        raise refusal(
-            "data.eval_fraction",
-            fraction,
-            f"{held_out:.1%} of the corpus would be held out: it is too small to be divided so, or a few of its documents are much of it",
-            allowed=f"a share that comes out within {MOST_TIMES} times what was asked",
-            instead=f"data.eval_fraction={min(0.5, math.ceil(100 * held_out) / 100):g}, data.eval_fraction=0 with data.eval_path for another corpus, or more text",
-        )
+    @property
+    def eos_id(self) -> int | None:
+        return None if self.facts is None else self.facts["eos_id"]
 
+    @property
+    def largest_id(self) -> int | None:
+        """Largest token id in the files, where it is known."""
+        return None if self.facts is None else self.facts["largest_id"]
 
-def _name_digest(source: Source) -> bytes:
-    return hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest()
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256: over tokens, sizes and tokenizer, by `prepare`; of foreign files over their sizes and some of their bytes."""
+        if self.facts is not None:
+            return self.facts["fingerprint"]
+        digest = hashlib.sha256()
+        for file in file_pair(self.path):
+            digests.add_sample(digest, file)
+        return digest.hexdigest()
 
-def sources(data: DataConfig) -> list[Source]:
-    """All files and datasets of `data.source`: see `listing`."""
-    return listing(data).sources
+    def count(self, split: str, *, seq_len: int) -> int:
+        """Rows of `seq_len` in a split; 0 for a split without documents. Raises UserError for conversations fitted to other rows."""
+        if split not in self.readers:
+            return 0
+        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.chat else count_rows(self.readers[split].tokens, seq_len=seq_len)
 
-
-def listing(data: DataConfig) -> Listing:
-    """All files and datasets of `data.source`: entries in the given order, names sorted within one, a file listed twice taken once.
-
-    Empty files are left out. Nothing is opened. Raises UserError for an entry that is not there and for a corpus with nothing to read.
-    """
-    found: dict[str, Source] = {}
-    left_out: Counter[str] = Counter()
-    for entry in data.source:
-        for source in _entry(entry, data=data, left_out=left_out):
-            key = source.path if source.format == "datasets" else str(Path(source.path).resolve())
-            if not source.size and source.format != "datasets":
-                left_out["empty"] += 1
-            elif found.setdefault(key, source) is not source:
-                left_out["named twice"] += 1
-    if not found:
-        raise refusal(
-            "data.source",
-            data.source,
-            f"no text in it (data.pattern={data.pattern or ' '.join(_patterns(data))})",
-            allowed=_ALLOWED,
-            instead=f"data.source=[{STDLIB}], or another data.pattern",
-        )
-    before = _held_out_before(data)
-    return Listing(_split(list(found.values()), fraction=data.eval_fraction, before=before), dict(sorted(left_out.items())), _tokenizer_digest(data), before)
-
-
-def _tokenizer_digest(data: DataConfig) -> str:
-    path = Path(data.tokenizer)
-    folder = path.parent if path.is_file() else path
-    if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).resolve() in folder.resolve().parents:
-        return ""
-    digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
-    """What one entry of `data.source` names, sorted by name."""
-    path = Path(entry)
-    saved = data.format in ("auto", "chat") and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
-    if data.format == "datasets" or saved or hub:
-        version = _folder_version(path) if path.is_dir() else ""
-        yield Source(
-            name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version=version, held_out=None, blocks="", packed=""
-        )
-        return
-    for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
-        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format == "chat" else "text")
-        facts = file.stat()
-        version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
-        size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)
-        yield Source(name=name, path=str(file), format=kind, size=size, version=version, held_out=False if kind == "text" else None, blocks="", packed="")
-
-
-def _patterns(data: DataConfig) -> list[str]:
-    return [data.pattern] if data.pattern else [pattern + outer for pattern in _PATTERNS[data.format] for outer in ("", *COMPRESSED)]
-
-
-def _by_ending(file: Path) -> str | None:
-    name = file.name.removesuffix(file.suffix) if file.suffix in COMPRESSED else file.name
-    return next((kind for kind, endings in _ENDINGS.items() if name.endswith(endings)), None)
-
-
-def _folder_version(folder: Path) -> str:
-    """Changes when a file below the folder does."""
-    facts = sorted((name, os.stat(os.path.join(at, name))) for at, _, names in os.walk(folder) for name in names)
-    return hashlib.sha256(json.dumps([[name, one.st_size, one.st_mtime_ns] for name, one in facts]).encode()).hexdigest()
-
-
-def _files(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of every file behind one entry of `data.source`. What `prepare` itself writes below it is no source."""
-    written = Path(data.path).resolve() if data.path else None
-    if entry == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        yield from ((f"{STDLIB}/{file.relative_to(root).as_posix()}", file) for file in _python_files(root))
-    elif path.is_file():
-        yield path.name, path
-    elif path.is_dir():
-        root = path.resolve()
-        fits = _matcher(_patterns(data))
-        for file in _walk(root, but=written if written != root else None):
-            name = file.relative_to(root).as_posix()
-            if not fits(name):
-                left_out["of other endings"] += 1
-            elif file.is_file():
-                yield f"{root.name}/{name}", file
-            else:
-                left_out["links to nothing, or no files"] += 1
-    elif glob.has_magic(entry):
-        matches = glob.glob(str(path), recursive=True)
-        if hidden := len(glob.glob(str(path), recursive=True, include_hidden=True)) - len(matches):
-            left_out["hidden"] += hidden
-        root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-        inside = written is not None and written not in (root.resolve(), *root.resolve().parents)
-        files = (Path(match) for match in matches if Path(match).is_file())
-        yield from ((file.relative_to(root).as_posix(), file) for file in files if not (inside and written in file.resolve().parents))
-    else:
-        raise _missing(entry)
-
-
-def _walk(root: Path, *, but: Path | None) -> Iterator[Path]:
-    """Every file below `root`. Folders behind links come after the others and each folder once, so that loops end and real names win."""
-    seen = {_identity(but)} if but is not None and but.is_dir() else set()
-    waiting = [root]
-    while waiting:
-        links: list[Path] = []
-        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_unreadable):
-            if _identity(Path(folder)) in seen:
-                subfolders.clear()
-                continue
-            seen.add(_identity(Path(folder)))
-            links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-            yield from (Path(folder, name) for name in names)
-        waiting += sorted(links)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    facts = folder.stat()
-    return facts.st_dev, facts.st_ino
-
-
-def _unreadable(error: OSError) -> None:
-    words = f"a folder in it cannot be read ({error.strerror})"
-    raise refusal("data.source", error.filename, words, allowed="folders that you may read", instead="other permissions, or a pattern that leaves it out")
-
-
-def _matcher(patterns: list[str]) -> Callable[[str], bool]:
-    """Whether a path below a folder fits one of the patterns, as pathlib's rglob takes them: from any folder on."""
-    plain = [pattern for pattern in patterns if "/" not in pattern]
-    names = re.compile("|".join(fnmatch.translate(pattern) for pattern in plain)) if plain else None
-    deep = [("**", *pattern.split("/")) for pattern in patterns if "/" in pattern]
-
-    def fits(path: str) -> bool:
-        if names and names.match(path.rpartition("/")[2]):
+    def has_targets(self, split: str, *, seq_len: int) -> bool:
+        """Whether any token of a split that has rows carries loss in them. Of folders of before `kept_tokens` the masks are read, up to the first."""
+        if not self.chat:
             return True
-        return any(_fits(tuple(path.split("/")), pattern) for pattern in deep)
+        assert self.facts is not None
+        figures = self.facts["splits"][split]
+        if "kept_tokens" in figures:
+            return figures["loss_tokens"] > 0
+        return any(part.any() for part in targets(self.path, split=split, seq_len=seq_len))
 
-    return fits
+    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
+        """The rows of a split that has some, for a model of `vocab` entries. `documents`: they tell where documents begin."""
+        reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
+        if not self.chat:
+            return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
+        assert documents
+        ids, starts = self._row_index(split, seq_len=seq_len)
+        return ChatRows(reader, IndexedReader(self.path / f"{split}.loss"), ids=ids, starts=starts, seq_len=seq_len, check=check)
 
+    def _row_index(self, split: str, *, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.facts is not None
+        if seq_len != self.facts["seq_len"]:
+            raise refusal(
+                "data.seq_len",
+                seq_len,
+                f"the conversations of {self.path} were fitted into rows of {self.facts['seq_len']}",
+                allowed=f"{self.facts['seq_len']}",
+                instead=f"data.seq_len={self.facts['seq_len']}, or prepare again with data.seq_len={seq_len} prepare.overwrite=true",
+            )
+        try:
+            ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
+        except Exception as error:  # a damaged header makes numpy raise whatever its parser raises
+            raise _unprepared(self.path, f"its row index cannot be read ({type(error).__name__}: {error})") from error
+        if problem := _row_problem(ids, starts, conversations=self.readers[split].sequences):
+            raise _unprepared(self.path, f"its row index {problem}")
+        return ids, starts
 
-def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern or not parts:
-        return not parts and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return any(_fits(parts[first:], pattern[1:]) for first in range(len(parts) + 1))
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
-
-
-def _missing(entry: str) -> UserError:
-    problem = f"there is no such file or folder (looked in {Path.cwd()})"
-    return refusal("data.source", entry, problem, allowed=_ALLOWED, instead=f"data.source=[{STDLIB}]")
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB]
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
-
-
-def _split(found: list[Source], *, fraction: float, before: Mapping[str, str]) -> list[Source]:
-    """Hold out the text files whose name hashes below `fraction`, and blocks of those that are much of the corpus (blocks.py).
-
-    Others coming or going move none of them; `before` names those that an earlier `prepare` of the folder held out in part, or had to.
-    Both splits get something when there is text for both and fraction > 0.
-    """
-    texts = [source for source in found if source.format == "text"]
-    if fraction == 0 or not texts:
-        return found
-    total = sum(source.size for source in found)
-    places = {source.path: share(_name_digest(source)) for source in texts}
-    how: dict[str, str] = {}
-    for source in texts:
-        old = before.get(source.name)
-        if old in (BY_CHANCE, SURELY) or blocks.is_long(source.size, total=total):
-            how[source.path] = old if old in (BY_CHANCE, SURELY) else BY_CHANCE
-        elif places[source.path] < fraction or old == WHOLE:
-            how[source.path] = WHOLE
-    long = [source for source in texts if how.get(source.path, WHOLE) != WHOLE]
-    none = not any(kind != BY_CHANCE for kind in how.values()) and not any(_has_block(source, fraction=fraction) for source in long)
-    if none and (long or len(texts) > 1):
-        chosen = min(long or texts, key=lambda source: places[source.path]).path
-        how[chosen] = SURELY if long else WHOLE
-    if not long and len(how) == len(texts):
-        how.pop(max(places, key=places.__getitem__))
-    return [
-        replace(source, held_out=how.get(source.path) == WHOLE, blocks=_in_part(how.get(source.path))) if source.format == "text" else source
-        for source in found
-    ]
+    def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
+        """Refuse ids that the files should not hold: one beyond the embedding would crash, on a GPU without saying why."""
+        smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+        if self.largest_id is not None and largest > self.largest_id:
+            raise _unprepared(self.path, f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed")
+        if smallest < 0 or largest >= vocab:
+            raise refusal(
+                "model.config.vocab_size",
+                vocab,
+                f"{self.readers[split].bin_path} holds token id {smallest if smallest < 0 else largest}",
+                allowed=f"token ids of 0 to {vocab - 1}",
+                instead="a model with the vocabulary of the tokenizer that made the file",
+            )
 
 
-def _in_part(how: str | None) -> str:
-    return how if how in (BY_CHANCE, SURELY) else ""
+def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> str:
+    """What is wrong with a row index; "" for nothing."""
+    if ids.dtype != np.int64 or starts.dtype != np.int64 or ids.ndim != 1 or starts.ndim != 1 or len(starts) < 2:
+        return f"has arrays of {ids.dtype} {ids.shape} and {starts.dtype} {starts.shape}"
+    if len(ids) > conversations or starts[0] != 0 or starts[-1] != len(ids):
+        return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, and there are {conversations}"
+    if log.rank() == 0 and ((np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations):
+        return f"names conversations that are not among {conversations}, or rows backwards"
+    return ""
 
 
-def _has_block(source: Source, *, fraction: float) -> bool:
-    return next(blocks.places(source.name, fraction=fraction, how=BY_CHANCE))[1] <= source.size
+def _check_loss(reader: IndexedReader, loss: IndexedReader) -> None:
+    loss.check()
+    if loss.sequences != reader.sequences or not np.array_equal(loss.sizes, reader.sizes):
+        raise _unprepared(loss.idx_path.parent, f"{loss.idx_path.name} is not of the conversations of {reader.idx_path.name}")
 
 
-def _held_out_before(data: DataConfig) -> dict[str, str]:
-    """What an earlier `prepare` of this folder, with the same fraction, held out in part or had to: {name: how}."""
+def changed_files(folder: Path, *, written: Any) -> list[str]:
+    """Which files of a prepared folder differ from what its corpus.json says of them, and how; of an earlier version's nothing is known."""
+    if not isinstance(written, Mapping):
+        return []
     try:
-        record = json.loads((Path(data.path) / "corpus.json").read_bytes())
-        same = record["settings"]["eval_fraction"] == data.eval_fraction
-        return {name: how for name, how in record["held_out"].items() if how in (BY_CHANCE, SURELY, WHOLE)} if same else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+        problems = {name: _changed(folder / name, values) for name, values in written.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unprepared(folder, f"its corpus.json lacks {error}") from error
+    return [f"{name} {problem}" for name, problem in problems.items() if problem]
+
+
+def _changed(file: Path, written: Mapping[str, Any]) -> str:
+    return digests.difference(file, written, by="sample", of=digests.sampled, writer="prepare")
+
+
+_KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,)}
+
+
+def _prepared(folder: Path) -> Corpus:
+    facts = _facts(folder)
+    try:
+        if facts["format"] not in READABLE:
+            raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
+        counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
+        wanted = ("vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if facts.get("kind") == "chat" else []))
+        facts = {**facts, **{name: facts[name] for name in wanted}}
+        for name, values in (facts.get("digests") or {}).items():
+            if [type(values[key]) for key in ("bytes", "sample", "sha256")] != [int, str, str]:
+                raise _unprepared(folder, f"its corpus.json has no digest of {name}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unprepared(folder, f"its corpus.json lacks {error}") from error
+    for name, kinds in _KINDS.items():
+        if name in facts and type(facts[name]) not in kinds:
+            raise _unprepared(folder, f"its corpus.json has {name} {facts[name]!r}")
+    readers = {split: IndexedReader(folder / split) for split, (documents, _) in counts.items() if documents}
+    for split, reader in readers.items():
+        if (reader.documents, reader.tokens) != counts[split]:
+            found = f"{reader.documents} documents and {reader.tokens} tokens"
+            raise _unprepared(folder, f"{file_pair(folder / split)[0]} has {found}, corpus.json says {counts[split][0]} and {counts[split][1]}")
+    return Corpus(folder, readers, facts)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise _unprepared(folder, "there is no such folder, and no such pair of token files")
+    if (folder / "corpus.json").exists():
+        try:
+            return read_object(folder / "corpus.json", field="data.path")
+        except UserError as error:
+            words = str(error).partition("\n")[0].partition(": ")[2]
+            raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
+    if pairs := sorted(folder.glob("*.idx")):
+        prefix = pairs[0].with_suffix("")
+        raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")
+    raise _unprepared(folder, "it holds no prepared corpus")
+
+
+def _unprepared(folder: Path, problem: str) -> UserError:
+    return refusal(
+        "data.path",
+        folder,
+        problem,
+        allowed="a folder that prepare completed, or the prefix of a .bin and an .idx file",
+        instead=f"hybridtrain prepare data.path={folder} data.source=[stdlib] (or your own text), with prepare.overwrite=true if it holds something",
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.data.blend import Blend, apportioned, check_eval_rows, drawn
-from hybridtrain.data.pack import Block, Rows
+from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.data import digests
-from hybridtrain.data.fit import row_files
+from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, file_pair
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.prepare.packing import row_files
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import read_object
 

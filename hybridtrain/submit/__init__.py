@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import SubmitRoot
-from hybridtrain.data import embedded
+from hybridtrain.data.prepare import embedded
 from hybridtrain.errors import refusal
 from hybridtrain.plan import layout as layouts
 from hybridtrain.runtime import log

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from hybridtrain.data.progress import say
-from hybridtrain.data.statistics import SPEED
+from hybridtrain.data.prepare.progress import say
+from hybridtrain.data.prepare.statistics import SPEED
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import files
 

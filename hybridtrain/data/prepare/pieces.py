@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.data import blocks, conversations, readers
-from hybridtrain.data.blocks import BY_CHANCE, SURELY
-from hybridtrain.data.chat import Encoded, Sample
-from hybridtrain.data.conversations import Conversation, Unreadable
-from hybridtrain.data.corpus import Source
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
-from hybridtrain.data.readers import Fields, Unit
+from hybridtrain.data.prepare import blocks, conversations, readers
+from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
+from hybridtrain.data.prepare.chat import Encoded, Sample
+from hybridtrain.data.prepare.conversations import Conversation, Unreadable
+from hybridtrain.data.prepare.readers import Fields, Unit
+from hybridtrain.data.prepare.sources import Source
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import write_atomically
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data.store import Corpus
+from hybridtrain.data.corpus import Corpus
 
 
 def missing(data: DataConfig) -> bool:
@@ -24,7 +24,7 @@ def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
     done = _marker(data)
     if missing(data):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            from hybridtrain.data.tokenize import prepare_after  # on a shared disk one machine prepares, and the others wait for it
+            from hybridtrain.data.prepare.tokenize import prepare_after  # on a shared disk one machine prepares, and the others wait for it
 
             return Corpus.open(prepare_after(data, options=PrepareConfig(), wait_s=timeout_s))
         deadline = time.monotonic() + timeout_s

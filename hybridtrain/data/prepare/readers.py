@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data import conversations, streams
-from hybridtrain.data.corpus import INFLATION, Source
-from hybridtrain.data.streams import READ_BYTES, UTF8
+from hybridtrain.data.prepare import conversations, streams
+from hybridtrain.data.prepare.sources import INFLATION, Source
+from hybridtrain.data.prepare.streams import READ_BYTES, UTF8
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 

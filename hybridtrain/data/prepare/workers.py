@@ -22,8 +22,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from hybridtrain.data.pieces import Encode, Piece, Recipe, write_piece
-from hybridtrain.data.progress import Meter
+from hybridtrain.data.prepare.pieces import Encode, Piece, Recipe, write_piece
+from hybridtrain.data.prepare.progress import Meter
 from hybridtrain.errors import UserError, refusal
 
 SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than they save

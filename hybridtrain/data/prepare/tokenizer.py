@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data import chat, template
-from hybridtrain.data.chat import Encoded
-from hybridtrain.data.cuts import CHUNK_CHARS, Cutter
-from hybridtrain.data.pieces import Counts, Encode, Piece, Recipe, documents
-from hybridtrain.data.progress import say
+from hybridtrain.data.prepare import chat, template
+from hybridtrain.data.prepare.chat import Encoded
+from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
+from hybridtrain.data.prepare.pieces import Counts, Encode, Piece, Recipe, documents
+from hybridtrain.data.prepare.progress import say
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
 

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import corpus, digests, fit, folder, join, pieces, statistics, tokenizer, workers
-from hybridtrain.data.corpus import Listing
-from hybridtrain.data.folder import PARTIAL, SPLITS
-from hybridtrain.data.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
-from hybridtrain.data.progress import say
-from hybridtrain.data.readers import Fields
-from hybridtrain.data.store import Corpus, changed_files
+from hybridtrain.data import digests
+from hybridtrain.data.corpus import Corpus, changed_files
+from hybridtrain.data.prepare import folder, join, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
+from hybridtrain.data.prepare.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
+from hybridtrain.data.prepare.progress import say
+from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare.sources import Listing
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import discard, read_json, unwritable, write_atomically
 
@@ -67,7 +68,7 @@ def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) ->
             if (path / PARTIAL).exists():
                 discard(path / PARTIAL)
             return path
-        listing = corpus.listing(data)
+        listing = sources.listing(data)
         folder.check_free(path, read=[source.path for source in listing.sources])
         planned = pieces.plan(listing.sources, fields=Fields.of(data))
         with folder.reserved(path, wait_s=wait_s):
@@ -86,7 +87,9 @@ def _check(data: DataConfig) -> None:
     if not data.path:
         raise refusal("data.path", "''", "no folder for the token files", allowed="a folder", instead="data.path=data/mine")
     if not data.source:
-        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {corpus.STDLIB}", instead=f"data.source=[{corpus.STDLIB}]")
+        raise refusal(
+            "data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead=f"data.source=[{sources.STDLIB}]"
+        )
     if not 0 <= data.eval_fraction < 1:
         raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
@@ -155,7 +158,7 @@ def _compare(path: Path, *, data: DataConfig, before: Any) -> str:
     if not isinstance(before, dict):  # an earlier version kept none of it
         return ""
     try:
-        listing = corpus.listing(data)
+        listing = sources.listing(data)
     except UserError:
         return "; its source is not there any more, or cannot be read"
     if changes := listing.changes(before):
@@ -211,7 +214,7 @@ def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> 
         for unit in piece.units:
             line = f"{piece.number}\0{unit.source.name}\0{unit.start}\0{unit.stop}\0{unit.source.size}\0{unit.source.version}\n"
             listing.update(line.encode("utf-8", "surrogateescape"))
-    plan = json.dumps({"format": corpus.FORMAT, "settings": settings, "units": listing.hexdigest()})
+    plan = json.dumps({"format": sources.FORMAT, "settings": settings, "units": listing.hexdigest()})
     mark = partial / folder.PLAN
     if mark.exists() and mark.read_text() == plan:
         for aside in partial.glob("piece-*.aside"):
@@ -235,13 +238,13 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     counts = Counts.of(made)
     if not joined["train"].tokens:
         raise _no_targets(data) if NO_TARGET in counts.notes else _no_tokens(data)
-    corpus.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
-    rows = {split: fit.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
+    sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
+    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
     made_tokenizer = {file.relative_to(partial).as_posix(): digests.of(file) for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()}
     folder.replace(path)
     record = {
-        "format": corpus.FORMAT,
+        "format": sources.FORMAT,
         "kind": "chat" if recipe.chat else "text",
         **({"seq_len": data.seq_len} if recipe.chat else {}),
         **facts,

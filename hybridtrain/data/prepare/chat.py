@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridtrain.data.conversations import Conversation, Message
-from hybridtrain.data.template import Span, Template, Unrendered
+from hybridtrain.data.prepare.conversations import Conversation, Message
+from hybridtrain.data.prepare.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
 _HARMLESS = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages

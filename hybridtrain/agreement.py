@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridtrain import mesh
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.parallel import mesh
 from hybridtrain.runtime import failure, host, log
 
 PER_HOST = ("data.path", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained", "run.dir")

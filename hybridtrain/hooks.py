@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hybridtrain import metrics
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.mesh import any_rank
+from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log

@@ -19,7 +19,7 @@ from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.build import plain_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Source
-from hybridtrain.optim import matches
+from hybridtrain.models.patterns import matches
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 

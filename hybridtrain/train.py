@@ -131,8 +131,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
     """Meet, agree, train, and note how it ended. `run_dir`: of a process alone; else rank 0 opens it once all are there."""
     import torch
 
-    from hybridtrain import agreement, mesh
+    from hybridtrain import agreement
     from hybridtrain.loop import Done
+    from hybridtrain.parallel import mesh
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
@@ -287,7 +288,7 @@ def _record_end(end: Progress, *, status: str, why: str, run_dir: RunDir, second
 
 def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:
     """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
-    from hybridtrain.mesh import any_rank
+    from hybridtrain.parallel.mesh import any_rank
 
     mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
     (there,) = any_rank([mine], group=group)

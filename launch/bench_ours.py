@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
 
     from hybridtrain import engine as engines
-    from hybridtrain import mesh
     from hybridtrain.config.compose import compose
     from hybridtrain.data.synthetic import Synthetic
+    from hybridtrain.parallel import mesh
 
     config = compose("bench", overrides(options))
     settled = engines.settle(config)

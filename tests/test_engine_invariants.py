@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.models.build import hf_config, plain_model
-from hybridtrain.optim import matches
+from hybridtrain.models.patterns import matches
 from hybridtrain.parallel.pipeline import _parameter_groups
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks

@@ -248,12 +248,12 @@ def test_ranks_with_different_code_are_refused_by_file(argv, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "hybridtrain", other / "hybridtrain")
     shutil.copytree(ROOT / "conf", other / "conf")
-    with (other / "hybridtrain" / "optim.py").open("a") as file:
+    with (other / "hybridtrain" / "optim" / "optimizer.py").open("a") as file:
         file.write("\n# another version\n")
     common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ended = ends([start(argv, package=package, **common, RANK=rank, LOCAL_RANK=rank) for rank, package in enumerate((ROOT, other))], within_s=200)
     assert [process.code for process in ended] == [2, 2]
-    assert "rank 1 on" in four_parts(ended[0].err, "hybridtrain/optim.py")
+    assert "rank 1 on" in four_parts(ended[0].err, "hybridtrain/optim/optimizer.py")
     assert ended[1].err == ""
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import mesh
 from hybridtrain.cli import commands
+from hybridtrain.parallel import mesh
 from hybridtrain.run import lock
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished, on_this_rank, rows, summary

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hybridtrain.config.schema import OptimConfig, ScheduleConfig
-from hybridtrain.optim import AdamW, local_shards, lr_at
+from hybridtrain.optim.optimizer import AdamW, local_shards
+from hybridtrain.optim.schedule import lr_at
 
 WARM_UP = [0.25, 0.5, 0.75, 1.0]
 

@@ -12,9 +12,9 @@ from hybridtrain import parity
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
-from hybridtrain.mesh import Mesh
 from hybridtrain.models.facts import facts
-from hybridtrain.parallel.clip import gradient_norm
+from hybridtrain.parallel.grad_norm import gradient_norm
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parity import plan, verdict
 from hybridtrain.parity.measure import Measured, Task, train_layout
 from hybridtrain.plan import layout as layouts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridtrain.config.schema import PrecisionConfig
-from hybridtrain.precision.scaler import LossScaler
+from hybridtrain.precision.loss_scale import LossScaler
 from hybridtrain.types import Batch
 from tests.ranks import run_ranks
 from tests.training import Case, differences, model, on_ranks, reference, start, whole

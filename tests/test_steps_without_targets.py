@@ -9,7 +9,7 @@ import torch
 
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import PrecisionConfig
-from hybridtrain.precision.scaler import LossScaler
+from hybridtrain.precision.loss_scale import LossScaler
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks
 from tests.training import Case, deepspeed, reference, start

@@ -11,11 +11,11 @@ import torch
 
 from hybridtrain import engine as engines
 from hybridtrain.config import schema
-from hybridtrain.mesh import connect
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference

@@ -44,7 +44,8 @@ def compare(config: BenchRoot) -> int:
         result.check_writable(config.bench.out)
     import torch
 
-    from hybridtrain import agreement, mesh
+    from hybridtrain import agreement
+    from hybridtrain.parallel import mesh
     from hybridtrain.runtime import host
 
     device = mesh.device()

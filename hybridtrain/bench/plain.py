@@ -30,7 +30,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
-from hybridtrain.optim import matches
+from hybridtrain.models.patterns import matches
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.precision.policy import policy
 from hybridtrain.types import IGNORE_INDEX, Batch

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridtrain.mesh import Mesh
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 

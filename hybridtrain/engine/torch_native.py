@@ -15,24 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from hybridtrain import optim
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
 from hybridtrain.engine.sums import mean_loss, valid_tokens
-from hybridtrain.mesh import Mesh, any_rank
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
+from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Recipe, build_stages
-from hybridtrain.parallel.clip import add_tied_gradients, gradient_norm, local_part
+from hybridtrain.parallel.fsdp import before_backward
+from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
+from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
-from hybridtrain.parallel.shard import before_backward
 from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stages_per_rank
+from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
-from hybridtrain.precision.scaler import OLDER, LossScaler
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -51,7 +51,7 @@ class TorchEngine:
         self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
-        self.optimizer = optim.build(optim.local_shards(self._named()), config.optim)
+        self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipeline = self._pipeline() if layout.pp > 1 else None
         self.ends = self._ends()

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridtrain.config.schema import EngineConfig, ParallelConfig
-from hybridtrain.mesh import Mesh
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.fsdp import apply_shard, settle_shards
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute
-from hybridtrain.parallel.shard import apply_shard, settle_shards
-from hybridtrain.parallel.tensor import apply_tensor_parallel, settle_embedding
+from hybridtrain.parallel.slicing import apply_tensor_parallel, settle_embedding
 from hybridtrain.plan.layout import SPLIT_BACKWARD, stage_layers, stages_per_rank
 from hybridtrain.precision.policy import PrecisionPolicy
 

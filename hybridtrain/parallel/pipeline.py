@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.shard import before_backward
+from hybridtrain.parallel.fsdp import before_backward
 from hybridtrain.plan.layout import SCHEDULES_SINGLE, SCHEDULES_V, BatchPlan
 
 _SCHEDULES: dict[str, type] = {

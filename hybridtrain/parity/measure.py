@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hybridtrain import engine as engines
-from hybridtrain import mesh
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
@@ -25,6 +24,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
+from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.layout import BatchPlan, ParallelLayout
 from hybridtrain.precision.policy import policy

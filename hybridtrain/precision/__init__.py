@@ -1,1 +1,1 @@
-"""Mixed precision: which dtype plays which role (policy), and the dynamic loss scale (scaler)."""
+"""Mixed precision: which dtype plays which role (policy), and the dynamic loss scale (loss_scale)."""

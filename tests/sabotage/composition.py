@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridtrain.engine import torch_native
 from hybridtrain.models import loss
-from hybridtrain.parallel import tensor
+from hybridtrain.parallel import slicing
 from hybridtrain.parity.measure import Measured, Task, train_layout
 
 
@@ -69,14 +69,14 @@ def replicated_parameters_counted_on_every_rank(task: Task, reference_norm: floa
 
 def partial_gradients_of_a_replicated_norm(task: Task, reference_norm: float) -> Measured:
     """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own heads, and not added up."""
-    real = tensor.SequenceParallel
+    real = slicing.SequenceParallel
 
-    class Unreduced(tensor.ReplicatedNorm):
+    class Unreduced(slicing.ReplicatedNorm):
         def _apply(self, module: Any, device_mesh: Any) -> Any:
             output = lambda module, output, mesh: output.to_local()  # noqa: E731, ARG005
-            return tensor.distribute_module(module, device_mesh, tensor._replicate, self._input, output)
+            return slicing.distribute_module(module, device_mesh, slicing._replicate, self._input, output)
 
-    tensor.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
+    slicing.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
         Unreduced() if sequence_dim == 2 else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
     )
     return train_layout(task, reference_norm)
@@ -95,7 +95,7 @@ def repeated_heads_not_reduced(task: Task, reference_norm: float) -> Measured:
         heads = output.to_local().unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2)
         return heads.chunk(mesh.size(), dim=-2)[mesh.get_local_rank()].flatten(-2)
 
-    tensor.RepeatedHeads._output = output
+    slicing.RepeatedHeads._output = output
     return train_layout(task, reference_norm)
 
 

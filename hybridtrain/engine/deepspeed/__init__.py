@@ -25,18 +25,18 @@ from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
 from hybridtrain.engine.sums import mean_loss, valid_tokens
-from hybridtrain.mesh import Mesh
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.stage import Stage
-from hybridtrain.optim import adamw
+from hybridtrain.optim.optimizer import adamw
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.recompute import apply_recompute
 from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stage_layers
+from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
-from hybridtrain.precision.scaler import OLDER, STORED, TRACKER
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 

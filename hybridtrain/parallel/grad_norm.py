@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.mesh import Mesh
+from hybridtrain.parallel.mesh import Mesh
 
 _SHARDING_AXES = ("dp_shard", "tp")
 _PART = 1 << 14

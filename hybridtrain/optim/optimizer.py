@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and the learning rate as a function of the step.
+"""Parameter groups and the optimizer.
 
 The optimizer works on each rank's local shards (`Local`), not on DTensors: one fused call whatever the mesh, with clipping,
 unscaling and skipped steps inside the kernel (the `grad_scale` and `found_inf` that GradScaler hands to it).
@@ -6,7 +6,6 @@ unscaling and skipped steps inside the kernel (the `grad_scale` and `found_inf` 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.config.schema import OptimConfig, ScheduleConfig
+from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.patterns import matches
 
 
@@ -112,22 +111,3 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
-
-
-def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (counted from 0) of `total_steps`."""
-    warmup = schedule.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    floor = schedule.min_lr_ratio
-    if schedule.kind == "constant":
-        return peak
-    if schedule.kind == "wsd":
-        decay = schedule.decay_steps or max(1, total_steps // 10)
-        done = max(0.0, (step + 1 - (total_steps - decay)) / decay)
-        return peak * (1.0 - (1.0 - floor) * min(1.0, done))
-    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    if schedule.kind == "linear":
-        return peak * (1.0 - (1.0 - floor) * done)
-    assert schedule.kind == "cosine"
-    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))

@@ -1,0 +1,26 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from hybridtrain.config.schema import ScheduleConfig
+
+
+def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) of `total_steps`."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    floor = schedule.min_lr_ratio
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "wsd":
+        decay = schedule.decay_steps or max(1, total_steps // 10)
+        done = max(0.0, (step + 1 - (total_steps - decay)) / decay)
+        return peak * (1.0 - (1.0 - floor) * min(1.0, done))
+    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    if schedule.kind == "linear":
+        return peak * (1.0 - (1.0 - floor) * done)
+    assert schedule.kind == "cosine"
+    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))

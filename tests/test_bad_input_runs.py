@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hybridtrain.checkpoint.hf import export, of_run
 from hybridtrain.config.compose import from_yaml
+from hybridtrain.export.hf import export, of_run
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, checkpoints, finished, four_parts, on_ranks, on_this_rank, rows, summary, torchrun
 

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hybridtrain.checkpoint import destination, hf, marker, safetensors, sealed, sharded
+from hybridtrain.checkpoint import marker, sealed, sharded
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import CheckpointConfig, Config, ExportConfig, ExportRoot, RunConfig
 from hybridtrain.data import digests
 from hybridtrain.errors import UserError
+from hybridtrain.export import destination, hf, safetensors
 from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress
@@ -459,7 +460,7 @@ def test_shards_hold_what_fits_and_a_large_tensor_stands_alone() -> None:
 MEASURED = """
 import re, sys
 from pathlib import Path
-from hybridtrain.checkpoint import hf
+from hybridtrain.export import hf
 from hybridtrain.config.schema import ModelConfig
 def export(run):
     its = hf.Run(Path(run) / "model", None, ModelConfig(), False)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hybridtrain import report
-from hybridtrain.checkpoint import destination
 from hybridtrain.data.prepare import folder
 from hybridtrain.errors import UserError
+from hybridtrain.export import destination
 from hybridtrain.runtime import files
 from tests.runs import immutable
 

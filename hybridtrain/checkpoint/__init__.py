@@ -1,6 +1,5 @@
-"""Checkpoints (resumable, any layout) and exports (Hugging Face folders).
+"""Checkpoints: resumable under any layout.
 
 sharded.save --> step-N.partial/  .metadata  __<rank>_0.distcp  progress.json  complete.json --rename--> step-N/
 sharded.load <-- marker.verify <-- metadata.read (allow-list)          manager: when, which to keep
-hf.export    <-- one tensor at a time --> safetensors shards + index + config + tokenizer
 """

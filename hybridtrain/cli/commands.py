@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
     "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
     "bench": ("hybridtrain.bench", "run", "time steps of a config beside a plain PyTorch loop"),
-    "export": ("hybridtrain.checkpoint.hf", "run", "write a checkpoint as a Hugging Face folder"),
+    "export": ("hybridtrain.export.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
     "submit": ("hybridtrain.submit", "run", "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs"),

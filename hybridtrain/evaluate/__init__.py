@@ -52,8 +52,8 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
 
 
 def _export(checkpoint: Path, *, out: Path) -> Path:
-    from hybridtrain.checkpoint import hf
     from hybridtrain.config import compose
+    from hybridtrain.export import hf
 
     run_dir = checkpoint.resolve().parent.parent
     config = compose.read_run(run_dir / "config.yaml", "train")

@@ -29,7 +29,7 @@ TRAIN += ["schedule=constant", "train.log_every=1", "checkpoint.every=1", "check
 PREPARE = ["prepare", "data=text", "data.source=[texts]", "data.path=corpus", "data.vocab_size=270", "data.eval_fraction=0.3"]
 
 PRELOAD = ("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "hybridtrain.train", "hybridtrain.engine.torch_native")
-PRELOAD += ("hybridtrain.checkpoint.hf", "hybridtrain.data.prepare.tokenize", "hybridtrain.evaluate.perplexity", "hybridtrain.hooks", "hybridtrain.report")
+PRELOAD += ("hybridtrain.export.hf", "hybridtrain.data.prepare.tokenize", "hybridtrain.evaluate.perplexity", "hybridtrain.hooks", "hybridtrain.report")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from hybridtrain.checkpoint import destination, marker, metadata, safetensors, sealed
+from hybridtrain.checkpoint import marker, metadata, sealed
 from hybridtrain.checkpoint.hold import Removed, held
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.checkpoint.safetensors import Entry
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, DataConfig, ExportRoot, ModelConfig
 from hybridtrain.data import vocabulary
@@ -30,6 +29,8 @@ from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.corpus import changed_files
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.export import destination, safetensors
+from hybridtrain.export.safetensors import Entry
 from hybridtrain.models import described, tokens
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import read_object, unwritable

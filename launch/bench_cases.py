@@ -31,7 +31,6 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from hybridtrain import engine as engines  # noqa: E402
-from hybridtrain import metrics  # noqa: E402
 from hybridtrain.bench import plain as plain_module  # noqa: E402
 from hybridtrain.config import schema  # noqa: E402
 from hybridtrain.data.synthetic import Synthetic  # noqa: E402
@@ -39,6 +38,7 @@ from hybridtrain.engine import torch_native  # noqa: E402
 from hybridtrain.models import facts as facts_module  # noqa: E402
 from hybridtrain.parallel import mesh  # noqa: E402
 from hybridtrain.plan import layout as layouts  # noqa: E402
+from hybridtrain.training import metrics  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain import metrics
 from hybridtrain.bench import compare, result
 from hybridtrain.bench.plain import PlainLoop, PlainProcess, Task
 from hybridtrain.bench.result import Timing, Work
@@ -29,6 +28,7 @@ from hybridtrain.data.synthetic import Synthetic
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
 from hybridtrain.plan import layout
+from hybridtrain.training import metrics
 from tests import runs
 from tests.ranks import run_ranks
 from tests.training import Case, model, reference

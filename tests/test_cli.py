@@ -245,7 +245,7 @@ from hybridtrain.runtime import log
 log.setup(None)
 log.setup(Path("logs"))
 log.get("loop").info("step 1")
-log.get("hybridtrain.loop").error("it broke")
+log.get("hybridtrain.training.loop").error("it broke")
 logging.getLogger("transformers.models").warning("chatter")
 warnings.warn("old habits")
 """
@@ -258,14 +258,14 @@ def test_rank_0_speaks(tmp_path, monkeypatch):
     assert "old habits" in done.stderr
     lines = (tmp_path / "logs" / "rank-0.log").read_text()
     assert lines.count("step 1") == 1
-    assert "hybridtrain.loop: it broke" in lines
+    assert "hybridtrain.training.loop: it broke" in lines
 
 
 def test_other_ranks_only_say_errors_and_who_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = python("-c", LOGGING, RANK="3", PYTHONPATH=str(Path(__file__).parent.parent))
     assert done.stdout == ""
-    assert done.stderr == "[rank 3] ERROR hybridtrain.loop: it broke\n"
+    assert done.stderr == "[rank 3] ERROR hybridtrain.training.loop: it broke\n"
     lines = (tmp_path / "logs" / "rank-3.log").read_text()
     assert all(words in lines for words in ("step 1", "it broke", "chatter", "old habits"))
 

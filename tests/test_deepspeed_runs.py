@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from hybridtrain import loop
 from hybridtrain.cli import commands
 from hybridtrain.engine.deepspeed import state
 from hybridtrain.engine.deepspeed.start import quiet
+from hybridtrain.training import loop
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import Ended, arguments, checkpoints, finished, on_this_rank, rows, summary, torchrun
 from tests.training import Case, deepspeed, on_ranks

@@ -21,7 +21,7 @@ from tests.runs import arguments, summary, torchrun
 WAITING = """Thread 0x00007f0001 (most recent call first):
   File "torch/distributed/distributed_c10d.py", line 3 in all_reduce
   File "hybridtrain/runtime/stop.py", line 68 in agreed
-  File "hybridtrain/loop.py", line 38 in train
+  File "hybridtrain/training/loop.py", line 38 in train
 """
 COMPUTING = WAITING.replace("torch/distributed/distributed_c10d.py", "my/model.py").replace("hybridtrain/runtime/stop.py", "my/model.py")
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
-from hybridtrain.loop import Collector
+from hybridtrain.training.loop import Collector
 from tests import runs
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from hybridtrain import agreement
 from hybridtrain.cli.commands import run_command
 from hybridtrain.config.compose import compose
 from hybridtrain.runtime import launch, network
+from hybridtrain.training import agreement
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, four_parts, on_this_rank
 

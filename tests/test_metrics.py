@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridtrain import metrics
+from hybridtrain.training import metrics
 from hybridtrain.types import ModelFacts, StepResult
 from tests.ranks import run_ranks
 

@@ -44,9 +44,9 @@ def compare(config: BenchRoot) -> int:
         result.check_writable(config.bench.out)
     import torch
 
-    from hybridtrain import agreement
     from hybridtrain.parallel import mesh
     from hybridtrain.runtime import host
+    from hybridtrain.training import agreement
 
     device = mesh.device()
     mesh.connect(device, timeout_s=config.engine.timeout_s)
@@ -85,8 +85,8 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
 
 def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
     """The engine, and this process's side of it."""
-    from hybridtrain import metrics
     from hybridtrain.bench.rounds import Side, tokens_of
+    from hybridtrain.training import metrics
 
     before_gib = metrics.max_memory_gib(device)
     engine = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
@@ -174,7 +174,7 @@ def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -
 
 
 def _work(settled: Settled, *, engine: Any, device: torch.device) -> Work:
-    from hybridtrain import metrics
+    from hybridtrain.training import metrics
 
     flops = metrics.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
     return Work(settled.plan.tokens, flops, metrics.peak_flops(device, dtype=engine.precision.compute))

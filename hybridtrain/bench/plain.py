@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybridtrain import metrics, reference
+from hybridtrain import reference
 from hybridtrain.bench.rounds import Memory, Part, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
@@ -33,6 +33,7 @@ from hybridtrain.models.load import initial
 from hybridtrain.models.patterns import matches
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.precision.policy import policy
+from hybridtrain.training import metrics
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from hybridtrain import metrics
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.training import metrics
 from hybridtrain.types import Batch
 
 _PARTS = 20

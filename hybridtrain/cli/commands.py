@@ -1,7 +1,6 @@
 """What every command has in common: command line -> config -> checks -> the function that does it.
 
-Below the commands in the layer table, so that `python -m hybridtrain.train` and `hybridtrain train` are the same few lines.
-The functions are named by strings and imported last: a mistake is answered before torch is.
+`python -m hybridtrain.train` and `hybridtrain train` are the same few lines. The functions are named by strings and imported last: a mistake is answered before torch is.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from hybridtrain.config import schema
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "train": ("hybridtrain.train", "run", "train a model under any layout; continues a run that is there"),
+    "train": ("hybridtrain.training.trainer", "run", "train a model under any layout; continues a run that is there"),
     "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
     "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
     "bench": ("hybridtrain.bench", "run", "time steps of a config beside a plain PyTorch loop"),
@@ -45,7 +44,7 @@ SPEAK_FIRST_S = 5.0
 AFTER_RANK_0_S = 1.0
 """The same, where rank 0 is known to be about to speak."""
 SEVERAL = ("train", "bench")
-"""Commands that run in several processes."""
+"""Commands that run in several processes: `python -m hybridtrain.<command>` on each."""
 COLLECT_AFTER = 50_000
 """How many objects are made between two garbage collections. Imports make objects that stay: at Python's own 700, looking
 through them again and again takes a fifth of a start."""
@@ -65,7 +64,7 @@ def run_command(command: str, argv: list[str]) -> int:
         if isinstance(config, int):
             return config
         if processes:
-            return spawn.start(COMMANDS[command][0], argv, processes=_count(processes, config))
+            return spawn.start(f"hybridtrain.{command}", argv, processes=_count(processes, config))
         running = True
         log.setup(None)
         module, function, _ = COMMANDS[command]

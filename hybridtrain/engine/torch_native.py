@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities
-from hybridtrain.engine.sums import mean_loss, valid_tokens
+from hybridtrain.engine.common import mean_loss, valid_tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of

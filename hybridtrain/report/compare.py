@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybridtrain.config import compose
-from hybridtrain.metrics import duration, quantity
 from hybridtrain.report import page, single
 from hybridtrain.report.history import History
 from hybridtrain.report.plots import COLOURS, Plot
+from hybridtrain.training.metrics import duration, quantity
 
 _NOT_COMPARED = ("run.dir", "run.name")
 

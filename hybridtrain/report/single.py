@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridtrain.config import compose, schema
-from hybridtrain.metrics import duration, quantity
 from hybridtrain.report import page
 from hybridtrain.report.history import History
 from hybridtrain.report.plots import Plot
+from hybridtrain.training.metrics import duration, quantity
 
 EVENTS_OPEN, MOST_EVENTS = 20, 1000
 ALARMING = ("skipped", "empty", "failed")

@@ -170,5 +170,5 @@ def _by_place(hung: dict[int, str]) -> str:
 
 def _frames(stacks: str) -> list[str]:
     """Of the thread that trains, innermost first."""
-    threads = [part for part in stacks.split("\n\n") if "hybridtrain/loop.py" in part]
+    threads = [part for part in stacks.split("\n\n") if "hybridtrain/training/loop.py" in part]
     return [line for part in threads for line in part.splitlines() if line.lstrip().startswith("File ")]

@@ -24,7 +24,7 @@ def rank() -> int:
 
 
 def get(name: str) -> logging.Logger:
-    """The logger of a part, e.g. get("loop") -> hybridtrain.loop."""
+    """The logger of a part, e.g. get("loop") -> hybridtrain.training.loop."""
     return logging.getLogger(name if name == ROOT or name.startswith(ROOT + ".") else f"{ROOT}.{name}")
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from hybridtrain import resume, train
 from hybridtrain.errors import refusal
 from hybridtrain.run import identity, lock
 from hybridtrain.submit import lives, slurm
+from hybridtrain.training import resume, trainer
 
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
 """States of a job that Slurm will not run again by itself."""
 
 
-def check(job: train.Job) -> None:
+def check(job: trainer.Job) -> None:
     """Refuse a run that another job has, that trains now, or that is at its end (raises UserError). Reads only."""
     choice = identity.choose(job.config)
     if choice.before is not None:

@@ -9,7 +9,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-from hybridtrain import train
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import checks, schema
 from hybridtrain.config.compose import compose, to_yaml
@@ -19,6 +18,7 @@ from hybridtrain.run import entry as entries
 from hybridtrain.run.directory import RunDir
 from hybridtrain.runtime import host
 from hybridtrain.runtime.files import unwritable, write_atomically
+from hybridtrain.training import trainer
 
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
@@ -48,12 +48,12 @@ def mint(config: schema.Config) -> RunDir:
     return run
 
 
-def checked(config: schema.Config, *, world_size: int) -> train.Job:
+def checked(config: schema.Config, *, world_size: int) -> trainer.Job:
     """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)
     try:
-        job = train.resolve(config, here=False)
+        job = trainer.resolve(config, here=False)
     finally:
         if before is None:
             del os.environ["WORLD_SIZE"]

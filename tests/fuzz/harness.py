@@ -28,8 +28,8 @@ TRAIN = ["train", *MODEL, "data.path=corpus", "data.seq_len=32", "batch.global_b
 TRAIN += ["schedule=constant", "train.log_every=1", "checkpoint.every=1", "checkpoint.keep_last=1"]
 PREPARE = ["prepare", "data=text", "data.source=[texts]", "data.path=corpus", "data.vocab_size=270", "data.eval_fraction=0.3"]
 
-PRELOAD = ("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "hybridtrain.train", "hybridtrain.engine.torch_native")
-PRELOAD += ("hybridtrain.export.hf", "hybridtrain.data.prepare.tokenize", "hybridtrain.evaluate.perplexity", "hybridtrain.hooks", "hybridtrain.report")
+PRELOAD = ("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "hybridtrain.training.trainer", "hybridtrain.engine.torch_native")
+PRELOAD += ("hybridtrain.export.hf", "hybridtrain.data.prepare.tokenize", "hybridtrain.evaluate.perplexity", "hybridtrain.training.hooks", "hybridtrain.report")
 
 
 @dataclasses.dataclass(frozen=True)

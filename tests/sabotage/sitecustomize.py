@@ -42,7 +42,7 @@ def act(plan: dict[str, Any], step: int) -> None:
 def plant(plan: dict[str, Any]) -> None:
     """From here on, in this process."""
     import hybridtrain.checkpoint.sharded as sharded
-    import hybridtrain.loop as loop
+    import hybridtrain.training.loop as loop
 
     rate, write = loop.lr_at, sharded._write
 

@@ -21,10 +21,10 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import capabilities, deepspeed_config
+from hybridtrain.engine.common import mean_loss, valid_tokens
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
-from hybridtrain.engine.sums import mean_loss, valid_tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from hybridtrain import metrics
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
+from hybridtrain.training import metrics
 from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 
 _log = log.get("train")

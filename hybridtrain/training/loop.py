@@ -11,11 +11,11 @@ import torch
 from hybridtrain.config.schema import Config
 from hybridtrain.data.loader import Loader
 from hybridtrain.errors import UserError
-from hybridtrain.hooks import Hook, Moment
 from hybridtrain.optim.schedule import lr_at
 from hybridtrain.plan.layout import BatchPlan
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
+from hybridtrain.training.hooks import Hook, Moment
 from hybridtrain.types import Engine, Progress
 
 

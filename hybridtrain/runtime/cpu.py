@@ -12,6 +12,7 @@ import sys
 import torch
 
 from hybridtrain.config.schema import EngineConfig
+from hybridtrain.runtime import host
 
 _EXACT_ENOUGH = 8  # times the error of torch's own fp32 product; oneDNN's fp32 kernels have 1 to 3, tf32 1e3, bf16 1e4
 
@@ -50,13 +51,8 @@ def _threads(environment: os._Environ[str]) -> int:
         return 0
     import psutil
 
-    free = cores()
+    free = host.cores()
     return max(1, min(free, psutil.cpu_count(logical=False) or free) // processes)
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

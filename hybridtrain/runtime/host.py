@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 GIB = 1024**3
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions() -> dict[str, str]:
     """Of Python, of this project and of the libraries that compute (nothing is imported)."""
     found = {"python": platform.python_version(), "hybridtrain": __version__}
@@ -49,14 +54,12 @@ def host(device: torch.device) -> dict[str, Any]:
     """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
     import torch
 
-    from hybridtrain.runtime import cpu
-
     cuda = device.type == "cuda"
     return {
         "host": platform.node(),
         "os": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
-        "cores": cpu.cores(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,

@@ -25,6 +25,7 @@ from pathlib import Path
 from hybridtrain.data.prepare.pieces import Encode, Piece, Recipe, write_piece
 from hybridtrain.data.prepare.progress import Meter
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import host
 
 SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than they save
 
@@ -54,17 +55,12 @@ def tokenise(pieces: list[Piece], *, work: Work, processes: int) -> Meter:
         else:
             missing.append(piece)
     size = sum(piece.size for piece in missing)
-    if missing and processes == 0 and (size < SMALL_BYTES or _cores() == 1):
+    if missing and processes == 0 and (size < SMALL_BYTES or host.cores() == 1):
         _here(missing, work=work, meter=meter)
     elif missing:
-        _Pool(missing, work=work, meter=meter, processes=min(processes or _cores(), len(missing))).run()
+        _Pool(missing, work=work, meter=meter, processes=min(processes or host.cores(), len(missing))).run()
     meter.end()
     return meter
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _here(pieces: list[Piece], *, work: Work, meter: Meter) -> None:

@@ -6,7 +6,10 @@ The work: a Llama of --model's size, rows of --seq random tokens, --gbs rows a s
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
+import os
+from collections.abc import Callable
 from typing import Any
 
 SIZES = {  # hidden, layers, heads, key/value heads, ffn, vocabulary
@@ -38,6 +41,11 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return words + (["engine.compile=true"] if options.compile else [])
 
 
+def _known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of `options` that the checkout's `function` has: an earlier version may lack some."""
+    return {key: value for key, value in options.items() if key in inspect.signature(function).parameters}
+
+
 def main(argv: list[str]) -> None:
     """Warm up, then make the steps; each ends with a lap."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -51,13 +59,12 @@ def main(argv: list[str]) -> None:
     from hybridtrain import engine as engines
     from hybridtrain.config.compose import compose
     from hybridtrain.data.synthetic import Synthetic
-    from hybridtrain.parallel import mesh
 
+    mesh = importlib.import_module("hybridtrain.parallel.mesh" if importlib.util.find_spec("hybridtrain.parallel.mesh") else "hybridtrain.mesh")
     config = compose("bench", overrides(options))
-    settled = engines.settle(config)
+    settled = engines.settle(config, **_known(engines.settle, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     device = mesh.device()
-    given = {"timeout_s": config.engine.timeout_s}
-    mesh.connect(device, **{key: value for key, value in given.items() if key in inspect.signature(mesh.connect).parameters})
+    mesh.connect(device, **_known(mesh.connect, timeout_s=config.engine.timeout_s))
     engine: Any = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
     tokens = Synthetic(vocab=settled.facts.vocab, plan=settled.plan, dp_rank=engine.mesh.dp_rank, dp_size=settled.layout.dp, seed=0)
     meter = Meter()

@@ -87,7 +87,7 @@ def tried(config: schema.Config) -> bool:
     try:
         checks.check(config)
         if type(config) is schema.Config:
-            engines.settle(config)
+            engines.settle(config, world_size=1)
         to_yaml(config), plain(config)
     except UserError:
         return False
@@ -176,21 +176,21 @@ def test_architectures_that_are_not_trained(kind, expected):
     config = base("train")
     config.model.config["model_type"] = kind
     with pytest.raises(UserError, match=expected):
-        engines.settle(config)
+        engines.settle(config, world_size=1)
 
 
 def test_zero_layers_are_not_missing_ones():
     config = base("train")
     config.model.config["num_hidden_layers"] = 0
     with pytest.raises(UserError, match=r"num_hidden_layers=0: out of range"):
-        engines.settle(config)
+        engines.settle(config, world_size=1)
 
 
 def test_context_parallelism_is_refused_before_processes_are_counted():
     config = base("train")
     config.parallel = dataclasses.replace(config.parallel, cp=2)
     with pytest.raises(UserError, match=r"parallel\.cp=2"):
-        engines.settle(config)
+        engines.settle(config, world_size=1)
 
 
 def test_an_experiment_without_its_package_line(tmp_path):

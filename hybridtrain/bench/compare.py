@@ -18,7 +18,7 @@ from hybridtrain.engine import Settled
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import memory
 from hybridtrain.plan.layout import ParallelLayout
-from hybridtrain.runtime import log
+from hybridtrain.runtime import launch, log
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +35,11 @@ def compare(config: BenchRoot) -> int:
 
     Raises UserError before processes meet for what cannot run, and later when the plain loop does not fit beside ours.
     """
-    settled = engines.settle(config)
+    settled = engines.settle(config, world_size=launch.world_size())
     memory.check_host(config, layout=settled.layout, plan=settled.plan, facts=settled.facts)
     fitted = _checked_tokens(config, settled)
     if fitted is not config:
-        config, settled = fitted, engines.settle(fitted)
+        config, settled = fitted, engines.settle(fitted, world_size=launch.world_size())
     if config.bench.out and log.rank() == 0:
         result.check_writable(config.bench.out)
     import torch

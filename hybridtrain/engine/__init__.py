@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,11 +39,11 @@ class Settled:
     facts: ModelFacts
 
 
-def settle(config: Config) -> Settled:
-    """Layout, batch plan and model facts of a config in the launcher's world; raises UserError for what does not fit. Imports no torch."""
+def settle(config: Config, *, world_size: int) -> Settled:
+    """Layout, batch plan and model facts of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch."""
     model = facts_of(config.model)
     weights.check(config.model, facts=model)
-    layout = layouts.resolve(config.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    layout = layouts.resolve(config.parallel, world_size=world_size)
     plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     layouts.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able(config, config.engine.kind))
     if config.engine.kind == "deepspeed":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
 from hybridtrain.parity.verdict import Row
 from hybridtrain.plan.layout import ParallelLayout
-from hybridtrain.runtime import host, ranks
+from hybridtrain.runtime import host, launch, ranks
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measured, Reference, Task
@@ -80,10 +79,10 @@ def _tolerance(entry: Entry, comparison: Comparison) -> dict[str, float]:
 
 def _devices() -> int | None:
     """Number of GPUs; None: the CPU computes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch.world_size() > 1:
         raise refusal(
             "parity",
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            f"WORLD_SIZE={launch.world_size()}",
             "parity starts the processes of every layout itself",
             allowed="one process",
             instead="hybridtrain parity, without torchrun",

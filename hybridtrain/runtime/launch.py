@@ -156,6 +156,11 @@ def several() -> bool:
     return "RANK" in os.environ
 
 
+def world_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def job() -> str:
     """What the launcher calls this start, the same in all of its processes; empty where nothing tells one start from another."""
     env = os.environ

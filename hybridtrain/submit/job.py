@@ -31,7 +31,6 @@ def open_job(argv: list[str]) -> int:
         if run is None:
             from hybridtrain.submit import mint
 
-            os.environ["WORLD_SIZE"] = os.environ["HYBRIDTRAIN_WORLD"]
             run = mint.mint_from(argv)
         if (holder := lock.holder_elsewhere(run)) is not None:
             raise lock.held(run, by=holder)

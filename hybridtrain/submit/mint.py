@@ -50,15 +50,7 @@ def mint(config: schema.Config) -> RunDir:
 
 def checked(config: schema.Config, *, world_size: int) -> trainer.Job:
     """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(world_size)
-    try:
-        job = trainer.resolve(config, here=False)
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
+    job = trainer.resolve(config, world_size=world_size, here=False)
     folder = Path(config.run.dir).resolve()
     while not folder.exists():
         folder = folder.parent

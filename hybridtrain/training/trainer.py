@@ -70,19 +70,19 @@ class Job:
         return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
 
 
-def resolve(config: Config, *, here: bool) -> Job:
-    """Layout, batch plan, model facts and data of a config; raises UserError for whatever does not fit. Imports no torch.
+def resolve(config: Config, *, world_size: int, here: bool) -> Job:
+    """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.
 
     `here`: it will run on this machine, whose memory is looked at, too.
     """
-    settled = engines.settle(resume.source_at_hand(config))
+    settled = engines.settle(resume.source_at_hand(config), world_size=world_size)
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
     if fitted is not config:
-        config, settled = fitted, engines.settle(fitted)
+        config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
     blends.check_vocab(data, vocab=model.vocab)
     blends.check_train_rows(data, seq_len=plan.seq_len)
@@ -106,7 +106,7 @@ def run(config: Config) -> int:
     """`hybridtrain train`."""
     began = time.monotonic()
     launch.use_expandable_segments()
-    job = resolve(config, here=True)
+    job = resolve(config, world_size=launch.world_size(), here=True)
     run_dir = None
     if not launch.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)

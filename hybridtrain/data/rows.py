@@ -1,7 +1,7 @@
 """Documents to rows of S + 1 tokens: inputs are the first S, labels the last S.
 
     TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: every token but the first is predicted once per epoch
-    ChatRows   whole conversations, as `prepare` fitted them into rows (fit.py); the rest of a row is padding
+    ChatRows   whole conversations, as `prepare` fitted them into rows (packing.py); the rest of a row is padding
 
 `prepare` wrote the end-of-text tokens; a text row is one slice of the file.
 """
@@ -103,7 +103,7 @@ class ChatRows:
     masked = True
 
     def __init__(self, reader: IndexedReader, loss: IndexedReader, *, ids: np.ndarray, starts: np.ndarray, seq_len: int, check: Check) -> None:
-        """`ids`, `starts`: the row index that fit.py wrote; `loss`: a mask beside the tokens of `reader`."""
+        """`ids`, `starts`: the row index that packing.py wrote; `loss`: a mask beside the tokens of `reader`."""
         self._reader, self._loss, self._ids, self._starts, self._seq_len, self._check = reader, loss, ids, starts, seq_len, check
 
     def __len__(self) -> int:

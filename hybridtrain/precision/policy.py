@@ -46,5 +46,5 @@ _RECIPES = {
 
 
 def policy(kind: str) -> PrecisionPolicy:
-    """The policy of a recipe (config/check.py has refused unknown ones)."""
+    """The policy of a recipe (config/checks.py has refused unknown ones)."""
     return _RECIPES[kind]

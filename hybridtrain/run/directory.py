@@ -50,7 +50,7 @@ SUMMARY = (
     "versions",
     "git_revision",
 )
-"""Keys of summary.json. What the run runs on stands in machine.json: one entry per host (machine.py)."""
+"""Keys of summary.json. What the run runs on stands in machine.json: one entry per host (runtime/host.py)."""
 _NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
 EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "interrupted", "finished", "failed")
 """Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""

@@ -15,7 +15,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
 from hybridtrain.run.directory import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
-from hybridtrain.runtime import failure, log
+from hybridtrain.runtime import failure, host, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 
 _log = log.get("run")
@@ -106,7 +106,7 @@ def lost_attempt(path: Path, *, holder: lock.Holder | None) -> str:
 
 def _git_revision() -> str | None:
     """The commit of the checkout this code runs from, "-dirty" with local changes; None outside a checkout."""
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = host.PACKAGE.parent
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 GIB = 1024**3
+PACKAGE = Path(__file__).resolve().parent.parent
+"""The folder of this package."""
 
 
 def cores() -> int:

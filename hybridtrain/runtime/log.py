@@ -20,11 +20,11 @@ CHATTY = ("transformers", "torch", "accelerate", "huggingface_hub", "py.warnings
 def rank() -> int:
     """This process's rank as the launcher (torchrun, Slurm through our script) tells it; 0 without one."""
     given = os.environ.get("RANK", "")
-    return int(given) if given.isascii() and given.isdecimal() else 0  # `launched.check` has refused what is no number
+    return int(given) if given.isascii() and given.isdecimal() else 0  # `launch.check` has refused what is no number
 
 
 def get(name: str) -> logging.Logger:
-    """The logger of a part, e.g. get("loop") -> hybridtrain.training.loop."""
+    """The logger of a part, e.g. get("train") -> hybridtrain.train."""
     return logging.getLogger(name if name == ROOT or name.startswith(ROOT + ".") else f"{ROOT}.{name}")
 
 

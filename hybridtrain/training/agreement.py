@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hybridtrain.config import compose
@@ -56,8 +55,7 @@ def options(config: Config) -> dict[str, list[str]]:
 
 def code() -> dict[str, str]:
     """File of this package -> a digest of its text; library -> its version."""
-    package = Path(__file__).parent
-    files = {f"hybridtrain/{file.relative_to(package)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(package.rglob("*.py"))}
+    files = {f"hybridtrain/{file.relative_to(host.PACKAGE)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(host.PACKAGE.rglob("*.py"))}
     return {**files, **{name: version for name, version in host.versions().items() if name != "hybridtrain"}}
 
 

@@ -61,7 +61,7 @@ class Evaluate:
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
             tokens = sum(r.tokens for r in results)
-            assert tokens, "the held-out rows have targets (train.py looked)"
+            assert tokens, "the held-out rows have targets (trainer.py looked)"
             moment.extra["eval_loss"] = sum(r.loss_sum for r in results) / tokens
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from hybridtrain.models.facts import facts, read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
-from hybridtrain.training import trainer
+from hybridtrain.training import job
 from tests.ranks import run_ranks
 from tests.test_models import loaded_weights, whole_box
 from tests.training import Case, model
@@ -236,7 +236,7 @@ def test_a_refusal_of_weights_leaves_no_run_behind(fault, data, run_dir, tmp_pat
 
 
 def resolved(data: Path, run: Path, *options: str) -> Config:
-    return trainer.resolve(compose.compose("train", arguments(data, run, "model=tiny", *options)), world_size=1, here=True).config
+    return job.resolve(compose.compose("train", arguments(data, run, "model=tiny", *options)), world_size=1, here=True).config
 
 
 def test_a_new_model_has_every_token_of_its_corpus(data, run_dir, tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from hybridtrain.errors import refusal
 from hybridtrain.run import identity, lock
 from hybridtrain.submit import lives, slurm
-from hybridtrain.training import resume, trainer
+from hybridtrain.training import resume
+from hybridtrain.training.job import Job
 
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
 """States of a job that Slurm will not run again by itself."""
 
 
-def check(job: trainer.Job) -> None:
+def check(job: Job) -> None:
     """Refuse a run that another job has, that trains now, or that is at its end (raises UserError). Reads only."""
     choice = identity.choose(job.config)
     if choice.before is not None:

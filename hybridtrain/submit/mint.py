@@ -18,7 +18,7 @@ from hybridtrain.run import entry as entries
 from hybridtrain.run.directory import RunDir
 from hybridtrain.runtime import host
 from hybridtrain.runtime.files import unwritable, write_atomically
-from hybridtrain.training import trainer
+from hybridtrain.training import job as jobs
 
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
@@ -48,9 +48,9 @@ def mint(config: schema.Config) -> RunDir:
     return run
 
 
-def checked(config: schema.Config, *, world_size: int) -> trainer.Job:
+def checked(config: schema.Config, *, world_size: int) -> jobs.Job:
     """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
-    job = trainer.resolve(config, world_size=world_size, here=False)
+    job = jobs.resolve(config, world_size=world_size, here=False)
     folder = Path(config.run.dir).resolve()
     while not folder.exists():
         folder = folder.parent

@@ -29,7 +29,7 @@ from hybridtrain.runtime.files import read_object, sweep_asides, unwritable, wri
 from hybridtrain.types import Progress
 
 if TYPE_CHECKING:
-    from hybridtrain.training.trainer import Job
+    from hybridtrain.training.job import Job
 
 _log = log.get("train")
 BRANCH = "branch.json"

@@ -1,0 +1,83 @@
+"""A run's first lines, on rank 0: what trains, in which layout and precision, and what it continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridtrain.config import compose
+from hybridtrain.data import vocabulary
+from hybridtrain.plan import layout as layouts
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
+from hybridtrain.types import Progress
+
+if TYPE_CHECKING:
+    from hybridtrain.run.directory import RunDir
+    from hybridtrain.training.job import Job
+
+
+_log = log.get("train")
+_ENDS = ("steps", "tokens", "epochs")
+
+
+def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
+    """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
+    from hybridtrain.runtime import cpu
+
+    config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
+    public = compose.plain(config)
+    name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
+    _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
+    world, device = layout.world_size, engine.device.type
+    _log.info("layout    %s on %d %s process%s, %s", layouts.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
+    _log.info(
+        "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
+        plan.global_batch_size,
+        plan.seq_len,
+        plan.micro_batch_size,
+        layout.dp,
+        plan.grad_accum,
+        job.total_steps,
+    )
+    short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
+    _log.info(
+        "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
+    )
+    _log.info("backend   %s", cpu.describe(config.engine, device=engine.device))
+    _log.info("run       %s", run_dir.path)
+    for line in _of_tokenizer(job, model=run_dir.model):
+        _log.info("tokenizer %s", line)
+    if config.schedule.warmup_steps >= job.total_steps:
+        _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
+    if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
+        _log.info("branched  from %s at step %d, %d tokens", run_dir.checkpoint, start.step, start.tokens_seen)
+    elif run_dir.checkpoint:
+        same = "model, data, optimizer, schedule, seed and batch are as they were"
+        _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
+    elif run_dir.continued:
+        _log.info("resumed   no complete checkpoint was there: from the beginning")
+    for field, (before, now) in run_dir.changed.items():
+        _log.info("changed   %s: %s -> %s", field, before, now)
+    if start.step and config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
+        _log.warning(
+            "the %s schedule now ends at step %d: learning rates from here on are not those of the run that was interrupted",
+            config.schedule.kind,
+            job.total_steps,
+        )
+
+
+def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
+    """Where model, tokenizer and chat template disagree: on the tokens there are, and those that end a text. `model`: the run's folder of that name."""
+    from hybridtrain.models import tokens
+
+    facts = next((corpus.facts for corpus in job.data.corpora if corpus.facts is not None), None)
+    if facts is None:
+        return []
+    text, turn = vocabulary.end_tokens(facts)
+    config, generation = (read_object(model / name, field="run.dir") for name in ("config.json", tokens.GENERATION))
+    ends = tokens.Ends(begin=None, end=text, pad=None, turn=turn)
+    lines = tokens.fitted(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
+    if facts["vocab_size"] > job.facts.vocab:
+        lines.append(f"it has {facts['vocab_size']} tokens, the model {job.facts.vocab} rows: a text with one of the others cannot be given to the model")
+    return lines

@@ -1,0 +1,70 @@
+"""A config, resolved once against a number of processes: layout, batch plan, model facts, data and number of steps. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+
+from hybridtrain import engine as engines
+from hybridtrain.config import checks
+from hybridtrain.config.schema import Config
+from hybridtrain.data import blend as blends
+from hybridtrain.data.blend import Blend
+from hybridtrain.plan import memory
+from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.run import identity
+from hybridtrain.training import resume
+from hybridtrain.types import ModelFacts
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config, resolved against the world it runs in."""
+
+    config: Config
+    layout: ParallelLayout
+    plan: BatchPlan
+    facts: ModelFacts
+    data: Blend
+    total_steps: int
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint must have been made with. Reads a little of foreign token files: for rank 0, which tells the others."""
+        model = identity.model_fingerprint(self.facts)
+        order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
+        sample = self.data.sample
+        return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
+
+
+def resolve(config: Config, *, world_size: int, here: bool) -> Job:
+    """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.
+
+    `here`: it will run on this machine, whose memory is looked at, too.
+    """
+    settled = engines.settle(resume.source_at_hand(config), world_size=world_size)
+    layout, plan, model = settled.layout, settled.plan, settled.facts
+    if here:
+        memory.check_host(config, layout=layout, plan=plan, facts=model)
+    data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
+    if fitted is not config:
+        config, settled = fitted, engines.settle(fitted, world_size=world_size)
+        layout, plan, model = settled.layout, settled.plan, settled.facts
+    blends.check_vocab(data, vocab=model.vocab)
+    blends.check_train_rows(data, seq_len=plan.seq_len)
+    if config.train.eval_every:
+        blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
+    total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
+    checks.phases(config.schedule, steps=total_steps)
+    return Job(config, layout, plan, model, data, total_steps)
+
+
+def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
+    train = config.train
+    if train.tokens:
+        return max(1, math.ceil(train.tokens / plan.tokens))
+    if train.epochs:
+        return max(1, math.ceil(train.epochs * rows / plan.global_batch_size))
+    return train.steps

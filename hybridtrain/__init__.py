@@ -1,3 +1,34 @@
-"""hybridtrain: hybrid-parallel training of Hugging Face language models, proven against one plain process."""
+"""hybridtrain: hybrid-parallel training of Hugging Face language models, proven against one plain process.
+
+    import hybridtrain as ht
+
+    config = ht.compose("experiment=smoke", "parallel=ddp")     # the words of the command line
+    result = ht.Trainer(config, data=MyRows(), callbacks=[MyCallback()]).fit()
+    ht.export(result.run_dir, dtype="bfloat16")
+
+The names below are imported when they are first used: `import hybridtrain` takes no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybridtrain.api import compose, export
+    from hybridtrain.errors import UserError
+    from hybridtrain.training.callbacks import Callback, Run
+    from hybridtrain.training.trainer import Result, Trainer
 
 __version__ = "0.1.0"
+__all__ = ["Callback", "Result", "Run", "Trainer", "UserError", "compose", "export"]
+_HOME = {
+    **dict.fromkeys(("compose", "export"), "hybridtrain.api"),
+    **dict.fromkeys(("Callback", "Run"), "hybridtrain.training.callbacks"),
+    **dict.fromkeys(("Result", "Trainer"), "hybridtrain.training.trainer"),
+    "UserError": "hybridtrain.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)

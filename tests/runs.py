@@ -21,6 +21,7 @@ from hybridtrain.checkpoint import marker, metadata
 from hybridtrain.cli import commands
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
+from hybridtrain.runtime import launch
 from tests.ranks import run_ranks
 
 SAME = ("step", "tokens_seen", "loss", "grad_norm", "lr", "loss_scale", "skipped", "eval_loss")
@@ -67,7 +68,7 @@ class Ended:
 def on_this_rank(argv: list[str]) -> Ended:
     """`hybridtrain train` in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        commands.SPEAK_FIRST_S = commands.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
+        launch.SPEAK_FIRST_S = launch.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
         code = commands.run_command("train", argv)
     return Ended(code, out.getvalue(), err.getvalue())
 

@@ -14,6 +14,7 @@ from hybridtrain import __version__
 from hybridtrain.cli import commands
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
+from hybridtrain.runtime import launch
 from tests.runs import arguments
 
 TRAIN = ["train", "model=tiny", "data.path=x", "train.steps=100"]
@@ -185,7 +186,7 @@ assert time.monotonic() - begin < 2
 def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_speak(capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands, "SPEAK_FIRST_S", 0.3)
+    monkeypatch.setattr(launch, "SPEAK_FIRST_S", 0.3)
     begin = time.monotonic()
     assert main(["train", "train.step=5"]) == 2
     assert time.monotonic() - begin >= 0.3
@@ -196,7 +197,7 @@ def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_sp
 
 def test_a_mistake_that_only_another_rank_meets_is_said_by_it(capsys, monkeypatch, run_dir):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(commands, "SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr(launch, "SPEAK_FIRST_S", 0.0)
     assert main(["export", str(run_dir)]) == 2  # no such run: known only while the command runs
     assert capsys.readouterr().err.startswith("[rank 1] hybridtrain export: ")
 

@@ -87,7 +87,7 @@ def test_launcher_variables_that_make_no_sense_are_refused_together(change, word
     for name, value in {**GOOD, **change}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("hybridtrain.cli.commands.SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr("hybridtrain.runtime.launch.SPEAK_FIRST_S", 0.0)
     assert run_command("train", ["model=tiny", "data.path=x", "train.steps=1"]) == 2
     text = capsys.readouterr().err
     assert [word for word in words if word not in text] == [], text

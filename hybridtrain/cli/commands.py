@@ -39,10 +39,6 @@ TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
 """Commands that print for a reader, who may have had enough."""
 _FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--compare", "--dry-run")
-SPEAK_FIRST_S = 5.0
-"""How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
-AFTER_RANK_0_S = 1.0
-"""The same, where rank 0 is known to be about to speak."""
 SEVERAL = ("train", "bench")
 """Commands that run in several processes: `python -m hybridtrain.<command>` on each."""
 COLLECT_AFTER = 50_000
@@ -77,7 +73,7 @@ def run_command(command: str, argv: list[str]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more (`| head`); what is left in the buffer goes nowhere
         return 0
     except Answered as answered:
-        time.sleep(AFTER_RANK_0_S)
+        time.sleep(launch.AFTER_RANK_0_S)
         return answered.code
     except KeyboardInterrupt:
         if log.rank() == 0:
@@ -91,9 +87,7 @@ def _misplaced(command: str) -> int | None:
         launch.check_directory()
         launch.adopt_srun()
         if command in SEVERAL:
-            launch.check()
-            launch.deadline()
-            launch.end_with_launcher()
+            launch.begin()
     except UserError as error:
         return _answer(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
     return None
@@ -133,7 +127,7 @@ def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
         print(text, file=sys.stderr, flush=True)
         return 2
     if not at_once:
-        time.sleep(SPEAK_FIRST_S)
+        time.sleep(launch.SPEAK_FIRST_S)
     if at_once or not known_everywhere:
         print(f"[rank {log.rank()}] {text}", file=sys.stderr, flush=True)
     return 2

@@ -23,6 +23,7 @@ import numpy as np
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.own import OwnRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.errors import UserError, refusal
@@ -39,10 +40,10 @@ BLOCK = 10_000
 class Blend:
     """One corpus or several, with their weights."""
 
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[Corpus | OwnRows, ...]
     weights: tuple[float, ...]
     """Above 0; only their proportion counts."""
-    evaluated: Corpus | None
+    evaluated: Corpus | OwnRows | None
     """Held-out rows come from this one instead (data.eval_path)."""
     documents: bool
     """Documents in a row do not see each other (data.document_mask, or a corpus of conversations)."""
@@ -70,7 +71,7 @@ class Blend:
         samples = [corpus.sample for corpus in self.corpora]
         return hashlib.sha256(json.dumps(samples).encode()).hexdigest() if any(samples) else None
 
-    def parts(self, split: str) -> list[tuple[Corpus, float]]:
+    def parts(self, split: str) -> list[tuple[Corpus | OwnRows, float]]:
         """The corpora that have documents in a split, and their weights."""
         if split == "eval" and self.evaluated is not None:
             return [(self.evaluated, 1.0)]

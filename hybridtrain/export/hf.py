@@ -45,7 +45,13 @@ log = logging.getLogger(__name__)
 
 
 def run(config: ExportRoot) -> int:
-    """`hybridtrain export`: the newest complete checkpoint of run.dir, or export.checkpoint with the run that it belongs to."""
+    """`hybridtrain export`."""
+    print(export_newest(config))
+    return 0
+
+
+def export_newest(config: ExportRoot) -> Path:
+    """Export the newest complete checkpoint of run.dir, or export.checkpoint with the run that it belongs to; the folder. Raises UserError."""
     options = config.export
     run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
     require_run(run_dir, command="export")
@@ -67,8 +73,7 @@ def run(config: ExportRoot) -> int:
                     "export.checkpoint", checkpoint, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints"
                 ) from None
             continue  # the run has gone on, and removed it for a newer one
-        print(out)
-        return 0
+        return out
     raise refusal("run.dir", run_dir, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
 
 

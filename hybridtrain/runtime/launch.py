@@ -31,9 +31,14 @@ JOB = "HYBRIDTRAIN_JOB"
 LISTENING = "HYBRIDTRAIN_LISTENING"
 """Environment variable of rank 0: the open descriptor of MASTER_PORT, from `hybridtrain train --nproc`."""
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SPEAK_FIRST_S = 5.0
+"""How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
+AFTER_RANK_0_S = 1.0
+"""The same, where rank 0 is known to be about to speak."""
 _HOLD_ON_S = 0.5
 """Seconds between two looks at the launcher."""
 _LAUNCHER = re.compile(r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain")
+_WATCHER = "launcher"
 _GENERATIONS = 5
 """How far above a rank its launcher is looked for: a script that sets up a rank may stand between them."""
 
@@ -89,6 +94,15 @@ def _output(*command: str) -> str:
         words = str(getattr(error, "stderr", None) or error).strip().splitlines()
         problem = f"`{' '.join(command)}`, which tells where ranks meet, failed: {words[0] if words else type(error).__name__}"
         raise refusal("MASTER_ADDR", "(not set)", problem, allowed="an address of the first node", instead="export MASTER_ADDR=ADDRESS before srun") from error
+
+
+def begin() -> None:
+    """What a process that trains does first: whether its place and its launcher's variables do, and that it ends with its launcher. Raises UserError."""
+    check_directory()
+    adopt_srun()
+    check()
+    deadline()
+    end_with_launcher()
 
 
 def check() -> None:
@@ -191,8 +205,8 @@ def end_with_launcher() -> None:
     A launcher that is killed cannot end its ranks. Without it nobody would, and the same command would meet them in the run's directory.
     """
     launcher = _launcher()
-    if launcher is not None:
-        threading.Thread(target=_watch, args=(launcher, _started(launcher)), name="launcher", daemon=True).start()
+    if launcher is not None and _WATCHER not in (thread.name for thread in threading.enumerate()):
+        threading.Thread(target=_watch, args=(launcher, _started(launcher)), name=_WATCHER, daemon=True).start()
 
 
 def _launcher() -> int | None:

@@ -24,7 +24,7 @@ from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
-_TIME_IS_UP = 1000  # above every signal number
+_TIME_IS_UP, _ASKED = 1000, 1001  # above every signal number
 
 
 class Stop:
@@ -36,10 +36,11 @@ class Stop:
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
         self.status = ""
-        """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while."""
+        """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while; finished: by the program itself."""
         self.group: dist.ProcessGroup | None = None
         """A CPU group of all ranks; None: the default group."""
         self._signal = 0
+        self._asked = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -67,17 +68,29 @@ class Stop:
             elif time.monotonic() - first > TOGETHER_S:
                 os._exit(128 + heard[0])
 
+    def ask(self, reason: str) -> None:
+        """Have all ranks stop after the next step; `reason` as this rank knows it."""
+        self._asked = reason or "a callback asked for it"
+
     def agreed(self) -> str:
         """Why to stop after this step, the same on every rank; empty: go on (collective over `group`)."""
-        code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else 0))
+        code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else _ASKED if self._asked else 0))
         if dist.is_initialized():
             dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
         if number := int(code):
-            self.status = "interrupted" if number == signal.SIGINT or (number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")) else "preempted"
-            self.reason = "the job's time is nearly up" if number == _TIME_IS_UP else f"{signal.Signals(number).name} received"
-            if number == signal.SIGINT:
-                self.reason = "stopped by Ctrl-C (SIGINT received)"
+            self.status, self.reason = self._meaning(number)
         return self.reason
+
+    def _meaning(self, number: int) -> tuple[str, str]:
+        """Status and reason of what a rank wished, on the ranks that wished something else too."""
+        if number == _ASKED:
+            return "finished", self._asked or "a callback of another rank asked for it"
+        if number == _TIME_IS_UP:
+            return "preempted", "the job's time is nearly up"
+        if number == signal.SIGINT:
+            return "interrupted", "stopped by Ctrl-C (SIGINT received)"
+        by_a_person = number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")
+        return "interrupted" if by_a_person else "preempted", f"{signal.Signals(number).name} received"
 
 
 def _noted_by_the_thread(number: int, frame: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,8 @@ class Moment:
     result: StepResult
     extra: dict[str, float] = field(default_factory=dict)
     """What earlier hooks add to this step's line."""
+    row: dict[str, Any] | None = None
+    """This step's line, once it is logged; the same on all ranks but for the rates."""
 
 
 class Hook(Protocol):
@@ -91,6 +93,7 @@ class Log:
             result, since=since, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory
         )
         row |= moment.extra | allocator
+        moment.row = row
         if dist.get_rank() == 0:
             self.run.append_metrics(row)
             if row["skipped"]:
@@ -112,8 +115,20 @@ class Log:
 class Checkpoint:
     """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
 
-    def __init__(self, engine: Engine, *, run: RunDir, manager: Manager, fingerprints: dict[str, str], group: dist.ProcessGroup, meter: metrics.Meter):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        run: RunDir,
+        manager: Manager,
+        fingerprints: dict[str, str],
+        group: dist.ProcessGroup,
+        meter: metrics.Meter,
+        saved: Callable[[Path], None],
+    ):
+        """`saved`: called on every rank with a checkpoint that is complete."""
         self.engine, self.run, self.manager, self.fingerprints, self.group, self.meter = engine, run, manager, fingerprints, group, meter
+        self.on_saved = saved
         self.saving: Saving | None = None
         self.saved = 0
         """The step of the save under way, or of the last one."""
@@ -153,6 +168,7 @@ class Checkpoint:
                 self._pruned()
                 self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)  # removing thousands of files takes its time
                 self._pruning.start()
+            self.on_saved(self.manager.path(self.saved))
 
     def _pruned(self) -> None:
         """Wait for the removal under way."""

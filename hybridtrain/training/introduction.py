@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
+from hybridtrain.data.own import OwnRows
 from hybridtrain.plan import layout as layouts
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
@@ -44,6 +45,9 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     _log.info(
         "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
     )
+    for corpus in job.data.corpora:
+        if isinstance(corpus, OwnRows):
+            _log.info("data      %d rows of %s, given by the program", corpus.count("train", seq_len=plan.seq_len), corpus.path)
     _log.info("backend   %s", cpu.describe(config.engine, device=engine.device))
     _log.info("run       %s", run_dir.path)
     for line in _of_tokenizer(job, model=run_dir.model):

@@ -38,16 +38,16 @@ class Job:
         return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
 
 
-def resolve(config: Config, *, world_size: int, here: bool) -> Job:
+def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None) -> Job:
     """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.
 
-    `here`: it will run on this machine, whose memory is looked at, too.
+    `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of what the config names.
     """
     settled = engines.settle(resume.source_at_hand(config), world_size=world_size)
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
-    data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    data = data or blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)

@@ -1,21 +1,27 @@
-"""The door of training: checked config -> layout -> run directory -> engine -> loop.
+"""Training: checked config -> layout -> run directory -> engine -> loop.
 
-    hybridtrain train --nproc N experiment=... key=value ...
-    torchrun --standalone --nproc-per-node N -m hybridtrain.train experiment=... key=value ...
+    hybridtrain train --nproc N experiment=... key=value ...                                    `run`
+    torchrun --standalone --nproc-per-node N -m hybridtrain.train experiment=... key=value ...  `run`
+    hybridtrain.Trainer(config, data=..., callbacks=[...]).fit()                                from a program of yours
 
 Everything that can be refused without torch and without the other processes is refused in `resolve`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain.config import compose
+from hybridtrain.config import checks, compose
 from hybridtrain.config.schema import Config
-from hybridtrain.errors import refusal
+from hybridtrain.data.blend import Blend
+from hybridtrain.data.own import OwnRows
+from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.run.directory import read_summary
 from hybridtrain.runtime import host, launch, log
 from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.training import introduction, outcome, resume
@@ -30,20 +36,91 @@ if TYPE_CHECKING:
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
+    from hybridtrain.training.callbacks import Callback
     from hybridtrain.training.loop import Done
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a training ended, the same on every rank."""
+
+    run_dir: Path
+    status: str
+    """finished; interrupted (by a person); preempted (by a scheduler, or the end of the job's time)."""
+    step: int
+    """Optimizer steps of the run."""
+    tokens_seen: int
+
+
+class Trainer:
+    """Trains as a config says, with data and callbacks of a program's own.
+
+    Under a launcher of several processes (torchrun, srun) each of them makes the same Trainer. A run is the one that `hybridtrain train`
+    makes of the same config: its directory, resumption, exports and reports are the same.
+    """
+
+    def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = ()):
+        """`config`: of `hybridtrain.compose`. `data`, `eval_data`: rows in place of the config's data (data/own.py tells what a row is)."""
+        self.config, self.data, self.eval_data, self.callbacks = config, data, eval_data, tuple(callbacks)
+
+    def fit(self) -> Result:
+        """Train to the end, from the run's newest checkpoint if it has one.
+
+        Raises UserError for what the caller can put right; rank 0 at once and the others later, so that a launcher shows it once.
+        """
+        try:
+            launch.begin()
+            log.setup(None)
+            config, data = self._checked()
+            return fit(config, data=data, callbacks=self.callbacks)
+        except UserError as error:
+            if log.rank() and not isinstance(error, OnThisRank):
+                time.sleep(launch.SPEAK_FIRST_S)
+            raise
+        except Answered as answered:
+            time.sleep(launch.AFTER_RANK_0_S)
+            raise SystemExit(answered.code) from None
+
+    def _checked(self) -> tuple[Config, Blend | None]:
+        """The config, and the rows that take the place of its data."""
+        if self.data is None:
+            if self.eval_data is not None:
+                raise refusal("eval_data", type(self.eval_data).__name__, "there is no `data`", allowed="both, or data alone", instead="data.eval_path=PREFIX")
+            checks.check(self.config)
+            return self.config, None
+        if self.config.train.eval_every and self.eval_data is None:
+            problem, instead = "there is no `eval_data`", "train.eval_every=0, or Trainer(config, data=..., eval_data=...)"
+            raise refusal("train.eval_every", self.config.train.eval_every, problem, allowed="0 without it", instead=instead)
+        rows = OwnRows(self.data, split="train", field="data")
+        held_out = None if self.eval_data is None else OwnRows(self.eval_data, split="eval", field="eval_data")
+        checks.check(dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, path=rows.path, blend={})))
+        own = dataclasses.replace(self.config.data, path="", blend={}, eval_path="", source=[])
+        return dataclasses.replace(self.config, data=own), Blend((rows,), (1.0,), held_out, self.config.data.document_mask)
 
 
 def run(config: Config) -> int:
     """`hybridtrain train`."""
+    fit(config, data=None, callbacks=())
+    return 0
+
+
+def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback]) -> Result:
+    """Train as a checked config says (collective over the launcher's processes). `data`: in place of what the config names."""
     began = time.monotonic()
     launch.use_expandable_segments()
-    job = resolve(config, world_size=launch.world_size(), here=True)
+    job = resolve(config, world_size=launch.world_size(), here=True, data=data)
     run_dir = None
     if not launch.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
         if run_dir is None:
-            return 0
-    return _on_all_ranks(job, run_dir=run_dir, began=began)
+            return _finished(config)
+    return _on_all_ranks(job, run_dir=run_dir, began=began, callbacks=callbacks)
+
+
+def _finished(config: Config) -> Result:
+    """Of a run that was at its end already."""
+    summary = read_summary(Path(config.run.dir))
+    return Result(Path(config.run.dir), "finished", summary.get("steps") or 0, summary.get("tokens") or 0)
 
 
 def _opened(job: Job) -> RunDir | None:
@@ -56,7 +133,7 @@ def _opened(job: Job) -> RunDir | None:
     return resume.open_run(job)
 
 
-def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
+def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: Sequence[Callback]) -> Result:
     """Meet, agree, train, and note how it ended. `run_dir`: of a process alone; else rank 0 opens it once all are there."""
     import torch
 
@@ -74,8 +151,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
         if run_dir is None:
             run_dir = mesh.on_rank0(lambda: _opened(job), group=None)  # a start that does not come about leaves no trace
         if run_dir is None:
+            result = mesh.on_rank0(lambda: _finished(config), group=None)
             mesh.disconnect()
-            return 0
+            return result
         done.step = run_dir.step
         opened = run_dir
         stacks = run_dir.failures / f"rank-{log.rank()}.stacks"
@@ -86,7 +164,7 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
             build = engines.build_for_load if run_dir.checkpoint else engines.build
             engine = build(resume.source_at_hand(config), layout=job.layout, plan=job.plan, device=device)
             world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
-            _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, **world)
+            result = _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, of_user=callbacks, **world)
     except BaseException as error:
         if run_dir is not None:
             outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
@@ -99,7 +177,7 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float) -> int:
             run_dir.close()
     engine.close()
     mesh.disconnect()
-    return 0
+    return result
 
 
 def _train(
@@ -114,28 +192,18 @@ def _train(
     watchdog: Watchdog,
     done: Done,
     trackers: Trackers,
-) -> None:
+    of_user: Sequence[Callback],
+) -> Result:
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
-    from hybridtrain.models.build import save_config
-    from hybridtrain.run.directory import write_machine
-    from hybridtrain.training import hooks, loop, metrics
+    from hybridtrain.training import callbacks, hooks, loop, metrics
 
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
     hosts = host.gather(device, group=mesh.control_group)
     if log.rank() == 0:
-        try:
-            save_config(engine.model_config, run_dir.model, model=config.model)
-            if config.engine.kind == "deepspeed":
-                write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
-        except OSError as error:
-            raise unwritable("run.dir", run_dir.path, error) from error
-        write_machine(run_dir.path, hosts)
-        run_dir.update_summary(tokens=start.tokens_seen)
-        trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
-        introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
+        _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
     share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
     loader = Loader(job.data, **share, seed=config.run.seed)
     meter = metrics.Meter(
@@ -152,16 +220,39 @@ def _train(
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
         chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, group=group), meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
-    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
+    run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
+    calls = callbacks.Callbacks(of_user, run)
+    chosen.append(calls)
+    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter, saved=calls.saved))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
-    end = loop.train(
-        engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done
-    )
+    with calls:
+        end = loop.train(
+            engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done
+        )
     trackers.finish(failed=False)
+    status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)
     if log.rank() == 0:
-        status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)
         outcome.record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
+    return Result(run_dir.path, status, end.step, end.tokens_seen)
+
+
+def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
+    """What rank 0 writes and says before the first step."""
+    from hybridtrain.models.build import save_config
+    from hybridtrain.run.directory import write_machine
+
+    config = job.config
+    try:
+        save_config(engine.model_config, run_dir.model, model=config.model)
+        if config.engine.kind == "deepspeed":
+            write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
+    except OSError as error:
+        raise unwritable("run.dir", run_dir.path, error) from error
+    write_machine(run_dir.path, hosts)
+    run_dir.update_summary(tokens=start.tokens_seen)
+    trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
+    introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
 
 
 def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:

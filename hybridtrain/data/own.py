@@ -1,0 +1,136 @@
+"""Rows that a program gives instead of a folder of token files.
+
+    class Rows:
+        def __len__(self): ...
+        def row(self, index): ...            # token ids; or (token ids, mask): which of them are learnt
+
+Order, resumption and sharing among ranks are those of a prepared corpus: a row is asked for by its index, on the rank that trains on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hybridtrain.data.rows import Block
+from hybridtrain.errors import refusal
+from hybridtrain.types import IGNORE_INDEX
+
+_SAMPLED = 256
+"""Rows that are hashed where the data has no fingerprint of its own."""
+
+
+class OwnRows:
+    """A user's rows as one corpus (see data.corpus.Corpus): of one split, without files."""
+
+    facts = None
+    chat = False
+    vocab_size = eos_id = largest_id = sample = None
+
+    def __init__(self, rows: Any, *, split: str, field: str) -> None:
+        """`rows`: see above, or a sequence of mappings with `input_ids` and, if some are not learnt, `labels` or `loss_mask` (a datasets.Dataset).
+
+        Raises UserError for what has no length or no rows. `field`: the argument that it was given as.
+        """
+        self.given, self.readers, self.path, self.field = rows, (split,), type(rows).__name__, field
+        if not hasattr(rows, "__len__") or not (hasattr(rows, "row") or hasattr(rows, "__getitem__")):
+            problem, allowed = "it has no __len__, or neither row(index) nor [index]", "an object with __len__ and row(index), or a datasets.Dataset"
+            raise refusal(field, self.path, problem, allowed=allowed, instead="a class with these two methods")
+        if len(rows) == 0:
+            raise refusal(field, self.path, "it has no rows", allowed="one row or more", instead="data of some length")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the number of rows and the data's own `fingerprint`; without one, over some of its rows."""
+        digest = hashlib.sha256(f"own rows {len(self.given)}".encode())
+        own = getattr(self.given, "fingerprint", None)
+        if isinstance(own, str):
+            digest.update(own.encode())
+            return digest.hexdigest()
+        count, sampled = len(self.given), min(_SAMPLED, len(self.given))
+        for index in (number * count // sampled for number in range(sampled)):
+            tokens, mask = self.read(index)
+            digest.update(tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
+        return digest.hexdigest()
+
+    def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - a row stays a row, whatever its length
+        return len(self.given) if split in self.readers else 0
+
+    def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - known only by reading all; steps without targets are counted
+        return True
+
+    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> _Rows:
+        assert split in self.readers
+        return _Rows(self, seq_len=seq_len, documents=documents, vocab=vocab)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Token ids, int64 (n,), and which of them are learnt, bool (n,), None for all. Raises UserError for a row that is neither."""
+        given = self.given.row(index) if hasattr(self.given, "row") else self.given[index]
+        tokens, mask = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if isinstance(given, Mapping):
+            tokens, mask = given.get("input_ids"), given.get("loss_mask")
+            if mask is None and given.get("labels") is not None:
+                mask = np.asarray(given["labels"]) != IGNORE_INDEX
+        ids = _array(tokens)
+        if ids is None or len(ids) < 2:
+            raise self._refused(index, f"it is {_shown(tokens)}", allowed="a sequence of two token ids or more")
+        learnt = None if mask is None else _array(mask)
+        if mask is not None and (learnt is None or learnt.shape != ids.shape):
+            raise self._refused(index, f"it has {len(ids)} tokens, and its mask is {_shown(mask)}", allowed="a mask with one value for each token")
+        return ids, None if learnt is None else learnt != 0
+
+    def _refused(self, index: int, problem: str, *, allowed: str) -> Exception:
+        return refusal(self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)")
+
+
+class _Rows:
+    """Rows of one length: shorter ones are padded, longer ones refused."""
+
+    masked = True
+
+    def __init__(self, own: OwnRows, *, seq_len: int, documents: bool, vocab: int) -> None:
+        self._own, self._seq_len, self._documents, self._vocab = own, seq_len, documents, vocab
+        self._rows = len(own.given)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def gather(self, row_ids: np.ndarray) -> Block:
+        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=True)
+        assert block.carries is not None
+        for place, index in enumerate(int(row) for row in row_ids):
+            tokens, mask = self._own.read(index)
+            self._check(tokens, index)
+            block.tokens[place, : len(tokens)] = tokens
+            block.carries[place, : len(tokens)] = True if mask is None else mask
+            if block.begins is not None:
+                block.begins[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True  # the padding is a document of its own
+        return block
+
+    def _check(self, tokens: np.ndarray, index: int) -> None:
+        if len(tokens) > self._seq_len + 1:
+            problem = f"it has {len(tokens)} tokens, data.seq_len is {self._seq_len}"
+            raise self._own._refused(index, problem, allowed=f"up to data.seq_len + 1 = {self._seq_len + 1} tokens")
+        if tokens.min() < 0 or tokens.max() >= self._vocab:
+            odd = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise self._own._refused(index, f"it holds token id {odd}, the model has {self._vocab}", allowed=f"token ids of 0 to {self._vocab - 1}")
+
+
+def _array(values: Any) -> np.ndarray | None:
+    """One row of integers as int64 (n,); None for anything else."""
+    if isinstance(values, str | bytes) or not (isinstance(values, Sequence) or hasattr(values, "__array__")):
+        return None
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        return None
+    return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iub" else None
+
+
+def _shown(value: Any) -> str:
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,274 @@
+"""Training from a program: its own rows, its own callbacks, under every layout, resumed and exported as any run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+import hybridtrain as ht
+from hybridtrain.data.own import OwnRows
+from tests.ranks import RankFailed, run_ranks
+from tests.runs import assert_equal_state, rows, summary
+
+SEQ, VOCAB = 32, 300
+
+
+class Numbers:
+    """Rows of 20 to 33 tokens, of which every fifth is not learnt."""
+
+    def __init__(self, count: int, *, first: int) -> None:
+        self.count, self.first = count, first
+
+    def __len__(self) -> int:
+        return self.count
+
+    def row(self, index: int) -> Any:
+        ids = (np.arange(20 + index % 14) * (1 + (index + self.first) % 7) + index) % 250
+        return ids, np.arange(len(ids)) % 5 != 0
+
+
+class Noted(ht.Callback):
+    """Writes down what is called; ends or breaks the run where it is told to, on the last rank alone."""
+
+    def __init__(self, *, stop_at: int = 0, break_at: int = 0) -> None:
+        self.calls: list[Any] = []
+        self.stop_at, self.break_at = stop_at, break_at
+
+    def on_start(self, run: ht.Run) -> None:
+        self.calls.append(("start", run.step, len(list(run.engine.weights())) > 0))
+
+    def on_step(self, run: ht.Run, metrics: Mapping[str, Any]) -> None:
+        self.calls.append(("step", run.step, metrics["loss"]))
+        mine = dist.get_rank() == dist.get_world_size() - 1
+        if mine and run.step == self.stop_at:
+            run.stop("enough")
+        if mine and run.step == self.break_at:
+            raise ZeroDivisionError("planted")
+
+    def on_evaluate(self, run: ht.Run, metrics: Mapping[str, float]) -> None:
+        self.calls.append(("evaluate", run.step, metrics["eval_loss"]))
+
+    def on_checkpoint(self, run: ht.Run, path: Path) -> None:
+        assert (path / "complete.json").is_file()
+        assert path.parent == run.dir / "checkpoints"
+        self.calls.append(("checkpoint", path.name))
+
+    def on_end(self, run: ht.Run, error: BaseException | None) -> None:
+        self.calls.append(("end", run.step, type(error).__name__))
+
+
+def config_of(run: Path, *words: str) -> Any:
+    given = [f"run.dir={run}", "model=tiny", f"model.config.vocab_size={VOCAB}", f"data.seq_len={SEQ}", "batch.global_batch_size=4", "batch.micro_batch_size=1"]
+    return ht.compose(*given, "train.steps=6", "train.log_every=1", "schedule=constant", "optim.lr=0.01", *words)
+
+
+def trained(run: Path, words: list[str], stop_at: int, break_at: int) -> tuple[ht.Result, list[Any]]:
+    """On each rank: train on Numbers; how it ended, and what the callback was told."""
+    noted = Noted(stop_at=stop_at, break_at=break_at)
+    trainer = ht.Trainer(config_of(run, *words), data=Numbers(100, first=0), eval_data=Numbers(12, first=3), callbacks=[noted])
+    return trainer.fit(), noted.calls
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """One process, six steps, evaluated every third, saved after the third."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    [(result, calls)] = run_ranks(1, trained, run, ["train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"], 0, 0)
+    assert (result.run_dir, result.status, result.step, result.tokens_seen) == (run, "finished", 6, 6 * 4 * SEQ)
+    return run, calls
+
+
+def test_callbacks_see_the_run(alone: tuple[Path, list[Any]]) -> None:
+    run, calls = alone
+    assert [call[:2] for call in calls] == [
+        *(("start", 0), ("step", 1), ("step", 2), ("evaluate", 3), ("step", 3), ("step", 4), ("checkpoint", "step-00000003"), ("step", 5)),
+        *(("evaluate", 6), ("step", 6), ("checkpoint", "step-00000006"), ("end", 6)),
+    ]
+    lines = rows(run)
+    assert [call[2] for call in calls if call[0] == "step"] == [line["loss"] for line in lines]
+    assert [call[2] for call in calls if call[0] == "evaluate"] == [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert lines[5]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
+def test_the_rows_are_the_same_under_another_layout(alone: tuple[Path, list[Any]], tmp_path: Path, layout: str) -> None:
+    ended = run_ranks(2, trained, tmp_path / "run", [f"parallel={layout}", "train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"], 0, 0)
+    assert ended[0][1] == ended[1][1], "every rank is told the same"
+    for here, there in zip(rows(tmp_path / "run"), rows(alone[0]), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+        assert here["tokens_seen"] == there["tokens_seen"]
+
+
+def test_it_goes_on_bit_for_bit_and_the_command_line_cannot_take_it_over(alone: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    words = ["train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"]
+    [(_, first)] = run_ranks(1, trained, tmp_path / "run", [*words, "train.steps=4"], 0, 0)
+    [(_, then)] = run_ranks(1, trained, tmp_path / "run", words, 0, 0)
+    assert (first[-1][1], then[0][1]) == (4, 4)
+    assert [line["loss"] for line in rows(tmp_path / "run")] == [line["loss"] for line in rows(alone[0])]
+    assert_equal_state(tmp_path / "run" / "checkpoints" / "step-00000006", alone[0] / "checkpoints" / "step-00000006")
+    [(again, calls)] = run_ranks(1, trained, tmp_path / "run", words, 0, 0)
+    assert (again.status, again.step, calls) == ("finished", 6, [])
+
+
+def other_length(run: Path) -> str:
+    try:
+        ht.Trainer(config_of(run, "train.steps=8"), data=Numbers(101, first=0)).fit()
+    except ht.UserError as error:
+        return str(error)
+    return ""
+
+
+def test_other_rows_are_refused_when_it_goes_on(alone: tuple[Path, list[Any]]) -> None:
+    [said] = run_ranks(1, other_length, alone[0])
+    assert said.startswith("run.dir=") or said.startswith("data")
+    assert "allow_data_change" in said
+
+
+def test_one_rank_that_asks_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
+    ended = run_ranks(2, trained, tmp_path / "run", [], 2, 0)
+    assert {result.step for result, _ in ended} == {3}
+    assert [call[0] for call in ended[0][1]][-2:] == ["checkpoint", "end"]
+    told = summary(tmp_path / "run")
+    assert (told["status"], told["exit_reason"]) == ("finished", "a callback of another rank asked for it")
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_report_names_the_rank(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="planted"):
+        run_ranks(2, trained, tmp_path / "run", [], 0, 2)
+    told = summary(tmp_path / "run")
+    assert told["status"] == "failed"
+    assert "rank 1" in told["exit_reason"]
+    assert "ZeroDivisionError" in told["exit_reason"]
+
+
+def test_an_export_of_it_is_a_hugging_face_folder(alone: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = ht.export(alone[0], out=tmp_path / "out", dtype="bfloat16")
+    assert folder == tmp_path / "out"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == VOCAB
+
+
+def test_a_row_is_tokens_a_pair_or_a_mapping() -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7]], "labels": [[-100, 2, 3], [4, 5, -100, 7]]})
+    given = OwnRows(table, split="train", field="data")
+    assert given.count("train", seq_len=8) == 2
+    ids, mask = given.read(1)
+    assert (ids.tolist(), mask.tolist()) == ([4, 5, 6, 7], [True, True, False, True])
+    block = given.rows("train", seq_len=4, documents=True, vocab=10).gather(np.array([0, 1]))
+    assert block.tokens.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 7, 0]]
+    assert block.carries.tolist() == [[False, True, True, False, False], [True, True, False, True, False]]
+    assert block.begins.tolist() == [[True, False, False, True, False], [True, False, False, False, True]]
+    assert OwnRows([[1, 2], [3, 4]], split="train", field="data").read(0)[0].tolist() == [1, 2]
+
+
+def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> None:
+    def of(data: Any) -> str:
+        return OwnRows(data, split="train", field="data").fingerprint
+
+    assert of([[1, 2], [3, 4]]) == of([[1, 2], [3, 4]])
+    assert len({of([[1, 2], [3, 4]]), of([[1, 2], [3, 5]]), of([[1, 2]]), of([([1, 2], [0, 1]), [3, 4]])}) == 4
+    named, renamed, longer = Numbers(5, first=0), Numbers(5, first=0), Numbers(6, first=0)
+    named.fingerprint, renamed.fingerprint, longer.fingerprint = "a", "b", "a"
+    assert len({of(named), of(renamed), of(longer)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "field"),
+    [
+        (5, "no __len__", "data=int"),
+        ([], "no rows", "data=list"),
+        ([[1, 2], "text"], "it is str 'text'", "data=list, row 1"),
+        ([[1, 2], [0.5, 1.5]], "it is list [0.5, 1.5]", "data=list, row 1"),
+        ([[1, 2], [3]], "it is list [3]", "data=list, row 1"),
+        ([[1, 2], [[1, 2], [3, 4]]], "it is list [[1, 2], [3, 4]]", "data=list, row 1"),
+        ([{"tokens": [1, 2]}], "it is NoneType None", "data=list, row 0"),
+        ([([1, 2], [1])], "it has 2 tokens, and its mask is list [1]", "data=list, row 0"),
+        ([list(range(SEQ + 2))], f"it has {SEQ + 2} tokens, data.seq_len is {SEQ}", "data=list, row 0"),
+        ([[1, VOCAB]], f"it holds token id {VOCAB}", "data=list, row 0"),
+        ([[-1, 2]], "it holds token id -1", "data=list, row 0"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused_by_name(data: Any, words: str, field: str) -> None:
+    def read() -> None:
+        given = OwnRows(data, split="train", field="data")
+        given.rows("train", seq_len=SEQ, documents=False, vocab=VOCAB).gather(np.arange(len(given.given)))
+
+    with pytest.raises(ht.UserError) as error:
+        read()
+    assert str(error.value).startswith(f"{field}: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts", "field"),
+    [
+        (["train.eval_every=2"], {"data": [[1, 2]]}, "train.eval_every=2"),
+        ([], {"eval_data": [[1, 2]]}, "eval_data=list"),
+        ([], {}, "data.path=''"),
+        (["optim.lr=-1"], {"data": [[1, 2]]}, "optim.lr=-1.0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path, words: list[str], parts: dict[str, Any], field: str) -> None:
+    with pytest.raises(ht.UserError, match="allowed") as error:
+        ht.Trainer(config_of(tmp_path / "run", *words), **parts).fit()
+    assert str(error.value).startswith(field)
+    assert not (tmp_path / "run").exists()
+
+
+def test_importing_it_takes_no_torch() -> None:
+    code = "import sys, hybridtrain as ht; ht.compose('model=tiny'); ht.UserError; print('torch' in sys.modules, sorted(ht.__all__) == ht.__all__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="it has Callback, Result"):
+        ht.Trianer  # noqa: B018
+
+
+SCRIPT = """
+import sys
+import hybridtrain as ht
+
+class Rows:
+    def __len__(self): return 40
+    def row(self, index): return [(index + n * n) % 250 for n in range(33)]
+
+class Stopper(ht.Callback):
+    def on_step(self, run, metrics):
+        if metrics["loss"] < 5.6: run.stop("good enough")
+
+if __name__ == "__main__":
+    config = ht.compose("model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "batch.micro_batch_size=1", "train.steps=50", "train.log_every=1",
+                        "schedule=constant", "optim.lr=0.01", *sys.argv[1:])
+    print(ht.Trainer(config, data=Rows(), callbacks=[Stopper()]).fit().status)
+"""
+
+
+@pytest.mark.parametrize("layout", [pytest.param("tp2_pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_script_outside_the_checkout_under_torchrun(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    alone = subprocess.run([sys.executable, "mine.py", "run.dir=one"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert alone.stdout.splitlines()[-1] == "finished"
+    number = {"tp2_pp2": 4, "zero3": 2}[layout]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    done = subprocess.run(
+        [*launcher, "mine.py", "run.dir=several", f"parallel={layout}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines().count("finished") == number
+    assert json.loads((tmp_path / "several" / "summary.json").read_text())["exit_reason"] == "good enough"
+    for here, there in zip(rows(tmp_path / "several"), rows(tmp_path / "one"), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+    refused = subprocess.run(
+        [*launcher, "mine.py", "run.dir=more", "train.steps=0"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.count("UserError: train=all 0: the run has no end") == 1

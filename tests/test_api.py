@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from hybridtrain.data.own import OwnRows
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import assert_equal_state, rows, summary
 
+ROOT = Path(__file__).resolve().parent.parent
 SEQ, VOCAB = 32, 300
 
 
@@ -272,3 +274,15 @@ def test_a_script_outside_the_checkout_under_torchrun(tmp_path: Path, layout: st
     )
     assert refused.returncode == 1
     assert refused.stderr.count("UserError: train=all 0: the run has no end") == 1
+
+
+def test_the_programs_of_the_documentation_run(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    (tmp_path / "mine.py").write_text(blocks[0])
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done[-1].startswith("finished ")
+    told = summary(tmp_path / "runs" / "multiples")
+    assert (told["exit_reason"], told["steps"] < 60) == ("good enough", True)
+    subprocess.run([sys.executable, "-c", blocks[1]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (tmp_path / "runs" / "multiples" / "export" / "model.safetensors").is_file()

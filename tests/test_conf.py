@@ -21,7 +21,7 @@ from hybridtrain.plan import layout
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = keys.groups([keys.shipped()])
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
-OPTIONS = [field for fields in {k: v for command in schema.ROOTS for k, v in keys.sections(command).items()}.values() for field in fields]
+OPTIONS = [field for fields in keys.all_sections().values() for field in fields]
 ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
 
 PARAMETERS = {
@@ -44,16 +44,27 @@ def test_every_default_is_within_the_range_of_its_option(command):
 
 
 @pytest.mark.parametrize("command", schema.ROOTS)
-def test_every_command_composes(command):
-    config = compose(command, [])
-    assert type(config) is schema.ROOTS[command]
-    assert {path.stem for path in keys.shipped().glob("*.yaml")} == {"base", *schema.ROOTS}
+def test_every_command_composes_to_its_own_sections_with_files_and_without(command):
+    for words in ([], ["experiment=smoke"]):
+        assert type(compose(command, words)) is schema.ROOTS[command]
+
+
+def test_a_file_may_set_options_of_any_section_and_a_command_keeps_its_own(tmp_path):
+    """One file for all that is done with a run: prepared, trained, submitted, exported."""
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "defaults: [override /cluster: gpu8, override /parallel: tp2]", "cluster: {nodes: 3}", "export: {dtype: bfloat16}"]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join([*lines, "data: {path: 'x/${run.name}'}"]) + "\n")
+    words = ["--config-dir", str(tmp_path), "experiment=mine"]
+    assert compose("prepare", words).data.path == compose("train", words).data.path == "x/mine"
+    submit, export = compose("submit", words), compose("export", words)
+    assert (submit.cluster.nodes, submit.cluster.gpus_per_node, submit.parallel.tp) == (3, 8, 2)
+    assert (export.run.dir, export.export.dtype) == ("runs/mine", "bfloat16")
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_types_and_passes(group, name):
     overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
-    config = compose("submit" if group == keys.CLUSTER else "train", overrides)
+    config = compose("submit" if group == "cluster" else "train", overrides)
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
         with pytest.raises(UserError, match=f"pip install {name}"):
@@ -73,7 +84,7 @@ def test_group_files_hold_only_what_deviates(group, name):
     text = (keys.shipped() / group / f"{name}.yaml").read_text()
     values = yaml.safe_load(text) or {}
     written = values if "@package _global_" in text else {group: values}
-    command, root = ("submit", schema.SubmitRoot) if group == keys.CLUSTER else ("train", schema.Config)
+    command, root = ("submit", schema.SubmitRoot) if group == "cluster" else ("train", schema.Config)
     changed, defaults = dataclasses.asdict(compose(command, [f"{group}={name}"])), dataclasses.asdict(root())
     assert next(iter(written)) == group
     for section, options in written.items():
@@ -190,15 +201,12 @@ def test_overrides_win_over_the_experiment_and_plus_is_optional():
 def test_yaml_round_trip(tmp_path):
     config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert from_yaml(tmp_path / "config.yaml", "train") == config
-    exported = from_yaml(tmp_path / "config.yaml", "export")
-    assert isinstance(exported, schema.ExportRoot)
-    assert exported.data == config.data
+    assert from_yaml(tmp_path / "config.yaml") == config
 
 
 def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
-    assert from_yaml(tmp_path / "config.yaml", "train").train.steps == 37
+    assert from_yaml(tmp_path / "config.yaml").train.steps == 37
 
 
 @pytest.mark.parametrize(
@@ -214,12 +222,12 @@ def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
 def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        from_yaml(tmp_path / "config.yaml", "train")
+        from_yaml(tmp_path / "config.yaml")
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
-        from_yaml(tmp_path / "config.yaml", "train")
+        from_yaml(tmp_path / "config.yaml")
 
 
 def test_secrets_stay_unresolved_in_yaml(monkeypatch):

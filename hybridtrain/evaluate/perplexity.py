@@ -34,7 +34,7 @@ def run(config: EvaluateRoot) -> int:
     """
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
-    settings = _settings(config, compose.read_run(run_dir / "config.yaml", "train") if is_run else config)
+    settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
     if not (settings.data.path or settings.data.blend):

@@ -196,7 +196,7 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     progress = marker.read_progress(origin)
     identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=True)
     theirs = origin.parent.parent / "config.yaml"
-    differing = identity.model_differences(read_run(theirs, "train"), job.config) if theirs.is_file() else {}
+    differing = identity.model_differences(read_run(theirs), job.config) if theirs.is_file() else {}
     if differing:
         words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
         raise refusal("run.branch_from", origin, f"it is of another model: {words}", allowed="the same model section", instead="the model of that run")

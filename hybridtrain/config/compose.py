@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from hybridtrain.config import keys, limits, schema, words
+from hybridtrain.config import keys, limits, migrate, schema, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
 from hybridtrain.errors import UserError, refusal
 
@@ -232,8 +232,10 @@ def _read(path: Path, *, resolve: bool) -> schema.Config:
         loaded = _loaded(limits.read(path))
         if not isinstance(loaded, DictConfig):
             raise limits.unfit(path, "is not a configuration")
-        kept = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key not in others])
-        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), kept)
+        sections = OmegaConf.to_container(loaded, resolve=False)
+        assert isinstance(sections, dict)
+        kept = {name: options for name, options in migrate.migrated(sections).items() if name not in others}
+        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), OmegaConf.create(kept))
         assert isinstance(merged, DictConfig)
         if not resolve:
             _keep_calls(merged, path)
@@ -327,6 +329,8 @@ def _translated(error: Exception, *, source: Path | None = None, argv: Sequence[
     file = re.match(r"In '(.+?)':", str(error))
     where = f" (in {source})" if source else f" (in {file[1]}.yaml)" if file else ""
     if isinstance(cause, ConfigKeyError) and key:
+        if source and (refused := migrate.of_another_version(key, file=source)):
+            return refused
         try:
             keys.check_key(key, value="..." + where, allowed=keys.all_sections(), groups=list(keys.groups([keys.shipped()])))
         except UserError as refused:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.config import commands, schema, words
+from hybridtrain.config import commands, migrate, schema, words
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan import layout
 
@@ -284,6 +284,9 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
     keys = [field.key for fields in allowed.values() for field in fields]
     if _is_known(key, allowed):
         return
+    if key in migrate.RENAMED:
+        now = migrate.RENAMED[key]
+        raise refusal(key, value, f"no such option; it is {now} since a later version", allowed=now, instead=f"{now}=VALUE")
     if NOT_YET.search(key):
         raise refusal(
             key,

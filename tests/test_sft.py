@@ -18,7 +18,7 @@ from hybridtrain.data.prepare import packing
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config, plain_model
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests import runs
 from tests.training import model

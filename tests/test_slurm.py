@@ -19,7 +19,7 @@ from hybridtrain.cli import commands
 from hybridtrain.config import compose
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.submit import lives
 from tests import slurm as private
 from tests.runs import arguments, assert_equal_state, finished, rows, summary

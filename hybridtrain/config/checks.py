@@ -1,6 +1,6 @@
 """Range checks and checks across sections that need neither torch nor files. Checks never change a value.
 
-Layouts are checked by layout.check, models by models/, data files by data/: each where the facts are known.
+Layouts are checked by plan.rules, models by models/, data files by data/: each where the facts are known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import SCHEDULES as PIPELINE_SCHEDULES
+from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
 
 RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")
@@ -132,7 +132,7 @@ def _engine(config: schema.Config) -> None:
 
 
 def _deepspeed(config: schema.Config) -> None:
-    """What DeepSpeed cannot do or would do silently wrong; layouts are layout.check's."""
+    """What DeepSpeed cannot do or would do silently wrong; layouts are those of plan.rules."""
     engine, precision, there = config.engine, config.precision, importlib.util.find_spec("deepspeed") is not None
     install = "pip install -c constraints.txt 'hybridtrain[deepspeed]', or engine=torch"
     _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=install)

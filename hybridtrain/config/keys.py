@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hybridtrain.config import commands, migrate, schema, words
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan import layout
+from hybridtrain.plan import notation
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
 EXPERIMENT = "experiment"  # a group for every command, whose files set options of any section
@@ -256,7 +256,7 @@ def _layout_instead(value: str, names: list[str]) -> str:
     ranked = sorted(alike, key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)])
     near = ranked[:1] or difflib.get_close_matches(value, names, n=1, cutoff=0.3) or names[:1]
     try:
-        options = layout.parse(value.replace("_", "-"))
+        options = notation.parse(value.replace("_", "-"))
     except UserError:
         return f"parallel={near[0]}"
     written = " ".join(f"parallel.{name}={degree}" for name, degree in options.items() if degree not in (None, 0, 1))

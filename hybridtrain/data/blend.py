@@ -26,7 +26,7 @@ from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
 
 C = TypeVar("C", bound=Config)

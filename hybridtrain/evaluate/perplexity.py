@@ -21,7 +21,7 @@ from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.types import IGNORE_INDEX, Batch

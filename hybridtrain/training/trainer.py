@@ -23,9 +23,9 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan import layout as layouts
-from hybridtrain.plan import memory
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan import flops, memory, notation
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.run import directory, identity
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import read_object, unwritable, write_json
@@ -252,7 +252,7 @@ def _train(
         total_steps=job.total_steps,
         tokens_per_step=plan.tokens,
         devices=job.layout.world_size,
-        flops_per_token=metrics.flops_per_token(job.facts, seq_len=plan.seq_len),
+        flops_per_token=flops.flops_per_token(job.facts, seq_len=plan.seq_len),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
     group = stop.group = mesh.control_group
@@ -306,7 +306,7 @@ def _introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> No
     name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
-    _log.info("layout    %s on %d %s process%s, %s", layouts.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
+    _log.info("layout    %s on %d %s process%s, %s", notation.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
     _log.info(
         "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
         plan.global_batch_size,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from hybridtrain.config import checks
 from hybridtrain.config import compose as composing
-from hybridtrain.config.schema import Config, ExportConfig, ExportRoot, RunConfig
+from hybridtrain.config.schema import Config, ExportConfig, ExportRoot, RunFolder
 
 
 def compose(*words: str) -> Config:
     """The configuration of `hybridtrain train WORD ...`: groups, experiments and `section.option=value`. Raises UserError."""
-    return composing.compose("train", list(words))
+    return composing.training(list(words))
 
 
 def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> Path:
@@ -21,6 +21,6 @@ def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> 
     """
     from hybridtrain.export import hf
 
-    config = ExportRoot(run=RunConfig(dir=str(run)), export=ExportConfig(out=str(out), dtype=dtype))
+    config = ExportRoot(run=RunFolder(dir=str(run)), export=ExportConfig(out=str(out), dtype=dtype))
     checks.check(config)
     return hf.export_newest(config)

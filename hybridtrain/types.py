@@ -90,7 +90,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can run on this device. `layout.check` refuses the rest before processes meet."""
+    """What an engine can run on this device. `plan.rules` refuses the rest before processes meet."""
 
     engine: str
     axes: frozenset[str]

@@ -77,7 +77,7 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
     """
     file = path / "model" / marker.CONFIG
     try:
-        read_run(path / "config.yaml", "train")
+        read_run(path / "config.yaml")
         read_object(path / "summary.json", field="run.dir")
         now = read_object(file, field="run.dir") if file.exists() else None
         held = [(config.parent.name, read_object(config, field="checkpoint")) for config in configs]

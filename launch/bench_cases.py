@@ -37,7 +37,10 @@ from hybridtrain.data.synthetic import Synthetic  # noqa: E402
 from hybridtrain.engine import torch_native  # noqa: E402
 from hybridtrain.models import facts as facts_module  # noqa: E402
 from hybridtrain.parallel import mesh  # noqa: E402
+from hybridtrain.plan import flops as flops_module  # noqa: E402
 from hybridtrain.plan import layout as layouts  # noqa: E402
+from hybridtrain.plan import notation  # noqa: E402
+from hybridtrain.plan.batch import plan_batch  # noqa: E402
 from hybridtrain.training import metrics  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -109,7 +112,7 @@ def settings(case: Case, *, fields: dict[str, Any], tiny: bool) -> schema.BenchR
     config.engine.compile = case.compiled
     if tiny:
         config.engine.compile_backend = "eager"
-    config.parallel = schema.ParallelConfig(**layouts.parse("single"))
+    config.parallel = schema.ParallelConfig(**notation.parse("single"))
     return config
 
 
@@ -184,7 +187,7 @@ def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.dev
     """One row: seconds a step, tokens/s, MFU, memory, first loss."""
     config = settings(case, fields=fields, tiny=tiny)
     layout = layouts.resolve(config.parallel, world_size=1)
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+    plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     facts = facts_module.facts(fields)
     batches = batches_of(plan, vocab=facts.vocab, packed=case.packed)
     if case.side == "ours":
@@ -198,7 +201,7 @@ def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.dev
         step(number)
     times = sorted(timed(step, 8))
     median = times[len(times) // 2]
-    flops = metrics.flops_per_token(facts, seq_len=plan.seq_len)
+    flops = flops_module.flops_per_token(facts, seq_len=plan.seq_len)
     whole_attention = flops + 6 * facts.layers * facts.heads * facts.head_dim * (plan.seq_len - 1)  # as others count it: not halved for causality
     row |= {"step_s": median, "min_s": times[0], "max_s": times[-1], "tokens_per_s": plan.tokens / median}
     if CUDA:

@@ -22,7 +22,11 @@ cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 threads=$((cores / processes > 0 ? cores / processes : 1))
 
 set -- experiment=quickstart ${layout[@]+"${layout[@]}"} "run.dir=$run" "$@"
-hybridtrain prepare "$@"
+prepare=()
+for argument in "$@"; do
+    case $argument in experiment=* | data=* | data.*) prepare+=("$argument") ;; esac
+done
+hybridtrain prepare "${prepare[@]}"
 OMP_NUM_THREADS=$threads torchrun --standalone --nproc-per-node "$processes" -m hybridtrain.train "$@"
 hybridtrain export "$run"
 hybridtrain evaluate "$run"

@@ -1,4 +1,4 @@
-"""The pipeline schedules' own rules: what layout.check accepts torch can build, and what torch refuses we refuse.
+"""The pipeline schedules' own rules: what rules.check accepts torch can build, and what torch refuses we refuse.
 
 Each schedule is built by torch itself for every number of ranks, stages and micro-batches below, on torch's fake process group.
 """
@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hybridtrain import engine as engines
 from hybridtrain.config.schema import BatchConfig, ParallelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.pipeline import _SCHEDULES, stage_ids
-from hybridtrain.plan import layout
+from hybridtrain.plan import layout, rules, schedules
+from hybridtrain.plan.batch import plan_batch
+from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.types import ModelFacts
 
 FACTS = ModelFacts(
@@ -36,8 +37,8 @@ STRICTER = {
 }
 CASES = [
     (schedule, pp, virtual)
-    for schedule, pp, virtual in itertools.product(layout.SCHEDULES, (2, 4), (1, 2, 3, 4))
-    if (virtual == 1) == (schedule in layout.SCHEDULES_SINGLE) and (virtual == 2 or schedule not in layout.SCHEDULES_V)
+    for schedule, pp, virtual in itertools.product(schedules.SCHEDULES, (2, 4), (1, 2, 3, 4))
+    if (virtual == 1) == (schedule in schedules.SINGLE) and (virtual == 2 or schedule not in schedules.V)
 ]
 
 
@@ -49,11 +50,11 @@ def fake_ranks(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def accepts(parallel: ParallelConfig, *, micro_batches: int) -> bool:
-    """Whether layout.check lets this number of micro-batches through."""
+    """Whether rules.check lets this number of micro-batches through."""
     resolved = layout.resolve(parallel, world_size=parallel.pp)
-    plan = layout.plan_batch(BatchConfig(global_batch_size=micro_batches, micro_batch_size=1), layout=resolved, seq_len=64)
+    plan = plan_batch(BatchConfig(global_batch_size=micro_batches, micro_batch_size=1), layout=resolved, seq_len=64)
     try:
-        layout.check(parallel, layout=resolved, plan=plan, precision="fp32", facts=FACTS, capabilities=engines.capabilities("torch"))
+        rules.check(parallel, layout=resolved, plan=plan, precision="fp32", facts=FACTS, capabilities=of_engine("torch"))
     except UserError as error:
         if not str(error).startswith("batch.global_batch_size="):
             raise
@@ -68,13 +69,13 @@ def theirs(schedule: str, *, pp: int, virtual: int, micro_batches: int) -> bool:
         for index in stage_ids(0, pp=pp, per_rank=virtual, schedule=schedule)
     ]
     try:
-        _SCHEDULES[schedule](stages[0] if schedule in layout.SCHEDULES_SINGLE else stages, n_microbatches=micro_batches, loss_fn=torch.sum)
+        _SCHEDULES[schedule](stages[0] if schedule in schedules.SINGLE else stages, n_microbatches=micro_batches, loss_fn=torch.sum)
     except ValueError:
         return False
     return True
 
 
-@pytest.mark.parametrize("schedule", layout.SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 def test_we_accept_nothing_that_torch_refuses(fake_ranks: int, schedule: str) -> None:
     for _, pp, virtual in (case for case in CASES if case[:2] == (schedule, fake_ranks)):
         parallel = ParallelConfig(pp=pp, schedule=schedule, virtual_stages=virtual)
@@ -86,7 +87,7 @@ def test_we_accept_nothing_that_torch_refuses(fake_ranks: int, schedule: str) ->
         assert accepted == buildable - stricter, f"{schedule}, {virtual} stages on each of {pp} ranks: torch builds {sorted(buildable - accepted)} too"
 
 
-@pytest.mark.parametrize("schedule", layout.SCHEDULES_V)
+@pytest.mark.parametrize("schedule", schedules.V)
 def test_v_schedules_want_two_stages_per_rank(schedule: str) -> None:
     parallel = ParallelConfig(pp=2, schedule=schedule, virtual_stages=3)
     with pytest.raises(UserError, match=r"parallel\.virtual_stages=3: .* exactly two stages per rank"):

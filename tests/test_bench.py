@@ -27,8 +27,8 @@ from hybridtrain.config.compose import compose
 from hybridtrain.data.synthetic import Synthetic
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
-from hybridtrain.plan import layout
-from hybridtrain.training import metrics
+from hybridtrain.plan import flops, layout
+from hybridtrain.plan.batch import plan_batch
 from tests import runs
 from tests.ranks import run_ranks
 from tests.training import Case, model, reference
@@ -137,7 +137,7 @@ def test_flops_of_the_1_1b_llama_by_hand():
     layer = 2048 * 2048 * 2 + 2048 * 256 * 2 + 3 * 2048 * 5632  # q and o, k and v, gate and up and down
     attention = 2 * 2 * 2048 * 2049 / 2  # scores and weighted values
     forward = 22 * (2 * layer + attention) + 2 * 2048 * 32000
-    assert metrics.flops_per_token(facts(config.model.config), seq_len=2048) == pytest.approx(3 * forward, rel=1e-4)  # ours counts the norms' weights too
+    assert flops.flops_per_token(facts(config.model.config), seq_len=2048) == pytest.approx(3 * forward, rel=1e-4)  # ours counts the norms' weights too
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_ranks_wait_for_the_plain_loop_without_using_the_cpu():
 @pytest.fixture
 def plain():
     case = Case()
-    plan = layout.plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
+    plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     ballast = torch.ones(1 << 28)  # 1 GiB of this process
     process = PlainProcess(Task(config_of(case), plan, 256, threads=1))
     del ballast
@@ -230,7 +230,7 @@ def plain():
 
 def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
     case = Case()
-    plan = layout.plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
+    plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     loop = PlainLoop(config_of(case), device=torch.device("cpu"))
     tokens = Synthetic(vocab=256, plan=plan, dp_rank=0, dp_size=1, seed=7)
     here = Side(loop.step, tokens=tokens, device=torch.device("cpu"), before_gib=0.0).run(3)
@@ -250,7 +250,7 @@ def test_a_plain_loop_that_is_killed_is_a_refusal(plain):
 
 def test_a_plain_loop_that_cannot_be_built_is_a_refusal():
     case = Case(fields=model(num_attention_heads=7))
-    plan = layout.plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
+    plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     with pytest.raises(UserError, match=r"bench\.plain=true: the plain loop did not get through: UserError: model\.config="):
         PlainProcess(Task(config_of(case), plan, 256, threads=1))
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -13,15 +14,17 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from hybridtrain.config import checks, keys, ranges, schema
-from hybridtrain.config.compose import Interpolated, compose, from_yaml, sweep, to_yaml
+from hybridtrain import __version__
+from hybridtrain.config import checks, keys, migrate, ranges, schema
+from hybridtrain.config.compose import Interpolated, compose, from_yaml, read_run, sweep, to_yaml
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
+from hybridtrain.run import identity
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = keys.groups([keys.shipped()])
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
-OPTIONS = [field for fields in {k: v for command in schema.ROOTS for k, v in keys.sections(command).items()}.values() for field in fields]
+OPTIONS = [field for fields in keys.all_sections().values() for field in fields]
 ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
 
 PARAMETERS = {
@@ -44,16 +47,27 @@ def test_every_default_is_within_the_range_of_its_option(command):
 
 
 @pytest.mark.parametrize("command", schema.ROOTS)
-def test_every_command_composes(command):
-    config = compose(command, [])
-    assert type(config) is schema.ROOTS[command]
-    assert {path.stem for path in keys.shipped().glob("*.yaml")} == {"base", *schema.ROOTS}
+def test_every_command_composes_to_its_own_sections_with_files_and_without(command):
+    for words in ([], ["experiment=smoke"]):
+        assert type(compose(command, words)) is schema.ROOTS[command]
+
+
+def test_a_file_may_set_options_of_any_section_and_a_command_keeps_its_own(tmp_path):
+    """One file for all that is done with a run: prepared, trained, submitted, exported."""
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "defaults: [override /cluster: gpu8, override /parallel: tp2]", "cluster: {nodes: 3}", "export: {dtype: bfloat16}"]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join([*lines, "data: {path: 'x/${run.name}'}"]) + "\n")
+    words = ["--config-dir", str(tmp_path), "experiment=mine"]
+    assert compose("prepare", words).data.path == compose("train", words).data.path == "x/mine"
+    submit, export = compose("submit", words), compose("export", words)
+    assert (submit.cluster.nodes, submit.cluster.gpus_per_node, submit.parallel.tp) == (3, 8, 2)
+    assert (export.run.dir, export.export.dtype) == ("runs/mine", "bfloat16")
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_types_and_passes(group, name):
     overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
-    config = compose("submit" if group == keys.CLUSTER else "train", overrides)
+    config = compose("submit" if group == "cluster" else "train", overrides)
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
         with pytest.raises(UserError, match=f"pip install {name}"):
@@ -73,7 +87,7 @@ def test_group_files_hold_only_what_deviates(group, name):
     text = (keys.shipped() / group / f"{name}.yaml").read_text()
     values = yaml.safe_load(text) or {}
     written = values if "@package _global_" in text else {group: values}
-    command, root = ("submit", schema.SubmitRoot) if group == keys.CLUSTER else ("train", schema.Config)
+    command, root = ("submit", schema.SubmitRoot) if group == "cluster" else ("train", schema.Config)
     changed, defaults = dataclasses.asdict(compose(command, [f"{group}={name}"])), dataclasses.asdict(root())
     assert next(iter(written)) == group
     for section, options in written.items():
@@ -190,15 +204,12 @@ def test_overrides_win_over_the_experiment_and_plus_is_optional():
 def test_yaml_round_trip(tmp_path):
     config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert from_yaml(tmp_path / "config.yaml", "train") == config
-    exported = from_yaml(tmp_path / "config.yaml", "export")
-    assert isinstance(exported, schema.ExportRoot)
-    assert exported.data == config.data
+    assert from_yaml(tmp_path / "config.yaml") == config
 
 
 def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
-    assert from_yaml(tmp_path / "config.yaml", "train").train.steps == 37
+    assert from_yaml(tmp_path / "config.yaml").train.steps == 37
 
 
 @pytest.mark.parametrize(
@@ -214,12 +225,12 @@ def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
 def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        from_yaml(tmp_path / "config.yaml", "train")
+        from_yaml(tmp_path / "config.yaml")
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
-        from_yaml(tmp_path / "config.yaml", "train")
+        from_yaml(tmp_path / "config.yaml")
 
 
 def test_secrets_stay_unresolved_in_yaml(monkeypatch):
@@ -298,3 +309,38 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert str(own_site) in shown.stderr
     assert "dir: runs/smoke" in shown.stdout
+
+
+def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monkeypatch):
+    """The table as it will be when options of today have had other names and other defaults."""
+    monkeypatch.setattr(migrate, "RENAMED", {"trainer.max_steps": "train.steps", "optim.learning_rate": "optim.lr", "data.folder": "data.path"})
+    monkeypatch.setattr(migrate, "ABSENT", {"optim.clip": 0.5, "batch.micro_batch_size": 3})
+    monkeypatch.setenv("PLACE", "here")
+    lines = ["trainer: {max_steps: 7}", "optim: {learning_rate: 0.25, eps: 1.0e-7}", "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}"]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "batch: {micro_batch_size: 2}"]))
+    config = from_yaml(tmp_path / "config.yaml")
+    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "here/x", 32)
+    assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)  # absent: what that meant then; present: as it stands
+    today = schema.Config()
+    today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
+    today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "here/x", 2
+    assert identity.differences(config, today) == {}
+    with pytest.raises(UserError, match=r"it is optim\.lr since a later version"):
+        compose("train", ["optim.learning_rate=1"])
+
+
+def test_an_option_of_another_version_is_refused_with_the_version_that_wrote_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("optim: {lr: 1.0, beta_of_tomorrow: 3}")
+    with pytest.raises(UserError, match=r"(?s)optim\.beta_of_tomorrow=.*no such option.*allowed: optim: "):
+        read_run(tmp_path / "config.yaml")  # which version is not known
+    for version in ("9.1.0", __version__):
+        (tmp_path / "summary.json").write_text(json.dumps({"versions": {"hybridtrain": version}}))
+        with pytest.raises(UserError, match=r"optim\.beta_of_tomorrow=") as refused:
+            read_run(tmp_path / "config.yaml")
+        assert (f"was written by hybridtrain {version}" in str(refused.value)) == (version != __version__)
+
+
+def test_every_entry_of_the_table_of_earlier_names_leads_to_an_option_of_today():
+    options = {field.key for field in OPTIONS}
+    assert {*migrate.RENAMED.values(), *migrate.ABSENT} <= options
+    assert not migrate.RENAMED.keys() & options

@@ -15,7 +15,7 @@ from hybridtrain.config.checks import check
 from hybridtrain.data.blend import BLOCK, Blend, apportioned, check_vocab, drawn, open_data, order_fingerprint
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import UserError
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests import runs
 

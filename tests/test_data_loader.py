@@ -19,7 +19,7 @@ from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.prepare import tokenize
 from hybridtrain.errors import UserError
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 SEQ = 32

@@ -24,6 +24,7 @@ from hybridtrain.evaluate.generate import sample
 from hybridtrain.evaluate.perplexity import perplexity
 from hybridtrain.models.build import hf_config
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.types import IGNORE_INDEX, Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import model as model_fields
@@ -47,7 +48,7 @@ def train_and_save(root: Path) -> tuple[float, int]:
     """On each rank: two steps, training's own evaluation, a checkpoint. Returns loss sum and tokens of the evaluation."""
     config = settings(root)
     layout = layouts.resolve(config.parallel, world_size=4)
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=SEQ_LEN)
+    plan = plan_batch(config.batch, layout=layout, seq_len=SEQ_LEN)
     engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
     data = open_data(config.data, timeout_s=0)
     share = {"plan": plan, "dp_rank": engine.mesh.dp_rank, "dp_size": layout.dp, "vocab": 300}

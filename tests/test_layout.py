@@ -1,14 +1,14 @@
-"""layout.py: degrees, batch plans, stages, the written form, and every refusal with its four parts."""
+"""plan/: degrees, batch plans, stages, the written form, and every refusal with its four parts."""
 
 import dataclasses
 
 import pytest
 
-from hybridtrain import engine as engines
 from hybridtrain.config.schema import BatchConfig, Config, ParallelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.plan import layout
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan import capabilities, layout, notation, rules, schedules
+from hybridtrain.plan.batch import BatchPlan, plan_batch
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 FACTS = ModelFacts(
@@ -18,7 +18,7 @@ EVERYTHING = Capabilities(
     engine="torch",
     axes=frozenset({"pp", "dp_replicate", "dp_shard", "tp"}),
     zero_stages=frozenset({0, 1, 2, 3}),
-    schedules=frozenset(layout.SCHEDULES),
+    schedules=frozenset(schedules.SCHEDULES),
     precisions=frozenset({"fp32", "bf16_mixed"}),
     pipelined_zero_stages=frozenset({0, 1, 2, 3}),
     sequence_parallel=True,
@@ -30,8 +30,8 @@ EVERYTHING = Capabilities(
 def check(parallel: ParallelConfig, *, world_size: int, accum: int = 4, seq_len: int = 64, precision: str = "fp32", facts: ModelFacts = FACTS) -> None:
     """resolve, plan and check in one go, with `accum` micro-batches of one row per data rank."""
     resolved = layout.resolve(parallel, world_size=world_size)
-    plan = layout.plan_batch(BatchConfig(global_batch_size=accum * resolved.dp, micro_batch_size=1), layout=resolved, seq_len=seq_len)
-    layout.check(parallel, layout=resolved, plan=plan, precision=precision, facts=facts, capabilities=EVERYTHING)
+    plan = plan_batch(BatchConfig(global_batch_size=accum * resolved.dp, micro_batch_size=1), layout=resolved, seq_len=seq_len)
+    rules.check(parallel, layout=resolved, plan=plan, precision=precision, facts=facts, capabilities=EVERYTHING)
 
 
 def refused(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -88,7 +88,7 @@ def test_resolve_refuses_what_does_not_multiply_out(degrees, world_size, field):
 
 def test_plan_batch_is_one_equation():
     two = ParallelLayout(dp_replicate=2, dp_shard=1, cp=1, tp=2, pp=1)
-    plan = layout.plan_batch(BatchConfig(global_batch_size=24, micro_batch_size=3), layout=two, seq_len=128)
+    plan = plan_batch(BatchConfig(global_batch_size=24, micro_batch_size=3), layout=two, seq_len=128)
     assert plan == BatchPlan(micro_batch_size=3, seq_len=128, grad_accum=4, global_batch_size=24)
     assert plan.tokens == 24 * 128
 
@@ -106,7 +106,7 @@ def test_plan_batch_is_one_equation():
 )
 def test_plan_batch_refuses(batch, seq_len, words):
     with pytest.raises(UserError) as error:
-        layout.plan_batch(batch, layout=ParallelLayout(2, 1, 1, 1, 1), seq_len=seq_len)
+        plan_batch(batch, layout=ParallelLayout(2, 1, 1, 1, 1), seq_len=seq_len)
     assert words in refused(error)
 
 
@@ -129,7 +129,7 @@ def test_stage_layers_cover_every_layer_once(layers, stages, sizes):
     ],
 )
 def test_stages_per_rank(fields, expected):
-    assert layout.stages_per_rank(ParallelConfig(**fields)) == expected
+    assert schedules.stages_per_rank(ParallelConfig(**fields)) == expected
 
 
 @pytest.mark.parametrize(
@@ -232,22 +232,22 @@ def test_the_suggested_value_is_accepted():
     ],
 )
 def test_written_form_round_trip(text):
-    parallel = ParallelConfig(**layout.parse(text))
+    parallel = ParallelConfig(**notation.parse(text))
     world_size = 1
     for axis in layout.AXES:
         world_size *= getattr(parallel, axis)
-    assert layout.write(parallel, layout.resolve(parallel, world_size=world_size)) == text
+    assert notation.write(parallel, layout.resolve(parallel, world_size=world_size)) == text
 
 
 def test_parse_fills_the_zero_stage_that_sharding_needs():
-    assert layout.parse("dp_shard2")["zero_stage"] == 1
-    assert layout.parse("tp2")["zero_stage"] == 0
+    assert notation.parse("dp_shard2")["zero_stage"] == 1
+    assert notation.parse("tp2")["zero_stage"] == 0
 
 
 @pytest.mark.parametrize("text", ["tp", "xp2", "pp2-tpp2", "2"])
 def test_parse_refuses(text):
     with pytest.raises(UserError) as error:
-        layout.parse(text)
+        notation.parse(text)
     assert f"layout={text}" in refused(error)
 
 
@@ -258,8 +258,8 @@ def test_an_older_torch_runs_no_split_backward_passes(monkeypatch, tmp_path, ver
     (tmp_path / f"torch-{version}.dist-info").mkdir()
     (tmp_path / f"torch-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = engines.capabilities("torch")
-    assert found.schedules == set(layout.SCHEDULES) - (set(layout.SPLIT_BACKWARD) if refused else set())
+    found = capabilities.of_engine("torch")
+    assert found.schedules == set(schedules.SCHEDULES) - (set(schedules.SPLIT_BACKWARD) if refused else set())
     assert (version in found.engine) == refused
 
 
@@ -268,6 +268,6 @@ def test_a_split_backward_does_not_go_through_inductor(backend, runs):
     """Its kernels overwrite what the second part of the backward pass reads: gradients of torch 2.13 are wrong by their own size."""
     config = Config()
     config.engine.compile, config.engine.compile_backend = True, backend
-    found = engines.able(config, "torch")
+    found = capabilities.able(config.engine, kind="torch")
     assert "1f1b" in found.schedules
-    assert set(layout.SPLIT_BACKWARD) & found.schedules == (set(layout.SPLIT_BACKWARD) & engines.capabilities("torch").schedules if runs else set())
+    assert set(schedules.SPLIT_BACKWARD) & found.schedules == (set(schedules.SPLIT_BACKWARD) & capabilities.of_engine("torch").schedules if runs else set())

@@ -12,7 +12,8 @@ from hybridtrain.config.schema import Config, ParallelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models.facts import facts
 from hybridtrain.plan import layout as layouts
-from hybridtrain.plan import memory
+from hybridtrain.plan import memory, notation
+from hybridtrain.plan.batch import BatchPlan
 from tests.ranks import run_ranks
 from tests.runs import arguments, corpus
 from tests.training import Case, model, start
@@ -29,9 +30,9 @@ LLAMA_8B = {
 
 
 def needs(config: Config, layout: str, fields: dict[str, Any]) -> memory.Need:
-    parallel = ParallelConfig(**layouts.parse(layout))
+    parallel = ParallelConfig(**notation.parse(layout))
     degrees = layouts.ParallelLayout(parallel.dp_replicate, parallel.dp_shard, 1, parallel.tp, parallel.pp)
-    plan = layouts.BatchPlan(1, 16, 4, 4 * degrees.dp)
+    plan = BatchPlan(1, 16, 4, 4 * degrees.dp)
     return memory.needs(config, parallel=parallel, layout=degrees, plan=plan, facts=facts(fields))
 
 
@@ -83,7 +84,7 @@ def test_the_estimate_of_activations_is_what_eager_layers_keep(layout, precision
 
     def estimate(case: Case) -> int:
         degrees = layouts.ParallelLayout(1, 1, 1, case.world_size, 1)
-        return memory.activations(case.config(), layout=degrees, plan=layouts.BatchPlan(2, case.seq_len, 1, 2), facts=facts(case.fields))
+        return memory.activations(case.config(), layout=degrees, plan=BatchPlan(2, case.seq_len, 1, 2), facts=facts(case.fields))
 
     def difference(values: list[int]) -> int:
         return values[3] - values[2] - values[1] + values[0]
@@ -94,8 +95,8 @@ def test_the_estimate_of_activations_is_what_eager_layers_keep(layout, precision
 
 
 def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_less(caplog):
-    config, world = Config(), {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": layouts.BatchPlan(4, 8192, 1, 32), "facts": facts(LLAMA_8B)}
-    config.precision.kind, config.parallel = "bf16_mixed", ParallelConfig(**layouts.parse("dp_shard8-zero3"))
+    config, world = Config(), {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": BatchPlan(4, 8192, 1, 32), "facts": facts(LLAMA_8B)}
+    config.precision.kind, config.parallel = "bf16_mixed", ParallelConfig(**notation.parse("dp_shard8-zero3"))
     memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
     assert "activations of about 196.0 GiB come on top of 17.3 GiB" in caplog.text
     assert "there are 80.0 GiB of GPU memory for each rank; batch.micro_batch_size=2 or recompute=selective or recompute=full takes less" in caplog.text
@@ -122,7 +123,7 @@ def refused(available: int, **engine: Any) -> str:
         memory.check(
             config,
             layout=layouts.ParallelLayout(1, 1, 1, 1, 1),
-            plan=layouts.BatchPlan(1, 2048, 8, 8),
+            plan=BatchPlan(1, 2048, 8, 8),
             facts=facts(LLAMA_8B),
             available=available,
             place="host memory",
@@ -151,8 +152,8 @@ def test_what_is_offloaded_is_the_hosts(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = Config()
     config.engine.kind, config.precision.kind, config.engine.offload_optimizer = "deepspeed", "bf16_mixed", "cpu"
-    config.parallel = ParallelConfig(**layouts.parse("dp_shard8-zero3"))
-    world = {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": layouts.BatchPlan(1, 16, 1, 8), "facts": facts(LLAMA_8B)}
+    config.parallel = ParallelConfig(**notation.parse("dp_shard8-zero3"))
+    world = {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": BatchPlan(1, 16, 1, 8), "facts": facts(LLAMA_8B)}
     monkeypatch.setattr(memory, "host_memory", lambda: 80 * memory.GIB)
     with pytest.raises(UserError, match=r"a rank offloads 11\.2 GiB to the host's memory, of which there are 10\.0 GiB for each rank"):
         memory.check_host(config, **world)
@@ -173,7 +174,7 @@ def test_whoever_knows_better_is_not_stopped():
     config = Config()
     config.engine.check_memory = False
     single = layouts.ParallelLayout(1, 1, 1, 1, 1)
-    memory.check(config, layout=single, plan=layouts.BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B), available=1, place="host memory")
+    memory.check(config, layout=single, plan=BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B), available=1, place="host memory")
 
 
 def test_training_and_benchmarks_on_a_cpu_ask_its_host_first(tmp_path, monkeypatch, capsys):
@@ -188,4 +189,4 @@ def test_training_and_benchmarks_on_a_cpu_ask_its_host_first(tmp_path, monkeypat
     monkeypatch.setattr(memory, "host_memory", lambda: 1 << 40)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 20))
     with pytest.raises(UserError, match=r"there are 0\.0 GiB of host memory for each rank"):
-        memory.check_host(Config(), layout=layouts.ParallelLayout(1, 1, 1, 1, 1), plan=layouts.BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B))
+        memory.check_host(Config(), layout=layouts.ParallelLayout(1, 1, 1, 1, 1), plan=BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B))

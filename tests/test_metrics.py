@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridtrain.plan import flops, hardware
 from hybridtrain.training import metrics
 from hybridtrain.types import ModelFacts, StepResult
 from tests.ranks import run_ranks
@@ -94,39 +95,39 @@ def test_flops_per_token_is_what_torch_counts(tied):
     facts = facts_of(model)
     # Eager attention computes all length x length products; ours counts the causal half and the diagonal.
     unmasked = 12 * facts.layers * facts.heads * facts.head_dim * (length - (length + 1) / 2)
-    assert metrics.flops_per_token(facts, seq_len=length) + unmasked == pytest.approx(counter.get_total_flops() / length, rel=5e-3)
+    assert flops.flops_per_token(facts, seq_len=length) + unmasked == pytest.approx(counter.get_total_flops() / length, rel=5e-3)
 
 
 def test_flops_of_a_window_are_a_count_of_visible_positions():
     facts = ModelFacts("mistral", 2, 64, 4, 2, 16, 160, 320, False, 5, 512, 100_000)
     seen = sum(min(t + 1, 5) for t in range(32)) / 32
     weights = 6 * (100_000 - 320 * 64)
-    assert metrics.flops_per_token(facts, seq_len=32) == pytest.approx(weights + 12 * 2 * 64 * seen)
-    assert metrics.flops_per_token(facts, seq_len=4) == pytest.approx(weights + 12 * 2 * 64 * 2.5)
+    assert flops.flops_per_token(facts, seq_len=32) == pytest.approx(weights + 12 * 2 * 64 * seen)
+    assert flops.flops_per_token(facts, seq_len=4) == pytest.approx(weights + 12 * 2 * 64 * 2.5)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "tf32", "tflops"),
     [
-        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, True, 312),
-        ("NVIDIA A100 80GB PCIe", torch.float32, True, 156),
-        ("NVIDIA A100-PCIE-40GB", torch.float32, False, 19.5),
-        ("NVIDIA H100 80GB HBM3", torch.float16, True, 989.4),
-        ("NVIDIA H100 PCIe", torch.bfloat16, True, 756),
-        ("NVIDIA H200", torch.bfloat16, True, 989.4),
-        ("NVIDIA B200", torch.bfloat16, True, 2250),
-        ("NVIDIA L40S", torch.bfloat16, True, 362),
-        ("NVIDIA A10", torch.bfloat16, True, 125),
-        ("NVIDIA A10G", torch.bfloat16, True, 70),
-        ("NVIDIA GeForce RTX 4090", torch.bfloat16, True, 165.2),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, True, None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, True, None),
-        ("NVIDIA GeForce GTX 1080", torch.float32, False, None),
-        ("NVIDIA H100 80GB HBM3", torch.float64, False, None),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", True, 312),
+        ("NVIDIA A100 80GB PCIe", "float32", True, 156),
+        ("NVIDIA A100-PCIE-40GB", "float32", False, 19.5),
+        ("NVIDIA H100 80GB HBM3", "float16", True, 989.4),
+        ("NVIDIA H100 PCIe", "bfloat16", True, 756),
+        ("NVIDIA H200", "bfloat16", True, 989.4),
+        ("NVIDIA B200", "bfloat16", True, 2250),
+        ("NVIDIA L40S", "bfloat16", True, 362),
+        ("NVIDIA A10", "bfloat16", True, 125),
+        ("NVIDIA A10G", "bfloat16", True, 70),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", True, 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", True, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", True, None),
+        ("NVIDIA GeForce GTX 1080", "float32", False, None),
+        ("NVIDIA H100 80GB HBM3", "float64", False, None),
     ],
 )
 def test_peak_of(name, dtype, tf32, tflops):
-    assert metrics.peak_of(name, dtype=dtype, tf32=tf32) == (tflops and tflops * 1e12)
+    assert hardware.peak_of(name, dtype=dtype, tf32=tf32) == (tflops and tflops * 1e12)
 
 
 def test_cpu_has_no_peak():

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hybridtrain import engine as engines
 from hybridtrain import parity
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
@@ -18,10 +17,12 @@ from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parity import plan, verdict
 from hybridtrain.parity.measure import Measured, Task, train_layout
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import schedules
+from hybridtrain.plan.capabilities import of_engine
 from tests.ranks import run_ranks
 from tests.training import model
 
-CAPABILITIES = engines.capabilities("torch")
+CAPABILITIES = of_engine("torch")
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +207,7 @@ def test_the_default_set_fits_model_and_machine(run_dir, processes, least):
     assert max(entry.layout.world_size for entry in chosen.entries) <= processes
     config.model.config["num_hidden_layers"] = 2
     fewer = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
-    assert all(entry.layout.pp * layouts.stages_per_rank(entry.parallel) <= 2 for entry in fewer.entries)
+    assert all(entry.layout.pp * schedules.stages_per_rank(entry.parallel) <= 2 for entry in fewer.entries)
     assert all("2 layers" in why for why in fewer.left_out.values())
     assert [entry.name for entry in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).entries] == ["single"]
 

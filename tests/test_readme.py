@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hybridtrain.cli.commands import run_command
+from hybridtrain.config import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {
@@ -56,7 +59,8 @@ def as_composed(line: str) -> tuple[str, list[str]]:
 def test_each_command_composes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, argv = as_composed(line)
     assert run_command(name, [*argv, "--cfg", "job"]) == 0
-    assert "run:" in capsys.readouterr().out
+    composed = yaml.safe_load(capsys.readouterr().out)
+    assert composed.keys() == {section.name for section in dataclasses.fields(schema.ROOTS[name])}
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import torch
 from hybridtrain import engine as engines
 from hybridtrain.config import compose
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import notation
+from hybridtrain.plan.batch import plan_batch
 from tests.ranks import run_ranks
 from tests.runs import arguments, assert_equal_state, checkpoints, finished, rows, summary, torchrun
 
@@ -27,7 +29,7 @@ LAYOUTS = {
     "pp2-zbv_zero_bubble": {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble"},
     "pp2-dp_shard2": {"parallel__pp": 2, "parallel__dp_replicate": 1, "parallel__dp_shard": 2, "parallel__zero_stage": 1},
 }
-RANKS = {name: layouts.parse(name).get("pp", 1) * layouts.parse(name).get("tp", 1) * 2 ** name.count("dp_") for name in LAYOUTS}
+RANKS = {name: notation.parse(name).get("pp", 1) * notation.parse(name).get("tp", 1) * 2 ** name.count("dp_") for name in LAYOUTS}
 LONG = pytest.mark.slow
 
 
@@ -95,7 +97,7 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
 
     config = compose.compose("train", argv)
     layout = layouts.resolve(config.parallel, world_size=torch.distributed.get_world_size())
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+    plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
     progress = engine.load(source)
     engine.save(target, progress).result()

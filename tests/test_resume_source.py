@@ -11,6 +11,7 @@ from hybridtrain import engine as engines
 from hybridtrain.config.compose import compose
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.types import Progress
 from tests import runs
 from tests.ranks import run_ranks
@@ -43,7 +44,7 @@ def saved_and_loaded(case: Case, path: Path) -> None:
     first.save(path, Progress(1, 0, {})).result()
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
+    plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
     second = engines.build_for_load(config, layout=layout, plan=plan, device=torch.device("cpu"))
     second.load(path)
     second.save(path.with_name("again"), Progress(1, 0, {})).result()

@@ -18,7 +18,7 @@ from hybridtrain.data.prepare import packing
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config, plain_model
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests import runs
 from tests.training import model
@@ -214,4 +214,4 @@ def test_the_model_learns_the_answers(folder, tmp_path):
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-4)
-    assert compose.from_yaml(tmp_path / "run" / "config.yaml", "train").data.document_mask is False  # conversations need no option
+    assert compose.from_yaml(tmp_path / "run" / "config.yaml").data.document_mask is False  # conversations need no option

@@ -19,7 +19,7 @@ from hybridtrain.cli import commands
 from hybridtrain.config import compose
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.submit import lives
 from tests import slurm as private
 from tests.runs import arguments, assert_equal_state, finished, rows, summary
@@ -389,7 +389,7 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
     assert slurm.wait(job, timeout_s=120)["JobState"] == "COMPLETED", output(run)
     from hybridtrain.config.compose import from_yaml
 
-    assert from_yaml(run / "config.yaml", "train").model.name == evil
+    assert from_yaml(run / "config.yaml").model.name == evil
     assert f"EVIL={shlex.quote(evil)}" in (run / "submit" / "job.sbatch").read_text()
     assert not list(tmp_path.rglob("hacked"))
 

@@ -17,6 +17,8 @@ from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import notation
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -66,7 +68,7 @@ class Case:
         config = schema.Config()
         config.model.config = self.fields
         config.model.freeze = list(self.freeze)
-        config.parallel = schema.ParallelConfig(**layouts.parse(self.layout))
+        config.parallel = schema.ParallelConfig(**notation.parse(self.layout))
         config.batch = schema.BatchConfig(self.global_batch_size, self.micro_batch_size)
         config.data.seq_len = self.seq_len
         config.precision.kind = self.precision
@@ -79,7 +81,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        degrees = layouts.parse(self.layout)
+        degrees = notation.parse(self.layout)
         world = 1
         for axis in layouts.AXES:
             world *= degrees.get(axis, 1)
@@ -145,7 +147,7 @@ def start(case: Case) -> Any:
     """The engine of a case, on this rank."""
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
+    plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
     device = torch.device("cpu") if case.device == "cpu" else torch.device(case.device, int(os.environ["LOCAL_RANK"]))
     connect(device, timeout_s=120)
     if case.precision == "fp16_mixed" and config.engine.kind == "deepspeed" and case.device == "cpu":

@@ -15,8 +15,8 @@ from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
-from hybridtrain.plan import layout as layouts
-from hybridtrain.plan import memory
+from hybridtrain.plan import flops, memory, notation, rules
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.runtime import launch, log
 
@@ -59,7 +59,7 @@ def compare(config: BenchRoot) -> int:
         rounds = _take_turns(config, ours, plain, group=group)
         parts = _parts(ours, plain, group=group) if config.bench.parts else {}
         everybody = _everybody((rounds["ours"], ours.memory()), group=group)
-        timings = [_timing(f"hybridtrain {layouts.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
+        timings = [_timing(f"hybridtrain {notation.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
         if plain:
             timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
     hosts = host.gather(device, group=group)
@@ -105,7 +105,7 @@ def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]
     from hybridtrain.bench.plain import PlainProcess, Task
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", settled.layout.world_size))
-    plan = layouts.plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
+    plan = plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
     process = PlainProcess(Task(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads()))
     try:
         yield process
@@ -176,8 +176,8 @@ def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -
 def _work(settled: Settled, *, engine: Any, device: torch.device) -> Work:
     from hybridtrain.training import metrics
 
-    flops = metrics.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
-    return Work(settled.plan.tokens, flops, metrics.peak_flops(device, dtype=engine.precision.compute))
+    per_token = flops.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
+    return Work(settled.plan.tokens, per_token, metrics.peak_flops(device, dtype=engine.precision.compute))
 
 
 def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[str]:
@@ -187,7 +187,7 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
     lines = [
         f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, {config.precision.kind}{compiled}, recompute {config.recompute.kind}",
-        f"{layouts.write(config.parallel, settled.layout)} on {layouts.processes(settled.layout.world_size)} ({device.type}); a step is {plan.global_batch_size} rows x "
+        f"{notation.write(config.parallel, settled.layout)} on {rules.processes(settled.layout.world_size)} ({device.type}); a step is {plan.global_batch_size} rows x "
         f"{plan.seq_len} tokens in micro-batches of {plan.micro_batch_size}, {tokens}",
         f"{bench.warmup} steps of warm-up, then {bench.rounds} rounds of {bench.steps} steps",
     ]
@@ -210,7 +210,7 @@ def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, par
     _say(lines)
     if config.bench.out:
         run = {
-            "layout": layouts.write(config.parallel, settled.layout),
+            "layout": notation.write(config.parallel, settled.layout),
             "world_size": settled.layout.world_size,
             "model": asdict(settled.facts),
             "machine": hosts,

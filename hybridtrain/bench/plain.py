@@ -31,7 +31,7 @@ from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
 from hybridtrain.models.patterns import matches
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.precision.policy import policy
 from hybridtrain.training import metrics
 from hybridtrain.types import IGNORE_INDEX, Batch

@@ -18,7 +18,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.training import metrics
 from hybridtrain.types import Batch
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hybridtrain.errors import UserError
-from hybridtrain.plan import layout
+from hybridtrain.plan import notation
 from hybridtrain.runtime import log
 
 _log = log.get("checkpoint")
@@ -22,7 +22,7 @@ def data_ranks(path: Path) -> int:
         if kind in ("started", "resumed"):
             written = detail.partition(" ")[0]
     try:
-        degrees = layout.parse(written)
+        degrees = notation.parse(written)
     except UserError:
         degrees = {}
     if not written or not degrees:

@@ -93,7 +93,7 @@ def _misplaced(command: str) -> int | None:
     return None
 
 
-def _configured(command: str, argv: list[str]) -> schema.Config | list[schema.Config] | int:
+def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | int:
     """The checked config (of a sweep that is submitted: all), or the exit code of a command line that asks for something else."""
     if any(flag in argv for flag in ("-h", "--help")):
         from hybridtrain.cli import help as help_page
@@ -192,11 +192,13 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
     return "", argv
 
 
-def _count(given: str, config: schema.Config | list[schema.Config]) -> int:
+def _count(given: str, config: schema.Root | list[schema.Root]) -> int:
     """Processes that `--nproc` asks for; auto: what the layout's degrees multiply to, or a whole number of times that as GPUs allow."""
     if given != "auto":
         return int(given)
-    assert not isinstance(config, list)
+    from hybridtrain.config import schema
+
+    assert isinstance(config, schema.Config)
     degrees = [getattr(config.parallel, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
     fixed = math.prod(degree for degree in degrees if degree > 0)
     if all(degree > 0 for degree in degrees):
@@ -227,12 +229,12 @@ def _multirun(command: str, argv: list[str]) -> int:
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
     from hybridtrain.config import checks
-    from hybridtrain.config.compose import compose, sweep
+    from hybridtrain.config.compose import sweep, training
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
     codes = []
     jobs = sweep(command, argv)
-    configs = [compose(command, job) for job in jobs] if command == "train" else []
+    configs = [training(job) for job in jobs] if command == "train" else []
     checks.own_folders(configs)
     for number, job in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)

@@ -21,8 +21,6 @@ EXAMPLES = {
     "verify": "hybridtrain verify runs/quickstart",
 }
 WIDTH = 118
-_OWN = ("runs", "logs", "report", "verify")
-"""Commands that read what is there: options of training mean nothing to them."""
 
 
 def text(command: str, *, does: str, takes_run: bool) -> str:
@@ -31,7 +29,7 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     lines = [
         f"hybridtrain {command}: {does}",
         "",
-        f"usage:   hybridtrain {command} {run}{'' if command in _OWN else '[group=file ...] '}[section.option=value ...] [flags]",
+        f"usage:   hybridtrain {command} {run}[group=file ...] [section.option=value ...] [flags]",
         f"example: {EXAMPLES[command]}",
     ]
     if takes_run:
@@ -39,25 +37,19 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     if command == "report":
         lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
-    if command in _OWN:
-        sections = keys.sections(command)
-        own = [*sections.get(command, []), *(field for field in sections["run"] if field.key == "run.dir" and takes_run)]
-        return "\n".join([*lines, "", "options", *_options(own)]) + "\n"
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
     if command in ("train", "bench"):
         lines += _entry("--nproc N", "run in N processes on this machine; auto: as many as the layout's degrees take, with what GPUs there are")
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
     lines += ["", f"groups (group=file picks a file; the shipped ones are in {keys.shipped()})"]
-    for group, names in keys.groups([keys.shipped()]).items():
+    for group, names in keys.groups_of(command, keys.groups([keys.shipped()])).items():
         lines += _entry(group, ", ".join(names))
     for section, fields in keys.sections(command).items():
-        lines += ["", f"{section}.*", *_options(fields)]
+        lines += ["", f"{section}.*"]
+        for field in fields:
+            lines += _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")
     return "\n".join(lines) + "\n"
-
-
-def _options(fields: list[keys.Field]) -> list[str]:
-    return [line for field in fields for line in _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")]
 
 
 def _shown(default: object) -> str:

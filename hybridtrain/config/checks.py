@@ -1,19 +1,21 @@
 """Range checks and checks across sections that need neither torch nor files. Checks never change a value.
 
-Layouts are checked by layout.check, models by models/, data files by data/: each where the facts are known.
+Layouts are checked by plan.rules, models by models/, data files by data/: each where the facts are known.
 """
 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import SCHEDULES as PIPELINE_SCHEDULES
+from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
 
 RESUME = ("auto", "never", "required")
 ATTENTION = ("sdpa", "eager")
@@ -35,22 +37,52 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
 
 
-def check(config: schema.Config) -> None:
-    """Refuse values that cannot work, alone or together (raises UserError)."""
-    _kinds(config)
-    _optim(config.optim)
-    _schedule(config.schedule)
-    _precision(config.precision)
-    _engine(config)
-    _counts(config)
-    _model(config.model)
-    _data(config)
-    if type(config) is schema.Config:
-        _end(config)
-    if type(config) in (schema.Config, schema.ParityRoot, schema.BenchRoot):
-        _trainable(config)
-    _own_section(config)
+_KINDS = {
+    "engine.kind": ENGINES,
+    "engine.compile_backend": COMPILE_BACKENDS,
+    "run.stop_signal": STOP_SIGNALS,
+    "engine.fp32_matmul": FP32_MATMUL,
+    "precision.kind": schema.PRECISIONS,
+    "optim.kind": OPTIMIZERS,
+    "schedule.kind": SCHEDULES,
+    "recompute.kind": RECOMPUTE,
+    "run.resume": RESUME,
+    "model.attention": ATTENTION,
+    "parallel.schedule": PIPELINE_SCHEDULES,
+    "data.chat_template": CHAT_TEMPLATES,
+    "data.chat_turns": CHAT_TURNS,
+    "data.format": DATA_FORMATS,
+    "export.dtype": EXPORT_DTYPES,
+    "bench.plain_compile": PLAIN_COMPILE,
+}
+"""Option -> the kinds there are."""
+
+
+def check(config: schema.Root) -> None:
+    """Refuse values that cannot work, alone or together (raises UserError). A command is checked in the sections that it has."""
+    sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
+    options = {f"{name}.{option.name}": getattr(section, option.name) for name, section in sections.items() for option in dataclasses.fields(section)}
+    for field, kinds in _KINDS.items():
+        if field in options:
+            _one_of(field, options[field], kinds)
+    for name, rule in _SECTION_RULES.items():
+        if name in sections:
+            rule(sections[name])
     ranges.check(config)
+    if isinstance(config, schema.Config):
+        _engine(config)
+        if "evaluate" not in sections:
+            _trainable(config)
+        if not sections.keys() & {"evaluate", "parity", "bench"}:  # a run is started: here, or where a job runs
+            _trackers(config.tracker, here="cluster" not in sections)
+            _end(config)
+            _has_path(bool(config.data.path or config.data.blend))
+    if isinstance(config, schema.BenchRoot):
+        _bench(config)
+    if isinstance(config, schema.PrepareRoot):
+        words, allowed = "nothing to read", "files, folders, patterns, stdlib"
+        _require(bool(config.data.source), "data.source", config.data.source, words, allowed=allowed, instead="data.source=[stdlib] or experiment=smoke")
+        _has_path(bool(config.data.path))
 
 
 def _require(holds: bool, field: str, value: object, problem: str, *, allowed: str, instead: str) -> None:
@@ -62,35 +94,19 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={nearest_of(value, allowed)}")
 
 
-def _kinds(config: schema.Config) -> None:
-    for field, value, allowed in (
-        ("engine.kind", config.engine.kind, ENGINES),
-        ("engine.compile_backend", config.engine.compile_backend, COMPILE_BACKENDS),
-        ("run.stop_signal", config.run.stop_signal, STOP_SIGNALS),
-        ("engine.fp32_matmul", config.engine.fp32_matmul, FP32_MATMUL),
-        ("precision.kind", config.precision.kind, schema.PRECISIONS),
-        ("optim.kind", config.optim.kind, OPTIMIZERS),
-        ("schedule.kind", config.schedule.kind, SCHEDULES),
-        ("recompute.kind", config.recompute.kind, RECOMPUTE),
-        ("run.resume", config.run.resume, RESUME),
-        ("model.attention", config.model.attention, ATTENTION),
-        ("parallel.schedule", config.parallel.schedule, PIPELINE_SCHEDULES),
-    ):
-        _one_of(field, value, allowed)
-    for kind in config.tracker.kinds:
-        _require(kind in TRACKERS, "tracker.kinds", config.tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(TRACKERS), instead="tracker.kinds=[wandb]")
-        if type(config) is schema.Config:  # only training tracks
+def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
+    """`here`: training tracks in this environment, so that the packages must be installed in it."""
+    for kind in tracker.kinds:
+        _require(kind in TRACKERS, "tracker.kinds", tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(TRACKERS), instead="tracker.kinds=[wandb]")
+        if here:
             there = [name for name in TRACKERS if importlib.util.find_spec(name)]
             words = f"the package {kind} is not installed here"
-            _require(kind in there, "tracker.kinds", config.tracker.kinds, words, allowed=", ".join(there) or "none", instead=f"pip install {kind}")
-    _require(
-        config.parallel.zero_stage in (0, 1, 2, 3),
-        "parallel.zero_stage",
-        config.parallel.zero_stage,
-        "no such ZeRO stage",
-        allowed="0, 1, 2, 3",
-        instead="parallel.zero_stage=1 with parallel.dp_shard > 1",
-    )
+            _require(kind in there, "tracker.kinds", tracker.kinds, words, allowed=", ".join(there) or "none", instead=f"pip install {kind}")
+
+
+def _parallel(parallel: schema.ParallelConfig) -> None:
+    zero, instead = parallel.zero_stage, "parallel.zero_stage=1 with parallel.dp_shard > 1"
+    _require(zero in (0, 1, 2, 3), "parallel.zero_stage", zero, "no such ZeRO stage", allowed="0, 1, 2, 3", instead=instead)
 
 
 def _engine(config: schema.Config) -> None:
@@ -116,7 +132,7 @@ def _engine(config: schema.Config) -> None:
 
 
 def _deepspeed(config: schema.Config) -> None:
-    """What DeepSpeed cannot do or would do silently wrong; layouts are layout.check's."""
+    """What DeepSpeed cannot do or would do silently wrong; layouts are those of plan.rules."""
     engine, precision, there = config.engine, config.precision, importlib.util.find_spec("deepspeed") is not None
     install = "pip install -c constraints.txt 'hybridtrain[deepspeed]', or engine=torch"
     _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=install)
@@ -134,9 +150,9 @@ def _deepspeed(config: schema.Config) -> None:
             _require(value == fixed, f"precision.{field}", value, words, allowed=str(fixed), instead=f"engine=torch, or precision.{field}={fixed}")
 
 
-def own_folders(configs: Sequence[schema.Config]) -> None:
+def own_folders(configs: Sequence[schema.Root]) -> None:
     """Runs of a sweep each write into a folder of their own (raises UserError)."""
-    folders = [config.run.dir for config in configs]
+    folders = [config.run.dir for config in configs if isinstance(config, schema.Config)]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
         raise refusal(
@@ -165,8 +181,6 @@ def _in_range(field: str, value: float, holds: Callable[[float], bool], *, allow
 def _optim(optim: schema.OptimConfig) -> None:
     _in_range("optim.lr", optim.lr, lambda lr: lr > 0, allowed="above 0", instead="3e-4")
     _in_range("optim.eps", optim.eps, lambda eps: eps > 0, allowed="above 0", instead="1e-8")
-    _in_range("optim.weight_decay", optim.weight_decay, lambda decay: decay >= 0, allowed="0 or more", instead="0.1")
-    _in_range("optim.clip", optim.clip, lambda clip: clip >= 0, allowed="0 (do not clip) or more", instead="1.0")
     betas = optim.betas
     _require(
         len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -179,9 +193,6 @@ def _optim(optim: schema.OptimConfig) -> None:
 
 
 def _schedule(schedule: schema.ScheduleConfig) -> None:
-    _in_range("schedule.warmup_steps", schedule.warmup_steps, lambda n: n >= 0, allowed="0 or more", instead="0")
-    _in_range("schedule.decay_steps", schedule.decay_steps, lambda n: n >= 0, allowed="0 (a tenth of the run) or more", instead="0")
-    _in_range("schedule.min_lr_ratio", schedule.min_lr_ratio, lambda share: 0 <= share <= 1, allowed="0 to 1", instead="0.1")
     _require(
         schedule.decay_steps == 0 or schedule.kind == "wsd",
         "schedule.decay_steps",
@@ -197,29 +208,6 @@ def _precision(precision: schema.PrecisionConfig) -> None:
     _in_range("precision.init_scale", precision.init_scale, lambda scale: scale >= precision.min_scale, allowed="precision.min_scale or more", instead="65536")
     _in_range("precision.growth_factor", precision.growth_factor, lambda factor: factor > 1, allowed="above 1", instead="2.0")
     _in_range("precision.backoff_factor", precision.backoff_factor, lambda factor: 0 < factor < 1, allowed="above 0 and below 1", instead="0.5")
-    _in_range("precision.growth_interval", precision.growth_interval, lambda n: n >= 1, allowed="1 or more", instead="2000")
-
-
-def _counts(config: schema.Config) -> None:
-    for field, value, least, instead in (
-        ("train.log_every", config.train.log_every, 1, 10),
-        ("train.eval_every", config.train.eval_every, 0, 0),
-        ("train.eval_rows", config.train.eval_rows, 1, 64),
-        ("train.max_nonfinite", config.train.max_nonfinite, 1, 20),
-        ("checkpoint.every", config.checkpoint.every, 0, 0),
-        ("checkpoint.keep_last", config.checkpoint.keep_last, 0, 2),
-        ("checkpoint.keep_every", config.checkpoint.keep_every, 0, 0),
-        ("engine.timeout_s", config.engine.timeout_s, 1, 1800),
-        ("engine.threads", config.engine.threads, 0, 0),
-        ("engine.loss_chunk", config.engine.loss_chunk, 0, 0),
-        ("run.seed", config.run.seed, 0, 0),
-        ("data.seq_len", config.data.seq_len, 1, 256),
-        ("batch.global_batch_size", config.batch.global_batch_size, 1, 8),
-        ("batch.micro_batch_size", config.batch.micro_batch_size, 1, 1),
-    ):
-        _require(value >= least, field, value, "out of range", allowed=f"{least} or more", instead=f"{field}={instead}")
-    for field, seconds, instead in (("run.stop_before_s", config.run.stop_before_s, 60), ("train.max_step_s", config.train.max_step_s, 1200)):
-        _in_range(field, seconds, lambda value: value >= 0, allowed="0 or more", instead=instead)
 
 
 def _model(model: schema.ModelConfig) -> None:
@@ -239,30 +227,18 @@ def _model(model: schema.ModelConfig) -> None:
         )
 
 
-def _data(config: schema.Config) -> None:
-    data = config.data
+def _data(data: schema.DataConfig) -> None:
     _in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
-    _one_of("data.chat_template", data.chat_template, CHAT_TEMPLATES)
-    _one_of("data.chat_turns", data.chat_turns, CHAT_TURNS)
-    _one_of("data.format", data.format, DATA_FORMATS)
     _encoding(data.encoding)
     for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):
         _require(bool(value), field, "''", "empty", allowed="a name", instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}")
     if data.tokenizer == "train":
         _in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
-    if type(config) is schema.PrepareRoot:
-        _require(
-            bool(data.source),
-            "data.source",
-            data.source,
-            "nothing to read",
-            allowed="files, folders, patterns, stdlib",
-            instead="data.source=[stdlib] or experiment=smoke",
-        )
     _blend(data)
-    wanted = type(config) is schema.PrepareRoot or (type(config) is schema.Config and not data.blend)  # parity makes tokens of its own when there is no path
-    if wanted:
-        _require(bool(data.path), "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
+
+
+def _has_path(holds: bool) -> None:
+    _require(holds, "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
 
 
 def _encoding(name: str) -> None:
@@ -344,31 +320,13 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
         )
 
 
-def _own_section(config: schema.Config) -> None:
-    if isinstance(config, schema.ExportRoot):
-        _one_of("export.dtype", config.export.dtype, EXPORT_DTYPES)
-        _in_range("export.max_shard_gb", config.export.max_shard_gb, lambda size: size > 0, allowed="above 0", instead="5.0")
-    if isinstance(config, schema.EvaluateRoot):
-        _in_range("evaluate.rows", config.evaluate.rows, lambda n: n >= 0, allowed="0 (as in training) or more", instead="0")
-    if isinstance(config, schema.PrepareRoot):
-        _in_range("prepare.workers", config.prepare.workers, lambda n: n >= 0, allowed="0 (one per core) or more", instead="0")
-    if isinstance(config, schema.GenerateRoot):
-        _in_range("generate.max_new_tokens", config.generate.max_new_tokens, lambda n: n >= 1, allowed="1 or more", instead="128")
-        _in_range("generate.temperature", config.generate.temperature, lambda heat: heat >= 0, allowed="0 (greedy) or more", instead="0.8")
-        _in_range("generate.top_p", config.generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
-        _generate(config.generate)
-    if isinstance(config, schema.ReportRoot):
-        words = "one run alone cannot be compared"
-        _require(len(config.report.compare) != 1, "report.compare", config.report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
-    if isinstance(config, schema.BenchRoot):
-        _bench(config)
-    if isinstance(config, schema.ParityRoot):
-        _in_range("parity.steps", config.parity.steps, lambda n: n >= 1, allowed="1 or more", instead="3")
-        _in_range("parity.max_processes", config.parity.max_processes, lambda n: n >= 1, allowed="1 or more", instead="4")
+def _report(report: schema.ReportConfig) -> None:
+    words = "one run alone cannot be compared"
+    _require(len(report.compare) != 1, "report.compare", report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
 
 
 def _generate(generate: schema.GenerateConfig) -> None:
-    _in_range("generate.seed", generate.seed, lambda seed: -1 <= seed < 2**63, allowed="0 to 2^63 - 1, or -1 (run.seed)", instead="0")
+    _in_range("generate.top_p", generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
     words = "which of the two is meant is not clear"
     _require(
         not (generate.prompts and generate.prompts_file), "generate.prompts", generate.prompts, words, allowed="one of prompts and prompts_file", instead="one"
@@ -379,15 +337,24 @@ def _generate(generate: schema.GenerateConfig) -> None:
 
 
 def _bench(config: schema.BenchRoot) -> None:
-    bench = config.bench
-    for field, value, instead in (("bench.warmup", bench.warmup, 3), ("bench.steps", bench.steps, 4), ("bench.rounds", bench.rounds, 15)):
-        _in_range(field, value, lambda n: n >= 1, allowed="1 or more", instead=instead)
-    _one_of("bench.plain_compile", bench.plain_compile, PLAIN_COMPILE)
     _require(
-        not bench.corpus or bool(config.data.path),
+        not config.bench.corpus or bool(config.data.path),
         "bench.corpus",
         "true",
         "data.path is empty",
         allowed="true with a folder of token files",
         instead="data.path=FOLDER, or bench.corpus=false for random tokens",
     )
+
+
+_SECTION_RULES: dict[str, Callable[[Any], None]] = {
+    "parallel": _parallel,
+    "optim": _optim,
+    "schedule": _schedule,
+    "precision": _precision,
+    "model": _model,
+    "data": _data,
+    "generate": _generate,
+    "report": _report,
+}
+"""Section -> what it is checked by alone."""

@@ -1,6 +1,8 @@
 """The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML. No other file imports hydra.
 
-conf/<command>.yaml + groups + experiment + overrides  --compose-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
+conf/base.yaml + groups + experiment + overrides  --compose-->  schema.over_files  --typed-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
+
+Files may set options of any section; a command keeps its own. A command without sections of training that is given no file composes its own alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -26,18 +28,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from hybridtrain.config import keys, limits, schema, words
+from hybridtrain.config import keys, limits, migrate, schema, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
 from hybridtrain.errors import UserError, refusal
 
 _VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
 
 
+RootT = TypeVar("RootT", bound=schema.Root)
 NAMELESS = "default"
 """What a run is called that has neither a name nor an experiment."""
 
 
-def compose(command: str, argv: list[str]) -> schema.Config:
+def compose(command: str, argv: list[str]) -> schema.Root:
     """Compose the configuration of `command` from overrides (and `--config-dir DIR`); raises UserError.
 
     run.name and run.dir are filled in when empty: the experiment's name (else "default") and runs/<name>.
@@ -46,26 +49,43 @@ def compose(command: str, argv: list[str]) -> schema.Config:
     overrides, folders = _split(argv)
     prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
-        node = _composed(command, prepared, folders, schema_node=schema.ROOTS[command])
-        _fill_in(node, prepared)
-        config = typed(node)
+        config = typed(_composed(command, prepared, folders), schema.ROOTS[command])
         config.given = prepared.given
-        vocab = config.model.config.get("vocab_size")
-        if type(vocab) is int and not any(_VOCABULARY.match(text) for text in prepared.overrides):
-            config.model.config["vocab_size"] = schema.Suggested(vocab)
+        if isinstance(config, schema.Config):
+            vocab = config.model.config.get("vocab_size")
+            if type(vocab) is int and not any(_VOCABULARY.match(text) for text in prepared.overrides):
+                config.model.config["vocab_size"] = schema.Suggested(vocab)
         if prepared.chosen_files and command == "evaluate":  # the one that lays its options over those of a run
             config.given |= _set_in_files(command, prepared, folders)
         return config
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, command, argv=overrides) from error
+        raise _translated(error, argv=overrides) from error
 
 
-def _composed(command: str, prepared: keys.Prepared, folders: list[Path], *, schema_node: Any) -> DictConfig:
+def training(argv: list[str]) -> schema.Config:
+    """`compose` for the command `train`."""
+    config = compose("train", argv)
+    assert isinstance(config, schema.Config)
+    return config
+
+
+def _composed(command: str, prepared: keys.Prepared, folders: list[Path]) -> DictConfig:
+    """The composed node with run.name and run.dir filled in."""
+    root = schema.ROOTS[command]
+    over_files = prepared.chosen_files or issubclass(root, schema.Config)
+    node = _over(schema.over_files(root) if over_files else root, prepared, folders, primary="base" if over_files else "schema")
+    if "run" in node and not node.run.name:
+        node.run.name = _experiment(prepared.overrides)
+    if "run" in node and not node.run.dir:
+        node.run.dir = "runs/${run.name}"
+    return node
+
+
+def _over(root: Any, prepared: keys.Prepared, folders: list[Path], *, primary: str) -> DictConfig:
     search = "hydra.searchpath=[" + ",".join(words.quoted(f"file://{folder}") for folder in folders) + "]"
-    # Only this command's schema: building the nodes of all takes 50 ms of every start.
-    ConfigStore.instance().store(name=f"schema_{command}", node=schema_node)
+    ConfigStore.instance().store(name="schema", node=root)
     with initialize_config_dir(version_base="1.3", config_dir=str(keys.shipped())):
-        node = hydra_compose(command, overrides=[*prepared.overrides, search] if folders else prepared.overrides)
+        node = hydra_compose(primary, overrides=[*prepared.overrides, search] if folders else prepared.overrides)
     for key, mapping in prepared.mappings:
         OmegaConf.update(node, key, mapping, merge=True, force_add=True)
     for text in prepared.overrides:  # another kind of rotary positions replaces those of the model's file, with all their keys
@@ -77,20 +97,13 @@ def _composed(command: str, prepared: keys.Prepared, folders: list[Path], *, sch
     return node
 
 
-def _fill_in(node: DictConfig, prepared: keys.Prepared) -> None:
-    if not node.run.name:
-        node.run.name = _experiment(prepared.overrides)
-    if not node.run.dir:
-        node.run.dir = "runs/${run.name}"
-
-
 def _set_in_files(command: str, prepared: keys.Prepared, folders: list[Path]) -> frozenset[str]:
     """Options that a chosen file sets: those that are there when the schema has no defaults."""
-    bare = OmegaConf.structured(schema.ROOTS[command])
+    bare = OmegaConf.structured(schema.over_files(schema.ROOTS[command]))
     options = [field.key for fields in keys.sections(command).values() for field in fields]
     for key in options:
         OmegaConf.update(bare, key, "???")
-    node = _composed(command, prepared, folders, schema_node=bare)
+    node = _over(bare, prepared, folders, primary="base")
     return frozenset(key for key in options if not OmegaConf.is_missing(node[key.partition(".")[0]], key.partition(".")[2]))
 
 
@@ -113,14 +126,13 @@ def _experiment(overrides: list[str]) -> str:
     return chosen[-1] if chosen and chosen[-1] not in ("", "null") else NAMELESS
 
 
-def typed(node: DictConfig) -> schema.Config:
-    """A composed node as an instance of its dataclass, interpolations resolved and a leading ~ of paths expanded."""
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, schema.Config), type(config)
+def typed(node: DictConfig, root: type[RootT]) -> RootT:
+    """The sections of `root` in a composed node, interpolations resolved and a leading ~ of paths expanded."""
+    config = root()
     for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
+        values, composed = getattr(config, section.name), OmegaConf.to_object(node[section.name])
         for option in dataclasses.fields(values):
-            value = marked(getattr(values, option.name), node[section.name]._get_node(option.name), node)
+            value = marked(getattr(composed, option.name), node[section.name]._get_node(option.name), node)
             if _holds_section(value):
                 key = f"{section.name}.{option.name}"
                 raise refusal(key, "${...}", "it refers to a whole section", allowed="references to single options", instead=f"{key}=VALUE")
@@ -146,13 +158,13 @@ def _expanded(value: Any) -> Any:
     return Interpolated(path, value.source) if isinstance(value, Interpolated) else path
 
 
-def to_yaml(config: schema.Config) -> str:
+def to_yaml(config: schema.Root) -> str:
     """The configuration as YAML, resolved, except that strings from a resolver (`${oc.env:...}`) stay as they were written."""
     # OmegaConf's dumper and not PyYAML's: the two disagree on what is a float ("1e-3").
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config), escape=True)))
 
 
-def plain(config: schema.Config) -> dict[str, dict[str, Any]]:
+def plain(config: schema.Root) -> dict[str, dict[str, Any]]:
     """section -> option -> value in the public form, which may leave the process (files, trackers, logs, pages).
 
     Text that came through a resolver such as oc.env, directly or through other options, stands as the reference that was written.
@@ -178,13 +190,13 @@ def _plain(value: Any, *, escape: bool) -> Any:
     return words.escaped(value) if escape and isinstance(value, str) and "${" in value else value
 
 
-def read_run(path: Path, command: str) -> schema.Config:
+def read_run(path: Path) -> schema.Config:
     """The config.yaml of a run that is looked at: calls such as `${oc.env:X}` stay as they are written, and what it permits does not count.
 
     For everything but going on with one's own run: the environment of who reads is none of the writer's, and
     model.trust_remote_code comes from the command line alone. Raises UserError.
     """
-    config = _read(path, command, resolve=False)
+    config = _read(path, resolve=False)
     config.model.trust_remote_code = False
     return config
 
@@ -204,30 +216,32 @@ def laid_over(config: schema.Config, below: schema.Config) -> schema.Config:
     return result
 
 
-def from_yaml(path: Path, command: str) -> schema.Config:
-    """Read a config.yaml as the configuration of `command`, calls such as `${oc.env:X}` resolved; raises UserError.
+def from_yaml(path: Path) -> schema.Config:
+    """Read a config.yaml, calls such as `${oc.env:X}` resolved; raises UserError.
 
-    Sections of other commands are left out. See `read_run` for runs of others.
+    Sections of other commands than `train` are left out. See `read_run` for runs of others.
     """
-    return _read(path, command, resolve=True)
+    return _read(path, resolve=True)
 
 
-def _read(path: Path, command: str, *, resolve: bool) -> schema.Config:
+def _read(path: Path, *, resolve: bool) -> schema.Config:
     if not path.is_file():
         raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
-    others = set().union(*(keys.sections(name) for name in schema.ROOTS)) - set(keys.sections(command))
+    others = schema.SECTIONS.keys() - keys.sections("train").keys()
     try:
         loaded = _loaded(limits.read(path))
         if not isinstance(loaded, DictConfig):
             raise limits.unfit(path, "is not a configuration")
-        kept = OmegaConf.masked_copy(loaded, [str(key) for key in loaded if key not in others])
-        merged = OmegaConf.merge(OmegaConf.structured(schema.ROOTS[command]), kept)
+        sections = OmegaConf.to_container(loaded, resolve=False)
+        assert isinstance(sections, dict)
+        kept = {name: options for name, options in migrate.migrated(sections).items() if name not in others}
+        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), OmegaConf.create(kept))
         assert isinstance(merged, DictConfig)
         if not resolve:
             _keep_calls(merged, path)
-        return typed(merged)
+        return typed(merged, schema.Config)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, command, source=path) from error
+        raise _translated(error, source=path) from error
 
 
 def _loaded(text: str) -> Any:
@@ -254,6 +268,8 @@ def sweep(command: str, argv: list[str]) -> list[list[str]]:
     jobs = [list(job) for job in itertools.product(*choices)]
     if any(len(choice) > 1 and choice[0].lstrip("+").startswith(("run.name=", "run.dir=")) for choice in choices):
         return [[*flags, *job] for job in jobs]
+    if "run" not in keys.sections(command):
+        return [[*flags, *job] for job in jobs]
     name = functools.cache(lambda files: _name(command, [*flags, *files]))
     return [[*flags, *job, f"run.name={words.quoted(name(_naming(job)) + f'-{number}')}"] for number, job in enumerate(jobs)]
 
@@ -268,11 +284,10 @@ def _name(command: str, argv: list[str]) -> str:
     overrides, folders = _split(argv)
     prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
-        node = _composed(command, prepared, folders, schema_node=schema.ROOTS[command])
-        _fill_in(node, prepared)
+        node = _composed(command, prepared, folders)
         return str(node.run._get_node("name")._value())
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, command) from error
+        raise _translated(error) from error
 
 
 def _alternatives(text: str, command: str, folders: list[Path]) -> list[str]:
@@ -285,7 +300,7 @@ def _alternatives(text: str, command: str, folders: list[Path]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(keys.normalise(command, [text], folders=[keys.shipped(), *folders]).overrides)
         [jobs] = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
-        raise _translated(error, command) from error
+        raise _translated(error) from error
     return [job for [job] in jobs]
 
 
@@ -305,7 +320,7 @@ def _that_fits(option: keys.Field, value: str) -> str:
     return f"{option.key}={'VALUE' if fallback in ('', [], {}) else fallback}"
 
 
-def _translated(error: Exception, command: str, *, source: Path | None = None, argv: Sequence[str] = ()) -> UserError:
+def _translated(error: Exception, *, source: Path | None = None, argv: Sequence[str] = ()) -> UserError:
     """Hydra's and OmegaConf's errors in our form: section.field, the value, what is allowed, what to try."""
     cause: BaseException = error
     while isinstance(cause, HydraException) and (deeper := cause.__cause__ or cause.__context__) is not None:
@@ -314,13 +329,14 @@ def _translated(error: Exception, command: str, *, source: Path | None = None, a
     file = re.match(r"In '(.+?)':", str(error))
     where = f" (in {source})" if source else f" (in {file[1]}.yaml)" if file else ""
     if isinstance(cause, ConfigKeyError) and key:
-        allowed = keys.sections(command)
+        if source and (refused := migrate.of_another_version(key, file=source)):
+            return refused
         try:
-            keys.check_key(key, value="..." + where, allowed=allowed, groups=list(keys.groups([keys.shipped()])))
+            keys.check_key(key, value="..." + where, allowed=keys.all_sections(), groups=list(keys.groups([keys.shipped()])))
         except UserError as refused:
             return refused
     first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    option = next((field for fields in keys.sections(command).values() for field in fields if key == field.key or key.startswith(field.key + "[")), None)
+    option = next((field for fields in keys.all_sections().values() for field in fields if key == field.key or key.startswith(field.key + "[")), None)
     if option is not None:
         typed_in = [text.partition("=")[2] for text in argv if text.lstrip("+").startswith(f"{option.key}=")]
         match = re.search(r"[Vv]alue '(.*?)'", first)

@@ -13,14 +13,14 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
-from hybridtrain.config import commands, schema, words
+from hybridtrain.config import commands, migrate, schema, words
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan import layout
+from hybridtrain.plan import notation
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
-CLUSTER = "cluster"  # a group for one command alone
+EXPERIMENT = "experiment"  # a group for every command, whose files set options of any section
 MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
 TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
 PATHS = (
@@ -73,14 +73,19 @@ def carried(name: str) -> Path:
 @functools.cache
 def sections(command: str) -> dict[str, list[Field]]:
     """The sections of `command` and their options, in the order of the schema; the command's own section comes first."""
-    docs = _docstrings()
-    result = {}
-    for name, kind in get_type_hints(schema.ROOTS[command]).items():
-        result[name] = [
-            Field(f"{name}.{option.name}", str(option.type), _default(option), docs.get(kind.__name__, {}).get(option.name, ""))
-            for option in dataclasses.fields(kind)
-        ]
+    result = {section.name: _fields(section.name, section.default_factory) for section in dataclasses.fields(schema.ROOTS[command])}
     return {command: result.pop(command), **result} if command in result and command != "train" else result
+
+
+@functools.cache
+def all_sections() -> dict[str, list[Field]]:
+    """The sections of all commands and their options."""
+    return {name: _fields(name, kind) for name, kind in schema.SECTIONS.items()}
+
+
+def _fields(section: str, kind: Any) -> list[Field]:
+    docs = {name: doc for base in reversed(kind.__mro__) for name, doc in _docstrings().get(base.__name__, {}).items()}
+    return [Field(f"{section}.{option.name}", str(option.type), _default(option), docs.get(option.name, "")) for option in dataclasses.fields(kind)]
 
 
 def _default(option: dataclasses.Field) -> Any:
@@ -103,6 +108,11 @@ def _docstrings() -> dict[str, dict[str, str]]:
             ):
                 result.setdefault(node.name, {})[above.target.id] = " ".join(str(below.value.value).split())
     return result
+
+
+def groups_of(command: str, known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those of the `known` groups whose files `command` may be given: of its own sections, and experiments."""
+    return {group: names for group, names in known.items() if group == EXPERIMENT or group in sections(command)}
 
 
 def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
@@ -137,7 +147,7 @@ def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> Pre
             files = True
             done.append(_of_group(word, group, command, known, folders))
             continue
-        prefix = _checked(word, known=known, allowed=allowed)
+        prefix = _checked(word, command=command, known=known)
         given.add(".".join(word.key.split(".")[:2]))
         held = words.mapping(word.value, numbers=word.key == "data.blend") if word.key in TEXT_MAPPINGS and word.equals else None
         if held is not None:
@@ -184,27 +194,41 @@ def kind_of(key: str, allowed: dict[str, list[Field]]) -> str:
 
 def _of_group(word: Word, group: str, command: str, known: dict[str, list[str]], folders: list[Path]) -> str:
     prefix, value = word.prefix, word.value.strip()
-    if group == CLUSTER and command != "submit":
-        raise refusal(group, value, f"`{command}` runs where it is called", allowed="for `hybridtrain submit`", instead=f"hybridtrain submit {group}={value}")
+    _check_command(group, value, command, has="groups " + ", ".join(groups_of(command, known)))
     if group in known and prefix != "~":
         for name in words.split(value):
             _check_choice(group, name, known[group])
-            if group == "experiment":
+            if group == EXPERIMENT:
                 _check_package(name, folders)
         prefix = ""
     return f"{prefix}{word.key}{'=' if word.equals else ''}{value}"
 
 
-def _checked(word: Word, *, known: dict[str, list[str]], allowed: dict[str, list[Field]]) -> str:
+def _checked(word: Word, *, command: str, known: dict[str, list[str]]) -> str:
     """Check the key of an option and return the prefix that Hydra wants in front of it."""
+    allowed = sections(command)
+    _check_command(word.key, word.value, command, has="sections " + ", ".join(allowed))
     if word.prefix != "~" and word.key.startswith(FREE_FORM):
         return "++"
-    check_key(word.key, value=word.value, allowed=allowed, groups=list(known))
+    check_key(word.key, value=word.value, allowed=allowed, groups=list(groups_of(command, known)))
     field = next((field for fields in allowed.values() for field in fields if field.key == word.key), None)
     if word.prefix == "~" and field is not None:
         default = f"{field.key}={field.default}" if field.default not in ("", [], {}) else f"{field.key}=VALUE"
         raise refusal(f"~{word.key}", word.value or "(removed)", "an option cannot be removed, only set", allowed="key=value", instead=default)
     return "++" if word.prefix == "+" or (word.key in MAPPINGS and not word.prefix) else word.prefix
+
+
+def _check_command(key: str, value: str, command: str, *, has: str) -> None:
+    """Refuse an option, a section or a group that other commands have (raises UserError)."""
+    options = [name for name in schema.ROOTS if _is_known(key, sections(name))]
+    others = options or [name for name in schema.ROOTS if key.partition(".")[0] in sections(name)]
+    if others and command not in others:
+        raise refusal(key, value, f"no such option of `hybridtrain {command}`", allowed=has, instead=f"without it; it is for hybridtrain {', '.join(others)}")
+
+
+def _is_known(key: str, allowed: dict[str, list[Field]]) -> bool:
+    section = key.partition(".")[0]
+    return section in allowed and (key.startswith(FREE_FORM) or any(field.key == key for field in allowed[section]))
 
 
 def _check_choice(group: str, value: str, names: list[str]) -> None:
@@ -232,7 +256,7 @@ def _layout_instead(value: str, names: list[str]) -> str:
     ranked = sorted(alike, key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)])
     near = ranked[:1] or difflib.get_close_matches(value, names, n=1, cutoff=0.3) or names[:1]
     try:
-        options = layout.parse(value.replace("_", "-"))
+        options = notation.parse(value.replace("_", "-"))
     except UserError:
         return f"parallel={near[0]}"
     written = " ".join(f"parallel.{name}={degree}" for name, degree in options.items() if degree not in (None, 0, 1))
@@ -258,8 +282,11 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
     """Refuse a key that the schema does not have, naming the nearest one (raises UserError)."""
     section, _, name = key.partition(".")
     keys = [field.key for fields in allowed.values() for field in fields]
-    if key in keys or key.startswith(FREE_FORM):
+    if _is_known(key, allowed):
         return
+    if key in migrate.RENAMED:
+        now = migrate.RENAMED[key]
+        raise refusal(key, value, f"no such option; it is {now} since a later version", allowed=now, instead=f"{now}=VALUE")
     if NOT_YET.search(key):
         raise refusal(
             key,

@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[float, float]] = {
 """Option -> least and most."""
 
 
-def check(config: schema.Config) -> None:
+def check(config: schema.Root) -> None:
     """Refuse a number out of its range, and text that no file system or environment takes (raises UserError)."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)

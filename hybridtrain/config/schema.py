@@ -6,7 +6,7 @@ nodes read-only), `str` checked against a tuple instead of Literal or enums (Ome
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from hybridtrain.config.commands import (
@@ -31,11 +31,17 @@ PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
 
 
 @dataclass
-class RunConfig:
+class RunFolder:
+    """The `run` section of commands that look at a run."""
+
     dir: str = ""
     """Run directory; empty: runs/<experiment>."""
     name: str = ""
     """Name of the run for trackers; empty: the experiment's name."""
+
+
+@dataclass
+class RunConfig(RunFolder):
     seed: int = 0
     """Seed of the initial weights, the data order and dropout."""
     resume: str = "auto"
@@ -275,8 +281,15 @@ class TrackerConfig:
 
 
 @dataclass
-class Config:
-    """All sections of a training run; every command composes these and may add one of its own."""
+class Root:
+    """The sections of a command: fields, each a dataclass of options."""
+
+    given = frozenset[str]()  # no annotation: not a section. The options that a command line sets; compose fills it in
+
+
+@dataclass
+class Config(Root):
+    """All sections of a training run; commands that train or measure add one of their own."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -292,8 +305,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
-    given = frozenset[str]()  # no annotation: not a section. The options that a command line sets; compose fills it in
-
 
 @dataclass
 class SubmitRoot(Config):
@@ -301,28 +312,8 @@ class SubmitRoot(Config):
 
 
 @dataclass
-class RunsRoot(Config):
-    runs: RunsConfig = field(default_factory=RunsConfig)
-
-
-@dataclass
-class LogsRoot(Config):
-    logs: LogsConfig = field(default_factory=LogsConfig)
-
-
-@dataclass
-class ExportRoot(Config):
-    export: ExportConfig = field(default_factory=ExportConfig)
-
-
-@dataclass
 class EvaluateRoot(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-@dataclass
-class GenerateRoot(Config):
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
 @dataclass
@@ -336,21 +327,49 @@ class BenchRoot(Config):
 
 
 @dataclass
-class PrepareRoot(Config):
+class PrepareRoot(Root):
+    data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
 @dataclass
-class ReportRoot(Config):
+class ExportRoot(Root):
+    run: RunFolder = field(default_factory=RunFolder)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass
+class GenerateRoot(Root):
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+@dataclass
+class ReportRoot(Root):
+    run: RunFolder = field(default_factory=RunFolder)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
 @dataclass
-class VerifyRoot(Config):
+class VerifyRoot(Root):
     """What is verified is run.dir."""
 
+    run: RunFolder = field(default_factory=RunFolder)
 
-ROOTS: dict[str, type[Config]] = {
+
+@dataclass
+class RunsRoot(Root):
+    runs: RunsConfig = field(default_factory=RunsConfig)
+
+
+@dataclass
+class LogsRoot(Root):
+    run: RunFolder = field(default_factory=RunFolder)
+    logs: LogsConfig = field(default_factory=LogsConfig)
+
+
+ROOTS: dict[str, type[Root]] = {
     "train": Config,
     "prepare": PrepareRoot,
     "parity": ParityRoot,
@@ -364,3 +383,13 @@ ROOTS: dict[str, type[Config]] = {
     "logs": LogsRoot,
     "verify": VerifyRoot,
 }
+
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for root in (*ROOTS.values(), Config) for section in fields(root)}
+"""Section -> its dataclass, whole, over all commands."""
+
+
+def over_files(root: type[Root]) -> Any:
+    """What files are composed over: training's sections and the command's own; those of other commands may hold anything, since they are left out."""
+    own: dict[str, Any] = {section.name: section.default_factory for kind in (root, Config) for section in fields(kind)}
+    others: dict[str, Any] = dict.fromkeys(SECTIONS.keys() - own.keys(), dict[str, Any])
+    return make_dataclass("OverFiles", [(name, kind, field(default_factory=dict if name in others else kind)) for name, kind in (own | others).items()])

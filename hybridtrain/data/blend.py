@@ -27,7 +27,7 @@ from hybridtrain.data.own import OwnRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
 
 C = TypeVar("C", bound=Config)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridtrain.data.blend import Blend, apportioned, check_eval_rows, drawn
 from hybridtrain.data.rows import Block, Rows
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 
 NEVER = 10**9
 _OWNED = {

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
-from hybridtrain.engine import capabilities
 from hybridtrain.engine.common import mean_loss, valid_tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
@@ -30,7 +29,10 @@ from hybridtrain.parallel.fsdp import before_backward
 from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stages_per_rank
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.capabilities import of_engine
+from hybridtrain.plan.layout import ParallelLayout
+from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
@@ -40,7 +42,7 @@ class TorchEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
-        self.capabilities = capabilities("torch")
+        self.capabilities = of_engine("torch")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self.precision = policy(config.precision.kind)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)

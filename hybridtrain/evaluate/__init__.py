@@ -56,7 +56,7 @@ def _export(checkpoint: Path, *, out: Path) -> Path:
     from hybridtrain.export import hf
 
     run_dir = checkpoint.resolve().parent.parent
-    config = compose.read_run(run_dir / "config.yaml", "train")
+    config = compose.read_run(run_dir / "config.yaml")
     return hf.export(checkpoint, run=hf.of_run(run_dir, config), out=out, dtype="float32", max_shard_bytes=5 * 10**9)
 
 

@@ -21,7 +21,7 @@ from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -34,7 +34,7 @@ def run(config: EvaluateRoot) -> int:
     """
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
-    settings = _settings(config, compose.read_run(run_dir / "config.yaml", "train") if is_run else config)
+    settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
     if not (settings.data.path or settings.data.blend):

@@ -55,7 +55,7 @@ def export_newest(config: ExportRoot) -> Path:
     options = config.export
     run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
     require_run(run_dir, command="export")
-    its_config = compose.read_run(run_dir / "config.yaml", "train")
+    its_config = compose.read_run(run_dir / "config.yaml")
     manager = Manager(run_dir / "checkpoints", settings=its_config.checkpoint)
     out = Path(options.out).expanduser() if options.out else run_dir / "export"
     for attempt in range(_TRIES):

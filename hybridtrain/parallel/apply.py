@@ -19,7 +19,8 @@ from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute
 from hybridtrain.parallel.slicing import apply_tensor_parallel, settle_embedding
-from hybridtrain.plan.layout import SPLIT_BACKWARD, stage_layers, stages_per_rank
+from hybridtrain.plan.layout import stage_layers
+from hybridtrain.plan.schedules import SPLIT_BACKWARD, stages_per_rank
 from hybridtrain.precision.policy import PrecisionPolicy
 
 

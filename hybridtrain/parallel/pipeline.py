@@ -16,7 +16,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import before_backward
-from hybridtrain.plan.layout import SCHEDULES_SINGLE, SCHEDULES_V, BatchPlan
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.schedules import SINGLE, V
 
 _SCHEDULES: dict[str, type] = {
     "gpipe": schedules.ScheduleGPipe,
@@ -33,7 +34,7 @@ _FORWARD = {schedules.FORWARD, schedules.SEND_F, schedules.RECV_F, schedules.UNS
 
 def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
     """The stages that pipeline rank `rank` holds, in ascending order."""
-    if schedule in SCHEDULES_V and pp > 1:
+    if schedule in V and pp > 1:
         return sorted((rank, 2 * pp - 1 - rank))
     return [rank + loop * pp for loop in range(per_rank)]
 
@@ -109,8 +110,8 @@ class Pipeline:
         self.divisor = torch.ones(())
         self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
-        self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SCHEDULES_SINGLE else self.wrapped, **options)
-        self.order = None if schedule in SCHEDULES_SINGLE else self.schedule.pipeline_order_with_comms
+        self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SINGLE else self.wrapped, **options)
+        self.order = None if schedule in SINGLE else self.schedule.pipeline_order_with_comms
 
     def _wrap(
         self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int

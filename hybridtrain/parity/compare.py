@@ -19,6 +19,7 @@ from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, Entry
 from hybridtrain.parity.verdict import Row
+from hybridtrain.plan import capabilities
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.runtime import host, launch, ranks
 
@@ -49,7 +50,7 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
     config = _fitted(config)
-    comparison = plans.prepare(config, capabilities={kind: engines.able(config, kind) for kind in kinds}, devices=devices)
+    comparison = plans.prepare(config, capabilities={kind: capabilities.able(config.engine, kind=kind) for kind in kinds}, devices=devices)
     _check_tokens(comparison)
     config = comparison.config
     path = _result_path(config)

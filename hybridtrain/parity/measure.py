@@ -26,7 +26,8 @@ from hybridtrain.models.family import family_of
 from hybridtrain.models.load import initial
 from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
 from hybridtrain.types import Batch, StepResult

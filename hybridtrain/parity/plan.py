@@ -16,7 +16,9 @@ from hybridtrain.config import checks, schema
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts, facts_of, read_config
 from hybridtrain.plan import layout as layouts
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan import notation, rules, schedules
+from hybridtrain.plan.batch import BatchPlan, plan_batch
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 MIN_EPS = 1e-6
@@ -84,7 +86,7 @@ class Comparison:
     @property
     def plan(self) -> BatchPlan:
         """The reference's: all rows in one process."""
-        return layouts.plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
+        return plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
 
 
 def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None) -> Comparison:
@@ -147,14 +149,14 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
     for wanted in named or [_written(text) for text in DEFAULT_SET] + [_own(config.parallel)]:
         parallel = _able(wanted, able)
         layout = layouts.resolve(parallel, world_size=_processes(parallel))
-        name = layouts.write(parallel, layout)
+        name = notation.write(parallel, layout)
         try:
             if not named and layout.world_size > config.parity.max_processes:
                 continue
             if devices is not None and layout.world_size > devices:
                 raise _too_few(name, layout.world_size, devices)
-            plan = layouts.plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-            layouts.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
+            plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+            rules.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
             if engine == "deepspeed":
                 checks.deepspeed_stage(config, parallel.zero_stage)
         except UserError as error:
@@ -167,7 +169,7 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
 
 
 def _written(text: str) -> schema.ParallelConfig:
-    return schema.ParallelConfig(**layouts.parse(text))
+    return schema.ParallelConfig(**notation.parse(text))
 
 
 def _able(parallel: schema.ParallelConfig, able: Capabilities) -> schema.ParallelConfig:
@@ -197,7 +199,7 @@ def _too_few(name: str, processes: int, devices: int) -> UserError:
 
 
 def _stages(entries: Sequence[Entry]) -> int:
-    return max((entry.layout.pp * layouts.stages_per_rank(entry.parallel) for entry in entries), default=1)
+    return max((entry.layout.pp * schedules.stages_per_rank(entry.parallel) for entry in entries), default=1)
 
 
 def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[ParallelLayout], stages: int, vocab: bool) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import refusal
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stage_layers, stages_per_rank, write
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.layout import ParallelLayout, stage_layers
+from hybridtrain.plan.notation import write
+from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 

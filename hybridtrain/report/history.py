@@ -154,7 +154,7 @@ def _failure(folder: Path) -> str:
 def _config(path: Path) -> schema.Config | None:
     """None also for a config of another version of this program, or with a ${oc.env:...} that is not set here: the curves can be drawn all the same."""
     try:
-        return compose.read_run(path, "train") if path.is_file() else None
+        return compose.read_run(path) if path.is_file() else None
     except UserError:
         return None
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from hybridtrain.plan.layout import AXES, ParallelLayout, parse
+from hybridtrain.plan.layout import AXES, ParallelLayout
+from hybridtrain.plan.notation import parse
 from hybridtrain.report.plots import COLOURS, INK, MUTED, STYLE, Plot
 
 MOST_CELLS = 1024

@@ -57,7 +57,7 @@ def choose(config: Config) -> Choice:
             if config.run.resume == "required":
                 raise not_resumable(path, words=" of this run")
             return Choice(path, None, others)
-        before = compose.read_run(path / "config.yaml", "train")
+        before = compose.read_run(path / "config.yaml")
         before.model.trust_remote_code = config.model.trust_remote_code  # a permission, which the command line alone gives
         differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
         if explicit and differing:

@@ -19,6 +19,7 @@ from hybridtrain.config.schema import SubmitRoot
 from hybridtrain.data.prepare import embedded
 from hybridtrain.errors import refusal
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import notation, rules
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.submit import free, mint, script, slurm
@@ -48,7 +49,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
         free.check(resolved)
     names = [compose.plain(training)["run"]["name"] for training in trainings]  # they stand in the queue, which everybody sees
     described = [
-        f"{name}: {layouts.write(training.parallel, job.layout)} on {layouts.processes(world)}"
+        f"{name}: {notation.write(training.parallel, job.layout)} on {rules.processes(world)}"
         for name, training, job in zip(names, trainings, jobs, strict=True)
     ]
     planned = [Path(config.run.dir).resolve() for config in configs]
@@ -117,7 +118,7 @@ def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterCon
     if world % fixed == 0 and (fixed == world or -1 in degrees):
         return
     named = " x ".join(f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1)
-    problem = f"these degrees take {'a multiple of ' if -1 in degrees else ''}{layouts.processes(fixed)}, and {cluster.nodes} x {each} (cluster.nodes x ranks on each) are {world}"
+    problem = f"these degrees take {'a multiple of ' if -1 in degrees else ''}{rules.processes(fixed)}, and {cluster.nodes} x {each} (cluster.nodes x ranks on each) are {world}"
     nodes, rest = divmod(fixed, each)
     fitting = [f"cluster.nodes={nodes}"] if nodes and not rest else [f"cluster.ranks_per_node={fixed // cluster.nodes}"] if fixed % cluster.nodes == 0 else []
     fitting += ["other degrees"] if -1 in degrees else ["parallel.dp_shard=-1", "parallel.dp_replicate=-1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import checks, schema
-from hybridtrain.config.compose import compose, to_yaml
+from hybridtrain.config.compose import to_yaml, training
 from hybridtrain.errors import refusal
 from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
@@ -25,7 +25,7 @@ _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
 def mint_from(argv: list[str]) -> Path:
     """The run directory that overrides continue or start, checked against the job's processes."""
-    config = compose("train", argv)
+    config = training(argv)
     checks.check(config)
     job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
     return mint(job.config).path

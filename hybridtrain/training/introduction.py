@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
 from hybridtrain.data.own import OwnRows
-from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import notation
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 from hybridtrain.types import Progress
@@ -31,7 +31,7 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
-    _log.info("layout    %s on %d %s process%s, %s", layouts.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
+    _log.info("layout    %s on %d %s process%s, %s", notation.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
     _log.info(
         "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
         plan.global_batch_size,

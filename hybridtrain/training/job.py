@@ -12,7 +12,8 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
 from hybridtrain.plan import memory
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.run import identity
 from hybridtrain.training import resume
 from hybridtrain.types import ModelFacts

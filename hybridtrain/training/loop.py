@@ -12,7 +12,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.loader import Loader
 from hybridtrain.errors import UserError
 from hybridtrain.optim.schedule import lr_at
-from hybridtrain.plan.layout import BatchPlan
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.training.hooks import Hook, Moment

@@ -20,82 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybridtrain.plan import hardware
 from hybridtrain.runtime.files import finite
-from hybridtrain.types import ModelFacts, StepResult
+from hybridtrain.types import StepResult
 
 GIB = 1024**3
-
-# Dense peaks in TFLOP/s from NVIDIA's data sheets (where these show sparsity, half of it): bf16/fp16, tf32, fp32.
-# A name matches when all its words stand in the device's name; the first match counts, so the longer names come first.
-# GeForce: the rate with fp32 accumulation, which is what torch uses.
-_PEAKS: tuple[tuple[str, float, float, float], ...] = (
-    ("GB300", 2500, 1250, 80),
-    ("GB200", 2500, 1250, 80),
-    ("B300", 2250, 1100, 75),
-    ("B200", 2250, 1100, 75),
-    ("GH200", 989.4, 494.7, 66.9),
-    ("H200 NVL", 835.5, 417.5, 60),
-    ("H200", 989.4, 494.7, 66.9),
-    ("H100 PCIe", 756, 378, 51),
-    ("H100 NVL", 835.5, 417.5, 60),
-    ("H100", 989.4, 494.7, 66.9),
-    ("H800", 989.4, 494.7, 66.9),
-    ("H20", 148, 74, 44),
-    ("A100", 312, 156, 19.5),
-    ("A800", 312, 156, 19.5),
-    ("A40", 149.7, 74.8, 37.4),
-    ("A30", 165, 82, 10.3),
-    ("A10G", 70, 35, 35),
-    ("A10", 125, 62.5, 31.2),
-    ("L40S", 362, 183, 91.6),
-    ("L40", 181, 90.5, 90.5),
-    ("L4", 121, 60, 30.3),
-    ("V100", 125, 15.7, 15.7),
-    ("T4", 65, 8.1, 8.1),
-    ("RTX 6000 Ada", 364, 182, 91.1),
-    ("RTX A6000", 154.8, 77.4, 38.7),
-    ("RTX 5090", 209.5, 104.8, 104.8),
-    ("RTX 4090", 165.2, 82.6, 82.6),
-    ("RTX 3090", 71.2, 35.6, 35.6),
-)
-
-
-def peak_of(name: str, *, dtype: torch.dtype, tf32: bool) -> float | None:
-    """Dense peak in FLOP/s of the GPU called `name` for matrix products in `dtype`; None when it is not in the table.
-
-    `tf32`: fp32 products may run on tensor cores. A slice of a GPU (MIG) and laptop versions have no row.
-    """
-    words = name.replace("-", " ").split()
-    if "MIG" in words or "Laptop" in words:
-        return None
-    for known, half, tensor, single in _PEAKS:
-        if set(known.split()) <= set(words):
-            rates = {torch.bfloat16: half, torch.float16: half, torch.float32: tensor if tf32 else single}
-            return rates[dtype] * 1e12 if dtype in rates else None
-    return None
 
 
 def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
     """Dense peak in FLOP/s of one `device` for matrix products in `dtype`; None on CPU and for GPUs we have no figure of."""
     if device.type != "cuda":
         return None
-    return peak_of(torch.cuda.get_device_name(device), dtype=dtype, tf32=torch.get_float32_matmul_precision() != "highest")
-
-
-def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
-    """FLOPs that one token of training takes, forward and backward (PaLM, arXiv:2204.02311, appendix B, made causal).
-
-        6 (P - E)  +  12 L H d c        P parameters, E = vocab x hidden if the embedding is not tied, else 0
-
-    The first term: two FLOPs per weight and token forward, four backward. The head counts, the embedding's look-up does
-    not (a tied weight counts once, as the head); norms are in P and below 0.1 %. The second term: the two products of
-    attention in L layers of H heads of size d, over the c positions that a token sees on average: (seq_len + 1) / 2, or
-    less with a sliding window, taken for all layers. Recomputed activations are not counted (model FLOPs, not hardware FLOPs).
-    """
-    embedding = 0 if facts.tied else facts.vocab * facts.hidden
-    window = min(facts.window or seq_len, seq_len)
-    seen = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-    return 6 * (facts.parameters - embedding) + 12 * facts.layers * facts.heads * facts.head_dim * seen
+    return hardware.peak_of(torch.cuda.get_device_name(device), dtype=str(dtype).removeprefix("torch."), tf32=torch.get_float32_matmul_precision() != "highest")
 
 
 def max_memory_gib(device: torch.device) -> float:

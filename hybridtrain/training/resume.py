@@ -19,7 +19,7 @@ from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import described
-from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import notation
 from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
 from hybridtrain.run.directory import RunDir
@@ -80,7 +80,7 @@ def finished_steps(run: Path) -> int:
 
 def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
     """What begins here, for whoever looks at the run: in the summary, and as an event. Names of changed options, not values: these may be secrets."""
-    layout, world, parameters = layouts.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
+    layout, world, parameters = notation.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
     run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
     if run_dir.lost:
         failure.earlier(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
@@ -196,7 +196,7 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     progress = marker.read_progress(origin)
     identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=True)
     theirs = origin.parent.parent / "config.yaml"
-    differing = identity.model_differences(read_run(theirs, "train"), job.config) if theirs.is_file() else {}
+    differing = identity.model_differences(read_run(theirs), job.config) if theirs.is_file() else {}
     if differing:
         words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
         raise refusal("run.branch_from", origin, f"it is of another model: {words}", allowed="the same model section", instead="the model of that run")

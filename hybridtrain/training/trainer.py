@@ -21,6 +21,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.own import OwnRows
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.plan import flops
 from hybridtrain.run.directory import read_summary
 from hybridtrain.runtime import host, launch, log
 from hybridtrain.runtime.files import unwritable, write_json
@@ -211,7 +212,7 @@ def _train(
         total_steps=job.total_steps,
         tokens_per_step=plan.tokens,
         devices=job.layout.world_size,
-        flops_per_token=metrics.flops_per_token(job.facts, seq_len=plan.seq_len),
+        flops_per_token=flops.flops_per_token(job.facts, seq_len=plan.seq_len),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
     group = stop.group = mesh.control_group

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridtrain.plan.layout import parse
+from hybridtrain.plan.notation import parse
 from tests.ranks import run_ranks
 from tests.training import Case, differences, model, on_ranks, reference, start
 

@@ -12,6 +12,7 @@ import torch
 
 from hybridtrain import engine as engines
 from hybridtrain.plan import layout as layouts
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.types import Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import Case, model, start
@@ -111,7 +112,7 @@ def saved_and_resumed(case: Case, path: Path) -> tuple[float, float]:
     engine.save(path, Progress(1, 0, {})).result()
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=1)
-    plan = layouts.plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
+    plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
     other = engines.build_for_load(config, layout=layout, plan=plan, device=engine.device)
     other.load(path)
     return tuple(float(each.train_step(on_device(case, 1), lr=case.lr).loss) for each in (engine, other))

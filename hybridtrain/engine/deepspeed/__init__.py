@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
-from hybridtrain.engine import capabilities, deepspeed_config
+from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import mean_loss, valid_tokens
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
@@ -34,7 +34,9 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.recompute import apply_recompute
-from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stage_layers
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.capabilities import of_engine
+from hybridtrain.plan.layout import ParallelLayout, stage_layers
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
@@ -44,7 +46,7 @@ class DeepSpeedEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
-        self.capabilities = capabilities("deepspeed")
+        self.capabilities = of_engine("deepspeed")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)

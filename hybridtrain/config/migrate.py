@@ -1,0 +1,51 @@
+"""Runs of other versions: their config.yaml is read through one table, so that nobody else asks which version wrote it.
+
+An option that a file lacks has the schema's default, unless `ABSENT` has what it meant then.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hybridtrain import __version__
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime.files import read_object
+
+RENAMED: dict[str, str] = {}
+"""section.option of an earlier version -> today's. An entry stays for ever."""
+ABSENT: dict[str, Any] = {}
+"""section.option -> what a file without it meant, where that is not the default of today."""
+
+
+def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
+    """The sections of a config.yaml, their options under today's names; unknown ones stay as they are."""
+    sections = {name: dict(options) if isinstance(options, dict) else options for name, options in content.items()}
+    for before, now in RENAMED.items():
+        section, _, option = before.partition(".")
+        if isinstance(sections.get(section), dict) and option in sections[section]:
+            _set_default(sections, now, sections[section].pop(option))
+            if not sections[section]:
+                del sections[section]
+    for key, value in ABSENT.items():
+        _set_default(sections, key, value)
+    return sections
+
+
+def _set_default(sections: dict[Any, Any], key: str, value: Any) -> None:
+    section, _, option = key.partition(".")
+    holder = sections.setdefault(section, {})
+    if isinstance(holder, dict):
+        holder.setdefault(option, value)
+
+
+def of_another_version(key: str, *, file: Path) -> UserError | None:
+    """The refusal of an unknown key in a run's config.yaml, if another version wrote the run; None: this one did, or it is not known which."""
+    try:
+        version = (read_object(file.parent / "summary.json", field="run.dir").get("versions") or {}).get("hybridtrain")
+    except (UserError, AttributeError):
+        return None
+    if not isinstance(version, str) or version == __version__:
+        return None
+    problem = f"hybridtrain {__version__} has no such option; {file} was written by hybridtrain {version}"
+    return refusal(key, "...", problem, allowed="runs of this version and of earlier ones", instead=f"hybridtrain {version}")

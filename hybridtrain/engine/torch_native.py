@@ -24,7 +24,7 @@ from hybridtrain.models.family import family_of
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.optim import optimizer
-from hybridtrain.parallel.apply import Recipe, build_stages
+from hybridtrain.parallel.apply import Context, build_stages
 from hybridtrain.parallel.fsdp import before_backward
 from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.mesh import Mesh, any_rank
@@ -49,8 +49,8 @@ class TorchEngine:
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
-        recipe = Recipe(config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
-        self.ids, self.stages = build_stages(self.model_config, family=self.family, mesh=self.mesh, recipe=recipe)
+        context = Context(self.mesh, config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
+        self.ids, self.stages = build_stages(self.model_config, family=self.family, context=context)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)

@@ -45,6 +45,11 @@ def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: P
                 module.set_custom_reduce_scatter(own())  # type: ignore[arg-type]  # what torch asks for is not public
 
 
+def wrapped_modules(stage: Stage) -> set[str]:
+    """Names of the modules that `apply_shard` has wrapped; the stage itself is ""."""
+    return {name for name, module in stage.named_modules() if isinstance(module, FSDPModule)}
+
+
 class _AllToAll:
     """Gloo's reduce-scatter takes two to three times as long as an all-to-all of the same bytes and a sum."""
 

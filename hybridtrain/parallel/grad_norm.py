@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.parallel.mesh import Mesh, sharded_over
 
 _SHARDING_AXES = ("dp_shard", "tp")
 _PART = 1 << 14
@@ -53,14 +53,11 @@ def _parts(local: Tensor) -> Sequence[Tensor]:
 
 def _sharded_over(grad: Tensor) -> tuple[tuple[int, ...], Tensor]:
     """For each axis of _SHARDING_AXES 1 if the gradient is sharded over it, else 0; and its local part."""
-    if not isinstance(grad, DTensor):
-        return (0,) * len(_SHARDING_AXES), grad
-    names = grad.device_mesh.mesh_dim_names or ()
-    # not is_shard(): it is False for the _StridedShard that fully_shard makes of a tensor-parallel parameter
-    axes = {name for name, placement in zip(names, grad.placements, strict=True) if not placement.is_replicate()}
+    axes = sharded_over(grad)
     assert axes <= set(_SHARDING_AXES), f"gradient sharded over {axes}"
-    assert not any(placement.is_partial() for placement in grad.placements)
-    return tuple(int(axis in axes) for axis in _SHARDING_AXES), grad.to_local()
+    if isinstance(grad, DTensor):
+        assert not any(placement.is_partial() for placement in grad.placements)
+    return tuple(int(axis in axes) for axis in _SHARDING_AXES), local_part(grad)
 
 
 def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from hybridtrain.errors import Answered, UserError
 from hybridtrain.runtime import launch, log, meeting, network
@@ -130,6 +132,15 @@ class Mesh:
             if dist.get_rank() in pair:
                 mine = group
         return mine
+
+
+def sharded_over(tensor: Tensor) -> set[str]:
+    """The mesh axes over which a tensor is sharded; of a plain tensor none."""
+    if not isinstance(tensor, DTensor):
+        return set()
+    names = tensor.device_mesh.mesh_dim_names or ()
+    # not is_shard(): it is False for the _StridedShard that fully_shard makes of a tensor-parallel parameter
+    return {name for name, placement in zip(names, tensor.placements, strict=True) if not placement.is_replicate()}
 
 
 def any_rank(flags: list[bool], *, group: dist.ProcessGroup | None) -> list[bool]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hybridtrain.models.stage import Stage
@@ -75,4 +76,21 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 def apply_compile(stage: Stage, *, backend: str) -> None:
     """Compile each layer by itself: one small graph, compiled once, used by all layers."""
     for _, layer in stage.layer_modules():
-        layer.forward = torch.compile(layer.forward, backend=backend)
+        compiled: Any = torch.compile(layer.forward, backend=backend)
+        compiled.compiled_from = layer.forward
+        layer.forward = compiled
+
+
+def wrappers(layer: nn.Module) -> list[str]:
+    """What is around a layer's own forward, outermost first: of compile and recompute."""
+    found: list[str] = []
+    forward: Any = layer.forward
+    while True:
+        if isinstance(forward, partial) and forward.func is checkpoint:
+            found.append("recompute")
+            forward = forward.args[0]
+        elif hasattr(forward, "compiled_from"):
+            found.append("compile")
+            forward = forward.compiled_from
+        else:
+            return found

@@ -31,6 +31,19 @@ def apply_tensor_parallel(stage: Stage, *, mesh: DeviceMesh, sequence_parallel: 
     assert not plain, f"no tensor-parallel style for {plain}"
 
 
+def parameters_to_slice(stage: Stage, *, tp: int) -> set[str]:
+    """Names of the parameters that each of `tp` ranks holds a part of, by the family's plan alone."""
+    if tp == 1:
+        return set()
+    family = stage.family
+    whole = family.kv_projections if tp > stage.config.num_key_value_heads else ()
+    kinds = {"colwise": ("weight", "bias"), "rowwise": ("weight",)}
+    inside = [f"{path}.{kind}" for path, style in family.tp_plan.items() if path not in whole for kind in kinds.get(style, ())]
+    names = {f"{family.layers}.{index}.{name}" for index in stage.layers for name in inside}
+    names |= {f"{family.embed}.weight", f"{family.head}.weight"}
+    return names & {name for name, _ in stage.named_parameters()}
+
+
 def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, ParallelStyle]:
     family, config = stage.family, stage.config
     between = Shard(1) if sequence_parallel else Replicate()

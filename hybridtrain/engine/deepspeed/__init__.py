@@ -32,8 +32,8 @@ from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
+from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.recompute import apply_recompute
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout, stage_layers
@@ -83,12 +83,14 @@ class DeepSpeedEngine:
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
         chunk = self.config.engine.loss_chunk
+        context = apply.Context(self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze)
         stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, loss_chunk=chunk)
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
         if layout.tp > 1:
             with quiet():
                 tensor.replace_linears(stage, group=group)
-        apply_recompute(stage, kind=self.config.recompute.kind, split_backward=False)
+        shared = (apply.RECOMPUTE,)
+        apply.transform(stage, context, order=shared)
         if deepspeed_config.zero_stage(self.config) == 3:
             with quiet():
                 state.make_shared_out(stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid)
@@ -98,6 +100,7 @@ class DeepSpeedEngine:
         reset_buffers(stage, device=self.device)
         if layout.tp > 1:
             tensor.mark(stage, parts, group=group)
+        apply.check(stage, context, order=shared)
         return stage, parts
 
     def _grid(self) -> Any:

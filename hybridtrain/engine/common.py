@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel.mesh import Mesh
@@ -17,7 +16,7 @@ def valid_tokens(batches: Sequence[Batch], *, mesh: Mesh) -> Tensor:
     tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
     if mesh.coordinates["pp"]:
         tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
-    dist.all_reduce(tokens, group=mesh.loss_group)
+    mesh.sum(tokens, over="loss")
     return tokens
 
 

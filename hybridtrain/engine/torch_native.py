@@ -57,7 +57,8 @@ class TorchEngine:
         self.ends = self._ends()
 
     def _pipeline(self) -> Pipeline:
-        parallel, layout = self.config.parallel, self.layout
+        parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
+        assert group is not None
         positions = self.plan.seq_len // layout.tp if parallel.sequence_parallel else self.plan.seq_len
         return Pipeline(
             self.stages,
@@ -65,7 +66,7 @@ class TorchEngine:
             count=layout.pp * stages_per_rank(parallel),
             schedule=parallel.schedule,
             plan=self.plan,
-            group=self.mesh.group("pp"),
+            group=group,
             zero_stage=parallel.zero_stage,
             device=self.device,
             dtype=self.precision.compute,
@@ -76,8 +77,8 @@ class TorchEngine:
         """The group that adds up tied gradients, where embedding and head are on different ranks."""
         embed, head = self._tied_copies()
         apart = self.layout.pp > 1 and (embed is None) != (head is None)
-        (agreed,) = any_rank([apart], group=self.mesh.control_group)
-        return self.mesh.ends_group() if agreed else None
+        (agreed,) = any_rank([apart])
+        return self.mesh.ends() if agreed else None
 
     # -- the contract ------------------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class TorchEngine:
         over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
         self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
-        dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
+        self.mesh.sum(scaled_loss, over="loss")
         loss = mean_loss(scaled_loss / scale, tokens=tokens)
         return StepResult(loss, tokens, norm, nonfinite, empty, scale)
 
@@ -121,7 +122,7 @@ class TorchEngine:
             total += loss.squeeze()
         for stage in self.stages:
             stage.train()
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         return EvalResult(float(total), int(tokens))
 
     def save(self, path: Path, progress: Progress) -> Saving:

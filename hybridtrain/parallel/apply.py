@@ -48,10 +48,10 @@ def build_stages(config: Any, *, family: Family, mesh: Mesh, recipe: Recipe) -> 
 
 def _apply(stage: Stage, *, mesh: Mesh, recipe: Recipe) -> Stage:
     stage.to(recipe.precision.param)
-    apply_tensor_parallel(stage, mesh=mesh.tp, sequence_parallel=recipe.parallel.sequence_parallel)
+    apply_tensor_parallel(stage, mesh=mesh, sequence_parallel=recipe.parallel.sequence_parallel)
     freeze(stage, patterns=recipe.freeze)  # not earlier: tensor-parallel styles make parameters that require gradients
     _recompute_and_compile(stage, mesh=mesh, recipe=recipe)
-    apply_shard(stage, mesh=mesh.data, zero_stage=recipe.parallel.zero_stage, precision=recipe.precision)
+    apply_shard(stage, mesh=mesh, zero_stage=recipe.parallel.zero_stage, precision=recipe.precision)
     stage.to_empty(device=mesh.device)
     stage.tie()  # to_empty, too, makes two of them where fully_shard has not wrapped the stage
     settle_shards(stage)

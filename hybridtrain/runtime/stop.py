@@ -37,8 +37,6 @@ class Stop:
         """Why the ranks have agreed to stop; empty: they have not."""
         self.status = ""
         """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while."""
-        self.group: dist.ProcessGroup | None = None
-        """A CPU group of all ranks; None: the default group."""
         self._signal = 0
         self._before: dict[int, Any] = {}
 
@@ -68,10 +66,10 @@ class Stop:
                 os._exit(128 + heard[0])
 
     def agreed(self) -> str:
-        """Why to stop after this step, the same on every rank; empty: go on (collective over `group`)."""
+        """Why to stop after this step, the same on every rank; empty: go on (collective)."""
         code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else 0))
         if dist.is_initialized():
-            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(code, op=dist.ReduceOp.MAX)
         if number := int(code):
             self.status = "interrupted" if number == signal.SIGINT or (number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")) else "preempted"
             self.reason = "the job's time is nearly up" if number == _TIME_IS_UP else f"{signal.Signals(number).name} received"

@@ -71,9 +71,9 @@ class Evaluate:
 class Log:
     """metrics.jsonl, the trackers and the progress line, on rank 0; the first step and the last one always."""
 
-    def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
+    def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device):
         self.run, self.every, self.total_steps = run, every, total_steps
-        self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
+        self.meter, self.trackers, self.device = meter, trackers, device
         self.since: torch.Tensor | None = None
         """Since the last line, added up on the device in fp64: loss of all valid tokens, these tokens, updates skipped, steps without targets."""
 
@@ -84,8 +84,8 @@ class Log:
         self.since = new if self.since is None else self.since + new
         if not (moment.last or moment.stopping or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
-        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
-        allocator = {key: metrics.max_over_ranks(value, group=self.group) for key, value in metrics.allocator(self.device).items()}
+        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device))
+        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator(self.device).items()}
         since, self.since = self.since, None
         row: dict[str, Any] = metrics.record(
             result, since=since, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory
@@ -112,8 +112,8 @@ class Log:
 class Checkpoint:
     """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
 
-    def __init__(self, engine: Engine, *, run: RunDir, manager: Manager, fingerprints: dict[str, str], group: dist.ProcessGroup, meter: metrics.Meter):
-        self.engine, self.run, self.manager, self.fingerprints, self.group, self.meter = engine, run, manager, fingerprints, group, meter
+    def __init__(self, engine: Engine, *, run: RunDir, manager: Manager, fingerprints: dict[str, str], meter: metrics.Meter):
+        self.engine, self.run, self.manager, self.fingerprints, self.meter = engine, run, manager, fingerprints, meter
         self.saving: Saving | None = None
         self.saved = 0
         """The step of the save under way, or of the last one."""
@@ -140,7 +140,7 @@ class Checkpoint:
             done, failed = self.saving.poll(), False
         except Exception:
             done, failed = True, True
-        unfinished, wrong = any_rank([not done, failed], group=self.group)
+        unfinished, wrong = any_rank([not done, failed])
         if wrong or not unfinished:
             self._wait()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridtrain.checkpoint import origin, sharded
@@ -50,7 +49,7 @@ class DeepSpeedEngine:
         self.precision = policy(config.precision.kind)
         self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
-        self.stage_group = self.mesh.flat("dp_replicate", "dp_shard", "tp", name="stage")
+        self.stage_group = self.mesh.group("stage")
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
@@ -83,7 +82,7 @@ class DeepSpeedEngine:
         chunk = self.config.engine.loss_chunk
         stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, loss_chunk=chunk)
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
-        if layout.tp > 1:
+        if group is not None:
             with quiet():
                 tensor.replace_linears(stage, group=group)
         apply_recompute(stage, kind=self.config.recompute.kind, split_backward=False)
@@ -94,7 +93,7 @@ class DeepSpeedEngine:
             stage.to(self.precision.compute).to_empty(device=self.device)
         stage.tie()
         reset_buffers(stage, device=self.device)
-        if layout.tp > 1:
+        if group is not None:
             tensor.mark(stage, parts, group=group)
         return stage, parts
 
@@ -116,7 +115,7 @@ class DeepSpeedEngine:
             options: dict[str, Any] = {"config": self.settings, "optimizer": self.optimizer, "model_parameters": [p for _, p in self.named]}
             if self.layout.pp > 1:
                 layer = pipe.StageLayer(self.stage)
-                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends_group(), tied=self._tied())  # every rank makes the group
+                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends(), tied=self._tied())  # every rank makes the group
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
             options["mpu"] = self.grid
             if deepspeed_config.zero_stage(self.config) == 3:
@@ -146,7 +145,7 @@ class DeepSpeedEngine:
         self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
         scaler = self._scaler_state()
         total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         after, self._after_step = self._after_step, _nothing
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
@@ -169,7 +168,7 @@ class DeepSpeedEngine:
             losses = [self._forward(batch) for batch in batches]
         self.engine.train()
         total = self._sum(losses)
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         return EvalResult(float(total), int(tokens))
 
     def save(self, path: Path, progress: Progress) -> Saving:

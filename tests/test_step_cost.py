@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dispatch import Alive, NoWait, Products
+from tests.dispatch import Alive, Collectives, NoWait, Products
 from tests.ranks import run_ranks
+from tests.runs import arguments, on_this_rank
 from tests.training import Case, model, start
 
 COMPILED = (("engine.compile", True), ("engine.compile_backend", "inductor"))
@@ -36,8 +37,8 @@ COLLECTIVES = {
     "dp_shard2-zero1": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 5},
     "dp_shard2-zero2": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 10},  # two micro-batches
     "dp_shard2-zero3": {"allreduce": 3, "_allgather_base": 18, "alltoall_base": 10},
-    "tp2": {"allreduce": 7, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
-    "tp2-nosp": {"allreduce": 7, "allgather": 4, "all_reduce": 80},
+    "tp2": {"allreduce": 6, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
+    "tp2-nosp": {"allreduce": 6, "allgather": 4, "all_reduce": 80},
 }
 
 
@@ -48,6 +49,25 @@ def test_a_step_never_waits_for_the_device(layout):
     for found in run_ranks(case.world_size, watched_step, case):
         found.pop("_wrap_tensor_autograd", None)
         assert {name: count for name, count in found.items() if count > COLLECTIVES[layout].get(name, 0)} == {}, found
+
+
+def collectives_of_a_run(argv: list[str]) -> Counter[str]:
+    with Collectives() as watch:
+        ended = on_this_rank(argv)
+    assert ended.code == 0, ended.err
+    return watch.collectives
+
+
+@pytest.mark.parametrize(("world_size", "layout", "expected"), [(1, "single", 0), (2, "pp2", 3), (2, "zero3", 3)])
+def test_training_adds_no_collective_to_those_of_the_engine(world_size, layout, expected, data, tmp_path):
+    """Neither to agree on stopping nor to see that a checkpoint is complete: the ranks' flags are counted with the tokens."""
+    runs = []
+    for steps in (4, 8):
+        options = {"train__steps": steps, "train__log_every": 100, "checkpoint__every": 2, "parallel": layout}
+        runs.append(run_ranks(world_size, collectives_of_a_run, arguments(tmp_path / str(steps), data, **options)))
+    for shorter, longer in zip(*runs, strict=True):
+        added = {name: (longer[name] - shorter[name]) / 4 for name in ("allreduce", "gather", "broadcast", "allgather", "barrier")}
+        assert added == {"allreduce": expected, "gather": 0, "broadcast": 0, "allgather": 0, "barrier": 0}  # tokens, norm, loss
 
 
 def refused(name: str) -> None:

@@ -33,6 +33,7 @@ from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stages_per_rank
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -42,6 +43,7 @@ class TorchEngine:
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = capabilities("torch")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.flags = Flags(())
         self.precision = policy(config.precision.kind)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
@@ -87,7 +89,7 @@ class TorchEngine:
         for stage in self.stages:
             stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
         factor = self.scaler.scale / tokens.clamp(min=1)
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
@@ -113,7 +115,7 @@ class TorchEngine:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
         total = torch.zeros((), device=self.device)
         for stage in self.stages:
             stage.eval()

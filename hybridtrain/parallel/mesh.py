@@ -25,10 +25,12 @@ from hybridtrain.plan.layout import AXES, ParallelLayout
 from hybridtrain.runtime import launch, log, meeting, network
 
 PRODUCTS = {
+    "data": ("dp_replicate", "dp_shard"),
     "loss": ("pp", "dp_replicate", "dp_shard", "cp"),
     "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
+    "world": AXES,
 }
-"""Axes whose ranks together are one group. loss: a sum over it counts each micro-batch of each stage once; stage: of one pipeline stage."""
+"""Named sets of axes. data: ranks with rows of their own; loss: a sum over it counts each micro-batch of each stage once; stage: of one pipeline stage."""
 
 
 def device() -> torch.device:
@@ -101,7 +103,7 @@ class Mesh:
         self.coordinates = layout.coordinates(dist.get_rank())
         self._ranks = torch.arange(layout.world_size).view([degree for _, degree in layout.axes()])
         self._made: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        for name in (*AXES, "loss"):
+        for name in (*AXES, "loss", "world"):
             self.group(name)
         self.checkpoint_group = self._new(None, name="checkpoint") if layout.world_size > 1 else None
         """All ranks over gloo, for the thread that writes checkpoints: sharing a group would mix its messages with those of the main thread."""
@@ -138,7 +140,7 @@ class Mesh:
 
     @property
     def data(self) -> DeviceMesh:
-        return self.whole["dp_replicate", "dp_shard"] if self.layout.dp_replicate > 1 else self.whole["dp_shard"]
+        return self.whole[tuple(axis for axis in PRODUCTS["data"] if axis in (self.whole.mesh_dim_names or ()))]
 
     @property
     def dp_rank(self) -> int:

@@ -1,6 +1,6 @@
-"""The wish to stop: a signal, or the coming end of the job's time, sets a flag on which all ranks agree between two steps.
+"""The wish to stop: a signal, or the coming end of the job's time, raises a flag (runtime/flags.py) that all ranks see after the same step.
 
-    first signal       the step is finished, a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
+    first signal       the step is finished and the next (on a GPU two), a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
     a second signal    this process ends at once
 
 A thread reads the signals, so that the second one works while the main thread waits in a collective. Nothing is saved inside a
@@ -14,24 +14,24 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
-_TIME_IS_UP = 1000  # above every signal number
+_DEADLINE = "deadline"
 
 
 class Stop:
     """Installs the handlers while it is entered. `signals`: names such as "USR1"; `before_s`: how long before the deadline to stop."""
 
     def __init__(self, signals: list[str], *, before_s: float):
-        self.numbers = [getattr(signal, f"SIG{name}") for name in signals]
+        self.numbers = sorted({getattr(signal, f"SIG{name}") for name in signals}, reverse=True)
+        self.flags = (_DEADLINE, *(number.name for number in self.numbers))
+        """The names of the reasons to stop, the one that counts first where ranks have several."""
         self.deadline = launch.deadline() - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
@@ -65,17 +65,19 @@ class Stop:
             elif time.monotonic() - first > TOGETHER_S:
                 os._exit(128 + heard[0])
 
-    def agreed(self) -> str:
-        """Why to stop after this step, the same on every rank; empty: go on (collective)."""
-        code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else 0))
-        if dist.is_initialized():
-            dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        if number := int(code):
-            self.status = "interrupted" if number == signal.SIGINT or (number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")) else "preempted"
-            self.reason = "the job's time is nearly up" if number == _TIME_IS_UP else f"{signal.Signals(number).name} received"
-            if number == signal.SIGINT:
-                self.reason = "stopped by Ctrl-C (SIGINT received)"
-        return self.reason
+    def wish(self) -> str | None:
+        """This rank's reason to stop, one of `flags`."""
+        if self._signal:
+            return signal.Signals(self._signal).name
+        return _DEADLINE if time.time() > self.deadline else None
+
+    def agree(self, counts: Mapping[str, int]) -> bool:
+        """Whether to stop after this step, and why: what any rank wishes. `counts`: ranks that wish so, the same on every rank."""
+        flag = next((flag for flag in self.flags if counts.get(flag)), None)
+        if flag is not None:
+            self.status = "interrupted" if flag == "SIGINT" or (flag == "SIGTERM" and not os.environ.get("SLURM_JOB_ID")) else "preempted"
+            self.reason = {_DEADLINE: "the job's time is nearly up", "SIGINT": "stopped by Ctrl-C (SIGINT received)"}.get(flag, f"{flag} received")
+        return flag is not None
 
 
 def _noted_by_the_thread(number: int, frame: object) -> None:

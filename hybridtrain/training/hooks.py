@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
@@ -25,6 +24,9 @@ from hybridtrain.training import metrics
 from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 
 _log = log.get("train")
+
+SAVED = "saved"
+"""Raised by a rank on which the save under way has ended."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Moment:
     tokens_seen: int
     lr: float
     result: StepResult
+    flags: Mapping[str, int]
+    """How many ranks have raised each flag (runtime/flags.py), the same on every rank."""
     extra: dict[str, float] = field(default_factory=dict)
     """What earlier hooks add to this step's line."""
 
@@ -120,7 +124,8 @@ class Checkpoint:
         self._pruning: threading.Thread | None = None
 
     def __call__(self, moment: Moment) -> None:
-        self._poll()
+        if self.saving is not None:
+            self._poll(moment)
         if self.manager.due(moment.step, last=moment.last or moment.stopping):
             with self.meter.paused():
                 self._wait()
@@ -132,21 +137,21 @@ class Checkpoint:
         self._wait()
         self._pruned()
 
-    def _poll(self) -> None:
-        """See whether the save under way is done on all ranks; if it failed on any, all wait for its error."""
-        if self.saving is None:
-            return
-        try:
-            done, failed = self.saving.poll(), False
-        except Exception:
-            done, failed = True, True
-        unfinished, wrong = any_rank([not done, failed])
-        if wrong or not unfinished:
+    def _poll(self, moment: Moment) -> None:
+        """See whether the save under way has ended on all ranks; if it failed, they raise its error together."""
+        assert self.saving is not None
+        if moment.flags.get(SAVED) == dist.get_world_size():
             self._wait()
+            return
+        with contextlib.suppress(Exception):
+            if not self.saving.poll():
+                return
+        self.engine.flags.raised.add(SAVED)
 
     def _wait(self) -> None:
         if self.saving is not None:
             saving, self.saving = self.saving, None
+            self.engine.flags.forget(SAVED)
             saving.result()
             if dist.get_rank() == 0:
                 self.run.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)

@@ -36,6 +36,7 @@ from hybridtrain.parallel.recompute import apply_recompute
 from hybridtrain.plan.layout import BatchPlan, ParallelLayout, stage_layers
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -45,6 +46,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = capabilities("deepspeed")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.flags = Flags(())
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
         self.settings = deepspeed_config.build(config, plan=plan)
@@ -136,7 +138,7 @@ class DeepSpeedEngine:
         """Forward, backward and update over this data rank's micro-batches."""
         self.stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
         factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
         scale = torch.tensor(float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
@@ -158,7 +160,7 @@ class DeepSpeedEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
         self.engine.eval()
         if self.pipe:
             self.pipe.begin(batches, factor=torch.ones((), device=self.device))

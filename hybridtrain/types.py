@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from hybridtrain.runtime.flags import Flags
+
 IGNORE_INDEX = -100  # a label with this value carries no loss (the convention of torch and of Hugging Face)
 
 
@@ -121,6 +123,8 @@ class Engine(Protocol):
     """The contract both engines keep. Its verb is one optimizer step: DeepSpeed and torch pipelining cannot be cut finer."""
 
     capabilities: Capabilities
+    flags: Flags
+    """What ranks tell each other with each train_step; the training loop puts its own here."""
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""

@@ -36,19 +36,26 @@ class Watching(TorchDispatchMode):
     def after(self, result: Any) -> None: ...
 
 
-class NoWait(Watching):
-    """Fails at an operation for which the host would wait for a GPU; counts collectives."""
+class Collectives(Watching):
+    """Counts collectives by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives: Counter[str] = Counter()
 
+    def before(self, name: str, args: Any) -> None:  # noqa: ARG002
+        if name.startswith(("c10d.", "_c10d_functional.")) and "wait_tensor" not in name:
+            self.collectives[name.rpartition(".")[0].partition(".")[2].removesuffix("_")] += 1
+
+
+class NoWait(Collectives):
+    """Fails at an operation for which the host would wait for a GPU, too."""
+
     def before(self, name: str, args: Any) -> None:
         kind = name.rpartition(".")[0]
         if kind in WAITS or name in WAITS or (name.startswith(INDEXING) and not _of_one_number(name, args)):
             raise AssertionError(f"{name} waits for the device")
-        if name.startswith(("c10d.", "_c10d_functional.")) and "wait_tensor" not in name:
-            self.collectives[kind.partition(".")[2].removesuffix("_")] += 1
+        super().before(name, args)
 
 
 def _of_one_number(name: str, args: Any) -> bool:

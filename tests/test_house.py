@@ -40,7 +40,7 @@ PRIVATE = {
     "torch.distributed.tensor._utils": ("models/init.py",),
     "hydra._internal.core_plugins.basic_sweeper": ("config/compose.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
-    **dict.fromkeys(("_flatten", "_set_pg_timeout"), ("parallel/mesh.py",)),
+    "_set_pg_timeout": ("parallel/mesh.py",),
     **dict.fromkeys(("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"), ("parallel/pipeline.py",)),
     "_amp_update_scale_": ("precision/loss_scale.py",),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),

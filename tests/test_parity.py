@@ -109,7 +109,7 @@ def divides_by_its_own_tokens(task: Task, reference_norm: float) -> Measured:
     from hybridtrain.engine import torch_native
 
     count = torch_native.valid_tokens
-    torch_native.valid_tokens = lambda batches, *, mesh: count(batches, mesh=mesh) // task.layout.dp
+    torch_native.valid_tokens = lambda batches, **rest: count(batches, **rest) // task.layout.dp
     return train_layout(task, reference_norm)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dispatch import Alive, NoWait, Products
+from tests.dispatch import Alive, Collectives, NoWait, Products
 from tests.ranks import run_ranks
+from tests.runs import arguments, on_this_rank
 from tests.training import Case, model, start
 
 COMPILED = (("engine.compile", True), ("engine.compile_backend", "inductor"))
@@ -30,14 +31,14 @@ def watched_step(case: Case) -> Counter[str]:
 
 
 COLLECTIVES = {
-    "single": {"allreduce": 2},  # tokens, loss; in the other layouts also norms, one for each axis that is cut
+    "single": {},  # in the other layouts tokens, loss, and norms, one for each axis that is cut
     "pp2": {"allreduce": 3, "send": 4, "recv": 4},
     "dp_replicate2": {"allreduce": 7},  # a gradient for each of four layers and the rest
     "dp_shard2-zero1": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 5},
     "dp_shard2-zero2": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 10},  # two micro-batches
     "dp_shard2-zero3": {"allreduce": 3, "_allgather_base": 18, "alltoall_base": 10},
-    "tp2": {"allreduce": 7, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
-    "tp2-nosp": {"allreduce": 7, "allgather": 4, "all_reduce": 80},
+    "tp2": {"allreduce": 6, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
+    "tp2-nosp": {"allreduce": 6, "allgather": 4, "all_reduce": 80},
 }
 
 
@@ -48,6 +49,25 @@ def test_a_step_never_waits_for_the_device(layout):
     for found in run_ranks(case.world_size, watched_step, case):
         found.pop("_wrap_tensor_autograd", None)
         assert {name: count for name, count in found.items() if count > COLLECTIVES[layout].get(name, 0)} == {}, found
+
+
+def collectives_of_a_run(argv: list[str]) -> Counter[str]:
+    with Collectives() as watch:
+        ended = on_this_rank(argv)
+    assert ended.code == 0, ended.err
+    return watch.collectives
+
+
+@pytest.mark.parametrize(("world_size", "layout", "expected"), [(1, "single", 0), (2, "pp2", 3), (2, "zero3", 3)])
+def test_training_adds_no_collective_to_those_of_the_engine(world_size, layout, expected, data, tmp_path):
+    """Neither to agree on stopping nor to see that a checkpoint is complete: the ranks' flags are counted with the tokens."""
+    runs = []
+    for steps in (4, 8):
+        options = {"train__steps": steps, "train__log_every": 100, "checkpoint__every": 2, "parallel": layout}
+        runs.append(run_ranks(world_size, collectives_of_a_run, arguments(tmp_path / str(steps), data, **options)))
+    for shorter, longer in zip(*runs, strict=True):
+        added = {name: (longer[name] - shorter[name]) / 4 for name in ("allreduce", "gather", "broadcast", "allgather", "barrier")}
+        assert added == {"allreduce": expected, "gather": 0, "broadcast": 0, "allgather": 0, "barrier": 0}  # tokens, norm, loss
 
 
 def refused(name: str) -> None:
@@ -99,21 +119,36 @@ def test_selective_recomputation_repeats_no_product(layout, compiled):
     assert counts["full"] >= counts["none"] + 2 * 4, counts
 
 
-def timeouts(case: Case) -> dict[str, float]:
-    mesh = start(case).mesh
-    groups = {**mesh.groups, "loss": mesh.loss_group, "control": mesh.control_group, "checkpoint": mesh.checkpoint_group}
-    groups |= {"data": mesh.data.get_group("dp_shard"), "tp of DTensor": mesh.tp.get_group(), "world": torch.distributed.group.WORLD}
-    ends = mesh.ends_group() if mesh.layout.pp > 1 else None
-    groups |= {"ends": ends} if ends is not None else {}
-    return {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()}
+def timeouts(case: Case) -> list[tuple[str, int, float]]:
+    """(name, ranks, seconds) of every process group there is, once a step has been done."""
+    step(start(case), case, 0)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return sorted((group.group_desc, group.size(), group._get_backend(torch.device("cpu")).options._timeout.total_seconds()) for group in groups)
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "dp_replicate2-dp_shard2-zero2"])
-def test_every_group_has_the_timeout_that_was_asked_for(layout):
-    case = Case(layout, overrides=(("engine.timeout_s", 120),))
-    for found in run_ranks(case.world_size, timeouts, case):
-        assert len(found) >= 10
-        assert set(found.values()) == {120.0}, found
+WORLD = "default_pg"
+GROUPS = {
+    "single": {WORLD: 1},
+    "single-bf16_mixed": {WORLD: 1},
+    "tp2": {WORLD: 2, "checkpoint": 2, "dp_shard": 1},  # dp_shard: fully_shard wants one
+    "pp2": {WORLD: 2, "checkpoint": 2},
+    "dp_replicate2": {WORLD: 2, "checkpoint": 2, "dp_shard": 1},
+    "dp_shard2-zero3": {WORLD: 2, "checkpoint": 2},
+    "dp_replicate2-dp_shard2-zero2": {WORLD: 4, "checkpoint": 4, "dp_replicate": 2, "dp_shard": 2},
+    "pp2-tp2": {WORLD: 4, "checkpoint": 4, "pp": 2, "tp": 2, "dp_shard": 1},
+    "pp4": {WORLD: 4, "checkpoint": 4, "ends": 2},
+}
+
+
+@pytest.mark.parametrize("layout", GROUPS)
+def test_every_group_has_a_purpose_a_name_and_the_timeout_that_was_asked_for(layout):
+    """Where an axis or a product has all ranks, their first group serves; the two ends of a pipeline add up tied weights."""
+    name, _, precision = layout.partition("-bf16")
+    case = Case(name, model(tie_word_embeddings=True), precision=f"bf16{precision}" if precision else "fp32", overrides=(("engine.timeout_s", 120),))
+    ranks = run_ranks(case.world_size, timeouts, case)
+    expected = [(desc, size, 120.0) for desc, size in sorted(GROUPS[layout].items())]
+    inner = [row for row in expected if row[0] != "ends"]
+    assert ranks == [expected if rank in (0, case.world_size - 1) else inner for rank in range(case.world_size)]
 
 
 VOCABULARY, HIDDEN = 8192, 64

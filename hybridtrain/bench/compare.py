@@ -53,16 +53,16 @@ def compare(config: BenchRoot) -> int:
     agreement.agree(config, fingerprints={})
     torch.manual_seed(config.run.seed)
     engine, ours = _ours(config, settled, device=device)
-    group = engine.mesh.control_group
+    group = engine.mesh.checkpoint_group  # which nobody else uses here
     _say(_opening(config, settled, device))
     with _plain(config, settled) as plain:
         rounds = _take_turns(config, ours, plain, group=group)
         parts = _parts(ours, plain, group=group) if config.bench.parts else {}
-        everybody = _everybody((rounds["ours"], ours.memory()), group=group)
+        everybody = _everybody((rounds["ours"], ours.memory()))
         timings = [_timing(f"hybridtrain {notation.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
         if plain:
             timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
-    hosts = host.gather(device, group=group)
+    hosts = host.gather(device)
     code = 0
     if log.rank() == 0:
         code = _conclude(config, settled, timings, parts=parts, work=_work(settled, engine=engine, device=device), hosts=hosts)
@@ -147,14 +147,15 @@ def _wait(group: Any) -> None:
     """Let the others catch up, without work for the CPU or the GPU."""
     import torch.distributed as dist
 
-    dist.barrier(group=group)
+    if group is not None:
+        dist.barrier(group=group)
 
 
-def _everybody(value: Any, *, group: Any) -> list[Any]:
+def _everybody(value: Any) -> list[Any]:
     import torch.distributed as dist
 
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

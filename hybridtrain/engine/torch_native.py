@@ -35,6 +35,7 @@ from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -44,6 +45,7 @@ class TorchEngine:
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = of_engine("torch")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.flags = Flags(())
         self.precision = policy(config.precision.kind)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
@@ -59,7 +61,8 @@ class TorchEngine:
         self.ends = self._ends()
 
     def _pipeline(self) -> Pipeline:
-        parallel, layout = self.config.parallel, self.layout
+        parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
+        assert group is not None
         positions = self.plan.seq_len // layout.tp if parallel.sequence_parallel else self.plan.seq_len
         return Pipeline(
             self.stages,
@@ -67,7 +70,7 @@ class TorchEngine:
             count=layout.pp * stages_per_rank(parallel),
             schedule=parallel.schedule,
             plan=self.plan,
-            group=self.mesh.group("pp"),
+            group=group,
             zero_stage=parallel.zero_stage,
             device=self.device,
             dtype=self.precision.compute,
@@ -78,8 +81,8 @@ class TorchEngine:
         """The group that adds up tied gradients, where embedding and head are on different ranks."""
         embed, head = self._tied_copies()
         apart = self.layout.pp > 1 and (embed is None) != (head is None)
-        (agreed,) = any_rank([apart], group=self.mesh.control_group)
-        return self.mesh.ends_group() if agreed else None
+        (agreed,) = any_rank([apart])
+        return self.mesh.ends() if agreed else None
 
     # -- the contract ------------------------------------------------------------------------------------------
 
@@ -88,7 +91,7 @@ class TorchEngine:
         for stage in self.stages:
             stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
         factor = self.scaler.scale / tokens.clamp(min=1)
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
@@ -105,7 +108,7 @@ class TorchEngine:
         over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
         self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
-        dist.all_reduce(scaled_loss, group=self.mesh.loss_group)
+        self.mesh.sum(scaled_loss, over="loss")
         loss = mean_loss(scaled_loss / scale, tokens=tokens)
         return StepResult(loss, tokens, norm, nonfinite, empty, scale)
 
@@ -114,7 +117,7 @@ class TorchEngine:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
         total = torch.zeros((), device=self.device)
         for stage in self.stages:
             stage.eval()
@@ -123,7 +126,7 @@ class TorchEngine:
             total += loss.squeeze()
         for stage in self.stages:
             stage.train()
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         return EvalResult(float(total), int(tokens))
 
     def save(self, path: Path, progress: Progress) -> Saving:

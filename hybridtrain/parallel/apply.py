@@ -89,7 +89,7 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
 
 
 def _slice(stage: Stage, context: Context) -> None:
-    apply_tensor_parallel(stage, mesh=context.mesh.tp, sequence_parallel=context.parallel.sequence_parallel)
+    apply_tensor_parallel(stage, mesh=context.mesh, sequence_parallel=context.parallel.sequence_parallel)
 
 
 def _to_slice(stage: Stage, context: Context) -> set[str]:
@@ -161,7 +161,7 @@ def _wrapped_by(kind: str) -> Names:
 
 
 def _shard(stage: Stage, context: Context) -> None:
-    apply_shard(stage, mesh=context.mesh.data, zero_stage=context.parallel.zero_stage, precision=context.precision)
+    apply_shard(stage, mesh=context.mesh, zero_stage=context.parallel.zero_stage, precision=context.precision)
 
 
 def _to_shard(stage: Stage, context: Context) -> set[str]:

@@ -16,29 +16,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.precision.policy import PrecisionPolicy
 
 
-def apply_shard(stage: Stage, *, mesh: DeviceMesh, zero_stage: int, precision: PrecisionPolicy) -> None:
+def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
     """Wrap layers, then the rest of the stage. Gradients come out as means over data ranks: the engine counts them dp times.
 
     A rank that neither shards nor casts has nothing to wrap for: it would hold every parameter twice and copy every gradient.
     (Under tensor parallelism it does: fully_shard adds up the partial gradients of norms.)
     """
     same_dtype = precision.compute == precision.param == precision.reduce
-    if mesh.size() == 1 and same_dtype and not any(isinstance(parameter, DTensor) for parameter in stage.parameters()):
+    if mesh.layout.dp == mesh.layout.tp == 1 and same_dtype:
         return
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
+    options: dict[str, Any] = {"mesh": mesh.data, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
     # The root's own parameters are used first or last: gathering them again at once would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})
-    own = _OneShard if mesh.size(-1) == 1 else _AllToAll if mesh.device_type == "cpu" else None
+    own = _OneShard if mesh.layout.dp_shard == 1 else _AllToAll if mesh.device.type == "cpu" else None
     if own is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):

@@ -14,34 +14,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.parallel.mesh import Mesh, sharded_over
+from hybridtrain.plan.layout import AXES
 
-_SHARDING_AXES = ("dp_shard", "tp")
 _PART = 1 << 14
 
 
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
     """L2 norm over all parameters of all stages, 0-d fp32, the same on every rank. Non-finite if any gradient is. The host does not wait."""
-    sums = torch.zeros((2,) * len(_SHARDING_AXES), dtype=torch.float32, device=mesh.device)
-    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    groups: dict[frozenset[str], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            key, local = _sharded_over(parameter.grad)
-            groups.setdefault(key, []).append(local)
-    for key, locals_ in groups.items():
-        parts = [part for local in locals_ for part in _parts(local)]
-        if parts:
-            sums[key].copy_(torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square().sum())
-    for dim, axis in enumerate(_SHARDING_AXES):
-        if getattr(mesh.layout, axis) > 1:
-            sharded = sums.select(dim, 1)  # a view: an index made of numbers would be copied to the device, which waits for it
-            total = sharded.contiguous()
-            dist.all_reduce(total, group=mesh.group(axis))
-            sharded.copy_(total)
-    norm = sums.sum()
-    if mesh.layout.pp > 1:
-        dist.all_reduce(norm, group=mesh.group("pp"))
+            axes, local = _sharded_over(parameter.grad)
+            groups.setdefault(axes, []).append(local)
+    zero = torch.zeros((), dtype=torch.float32, device=mesh.device)
+    sums = {axes: _sum_of_squares(locals_, zero=zero) for axes, locals_ in groups.items()}
+    for axis in AXES:
+        if cut := [axes for axes in sums if axis in axes]:
+            total = torch.stack([sums[axes] for axes in cut])
+            mesh.sum(total, over=axis)
+            sums.update(zip(cut, total.unbind(), strict=True))
+    norm = torch.stack([zero, *sums.values()]).sum()
+    mesh.sum(norm, over="pp")
     return norm.sqrt()
+
+
+def _sum_of_squares(locals_: Sequence[Tensor], *, zero: Tensor) -> Tensor:
+    parts = [part for local in locals_ for part in _parts(local)]
+    return torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square().sum() if parts else zero
 
 
 def _parts(local: Tensor) -> Sequence[Tensor]:
@@ -51,13 +51,11 @@ def _parts(local: Tensor) -> Sequence[Tensor]:
     return local.flatten().split(_PART) if local.device.type == "cpu" else [local]
 
 
-def _sharded_over(grad: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """For each axis of _SHARDING_AXES 1 if the gradient is sharded over it, else 0; and its local part."""
-    axes = sharded_over(grad)
-    assert axes <= set(_SHARDING_AXES), f"gradient sharded over {axes}"
+def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:
+    """The axes over which the gradient is sharded, and its local part."""
     if isinstance(grad, DTensor):
         assert not any(placement.is_partial() for placement in grad.placements)
-    return tuple(int(axis in axes) for axis in _SHARDING_AXES), local_part(grad)
+    return frozenset(sharded_over(grad)), local_part(grad)
 
 
 def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:

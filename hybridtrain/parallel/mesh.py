@@ -1,28 +1,37 @@
-"""The process group, the device and the mesh of named axes; and agreement of flags across ranks.
+"""The process group, the device and the groups of a layout's axes; and values that ranks share.
 
-Every axis of the layout is a dimension of one DeviceMesh, also those of degree 1, so that no part asks whether an axis exists.
+axes of the layout  ->  one group for each of a degree above 1, and for each product in PRODUCTS
+                    ->  a DeviceMesh of the same groups, where DTensor or fully_shard wants one
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.errors import Answered, UserError
+from hybridtrain.plan.layout import AXES, ParallelLayout
 from hybridtrain.runtime import launch, log, meeting, network
 
-if TYPE_CHECKING:
-    from hybridtrain.plan.layout import ParallelLayout
+PRODUCTS = {
+    "data": ("dp_replicate", "dp_shard"),
+    "loss": ("pp", "dp_replicate", "dp_shard", "cp"),
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
+    "world": AXES,
+}
+"""Named sets of axes. data: ranks with rows of their own; loss: a sum over it counts each micro-batch of each stage once; stage: of one pipeline stage."""
 
 
 def device() -> torch.device:
@@ -41,6 +50,7 @@ def connect(device: torch.device, *, timeout_s: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
         return
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connections are made when they are used: a group of N ranks is not N x N sockets
     _allow_files()
@@ -83,55 +93,81 @@ def disconnect() -> None:
 
 
 class Mesh:
-    """The DeviceMesh of a layout and the groups that the engine needs. In every one a collective fails after `timeout_s`."""
+    """The process groups of a layout, and of them the DeviceMesh that DTensor and fully_shard ask for.
+
+    An axis of degree 1 has no group, nor has a product of such axes; products of the same ranks share one. In every group a collective
+    fails after `timeout_s`.
+    """
 
     def __init__(self, layout: ParallelLayout, *, device: torch.device, timeout_s: int):
-        names, degrees = zip(*layout.axes(), strict=True)
         self.layout, self.device, self.timeout = layout, device, timedelta(seconds=timeout_s)
-        self.whole: DeviceMesh = init_device_mesh(device.type, degrees, mesh_dim_names=names)
         self.coordinates = layout.coordinates(dist.get_rank())
-        self.tp = self.whole["tp"]
-        self.data = self.whole["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else self.whole["dp_shard"]
-        self.groups = {name: self._timed(self.whole[name].get_group()) for name in names}
-        self.loss_group = self.flat("pp", "dp_replicate", "dp_shard", name="loss")
-        """Ranks with the same tp coordinate: a sum over it counts each micro-batch of each stage once."""
-        self.control_group = self.new_group(None, backend="gloo")
-        """All ranks, on the CPU: flags and objects, from the main thread only."""
-        self.checkpoint_group = self.new_group(None, backend="gloo")
-        """All ranks, on the CPU, for the thread that writes checkpoints: sharing a group would mix its messages with flags."""
+        self._ranks = torch.arange(layout.world_size).view([degree for _, degree in layout.axes()])
+        self._made: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        for name in (*AXES, "loss", "world"):
+            self.group(name)
+        self.checkpoint_group = self._new(None, name="checkpoint") if layout.world_size > 1 else None
+        """All ranks over gloo, for the thread that writes checkpoints: sharing a group would mix its messages with those of the main thread."""
 
-    def new_group(self, ranks: list[int] | None, *, backend: str | None) -> dist.ProcessGroup:
-        """A group of `ranks` (None: all) over `backend` (None: that of the default group); every rank of the world makes it."""
-        return dist.new_group(ranks, timeout=self.timeout, backend=backend)
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """The ranks that differ in this axis, or in the axes of this product, alone; None: there is no other (the first call is collective)."""
+        axes = tuple(axis for axis in PRODUCTS.get(name, (name,)) if self.layout.degree(axis) > 1)
+        if axes and axes not in self._made:
+            self._made[axes] = self._along(axes, name=name)
+        return self._made.get(axes)
 
-    def flat(self, *axes: str, name: str) -> dist.ProcessGroup:
-        """The ranks that differ in these axes alone, as one group (collective)."""
-        return self._timed(self.whole[axes]._flatten(name).get_group())
+    def sum(self, tensor: Tensor, *, over: str) -> None:
+        """Add up a tensor of the device in place, over an axis or a product; without another rank nothing is sent."""
+        if (group := self.group(over)) is not None:
+            dist.all_reduce(tensor, group=group)
 
-    def _timed(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
-        """`group`, with our timeout: DeviceMesh makes its groups with torch's own."""
-        dist.distributed_c10d._set_pg_timeout(self.timeout, group)
-        return group
+    def ends(self) -> dist.ProcessGroup | None:
+        """First and last pipeline rank with otherwise equal coordinates (for tied weights); None on ranks between them (collective)."""
+        if self.layout.pp == 2:
+            return self.group("pp")
+        return self._new(self._ranks[:: self.layout.pp - 1].flatten(1).t().tolist(), name="ends")
+
+    @functools.cached_property
+    def whole(self) -> DeviceMesh:
+        """The axes that have a group, and dp_shard, without which fully_shard does not wrap: of degree 1 its group is this rank (collective)."""
+        axes = [axis for axis in AXES if self.layout.degree(axis) > 1 or axis == "dp_shard"]
+        groups = [self.group(axis) or self._along((axis,), name=axis) for axis in axes]
+        ranks = self._ranks.view([self.layout.degree(axis) for axis in axes])
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=tuple(axes))
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.whole["tp"]
+
+    @property
+    def data(self) -> DeviceMesh:
+        return self.whole[tuple(axis for axis in PRODUCTS["data"] if axis in (self.whole.mesh_dim_names or ()))]
 
     @property
     def dp_rank(self) -> int:
         """Which share of the global batch this rank reads."""
         return self.coordinates["dp_replicate"] * self.layout.dp_shard + self.coordinates["dp_shard"]
 
-    def group(self, axis: str) -> dist.ProcessGroup:
-        return self.groups[axis]
+    def _along(self, axes: tuple[str, ...], *, name: str) -> dist.ProcessGroup:
+        """This rank's group of the ranks that differ in `axes` alone."""
+        last = self._ranks.movedim([AXES.index(axis) for axis in axes], list(range(-len(axes), 0)))
+        group = self._new(last.reshape(-1, math.prod(last.shape[-len(axes) :])).tolist(), name=name)
+        assert group is not None
+        return group
 
-    def ends_group(self) -> dist.ProcessGroup | None:
-        """First and last pipeline rank with otherwise equal coordinates (for tied weights); None on ranks between them."""
-        pp = self.layout.pp
-        ranks = self.whole.mesh.reshape(pp, -1)
-        mine = None
-        for column in range(ranks.shape[1]):
-            pair = [int(ranks[0, column]), int(ranks[pp - 1, column])]
-            group = self.new_group(pair, backend=None)
-            if dist.get_rank() in pair:
-                mine = group
-        return mine
+    def _new(self, ranks: list[list[int]] | None, *, name: str) -> dist.ProcessGroup | None:
+        """Where every group is made: this rank's of several that do not overlap (None: all ranks, over gloo alone), by one call on every rank."""
+        options: dict[str, Any] = {"timeout": self.timeout, "group_desc": name}
+        world = dist.group.WORLD
+        assert world is not None
+        if ranks is None:
+            return dist.new_group(backend="gloo", **options)
+        if len(ranks[0]) == world.size():
+            return world
+        if world.bound_device_id is not None:  # NCCL splits the communicator that it has into all of them at once
+            return dist.split_group(split_ranks=ranks, **options)
+        made = [dist.new_group(members, **options) for members in ranks]
+        return next((group for group, members in zip(made, ranks, strict=True) if dist.get_rank() in members), None)
 
 
 def sharded_over(tensor: Tensor) -> set[str]:
@@ -143,23 +179,23 @@ def sharded_over(tensor: Tensor) -> set[str]:
     return {name for name, placement in zip(names, tensor.placements, strict=True) if not placement.is_replicate()}
 
 
-def any_rank(flags: list[bool], *, group: dist.ProcessGroup | None) -> list[bool]:
-    """For each flag, whether it is set on any rank of a CPU group."""
+def any_rank(flags: list[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank (collective, on the CPU)."""
     values = torch.tensor(flags, dtype=torch.int32)
     if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [bool(value) for value in values]
 
 
-def from_rank0(value: Any, *, group: dist.ProcessGroup | None) -> Any:
-    """Rank 0's value, on every rank."""
+def from_rank0(value: Any) -> Any:
+    """Rank 0's value, on every rank (collective)."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0, group=group)
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def on_rank0(call: Callable[[], Any], *, group: dist.ProcessGroup | None) -> Any:
+def on_rank0(call: Callable[[], Any]) -> Any:
     """What `call` returns on rank 0, on every rank. What it raises is raised on rank 0; the others leave without words (Answered)."""
     outcome: tuple[Any, int | None] = (None, None)
     raised: BaseException | None = None
@@ -169,7 +205,7 @@ def on_rank0(call: Callable[[], Any], *, group: dist.ProcessGroup | None) -> Any
         except BaseException as error:  # the others must not wait for it
             raised = error
             outcome = (None, error.code if isinstance(error, Answered) else 2 if isinstance(error, UserError) else 1)
-    value, code = from_rank0(outcome, group=group)
+    value, code = from_rank0(outcome)
     if raised is not None:
         raise raised
     if code is not None:
@@ -177,10 +213,10 @@ def on_rank0(call: Callable[[], Any], *, group: dist.ProcessGroup | None) -> Any
     return value
 
 
-def gathered(value: Any, *, group: dist.ProcessGroup | None) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """Every rank's value, on rank 0; empty on the others (collective, objects)."""
     if not dist.is_initialized():
         return [value]
-    world: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object(value, world, dst=0, group=group)
+    world: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, world, dst=0)
     return world or []

@@ -19,13 +19,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.mesh import Mesh
 
 
-def apply_tensor_parallel(stage: Stage, *, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Shard the stage over the tp mesh in place. Call before fully_shard, on meta."""
-    if mesh.size() == 1:
+def apply_tensor_parallel(stage: Stage, *, mesh: Mesh, sequence_parallel: bool) -> None:
+    """Shard the stage over the tp axis in place. Call before fully_shard, on meta."""
+    if mesh.layout.tp == 1:
         return
-    parallelize_module(stage, mesh, _plan(stage, tp=mesh.size(), sequence_parallel=sequence_parallel))
+    parallelize_module(stage, mesh.tp, _plan(stage, tp=mesh.layout.tp, sequence_parallel=sequence_parallel))
     stage.tie()  # parallelize_module gave each of the two a parameter of its own
     plain = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
     assert not plain, f"no tensor-parallel style for {plain}"

@@ -33,6 +33,9 @@ class ParallelLayout:
     def axes(self) -> tuple[tuple[str, int], ...]:
         return tuple((axis, getattr(self, axis)) for axis in AXES)
 
+    def degree(self, axis: str) -> int:
+        return dict(self.axes())[axis]
+
     @property
     def world_size(self) -> int:
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp

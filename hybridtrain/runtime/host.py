@@ -12,7 +12,6 @@ from hybridtrain import __version__
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
 GIB = 1024**3
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,12 +34,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gather(device: torch.device, *, group: dist.ProcessGroup) -> list[dict[str, Any]]:
-    """On rank 0: one entry per host in the order of their first ranks, `ranks` naming those that live there; else empty (collective, on a CPU group)."""
+def gather(device: torch.device) -> list[dict[str, Any]]:
+    """On rank 0: one entry per host in the order of their first ranks, `ranks` naming those that live there; else empty (collective)."""
     import torch.distributed as dist
 
-    world: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object(host(device), world, dst=0, group=group)
+    world: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(host(device), world, dst=0)
     return merge(world or [])
 
 

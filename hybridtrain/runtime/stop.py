@@ -1,6 +1,6 @@
-"""The wish to stop: a signal, or the coming end of the job's time, sets a flag on which all ranks agree between two steps.
+"""The wish to stop: a signal, or the coming end of the job's time, raises a flag (runtime/flags.py) that all ranks see after the same step.
 
-    first signal       the step is finished, a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
+    first signal       the step is finished and the next (on a GPU two), a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
     a second signal    this process ends at once
 
 A thread reads the signals, so that the second one works while the main thread waits in a collective. Nothing is saved inside a
@@ -14,31 +14,29 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
-_TIME_IS_UP, _ASKED = 1000, 1001  # above every signal number
+_DEADLINE, _ASKED = "deadline", "asked"
 
 
 class Stop:
     """Installs the handlers while it is entered. `signals`: names such as "USR1"; `before_s`: how long before the deadline to stop."""
 
     def __init__(self, signals: list[str], *, before_s: float):
-        self.numbers = [getattr(signal, f"SIG{name}") for name in signals]
+        self.numbers = sorted({getattr(signal, f"SIG{name}") for name in signals}, reverse=True)
+        self.flags = (_DEADLINE, *(number.name for number in self.numbers), _ASKED)
+        """The names of the reasons to stop, the one that counts first where ranks have several."""
         self.deadline = launch.deadline() - before_s
         self.reason = ""
         """Why the ranks have agreed to stop; empty: they have not."""
         self.status = ""
         """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while; finished: by the program itself."""
-        self.group: dist.ProcessGroup | None = None
-        """A CPU group of all ranks; None: the default group."""
         self._signal = 0
         self._asked = ""
         self._before: dict[int, Any] = {}
@@ -72,25 +70,26 @@ class Stop:
         """Have all ranks stop after the next step; `reason` as this rank knows it."""
         self._asked = reason or "a callback asked for it"
 
-    def agreed(self) -> str:
-        """Why to stop after this step, the same on every rank; empty: go on (collective over `group`)."""
-        code = torch.tensor(self._signal or (_TIME_IS_UP if time.time() > self.deadline else _ASKED if self._asked else 0))
-        if dist.is_initialized():
-            dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
-        if number := int(code):
-            self.status, self.reason = self._meaning(number)
-        return self.reason
+    def wish(self) -> str | None:
+        """This rank's reason to stop, one of `flags`."""
+        if self._signal:
+            return signal.Signals(self._signal).name
+        return _DEADLINE if time.time() > self.deadline else _ASKED if self._asked else None
 
-    def _meaning(self, number: int) -> tuple[str, str]:
-        """Status and reason of what a rank wished, on the ranks that wished something else too."""
-        if number == _ASKED:
+    def agree(self, counts: Mapping[str, int]) -> bool:
+        """Whether to stop after this step, and why: what any rank wishes. `counts`: ranks that wish so, the same on every rank."""
+        flag = next((flag for flag in self.flags if counts.get(flag)), None)
+        if flag is not None:
+            self.status, self.reason = self._meaning(flag)
+        return flag is not None
+
+    def _meaning(self, flag: str) -> tuple[str, str]:
+        """Status and reason of what some rank wishes."""
+        if flag == _ASKED:
             return "finished", self._asked or "a callback of another rank asked for it"
-        if number == _TIME_IS_UP:
-            return "preempted", "the job's time is nearly up"
-        if number == signal.SIGINT:
-            return "interrupted", "stopped by Ctrl-C (SIGINT received)"
-        by_a_person = number == signal.SIGTERM and not os.environ.get("SLURM_JOB_ID")
-        return "interrupted" if by_a_person else "preempted", f"{signal.Signals(number).name} received"
+        by_a_person = flag == "SIGINT" or (flag == "SIGTERM" and not os.environ.get("SLURM_JOB_ID"))
+        words = {_DEADLINE: "the job's time is nearly up", "SIGINT": "stopped by Ctrl-C (SIGINT received)"}
+        return "interrupted" if by_a_person else "preempted", words.get(flag, f"{flag} received")
 
 
 def _noted_by_the_thread(number: int, frame: object) -> None:

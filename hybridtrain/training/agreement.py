@@ -29,17 +29,17 @@ def agree(config: Config, *, fingerprints: Mapping[str, str]) -> None:
     Raises UserError on rank 0, which names rank, host and option, and Answered on the others.
     """
     mine = {"option": options(config), "code": code(), "read": dict(fingerprints)}
-    found = mesh.gathered(_digest(mine), group=None)
-    odd = mesh.from_rank0([rank for rank, digest in enumerate(found) if digest != found[0]], group=None)
+    found = mesh.gathered(_digest(mine))
+    odd = mesh.from_rank0([rank for rank, digest in enumerate(found) if digest != found[0]])
     if not odd:
         return
-    first = mesh.from_rank0(mine, group=None)
-    differences = mesh.gathered((failure.node(), _differences(first, mine)) if log.rank() in odd else None, group=None)
+    first = mesh.from_rank0(mine)
+    differences = mesh.gathered((failure.node(), _differences(first, mine)) if log.rank() in odd else None)
 
     def refuse() -> None:
         raise _refused({rank: differences[rank] for rank in odd})
 
-    mesh.on_rank0(refuse, group=None)
+    mesh.on_rank0(refuse)
 
 
 def options(config: Config) -> dict[str, list[str]]:

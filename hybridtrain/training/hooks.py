@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
@@ -25,6 +24,9 @@ from hybridtrain.training import metrics
 from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 
 _log = log.get("train")
+
+SAVED = "saved"
+"""Raised by a rank on which the save under way has ended."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Moment:
     tokens_seen: int
     lr: float
     result: StepResult
+    flags: Mapping[str, int]
+    """How many ranks have raised each flag (runtime/flags.py), the same on every rank."""
     extra: dict[str, float] = field(default_factory=dict)
     """What earlier hooks add to this step's line."""
     row: dict[str, Any] | None = None
@@ -73,9 +77,9 @@ class Evaluate:
 class Log:
     """metrics.jsonl, the trackers and the progress line, on rank 0; the first step and the last one always."""
 
-    def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device, group: dist.ProcessGroup):
+    def __init__(self, run: RunDir, *, every: int, total_steps: int, meter: metrics.Meter, trackers: Trackers, device: torch.device):
         self.run, self.every, self.total_steps = run, every, total_steps
-        self.meter, self.trackers, self.device, self.group = meter, trackers, device, group
+        self.meter, self.trackers, self.device = meter, trackers, device
         self.since: torch.Tensor | None = None
         """Since the last line, added up on the device in fp64: loss of all valid tokens, these tokens, updates skipped, steps without targets."""
 
@@ -86,8 +90,8 @@ class Log:
         self.since = new if self.since is None else self.since + new
         if not (moment.last or moment.stopping or moment.extra or moment.step == 1 or moment.step % self.every == 0):
             return
-        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device), group=self.group)
-        allocator = {key: metrics.max_over_ranks(value, group=self.group) for key, value in metrics.allocator(self.device).items()}
+        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device))
+        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator(self.device).items()}
         since, self.since = self.since, None
         row: dict[str, Any] = metrics.record(
             result, since=since, step=moment.step, tokens_seen=moment.tokens_seen, lr=moment.lr, meter=self.meter, memory_gib=memory
@@ -122,12 +126,11 @@ class Checkpoint:
         run: RunDir,
         manager: Manager,
         fingerprints: dict[str, str],
-        group: dist.ProcessGroup,
         meter: metrics.Meter,
         saved: Callable[[Path], None],
     ):
         """`saved`: called on every rank with a checkpoint that is complete."""
-        self.engine, self.run, self.manager, self.fingerprints, self.group, self.meter = engine, run, manager, fingerprints, group, meter
+        self.engine, self.run, self.manager, self.fingerprints, self.meter = engine, run, manager, fingerprints, meter
         self.on_saved = saved
         self.saving: Saving | None = None
         self.saved = 0
@@ -135,7 +138,8 @@ class Checkpoint:
         self._pruning: threading.Thread | None = None
 
     def __call__(self, moment: Moment) -> None:
-        self._poll()
+        if self.saving is not None:
+            self._poll(moment)
         if self.manager.due(moment.step, last=moment.last or moment.stopping):
             with self.meter.paused():
                 self._wait()
@@ -147,21 +151,21 @@ class Checkpoint:
         self._wait()
         self._pruned()
 
-    def _poll(self) -> None:
-        """See whether the save under way is done on all ranks; if it failed on any, all wait for its error."""
-        if self.saving is None:
-            return
-        try:
-            done, failed = self.saving.poll(), False
-        except Exception:
-            done, failed = True, True
-        unfinished, wrong = any_rank([not done, failed], group=self.group)
-        if wrong or not unfinished:
+    def _poll(self, moment: Moment) -> None:
+        """See whether the save under way has ended on all ranks; if it failed, they raise its error together."""
+        assert self.saving is not None
+        if moment.flags.get(SAVED) == dist.get_world_size():
             self._wait()
+            return
+        with contextlib.suppress(Exception):
+            if not self.saving.poll():
+                return
+        self.engine.flags.raised.add(SAVED)
 
     def _wait(self) -> None:
         if self.saving is not None:
             saving, self.saving = self.saving, None
+            self.engine.flags.forget(SAVED)
             saving.result()
             if dist.get_rank() == 0:
                 self.run.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)

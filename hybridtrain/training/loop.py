@@ -13,9 +13,10 @@ from hybridtrain.data.loader import Loader
 from hybridtrain.errors import UserError
 from hybridtrain.optim.schedule import lr_at
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
-from hybridtrain.training.hooks import Hook, Moment
+from hybridtrain.training.hooks import SAVED, Hook, Moment
 from hybridtrain.types import Engine, Progress
 
 
@@ -42,15 +43,18 @@ def train(
     """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
     step, tokens_seen, scaled = start.step, start.tokens_seen, config.precision.kind == "fp16_mixed"
     watch = NonFinite(limit=config.train.max_nonfinite, scaled=scaled, first=start.step == 0)
+    flags = engine.flags = Flags((*stop.flags, SAVED))
     with Collector() as collector:
         while step < total_steps and not stop.reason:
             watchdog.beat()
+            if wish := stop.wish():
+                flags.raised.add(wish)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
             result = engine.train_step(loader.micro_batches(step), lr=lr)
             step, tokens_seen = step + 1, tokens_seen + plan.tokens
             done.step = step
-            stopping = bool(stop.agreed())
-            moment = Moment(step=step, last=step == total_steps, stopping=stopping, tokens_seen=tokens_seen, lr=lr, result=result)
+            seen = flags.read()
+            moment = Moment(step=step, last=step == total_steps, stopping=stop.agree(seen), tokens_seen=tokens_seen, lr=lr, result=result, flags=seen)
             for hook in hooks:
                 watchdog.beat()
                 hook(moment)

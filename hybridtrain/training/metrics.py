@@ -54,13 +54,10 @@ def allocator(device: torch.device) -> dict[str, float]:
     return {"reserved_memory_gib": torch.cuda.max_memory_reserved(device) / GIB, "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"]}
 
 
-def max_over_ranks(value: float, *, group: dist.ProcessGroup | None) -> float:
-    """The largest `value` of all ranks of `group` (collective); None stands for a single process."""
-    if group is None:
-        return value
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+def max_over_ranks(value: float) -> float:
+    """The largest `value` of all ranks (collective, on the CPU)."""
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
 
 

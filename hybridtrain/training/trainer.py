@@ -31,7 +31,6 @@ from hybridtrain.types import IGNORE_INDEX, Batch, Progress
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
     from hybridtrain.run.directory import RunDir
     from hybridtrain.run.trackers import Trackers
@@ -150,9 +149,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
         mesh.connect(device, timeout_s=config.engine.timeout_s)
         agreement.agree(config, fingerprints=job.fingerprints)
         if run_dir is None:
-            run_dir = mesh.on_rank0(lambda: _opened(job), group=None)  # a start that does not come about leaves no trace
+            run_dir = mesh.on_rank0(lambda: _opened(job))  # a start that does not come about leaves no trace
         if run_dir is None:
-            result = mesh.on_rank0(lambda: _finished(config), group=None)
+            result = mesh.on_rank0(lambda: _finished(config))
             mesh.disconnect()
             return result
         done.step = run_dir.step
@@ -202,7 +201,7 @@ def _train(
     config, plan, mesh = job.config, job.plan, engine.mesh
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
-    hosts = host.gather(device, group=mesh.control_group)
+    hosts = host.gather(device)
     if log.rank() == 0:
         _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
     share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
@@ -215,16 +214,15 @@ def _train(
         flops_per_token=flops.flops_per_token(job.facts, seq_len=plan.seq_len),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
-    group = stop.group = mesh.control_group
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, group=group), meter=meter))
-    chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
+        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job), meter=meter))
+    chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device))
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(of_user, run)
     chosen.append(calls)
-    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter, saved=calls.saved))
+    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved))
     if config.run.profile and log.rank() == 0:
         chosen.append(hooks.Profile(run_dir.path / "profile"))
     with calls:
@@ -256,12 +254,12 @@ def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: li
     introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
 
 
-def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:
+def _with_targets(steps: list[list[Batch]], *, job: Job) -> list[list[Batch]]:
     """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
     from hybridtrain.parallel.mesh import any_rank
 
     mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
-    (there,) = any_rank([mine], group=group)
+    (there,) = any_rank([mine])
     if not there:
         problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
         instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"

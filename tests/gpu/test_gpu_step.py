@@ -13,6 +13,7 @@ import torch
 from hybridtrain import engine as engines
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import Case, model, start
@@ -31,6 +32,8 @@ def on_device(case: Case, number: int) -> list[Batch]:
 def step_under_watch(case: Case) -> tuple[float, float]:
     """(loss, norm) of a step during which a call that makes the host wait for the GPU is an error."""
     engine = start(case)
+    engine.flags = Flags(("up",))
+    engine.flags.raised.add("up")
     for number in range(2):
         engine.train_step(on_device(case, number), lr=case.lr)
     batches = on_device(case, 2)
@@ -42,6 +45,7 @@ def step_under_watch(case: Case) -> tuple[float, float]:
     finally:
         if case.device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+    assert engine.flags.read() == {"up": 1}
     return float(result.loss), float(result.grad_norm)
 
 

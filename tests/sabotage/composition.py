@@ -33,9 +33,9 @@ def local_token_counts(task: Task, reference_norm: float) -> Measured:
     """Each data rank divides by its own targets; they differ from rank to rank."""
     count = torch_native.valid_tokens
 
-    def own(batches: Any, *, mesh: Any) -> Any:
+    def own(batches: Any, *, mesh: Any, flags: Any) -> Any:
         shares = torch.tensor([0.75, 1.25], device=mesh.device)  # of an even share: what uneven rows would give
-        return (count(batches, mesh=mesh) * shares[mesh.dp_rank % 2]).long()
+        return (count(batches, mesh=mesh, flags=flags) * shares[mesh.dp_rank % 2]).long()
 
     torch_native.valid_tokens = own
     return train_layout(task, reference_norm)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridtrain.checkpoint import origin, sharded
@@ -39,6 +38,7 @@ from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout, stage_layers
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
+from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
 
 
@@ -48,11 +48,12 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
         self.capabilities = of_engine("deepspeed")
         self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.flags = Flags(())
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
         self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
-        self.stage_group = self.mesh.flat("dp_replicate", "dp_shard", "tp", name="stage")
+        self.stage_group = self.mesh.group("stage")
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
@@ -86,7 +87,7 @@ class DeepSpeedEngine:
         context = apply.Context(self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze)
         stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, loss_chunk=chunk)
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
-        if layout.tp > 1:
+        if group is not None:
             with quiet():
                 tensor.replace_linears(stage, group=group)
         shared = (apply.RECOMPUTE,)
@@ -98,7 +99,7 @@ class DeepSpeedEngine:
             stage.to(self.precision.compute).to_empty(device=self.device)
         stage.tie()
         reset_buffers(stage, device=self.device)
-        if layout.tp > 1:
+        if group is not None:
             tensor.mark(stage, parts, group=group)
         apply.check(stage, context, order=shared)
         return stage, parts
@@ -121,7 +122,7 @@ class DeepSpeedEngine:
             options: dict[str, Any] = {"config": self.settings, "optimizer": self.optimizer, "model_parameters": [p for _, p in self.named]}
             if self.layout.pp > 1:
                 layer = pipe.StageLayer(self.stage)
-                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends_group(), tied=self._tied())  # every rank makes the group
+                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends(), tied=self._tied())  # every rank makes the group
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
             options["mpu"] = self.grid
             if deepspeed_config.zero_stage(self.config) == 3:
@@ -142,7 +143,7 @@ class DeepSpeedEngine:
         """Forward, backward and update over this data rank's micro-batches."""
         self.stage.head_gradient.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
         factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
         scale = torch.tensor(float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
@@ -151,7 +152,7 @@ class DeepSpeedEngine:
         self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
         scaler = self._scaler_state()
         total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         after, self._after_step = self._after_step, _nothing
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
@@ -164,7 +165,7 @@ class DeepSpeedEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh)
+        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
         self.engine.eval()
         if self.pipe:
             self.pipe.begin(batches, factor=torch.ones((), device=self.device))
@@ -174,7 +175,7 @@ class DeepSpeedEngine:
             losses = [self._forward(batch) for batch in batches]
         self.engine.train()
         total = self._sum(losses)
-        dist.all_reduce(total, group=self.mesh.loss_group)
+        self.mesh.sum(total, over="loss")
         return EvalResult(float(total), int(tokens))
 
     def save(self, path: Path, progress: Progress) -> Saving:

@@ -141,14 +141,16 @@ class Gathered:
     shape: tuple[int, ...]
     fragment: Fragment | None
     """None where this rank has nothing of it, or another rank has the same."""
-    group: torch.distributed.ProcessGroup
+    group: torch.distributed.ProcessGroup | None
+    """The ranks of a pipeline stage; None: this one has it alone."""
 
     def full_tensor(self) -> Tensor:
         """The whole, fp32, on the CPU (collective over the ranks of a pipeline stage)."""
         whole = torch.zeros(self.shape)
         if self.fragment is not None:
             self.fragment.fill(whole)
-        torch.distributed.all_reduce(whole, group=self.group)
+        if self.group is not None:
+            torch.distributed.all_reduce(whole, group=self.group)
         return whole
 
 

@@ -92,7 +92,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 def test_callbacks_see_the_run(alone: tuple[Path, list[Any]]) -> None:
     run, calls = alone
     assert [call[:2] for call in calls] == [
-        *(("start", 0), ("step", 1), ("step", 2), ("evaluate", 3), ("step", 3), ("step", 4), ("checkpoint", "step-00000003"), ("step", 5)),
+        *(("start", 0), ("step", 1), ("step", 2), ("evaluate", 3), ("step", 3), ("step", 4), ("step", 5), ("checkpoint", "step-00000003")),
         *(("evaluate", 6), ("step", 6), ("checkpoint", "step-00000006"), ("end", 6)),
     ]
     lines = rows(run)

@@ -25,7 +25,7 @@ from hybridtrain.data import digests
 from hybridtrain.data.corpus import Corpus, changed_files
 from hybridtrain.data.prepare import folder, join, packing, pieces, sources, statistics, tokenizer, workers
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
-from hybridtrain.data.prepare.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
+from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.data.prepare.sources import Listing
@@ -237,7 +237,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
     counts = Counts.of(made)
     if not joined["train"].tokens:
-        raise _no_targets(data) if NO_TARGET in counts.notes else _no_tokens(data)
+        raise _no_targets(data) if NO_TARGET in counts.notes else _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data)
     sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
@@ -267,6 +267,11 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
 def _no_targets(data: DataConfig) -> UserError:
     problem = "no conversation to train on has an answer that begins within so many tokens, so there is nothing to learn"
     return refusal("data.seq_len", data.seq_len, problem, allowed="rows in which answers fit", instead="a larger data.seq_len")
+
+
+def _nothing_learnt(data: DataConfig) -> UserError:
+    problem = "no answer to train on is to be learnt, by their weight, train or loss of 0"
+    return refusal("data.source", data.source, problem, allowed="conversations with an answer that is learnt", instead="messages without these fields")
 
 
 def _no_tokens(data: DataConfig) -> UserError:

@@ -140,7 +140,8 @@ def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> Pre
             done = [text for text in done if text.lstrip("~").partition("=")[0] != word.key]  # the last choice counts, be it for none
             done.append(_of_group(word, group, command, known, folders))
             continue
-        prefix = _checked(word, known=known, allowed=allowed)
+        _check_command(word, command, allowed)
+        prefix = _checked(word, known={name: files for name, files in known.items() if name != CLUSTER or command == "submit"}, allowed=allowed)
         given.add(".".join(word.key.split(".")[:2]))
         held = words.mapping(word.value, numbers=word.key == "data.blend") if word.key in TEXT_MAPPINGS and word.equals else None
         if held is not None:
@@ -212,6 +213,15 @@ def _no_file(word: Word, group: str, names: list[str]) -> str:
         return f"{word.key}=none"
     allowed = ", ".join([*names, *(["null"] if group in OPTIONAL else [])])
     raise refusal(group, word.value.strip() or "''", "no file is chosen", allowed=allowed, instead=f"no {group}= at all, or {group}={names[0]}")
+
+
+def _check_command(word: Word, command: str, allowed: dict[str, list[Field]]) -> None:
+    """Refuse an option of another command, naming that (raises UserError)."""
+    section = word.key.partition(".")[0]
+    owner = next((name for name in schema.ROOTS if section not in allowed and section in sections(name) and "." in word.key), None)
+    if owner is not None:
+        given, problem = f"{word.key}={word.value}", f"no such option of `{command}`"
+        raise refusal(word.key, word.value, problem, allowed=f"for `hybridtrain {owner}`", instead=f"hybridtrain {owner} {given}")
 
 
 def _checked(word: Word, *, known: dict[str, list[str]], allowed: dict[str, list[Field]]) -> str:

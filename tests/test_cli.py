@@ -15,6 +15,7 @@ from hybridtrain import __version__
 from hybridtrain.cli import commands
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
+from hybridtrain.run import entry as entries
 from hybridtrain.runtime import launch
 from tests.runs import arguments
 
@@ -111,8 +112,21 @@ MISTAKES = {
     "option without its section": (["train", "lr=5"], ["try:     optim.lr=VALUE"]),
     "almost an option without its section": (["train", "warmup=5"], ["try:     schedule.warmup_steps=VALUE"]),
     "a section as an option": (["train", "batch=5"], ["batch is a section", "batch.global_batch_size"]),
-    "another command's section": (["train", "export.dtype=float32"], ["export.dtype=float32: no such option"]),
+    "another command's section": (
+        ["train", "export.dtype=float32"],
+        ["export.dtype=float32: no such option of `train`", "try:     hybridtrain export export.dtype=float32"],
+    ),
+    "an option of submit": (["train", "cluster.nodes=2"], ["cluster.nodes=2: no such option of `train`", "try:     hybridtrain submit cluster.nodes=2"]),
+    "a free option of submit": (["bench", "cluster.environment.A=b"], ["try:     hybridtrain submit cluster.environment.A=b"]),
+    "null for a list": (["train", "optim.betas=null"], ["optim.betas=null", "try:     optim.betas=[0.9, 0.95]"]),
     "unknown file of a group": (["train", "parallel=tp3"], ["there is no parallel/tp3.yaml", "zero1_tp2_pp2", "try:     parallel=tp"]),
+    "a group set to nothing": (["train", "optim=null"], ["optim=null: no file is chosen", "allowed: adamw", "try:     no optim= at all, or optim=adamw"]),
+    "a file of a group in capitals": (["prepare", "engine=NULL"], ["there is no engine/NULL.yaml", "allowed: deepspeed, torch"]),
+    "a group set to empty": (["train", "parallel="], ["parallel='': no file is chosen", "allowed: ddp, "]),
+    "a group set to an empty list": (["prepare", "schedule=[]"], ["schedule=[]: no file is chosen"]),
+    "a group set to a list of nothing": (["train", "model=[tiny,null]"], ["model=[tiny,null]: no file is chosen", "tiny, null"]),
+    "the cluster set to nothing": (["submit", "cluster=null"], ["cluster=null: no file is chosen", "gpu8"]),
+    "a group of Hydra's set to nothing": (["train", "hydra/launcher=null"], ["hydra/launcher=null: no file is chosen"]),
     "no equals sign": (["train", "quick"], ["argument=quick: not an override"]),
     "unknown flag": (["train", "--verbose"], ["argument=--verbose: no such flag"]),
     "unknown thing to show": (["train", "--cfg", "hydra"], ["--cfg=hydra", "allowed: job"]),
@@ -239,11 +253,27 @@ def test_runs_of_a_sweep_do_not_share_a_folder(capsys, name):
 def test_a_sweep_ends_with_a_table(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [text for text in arguments(tmp_path, data, train__steps=2) if not text.startswith("run.dir=")]
-    done = python("-m", "hybridtrain.cli", "train", "--multirun", *given, "run.name=sweep", "optim.lr=1e-3,3e-4", PYTHONPATH=str(Path(__file__).parent.parent))
-    assert done.returncode == 0, done.stderr
-    assert "[2/2] hybridtrain train" in done.stdout
-    table = done.stdout[done.stdout.rindex("finished 2 steps") :]
-    assert all(words in table for words in ("sweep-0", "sweep-1", "optim.lr", "0.001", "0.0003")), table
+    for rates, runs in (("1e-3,3e-4", ("sweep-0", "sweep-1")), ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2")), ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2"))):
+        done = python(
+            "-m", "hybridtrain.cli", "train", "--multirun", *given, "run.name=sweep", f"optim.lr={rates}", PYTHONPATH=str(Path(__file__).parent.parent)
+        )
+        assert done.returncode == 0, done.stderr
+        assert "[2/2] hybridtrain train" in done.stdout
+        table = done.stdout[done.stdout.rindex("[2/2]") :].partition("\n")[2]
+        shown = {word for word in table.split() if word.startswith("sweep-") and "." not in word}
+        assert shown == set(runs), table
+        assert all(f"{float(rate):g}" in table for rate in rates.split(",")), table
+
+
+def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.ENTERED, str(tmp_path / "told"))
+    for rate, folder in (("1e-3", "runs/x"), ("2e-3", "runs/x-2"), ("2e-3", "runs/x-2")):
+        config = compose.compose("train", [*TRAIN[1:], "run.name=x", f"optim.lr={rate}"])
+        entry = entries.enter(config)
+        assert (tmp_path / "told").read_text() == folder
+        (entry.path / "config.yaml").write_text(compose.to_yaml(config))
+        entry.lock.release()
 
 
 def test_multirun_runs_every_combination():
@@ -290,6 +320,7 @@ def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_ap
     script = """
 import atexit, os
 from hybridtrain.cli import main
+from hybridtrain.run import entry as entries
 from hybridtrain.runtime import launch
 class Apart:
     def __del__(self):

@@ -254,6 +254,20 @@ def test_secrets_stay_unresolved_in_yaml(monkeypatch):
     assert "path: a/smoke" in text  # without a secret in it: resolved
 
 
+@pytest.mark.parametrize("command", schema.ROOTS)
+def test_null_is_no_file_of_a_group(command):
+    standard = compose(command, [])
+    for group in (*keys.OPTIONAL, "tracker", "recompute"):
+        assert compose(command, [f"{group}=null"]) == standard
+    there = compose(command, ["model=tiny", "tracker=tensorboard", "experiment=smoke"])
+    assert there.model.config["hidden_size"] == 64
+    assert there.tracker.kinds == ["tensorboard"]
+    assert there.run.name == "smoke"
+    assert compose(command, ["experiment=smoke", "model=tiny", "tracker=tensorboard", "experiment=null", "tracker=null", "model=null"]) == standard
+    assert compose(command, ["model=null", "model=tiny"]).model == compose(command, ["model=tiny"]).model
+    assert "hidden_size" not in compose(command, ["experiment=smoke", "model=null"]).model.config
+
+
 def test_own_folder_adds_groups_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /parallel: tp2\ntrain:\n  steps: 3\n")

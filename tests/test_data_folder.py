@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridtrain.cli import commands
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.prepare import statistics, tokenize
@@ -321,6 +323,56 @@ def test_a_damaged_folder_is_not_called_prepared(tmp_path, texts, name):
     damage(folder / name, "cut")
     tokenize.prepare(settings(folder, texts), options=AGAIN)
     assert (folder / name).read_bytes() == whole
+
+
+def advised(folder: Path) -> list[str]:
+    """The command that a damaged folder is told to be written again with, as a shell takes it."""
+    with pytest.raises(UserError) as error:
+        Corpus.open(folder)
+    return shlex.split(str(error.value).partition("try:     ")[2])
+
+
+def test_the_advice_for_a_damaged_folder_writes_the_same_corpus(tmp_path, texts):
+    """Not Python's library over the user's text."""
+    texts = texts.rename(tmp_path / "my 'own' texts, of [2026]")
+    folder = tokenize.prepare(settings(tmp_path / "my data", texts, append_eos=False, vocab_size=280), options=NEW)
+    whole = contents(folder)
+    for spoil in (lambda: damage(folder / "train.bin", "gone"), lambda: damage(folder / "train.idx", "cut"), lambda: damage(folder / "eval.bin", "bit")):
+        spoil()
+        command = advised(folder)
+        assert command[:2] == ["hybridtrain", "prepare"]
+        assert commands.run_command("prepare", command[2:]) == 0
+        assert {name: content for name, content in contents(folder).items() if name != "speed.json"} == {
+            name: content for name, content in whole.items() if name != "speed.json"
+        }
+    (folder / ".partial").mkdir()
+    (folder / ".partial" / "plan.json").write_text(json.dumps({"settings": json.loads(whole["corpus.json"])["settings"]}))
+    (folder / "corpus.json").unlink()
+    for file in folder.glob("*.idx"):
+        file.unlink()
+    assert advised(folder) == command[:-1]
+    shutil.rmtree(folder / ".partial")
+    assert advised(folder)[3:6] == ["data.source=[YOUR", "TEXT],", "with"]
+
+
+def test_a_folder_that_is_not_there_is_looked_for_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"data\.path=mine: there is no such folder, .*\(looked in {tmp_path}\)[\s\S]*data\.source=\[YOUR TEXT\]$"):
+        Corpus.open("mine")
+
+
+def test_a_source_that_is_misspelt_names_the_nearest(tmp_path, texts):
+    assert f"try:     data.source=[{texts / '0.txt'}]" in refused(settings(tmp_path / "data", texts / "0.tx"), options=NEW)
+    assert "try:     data.source=[stdlib]" in refused(settings(tmp_path / "data", Path("stdlb")), options=NEW)
+    assert "try:     the path as it is from this folder" in refused(settings(tmp_path / "data", texts / "none" / "x"), options=NEW)
+
+
+def test_records_that_all_lack_the_field_are_named(tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "some words"}\n' * 8)
+    said = refused(settings(tmp_path / "data", source, text_key="contents"), options=PrepareConfig(skip_bad=True))
+    assert f"8 records were left out (prepare.skip_bad=true), the first {source} line 1: its field 'contents' is missing or null (its fields: 'text')" in said
+    assert "try:     data.text_key=FIELD" in said
 
 
 def test_a_tokenizer_that_has_changed_is_noted(tmp_path, texts, capsys):

@@ -12,7 +12,7 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.prepare import join, pieces, readers, tokenize, tokenizer
+from hybridtrain.data.prepare import join, pieces, readers, statistics, tokenize, tokenizer
 from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.data.prepare.sources import sources
 from hybridtrain.errors import UserError
@@ -215,6 +215,43 @@ def test_a_bad_record_is_refused_with_its_line_or_left_out(tmp_path, jsonl, refe
     facts = json.loads((made / "corpus.json").read_text())
     assert facts["bad_records"] == 1
     assert facts["first_bad"].startswith(f"{source} line 101: ")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
+def test_records_without_text_are_left_out_and_counted(tmp_path, reference, kind):
+    texts = ["", *TEXTS[:100], "", *TEXTS[100:], ""]
+    source = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_jsonl(source, texts)
+    elif kind == "parquet":
+        write_parquet(source, texts, name="text")
+    else:
+        import datasets
+
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(source)
+    made = tokenize.prepare(settings(tmp_path / "data", source, reference), options=PrepareConfig())
+    assert tokens(made) == tokens(reference)
+    facts = json.loads((made / "corpus.json").read_text())
+    first, count = f"{source} {'line 1' if kind == 'jsonl' else 'row 0'}", 4 if kind == "jsonl" else 3  # write_jsonl adds one
+    assert (facts["notes"], facts["bad_records"]) == ({"documents without text, left out": [count, first]}, 0)
+    assert f"{count} documents without text, left out, first {first}" in statistics.table(made)
+
+
+def test_what_the_tokenizer_makes_no_token_of_is_counted(tmp_path, reference):
+    from tokenizers import Tokenizer, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    strips = Tokenizer.from_file(str(reference / "tokenizer" / "tokenizer.json"))
+    strips.normalizer = normalizers.Strip()
+    PreTrainedTokenizerFast(tokenizer_object=strips, eos_token="<|endoftext|>").save_pretrained(tmp_path / "strips")
+    source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:20], " \n"])
+    data = settings(tmp_path / "data", source, reference, tokenizer=str(tmp_path / "strips"), eval_fraction=0.0)
+    facts = json.loads((tokenize.prepare(data, options=PrepareConfig()) / "corpus.json").read_text())
+    assert facts["notes"] == {
+        "documents without text, left out": [1, f"{source} line 5"],
+        "documents that the tokenizer makes no token of, left out": [1, f"{source} line 24"],
+    }
+    assert facts["splits"]["train"]["documents"] == 20
 
 
 def test_a_bad_beginning_is_refused_before_anything_is_made(tmp_path, reference):

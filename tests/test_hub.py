@@ -89,6 +89,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]
         changed = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}
         for name, value in changed.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
         yield server
     files._downloaded.cache_clear()
 
@@ -121,3 +122,21 @@ def test_a_file_that_need_not_be_there_and_one_that_cannot_be_had(monkeypatch: p
     assert "me/other goes on without generation_config.json: generation_config.json is not in the local cache, and the hub cannot be reached" in caplog.text
     with pytest.raises(UserError, match=r"config\.json is not in the local cache, and the hub cannot be reached"):
         read_config(other)
+
+
+def test_a_hub_that_does_not_resolve_is_not_asked_again_and_again(tmp_path: Path) -> None:
+    """Neither for a model nor for a tokenizer; the client's own lines are not the answer."""
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    argv = {
+        "model": ["train", "model.from_pretrained=nothere", "data.path=x", "train.steps=1"],
+        "tokenizer": ["prepare", f"data.path={tmp_path / 'data'}", f"data.source=[{tmp_path / 'a.txt'}]", "data.tokenizer=nothere", "data.eval_fraction=0"],
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_ENDPOINT": "https://no-such-hub.invalid", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    for what in argv:
+        done = subprocess.run([sys.executable, "-m", "hybridtrain.cli", *argv[what]], env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        assert "nothere" in done.stderr
+        assert "Retrying" not in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert what == "tokenizer" or "config.json is not in the local cache, and the hub cannot be reached" in done.stderr

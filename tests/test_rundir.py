@@ -15,6 +15,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
+from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.types import Progress
 
 
@@ -266,3 +267,13 @@ def test_attempts_are_counted_by_events_not_by_words(config: Config) -> None:
     assert opened(config).attempt == 2
     run.append_event("finished", step=1, detail="")
     assert json.loads(run.events.read_text().splitlines()[-1])["kind"] == "finished", "on a line of its own after a torn one"
+
+
+def test_a_folder_that_cannot_be_made_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    for path in (Path("/proc/x"), Path("/proc/x/y")):
+        with pytest.raises(UserError, match=rf"run\.dir={path}: it cannot be written: nothing can be made in /proc"):
+            directory.make_folders(path)
+    gone = tmp_path / "gone"
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomically(gone / "file", "")
+    assert "it has been moved or removed" in str(unwritable("run.dir", gone, error.value))

@@ -181,8 +181,33 @@ def test_a_dry_run_ends_with_what_matters(data: Path, tmp_path: Path, monkeypatc
     assert run_command("submit", [*arguments(tmp_path / "run", data), "run.name=mine", "--dry-run"]) == 0
     lines = capsys.readouterr().out.rstrip().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
-    assert lines[-2:] == ["mine: single on 1 process", "sbatch: Job 5 to start at noon (nothing was queued)"]
+    assert lines[-3:] == [f"run       {tmp_path}/run", "mine: single on 1 process", "sbatch: Job 5 to start at noon (nothing was queued)"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_the_directory_that_the_run_would_have(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the default one holds another run, the next number, as without --dry-run."""
+    commands(tmp_path / "bin", monkeypatch, sinfo="echo 9", sbatch="case $1 in --test-only) ;; *) echo 5;; esac")
+    monkeypatch.chdir(tmp_path)
+    given = [*(text for text in arguments(tmp_path, data) if not text.startswith("run.dir")), "run.name=mine"]
+    assert run_command("submit", given) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert run_command("submit", [*given, "optim.lr=0.5", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"run       {tmp_path}/runs/mine-2; runs/mine holds another run (optim.lr)\n" in shown
+    assert not (tmp_path / "runs/mine-2").exists()
+    assert run_command("submit", [*given, "optim.lr=0.5"]) == 0
+    assert (tmp_path / "runs/mine-2/submit/job.sbatch").read_text() == shown[: shown.index("\nrun       ")]
+
+
+def test_a_slurm_out_of_reach_is_said_before_a_corpus_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    commands(tmp_path / "bin", monkeypatch, sinfo="exit 1", sbatch="echo 'sbatch: error: Unable to contact slurm controller' >&2; exit 1")
+    line = ["experiment=quickstart", f"data.path={tmp_path / 'shared'}", f"run.dir={tmp_path / 'run'}", "cluster.ranks_per_node=4"]
+    assert run_command("submit", line) == 2
+    assert "Slurm cannot be reached from here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def test_an_array_has_a_folder_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

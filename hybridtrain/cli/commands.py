@@ -12,7 +12,9 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
@@ -232,14 +234,17 @@ def _multirun(command: str, argv: list[str]) -> int:
     from hybridtrain.config.compose import sweep, training
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
-    codes = []
     jobs = sweep(command, argv)
-    configs = [training(job) for job in jobs] if command == "train" else []
-    checks.own_folders(configs)
-    for number, job in enumerate(jobs):
-        print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
-        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", command, *flags, *job], check=False).returncode)
-    if len(configs) > 1 and not any(codes):
-        runs = [config.run.dir for config in configs]
+    checks.own_folders([training(job) for job in jobs] if command == "train" else [])
+    codes, runs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "run"
+        for number, job in enumerate(jobs):
+            print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
+            words = [sys.executable, "-m", "hybridtrain.cli", command, *flags, *job]
+            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.ENTERED: str(told)}).returncode)
+            runs += [told.read_text()] if told.exists() else []
+            told.unlink(missing_ok=True)
+    if command == "train" and len(runs) > 1 and not any(codes):
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
     return next((code for code in codes if code), 0)

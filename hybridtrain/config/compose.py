@@ -314,7 +314,7 @@ def _that_fits(option: keys.Field, value: str) -> str:
             return f"{option.key}={round(float(value))}"
         except (ValueError, OverflowError):
             pass
-    if option.type.startswith("list") and value and not value.startswith("["):
+    if option.type.startswith("list") and value not in ("", "null") and not value.startswith("["):
         return f"{option.key}=[{value}]"
     fallback = _EXAMPLES.get(option.key, option.default)
     return f"{option.key}={'VALUE' if fallback in ('', [], {}) else fallback}"

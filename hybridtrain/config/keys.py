@@ -21,6 +21,7 @@ from hybridtrain.plan import notation
 
 FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
 EXPERIMENT = "experiment"  # a group for every command, whose files set options of any section
+OPTIONAL = ("model", "data", "experiment")  # groups of which conf/ chooses no file
 MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
 TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
 PATHS = (
@@ -139,12 +140,14 @@ def normalise(command: str, overrides: list[str], *, folders: list[Path]) -> Pre
     Text arrives as it was typed (words.py).
     """
     known, allowed = groups(folders), sections(command)
-    done, mappings, given, files = [], [], set(), False
+    done: list[str] = []
+    mappings, given, files = [], set(), False
     for text in overrides:
         word = _word(text, command)
         group = word.key.partition("@")[0]
         if group in known or word.key.startswith(("hydra.", "hydra/")):
             files = True
+            done = [text for text in done if text.lstrip("~").partition("=")[0] != word.key]  # the last choice counts, be it for none
             done.append(_of_group(word, group, command, known, folders))
             continue
         prefix = _checked(word, command=command, known=known)
@@ -196,12 +199,28 @@ def _of_group(word: Word, group: str, command: str, known: dict[str, list[str]],
     prefix, value = word.prefix, word.value.strip()
     _check_command(group, value, command, has="groups " + ", ".join(groups_of(command, known)))
     if group in known and prefix != "~":
-        for name in words.split(value):
-            _check_choice(group, name, known[group])
+        listed = value.startswith("[") and value.endswith("]")
+        names = words.split(value[1:-1] if listed else value)
+        if any(_bare(name) in ("null", "") for name in names) and (listed or len(names) == 1):
+            return _no_file(word, group, known[group])
+        for name in names:
+            _check_choice(group, name, known[group], folders)
             if group == EXPERIMENT:
                 _check_package(name, folders)
         prefix = ""
+    elif value == "null" and prefix != "~" and "/" in word.key:
+        raise refusal(word.key, value, "no file is chosen", allowed="the name of a file", instead=f"no {word.key}= at all")
     return f"{prefix}{word.key}{'=' if word.equals else ''}{value}"
+
+
+def _no_file(word: Word, group: str, names: list[str]) -> str:
+    """A group without a file: what conf/ has for some, the file `none` of others (raises UserError for those that have neither)."""
+    if word.value.strip() == "null" and group in OPTIONAL:
+        return f"~{word.key}"
+    if word.value.strip() == "null" and "none" in names:
+        return f"{word.key}=none"
+    allowed = ", ".join([*names, *(["null"] if group in OPTIONAL else [])])
+    raise refusal(group, word.value.strip() or "''", "no file is chosen", allowed=allowed, instead=f"no {group}= at all, or {group}={names[0]}")
 
 
 def _checked(word: Word, *, command: str, known: dict[str, list[str]]) -> str:
@@ -231,11 +250,16 @@ def _is_known(key: str, allowed: dict[str, list[Field]]) -> bool:
     return section in allowed and (key.startswith(FREE_FORM) or any(field.key == key for field in allowed[section]))
 
 
-def _check_choice(group: str, value: str, names: list[str]) -> None:
-    # Interpolations and quoted names are left to Hydra's own grammar.
-    if value in (*names, "null") or not re.fullmatch(r"[\w.-]+", value):
+def _check_choice(group: str, value: str, names: list[str], folders: list[Path]) -> None:
+    if value in (*names, "null") or "${" in value or words.is_call(value):  # references and calls are left to Hydra's own grammar
         return
-    raise refusal(group, value, f"there is no {group}/{value}.yaml", allowed=", ".join(names), instead=_instead(group, value, names))
+    name = _bare(value)
+    if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
+        raise refusal(group, name, f"there is no {group}/{name}.yaml", allowed=", ".join(names), instead=_instead(group, name, names))
+
+
+def _bare(name: str) -> str:
+    return name[1:-1] if words.is_quoted(name) else name
 
 
 def _instead(group: str, value: str, names: list[str]) -> str:

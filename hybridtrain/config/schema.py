@@ -43,7 +43,7 @@ class RunFolder:
 @dataclass
 class RunConfig(RunFolder):
     seed: int = 0
-    """Seed of the initial weights, the data order and dropout."""
+    """Seed of the initial weights and the data order."""
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint if there is one; never: refuse a directory that holds a run;
     required: refuse to start without a checkpoint."""

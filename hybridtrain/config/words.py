@@ -57,9 +57,14 @@ def is_quoted(text: str) -> bool:
     return _QUOTED.fullmatch(text) is not None
 
 
+def is_call(text: str) -> bool:
+    """Whether `text` is a call of Hydra's grammar, such as choice(a,b)."""
+    return _CALL.fullmatch(text.strip()) is not None
+
+
 def alternatives(value: str) -> list[str] | None:
     """The values of a sweep `a,b,c`; None for a call such as range(1,5), which Hydra's grammar expands."""
-    return None if _CALL.fullmatch(value.strip()) else split(value)
+    return None if is_call(value) else split(value)
 
 
 def as_typed(value: str, *, kind: str, free: bool) -> str:

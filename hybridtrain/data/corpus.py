@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtrain.data import digests
+from hybridtrain.data import again, digests
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.prepare.packing import row_files, targets
 from hybridtrain.data.prepare.sources import FORMAT, READABLE
@@ -235,7 +235,8 @@ def _prepared(folder: Path) -> Corpus:
 
 def _facts(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise _unprepared(folder, "there is no such folder, and no such pair of token files")
+        looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
+        raise _unprepared(folder, f"there is no such folder, and no such pair of token files{looked}")
     if (folder / "corpus.json").exists():
         try:
             return read_object(folder / "corpus.json", field="data.path")
@@ -249,10 +250,5 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _unprepared(folder: Path, problem: str) -> UserError:
-    return refusal(
-        "data.path",
-        folder,
-        problem,
-        allowed="a folder that prepare completed, or the prefix of a .bin and an .idx file",
-        instead=f"hybridtrain prepare data.path={folder} data.source=[stdlib] (or your own text), with prepare.overwrite=true if it holds something",
-    )
+    allowed = "a folder that prepare completed, or the prefix of a .bin and an .idx file"
+    return refusal("data.path", folder, problem, allowed=allowed, instead=again.command(folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridtrain.data import again
 from hybridtrain.errors import UserError, refusal
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -230,5 +231,5 @@ def _bad(path: Path, problem: str) -> UserError:
         path,
         problem,
         allowed="a complete pair of .bin and .idx token files",
-        instead=f"hybridtrain prepare data.path={path.parent} prepare.overwrite=true data.source=... (writes them again)",
+        instead=again.command(path.parent),
     )

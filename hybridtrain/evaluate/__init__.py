@@ -19,6 +19,7 @@ from typing import Any
 from hybridtrain.checkpoint import sealed
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.run.directory import require_run
+from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
@@ -72,8 +73,9 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
     sealed.check(Path(source), field=field)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not (Path(source).exists() or network.hub_resolves())}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:  # a damaged folder: safetensors, pydantic and whatever reads the config have errors of their own

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.runtime import log
+from hybridtrain.runtime import log, network
 
 FIELD = "model.from_pretrained"
 _log = log.get("model")
@@ -39,7 +39,7 @@ def folder(model: ModelConfig) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
     try:
-        return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns))
+        return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns, local_files_only=not network.hub_resolves()))
     except Exception as error:
         raise _refused(error, model, name="its weights") from error
 
@@ -48,7 +48,7 @@ def folder(model: ModelConfig) -> Path:
 def _downloaded(repository: str, revision: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repository, name, revision=revision))
+    return Path(hf_hub_download(repository, name, revision=revision, local_files_only=not network.hub_resolves()))
 
 
 def _refused(error: Exception, model: ModelConfig, *, name: str) -> UserError:

@@ -15,6 +15,7 @@ from typing import Any
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import refusal
 from hybridtrain.models import hub
+from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
 
 GENERATION = "generation_config.json"
@@ -56,7 +57,8 @@ def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
     if pointer is not None:
         raise lfs_pointer(field, pointer)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        local = not (Path(source).exists() or network.hub_resolves())
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=local)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the Rust side raises bare Exceptions, and panics that are no Exceptions

@@ -5,6 +5,7 @@ enter (choose, take the lock)  ->  begin (config.yaml, summary.json): a RunDir  
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
 from hybridtrain.run.directory import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
-from hybridtrain.runtime import failure, host, log
+from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 
 _log = log.get("run")
@@ -66,6 +67,8 @@ def enter(config: Config) -> Entry:
         remove_folders(made)
     if again.others:
         _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, again.others, again.path)
+    if told := os.environ.get(launch.ENTERED):
+        Path(told).write_text(str(again.path))
     return Entry(again.path, again.before, taken, made, lost_attempt(again.path, holder=holder) if again.before else "")
 
 

@@ -166,6 +166,8 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
         problem, instead = _FULL[code], f"free some space, or {field}=FOLDER"
     elif code in _FORBIDDEN:
         problem, instead = _FORBIDDEN[code], f"{field}=FOLDER that you may write"
+    elif code == errno.ENOENT and error.filename and error.filename2 is None and Path(os.fsdecode(error.filename)).parent.is_dir():
+        problem, instead = f"nothing can be made in {Path(os.fsdecode(error.filename)).parent}", f"{field}=FOLDER"
     else:
         problem, instead = _GONE.get(code, str(error)), f"{field}=FOLDER"
     where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""

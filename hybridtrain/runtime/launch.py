@@ -30,6 +30,8 @@ JOB = "HYBRIDTRAIN_JOB"
 """Environment variable: a name of this start, the same in all of its processes; `hybridtrain train --nproc` sets it."""
 LISTENING = "HYBRIDTRAIN_LISTENING"
 """Environment variable of rank 0: the open descriptor of MASTER_PORT, from `hybridtrain train --nproc`."""
+ENTERED = "HYBRIDTRAIN_ENTERED"
+"""Environment variable of a run of a sweep: the file that it notes its directory in, which may be another than run.dir."""
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SPEAK_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""

@@ -29,6 +29,8 @@ from hybridtrain.runtime import failure, launch, log, network
 _log = log.get("meeting")
 FIRST_WORD_S = 5.0
 """How long processes wait before they say for whom; then they say it once a minute."""
+_IN_SECONDS_S = 120.0
+"""Less than this is said in seconds."""
 _WORDS_EVERY_S = 60.0
 _CONNECT_S = 120.0
 """How long a store may take to answer that accepts connections, and rank 0 to reach its own."""
@@ -200,7 +202,8 @@ def _wait(holds: Callable[[], bool], *, words: Callable[[], str], speaks: bool, 
             problem = f"{words()} did not come within {timeout_s:g} s ({_where()})"
             raise _TooLate(str(refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())))
         if speaks and now > word_at:
-            _say(f"{_who()} waits for {words()} at {_where()}, at most {max(0, until - now) / 60:.0f} minutes more")
+            left = f"{until - now:.0f} s" if until - now < _IN_SECONDS_S else f"{(until - now) / 60:.0f} minutes"
+            _say(f"{_who()} waits for {words()} at {_where()}, at most {left} more")
             word_at = now + _WORDS_EVERY_S
         time.sleep(pause)
         pause = min(2 * pause, 0.1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import failure, log
@@ -44,6 +46,18 @@ def card_to(address: str) -> str:
     except OSError:
         return ""
     return next((card for card, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address.partition("%")[0] == own), "")
+
+
+def hub_resolves() -> bool:
+    """Whether the model hub's name is known here, so that asking it has a point: its client asks six times. A proxy is asked in its place."""
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if {hub.scheme, "all"} & urllib.request.getproxies().keys():
+        return True
+    try:
+        socket.getaddrinfo(hub.hostname, hub.port or hub.scheme)
+    except OSError:
+        return False
+    return True
 
 
 def unfit(error: Exception) -> UserError:

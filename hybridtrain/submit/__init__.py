@@ -20,6 +20,7 @@ from hybridtrain.data.prepare import embedded
 from hybridtrain.errors import refusal
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation, rules
+from hybridtrain.run import identity
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.submit import free, mint, script, slurm
@@ -44,25 +45,27 @@ def run_several(configs: list[SubmitRoot]) -> int:
         raise refusal("data.path", absent[0], problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path=")
     for training in trainings:
         _check_processes(training.parallel, cluster)
-    jobs = [mint.checked(training, world_size=world) for training in trainings]
-    for resolved in jobs:
-        free.check(resolved)
     names = [compose.plain(training)["run"]["name"] for training in trainings]  # they stand in the queue, which everybody sees
+    told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    if absent:  # before a corpus is prepared for a job that Slurm would not take
+        folders = [Path(config.run.dir).resolve() for config in configs]
+        _tried(script.render(cluster, folder=_folder(folders, name=names[0]), runs=folders, **told))
+    jobs = [mint.checked(training, world_size=world) for training in trainings]
+    choices = [free.check(resolved) for resolved in jobs]
     described = [
         f"{name}: {notation.write(training.parallel, job.layout)} on {rules.processes(world)}"
         for name, training, job in zip(names, trainings, jobs, strict=True)
     ]
-    planned = [Path(config.run.dir).resolve() for config in configs]
-    told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    planned = [choice.path.resolve() for choice in choices]
     text = script.render(cluster, folder=_folder(planned, name=names[0]), runs=planned, **told)
     if cluster.dry_run:
-        return _show(text, described)
+        return _show(text, [*map(_where, configs, choices), *described])
     for line in described:
         _log.info("%s", line)
     _tried(text)
     runs = [mint.mint(job.config).path.resolve() for job in jobs]
     folder = _folder(runs, name=names[0])
-    if runs != planned:  # a directory of another run: this one got the next number
+    if runs != planned:  # another run has been begun there meanwhile: this one got the next number
         text = script.render(cluster, folder=folder, runs=runs, **told)
     job = _queued(text, folder=folder, runs=runs)
     _log.info("submitted job %s%s", job, f", an array of {len(runs)}" if len(runs) > 1 else "")
@@ -70,6 +73,11 @@ def run_several(configs: list[SubmitRoot]) -> int:
         _log.info("run       %s", path)
     _log.info("next      hybridtrain runs; hybridtrain logs %s; scancel %s", runs[0], job)
     return 0
+
+
+def _where(config: SubmitRoot, choice: identity.Choice) -> str:
+    """The directory that a run would have, and why it is another than run.dir."""
+    return f"run       {choice.path.resolve()}" + (f"; {config.run.dir} holds another run ({choice.others})" if choice.others else "")
 
 
 def _folder(runs: list[Path], *, name: str) -> Path:

@@ -12,8 +12,8 @@ _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 """States of a job that Slurm will not run again by itself."""
 
 
-def check(job: Job) -> None:
-    """Refuse a run that another job has, that trains now, or that is at its end (raises UserError). Reads only."""
+def check(job: Job) -> identity.Choice:
+    """The directory of a run; one that another job has, that trains now, or that is at its end is refused (UserError). Reads only."""
     choice = identity.choose(job.config)
     if choice.before is not None:
         steps = resume.finished_steps(choice.path)
@@ -30,3 +30,4 @@ def check(job: Job) -> None:
             )
     if (holder := lock.holder_elsewhere(choice.path)) is not None:
         raise lock.held(choice.path, by=holder)
+    return choice

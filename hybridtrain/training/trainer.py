@@ -22,6 +22,7 @@ from hybridtrain.data.blend import Blend
 from hybridtrain.data.own import OwnRows
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
 from hybridtrain.plan import flops
+from hybridtrain.run import identity
 from hybridtrain.run.directory import read_summary
 from hybridtrain.runtime import host, launch, log
 from hybridtrain.runtime.files import unwritable, write_json
@@ -113,14 +114,15 @@ def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback]) ->
     if not launch.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
         if run_dir is None:
-            return _finished(config)
+            return _finished(job.config)
     return _on_all_ranks(job, run_dir=run_dir, began=began, callbacks=callbacks)
 
 
 def _finished(config: Config) -> Result:
     """Of a run that was at its end already."""
-    summary = read_summary(Path(config.run.dir))
-    return Result(Path(config.run.dir), "finished", summary.get("steps") or 0, summary.get("tokens") or 0)
+    path = identity.choose(config).path  # which may be another than run.dir, of the next number
+    summary = read_summary(path)
+    return Result(path, "finished", summary.get("steps") or 0, summary.get("tokens") or 0)
 
 
 def _opened(job: Job) -> RunDir | None:

@@ -33,6 +33,9 @@ MIN_PIECE_BYTES = 1 << 20  # and of a small one
 BATCH_BYTES = 1 << 20  # text encoded at once, within some 100 bytes of memory per byte
 LOSS_DTYPE = np.dtype("u1")
 NO_TARGET = "conversations without an answer within data.seq_len tokens, left out"
+NOT_LEARNT = "conversations none of whose answers is to be learnt, left out"
+NO_TEXT = "documents without text, left out"
+NO_IDS = "documents that the tokenizer makes no token of, left out"
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("held_out", "?")])
 
 Encode = Callable[[list[Any]], list[Encoded]]  # of each document
@@ -179,7 +182,7 @@ def check_beginnings(pieces: list[Piece], *, recipe: Recipe) -> None:
 
 
 def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Document]:
-    """The documents of a unit, split decided; empty ones are none. Counts what it meets; raises UserError for a bad record unless skip_bad."""
+    """The documents of a unit, split decided; empty ones are none, and counted. Counts what it meets; raises UserError for a bad record unless skip_bad."""
     named = unit.source.held_out
     for number, value, problem, instead in readers.records(unit):
         if not problem:
@@ -200,6 +203,8 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             else:
                 held_out = blocks.share(digest) < recipe.eval_fraction if named is None else named
                 yield Document(unit, number, value, size, digest, held_out)
+        elif not recipe.chat:
+            counts.note(NO_TEXT, unit, number)
 
 
 def _how(digest: bytes, *, size: int, recipe: Recipe, counts: Counts) -> str:
@@ -343,10 +348,16 @@ def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: C
             counts.controls += 1
             counts.first_control = counts.first_control or readers.where(document.unit, document.number)
         kept = [(ids, mask) for ids, mask in samples if len(ids) and (recipe.chat is None or _learnable(mask, seq_len=recipe.chat.seq_len))]
-        if len(kept) < len(samples) and recipe.chat:
-            counts.note(NO_TARGET, document.unit, document.number)
+        if len(kept) < len(samples):
+            counts.note(_why_left_out(samples, recipe=recipe), document.unit, document.number)
         if kept:
             yield document, kept
+
+
+def _why_left_out(samples: list[Sample], *, recipe: Recipe) -> str:
+    if recipe.chat is None:
+        return NO_IDS
+    return NO_TARGET if any(_learnable(mask, seq_len=len(ids)) for ids, mask in samples) else NOT_LEARNT
 
 
 def _learnable(mask: np.ndarray | None, *, seq_len: int) -> bool:

@@ -6,6 +6,7 @@ real text that every machine with Python has. A text file is one document; the o
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import glob
 import hashlib
@@ -165,7 +166,7 @@ def listing(data: DataConfig) -> Listing:
             data.source,
             f"no text in it (data.pattern={data.pattern or ' '.join(_patterns(data))})",
             allowed=_ALLOWED,
-            instead=f"data.source=[{STDLIB}], or another data.pattern",
+            instead="another data.pattern or data.source",
         )
     before = _held_out_before(data)
     return Listing(_split(list(found.values()), fraction=data.eval_fraction, before=before), dict(sorted(left_out.items())), _tokenizer_digest(data), before)
@@ -298,7 +299,11 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def _missing(entry: str) -> UserError:
     problem = f"there is no such file or folder (looked in {Path.cwd()})"
-    return refusal("data.source", entry, problem, allowed=_ALLOWED, instead=f"data.source=[{STDLIB}]")
+    path = Path(entry)
+    there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, [*there, STDLIB] if path.name == entry else there, n=1)
+    instead = f"data.source=[{path.with_name(near[0])}]" if near else "the path as it is from this folder, or an absolute one"
+    return refusal("data.source", entry, problem, allowed=_ALLOWED, instead=instead)
 
 
 def _python_files(root: Path) -> Iterator[Path]:

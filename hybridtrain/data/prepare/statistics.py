@@ -37,12 +37,13 @@ def of_text(counts: Counts) -> dict[str, Any]:
         "first_damaged": counts.first_damaged,
         "documents_with_control_tokens": counts.controls,
         "first_with_control_tokens": counts.first_control,
+        "notes": counts.notes,
     }
 
 
 def of_conversations(counts: Counts) -> dict[str, Any]:
-    """What was met in records of conversations: {conversations, forms, unread, notes}."""
-    return {"conversations": counts.conversations, "forms": counts.forms, "unread": counts.unread, "notes": counts.notes}
+    """What was met in records of conversations: {conversations, forms, unread}."""
+    return {"conversations": counts.conversations, "forms": counts.forms, "unread": counts.unread}
 
 
 def write_speed(folder: Path, *, meter: Meter) -> None:
@@ -102,11 +103,11 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
             lines.append(f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else ""))
     if left_out := facts.get("left_out"):
         lines.append(f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
-    return lines + _conversations(facts)
+    return lines + _records(facts)
 
 
-def _conversations(facts: Mapping[str, Any]) -> list[str]:
-    """Lines on the records of conversations, and on their template."""
+def _records(facts: Mapping[str, Any]) -> list[str]:
+    """Lines on what was met in the records, and on the template of conversations."""
     lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if unread := facts.get("unread"):
         most = sorted(unread.items(), key=lambda item: -item[1])

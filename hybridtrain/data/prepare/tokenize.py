@@ -25,7 +25,7 @@ from hybridtrain.data import digests
 from hybridtrain.data.corpus import Corpus, changed_files
 from hybridtrain.data.prepare import folder, join, packing, pieces, sources, statistics, tokenizer, workers
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
-from hybridtrain.data.prepare.pieces import NO_TARGET, ChatRecipe, Counts, Piece, Recipe
+from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.data.prepare.sources import Listing
@@ -87,9 +87,7 @@ def _check(data: DataConfig) -> None:
     if not data.path:
         raise refusal("data.path", "''", "no folder for the token files", allowed="a folder", instead="data.path=data/mine")
     if not data.source:
-        raise refusal(
-            "data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead=f"data.source=[{sources.STDLIB}]"
-        )
+        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead="data.source=[YOUR TEXT]")
     if not 0 <= data.eval_fraction < 1:
         raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
@@ -181,7 +179,7 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         vocab_size=0,  # these follow from the tokenizer
     )
     if not planned:
-        raise _no_tokens(data)
+        raise _no_tokens(data, counts=Counts.none())
     listing.check_share(fraction=data.eval_fraction)
     pieces.check_beginnings(planned, recipe=recipe)
     say(listing.summary)
@@ -237,7 +235,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
     counts = Counts.of(made)
     if not joined["train"].tokens:
-        raise _no_targets(data) if NO_TARGET in counts.notes else _no_tokens(data)
+        raise _no_targets(data) if NO_TARGET in counts.notes else _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data, counts=counts)
     sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
@@ -269,6 +267,16 @@ def _no_targets(data: DataConfig) -> UserError:
     return refusal("data.seq_len", data.seq_len, problem, allowed="rows in which answers fit", instead="a larger data.seq_len")
 
 
-def _no_tokens(data: DataConfig) -> UserError:
-    instead = "another data.source, or a smaller data.eval_fraction"
-    return refusal("data.source", data.source, "no tokens to train on", allowed="documents with text", instead=instead)
+def _nothing_learnt(data: DataConfig) -> UserError:
+    problem = "no answer to train on is to be learnt, by their weight, train or loss of 0"
+    return refusal("data.source", data.source, problem, allowed="conversations with an answer that is learnt", instead="messages without these fields")
+
+
+def _no_tokens(data: DataConfig, *, counts: Counts) -> UserError:
+    problem, instead = "no tokens to train on", "another data.source, or a smaller data.eval_fraction"
+    if counts.bad:
+        field = "messages_key" if data.format == "chat" else "text_key"
+        problem += f": {counts.bad:,} records were left out (prepare.skip_bad=true), the first {counts.first_bad}"
+        instead = f"data.{field}=FIELD, the one that holds what is to be learnt"
+    problem += "".join(f"; {count:,} {words}" for words, (count, _) in counts.notes.items())
+    return refusal("data.source", data.source, problem, allowed="documents with text", instead=instead)

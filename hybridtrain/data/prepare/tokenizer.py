@@ -22,6 +22,7 @@ from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.pieces import Counts, Encode, Piece, Recipe, documents
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
@@ -186,7 +187,9 @@ def load(name: str, *, field: str) -> Any:
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
             place = path.parent if path.is_file() else path
-            tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else name, trust_remote_code=False)
+            here = place.exists()
+            local = not (here or network.hub_resolves())
+            tokenizer = AutoTokenizer.from_pretrained(str(place) if here else name, trust_remote_code=False, local_files_only=local)
         len(tokenizer)
     if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":  # its text has all its spaces; transformers warns where it is asked for
         tokenizer.clean_up_tokenization_spaces = False

@@ -1,0 +1,50 @@
+"""The command that prepares a folder once more, for who is told that it cannot be trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config import words
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.errors import UserError
+from hybridtrain.runtime.files import read_object
+
+_RECORDS = (("corpus.json", " prepare.overwrite=true"), (".partial/plan.json", ""))
+"""Where the settings stand that a folder was prepared with, or begun, and what the command needs to write there."""
+_PLAIN = re.compile(r"[\w./~-]+")
+
+
+def command(folder: Path) -> str:
+    """With the folder's own source and settings, where its records have them: another source would replace the user's corpus."""
+    start = f"hybridtrain prepare {_word('data.path', str(folder))}"
+    for name, more in _RECORDS:
+        with contextlib.suppress(UserError, KeyError):
+            settings = read_object(folder / name, field="data.path")["settings"]
+            if options := _options(settings):
+                return f"{start} {options}{more}"
+    holds = folder.is_dir() and any(folder.iterdir())
+    return f"{start} data.source=[YOUR TEXT]" + (", with prepare.overwrite=true if it holds an earlier corpus" if holds else "")
+
+
+def _options(settings: Any) -> str:
+    """Recorded settings as options, without those at their defaults; "" where no source is among them."""
+    source = settings.get("source") if isinstance(settings, dict) else None
+    if not isinstance(source, list) or not source or not all(isinstance(entry, str) for entry in source):
+        return ""
+    standard = vars(DataConfig())
+    others = {name: value for name, value in settings.items() if name != "source" and type(value) is type(standard.get(name)) and value != standard[name]}
+    return " ".join(_word(f"data.{name}", value) for name, value in {"source": source, **others}.items())
+
+
+def _word(option: str, value: Any) -> str:
+    """One word of a command line, quoted where the shell or the grammar of options needs it."""
+    if isinstance(value, list):
+        text = "[" + ",".join(entry if _PLAIN.fullmatch(entry) else words.literal(entry) for entry in value) + "]"
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    word = f"{option}={text}"
+    return word if re.fullmatch(r"[\w.=/,~:\[\]-]+", word) else shlex.quote(word)

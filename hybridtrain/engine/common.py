@@ -1,4 +1,4 @@
-"""What both engines add up over micro-batches and ranks."""
+"""What both engines add up over micro-batches and ranks. K: sums of the task."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch, Sums
 
 
-def valid_tokens(batches: Sequence[Batch], *, mesh: Mesh) -> Tensor:
-    """Tokens with a label over the global batch, 0-d int64, known before any backward (collective)."""
-    tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
+def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh) -> Tensor:
+    """What each sum of the task is divided by: its targets in the global batch, int64 (K,), known before any backward (collective)."""
+    counts = [task.counts(batch) for batch in batches]
+    total = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in task.weights])
     if mesh.coordinates["pp"]:
-        tokens = torch.zeros_like(tokens)  # pipeline ranks see the same rows; one of them counts
-    dist.all_reduce(tokens, group=mesh.loss_group)
-    return tokens
+        total = torch.zeros_like(total)  # pipeline ranks see the same rows; one of them counts
+    dist.all_reduce(total, group=mesh.loss_group)
+    return total
 
 
-def mean_loss(mean: Tensor, *, tokens: Tensor) -> Tensor:
-    """The loss of a step, 0-d; NaN without a single valid token: a mean over nothing is no loss of 0."""
-    return torch.where(tokens > 0, mean, torch.nan)
+def mean_loss(mean: Tensor, *, counts: Tensor) -> Tensor:
+    """The loss of a step, 0-d; NaN without a single target: a mean over nothing is no loss of 0."""
+    return torch.where(counts.sum() > 0, mean, torch.nan)
+
+
+def evaluated(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
+    """What an evaluation hands out, of (K,) each. The host waits."""
+    return Sums(dict(zip(task.weights, sums.tolist(), strict=True)), dict(zip(task.weights, counts.tolist(), strict=True)))

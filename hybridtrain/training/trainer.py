@@ -30,7 +30,7 @@ from hybridtrain.run import directory, identity
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import read_object, unwritable, write_json
 from hybridtrain.training import resume
-from hybridtrain.types import IGNORE_INDEX, Batch, ModelFacts, Progress
+from hybridtrain.types import Batch, ModelFacts, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
+    from hybridtrain.tasks.task import Task
     from hybridtrain.training.loop import Done
 
 _log = log.get("train")
@@ -245,7 +246,7 @@ def _train(
         run_dir.update_summary(tokens=start.tokens_seen)
         trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
         _introduce(job, run_dir=run_dir, engine=engine, start=start)
-    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
+    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab, "collate": engine.task.collate}
     loader = Loader(job.data, **share, seed=config.run.seed)
     meter = metrics.Meter(
         first_step=start.step,
@@ -259,7 +260,7 @@ def _train(
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, group=group), meter=meter))
+        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, task=engine.task, group=group), meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device, group=group))
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, group=group, meter=meter))
     if config.run.profile and log.rank() == 0:
@@ -284,11 +285,11 @@ def _record_end(end: Progress, *, status: str, why: str, run_dir: RunDir, second
     _log.info("%s %d step%s in %s; run directory %s%s", words, end.step, "" if end.step == 1 else "s", metrics.duration(seconds), run_dir.path, again)
 
 
-def _with_targets(steps: list[list[Batch]], *, job: Job, group: dist.ProcessGroup) -> list[list[Batch]]:
+def _with_targets(steps: list[list[Batch]], *, job: Job, task: Task, group: dist.ProcessGroup) -> list[list[Batch]]:
     """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
     from hybridtrain.parallel.mesh import any_rank
 
-    mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
+    mine = any(bool(count) for batches in steps for batch in batches for count in task.counts(batch).values())
     (there,) = any_rank([mine], group=group)
     if not there:
         problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.build import plain_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Source
 from hybridtrain.models.patterns import matches
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class ReferenceStep:
 class Reference:
     """fp32 master weights; forward and backward in `compute`, on a copy in that dtype when it is another one."""
 
-    def __init__(self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str]):
-        self.settings, self.compute = settings, compute
+    def __init__(
+        self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str], task: Task
+    ):
+        self.settings, self.compute, self.task = settings, compute, task
         self.loss_scale = 1.0
         """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
         self.master: nn.Module = initialised(config, family=family, source=source, param=param, device=torch.device("cpu"))
@@ -53,16 +55,18 @@ class Reference:
 
     def step(self, micro_batches: Sequence[Batch], *, lr: float) -> ReferenceStep:
         """One optimizer step over all micro-batches of the global batch."""
-        tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
+        counts = {name: sum(int(self.task.counts(batch)[name]) for batch in micro_batches) for name in self.task.weights}
         gradients = {name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad}
-        loss_sum = 0.0
-        if tokens == 0:  # nothing to learn from: no loss and no update
+        totals = dict.fromkeys(counts, 0.0)
+        if not any(counts.values()):  # nothing to learn from: no loss and no update
             return ReferenceStep(math.nan, 0.0, gradients)
         self._refresh()
         for batch in micro_batches:
-            loss = self._loss(batch)
-            loss_sum += loss.item()
-            (loss / tokens * self.loss_scale).backward()
+            sums = self._sums(batch)
+            for name, value in sums.items():
+                totals[name] += value.item()
+            means = [weight * sums[name] / max(1, counts[name]) for name, weight in self.task.weights.items()]
+            (torch.stack(means).sum() * self.loss_scale).backward()
             for name, parameter in self.worker.named_parameters():
                 if name in gradients and parameter.grad is not None:
                     gradients[name] += parameter.grad.float() / self.loss_scale
@@ -78,7 +82,8 @@ class Reference:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return ReferenceStep(loss_sum / tokens, float(norm), gradients)
+        loss = sum(weight * totals[name] / max(1, counts[name]) for name, weight in self.task.weights.items())
+        return ReferenceStep(loss, float(norm), gradients)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -86,9 +91,9 @@ class Reference:
             for ours, theirs in zip(self.worker.parameters(), self.master.parameters(), strict=True):
                 ours.copy_(theirs)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _sums(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.worker(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return self.task.loss_of_logits(logits, batch)
 
 
 @torch.no_grad()

@@ -5,22 +5,24 @@ Shape suffixes used across the project: B micro-batch rows, T positions, D hidde
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
 
     from hybridtrain.runtime.flags import Flags
+    from hybridtrain.tasks.task import Task
 
 IGNORE_INDEX = -100  # a label with this value carries no loss (the convention of torch and of Hugging Face)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data rank. All tensors have shape (B, T) and dtype int64."""
+    """One micro-batch of one data rank: tensors with B rows, those here of shape (B, T) and int64. A task that needs more adds fields."""
 
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
@@ -29,10 +31,19 @@ class Batch:
     packed: bool = False
     """Each position 0 begins a document that attends to itself alone (data.document_mask); else a row is one document."""
 
-    def to(self, device: torch.device) -> Batch:
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with every tensor changed, those that a task has added included. What is not a flag is a tensor."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if not isinstance(value, bool)}
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device) -> Self:
         """The same on a device, without waiting for the copy."""
-        ids, labels, positions = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids_BT, self.labels_BT, self.position_ids_BT))
-        return Batch(ids, labels, positions, packed=self.packed)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Some of its rows."""
+        return self.each(lambda tensor: tensor[start:stop])
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,9 @@ class StepResult:
     """What one optimizer step did. 0-d tensors on the device, so that the step never synchronises."""
 
     loss: torch.Tensor
-    """Mean loss per valid token over the global batch, fp32; NaN without one."""
+    """Weighted sum of the task's mean losses over the global batch, fp32; NaN without a single target."""
     tokens: torch.Tensor
-    """Valid tokens in the global batch."""
+    """Targets of the task's first sum in the global batch: of a causal LM, tokens with a label."""
     grad_norm: torch.Tensor
     """L2 norm over the whole model, before clipping, unscaled."""
     skipped: torch.Tensor
@@ -54,11 +65,16 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Sum of token losses and number of valid tokens, over all ranks."""
+class Sums:
+    """A task's sums of losses over all ranks, by name, and what each is divided by."""
 
-    loss_sum: float
-    tokens: int
+    values: Mapping[str, float]
+    counts: Mapping[str, int]
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            {name: value + other.values[name] for name, value in self.values.items()}, {name: n + other.counts[name] for name, n in self.counts.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -125,11 +141,12 @@ class Engine(Protocol):
     capabilities: Capabilities
     flags: Flags
     """What ranks tell each other with each train_step; the training loop puts its own here."""
+    task: Task
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
 
-    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+    def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
         """Forward only. Every rank calls it with the same number of micro-batches."""
 
     def save(self, path: Path, progress: Progress) -> Saving:

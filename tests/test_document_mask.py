@@ -74,9 +74,9 @@ def packed_rows(vocab: int) -> Batch:
 def loss_of_packed_rows(case: Case) -> float:
     engine = start(case)
     rows = packed_rows(256)
-    one = [Batch(rows.input_ids_BT[r : r + 1], rows.labels_BT[r : r + 1], rows.position_ids_BT[r : r + 1], packed=True) for r in range(2)]
+    one = [rows.rows(r, r + 1) for r in range(2)]
     mine = one if engine.layout.dp == 1 else [one[engine.mesh.dp_rank]]
-    return engine.eval_step(mine).loss_sum
+    return engine.eval_step(mine).values["loss"]
 
 
 def loss_of_documents_alone(case: Case) -> float:

@@ -174,7 +174,7 @@ def evaluations(case: Case) -> list[tuple[float, int]]:
     found = []
     for number in range(2):
         result = engine.eval_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp))
-        found.append((result.loss_sum, result.tokens))
+        found.append((result.values["loss"], result.counts["loss"]))
     return found
 
 

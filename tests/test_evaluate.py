@@ -25,6 +25,7 @@ from hybridtrain.evaluate.perplexity import perplexity
 from hybridtrain.models.build import hf_config
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
+from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.types import IGNORE_INDEX, Batch, Progress
 from tests.ranks import run_ranks
 from tests.training import model as model_fields
@@ -51,14 +52,14 @@ def train_and_save(root: Path) -> tuple[float, int]:
     plan = plan_batch(config.batch, layout=layout, seq_len=SEQ_LEN)
     engine = engines.build(config, layout=layout, plan=plan, device=torch.device("cpu"))
     data = open_data(config.data, timeout_s=0)
-    share = {"plan": plan, "dp_rank": engine.mesh.dp_rank, "dp_size": layout.dp, "vocab": 300}
+    share = {"plan": plan, "dp_rank": engine.mesh.dp_rank, "dp_size": layout.dp, "vocab": 300, "collate": engine.task.collate}
     loader = Loader(data, seed=0, **share)
     for step in range(2):
         engine.train_step(loader.micro_batches(step), lr=1e-2)
     steps = eval_batches(data, rows=EVAL_ROWS, micro_batches_per_step=plan.grad_accum, **share)
     results = [engine.eval_step(batches) for batches in steps]
     engine.save(root / "run" / "checkpoints" / "step-00000002", Progress(step=2, tokens_seen=256, fingerprints={})).result()
-    return sum(result.loss_sum for result in results), sum(result.tokens for result in results)
+    return sum(result.values["loss"] for result in results), sum(result.counts["loss"] for result in results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +134,13 @@ def test_perplexity_counts_valid_tokens_only(trained):
     masked = labels.clone()
     masked[0, 3:], masked[1, :] = IGNORE_INDEX, IGNORE_INDEX
     positions = torch.arange(20).repeat(2, 1)
-    loss, tokens = perplexity(model, [Batch(ids, masked, positions)], device=torch.device("cpu"))
+    loss, tokens = perplexity(model, [Batch(ids, masked, positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
     with torch.no_grad():
         expected = -model(input_ids=ids).logits.log_softmax(-1)[0, range(3), labels[0, :3]].mean().item()
     assert tokens == 3
     assert loss == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="no held-out token carries a loss"):
-        perplexity(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"))
+        perplexity(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
 
 
 def draw(trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any) -> str:

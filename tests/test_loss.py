@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from hybridtrain.models.loss import HeadGradient, linear_cross_entropy
+from hybridtrain.tasks.linear_cross_entropy import HeadGradient, linear_cross_entropy
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks
 

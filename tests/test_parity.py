@@ -108,8 +108,8 @@ def divides_by_its_own_tokens(task: Task, reference_norm: float) -> Measured:
     """Every data rank divides by the tokens it sees, not by the global count."""
     from hybridtrain.engine import torch_native
 
-    count = torch_native.valid_tokens
-    torch_native.valid_tokens = lambda batches, **rest: count(batches, **rest) // task.layout.dp
+    count = torch_native.global_counts
+    torch_native.global_counts = lambda batches, **rest: count(batches, **rest) // task.layout.dp
     return train_layout(task, reference_norm)
 
 

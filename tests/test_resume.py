@@ -17,6 +17,7 @@ from hybridtrain.config import compose
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
+from hybridtrain.tasks.causal_lm import CausalLM
 from tests.ranks import run_ranks
 from tests.runs import arguments, assert_equal_state, checkpoints, finished, rows, summary, torchrun
 
@@ -102,7 +103,7 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
     progress = engine.load(source)
     engine.save(target, progress).result()
     data = open_data(config.data, timeout_s=0)
-    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300)
+    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300, collate=CausalLM(loss_chunk=0).collate)
     return engine.mesh.dp_rank, loader.row_ids(progress.step)[:, 1].tolist()
 
 

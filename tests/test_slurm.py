@@ -21,6 +21,7 @@ from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.submit import lives
+from hybridtrain.tasks.causal_lm import CausalLM
 from tests import slurm as private
 from tests.runs import arguments, assert_equal_state, finished, rows, summary
 
@@ -325,7 +326,15 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
     for checkpoint in loaded:
         assert_equal_state(checkpoint, run / "checkpoints" / checkpoint.name[: len("step-00000000")])
     plan = BatchPlan(micro_batch_size=1, seq_len=32, grad_accum=8, global_batch_size=8)
-    loader = Loader(open_data(compose.compose("train", arguments(run, data)).data, timeout_s=0), plan=plan, dp_rank=0, dp_size=1, seed=0, vocab=300)
+    loader = Loader(
+        open_data(compose.compose("train", arguments(run, data)).data, timeout_s=0),
+        plan=plan,
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        vocab=300,
+        collate=CausalLM(loss_chunk=0).collate,
+    )
     for step in range(12):
         shares = sorted(json.loads(path.read_text()) for path in witness.glob(f"rows-{step}-*.json"))
         assert len(shares) in (2, 4)

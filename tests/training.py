@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference
+from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests.ranks import run_ranks
 
@@ -126,8 +129,10 @@ def reference(case: Case) -> Outcome:
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
     family = family_of(built.model_type)
     precision = policy(case.precision)
-    source = draw(built, family=family, seed=config.run.seed)
-    plain = Reference(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze)
+    source, task = draw(built, family=family, seed=config.run.seed), CausalLM(loss_chunk=0)
+    plain = Reference(
+        built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze, task=task
+    )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     return Outcome(
         [s.loss for s in steps], [s.grad_norm for s in steps], steps[0].gradients if steps else {}, {k: v.float() for k, v in plain.parameters().items()}
@@ -216,12 +221,12 @@ def assert_parity(case: Case) -> dict[str, float]:
 def at_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, *, attention: str, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a whole model as one stage: what its head is given (its own logits exist in chunks only), and the head's weight."""
     config = hf_config(fields, chosen={}, attention=attention)
-    family = family_of(config.model_type)
-    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, loss_chunk=0).to_empty(device="cpu").eval()
+    family, head = family_of(config.model_type), functools.partial(Head, task=CausalLM(loss_chunk=0))
+    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, head=head).to_empty(device="cpu").eval()
     reset_buffers(stage, device=torch.device("cpu"))
     fill([stage], draw(config, family=family, seed=0))
     seen: list[torch.Tensor] = []
     stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
-        stage(ids, position_ids_BT=places, labels_BT=torch.zeros_like(ids), packed=packed)
+        stage(ids, batch=Batch(ids, torch.zeros_like(ids), places, packed=packed))
     return seen[0], stage.part(family.head).weight.detach()

@@ -19,6 +19,7 @@ from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.training import metrics
 from hybridtrain.types import Batch
 
@@ -136,5 +137,6 @@ def _clock(device: torch.device) -> _HostClock | _DeviceClock:
 def tokens_of(config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int) -> Tokens:
     """The corpus of `data.path`, or random tokens from the seed."""
     if corpus:
-        return Loader(open_data(config.data, timeout_s=0), plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, vocab=vocab)
+        data, task = open_data(config.data, timeout_s=0), CausalLM(loss_chunk=config.engine.loss_chunk)
+        return Loader(data, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, vocab=vocab, collate=task.collate)
     return Synthetic(vocab=vocab, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed)

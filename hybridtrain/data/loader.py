@@ -11,27 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hybridtrain.data.blend import Blend, apportioned, check_eval_rows, drawn
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.types import Batch
+
+
+class Collate(Protocol):
+    """See tasks.task.Task.collate."""
+
+    def __call__(self, block: Block, *, valid: int) -> Batch: ...
 
 
 class Loader:
     """The training micro-batches of one data rank, by step. The next step's batches are made while this one is computed."""
 
-    def __init__(self, blend: Blend, *, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, vocab: int) -> None:
+    def __init__(self, blend: Blend, *, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, vocab: int, collate: Collate) -> None:
         assert plan.global_batch_size == plan.micro_batch_size * plan.grad_accum * dp_size
         assert 0 <= dp_rank < dp_size
         self._rows = blend.rows("train", seq_len=plan.seq_len, vocab=vocab)
         self._quotas = blend.quotas
         self._documents = blend.documents
-        self._plan = plan
+        self._plan, self._collate = plan, collate
         self._seed = seed
         self._share = plan.global_batch_size // dp_size
         self._offset = dp_rank * self._share
@@ -57,15 +63,17 @@ class Loader:
     def _read(self, step: int) -> list[Batch]:
         plan = self._plan
         block = _gather(self._rows, self.row_ids(step), rows=self._share, seq_len=plan.seq_len, documents=self._documents)
-        return _cut(block, valid=self._share, size=plan.micro_batch_size)
+        return _cut(self._collate(block, valid=self._share), size=plan.micro_batch_size)
 
 
-def eval_batches(blend: Blend, *, plan: BatchPlan, rows: int, dp_rank: int, dp_size: int, micro_batches_per_step: int, vocab: int) -> list[list[Batch]]:
+def eval_batches(
+    blend: Blend, *, plan: BatchPlan, rows: int, dp_rank: int, dp_size: int, micro_batches_per_step: int, vocab: int, collate: Collate
+) -> list[list[Batch]]:
     """`rows` held-out rows (all, if there are fewer), evenly spread so that no document stands for all, in steps of micro-batches.
 
     Of a blend, each corpus gives its share of the rows. Every rank gets the same number of steps, each of
-    `micro_batches_per_step` batches. Rows missing at the end are filled with rows whose labels are all IGNORE_INDEX, so that
-    the sum of token losses is exact.
+    `micro_batches_per_step` batches. Rows missing at the end are filled with rows that the task does not count, so that its sums
+    are exact.
     """
     assert rows >= 1
     check_eval_rows(blend, seq_len=plan.seq_len, field="train.eval_rows", value=rows)
@@ -78,7 +86,7 @@ def eval_batches(blend: Blend, *, plan: BatchPlan, rows: int, dp_rank: int, dp_s
     for first in range(0, len(chosen), share * dp_size):
         mine = chosen[first + dp_rank * share :][:share]
         block = _gather(held_out, mine, rows=share, seq_len=plan.seq_len, documents=blend.documents)
-        steps.append(_cut(block, valid=len(mine), size=plan.micro_batch_size))
+        steps.append(_cut(collate(block, valid=len(mine)), size=plan.micro_batch_size))
     return steps
 
 
@@ -98,24 +106,8 @@ def _gather(parts: Sequence[Rows], chosen: np.ndarray, *, rows: int, seq_len: in
     return block
 
 
-def _cut(block: Block, *, valid: int, size: int) -> list[Batch]:
-    """Rows (n, T + 1) to batches of `size` rows: inputs, and labels shifted by one; rows from `valid` on carry no loss.
-
-    No label is the first token of a document, and positions count from it.
-    """
-    labels, index = block.tokens[:, 1:].copy(), np.arange(block.tokens.shape[1] - 1)
-    labels[valid:] = IGNORE_INDEX
-    if block.carries is not None:
-        labels[~block.carries[:, 1:]] = IGNORE_INDEX
-    positions = np.tile(index, (len(labels), 1))
-    if block.begins is not None:
-        labels[block.begins[:, 1:]] = IGNORE_INDEX
-        positions -= np.maximum.accumulate(np.where(block.begins[:, :-1], index, 0), axis=1)
-    tensors = [_pinned(torch.from_numpy(np.ascontiguousarray(each))) for each in (block.tokens[:, :-1], labels, positions)]
-    rows = [[each[at : at + size] for each in tensors] for at in range(0, len(labels), size)]
-    return [Batch(ids, targets, places, packed=block.begins is not None) for ids, targets, places in rows]
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """In memory from which a GPU copies while it computes; without a GPU, as it is."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+def _cut(batch: Batch, *, size: int) -> list[Batch]:
+    """Micro-batches of `size` rows, in memory from which a GPU copies while it computes; without a GPU, as they are."""
+    if torch.cuda.is_available():
+        batch = batch.each(lambda tensor: tensor.pin_memory())
+    return [batch.rows(at, at + size) for at in range(0, len(batch.input_ids_BT), size)]

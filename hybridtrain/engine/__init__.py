@@ -70,6 +70,7 @@ def build_for_load(config: Config, *, layout: ParallelLayout, plan: BatchPlan, d
 def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool) -> TorchEngine | DeepSpeedEngine:
     from hybridtrain.models.build import check
     from hybridtrain.runtime import cpu
+    from hybridtrain.tasks.causal_lm import CausalLM
 
     check(config)
     model = facts_of(config.model)
@@ -83,10 +84,11 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     cpu.apply(config.engine, device=device)
+    task = CausalLM(loss_chunk=config.engine.loss_chunk)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, layout=layout, plan=plan, device=device, initial=initial)
+        return DeepSpeedEngine(config, layout=layout, plan=plan, device=device, initial=initial, task=task)
     from hybridtrain.engine.torch_native import TorchEngine
 
-    return TorchEngine(config, layout=layout, plan=plan, device=device, initial=initial)
+    return TorchEngine(config, layout=layout, plan=plan, device=device, initial=initial, task=task)

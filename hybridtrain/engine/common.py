@@ -1,4 +1,4 @@
-"""What both engines add up over micro-batches and ranks."""
+"""What both engines add up over micro-batches and ranks. K: sums of the task."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from torch import Tensor
 
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.runtime.flags import Flags
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch, Sums
 
 
-def valid_tokens(batches: Sequence[Batch], *, mesh: Mesh, flags: Flags) -> Tensor:
-    """Tokens with a label over the global batch, 0-d int64, known before any backward (collective). The ranks' flags are counted along."""
-    tokens = torch.stack([(batch.labels_BT != IGNORE_INDEX).sum() for batch in batches]).sum()
+def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Flags) -> Tensor:
+    """What each sum of the task is divided by: its targets in the global batch, int64 (K,), known before any backward (collective). The ranks' flags are counted along."""
+    counts = [task.counts(batch) for batch in batches]
+    total = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in task.weights])
     if mesh.coordinates["pp"] or mesh.coordinates["tp"]:
-        tokens = torch.zeros_like(tokens)  # these ranks see the same rows; one of them counts
-    counts = flags.beside(tokens)
-    mesh.sum(counts, over="world")
-    flags.sent(counts)
-    return counts[0]
+        total = torch.zeros_like(total)  # these ranks see the same rows; one of them counts
+    sums = flags.beside(total)
+    mesh.sum(sums, over="world")
+    flags.sent(sums)
+    return sums[: len(total)]
 
 
-def mean_loss(mean: Tensor, *, tokens: Tensor) -> Tensor:
-    """The loss of a step, 0-d; NaN without a single valid token: a mean over nothing is no loss of 0."""
-    return torch.where(tokens > 0, mean, torch.nan)
+def mean_loss(mean: Tensor, *, counts: Tensor) -> Tensor:
+    """The loss of a step, 0-d; NaN without a single target: a mean over nothing is no loss of 0."""
+    return torch.where(counts.sum() > 0, mean, torch.nan)
+
+
+def evaluated(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
+    """What an evaluation hands out, of (K,) each. The host waits."""
+    return Sums(dict(zip(task.weights, sums.tolist(), strict=True)), dict(zip(task.weights, counts.tolist(), strict=True)))

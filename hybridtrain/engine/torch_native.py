@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
-from hybridtrain.engine.common import mean_loss, valid_tokens
+from hybridtrain.engine.common import evaluated, global_counts, mean_loss
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_of
@@ -36,22 +36,25 @@ from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
-from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
+from hybridtrain.tasks.head import Head
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch, Progress, Saving, StepResult, Sums
 
 
 class TorchEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool, task: Task):
         self.capabilities = of_engine("torch")
-        self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
+        self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
         self.precision = policy(config.precision.kind)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_of(self.model_config.model_type)
-        context = Context(self.mesh, config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze)
+        context = Context(self.mesh, config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze, task)
         self.ids, self.stages = build_stages(self.model_config, family=self.family, context=context)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
@@ -75,6 +78,7 @@ class TorchEngine:
             device=self.device,
             dtype=self.precision.compute,
             positions=positions,
+            sums=len(self.task.weights),
         )
 
     def _ends(self) -> dist.ProcessGroup | None:
@@ -88,11 +92,11 @@ class TorchEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
-        for stage in self.stages:
-            stage.head_gradient.clear()
+        for last in self._heads():
+            last.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
-        factor = self.scaler.scale / tokens.clamp(min=1)
+        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
+        factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
         scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
@@ -101,7 +105,7 @@ class TorchEngine:
         counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
         # A tied head of its own has the embedding's gradient: counted there. `grad` is the mean over data ranks, the sum is dp times as large.
         scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp
-        empty = (tokens == 0).float()  # nothing to learn from: no update, and no reason to change the loss scale
+        empty = (counts.sum() == 0).float()  # nothing to learn from: no update, and no reason to change the loss scale
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
@@ -109,25 +113,24 @@ class TorchEngine:
         self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
         self.mesh.sum(scaled_loss, over="loss")
-        loss = mean_loss(scaled_loss / scale, tokens=tokens)
-        return StepResult(loss, tokens, norm, nonfinite, empty, scale)
+        loss = mean_loss(scaled_loss / scale, counts=counts)
+        return StepResult(loss, counts[0], norm, nonfinite, empty, scale)
 
     @torch.no_grad()
-    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+    def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
-        total = torch.zeros((), device=self.device)
+        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
+        total = torch.zeros(len(self.task.weights), device=self.device)
         for stage in self.stages:
             stage.eval()
-        losses = self.pipeline.evaluate(**_joined(batches)) if self.pipeline else [self._forward(batch) for batch in batches]
-        for loss in losses:
-            total += loss.squeeze()
+        for sums in self.pipeline.evaluate(batches) if self.pipeline else [self._forward(batch) for batch in batches]:
+            total += sums
         for stage in self.stages:
             stage.train()
         self.mesh.sum(total, over="loss")
-        return EvalResult(float(total), int(tokens))
+        return evaluated(total, counts, task=self.task)
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint (collective)."""
@@ -188,6 +191,14 @@ class TorchEngine:
             for name, parameter in stage.named_parameters():
                 yield stage.owner(name), parameter
 
+    def _heads(self) -> Iterator[Head]:
+        """The head, on the rank that has it."""
+        for stage in self.stages:
+            if stage.last:
+                head = stage.part(self.family.head)
+                assert isinstance(head, Head)
+                yield head
+
     def _copy_tied(self) -> None:
         """Where one rank holds both copies of a tied matrix, only the embedding is in the checkpoint: copy it and its moments."""
         copies = [item for item in self.optimizer.shards if item.name == f"{self.family.embed}.weight"]
@@ -204,18 +215,18 @@ class TorchEngine:
         if not self.model_config.tie_word_embeddings:
             return None, None
         embed = next((stage.part(self.family.embed).weight for stage in self.stages if stage.first), None)
-        head = next((stage.part(self.family.head).weight for stage in self.stages if stage.last), None)
+        head = next((head.weight for head in self._heads()), None)
         return embed, head  # type: ignore[return-value]
 
     # -- the step ----------------------------------------------------------------------------------------------
 
     def _forward(self, batch: Batch) -> Tensor:
-        return self.stages[0](batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)
+        return self.stages[0](batch.input_ids_BT, batch=batch)
 
     def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
         for index, batch in enumerate(batches):
-            loss = self._forward(batch).squeeze(0) * factor
+            loss = (self._forward(batch) * factor).sum()
             before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)
             loss.backward()
             total += loss.detach()
@@ -223,22 +234,11 @@ class TorchEngine:
 
     def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         assert self.pipeline is not None
-        losses = self.pipeline.step(**_joined(batches), factor=factor)
         total = torch.zeros((), device=self.device)
-        for loss in losses:
-            total += loss.detach().squeeze()
+        for loss in self.pipeline.step(batches, factor=factor):
+            total += loss.detach()
         return total
 
 
 def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
     return any(copy is not None and copy.requires_grad for copy in (embed, head))
-
-
-def _joined(batches: Sequence[Batch]) -> dict[str, Any]:
-    """All micro-batches in one tensor each; the schedule cuts them again."""
-    return {
-        "ids_BT": torch.cat([batch.input_ids_BT for batch in batches]),
-        "labels_BT": torch.cat([batch.labels_BT for batch in batches]),
-        "position_ids_BT": torch.cat([batch.position_ids_BT for batch in batches]),
-        "packed": any(batch.packed for batch in batches),
-    }

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from hybridtrain import evaluate
 from hybridtrain.config import compose, schema
@@ -24,7 +23,8 @@ from hybridtrain.errors import refusal
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import write_json
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.types import Batch
 
 
 def run(config: EvaluateRoot) -> int:
@@ -44,12 +44,13 @@ def run(config: EvaluateRoot) -> int:
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
+    task = CausalLM(loss_chunk=settings.engine.loss_chunk)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)
-        steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab)
-        loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device)
+        steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab, collate=task.collate)
+        loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device, task=task)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
         "data": data.name,
@@ -74,7 +75,7 @@ def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
     return compose.laid_over(config, of_run)
 
 
-def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device) -> tuple[float, int]:
+def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device, task: CausalLM) -> tuple[float, int]:
     """Mean loss per valid token over `batches`, and the number of valid tokens; the perplexity is exp(loss).
 
     Logits are taken to fp32 and the token losses summed as training's own evaluation does; the sums of the batches are
@@ -83,13 +84,10 @@ def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device) ->
     loss_sum, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in batches:
-            labels_BT = batch.labels_BT.to(device)
-            logits_BTV = model(input_ids=batch.input_ids_BT.to(device), position_ids=batch.position_ids_BT.to(device), use_cache=False).logits
-            losses = functional.cross_entropy(
-                logits_BTV.float().flatten(0, 1), labels_BT.flatten().to(logits_BTV.device), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-            loss_sum += losses.item()
-            tokens += int((labels_BT != IGNORE_INDEX).sum())
+            here = batch.to(device)
+            logits_BTV = model(input_ids=here.input_ids_BT, position_ids=here.position_ids_BT, use_cache=False).logits
+            loss_sum += task.loss_of_logits(logits_BTV, here)["loss"].item()
+            tokens += int(task.counts(here)["loss"])
     if tokens == 0:
         raise refusal("data.path", "", "no held-out token carries a loss", allowed="data with held-out rows", instead="a larger data.eval_fraction")
     return loss_sum / tokens, tokens

@@ -1,13 +1,13 @@
 """One pipeline stage: a run of a Hugging Face model's layers, with every module under its original name.
 
-    embed (first stage) -> layers[a:b] -> norm -> head -> loss sum (last stage)
+    embed (first stage) -> layers[a:b] -> norm -> head, which computes the loss (last stage)
 
-With pp = 1 the one stage is the whole model. The loss is computed inside the last stage, so that logits never leave it.
+With pp = 1 the one stage is the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,25 +15,27 @@ from torch import Tensor, nn
 
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family
-from hybridtrain.models.loss import HeadGradient, linear_cross_entropy
+from hybridtrain.types import Batch
 
 
 class Stage(nn.Module):
-    """Layers `layers` of the model; `first` adds the embedding, `last` the final norm, the head and the loss.
+    """Layers `layers` of the model; `first` adds the embedding, `last` the final norm and the head.
 
-    forward: (input_ids (B, T) or hidden (B, T, D)) -> hidden (B, T, D), or on the last stage the sum of token losses,
-    fp32, shape (1,). Under sequence parallelism hidden states hold this rank's T / tp positions.
+    `head` makes a module of the model's own head that takes its place and is called with (hidden, batch); see tasks/head.py.
+    forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden (B, T, D), or on the last stage what the head returns:
+    the task's sums of losses, fp32. Under sequence parallelism hidden states hold this rank's T / tp positions.
     """
 
-    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, loss_chunk: int):
+    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, head: Callable[[nn.Module], nn.Module]):
         super().__init__()
         self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
-        self.loss_chunk, self.head_gradient = loss_chunk, HeadGradient()
         whole = meta_model(config)
         paths = [family.rotary, *(f"{family.layers}.{i}" for i in layers)]
-        paths += [family.embed] * first + [family.norm, family.head] * last
+        paths += [family.embed] * first + [family.norm] * last
         for path in paths:
             _place(self, path, whole.get_submodule(path))
+        if last:
+            _place(self, family.head, head(whole.get_submodule(family.head)))
 
     @property
     def tied(self) -> bool:
@@ -57,19 +59,17 @@ class Stage(nn.Module):
         for index in self.layers:
             yield index, self.part(f"{self.family.layers}.{index}")
 
-    def forward(self, x: Tensor, *, position_ids_BT: Tensor, labels_BT: Tensor, packed: bool) -> Tensor:
+    def forward(self, x: Tensor, *, batch: Batch) -> Tensor:
+        positions_BT, packed = batch.position_ids_BT, batch.packed
         hidden = self.part(self.family.embed)(x) if self.first else x
-        rotary = self.part(self.family.rotary)(hidden, position_ids_BT)
+        rotary = self.part(self.family.rotary)(hidden, positions_BT)
         windows = {index: self.family.window(self.config, index) for index in self.layers}
         masks = {
-            window: attention_mask(self.config, window=window, position_ids_BT=position_ids_BT, packed=packed, like=hidden) for window in set(windows.values())
+            window: attention_mask(self.config, window=window, position_ids_BT=positions_BT, packed=packed, like=hidden) for window in set(windows.values())
         }
         for index, layer in self.layer_modules():
-            hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=position_ids_BT, position_embeddings=rotary)
-        if not self.last:
-            return hidden
-        weight: Tensor = self.part(self.family.head).weight  # type: ignore[assignment]
-        return linear_cross_entropy(self.part(self.family.norm)(hidden), weight, labels_BT, chunk=self.loss_chunk, gradient=self.head_gradient)
+            hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=positions_BT, position_embeddings=rotary)
+        return self.part(self.family.head)(self.part(self.family.norm)(hidden), batch) if self.last else hidden
 
 
 def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:

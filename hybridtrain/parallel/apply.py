@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,11 +28,13 @@ from hybridtrain.parallel.slicing import apply_tensor_parallel, parameters_to_sl
 from hybridtrain.plan.layout import stage_layers
 from hybridtrain.plan.schedules import SPLIT_BACKWARD, stages_per_rank
 from hybridtrain.precision.policy import PrecisionPolicy
+from hybridtrain.tasks.head import Head
+from hybridtrain.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Context:
-    """What shapes a stage besides the model: this rank's mesh, and the sections of the config that choose transforms."""
+    """What shapes a stage besides the model: this rank's mesh, the sections of the config that choose transforms, the task."""
 
     mesh: Mesh
     parallel: ParallelConfig
@@ -39,6 +42,7 @@ class Context:
     precision: PrecisionPolicy
     recompute: str
     freeze: list[str]
+    task: Task
 
 
 Names = Callable[[Stage, Context], set[str]]
@@ -64,7 +68,8 @@ def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list
     ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=parallel.schedule)
     stages = []
     for index in ids:
-        stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1, loss_chunk=context.engine.loss_chunk)
+        head = partial(Head, task=context.task)
+        stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1, head=head)
         stage.to(context.precision.param)
         transform(stage, context, order=ORDER)
         check(stage, context, order=ORDER)

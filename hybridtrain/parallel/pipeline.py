@@ -6,6 +6,7 @@ GPipe: arXiv 1811.06965; 1F1B and interleaving: arXiv 2104.04473; zero bubble an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import before_backward
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.schedules import SINGLE, V
+from hybridtrain.types import Batch
 
 _SCHEDULES: dict[str, type] = {
     "gpipe": schedules.ScheduleGPipe,
@@ -47,11 +49,15 @@ class ZeroStage(PipelineStage):
     """
 
     zero_stage: int
-    packed: bool
-    """Given to every forward from here: torch 2.11 takes whatever goes through a schedule for a tensor."""
+    batches: Sequence[Batch]
+    """The micro-batches of the step. Every rank of a pipeline has them: only hidden states travel."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.batch = self.batches[fwd_chunk_id]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward_maybe_with_nosync(*args, **kwargs, packed=self.packed)
+        return super().forward_maybe_with_nosync(*args, **kwargs, batch=self.batch)
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
         stage = self.submod
@@ -107,28 +113,38 @@ class Pipeline:
 
     def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, plan: BatchPlan, group: dist.ProcessGroup, **shape: Any):
         self.stages, self.plan = stages, plan
-        self.divisor = torch.ones(())
+        self.factor: Tensor | None = None
         self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
         self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SINGLE else self.wrapped, **options)
         self.order = None if schedule in SINGLE else self.schedule.pipeline_order_with_comms
 
     def _wrap(
-        self, stage: Stage, index: int, *, count: int, group: dist.ProcessGroup, zero_stage: int, device: torch.device, dtype: torch.dtype, positions: int
+        self,
+        stage: Stage,
+        index: int,
+        *,
+        count: int,
+        group: dist.ProcessGroup,
+        zero_stage: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        positions: int,
+        sums: int,
     ) -> ZeroStage:
         """Shapes are given, so that torch need not run a trial forward and backward to learn them."""
         rows = self.plan.micro_batch_size
         hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(rows, self.plan.seq_len, dtype=torch.int64, device="meta")
-        loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
+        loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
         wrapped = ZeroStage(
             stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group
         )
         wrapped.zero_stage = zero_stage
         return wrapped
 
-    def _loss(self, loss_sum: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the labels were used inside the stage
-        return loss_sum.squeeze(0) * self.divisor
+    def _loss(self, sums: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the head has used its own
+        return sums if self.factor is None else (sums * self.factor).sum()
 
     @property
     def first(self) -> bool:
@@ -138,27 +154,27 @@ class Pipeline:
     def last(self) -> bool:
         return any(stage.last for stage in self.stages)
 
-    def step(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool, factor: Tensor) -> list[Tensor]:
-        """Run every micro-batch, forward and backward of loss sum x factor. Returns those products on the rank of the last stage."""
-        self.divisor = factor
-        return self._run(self.schedule.step, ids_BT, labels_BT, position_ids_BT, packed)
+    def step(self, batches: Sequence[Batch], *, factor: Tensor) -> list[Tensor]:
+        """Run every micro-batch, forward and backward of its sums x factor, added up. Returns those on the rank of the last stage."""
+        self.factor = factor
+        return self._run(self.schedule.step, batches)
 
-    def evaluate(self, ids_BT: Tensor, *, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool) -> list[Tensor]:
-        """Forward only: loss sums on the rank of the last stage."""
-        self.divisor = torch.ones((), device=ids_BT.device)
+    def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Forward only: the sums of each micro-batch on the rank of the last stage."""
+        self.factor = None
         if self.order is None:
-            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT, packed)
+            return self._run(self.schedule.eval, batches)
         self.schedule.pipeline_order_with_comms = {rank: _forward_only(actions) for rank, actions in self.order.items()}
         try:
-            return self._run(self.schedule.eval, ids_BT, labels_BT, position_ids_BT, packed)
+            return self._run(self.schedule.eval, batches)
         finally:
             self.schedule.pipeline_order_with_comms = self.order
 
-    def _run(self, call: Any, ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor, packed: bool) -> list[Tensor]:
+    def _run(self, call: Any, batches: Sequence[Batch]) -> list[Tensor]:
         losses: list[Tensor] = []
-        args = (ids_BT,) if self.first else ()
-        last = {"target": labels_BT, "losses": losses} if self.last else {}
         for stage in self.wrapped:
-            stage.packed = packed
-        call(*args, position_ids_BT=position_ids_BT, labels_BT=labels_BT, **last)
+            stage.batches = batches
+        ids_BT = torch.cat([batch.input_ids_BT for batch in batches])  # the schedule cuts them again
+        last = {"target": ids_BT, "losses": losses} if self.last else {}  # it computes no loss without a target
+        call(*((ids_BT,) if self.first else ()), **last)
         return losses

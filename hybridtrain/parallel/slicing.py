@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
@@ -69,7 +69,7 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
         plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
     if stage.last:
         plan[family.norm] = norm
-        plan[family.head] = ColwiseParallel()  # its weight alone is used, by models/loss.py
+        plan[family.head] = RowsOfVocabulary()
     return plan
 
 
@@ -77,6 +77,15 @@ def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa:
     for key, parameter in list(module.named_parameters(recurse=False)):
         replicated = DTensor.from_local(parameter.data, mesh, [Replicate()], run_check=False)
         module.register_parameter(key, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
+
+
+class RowsOfVocabulary(ParallelStyle):
+    """A head of which each rank has some rows; what the ranks exchange, its loss does (tasks/linear_cross_entropy.py)."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight: Any = module.weight
+        module.register_parameter("weight", nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=weight.requires_grad))
+        return module
 
 
 class ReplicatedNorm(ParallelStyle):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from hybridtrain import engine as engines
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
-from hybridtrain.data.loader import Loader
+from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
@@ -30,7 +30,8 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
-from hybridtrain.types import Batch, StepResult
+from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.types import StepResult
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,16 @@ def train_reference(task: Task) -> Reference:
     family = family_of(built.model_type)
     precision = policy(config.precision.kind)
     source = initial(config.model, built, family=family, seed=config.run.seed)
-    plain = PlainLoop(built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=config.model.freeze)
+    causal_lm = CausalLM(loss_chunk=config.engine.loss_chunk)
+    dtypes = {"compute": precision.compute, "param": precision.param}
+    plain = PlainLoop(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=causal_lm, **dtypes)
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
-    tokens = _tokens(task, dp_rank=0, dp_size=1)
+    tokens = _tokens(task, dp_rank=0, dp_size=1, collate=causal_lm.collate)
     done = Steps()
     for step in range(task.steps):
-        batches = [_on(device, batch) for batch in tokens.micro_batches(step)]
+        batches = [batch.to(device) for batch in tokens.micro_batches(step)]
         with device:  # the reference makes its accumulators where tensors are made by default
             result = plain.step(batches, lr=config.optim.lr)
         done.losses.append(result.loss)
@@ -126,7 +129,7 @@ def train_layout(task: Task, reference_norm: float) -> Measured:
         _compare(named, Path(task.folder) / "gradients.safetensors", gradients, relative)
 
     engine.on_gradients(compare_gradients)
-    tokens = _tokens(task, dp_rank=engine.mesh.dp_rank, dp_size=task.layout.dp)
+    tokens = _tokens(task, dp_rank=engine.mesh.dp_rank, dp_size=task.layout.dp, collate=engine.task.collate)
     done = Steps()
     for step in range(task.steps):
         _note(done, engine.train_step(tokens.micro_batches(step), lr=task.config.optim.lr))
@@ -162,12 +165,9 @@ def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
     return set(tensors)
 
 
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return Batch(batch.input_ids_BT.to(device), batch.labels_BT.to(device), batch.position_ids_BT.to(device), batch.packed)
-
-
-def _tokens(task: Task, *, dp_rank: int, dp_size: int) -> Tokens:
+def _tokens(task: Task, *, dp_rank: int, dp_size: int, collate: Collate) -> Tokens:
     seed = task.config.run.seed
     if task.config.data.path or task.config.data.blend:
-        return Loader(open_data(task.config.data, timeout_s=0), plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab)
+        data = open_data(task.config.data, timeout_s=0)
+        return Loader(data, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab, collate=collate)
     return Synthetic(vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)

@@ -23,11 +23,11 @@ class Flags:
         self._seen: Mapping[str, int] = {}
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def beside(self, count: Tensor) -> Tensor:
-        """`count` (0-d, int64) and this rank's flags as one vector, to be added up over all ranks."""
-        vector = count.new_zeros(1 + len(self.names))
-        vector[0].copy_(count)
-        for place, name in enumerate(self.names, start=1):
+    def beside(self, counts: Tensor) -> Tensor:
+        """`counts` (K, int64) and this rank's flags as one vector, to be added up over all ranks."""
+        vector = counts.new_zeros(len(counts) + len(self.names))
+        vector[: len(counts)].copy_(counts)
+        for place, name in enumerate(self.names, start=len(counts)):
             if name in self.raised:
                 vector[place].fill_(1)
         return vector
@@ -36,7 +36,7 @@ class Flags:
         """The vector now has the sums: begin to copy them to the host."""
         if not self.names:
             return
-        counts, event = vector[1:], None
+        counts, event = vector[len(vector) - len(self.names) :], None
         if counts.is_cuda:
             counts = torch.empty(len(self.names), dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
             event = torch.cuda.Event()

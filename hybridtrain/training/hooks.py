@@ -7,6 +7,8 @@ is on disk before it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,9 +68,7 @@ class Evaluate:
         if self.every and (moment.last or moment.step % self.every == 0):
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
-            tokens = sum(r.tokens for r in results)
-            assert tokens, "the held-out rows have targets (trainer.py looked)"
-            moment.extra["eval_loss"] = sum(r.loss_sum for r in results) / tokens
+            moment.extra.update(self.engine.task.evaluate(functools.reduce(operator.add, results)))
 
     def close(self) -> None:
         return

@@ -28,7 +28,7 @@ from hybridtrain.runtime import host, launch, log
 from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.training import introduction, outcome, resume
 from hybridtrain.training.job import Job, resolve
-from hybridtrain.types import IGNORE_INDEX, Batch, Progress
+from hybridtrain.types import Batch, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
+    from hybridtrain.tasks.task import Task
     from hybridtrain.training.callbacks import Callback
     from hybridtrain.training.loop import Done
 
@@ -206,7 +207,7 @@ def _train(
     hosts = host.gather(device)
     if log.rank() == 0:
         _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
-    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab}
+    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab, "collate": engine.task.collate}
     loader = Loader(job.data, **share, seed=config.run.seed)
     meter = metrics.Meter(
         first_step=start.step,
@@ -219,7 +220,7 @@ def _train(
     chosen: list[hooks.Hook] = []
     if config.train.eval_every:
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job), meter=meter))
+        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, task=engine.task), meter=meter))
     chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device))
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(of_user, run)
@@ -256,11 +257,11 @@ def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: li
     introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
 
 
-def _with_targets(steps: list[list[Batch]], *, job: Job) -> list[list[Batch]]:
+def _with_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> list[list[Batch]]:
     """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
     from hybridtrain.parallel.mesh import any_rank
 
-    mine = any(bool((batch.labels_BT != IGNORE_INDEX).any()) for batches in steps for batch in batches)
+    mine = any(bool(count) for batches in steps for batch in batches for count in task.counts(batch).values())
     (there,) = any_rank([mine])
     if not there:
         problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"

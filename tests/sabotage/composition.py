@@ -12,9 +12,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.engine import torch_native
-from hybridtrain.models import loss
 from hybridtrain.parallel import slicing
 from hybridtrain.parity.measure import Measured, Task, train_layout
+from hybridtrain.tasks import linear_cross_entropy as loss
 
 
 def _over_tp(grad: Any) -> bool:
@@ -31,13 +31,13 @@ def softmax_over_the_local_vocabulary(task: Task, reference_norm: float) -> Meas
 
 def local_token_counts(task: Task, reference_norm: float) -> Measured:
     """Each data rank divides by its own targets; they differ from rank to rank."""
-    count = torch_native.valid_tokens
+    count = torch_native.global_counts
 
-    def own(batches: Any, *, mesh: Any, flags: Any) -> Any:
+    def own(batches: Any, *, task: Any, mesh: Any, flags: Any) -> Any:
         shares = torch.tensor([0.75, 1.25], device=mesh.device)  # of an even share: what uneven rows would give
-        return (count(batches, mesh=mesh, flags=flags) * shares[mesh.dp_rank % 2]).long()
+        return (count(batches, task=task, mesh=mesh, flags=flags) * shares[mesh.dp_rank % 2]).long()
 
-    torch_native.valid_tokens = own
+    torch_native.global_counts = own
     return train_layout(task, reference_norm)
 
 

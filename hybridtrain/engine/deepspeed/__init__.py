@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
-from hybridtrain.engine.common import mean_loss, valid_tokens
+from hybridtrain.engine.common import evaluated, global_counts, mean_loss
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
@@ -39,15 +40,18 @@ from hybridtrain.plan.layout import ParallelLayout, stage_layers
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
-from hybridtrain.types import Batch, EvalResult, Progress, Saving, StepResult
+from hybridtrain.tasks.head import Head
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch, Progress, Saving, StepResult, Sums
 
 
 class DeepSpeedEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool):
+    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool, task: Task):
         self.capabilities = of_engine("deepspeed")
-        self.config, self.layout, self.plan, self.device = config, layout, plan, device
+        self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
+        self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
@@ -83,9 +87,10 @@ class DeepSpeedEngine:
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
-        chunk = self.config.engine.loss_chunk
-        context = apply.Context(self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze)
-        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, loss_chunk=chunk)
+        context = apply.Context(
+            self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze, self.task
+        )
+        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, head=partial(Head, task=self.task))
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
         if group is not None:
             with quiet():
@@ -125,9 +130,6 @@ class DeepSpeedEngine:
                 module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends(), tied=self._tied())  # every rank makes the group
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
             options["mpu"] = self.grid
-            if deepspeed_config.zero_stage(self.config) == 3:
-                head: Any = self.stage.part(self.family.head)
-                self.deepspeed.zero.register_external_parameter(self.stage, head.weight)  # the stage uses it, not the head
             return None, self.deepspeed.initialize(model=self.stage, **options)[0]
 
     def _tied(self) -> nn.Parameter | None:
@@ -141,14 +143,16 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update over this data rank's micro-batches."""
-        self.stage.head_gradient.clear()
+        if self.stage.last:
+            head: Any = self.stage.part(self.family.head)
+            head.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh, flags=self.flags)
-        factor = self.layout.dp / tokens.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
+        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
+        factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
         scale = torch.tensor(float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0, device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        empty = (tokens == 0).float()
+        empty = (counts.sum() == 0).float()
         self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
         scaler = self._scaler_state()
         total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
@@ -157,18 +161,19 @@ class DeepSpeedEngine:
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
         norm = torch.as_tensor(float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-        if scaler and not int(tokens):
+        if scaler and not int(counts.sum()):
             self._set_scaler(scaler)
-        return StepResult(mean_loss(total / tokens.clamp(min=1), tokens=tokens), tokens, norm, skipped * (1 - empty), empty, scale)
+        loss = mean_loss((self.loss_weights * total / counts.clamp(min=1)).sum(), counts=counts)
+        return StepResult(loss, counts[0], norm, skipped * (1 - empty), empty, scale)
 
     @torch.no_grad()
-    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+    def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
         batches = [batch.to(self.device) for batch in micro_batches]
-        tokens = valid_tokens(batches, mesh=self.mesh, flags=Flags(()))
+        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
         self.engine.eval()
         if self.pipe:
-            self.pipe.begin(batches, factor=torch.ones((), device=self.device))
+            self.pipe.begin(batches, factor=torch.ones_like(self.loss_weights))
             self.engine.eval_batch(self._inputs(batches), num_micro_batches=len(batches))
             losses = self.pipe.losses
         else:
@@ -176,7 +181,7 @@ class DeepSpeedEngine:
         self.engine.train()
         total = self._sum(losses)
         self.mesh.sum(total, over="loss")
-        return EvalResult(float(total), int(tokens))
+        return evaluated(total, counts, task=self.task)
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint (collective), in the form of the torch engine's."""
@@ -265,15 +270,15 @@ class DeepSpeedEngine:
     # -- the step ----------------------------------------------------------------------------------------------
 
     def _forward(self, batch: Batch) -> Tensor:
-        return self.engine(batch.input_ids_BT, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)
+        return self.engine(batch.input_ids_BT, batch=batch)
 
     def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         losses = []
         for batch in batches:
-            loss = self._forward(batch)
-            self.engine.backward(loss.squeeze(0) * factor, scale_wrt_gas=False)
+            sums = self._forward(batch)
+            self.engine.backward((sums * factor).sum(), scale_wrt_gas=False)
             self.engine.step()
-            losses.append(loss.detach())
+            losses.append(sums.detach())
         return self._sum(losses)
 
     def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
@@ -286,9 +291,9 @@ class DeepSpeedEngine:
         return zip([batch.input_ids_BT for batch in batches], itertools.repeat(torch.zeros(1, device=self.device)), strict=False)
 
     def _sum(self, losses: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=self.device)
-        for loss in losses:
-            total += loss.squeeze()
+        total = torch.zeros_like(self.loss_weights)
+        for sums in losses:
+            total += sums
         return total
 
 

@@ -21,7 +21,7 @@ from hybridtrain.types import Batch
 
 
 class StageLayer(nn.Module):
-    """The one layer: hands each micro-batch's labels and positions to the stage, and keeps the loss sums."""
+    """The one layer: hands each micro-batch to the stage, and keeps the loss sums."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -31,16 +31,16 @@ class StageLayer(nn.Module):
         self.losses: list[Tensor] = []
 
     def begin(self, batches: Sequence[Batch], *, factor: Tensor) -> None:
-        """What the next forward passes are for. The last stage's output is its loss sum x `factor`."""
+        """What the next forward passes are for. The last stage's output is its sums x `factor`, added up."""
         self.batches, self.factor, self.losses = iter(batches), factor, []
 
     def forward(self, x: Tensor) -> Tensor:
         batch = next(self.batches)
-        out = self.stage(x, position_ids_BT=batch.position_ids_BT, labels_BT=batch.labels_BT, packed=batch.packed)
+        out = self.stage(x, batch=batch)
         if not self.stage.last:
             return out
         self.losses.append(out.detach())
-        return out.squeeze(0) * self.factor
+        return (out * self.factor).sum()
 
 
 class Pipeline(PipelineModule):

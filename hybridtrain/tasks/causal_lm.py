@@ -1,0 +1,57 @@
+"""Next-token prediction: pre-training and, where only some tokens carry loss, fine-tuning on conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybridtrain.tasks.head import Head
+from hybridtrain.tasks.linear_cross_entropy import linear_cross_entropy
+from hybridtrain.types import IGNORE_INDEX, Batch, Sums
+
+if TYPE_CHECKING:
+    from hybridtrain.data.rows import Block
+
+
+class CausalLM:
+    """See task.Task. One sum, of the losses of all tokens that have a label. `loss_chunk`: engine.loss_chunk."""
+
+    weights: Mapping[str, float] = {"loss": 1.0}
+
+    def __init__(self, *, loss_chunk: int):
+        self.loss_chunk = loss_chunk
+
+    def collate(self, block: Block, *, valid: int) -> Batch:
+        """Inputs, and labels shifted by one. No label is the first token of a document, and positions count from it."""
+        labels, index = block.tokens[:, 1:].copy(), np.arange(block.tokens.shape[1] - 1)
+        labels[valid:] = IGNORE_INDEX
+        if block.carries is not None:
+            labels[~block.carries[:, 1:]] = IGNORE_INDEX
+        positions = np.tile(index, (len(labels), 1))
+        if block.begins is not None:
+            labels[block.begins[:, 1:]] = IGNORE_INDEX
+            positions -= np.maximum.accumulate(np.where(block.begins[:, :-1], index, 0), axis=1)
+        ids, targets, places = (torch.from_numpy(np.ascontiguousarray(each)) for each in (block.tokens[:, :-1], labels, positions))
+        return Batch(ids, targets, places, packed=block.begins is not None)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Tokens with a label."""
+        return {"loss": (batch.labels_BT != IGNORE_INDEX).sum()}
+
+    def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
+        """Head and cross-entropy in chunks of tokens."""
+        return {"loss": linear_cross_entropy(hidden_BTD, head.weight, batch.labels_BT, chunk=self.loss_chunk, gradient=head.gradients["loss"])}
+
+    def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy in fp32."""
+        labels_N = batch.labels_BT.flatten().to(logits_BTV.device)
+        return {"loss": F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")}
+
+    def evaluate(self, sums: Sums) -> dict[str, float]:
+        """The mean loss per token."""
+        return {"eval_loss": sums.values["loss"] / sums.counts["loss"]}

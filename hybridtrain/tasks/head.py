@@ -1,0 +1,43 @@
+"""The head of a model and the loss of a task as one module, under the head's own name, inside the last stage.
+
+Its output is the loss: no layout ever holds all logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.tasks.linear_cross_entropy import HeadGradient
+
+if TYPE_CHECKING:
+    from hybridtrain.tasks.task import Task
+    from hybridtrain.types import Batch
+
+
+class Head(nn.Module):
+    """Takes the place of `model_head`, a linear layer, and has its weight (V, D).
+
+    forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32, shape (number of sums,).
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, model_head: Any, *, task: Task):
+        super().__init__()
+        assert model_head.bias is None, "the loss of linear_cross_entropy.py knows no bias"
+        self.weight = model_head.weight
+        self.task = task
+        self.gradients = {name: HeadGradient() for name in task.weights}
+        """The weight's, by sum: of each over all micro-batches in flight."""
+
+    def clear(self) -> None:
+        """Forget forward passes that no backward pass followed."""
+        for gradient in self.gradients.values():
+            gradient.clear()
+
+    def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        sums = self.task.loss(hidden_BTD, batch, self)
+        return torch.cat([sums[name] for name in self.task.weights])

@@ -257,7 +257,7 @@ def _data(config: schema.Config) -> None:
             data.source,
             "nothing to read",
             allowed="files, folders, patterns, stdlib",
-            instead="data.source=[stdlib] or experiment=smoke",
+            instead="data.source=[YOUR TEXT]",
         )
     _blend(data)
     wanted = type(config) is schema.PrepareRoot or (type(config) is schema.Config and not data.blend)  # parity makes tokens of its own when there is no path

@@ -17,6 +17,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
 from hybridtrain.run import entry as entries
 from hybridtrain.runtime import launch
+from hybridtrain.training import trainer
 from tests.runs import arguments
 
 TRAIN = ["train", "model=tiny", "data.path=x", "train.steps=100"]
@@ -141,7 +142,7 @@ MISTAKES = {
     "no model": (["train", "data.path=x", "train.steps=1"], ["model=(none)", "model=nano"]),
     "no architecture": (["train", "data.path=x", "train.steps=1", "model.config.hidden_size=8"], ["model.config.model_type=(missing)"]),
     "no data": (["train", "model=tiny", "train.steps=1"], ["data.path=''"]),
-    "nothing to prepare": (["prepare", "data.path=x"], ["data.source=[]"]),
+    "nothing to prepare": (["prepare", "data.path=x"], ["data.source=[]", "try:     data.source=[YOUR TEXT]"]),
     "no end": (["train", "model=tiny", "data.path=x"], ["the run has no end", "train.steps=1000"]),
     "two ends": ([*TRAIN, "train.tokens=5"], ["the run has several ends", "train.steps=100, train.tokens=5"]),
     "negative end": (["train", "model=tiny", "data.path=x", "train.steps=-1"], ["train.steps=-1: out of range"]),
@@ -258,11 +259,9 @@ def test_a_sweep_ends_with_a_table(data, tmp_path, monkeypatch):
             "-m", "hybridtrain.cli", "train", "--multirun", *given, "run.name=sweep", f"optim.lr={rates}", PYTHONPATH=str(Path(__file__).parent.parent)
         )
         assert done.returncode == 0, done.stderr
-        assert "[2/2] hybridtrain train" in done.stdout
-        table = done.stdout[done.stdout.rindex("[2/2]") :].partition("\n")[2]
-        shown = {word for word in table.split() if word.startswith("sweep-") and "." not in word}
-        assert shown == set(runs), table
-        assert all(f"{float(rate):g}" in table for rate in rates.split(",")), table
+        assert all((tmp_path / "runs" / run / "config.yaml").is_file() for run in runs)
+        table = done.stdout[done.stdout.rindex("[2/2] hybridtrain train") :].partition("\noptim.lr ")[2].partition("\n")[0]
+        assert table.split() == [f"{float(rate):g}" for rate in rates.split(",")], "of these runs, not of those of before"
 
 
 def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
@@ -273,7 +272,9 @@ def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
         entry = entries.enter(config)
         assert (tmp_path / "told").read_text() == folder
         (entry.path / "config.yaml").write_text(compose.to_yaml(config))
+        (entry.path / "summary.json").write_text('{"steps": 100}')
         entry.lock.release()
+    assert trainer._finished(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
 
 
 def test_multirun_runs_every_combination():
@@ -322,6 +323,7 @@ import atexit, os
 from hybridtrain.cli import main
 from hybridtrain.run import entry as entries
 from hybridtrain.runtime import launch
+from hybridtrain.training import trainer
 class Apart:
     def __del__(self):
         os.write(1, b"taken apart")

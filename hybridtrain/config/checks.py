@@ -81,7 +81,7 @@ def check(config: schema.Root) -> None:
         _bench(config)
     if isinstance(config, schema.PrepareRoot):
         words, allowed = "nothing to read", "files, folders, patterns, stdlib"
-        _require(bool(config.data.source), "data.source", config.data.source, words, allowed=allowed, instead="data.source=[stdlib] or experiment=smoke")
+        _require(bool(config.data.source), "data.source", config.data.source, words, allowed=allowed, instead="data.source=[YOUR TEXT]")
         _has_path(bool(config.data.path))
 
 

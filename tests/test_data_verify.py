@@ -136,13 +136,14 @@ def test_what_an_earlier_version_wrote_is_read_verified_and_sampled(prepared):
     before = {"model": "m", "data": blend.fingerprint, "order": "o"}
     now = before | {"tokens": blend.sample}
     old, new = (Progress(step=1, tokens_seen=1, fingerprints=known) for known in (before, now))
+    where = {"data": ("data.path", str(prepared)), "run": Path("run")}
     for progress, known in ((old, now), (new, now), (new, before)):
-        assert check_fingerprints(progress, fingerprints=known, allow_data_change=False) == ()
+        assert check_fingerprints(progress, fingerprints=known, allow_data_change=False, **where) == ()
     tokens = (prepared / "train.bin").read_bytes()
     (prepared / "train.bin").write_bytes(bytes([7, 0] * (len(tokens) // 2)))
     changed = before | {"tokens": open_data(DataConfig(path=str(prepared)), timeout_s=0).sample}
-    with pytest.raises(UserError, match="the tokens of the checkpoint of step 1 was another"):
-        check_fingerprints(new, fingerprints=changed, allow_data_change=False)
+    with pytest.raises(UserError, match="the checkpoint of step 1 was trained on other token files: they have changed since"):
+        check_fingerprints(new, fingerprints=changed, allow_data_change=False, **where)
     assert verify_corpus(prepared) == ["its token files are not those of the fingerprint in corpus.json"]
 
 

@@ -55,9 +55,11 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
-        _log.info("branched  from %s at step %d, %d tokens", run_dir.checkpoint, start.step, start.tokens_seen)
+        other = f"; the data are other than there: {job.data.name}" if _other_data(job, start=start) else ""
+        _log.info("branched  from %s at step %d, %d tokens%s", run_dir.checkpoint, start.step, start.tokens_seen, other)
     elif run_dir.checkpoint:
-        same = "model, data, optimizer, schedule, seed and batch are as they were"
+        other = f"; the data are other than before: {job.data.name}" if _other_data(job, start=start) else ""
+        same = f"model, {'' if other else 'data, '}optimizer, schedule, seed and batch are as they were{other}"
         _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
     elif run_dir.continued:
         _log.info("resumed   no complete checkpoint was there: from the beginning")
@@ -69,6 +71,11 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
             config.schedule.kind,
             job.total_steps,
         )
+
+
+def _other_data(job: Job, *, start: Progress) -> bool:
+    """Whether the data are not those of the checkpoint at `start`, which may lie at another place."""
+    return any(start.fingerprints.get(name, now) != now for name, now in job.fingerprints.items() if name in ("data", "tokens"))
 
 
 def _of_tokenizer(job: Job, *, model: Path) -> list[str]:

@@ -18,7 +18,8 @@ from torch.nn import functional
 from hybridtrain import evaluate
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
-from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
+from hybridtrain.data import vocabulary
+from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.plan.layout import BatchPlan
@@ -45,6 +46,8 @@ def run(config: EvaluateRoot) -> int:
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
+        if not settings.data.eval_path:
+            vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)

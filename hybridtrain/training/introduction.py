@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
+from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.own import OwnRows
 from hybridtrain.plan import layout as layouts
 from hybridtrain.runtime import log
@@ -52,6 +53,7 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     _log.info("run       %s", run_dir.path)
     for line in _of_tokenizer(job, model=run_dir.model):
         _log.info("tokenizer %s", line)
+    _compare_tokenizers(job, run_dir=run_dir, start=start)
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
@@ -76,6 +78,17 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
 def _other_data(job: Job, *, start: Progress) -> bool:
     """Whether the data are not those of the checkpoint at `start`, which may lie at another place."""
     return any(start.fingerprints.get(name, now) != now for name, now in job.fingerprints.items() if name in ("data", "tokens"))
+
+
+def _compare_tokenizers(job: Job, *, run_dir: RunDir, start: Progress) -> None:
+    """Warn where weights that were trained with one tokenizer meet data of another: at a run's beginning, or with other data than before."""
+    from hybridtrain.checkpoint import marker
+
+    source = job.config.model.from_pretrained
+    if run_dir.checkpoint is None and source:
+        vocabulary.compare(Path(source), tokenizer_dir(job.config.data))
+    elif run_dir.checkpoint is not None and _other_data(job, start=start):
+        vocabulary.compare(run_dir.checkpoint / marker.TOKENIZER, tokenizer_dir(job.config.data))
 
 
 def _of_tokenizer(job: Job, *, model: Path) -> list[str]:

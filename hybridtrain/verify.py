@@ -27,7 +27,7 @@ _log = log.get("verify")
 def run(config: VerifyRoot) -> int:
     """Print what is wrong, a line each; 0: nothing, 1: something."""
     path = Path(config.run.dir)
-    if (path / "corpus.json").is_file() or Path(f"{path}.idx").is_file():
+    if (path / "corpus.json").is_file() or Path(f"{path}.idx").is_file() or (path / ".partial" / "plan.json").is_file():
         from hybridtrain.data.verify import verify_corpus
 
         problems, what = verify_corpus(path), "the corpus is as it was prepared"

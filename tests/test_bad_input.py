@@ -304,7 +304,11 @@ def test_never_with_a_run_there(trained: Path, copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("run__seed", 3, "run.seed was 0 and is 3"), ("model__config__intermediate_size", 96, "model.config was"), ("optim__lr", 0.1, "optim.lr was")],
+    [
+        ("run__seed", 3, "run.seed was 0 and is 3"),
+        ("model__config__intermediate_size", 96, "another run: model.config.intermediate_size was 160 and is 96\n"),
+        ("optim__lr", 0.1, "optim.lr was"),
+    ],
 )
 def test_an_explicit_directory_of_another_run(trained: Path, copy: Path, option: str, value: object, words: str) -> None:
     before = contents(copy)
@@ -321,7 +325,7 @@ def test_a_checkpoint_of_another_model(trained: Path, copy: Path, tmp_path: Path
     finished(2, arguments(other, trained / "data", train__steps=5, model__config__intermediate_size=96))
     shutil.copytree(other / "checkpoints" / "step-00000005", copy / "checkpoints" / "step-00000005")
     text = four_parts(answer(arguments(copy, trained / "data", checkpoint__every=2)), "model")
-    assert "the checkpoint of step 5 is of another model" in text
+    assert "is of another model: intermediate_size was 96 and is 160" in text
 
 
 def test_other_data_in_the_same_folder_goes_on_only_when_asked_for(trained: Path, copy: Path, tmp_path: Path) -> None:
@@ -333,11 +337,14 @@ def test_other_data_in_the_same_folder_goes_on_only_when_asked_for(trained: Path
         shutil.copytree(other, trained / "data")
         argv = arguments(copy, trained / "data", checkpoint__every=2, train__steps=6)
         before = contents(copy)
-        text = four_parts(answer(argv), "data")
+        text = four_parts(answer(argv), "data.path")
+        assert f"data.path={trained / 'data'}: the checkpoint of step 4 was trained on other data: they were prepared again since, or replaced" in text
         assert "run.allow_data_change=true" in text
         assert contents(copy) == before
         said = finished(2, [*argv, "run.allow_data_change=true"]).out
         assert "warning: resuming with other data: data, order" in said
+        same = "model, optimizer, schedule, seed and batch are as they were; the data are other than before:"
+        assert f"resumed   step-00000004 at step 4, 1024 tokens; {same} {trained / 'data'}" in said
         assert [row["step"] for row in rows(copy)] == list(range(1, 7))
     finally:
         shutil.rmtree(trained / "data")

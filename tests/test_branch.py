@@ -70,9 +70,9 @@ def test_what_a_branch_cannot_begin_from_is_refused(data: Path, whole: Path, tmp
     assert "no complete checkpoint in it" in four_parts(refused(data, new, run__branch_from=tmp_path / "empty"), "run.branch_from")
     assert "has done 8 steps already" in four_parts(refused(data, new, run__branch_from=whole), "train")
     words = refused(data, new, run__branch_from=source, model__config__num_hidden_layers=1)
-    assert "of another model" in four_parts(words, "model")
+    assert "of another model: model.config.num_hidden_layers was 4 and is 1" in four_parts(words, "run.branch_from")
     words = refused(data, new, run__branch_from=source, model__config__rope_theta=500.0)
-    assert "of another model: model.config was" in four_parts(words, "run.branch_from")
+    assert "of another model: model.config.rope_theta was" in four_parts(words, "run.branch_from")
     broken = tmp_path / "broken" / "step-00000004"
     shutil.copytree(source, broken)
     (broken / "__0_0.distcp").write_bytes(b"")

@@ -254,7 +254,7 @@ def test_secrets_stay_unresolved_in_yaml(monkeypatch):
     assert "path: a/smoke" in text  # without a secret in it: resolved
 
 
-@pytest.mark.parametrize("command", schema.ROOTS)
+@pytest.mark.parametrize("command", [name for name, root in schema.ROOTS.items() if issubclass(root, schema.Config)])
 def test_null_is_no_file_of_a_group(command):
     standard = compose(command, [])
     for group in (*keys.OPTIONAL, "tracker", "recompute"):

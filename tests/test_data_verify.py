@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridtrain.cli.main import main
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.corpus import Corpus
@@ -136,14 +137,28 @@ def test_what_an_earlier_version_wrote_is_read_verified_and_sampled(prepared):
     before = {"model": "m", "data": blend.fingerprint, "order": "o"}
     now = before | {"tokens": blend.sample}
     old, new = (Progress(step=1, tokens_seen=1, fingerprints=known) for known in (before, now))
+    where = {"data": ("data.path", str(prepared)), "run": Path("run")}
     for progress, known in ((old, now), (new, now), (new, before)):
-        assert check_fingerprints(progress, fingerprints=known, allow_data_change=False) == ()
+        assert check_fingerprints(progress, fingerprints=known, allow_data_change=False, **where) == ()
     tokens = (prepared / "train.bin").read_bytes()
     (prepared / "train.bin").write_bytes(bytes([7, 0] * (len(tokens) // 2)))
     changed = before | {"tokens": open_data(DataConfig(path=str(prepared)), timeout_s=0).sample}
-    with pytest.raises(UserError, match="the tokens of the checkpoint of step 1 was another"):
-        check_fingerprints(new, fingerprints=changed, allow_data_change=False)
+    with pytest.raises(UserError, match="the checkpoint of step 1 was trained on other token files: they have changed since"):
+        check_fingerprints(new, fingerprints=changed, allow_data_change=False, **where)
     assert verify_corpus(prepared) == ["its token files are not those of the fingerprint in corpus.json"]
+
+
+def test_a_prepare_that_was_interrupted_is_told_as_such(prepared, capfd):
+    (prepared / ".partial").mkdir()
+    (prepared / ".partial" / "plan.json").write_text("{}")
+    assert verify_corpus(prepared) == []  # what stands there is whole: its prepare with overwrite has yet to replace it
+    (prepared / "corpus.json").unlink()
+    assert main(["verify", str(prepared)]) == 1
+    said = capfd.readouterr()
+    assert f"data.path={prepared}: an interrupted prepare, or one still at work: it has not come to its end" in said.out + said.err
+    assert "1 problem" in said.out + said.err
+    with pytest.raises(UserError, match="the same prepare command again"):
+        Corpus.open(prepared)
 
 
 DAMAGED = {

@@ -332,6 +332,13 @@ def test_damaged_folders_are_refused_by_name(kind, trained, folder, capsys):
         assert ("git-lfs pointer" in refused) == ("pointer" in kind)
 
 
+def test_of_an_export_that_cannot_be_loaded_another_is_asked_for(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    (run / "export" / "config.json").write_text("{")
+    assert main(["evaluate", str(run)]) == 2
+    assert f"try:     hybridtrain export {run}, which writes it again" in capsys.readouterr().err
+
+
 def test_a_run_directory_grants_no_permission_to_run_its_code(trained, tmp_path, capsys):
     """Its config.yaml says model.trust_remote_code=true; only the command line's own word counts."""
     run = Path(shutil.copytree(trained.run, tmp_path / "run"))

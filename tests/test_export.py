@@ -27,7 +27,7 @@ from hybridtrain.export import destination, hf, safetensors
 from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from hybridtrain.types import Progress
-from tests.runs import immutable
+from tests.runs import four_parts, immutable
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
 
@@ -170,6 +170,19 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         hf.run(exporting(run))
     assert not list(run.glob("export*"))
+
+
+def test_a_checkpoint_that_is_none_is_refused_by_its_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path, model_of(tied=True), tied=True)
+    monkeypatch.chdir(run)
+    assert main(["export", "export.checkpoint=200"]) == 2
+    assert "export.checkpoint=200: there is no such folder" in four_parts(capsys.readouterr().err, "export.checkpoint")
+    alone = shutil.copytree(run / "checkpoints" / "step-00000020", tmp_path / "a" / "b" / "mine")
+    for command, option in (("export", "export.checkpoint"), ("generate", "generate.source")):
+        assert main([command, f"{option}={alone}"]) == 2
+        said = four_parts(capsys.readouterr().err, option)
+        assert f"{option}={alone}: it is no checkpoint where its run left it: {tmp_path / 'a'} has no config.yaml" in said
+        assert "run.dir" not in said
 
 
 def as_earlier(checkpoint: Path) -> None:
@@ -461,9 +474,9 @@ MEASURED = """
 import re, sys
 from pathlib import Path
 from hybridtrain.export import hf
-from hybridtrain.config.schema import ModelConfig
+from hybridtrain.config.schema import Config
 def export(run):
-    its = hf.Run(Path(run) / "model", None, ModelConfig(), False)
+    its = hf.Run(Path(run), Config())
     hf.export(Path(run) / "step-1", run=its, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -119,7 +120,7 @@ def test_an_explicit_directory_of_another_run_is_refused_naming_the_field(config
     before = opened(config)
     text = (before.path / "config.yaml").read_text()
     message = refusal_of(alter(config, key, value))
-    assert f"{key} was" in message
+    assert (f"{key}.hidden_size was 64 and is 128" if key == "model.config" else f"{key} was") in message
     assert (before.path / "config.yaml").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
@@ -209,9 +210,12 @@ def test_the_summary_takes_the_keys_of_the_interface_only(config: Config) -> Non
 
 def test_fingerprints() -> None:
     progress = Progress(7, 0, {"model": "m", "data": "d"})
-    check: Callable[..., tuple[str, ...]] = identity.check_fingerprints
+    check: Callable[..., tuple[str, ...]] = functools.partial(identity.check_fingerprints, data=("data.path", "data/mine"), run=Path("runs/a"))
     assert check(progress, fingerprints={"model": "m", "data": "d"}, allow_data_change=False) == ()
-    with pytest.raises(UserError, match=r"run\.allow_data_change=true"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.path=data/mine: the checkpoint of step 7 .*prepared again since.*\(d then, e now\)[^$]*allow_data_change=true.*branch_from=runs/a",
+    ):
         check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=False)
     assert check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=True) == ("data",)
     for model in ("n", None):

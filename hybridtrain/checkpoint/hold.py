@@ -44,6 +44,7 @@ def held(path: Path) -> Iterator[Path]:
                 if not (path / name).is_file() and path.is_dir() and (path / marker.MARKER).is_file():
                     raise marker.damaged(path, name, "it is missing")
                 stream = stack.enter_context((path / name).open("rb"))
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(f"/proc/{os.getpid()}/fd/{stream.fileno()}")
         except UserError:
             if (path / marker.MARKER).is_file() or not _vanishing(path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import tokens
-from hybridtrain.runtime.files import write_atomically
+from hybridtrain.runtime.files import is_inside, write_atomically
 from hybridtrain.types import Progress
 
 MARKER = "complete.json"
@@ -25,6 +25,10 @@ CONFIG = "config.json"
 """The model's config.json as it was when the checkpoint was written; checkpoints of earlier releases have none."""
 PARTIAL = ".partial"
 """Ending of a folder that is being written, or was when a crash came."""
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer of what was trained on, in <run>/model and in a checkpoint; those of earlier releases have none."""
+DATA = "data.json"
+"""In it, written last: which data that was."""
 REPLACED = ".removed"
 """Ending of a folder that is being removed, or was when a crash came."""
 FORMAT = 1
@@ -60,17 +64,22 @@ def is_complete(path: Path) -> bool:
 def write(path: Path, *, progress: Progress, files: Mapping[str, Record]) -> None:
     """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError).
 
-    A checkpoint of a run takes the run's model/config.json and generation_config.json along, so that an export needs nothing that may be edited later.
+    A checkpoint of a run takes config.json, generation_config.json and the tokenizer of the run's model/ along, so that an export needs
+    nothing that may be edited later.
     """
     content = {"step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
     _write_json(path / PROGRESS, content)
     own, model = [METADATA, PROGRESS], path.parent.parent / "model"
-    for name in (CONFIG, tokens.GENERATION):
+    kept = [DATA, *tokens.files_of(model / TOKENIZER)] if (model / TOKENIZER / DATA).is_file() else []
+    for name in (CONFIG, tokens.GENERATION, *(f"{TOKENIZER}/{name}" for name in kept)):
         if (model / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path / name, (model / name).read_bytes())
             own.append(name)
     everything = {**files, **{name: measure(path / name) for name in own}}
     listed = {name: {"size": record.size, "crc32": f"{record.crc32:08x}"} for name, record in sorted(everything.items())}
+    for folder in {(path / name).parent for name in own}:
+        sync_folder(folder)
     _write_json(path / MARKER, {"format": FORMAT, "files": listed})
     sync_folder(path)
 
@@ -96,7 +105,7 @@ def read(path: Path) -> dict[str, Record]:
     if version != FORMAT:
         raise refusal("checkpoint", path, f"written in format {version}", allowed=f"format {FORMAT}", instead="the release of hybridtrain that wrote it")
     for name in files:
-        if Path(name).name != name:
+        if not is_inside(name):
             raise damaged(path, MARKER, f"it lists {name!r}, which is outside the checkpoint")
     for name in (METADATA, PROGRESS):
         if name not in files:

@@ -242,7 +242,8 @@ def _check_command(key: str, value: str, command: str, *, has: str) -> None:
     options = [name for name in schema.ROOTS if _is_known(key, sections(name))]
     others = options or [name for name in schema.ROOTS if key.partition(".")[0] in sections(name)]
     if others and command not in others:
-        raise refusal(key, value, f"no such option of `hybridtrain {command}`", allowed=has, instead=f"without it; it is for hybridtrain {', '.join(others)}")
+        instead = f"hybridtrain {others[0]} {key}={value}" if len(others) == 1 else f"without it; it is for hybridtrain {', '.join(others)}"
+        raise refusal(key, value, f"no such option of `hybridtrain {command}`", allowed=has, instead=instead)
 
 
 def _is_known(key: str, allowed: dict[str, list[Field]]) -> bool:

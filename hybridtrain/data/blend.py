@@ -29,6 +29,7 @@ from hybridtrain.data.rows import Rows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object
 
 C = TypeVar("C", bound=Config)
 _log = log.get("data")
@@ -60,10 +61,7 @@ class Blend:
     @property
     def fingerprint(self) -> str:
         """Which tokens there are, in which proportion; not where they lie."""
-        if len(self.corpora) == 1:
-            return self.corpora[0].fingerprint
-        parts = [(corpus.fingerprint, int(quota)) for corpus, quota in zip(self.corpora, self.quotas, strict=True)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return _joined([corpus.fingerprint for corpus in self.corpora], weights=self.weights)
 
     @property
     def sample(self) -> str | None:
@@ -169,6 +167,24 @@ def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) ->
 def _no_targets(where: object, *, field: str, value: object) -> UserError:
     problem = f"no token of {where} carries loss: every answer is cut off"
     return refusal(field, value, problem, allowed="conversations with answers within a row", instead="prepare again with a larger data.seq_len")
+
+
+def _joined(fingerprints: Sequence[str], *, weights: Sequence[float]) -> str:
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    parts = list(zip(fingerprints, apportioned(BLOCK, weights), strict=True))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fingerprint_there(data: DataConfig) -> str | None:
+    """`Blend.fingerprint` of what data.path or data.blend leads to now, of which token files may be gone; None where that is not told."""
+    places = [Path(path) for path in data.blend or [data.path]]
+    try:
+        found = [read_object(path / "corpus.json", field="data.path").get("fingerprint") if path.is_dir() else Corpus.open(path).fingerprint for path in places]
+    except UserError:
+        return None
+    named = [one for one in found if isinstance(one, str)]
+    return _joined(named, weights=tuple(data.blend.values()) or (1.0,)) if len(named) == len(found) else None
 
 
 def tokenizer_dir(data: DataConfig) -> Path | None:

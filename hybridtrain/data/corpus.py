@@ -17,6 +17,7 @@ import numpy as np
 
 from hybridtrain.data import again, digests
 from hybridtrain.data.indexed import IndexedReader, file_pair
+from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
 from hybridtrain.data.prepare.sources import FORMAT, READABLE
 from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
@@ -233,6 +234,11 @@ def _prepared(folder: Path) -> Corpus:
     return Corpus(folder, readers, facts)
 
 
+def interrupted(folder: Path) -> bool:
+    """Whether a `prepare` began to write `folder` and has not come to its end."""
+    return (folder / PARTIAL / PLAN).is_file() and not (folder / CORPUS).is_file()
+
+
 def _facts(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         looked = "" if folder.is_absolute() else f" (looked in {Path.cwd()})"
@@ -243,6 +249,9 @@ def _facts(folder: Path) -> dict[str, Any]:
         except UserError as error:
             words = str(error).partition("\n")[0].partition(": ")[2]
             raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
+    if interrupted(folder):
+        problem, instead = "an interrupted prepare, or one still at work: it has not come to its end", "the same prepare command again: it goes on where it was"
+        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=instead)
     if pairs := sorted(folder.glob("*.idx")):
         prefix = pairs[0].with_suffix("")
         raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")

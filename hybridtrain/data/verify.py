@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.data import digests
-from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.corpus import Corpus, interrupted
 from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, file_pair
 from hybridtrain.data.prepare.packing import row_files
 from hybridtrain.errors import UserError
@@ -29,6 +29,8 @@ def verify_corpus(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_dir():
         return _problems(lambda: _check_tokens(Corpus.open(path).readers["train"], most=None))
+    if interrupted(path):
+        return _problems(lambda: Corpus.open(path))
     problems: list[str] = []
     facts: dict[str, Any] = {}
     try:
@@ -52,7 +54,7 @@ def verify_corpus(path: str | Path) -> list[str]:
     return problems
 
 
-def _problems(check: Callable[[], None]) -> list[str]:
+def _problems(check: Callable[[], object]) -> list[str]:
     try:
         check()
     except UserError as error:

@@ -43,7 +43,7 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     folder = Path(source)
     if (folder / "complete.json").is_file():
         with tempfile.TemporaryDirectory(prefix="hybridtrain-") as temporary:
-            yield str(_export(folder, out=Path(temporary) / "export"))
+            yield str(_export(folder, out=Path(temporary) / "export", field=field))
         return
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise refusal(field, source, "it holds neither config.json nor a complete checkpoint", allowed=_ALLOWED, instead=f"{field}=<run>/export")
@@ -52,13 +52,10 @@ def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     yield str(folder) if folder.is_dir() else source
 
 
-def _export(checkpoint: Path, *, out: Path) -> Path:
-    from hybridtrain.config import compose
+def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
     from hybridtrain.export import hf
 
-    run_dir = checkpoint.resolve().parent.parent
-    config = compose.read_run(run_dir / "config.yaml")
-    return hf.export(checkpoint, run=hf.of_run(run_dir, config), out=out, dtype="float32", max_shard_bytes=5 * 10**9)
+    return hf.export(checkpoint, run=hf.run_of(str(checkpoint), field=field), out=out, dtype="float32", max_shard_bytes=5 * 10**9)
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
@@ -91,7 +88,8 @@ def _check_pointers(folder: Path, *, field: str) -> None:
 
 def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserError:
     """The refusal for a `source` that transformers could not load, with the first line of its reason."""
+    folder = Path(source).resolve()
+    again = f"hybridtrain export {folder.parent}" if (folder.parent / "config.yaml").is_file() else f"hybridtrain export RUN export.out={source}"
+    instead = f"{again}, which writes it again" if (folder / sealed.ORIGIN).is_file() else f"{field}=<run>/export, which hybridtrain export RUN writes"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return refusal(
-        field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=f"{field}=<run>/export, which hybridtrain export RUN writes"
-    )
+    return refusal(field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=instead)

@@ -17,7 +17,8 @@ import torch
 from hybridtrain import evaluate
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
-from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data
+from hybridtrain.data import vocabulary
+from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.plan.batch import BatchPlan
@@ -46,6 +47,8 @@ def run(config: EvaluateRoot) -> int:
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
     task = CausalLM(loss_chunk=settings.engine.loss_chunk)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
+        if not settings.data.eval_path:
+            vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)

@@ -1,7 +1,7 @@
 """Export: from any complete checkpoint to a Hugging Face folder, in one process and one tensor at a time.
 
 checkpoint/*.distcp --(one tensor)--> cast --> model-00001-of-0000N.safetensors ... + model.safetensors.index.json
-<run>/model/config.json, generation_config.json, the data's tokenizer --> beside them
+its config.json, generation_config.json and tokenizer --> beside them
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from typing import Any
 
 import torch
 
-from hybridtrain.checkpoint import marker, metadata, sealed
+from hybridtrain.checkpoint import marker, metadata, sealed, tokenizer
 from hybridtrain.checkpoint.hold import Removed, held
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
-from hybridtrain.config.schema import Config, DataConfig, ExportRoot, ModelConfig
-from hybridtrain.data import vocabulary
-from hybridtrain.data.blend import tokenizer_dir
-from hybridtrain.data.corpus import changed_files
+from hybridtrain.config.schema import Config, ExportRoot
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.export import destination, safetensors
@@ -44,6 +41,34 @@ _TRIES = 20  # a run that saves often may remove a checkpoint before it is open
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Run:
+    """The run that a checkpoint is of."""
+
+    path: Path
+    config: Config
+    """Its config.yaml."""
+
+
+def run_of(checkpoint: str, *, field: str) -> Run:
+    """The run that the folder `checkpoint` lies in; UserError, naming the option `field`, where it is none of a run's."""
+    run_dir = Path(checkpoint).resolve().parent.parent
+    if not Path(checkpoint).is_dir():
+        raise _no_checkpoint(field, checkpoint, "there is no such folder")
+    if not (run_dir / "config.yaml").is_file():
+        raise _no_checkpoint(field, checkpoint, f"it is no checkpoint where its run left it: {run_dir} has no config.yaml")
+    return _run_in(run_dir)
+
+
+def _run_in(run_dir: Path) -> Run:
+    require_run(run_dir, command="export")
+    return Run(run_dir, compose.read_run(run_dir / "config.yaml"))
+
+
+def _no_checkpoint(field: str, checkpoint: object, problem: str) -> UserError:
+    return refusal(field, checkpoint, problem, allowed="the folder of a run's checkpoint", instead=f"{field}=RUN/checkpoints/step-00000100")
+
+
 def run(config: ExportRoot) -> int:
     """`hybridtrain export`."""
     print(export_newest(config))
@@ -53,28 +78,24 @@ def run(config: ExportRoot) -> int:
 def export_newest(config: ExportRoot) -> Path:
     """Export the newest complete checkpoint of run.dir, or export.checkpoint with the run that it belongs to; the folder. Raises UserError."""
     options = config.export
-    run_dir = Path(options.checkpoint).resolve().parent.parent if options.checkpoint else Path(config.run.dir)
-    require_run(run_dir, command="export")
-    its_config = compose.read_run(run_dir / "config.yaml")
-    manager = Manager(run_dir / "checkpoints", settings=its_config.checkpoint)
-    out = Path(options.out).expanduser() if options.out else run_dir / "export"
+    run = run_of(options.checkpoint, field="export.checkpoint") if options.checkpoint else _run_in(Path(config.run.dir))
+    manager = Manager(run.path / "checkpoints", settings=run.config.checkpoint)
+    out = Path(options.out).expanduser() if options.out else run.path / "export"
     for attempt in range(_TRIES):
         checkpoint = Path(options.checkpoint) if options.checkpoint else _newest(manager)
         if checkpoint is None and attempt < _TRIES - 1 and any(manager.folder.glob("step-*")):
             continue  # the one that was listed has made room for a newer one
         if checkpoint is None:
             instead = "train on, or export.checkpoint=FOLDER"
-            raise refusal("run.dir", run_dir, "it has no complete checkpoint", allowed="a run that has saved one", instead=instead)
+            raise refusal("run.dir", run.path, "it has no complete checkpoint", allowed="a run that has saved one", instead=instead)
         try:
-            export(checkpoint, run=of_run(run_dir, its_config), out=out, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 10**9))
+            export(checkpoint, run=run, out=out, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 10**9))
         except Removed:
             if options.checkpoint:
-                raise refusal(
-                    "export.checkpoint", checkpoint, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints"
-                ) from None
+                raise _no_checkpoint("export.checkpoint", checkpoint, "there is no such folder") from None
             continue  # the run has gone on, and removed it for a newer one
         return out
-    raise refusal("run.dir", run_dir, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
+    raise refusal("run.dir", run.path, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
 
 
 def _newest(manager: Manager) -> Path | None:
@@ -86,36 +107,6 @@ def _newest(manager: Manager) -> Path | None:
         if steps and marker.is_complete(manager.path(steps[-1])):
             raise
         return None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What an export needs of a run beside a checkpoint."""
-
-    model_dir: Path
-    """config.json (that of checkpoints which have none) and generation_config.json."""
-    tokenizer_dir: Path | None
-    """The tokenizer of its data."""
-    source: ModelConfig
-    """Where its weights came from."""
-    conversations: bool
-    """Whether it was trained on conversations, in the tokenizer's chat template."""
-
-
-def of_run(run_dir: Path, config: Config) -> Run:
-    """The run in `run_dir`, whose config.yaml is `config`. Token files without a tokenizer of their own go by that of the model they train."""
-    tokenizer, pretrained = tokenizer_dir(config.data), Path(config.model.from_pretrained)
-    if tokenizer is None and config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES):
-        tokenizer = pretrained
-    return Run(run_dir / "model", tokenizer, config.model, _conversations(config.data))
-
-
-def _conversations(data: DataConfig) -> bool:
-    try:
-        return any(facts.get("kind") == "chat" for facts in vocabulary.records(data))
-    except UserError as error:  # weights can be exported without their data
-        log.warning("export: whether it was trained on conversations is not known: %s", str(error).partition("\n")[0])
-        return False
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
@@ -135,31 +126,42 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
     """
     _check(dtype=dtype, max_shard_bytes=max_shard_bytes)
     destination.check(out)
-    tokenizer = None
-    if run.tokenizer_dir is None:
-        log.warning("export: without tokenizer, there is none with the data")
-    else:
-        _compare_tokenizer(run.tokenizer_dir.parent)
-        loaded = tokens.load_tokenizer(str(run.tokenizer_dir), field="data.tokenizer", trust_remote_code=False)
-        tokenizer = tokens.ends(loaded, turn=_end_of_turn(loaded) if run.conversations else None)
     with held(checkpoint) as files:
         stored = _verified(files)
         config = _config(files, run=run, stored=stored)
+        found = tokenizer.of_checkpoint(files, run=run.path, config=run.config)
+        ends = _ends(found, run=run, out=out)
         try:
             with destination.replacing(out) as partial:
                 _write_weights(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
-                _write_rest(partial, checkpoint=files, config=config, run=run, tokenizer=tokenizer, dtype=dtype)
+                _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, dtype=dtype)
+                if found is not None:
+                    tokens.copy_tokenizer(found.folder, out=partial)
         except OSError as error:
             raise unwritable("export.out", out, error) from error
     return out
 
 
-def _compare_tokenizer(corpus: Path) -> None:
-    """Say which of a corpus's tokenizer files have changed since its texts were made into tokens: the export takes them as they are."""
-    with contextlib.suppress(UserError, OSError):
-        record = read_object(corpus / "corpus.json", field="data.path") if (corpus / "corpus.json").is_file() else {}
-        for line in changed_files(corpus, written=record.get("tokenizer_files")):
-            log.warning("export: %s: %s", corpus, line)
+def _ends(found: tokenizer.Found | None, *, run: Run, out: Path) -> tokens.Ends | None:
+    """Ids of the special tokens of the tokenizer that is exported; refuses to remove one that an earlier export has (raises UserError)."""
+    if found is None:
+        looked = ", ".join(run.config.data.blend) or run.config.data.path
+        _keep_earlier(out, looked=looked)
+        log.warning("export: without tokenizer, there is none with the data%s", f" (looked for in {looked})" if looked else "")
+        return None
+    for line in tokenizer.changed(found.folder):
+        log.warning("export: %s", line)
+    loaded = tokens.load_tokenizer(str(found.folder), field="data.tokenizer", trust_remote_code=False)
+    return tokens.ends(loaded, turn=_end_of_turn(loaded) if found.conversations else None)
+
+
+def _keep_earlier(out: Path, *, looked: str) -> None:
+    real = out.resolve()
+    if not any((real / name).is_file() for name in destination.ours(real).intersection(tokens.TOKENIZER_FILES)):
+        return
+    problem = f"the export there has a tokenizer, and this one would have none: the run kept none, and there is none with its data ({looked or 'no path'})"
+    instead = "export.out=FOLDER, or hybridtrain export in the folder that the run was begun in, with its data there"
+    raise refusal(destination.FIELD, out, problem, allowed="a folder without a tokenizer of an earlier export", instead=instead)
 
 
 def _check(*, dtype: str, max_shard_bytes: int) -> None:
@@ -183,7 +185,7 @@ def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
 
 def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadata) -> dict[str, Any]:
     """config.json as the checkpoint holds it; an earlier release's checkpoint has none, and is held against the run's."""
-    beside = run.model_dir / marker.CONFIG
+    beside = run.path / "model" / marker.CONFIG
     if (checkpoint / marker.CONFIG).is_file():
         config = read_object(checkpoint / marker.CONFIG, field="checkpoint")
         with contextlib.suppress(UserError):
@@ -192,7 +194,7 @@ def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadat
                 log.warning("export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, described.words(changed))
         return config
     if not beside.is_file():
-        raise refusal("run.dir", run.model_dir.parent, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
+        raise refusal("run.dir", run.path, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
     config = read_object(beside, field="run.dir")
     shapes = {key.removeprefix(_PREFIX): tuple(entry.size) for key, entry in stored.state_dict_metadata.items() if key.startswith(_PREFIX)}  # type: ignore[union-attr]
     layers = {int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))}
@@ -257,25 +259,23 @@ def _cast(tensor: torch.Tensor, *, entry: Entry) -> torch.Tensor:
     return cast
 
 
-def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: Run, tokenizer: tokens.Ends | None, dtype: str) -> None:
-    """config.json (with the dtype), generation_config.json, the tokenizer, and where it all comes from."""
+def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: Run, ends: tokens.Ends | None, dtype: str) -> None:
+    """config.json (with the dtype), generation_config.json, and where it all comes from."""
     generation = _generation(checkpoint, run=run)
-    config, generation, lines = tokens.fitted(config, generation, of_tokenizer=tokenizer, new=not run.source.from_pretrained)
-    for line in lines if run.source.from_pretrained else ():  # new weights have no tokens of their own
+    config, generation, lines = tokens.fitted(config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained)
+    for line in lines if run.config.model.from_pretrained else ():  # new weights have no tokens of their own
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # transformers' older name for the same field
     _write_json(partial / marker.CONFIG, {**config, "dtype": dtype})
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
-    if run.tokenizer_dir is not None:
-        tokens.copy_tokenizer(run.tokenizer_dir, out=partial)
     progress = marker.read_progress(checkpoint)
     _write_json(partial / sealed.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
 
 
 def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:
     """generation_config.json as the checkpoint holds it, else the run's; earlier releases made one of config.json alone, so the source's goes before it."""
-    sealed_file, file = checkpoint / tokens.GENERATION, run.model_dir / tokens.GENERATION
+    sealed_file, file = checkpoint / tokens.GENERATION, run.path / "model" / tokens.GENERATION
     if sealed_file.is_file():
         own = read_object(sealed_file, field="checkpoint")
         with contextlib.suppress(UserError):
@@ -283,8 +283,8 @@ def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:
                 log.warning("export: %s has changed since the checkpoint was written; the checkpoint's own is exported", file)
     else:
         own = read_object(file, field="run.dir") if file.is_file() else {}
-    if tokens.is_derived(own) and Path(run.source.from_pretrained).is_dir():
-        return tokens.source_generation(run.source) or own
+    if tokens.is_derived(own) and Path(run.config.model.from_pretrained).is_dir():
+        return tokens.source_generation(run.config.model) or own
     return own
 
 

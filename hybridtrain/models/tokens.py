@@ -76,13 +76,17 @@ def ends(tokenizer: Any, *, turn: int | None) -> Ends:
     return Ends(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, turn)
 
 
+def files_of(folder: Path) -> list[str]:
+    """Names of the tokenizer's files in `folder`, which may hold a model, too; a named template's has its folder before it."""
+    named = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*") if path.is_file())
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + named
+
+
 def copy_tokenizer(folder: Path, *, out: Path) -> None:
-    """Copy the tokenizer's files, by name: the folder may hold a model, too. Raises OSError."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    if (folder / TEMPLATES).is_dir():
-        shutil.copytree(folder / TEMPLATES, out / TEMPLATES)
+    """Copy the tokenizer's files, by name. Raises OSError."""
+    for name in files_of(folder):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
 
 
 def source_generation(model: ModelConfig) -> dict[str, Any] | None:

@@ -182,7 +182,7 @@ class RunDir:
             "model/generation_config.json",
         ):
             discard(self.path / name)
-        for pattern in ("logs/rank-*.log", "failures/life-0/*"):
+        for pattern in ("logs/rank-*.log", "failures/life-0/*", "model/tokenizer"):
             for path in self.path.glob(pattern):
                 discard(path)
         self.close()

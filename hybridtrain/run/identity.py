@@ -26,6 +26,7 @@ _WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
 _SINGLE_FIELDS = ("run.seed", "run.branch_from", "batch.global_batch_size")
 _HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # how the command was given, nothing about the run
+_UNSET = "(not set)"
 WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")
 """What a run writes beside config.yaml. In a folder without a config.yaml these are somebody else's; so is a log of a rank."""
 
@@ -106,11 +107,19 @@ def _leftovers(path: Path) -> Iterator[str]:
 
 
 def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> UserError:
-    words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
     instead = "another run.dir"
     if not any(key.startswith("model.") for key in differing):  # a branch keeps the model
         instead += f"; run.branch_from={path} with it, to begin from what is trained here"
-    return refusal("run.dir", path, f"it holds another run: {words}", allowed="the same values, or a directory of its own", instead=instead)
+    return refusal("run.dir", path, f"it holds another run: {words(differing)}", allowed="the same values, or a directory of its own", instead=instead)
+
+
+def words(differing: Mapping[str, tuple[object, object]]) -> str:
+    """`differences`, for people."""
+    return "; ".join(f"{key} was {_told(before)} and is {_told(now)}" for key, (before, now) in sorted(differing.items()))
+
+
+def _told(value: object) -> str:
+    return str(value) if value is _UNSET else repr(value)
 
 
 def _is_identity(key: str, config: Config) -> bool:
@@ -131,7 +140,7 @@ def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """section.field -> (before, now) in their public form, over all sections of a training run."""
+    """section.field -> (before, now) in their public form, over all sections of a training run; of two mappings only the keys that differ."""
     result: dict[str, tuple[object, object]] = {}
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(now, section.name)
@@ -139,8 +148,16 @@ def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]
             pair = (getattr(old, option.name), getattr(new, option.name))
             public = (compose.shown(pair[0]), compose.shown(pair[1]))
             if not (_same(*pair) or _same(*public)):
-                result[f"{section.name}.{option.name}"] = public
+                result |= _apart(f"{section.name}.{option.name}", public)
     return result
+
+
+def _apart(name: str, pair: tuple[Any, Any]) -> dict[str, tuple[object, object]]:
+    before, now = pair
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return {name: pair}
+    values = {key: (before.get(key, _UNSET), now.get(key, _UNSET)) for key in sorted(before.keys() | now.keys())}
+    return {name_: pair_ for key, both in values.items() if not _same(*both) for name_, pair_ in _apart(f"{name}.{key}", both).items()}
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -159,8 +176,10 @@ def model_fingerprint(facts: ModelFacts) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], allow_data_change: bool) -> tuple[str, ...]:
-    """Compare a checkpoint's fingerprints with this run's; the names that differ and are let through.
+def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], data: tuple[str, str], run: Path, allow_data_change: bool) -> tuple[str, ...]:
+    """Compare a checkpoint's fingerprints with those of `run`, which goes on from it; the names that differ and are let through.
+
+    `data`: the option that names the data of this run, and its value.
 
     `model` must be the same; anything else (data, order, tokens) only unless `allow_data_change`. Raises UserError.
     `tokens`, a sample of files that no other fingerprint covers, is compared where both have it: earlier versions kept none.
@@ -176,11 +195,13 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], a
             instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
         )
     if differing and not allow_data_change:
+        name = next((name for name in ("data", "tokens") if name in differing), differing[0])
+        was, now = progress.fingerprints.get(name), fingerprints.get(name)
+        what = {"data": "other data: they were prepared again since, or replaced", "tokens": "other token files: they have changed since"}
         raise refusal(
-            "data",
-            fingerprints.get(differing[0]),
-            f"the {' and '.join(differing)} of the checkpoint of step {progress.step} was another ({progress.fingerprints.get(differing[0])})",
+            *data,
+            f"the checkpoint of step {progress.step} was trained on {what.get(name, f'another {name}')} ({was} then, {now} now)",
             allowed="the data and the order that the run began with",
-            instead="the run's own data.path, or run.allow_data_change=true to go on with this data",
+            instead=f"the run's own text, prepared there again; or, to go on with what is there, run.allow_data_change=true, or a new run.dir with run.branch_from={run}",
         )
     return differing

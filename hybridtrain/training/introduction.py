@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
+from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.own import OwnRows
 from hybridtrain.plan import notation
 from hybridtrain.runtime import log
@@ -52,12 +53,15 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     _log.info("run       %s", run_dir.path)
     for line in _of_tokenizer(job, model=run_dir.model):
         _log.info("tokenizer %s", line)
+    _compare_tokenizers(job, run_dir=run_dir, start=start)
     if config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
-        _log.info("branched  from %s at step %d, %d tokens", run_dir.checkpoint, start.step, start.tokens_seen)
+        other = f"; the data are other than there: {job.data.name}" if _other_data(job, start=start) else ""
+        _log.info("branched  from %s at step %d, %d tokens%s", run_dir.checkpoint, start.step, start.tokens_seen, other)
     elif run_dir.checkpoint:
-        same = "model, data, optimizer, schedule, seed and batch are as they were"
+        other = f"; the data are other than before: {job.data.name}" if _other_data(job, start=start) else ""
+        same = f"model, {'' if other else 'data, '}optimizer, schedule, seed and batch are as they were{other}"
         _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
     elif run_dir.continued:
         _log.info("resumed   no complete checkpoint was there: from the beginning")
@@ -69,6 +73,22 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
             config.schedule.kind,
             job.total_steps,
         )
+
+
+def _other_data(job: Job, *, start: Progress) -> bool:
+    """Whether the data are not those of the checkpoint at `start`, which may lie at another place."""
+    return any(start.fingerprints.get(name, now) != now for name, now in job.fingerprints.items() if name in ("data", "tokens"))
+
+
+def _compare_tokenizers(job: Job, *, run_dir: RunDir, start: Progress) -> None:
+    """Warn where weights that were trained with one tokenizer meet data of another: at a run's beginning, or with other data than before."""
+    from hybridtrain.checkpoint import marker
+
+    source = job.config.model.from_pretrained
+    if run_dir.checkpoint is None and source:
+        vocabulary.compare(Path(source), tokenizer_dir(job.config.data))
+    elif run_dir.checkpoint is not None and _other_data(job, start=start):
+        vocabulary.compare(run_dir.checkpoint / marker.TOKENIZER, tokenizer_dir(job.config.data))
 
 
 def _of_tokenizer(job: Job, *, model: Path) -> list[str]:

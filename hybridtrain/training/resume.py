@@ -99,10 +99,19 @@ def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
     """Where a checkpoint stands, if it is whole as far as sizes tell (contents are checked by all ranks together) and of this model and data."""
     marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
     progress = marker.read_progress(checkpoint)
-    changed = identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=job.config.run.allow_data_change)
+    changed = _check_fingerprints(progress, checkpoint=checkpoint, job=job, allow_data_change=job.config.run.allow_data_change)
     if changed:
         _log.warning("resuming with other data: %s", ", ".join(changed))
     return progress
+
+
+def _check_fingerprints(progress: Progress, *, checkpoint: Path, job: Job, allow_data_change: bool) -> tuple[str, ...]:
+    """`identity.check_fingerprints`; of another model the fields that differ are named, where the checkpoint has them."""
+    if progress.fingerprints.get("model") != job.fingerprints["model"] and (checkpoint / marker.CONFIG).is_file():
+        _check_described(source_at_hand(job.config), checkpoint=checkpoint)
+    data, run = job.config.data, checkpoint.parent.parent
+    named = ("data.blend", ", ".join(data.blend)) if data.blend else ("data.path", data.path) if data.path else ("data", job.data.name)
+    return identity.check_fingerprints(progress, fingerprints=job.fingerprints, data=named, run=run, allow_data_change=allow_data_change)
 
 
 def _check_weights(config: Config) -> None:
@@ -194,12 +203,12 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     """Where the branch begins, once the source is known to be whole, of the same model, and before the end. Raises UserError."""
     marker.check_sizes(origin, files=sorted(marker.read(origin).items()))
     progress = marker.read_progress(origin)
-    identity.check_fingerprints(progress, fingerprints=job.fingerprints, allow_data_change=True)
     theirs = origin.parent.parent / "config.yaml"
     differing = identity.model_differences(read_run(theirs), job.config) if theirs.is_file() else {}
     if differing:
-        words = "; ".join(f"{key} was {before!r} and is {now!r}" for key, (before, now) in sorted(differing.items()))
-        raise refusal("run.branch_from", origin, f"it is of another model: {words}", allowed="the same model section", instead="the model of that run")
+        problem = f"it is of another model: {identity.words(differing)}"
+        raise refusal("run.branch_from", origin, problem, allowed="the same model section", instead="the model of that run")
+    _check_fingerprints(progress, checkpoint=origin, job=job, allow_data_change=True)
     if progress.step >= job.total_steps:
         problem = f"run.branch_from has done {progress.step} steps already"
         raise refusal("train", f"{job.total_steps} steps", problem, allowed=f"an end after step {progress.step}", instead=f"train.steps={2 * progress.step}")

@@ -241,12 +241,14 @@ def _train(
 
 def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
     """What rank 0 writes and says before the first step."""
+    from hybridtrain.checkpoint import tokenizer
     from hybridtrain.models.build import save_config
     from hybridtrain.run.directory import write_machine
 
     config = job.config
     try:
         save_config(engine.model_config, run_dir.model, model=config.model)
+        tokenizer.keep(config, run=run_dir.path, fingerprint=job.fingerprints["data"])
         if config.engine.kind == "deepspeed":
             write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
     except OSError as error:

@@ -1,0 +1,134 @@
+"""The tokenizer of what a run trains on: kept with the run when it begins, carried along by its checkpoints, and found again by an export.
+
+data.path/tokenizer  --when training starts-->  <run>/model/tokenizer  --sealed-->  <checkpoint>/tokenizer  -->  export
+
+Where the data lie, or what they are, may change meanwhile. Runs of earlier releases kept nothing: theirs is taken from the data, if these still
+are what was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridtrain.checkpoint import marker
+from hybridtrain.config.schema import Config, DataConfig
+from hybridtrain.data import vocabulary
+from hybridtrain.data.blend import fingerprint_there, tokenizer_dir
+from hybridtrain.data.corpus import changed_files
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.models import tokens
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import discard, is_lfs_pointer, read_object, write_atomically, write_json
+
+_log = log.get("tokenizer")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tokenizer of a checkpoint."""
+
+    folder: Path
+    conversations: bool
+    """Whether conversations were trained on, in its chat template."""
+
+
+def at_hand(config: Config) -> Path | None:
+    """The tokenizer that `config` leads to now: the data's; token files without one of their own go by that of the model they train."""
+    pretrained = Path(config.model.from_pretrained)
+    own = pretrained if config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES) else None
+    return tokenizer_dir(config.data) or own
+
+
+def keep(config: Config, *, run: Path, fingerprint: str) -> None:
+    """Rank 0, when training starts: copy the tokenizer into the run, unless it has that of this data already. Raises OSError."""
+    source, folder = at_hand(config), run / "model" / marker.TOKENIZER
+    before = _record(folder)
+    if before.get("fingerprint") == fingerprint:
+        return
+    if source is None:
+        if before:
+            _log.warning("the data have no tokenizer; the run keeps that of %s, which it began with", before.get("path"))
+        return
+    if problem := _problem(source):
+        _log.warning("it is not kept with the run, an export will look for it again: %s", problem)
+        discard(folder / marker.DATA)
+        return
+    discard(folder)
+    folder.mkdir(parents=True)
+    for name in tokens.files_of(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_atomically(folder / name, (source / name).read_bytes())
+    path = ", ".join(config.data.blend) or config.data.path
+    write_json(folder / marker.DATA, {"path": path, "fingerprint": fingerprint, "conversations": _conversations(config.data)})
+
+
+def _record(folder: Path) -> dict[str, object]:
+    """Which data a kept tokenizer is of; empty where none is kept."""
+    try:
+        return read_object(folder / marker.DATA, field="run.dir")
+    except UserError:
+        return {}
+
+
+def _problem(source: Path) -> str:
+    """Why these files are not those that `prepare` or their maker wrote; "" for nothing."""
+    pointer = next((name for name in tokens.files_of(source) if is_lfs_pointer(source / name)), None)
+    return f"{source / pointer} is a git-lfs pointer" if pointer else "; ".join(changed(source))
+
+
+def changed(folder: Path) -> list[str]:
+    """Which files of a corpus's tokenizer have changed since its texts were made into tokens."""
+    corpus = folder.parent
+    try:
+        record = read_object(corpus / "corpus.json", field="data.path") if (corpus / "corpus.json").is_file() else {}
+        return [f"{corpus}: {line}" for line in changed_files(corpus, written=record.get("tokenizer_files"))]
+    except (UserError, OSError):
+        return []
+
+
+def _conversations(data: DataConfig) -> bool:
+    try:
+        return any(facts.get("kind") == "chat" for facts in vocabulary.records(data))
+    except UserError as error:  # weights can be exported without their data
+        _log.warning("whether the run was trained on conversations is not known: %s", str(error).partition("\n")[0])
+        return False
+
+
+def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> Found | None:
+    """The tokenizer that a complete checkpoint of `run` (whose config.yaml is `config`) was trained with; None if there is none any more.
+
+    Raises UserError where the data that it would be taken from are others now.
+    """
+    sealed = checkpoint / marker.TOKENIZER
+    if (sealed / marker.DATA).is_file():
+        return Found(sealed, bool(read_object(sealed / marker.DATA, field="checkpoint").get("conversations")))
+    written = marker.read_progress(checkpoint).fingerprints.get("data")
+    others = []
+    for data in _places(config, run=run):
+        folder = tokenizer_dir(dataclasses.replace(data, tokenizer="train"))
+        if folder is not None and written in (None, now := fingerprint_there(data)):
+            return Found(folder, _conversations(data))
+        others += [(folder, now)] if folder is not None else []
+    if others:
+        folder, now = others[0]
+        raise refusal(
+            "data.path",
+            folder.parent,
+            f"the run's checkpoint of {checkpoint.name} was trained on other data ({written}) than are there now ({now or 'which is not told'}), so that is not its tokenizer",
+            allowed="the corpus that the run was trained on, or none",
+            instead=f"prepare the same text there again, or hybridtrain export where {folder.parent} is the run's corpus; without a tokenizer: move it away",
+        )
+    loose = at_hand(config)
+    return Found(loose, written in (None, fingerprint_there(config.data)) and _conversations(config.data)) if loose is not None else None
+
+
+def _places(config: Config, *, run: Path) -> list[DataConfig]:
+    """The run's data as seen from here, and, where their path is relative, from the folder that the run was begun in."""
+    own, place = Path(config.run.dir or Path("runs") / config.run.name).parent, run.resolve().parent
+    if own.is_absolute() or place.parts[len(place.parts) - len(own.parts) :] != own.parts:
+        return [config.data]
+    began = Path(*place.parts[: len(place.parts) - len(own.parts)])
+    path, blend = str(began / config.data.path) if config.data.path else "", {str(began / path): weight for path, weight in config.data.blend.items()}
+    return [config.data, dataclasses.replace(config.data, path=path, blend=blend)]

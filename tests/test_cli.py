@@ -72,8 +72,8 @@ def test_help_of_a_command_explains_its_own_options_and_groups_alone(capsys, nam
         (["verify", "model.config.x=3"], ["no such option of `hybridtrain verify`"]),
         (["prepare", "parallel.tp=2"], ["no such option of `hybridtrain prepare`", "allowed: sections prepare, data"]),
         (["export", "model=tiny"], ["no such option of `hybridtrain export`", "allowed: groups experiment"]),
-        (["train", "cluster=gpu8"], ["no such option of `hybridtrain train`", "it is for hybridtrain submit"]),
-        (["train", "cluster.environment.A=b"], ["no such option of `hybridtrain train`", "it is for hybridtrain submit"]),
+        (["train", "cluster=gpu8"], ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"]),
+        (["train", "cluster.environment.A=b"], ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"]),
     ],
 )
 def test_an_option_of_another_command_is_refused_with_the_commands_that_have_it(capsys, argv, words):

@@ -251,7 +251,7 @@ def test_a_full_disk_is_said_and_survived(tmp_path, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    with pytest.raises(UserError, match="holds no prepared corpus"):
+    with pytest.raises(UserError, match="an interrupted prepare, or one still at work"):
         Corpus.open(tmp_path / "data")
     assert Corpus.open(tokenize.prepare(data, options=PrepareConfig())).vocab_size == 300
 

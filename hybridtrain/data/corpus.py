@@ -250,8 +250,8 @@ def _facts(folder: Path) -> dict[str, Any]:
             words = str(error).partition("\n")[0].partition(": ")[2]
             raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
     if interrupted(folder):
-        problem, instead = "an interrupted prepare, or one still at work: it has not come to its end", "the same prepare command again: it goes on where it was"
-        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=instead)
+        problem = "an interrupted prepare, or one still at work: it has not come to its end"
+        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=again.command(folder))
     if pairs := sorted(folder.glob("*.idx")):
         prefix = pairs[0].with_suffix("")
         raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")

@@ -17,16 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hybridtrain.api import compose, export
     from hybridtrain.errors import UserError
+    from hybridtrain.tasks.causal_lm import CausalLM
+    from hybridtrain.tasks.task import Task
     from hybridtrain.training.callbacks import Callback, Run
     from hybridtrain.training.trainer import Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Result", "Run", "Trainer", "UserError", "compose", "export"]
+__all__ = ["Callback", "CausalLM", "Result", "Run", "Task", "Trainer", "UserError", "compose", "export"]
 _HOME = {
     **dict.fromkeys(("compose", "export"), "hybridtrain.api"),
     **dict.fromkeys(("Callback", "Run"), "hybridtrain.training.callbacks"),
     **dict.fromkeys(("Result", "Trainer"), "hybridtrain.training.trainer"),
     "UserError": "hybridtrain.errors",
+    "CausalLM": "hybridtrain.tasks.causal_lm",
+    "Task": "hybridtrain.tasks.task",
 }
 
 

@@ -20,6 +20,7 @@ import hybridtrain as ht
 from hybridtrain.data.own import OwnRows
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import assert_equal_state, rows, summary
+from tests.test_tasks import Halves
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ, VOCAB = 32, 300
@@ -153,6 +154,27 @@ def test_a_callback_that_raises_ends_the_run_and_the_report_names_the_rank(tmp_p
     assert "ZeroDivisionError" in told["exit_reason"]
 
 
+def trained_in_halves(run: Path, words: list[str], own: bool) -> str:
+    """On each rank: train with a task of two sums, or go on without it; how it ended, or the first line of a refusal."""
+    task = Halves(loss_chunk=0) if own else None
+    try:
+        return ht.Trainer(config_of(run, *words), data=Numbers(100, first=0), task=task).fit().status
+    except ht.UserError as error:
+        return str(error).splitlines()[0]
+
+
+def test_an_own_loss_is_trained_under_every_layout_and_is_part_of_what_the_run_is(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001"], True) == ["finished"]
+    assert run_ranks(2, trained_in_halves, two, ["optim.lr=0.001", "parallel=tp2"], True) == ["finished"] * 2
+    for here, there in zip(rows(two), rows(one), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-5)
+    refused = "task=next-token prediction: the checkpoint of step 6 learnt Halves {'first': 1.0, 'second': 0.25}"
+    assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], False) == [refused]
+    assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], True) == ["finished"]
+
+
 def test_an_export_of_it_is_a_hugging_face_folder(alone: tuple[Path, list[Any]], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -234,7 +256,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
 def test_importing_it_takes_no_torch() -> None:
     code = "import sys, hybridtrain as ht; ht.compose('model=tiny'); ht.UserError; print('torch' in sys.modules, sorted(ht.__all__) == ht.__all__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "True"]
-    with pytest.raises(AttributeError, match="it has Callback, Result"):
+    with pytest.raises(AttributeError, match="it has Callback, CausalLM"):
         ht.Trianer  # noqa: B018
 
 

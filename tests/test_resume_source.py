@@ -45,7 +45,7 @@ def saved_and_loaded(case: Case, path: Path) -> None:
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
     plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
-    second = engines.build_for_load(config, layout=layout, plan=plan, device=torch.device("cpu"))
+    second = engines.build_for(None, config, layout=layout, plan=plan, device=torch.device("cpu"), initial=False)
     second.load(path)
     second.save(path.with_name("again"), Progress(1, 0, {})).result()
 

@@ -236,7 +236,7 @@ def test_a_refusal_of_weights_leaves_no_run_behind(fault, data, run_dir, tmp_pat
 
 
 def resolved(data: Path, run: Path, *options: str) -> Config:
-    return job.resolve(compose.compose("train", arguments(data, run, "model=tiny", *options)), world_size=1, here=True, data=None).config
+    return job.resolve(compose.compose("train", arguments(data, run, "model=tiny", *options)), world_size=1, here=True, data=None, task=None).config
 
 
 def test_a_new_model_has_every_token_of_its_corpus(data, run_dir, tmp_path):

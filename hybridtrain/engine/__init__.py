@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from hybridtrain.engine.deepspeed import DeepSpeedEngine
     from hybridtrain.engine.torch_native import TorchEngine
+    from hybridtrain.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,14 @@ def check_device(engines: list[str], *, precision: str) -> None:
 
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
     """Mesh, stages, initial weights, optimizer and schedule (collective; the process group exists)."""
-    return _build(config, layout=layout, plan=plan, device=device, initial=True)
+    return build_for(None, config, layout=layout, plan=plan, device=device, initial=True)
 
 
-def build_for_load(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
-    """`build` without setting weights, for who loads a checkpoint next: drawing or reading them takes time, and their source may be gone."""
-    return _build(config, layout=layout, plan=plan, device=device, initial=False)
-
-
-def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool) -> TorchEngine | DeepSpeedEngine:
+def build_for(
+    task: Task | None, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool
+) -> TorchEngine | DeepSpeedEngine:
+    """The engine for a task; None: next-token prediction. `initial`: with initial weights; not for who loads a checkpoint next: drawing or reading them takes time, and
+    their source may be gone."""
     from hybridtrain.models.build import check
     from hybridtrain.runtime import cpu
     from hybridtrain.tasks.causal_lm import CausalLM
@@ -84,7 +84,7 @@ def _build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: t
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     cpu.apply(config.engine, device=device)
-    task = CausalLM(loss_chunk=config.engine.loss_chunk)
+    task = task or CausalLM(loss_chunk=config.engine.loss_chunk)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 

@@ -27,6 +27,7 @@ _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # 
 _SINGLE_FIELDS = ("run.seed", "run.branch_from", "batch.global_batch_size")
 _HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # how the command was given, nothing about the run
 _UNSET = "(not set)"
+_TASK = "next-token prediction"
 WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")
 """What a run writes beside config.yaml. In a folder without a config.yaml these are somebody else's; so is a log of a rank."""
 
@@ -194,6 +195,10 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], d
             allowed="the model that the run began with",
             instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
         )
+    if "task" in differing:
+        problem = f"the checkpoint of step {progress.step} learnt {progress.fingerprints.get('task', _TASK)}"
+        instead = "Trainer(config, task=...) with that one, or a new run.dir with run.branch_from"
+        raise refusal("task", fingerprints.get("task", _TASK), problem, allowed="the task that the run began with", instead=instead)
     if differing and not allow_data_change:
         name = next((name for name in ("data", "tokens") if name in differing), differing[0])
         was, now = progress.fingerprints.get(name), fingerprints.get(name)

@@ -50,7 +50,7 @@ def mint(config: schema.Config) -> RunDir:
 
 def checked(config: schema.Config, *, world_size: int) -> jobs.Job:
     """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
-    job = jobs.resolve(config, world_size=world_size, here=False, data=None)
+    job = jobs.resolve(config, world_size=world_size, here=False, data=None, task=None)
     folder = Path(config.run.dir).resolve()
     while not folder.exists():
         folder = folder.parent

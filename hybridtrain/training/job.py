@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from hybridtrain import engine as engines
 from hybridtrain.config import checks
@@ -18,6 +19,9 @@ from hybridtrain.run import identity
 from hybridtrain.training import resume
 from hybridtrain.types import ModelFacts
 
+if TYPE_CHECKING:
+    from hybridtrain.tasks.task import Task
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -29,6 +33,8 @@ class Job:
     facts: ModelFacts
     data: Blend
     total_steps: int
+    task: Task | None
+    """What is learnt; None: next-token prediction."""
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -36,10 +42,11 @@ class Job:
         model = identity.model_fingerprint(self.facts)
         order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
         sample = self.data.sample
-        return {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
+        found = {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
+        return found if self.task is None else {**found, "task": f"{type(self.task).__name__} {dict(self.task.weights)}"}
 
 
-def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None) -> Job:
+def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, task: Task | None) -> Job:
     """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.
 
     `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of what the config names.
@@ -59,7 +66,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None) 
         blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     checks.phases(config.schedule, steps=total_steps)
-    return Job(config, layout, plan, model, data, total_steps)
+    return Job(config, layout, plan, model, data, total_steps, task)
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:

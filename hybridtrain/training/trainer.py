@@ -61,9 +61,12 @@ class Trainer:
     makes of the same config: its directory, resumption, exports and reports are the same.
     """
 
-    def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = ()):
-        """`config`: of `hybridtrain.compose`. `data`, `eval_data`: rows in place of the config's data (data/own.py tells what a row is)."""
-        self.config, self.data, self.eval_data, self.callbacks = config, data, eval_data, tuple(callbacks)
+    def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = (), task: Task | None = None):
+        """`config`: of `hybridtrain.compose`. `data`, `eval_data`: rows in place of the config's data (data/own.py tells what a row is).
+
+        `task`: what is learnt (tasks/task.py); None: next-token prediction.
+        """
+        self.config, self.data, self.eval_data, self.callbacks, self.task = config, data, eval_data, tuple(callbacks), task
 
     def fit(self) -> Result:
         """Train to the end, from the run's newest checkpoint if it has one.
@@ -74,7 +77,7 @@ class Trainer:
             launch.begin()
             log.setup(None)
             config, data = self._checked()
-            return fit(config, data=data, callbacks=self.callbacks)
+            return fit(config, data=data, callbacks=self.callbacks, task=self.task)
         except UserError as error:
             if log.rank() and not isinstance(error, OnThisRank):
                 time.sleep(launch.SPEAK_FIRST_S)
@@ -102,15 +105,15 @@ class Trainer:
 
 def run(config: Config) -> int:
     """`hybridtrain train`."""
-    fit(config, data=None, callbacks=())
+    fit(config, data=None, callbacks=(), task=None)
     return 0
 
 
-def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback]) -> Result:
+def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback], task: Task | None) -> Result:
     """Train as a checked config says (collective over the launcher's processes). `data`: in place of what the config names."""
     began = time.monotonic()
     launch.use_expandable_segments()
-    job = resolve(config, world_size=launch.world_size(), here=True, data=data)
+    job = resolve(config, world_size=launch.world_size(), here=True, data=data, task=task)
     run_dir = None
     if not launch.several():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
@@ -164,8 +167,8 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
-            build = engines.build_for_load if run_dir.checkpoint else engines.build
-            engine = build(resume.source_at_hand(config), layout=job.layout, plan=job.plan, device=device)
+            source = resume.source_at_hand(config)
+            engine = engines.build_for(job.task, source, layout=job.layout, plan=job.plan, device=device, initial=not run_dir.checkpoint)
             world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
             result = _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, of_user=callbacks, **world)
     except BaseException as error:

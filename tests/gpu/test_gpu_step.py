@@ -117,7 +117,7 @@ def saved_and_resumed(case: Case, path: Path) -> tuple[float, float]:
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=1)
     plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
-    other = engines.build_for_load(config, layout=layout, plan=plan, device=engine.device)
+    other = engines.build_for(None, config, layout=layout, plan=plan, device=engine.device, initial=False)
     other.load(path)
     return tuple(float(each.train_step(on_device(case, 1), lr=case.lr).loss) for each in (engine, other))
 

@@ -66,7 +66,7 @@ def bear_witness(folder: Path) -> None:
     import hybridtrain.engine as engines
     from hybridtrain.data.loader import Loader
 
-    batches, build = Loader.micro_batches, engines.build_for_load
+    batches, build = Loader.micro_batches, engines.build_for
 
     def micro_batches(loader: Any, step: int) -> Any:
         ids = loader.row_ids(step).tolist()
@@ -85,7 +85,7 @@ def bear_witness(folder: Path) -> None:
         engine.load = loaded
         return engine
 
-    Loader.micro_batches, engines.build_for_load = micro_batches, built
+    Loader.micro_batches, engines.build_for = micro_batches, built
 
 
 def spoil_health() -> None:

@@ -286,7 +286,7 @@ def test_two_machines_with_a_shared_disk_prepare_once(tmp_path):
 
 def test_an_interrupt_is_one_line(tmp_path):
     source = tmp_path / "a.jsonl"
-    source.write_text("".join(json.dumps({"text": f"some words and number {number} " * 50}) + "\n" for number in range(6000)))
+    source.write_text("".join(json.dumps({"text": f"some words and number {number} " * 50}) + "\n" for number in range(20000)))
     options = [f"data.path={tmp_path / 'data'}", f"data.source=[{source}]", "data.vocab_size=300", "prepare.workers=2"]
     command = [sys.executable, "-m", "hybridtrain.cli", "prepare", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

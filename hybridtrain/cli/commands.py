@@ -86,10 +86,11 @@ def run_command(command: str, argv: list[str]) -> int:
 def _misplaced(command: str) -> int | None:
     """The exit code where the directory or the launcher's variables do not do, which each process says for itself; None: they do."""
     try:
-        launch.check_directory()
-        launch.adopt_srun()
         if command in SEVERAL:
             launch.begin()
+        else:
+            launch.check_directory()
+            launch.adopt_srun()
     except UserError as error:
         return _answer(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
     return None

@@ -11,7 +11,6 @@ raises ends the run, and the run's report names the rank.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,5 +103,4 @@ class Callbacks:
             try:
                 callback.on_end(self.run, error)
             except Exception as second:
-                with contextlib.suppress(Exception):
-                    _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(second).__name__, second)
+                _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(second).__name__, second)

@@ -220,6 +220,28 @@ def test_evaluation_leaves_training_bitwise_as_it_was(layout):
     assert run_ranks(case.world_size, train_with_evaluations, case, True) == run_ranks(case.world_size, train_with_evaluations, case, False)
 
 
+def state_around_an_evaluation(case: Case) -> list[str]:
+    """What an evaluation changes of the state that a checkpoint would hold: values, dtypes, shards."""
+    engine = start(case)
+    step(engine, case, 0)
+    before = {key: value.clone() for key, value in engine.state().items()}
+    engine.eval_step(case.batches(50, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp))
+    after = engine.state()
+    assert before.keys() == after.keys()
+    return [key for key, value in before.items() if type(value) is not type(after[key]) or value.dtype != after[key].dtype or not same(value, after[key])]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(*(value.to_local() if isinstance(value, DTensor) else value for value in (one, other)))
+
+
+@pytest.mark.parametrize("layout", ["single", "dp_shard2-zero1", "tp2", "pp2-dp_shard2-zero2", "dp_shard2-zero3"])
+def test_a_checkpoint_beside_an_evaluation_has_the_shards_of_the_master_weights(layout):
+    """An evaluation gathers whole copies in compute precision: a checkpoint that took them would round the run to bf16."""
+    case = Case(layout, micro_batch_size=1, precision="bf16_mixed")
+    assert run_ranks(case.world_size, state_around_an_evaluation, case) == [[]] * case.world_size
+
+
 # -- what ZeRO saves -----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
@@ -25,7 +24,7 @@ from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Context, build_stages
-from hybridtrain.parallel.fsdp import before_backward
+from hybridtrain.parallel.fsdp import before_backward, reshard
 from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
@@ -129,6 +128,7 @@ class TorchEngine:
             total += sums
         for stage in self.stages:
             stage.train()
+            reshard(stage)
         self.mesh.sum(total, over="loss")
         return evaluated(total, counts, task=self.task)
 
@@ -144,9 +144,6 @@ class TorchEngine:
         progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
         self.scaler.adopt(wanted, dp=origin.data_ranks(path) if OLDER in wanted else 1)
         self._copy_tied()
-        for _, module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation may have left a whole copy of the old weights
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:

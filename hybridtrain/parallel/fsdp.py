@@ -94,6 +94,16 @@ def before_backward(stage: nn.Module, *, zero_stage: int, last: bool) -> None:
     stage.set_is_last_backward(last or zero_stage >= 2)
 
 
+def reshard(stage: Stage) -> None:
+    """After a forward without backward: drop the whole copies in compute precision, which stand in the place of parameters.
+
+    What reads the stage's parameters next, a checkpoint above all, must find this rank's shards in the dtype of master weights.
+    """
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def settle_shards(stage: Stage) -> None:
     """Let fully_shard pad its shards now: it does so at first use, in new memory, and the optimizer's views would go stale."""
     for module in stage.modules():

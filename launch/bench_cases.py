@@ -259,6 +259,7 @@ def main() -> None:
     for name in options.cases or CASES:
         case, began = CASES[name], time.monotonic()
         torch._dynamo.reset()
+        torch.set_float32_matmul_precision("highest")  # the Trainer leaves a choice of its own behind
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "device": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}

@@ -19,8 +19,8 @@ _EXACT_ENOUGH = 8  # times the error of torch's own fp32 product; oneDNN's fp32 
 
 def apply(engine: EngineConfig, *, device: torch.device) -> None:
     """Give this process the settings of `engine`."""
-    if engine.fp32_matmul != "auto":
-        torch.set_float32_matmul_precision(engine.fp32_matmul)
+    # Said in every case: a script or a library may have set it before, by either of torch's two ways.
+    torch.set_float32_matmul_precision("highest" if engine.fp32_matmul == "auto" else engine.fp32_matmul)
     if device.type != "cpu":
         return
     threads = engine.threads or _threads(os.environ)

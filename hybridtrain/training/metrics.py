@@ -31,7 +31,8 @@ def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
     """Dense peak in FLOP/s of one `device` for matrix products in `dtype`; None on CPU and for GPUs we have no figure of."""
     if device.type != "cuda":
         return None
-    return hardware.peak_of(torch.cuda.get_device_name(device), dtype=str(dtype).removeprefix("torch."), tf32=torch.get_float32_matmul_precision() != "highest")
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return hardware.peak_of(torch.cuda.get_device_name(device), dtype=str(dtype).removeprefix("torch."), tf32=tf32)
 
 
 def max_memory_gib(device: torch.device) -> float:

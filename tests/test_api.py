@@ -20,7 +20,7 @@ import hybridtrain as ht
 from hybridtrain.data.own import OwnRows
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import assert_equal_state, rows, summary
-from tests.test_tasks import Halves
+from tests.tasks.test_tasks import Halves
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ, VOCAB = 32, 300

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hybridtrain.plan.notation import parse
+from tests.cases import Case, differences, model, on_ranks, reference, start
 from tests.ranks import run_ranks
-from tests.training import Case, differences, model, on_ranks, reference, start
 
 GPUS = torch.cuda.device_count()  # asks the driver without initialising CUDA here
 BACKEND = "cpu:gloo,cuda:nccl"

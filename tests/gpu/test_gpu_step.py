@@ -15,8 +15,8 @@ from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.types import Batch, Progress
+from tests.cases import Case, model, start
 from tests.ranks import run_ranks
-from tests.training import Case, model, start
 
 GPU = torch.cuda.device_count() > 0  # asks the driver without initialising CUDA here
 REHEARSE = os.environ.get("REHEARSE") == "1"

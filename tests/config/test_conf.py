@@ -1,0 +1,360 @@
+"""conf/ and the schema: every file composes and types, models are the published ones, every option is documented and read."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from hybridtrain import __version__
+from hybridtrain.config import checks, keys, migrate, ranges, schema
+from hybridtrain.config.compose import Interpolated, compose, from_yaml, read_run, sweep, to_yaml
+from hybridtrain.errors import UserError
+from hybridtrain.plan import layout
+from hybridtrain.run import identity
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = keys.groups([keys.shipped()])
+FILES = [(group, name) for group, names in GROUPS.items() for name in names]
+OPTIONS = [field for fields in keys.all_sections().values() for field in fields]
+ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
+
+PARAMETERS = {
+    "llama_1_1b": 1_100_048_384,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_1_70b": 70_553_706_496,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "qwen2_5_7b": 7_615_616_512,
+    "mistral_7b": 7_248_023_552,
+}
+
+
+@pytest.mark.parametrize("command", schema.ROOTS)
+def test_every_default_is_within_the_range_of_its_option(command):
+    """An option that nobody set is never refused."""
+    ranges.check(compose(command, []))
+
+
+@pytest.mark.parametrize("command", schema.ROOTS)
+def test_every_command_composes_to_its_own_sections_with_files_and_without(command):
+    for words in ([], ["experiment=smoke"]):
+        assert type(compose(command, words)) is schema.ROOTS[command]
+
+
+def test_a_file_may_set_options_of_any_section_and_a_command_keeps_its_own(tmp_path):
+    """One file for all that is done with a run: prepared, trained, submitted, exported."""
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "defaults: [override /cluster: gpu8, override /parallel: tp2]", "cluster: {nodes: 3}", "export: {dtype: bfloat16}"]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join([*lines, "data: {path: 'x/${run.name}'}"]) + "\n")
+    words = ["--config-dir", str(tmp_path), "experiment=mine"]
+    assert compose("prepare", words).data.path == compose("train", words).data.path == "x/mine"
+    submit, export = compose("submit", words), compose("export", words)
+    assert (submit.cluster.nodes, submit.cluster.gpus_per_node, submit.parallel.tp) == (3, 8, 2)
+    assert (export.run.dir, export.export.dtype) == ("runs/mine", "bfloat16")
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_file_composes_types_and_passes(group, name):
+    overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
+    config = compose("submit" if group == "cluster" else "train", overrides)
+    assert isinstance(config, schema.Config)
+    if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
+        with pytest.raises(UserError, match=f"pip install {name}"):
+            checks.check(config)
+    else:
+        checks.check(config)
+    for section in dataclasses.fields(config):  # typed all the way down
+        values = getattr(config, section.name)
+        for option, kind in get_type_hints(type(values)).items():
+            assert isinstance(getattr(values, option), getattr(kind, "__origin__", kind)), f"{section.name}.{option}"
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_group_files_hold_only_what_deviates(group, name):
+    if group in ("model", "experiment", "data"):
+        return
+    text = (keys.shipped() / group / f"{name}.yaml").read_text()
+    values = yaml.safe_load(text) or {}
+    written = values if "@package _global_" in text else {group: values}
+    command, root = ("submit", schema.SubmitRoot) if group == "cluster" else ("train", schema.Config)
+    changed, defaults = dataclasses.asdict(compose(command, [f"{group}={name}"])), dataclasses.asdict(root())
+    assert next(iter(written)) == group
+    for section, options in written.items():
+        assert sorted(options) == sorted(key for key, value in changed[section].items() if value != defaults[section][key] and key != "name")
+
+
+@pytest.mark.parametrize("name", GROUPS["parallel"])
+def test_every_parallel_file_resolves_on_eight_or_fewer(name):
+    parallel = compose("train", [f"parallel={name}"]).parallel
+    sizes = []
+    for world_size in (1, 2, 4, 8):
+        try:
+            layout.resolve(parallel, world_size=world_size)
+        except UserError:
+            continue
+        sizes.append(world_size)
+    assert sizes, "fits no world of up to 8 processes"
+
+
+@pytest.mark.parametrize("name", GROUPS["model"])
+def test_models_are_the_published_ones(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = compose("train", [f"model={name}"]).model.config
+    config = AutoConfig.for_model(**fields)
+    for key in fields.keys() - {"model_type", "rope_theta", "rope_scaling"}:
+        assert hasattr(config, key), f"{key} is no field of {type(config).__name__}"
+    assert config.rope_parameters["rope_theta"] == fields["rope_theta"]
+    for key, value in (fields.get("rope_scaling") or {}).items():
+        assert config.rope_parameters[key] == value
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == fields["architectures"][0]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if name in PARAMETERS:
+        assert count == PARAMETERS[name]
+    elif name == "nano":
+        assert 5e6 < count < 8e6
+    else:
+        assert count < 500_000
+
+
+def test_every_option_is_documented():
+    assert [field.key for field in OPTIONS if not field.doc] == []
+
+
+def options_read(tree: ast.AST) -> set[str]:
+    """Keys read as `config.<section>.<option>`, or through a name: a parameter annotated with the section's class, or `name = config.<section>`."""
+    classes = {kind.__name__: section for root in schema.ROOTS.values() for section, kind in get_type_hints(root).items()}
+    sections_of: dict[str, set[str]] = {}  # a name may hold different sections in different functions of a file
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            section = classes.get(ast.unparse(node.annotation).strip("\"'").rpartition(".")[2])
+            sections_of.setdefault(node.arg, set()).update({section} if section else set())
+        elif isinstance(node, ast.Assign):
+            for target, value in [(t, v) for left in node.targets for t, v in zip(*map(_unpacked, (left, node.value)), strict=False)]:
+                if isinstance(value, ast.Attribute | ast.Name):
+                    sections_of.setdefault(_last(target), set()).add(_last(value))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            names = {_last(node.value)}
+            while more := set().union(*(sections_of.get(name, set()) for name in names)) - names:
+                names |= more
+            found |= {f"{name}.{node.attr}" for name in names}
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript):  # of the public form, which is a mapping of mappings
+            keys = [part.value for part in (node.value.slice, node.slice) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            found |= {".".join(keys)} if len(keys) == 2 else set()
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node).startswith("getattr(parallel, axis"):
+            found |= {f"parallel.{axis}" for axis in layout.AXES}
+    return found
+
+
+def _last(node: ast.expr) -> str:
+    return ast.unparse(node).rpartition(".")[2]
+
+
+def _unpacked(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def test_every_option_is_read():
+    """Some part reads it; checks alone do not count."""
+    parts = [path for path in (ROOT / "hybridtrain").rglob("*.py") if path.parent.name != "config"]
+    read = set().union(*(options_read(ast.parse(path.read_text())) for path in parts))
+    unread = [field.key for field in OPTIONS if field.key not in read]
+    assert not unread, f"options that nobody reads: {', '.join(unread)}"
+
+
+def test_the_scan_for_options_can_tell():
+    source = "def f(config, *, scale: schema.PrecisionConfig):\n    chosen, x = config.export, 1\n    return config.train.steps, scale.min_scale, chosen.out, x.dtype"
+    assert options_read(ast.parse(source)) >= {"train.steps", "precision.min_scale", "export.out"}
+    assert not options_read(ast.parse(source)) & {"export.dtype", "train.tokens", "precision.init_scale"}
+
+
+def test_run_name_and_directory_follow_from_the_experiment():
+    assert (compose("train", []).run.name, compose("train", []).run.dir) == ("default", "runs/default")
+    smoke = compose("train", ["experiment=smoke"]).run
+    assert (smoke.name, smoke.dir) == ("smoke", "runs/smoke")
+    assert compose("train", ["experiment=smoke", "run.name=mine"]).run.dir == "runs/mine"
+    assert compose("train", ["experiment=smoke", "run.dir=/tmp/x"]).run.dir == "/tmp/x"
+
+
+def test_overrides_win_over_the_experiment_and_plus_is_optional():
+    config = compose("train", ["experiment=smoke", "+train.steps=7", "model=nano", "model.config.num_hidden_layers=3", "model.config.my_field=[1,a]"])
+    assert config.train.steps == 7
+    assert config.model.config["num_hidden_layers"] == 3
+    assert config.model.config["model_type"] == "qwen3"
+    assert config.model.config["vocab_size"] == 1024  # the experiment's, over nano's
+    assert config.model.config["my_field"] == [1, "a"]
+
+
+def test_yaml_round_trip(tmp_path):
+    config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
+    assert from_yaml(tmp_path / "config.yaml").train.steps == 37
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {stepz: 3}", "train.steps=VALUE"),
+        ("train: {steps: soon}", "train.steps=soon"),
+        ("[1, 2]", "not a configuration"),
+        ("7", "not a configuration"),
+        ("a: [", "does not compose"),
+    ],
+)
+def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        from_yaml(tmp_path / "config.yaml")
+
+
+def test_a_missing_config_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
+        from_yaml(tmp_path / "config.yaml")
+
+
+def test_secrets_stay_unresolved_in_yaml(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2")
+    config = compose(
+        "train",
+        [
+            "experiment=smoke",
+            "tracker.project=${oc.env:MY_TOKEN}",
+            "run.name=x-${tracker.project}",
+            "model.freeze=['${oc.env:MY_TOKEN}']",
+            "data.path=a/${model.name}",
+        ],
+    )
+    assert config.tracker.project == "hunter2"
+    assert config.run.dir == "runs/x-hunter2"
+    assert isinstance(config.tracker.project, Interpolated)
+    text = to_yaml(dataclasses.replace(config))
+    assert "hunter2" not in text
+    assert "project: ${oc.env:MY_TOKEN}" in text
+    assert "path: a/smoke" in text  # without a secret in it: resolved
+
+
+@pytest.mark.parametrize("command", [name for name, root in schema.ROOTS.items() if issubclass(root, schema.Config)])
+def test_null_is_no_file_of_a_group(command):
+    standard = compose(command, [])
+    for group in (*keys.OPTIONAL, "tracker", "recompute"):
+        assert compose(command, [f"{group}=null"]) == standard
+    there = compose(command, ["model=tiny", "tracker=tensorboard", "experiment=smoke"])
+    assert there.model.config["hidden_size"] == 64
+    assert there.tracker.kinds == ["tensorboard"]
+    assert there.run.name == "smoke"
+    assert compose(command, ["experiment=smoke", "model=tiny", "tracker=tensorboard", "experiment=null", "tracker=null", "model=null"]) == standard
+    assert compose(command, ["model=null", "model=tiny"]).model == compose(command, ["model=tiny"]).model
+    assert "hidden_size" not in compose(command, ["experiment=smoke", "model=null"]).model.config
+
+
+def test_own_folder_adds_groups_and_experiments(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /parallel: tp2\ntrain:\n  steps: 3\n")
+    config = compose("train", ["--config-dir", str(tmp_path), "experiment=mine"])
+    assert (config.train.steps, config.parallel.tp, config.run.dir) == (3, 2, "runs/mine")
+    with pytest.raises(UserError, match=r"--config-dir=.*no such folder"):
+        compose("train", ["--config-dir", str(tmp_path / "none")])
+
+
+def test_a_misspelt_key_in_a_file_names_the_nearest(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim:\n  weight_decai: 3\n")
+    with pytest.raises(UserError, match=r"(?s)in experiment/mine\.yaml.*try:     optim\.weight_decay=VALUE"):
+        compose("train", ["--config-dir", str(tmp_path), "experiment=mine"])
+
+
+def test_a_sweep_is_one_command_line_per_combination():
+    jobs = sweep("train", ["experiment=smoke", "optim.lr=1e-3,1e-4", "parallel=ddp,tp2"])
+    assert len(jobs) == 4
+    configs = [compose("train", job) for job in jobs]
+    assert {(config.optim.lr, config.parallel.tp) for config in configs} == {(1e-3, 1), (1e-3, 2), (1e-4, 1), (1e-4, 2)}
+    assert [config.run.dir for config in configs] == [f"runs/smoke-{number}" for number in range(4)]
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path):
+    """Build the wheel, install it into an environment that sees this one's packages, and compose with the conf/ it carries."""
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    [licence] = [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "License-Expression: Apache-2.0" in archive.read(licence.replace("licenses/LICENSE", "METADATA")).decode()
+    assert {"hybridtrain/report/page.css", "hybridtrain/report/page.js"} <= set(names)
+    carried = {name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")}
+    assert carried == {str(path.relative_to(keys.shipped())) for path in keys.shipped().rglob("*.yaml")}
+
+    site = next(path for path in map(Path, sys.path) if path.name == "site-packages")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    own_site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", own_site, wheel], check=True)
+    # Only now: ours stands before the packages of this environment, where an editable install of the checkout may be.
+    (own_site / "others.pth").write_text(f"{site}\n")
+    python = tmp_path / "venv" / "bin" / "python"
+    (tmp_path / "elsewhere").mkdir()
+    command = "from hybridtrain.cli.main import main; import hybridtrain, sys; print(hybridtrain.__file__, file=sys.stderr); raise SystemExit(main())"
+    shown = subprocess.run(
+        [python, "-c", command, "train", "--cfg", "job", "experiment=smoke"], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert str(own_site) in shown.stderr
+    assert "dir: runs/smoke" in shown.stdout
+
+
+def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monkeypatch):
+    """The table as it will be when options of today have had other names and other defaults."""
+    monkeypatch.setattr(migrate, "RENAMED", {"trainer.max_steps": "train.steps", "optim.learning_rate": "optim.lr", "data.folder": "data.path"})
+    monkeypatch.setattr(migrate, "ABSENT", {"optim.clip": 0.5, "batch.micro_batch_size": 3})
+    monkeypatch.setenv("PLACE", "here")
+    lines = ["trainer: {max_steps: 7}", "optim: {learning_rate: 0.25, eps: 1.0e-7}", "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}"]
+    (tmp_path / "config.yaml").write_text("\n".join([*lines, "batch: {micro_batch_size: 2}"]))
+    config = from_yaml(tmp_path / "config.yaml")
+    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "here/x", 32)
+    assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)  # absent: what that meant then; present: as it stands
+    today = schema.Config()
+    today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
+    today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "here/x", 2
+    assert identity.differences(config, today) == {}
+    with pytest.raises(UserError, match=r"it is optim\.lr since a later version"):
+        compose("train", ["optim.learning_rate=1"])
+
+
+def test_an_option_of_another_version_is_refused_with_the_version_that_wrote_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("optim: {lr: 1.0, beta_of_tomorrow: 3}")
+    with pytest.raises(UserError, match=r"(?s)optim\.beta_of_tomorrow=.*no such option.*allowed: optim: "):
+        read_run(tmp_path / "config.yaml")  # which version is not known
+    for version in ("9.1.0", __version__):
+        (tmp_path / "summary.json").write_text(json.dumps({"versions": {"hybridtrain": version}}))
+        with pytest.raises(UserError, match=r"optim\.beta_of_tomorrow=") as refused:
+            read_run(tmp_path / "config.yaml")
+        assert (f"was written by hybridtrain {version}" in str(refused.value)) == (version != __version__)
+
+
+def test_every_entry_of_the_table_of_earlier_names_leads_to_an_option_of_today():
+    options = {field.key for field in OPTIONS}
+    assert {*migrate.RENAMED.values(), *migrate.ABSENT} <= options
+    assert not migrate.RENAMED.keys() & options

@@ -1,0 +1,55 @@
+"""Silent faults of parallel composition that were found in other systems: planted in ours, `hybridtrain parity` finds each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridtrain import parity
+from hybridtrain.parity import verdict
+from tests.parity.test_parity import root
+from tests.sabotage import composition as planted
+
+slow = pytest.mark.slow
+CASES = [
+    (planted.softmax_over_the_local_vocabulary, "llama", "tp2", {}, {"loss_rel", "grad_rel"}),
+    (planted.local_token_counts, "llama", "dp_replicate2", {}, {"loss_rel", "grad_rel"}),
+    (planted.a_sliced_parameter_counted_on_one_rank, "llama", "tp2", {}, {"grad_norm_rel"}),
+    (planted.replicated_parameters_counted_on_every_rank, "llama", "tp2", {}, {"grad_norm_rel"}),
+    (planted.partial_gradients_of_a_replicated_norm, "qwen3", "tp2-nosp", {}, {"grad_rel"}),
+    (planted.identity_gradient_of_log_softmax, "llama", "tp2", {}, {"grad_rel"}),
+    (planted.repeated_heads_not_reduced, "llama", "tp2", {"num_key_value_heads": 1}, {"grad_rel"}),
+    (planted.tied_gradients_not_added, "llama", "pp2", {"tie_word_embeddings": True}, {"grad_rel"}),
+]
+DEFAULT = (planted.partial_gradients_of_a_replicated_norm, planted.a_sliced_parameter_counted_on_one_rank)  # the others are slow tests
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize(
+    ("fault", "family", "layout", "fields", "columns"),
+    [pytest.param(*case, id=case[0].__name__, marks=[] if case[0] in DEFAULT else [slow]) for case in CASES],
+)
+def test_a_fault_found_elsewhere_is_found_by_parity(
+    run_dir: Path, fault: Callable[..., Any], family: str, layout: str, fields: dict[str, object], columns: set[str]
+) -> None:
+    config = root(run_dir, layout, family=family)
+    config.model.config |= fields
+    assert parity.compare(config, train=fault) == 1
+    written = json.loads((run_dir / "parity.json").read_text())
+    [row] = written["layouts"]
+    assert not written["errors"], "it is to be wrong, not to crash"
+    found = {name for name in verdict.MEASURES if row[name] is not None and row[name] > written["tolerances"][layout][name]}
+    assert columns <= found, row
+
+
+def test_the_table_in_the_docs_names_every_planted_fault() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
+    assert [case[0].__name__ for case in CASES if case[0].__name__ not in text] == []

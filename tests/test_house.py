@@ -7,16 +7,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from hybridtrain.config.checks import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hybridtrain"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MODULES = [str(path.relative_to(ROOT)) for path in SOURCES]
+TEXTS = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in SOURCES}
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+SCRIPTS = [ROOT / ".ci/run", *sorted(ROOT.glob("launch/*.sh"))]
+LIBRARY = ("api.py", "training/trainer.py")
+"""Where the functions stand that programs call."""
 
 # Library -> the files (or folders) that may import it.
 DOORS = {
@@ -81,6 +83,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def overriding(tree: ast.AST) -> set[ast.stmt]:
+    """Methods of classes that have a base class."""
+    return {method for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases for method in node.body}
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Top-level names of the libraries that a file imports, anywhere in it."""
     for node in ast.walk(tree):
@@ -90,52 +97,48 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield (node.module or "").partition(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_budgets(module):
-    text = (ROOT / module).read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES, f"{module} is two parts"
-    long = {node.name: length for node in functions(ast.parse(text)) if (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES}
-    assert not long, f"{module}: longer than {MAX_FUNCTION_LINES} lines: {long}"
+def test_files_are_at_most_400_lines():
+    assert {name: lines for name, text in TEXTS.items() if (lines := len(text.splitlines())) > MAX_FILE_LINES} == {}, "these files are two parts"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_says_what_it_is_for(module):
-    text = (ROOT / module).read_text()
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
+def test_functions_are_at_most_60_lines():
+    lengths = {f"{name}: {node.name}": (node.end_lineno or 0) - node.lineno + 1 for name, tree in TREES.items() for node in functions(tree)}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}, "these functions are two parts"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_one_door_per_foreign_library(module):
-    inside = module.removeprefix("hybridtrain/")
-    for library in set(imported(ast.parse((ROOT / module).read_text()))):
-        doors = DOORS.get(library, (inside,))
-        assert any(inside == door or (door.endswith("/") and inside.startswith(door)) for door in doors), f"{module} imports {library}; its door: {doors}"
+def test_every_module_says_what_it_is_for():
+    assert [name for name, tree in TREES.items() if TEXTS[name].strip() and not ast.get_docstring(tree)] == [], "these modules have no docstring"
+
+
+def test_one_door_per_foreign_library():
+    uses = [(name, library) for name, tree in TREES.items() for library in sorted(set(imported(tree)) & DOORS.keys())]
+    assert [use for use in uses if not use[0].startswith(DOORS[use[1]])] == [], f"another file is to import these: {DOORS}"
+
+
+def private_uses() -> set[tuple[str, str]]:
+    """(name, file) of each use of a name that a library keeps to itself."""
+    ours = {name for tree in TREES.values() for name in defined(tree)}
+    used = {(name, file) for file, tree in TREES.items() for name in private(tree) if "_" in (name[0], *re.findall(r"\.(.)", name))}
+    return {(name, file) for name, file in used if name not in ours and not name.startswith("__") and not PUBLIC.fullmatch(name)}
 
 
 def test_private_names_of_libraries_are_in_one_list():
-    trees = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in SOURCES}
-    ours = {name for tree in trees.values() for name in defined(tree)}
-    used = {(name, file) for file, tree in trees.items() for name in private(tree) if "_" in (name[0], *re.findall(r"\.(.)", name))}
-    used = {(name, file) for name, file in used if name not in ours and not name.startswith("__") and not PUBLIC.fullmatch(name)}
-    assert {(name, file) for name, file in used if not any(file.startswith(place) for place in PRIVATE.get(name, ()))} == set()
-    assert PRIVATE.keys() - {name for name, _ in used} == set(), "not used any more"
+    assert {(name, file) for name, file in private_uses() if not file.startswith(PRIVATE.get(name, ()))} == set(), "PRIVATE does not list these"
 
 
-LIBRARY = ("hybridtrain/api.py", "hybridtrain/training/trainer.py")
-"""Where the functions stand that programs call."""
+def test_the_list_of_private_names_is_up_to_date():
+    assert PRIVATE.keys() - {name for name, _ in private_uses()} == set(), "nothing uses these any more"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if "/config/" not in module and module not in LIBRARY])
-def test_defaults_live_in_the_schema_alone(module):
+def test_defaults_live_in_the_schema_alone():
     """No parameter outside config/ and the library's own functions has a default value, except main's and those of methods that override a foreign class's."""
-    tree = ast.parse((ROOT / module).read_text())
-    overriding = {method for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases for method in node.body}
     having = [
-        f"{node.name}() line {node.lineno}"
-        for node in functions(tree)
-        if node.name != "main" and node not in overriding and (node.args.defaults or any(default is not None for default in node.args.kw_defaults))
+        f"{name}:{node.lineno} {node.name}()"
+        for name, tree in TREES.items()
+        for node in set(functions(tree)) - overriding(tree)
+        if node.name != "main" and any(default is not None for default in [*node.args.defaults, *node.args.kw_defaults])
     ]
-    assert not having, f"{module}: {', '.join(having)}"
+    assert [place for place in having if not place.startswith(("config/", *LIBRARY))] == [], "these parameters have defaults"
 
 
 def test_import_contracts():
@@ -164,10 +167,12 @@ def test_no_traces_of_one_machine():
     assert [place for place in found if not place.startswith("tests/test_house.py")] == []
 
 
-@pytest.mark.parametrize("script", ["launch/setup.sh", "launch/test.sh", "launch/quickstart.sh", "launch/bench_gpu.sh", ".ci/run"])
-def test_scripts_parse_and_may_be_run(script):
-    assert (ROOT / script).stat().st_mode & 0o111, f"{script} is not executable"
-    assert subprocess.run(["bash", "-n", ROOT / script], check=False).returncode == 0
+def test_scripts_are_executable():
+    assert [script for script in SCRIPTS if not script.stat().st_mode & 0o111] == []
+
+
+def test_scripts_are_valid_bash():
+    assert [script for script in SCRIPTS if subprocess.run(["bash", "-n", script], check=False).returncode] == []
 
 
 def test_constraints_pin_every_requirement():

@@ -196,10 +196,10 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
             _rename(partial, path)
 
     try:
-        partial = path.with_name(_agree(prepare, group=group, path=path, doing="write")[0])
+        partial = path.with_name(_agree(prepare, group=group, path=path)[0])
         _dcp_save(staged, path=path, partial=partial, group=group)
-        files = {name: record for part in _agree(measure, group=group, path=path, doing="write") for name, record in part.items()}
-        _agree(complete, group=group, path=path, doing="write")
+        files = {name: record for part in _agree(measure, group=group, path=path) for name, record in part.items()}
+        _agree(complete, group=group, path=path)
     except BaseException:
         if rank == 0 and partial.is_dir():
             discard(partial)
@@ -297,10 +297,10 @@ def _raise_first(failures: list[_Failure | None]) -> None:
         raise UserError(found[0].text) if found[0].of_user else RuntimeError(found[0].text)
 
 
-def _agree(work: Callable[[], T], *, group: dist.ProcessGroup | None, path: Path, doing: str) -> list[T]:
+def _agree(work: Callable[[], T], *, group: dist.ProcessGroup | None, path: Path) -> list[T]:
     """Do `work` on every rank and give everyone all results; what fails on one rank is raised on all."""
     rank, _ = _rank_and_size(group)
-    replies = _gather(_attempt(work, rank=rank, path=path, doing=doing), group=group)
+    replies = _gather(_attempt(work, rank=rank, path=path, doing="write"), group=group)
     _raise_first([failure for _, failure in replies])
     return [value for value, _ in replies]  # type: ignore[misc]  # None only where work itself returns it
 

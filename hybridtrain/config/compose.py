@@ -194,9 +194,24 @@ def read_run(path: Path) -> schema.Config:
     """The config.yaml of a run that is looked at: calls such as `${oc.env:X}` stay as they are written, and what it permits does not count.
 
     For everything but going on with one's own run: the environment of who reads is none of the writer's, and
-    model.trust_remote_code comes from the command line alone. Raises UserError.
+    model.trust_remote_code comes from the command line alone. Sections of other commands than `train` are left out. Raises UserError.
     """
-    config = _read(path, resolve=False)
+    if not path.is_file():
+        raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
+    others = schema.SECTIONS.keys() - keys.sections("train").keys()
+    try:
+        loaded = _loaded(limits.read(path))
+        if not isinstance(loaded, DictConfig):
+            raise limits.unfit(path, "is not a configuration")
+        sections = OmegaConf.to_container(loaded, resolve=False)
+        assert isinstance(sections, dict)
+        kept = {name: options for name, options in migrate.migrated(sections).items() if name not in others}
+        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), OmegaConf.create(kept))
+        assert isinstance(merged, DictConfig)
+        _keep_calls(merged, path)
+        config = typed(merged, schema.Config)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _translated(error, source=path) from error
     config.model.trust_remote_code = False
     return config
 
@@ -214,34 +229,6 @@ def laid_over(config: schema.Config, below: schema.Config) -> schema.Config:
             if f"{section.name}.{option.name}" in config.given or value != getattr(standard, option.name):
                 setattr(getattr(result, section.name), option.name, value)
     return result
-
-
-def from_yaml(path: Path) -> schema.Config:
-    """Read a config.yaml, calls such as `${oc.env:X}` resolved; raises UserError.
-
-    Sections of other commands than `train` are left out. See `read_run` for runs of others.
-    """
-    return _read(path, resolve=True)
-
-
-def _read(path: Path, *, resolve: bool) -> schema.Config:
-    if not path.is_file():
-        raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
-    others = schema.SECTIONS.keys() - keys.sections("train").keys()
-    try:
-        loaded = _loaded(limits.read(path))
-        if not isinstance(loaded, DictConfig):
-            raise limits.unfit(path, "is not a configuration")
-        sections = OmegaConf.to_container(loaded, resolve=False)
-        assert isinstance(sections, dict)
-        kept = {name: options for name, options in migrate.migrated(sections).items() if name not in others}
-        merged = OmegaConf.merge(OmegaConf.structured(schema.Config), OmegaConf.create(kept))
-        assert isinstance(merged, DictConfig)
-        if not resolve:
-            _keep_calls(merged, path)
-        return typed(merged, schema.Config)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, source=path) from error
 
 
 def _loaded(text: str) -> Any:

@@ -44,10 +44,6 @@ class Loader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
-    @property
-    def rows_per_epoch(self) -> int:
-        return sum(len(rows) for rows in self._rows)
-
     def row_ids(self, step: int) -> np.ndarray:
         """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (global_batch_size / dp, 2)."""
         first = step * self._plan.global_batch_size + self._offset

@@ -29,8 +29,6 @@ class Family:
     """Paths inside a layer whose outputs are repeated when tp exceeds the number of key/value heads."""
     attention: str
     """Path of the attention module inside a layer."""
-    mlp: str
-    """Path of the MLP module inside a layer."""
     initial: Callable[[Any, str], float | None]
     """(config, parameter name) -> standard deviation of the normal it is drawn from; None: ones for norms, zeros for biases."""
 

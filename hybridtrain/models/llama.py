@@ -42,6 +42,5 @@ FAMILY = Family(
     tp_plan=TP_PLAN,
     kv_projections=("self_attn.k_proj", "self_attn.v_proj"),
     attention="self_attn",
-    mlp="mlp",
     initial=normal_matrices,
 )

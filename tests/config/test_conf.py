@@ -16,7 +16,7 @@ import yaml
 
 from hybridtrain import __version__
 from hybridtrain.config import checks, keys, migrate, ranges, schema
-from hybridtrain.config.compose import Interpolated, compose, from_yaml, read_run, sweep, to_yaml
+from hybridtrain.config.compose import Interpolated, compose, read_run, sweep, to_yaml
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
 from hybridtrain.run import identity
@@ -204,12 +204,12 @@ def test_overrides_win_over_the_experiment_and_plus_is_optional():
 def test_yaml_round_trip(tmp_path):
     config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert from_yaml(tmp_path / "config.yaml") == config
+    assert read_run(tmp_path / "config.yaml") == config
 
 
 def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
-    assert from_yaml(tmp_path / "config.yaml").train.steps == 37
+    assert read_run(tmp_path / "config.yaml").train.steps == 37
 
 
 @pytest.mark.parametrize(
@@ -225,12 +225,12 @@ def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
 def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        from_yaml(tmp_path / "config.yaml")
+        read_run(tmp_path / "config.yaml")
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
-        from_yaml(tmp_path / "config.yaml")
+        read_run(tmp_path / "config.yaml")
 
 
 def test_secrets_stay_unresolved_in_yaml(monkeypatch):
@@ -332,12 +332,12 @@ def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monke
     monkeypatch.setenv("PLACE", "here")
     lines = ["trainer: {max_steps: 7}", "optim: {learning_rate: 0.25, eps: 1.0e-7}", "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}"]
     (tmp_path / "config.yaml").write_text("\n".join([*lines, "batch: {micro_batch_size: 2}"]))
-    config = from_yaml(tmp_path / "config.yaml")
-    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "here/x", 32)
+    config = read_run(tmp_path / "config.yaml")
+    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "${oc.env:PLACE}/x", 32)
     assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)  # absent: what that meant then; present: as it stands
     today = schema.Config()
     today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
-    today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "here/x", 2
+    today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "${oc.env:PLACE}/x", 2
     assert identity.differences(config, today) == {}
     with pytest.raises(UserError, match=r"it is optim\.lr since a later version"):
         compose("train", ["optim.learning_rate=1"])

@@ -12,7 +12,7 @@ import pytest
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import blocks, pieces, tokenize
-from hybridtrain.data.prepare.sources import sources
+from hybridtrain.data.prepare.sources import listing
 from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(300)]
@@ -125,9 +125,9 @@ def test_short_documents_stay_whole(tmp_path):
     """As earlier versions had them: by name, or by content, and one at least."""
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(text(7000, seed=number))
-    assert not any(source.blocks for source in sources(settings(tmp_path / "data", tmp_path)))
+    assert not any(source.blocks for source in listing(settings(tmp_path / "data", tmp_path)).sources)
     (tmp_path / "long.txt").write_text(text(9000, seed=99))
-    assert [source.name for source in sources(settings(tmp_path / "data", tmp_path)) if source.blocks] == [f"{tmp_path.name}/long.txt"]
+    assert [source.name for source in listing(settings(tmp_path / "data", tmp_path)).sources if source.blocks] == [f"{tmp_path.name}/long.txt"]
 
 
 def test_a_share_far_from_what_was_asked_is_refused_with_advice(tmp_path):

@@ -254,9 +254,9 @@ def test_patterns_match_as_pathlib_does(tmp_path, texts, pattern):
     root = tmp_path / "root"
     for place in ("", "a", "b", "c/a", "c/a/d", "a/d/e", ".hidden"):
         shutil.copytree(texts, root / place, dirs_exist_ok=True)
-    from hybridtrain.data.prepare.sources import sources
+    from hybridtrain.data.prepare.sources import listing
 
-    found = sources(settings(tmp_path / "data", root, pattern=pattern))
+    found = listing(settings(tmp_path / "data", root, pattern=pattern)).sources
     expected = sorted(f"root/{path.relative_to(root).as_posix()}" for path in root.rglob(pattern) if path.is_file())
     assert [source.name for source in found] == expected
 

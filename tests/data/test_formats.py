@@ -14,7 +14,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import join, pieces, readers, statistics, tokenize, tokenizer
 from hybridtrain.data.prepare.readers import Fields
-from hybridtrain.data.prepare.sources import sources
+from hybridtrain.data.prepare.sources import listing
 from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]
@@ -168,7 +168,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, reference, jsonl):
 
 @pytest.mark.parametrize("limit", [1, 50, 333, 10**6])
 def test_byte_ranges_give_every_line_once(jsonl, limit):
-    (source,) = sources(DataConfig(source=[str(jsonl)]))
+    (source,) = listing(DataConfig(source=[str(jsonl)])).sources
     units = list(readers.cut(source, fields=Fields.of(DataConfig()), limit=limit))
     assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     found = [record for unit in units for record in readers.records(unit)]
@@ -358,7 +358,7 @@ def test_identical_files_stand_on_one_side_only_without_duplicates(tmp_path, ref
 def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monkeypatch):
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
-    planned = pieces.plan(sources(DataConfig(source=[str(source)])), fields=Fields.of(DataConfig()))
+    planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
     recipe = pieces.Recipe(chat=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340

@@ -64,7 +64,7 @@ def test_token_files_decode_to_the_documents(prepared, texts):
 
     saved = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     facts = json.loads((prepared / "corpus.json").read_text())
-    listed = sources.sources(settings(prepared, texts))
+    listed = sources.listing(settings(prepared, texts)).sources
     names = [".lock", ".prepare.json", "corpus.json", "eval.bin", "eval.idx", "speed.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
     assert sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()) == [*names, "train.bin", "train.idx"]
     largest = 0
@@ -150,7 +150,7 @@ def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch)
 
 
 def test_stdlib_is_code_without_tests():
-    found = sources.sources(DataConfig(source=["stdlib"]))
+    found = sources.listing(DataConfig(source=["stdlib"])).sources
     names = [source.name for source in found]
     assert names == sorted(names)
     assert {"stdlib/argparse.py", "stdlib/json/decoder.py"} <= set(names)
@@ -165,7 +165,7 @@ def test_sources_files_folders_and_patterns(tmp_path):
     (tmp_path / "texts" / "empty.txt").write_text("")
     (tmp_path / "single.md").write_text("\ufefftext after a byte order mark \udc80".encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     entries = [tmp_path / "single.md", tmp_path / "texts" / "part1", tmp_path / "texts" / "**" / "*.txt"]
-    found = sources.sources(DataConfig(source=[str(entry) for entry in entries], eval_fraction=0.0))
+    found = sources.listing(DataConfig(source=[str(entry) for entry in entries], eval_fraction=0.0)).sources
     assert [source.name for source in found] == ["single.md", "part1/1.txt", "part1/4.txt", "part0/0.txt", "part0/3.txt", "part2/2.txt", "part2/5.txt"]
     assert text_of(found[0]) == "text after a byte order mark \ufffd"
     assert not any(source.held_out for source in found)
@@ -174,7 +174,7 @@ def test_sources_files_folders_and_patterns(tmp_path):
 @pytest.mark.parametrize(("fraction", "documents"), [(0.0001, 2), (0.9999, 2), (0.5, 40), (0.0, 5), (0.5, 1)])
 def test_held_out_documents(tmp_path, fraction, documents):
     write_texts(tmp_path, documents=documents, words=3)
-    found = sources.sources(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
+    found = sources.listing(DataConfig(source=[str(tmp_path)], eval_fraction=fraction)).sources
     held_out = {source.name for source in found if source.held_out}
     if fraction == 0 or documents == 1:
         assert not held_out
@@ -183,7 +183,7 @@ def test_held_out_documents(tmp_path, fraction, documents):
     if documents == 40:
         assert 10 < len(held_out) < 30
         (tmp_path / "part0" / "new.txt").write_text("one more")
-        again = sources.sources(DataConfig(source=[str(tmp_path)], eval_fraction=fraction))
+        again = sources.listing(DataConfig(source=[str(tmp_path)], eval_fraction=fraction)).sources
         assert {source.name for source in again if source.held_out} - {f"{tmp_path.name}/part0/new.txt"} == held_out
 
 
@@ -263,7 +263,7 @@ def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
     partial.mkdir(parents=True)
 
     def begin() -> None:
-        tokenize._begin(partial, settings=tokenize._settings(data), planned=pieces.plan(sources.sources(data), fields=Fields.of(data)))
+        tokenize._begin(partial, settings=tokenize._settings(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
 
     begin()
     (partial / "piece-00000").mkdir()

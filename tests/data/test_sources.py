@@ -13,7 +13,7 @@ from hybridtrain.config.checks import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.prepare import pieces, streams, tokenize
 from hybridtrain.data.prepare.readers import Fields
-from hybridtrain.data.prepare.sources import sources
+from hybridtrain.data.prepare.sources import listing
 from hybridtrain.errors import UserError
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 20
@@ -26,7 +26,7 @@ def data(path: Path, **fields: object) -> DataConfig:
 def texts(config: DataConfig) -> list[str]:
     """The documents that `prepare` would encode."""
     recipe = pieces.Recipe(chat=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=300)
-    planned = pieces.plan(sources(config), fields=Fields.of(config))
+    planned = pieces.plan(listing(config).sources, fields=Fields.of(config))
     units = [unit for piece in planned for unit in piece.units]
     return [document.value for unit in units for document in pieces.documents(unit, recipe=recipe, counts=pieces.Counts.none())]
 

@@ -237,7 +237,7 @@ def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path,
     as_earlier(run / "checkpoints" / "step-00000020")  # what model/ holds by then counts
     model.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps(given))
-    config = compose.from_yaml(run / "config.yaml")
+    config = compose.read_run(run / "config.yaml")
     config.model.from_pretrained = str(tmp_path / "source")
     (run / "config.yaml").write_text(compose.to_yaml(config))
     if not earlier:
@@ -273,7 +273,7 @@ def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new:
     (tmp_path / "data" / "corpus.json").write_text(json.dumps({"kind": "chat"}))
     if not new:
         model_of(tied=True).save_pretrained(tmp_path / "source")
-        config = compose.from_yaml(run / "config.yaml")
+        config = compose.read_run(run / "config.yaml")
         config.model.from_pretrained = str(tmp_path / "source")
         (run / "config.yaml").write_text(compose.to_yaml(config))
     hf.run(exporting(run))
@@ -324,7 +324,7 @@ def test_a_folder_that_holds_a_model_too_gives_its_tokenizer_alone(tmp_path: Pat
         file.rename(tmp_path / "other" / file.name)
     (tmp_path / "data" / "tokenizer").rmdir()
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
-    config = compose.from_yaml(run / "config.yaml")
+    config = compose.read_run(run / "config.yaml")
     config.data.tokenizer = str(tmp_path / "other")
     (run / "config.yaml").write_text(compose.to_yaml(config))
     hf.run(exporting(run))

@@ -55,7 +55,7 @@ def refusal_of(config: Config) -> str:
 def test_a_new_run_writes_its_config_and_a_running_summary(config: Config) -> None:
     run = opened(config)
     assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (Path("runs/trial"), False, None, {})
-    assert compose.from_yaml(run.path / "config.yaml") == config
+    assert compose.read_run(run.path / "config.yaml") == config
     summary = json.loads((run.path / "summary.json").read_text())
     assert tuple(summary) == directory.SUMMARY
     assert summary["status"] == "running"
@@ -96,7 +96,7 @@ def test_what_is_not_identity_continues_the_run_and_is_told(config: Config, key:
     assert (run.path, run.continued) == (Path("runs/trial"), True)
     section, _, field = key.partition(".")
     assert dict(run.changed) == {key: (getattr(getattr(config, section), field), value)}
-    assert compose.from_yaml(run.path / "config.yaml") == changed
+    assert compose.read_run(run.path / "config.yaml") == changed
     assert not opened(changed).changed
 
 

@@ -396,9 +396,9 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
     assert commands.run_command("submit", given) == 0
     job = (run / "submit" / "job_id").read_text().strip()
     assert slurm.wait(job, timeout_s=120)["JobState"] == "COMPLETED", output(run)
-    from hybridtrain.config.compose import from_yaml
+    from hybridtrain.config.compose import read_run
 
-    assert from_yaml(run / "config.yaml").model.name == evil
+    assert read_run(run / "config.yaml").model.name == evil
     assert f"EVIL={shlex.quote(evil)}" in (run / "submit" / "job.sbatch").read_text()
     assert not list(tmp_path.rglob("hacked"))
 

@@ -58,8 +58,9 @@ def plan(size: int) -> BatchPlan:
 
 def epoch(folder: Path) -> list[Batch]:
     """Every row once, in its order in the index."""
+    data = open_data(schema.DataConfig(path=str(folder)), timeout_s=0)
     loader = Loader(
-        open_data(schema.DataConfig(path=str(folder)), timeout_s=0),
+        data,
         plan=plan(1),
         dp_rank=0,
         dp_size=1,
@@ -67,7 +68,7 @@ def epoch(folder: Path) -> list[Batch]:
         vocab=320,
         collate=CausalLM(loss_chunk=0).collate,
     )
-    rows = {int(loader.row_ids(step)[0, 1]): loader.micro_batches(step)[0] for step in range(loader.rows_per_epoch)}
+    rows = {int(loader.row_ids(step)[0, 1]): loader.micro_batches(step)[0] for step in range(len(data.rows("train", seq_len=SEQ, vocab=320)[0]))}
     return [rows[row] for row in range(len(rows))]
 
 
@@ -231,4 +232,4 @@ def test_the_model_learns_the_answers(folder, tmp_path):
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["loss"] == pytest.approx(rows[-1]["eval_loss"], rel=1e-4)
-    assert compose.from_yaml(tmp_path / "run" / "config.yaml").data.document_mask is False  # conversations need no option
+    assert compose.read_run(tmp_path / "run" / "config.yaml").data.document_mask is False  # conversations need no option

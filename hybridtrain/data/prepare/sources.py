@@ -141,11 +141,6 @@ def _name_digest(source: Source) -> bytes:
     return hashlib.sha256(source.name.encode("utf-8", "surrogateescape")).digest()
 
 
-def sources(data: DataConfig) -> list[Source]:
-    """All files and datasets of `data.source`: see `listing`."""
-    return listing(data).sources
-
-
 def listing(data: DataConfig) -> Listing:
     """All files and datasets of `data.source`: entries in the given order, names sorted within one, a file listed twice taken once.
 

@@ -87,7 +87,7 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
         return _whole(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
     from tokenizers import Tokenizer
 
-    with _guarded(FIELD, str(folder), "it cannot be loaded", instead="prepare.overwrite=true"):
+    with _guarded(FIELD, str(folder), instead="prepare.overwrite=true"):
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.no_truncation()
     fast.no_padding()
@@ -182,7 +182,7 @@ def load(name: str, *, field: str) -> Any:
     if path.is_file() and path.suffix != ".json":
         allowed, instead = "a folder with tokenizer files, a tokenizer.json, or a hub id", f"{field}={path.parent}"
         raise refusal(field, name, "it is a file of one part of a tokenizer", allowed=allowed, instead=instead)
-    with _guarded(field, name, "it cannot be loaded", instead=f"{field}=FOLDER of a whole tokenizer"):
+    with _guarded(field, name, instead=f"{field}=FOLDER of a whole tokenizer"):
         if path.is_file() and path.name != "tokenizer.json":
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
@@ -204,7 +204,7 @@ def _files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _guarded(field: str, name: str, problem: str, *, instead: str) -> Iterator[None]:
+def _guarded(field: str, name: str, *, instead: str) -> Iterator[None]:
     """Whatever a damaged or hostile tokenizer makes the libraries raise becomes a refusal; Rust's panics are no Exceptions."""
     try:
         yield
@@ -213,7 +213,7 @@ def _guarded(field: str, name: str, problem: str, *, instead: str) -> Iterator[N
     except BaseException as error:
         words = (str(error).strip().splitlines() or ["no reason given"])[0]
         allowed = "'train', a folder with tokenizer files, a tokenizer.json, or a hub id that can be reached"
-        raise refusal(field, name, f"{problem} ({type(error).__name__}: {words})", allowed=allowed, instead=instead) from error
+        raise refusal(field, name, f"it cannot be loaded ({type(error).__name__}: {words})", allowed=allowed, instead=instead) from error
 
 
 def _parts(text: str) -> list[str]:

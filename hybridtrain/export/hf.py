@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from hybridtrain.checkpoint import marker, metadata, sealed, tokenizer
 from hybridtrain.checkpoint.hold import Removed, held
@@ -228,13 +229,14 @@ def _write_weights(
         say(entry)
         return _cast(whole[key], entry=entry)
 
-    parts = safetensors.shards(entries, max_bytes=max_shard_bytes)
-    names = ["model.safetensors"] if len(parts) == 1 else [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
-    for name, part in zip(names, parts, strict=True):
-        safetensors.write(partial / name, entries=part, tensor=tensor)
-    if len(parts) > 1:
-        where = {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part}
-        _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": where})
+    named = {entry.name: entry for entry in entries}
+    cut = split_state_dict_into_shards_factory(
+        named, get_storage_size=lambda entry: entry.size, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
+    for file, names in cut.filename_to_tensors.items():
+        safetensors.write(partial / file, entries=[named[name] for name in names], tensor=tensor)
+    if cut.is_sharded:
+        _write_json(partial / "model.safetensors.index.json", {"metadata": cut.metadata, "weight_map": cut.tensor_to_filename})
 
 
 def _entries(stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: bool) -> list[Entry]:

@@ -43,19 +43,6 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def shards(entries: Sequence[Entry], *, max_bytes: int) -> list[list[Entry]]:
-    """Cut `entries`, in order, into files of at most `max_bytes`; a larger tensor gets a file of its own."""
-    result: list[list[Entry]] = []
-    room = 0
-    for entry in entries:
-        if not result or entry.size > room:
-            result.append([])
-            room = max_bytes
-        result[-1].append(entry)
-        room -= entry.size
-    return result
-
-
 def write(file: Path, *, entries: Sequence[Entry], tensor: Callable[[Entry], torch.Tensor]) -> None:
     """Write `file`, asking `tensor` for the values of one entry after the other (on the CPU, of the entry's shape and dtype)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -464,12 +464,6 @@ def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_p
             assert opened.get_tensor(name).dtype == value.dtype
 
 
-def test_shards_hold_what_fits_and_a_large_tensor_stands_alone() -> None:
-    entries = [safetensors.Entry(str(n), (n,), torch.uint8) for n in (3, 3, 3, 20, 1, 9)]
-    cut = safetensors.shards(entries, max_bytes=10)
-    assert [[entry.size for entry in shard] for shard in cut] == [[3, 3, 3], [20], [1, 9]]
-
-
 MEASURED = """
 import re, sys
 from pathlib import Path

@@ -62,20 +62,20 @@ def _console() -> logging.Handler:
     return handler
 
 
-class _Console(logging.StreamHandler):
-    """A console that is closed (`| head`) or full costs its lines, not a traceback for each."""
+class _Forgiving(logging.Handler):
+    """A console that is closed (`| head`) or a disk without space costs its lines, not a traceback for each."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not _is_of_the_place(sys.exc_info()[1]):
             super().handleError(record)
 
 
-class _File(logging.FileHandler):
-    """The same for a file on a disk that has no space."""
+class _Console(_Forgiving, logging.StreamHandler):
+    pass
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not _is_of_the_place(sys.exc_info()[1]):
-            super().handleError(record)
+
+class _File(_Forgiving, logging.FileHandler):
+    pass
 
 
 def _is_of_the_place(error: BaseException | None) -> bool:

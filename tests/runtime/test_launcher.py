@@ -18,8 +18,6 @@ import pytest
 from hybridtrain.runtime import spawn
 from tests.runs import arguments, finished, four_parts, rows, summary, torchrun
 
-SABOTAGE = str(Path(__file__).parents[1] / "sabotage")
-
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of a launcher, once they have their variables."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.models.build import plain_model
+from hybridtrain.models.build import logits, plain_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Source
 from hybridtrain.models.patterns import matches
@@ -92,8 +92,7 @@ class Reference:
                 ours.copy_(theirs)
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.worker(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
-        return self.task.loss_of_logits(logits, batch)
+        return self.task.loss_of_logits(logits(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch)
 
 
 @torch.no_grad()

@@ -98,12 +98,19 @@ class ModelFacts:
     head_dim: int
     ffn: int
     vocab: int
+    labels: tuple[str, ...]
+    """Classes of a classifier, whose head has a row for each; empty: the head has a row for each token."""
     tied: bool
     window: int | None
     """Sliding-window length of the layers that have one, else None."""
     max_positions: int
     parameters: int
     """Number of parameters, tied weights counted once."""
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the head."""
+        return len(self.labels) or self.vocab
 
 
 @dataclass(frozen=True)

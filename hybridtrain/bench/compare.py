@@ -76,7 +76,7 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    fitted = blends.with_vocabulary(config, data, vocab=settled.facts.vocab)
+    fitted = blends.fitted(config, data, facts=settled.facts)
     if fitted is config:
         blends.check_vocab(data, vocab=settled.facts.vocab)
     blends.check_train_rows(data, seq_len=settled.plan.seq_len)

@@ -28,7 +28,7 @@ from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_of
+from hybridtrain.models.family import family_for
 from hybridtrain.models.load import initial
 from hybridtrain.models.patterns import matches
 from hybridtrain.plan.batch import BatchPlan
@@ -59,7 +59,7 @@ class PlainLoop:
         settings, self._device = config.optim, device
         precision = policy(config.precision.kind)
         built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-        family = family_of(built.model_type)
+        family = family_for(built)
         source = initial(config.model, built, family=family, seed=config.run.seed)
         self.model = reference.initialised(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():

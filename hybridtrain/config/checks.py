@@ -31,7 +31,8 @@ TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "
 """Also the names of their packages."""
 CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
-DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat")
+DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
+TASKS = ("causal_lm", "classification")
 PLAIN_COMPILE = ("layer", "model")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
@@ -43,6 +44,7 @@ _KINDS = {
     "run.stop_signal": STOP_SIGNALS,
     "engine.fp32_matmul": FP32_MATMUL,
     "precision.kind": schema.PRECISIONS,
+    "task.kind": TASKS,
     "optim.kind": OPTIMIZERS,
     "schedule.kind": SCHEDULES,
     "recompute.kind": RECOMPUTE,
@@ -337,6 +339,8 @@ def _generate(generate: schema.GenerateConfig) -> None:
 
 
 def _bench(config: schema.BenchRoot) -> None:
+    words, instead = "bench times next-token prediction alone", "task=causal_lm"
+    _require(config.task.kind == "causal_lm" and not config.model.labels, "task.kind", config.task.kind, words, allowed="causal_lm", instead=instead)
     _require(
         not config.bench.corpus or bool(config.data.path),
         "bench.corpus",

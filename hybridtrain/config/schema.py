@@ -78,6 +78,14 @@ class ModelConfig:
     """Shell-style patterns of parameter names that are not trained, e.g. 'model.embed_tokens.*'."""
     attention: str = "sdpa"
     """Attention implementation: sdpa or eager."""
+    labels: list[str] = field(default_factory=list)
+    """task=classification: names of the classes, in the order of the head's rows; empty: those of the data, or of from_pretrained."""
+
+
+@dataclass
+class TaskConfig:
+    kind: str = "causal_lm"
+    """What is learnt: causal_lm, the next token; classification, one label for each document, from its last token."""
 
 
 @dataclass
@@ -94,14 +102,18 @@ class DataConfig:
     """What `prepare` reads: files, folders, patterns or Hugging Face datasets; 'stdlib' is the source of Python's own standard library."""
     format: str = "auto"
     """auto: by a file's ending; text (a file is a document), jsonl, parquet, datasets (what `save_to_disk` wrote, or what `load_dataset` takes:
-    a folder or a hub id), chat (conversations, in any of the last three). Text and JSONL may be compressed by gzip or zstd; JSON may
-    also be one array of objects, or indented objects."""
+    a folder or a hub id), chat (conversations, in any of the last three), labelled (texts with a label, in any of the same three). Text and
+    JSONL may be compressed by gzip or zstd; JSON may also be one array of objects, or indented objects."""
     pattern: str = ""
     """Which files of a folder in `source` are read; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
     encoding: str = "utf-8"
     """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251, koi8-r, gb18030 or utf-16."""
     text_key: str = "text"
     """Field of a JSONL record, or column, that holds the text of a document."""
+    label_key: str = "label"
+    """labelled: field or column that holds the label of a text: one of `labels`, or its number."""
+    labels: list[str] = field(default_factory=list)
+    """labelled: names of the classes; their order numbers them from 0."""
     messages_key: str = "messages"
     """chat: field that holds the list of messages, each with role and content. With its default also read: conversations of from and value
     (ShareGPT), prompt and completion, instruction and output (Alpaca)."""
@@ -293,6 +305,7 @@ class Config(Root):
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -30,6 +30,7 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
+from hybridtrain.types import ModelFacts
 
 C = TypeVar("C", bound=Config)
 _log = log.get("data")
@@ -47,7 +48,7 @@ class Blend:
     evaluated: Corpus | OwnRows | None
     """Held-out rows come from this one instead (data.eval_path)."""
     documents: bool
-    """Documents in a row do not see each other (data.document_mask, or a corpus of conversations)."""
+    """Documents in a row do not see each other (data.document_mask, or a corpus of conversations or of texts with labels)."""
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
     corpora = tuple(Corpus.open(path) for path in data.blend) if data.blend else (open_or_prepare(data, timeout_s=timeout_s),)
     evaluated = Corpus.held_out(data.eval_path) if data.eval_path else None
     weights = tuple(data.blend.values()) if data.blend else (1.0,)
-    blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.chat for corpus in corpora))
+    blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.fitted for corpus in corpora))
     for corpus, quota in zip(corpora, blend.quotas, strict=True):
         if quota == 0:
             least = math.fsum(weights) / BLOCK
@@ -121,7 +122,32 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
             )
 
 
-def with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
+def fitted(config: C, blend: Blend, *, facts: ModelFacts) -> C:
+    """`config` with what the data decides of the model where nobody else does: the size of a new vocabulary, the names of classes. Raises UserError."""
+    return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
+
+
+def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
+    """`config` with the labels of the data, for a classifier without names of its own; refuses data of other labels, or without."""
+    if config.task.kind != "classification":
+        return config
+    for corpus in blend.corpora:
+        if isinstance(corpus, Corpus) and not corpus.labels:
+            problem, instead = "its documents have no labels", "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm"
+            raise refusal("data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead)
+    named = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
+    wanted = config.model.labels or list(facts.labels) or (named[0][1] if named else [])
+    for path, labels in named:
+        if list(labels) != list(wanted):
+            problem, allowed = f"{path} has the labels {', '.join(labels)}", "the labels of the data, in its order"
+            raise refusal("model.labels", f"[{','.join(wanted)}]", problem, allowed=allowed, instead=f"model.labels=[{','.join(labels)}]")
+    if facts.labels or not wanted:
+        return config
+    _log.info("labels    %s", ", ".join(wanted))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=list(wanted)))
+
+
+def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
     """`config` with a vocabulary that has every token of the corpus, for new weights whose `vocab` was not asked for; else `config` itself.
 
     A vocabulary is enlarged only where training would be refused: whatever could be trained before keeps its size.

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybridtrain.data import again, digests
 from hybridtrain.data.indexed import IndexedReader, file_pair
-from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
+from hybridtrain.data.prepare.folder import CORPUS, FITTED, LABELLED, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
 from hybridtrain.data.prepare.sources import FORMAT, READABLE
 from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
@@ -58,7 +58,7 @@ class Corpus:
         if log.rank() == 0:
             for split, reader in self.readers.items():
                 reader.check()
-                if self.chat:
+                if self.fitted:
                     _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
                 if self.facts is None:
                     reader.check_not_zeros()
@@ -85,9 +85,14 @@ class Corpus:
         return digest.hexdigest()
 
     @property
-    def chat(self) -> bool:
-        """Whether it holds conversations in rows of their own, instead of text."""
-        return self.facts is not None and self.facts.get("kind") == "chat"
+    def fitted(self) -> bool:
+        """Whether it holds conversations, or texts with labels, that were fitted into rows whole; else it is a stream of text."""
+        return self.facts is not None and self.facts.get("kind") in FITTED
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes that its documents are labelled with; empty: they are not."""
+        return [] if self.facts is None else self.facts.get("labels", [])
 
     @property
     def vocab_size(self) -> int | None:
@@ -121,11 +126,11 @@ class Corpus:
         """Rows of `seq_len` in a split; 0 for a split without documents. Raises UserError for conversations fitted to other rows."""
         if split not in self.readers:
             return 0
-        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.chat else count_rows(self.readers[split].tokens, seq_len=seq_len)
+        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.fitted else count_rows(self.readers[split].tokens, seq_len=seq_len)
 
     def has_targets(self, split: str, *, seq_len: int) -> bool:
         """Whether any token of a split that has rows carries loss in them. Of folders of before `kept_tokens` the masks are read, up to the first."""
-        if not self.chat:
+        if not self.fitted:
             return True
         assert self.facts is not None
         figures = self.facts["splits"][split]
@@ -136,7 +141,7 @@ class Corpus:
     def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
         """The rows of a split that has some, for a model of `vocab` entries. `documents`: they tell where documents begin."""
         reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
-        if not self.chat:
+        if not self.fitted:
             return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
         assert documents
         ids, starts = self._row_index(split, seq_len=seq_len)
@@ -207,7 +212,7 @@ def _changed(file: Path, written: Mapping[str, Any]) -> str:
     return digests.difference(file, written, by="sample", of=digests.sampled, writer="prepare")
 
 
-_KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,)}
+_KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,), "labels": (list,)}
 
 
 def _prepared(folder: Path) -> Corpus:
@@ -216,7 +221,8 @@ def _prepared(folder: Path) -> Corpus:
         if facts["format"] not in READABLE:
             raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
         counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
-        wanted = ("vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if facts.get("kind") == "chat" else []))
+        kind = facts.get("kind")
+        wanted = ["vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if kind in FITTED else []), *(["labels"] if kind == LABELLED else [])]
         facts = {**facts, **{name: facts[name] for name in wanted}}
         for name, values in (facts.get("digests") or {}).items():
             if [type(values[key]) for key in ("bytes", "sample", "sha256")] != [int, str, str]:

@@ -28,11 +28,11 @@ class OwnRows:
     """A user's rows as one corpus (see data.corpus.Corpus): of one split, without files."""
 
     facts = None
-    chat = False
+    fitted = False
     vocab_size = eos_id = largest_id = sample = None
 
     def __init__(self, rows: Any, *, split: str, field: str) -> None:
-        """`rows`: see above, or a sequence of mappings with `input_ids` and, if some are not learnt, `labels` or `loss_mask` (a datasets.Dataset).
+        """`rows`: see above, or a sequence of mappings with `input_ids` and, if some are not learnt, `labels` or `loss_mask`, or the number of a class as `label`.
 
         Raises UserError for what has no length or no rows. `field`: the argument that it was given as.
         """
@@ -72,9 +72,11 @@ class OwnRows:
         given = self.given.row(index) if hasattr(self.given, "row") else self.given[index]
         tokens, mask = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         if isinstance(given, Mapping):
-            tokens, mask = given.get("input_ids"), given.get("loss_mask")
-            if mask is None and given.get("labels") is not None:
-                mask = np.asarray(given["labels"]) != IGNORE_INDEX
+            tokens, mask, labels = given.get("input_ids"), given.get("loss_mask"), given.get("labels", given.get("label"))
+            if labels is not None and np.ndim(labels) == 0:  # a class: what is to be learnt behind the last token
+                return self._labelled(tokens, labels, index)
+            if mask is None and labels is not None:
+                mask = np.asarray(labels) != IGNORE_INDEX
         ids = _array(tokens)
         if ids is None or len(ids) < 2:
             raise self._refused(index, f"it is {_shown(tokens)}", allowed="a sequence of two token ids or more")
@@ -82,6 +84,14 @@ class OwnRows:
         if mask is not None and (learnt is None or learnt.shape != ids.shape):
             raise self._refused(index, f"it has {len(ids)} tokens, and its mask is {_shown(mask)}", allowed="a mask with one value for each token")
         return ids, None if learnt is None else learnt != 0
+
+    def _labelled(self, tokens: Any, label: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row with one label for all of it."""
+        ids = _array(tokens)
+        if ids is None or not len(ids) or np.asarray(label).dtype.kind not in "iub":
+            raise self._refused(index, f"it is {_shown(tokens)} with label {_shown(label)}", allowed="token ids and the number of a class")
+        whole = np.append(ids, int(label))
+        return whole, np.arange(len(whole)) == len(ids)
 
     def _refused(self, index: int, problem: str, *, allowed: str) -> Exception:
         return refusal(self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from hybridtrain.data.loader import Collate
+from hybridtrain.data.rows import Block
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
 
@@ -17,16 +20,24 @@ class Tokens(Protocol):
 
 
 class Synthetic:
-    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus."""
+    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus. With `labels` a row's last is one of so many classes."""
 
-    def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int) -> None:
-        self.vocab, self.plan, self.seed = vocab, plan, seed
+    def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, labels: int, collate: Collate) -> None:
+        self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate
         share = plan.global_batch_size // dp_size
         self.rows = range(dp_rank * share, (dp_rank + 1) * share, plan.micro_batch_size)
 
     def micro_batches(self, step: int) -> list[Batch]:
         generator = torch.Generator().manual_seed((self.seed << 20) + step)
         tokens = torch.randint(0, self.vocab, (self.plan.global_batch_size, self.plan.seq_len + 1), generator=generator)
-        size = self.plan.micro_batch_size
-        positions_BT = torch.arange(self.plan.seq_len).repeat(size, 1)
-        return [Batch(tokens[row : row + size, :-1].contiguous(), tokens[row : row + size, 1:].contiguous(), positions_BT) for row in self.rows]
+        carries = None
+        if self.labels:
+            tokens[:, -1] %= self.labels
+            carries = np.zeros(tokens.shape, dtype=bool)
+            carries[:, -1] = True
+        size, found = self.plan.micro_batch_size, []
+        for row in self.rows:
+            rows = slice(row, row + size)
+            block = Block(tokens[rows].numpy(), None, None if carries is None else carries[rows])
+            found.append(self.collate(block, valid=size))
+        return found

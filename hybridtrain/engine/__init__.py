@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hybridtrain import tasks
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.errors import refusal
@@ -47,6 +48,16 @@ def settle(config: Config, *, world_size: int) -> Settled:
     return Settled(layout, plan, model)
 
 
+def check_task(config: Config, *, facts: ModelFacts) -> None:
+    """Refuse a model whose head is not that of the task (raises UserError). Labels of the data have been laid over the config (data.blend.fitted)."""
+    if config.task.kind == "classification" and not facts.labels:
+        problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
+        raise refusal("model.labels", "[]", problem, allowed=allowed, instead="model.labels=[negative,positive], or data of data.format=labelled")
+    if config.task.kind == "causal_lm" and facts.labels:
+        problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
+        raise refusal("task.kind", config.task.kind, problem, allowed="classification", instead="task=classification, or a model without model.labels")
+
+
 def check_device(engines: list[str], *, precision: str) -> None:
     """Refuse a recipe that an engine does not run on this machine's device. DeepSpeed has fp16 on GPUs, and on CPUs whose oneDNN has."""
     if precision != "fp16_mixed" or "deepspeed" not in engines:
@@ -66,14 +77,14 @@ def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: to
 def build_for(
     task: Task | None, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool
 ) -> TorchEngine | DeepSpeedEngine:
-    """The engine for a task; None: next-token prediction. `initial`: with initial weights; not for who loads a checkpoint next: drawing or reading them takes time, and
+    """The engine for a task; None: the one that task.kind names. `initial`: with initial weights; not for who loads a checkpoint next: drawing or reading them takes time, and
     their source may be gone."""
     from hybridtrain.models.build import check
     from hybridtrain.runtime import cpu
-    from hybridtrain.tasks.causal_lm import CausalLM
 
     check(config)
     model = facts_of(config.model)
+    check_task(config, facts=model)
     if device.type == "cuda":
         import torch
 
@@ -84,7 +95,7 @@ def build_for(
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     cpu.apply(config.engine, device=device)
-    task = task or CausalLM(loss_chunk=config.engine.loss_chunk)
+    task = task or tasks.of(config, labels=len(model.labels))
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 

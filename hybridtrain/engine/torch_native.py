@@ -19,7 +19,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import evaluated, global_counts, mean_loss
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_of
+from hybridtrain.models.family import family_for
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.optim import optimizer
@@ -52,7 +52,7 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.family = family_of(self.model_config.model_type)
+        self.family = family_for(self.model_config)
         context = Context(self.mesh, config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze, task)
         self.ids, self.stages = build_stages(self.model_config, family=self.family, context=context)
         if initial:

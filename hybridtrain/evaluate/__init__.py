@@ -18,6 +18,7 @@ from typing import Any
 
 from hybridtrain.checkpoint import sealed
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.models import classifier
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
@@ -62,7 +63,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     """The model in `source`, in the dtype it is stored in, ready for inference: on the GPUs if there are any (spread over
     them and main memory as accelerate sees fit), else on the CPU. Raises UserError, naming `field`, when transformers cannot load it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -72,7 +73,9 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     sealed.check(Path(source), field=field)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not (Path(source).exists() or network.hub_resolves())}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map=device_map, **options)
+        classes = classifier.is_classifier(AutoConfig.from_pretrained(source, **options).architectures)
+        kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        model = kind.from_pretrained(source, dtype="auto", device_map=device_map, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:  # a damaged folder: safetensors, pydantic and whatever reads the config have errors of their own

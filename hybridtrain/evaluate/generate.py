@@ -11,6 +11,7 @@ import torch
 from hybridtrain import evaluate
 from hybridtrain.config.schema import GenerateConfig, GenerateRoot
 from hybridtrain.errors import refusal
+from hybridtrain.models import classifier
 from hybridtrain.models.tokens import check_ids, load_tokenizer
 
 FIELD = "generate.source"
@@ -53,6 +54,8 @@ def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfi
     tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
     model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
+    if classifier.is_classifier(model.config.architectures):
+        raise refusal(FIELD, source, "it is a classifier, which writes no text", allowed="a causal language model", instead="hybridtrain evaluate")
     _check_tokens(model)
     for ids in inputs:
         check_ids(ids, rows=model.get_input_embeddings().num_embeddings, field="generate.prompt")

@@ -1,4 +1,4 @@
-"""`hybridtrain evaluate`: perplexity of a Hugging Face model on the held-out rows, the ones that training evaluates on.
+"""`hybridtrain evaluate`: perplexity, or accuracy, of a Hugging Face model on the held-out rows, the ones that training evaluates on.
 
 Shape suffixes: B rows, T positions, V vocabulary.
 """
@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from hybridtrain import evaluate
+from hybridtrain import evaluate, tasks
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
+from hybridtrain.models import classifier
+from hybridtrain.models.build import logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import write_json
-from hybridtrain.tasks.causal_lm import CausalLM
-from hybridtrain.types import Batch
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import Batch, Sums
 
 
 def run(config: EvaluateRoot) -> int:
@@ -45,23 +47,23 @@ def run(config: EvaluateRoot) -> int:
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
-    task = CausalLM(loss_chunk=settings.engine.loss_chunk)
     with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         if not settings.data.eval_path:
             vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
+        classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
+        settings.task.kind = "classification" if classes else "causal_lm"
+        task = tasks.of(settings, labels=classes)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)
         steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab, collate=task.collate)
-        loss, tokens = perplexity(model, chain.from_iterable(steps), device=model.device, task=task)
+        sums = scores(model, chain.from_iterable(steps), device=model.device, task=task)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
         "data": data.name,
         "seq_len": plan.seq_len,
         "rows": min(rows, data.count("eval", seq_len=plan.seq_len)),
-        "tokens": tokens,
-        "loss": loss if math.isfinite(loss) else None,
-        "perplexity": math.exp(loss) if loss < 700 else None,
+        **_figures(task.evaluate(sums), count=sums.counts["loss"], classes=bool(classes)),
     }
     print("\n".join(f"{key:<12}{value}" for key, value in _shown(result).items()))
     if is_run:
@@ -78,26 +80,33 @@ def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
     return compose.laid_over(config, of_run)
 
 
-def perplexity(model: Any, batches: Iterable[Batch], *, device: torch.device, task: CausalLM) -> tuple[float, int]:
-    """Mean loss per valid token over `batches`, and the number of valid tokens; the perplexity is exp(loss).
+def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: Task) -> Sums:
+    """The task's sums over `batches`, and what each is divided by.
 
-    Logits are taken to fp32 and the token losses summed as training's own evaluation does; the sums of the batches are
-    added in fp64 on the host. Inputs go to `device`. Raises UserError when no token is valid.
+    Logits are taken to fp32 and the losses summed as training's own evaluation does; the sums of the batches are added in fp64 on the
+    host. Inputs go to `device`. Raises UserError when nothing carries a loss.
     """
-    loss_sum, tokens = 0.0, 0
+    total = Sums(dict.fromkeys(task.weights, 0.0), dict.fromkeys(task.weights, 0))
     with torch.inference_mode():
         for batch in batches:
             here = batch.to(device)
-            logits_BTV = model(input_ids=here.input_ids_BT, position_ids=here.position_ids_BT, use_cache=False).logits
-            loss_sum += task.loss_of_logits(logits_BTV, here)["loss"].item()
-            tokens += int(task.counts(here)["loss"])
-    if tokens == 0:
+            logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
+            sums, counts = task.loss_of_logits(logits_BTV, here), task.counts(here)
+            total += Sums({name: value.item() for name, value in sums.items()}, {name: int(count) for name, count in counts.items()})
+    if not any(total.counts.values()):
         raise refusal("data.path", "", "no held-out token carries a loss", allowed="data with held-out rows", instead="a larger data.eval_fraction")
-    return loss_sum / tokens, tokens
+    return total
+
+
+def _figures(metrics: dict[str, float], *, count: int, classes: bool) -> dict[str, Any]:
+    """What the evaluation of a causal LM, or of a classifier, is told by."""
+    loss = metrics["eval_loss"]
+    shown = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
+    return shown | ({"accuracy": metrics["eval_accuracy"]} if classes else {"perplexity": math.exp(loss) if loss < 700 else None})
 
 
 def _shown(result: dict[str, Any]) -> dict[str, Any]:
-    decimals = {"loss": 6, "perplexity": 4}
+    decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
     return {key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value for key, value in result.items()}
 
 

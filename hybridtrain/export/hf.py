@@ -29,7 +29,7 @@ from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.export import destination, safetensors
 from hybridtrain.export.safetensors import Entry
-from hybridtrain.models import described, tokens
+from hybridtrain.models import classifier, described, tokens
 from hybridtrain.run.directory import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
@@ -211,12 +211,13 @@ def _write_weights(
 ) -> None:
     """Write the safetensors files and, if there are several, their index."""
     tied = bool(config.get("tie_word_embeddings", False))
+    head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
     entries = _entries(stored, dtype=dtype, tied=tied)
-    if not entries or not (tied or any(entry.name == _HEAD for entry in entries)):
+    if not entries or not (tied or any(entry.name == head for entry in entries)):
         raise refusal(
             "checkpoint",
             checkpoint,
-            f"it has no {_HEAD if entries else 'model weights'}, and the model's config.json does not tie the embeddings",
+            f"it has no {head if entries else 'model weights'}, and the model's config.json does not tie the embeddings",
             allowed="a checkpoint of the model in config.json",
             instead="a checkpoint of the same run",
         )

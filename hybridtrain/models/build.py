@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import overrides, patterns, tokens
+from hybridtrain.models import classifier, overrides, patterns, tokens
 from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_of
+from hybridtrain.models.family import family_for
 from hybridtrain.runtime.files import read_object, write_json
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
@@ -47,6 +47,9 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
+    if classifier.is_classifier(fields.get("architectures")):
+        config.architectures = list(fields["architectures"])
+        chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}  # there is no matrix of tokens to tie
     asked = repr((sorted(fields.items()), sorted(chosen.items()), attention))
     if chosen and asked not in _IN_FORCE:
         _check_in_force(config, fields, chosen=chosen)
@@ -87,7 +90,7 @@ def check(config: Config) -> None:
 
 def parameter_names(config: Any) -> list[str]:
     """Names of all parameters of the model, tied ones once. Layers are alike: one stands for all."""
-    family = family_of(config.model_type)
+    family = family_for(config)
     prefix = f"{family.layers}.0."
     names: list[str] = []
     for name, _ in _one_layer(config).named_parameters():
@@ -117,7 +120,7 @@ def _check_in_force(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[s
         effective = getattr(config, key)
         if effective != value:
             raise _not_in_force(key, value, effective)
-    family = family_of(config.model_type)
+    family = family_for(config)
     if any(key in chosen for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "num_hidden_layers")):
         wanted = overrides.windows(fields, layers=config.num_hidden_layers)
         windows = [family.window(config, index) for index in range(config.num_hidden_layers)]
@@ -158,7 +161,7 @@ def _check_rotary(config: Any, wanted: Mapping[str, Any], *, chosen: Mapping[str
         if config.rope_parameters.get(name) != value:
             raise _not_in_force(key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}")
     try:
-        rotary: Any = type(_one_layer(config).get_submodule(family_of(config.model_type).rotary))(config=config)
+        rotary: Any = type(_one_layer(config).get_submodule(family_for(config).rotary))(config=config)
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refusal(f"model.config.{key}", chosen[key], f"no rotary positions ({error})", allowed="fields of its kind", instead="leave it out") from error
     kind, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
@@ -175,16 +178,25 @@ def _check_rotary(config: Any, wanted: Mapping[str, Any], *, chosen: Mapping[str
 
 
 def meta_model(config: Any) -> nn.Module:
-    """The causal LM of `config` on the meta device: structure without memory."""
+    """The model of `config` on the meta device: structure without memory."""
     with torch.device("meta"):
         return plain_model(config)
 
 
 def plain_model(config: Any) -> nn.Module:
-    """Hugging Face's own causal LM of `config`, fp32, training mode, on torch's current default device."""
-    from transformers import AutoModelForCausalLM
+    """Hugging Face's own causal LM (or classifier) of `config`, fp32, training mode, on torch's current default device."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()
+    kind = AutoModelForSequenceClassification if classifier.is_classifier(config.architectures) else AutoModelForCausalLM
+    return kind.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()
+
+
+def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
+    """The head's output at every position, (B, T, outputs): a classifier's own forward returns that of the last token alone."""
+    given = {"input_ids": input_ids_BT, "position_ids": position_ids_BT, "use_cache": False}
+    if classifier.is_classifier(model.config.architectures):
+        return model.score(model.model(**given).last_hidden_state)
+    return model(**given).logits
 
 
 def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
@@ -218,5 +230,6 @@ def _as_saved(config: Any) -> Any:
 
     config = copy.deepcopy(config)
     config.use_cache = True
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    if not classifier.is_classifier(config.architectures):
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config

@@ -11,7 +11,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import hub, overrides
+from hybridtrain.models import classifier, hub, overrides
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.runtime.files import read_object
@@ -37,10 +37,12 @@ _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 def read_config(model: ModelConfig) -> dict[str, Any]:
     """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.laid_over). Raises UserError.
 
-    A folder whose stored head differs from its embedding is not tied (weights.checked_tie).
+    A folder whose stored head differs from its embedding is not tied (weights.checked_tie). With `model.labels` they are a classifier's.
     """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
     fields = overrides.laid_over(source, model.config)
+    if model.labels:
+        return classifier.with_labels(fields, model.labels)
     return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields
 
 
@@ -125,6 +127,7 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
         head_dim=head_dim,
         ffn=get("intermediate_size"),
         vocab=get("vocab_size"),
+        labels=tuple(classifier.labels_of(given)),
         tied=bool(get("tie_word_embeddings")),
         window=window or None,
         max_positions=get("max_position_embeddings"),
@@ -161,5 +164,5 @@ def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:
         layer += 2 * facts.ffn + hidden
     if facts.model_type == "qwen3":
         layer += 2 * facts.head_dim
-    total = facts.layers * layer + hidden + facts.vocab * hidden * (1 if facts.tied else 2)
+    total = facts.layers * layer + hidden + facts.vocab * hidden + (0 if facts.tied else facts.outputs * hidden)
     return ModelFacts(**{**facts.__dict__, "parameters": total})

@@ -7,10 +7,11 @@ A new family is one file with a FAMILY record, one row in `_table` and one in fa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridtrain.errors import UserError
+from hybridtrain.models import classifier
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ def family_of(model_type: str) -> Family:
     if model_type not in table:
         raise UserError(f"model.config.model_type={model_type}: not supported yet; supported: {', '.join(table)}")
     return table[model_type]
+
+
+def family_for(config: Any) -> Family:
+    """The family of transformers' `config`; a classifier's head has its own name."""
+    family = family_of(config.model_type)
+    return replace(family, head=classifier.HEAD) if classifier.is_classifier(config.architectures) else family
 
 
 def _table() -> dict[str, Family]:

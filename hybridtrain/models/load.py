@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import hub, tokens, weights
+from hybridtrain.models import classifier, hub, tokens, weights
 from hybridtrain.models.build import meta_model
-from hybridtrain.models.family import Family
+from hybridtrain.models.family import Family, family_of
 from hybridtrain.models.init import Box, Source, draw
 from hybridtrain.models.weights import FIELD, Stored
 from hybridtrain.runtime import log
@@ -44,6 +44,8 @@ def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Source
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
 
     def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+        if name == head and name not in held:
+            return fresh(name, shape, box)
         key = head if name == embed and embed not in held else name
         rows = held[key].shape[0] if shape else 0
         if rows == (shape[0] if shape else 0):
@@ -88,15 +90,18 @@ def _checked(held: Mapping[str, Stored], *, model: ModelConfig, config: Any, fam
     wanted = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
     swapped = config.tie_word_embeddings and embed not in held and head in held  # transformers ties to the one that is there
-    missing = [name for name in wanted if name not in held and not (swapped and name == embed)]
+    classes = classifier.is_classifier(config.architectures)
+    missing = [name for name in wanted if name not in held and not (swapped and name == embed) and not (classes and name == head)]
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
-    lines = []
+    lines = [f"{head}: drawn as in a new model, a row for each class"] if classes and head not in held else []
     for name, shape in wanted.items():
+        if name not in held and classes and name == head:
+            continue
         there = held[head if swapped and name == embed else name].shape
         if there == shape:
             continue
-        if name not in (embed, head) or there[1:] != shape[1:]:
+        if name not in (embed, head) or (classes and name == head) or there[1:] != shape[1:]:
             raise refusal(
                 FIELD,
                 model.from_pretrained,
@@ -124,13 +129,15 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
 def _left_over(held: Mapping[str, Stored], *, wanted: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
     """Lines on stored tensors that no parameter takes; UserError for one that would be lost."""
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-    tables, cut, lost = 0, set(), []
+    tables, cut, lost, of_tokens = 0, set(), [], []
     for name in held:
         if name in wanted:
             continue
         layer = _LAYER.search(name) if name.startswith(f"{family.layers}.") else None
         if weights.harmless(name):
             tables += 1
+        elif classifier.is_classifier(config.architectures) and name == f"{family_of(config.model_type).head}.weight":
+            of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(held, embed=embed, head=head):
                 raise weights.tie_refused(model.from_pretrained)
@@ -148,7 +155,8 @@ def _left_over(held: Mapping[str, Stored], *, wanted: Mapping[str, object], mode
             allowed="files whose every tensor is a parameter of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
-    lines = [f"{tables} rotary tables in the files are computed instead"] if tables else []
+    lines = [f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens]
+    lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
         lines.append(f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={config.num_hidden_layers}")
     return lines

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import refusal
-from hybridtrain.models import hub
+from hybridtrain.models import classifier, hub
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
 
@@ -109,11 +109,13 @@ def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: 
     """config.json and generation_config.json of an export, and lines on what disagreed.
 
     New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the tokens are added that ended
-    the texts and answers they were trained on. The padding token goes into generation_config.json alone: in config.json it would freeze
-    a row.
+    the texts and answers they were trained on. The padding token goes into generation_config.json alone, since in config.json it would freeze
+    a row; a classifier needs it there.
     """
     if of_tokenizer is None:
         return config, generation, []
+    if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:  # it finds a text's last token by the padding behind it
+        config = {**config, "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad}
     learnt = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
     of_config, lines = _listed(config.get("eos_token_id")), []
     if of_tokenizer.end is not None and of_tokenizer.end not in of_config:

@@ -181,7 +181,7 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
         held = stored(folder)
         family = family_of(facts.model_type)
         check_dtypes(held, source=model.from_pretrained)
-        for name in (f"{family.embed}.weight", f"{family.head}.weight"):
+        for name in (f"{family.embed}.weight", *([] if facts.labels else [f"{family.head}.weight"])):
             if name in held and held[name].shape[:1] != (facts.vocab,):
                 check_rows(held[name].shape, rows=facts.vocab, model=model)
 

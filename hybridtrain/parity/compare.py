@@ -113,7 +113,7 @@ def _fitted(config: schema.ParityRoot) -> schema.ParityRoot:
         data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
     except UserError:
         return config
-    return blends.with_vocabulary(config, data, vocab=facts_of(config.model).vocab)
+    return blends.fitted(config, data, facts=facts_of(config.model))
 
 
 def _has_data(config: schema.Config) -> bool:

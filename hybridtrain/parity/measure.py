@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hybridtrain import engine as engines
+from hybridtrain import tasks
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
 from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_of
+from hybridtrain.models.facts import facts_of, read_config
+from hybridtrain.models.family import family_for
 from hybridtrain.models.load import initial
 from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
@@ -30,7 +31,6 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
-from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.types import StepResult
 
 
@@ -93,16 +93,16 @@ def train_reference(task: Task) -> Reference:
     device = mesh.device()
     config = task.config
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    family = family_of(built.model_type)
+    family = family_for(built)
     precision = policy(config.precision.kind)
     source = initial(config.model, built, family=family, seed=config.run.seed)
-    causal_lm = CausalLM(loss_chunk=config.engine.loss_chunk)
+    learnt = tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
-    plain = PlainLoop(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=causal_lm, **dtypes)
+    plain = PlainLoop(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=learnt, **dtypes)
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
-    tokens = _tokens(task, dp_rank=0, dp_size=1, collate=causal_lm.collate)
+    tokens = _tokens(task, dp_rank=0, dp_size=1, collate=learnt.collate)
     done = Steps()
     for step in range(task.steps):
         batches = [batch.to(device) for batch in tokens.micro_batches(step)]
@@ -170,4 +170,6 @@ def _tokens(task: Task, *, dp_rank: int, dp_size: int, collate: Collate) -> Toke
     if task.config.data.path or task.config.data.blend:
         data = open_data(task.config.data, timeout_s=0)
         return Loader(data, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab, collate=collate)
-    return Synthetic(vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed)
+    return Synthetic(
+        vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, labels=len(facts_of(task.config.model).labels), collate=collate
+    )

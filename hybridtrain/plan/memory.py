@@ -61,14 +61,14 @@ def widths(precision: str) -> Widths:
 
 def parameters_of_stage(facts: ModelFacts, *, layers: int, first: bool, last: bool, tp: int) -> tuple[int, int]:
     """(all parameters of one tensor-parallel rank in a run of layers, those of its largest layer). Biases and norms count as sliced: below 0.1 %."""
-    matrix = facts.vocab * facts.hidden
-    layer = (facts.parameters - facts.hidden - matrix * (1 if facts.tied else 2)) // facts.layers
+    ends = facts.vocab + (0 if facts.tied else facts.outputs)  # rows of the embedding and of the head
+    layer = (facts.parameters - facts.hidden * (1 + ends)) // facts.layers
     repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0  # key and value projections, whole on every rank
     norms = 2 * facts.hidden if tp > 1 else 0
     per_layer = math.ceil((layer - repeated - norms) / tp) + repeated + norms
-    ends = math.ceil(facts.vocab / tp) * facts.hidden
+    embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
     both = first and last and facts.tied
-    return layers * per_layer + (first + last - both) * ends + last * facts.hidden, per_layer
+    return layers * per_layer + first * embedding + (last and not both) * head + last * facts.hidden, per_layer
 
 
 def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> Need:
@@ -80,7 +80,7 @@ def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, p
         for index in range(rank, len(cuts), layout.pp):
             whole, layer = parameters_of_stage(facts, layers=len(cuts[index]), first=index == 0, last=index == len(cuts) - 1, tp=layout.tp)
             total, largest = total + whole, max(largest, layer)
-        head = 4 * math.ceil(facts.vocab / layout.tp) * facts.hidden * (rank == (len(cuts) - 1) % layout.pp)
+        head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * (rank == (len(cuts) - 1) % layout.pp)
         of = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
         found.append(of(config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head))
     return max(found, key=lambda need: need.total)

@@ -173,8 +173,9 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def model_fingerprint(facts: ModelFacts) -> str:
-    """What a checkpoint's model is known by."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
+    """What a checkpoint's model is known by. `labels` counts where there are some: earlier versions had none."""
+    known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], data: tuple[str, str], run: Path, allow_data_change: bool) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Job:
     data: Blend
     total_steps: int
     task: Task | None
-    """What is learnt; None: next-token prediction."""
+    """What is learnt; None: what task.kind names."""
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -56,10 +56,12 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = data or blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    fitted = blends.with_vocabulary(config, data, vocab=model.vocab)
+    fitted = blends.fitted(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
+    if task is None:
+        engines.check_task(config, facts=model)
     blends.check_vocab(data, vocab=model.vocab)
     blends.check_train_rows(data, seq_len=plan.seq_len)
     if config.train.eval_every:

@@ -121,11 +121,11 @@ def _check_weights(config: Config) -> None:
     from hybridtrain.models import load
     from hybridtrain.models.build import hf_config
     from hybridtrain.models.facts import read_config
-    from hybridtrain.models.family import family_of
+    from hybridtrain.models.family import family_for
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     sealed.check(Path(config.model.from_pretrained), field="model.from_pretrained")
-    load.check(config.model, built, family=family_of(built.model_type))
+    load.check(config.model, built, family=family_for(built))
 
 
 def source_at_hand(config: Config) -> Config:

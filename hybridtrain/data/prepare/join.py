@@ -73,7 +73,7 @@ def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: li
     for block in _blocks(out, dtype=recipe.dtype):
         identity.update(block.tobytes())
         largest = max(largest, int(block.max()))
-    if recipe.chat:
+    if recipe.fitted:
         loss = out.with_name(f"{out.name}.loss")
         _concatenate([folder / loss.name for folder in folders], kept=kept, out=loss, dtype=LOSS_DTYPE)
         for block in _blocks(loss, dtype=LOSS_DTYPE):

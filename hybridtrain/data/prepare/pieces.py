@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridtrain.data.indexed import IndexedWriter, token_dtype
-from hybridtrain.data.prepare import blocks, conversations, readers
+from hybridtrain.data.prepare import blocks, conversations, labelled, readers
 from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.prepare.chat import Encoded, Sample
 from hybridtrain.data.prepare.conversations import Conversation, Unreadable
+from hybridtrain.data.prepare.labelled import Labelled, LabelRecipe
 from hybridtrain.data.prepare.readers import Fields, Unit
 from hybridtrain.data.prepare.sources import Source
 from hybridtrain.errors import UserError, refusal
@@ -59,7 +60,9 @@ class Recipe:
     """What the bytes of a piece depend on, besides its units and the tokenizer."""
 
     chat: ChatRecipe | None
-    """None: documents are text."""
+    """Of conversations."""
+    labels: LabelRecipe | None
+    """Of texts with a label; neither: documents are text."""
     eval_fraction: float
     deduplicate: bool
     skip_bad: bool
@@ -76,6 +79,11 @@ class Recipe:
     @property
     def dtype(self) -> np.dtype:
         return token_dtype(self.vocab_size)
+
+    @property
+    def fitted(self) -> ChatRecipe | LabelRecipe | None:
+        """Of documents that are fitted into rows whole, some of whose tokens carry loss; None: text."""
+        return self.chat or self.labels
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,8 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
         if not problem:
             if recipe.chat:
                 value, content, problem, instead = _conversation(value, unit, number, counts=counts)
+            elif recipe.labels:
+                value, content, problem = _labelled(*value, recipe=recipe.labels, counts=counts)
             else:
                 value, content, problem = _text(value)
         if problem:
@@ -234,7 +244,7 @@ def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, 
     end = np.array(recipe.eos, dtype=np.int32)
     with ExitStack() as stack:
         tokens = {name: stack.enter_context(IndexedWriter(aside / name, dtype=recipe.dtype)) for name in ("train", "eval")}
-        losses = {name: stack.enter_context(IndexedWriter(aside / f"{name}.loss", dtype=LOSS_DTYPE)) for name in tokens if recipe.chat}
+        losses = {name: stack.enter_context(IndexedWriter(aside / f"{name}.loss", dtype=LOSS_DTYPE)) for name in tokens if recipe.fitted}
         for batch in _batches(piece, recipe=recipe, counts=counts):
             before = counts.tokens
             for document, samples in _encoded(batch, encode=encode, recipe=recipe, counts=counts):
@@ -264,6 +274,17 @@ def _text(value: Any) -> tuple[str, bytes, str]:
     except UnicodeEncodeError:
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value, value.encode(), ""
+
+
+def _labelled(text: Any, label: Any, *, recipe: LabelRecipe, counts: Counts) -> tuple[Labelled | None, bytes, str]:
+    """(document, what identifies it, problem); one without text is none. Documents are counted by label."""
+    text, content, problem = _text(text)
+    number, unknown = labelled.number_of(label, recipe=recipe)
+    if problem or unknown or not text:
+        return None, b"", problem or unknown
+    name = recipe.names[number]
+    counts.forms[name] = counts.forms.get(name, 0) + 1
+    return Labelled(text, number), content + f"\0{number}".encode(), ""
 
 
 def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tuple[Conversation | None, bytes, str, str]:
@@ -344,10 +365,10 @@ def _encoded(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: C
             _bad(document.unit, document.number, problem, instead=f"{instead}, or {readers.SKIP}", recipe=recipe, counts=counts)
         for note in notes:
             counts.note(note, document.unit, document.number)
-        if recipe.chat is None and any(is_control.take(ids, mode="clip").any() for ids, _ in samples):
+        if recipe.fitted is None and any(is_control.take(ids, mode="clip").any() for ids, _ in samples):
             counts.controls += 1
             counts.first_control = counts.first_control or readers.where(document.unit, document.number)
-        kept = [(ids, mask) for ids, mask in samples if len(ids) and (recipe.chat is None or _learnable(mask, seq_len=recipe.chat.seq_len))]
+        kept = [(ids, mask) for ids, mask in samples if len(ids) and (recipe.fitted is None or _learnable(mask, seq_len=recipe.fitted.seq_len))]
         if len(kept) < len(samples):
             counts.note(_why_left_out(samples, recipe=recipe), document.unit, document.number)
         if kept:

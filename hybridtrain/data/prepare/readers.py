@@ -38,6 +38,8 @@ class Fields:
     key: str
     option: str
     """The option that names `key`."""
+    label: str
+    """Field of a label, which is read beside `key`; empty: none is."""
     config: str
     split: str
     encoding: str
@@ -47,12 +49,15 @@ class Fields:
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
         key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
+        label = data.label_key if data.format == "labelled" else ""
         whole = data.format == "chat"
-        return cls(key=key, option=option, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding, whole=whole)
+        return cls(key=key, option=option, label=label, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding, whole=whole)
 
     def columns(self, there: list[str]) -> list[str]:
         """Which of the columns are read."""
-        return [name for name in there if name in conversations.fields(self.key)] if self.whole else [self.key]
+        if self.whole:
+            return [name for name in there if name in conversations.fields(self.key)]
+        return [self.key, *([self.label] if self.label else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +240,10 @@ def _record(number: int, record: Any, *, fields: Fields) -> Record:
         return Record(number, None, f"it is no object but {conversations.kind(record)}")
     if fields.whole:
         return Record(number, record, "")
-    if record.get(key) is None:
-        return Record(number, None, f"its field {key!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})")
-    return Record(number, record[key], "")
+    for name in (key, *([fields.label] if fields.label else [])):
+        if record.get(name) is None:
+            return Record(number, None, f"its field {name!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})")
+    return Record(number, (record[key], record[fields.label]) if fields.label else record[key], "")
 
 
 def _parquet_rows(unit: Unit) -> Iterator[Record]:
@@ -260,8 +266,9 @@ def _rows(rows: Iterable[dict[str, Any]], *, fields: Fields, names: list[str]) -
     """Records of rows that have the columns that are read; the names of the others stand in a whole record, without their values."""
     others = dict.fromkeys(name for name in names if fields.whole and name not in fields.columns(names))
     for number, row in enumerate(rows):
-        value = {**row, **dict.fromkeys(others, ...)} if fields.whole else row[fields.key]
-        yield Record(number, value, "" if value is not None else f"its field {fields.key!r} is empty (null)")
+        missing = next((name for name in (fields.key, fields.label) if name and not fields.whole and row[name] is None), None)
+        value = {**row, **dict.fromkeys(others, ...)} if fields.whole else (row[fields.key], row[fields.label]) if fields.label else row[fields.key]
+        yield Record(number, value, f"its field {missing!r} is empty (null)" if missing else "")
 
 
 @lru_cache(maxsize=4)
@@ -323,5 +330,6 @@ def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None
         raise refusal(fields.option, fields.key, f"{source.path} has {columns.count(fields.key)} columns of this name", allowed=allowed, instead=instead)
     if fields.whole and conversations.has_form(columns, key=fields.key):
         return
-    if fields.key not in columns:
-        raise refusal(fields.option, fields.key, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{fields.option}={columns[0]}")
+    for option, name in ((fields.option, fields.key), ("data.label_key", fields.label)):
+        if name and name not in columns:
+            raise refusal(option, name, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{option}={columns[0]}")

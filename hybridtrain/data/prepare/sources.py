@@ -42,7 +42,10 @@ _PATTERNS = {
     "jsonl": ("*.jsonl", "*.ndjson", "*.json"),
     "parquet": ("*.parquet",),
     "chat": ("*.jsonl", "*.ndjson", "*.parquet"),
+    "labelled": ("*.jsonl", "*.ndjson", "*.parquet"),
 }
+_RECORDS = ("chat", "labelled")
+"""Formats that say what a record is, and not what its file is."""
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _ALLOWED = f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
 
@@ -182,8 +185,8 @@ def _tokenizer_digest(data: DataConfig) -> str:
 def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
     """What one entry of `data.source` names, sorted by name."""
     path = Path(entry)
-    saved = data.format in ("auto", "chat") and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    hub = data.format == "chat" and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
+    saved = data.format in ("auto", *_RECORDS) and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    hub = data.format in _RECORDS and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
         version = _folder_version(path) if path.is_dir() else ""
         yield Source(
@@ -191,7 +194,7 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
         )
         return
     for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
-        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format == "chat" else "text")
+        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format in _RECORDS else "text")
         facts = file.stat()
         version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
         size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)

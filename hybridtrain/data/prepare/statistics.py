@@ -85,7 +85,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{split:11}" + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False)))
         if "rows" in figures:
             share = figures["loss_tokens"] / figures.get("kept_tokens", figures["tokens"])
-            fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} conversations cut"
+            fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} documents cut"
             lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
     asked, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
     share = held_out / max(1, held_out + facts["splits"]["train"]["tokens"])

@@ -23,8 +23,9 @@ from typing import Any
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import digests
 from hybridtrain.data.corpus import Corpus, changed_files
-from hybridtrain.data.prepare import folder, join, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare import folder, join, labelled, packing, pieces, sources, statistics, tokenizer, workers
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
+from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.readers import Fields
@@ -90,6 +91,8 @@ def _check(data: DataConfig) -> None:
         raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead="data.source=[YOUR TEXT]")
     if not 0 <= data.eval_fraction < 1:
         raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
+    if data.format == "labelled":
+        labelled.check(data)
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
         raise refusal(
             "data.vocab_size", data.vocab_size, "too small for a byte-level tokenizer", allowed=f"{tokenizer.MIN_VOCAB} or more", instead="data.vocab_size=4096"
@@ -107,7 +110,8 @@ def _check(data: DataConfig) -> None:
 def _settings(data: DataConfig) -> dict[str, Any]:
     """What determines the token files, apart from the text itself."""
     names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split", "encoding"]
-    names += ["messages_key", "chat_template", "chat_turns", "seq_len"] if data.format == "chat" else ["text_key", "append_eos"]
+    own = {"chat": ["messages_key", "chat_template", "chat_turns", "seq_len"], "labelled": ["text_key", "label_key", "labels", "seq_len"]}
+    names += own.get(data.format, ["text_key", "append_eos"])
     names += ["vocab_size"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}
 
@@ -169,10 +173,11 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
     partial = path / PARTIAL
     recipe = Recipe(
         chat=_chat(data),
+        labels=LabelRecipe(data.labels, data.label_key, data.seq_len) if data.format == "labelled" else None,
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
-        total=sum(piece.size for piece in planned) if data.format != "chat" and data.eval_fraction else 0,
+        total=sum(piece.size for piece in planned) if data.format not in folder.FITTED and data.eval_fraction else 0,
         before=listing.before,
         eos=[],
         controls=[],
@@ -186,11 +191,11 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
     new = _begin(partial, settings=settings, planned=planned)
     try:
         facts = tokenizer.make(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
-        eos = [facts["eos_id"]] if data.append_eos and not recipe.chat else []
+        eos = [facts["eos_id"]] if data.append_eos and not recipe.fitted else []
         if None in eos:
             words = f"{data.tokenizer} has no end-of-text token"
             raise refusal("data.append_eos", True, words, allowed="false with this tokenizer", instead="data.append_eos=false")
-        recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.chat else tokenizer.control_ids(partial))
+        recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.fitted else tokenizer.control_ids(partial))
         meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     except UserError:
         if new and not any(piece.folder(partial).exists() for piece in planned):
@@ -237,20 +242,21 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     if not joined["train"].tokens:
         raise _no_targets(data) if NO_TARGET in counts.notes else _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data, counts=counts)
     sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
-    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.chat and joined[split].tokens}
+    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.fitted and joined[split].tokens}
     written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
     made_tokenizer = {file.relative_to(partial).as_posix(): digests.of(file) for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()}
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
-        "kind": "chat" if recipe.chat else "text",
-        **({"seq_len": data.seq_len} if recipe.chat else {}),
+        "kind": data.format if recipe.fitted else "text",
+        **({"seq_len": data.seq_len} if recipe.fitted else {}),
+        **({"labels": data.labels} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
         **statistics.of_text(counts),
-        **(statistics.of_conversations(counts) | chat if recipe.chat else {}),
+        **(statistics.of_conversations(counts) | chat if recipe.chat else {"forms": counts.forms} if recipe.labels else {}),
         "left_out": listing.left_out,
         "held_out": listing.held_out(fraction=data.eval_fraction) | counts.held_out,
         "fingerprint": identity.hexdigest(),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.prepare import chat, template
+from hybridtrain.data.prepare import chat, labelled, template
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.pieces import Counts, Encode, Piece, Recipe, documents
@@ -68,7 +68,7 @@ def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
             continue
         for document in documents(unit, recipe=recipe, counts=Counts.none()):
             if not document.held_out:
-                text = document.value.text if recipe.chat else document.value
+                text = document.value.text if recipe.fitted else document.value
                 yield from _parts(text if credit == math.inf else text[: math.ceil(credit)])
                 credit -= min(document.size, credit)
                 taken += document.size
@@ -77,11 +77,13 @@ def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
 
 
 def encoder(partial: Path, recipe: Recipe) -> Encode:
-    """The function that encodes documents with the tokenizer of `<partial>/tokenizer`, without special tokens around them."""
+    """The function that encodes documents with the tokenizer of `<partial>/tokenizer`; text without special tokens around it."""
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)
         return _whole(functools.partial(chat.encode, template=template.Template(tokenizer, name=recipe.chat.tokenizer), turns=recipe.chat.turns))
+    if recipe.labels:
+        return _whole(functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels))
     if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
         slow = load(str(folder), field=FIELD)
         return _whole(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])

@@ -27,7 +27,7 @@ from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_of
+from hybridtrain.models.family import family_for
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.stage import Stage
@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self.stage_group = self.mesh.group("stage")
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.family = family_of(self.model_config.model_type)
+        self.family = family_for(self.model_config)
         self.deepspeed = start(device)
         with quiet():
             self.grid = self._grid()

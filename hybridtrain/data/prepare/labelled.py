@@ -1,0 +1,73 @@
+"""Texts with a label: ids of the text, then the number of its class, which alone carries loss (tasks/classification.py).
+
+{"text": "...", "label": "positive"}  ->  ids of the text as the tokenizer makes them for a model, cut to data.seq_len  +  [1]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybridtrain.config.schema import DataConfig
+from hybridtrain.data.prepare.chat import Encoded
+from hybridtrain.errors import refusal
+
+CUT = "texts longer than data.seq_len tokens, cut at their end"
+
+
+class Labelled(NamedTuple):
+    """A document."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelRecipe:
+    """How texts with a label become tokens."""
+
+    names: list[str]
+    """data.labels."""
+    key: str
+    """data.label_key."""
+    seq_len: int
+    """Tokens of a text at most."""
+
+
+def check(data: DataConfig) -> None:
+    """Refuse classes that are none (raises UserError)."""
+    instead = "data.labels=[negative,positive]"
+    if len(data.labels) < 2:
+        raise refusal("data.labels", data.labels, "fewer than two classes", allowed="the names of two classes or more", instead=instead)
+    if len(set(data.labels)) < len(data.labels):
+        raise refusal("data.labels", data.labels, "a name stands in it twice", allowed="different names", instead=instead)
+
+
+def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
+    """(number of the class, problem): `value` is a class's name, or its number."""
+    names = recipe.names
+    if isinstance(value, str) and value in names:
+        return names.index(value), ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value) and 0 <= value < len(names):
+        return int(value), ""
+    shown = repr(value)[:60]
+    return 0, f"its field {recipe.key!r} holds {shown}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
+
+
+def encode(documents: list[Labelled], *, tokenizer: Any, recipe: LabelRecipe) -> list[Encoded]:
+    """One sample of each document: its text as a model gets it, special tokens of the tokenizer included, and its label."""
+    whole = tokenizer([document.text for document in documents])["input_ids"]
+    long = [number for number, ids in enumerate(whole) if len(ids) > recipe.seq_len]
+    if long:  # the tokenizer's own way of cutting keeps what it puts at the end
+        cut = tokenizer([documents[number].text for number in long], truncation=True, max_length=recipe.seq_len)["input_ids"]
+        for number, ids in zip(long, cut, strict=True):
+            whole[number] = ids
+    found = []
+    for number, (ids, document) in enumerate(zip(whole, documents, strict=True)):
+        mask = np.zeros(len(ids) + 1, dtype=np.uint8)
+        mask[-1] = bool(ids)  # a text of no tokens is none
+        found.append(Encoded([(np.array([*ids, document.label], dtype=np.int32), mask)], [CUT] if number in long else [], "", ""))
+    return found

@@ -167,6 +167,7 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
         "loss " + (f"{row['loss']:.4f}" if row["loss"] is not None else "none" if row.get("steps_without_targets") else "not finite"),
         *([f"eval {row['eval_loss']:.4f}"] if row.get("eval_loss") is not None else []),
+        *([f"accuracy {row['eval_accuracy']:.1%}"] if row.get("eval_accuracy") is not None else []),
         "norm " + ("not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"),
         f"lr {row['lr']:.1e}",
     ]

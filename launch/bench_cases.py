@@ -41,6 +41,7 @@ from hybridtrain.plan import flops as flops_module  # noqa: E402
 from hybridtrain.plan import layout as layouts  # noqa: E402
 from hybridtrain.plan import notation  # noqa: E402
 from hybridtrain.plan.batch import plan_batch  # noqa: E402
+from hybridtrain.tasks.causal_lm import CausalLM  # noqa: E402
 from hybridtrain.training import metrics  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -118,7 +119,7 @@ def settings(case: Case, *, fields: dict[str, Any], tiny: bool) -> schema.BenchR
 
 def batches_of(plan: Any, *, vocab: int, packed: bool) -> list[list[Any]]:
     """Four steps' micro-batches, in pinned memory where there is a GPU."""
-    tokens = Synthetic(vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0)
+    tokens = Synthetic(vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0, labels=0, collate=CausalLM(loss_chunk=0).collate)
     keep = (lambda tensor: tensor.contiguous().pin_memory()) if CUDA else (lambda tensor: tensor.contiguous())
     steps = []
     for step in range(4):

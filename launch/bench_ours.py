@@ -66,7 +66,8 @@ def main(argv: list[str]) -> None:
     device = mesh.device()
     mesh.connect(device, **_known(mesh.connect, timeout_s=config.engine.timeout_s))
     engine: Any = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
-    tokens = Synthetic(vocab=settled.facts.vocab, plan=settled.plan, dp_rank=engine.mesh.dp_rank, dp_size=settled.layout.dp, seed=0)
+    share = {"vocab": settled.facts.vocab, "plan": settled.plan, "dp_rank": engine.mesh.dp_rank, "dp_size": settled.layout.dp, "seed": 0}
+    tokens = Synthetic(**share, **_known(Synthetic, labels=0, collate=getattr(getattr(engine, "task", None), "collate", None)))
     meter = Meter()
     meter.start()
     for step in range(options.warmup + options.steps):

@@ -20,6 +20,8 @@ PLACES = (*PATHS, "run.name")
 RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, (1 << 63) - 1),
     "generate.seed": (-1, (1 << 63) - 1),  # -1: run.seed
+    "task.label_smoothing": (0, 1),
+    "task.z_loss": (0, 1),
     "run.stop_before_s": (0, _SECONDS),
     "data.vocab_size": (0, 1 << 28),
     "data.eval_fraction": (0, 1),

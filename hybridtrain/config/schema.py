@@ -86,6 +86,10 @@ class ModelConfig:
 class TaskConfig:
     kind: str = "causal_lm"
     """What is learnt: causal_lm, the next token; classification, one label for each document, from its last token."""
+    label_smoothing: float = 0.0
+    """Share of a label's probability that training spreads evenly over all tokens (or classes)."""
+    z_loss: float = 0.0
+    """Training adds so many times the squared log of the softmax's normaliser to each token's loss, which keeps logits small; PaLM: 1e-4."""
 
 
 @dataclass

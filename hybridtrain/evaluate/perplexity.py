@@ -16,7 +16,7 @@ import torch
 
 from hybridtrain import evaluate, tasks
 from hybridtrain.config import compose, schema
-from hybridtrain.config.schema import EvaluateRoot
+from hybridtrain.config.schema import EvaluateRoot, TaskConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
@@ -52,7 +52,7 @@ def run(config: EvaluateRoot) -> int:
             vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
-        settings.task.kind = "classification" if classes else "causal_lm"
+        settings.task = TaskConfig("classification" if classes else "causal_lm")  # what training adds to a loss is none of an evaluation's
         task = tasks.of(settings, labels=classes)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)

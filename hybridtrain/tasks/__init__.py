@@ -13,6 +13,9 @@ def of(config: Config, *, labels: int) -> Task:
     """The task that task.kind names, for a model of so many classes (0: of tokens)."""
     from hybridtrain.tasks.causal_lm import CausalLM
     from hybridtrain.tasks.classification import Classification
+    from hybridtrain.tasks.linear_cross_entropy import Terms
 
     chunk = config.engine.loss_chunk
-    return Classification(labels=labels, loss_chunk=chunk) if config.task.kind == "classification" else CausalLM(loss_chunk=chunk)
+    task = Classification(labels=labels, loss_chunk=chunk) if config.task.kind == "classification" else CausalLM(loss_chunk=chunk)
+    task.terms = Terms(config.task.label_smoothing, config.task.z_loss)
+    return task

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridtrain.tasks.head import Head
-from hybridtrain.tasks.linear_cross_entropy import linear_cross_entropy
+from hybridtrain.tasks.linear_cross_entropy import Terms, linear_cross_entropy
 from hybridtrain.types import IGNORE_INDEX, Batch, Sums
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class CausalLM:
     """See task.Task. One sum, of the losses of all tokens that have a label. `loss_chunk`: engine.loss_chunk."""
 
     weights: Mapping[str, float] = {"loss": 1.0}
+    terms = Terms(smoothing=0.0, z_loss=0.0)
+    """What training adds to cross-entropy (task.label_smoothing, task.z_loss); evaluation adds nothing."""
 
     def __init__(self, *, loss_chunk: int):
         self.loss_chunk = loss_chunk
@@ -45,12 +47,18 @@ class CausalLM:
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
         """Head and cross-entropy in chunks of tokens."""
-        return {"loss": linear_cross_entropy(hidden_BTD, head.weight, batch.labels_BT, chunk=self.loss_chunk, gradient=head.gradients["loss"])}
+        terms = self.terms if head.training else CausalLM.terms
+        loss = linear_cross_entropy(hidden_BTD, head.weight, batch.labels_BT, terms=terms, chunk=self.loss_chunk, gradient=head.gradients["loss"])
+        return {"loss": loss}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy in fp32."""
+        """Cross-entropy in fp32, with what training adds to it."""
         labels_N = batch.labels_BT.flatten().to(logits_BTV.device)
-        return {"loss": F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")}
+        logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
+        loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
+        if terms.z_loss:
+            loss = loss + terms.z_loss * logits_NV[labels_N != IGNORE_INDEX].logsumexp(-1).square().sum()
+        return {"loss": loss}
 
     def evaluate(self, sums: Sums) -> dict[str, float]:
         """The mean loss per token."""

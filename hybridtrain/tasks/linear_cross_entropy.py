@@ -8,11 +8,18 @@ The weight's is added up in one buffer (`HeadGradient`), however many micro-batc
 Under tensor parallelism each rank has its rows of V and the ranks exchange one number per token. The idea is that of
 Liger Kernel (arXiv 2410.10989) and of Megatron-LM's vocabulary-parallel loss (arXiv 1909.08053).
 
+Two terms may be added to a token's loss (`Terms`), which is then, with p the probabilities, y the label and W the whole vocabulary:
+
+    (1 - s) (-log p[y])  +  s (mean over W of -log p)  +  z (log of the sum of exp(logits))^2
+
+s smooths labels (arXiv 1512.00567), z keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+
 N tokens, n of a chunk, D hidden, V vocabulary (of this rank).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +32,14 @@ from hybridtrain.types import IGNORE_INDEX
 _CHUNK_BYTES = 256 << 20  # of fp32 logits
 _CHUNK_BYTES_CPU = 8 << 20  # they stay in its cache: 1.19 times as fast in bf16
 _LEAST_ROWS = 256  # each chunk adds the weight's gradient up once: fewer tokens would make that the larger part
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is added to cross-entropy."""
+
+    smoothing: float
+    z_loss: float
 
 
 class HeadGradient:
@@ -67,13 +82,13 @@ class HeadGradient:
         return taken
 
 
-def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, chunk: int, gradient: HeadGradient) -> Tensor:
+def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, terms: Terms, chunk: int, gradient: HeadGradient) -> Tensor:
     """Sum of token losses in fp32, shape (1,), the same on all tp ranks.
 
     `hidden_BTD` may be a DTensor sharded over T or replicated, `weight_VD` one sharded over V. `chunk`: tokens whose logits
     are held at once; 0: as many as fit 8 MiB in fp32 (on a GPU 256 MiB), but 256 at least. `gradient`: the weight's, of this stage.
     """
-    group, first = None, 0
+    group, first, entries = None, 0, weight_VD.shape[0]
     if isinstance(weight_VD, DTensor):
         mesh = weight_VD.device_mesh
         group = mesh.get_group()
@@ -84,7 +99,7 @@ def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tenso
     held = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
     rows = chunk or max(_LEAST_ROWS, held // (4 * max(1, weight_VD.shape[0])))
     into = gradient if torch.is_grad_enabled() and weight_VD.requires_grad else None
-    total = _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD.detach(), labels_BT.flatten(), rows, group, first, into)
+    total = _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD.detach(), labels_BT.flatten(), terms, entries, rows, group, first, into)
     # The weight has a node of its own: a split backward passes once for the hidden states and once for the weight.
     return total if into is None else total + _WeightGradient.apply(weight_VD, into)
 
@@ -94,18 +109,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, group: dist.ProcessGroup | None, first: int, into: HeadGradient | None
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        terms: Terms,
+        entries: int,
+        rows: int,
+        group: dist.ProcessGroup | None,
+        first: int,
+        into: HeadGradient | None,
     ) -> Tensor:
         total = hidden_ND.new_zeros(1, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), rows):
             hidden, labels = hidden_ND[start : start + rows], labels_N[start : start + rows]
-            log_p = _log_probabilities(hidden @ weight_VD.t(), group=group)
+            log_p, log_z = _log_probabilities(hidden @ weight_VD.t(), group=group)
             valid, mine, index = _targets(labels, first=first, vocabulary=len(weight_VD))
+            mine = mine * (1 - terms.smoothing)
             total -= (log_p.gather(1, index) * mine).sum() if len(weight_VD) else 0
+            if terms.smoothing:
+                total -= (log_p * valid).sum() * (terms.smoothing / entries)
+            if terms.z_loss and (group is None or group.rank() == 0):
+                total += (log_z.square() * valid).sum() * terms.z_loss
             if d_hidden is None and into is None:
                 continue
-            d_logits = log_p.exp_().mul_(valid)
+            d_logits = log_p.exp_().mul_(valid * (1 + 2 * terms.z_loss * log_z) if terms.z_loss else valid)
+            if terms.smoothing:
+                d_logits -= valid * (terms.smoothing / entries)
             if len(weight_VD):
                 d_logits.scatter_add_(1, index, -mine)
             d_logits = d_logits.to(hidden.dtype)
@@ -120,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), None, None, None, None, None, None
+        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 8
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -137,16 +168,17 @@ class _WeightGradient(torch.autograd.Function):
         return ctx.gradient.take(grad.squeeze(0), shape=ctx.shape, dtype=ctx.dtype), None
 
 
-def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
-    """fp32 log-probabilities over the whole vocabulary, of this rank's rows of it."""
+def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """In fp32: log-probabilities over the whole vocabulary, of this rank's rows of it, (n, V), and the log of their normaliser, (n, 1)."""
     logits = logits_nV.float()
     log_p = torch.log_softmax(logits, dim=1)
     if group is None:
-        return log_p
+        return log_p, logits[:, :1] - log_p[:, :1]
     mine = torch.logsumexp(logits, dim=1)
     every = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(every, mine, group=group)
-    return log_p.add_((mine - torch.logsumexp(torch.stack(every), dim=0))[:, None])
+    whole = torch.logsumexp(torch.stack(every), dim=0)
+    return log_p.add_((mine - whole)[:, None]), whole[:, None]
 
 
 def _targets(labels_n: Tensor, *, first: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

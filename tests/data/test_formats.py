@@ -359,7 +359,7 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monk
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
     planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
-    recipe = pieces.Recipe(chat=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
+    recipe = pieces.Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340
     assert set(whole) < set(numbered)

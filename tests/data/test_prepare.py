@@ -23,7 +23,7 @@ from hybridtrain.data.prepare import cuts, pieces, sources, statistics, tokenize
 from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.errors import UserError
 
-TEXT = pieces.Recipe(chat=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
+TEXT = pieces.Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
 
 

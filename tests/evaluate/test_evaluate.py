@@ -21,7 +21,7 @@ from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
 from hybridtrain.evaluate.generate import sample
-from hybridtrain.evaluate.perplexity import perplexity
+from hybridtrain.evaluate.perplexity import scores
 from hybridtrain.models.build import hf_config
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
@@ -134,13 +134,13 @@ def test_perplexity_counts_valid_tokens_only(trained):
     masked = labels.clone()
     masked[0, 3:], masked[1, :] = IGNORE_INDEX, IGNORE_INDEX
     positions = torch.arange(20).repeat(2, 1)
-    loss, tokens = perplexity(model, [Batch(ids, masked, positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
+    sums = scores(model, [Batch(ids, masked, positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
     with torch.no_grad():
         expected = -model(input_ids=ids).logits.log_softmax(-1)[0, range(3), labels[0, :3]].mean().item()
-    assert tokens == 3
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert sums.counts["loss"] == 3
+    assert sums.values["loss"] / 3 == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="no held-out token carries a loss"):
-        perplexity(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
+        scores(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
 
 
 def draw(trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any) -> str:

@@ -12,7 +12,19 @@ from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 FACTS = ModelFacts(
-    model_type="llama", layers=8, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=192, vocab=512, tied=False, window=None, max_positions=128, parameters=1000
+    model_type="llama",
+    layers=8,
+    hidden=64,
+    heads=8,
+    kv_heads=2,
+    head_dim=8,
+    ffn=192,
+    vocab=512,
+    labels=(),
+    tied=False,
+    window=None,
+    max_positions=128,
+    parameters=1000,
 )
 EVERYTHING = Capabilities(
     engine="torch",

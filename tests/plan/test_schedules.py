@@ -23,7 +23,19 @@ from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.types import ModelFacts
 
 FACTS = ModelFacts(
-    model_type="llama", layers=16, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=192, vocab=512, tied=False, window=None, max_positions=128, parameters=1000
+    model_type="llama",
+    layers=16,
+    hidden=64,
+    heads=8,
+    kv_heads=2,
+    head_dim=8,
+    ffn=192,
+    vocab=512,
+    labels=(),
+    tied=False,
+    window=None,
+    max_positions=128,
+    parameters=1000,
 )
 MICRO_BATCHES = range(1, 13)
 # Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait, and interleaved

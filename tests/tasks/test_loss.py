@@ -7,11 +7,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from hybridtrain.tasks.linear_cross_entropy import HeadGradient, linear_cross_entropy
+from hybridtrain.tasks.linear_cross_entropy import HeadGradient, Terms, linear_cross_entropy
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks
 
 ROWS, POSITIONS, HIDDEN = 2, 12, 16
+PLAIN = Terms(smoothing=0.0, z_loss=0.0)
+TERMS = [PLAIN, Terms(0.1, 0.0), Terms(0.0, 0.01), Terms(0.2, 0.003)]
 
 
 def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,13 +26,15 @@ def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return hidden, weight, labels
 
 
-def expected(vocabulary: int, dtype: torch.dtype, factor: float = 1.0) -> list[torch.Tensor]:
+def expected(vocabulary: int, dtype: torch.dtype, factor: float = 1.0, terms: Terms = PLAIN) -> list[torch.Tensor]:
     """Loss sum, gradient of hidden, gradient of weight: fp64, from logits rounded to `dtype` as a matrix product leaves them."""
     hidden, weight, labels = inputs(vocabulary, dtype)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     exact = hidden @ weight.t()
     rounded = exact + (exact.detach().to(dtype).double() - exact.detach())
-    loss = F.cross_entropy(rounded.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    logits, targets = rounded.flatten(0, 1), labels.flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
+    loss = loss + terms.z_loss * torch.logsumexp(logits[targets != IGNORE_INDEX], dim=-1).square().sum()
     (loss * factor).backward()
     return [loss.detach(), hidden.grad, weight.grad]
 
@@ -41,14 +45,15 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 24, 100])
 @pytest.mark.parametrize(("dtype", "loss_limit", "limit"), [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 4e-3)])
-def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
+@pytest.mark.parametrize("terms", TERMS)
+def test_loss_and_gradients(terms, dtype, loss_limit, limit, chunk):
     hidden, weight, labels = inputs(1000, dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, gradient=HeadGradient())
+    loss = linear_cross_entropy(hidden, weight, labels, terms=terms, chunk=chunk, gradient=HeadGradient())
     assert (loss.shape, loss.dtype) == ((1,), torch.float32)
     (loss * 0.125).sum().backward()
-    wanted = expected(1000, dtype, factor=0.125)
+    wanted = expected(1000, dtype, factor=0.125, terms=terms)
     assert error(loss[0], wanted[0]) < loss_limit
     assert error(hidden.grad, wanted[1]) < limit
     assert error(weight.grad, wanted[2]) < limit
@@ -56,14 +61,14 @@ def test_loss_and_gradients(dtype, loss_limit, limit, chunk):
 
 def test_a_device_that_is_neither_cpu_nor_gpu_is_no_reason_to_fail():
     hidden, weight, labels = (tensor.to("meta") for tensor in inputs(1000, torch.float32))
-    assert linear_cross_entropy(hidden, weight.requires_grad_(), labels, chunk=0, gradient=HeadGradient()).device.type == "meta"
+    assert linear_cross_entropy(hidden, weight.requires_grad_(), labels, terms=PLAIN, chunk=0, gradient=HeadGradient()).device.type == "meta"
 
 
 def test_no_logits_outlive_the_forward_pass():
     """Of N = 24 tokens and 1,000 words it keeps N x D and V x D numbers for backward, not N x V."""
     hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32))
     gradient = HeadGradient()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=4, gradient=gradient)
+    loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=4, gradient=gradient)
     (of_loss, _), (of_weight, _) = loss.grad_fn.next_functions
     assert (of_loss.gradient.numel(), gradient.total.numel()) == (ROWS * POSITIONS * HIDDEN, 1000 * HIDDEN)
     assert not of_loss.saved_tensors
@@ -72,39 +77,49 @@ def test_no_logits_outlive_the_forward_pass():
 
 def test_frozen_weights_and_evaluation_compute_no_gradients():
     hidden, weight, labels = inputs(50, torch.float32)
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk=5, gradient=HeadGradient())
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())
     loss.sum().backward()
     assert error(hidden.grad, expected(50, torch.float32)[1]) < 1e-6
     assert weight.grad is None
     with torch.no_grad():
-        assert float(linear_cross_entropy(hidden, weight, labels, chunk=5, gradient=HeadGradient())) == pytest.approx(float(loss))
+        assert float(linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())) == pytest.approx(float(loss))
 
 
 def test_a_token_without_a_label_leaves_no_trace():
     hidden, weight, labels = inputs(50, torch.float32)
-    before = float(linear_cross_entropy(hidden, weight, labels, chunk=0, gradient=HeadGradient()))
+    before = float(linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient()))
     hidden[:, ::3] = 1e3
     hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=0, gradient=HeadGradient())
+    loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient())
     loss.sum().backward()
     assert float(loss.detach()) == before
     assert not hidden.grad[:, ::3].any()
 
 
-def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int) -> list[torch.Tensor]:
+def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int, terms: Terms) -> list[torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     hidden, weight, labels = inputs(vocabulary, torch.float32)
     hidden = distribute_tensor(hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]).requires_grad_()
     weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, gradient=HeadGradient())
+    loss = linear_cross_entropy(hidden, weight, labels, terms=terms, chunk=chunk, gradient=HeadGradient())
     (loss * 0.125).sum().backward()
     return [loss.detach()[0], hidden.grad.full_tensor(), weight.grad.full_tensor()]
 
 
-@pytest.mark.parametrize(("vocabulary", "sequence_parallel", "chunk"), [(1000, True, 0), (1000, False, 5), (7, True, 7), (5, False, 0)])
-def test_a_vocabulary_shared_by_ranks(vocabulary, sequence_parallel, chunk):
+SHARED = [
+    (1000, True, 0, PLAIN),
+    (1000, False, 5, PLAIN),
+    (7, True, 7, PLAIN),
+    (5, False, 0, PLAIN),
+    (1000, True, 5, Terms(0.1, 0.01)),
+    (5, False, 0, Terms(0.1, 0.01)),
+]
+
+
+@pytest.mark.parametrize(("vocabulary", "sequence_parallel", "chunk", "terms"), SHARED)
+def test_a_vocabulary_shared_by_ranks(vocabulary, sequence_parallel, chunk, terms):
     """Odd sizes too: of 7 words the fourth rank has one, of 5 it has none."""
-    wanted = expected(vocabulary, torch.float32, factor=0.125)
-    for found in run_ranks(4, on_rank, vocabulary, sequence_parallel, chunk):
+    wanted = expected(vocabulary, torch.float32, factor=0.125, terms=terms)
+    for found in run_ranks(4, on_rank, vocabulary, sequence_parallel, chunk, terms):
         for ours, theirs in zip(found, wanted, strict=True):
             assert error(ours, theirs) < 1e-6

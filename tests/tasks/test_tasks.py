@@ -40,7 +40,7 @@ class Halves(CausalLM):
 
     def loss(self, hidden_BTD: torch.Tensor, batch: Batch, head: Any) -> dict[str, torch.Tensor]:
         return {
-            name: linear_cross_entropy(hidden_BTD, head.weight, labels, chunk=self.loss_chunk, gradient=head.gradients[name])
+            name: linear_cross_entropy(hidden_BTD, head.weight, labels, terms=self.terms, chunk=self.loss_chunk, gradient=head.gradients[name])
             for name, labels in self._labels(batch).items()
         }
 

@@ -65,6 +65,7 @@ def facts_of(model) -> ModelFacts:
         head_dim=c.head_dim,
         ffn=c.intermediate_size,
         vocab=c.vocab_size,
+        labels=(),
         tied=c.tie_word_embeddings,
         window=None,
         max_positions=c.max_position_embeddings,
@@ -99,7 +100,7 @@ def test_flops_per_token_is_what_torch_counts(tied):
 
 
 def test_flops_of_a_window_are_a_count_of_visible_positions():
-    facts = ModelFacts("mistral", 2, 64, 4, 2, 16, 160, 320, False, 5, 512, 100_000)
+    facts = ModelFacts("mistral", 2, 64, 4, 2, 16, 160, 320, (), False, 5, 512, 100_000)
     seen = sum(min(t + 1, 5) for t in range(32)) / 32
     weights = 6 * (100_000 - 320 * 64)
     assert flops.flops_per_token(facts, seq_len=32) == pytest.approx(weights + 12 * 2 * 64 * seen)

@@ -14,6 +14,7 @@ from typing import Any
 
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
+from hybridtrain.config.sections import PRECISIONS
 from hybridtrain.errors import refusal
 from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
 
@@ -43,7 +44,7 @@ _KINDS = {
     "engine.compile_backend": COMPILE_BACKENDS,
     "run.stop_signal": STOP_SIGNALS,
     "engine.fp32_matmul": FP32_MATMUL,
-    "precision.kind": schema.PRECISIONS,
+    "precision.kind": PRECISIONS,
     "task.kind": TASKS,
     "optim.kind": OPTIMIZERS,
     "schedule.kind": SCHEDULES,

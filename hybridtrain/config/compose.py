@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from hybridtrain.config import keys, limits, migrate, schema, words
+from hybridtrain.config import keys, limits, migrate, schema, sections, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
 from hybridtrain.errors import UserError, refusal
 
@@ -54,7 +54,7 @@ def compose(command: str, argv: list[str]) -> schema.Root:
         if isinstance(config, schema.Config):
             vocab = config.model.config.get("vocab_size")
             if type(vocab) is int and not any(_VOCABULARY.match(text) for text in prepared.overrides):
-                config.model.config["vocab_size"] = schema.Suggested(vocab)
+                config.model.config["vocab_size"] = sections.Suggested(vocab)
         if prepared.chosen_files and command == "evaluate":  # the one that lays its options over those of a run
             config.given |= _set_in_files(command, prepared, folders)
         return config
@@ -183,7 +183,7 @@ def _plain(value: Any, *, escape: bool) -> Any:
         return {key: _plain(item, escape=escape) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, escape=escape) for item in value]
-    if isinstance(value, schema.Suggested):
+    if isinstance(value, sections.Suggested):
         return int(value)
     if isinstance(value, Interpolated):
         return value.source

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridtrain.config import commands, migrate, schema, words
+from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan import notation
 
@@ -95,9 +96,9 @@ def _default(option: dataclasses.Field) -> Any:
 
 @functools.cache
 def _docstrings() -> dict[str, dict[str, str]]:
-    """Class -> field -> the string under the field, read from the source of the schema."""
+    """Class -> field -> the string under the field, read from the source."""
     result: dict[str, dict[str, str]] = {}
-    for node in [*ast.parse(inspect.getsource(schema)).body, *ast.parse(inspect.getsource(commands)).body]:
+    for node in [node for module in (training_sections, commands) for node in ast.parse(inspect.getsource(module)).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for above, below in zip(node.body, node.body[1:], strict=False):

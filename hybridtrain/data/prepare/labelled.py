@@ -57,6 +57,17 @@ def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
     return 0, f"its field {recipe.key!r} holds {shown}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
 
 
+def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, forms: dict[str, int]) -> tuple[Labelled | None, bytes, str]:
+    """(document, what identifies it, problem) of a text as it was `read`, (text, its bytes, problem), and its label; counted in `forms`. One without text is none."""
+    text, content, problem = read
+    number, unknown = number_of(label, recipe=recipe)
+    if problem or unknown or not text:
+        return None, b"", problem or unknown
+    name = recipe.names[number]
+    forms[name] = forms.get(name, 0) + 1
+    return Labelled(text, number), content + f"\0{number}".encode(), ""
+
+
 def encode(documents: list[Labelled], *, tokenizer: Any, recipe: LabelRecipe) -> list[Encoded]:
     """One sample of each document: its text as a model gets it, special tokens of the tokenizer included, and its label."""
     whole = tokenizer([document.text for document in documents])["input_ids"]

@@ -23,7 +23,7 @@ from hybridtrain.data.prepare import blocks, conversations, labelled, readers
 from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.prepare.chat import Encoded, Sample
 from hybridtrain.data.prepare.conversations import Conversation, Unreadable
-from hybridtrain.data.prepare.labelled import Labelled, LabelRecipe
+from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.readers import Fields, Unit
 from hybridtrain.data.prepare.sources import Source
 from hybridtrain.errors import UserError, refusal
@@ -197,7 +197,8 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             if recipe.chat:
                 value, content, problem, instead = _conversation(value, unit, number, counts=counts)
             elif recipe.labels:
-                value, content, problem = _labelled(*value, recipe=recipe.labels, counts=counts)
+                text, label = value
+                value, content, problem = labelled.document(_text(text), label, recipe=recipe.labels, forms=counts.forms)
             else:
                 value, content, problem = _text(value)
         if problem:
@@ -274,17 +275,6 @@ def _text(value: Any) -> tuple[str, bytes, str]:
     except UnicodeEncodeError:
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value, value.encode(), ""
-
-
-def _labelled(text: Any, label: Any, *, recipe: LabelRecipe, counts: Counts) -> tuple[Labelled | None, bytes, str]:
-    """(document, what identifies it, problem); one without text is none. Documents are counted by label."""
-    text, content, problem = _text(text)
-    number, unknown = labelled.number_of(label, recipe=recipe)
-    if problem or unknown or not text:
-        return None, b"", problem or unknown
-    name = recipe.names[number]
-    counts.forms[name] = counts.forms.get(name, 0) + 1
-    return Labelled(text, number), content + f"\0{number}".encode(), ""
 
 
 def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tuple[Conversation | None, bytes, str, str]:

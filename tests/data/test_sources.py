@@ -25,7 +25,9 @@ def data(path: Path, **fields: object) -> DataConfig:
 
 def texts(config: DataConfig) -> list[str]:
     """The documents that `prepare` would encode."""
-    recipe = pieces.Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=300)
+    recipe = pieces.Recipe(
+        chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=300
+    )
     planned = pieces.plan(listing(config).sources, fields=Fields.of(config))
     units = [unit for piece in planned for unit in piece.units]
     return [document.value for unit in units for document in pieces.documents(unit, recipe=recipe, counts=pieces.Counts.none())]

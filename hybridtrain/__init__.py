@@ -15,20 +15,24 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybridtrain.api import compose, export
+    from hybridtrain.api import compose, export, parity
     from hybridtrain.errors import UserError
+    from hybridtrain.registry import register
+    from hybridtrain.run.trackers.kinds import Tracker
     from hybridtrain.tasks.causal_lm import CausalLM
     from hybridtrain.tasks.task import Task
     from hybridtrain.training.callbacks import Callback, Run
     from hybridtrain.training.trainer import Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "CausalLM", "Result", "Run", "Task", "Trainer", "UserError", "compose", "export"]
+__all__ = ["Callback", "CausalLM", "Result", "Run", "Task", "Tracker", "Trainer", "UserError", "compose", "export", "parity", "register"]
 _HOME = {
-    **dict.fromkeys(("compose", "export"), "hybridtrain.api"),
+    **dict.fromkeys(("compose", "export", "parity"), "hybridtrain.api"),
     **dict.fromkeys(("Callback", "Run"), "hybridtrain.training.callbacks"),
     **dict.fromkeys(("Result", "Trainer"), "hybridtrain.training.trainer"),
     "UserError": "hybridtrain.errors",
+    "register": "hybridtrain.registry",
+    "Tracker": "hybridtrain.run.trackers.kinds",
     "CausalLM": "hybridtrain.tasks.causal_lm",
     "Task": "hybridtrain.tasks.task",
 }
@@ -41,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Python binds a subpackage to its name here when it is imported: `export` stays the function, though there is a folder of that name."""
+    """Python binds a subpackage to its name here when it is imported: `export` and `parity` stay functions, though there are folders of these names."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _HOME or not isinstance(value, ModuleType):

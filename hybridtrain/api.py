@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hybridtrain.config import checks
 from hybridtrain.config import compose as composing
-from hybridtrain.config.schema import Config, ExportConfig, ExportRoot, RunFolder
+from hybridtrain.config.commands import ParityConfig
+from hybridtrain.config.schema import Config, ExportConfig, ExportRoot, ParityRoot, RunFolder
+from hybridtrain.errors import refusal
+
+if TYPE_CHECKING:
+    from hybridtrain.parity import Parity
+    from hybridtrain.tasks.task import Task
 
 
 def compose(*words: str) -> Config:
@@ -24,3 +35,44 @@ def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> 
     config = ExportRoot(run=RunFolder(dir=str(run)), export=ExportConfig(out=str(out), dtype=dtype))
     checks.check(config)
     return hf.export_newest(config)
+
+
+def parity(config: Config, *, task: Task | None = None, data: Any = None, layouts: Sequence[str] = (), engines: Sequence[str] = (), steps: int = 3) -> Parity:
+    """Compare layouts with one plain process, as `hybridtrain parity` does, with a task and rows of the program's own; prints the same table.
+
+    The result has `rows`, one for each layout, and `passed`. `layouts`: such as "tp2" or "pp2-dp_shard2-zero1"; none: a set that fits the model.
+    It starts processes of its own, which import what `task` and `data` are made of. Raises UserError.
+    """
+    from hybridtrain.data.blend import of_rows
+    from hybridtrain.parity import Own, compared
+    from hybridtrain.parity.measure import train_layout
+
+    sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
+    root = ParityRoot(**sections, parity=ParityConfig(layouts=list(layouts), engines=list(engines), steps=steps))
+    checks.check(root)
+    if data is not None and config.data.kind != "prepared":
+        raise refusal("data.kind", config.data.kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
+    for name, value, option in (("task", task, "task.kind"), ("data", data, "data.kind")):
+        if value is not None:
+            _check_travels(name, value, option=option)
+    rows = None if data is None else of_rows(data, None, fields=("data", "data"), documents=config.data.document_mask)
+    return compared(root, train=train_layout, own=Own(task, rows))
+
+
+class _Elsewhere(pickle.Unpickler):
+    """Reads a pickle as another process would: it does not know what the program itself defines."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__main__":
+            raise pickle.PicklingError(f"{name} is defined in the program itself, which other processes do not import")
+        return super().find_class(module, name)
+
+
+def _check_travels(field: str, value: object, *, option: str) -> None:
+    """Refuse an object that other processes cannot be given (raises UserError)."""
+    try:
+        _Elsewhere(io.BytesIO(pickle.dumps(value))).load()
+    except Exception as error:
+        problem = f"it cannot be given to the processes of the layouts: {error}"
+        instead = f"run.plugins=[MODULE] {option}=NAME, with a module that registers it; or its class in a module that the program imports"
+        raise refusal(field, type(value).__name__, problem, allowed="what pickle takes, of classes in modules", instead=instead) from error

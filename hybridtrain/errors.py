@@ -11,6 +11,10 @@ class OnThisRank(UserError):
     """A mistake that this rank alone can know of, and so prints whatever its number."""
 
 
+class PerhapsOnThisRank(UserError):
+    """A mistake that each rank finds for itself, where others may not: said again by those that nobody has ended after rank 0 has spoken."""
+
+
 class Answered(Exception):
     """Another rank has said why the run ends: this one leaves without words, with the exit code `code`."""
 

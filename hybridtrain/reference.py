@@ -19,6 +19,7 @@ from hybridtrain.models.build import logits, plain_model
 from hybridtrain.models.family import Family
 from hybridtrain.models.init import Source
 from hybridtrain.models.patterns import matches
+from hybridtrain.optim import own
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch
 
@@ -47,8 +48,7 @@ class Reference:
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = _in_dtype(plain_model(config), compute)
-        first, second = settings.betas
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.master, settings), lr=settings.lr, betas=(first, second), eps=settings.eps)
+        self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
@@ -80,7 +80,8 @@ class Reference:
         torch.nn.utils.clip_grads_with_norm_(trained, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        with torch.no_grad():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(weight * totals[name] / max(1, counts[name]) for name, weight in self.task.weights.items())
         return ReferenceStep(loss, float(norm), gradients)
@@ -112,7 +113,16 @@ def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, 
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
     decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
-    return [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
+    """torch's own AdamW, or the user's optimizer, over whole parameters."""
+    if settings.kind != "adamw":
+        return own.made(groups, settings)
+    first, second = settings.betas
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -82,9 +82,15 @@ def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: d
 
 
 def stored_keys(path: Path) -> frozenset[str]:
-    """The keys of a complete checkpoint; UserError if its marker or metadata cannot be read."""
+    """The keys of a complete checkpoint."""
+    return frozenset(stored(path))
+
+
+def stored(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Key -> dtype and whole shape of what a complete checkpoint holds; UserError if its marker or metadata cannot be read."""
     marker.read(path)
-    return frozenset(metadata.read(path).state_dict_metadata)
+    entries = metadata.read(path).state_dict_metadata  # which has refused everything but tensors
+    return {key: (entry.properties.dtype, tuple(entry.size)) for key, entry in entries.items()}  # type: ignore[union-attr]
 
 
 # --- saving -------------------------------------------------------------------------------------------------------

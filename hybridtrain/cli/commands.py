@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.errors import Answered, OnThisRank, PerhapsOnThisRank, UserError, refusal
 from hybridtrain.runtime import launch, log, spawn
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def run_command(command: str, argv: list[str]) -> int:
         module, function, _ = COMMANDS[command]
         return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
-        return _answer(f"hybridtrain {command}: {error}", known_everywhere=not running, at_once=isinstance(error, OnThisRank))
+        known_everywhere = not running and not isinstance(error, PerhapsOnThisRank)
+        return _answer(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, OnThisRank))
     except BrokenPipeError:
         if command not in LISTS:
             raise

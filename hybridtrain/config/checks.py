@@ -9,9 +9,10 @@ import codecs
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hybridtrain import registry
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.config.sections import PRECISIONS
@@ -25,15 +26,12 @@ COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 STOP_SIGNALS = ("USR1", "USR2")
 FP32_MATMUL = ("auto", "highest", "high", "medium")
 OFFLOAD = ("none", "cpu")
-OPTIMIZERS = ("adamw",)
-SCHEDULES = ("constant", "linear", "cosine", "wsd")
 RECOMPUTE = ("none", "selective", "full")
-TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml")
+TRACKERS = registry.BUILT_IN["tracker"]
 """Also the names of their packages."""
 CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
-TASKS = ("causal_lm", "classification")
 PLAIN_COMPILE = ("layer", "model")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
@@ -45,9 +43,6 @@ _KINDS = {
     "run.stop_signal": STOP_SIGNALS,
     "engine.fp32_matmul": FP32_MATMUL,
     "precision.kind": PRECISIONS,
-    "task.kind": TASKS,
-    "optim.kind": OPTIMIZERS,
-    "schedule.kind": SCHEDULES,
     "recompute.kind": RECOMPUTE,
     "run.resume": RESUME,
     "model.attention": ATTENTION,
@@ -62,12 +57,18 @@ _KINDS = {
 
 
 def check(config: schema.Root) -> None:
-    """Refuse values that cannot work, alone or together (raises UserError). A command is checked in the sections that it has."""
+    """Refuse values that cannot work, alone or together (raises UserError). A command is checked in the sections that it has.
+
+    The modules of run.plugins are imported first: the names that they register are kinds, too.
+    """
+    if isinstance(config, schema.Config):
+        registry.load(config.run.plugins)
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
     options = {f"{name}.{option.name}": getattr(section, option.name) for name, section in sections.items() for option in dataclasses.fields(section)}
     for field, kinds in _KINDS.items():
         if field in options:
             _one_of(field, options[field], kinds)
+    _registered(options)
     for name, rule in _SECTION_RULES.items():
         if name in sections:
             rule(sections[name])
@@ -79,7 +80,7 @@ def check(config: schema.Root) -> None:
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # a run is started: here, or where a job runs
             _trackers(config.tracker, here="cluster" not in sections)
             _end(config)
-            _has_path(bool(config.data.path or config.data.blend))
+            _has_path(bool(config.data.path or config.data.blend) or config.data.kind != "prepared")
     if isinstance(config, schema.BenchRoot):
         _bench(config)
     if isinstance(config, schema.PrepareRoot):
@@ -97,11 +98,29 @@ def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={nearest_of(value, allowed)}")
 
 
+def _registered(options: Mapping[str, Any]) -> None:
+    """Names that a user's module may add, and the settings that only such a one has."""
+    for kind in ("task", "data", "optimizer", "schedule"):
+        if (field := registry.FIELDS[kind]) in options:
+            registry.check(kind, options[field])
+    for name in options.get("run.callbacks", ()):
+        registry.check("callback", name)
+    for name in ("task.label_smoothing", "task.z_loss"):
+        words, ours = f"task.kind={options.get('task.kind')} computes its own loss", options.get("task.kind") in registry.BUILT_IN["task"]
+        _require(ours or not options.get(name), name, options.get(name), words, allowed="0 with a registered task", instead=f"{name}=0")
+    for section, kind in (("optim", "optimizer"), ("schedule", "schedule")):
+        chosen, given = options.get(f"{section}.kind"), options.get(f"{section}.options")
+        words = f"{section}.kind={chosen} reads none"
+        allowed, instead = f"{{}} unless {section}.kind is a registered {kind}", f"the options of {section} itself"
+        _require(not given or chosen not in registry.BUILT_IN[kind], f"{section}.options", given, words, allowed=allowed, instead=instead)
+
+
 def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
     """`here`: training tracks in this environment, so that the packages must be installed in it."""
     for kind in tracker.kinds:
-        _require(kind in TRACKERS, "tracker.kinds", tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(TRACKERS), instead="tracker.kinds=[wandb]")
-        if here:
+        known = registry.names("tracker")
+        _require(kind in known, "tracker.kinds", tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(known), instead="tracker.kinds=[wandb]")
+        if here and kind in TRACKERS:
             there = [name for name in TRACKERS if importlib.util.find_spec(name)]
             words = f"the package {kind} is not installed here"
             _require(kind in there, "tracker.kinds", tracker.kinds, words, allowed=", ".join(there) or "none", instead=f"pip install {kind}")
@@ -140,6 +159,8 @@ def _deepspeed(config: schema.Config) -> None:
     install = "pip install -c constraints.txt 'hybridtrain[deepspeed]', or engine=torch"
     _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=install)
     _require(not engine.compile, "engine.compile", True, "not with engine=deepspeed yet", allowed="false", instead="engine=torch, or engine.compile=false")
+    kind, allowed = config.optim.kind, ", ".join(registry.BUILT_IN["optimizer"])
+    _require(kind in registry.BUILT_IN["optimizer"], "optim.kind", kind, "engine=deepspeed runs AdamW alone", allowed=allowed, instead="engine=torch")
     frozen = config.model.freeze
     _require(not frozen, "model.freeze", frozen, "DeepSpeed keeps frozen weights in 16 bits only", allowed="[]", instead="engine=torch")
     if not isinstance(config, schema.ParityRoot):  # parity has a stage for each of its layouts
@@ -238,6 +259,9 @@ def _data(data: schema.DataConfig) -> None:
     if data.tokenizer == "train":
         _in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
     _blend(data)
+    for field, given, nothing in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
+        words = f"data.kind={data.kind} takes its place"
+        _require(data.kind == "prepared" or not given, field, given, words, allowed=nothing, instead=f"{field}={nothing}")
 
 
 def _has_path(holds: bool) -> None:
@@ -342,6 +366,8 @@ def _generate(generate: schema.GenerateConfig) -> None:
 def _bench(config: schema.BenchRoot) -> None:
     words, instead = "bench times next-token prediction alone", "task=causal_lm"
     _require(config.task.kind == "causal_lm" and not config.model.labels, "task.kind", config.task.kind, words, allowed="causal_lm", instead=instead)
+    words, instead = "the plain loop beside it trains with AdamW", "bench.plain=false"
+    _require(config.optim.kind == "adamw" or not config.bench.plain, "optim.kind", config.optim.kind, words, allowed="adamw", instead=instead)
     _require(
         not config.bench.corpus or bool(config.data.path),
         "bench.corpus",

@@ -51,6 +51,8 @@ def compose(command: str, argv: list[str]) -> schema.Root:
     try:
         config = typed(_composed(command, prepared, folders), schema.ROOTS[command])
         config.given = prepared.given
+        if isinstance(config, schema.Config) and "run.plugins" not in prepared.given and any(map(_of_run, folders)):
+            config.run.plugins = []  # as in `read_run`: those of a job stand on its command line
         if isinstance(config, schema.Config):
             vocab = config.model.config.get("vocab_size")
             if type(vocab) is int and not any(_VOCABULARY.match(text) for text in prepared.overrides):
@@ -60,6 +62,11 @@ def compose(command: str, argv: list[str]) -> schema.Root:
         return config
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise _translated(error, argv=overrides) from error
+
+
+def _of_run(folder: Path) -> bool:
+    """Whether a configuration folder is what `submit` has written into a run: that permits nothing, whoever is given it."""
+    return folder.resolve().parts[-2:] == ("submit", "conf")
 
 
 def training(argv: list[str]) -> schema.Config:
@@ -193,8 +200,8 @@ def _plain(value: Any, *, escape: bool) -> Any:
 def read_run(path: Path) -> schema.Config:
     """The config.yaml of a run that is looked at: calls such as `${oc.env:X}` stay as they are written, and what it permits does not count.
 
-    For everything but going on with one's own run: the environment of who reads is none of the writer's, and
-    model.trust_remote_code comes from the command line alone. Sections of other commands than `train` are left out. Raises UserError.
+    For everything but going on with one's own run: the environment of who reads is none of the writer's, and model.trust_remote_code and
+    run.plugins come from the command line (and the reader's own files) alone. Sections of other commands than `train` are left out. Raises UserError.
     """
     if not path.is_file():
         raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
@@ -212,7 +219,7 @@ def read_run(path: Path) -> schema.Config:
         config = typed(merged, schema.Config)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise _translated(error, source=path) from error
-    config.model.trust_remote_code = False
+    config.model.trust_remote_code, config.run.plugins = False, []
     return config
 
 

@@ -20,10 +20,24 @@ from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan import notation
 
-FREE_FORM = ("model.config.", "engine.config_overrides.", "cluster.environment.", "cluster.sbatch.")  # any key of another's
+FREE_FORM = (
+    "model.config.",
+    "engine.config_overrides.",
+    "optim.options.",
+    "schedule.options.",
+    "cluster.environment.",
+    "cluster.sbatch.",
+)  # any key of another's
 EXPERIMENT = "experiment"  # a group for every command, whose files set options of any section
 OPTIONAL = ("model", "data", "experiment")  # groups of which conf/ chooses no file
-MAPPINGS = ("data.blend", "engine.config_overrides", "cluster.environment", "cluster.sbatch")  # the value is {key:value, ...}
+MAPPINGS = (
+    "data.blend",
+    "engine.config_overrides",
+    "optim.options",
+    "schedule.options",
+    "cluster.environment",
+    "cluster.sbatch",
+)  # the value is {key:value, ...}
 TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
 PATHS = (
     *("run.dir", "run.branch_from", "runs.folder", "data.path", "data.blend", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained"),

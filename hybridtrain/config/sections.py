@@ -45,6 +45,11 @@ class RunConfig(RunFolder):
     """Besides TERM and INT, the signal at which training stops after its step, with a checkpoint; a second signal ends it at once."""
     stop_before_s: float = 60.0
     """Stop so many seconds before the end of the job's time, if HYBRIDTRAIN_DEADLINE (seconds since 1970) tells it, as our job script does."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules of yours to import before anything is checked, which register what other options name (docs/extending.md). From the command line and
+    your own configuration files only: those of a run that is read are not imported."""
+    callbacks: list[str] = field(default_factory=list)
+    """Registered callbacks that the run calls, in this order."""
     profile: bool = False
     """Write a torch profiler trace of steps 3 to 5 of rank 0 into the run directory."""
 
@@ -72,7 +77,8 @@ class ModelConfig:
 @dataclass
 class TaskConfig:
     kind: str = "causal_lm"
-    """What is learnt: causal_lm, the next token; classification, one label for each document, from its last token."""
+    """What is learnt: causal_lm, the next token; classification, one label for each document, from its last token; or a task that a module of run.plugins
+    registers."""
     label_smoothing: float = 0.0
     """Share of a label's probability that training spreads evenly over all tokens (or classes)."""
     z_loss: float = 0.0
@@ -81,6 +87,8 @@ class TaskConfig:
 
 @dataclass
 class DataConfig:
+    kind: str = "prepared"
+    """prepared: the token files at `path` or `blend`; or the name of rows that a module of run.plugins registers, in their place."""
     path: str = ""
     """Folder of token files, written by `hybridtrain prepare`; or PREFIX of PREFIX.bin and PREFIX.idx, as Megatron writes them."""
     blend: dict[str, float] = field(default_factory=dict)
@@ -229,7 +237,7 @@ class PrecisionConfig:
 @dataclass
 class OptimConfig:
     kind: str = "adamw"
-    """Optimizer; adamw."""
+    """Optimizer: adamw, or one that a module of run.plugins registers."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -242,18 +250,22 @@ class OptimConfig:
     """Shell-style patterns of parameter names without weight decay."""
     clip: float = 1.0
     """Clip the global gradient norm to this; 0: do not clip."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a registered optimizer, which its factory reads, e.g. {momentum: 0.9}."""
 
 
 @dataclass
 class ScheduleConfig:
     kind: str = "cosine"
-    """Learning-rate schedule after warm-up: constant, linear, cosine or wsd (warm-up, stable, decay)."""
+    """Learning-rate schedule after warm-up: constant, linear, cosine, wsd (warm-up, stable, decay), or one that a module of run.plugins registers."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of optim.lr (linear, cosine, wsd)."""
     decay_steps: int = 0
     """wsd: steps of the final decay; 0: a tenth of the run."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a registered schedule, which it reads."""
 
 
 @dataclass
@@ -277,7 +289,7 @@ class CheckpointConfig:
 @dataclass
 class TrackerConfig:
     kinds: list[str] = field(default_factory=list)
-    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml. Their files lie in the run
-    directory; what wants a server works offline unless logged in."""
+    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml, or registered ones. Their files lie in
+    the run directory; what wants a server works offline unless logged in."""
     project: str = "hybridtrain"
     """Project name for trackers that have one."""

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from hybridtrain import registry
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
@@ -83,6 +84,22 @@ class Blend:
     def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
         """The rows of each of `parts`."""
         return [corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab) for corpus, _ in self.parts(split)]
+
+
+def data_of(config: Config, *, timeout_s: float) -> Blend:
+    """The data that a config names: prepared (see `open_data`), or the rows that data.kind has registered. Raises UserError."""
+    factory = registry.own("data", config.data.kind)
+    if factory is None:
+        return open_data(config.data, timeout_s=timeout_s)
+    made = factory(config)
+    rows, held_out = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    return of_rows(rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask)
+
+
+def of_rows(rows: Any, held_out: Any, *, fields: tuple[str, str], documents: bool) -> Blend:
+    """A user's own rows to train and, where there are some, to evaluate on; `fields`: what refusals call the two. Raises UserError."""
+    evaluated = None if held_out is None else OwnRows(held_out, split="eval", field=fields[1])
+    return Blend((OwnRows(rows, split="train", field=fields[0]),), (1.0,), evaluated, documents)
 
 
 def open_data(data: DataConfig, *, timeout_s: float) -> Blend:

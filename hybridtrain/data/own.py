@@ -34,14 +34,16 @@ class OwnRows:
     def __init__(self, rows: Any, *, split: str, field: str) -> None:
         """`rows`: see above, or a sequence of mappings with `input_ids` and, if some are not learnt, `labels` or `loss_mask`, or the number of a class as `label`.
 
-        Raises UserError for what has no length or no rows. `field`: the argument that it was given as.
+        Raises UserError for what has no length or no rows. `field`: the argument that it was given as, or the option and the name (data.kind=NAME).
         """
-        self.given, self.readers, self.path, self.field = rows, (split,), type(rows).__name__, field
+        self.given, self.readers = rows, (split,)
+        self.field, _, named = field.partition("=")
+        self.path = named or type(rows).__name__
         if not hasattr(rows, "__len__") or not (hasattr(rows, "row") or hasattr(rows, "__getitem__")):
             problem, allowed = "it has no __len__, or neither row(index) nor [index]", "an object with __len__ and row(index), or a datasets.Dataset"
-            raise refusal(field, self.path, problem, allowed=allowed, instead="a class with these two methods")
+            raise refusal(self.field, self.path, problem, allowed=allowed, instead="a class with these two methods")
         if len(rows) == 0:
-            raise refusal(field, self.path, "it has no rows", allowed="one row or more", instead="data of some length")
+            raise refusal(self.field, self.path, "it has no rows", allowed="one row or more", instead="data of some length")
 
     @cached_property
     def fingerprint(self) -> str:

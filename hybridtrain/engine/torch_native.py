@@ -138,10 +138,12 @@ class TorchEngine:
 
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint, whatever layout wrote it (collective)."""
-        stored = sharded.stored_keys(path)
+        stored = sharded.stored(path)
+        self.optimizer.prepare(stored)
         state = {**self.state(), **self.scaler.older_state()}
         wanted = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
         progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
+        self.optimizer.adopt(wanted)
         self.scaler.adopt(wanted, dp=origin.data_ranks(path) if OLDER in wanted else 1)
         self._copy_tied()
         return progress
@@ -158,13 +160,11 @@ class TorchEngine:
     def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
         """Call once, when the next step has its gradients, with (name, gradient): reduced, unscaled, before clipping."""
 
-        def before(*_: object) -> None:
-            handle.remove()
+        def before() -> None:
             scale = float(self.scaler.scale) / self.layout.dp
             call((item.name, item.parameter.grad / scale) for item in self.optimizer.shards if item.parameter.grad is not None)
 
-        if self.optimizer.optimizer is not None:
-            handle = self.optimizer.optimizer.register_step_pre_hook(before)
+        self.optimizer.watch = before
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:

@@ -18,7 +18,7 @@ from hybridtrain import evaluate, tasks
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot, TaskConfig
 from hybridtrain.data import vocabulary
-from hybridtrain.data.blend import check_eval_rows, check_vocab, open_data, tokenizer_dir
+from hybridtrain.data.blend import check_eval_rows, check_vocab, data_of, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier
@@ -40,9 +40,9 @@ def run(config: EvaluateRoot) -> int:
     settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
-    if not (settings.data.path or settings.data.blend):
+    if not (settings.data.path or settings.data.blend or settings.data.kind != "prepared"):
         raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
-    data = open_data(settings.data, timeout_s=0)
+    data = data_of(settings, timeout_s=0)
     rows = config.evaluate.rows or settings.train.eval_rows
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
@@ -76,7 +76,7 @@ def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
     """The run's data, rows and batch, with what the command asks for on top. Of other data nothing is the run's."""
     if config.data.path or config.data.blend:
         of_run = copy.deepcopy(of_run)
-        of_run.data.path, of_run.data.blend, of_run.data.eval_path = "", {}, ""
+        of_run.data.kind, of_run.data.path, of_run.data.blend, of_run.data.eval_path = "prepared", "", {}, ""
     return compose.laid_over(config, of_run)
 
 

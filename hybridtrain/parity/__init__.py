@@ -7,9 +7,9 @@ compare.py   the command: reference first, then layout after layout
 """
 
 from hybridtrain.config import schema
-from hybridtrain.parity.compare import compare
+from hybridtrain.parity.compare import Own, Parity, compare, compared
 
-__all__ = ["compare", "run"]
+__all__ = ["Own", "Parity", "compare", "compared", "run"]
 
 
 def run(config: schema.Config) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
+from hybridtrain import tasks
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
+from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
@@ -25,6 +28,7 @@ from hybridtrain.runtime import host, launch, ranks
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measured, Reference, Task
+    from hybridtrain.tasks.task import Task as Learnt
 
 LARGE = 500_000_000
 """Parameters from which on the reference's files and minutes deserve a warning."""
@@ -38,10 +42,39 @@ class _Machine:
     preload: tuple[str, ...]
     timeout_s: float
     folder: str
+    own: Own
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a program gives beside its config; it goes to the ranks."""
+
+    learnt: Learnt | None
+    data: Blend | None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found."""
+
+    rows: tuple[Row, ...]
+    """One for each layout and engine, in the order of the table."""
+    path: Path
+    """parity.json."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layout does."""
+        return all(row.passed for row in self.rows)
 
 
 def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measured]) -> int:
-    """Compare every layout with the reference; print the table, write parity.json. 0: all pass, 1: some do not.
+    """`compared` for the command line. 0: all pass, 1: some do not."""
+    return 0 if compared(config, train=train, own=Own(None, None)).passed else 1
+
+
+def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measured], own: Own) -> Parity:
+    """Compare every layout with the reference; print the table, write parity.json.
 
     `train` runs on every rank of a layout; it is measure.train_layout unless a test wants it broken. Raises UserError before
     anything starts when the config or a named layout cannot run.
@@ -49,20 +82,26 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
     devices = _devices()
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
-    config = _fitted(config)
+    tasks.own(config)  # for what it refuses
+    data = _data(config, own)
+    config = blends.fitted(config, data, facts=facts_of(config.model)) if data else config
     comparison = plans.prepare(config, capabilities={kind: capabilities.able(config.engine, kind=kind) for kind in kinds}, devices=devices)
-    _check_tokens(comparison)
+    if data:
+        with _or_random(config):
+            blends.check_vocab(data, vocab=comparison.facts.vocab)
+            blends.check_train_rows(data, seq_len=config.data.seq_len)
     config = comparison.config
     path = _result_path(config)
-    print(_opening(comparison, devices), flush=True)
+    tokens = data.name if data else ""
+    print(_opening(comparison, devices, tokens=tokens), flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder)
+        machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder, own)
         reference, seconds = _reference(comparison, machine)
-        facts = _facts(comparison)
+        facts = _facts(comparison, tokens=tokens)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
         width = max(len(name) for name in ("at most, without tp", *(f"{entry.name} ({entry.engine})" for entry in comparison.entries)))
-        by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison) for entry in comparison.entries}
+        by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison, reference) for entry in comparison.entries}
         print(verdict.header(by_kind, width=width), flush=True)
         for entry in comparison.entries:
             rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
@@ -70,12 +109,14 @@ def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measure
             verdict.write(path, rows=rows, reference=told, facts=facts)
     failed = [row.name for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "") + f"\n{path}", flush=True)
-    return 1 if failed else 0
+    return Parity(tuple(rows), path)
 
 
-def _tolerance(entry: Entry, comparison: Comparison) -> dict[str, float]:
+def _tolerance(entry: Entry, comparison: Comparison, reference: Reference) -> dict[str, float]:
+    """AdamW moves an element by about the learning rate a step; of another optimizer it is measured how far it moves one."""
     config = comparison.config
-    return verdict.tolerances(config.precision.kind, tp=entry.layout.tp, lr=config.optim.lr, steps=config.parity.steps)
+    moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
+    return verdict.tolerances(config.precision.kind, tp=entry.layout.tp, moved=moved)
 
 
 def _devices() -> int | None:
@@ -93,35 +134,21 @@ def _devices() -> int | None:
     return torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
-def _check_tokens(comparison: Comparison) -> None:
-    config = comparison.config
-    if not _has_data(config):
-        return
+@contextlib.contextmanager
+def _or_random(config: schema.Config) -> Iterator[None]:
+    """What is refused of a corpus need not be mended for a comparison."""
     try:
-        data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-        blends.check_vocab(data, vocab=comparison.facts.vocab)
-        blends.check_train_rows(data, seq_len=config.data.seq_len)
+        yield
     except UserError as error:
-        raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") from error
+        raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") if config.data.path else error from None
 
 
-def _fitted(config: schema.ParityRoot) -> schema.ParityRoot:
-    """The model that `train` would make: new weights have every token of the corpus. What cannot be opened is refused later."""
-    if not _has_data(config):
-        return config
-    try:
-        data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    except UserError:
-        return config
-    return blends.fitted(config, data, facts=facts_of(config.model))
-
-
-def _has_data(config: schema.Config) -> bool:
-    return bool(_corpus(config))
-
-
-def _corpus(config: schema.Config) -> str:
-    return config.data.path or " + ".join(config.data.blend)
+def _data(config: schema.ParityRoot, own: Own) -> Blend | None:
+    """The rows that are trained on; None: random tokens."""
+    if own.data or not (config.data.path or config.data.blend or config.data.kind != "prepared"):
+        return own.data
+    with _or_random(config):
+        return blends.data_of(config, timeout_s=config.engine.timeout_s)
 
 
 def _result_path(config: schema.ParityRoot) -> Path:
@@ -133,15 +160,19 @@ def _result_path(config: schema.ParityRoot) -> Path:
     return folder / "parity.json"
 
 
-def _opening(comparison: Comparison, devices: int | None) -> str:
+def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str:
     """What is compared with what, and what was changed in the user's config."""
     config, facts, plan = comparison.config, comparison.facts, comparison.plan
-    tokens = f"the corpus at {_corpus(config)}" if _has_data(config) else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
+    source = (
+        f"{'the corpus at' if config.data.path or config.data.blend else 'rows of'} {tokens}"
+        if tokens
+        else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
+    )
     where = f"{devices} GPUs" if devices else "the CPU"
     kinds = ", ".join(dict.fromkeys(entry.engine for entry in comparison.entries))
     lines = [
         f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {kinds}, on {where}",
-        f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {tokens}",
+        f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {source}",
         *comparison.said,
     ]
     if facts.parameters > LARGE:
@@ -158,7 +189,7 @@ def _preload(comparison: Comparison) -> tuple[str, ...]:
     return ("hybridtrain.parity.measure", *engine, f"transformers.models.{family}.modeling_{family}")
 
 
-def _facts(comparison: Comparison) -> dict[str, Any]:
+def _facts(comparison: Comparison, *, tokens: str) -> dict[str, Any]:
     """What parity.json tells besides the results."""
     config, plan = comparison.config, comparison.plan
     return {
@@ -167,7 +198,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "lr": config.optim.lr,
         "eps": config.optim.eps,
         "tokens_per_step": plan.tokens,
-        "tokens": _corpus(config) or "synthetic",
+        "tokens": tokens or "synthetic",
         "changed": comparison.said,
         "left_out": comparison.left_out,
         "versions": host.versions(),
@@ -192,7 +223,8 @@ def _reference(comparison: Comparison, machine: _Machine) -> tuple[Reference, fl
 def _task(config: schema.Config, layout: ParallelLayout, comparison: Comparison, plan: Any, machine: _Machine) -> Task:
     from hybridtrain.parity.measure import Task
 
-    return Task(config=config, layout=layout, plan=plan, steps=comparison.config.parity.steps, vocab=comparison.facts.vocab, folder=machine.folder)
+    steps, vocab, own = comparison.config.parity.steps, comparison.facts.vocab, machine.own
+    return Task(config=config, layout=layout, plan=plan, steps=steps, vocab=vocab, folder=machine.folder, learnt=own.learnt, data=own.data)
 
 
 def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, reference: Reference, train: Callable[[Task, float], Measured]) -> Row:
@@ -209,4 +241,6 @@ def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, referenc
         measured, worst, error = verdict.merge(found, reference)
     except ranks.RankFailed as failure:
         measured, worst, error = {}, {}, str(failure)
-    return Row(entry.name, entry.engine, processes, config.precision.kind, _tolerance(entry, comparison), time.monotonic() - began, measured, worst, error)
+    return Row(
+        entry.name, entry.engine, processes, config.precision.kind, _tolerance(entry, comparison, reference), time.monotonic() - began, measured, worst, error
+    )

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hybridtrain import engine as engines
-from hybridtrain import tasks
+from hybridtrain import registry, tasks
 from hybridtrain.config.schema import Config
-from hybridtrain.data.blend import open_data
+from hybridtrain.data.blend import Blend, data_of
 from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
@@ -31,6 +31,7 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
 from hybridtrain.reference import Reference as PlainLoop
+from hybridtrain.tasks.task import Task as Learnt
 from hybridtrain.types import StepResult
 
 
@@ -45,6 +46,10 @@ class Task:
     vocab: int
     folder: str
     """Where the reference leaves its tensors."""
+    learnt: Learnt | None
+    """A program's own task; None: what task.kind names."""
+    data: Blend | None
+    """A program's own rows; None: what the config names."""
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Reference:
     """How the plain process went, and the names in the two files it left."""
 
     steps: Steps
+    moved: float
+    """The largest change of an element of a parameter; 0 where nobody asks, for AdamW: it is known to be about the learning rate a step."""
     gradients: set[str]
     parameters: set[str]
 
@@ -90,19 +97,20 @@ class Measured:
 
 def train_reference(task: Task) -> Reference:
     """Train in one plain process and leave gradients.safetensors and parameters.safetensors in the task's folder."""
-    device = mesh.device()
-    config = task.config
+    device, config = mesh.device(), task.config
+    registry.load(config.run.plugins)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     family = family_for(built)
     precision = policy(config.precision.kind)
     source = initial(config.model, built, family=family, seed=config.run.seed)
-    learnt = tasks.of(config, labels=len(facts_of(config.model).labels))
+    learnt = task.learnt or tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
     plain = PlainLoop(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=learnt, **dtypes)
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
     tokens = _tokens(task, dp_rank=0, dp_size=1, collate=learnt.collate)
+    begun = {} if config.optim.kind == "adamw" else {name: value.clone() for name, value in plain.parameters().items()}
     done = Steps()
     for step in range(task.steps):
         batches = [batch.to(device) for batch in tokens.micro_batches(step)]
@@ -113,14 +121,16 @@ def train_reference(task: Task) -> Reference:
         if step == 0:
             gradients = _leave(result.gradients, Path(task.folder) / "gradients.safetensors")
         del result
-    return Reference(done, gradients, _leave(plain.parameters(), Path(task.folder) / "parameters.safetensors"))
+    moved = max((float((value - begun[name]).abs().max()) for name, value in plain.parameters().items() if begun), default=0.0)
+    return Reference(done, moved, gradients, _leave(plain.parameters(), Path(task.folder) / "parameters.safetensors"))
 
 
 def train_layout(task: Task, reference_norm: float) -> Measured:
     """Train under the task's layout (collective) and compare. `reference_norm`: the reference's first global gradient norm."""
     device = mesh.device()
+    registry.load(task.config.run.plugins)
     mesh.connect(device, timeout_s=task.config.engine.timeout_s)
-    engine = engines.build(task.config, layout=task.layout, plan=task.plan, device=device)
+    engine = engines.build_for(task.learnt, task.config, layout=task.layout, plan=task.plan, device=device, initial=True)
     gradients, parameters = Differences(), Differences()
 
     def compare_gradients(named: Iterable[tuple[str, Any]]) -> None:
@@ -167,8 +177,9 @@ def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
 
 def _tokens(task: Task, *, dp_rank: int, dp_size: int, collate: Collate) -> Tokens:
     seed = task.config.run.seed
-    if task.config.data.path or task.config.data.blend:
-        data = open_data(task.config.data, timeout_s=0)
+    named = task.config.data
+    if task.data or named.path or named.blend or named.kind != "prepared":
+        data = task.data or data_of(task.config, timeout_s=0)
         return Loader(data, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab, collate=collate)
     return Synthetic(
         vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, labels=len(facts_of(task.config.model).labels), collate=collate

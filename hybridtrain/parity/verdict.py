@@ -20,7 +20,7 @@ GRADIENT_FLOOR = 1e-6
 """A gradient smaller than this share of the global norm is measured against that share: it is rounding noise by itself."""
 
 # (recipe, whether tp cuts matrix products) -> loss, gradient norm and gradients relative; parameters as a multiple of the sum of
-# learning rates. docs/parity.md has the measurements behind them.
+# learning rates, which AdamW moves them by. docs/parity.md has the measurements behind them.
 _TOLERANCES = {
     ("fp32", False): (1e-5, 1e-5, 1e-5, 0.05),
     ("fp32", True): (1e-5, 1e-5, 1e-5, 0.05),
@@ -63,10 +63,10 @@ class Row:
         return not self.error and not self.beyond
 
 
-def tolerances(precision: str, *, tp: int, lr: float, steps: int) -> dict[str, float]:
-    """The largest difference that passes, per measure."""
+def tolerances(precision: str, *, tp: int, moved: float) -> dict[str, float]:
+    """The largest difference that passes, per measure. `moved`: how far the steps move an element of a parameter, about."""
     *relative, moves = _TOLERANCES[precision, tp > 1]
-    return dict(zip(MEASURES, (*relative, moves * lr * steps), strict=True))
+    return dict(zip(MEASURES, (*relative, moves * moved), strict=True))
 
 
 def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -89,7 +89,7 @@ def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, p
 def _of_torch(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> Need:
     w, zero = widths(config.precision.kind), parallel.zero_stage
     share = math.ceil(total / layout.dp_shard)
-    held = share * w.stored * 4  # weight, gradient, two moments
+    held = share * w.stored * (4 if config.optim.kind == "adamw" else 2)  # weight, gradient, two moments; what a registered optimizer keeps is not known
     wrapped = layout.dp > 1 or layout.tp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
         return Need(held, head, 0)

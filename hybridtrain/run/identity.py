@@ -22,7 +22,7 @@ from hybridtrain.run import lock
 from hybridtrain.runtime.files import check_apart
 from hybridtrain.types import ModelFacts, Progress
 
-_WHOLE_SECTIONS = ("model", "data", "optim", "schedule")
+_WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
 _SINGLE_FIELDS = ("run.seed", "run.branch_from", "batch.global_batch_size")
 _HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # how the command was given, nothing about the run
@@ -60,7 +60,7 @@ def choose(config: Config) -> Choice:
                 raise not_resumable(path, words=" of this run")
             return Choice(path, None, others)
         before = compose.read_run(path / "config.yaml")
-        before.model.trust_remote_code = config.model.trust_remote_code  # a permission, which the command line alone gives
+        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins  # the command line permits, not the run
         differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
         if explicit and differing:
             raise _another_run(path, differing)

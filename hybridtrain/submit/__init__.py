@@ -37,6 +37,9 @@ def run_several(configs: list[SubmitRoot]) -> int:
     """Submit a run, or several as one job array (raises UserError)."""
     cluster, first = configs[0].cluster, configs[0]
     world = cluster.nodes * script.ranks_per_node(cluster)
+    if other := next((config.run.plugins for config in configs if config.run.plugins != first.run.plugins), None):
+        problem = f"another run of the array has {first.run.plugins}"
+        raise refusal("run.plugins", other, problem, allowed="the same modules in all runs of an array", instead="run.plugins with the modules of all")
     slurm.check_nodes(cluster.nodes, partition=cluster.partition)
     trainings = [_training(config) for config in configs]
     absent = [config.data.path for config in configs if embedded.missing(config.data)]
@@ -46,7 +49,8 @@ def run_several(configs: list[SubmitRoot]) -> int:
     for training in trainings:
         _check_processes(training.parallel, cluster)
     names = [compose.plain(training)["run"]["name"] for training in trainings]  # they stand in the queue, which everybody sees
-    told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable, "stop_signal": first.run.stop_signal}
+    told: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable}
+    told |= {"stop_signal": first.run.stop_signal, "plugins": first.run.plugins}
     if absent:  # before a corpus is prepared for a job that Slurm would not take
         folders = [Path(config.run.dir).resolve() for config in configs]
         _tried(script.render(cluster, folder=_folder(folders, name=names[0]), runs=folders, **told))

@@ -1,6 +1,6 @@
 """What the job script does beside training, on the first node; the standard library and our checks, no torch.
 
-python -m hybridtrain.submit.job open key=value ...          compose and check, unless `submit` has; prints the run directory
+python -m hybridtrain.submit.job open key=value ...          compose and check, unless `submit` has; prints the run directory, then words for training
 python -m hybridtrain.submit.job close RUN --code N --stopped WHY    the verdict: exit code 0 done, 75 requeue, else failed
 """
 
@@ -18,20 +18,23 @@ from hybridtrain.run import lock
 from hybridtrain.run.directory import read_summary, record_lost
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import read_object, unwritable, write_json
-from hybridtrain.submit import lives, slurm
+from hybridtrain.submit import lives, script, slurm
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL
 RUN = "HYBRIDTRAIN_RUN"
+PLUGINS = "HYBRIDTRAIN_PLUGINS"
 
 
 def open_job(argv: list[str]) -> int:
-    """Print the run directory of this job: the one that `submit` minted, or the one that these overrides continue or start."""
+    """Print the run directory of this job: the one that `submit` minted, or the one that these overrides continue or start. Below it run.plugins."""
     try:
-        run = _given_run()
+        run, words = _given_run(), os.environ.get(PLUGINS, "")
         if run is None:
             from hybridtrain.submit import mint
 
-            run = mint.mint_from(argv)
+            with contextlib.redirect_stdout(sys.stderr):  # what is printed below is read by the script; a user's module may print, too
+                run, plugins = mint.mint_from(argv)
+            words = script.plugins_word(plugins)
         if (holder := lock.holder_elsewhere(run)) is not None:
             raise lock.held(run, by=holder)
         job, life = _this_life()
@@ -44,6 +47,7 @@ def open_job(argv: list[str]) -> int:
             print(f"hybridtrain submit: {error}", file=sys.stderr)
         return 2
     print(run)
+    print(words)
     return 0
 
 

@@ -23,12 +23,12 @@ from hybridtrain.training import job as jobs
 _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
 
-def mint_from(argv: list[str]) -> Path:
-    """The run directory that overrides continue or start, checked against the job's processes."""
+def mint_from(argv: list[str]) -> tuple[Path, list[str]]:
+    """The run directory that overrides continue or start, checked against the job's processes, and the modules of run.plugins."""
     config = training(argv)
     checks.check(config)
     job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
-    return mint(job.config).path
+    return mint(job.config).path, config.run.plugins
 
 
 def mint(config: schema.Config) -> RunDir:
@@ -60,8 +60,8 @@ def checked(config: schema.Config, *, world_size: int) -> jobs.Job:
 
 
 def freeze(config: schema.Config, run: Path) -> None:
-    """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile."""
-    frozen = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve())))
+    """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile. What imports code stands in the job's script."""
+    frozen = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[]))
     folder = run / "submit" / "conf" / "experiment"
     try:
         folder.mkdir(parents=True, exist_ok=True)

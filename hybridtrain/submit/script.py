@@ -27,13 +27,18 @@ RUNS = "runs.txt"
 """Beside the script of an array: its run directories, one a line."""
 
 
-def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, runs: list[Path]) -> str:
+def plugins_word(plugins: list[str]) -> str:
+    """run.plugins as a word of a command line, which gives the permission that no file of a run can; empty without any."""
+    return f"run.plugins=[{','.join(getattr(name, 'source', name) for name in plugins)}]" if plugins else ""
+
+
+def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> str:
     """The script that `sbatch` takes. `folder`: where its output goes; `runs`: run directories, several make an array."""
     options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
     body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
     lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
-    exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, runs=runs)
+    exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, plugins=plugins, runs=runs)
     for field, value in {**{f"cluster.environment.{key}": value for key, value in exported.items()}, "cluster.modules": " ".join(cluster.modules)}.items():
         _check_letters(field, value)
     lines += [f"export {key}={_word(key, value)}" for key, value in exported.items()]
@@ -120,7 +125,7 @@ def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path,
     return options
 
 
-def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_signal: str, runs: list[Path]) -> Mapping[str, str]:
+def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> Mapping[str, str]:
     for key, value in cluster.environment.items():
         if not _NAME.fullmatch(key) or "\0" in str(value):
             raise refusal(f"cluster.environment.{key}", value, "not an environment variable", allowed="NAME: value", instead="NCCL_DEBUG: INFO")
@@ -134,6 +139,7 @@ def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_sign
         "HYBRIDTRAIN_MAX_RESTARTS": str(cluster.max_restarts),
         "HYBRIDTRAIN_HEALTH_S": str(cluster.health_timeout_s),
         "HYBRIDTRAIN_SIGNAL": stop_signal,
+        "HYBRIDTRAIN_PLUGINS": plugins_word(plugins),
         "HYBRIDTRAIN_IMAGE": cluster.container_image,
         "HYBRIDTRAIN_MOUNTS": cluster.container_mounts,
     }

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from hybridtrain import registry
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
@@ -54,9 +55,9 @@ def options(config: Config) -> dict[str, list[str]]:
 
 
 def code() -> dict[str, str]:
-    """File of this package -> a digest of its text; library -> its version."""
+    """File of this package, module of run.plugins -> a digest of its text; library -> its version."""
     files = {f"hybridtrain/{file.relative_to(host.PACKAGE)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(host.PACKAGE.rglob("*.py"))}
-    return {**files, **{name: version for name, version in host.versions().items() if name != "hybridtrain"}}
+    return {**files, **registry.sources(), **{name: version for name, version in host.versions().items() if name != "hybridtrain"}}
 
 
 def _digest(value: Any) -> str:

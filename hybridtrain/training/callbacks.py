@@ -17,7 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hybridtrain import registry
 from hybridtrain.config.schema import Config
+from hybridtrain.errors import refusal
 from hybridtrain.runtime import log
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.training.hooks import Moment
@@ -62,6 +64,20 @@ class Callback:
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """The last call. `error`: what ended the run, None where it reached its end or was stopped."""
+
+
+def registered(config: Config) -> tuple[Callback, ...]:
+    """The callbacks that run.callbacks names: a class is made without arguments, a function is called with the config. Raises UserError for what is none."""
+    result = []
+    for name in config.run.callbacks:
+        factory = registry.own("callback", name)
+        assert factory is not None
+        made = factory() if isinstance(factory, type) else factory(config)
+        if not isinstance(made, Callback):
+            problem, instead = f"its factory returned {type(made).__name__}", f'@ht.register("callback", "{name}") above a class that inherits ht.Callback'
+            raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)
+        result.append(made)
+    return tuple(result)
 
 
 class Callbacks:

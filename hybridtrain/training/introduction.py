@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridtrain import registry
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
@@ -44,12 +45,22 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     )
     short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
     _log.info(
-        "precision %s: master weights and Adam moments %s, compute %s, gradients %s", config.precision.kind, short["param"], short["compute"], short["reduce"]
+        "precision %s: master weights and optimizer state %s, compute %s, gradients %s",
+        config.precision.kind,
+        short["param"],
+        short["compute"],
+        short["reduce"],
     )
     for corpus in job.data.corpora:
         if isinstance(corpus, OwnRows):
-            _log.info("data      %d rows of %s, given by the program", corpus.count("train", seq_len=plan.seq_len), corpus.path)
-    _log.info("backend   %s", cpu.describe(config.engine, device=engine.device))
+            _log.info(
+                "data      %d rows of %s%s",
+                corpus.count("train", seq_len=plan.seq_len),
+                corpus.path,
+                ", given by the program" if corpus.field == "data" else "",
+            )
+    for line in (*_of_plugins(job), f"backend   {cpu.describe(config.engine, device=engine.device)}"):
+        _log.info("%s", line)
     _log.info("run       %s", run_dir.path)
     for line in _of_tokenizer(job, model=run_dir.model):
         _log.info("tokenizer %s", line)
@@ -73,6 +84,17 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
             config.schedule.kind,
             job.total_steps,
         )
+
+
+def _of_plugins(job: Job) -> list[str]:
+    """What modules of the user's add, and the settings that theirs read."""
+    config, lines = job.config, []
+    if config.run.plugins:
+        lines.append(f"plugins   {', '.join(compose.shown(config.run.plugins))} ({registry.listed()})")
+    for name, kind, options in (("optimizer", config.optim.kind, config.optim.options), ("schedule", config.schedule.kind, config.schedule.options)):
+        if options:
+            lines.append(f"{name:<9} {kind} {compose.shown(options)}")
+    return lines
 
 
 def _other_data(job: Job, *, start: Progress) -> bool:

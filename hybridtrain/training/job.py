@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hybridtrain import engine as engines
+from hybridtrain import tasks
 from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
@@ -55,7 +56,8 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
-    data = data or blends.open_data(config.data, timeout_s=config.engine.timeout_s)
+    data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
+    task = task or tasks.own(config)
     fitted = blends.fitted(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)

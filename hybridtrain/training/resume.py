@@ -208,6 +208,9 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     if differing:
         problem = f"it is of another model: {identity.words(differing)}"
         raise refusal("run.branch_from", origin, problem, allowed="the same model section", instead="the model of that run")
+    if theirs.is_file() and (kind := read_run(theirs).optim.kind) != job.config.optim.kind:
+        problem, instead = f"the checkpoint's optimizer state is that of {kind}", f"optim.kind={kind}, or model.from_pretrained=<export of that run>"
+        raise refusal("optim.kind", job.config.optim.kind, problem, allowed="the optimizer of the run that it branches from", instead=instead)
     _check_fingerprints(progress, checkpoint=origin, job=job, allow_data_change=True)
     if progress.step >= job.total_steps:
         problem = f"run.branch_from has done {progress.step} steps already"

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hybridtrain import engine as engines
 from hybridtrain.config import checks, compose
 from hybridtrain.config.schema import Config
-from hybridtrain.data.blend import Blend
-from hybridtrain.data.own import OwnRows
+from hybridtrain.data.blend import Blend, of_rows
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
 from hybridtrain.plan import flops
 from hybridtrain.run import identity
@@ -64,7 +63,7 @@ class Trainer:
     def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = (), task: Task | None = None):
         """`config`: of `hybridtrain.compose`. `data`, `eval_data`: rows in place of the config's data (data/own.py tells what a row is).
 
-        `task`: what is learnt (tasks/task.py); None: next-token prediction.
+        `task`: what is learnt (tasks/task.py); None: what task.kind names.
         """
         self.config, self.data, self.eval_data, self.callbacks, self.task = config, data, eval_data, tuple(callbacks), task
 
@@ -96,11 +95,12 @@ class Trainer:
         if self.config.train.eval_every and self.eval_data is None:
             problem, instead = "there is no `eval_data`", "train.eval_every=0, or Trainer(config, data=..., eval_data=...)"
             raise refusal("train.eval_every", self.config.train.eval_every, problem, allowed="0 without it", instead=instead)
-        rows = OwnRows(self.data, split="train", field="data")
-        held_out = None if self.eval_data is None else OwnRows(self.eval_data, split="eval", field="eval_data")
-        checks.check(dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, path=rows.path, blend={})))
+        if (kind := self.config.data.kind) != "prepared":
+            raise refusal("data.kind", kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
+        rows = of_rows(self.data, self.eval_data, fields=("data", "eval_data"), documents=self.config.data.document_mask)
+        checks.check(dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, path=rows.name, blend={})))
         own = dataclasses.replace(self.config.data, path="", blend={}, eval_path="", source=[])
-        return dataclasses.replace(self.config, data=own), Blend((rows,), (1.0,), held_out, self.config.data.document_mask)
+        return dataclasses.replace(self.config, data=own), rows
 
 
 def run(config: Config) -> int:
@@ -113,6 +113,10 @@ def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback], ta
     """Train as a checked config says (collective over the launcher's processes). `data`: in place of what the config names."""
     began = time.monotonic()
     launch.use_expandable_segments()
+    if config.run.callbacks:
+        from hybridtrain.training.callbacks import registered
+
+        callbacks = (*callbacks, *registered(config))
     job = resolve(config, world_size=launch.world_size(), here=True, data=data, task=task)
     run_dir = None
     if not launch.several():  # a process alone: refused before torch is imported

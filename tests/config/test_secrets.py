@@ -132,7 +132,7 @@ def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch:
     config = compose.compose("submit", ["run.name='${oc.env:A_SECRET}'", "cluster.environment={WANDB_API_KEY: '${oc.env:A_SECRET}'}"])
     mint.freeze(schema.Config(run=config.run), tmp_path / "run")
     assert SECRET not in (tmp_path / "run/submit/conf/experiment/submitted.yaml").read_text()
-    said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "runs": [tmp_path / "run"]}
+    said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "plugins": [], "runs": [tmp_path / "run"]}
     text = script.render(config.cluster, **said)
     assert SECRET not in text
     head = text.partition("# --- job ---")[0] + 'printf %s "$WANDB_API_KEY"'

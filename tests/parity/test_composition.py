@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from hybridtrain import parity
-from hybridtrain.parity import verdict
+from hybridtrain.parity import compare, verdict
 from tests.parity.test_parity import root
 from tests.sabotage import composition as planted
 
@@ -42,7 +41,7 @@ def test_a_fault_found_elsewhere_is_found_by_parity(
 ) -> None:
     config = root(run_dir, layout, family=family)
     config.model.config |= fields
-    assert parity.compare(config, train=fault) == 1
+    assert compare(config, train=fault) == 1
     written = json.loads((run_dir / "parity.json").read_text())
     [row] = written["layouts"]
     assert not written["errors"], "it is to be wrong, not to crash"

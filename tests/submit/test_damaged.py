@@ -235,7 +235,7 @@ def test_a_disk_without_space_is_refused_while_submitting(tmp_path: Path, monkey
 
 
 def test_half_letters_are_refused_and_other_bytes_kept(tmp_path: Path) -> None:
-    said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "stop_signal": "USR1"}
+    said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "stop_signal": "USR1", "plugins": []}
     with pytest.raises(UserError, match=r"cluster\.environment\.WORDS='a.ud800b'"):
         script.render(ClusterConfig(environment={"WORDS": "a\ud800b"}), **said, python="python", runs=[tmp_path / "run"])
     odd = os.fsdecode(b"/opt/py\xffthon")

@@ -149,6 +149,24 @@ def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+def test_modules_of_the_user_reach_the_job_however_it_is_queued(slurm, data, tmp_path, monkeypatch):
+    """`submit` and a plain sbatch: the job's own command line permits them, the frozen configuration in the run does not name them."""
+    (tmp_path / "mine.py").write_text(
+        "import hybridtrain as ht\nprint('words on the standard output')\nht.register('schedule', 'halved')(lambda step, config, total_steps: 0.5)\n"
+    )
+    words = ["run.plugins=[mine]", "schedule.kind=halved"]
+    jobs = {tmp_path / "one": submit(tmp_path / "one", data, *words)}
+    monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
+    monkeypatch.setenv("HYBRIDTRAIN_RANKS", "2")
+    argv = [*arguments(tmp_path / "two", data, parallel="tp2_pp2"), *words]
+    jobs[tmp_path / "two"] = slurm.run("sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm/train.sbatch"), *argv)
+    for run, job in jobs.items():
+        assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(run)
+        assert {line["lr"] for line in rows(run)} == {0.0015}
+        assert "plugins: []" in (run / "submit/conf/experiment/submitted.yaml").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_save", [False, True])
 def test_signalled_it_saves_requeues_and_ends_the_same(slurm, data, uninterrupted, tmp_path, monkeypatch, slow_save):
     """As before its time limit. A checkpoint may take longer than Slurm's KillWait (5 s here)."""

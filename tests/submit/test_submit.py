@@ -62,7 +62,7 @@ def test_a_new_chain_has_a_budget_of_its_own():
 def rendered(tmp_path: Path, *, runs: int = 1, **options: object) -> str:
     cluster = ClusterConfig(**options)  # type: ignore[arg-type]
     paths = [tmp_path / f"run-{number}" for number in range(runs)]
-    return script.render(cluster, name="a run", folder=tmp_path / "submit", work_dir=tmp_path, python="/opt/python", stop_signal="USR2", runs=paths)
+    return script.render(cluster, name="a run", folder=tmp_path / "submit", work_dir=tmp_path, python="/opt/python", stop_signal="USR2", plugins=[], runs=paths)
 
 
 def test_the_script_has_what_was_asked_for(tmp_path):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain.run.trackers.kinds import KINDS, Kind, Place
+from hybridtrain.run.trackers.kinds import Kind, Place, kind_of
 
 _log = logging.getLogger(__name__)
 
@@ -64,15 +64,16 @@ class Trackers:
         project = _called(str(config["tracker"]["project"]), "tracker.project")
         name = _called(str(config["run"]["name"]), "run.name")
         for kind in kinds:
-            row, place = KINDS[kind], (folder / kind).resolve()
+            row, place = kind_of(kind), (folder / kind).resolve()
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 for variable, value in row.environment(place).items():
                     os.environ.setdefault(variable, value)
                 # Imported here: two threads inside one import with cycles can see half a module.
-                for module in ("accelerate.tracking", *row.modules):
+                for module in row.modules:
                     importlib.import_module(module)
-                _accelerate_state()
+                if row.modules:
+                    _accelerate_state()
             except Exception as error:
                 _warn(kind, error)
                 continue

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hybridtrain import registry
+
 INIT_S = 30.0  # wandb.init gives up after so long
 UPLOAD_S = 20.0  # and run.finish() stops uploading after so long; the data stays on disk for `wandb sync`
 
@@ -28,6 +30,25 @@ class Place:
     """The tracker's own, in the run directory."""
     first_step: int
     """Steps that were done before this start; 0 for a new run."""
+
+
+class Tracker:
+    """A tracker of a user's own: override what is needed. Made and called on a thread of its own, on rank 0; what it raises costs a warning."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def start(self) -> None:
+        """Before anything else."""
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The run's configuration, flat, without secrets."""
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """The numbers of a line of metrics.jsonl."""
+
+    def finish(self) -> None:
+        """The run has ended, well or not."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +193,20 @@ def _clearml(place: Place) -> Any:
     return ClearMLTracker(place.name, project_name=place.project, task_name=place.name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
 
 
+_ACCELERATE = ("accelerate.tracking",)
 KINDS: dict[str, Kind] = {
-    "tensorboard": Kind(("torch.utils.tensorboard",), _nothing, _tensorboard, _finished),
-    "wandb": Kind(("wandb",), _nothing, _wandb, _wandb_failed),
-    "mlflow": Kind(("mlflow",), _mlflow_environment, _mlflow, _mlflow_failed),
-    "trackio": Kind(("trackio",), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finished),
-    "dvclive": Kind(("dvclive", "dvclive.plots"), _nothing, _dvclive, _finished),
-    "swanlab": Kind(("swanlab",), _nothing, _swanlab, _finished),
-    "comet_ml": Kind(("comet_ml",), _nothing, _comet_ml, _finished),
-    "clearml": Kind(("clearml",), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml, _clearml_failed),
+    "tensorboard": Kind((*_ACCELERATE, "torch.utils.tensorboard"), _nothing, _tensorboard, _finished),
+    "wandb": Kind((*_ACCELERATE, "wandb"), _nothing, _wandb, _wandb_failed),
+    "mlflow": Kind((*_ACCELERATE, "mlflow"), _mlflow_environment, _mlflow, _mlflow_failed),
+    "trackio": Kind((*_ACCELERATE, "trackio"), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finished),
+    "dvclive": Kind((*_ACCELERATE, "dvclive", "dvclive.plots"), _nothing, _dvclive, _finished),
+    "swanlab": Kind((*_ACCELERATE, "swanlab"), _nothing, _swanlab, _finished),
+    "comet_ml": Kind((*_ACCELERATE, "comet_ml"), _nothing, _comet_ml, _finished),
+    "clearml": Kind((*_ACCELERATE, "clearml"), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml, _clearml_failed),
 }
+
+
+def kind_of(name: str) -> Kind:
+    """The row of a tracker, ours or a user's: then a factory (Place) -> Tracker. Raises UserError for a name that there is not."""
+    own = registry.own("tracker", name)
+    return KINDS[name] if own is None else Kind((), _nothing, own, _finished)

@@ -1,0 +1,153 @@
+"""A user's own optimizer (optim.kind=NAME): what its factory returns is checked, stepped over this rank's shards, and saved in ours' form.
+
+    factory(groups, optim config) -> torch.optim.Optimizer      groups: with weight decay and without, their tensors this rank's shards
+
+Unscaling, clipping and skipped steps happen before its step. Only updates that work element by element are the same under every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridtrain import registry
+from hybridtrain.config.schema import OptimConfig
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.optim.shards import Local, Update, groups, like
+
+_NUMBERS: dict[str, tuple[type, torch.dtype]] = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
+"""Python's numbers, which a checkpoint holds as tensors: `optim.<name>.<field>:<type>`."""
+
+
+def made(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
+    """What the registered factory makes of parameter groups; raises UserError for what is no optimizer of all of them at optim.lr."""
+    factory = registry.own("optimizer", settings.kind)
+    assert factory is not None
+    optimizer = factory(parameters, settings)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        problem, allowed = f"its factory returned {type(optimizer).__name__}", "a torch.optim.Optimizer"
+        raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="a factory (groups, config) that returns one")
+    given = [id(p) for group in parameters for p in group["params"]]
+    taken = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(given) != sorted(taken):
+        problem, allowed = f"it holds {len(taken)} parameters of the {len(given)} that it was given", "all of them, once each"
+        raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="model.freeze for what is not to be trained")
+    for rate in (group.get("lr") for group in optimizer.param_groups):
+        if rate is None or float(rate) != settings.lr:
+            problem, allowed = f"one of its groups has the rate {rate}, optim.lr is {settings.lr:g}", "optim.lr in every group; the schedule multiplies it"
+            raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="lr=config.lr in its factory")
+    return optimizer
+
+
+class Own(Update):
+    """A registered optimizer over local shards."""
+
+    def __init__(self, shards: list[Local], settings: OptimConfig):
+        super().__init__(shards)
+        self.kind = settings.kind
+        self.optimizer = made(groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings) if shards else None
+        self._inside = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        """torch's word for kernels that unscale and skip by themselves, and so never wait for the device."""
+        self._constants = self._of_groups()
+        self._checked = False
+
+    @torch.no_grad()
+    def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
+        """Update with gradients divided by `divide`; do nothing where `skip` is 1. Frees the gradients."""
+        if self.optimizer is None:
+            return
+        gradients = self.begin()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._inside and self.optimizer.state:  # not before: torch's fused SGD leaves its momentum unset where it skips a first step
+            self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skip:  # the host waits
+            torch._foreach_div_(gradients, divide)
+            self.optimizer.step()
+        self.free()
+        if not self._checked and self.optimizer.state:
+            self._check()
+
+    def state(self) -> dict[str, Tensor]:
+        """What it keeps of each parameter, under `optim.<name>.<field>`; nothing before the first update."""
+        result: dict[str, Tensor] = {}
+        for item in self.shards:
+            for field, value in self._kept(item).items():
+                if isinstance(value, Tensor):
+                    result.setdefault(f"optim.{item.name}.{field}", value if value.dim() == 0 else like(value, item.parameter))
+                else:
+                    name = type(value).__name__
+                    result.setdefault(f"optim.{item.name}.{field}:{name}", torch.tensor(value, dtype=_NUMBERS[name][1]))
+        return result
+
+    def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Make room for the state that a checkpoint holds (dtype and whole shape by key)."""
+        for item in self.shards:
+            prefix = f"optim.{item.name}."
+            for key in sorted(key for key in stored if key.startswith(prefix)):
+                (dtype, shape), (field, _, number) = stored[key], key.removeprefix(prefix).partition(":")
+                assert self.optimizer is not None
+                if number:
+                    value: Any = _NUMBERS[number][0]()
+                elif not shape:
+                    value = torch.zeros((), dtype=dtype, device=self._device(item))
+                else:
+                    value = torch.zeros_like(item.shard, dtype=dtype)
+                self.optimizer.state[item.shard][field] = value
+
+    def adopt(self, loaded: Mapping[str, Tensor]) -> None:
+        """Python's numbers out of the tensors that a checkpoint was loaded into."""
+        for item in self.shards:
+            for field, value in self._kept(item).items():
+                if not isinstance(value, Tensor):
+                    name = type(value).__name__
+                    self._kept(item)[field] = _NUMBERS[name][0](loaded[f"optim.{item.name}.{field}:{name}"].item())
+
+    def copy_state(self, source: Local, target: Local) -> None:
+        """Give `target` the same state as `source` (the two copies of a tied matrix)."""
+        for field, value in self._kept(source).items():
+            if isinstance(value, Tensor):
+                self._kept(target)[field].copy_(value)
+            else:
+                self._kept(target)[field] = value
+
+    def _kept(self, item: Local) -> dict[str, Any]:
+        return self.optimizer.state.get(item.shard, {}) if self.optimizer else {}
+
+    def _device(self, item: Local) -> torch.device:
+        """Where a 0-d state belongs, as torch's own `load_state_dict` has it: on the CPU unless kernels on the device read it."""
+        assert self.optimizer is not None
+        [group] = [group for group in self.optimizer.param_groups if any(p is item.shard for p in group["params"])]
+        return item.shard.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+
+    def _of_groups(self) -> list[dict[str, str]]:
+        """The settings of each group, without the rate."""
+        held = self.optimizer.param_groups if self.optimizer else []
+        return [{name: repr(value) for name, value in group.items() if name not in ("params", "lr")} for group in held]
+
+    def _check(self) -> None:
+        """Refuse, after the first update, what a checkpoint would not bring back under every layout (raises UserError)."""
+        assert self.optimizer is not None
+        self._checked = True
+        for before, now in zip(self._constants, self._of_groups(), strict=True):
+            if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+                raise self._refused(f"its group setting {changed[0]!r} changes from step to step, and is in no checkpoint")
+        ours = {id(item.shard) for item in self.shards}
+        if any(id(key) not in ours for key in self.optimizer.state):
+            raise self._refused("it keeps state that belongs to no parameter")
+        for item in self.shards:
+            for field, value in self._kept(item).items():
+                if isinstance(value, Tensor) and (value.dim() == 0 or value.shape == item.shard.shape):
+                    continue
+                if type(value).__name__ in _NUMBERS and isinstance(field, str):
+                    continue
+                shape = f"has shape {tuple(value.shape)}, the parameter here {tuple(item.shard.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+                raise self._refused(f"its state {field!r} of {item.name} {shape}")
+
+    def _refused(self, problem: str) -> UserError:
+        allowed = "numbers, and tensors of the parameter's shape, in optimizer.state[parameter]"
+        return refusal("optim.kind", self.kind, problem, allowed=allowed, instead="an optimizer that updates element by element, such as optim=adamw")

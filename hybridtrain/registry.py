@@ -1,0 +1,174 @@
+"""What a user's own module adds under a name that the config can choose: tasks, data, callbacks, optimizers, schedules and trackers.
+
+    # mine.py                                                hybridtrain train run.plugins=[mine] schedule.kind=steps ...
+    import hybridtrain as ht
+
+    @ht.register("schedule", "steps")
+    def steps(step, config, total_steps):
+        return 0.1 ** (step * 3 // total_steps)
+
+`run.plugins` is the only place where a config names code. docs/extending.md tells what each kind is called with.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hybridtrain.errors import PerhapsOnThisRank, UserError, refusal
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+FIELDS = {
+    "task": "task.kind",
+    "data": "data.kind",
+    "callback": "run.callbacks",
+    "optimizer": "optim.kind",
+    "schedule": "schedule.kind",
+    "tracker": "tracker.kinds",
+}
+"""Kind -> the option that chooses one by its name."""
+BUILT_IN: dict[str, tuple[str, ...]] = {
+    "task": ("causal_lm", "classification"),
+    "data": ("prepared",),
+    "callback": (),
+    "optimizer": ("adamw",),
+    "schedule": ("constant", "linear", "cosine", "wsd"),
+    "tracker": ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml"),
+}
+"""Kind -> the names that hybridtrain has itself."""
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One registration: what makes the object, and where it was registered."""
+
+    factory: Callable[..., Any]
+    module: str
+    place: str
+    """file:line."""
+
+
+_entries: dict[tuple[str, str], _Entry] = {}
+_loaded: set[str] = set()
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """A decorator that gives a function or class a name of a kind. Raises UserError for an unknown kind, and for a name that is taken."""
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame else None
+    module, place = (caller.f_globals.get("__name__", ""), f"{caller.f_code.co_filename}:{caller.f_lineno}") if caller else ("", "")
+    if kind not in FIELDS:
+        near = difflib.get_close_matches(str(kind), FIELDS, n=1, cutoff=0.0)[0]
+        raise refusal("ht.register", kind, f"no such kind (at {place})", allowed=", ".join(FIELDS), instead=f'ht.register("{near}", "{name}")')
+    field, instead = f'ht.register("{kind}", ...)', f'ht.register("{kind}", "my_{kind}")'
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise refusal(field, name, f"not a name (at {place})", allowed="letters, digits, _ . and -, a letter first", instead=instead)
+    if name in BUILT_IN[kind]:
+        raise refusal(field, name, f"hybridtrain has a {kind} of this name itself (at {place})", allowed="another name", instead=instead)
+
+    def keep(factory: T) -> T:
+        if before := _entries.get((kind, name)):
+            problem = f"it is registered twice: at {before.place} and at {place}"
+            raise refusal(field, name, problem, allowed="a name once", instead=f"another name for one of the two, such as {name}_2")
+        _entries[kind, name] = _Entry(factory, module, place)
+        return factory
+
+    return keep
+
+
+def load(modules: Sequence[str]) -> None:
+    """Import the modules of run.plugins, from the working directory and sys.path, once each. Raises UserError for one that does not do."""
+    for name in modules:
+        if name not in _loaded:
+            try:
+                _load(name)
+            except UserError as error:
+                raise PerhapsOnThisRank(str(error)) from error
+            _loaded.add(name)
+
+
+def _load(name: str) -> None:
+    before = dict(_entries)
+    if not _MODULE.fullmatch(name) or name.endswith(".py"):
+        near = name.removesuffix(".py").strip("./").replace("/", ".") or "mine"
+        raise refusal("run.plugins", name, "not the name of a module", allowed="names as `import` takes them", instead=f"run.plugins=[{near}]")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except UserError as error:
+        _forget(before)
+        raise UserError(f"run.plugins={name}: {error}") from error
+    except (Exception, SystemExit) as error:
+        _forget(before)
+        problem = f"it cannot be imported: {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
+        allowed, instead = "modules in the working directory or on sys.path", f"python -c 'import {name}', which shows the whole error"
+        raise refusal("run.plugins", name, problem, allowed=allowed, instead=instead) from error
+    new = _entries.keys() - before.keys()
+    if not new and not any(entry.module == name or entry.module.startswith(f"{name}.") for entry in _entries.values()):
+        instead = 'ht.register(kind, "NAME") above a function or class in it, or run.plugins without it'
+        raise refusal("run.plugins", name, "it registers nothing", allowed="modules that call ht.register when they are imported", instead=instead)
+
+
+def _forget(before: dict[tuple[str, str], _Entry]) -> None:
+    """Take back what a module registered that failed later: it may be imported again when it is mended."""
+    for key in _entries.keys() - before.keys():
+        sys.modules.pop(_entries.pop(key).module, None)
+
+
+def _place(error: BaseException) -> str:
+    """Where an import failed, without the machinery of imports: " (file:line)"; empty where no module was found at all."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}:{error.lineno})"
+    ours = (__file__, importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen") and frame.filename not in ours]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The names of a kind that there are."""
+    return (*BUILT_IN[kind], *(name for of, name in _entries if of == kind))
+
+
+def own(kind: str, name: str) -> Callable[..., Any] | None:
+    """What a user's module has registered; None for a name that is built in. Raises UserError for a name that is neither."""
+    check(kind, name)
+    entry = _entries.get((kind, name))
+    return entry.factory if entry else None
+
+
+def check(kind: str, name: str) -> None:
+    """Refuse a name that there is not (raises UserError)."""
+    known = names(kind)
+    if name in known:
+        return
+    field = FIELDS[kind]
+    shown = "[{}]" if kind in ("callback", "tracker") else "{}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or known[:1]
+    ways = [f"{field}={shown.format(near[0])}"] if near else []
+    ways.append(f"run.plugins=[MODULE], with the module that registers {name}")
+    raise refusal(field, name, "not one of the kinds there are", allowed=", ".join(known) or f"a registered {kind}; there is none", instead=", or ".join(ways))
+
+
+def listed() -> str:
+    """What is registered, for people: "schedule steps, task weighted"."""
+    return ", ".join(f"{kind} {name}" for kind, name in sorted(_entries))
+
+
+def sources() -> dict[str, str]:
+    """Module that registers something -> a digest of its file, by which ranks compare their code."""
+    files = {entry.module: Path(getattr(sys.modules.get(entry.module), "__file__", None) or "") for entry in _entries.values()}
+    return {module: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for module, file in sorted(files.items()) if file.is_file()}

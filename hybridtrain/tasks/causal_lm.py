@@ -46,20 +46,25 @@ class CausalLM:
         return {"loss": (batch.labels_BT != IGNORE_INDEX).sum()}
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
-        """Head and cross-entropy in chunks of tokens."""
-        terms = self.terms if head.training else CausalLM.terms
-        loss = linear_cross_entropy(hidden_BTD, head.weight, batch.labels_BT, terms=terms, chunk=self.loss_chunk, gradient=head.gradients["loss"])
-        return {"loss": loss}
+        """The sum over all tokens with a label."""
+        return {"loss": self.cross_entropy(hidden_BTD, batch.labels_BT, head, name="loss")}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy in fp32, with what training adds to it."""
-        labels_N = batch.labels_BT.flatten().to(logits_BTV.device)
-        logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
-        loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
-        if terms.z_loss:
-            loss = loss + terms.z_loss * logits_NV[labels_N != IGNORE_INDEX].logsumexp(-1).square().sum()
-        return {"loss": loss}
+        """The sum over all tokens with a label."""
+        return {"loss": self.cross_entropy_of_logits(logits_BTV, batch.labels_BT)}
 
     def evaluate(self, sums: Sums) -> dict[str, float]:
         """The mean loss per token."""
         return {"eval_loss": sums.values["loss"] / sums.counts["loss"]}
+
+    def cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str) -> Tensor:
+        """Head and cross-entropy of the labels that are not IGNORE_INDEX, summed, fp32 of shape (1,), in chunks of tokens. `name`: the sum that it is part of."""
+        terms = self.terms if head.training else CausalLM.terms
+        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=self.loss_chunk, gradient=head.gradients[name])
+
+    def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """The same in fp32 by its definition, 0-d, with what training adds."""
+        labels_N = labels_BT.flatten().to(logits_BTV.device)
+        logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
+        loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
+        return loss + terms.z_loss * logits_NV[labels_N != IGNORE_INDEX].logsumexp(-1).square().sum() if terms.z_loss else loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.reference import Reference
 from hybridtrain.tasks.causal_lm import CausalLM
-from hybridtrain.tasks.linear_cross_entropy import linear_cross_entropy
 from hybridtrain.types import IGNORE_INDEX, Batch, Sums
 from tests.cases import Case, deepspeed, model, whole
 from tests.ranks import run_ranks
@@ -39,14 +37,10 @@ class Halves(CausalLM):
         return {name: (labels != IGNORE_INDEX).sum() for name, labels in self._labels(batch).items()}
 
     def loss(self, hidden_BTD: torch.Tensor, batch: Batch, head: Any) -> dict[str, torch.Tensor]:
-        return {
-            name: linear_cross_entropy(hidden_BTD, head.weight, labels, terms=self.terms, chunk=self.loss_chunk, gradient=head.gradients[name])
-            for name, labels in self._labels(batch).items()
-        }
+        return {name: self.cross_entropy(hidden_BTD, labels, head, name=name) for name, labels in self._labels(batch).items()}
 
     def loss_of_logits(self, logits_BTV: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        plain = super().loss_of_logits
-        return {name: plain(logits_BTV, dataclasses.replace(batch, labels_BT=labels))["loss"] for name, labels in self._labels(batch).items()}
+        return {name: self.cross_entropy_of_logits(logits_BTV, labels) for name, labels in self._labels(batch).items()}
 
 
 def trained(case: Case) -> tuple[list[tuple[float, float]], Sums, dict[str, torch.Tensor]]:

@@ -29,3 +29,8 @@ def refusal(field: str, value: object, problem: str, *, allowed: str, instead: s
     A value that came from the environment (config.compose.Interpolated) is shown as the reference that was written: refusals stand in logs.
     """
     return UserError(f"{field}={getattr(value, 'source', value) if isinstance(value, str) else value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
+
+
+def install(extra: str) -> str:
+    """The command that installs the packages of an optional part (`project.optional-dependencies` in pyproject.toml)."""
+    return f'pip install "hybridtrain[{extra}]"'

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
 # Make .venv complete: Python, the pinned packages of constraints.txt and this project (editable).
-#   bash launch/setup.sh           what training needs: both engines, and the readers of Parquet and of Hugging Face datasets
+#   bash launch/setup.sh           training, TensorBoard and wandb, reports, the readers of Parquet and of Hugging Face datasets
+#   bash launch/setup.sh all       every optional part: DeepSpeed too
 #   bash launch/setup.sh test      and what the tests need
 # PYTHON=/path/to/python3 chooses the interpreter. Quick when there is nothing to do.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 extra=${1:-}
-[[ "$extra" =~ ^(test)?$ ]] || { echo "setup.sh: unknown extra '$extra'; allowed: nothing, or test" >&2; exit 2; }
+case $extra in
+    "") parts=data,report,trackers stamps="run all test" ;;
+    all) parts=all stamps="all test" ;;
+    test) parts=all,test stamps="test" ;;
+    *) echo "setup.sh: unknown part '$extra'; allowed: nothing, all, test" >&2; exit 2 ;;
+esac
 
-# A stamp tells what is installed; `test` includes what training needs.
+# A stamp says what is installed. `test` includes `all`, which includes what stands without a name: `stamps` are those that do.
 key=$(cat pyproject.toml constraints.txt | cksum)
 stamp=.venv/.complete
-done_already() { [ -f "$stamp-$1" ] && [ "$(cat "$stamp-$1")" = "$key $root" ]; }
-if done_already test || { [ -z "$extra" ] && done_already run; }; then exit 0; fi
+for name in $stamps; do
+    if [ -f "$stamp-$name" ] && [ "$(cat "$stamp-$name")" = "$key $root" ]; then exit 0; fi
+done
 
 find_python() {
     local candidate
@@ -38,6 +45,6 @@ export PIP_CONSTRAINT="$root/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { .venv/bin/python -m pip install --quiet --progress-bar off "$@"; }
 echo "setup: torch (minutes when it has to be downloaded)"
 pip "$(grep '^torch==' constraints.txt)"
-echo "setup: the other packages and the project${extra:+, with what the tests need}"
-pip --editable ".[data,deepspeed${extra:+,$extra}]"
+echo "setup: the other packages and the project, with $parts"
+pip --editable ".[$parts]"
 echo "$key $root" >"$stamp-${extra:-run}"

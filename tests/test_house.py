@@ -179,8 +179,8 @@ def test_scripts_are_valid_bash():
 def test_constraints_pin_every_requirement():
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = re.findall(r'^    "([\w-]+)[><=]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    extras = re.findall(r"^(?:data|test) = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert len(extras) == 2
+    extras = re.findall(r"^(?:data|deepspeed|report|test|trackers|wandb) = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(extras) == 6
     wanted += re.findall(r'"([\w-]+)[><=]', " ".join(extras))
     assert len(wanted) > 15
     assert [name for name in wanted if name.lower() not in pinned] == []

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain.errors import Answered, OnThisRank, PerhapsOnThisRank, UserError, refusal
+from hybridtrain.errors import Answered, OnThisRank, PerhapsOnThisRank, UserError, install, refusal
 from hybridtrain.runtime import launch, log, spawn
 
 if TYPE_CHECKING:
@@ -248,5 +248,8 @@ def _multirun(command: str, argv: list[str]) -> int:
             runs += [told.read_text()] if told.exists() else []
             told.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
+        if not checks.can_draw():
+            print(f"the runs are not compared, for matplotlib is not installed here: {install('report')}")
+            return 0
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
     return next((code for code in codes if code), 0)

@@ -16,7 +16,7 @@ from hybridtrain import registry
 from hybridtrain.config import ranges, schema
 from hybridtrain.config.keys import NOT_YET, nearest_of
 from hybridtrain.config.sections import PRECISIONS
-from hybridtrain.errors import refusal
+from hybridtrain.errors import install, refusal
 from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
 
 RESUME = ("auto", "never", "required")
@@ -29,6 +29,8 @@ OFFLOAD = ("none", "cpu")
 RECOMPUTE = ("none", "selective", "full")
 TRACKERS = registry.BUILT_IN["tracker"]
 """Also the names of their packages."""
+TRACKERS_OF_EXTRAS = {"wandb": "wandb", "tensorboard": "trackers"}
+"""Those that an extra of this package installs."""
 CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
@@ -123,7 +125,8 @@ def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
         if here and kind in TRACKERS:
             there = [name for name in TRACKERS if importlib.util.find_spec(name)]
             words = f"the package {kind} is not installed here"
-            _require(kind in there, "tracker.kinds", tracker.kinds, words, allowed=", ".join(there) or "none", instead=f"pip install {kind}")
+            command = install(TRACKERS_OF_EXTRAS[kind]) if kind in TRACKERS_OF_EXTRAS else f"pip install {kind}"
+            _require(kind in there, "tracker.kinds", tracker.kinds, words, allowed=", ".join(there) or "none", instead=command)
 
 
 def _parallel(parallel: schema.ParallelConfig) -> None:
@@ -156,8 +159,8 @@ def _engine(config: schema.Config) -> None:
 def _deepspeed(config: schema.Config) -> None:
     """What DeepSpeed cannot do or would do silently wrong; layouts are those of plan.rules."""
     engine, precision, there = config.engine, config.precision, importlib.util.find_spec("deepspeed") is not None
-    install = "pip install -c constraints.txt 'hybridtrain[deepspeed]', or engine=torch"
-    _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=install)
+    instead = f"{install('deepspeed')}, or engine=torch"
+    _require(there, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=instead)
     _require(not engine.compile, "engine.compile", True, "not with engine=deepspeed yet", allowed="false", instead="engine=torch, or engine.compile=false")
     kind, allowed = config.optim.kind, ", ".join(registry.BUILT_IN["optimizer"])
     _require(kind in registry.BUILT_IN["optimizer"], "optim.kind", kind, "engine=deepspeed runs AdamW alone", allowed=allowed, instead="engine=torch")
@@ -347,7 +350,14 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
         )
 
 
+def can_draw() -> bool:
+    """Whether the package that draws reports is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def _report(report: schema.ReportConfig) -> None:
+    words = "the package matplotlib, which draws reports, is not installed here"
+    _require(can_draw(), "report", "matplotlib", words, allowed="every other command without it", instead=install("report"))
     words = "one run alone cannot be compared"
     _require(len(report.compare) != 1, "report.compare", report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
 

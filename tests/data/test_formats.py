@@ -324,7 +324,7 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, reference, monkey
     source = FORMATS[kind](tmp_path)
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail, as when it is not there
     monkeypatch.setattr(readers, "_parquet", readers._parquet.__wrapped__)
-    with pytest.raises(UserError, match=rf"data\.format={package}: the package {package} is not installed[\s\S]*pip install {package}"):
+    with pytest.raises(UserError, match=rf'data\.format={package}: the package {package} is not installed[\s\S]*pip install "hybridtrain\[data\]"'):
         tokenize.prepare(settings(tmp_path / "data", source, reference), options=PrepareConfig())
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from hybridtrain.errors import UserError, refusal
+from hybridtrain.errors import UserError, install, refusal
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 READ_BYTES = 1 << 20
@@ -197,5 +197,5 @@ def package(name: str) -> Any:
             top,
             f"the package {top} is not installed ({error})",
             allowed="text and JSONL without it",
-            instead=f"pip install {top} (or bash launch/setup.sh)",
+            instead=install("data"),
         ) from error

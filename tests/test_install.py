@@ -109,6 +109,12 @@ def test_a_missing_package_is_refused_with_the_extra_that_has_it(program: Path, 
     assert "Traceback" not in refused.stderr
 
 
+def test_the_command_that_a_refusal_names_asks_for_the_missing_packages_alone(program: Path, tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", program.with_name("python"), "install", "--no-index", "hybridtrain[report]"]
+    asked = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "No matching distribution found for matplotlib" in asked.stderr
+
+
 def test_every_extra_is_a_part_of_all_and_has_a_command_that_names_it() -> None:
     extras = PROJECT["optional-dependencies"]
     assert set(extras) == {"all", "test", *MISSING}

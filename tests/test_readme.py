@@ -1,24 +1,21 @@
-"""Every command of the README runs, pasted as it stands, with its work shortened where it is long."""
+"""The commands and programs of the README and the documents run, pasted as they stand, with their work shortened where it is long."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from hybridtrain.cli.commands import run_command
-from hybridtrain.config import schema
+from tests.documents import ROOT, RUN_IN_ORDER, blocks, commands, read
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORTER = {
     "experiment=smoke schedule=constant parallel=tp2": ["train.steps=4", "train.eval_every=2", "checkpoint.every=2"],
     "experiment=smoke schedule=constant parallel=zero1_pp2": ["train.steps=6", "train.eval_every=3", "checkpoint.every=2"],
@@ -31,63 +28,50 @@ SHORTER = {
 }
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+def pieces(name: str) -> list[tuple[str, str]]:
+    """(language, text) of a document: each line of bash, each program of Python, in order."""
+    found = []
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", read(name), flags=re.DOTALL | re.MULTILINE):
+        found += [(language, block)] if language == "python" else [(language, line) for line in block.splitlines() if shlex.split(line, comments=True)]
+    return found
 
 
 def test_what_the_readme_starts_with_is_there() -> None:
-    scripts = [line.split()[1] for line in commands() if line.startswith("bash ")]
-    assert scripts == ["launch/quickstart.sh", "launch/test.sh"]
-    for script in scripts:
+    scripts = [line.split()[1] for block in blocks("README.md", "bash") for line in block.splitlines() if line.startswith("bash ")]
+    assert scripts == ["launch/quickstart.sh"]
+    assert "`bash launch/test.sh`" in read("README.md")
+    for script in (*scripts, "launch/test.sh"):
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-def makes_files(line: str) -> bool:
-    """Whether a line makes the files that others read, with what every shell and Python has."""
-    return line.startswith(("mkdir ", "python -c "))
-
-
-def as_composed(line: str) -> tuple[str, list[str]]:
-    """The command and its arguments."""
-    words = shlex.split(line)
-    assert words[0] == "hybridtrain"
-    return words[1], words[2:]
-
-
-@pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("bash ") and not makes_files(line)])
-def test_each_command_composes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name, argv = as_composed(line)
-    assert run_command(name, [*argv, "--cfg", "job"]) == 0
-    composed = yaml.safe_load(capsys.readouterr().out)
-    assert composed.keys() == {section.name for section in dataclasses.fields(schema.ROOTS[name])}
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_five_things_to_try(tmp_path: Path) -> None:
-    """In order, in one folder: a later command uses what an earlier one wrote."""
+@pytest.mark.timeout(900)
+def test_the_documents_in_order(tmp_path: Path) -> None:
+    """In one folder: a later command uses what an earlier one wrote."""
     for name in ("README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = [line for line in commands() if not line.startswith("bash ")]
-    assert len(run) >= 8
-    used = set()
-    for line in run:
-        extra = next((SHORTER[key] for key in SHORTER if key in line), [])
-        used |= {key for key in SHORTER if key in line}
-        command = ["bash", "-c", line] if makes_files(line) else [*shlex.split(line), *extra]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    used, output = set(), {}
+    for name in RUN_IN_ORDER:
+        for language, text in pieces(name):
+            if text.startswith("bash launch/"):
+                continue
+            keys = {key for key in SHORTER if key in text}
+            used |= keys
+            line = text if language == "bash" else f"python -c {shlex.quote(text)}"
+            line = " ".join([line.partition(" #")[0], *SHORTER[keys.pop()]]) if keys else line
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False)
+            assert done.returncode == 0, f"{name}: {line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            output[text] = done.stdout
     assert used == set(SHORTER), "a shortening that no command uses"
-    assert (tmp_path / "runs/smoke/parity.json").is_file()
+    picture = [sys.executable, ROOT / "launch" / "layouts.py", "layouts.png", "train.steps=2"]
+    subprocess.run(picture, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert (tmp_path / "layouts.png").stat().st_size > 10_000
     assert (tmp_path / "runs/mine/summary.json").is_file()
+    assert (tmp_path / "runs/python/export/model.safetensors").is_file()
+    [parity] = [text for line, text in output.items() if line.startswith("hybridtrain parity experiment=smoke parity.layouts")]
+    assert_is_printed(parity)
     documents = {name: json.loads((tmp_path / f"data/{name}/corpus.json").read_text())["splits"] for name in ("jsonl", "parquet", "datasets", "chat")}
     assert {name: sum(split["documents"] for split in splits.values()) for name, splits in documents.items()} == {
         "jsonl": 220,
@@ -95,6 +79,39 @@ def test_the_five_things_to_try(tmp_path: Path) -> None:
         "datasets": 200,
         "chat": 200,
     }
+
+
+def assert_is_printed(parity: str) -> None:
+    """What the READMEs show is what parity prints: columns, layouts, processes, verdicts. The figures are those of a run of three steps."""
+    for name in ("README.md", "README.zh.md"):
+        [shown] = blocks(name, "console")
+        command, *lines = shown.splitlines()
+        assert command.removeprefix("$ ") in commands("README.md")
+        printed = parity.splitlines()
+        assert lines[0] in printed
+        ends = {tuple(line.split()[:2] + line.split()[-1:]) for line in printed if line.endswith("pass")}
+        assert {tuple(line.split()[:2] + line.split()[-1:]) for line in lines if line.endswith("pass")} <= ends
+        assert lines[-1] in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_command_for_two_machines(data: Path, tmp_path: Path) -> None:
+    """docs/cluster.md: both started on this one, smaller; they meet at the port, and train one run."""
+    [line] = [line for line in commands("docs/cluster.md") if line.startswith("torchrun --nnodes 2 ")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = {"8": "2", "node1:29400": f"localhost:{port}", "model=llama3_1_8b": "model=tiny", "train.steps=1000": "train.steps=3"}
+    here |= {"data.path=/shared/data/books": f"data.path={data}", "run.dir=/shared/runs/books": f"run.dir={tmp_path / 'run'}"}
+    words = shlex.split(line)
+    assert here.keys() <= set(words)
+    words = [sys.executable, "-m", "torch.distributed.run", *(here.get(word, word) for word in words[1:])]
+    smaller = ["model.config.vocab_size=300", "data.seq_len=32", "schedule=constant"]
+    both = [subprocess.Popen([*words, *smaller], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    assert [one.wait(timeout=240) for one in both] == [0, 0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["layout"]) == ("finished", 3, "dp_shard2-tp2-zero3")
 
 
 @pytest.mark.slow

@@ -413,8 +413,8 @@ def test_an_evaluation_of_rows_without_targets_is_refused(without_targets, tmp_p
     assert "none of the held-out rows" in runs.four_parts(ended.err, "train.eval_rows")
 
 
-def test_the_records_that_the_readme_shows_are_read():
-    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_records_that_the_documentation_shows_are_read():
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
     found = [parsed(json.loads(line)) for line in block.splitlines()]
     assert [each.form for each in found] == [
         "messages of role and content",

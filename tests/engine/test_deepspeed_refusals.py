@@ -1,6 +1,6 @@
 """What DeepSpeed cannot do, or would do wrongly without a word, is refused before processes meet, with what to do instead.
 
-One case for each row of the README's table. As in tests/training/test_bad_input.py: the trainer answers, and must not import torch to do so.
+One case for each row of the table in docs/support.md. As in tests/training/test_bad_input.py: the trainer answers, and must not import torch to do so.
 """
 
 from __future__ import annotations

@@ -431,9 +431,9 @@ def test_a_dry_run_shows_the_script_and_queues_nothing(slurm, data, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme(slurm, data, tmp_path, capfd):
+def test_the_commands_of_the_documentation(slurm, data, tmp_path, capfd):
     """In order, on this cluster's partition and data, with less work."""
-    [block] = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    [block] = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), flags=re.DOTALL)
     here = {"cluster=gpu8": "cluster.ranks_per_node=2", "cluster.partition=batch": "cluster.partition=main", "data.path=/shared/data": f"data.path={data}"}
     smaller = ["data.seq_len=64", "train.steps=3", "train.eval_every=3", "checkpoint.every=0"]
     lines = [line.removeprefix("$ hybridtrain ") for line in block.splitlines()]
@@ -445,5 +445,5 @@ def test_the_commands_of_the_readme(slurm, data, tmp_path, capfd):
         if name == "submit" and "--dry-run" not in argv:
             job = Path("runs/quickstart/submit/job_id").read_text().strip()
             assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(tmp_path / "runs/quickstart")
-    assert not here, "a value that the README no longer has"
+    assert not here, "a value that the document no longer has"
     assert "finished 3 steps" in capfd.readouterr().out

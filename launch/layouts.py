@@ -8,12 +8,14 @@ The runs lie in runs/layouts/. One that is finished is not trained again.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 RUNS = Path("runs/layouts")
 COMMON = ("experiment=smoke", "schedule=constant", "schedule.warmup_steps=10", "optim.lr=1e-3", "train.steps=100", "train.eval_every=0")
@@ -48,14 +50,16 @@ def draw(losses: dict[str, list[float]], control: list[float], picture: Path) ->
         label = f"parallel={layout}, {LAYOUTS[layout]} process{'es' * (LAYOUTS[layout] > 1)}"
         above.plot(steps, values, color=COLOURS[layout], linewidth=9 - 1.6 * index, label=label)
         if layout != "single":
-            below.plot(steps, apart(values, plain), color=COLOURS[layout], linewidth=0.9)
-    below.plot(steps, apart(control, plain), color="black", linewidth=0.9, linestyle=":", label=CONTROL)
+            below.plot(steps, apart(values, plain), ".", color=COLOURS[layout], markersize=5 + index)
+    below.plot(steps, apart(control, plain), "x", color="black", markersize=4, label=CONTROL)
     above.set_ylabel("loss")
-    below.set(yscale="log", xlabel="step", ylabel="relative difference\nfrom one process")
+    below.set(ylim=(-1e-8, None), xlabel="step", ylabel="relative difference\nfrom parallel=single")
     for axes in (above, below):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=110)
+    with io.BytesIO() as large:
+        figure.savefig(large, dpi=110)
+        Image.open(large).quantize(64).save(picture, optimize=True)
 
 
 def main(picture: str, *words: str) -> None:

@@ -121,6 +121,7 @@ def test_every_extra_is_a_part_of_all_and_has_a_command_that_names_it() -> None:
     parts = Requirement(extras["all"][0]).extras
     assert {text for part in parts for text in extras[part]} >= {text for part in MISSING for text in extras[part]}
     assert set(TRACKERS_OF_EXTRAS.values()) <= set(MISSING)
+    assert [extra for extra in extras if extra != "test" and f"`{extra}`" not in (ROOT / "docs" / "support.md").read_text()] == []
 
 
 @pytest.mark.slow

@@ -45,11 +45,10 @@ def test_what_the_readme_starts_with_is_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_documents_in_order(tmp_path: Path) -> None:
     """In one folder: a later command uses what an earlier one wrote."""
-    for name in ("README.md", "CONTRIBUTING.md"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     used, output = set(), {}
@@ -61,7 +60,7 @@ def test_the_documents_in_order(tmp_path: Path) -> None:
             used |= keys
             line = text if language == "bash" else f"python -c {shlex.quote(text)}"
             line = " ".join([line.partition(" #")[0], *SHORTER[keys.pop()]]) if keys else line
-            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False)
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, f"{name}: {line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
             output[text] = done.stdout
     assert used == set(SHORTER), "a shortening that no command uses"

@@ -60,7 +60,6 @@ _KINDS = {
 
 def check(config: schema.Root) -> None:
     """Refuse values that cannot work, alone or together (raises UserError). A command is checked in the sections that it has.
-
     The modules of run.plugins are imported first: the names that they register are kinds, too.
     """
     if isinstance(config, schema.Config):

@@ -213,7 +213,7 @@ def test_the_model_learns_the_answers(folder, tmp_path):
     """Trained, exported, and asked greedily through the chat template, it gives the answers of the conversations it saw."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {"train__steps": 200, "train__log_every": 50, "train__eval_every": 200, "optim__lr": 0.005}
+    options = {"train__steps": 300, "train__log_every": 50, "train__eval_every": 300, "optim__lr": 0.005, "schedule": "cosine"}
     options |= {"model__config__vocab_size": 320, "data__seq_len": SEQ, "batch__global_batch_size": 4, "batch__micro_batch_size": 4}
     runs.finished(1, runs.arguments(tmp_path / "run", folder, **options))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

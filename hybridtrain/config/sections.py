@@ -51,7 +51,9 @@ class RunConfig(RunFolder):
     callbacks: list[str] = field(default_factory=list)
     """Registered callbacks that the run calls, in this order."""
     profile: bool = False
-    """Write a torch profiler trace of steps 3 to 5 of rank 0 into the run directory."""
+    """Write a torch profiler trace of steps 3 to 5 into the run directory (profile/), and on GPUs a snapshot of the allocator's memory."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that run.profile is about."""
 
 
 @dataclass

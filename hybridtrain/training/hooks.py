@@ -27,6 +27,7 @@ from hybridtrain.types import Batch, Engine, Progress, Saving, StepResult
 
 _log = log.get("train")
 
+_MEMORY_EVENTS = 1_000_000
 SAVED = "saved"
 """Raised by a rank on which the save under way has ended."""
 
@@ -181,16 +182,21 @@ class Checkpoint:
 
 
 class Profile:
-    """A torch profiler trace of steps 3 to 5 of this command, on rank 0."""
+    """A torch profiler trace of steps 3 to 5 of this command, and on a GPU what the allocator did until then (for pytorch.org/memory_viz), of this rank."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, device: torch.device):
+        self.folder, self.gpu = folder, device.type == "cuda"
+        if self.gpu:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
         self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=self._write)
         self.profiler.start()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "steps-3-5.json"))
+        profiler.export_chrome_trace(str(self.folder / f"rank-{log.rank()}-steps-3-5.json"))
+        if self.gpu:
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"rank-{log.rank()}-memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def __call__(self, moment: Moment) -> None:  # noqa: ARG002 - a hook sees each step
         self.profiler.step()

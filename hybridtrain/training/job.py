@@ -13,6 +13,7 @@ from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
 from hybridtrain.data.blend import Blend
+from hybridtrain.errors import refusal
 from hybridtrain.plan import memory
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
@@ -68,9 +69,16 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     blends.check_train_rows(data, seq_len=plan.seq_len)
     if config.train.eval_every:
         blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
+    _check_profile(config, world_size=world_size)
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     checks.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, data, total_steps, task)
+
+
+def _check_profile(config: Config, *, world_size: int) -> None:
+    ranks = config.run.profile_ranks
+    if config.run.profile and not (ranks and all(0 <= rank < world_size for rank in ranks)):
+        raise refusal("run.profile_ranks", ranks, f"there are {world_size} ranks", allowed=f"ranks of 0 to {world_size - 1}", instead="run.profile_ranks=[0]")
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:

@@ -233,8 +233,8 @@ def _train(
     calls = callbacks.Callbacks(of_user, run)
     chosen.append(calls)
     chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved))
-    if config.run.profile and log.rank() == 0:
-        chosen.append(hooks.Profile(run_dir.path / "profile"))
+    if config.run.profile and log.rank() in config.run.profile_ranks:
+        chosen.append(hooks.Profile(run_dir.path / "profile", device=device))
     with calls:
         end = loop.train(
             engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done

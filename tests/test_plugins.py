@@ -71,17 +71,17 @@ def files_of_the_documentation(folder: Path) -> list[str]:
 def test_each_kind_of_the_documentation_trains(tmp_path: Path) -> None:
     lines = files_of_the_documentation(tmp_path)
     train = [shlex.split(line)[2:] for line in lines if line.startswith("hybridtrain train ")]
-    assert [len(lines), len(train)] == [7, 6]
+    assert [len(lines), len(train)] == [8, 7]
     for argv in train:
         [ended] = run_ranks(1, in_folder, tmp_path, "train", argv)
         assert ended.code == 0, ended.err
-    runs = {name: rows(tmp_path / "runs" / name) for name in ("mine", "steps", "stopper", "halves", "sgd", "table")}
+    runs = {name: rows(tmp_path / "runs" / name) for name in ("mine", "steps", "stopper", "halves", "focal", "sgd", "table")}
     plain = runs["mine"]
     assert plain[-1]["loss"] < plain[0]["loss"]
     assert [line["step"] for line in plain if "eval_loss" in line] == [15, 30]
     assert [line["lr"] for line in runs["steps"]] == pytest.approx([*[0.01] * 3, *[0.005] * 2, *[0.0025] * 2])
     assert summary(tmp_path / "runs/stopper")["exit_reason"] == "good enough"
-    assert len({run[-1]["loss"] for run in (plain, runs["steps"], runs["halves"], runs["sgd"])}) == 4
+    assert len({run[-1]["loss"] for run in (plain, runs["steps"], runs["halves"], runs["focal"], runs["sgd"])}) == 5
     assert [f"{line['step']},{line['loss']}" for line in runs["table"]] == (tmp_path / "runs/table/trackers/table/losses.csv").read_text().split()
     for command, more, code in (("export", [], 0), ("evaluate", [], 2), ("evaluate", ["run.plugins=[rows]"], 0)):
         [ended] = run_ranks(1, in_folder, tmp_path, command, ["runs/mine", *more])

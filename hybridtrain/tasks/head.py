@@ -40,4 +40,9 @@ class Head(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         sums = self.task.loss(hidden_BTD, batch, self)
+        for name in self.task.weights:
+            shape = tuple(sums[name].shape) if name in sums else None
+            if shape != (1,):
+                found = "is missing" if shape is None else f"has shape {shape}"
+                raise TypeError(f"{type(self.task).__name__}.loss: the sum {name!r} {found}; return a tensor of shape (1,) for each name in `weights`")
         return torch.cat([sums[name] for name in self.task.weights])

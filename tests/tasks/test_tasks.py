@@ -17,6 +17,7 @@ from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.reference import Reference
 from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch, Sums
 from tests.cases import Case, deepspeed, model, whole
 from tests.ranks import run_ranks
@@ -106,3 +107,14 @@ def test_rows_become_inputs_and_the_labels_that_follow():
 def test_an_evaluation_is_a_mean_over_all_of_its_steps():
     total = Sums({"loss": 6.0}, {"loss": 2}) + Sums({"loss": 2.0}, {"loss": 6})
     assert CausalLM(loss_chunk=0).evaluate(total) == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [({"first": torch.zeros(1)}, "'second' is missing"), ({"first": torch.zeros(()), "second": torch.zeros(1)}, r"'first' has shape \(\)")],
+)
+def test_sums_that_a_task_gets_wrong_are_named(returned, said, monkeypatch):
+    task = Halves(loss_chunk=0)
+    monkeypatch.setattr(task, "loss", lambda hidden, batch, head: returned)
+    with pytest.raises(TypeError, match=rf"Halves\.loss: the sum {said}"):
+        Head(torch.nn.Linear(4, 8, bias=False), task=task)(None, None)

@@ -1,4 +1,4 @@
-"""The nouns of the system, shared by every layer. Nothing here imports torch at run time.
+"""Types shared by all layers. Nothing here imports torch at run time.
 
 Shape suffixes used across the project: B micro-batch rows, T positions, D hidden, V vocabulary.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hybridtrain.runtime.flags import Flags
     from hybridtrain.tasks.task import Task
 
-IGNORE_INDEX = -100  # a label with this value carries no loss (the convention of torch and of Hugging Face)
+IGNORE_INDEX = -100  # labels with this value are ignored in the loss (as in torch and Hugging Face)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`hybridtrain verify RUN` (or CORPUS, or EXPORT): every byte that a later command will trust, read and held against what was written. No torch.
+"""`hybridtrain verify RUN` (or CORPUS, or EXPORT): reads every byte that later commands rely on and compares it with its checksum. No torch.
 
 Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml, model/config.json, metrics.jsonl (each step
 once), events.jsonl and summary.json. Exit code 1 and a list when something is wrong.

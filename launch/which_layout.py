@@ -33,7 +33,7 @@ def gib(model: str, gpus: int, words: str) -> tuple[float, float]:
 
 def table() -> str:
     """In Markdown."""
-    lines = ["| model | GPUs | layout | GiB per GPU | and activations, about |", "|---|---|---|---|---|"]
+    lines = ["| model | GPUs | layout | GiB per GPU | plus activations, about |", "|---|---|---|---|---|"]
     for model, gpus, words in ROWS:
         state, activations = gib(model, gpus, words)
         lines.append(f"| `{model}` | {gpus} | `{words}` | {state:.1f} | {activations:.1f} |")

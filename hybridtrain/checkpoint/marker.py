@@ -47,7 +47,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 
 def measure(file: Path) -> Record:
-    """Read `file` once; raises OSError."""
+    """Size and CRC32 of `file`, reading it once; raises OSError."""
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from hybridtrain.config import schema
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "train": ("hybridtrain.training.trainer", "run", "train a model under any layout; continues a run that is there"),
+    "train": ("hybridtrain.training.trainer", "run", "train a model under any parallel layout; resumes the run if its directory exists"),
     "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
-    "parity": ("hybridtrain.parity", "run", "compare layouts with one plain process on your own config"),
-    "bench": ("hybridtrain.bench", "run", "time steps of a config beside a plain PyTorch loop"),
+    "parity": ("hybridtrain.parity", "run", "check that layouts give the gradients and parameters of one plain process, on your own config"),
+    "bench": ("hybridtrain.bench", "run", "time training steps, and those of a plain PyTorch loop for comparison"),
     "export": ("hybridtrain.export.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
     "submit": ("hybridtrain.submit", "run", "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs"),
     "runs": ("hybridtrain.submit.listing", "runs", "list runs: status, step, loss, speed, last checkpoint, job"),
-    "logs": ("hybridtrain.submit.listing", "logs", "show what a run says, and follow it"),
-    "verify": ("hybridtrain.verify", "run", "read every byte of a run's checkpoints, or of a corpus, and list what is wrong"),
-    "report": ("hybridtrain.report", "run", "draw a run as a page and pictures; --compare RUN RUN ... several over one another"),
+    "logs": ("hybridtrain.submit.listing", "logs", "print the log of a run and follow it"),
+    "verify": ("hybridtrain.verify", "run", "read every byte of the checkpoints of a run, or of a corpus, and list what is damaged"),
+    "report": ("hybridtrain.report", "run", "write an HTML page and plots of a run; --compare RUN RUN ... plots several runs together"),
 }
 TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")

@@ -33,16 +33,16 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
         f"example: {EXAMPLES[command]}",
     ]
     if takes_run:
-        lines.append("RUN is a run directory; it is short for run.dir=RUN.")
+        lines.append("RUN is a run directory; `RUN` is short for `run.dir=RUN`.")
     if command == "report":
-        lines.append("hybridtrain report --compare RUN RUN ... lays several runs over one another.")
+        lines.append("hybridtrain report --compare RUN RUN ... plots several runs together.")
     lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
     if command in ("train", "bench"):
-        lines += _entry("--nproc N", "run in N processes on this machine; auto: as many as the layout's degrees take, with what GPUs there are")
+        lines += _entry("--nproc N", "run in N processes on this machine; auto: the product of the parallel degrees; a degree of -1 uses all GPUs")
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
-    lines += ["", f"groups (group=file picks a file; the shipped ones are in {keys.shipped()})"]
+    lines += ["", f"groups (group=file selects a file; those of hybridtrain are in {keys.shipped()})"]
     for group, names in keys.groups_of(command, keys.groups([keys.shipped()])).items():
         lines += _entry(group, ", ".join(names))
     for section, fields in keys.sections(command).items():

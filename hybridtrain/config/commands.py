@@ -22,7 +22,7 @@ class EvaluateConfig:
     source: str = ""
     """Export folder, Hugging Face folder or hub id; empty: <run>/export."""
     rows: int = 0
-    """Held-out rows; 0: as many as training's own evaluation."""
+    """Held-out rows to use; 0: as many as the evaluations during training."""
 
 
 @dataclass
@@ -36,79 +36,79 @@ class GenerateConfig:
     prompts_file: str = ""
     """A UTF-8 file with a text on each line, instead of `prompt`."""
     chat: bool = False
-    """The text is a message of a user, which the model's chat template turns into a prompt; the answer alone is printed."""
+    """Treat the text as a user message: format it with the chat template of the model, and print only the answer."""
     system: str = ""
-    """chat: the system message before it; empty: none."""
+    """With chat: the system message; empty: none."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end an answer, besides the model's end tokens; what follows from there on is cut off."""
+    """Stop strings, besides the end tokens of the model; the output is cut before the first of them."""
     seed: int = -1
-    """Seed of the sampling; -1: run.seed."""
+    """Seed for sampling; -1: run.seed."""
     max_new_tokens: int = 128
-    """Tokens to sample."""
+    """Maximum number of new tokens."""
     temperature: float = 0.8
-    """0: greedy."""
+    """Sampling temperature; 0: greedy decoding."""
     top_p: float = 0.95
-    """Nucleus sampling mass."""
+    """Probability mass of nucleus (top-p) sampling."""
 
 
 @dataclass
 class ParityConfig:
     layouts: list[str] = field(default_factory=list)
-    """Layouts such as pp2-dp_shard2-tp2-zero3; empty: a set that fits the model and max_processes."""
+    """Layouts to test, such as pp2-dp_shard2-tp2-zero3; empty: a default set that suits the model and max_processes."""
     engines: list[str] = field(default_factory=list)
-    """Engines to compare, each under every layout: torch, deepspeed; empty: engine.kind."""
+    """Engines to test under every layout: torch, deepspeed; empty: engine.kind."""
     max_processes: int = 4
-    """Largest layout of the default set, in processes."""
+    """Largest number of processes in the default set of layouts."""
     steps: int = 3
     """Optimizer steps per layout."""
     shrink: bool = False
-    """Cut the model's layers and width to laptop size, head ratios kept, and say so."""
+    """Test a smaller model: fewer layers and less width, with the same ratios of heads; the output says so."""
 
 
 @dataclass
 class BenchConfig:
     warmup: int = 3
-    """Steps of each side before the first round; compilation falls into them."""
+    """Untimed steps of each side before the first round, which include compilation."""
     steps: int = 4
     """Steps per round."""
     rounds: int = 15
-    """Rounds; in each both sides take a turn."""
+    """Rounds; in each, both sides are timed in turn."""
     plain: bool = True
-    """Also time a plain PyTorch loop over the same Hugging Face model: one process on rank 0's device, alone while it computes."""
+    """Also time a plain PyTorch loop with the same Hugging Face model: one process on the device of rank 0, while all other ranks wait."""
     plain_compile: str = "layer"
-    """What engine.compile compiles of the plain loop's model: each layer, or the whole model."""
+    """With engine.compile: what is compiled in the plain loop, each layer (layer) or the whole model (model)."""
     corpus: bool = False
-    """Train on the corpus at data.path instead of random tokens, and tell which share of a step waits for it."""
+    """Train on the corpus at data.path instead of random tokens, and report the share of a step spent waiting for data."""
     parts: bool = False
-    """Profile two steps after the rounds and list the operations that take longest."""
+    """Profile two steps after the rounds and list the operations that take the most time."""
     out: str = ""
-    """JSON file for everything, each step's time included; empty: none."""
+    """JSON file for all results, including the time of each step; empty: none."""
 
 
 @dataclass
 class PrepareConfig:
     overwrite: bool = False
-    """Write again what is already prepared."""
+    """Prepare again, replacing an existing corpus."""
     workers: int = 0
-    """Processes that read and tokenise; 0: one per core, and none besides this one for a small corpus. One compressed file is read by one of them."""
+    """Processes that read and tokenise; 0: one per core, or for a small corpus no additional process. A compressed file is read by a single process."""
     skip_bad: bool = False
-    """Leave out and count records that cannot be read, instead of stopping at the first."""
+    """Skip and count records that cannot be read, instead of stopping at the first one."""
 
 
 @dataclass
 class ReportConfig:
     out: str = ""
-    """Folder for page and pictures; empty: <run>/report, or a folder in runs/compare for several runs. Files in it that no report wrote are not touched."""
+    """Folder for the page and plots; empty: <run>/report, or a folder in runs/compare for several runs. Other files in it are left alone."""
     compare: list[str] = field(default_factory=list)
-    """Runs to lay over one another, two or more; `--compare RUN RUN ...` is short for it. Empty: the one run."""
+    """Two or more runs to plot together; `--compare RUN RUN ...` is short for it. Empty: a report of one run."""
 
 
 @dataclass
 class ClusterConfig:
     partition: str = ""
-    """Slurm partition; empty: the cluster's default. So are account, qos, constraint, exclude and mem."""
+    """Slurm partition; empty: the default of the cluster. The same holds for account, qos, constraint, exclude and mem."""
     account: str = ""
-    """Account that is charged."""
+    """Slurm account to charge."""
     qos: str = ""
     """Quality of service."""
     constraint: str = ""
@@ -122,21 +122,22 @@ class ClusterConfig:
     gpus_per_node: int = 0
     """GPUs of each node (0: train on its CPU)."""
     ranks_per_node: int = 0
-    """Processes on each node; 0: one for each GPU, without GPUs one."""
+    """Processes on each node; 0: one per GPU, or one without GPUs."""
     cpus_per_node: int = 0
-    """CPUs of each node (0: what the cluster gives)."""
+    """CPUs of each node (0: the default of the cluster)."""
     time: str = "01:00:00"
-    """Time limit, as sbatch takes it; training stops with a checkpoint before it is up, and goes on in a new attempt of the job."""
+    """Time limit, as for sbatch. Before it is reached, training stops with a checkpoint; the job is then requeued and resumes."""
     signal_before_s: int = 120
     """Seconds before the time limit at which Slurm signals the job (run.stop_signal)."""
     max_restarts: int = 3
-    """Restarts after failures; not counted: preemption and the time limit. After two attempts without a new checkpoint there is no third."""
+    """Restarts after failures; preemption and the time limit do not count. A restarted attempt that saved no new checkpoint
+    (if preempted: two in a row) is not restarted again."""
     health_timeout_s: int = 120
-    """How long nodes may take to find each other before training (0: no check)."""
+    """Seconds that nodes may take to reach each other in a check before training (0: no check)."""
     container_image: str = ""
-    """Image for srun's --container-image (pyxis); `python` must be the image's."""
+    """Image for srun --container-image (pyxis); `python` must then be the path of Python in the image."""
     container_mounts: str = ""
-    """For srun's --container-mounts."""
+    """Value for srun --container-mounts."""
     python: str = ""
     """Python on the nodes; empty: the one that runs `hybridtrain submit`."""
     modules: list[str] = field(default_factory=list)
@@ -144,11 +145,11 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job, e.g. NCCL_SOCKET_IFNAME."""
     sbatch: dict[str, str] = field(default_factory=dict)
-    """Any other option of sbatch: {reservation: maintenance, exclusive: ''}."""
+    """Other sbatch options, e.g. {reservation: maintenance, exclusive: ''}."""
     dry_run: bool = False
-    """Print the job's script and ask Slurm when it would run, and queue nothing; --dry-run is short for it."""
+    """Only print the job script and when Slurm expects to start it; queue nothing. --dry-run is short for it."""
     array_at_once: int = 0
-    """With --multirun: runs at the same time (0: as many as fit)."""
+    """With --multirun: largest number of runs at the same time (0: no limit)."""
 
 
 @dataclass
@@ -160,6 +161,6 @@ class RunsConfig:
 @dataclass
 class LogsConfig:
     lines: int = 20
-    """Lines to begin with."""
+    """Number of last lines to print first."""
     follow: bool = True
-    """Go on until the run has ended."""
+    """Keep printing new lines until the run ends."""

@@ -302,7 +302,7 @@ _EXAMPLES = {"train.steps": 1000, "train.tokens": 1_000_000_000, "train.epochs":
 
 
 def _that_fits(option: keys.Field, value: str) -> str:
-    """An override for an option that does not take `value`: one near it, else the default, else an example."""
+    """A valid override to suggest for an option that does not accept `value`: a near value, else the default, else an example."""
     if option.type == "int":
         try:
             return f"{option.key}={round(float(value))}"

@@ -80,7 +80,7 @@ def _reaches(node: Any, root: DictConfig, *, depth: int) -> bool:
 
 
 def keep_calls(node: Any, root: DictConfig) -> None:
-    """Turn text that calls a resolver, or leads to one, into that text itself; raises ValueError where it is no text."""
+    """Replace values that call a resolver, directly or through references, by their source text; raises ValueError for values that are not strings."""
     for place in list(node) if isinstance(node, DictConfig) else range(len(node)):
         child = node._get_node(place)
         source = child._value() if isinstance(child, Node) else None

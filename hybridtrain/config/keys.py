@@ -286,7 +286,10 @@ def _instead(group: str, value: str, names: list[str]) -> str:
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.3 if group != "model" else 0.6)
     if group == "model" and not near:
         return "a file of yours with --config-dir, or model.from_pretrained=FOLDER (model.config.model_type: llama, mistral, qwen2, qwen3)"
-    return f"{group}={near[0] if near else names[0]}"
+    instead = f"{group}={near[0] if near else names[0]}"
+    if group in ("task", "schedule", "optim") and not difflib.get_close_matches(value, names, n=1, cutoff=0.7):
+        instead += f", or {group}.kind={value}, if a module of run.plugins registers it"
+    return instead
 
 
 def _layout_instead(value: str, names: list[str]) -> str:

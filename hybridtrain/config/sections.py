@@ -35,21 +35,22 @@ class RunConfig(RunFolder):
     """auto: continue from the newest complete checkpoint if there is one; never: refuse a directory that holds a run;
     required: refuse to start without a checkpoint."""
     branch_from: str = ""
-    """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights, optimizer, loss scale, step and tokens;
-    schedule, rate, data, batch and layout may be others, the model not. Its own checkpoints count once it has some."""
+    """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights, optimizer state, loss scale, step and token count.
+    Schedule, learning rate, data, batch size and layout may differ, the model may not. Once the new run has checkpoints, it resumes from those."""
     takeover: bool = False
-    """Take the run over from the process that the lock of the directory names, though it may be alive: only when you know that it is not."""
+    """Ignore the lock that another process holds on the run directory. Use it only if you know that this process is dead."""
     allow_data_change: bool = False
     """Resume even though the data or its order differ from the checkpoint's."""
     stop_signal: str = "USR1"
-    """Besides TERM and INT, the signal at which training stops after its step, with a checkpoint; a second signal ends it at once."""
+    """Signal, besides TERM and INT, on which training finishes its step, writes a checkpoint and stops; a second signal ends it at once."""
     stop_before_s: float = 60.0
-    """Stop so many seconds before the end of the job's time, if HYBRIDTRAIN_DEADLINE (seconds since 1970) tells it, as our job script does."""
+    """Seconds before the job's time limit at which training stops with a checkpoint. The limit is read from HYBRIDTRAIN_DEADLINE (seconds since 1970),
+    which the job script of `hybridtrain submit` sets."""
     plugins: list[str] = field(default_factory=list)
-    """Modules of yours to import before anything is checked, which register what other options name (docs/extending.md). From the command line and
-    your own configuration files only: those of a run that is read are not imported."""
+    """Your own Python modules, which register tasks, data, callbacks ... under names for other options (docs/extending.md). Read only from the command
+    line and your own configuration files: commands that read a run directory do not import the modules named in it."""
     callbacks: list[str] = field(default_factory=list)
-    """Registered callbacks that the run calls, in this order."""
+    """Names of registered callbacks, called in this order."""
     profile: bool = False
     """Write a torch profiler trace of steps 3 to 5 into the run directory (profile/), and on GPUs a snapshot of the allocator's memory."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
@@ -59,15 +60,15 @@ class RunConfig(RunFolder):
 @dataclass
 class ModelConfig:
     name: str = ""
-    """A label for people."""
+    """Name of the model in printed output; changes nothing."""
     from_pretrained: str = ""
-    """Hugging Face folder or hub id to start from; empty: initialise from `config`."""
+    """Hugging Face folder or hub id whose weights to start from; empty: new weights for the architecture in `config`."""
     revision: str = "main"
     """Revision of the hub repository."""
     trust_remote_code: bool = False
     """Let transformers run code that a model repository ships."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's config.json; with from_pretrained: fields to change."""
+    """Fields of the Hugging Face config.json of the model; with from_pretrained: the fields to change."""
     freeze: list[str] = field(default_factory=list)
     """Shell-style patterns of parameter names that are not trained, e.g. 'model.embed_tokens.*'."""
     attention: str = "sdpa"
@@ -79,66 +80,66 @@ class ModelConfig:
 @dataclass
 class TaskConfig:
     kind: str = "causal_lm"
-    """What is learnt: causal_lm, the next token; classification, one label for each document, from its last token; or a task that a module of run.plugins
-    registers."""
+    """causal_lm: next-token prediction; classification: one label per document, predicted at its last token; or the name of a task that a module of
+    run.plugins registers."""
     label_smoothing: float = 0.0
-    """Share of a label's probability that training spreads evenly over all tokens (or classes)."""
+    """Label smoothing in training: probability that is spread evenly over all tokens (or classes); evaluation uses none."""
     z_loss: float = 0.0
-    """Training adds so many times the squared log of the softmax's normaliser to each token's loss, which keeps logits small; PaLM: 1e-4."""
+    """Coefficient of the z-loss, (log of the sum of exp(logits))^2, added to each token's loss in training to keep logits small; PaLM: 1e-4."""
 
 
 @dataclass
 class DataConfig:
     kind: str = "prepared"
-    """prepared: the token files at `path` or `blend`; or the name of rows that a module of run.plugins registers, in their place."""
+    """prepared: the token files at `path` or `blend`; or the name of a dataset that a module of run.plugins registers."""
     path: str = ""
-    """Folder of token files, written by `hybridtrain prepare`; or PREFIX of PREFIX.bin and PREFIX.idx, as Megatron writes them."""
+    """Folder of token files, written by `hybridtrain prepare`; or PREFIX, for token files PREFIX.bin and PREFIX.idx of Megatron."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Instead of `path`: paths of several corpora, and their weights in the rows; an epoch is as many rows as all have together."""
+    """Instead of `path`: several corpora, {path: weight}. The weights are shares of the rows; an epoch is as many rows as all corpora have together."""
     eval_path: str = ""
-    """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: those that `prepare` held out."""
+    """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: the documents that `prepare` held out."""
     document_mask: bool = False
-    """Documents in a row do not attend to each other, and positions count from each one's first token. Conversations always do so."""
+    """Documents in a row do not attend to each other, and positions restart at each document. Always so for conversations."""
     source: list[str] = field(default_factory=list)
-    """What `prepare` reads: files, folders, patterns or Hugging Face datasets; 'stdlib' is the source of Python's own standard library."""
+    """What `prepare` reads: files, folders, glob patterns or Hugging Face datasets; 'stdlib' is the source code of Python's standard library."""
     format: str = "auto"
-    """auto: by a file's ending; text (a file is a document), jsonl, parquet, datasets (what `save_to_disk` wrote, or what `load_dataset` takes:
-    a folder or a hub id), chat (conversations, in any of the last three), labelled (texts with a label, in any of the same three). Text and
-    JSONL may be compressed by gzip or zstd; JSON may also be one array of objects, or indented objects."""
+    """auto: by the file ending; text (each file is a document), jsonl, parquet, datasets (a folder of `save_to_disk`, or a folder or hub id for
+    `load_dataset`), chat (conversations in jsonl, parquet or datasets), labelled (texts with a label in any of these three). Text and JSONL may
+    be compressed with gzip or zstd; JSON may also be one array of objects, or indented objects."""
     pattern: str = ""
-    """Which files of a folder in `source` are read; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
+    """Glob pattern of the files that are read in a folder of `source`; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
     encoding: str = "utf-8"
     """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251, koi8-r, gb18030 or utf-16."""
     text_key: str = "text"
     """Field of a JSONL record, or column, that holds the text of a document."""
     label_key: str = "label"
-    """labelled: field or column that holds the label of a text: one of `labels`, or its number."""
+    """labelled: field or column with the label of a text: a name in `labels`, or its number."""
     labels: list[str] = field(default_factory=list)
-    """labelled: names of the classes; their order numbers them from 0."""
+    """labelled: names of the classes, numbered from 0 in this order."""
     messages_key: str = "messages"
-    """chat: field that holds the list of messages, each with role and content. With its default also read: conversations of from and value
-    (ShareGPT), prompt and completion, instruction and output (Alpaca)."""
+    """chat: field with the list of messages, each with role and content. The default also reads ShareGPT (conversations of from and value),
+    prompt and completion, and Alpaca (instruction and output)."""
     dataset_config: str = ""
     """datasets: configuration of the dataset; empty: its default."""
     dataset_split: str = "train"
     """datasets: split to read."""
     deduplicate: bool = False
-    """Of identical documents keep the first only."""
+    """Keep only the first of identical documents."""
     tokenizer: str = "train"
     """Tokenizer folder or hub id; 'train': train a byte-level BPE on the source."""
     vocab_size: int = 4096
-    """Vocabulary of the tokenizer that 'train' makes."""
+    """Vocabulary size of the tokenizer that data.tokenizer=train trains."""
     eval_fraction: float = 0.02
     """Share of documents held out for evaluation, chosen by a hash: of a text file's name, of a record's content."""
     append_eos: bool = True
-    """Put the tokenizer's end-of-text token after each document; conversations end as their template says."""
+    """Append the tokenizer's end-of-text token to each document; conversations end as their chat template says."""
     seq_len: int = 256
     """Tokens per row."""
     chat_template: str = "own"
-    """Conversations: 'own' is the tokenizer's chat template; 'plain' gives it a simple one, for a tokenizer that has none."""
+    """Conversations: 'own': the chat template of the tokenizer; 'plain': a simple template, for a tokenizer without one."""
     chat_turns: str = "all"
-    """Conversations: all answers are learnt, or the last one only. Where a template renders earlier answers otherwise than the last (Qwen3's
-    takes their thinking out), each answer that is learnt is a sample of its own, with the messages up to it."""
+    """Conversations: all: train on every answer; last: only on the last one. If the template renders earlier answers differently from the last
+    (Qwen3's removes their thinking), each trained answer is a sample of its own, with the messages before it."""
 
 
 @dataclass
@@ -146,17 +147,17 @@ class BatchConfig:
     global_batch_size: int = 8
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int = 1
-    """Rows per forward and backward on one data rank; grad_accum follows from the two."""
+    """Rows per forward and backward pass on one data-parallel rank. Gradient accumulation follows: global_batch_size / (micro_batch_size x data ranks)."""
 
 
 @dataclass
 class TrainConfig:
     steps: int = 0
-    """End after so many optimizer steps (0: not by steps)."""
+    """Number of optimizer steps to train for (0: no limit in steps)."""
     tokens: int = 0
-    """End after so many tokens (0: not by tokens)."""
+    """Number of tokens to train for (0: no limit in tokens)."""
     epochs: float = 0.0
-    """End after so many passes over the data (0: not by epochs)."""
+    """Number of passes over the data to train for (0: no limit in epochs)."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int = 0
@@ -164,9 +165,9 @@ class TrainConfig:
     eval_rows: int = 64
     """Held-out rows per evaluation."""
     max_step_s: float = 1200.0
-    """A step, or an evaluation or checkpoint after it, that takes longer is a hang: each rank writes its stacks and ends (0: never)."""
+    """Seconds after which a step (or the evaluation or checkpoint after it) counts as hung: each rank writes its stack traces and exits (0: never)."""
     max_nonfinite: int = 20
-    """Stop after so many steps in a row without a finite gradient."""
+    """Number of consecutive steps with a non-finite gradient after which training stops."""
 
 
 @dataclass
@@ -174,21 +175,21 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages."""
     dp_replicate: int = -1
-    """Data-parallel replicas; -1 (one axis only): what the world size leaves."""
+    """Data-parallel replicas; -1 (on one axis only): world size divided by the other degrees."""
     dp_shard: int = 1
-    """Data-parallel ranks that share one sharded copy (ZeRO 1 to 3)."""
+    """Data-parallel ranks over which ZeRO shards (see zero_stage)."""
     cp: int = 1
-    """Context-parallel ranks; only 1 yet."""
+    """Context-parallel ranks; not supported yet, must be 1."""
     tp: int = 1
     """Tensor-parallel ranks."""
     zero_stage: int = 0
-    """What dp_shard shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """What is sharded over dp_shard: 0 nothing; 1 optimizer state; 2 also gradients; 3 also parameters."""
     sequence_parallel: bool = True
-    """With tp > 1, shard activations outside attention and MLP over the sequence."""
+    """With tp > 1: also shard the activations outside attention and MLP, along the sequence."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble, dualpipev."""
     virtual_stages: int = 0
-    """Stages per pipeline rank; 0: the fewest that the schedule works with."""
+    """Stages per pipeline rank; 0: the smallest number that the schedule allows."""
 
 
 @dataclass
@@ -198,42 +199,42 @@ class EngineConfig:
     compile: bool = False
     """Compile each layer with torch.compile."""
     compile_backend: str = "inductor"
-    """Backend of torch.compile: inductor (wants a C++ compiler on CPU), aot_eager or eager."""
+    """Backend of torch.compile: inductor (needs a C++ compiler on CPU), aot_eager or eager."""
     timeout_s: int = 1800
-    """Seconds after which a collective that a rank never joined fails."""
+    """Timeout of collective operations, in seconds."""
     check_memory: bool = True
-    """Refuse a layout whose weights, gradients and optimizer state are larger than the memory there is, before anything is allocated."""
+    """Refuse, before anything is allocated, a layout whose weights, gradients and optimizer state do not fit the memory."""
     loss_chunk: int = 0
-    """Tokens of a micro-batch whose logits are held at once; 0: as many as fit 8 MiB (a GPU: 256 MiB), but 256 at least."""
+    """Tokens per chunk in the computation of logits and loss; 0: as many as fit 8 MiB of logits (on a GPU 256 MiB), but at least 256."""
     fp32_matmul: str = "auto"
-    """fp32 matrix products: highest, high (TF32 on GPUs) or medium (bf16 where the hardware has it), as
-    torch.set_float32_matmul_precision takes them; auto: highest, on a CPU by oneDNN where that is measured to be as exact."""
+    """Precision of fp32 matrix products, as in torch.set_float32_matmul_precision: highest, high (TF32 on GPUs) or medium (bf16 where the
+    hardware has it); auto: highest, computed on CPUs by oneDNN where that was measured to be as exact."""
     threads: int = 0
-    """CPU: threads of each process; 0: the cores of the machine shared by its processes (an OMP_NUM_THREADS above 1 is obeyed)."""
+    """CPU: threads per process; 0: the cores of the machine divided by its processes, or OMP_NUM_THREADS if that is above 1."""
     keep_freed_memory: bool = True
     """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
     offload_optimizer: str = "none"
-    """engine=deepspeed: where fp32 weights and Adam moments live; none (the training device) or cpu."""
+    """engine=deepspeed: where fp32 master weights and Adam moments are kept; none (the training device) or cpu."""
     offload_parameters: str = "none"
-    """engine=deepspeed with zero_stage 3: where parameters live between uses; none (the training device) or cpu."""
+    """engine=deepspeed with zero_stage 3: where parameters are kept between uses; none (the training device) or cpu."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
-    """engine=deepspeed: keys added to DeepSpeed's own config; those that another field decides are refused."""
+    """engine=deepspeed: keys added to the DeepSpeed config; keys that another option sets are refused."""
 
 
 @dataclass
 class PrecisionConfig:
     kind: str = "fp32"
-    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates below 2^-9 of a weight are lost."""
+    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates smaller than 2^-9 of a weight are lost."""
     init_scale: float = 65536.0
-    """fp16_mixed: first loss scale."""
+    """fp16_mixed: initial loss scale."""
     growth_factor: float = 2.0
-    """fp16_mixed: factor after growth_interval finite steps."""
+    """fp16_mixed: factor on the loss scale after growth_interval finite steps in a row."""
     backoff_factor: float = 0.5
-    """fp16_mixed: factor after a step that was not finite."""
+    """fp16_mixed: factor on the loss scale after a step with a non-finite gradient."""
     growth_interval: int = 2000
     """fp16_mixed: finite steps in a row before the scale grows."""
     min_scale: float = 1.0
-    """fp16_mixed: floor of the loss scale."""
+    """fp16_mixed: smallest loss scale."""
 
 
 @dataclass
@@ -247,13 +248,13 @@ class OptimConfig:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices that no_decay does not name."""
+    """Decoupled weight decay, for matrices not matched by no_decay."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])
     """Shell-style patterns of parameter names without weight decay."""
     clip: float = 1.0
     """Clip the global gradient norm to this; 0: do not clip."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a registered optimizer, which its factory reads, e.g. {momentum: 0.9}."""
+    """Settings of a registered optimizer (config.options in its function), e.g. {momentum: 0.9}."""
 
 
 @dataclass
@@ -261,19 +262,19 @@ class ScheduleConfig:
     kind: str = "cosine"
     """Learning-rate schedule after warm-up: constant, linear, cosine, wsd (warm-up, stable, decay), or one that a module of run.plugins registers."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up to optim.lr."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of optim.lr (linear, cosine, wsd)."""
     decay_steps: int = 0
     """wsd: steps of the final decay; 0: a tenth of the run."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a registered schedule, which it reads."""
+    """Settings of a registered schedule (config.options in its function)."""
 
 
 @dataclass
 class RecomputeConfig:
     kind: str = "none"
-    """Activations recomputed in backward: none, selective (all but matrix products and attention) or full."""
+    """Activation checkpointing, recomputing activations in the backward pass: none, selective (all but matrix products and attention) or full."""
 
 
 @dataclass
@@ -281,17 +282,17 @@ class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 2
-    """Keep the newest so many; 0: all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Also keep those whose step is a multiple of this; 0: none."""
+    """Also keep checkpoints whose step is a multiple of this; 0: none."""
     asynchronous: bool = True
-    """Write while training goes on."""
+    """Write checkpoints in the background while training continues."""
 
 
 @dataclass
 class TrackerConfig:
     kinds: list[str] = field(default_factory=list)
-    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml, or registered ones. Their files lie in
-    the run directory; what wants a server works offline unless logged in."""
+    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml, or registered ones. Their files are in
+    the run directory; trackers that use a server work offline unless you are logged in."""
     project: str = "hybridtrain"
     """Project name for trackers that have one."""

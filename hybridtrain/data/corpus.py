@@ -166,7 +166,7 @@ class Corpus:
         return ids, starts
 
     def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
-        """Refuse ids that the files should not hold: one beyond the embedding would crash, on a GPU without saying why."""
+        """Refuse token ids outside the vocabulary: they would crash in the embedding, on a GPU without a useful message."""
         smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if self.largest_id is not None and largest > self.largest_id:
             raise _unprepared(self.path, f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed")

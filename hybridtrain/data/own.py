@@ -1,10 +1,10 @@
-"""Rows that a program gives instead of a folder of token files.
+"""Rows from a user's Python object instead of a folder of token files.
 
     class Rows:
         def __len__(self): ...
-        def row(self, index): ...            # token ids; or (token ids, mask): which of them are learnt
+        def row(self, index): ...            # token ids; or (token ids, mask): which of them count in the loss
 
-Order, resumption and sharing among ranks are those of a prepared corpus: a row is asked for by its index, on the rank that trains on it.
+Order, resuming and distribution over ranks are as for a prepared corpus: the rank that trains on a row fetches it by its index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OwnRows:
     vocab_size = eos_id = largest_id = sample = None
 
     def __init__(self, rows: Any, *, split: str, field: str) -> None:
-        """`rows`: see above, or a sequence of mappings with `input_ids` and, if some are not learnt, `labels` or `loss_mask`, or the number of a class as `label`.
+        """`rows`: see above, or a sequence of mappings with `input_ids` and optionally `labels` or `loss_mask` (tokens in the loss), or a class number `label`.
 
         Raises UserError for what has no length or no rows. `field`: the argument that it was given as, or the option and the name (data.kind=NAME).
         """

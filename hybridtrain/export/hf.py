@@ -185,7 +185,7 @@ def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
 
 
 def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadata) -> dict[str, Any]:
-    """config.json as the checkpoint holds it; an earlier release's checkpoint has none, and is held against the run's."""
+    """config.json of the checkpoint; checkpoints of earlier releases have none, for those the run's is checked and used."""
     beside = run.path / "model" / marker.CONFIG
     if (checkpoint / marker.CONFIG).is_file():
         config = read_object(checkpoint / marker.CONFIG, field="checkpoint")

@@ -52,7 +52,7 @@ def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig
 
 
 class Update:
-    """What optimizers over shards share: gradients in, memory freed after."""
+    """Base of optimizers over shards: sets the gradients before a step, frees them after it."""
 
     optimizer: torch.optim.Optimizer | None
     """torch's; None on a rank that trains nothing."""
@@ -63,7 +63,7 @@ class Update:
         """Called once, when the next step has its gradients, which are reduced and still scaled."""
 
     def begin(self) -> list[Tensor]:
-        """Give each shard its gradient; those that there are."""
+        """Assign each shard its gradient, and return the gradients that exist."""
         watch, self.watch = self.watch, None
         if watch:
             watch()

@@ -132,7 +132,7 @@ def _settled(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
 
 
 def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None) -> tuple[list[Entry], dict[str, str]]:
-    """The layouts that run, engine after engine, and those of the default set that do not, with the reason."""
+    """The layouts to run, grouped by engine; and those of the default set that are left out, with the reason."""
     entries: list[Entry] = []
     left_out: dict[str, str] = {}
     for engine, able in capabilities.items():

@@ -103,13 +103,13 @@ def merge(found: Sequence[Measured], reference: Reference) -> tuple[dict[str, fl
 
 
 def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) -> str:
-    """Column names, and a line of tolerances for each kind of layout in `rows_tolerances`."""
+    """The first lines of the table: column names, then the tolerances of each kind of layout."""
     names = f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  {'grad_rel':>9}  {'param_abs':>9}  seconds  result"
     return "\n".join([names, *(f"{'at most, ' + kind:<{width}}         {_cells(values)}" for kind, values in rows_tolerances.items())])
 
 
 def line(row: Row, *, width: int) -> str:
-    """One row of the table; below it what went wrong."""
+    """One row of the table, followed by the reasons if it failed."""
     result = "pass" if row.passed else "FAIL (error)" if row.error else f"FAIL ({', '.join(row.beyond)})"
     text = f"{row.name:<{width}}  {row.processes:>5}  {_cells(row.measured)}  {row.seconds:>7.1f}  {result}"
     notes = [f"largest {name} at {row.worst[name]}" for name in row.beyond if name in row.worst]
@@ -122,7 +122,7 @@ def _cells(values: Mapping[str, float]) -> str:
 
 
 def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write parity.json, atomically. Numbers that are not finite are null."""
+    """Write parity.json atomically. Non-finite numbers are written as null."""
     entries = []
     for row in rows:
         values = (row.layout, row.engine, row.precision, row.passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))

@@ -72,7 +72,7 @@ def parameters_of_stage(facts: ModelFacts, *, layers: int, first: bool, last: bo
 
 
 def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> Need:
-    """What the rank that needs most needs."""
+    """Memory of the rank that needs the most."""
     per_rank, found = stages_per_rank(parallel), []
     cuts = stage_layers(facts.layers, layout.pp * per_rank)
     for rank in range(layout.pp):

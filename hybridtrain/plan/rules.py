@@ -110,7 +110,7 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
 
 
 def _of_engine_together(case: _Case) -> Iterator[Rule]:
-    """What the engine runs by itself but not together; another engine may."""
+    """Options that this engine supports separately but not in combination."""
     layout, parallel, able, kv = case.layout, case.parallel, case.capabilities, case.facts.kv_heads
     engine, stages, zero = f"engine={able.engine}", able.pipelined_zero_stages, parallel.zero_stage
     problem, allowed = f"{engine} has no pipeline (pp={layout.pp}) with it", f"{', '.join(map(str, sorted(stages)))} with pp > 1"
@@ -133,7 +133,7 @@ def _of_zero(case: _Case) -> Iterator[Rule]:
     yield Rule("parallel.zero_stage", 0, zero > 0 or shard == 1, problem, "1, 2 or 3 with dp_shard > 1", instead)
     holds = zero == 0 or shard > 1 or case.parallel.dp_shard == -1
     instead = "parallel.dp_shard=-1 parallel.dp_replicate=1, or parallel.zero_stage=0"
-    yield Rule("parallel.zero_stage", zero, holds, "dp_shard=1 leaves nobody to share with", "0 with dp_shard=1", instead)
+    yield Rule("parallel.zero_stage", zero, holds, "there is nothing to shard over with dp_shard=1", "0 with dp_shard=1", instead)
 
 
 def _of_pipeline(case: _Case) -> Iterator[Rule]:

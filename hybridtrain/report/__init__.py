@@ -1,4 +1,4 @@
-"""`hybridtrain report`: a run, or several over one another, as one self-contained page and as PNGs. Works while a run goes on, and after it failed.
+"""`hybridtrain report`: a run, or several plotted together, as one self-contained HTML page and as PNGs. Also for running and failed runs.
 
 run directory --history--> columns, events, config --plots, ranks--> figures --> <run>/report/*.png
                                                                          \\--svg, page--> <run>/report/index.html

@@ -92,7 +92,7 @@ def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
 
 
 def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two cards: the options that differ from the defaults, and all by section, folded, with the changed ones marked."""
+    """Two boxes of the page: the options that differ from the defaults; and all options by section, collapsed, with the changed ones marked."""
     changed = {(name, key) for name, values in config.items() for key, value in values.items() if value != defaults.get(name, {}).get(key)}
     told = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
     folded = []

@@ -155,7 +155,7 @@ def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: st
 
 
 def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None) -> Iterator[Plot]:
-    """The plot, if there is a value in it."""
+    """The plot; nothing if the series have no finite value."""
     drawn = [one for one in series if (np.isfinite(one.x) & np.isfinite(one.y)).any()]
     if not drawn:
         return

@@ -98,7 +98,7 @@ def begin(entry: Entry, config: Config, *, yaml_text: str, versions: Mapping[str
 
 
 def lost_attempt(path: Path, *, holder: lock.Holder | None) -> str:
-    """How the attempt before ended, if its summary still says that it runs; else empty. `holder`: whom the lock named."""
+    """How the previous attempt ended, if its summary still has status running; else empty. `holder`: the process named in the lock."""
     summary = read_summary(path)
     if summary.get("status") != "running":
         return ""

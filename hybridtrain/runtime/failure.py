@@ -1,8 +1,8 @@
-"""Who failed first. Each rank that fails leaves a report; the others' reports are echoes of it, and a killed rank leaves none.
+"""Finds the rank that failed first. Each failing rank writes a report; ranks that fail only as a consequence write "echoes", and a killed rank writes none.
 
     runs/<name>/failures/life-<n>/  rank-<r>.json (time, rank, node, step, error, traceback)   rank-<r>.stacks (of a hang)
 
-A life is one start of the run. No torch: whoever looks after a job asks, too.
+A "life" is one attempt (one start of the run). Imports no torch, because the job script uses it, too.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
 
 
 def discard_folder(folder: Path, *, record: str) -> bool:
-    """`discard` of a folder that its `record` says is ours. The record goes last: while anything of the folder stays, it is known whose it is."""
+    """Remove a folder whose file `record` lists it as ours. The record is removed last, so that a partly removed folder is still known to be ours."""
     others: list[Path] = []
     if not folder.is_symlink():
         with contextlib.suppress(OSError):
@@ -185,9 +185,9 @@ def discard_folder(folder: Path, *, record: str) -> bool:
 
 
 def discard(path: Path) -> bool:
-    """Remove a file, a link or a folder that is ours and no longer needed; what cannot be removed is warned of and left. True: it is gone.
+    """Remove a file, link or folder of ours that is no longer needed, as far as possible; warn of what remains. Returns whether all is gone.
 
-    A link is removed, not what it points to; of a folder everything goes that can. Housekeeping never ends a run.
+    A link is removed, not its target. Never raises: a failed clean-up must not end a run.
     """
     first: list[BaseException] = []
     try:

@@ -53,7 +53,7 @@ class Met:
     keys: dist.Store
 
     def clear(self) -> None:
-        """Rank 0, once all have read the verdict: remove what was written, for a launcher that starts others without counting an attempt."""
+        """On rank 0, once all ranks have read the verdict: remove the files of this meeting, because some launchers restart ranks under the same attempt number."""
         for rank in range(int(os.environ["WORLD_SIZE"])):
             self.keys.delete_key(_of(rank))
         for key in (_ARRIVED, _VERDICT):
@@ -193,7 +193,7 @@ def _said(error: UserError) -> UserError:
 
 
 def _wait(holds: Callable[[], bool], *, words: Callable[[], str], speaks: bool, until: float, timeout_s: float) -> None:
-    """Look until it holds. After a while this says for whom it waits, `words`, if it `speaks`. Raises _TooLate at the end of the time."""
+    """Poll until `holds()` is true. If `speaks`, log after a while whom it waits for (`words`). Raises _TooLate at the timeout."""
     began = time.monotonic()
     pause, word_at = 0.002, began + FIRST_WORD_S
     while not holds():

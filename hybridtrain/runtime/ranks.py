@@ -36,8 +36,8 @@ from typing import Any
 from hybridtrain.runtime import failure
 
 GRACE_S = 5.0
-"""How long ranks may go on when one has failed: they wait for it in vain, but the first failure must be told from its echoes.
-A rank that is done stays as long for the others: one that still connects to it would take its end for a crash."""
+"""Seconds that the other ranks may run on after one has failed, so that the first failure can be told from those that follow from it.
+A finished rank also stays this long: a rank that still connects to it would take its exit for a crash."""
 _TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1
 

@@ -1,8 +1,8 @@
-"""Ends a rank whose step takes too long, with the stacks of all its threads in a file.
+"""Ends a rank whose step takes too long, and writes the stacks of all its threads to a file.
 
-The rank that hangs and those that wait for it run out of time together; `failure.first` tells them apart by their stacks. A thread does
-it, so that the reason can still be written down; where that thread does not come to run, Python's faulthandler does it from C later,
-which needs neither the main thread nor the interpreter lock.
+The rank that hangs and the ranks that wait for it time out together; `failure.first` tells them apart by their stacks. A Python thread
+does this, so that it can also write the reason. If that thread cannot run, Python's faulthandler does it somewhat later from C, which
+needs neither the main thread nor the interpreter lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`hybridtrain submit`: check on the login node, mint the run's directory, render the job, hand it to Slurm.
+"""`hybridtrain submit`: check on the login node, create the run directory, write the job script, queue it in Slurm.
 
 hybridtrain submit experiment=... cluster=gpu8 cluster.nodes=4 key=value ...     [--dry-run] [--multirun optim.lr=1e-3,3e-4]
 """
@@ -122,7 +122,7 @@ def _queued(text: str, *, folder: Path, runs: list[Path]) -> str:
 
 
 def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterConfig) -> None:
-    """Refuse degrees that do not multiply out to the cluster's processes, in words of its options (raises UserError)."""
+    """Refuse parallel degrees whose product is not the number of processes; the message names options of `cluster` (raises UserError)."""
     each, degrees = script.ranks_per_node(cluster), [getattr(parallel, axis) for axis in layouts.AXES]
     if any(degree < 1 and degree != -1 for degree in degrees) or degrees.count(-1) > 1:
         return  # `layout.resolve` says what is wrong with those

@@ -139,14 +139,14 @@ def _end_of(file: Path, *, lines: int) -> int:
 
 
 def _newest_log(run: Path) -> Path | None:
-    """Of a job: the first node's, which has what goes wrong in launching too; else rank 0's own."""
+    """For a job the log of its first node, which also has launch errors; else the log of rank 0."""
     nodes = _by_age(run.glob("logs/job-*/life-*/node-0.log"))
     own = run / "logs" / "rank-0.log"
     return nodes[-1] if nodes else own if own.is_file() else None
 
 
 def _more(file: Path, seen: int) -> int:
-    """Print what stands after byte `seen`; the file's new size. A file that was cut or is gone begins again."""
+    """Print the file from byte `seen` on, and return its new size. A truncated or new file is printed from its beginning."""
     try:
         with file.open("rb") as stream:
             seen = seen if seen <= stream.seek(0, os.SEEK_END) else 0
@@ -159,7 +159,7 @@ def _more(file: Path, seen: int) -> int:
 
 
 def _has_ended(run: Path) -> bool:
-    """Whether nothing more will be said; a run that is requeued goes on."""
+    """Whether the log is final; a run that will be requeued has not ended."""
     summary = read_summary(run)
     status = summary.get("status")
     return _is_lost(run, summary) or (status in _ENDED and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run)))

@@ -1,8 +1,8 @@
-"""The lives of a run on a cluster, and the verdict after each: done, once more, or failed. Decides; calls no scheduler.
+"""The attempts of a run on a cluster ("lives" in names), and the decision after each: done, requeue or failed. Does not call the scheduler.
 
-    runs/<name>/submit/lives.json   a list, one entry per life of a job: chain, job, life, nodes, started, ended, step_before, step_after, outcome
+    runs/<name>/submit/lives.json   a list, one entry per attempt of a job: chain, job, life, nodes, started, ended, step_before, step_after, outcome
 
-A chain is what one `sbatch` began: its requeues, and the jobs that took its place without a bad node. The budget is the chain's.
+A chain is one `sbatch` with all its requeues, and the jobs that replaced it to avoid a bad node. cluster.max_restarts counts per chain.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Life:
     nodes: str
     started: float
     step_before: int
-    """Step of the newest complete checkpoint, as this life found it."""
+    """Step of the newest complete checkpoint when this attempt began."""
     ended: float = 0.0
     step_after: int = 0
     outcome: str = ""
@@ -85,7 +85,7 @@ def known(run: Path) -> list[Life]:
 
 
 def job_id(run: Path) -> str:
-    """The newest job of a run; empty without one. Raises UserError that names the file if it holds no job id."""
+    """The id of the newest job of a run; empty if it has none. Raises UserError if the file with it cannot be read or holds no job id."""
     file = run / "submit" / "job_id"
     try:
         text = file.read_bytes().decode("ascii").strip()
@@ -110,12 +110,12 @@ def write(run: Path, lives: list[Life]) -> None:
 
 
 def begin(run: Path, *, chain: str, job: str, life: int, nodes: str) -> None:
-    """Note that a life begins."""
+    """Record the start of an attempt."""
     write(run, [*known(run), Life(chain, job, life, nodes, time.time(), newest_step(run))])
 
 
 def end(run: Path, *, job: str, life: int, outcome: str) -> tuple[list[Life], bool]:
-    """Note how this life of `job` ended: all lives, and whether they are on the disk (False is warned of). One that was not noted to begin is added."""
+    """Record how this attempt of `job` ended, adding it if its start was not recorded. Returns all attempts, and whether they were saved (if not: a warning)."""
     lives = known(run)
     if not lives or (lives[-1].job, lives[-1].life) != (job, life):
         chain = os.environ.get("HYBRIDTRAIN_CHAIN") or job
@@ -130,7 +130,7 @@ def end(run: Path, *, job: str, life: int, outcome: str) -> tuple[list[Life], bo
 
 
 def began(run: Path, *, job: str, life: int) -> float:
-    """When a life began, in seconds since 1970: as noted, else as its folder of logs tells; 0 if nothing does."""
+    """Start of an attempt in seconds since 1970: as recorded, else from its log folder, else 0."""
     noted = [one.started for one in known(run) if (one.job, one.life) == (job, life)]
     if noted:
         return noted[-1]
@@ -139,7 +139,7 @@ def began(run: Path, *, job: str, life: int) -> float:
 
 
 def verdict(lives: list[Life], *, max_restarts: int) -> tuple[str, str]:
-    """(DONE, REQUEUE or FAILED, why), after the newest of `lives` has ended."""
+    """(DONE, REQUEUE or FAILED, reason) after the newest attempt in `lives` has ended."""
     last = lives[-1]
     chain = [life for life in lives if life.chain == last.chain]
     if last.outcome == "finished":
@@ -150,7 +150,7 @@ def verdict(lives: list[Life], *, max_restarts: int) -> tuple[str, str]:
     if last.outcome == "failed" and failures > max_restarts:
         return FAILED, f"{failures} failures, and cluster.max_restarts={max_restarts}"
     if len(chain) > 1 and not _progress(last) and not (last.outcome == "preempted" and _progress(chain[-2])):
-        return FAILED, f"no new checkpoint since the last life (step {last.step_after})"
+        return FAILED, f"no new checkpoint in the last attempt (step {last.step_after})"
     return REQUEUE, f"{last.outcome} at checkpoint {last.step_after}; restart {len(chain)}"
 
 

@@ -1,6 +1,6 @@
-"""From a checked config to a run directory that a job can start from: the run's folder, and its configuration frozen in it.
+"""Creates ("mints") the run directory that a job starts from, with the resolved configuration in it.
 
-runs/<name>/submit/conf/experiment/submitted.yaml    everything resolved; `--config-dir <run>/submit/conf experiment=submitted`
+runs/<name>/submit/conf/experiment/submitted.yaml    used by `--config-dir <run>/submit/conf experiment=submitted`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FROZEN = "# @package _global_\n# What this run was submitted with.\n"
 
 
 def mint_from(argv: list[str]) -> tuple[Path, list[str]]:
-    """The run directory that overrides continue or start, checked against the job's processes, and the modules of run.plugins."""
+    """Create or reuse the run directory for these overrides, after checking them against the number of processes; returns it and the modules of run.plugins."""
     config = training(argv)
     checks.check(config)
     job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
@@ -32,7 +32,7 @@ def mint_from(argv: list[str]) -> tuple[Path, list[str]]:
 
 
 def mint(config: schema.Config) -> RunDir:
-    """Open the run directory of a checked config (raises UserError). A run that is there is continued."""
+    """Open the run directory of a checked config (raises UserError). An existing run is continued."""
     entry = entries.enter(config)
     try:
         checkpoint = Manager(entry.path / "checkpoints", settings=config.checkpoint).latest() if entry.before else None

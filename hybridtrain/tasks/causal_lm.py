@@ -1,4 +1,4 @@
-"""Next-token prediction: pre-training and, where only some tokens carry loss, fine-tuning on conversations."""
+"""Next-token prediction: pre-training, and fine-tuning on conversations, where only some tokens have a label."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CausalLM:
         self.loss_chunk = loss_chunk
 
     def collate(self, block: Block, *, valid: int) -> Batch:
-        """Inputs, and labels shifted by one. No label is the first token of a document, and positions count from it."""
+        """Inputs, and labels shifted by one. The first token of a document is no label; positions restart at it."""
         labels, index = block.tokens[:, 1:].copy(), np.arange(block.tokens.shape[1] - 1)
         labels[valid:] = IGNORE_INDEX
         if block.carries is not None:
@@ -58,12 +58,12 @@ class CausalLM:
         return {"eval_loss": sums.values["loss"] / sums.counts["loss"]}
 
     def cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str) -> Tensor:
-        """Head and cross-entropy of the labels that are not IGNORE_INDEX, summed, fp32 of shape (1,), in chunks of tokens. `name`: the sum that it is part of."""
+        """Output head and cross-entropy in chunks of tokens, summed over the labels that are not IGNORE_INDEX: fp32, shape (1,). `name`: a name in `weights`."""
         terms = self.terms if head.training else CausalLM.terms
         return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=self.loss_chunk, gradient=head.gradients[name])
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """The same in fp32 by its definition, 0-d, with what training adds."""
+        """The same sum from logits, in fp32, 0-d, with label smoothing and z-loss."""
         labels_N = labels_BT.flatten().to(logits_BTV.device)
         logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
         loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)

@@ -1,11 +1,11 @@
 """One label for each document, from the hidden state of its last token: transformers' ...ForSequenceClassification.
 
-    tokens   t0 t1 ... tn  c      the number of the class stands where the next token would, and it alone carries loss
+    tokens   t0 t1 ... tn  c      the class number takes the place of the next token; only it has a loss
                         |
     hidden(tn) --head (C, D)--> logits (C) --cross-entropy--> loss, and whether the largest is the class
 
-So rows, packing, padding and masks are those of any corpus in which some tokens carry loss, and documents in one row do not
-see each other. C classes; B rows, T positions, D hidden.
+So rows, packing, padding and masks work as in any corpus where only some tokens have a loss, and documents in one row do not
+attend to each other. C classes; B rows, T positions, D hidden.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Classification(CausalLM):
-    """See task.Task. `labels`: number of classes. Counted are the documents whose label is met; `correct` is watched and not learnt."""
+    """See task.Task. `labels`: number of classes. `correct` counts right predictions; its weight is 0, so it is not trained on."""
 
     weights: Mapping[str, float] = {"loss": 1.0, "correct": 0.0}
 
@@ -36,7 +36,7 @@ class Classification(CausalLM):
         self.labels = labels
 
     def collate(self, block: Block, *, valid: int) -> Batch:
-        """As of tokens. Refuses a label that is no class, and rows whose every token carries loss (raises UserError)."""
+        """As CausalLM.collate. Refuses labels that are not a class number, and rows without labels (raises UserError)."""
         if block.carries is None:
             problem, allowed = "its rows have no labels", "a corpus of data.format=labelled, or rows with one label each"
             raise refusal("task.kind", "classification", problem, allowed=allowed, instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm")

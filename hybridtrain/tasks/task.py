@@ -1,4 +1,4 @@
-"""What a task decides: what rows become, what is counted, what the loss is. Everything else is the same for all tasks.
+"""The interface of a task: it turns rows into a batch, counts labels and computes the loss. All other code is the same for all tasks.
 
     rows --collate--> Batch --counts--> what each sum is divided by (over the global batch, before any backward pass)
                         |
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """The seam. Names, and their order, are those of `weights` in everything that is by name."""
+    """What a task implements. Everything returned by name has the names of `weights`."""
 
     weights: Mapping[str, float]
-    """Name of a sum -> the weight with which its mean is differentiated."""
+    """Name of a sum -> the weight of its mean in the loss of a step."""
 
     def collate(self, block: Block, *, valid: int) -> Batch:
-        """Rows of S + 1 tokens to one batch of S positions on the CPU; rows from `valid` on fill it up and must not count."""
+        """Rows of S + 1 tokens -> a batch of S positions, on the CPU. Rows from index `valid` on only fill up the batch and must have no labels."""
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """By how much each sum grows per batch if every loss is 1: its denominator, 0-d int64, without waiting for the device."""
+        """What each sum is divided by, usually the number of labels: 0-d int64, computed without waiting for the device."""
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
         """Sums of losses, each fp32 of shape (1,), the same on all tp ranks. `hidden_BTD` comes from the final norm and may be a DTensor."""
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The same sums by their definition, 0-d: what the plain process and `evaluate` compute."""
+        """The same sums from the logits of the plain Hugging Face model, 0-d; used by parity and `hybridtrain evaluate`."""
 
     def evaluate(self, sums: Sums) -> dict[str, float]:
-        """Metrics of an evaluation, by the names that metrics.jsonl has."""
+        """Metrics of an evaluation, `eval_loss` among them, as they are written to metrics.jsonl."""

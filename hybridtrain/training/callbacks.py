@@ -5,8 +5,8 @@
             if metrics["eval_loss"] < 2.0:
                 run.stop("good enough")
 
-Every rank calls every callback, in the order given, after the same steps: a callback may talk to its peers with torch.distributed. What it
-raises ends the run, and the run's report names the rank.
+Every rank calls every callback, in the order given, after the same steps: a callback may use torch.distributed. An
+exception in it ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class Callback:
         """Before the first step of this process: weights are loaded, a checkpoint's included."""
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
-        """After a step that is logged (train.log_every): the line of metrics.jsonl. Rates are this rank's own, all else is equal on all."""
+        """After each logged step (train.log_every). `metrics`: the line of metrics.jsonl; speed and memory are this rank's, the rest is equal on all ranks."""
 
     def on_evaluate(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """After an evaluation (train.eval_every): `eval_loss`. Before `on_step` of the same step."""
+        """After an evaluation (train.eval_every), before `on_step` of the same step. `metrics`: `eval_loss`, and what else the task evaluates."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """A checkpoint is complete on disk; training may have gone on meanwhile."""
+        """A checkpoint is complete on disk; training may have continued in the meantime."""
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """The last call. `error`: what ended the run, None where it reached its end or was stopped."""
+        """The last call. `error`: the exception that ended the run; None if it finished or was stopped."""
 
 
 def registered(config: Config) -> tuple[Callback, ...]:

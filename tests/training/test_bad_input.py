@@ -104,7 +104,7 @@ CASES = {
         "batch.global_batch_size=3", "at least 4, one for each stage", 2, {**PP2, "parallel__schedule": "dualpipev", "batch__global_batch_size": 3}
     ),
     "stage 0 with shards": Case("parallel.zero_stage=0", "dp_shard=2 shards something", 2, SHARD),
-    "shards without anybody": Case("parallel.zero_stage=3", "dp_shard=1 leaves nobody", 2, {"parallel__zero_stage": 3}),
+    "shards without anybody": Case("parallel.zero_stage=3", "nothing to shard over with dp_shard=1", 2, {"parallel__zero_stage": 3}),
     "context parallel": Case("parallel.cp=2", "does not run this axis yet", 2, {"parallel__cp": 2}),
     "LoRA": Case("lora.r=8", "not supported yet", 2, {"lora__r": 8}),
     "another architecture": Case("model.config.model_type=mamba", "allowed: llama, mistral, qwen2, qwen3", 2, {"model__config__model_type": "mamba"}),

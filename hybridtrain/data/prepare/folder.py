@@ -126,9 +126,9 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
 
 
 def replace(folder: Path) -> list[str]:
-    """Move what lies complete in the partial folder into place, over what earlier ones left; return the names of all that is ours now.
+    """Move the completed files from the partial folder to their final place, replacing those of earlier runs of `prepare`; return their names.
 
-    The record comes first, so that a kill in between leaves nothing whose owner is unknown.
+    The record of our files is written first, so that even after a kill in between every file of ours is recorded.
     """
     partial, own = folder / PARTIAL, _own(folder)
     new = [path for split in SPLITS for path in sorted(partial.glob(f"{split}.*"))]

@@ -31,9 +31,9 @@ class Joined:
 
 
 def first_of_each(folders: list[Path]) -> list[np.ndarray]:
-    """For each piece, which of its documents come first among identical ones: bool (documents,) in their order.
+    """For each piece: a bool array (documents,), true for a document that is the first among its duplicates.
 
-    Compares 128-bit digests, those with the same leading bits at a time: one byte per document stays in memory, besides one bucket.
+    Compares 128-bit digests, one bucket of equal leading bits at a time. Memory: one byte per document, and one bucket.
     """
     digests = [np.load(folder / "digests.npy", mmap_mode="r") for folder in folders]
     ends = np.cumsum([len(one) for one in digests])

@@ -34,11 +34,11 @@ class LabelRecipe:
     key: str
     """data.label_key."""
     seq_len: int
-    """Tokens of a text at most."""
+    """Maximum tokens of a text."""
 
 
 def check(data: DataConfig) -> None:
-    """Refuse classes that are none (raises UserError)."""
+    """Refuse fewer than two classes, and duplicate names (raises UserError)."""
     instead = "data.labels=[negative,positive]"
     if len(data.labels) < 2:
         raise refusal("data.labels", data.labels, "fewer than two classes", allowed="the names of two classes or more", instead=instead)

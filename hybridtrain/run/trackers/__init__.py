@@ -141,7 +141,7 @@ def _finish(tracker: Any) -> None:
 
 
 def _called(text: str, field: str) -> str:
-    """A project or a run as trackers call it. One that comes from the environment may be a secret: it gets the name of its variable."""
+    """The name of a project or run that is sent to trackers. A value from an environment variable may be a secret: the variable's name is sent instead."""
     if "${" not in text:
         return text
     name = re.sub(r"[^\w.-]+", "-", text).strip("-") or "run"

@@ -1,7 +1,7 @@
-"""The plain single-process loop that everything parallel is compared with.
+"""The plain single-process training loop that parallel layouts are compared with.
 
-It shares the model's config, the initial weights, the data and the optimizer's settings with the engines, and nothing of how
-they work: Hugging Face's own forward, gradients added up by hand, torch's own clipping and AdamW.
+It uses the same model config, initial weights, data and optimizer settings as the engines, but none of their code: the forward pass
+of Hugging Face, gradients accumulated by hand, and clipping and AdamW of torch.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _LEAVE_S = 10.0
 
 @dataclass(frozen=True)
 class Task:
-    """What the plain loop needs to know; it pickles."""
+    """Settings of the plain loop; can be pickled."""
 
     config: BenchRoot
     plan: BatchPlan

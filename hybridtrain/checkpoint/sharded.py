@@ -179,7 +179,7 @@ class _Saving:
 
 
 def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
-    """Write aside, mark complete, rename; on failure remove what was written and raise on every rank."""
+    """Write to a temporary folder, mark it complete, rename it; on failure remove it and raise on every rank."""
     rank, _ = _rank_and_size(group)
     partial = path.with_name(path.name + marker.PARTIAL)
 
@@ -297,7 +297,7 @@ def _attempt(work: Callable[[], T], *, rank: int, path: Path, doing: str) -> tup
 
 
 def _raise_first(failures: list[_Failure | None]) -> None:
-    """The same error on every rank; one of ours goes before the user's, so that it is not hidden."""
+    """Raise the same error on every rank; internal errors take precedence over UserErrors, so that they are not hidden."""
     found = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
     if found:
         raise UserError(found[0].text) if found[0].of_user else RuntimeError(found[0].text)

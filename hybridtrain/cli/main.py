@@ -13,7 +13,7 @@ from hybridtrain.runtime.launch import leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0 done, 1 the command says no (parity), 2 something to put right."""
+    """Run the command line and return the exit code: 0 success, 1 a failed check (parity, verify), 2 a mistake of the user."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text, and a terminal may know ASCII alone

@@ -198,10 +198,10 @@ def _plain(value: Any, *, escape: bool) -> Any:
 
 
 def read_run(path: Path) -> schema.Config:
-    """The config.yaml of a run that is looked at: calls such as `${oc.env:X}` stay as they are written, and what it permits does not count.
+    """The config.yaml of a run that is only read: calls such as `${oc.env:X}` are kept as text, and its permissions to run code are ignored.
 
-    For everything but going on with one's own run: the environment of who reads is none of the writer's, and model.trust_remote_code and
-    run.plugins come from the command line (and the reader's own files) alone. Sections of other commands than `train` are left out. Raises UserError.
+    Used everywhere except to resume one's own run: whoever wrote the file must not read the environment of whoever opens it, and
+    model.trust_remote_code and run.plugins count only from the command line (and the reader's own files). Only sections of `train` are kept. Raises UserError.
     """
     if not path.is_file():
         raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")

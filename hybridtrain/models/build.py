@@ -178,7 +178,7 @@ def _check_rotary(config: Any, wanted: Mapping[str, Any], *, chosen: Mapping[str
 
 
 def meta_model(config: Any) -> nn.Module:
-    """The model of `config` on the meta device: structure without memory."""
+    """The model of `config` on the meta device, without allocating its weights."""
     with torch.device("meta"):
         return plain_model(config)
 

@@ -1,4 +1,4 @@
-"""Classifiers: a decoder whose head has a row for each class instead of each token (transformers' ...ForSequenceClassification). No torch.
+"""Classifiers: a decoder whose head has one output per class instead of per token (transformers' ...ForSequenceClassification). No torch.
 
 config.json says so in `architectures`, and names the classes in `id2label`.
 """

@@ -22,7 +22,7 @@ def file(model: ModelConfig, name: str) -> Path:
 
 
 def optional(model: ModelConfig, name: str) -> Path | None:
-    """A file that a repository need not have. One that cannot be had for another reason is warned of."""
+    """An optional file of a repository. Warns if it exists but cannot be downloaded."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:

@@ -139,7 +139,7 @@ def _listed(ids: Any) -> list[int]:
 
 
 def check_ids(ids: list[int], *, rows: int, field: str) -> None:
-    """Refuse token ids that the model's embedding has no row for."""
+    """Refuse token ids beyond the rows of the model's embedding."""
     if ids and max(ids) >= rows:
         raise refusal(
             field,

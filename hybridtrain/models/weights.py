@@ -200,7 +200,7 @@ def check_dtypes(held: Mapping[str, Stored], *, source: str) -> None:
 
 
 def check_rows(shape: tuple[int, ...], *, rows: int, model: ModelConfig) -> None:
-    """Refuse a vocabulary that is not the checkpoint's, unless `model.config.vocab_size` asks for a larger one."""
+    """Refuse a vocabulary size other than the checkpoint's, unless `model.config.vocab_size` is set to a larger one."""
     if shape and rows > shape[0] and "vocab_size" in model.config:
         return
     have = shape[0] if shape else 0

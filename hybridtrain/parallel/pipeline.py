@@ -160,7 +160,7 @@ class Pipeline:
         return self._run(self.schedule.step, batches)
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Forward only: the sums of each micro-batch on the rank of the last stage."""
+        """Forward only; returns the task's sums of each micro-batch on the rank of the last stage."""
         self.factor = None
         if self.order is None:
             return self._run(self.schedule.eval, batches)

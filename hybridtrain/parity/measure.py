@@ -63,7 +63,7 @@ class Steps:
 
 @dataclass
 class Differences:
-    """The largest over this rank's tensors, and the names of those that were compared."""
+    """The largest differences over this rank's tensors, and the names of the tensors compared."""
 
     largest: float = 0.0
     name: str = ""
@@ -170,7 +170,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
-    """Write tensors to a file, in fp32; their names."""
+    """Write tensors to a file in fp32; returns their names."""
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
     return set(tensors)
 

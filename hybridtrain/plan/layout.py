@@ -1,8 +1,8 @@
-"""Parallel layouts: the degree of every axis, and what follows from the degrees. Pure arithmetic, no torch, no process group.
+"""Parallel layouts: the degree of each axis, and sizes computed from the degrees. Pure arithmetic, no torch, no process group.
 
     world = pp x dp_replicate x dp_shard x cp x tp          (tp varies fastest over ranks)
 
-`resolve` turns intent into degrees. What cannot run is refused by rules.py, before processes meet.
+`resolve` computes the degrees from the options. Layouts that cannot run are refused by rules.py, before processes connect.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def check(parallel: schema.ParallelConfig, *, layout: ParallelLayout, plan: Batc
 
 
 def processes(count: int) -> str:
-    """The number of them, for a sentence."""
+    """The number with its noun, for messages: 1 process, 2 processes."""
     return f"{count} process{'' if count == 1 else 'es'}"
 
 

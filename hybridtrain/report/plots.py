@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with a name for its file and a title for people."""
+    """A figure, with its file name and its title."""
 
     name: str
     title: str

@@ -250,7 +250,7 @@ def _listed(value: object) -> list[Any]:
 
 
 def make_folders(path: Path) -> tuple[Path, ...]:
-    """Make a folder and those above it; which ones are new. Raises UserError."""
+    """Create a folder and its parents; returns those that are new. Raises UserError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def first(folder: Path, *, world_size: int) -> Failure | None:
 
 
 def earlier(folder: Path) -> Failure | None:
-    """What ended an attempt that could not conclude itself, from what its ranks left: each rank opens its file of stacks at its start."""
+    """Why an attempt ended that could not record this itself, from the files its ranks left: each rank opens its stacks file at its start."""
     files = {int(match[1]) for path in folder.glob("rank-*") if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))}
     if not files or (folder / FIRST).exists():
         return None

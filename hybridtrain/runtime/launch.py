@@ -168,7 +168,7 @@ def _duration(seconds: float) -> str:
 
 
 def several() -> bool:
-    """Whether a launcher started this process, as one of several or as if it were."""
+    """Whether a launcher such as torchrun started this process, even if as the only one."""
     return "RANK" in os.environ
 
 

@@ -2,8 +2,8 @@
 
     this process   --starts-->   rank 0 ... rank N-1   (python -m hybridtrain.<command>, with the variables that torchrun sets)
 
-It computes nothing and does not import torch. It passes signals on, gives ranks time to save, ends all when one has failed, and leaves
-with the exit code of the rank that ended first in failure, so that the last lines are what that rank said.
+This process does not train and does not import torch. It forwards signals, gives ranks time to save, ends all ranks when one has failed,
+and exits with the code of the rank that failed first; the output of that rank comes last.
 """
 
 from __future__ import annotations

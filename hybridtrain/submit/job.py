@@ -114,7 +114,7 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
 
 
 def _note(run: Path, *, status: str, reason: str) -> None:
-    """Write how the run ended, unless another process trains there: this job was refused then."""
+    """Record how the run ended. Not if another process trains in the directory, since this job was refused then."""
     if (holder := lock.holder_elsewhere(run)) is not None:
         _say(f"{run} is left as it is: {holder} trains there")
         return

@@ -62,7 +62,7 @@ def _word(key: str, value: str) -> str:
 
 
 def _check_letters(field: str, value: str) -> None:
-    """Refuse half letters (lone surrogates), which no file can hold; the bytes of a path that is not Unicode are none."""
+    """Refuse lone surrogates, which cannot be written to a file; those that stand for the bytes of a non-Unicode path are allowed."""
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -71,7 +71,7 @@ def _check_letters(field: str, value: str) -> None:
 
 
 def encoded(text: str) -> bytes:
-    """The script as bytes: a path that is not Unicode has its own bytes in it again. `render` has refused what cannot be written."""
+    """The script as bytes, with the original bytes of non-Unicode paths. `render` has refused text that cannot be written."""
     return text.encode("utf-8", "surrogateescape")
 
 

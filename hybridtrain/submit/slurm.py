@@ -94,7 +94,7 @@ def check_nodes(nodes: int, *, partition: str) -> None:
 
 
 def states(jobs: list[str]) -> dict[str, str]:
-    """Job id -> state, for those that Slurm still knows, in one question; empty where there is no Slurm. Raises UserError if it does not answer."""
+    """Job id -> state of the jobs that Slurm still knows, in one query; empty without Slurm. Raises UserError if Slurm does not answer."""
     if not jobs or shutil.which("squeue") is None:
         return {}
     # A single unknown id is an error for squeue, among several it is passed over.

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one function, in chunks of tokens: all logits never exist at once.
+"""Output head and cross-entropy in one function, in chunks of tokens, so that all logits never exist at once.
 
     hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss sum, and at once d(loss sum)/d(logits)
                                                   -> gradients of hidden (N, D) and of the head's weight (V, D)
@@ -182,7 +182,7 @@ def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) ->
 
 
 def _targets(labels_n: Tensor, *, first: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns (n, 1): 1 where a token has a label; 1 where this rank also has the label's logit; the label's place on this rank."""
+    """Three columns (n, 1): 1 where a token has a label; 1 where the logit of the label is on this rank; the index of the label on this rank."""
     valid = labels_n != IGNORE_INDEX
     place = labels_n - first
     mine = valid & (place >= 0) & (place < vocabulary)

@@ -30,7 +30,7 @@ _log = log.get("train")
 
 @dataclass
 class Run:
-    """What a callback sees of the run."""
+    """The state of the run that is passed to callbacks."""
 
     config: Config
     dir: Path

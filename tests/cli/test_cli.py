@@ -124,7 +124,10 @@ MISTAKES = {
     "a free option of submit": (["bench", "cluster.environment.A=b"], ["try:     hybridtrain submit cluster.environment.A=b"]),
     "null for a list": (["train", "optim.betas=null"], ["optim.betas=null", "try:     optim.betas=[0.9, 0.95]"]),
     "unknown file of a group": (["train", "parallel=tp3"], ["there is no parallel/tp3.yaml", "zero1_tp2_pp2", "try:     parallel=tp"]),
-    "the name of a plugin as a file": (["train", "schedule=onecycle"], ["schedule=onecycle: there is no", "schedule.kind=onecycle, if a module of run.plugins"]),
+    "the name of a plugin as a file": (
+        ["train", "schedule=onecycle"],
+        ["schedule=onecycle: there is no", "schedule.kind=onecycle, if a module of run.plugins"],
+    ),
     "a file of a group with a slip": (["train", "schedule=cosin"], ["there is no schedule/cosin.yaml", "try:     schedule=cosine\n"]),
     "a group set to nothing": (["train", "optim=null"], ["optim=null: no file is chosen", "allowed: adamw", "try:     no optim= at all, or optim=adamw"]),
     "a file of a group in capitals": (["train", "engine=NULL"], ["there is no engine/NULL.yaml", "allowed: deepspeed, torch"]),

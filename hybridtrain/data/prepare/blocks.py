@@ -23,7 +23,7 @@ BY_CHANCE, SURELY, WHOLE = "blocks", "first block", "all"
 
 
 def is_long(size: int, *, total: int) -> bool:
-    """Whether a document of `size` bytes in a corpus of `total` is cut."""
+    """Whether a document of `size` bytes, in a corpus of `total` bytes, is split into blocks."""
     return size >= LEAST_BYTES and size * LONG > total
 
 

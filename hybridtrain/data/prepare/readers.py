@@ -73,7 +73,7 @@ class Unit:
 
 
 class Record(NamedTuple):
-    """One record of a unit: a value, or the problem that it has."""
+    """One record of a unit: its value, or why it cannot be read."""
 
     number: int
     """Within the unit, from 0."""

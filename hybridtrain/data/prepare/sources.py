@@ -92,7 +92,7 @@ class Listing:
         return forced | {source.name: source.blocks for source in texts if source.blocks}
 
     def check_share(self, *, fraction: float) -> None:
-        """Refuse a split of text files far from what was asked (raises UserError); what only the records decide is not looked at."""
+        """Refuse a split of text files far from data.eval_fraction (raises UserError); splits by record are not checked here."""
         if all(source.format == "text" for source in self.sources):
             total = sum(source.size for source in self.sources)
             check_share(sum(source.size * (fraction if source.blocks else bool(source.held_out)) for source in self.sources) / total, fraction=fraction)

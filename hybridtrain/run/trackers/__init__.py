@@ -2,7 +2,7 @@
 
     training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker ──> wandb, TensorBoard ...
 
-Whatever may raise or hang happens on the tracker's own thread; what goes wrong there costs one warning. Only rank 0 tracks.
+Calls that may raise or hang run in the tracker's own thread; an error there only logs one warning. Only rank 0 tracks.
 A new tracker is a row in kinds.py.
 """
 

@@ -40,7 +40,7 @@ def _help() -> str:
         "",
         "In several processes:  hybridtrain train --nproc N [key=value ...]   (or torchrun, srun, accelerate, deepspeed: -m hybridtrain.train)",
         "Options of a command:  hybridtrain <command> --help",
-        "Its composed config:   hybridtrain <command> [key=value ...] --cfg job",
+        "Show the full config:  hybridtrain <command> [key=value ...] --cfg job",
     ]
     return "\n".join(lines) + "\n"
 

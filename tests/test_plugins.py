@@ -39,8 +39,8 @@ ht.register("schedule", "planted")(lambda step, config, total_steps: 1.0)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A working directory of its own; what a test registers and imports is its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
+    monkeypatch.setattr(registry, "_entries", {})
+    monkeypatch.setattr(registry, "_loaded", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield

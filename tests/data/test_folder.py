@@ -289,7 +289,8 @@ def test_an_interrupt_is_one_line(tmp_path):
     source.write_text("".join(json.dumps({"text": f"some words and number {number} " * 50}) + "\n" for number in range(20000)))
     options = [f"data.path={tmp_path / 'data'}", f"data.source=[{source}]", "data.vocab_size=300", "prepare.workers=2"]
     command = [sys.executable, "-m", "hybridtrain.cli", "prepare", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 - tests may run where it is ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not list(tmp_path.glob("data/.partial/piece-*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

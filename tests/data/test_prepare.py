@@ -228,6 +228,7 @@ def check_kills(tmp_path: Path, *, kills: int, seed: int) -> None:
     assert contents(tmp_path / "killed") == contents(tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_kills_change_no_byte(tmp_path):
     check_kills(tmp_path, kills=4, seed=1)
 

@@ -88,6 +88,7 @@ def test_killed_it_goes_on_with_the_same_losses(name, data, tmp_path):
     assert rows(run) == rows(whole)
 
 
+@pytest.mark.slow
 def test_it_says_nothing_of_its_own(data, tmp_path):
     """Not under torchrun either, where DeepSpeed logs, warns and prints on every rank."""
     process = torchrun(2, arguments(tmp_path / "run", data, engine="deepspeed", parallel="zero3", train__steps=2))

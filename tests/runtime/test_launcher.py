@@ -44,7 +44,8 @@ def nproc(argv: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("start", [nproc, pytest.param(lambda argv: torchrun(2, argv), marks=pytest.mark.slow)], ids=["nproc", "torchrun"])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [nproc, lambda argv: torchrun(2, argv)], ids=["nproc", "torchrun"])
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_goes_on(start, data, tmp_path):
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 24, "checkpoint__every": 3}

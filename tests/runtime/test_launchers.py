@@ -73,6 +73,7 @@ def test_accelerate_launch(data, expected, tmp_path):
     assert rows(tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_the_deepspeed_launcher(data, expected, tmp_path):
     done = launched([str(BIN / "deepspeed"), "--num_gpus", "2", "--module", "hybridtrain.train"], tmp_path / "run", data, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr

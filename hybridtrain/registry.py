@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import os
@@ -171,4 +170,6 @@ def listed() -> str:
 def sources() -> dict[str, str]:
     """Module that registers something -> a digest of its file, by which ranks compare their code."""
     files = {entry.module: Path(getattr(sys.modules.get(entry.module), "__file__", None) or "") for entry in _entries.values()}
+    import hashlib  # loads OpenSSL: not for who only composes a config
+
     return {module: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for module, file in sorted(files.items()) if file.is_file()}

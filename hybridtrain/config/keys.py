@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from hybridtrain.config import commands, migrate, schema, words
 from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.plan import notation
 
 FREE_FORM = (
     "model.config.",
@@ -298,6 +297,8 @@ def _layout_instead(value: str, names: list[str]) -> str:
     alike = [name for name in names if re.sub(r"\d+", "", name) == axes]
     ranked = sorted(alike, key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)])
     near = ranked[:1] or difflib.get_close_matches(value, names, n=1, cutoff=0.3) or names[:1]
+    from hybridtrain.plan import notation  # for this refusal alone
+
     try:
         options = notation.parse(value.replace("_", "-"))
     except UserError:

@@ -81,7 +81,7 @@ def check(config: schema.Root) -> None:
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # a run is started: here, or where a job runs
             _trackers(config.tracker, here="cluster" not in sections)
             _end(config)
-            _has_path(bool(config.data.path or config.data.blend) or config.data.kind != "prepared")
+            _has_path(config.data.named)
     if isinstance(config, schema.BenchRoot):
         _bench(config)
     if isinstance(config, schema.PrepareRoot):

@@ -141,6 +141,11 @@ class DataConfig:
     """Conversations: all: train on every answer; last: only on the last one. If the template renders earlier answers differently from the last
     (Qwen3's removes their thinking), each trained answer is a sample of its own, with the messages before it."""
 
+    @property
+    def named(self) -> bool:
+        """Whether there is data to train on: token files, or registered rows."""
+        return bool(self.path or self.blend) or self.kind != "prepared"
+
 
 @dataclass
 class BatchConfig:

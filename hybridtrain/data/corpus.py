@@ -17,9 +17,9 @@ import numpy as np
 
 from hybridtrain.data import again, digests
 from hybridtrain.data.indexed import IndexedReader, file_pair
-from hybridtrain.data.prepare.folder import CORPUS, FITTED, LABELLED, PARTIAL, PLAN
+from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
-from hybridtrain.data.prepare.sources import FORMAT, READABLE
+from hybridtrain.data.prepare.sources import FITTED, FORMAT, LABELLED, READABLE
 from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log

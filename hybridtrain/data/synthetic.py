@@ -20,7 +20,7 @@ class Tokens(Protocol):
 
 
 class Synthetic:
-    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus. With `labels` a row's last is one of so many classes."""
+    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus. `labels`: number of classes; the last token of a row is its class then (0: no classes)."""
 
     def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, labels: int, collate: Collate) -> None:
         self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate

@@ -77,8 +77,10 @@ def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: to
 def build_for(
     task: Task | None, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool
 ) -> TorchEngine | DeepSpeedEngine:
-    """The engine for a task; None: the one that task.kind names. `initial`: with initial weights; not for who loads a checkpoint next: drawing or reading them takes time, and
-    their source may be gone."""
+    """The engine for a task; None: the one that task.kind names.
+
+    `initial`: set initial weights. False before a checkpoint is loaded: setting them takes time, and their source may be gone.
+    """
     from hybridtrain.models.build import check
     from hybridtrain.runtime import cpu
 

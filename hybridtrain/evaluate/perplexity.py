@@ -40,7 +40,7 @@ def run(config: EvaluateRoot) -> int:
     settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
-    if not (settings.data.path or settings.data.blend or settings.data.kind != "prepared"):
+    if not settings.data.named:
         raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
     data = data_of(settings, timeout_s=0)
     rows = config.evaluate.rows or settings.train.eval_rows

@@ -91,12 +91,13 @@ def _checked(held: Mapping[str, Stored], *, model: ModelConfig, config: Any, fam
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
     swapped = config.tie_word_embeddings and embed not in held and head in held  # transformers ties to the one that is there
     classes = classifier.is_classifier(config.architectures)
-    missing = [name for name in wanted if name not in held and not (swapped and name == embed) and not (classes and name == head)]
+    drawn = {head} if classes and head not in held else set()
+    missing = [name for name in wanted if name not in held and name not in drawn and not (swapped and name == embed)]
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
-    lines = [f"{head}: drawn as in a new model, a row for each class"] if classes and head not in held else []
+    lines = [f"{name}: drawn as in a new model, a row for each class" for name in drawn]
     for name, shape in wanted.items():
-        if name not in held and classes and name == head:
+        if name in drawn:
             continue
         there = held[head if swapped and name == embed else name].shape
         if there == shape:

@@ -145,7 +145,7 @@ def _or_random(config: schema.Config) -> Iterator[None]:
 
 def _data(config: schema.ParityRoot, own: Own) -> Blend | None:
     """The rows that are trained on; None: random tokens."""
-    if own.data or not (config.data.path or config.data.blend or config.data.kind != "prepared"):
+    if own.data or not config.data.named:
         return own.data
     with _or_random(config):
         return blends.data_of(config, timeout_s=config.engine.timeout_s)

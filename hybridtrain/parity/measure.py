@@ -177,8 +177,7 @@ def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
 
 def _tokens(task: Task, *, dp_rank: int, dp_size: int, collate: Collate) -> Tokens:
     seed = task.config.run.seed
-    named = task.config.data
-    if task.data or named.path or named.blend or named.kind != "prepared":
+    if task.data or task.config.data.named:
         data = task.data or data_of(task.config, timeout_s=0)
         return Loader(data, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab, collate=collate)
     return Synthetic(

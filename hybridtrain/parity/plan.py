@@ -105,7 +105,7 @@ def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilitie
             model=model,
             layouts=[entry.layout for entry in entries],
             stages=_stages(entries),
-            vocab=not (config.data.path or config.data.blend or config.data.kind != "prepared"),
+            vocab=not config.data.named,
         )
         said.append(_shrink_said(config, read_config(config.model), small))
         config.model = dataclasses.replace(config.model, from_pretrained="", config=small)

@@ -1,4 +1,4 @@
-"""Finds the rank that failed first. Each failing rank writes a report; ranks that fail only as a consequence write "echoes", and a killed rank writes none.
+"""Finds the rank that failed first. Each failing rank writes a report; so do ranks that fail only because of the first, and a killed rank writes none.
 
     runs/<name>/failures/life-<n>/  rank-<r>.json (time, rank, node, step, error, traceback)   rank-<r>.stacks (of a hang)
 

@@ -26,7 +26,7 @@ PLUGINS = "HYBRIDTRAIN_PLUGINS"
 
 
 def open_job(argv: list[str]) -> int:
-    """Print the run directory of this job: the one that `submit` minted, or the one that these overrides continue or start. Below it run.plugins."""
+    """Print the run directory of this job: the one that `submit` minted, or the one that these overrides resume or create; then run.plugins as an argument for training."""
     try:
         run, words = _given_run(), os.environ.get(PLUGINS, "")
         if run is None:

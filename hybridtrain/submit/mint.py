@@ -1,4 +1,4 @@
-"""Creates ("mints") the run directory that a job starts from, with the resolved configuration in it.
+"""Creates the run directory that a job starts from, with the resolved configuration in it.
 
 runs/<name>/submit/conf/experiment/submitted.yaml    used by `--config-dir <run>/submit/conf experiment=submitted`
 """

@@ -15,7 +15,7 @@ _PARTS = ("collate", "counts", "loss", "loss_of_logits", "evaluate")
 
 
 def of(config: Config, *, labels: int) -> Task:
-    """The task that task.kind names, for a model of so many classes (0: of tokens)."""
+    """The task that task.kind names, for a model with `labels` classes (0: its head predicts tokens)."""
     from hybridtrain.tasks.causal_lm import CausalLM
     from hybridtrain.tasks.classification import Classification
     from hybridtrain.tasks.linear_cross_entropy import Terms

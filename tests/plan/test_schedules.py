@@ -5,6 +5,7 @@ Each schedule is built by torch itself for every number of ranks, stages and mic
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -20,23 +21,9 @@ from hybridtrain.parallel.pipeline import _SCHEDULES, stage_ids
 from hybridtrain.plan import layout, rules, schedules
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.plan.capabilities import of_engine
-from hybridtrain.types import ModelFacts
+from tests.plan import test_layout
 
-FACTS = ModelFacts(
-    model_type="llama",
-    layers=16,
-    hidden=64,
-    heads=8,
-    kv_heads=2,
-    head_dim=8,
-    ffn=192,
-    vocab=512,
-    labels=(),
-    tied=False,
-    window=None,
-    max_positions=128,
-    parameters=1000,
-)
+FACTS = dataclasses.replace(test_layout.FACTS, layers=16)
 MICRO_BATCHES = range(1, 13)
 # Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait, and interleaved
 # schedules are defined for whole rounds.

@@ -37,11 +37,6 @@ _TOKENIZER_NAMES = (
 _WAIT_SAID_S = 3.0
 
 
-CHAT, LABELLED = "chat", "labelled"
-FITTED = (CHAT, LABELLED)
-"""Kinds of corpora whose documents are fitted into rows whole; text is a stream that is cut into rows."""
-
-
 def is_ours(record: Any) -> bool:
     """Whether the content of a corpus.json is what `prepare` writes."""
     return isinstance(record, dict) and isinstance(record.get("fingerprint"), str) and isinstance(record.get("settings"), dict)

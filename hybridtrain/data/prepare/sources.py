@@ -44,8 +44,9 @@ _PATTERNS = {
     "chat": ("*.jsonl", "*.ndjson", "*.parquet"),
     "labelled": ("*.jsonl", "*.ndjson", "*.parquet"),
 }
-_RECORDS = ("chat", "labelled")
-"""Formats that say what a record is, and not what its file is."""
+CHAT, LABELLED = "chat", "labelled"
+FITTED = (CHAT, LABELLED)
+"""Formats that say what a record is, not what its file is: their documents are fitted into rows whole. Text is a stream that is cut into rows."""
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _ALLOWED = f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
 
@@ -185,8 +186,8 @@ def _tokenizer_digest(data: DataConfig) -> str:
 def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
     """What one entry of `data.source` names, sorted by name."""
     path = Path(entry)
-    saved = data.format in ("auto", *_RECORDS) and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    hub = data.format in _RECORDS and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
+    saved = data.format in ("auto", *FITTED) and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    hub = data.format in FITTED and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
     if data.format == "datasets" or saved or hub:
         version = _folder_version(path) if path.is_dir() else ""
         yield Source(
@@ -194,7 +195,7 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
         )
         return
     for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
-        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format in _RECORDS else "text")
+        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format in FITTED else "text")
         facts = file.stat()
         version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
         size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)

@@ -177,7 +177,7 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
-        total=sum(piece.size for piece in planned) if data.format not in folder.FITTED and data.eval_fraction else 0,
+        total=sum(piece.size for piece in planned) if data.format not in sources.FITTED and data.eval_fraction else 0,
         before=listing.before,
         eos=[],
         controls=[],

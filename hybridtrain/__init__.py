@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from hybridtrain.run.trackers.kinds import Tracker
     from hybridtrain.tasks.causal_lm import CausalLM
     from hybridtrain.tasks.task import Task
-    from hybridtrain.training.callbacks import Callback, Run
+    from hybridtrain.training.callbacks import Callback, Run, StepInfo
     from hybridtrain.training.trainer import Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "CausalLM", "Result", "Run", "Task", "Tracker", "Trainer", "UserError", "compose", "export", "parity", "register"]
+__all__ = ["Callback", "CausalLM", "Result", "Run", "StepInfo", "Task", "Tracker", "Trainer", "UserError", "compose", "export", "parity", "register"]
 _HOME = {
     **dict.fromkeys(("compose", "export", "parity"), "hybridtrain.api"),
-    **dict.fromkeys(("Callback", "Run"), "hybridtrain.training.callbacks"),
+    **dict.fromkeys(("Callback", "Run", "StepInfo"), "hybridtrain.training.callbacks"),
     **dict.fromkeys(("Result", "Trainer"), "hybridtrain.training.trainer"),
     "UserError": "hybridtrain.errors",
     "register": "hybridtrain.registry",

@@ -52,8 +52,10 @@ class StepResult:
 
     loss: torch.Tensor
     """Weighted sum of the task's mean losses over the global batch, fp32; NaN without a single target."""
-    tokens: torch.Tensor
-    """Targets of the task's first sum in the global batch: of a causal LM, tokens with a label."""
+    sums: torch.Tensor
+    """Of each of the task's sums over the global batch, in the order of its weights: fp32, (K,)."""
+    counts: torch.Tensor
+    """What each sum is divided by: int64, (K,). Of a causal LM the tokens with a label."""
     grad_norm: torch.Tensor
     """L2 norm over the whole model, before clipping, unscaled."""
     skipped: torch.Tensor

@@ -45,10 +45,15 @@ class Noted(ht.Callback):
 
     def __init__(self, *, stop_at: int = 0, break_at: int = 0) -> None:
         self.calls: list[Any] = []
+        self.steps: list[float] = []
         self.stop_at, self.break_at = stop_at, break_at
 
     def on_start(self, run: ht.Run) -> None:
         self.calls.append(("start", run.step, len(list(run.engine.weights())) > 0))
+
+    def on_every_step(self, run: ht.Run, info: ht.StepInfo) -> None:
+        assert (run.step, run.tokens_seen) == (info.step, info.tokens_seen)
+        self.steps.append(float(info.result.loss))
 
     def on_step(self, run: ht.Run, metrics: Mapping[str, Any]) -> None:
         self.calls.append(("step", run.step, metrics["loss"]))
@@ -170,6 +175,10 @@ def test_an_own_loss_is_trained_under_every_layout_and_is_part_of_what_the_run_i
     for here, there in zip(rows(two), rows(one), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-5)
+        assert here["loss"] == pytest.approx(here["train_first"] + 0.25 * here["train_second"], rel=1e-6)
+        assert {key: here[key] for key in ("train_first", "train_second")} == pytest.approx(
+            {key: there[key] for key in ("train_first", "train_second")}, rel=1e-5
+        )
     refused = "task=next-token prediction: the checkpoint of step 6 learnt Halves {'first': 1.0, 'second': 0.25}"
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], False) == [refused]
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], True) == ["finished"]

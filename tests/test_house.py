@@ -56,7 +56,7 @@ PRIVATE = {
     **dict.fromkeys(("_is_none", "_maybe_dereference_node", "_set_value"), ("config/",)),
     "_is_text_encoding": ("config/checks.py",),
     "_run_exitfuncs": ("runtime/launch.py",),
-    **dict.fromkeys(("_record_memory_history", "_dump_snapshot"), ("training/hooks.py",)),
+    **dict.fromkeys(("_record_memory_history", "_dump_snapshot"), ("training/builtin.py",)),
 }
 PUBLIC = re.compile(r"_exit|_foreach_\w+|_scaled_dot_product_\w+|_c10d_functional|_Environ|_Hash")  # spelt so; the last two in annotations alone
 

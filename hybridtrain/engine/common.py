@@ -25,8 +25,9 @@ def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Fl
     return sums[: len(total)]
 
 
-def mean_loss(mean: Tensor, *, counts: Tensor) -> Tensor:
-    """The loss of a step, 0-d; NaN without a single target: a mean over nothing is no loss of 0."""
+def loss_of(sums: Tensor, counts: Tensor, *, weights: Tensor) -> Tensor:
+    """The loss of a step from (K,) each, 0-d; NaN without a single target: a mean over nothing is no loss of 0."""
+    mean = (weights * sums / counts.clamp(min=1)).sum()
     return torch.where(counts.sum() > 0, mean, torch.nan)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
-from hybridtrain.engine.common import evaluated, global_counts, mean_loss
+from hybridtrain.engine.common import evaluated, global_counts, loss_of
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_for
@@ -96,7 +96,7 @@ class TorchEngine:
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
-        scaled_loss = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
+        sums = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
@@ -111,9 +111,8 @@ class TorchEngine:
         over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
         self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
-        self.mesh.sum(scaled_loss, over="loss")
-        loss = mean_loss(scaled_loss / scale, counts=counts)
-        return StepResult(loss, counts[0], norm, nonfinite, empty, scale)
+        self.mesh.sum(sums, over="loss")
+        return StepResult(loss_of(sums, counts, weights=self.loss_weights), sums, counts, norm, nonfinite, empty, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -221,19 +220,20 @@ class TorchEngine:
         return self.stages[0](batch.input_ids_BT, batch=batch)
 
     def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros_like(self.loss_weights)
         for index, batch in enumerate(batches):
-            loss = (self._forward(batch) * factor).sum()
+            sums = self._forward(batch)
+            loss = (sums * factor).sum()
             before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)
             loss.backward()
-            total += loss.detach()
+            total += sums.detach()
         return total
 
     def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         assert self.pipeline is not None
-        total = torch.zeros((), device=self.device)
-        for loss in self.pipeline.step(batches, factor=factor):
-            total += loss.detach()
+        total = torch.zeros_like(self.loss_weights)
+        for sums in self.pipeline.step(batches, factor=factor):
+            total += sums
         return total
 
 

@@ -114,6 +114,7 @@ class Pipeline:
     def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, plan: BatchPlan, group: dist.ProcessGroup, **shape: Any):
         self.stages, self.plan = stages, plan
         self.factor: Tensor | None = None
+        self.sums: list[Tensor] = []
         self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
         options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
         self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SINGLE else self.wrapped, **options)
@@ -144,6 +145,7 @@ class Pipeline:
         return wrapped
 
     def _loss(self, sums: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the head has used its own
+        self.sums.append(sums.detach())
         return sums if self.factor is None else (sums * self.factor).sum()
 
     @property
@@ -155,7 +157,7 @@ class Pipeline:
         return any(stage.last for stage in self.stages)
 
     def step(self, batches: Sequence[Batch], *, factor: Tensor) -> list[Tensor]:
-        """Run every micro-batch, forward and backward of its sums x factor, added up. Returns those on the rank of the last stage."""
+        """Run every micro-batch, forward and backward of its sums x factor, added up. Returns each one's sums, (K,), on the rank of the last stage."""
         self.factor = factor
         return self._run(self.schedule.step, batches)
 
@@ -171,10 +173,10 @@ class Pipeline:
             self.schedule.pipeline_order_with_comms = self.order
 
     def _run(self, call: Any, batches: Sequence[Batch]) -> list[Tensor]:
-        losses: list[Tensor] = []
+        self.sums = []
         for stage in self.wrapped:
             stage.batches = batches
         ids_BT = torch.cat([batch.input_ids_BT for batch in batches])  # the schedule cuts them again
-        last = {"target": ids_BT, "losses": losses} if self.last else {}  # it computes no loss without a target
+        last = {"target": ids_BT} if self.last else {}  # it computes no loss without a target
         call(*((ids_BT,) if self.first else ()), **last)
-        return losses
+        return self.sums

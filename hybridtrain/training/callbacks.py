@@ -1,18 +1,18 @@
-"""A user's own code around the steps of a run.
+"""What happens around the steps of a run: the user's own code and ours, which is written in the same way (builtin.py).
 
     class Stopper(ht.Callback):
         def on_evaluate(self, run, metrics):
             if metrics["eval_loss"] < 2.0:
                 run.stop("good enough")
 
-Every rank calls every callback, in the order given, after the same steps: a callback may use torch.distributed. An
+Every rank calls every callback, in the same order and after the same steps: a callback may use torch.distributed. An
 exception in it ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +22,30 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
 from hybridtrain.runtime import log
 from hybridtrain.runtime.stop import Stop
-from hybridtrain.training.hooks import Moment
-from hybridtrain.types import Engine
+from hybridtrain.types import Engine, StepResult
 
 _log = log.get("train")
+
+
+@dataclass
+class StepInfo:
+    """An optimizer step that has just ended."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    last: bool
+    stopping: bool
+    """The run ends after this step, before its last one."""
+    tokens_seen: int
+    lr: float
+    result: StepResult
+    """Tensors on the device: to read one is to wait for the step."""
+    flags: Mapping[str, int]
+    """How many ranks have raised each flag (runtime/flags.py), the same on every rank."""
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """The metrics of an evaluation after this step; empty without one."""
+    row: dict[str, Any] | None = None
+    """The line of metrics.jsonl, if this step has one; the same on all ranks but for speed and memory."""
 
 
 @dataclass
@@ -53,6 +73,9 @@ class Callback:
     def on_start(self, run: Run) -> None:
         """Before the first step of this process: weights are loaded, a checkpoint's included."""
 
+    def on_every_step(self, run: Run, info: StepInfo) -> None:
+        """After every optimizer step, logged or not. Reading a tensor of `info.result` waits for the device and slows training down."""
+
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
         """After each logged step (train.log_every). `metrics`: the line of metrics.jsonl; speed and memory are this rank's, the rest is equal on all ranks."""
 
@@ -63,7 +86,7 @@ class Callback:
         """A checkpoint is complete on disk; training may have continued in the meantime."""
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """The last call. `error`: the exception that ended the run; None if it finished or was stopped."""
+        """The last call, the callback that was added last first. `error`: the exception that ended the run; None if it finished or was stopped."""
 
 
 def registered(config: Config) -> tuple[Callback, ...]:
@@ -81,42 +104,58 @@ def registered(config: Config) -> tuple[Callback, ...]:
 
 
 class Callbacks:
-    """The hook that calls a run's callbacks; it stands behind the one that logs."""
+    """All callbacks of a run, ours and the user's, in order. A context: `on_start` when it is entered, `on_end` when it is left."""
 
-    def __init__(self, callbacks: Sequence[Callback], run: Run):
-        self.callbacks, self.run = callbacks, run
+    def __init__(self, run: Run, *, beat: Callable[[], None]):
+        """`beat` is called before each callback: the watchdog allows each the time of a step."""
+        self.run, self._beat = run, beat
+        self.callbacks: list[Callback] = []
+
+    def add(self, callback: Callback) -> None:
+        """Call this one after those that were added before it."""
+        self.callbacks.append(callback)
 
     def __enter__(self) -> Callbacks:
-        for callback in self.callbacks:
-            callback.on_start(self.run)
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self.run)
+        except BaseException as error:
+            self._end(error)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end(error)
 
-    def __call__(self, moment: Moment) -> None:
-        self.run.step, self.run.tokens_seen = moment.step, moment.tokens_seen
-        if moment.row is None:
-            return
+    def after_step(self, info: StepInfo) -> None:
+        """Each callback sees the step, and what those before it have evaluated and logged."""
+        self.run.step, self.run.tokens_seen = info.step, info.tokens_seen
         for callback in self.callbacks:
-            if moment.extra:
-                callback.on_evaluate(self.run, dict(moment.extra))
-            callback.on_step(self.run, dict(moment.row))
+            self._beat()
+            callback.on_every_step(self.run, info)
+            if info.row is None:
+                continue
+            if info.evaluated:
+                callback.on_evaluate(self.run, dict(info.evaluated))
+            callback.on_step(self.run, dict(info.row))
 
     def saved(self, path: Path) -> None:
+        """A checkpoint is complete."""
         for callback in self.callbacks:
             callback.on_checkpoint(self.run, path)
 
-    def close(self) -> None:
-        return  # `on_end` comes when all hooks are closed
-
     def _end(self, error: BaseException | None) -> None:
-        """Tell every callback. After a failure none of them can hide it: what they raise then is logged."""
-        for callback in self.callbacks:
-            if error is None:
-                callback.on_end(self.run, None)
-                continue
+        """Tell every callback. Raises the first error of theirs if the run had none; what they raise after it is logged and cannot hide it."""
+        first = error
+        for callback in reversed(self.callbacks):
+            self._beat()
             try:
-                callback.on_end(self.run, error)
+                callback.on_end(self.run, first)
             except Exception as second:
-                _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(second).__name__, second)
+                if first is None:
+                    first = second
+                else:
+                    _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(second).__name__, second)
+        if first is not error:
+            assert first is not None
+            raise first

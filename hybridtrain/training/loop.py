@@ -1,9 +1,8 @@
-"""The training loop. It knows the Engine contract, the data and the hooks, and nothing of layouts."""
+"""The training loop. It knows the Engine contract, the data and the callbacks, and nothing of layouts."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,8 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
-from hybridtrain.training.hooks import SAVED, Hook, Moment
+from hybridtrain.training.builtin import SAVED
+from hybridtrain.training.callbacks import Callbacks, StepInfo
 from hybridtrain.types import Engine, Progress
 
 
@@ -35,12 +35,12 @@ def train(
     plan: BatchPlan,
     start: Progress,
     total_steps: int,
-    hooks: Sequence[Hook],
+    callbacks: Callbacks,
     stop: Stop,
     watchdog: Watchdog,
     done: Done,
 ) -> Progress:
-    """Optimizer steps start.step .. total_steps - 1, the hooks after each. Returns where the run stands: earlier if `stop` says so."""
+    """Optimizer steps start.step .. total_steps - 1, the callbacks after each. Returns where the run stands: earlier if `stop` says so."""
     step, tokens_seen, scaled = start.step, start.tokens_seen, config.precision.kind == "fp16_mixed"
     watch = NonFinite(limit=config.train.max_nonfinite, scaled=scaled, first=start.step == 0)
     flags = engine.flags = Flags((*stop.flags, SAVED))
@@ -54,15 +54,10 @@ def train(
             step, tokens_seen = step + 1, tokens_seen + plan.tokens
             done.step = step
             seen = flags.read()
-            moment = Moment(step=step, last=step == total_steps, stopping=stop.agree(seen), tokens_seen=tokens_seen, lr=lr, result=result, flags=seen)
-            for hook in hooks:
-                watchdog.beat()
-                hook(moment)
-            watch(moment, check=moment.last or step % config.train.log_every == 0)
+            info = StepInfo(step=step, last=step == total_steps, stopping=stop.agree(seen), tokens_seen=tokens_seen, lr=lr, result=result, flags=seen)
+            callbacks.after_step(info)
+            watch(info, check=info.last or step % config.train.log_every == 0)
             collector.after(step)
-    watchdog.beat()
-    for hook in hooks:
-        hook.close()
     return Progress(step, tokens_seen, start.fingerprints)
 
 
@@ -103,15 +98,15 @@ class NonFinite:
         self.streak: torch.Tensor | None = None
         self.unread = 0
 
-    def __call__(self, moment: Moment, *, check: bool) -> None:
-        skipped = moment.result.skipped
+    def __call__(self, info: StepInfo, *, check: bool) -> None:
+        skipped = info.result.skipped
         self.streak = skipped.clone() if self.streak is None else (self.streak + 1) * skipped
         self.unread, self.steps = self.unread + 1, self.steps + 1
         if not (check or self.unread >= self.limit):
             return
         self.unread = 0
         count = int(self.streak)
-        nothing = moment.last and self.first and count == self.steps  # a whole run without one update has not trained
+        nothing = info.last and self.first and count == self.steps  # a whole run without one update has not trained
         if count >= self.limit or nothing:
             advice = (
                 "precision=bf16_mixed, which has fp32's range and needs no loss scale, or a lower optim.lr"
@@ -124,6 +119,6 @@ class NonFinite:
                     f"  allowed: a run with at least one update\n  try:     {advice}"
                 )
             raise UserError(
-                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {moment.step}, were not finite (loss {float(moment.result.loss):.4g}); no update was made in them\n"
+                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {info.step}, were not finite (loss {float(info.result.loss):.4g}); no update was made in them\n"
                 f"  allowed: fewer than {self.limit} such steps in a row\n  try:     {advice}; the last checkpoint is from before or within them"
             )

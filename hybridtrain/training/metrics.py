@@ -11,11 +11,11 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ import torch.distributed as dist
 from hybridtrain.plan import hardware
 from hybridtrain.runtime.files import finite
 from hybridtrain.types import StepResult
+
+if TYPE_CHECKING:
+    from hybridtrain.training.callbacks import StepInfo
 
 GIB = 1024**3
 
@@ -127,25 +130,34 @@ class Meter:
         return max(0, self._total_steps - last_step) * (last_time - first_time) / (last_step - first_step)
 
 
-def record(result: StepResult, *, since: torch.Tensor, step: int, tokens_seen: int, lr: float, meter: Meter, memory_gib: float) -> dict[str, Any]:
+def since(result: StepResult) -> torch.Tensor:
+    """What a line adds up over its steps, fp64 on the device: (loss of all targets, targets, updates skipped, steps without targets, sums (K), counts (K))."""
+    targets = result.counts[0].double()
+    loss = torch.where(targets > 0, result.loss * targets, 0.0)  # of no targets the mean is NaN
+    return torch.cat([torch.stack([loss, targets, result.skipped.double(), result.empty.double()]), result.sums.double(), result.counts.double()])
+
+
+def record(info: StepInfo, *, since: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float) -> dict[str, Any]:
     """One line of metrics.jsonl; non-finite and unknown values are None.
 
-    `since`: of the steps since the last line, loss of all valid tokens, these tokens, updates skipped, steps without targets. `loss` is the
-    mean over these tokens, `step_loss` the last step's own. Reads all scalars in one transfer, which waits for the device, and only then
-    takes the time.
+    `since`: what `since()` gives, added up over the steps since the last line; `loss` is the mean over their targets, `step_loss` the last
+    step's own. `sums`: names of the task's sums; of several, the mean of each is added as `train_<name>`. Reads all scalars in one transfer,
+    which waits for the device, and only then takes the time.
     """
+    result = info.result
     scalars = (result.loss, result.grad_norm, result.loss_scale)
     numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), since]).tolist()
-    step_loss, grad_norm, loss_scale, loss_sum, tokens, skipped, empty = numbers
-    loss = loss_sum / tokens if tokens else math.nan
-    rates = meter.measure(step)
+    step_loss, grad_norm, loss_scale, loss_sum, targets, skipped, empty, *each = numbers
+    loss = loss_sum / targets if targets else math.nan
+    means = {f"train_{name}": finite(value / count if count else math.nan) for name, value, count in zip(sums, each, each[len(sums) :], strict=False)}
+    rates = meter.measure(info.step)
     return {
-        "step": step,
-        "tokens_seen": tokens_seen,
+        "step": info.step,
+        "tokens_seen": info.tokens_seen,
         "loss": finite(loss),
         "step_loss": finite(step_loss),
         "grad_norm": finite(grad_norm),
-        "lr": finite(lr),
+        "lr": finite(info.lr),
         "loss_scale": finite(loss_scale),
         "skipped": int(skipped),
         "tokens_per_s": rates.tokens_per_s,
@@ -155,6 +167,7 @@ def record(result: StepResult, *, since: torch.Tensor, step: int, tokens_seen: i
         "max_memory_gib": finite(memory_gib),
         "time": time.time(),
         **({"steps_without_targets": int(empty)} if empty else {}),
+        **(means if len(sums) > 1 else {}),
     }
 
 

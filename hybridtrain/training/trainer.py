@@ -206,10 +206,9 @@ def _train(
 ) -> Result:
     from hybridtrain.checkpoint.manager import Manager
     from hybridtrain.data.loader import Loader, eval_batches
-    from hybridtrain.training import callbacks, hooks, loop, metrics
+    from hybridtrain.training import builtin, callbacks, loop, metrics
 
     config, plan, mesh = job.config, job.plan, engine.mesh
-    manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
     hosts = host.gather(device)
     if log.rank() == 0:
@@ -224,20 +223,21 @@ def _train(
         flops_per_token=flops.flops_per_token(job.facts, seq_len=plan.seq_len),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
-    chosen: list[hooks.Hook] = []
+    run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
+    calls = callbacks.Callbacks(run, beat=watchdog.beat)
     if config.train.eval_every:
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        chosen.append(hooks.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, task=engine.task), meter=meter))
-    chosen.append(hooks.Log(run_dir, every=config.train.log_every, total_steps=job.total_steps, meter=meter, trackers=trackers, device=device))
-    run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
-    calls = callbacks.Callbacks(of_user, run)
-    chosen.append(calls)
-    chosen.append(hooks.Checkpoint(engine, run=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved))
+        calls.add(builtin.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, task=engine.task), meter=meter))
+    calls.add(builtin.Log(run_dir, every=config.train.log_every, task=engine.task, meter=meter, trackers=trackers, device=device))
+    for callback in of_user:
+        calls.add(callback)
+    manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
+    calls.add(builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved))
     if config.run.profile and log.rank() in config.run.profile_ranks:
-        chosen.append(hooks.Profile(run_dir.path / "profile", device=device))
+        calls.add(builtin.Profile(run_dir.path / "profile", device=device))
     with calls:
         end = loop.train(
-            engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, hooks=chosen, stop=stop, watchdog=watchdog, done=done
+            engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, callbacks=calls, stop=stop, watchdog=watchdog, done=done
         )
     trackers.finish(failed=False)
     status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)

@@ -29,7 +29,13 @@ TRAIN += ["schedule=constant", "train.log_every=1", "checkpoint.every=1", "check
 PREPARE = ["prepare", "data=text", "data.source=[texts]", "data.path=corpus", "data.vocab_size=270", "data.eval_fraction=0.3"]
 
 PRELOAD = ("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "hybridtrain.training.trainer", "hybridtrain.engine.torch_native")
-PRELOAD += ("hybridtrain.export.hf", "hybridtrain.data.prepare.tokenize", "hybridtrain.evaluate.perplexity", "hybridtrain.training.hooks", "hybridtrain.report")
+PRELOAD += (
+    "hybridtrain.export.hf",
+    "hybridtrain.data.prepare.tokenize",
+    "hybridtrain.evaluate.perplexity",
+    "hybridtrain.training.builtin",
+    "hybridtrain.report",
+)
 
 
 @dataclasses.dataclass(frozen=True)

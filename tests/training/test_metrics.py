@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridtrain.plan import flops, hardware
 from hybridtrain.training import metrics
+from hybridtrain.training.callbacks import StepInfo
 from hybridtrain.types import ModelFacts, StepResult
 from tests.ranks import run_ranks
 
@@ -35,7 +36,8 @@ KEYS = [
 def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> StepResult:
     return StepResult(
         loss=torch.tensor(loss),
-        tokens=torch.tensor(64),
+        sums=torch.tensor([loss * 64]),
+        counts=torch.tensor([0 if empty else 64]),
         grad_norm=torch.tensor(grad_norm),
         skipped=torch.tensor(skipped),
         empty=torch.tensor(empty),
@@ -43,10 +45,11 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
     )
 
 
-def since(step: StepResult) -> torch.Tensor:
-    """What is added up over this step alone."""
-    loss = step.loss * step.tokens if step.tokens else torch.tensor(0.0)
-    return torch.stack([number.double() for number in (loss.double(), step.tokens, step.skipped, step.empty)])
+def record(step: StepResult, *, number=7, lr=1e-3, since=None, sums=("loss",), **changes) -> dict:
+    """The line of a step; of it alone unless `since` says otherwise."""
+    info = StepInfo(step=number, last=False, stopping=False, tokens_seen=1000 * number, lr=lr, result=step, flags={})
+    added = metrics.since(step) if since is None else torch.tensor(since, dtype=torch.float64)
+    return metrics.record(info, since=added, sums=sums, meter=meter(**changes), memory_gib=1.5)
 
 
 def meter(**changes) -> metrics.Meter:
@@ -169,7 +172,7 @@ def test_eta_averages_over_measurements_and_ends_at_zero():
 
 def test_record_has_the_keys_and_the_exact_loss():
     loss = torch.tensor(1 / 3)
-    row = metrics.record(result(loss=1 / 3), since=since(result(loss=1 / 3)), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    row = record(result(loss=1 / 3))
     assert list(row) == KEYS
     assert row["loss"] == row["step_loss"] == loss.item()  # over one step the mean is the step's own, to the last bit
     assert (row["step"], row["tokens_seen"], row["grad_norm"], row["lr"], row["skipped"], row["loss_scale"]) == (7, 7000, 0.75, 1e-3, 0, 1.0)
@@ -178,10 +181,15 @@ def test_record_has_the_keys_and_the_exact_loss():
 
 def test_the_loss_of_a_line_is_the_mean_over_its_tokens():
     """100 tokens at 2.0 and 300 at 4.0; one update skipped, one step without a token."""
-    row = metrics.record(
-        result(loss=4.0), since=torch.tensor([1400.0, 400.0, 1.0, 1.0]).double(), step=7, tokens_seen=7000, lr=1e-3, meter=meter(), memory_gib=1.5
-    )
+    row = record(result(loss=4.0), since=[1400.0, 400.0, 1.0, 1.0, 1400.0, 400.0])
     assert (row["loss"], row["step_loss"], row["skipped"], row["steps_without_targets"]) == (3.5, 4.0, 1, 1)
+
+
+def test_of_a_task_with_several_sums_a_line_has_the_mean_of_each():
+    """Two steps: 10 and 30 targets of the first sum, 4 and none of the second, whose mean over the line is that of its 4; a third sum without any."""
+    row = record(result(), since=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none"))
+    assert list(row) == [*KEYS, "train_mlm", "train_nsp", "train_none"]
+    assert (row["loss"], row["train_mlm"], row["train_nsp"], row["train_none"]) == (2.75, 2.75, 0.75, None)
 
 
 def test_the_allocator_is_one_of_gpus():
@@ -190,7 +198,7 @@ def test_the_allocator_is_one_of_gpus():
 
 def test_record_writes_null_for_what_is_not_finite_or_unknown():
     bad = result(loss=math.nan, grad_norm=math.inf, skipped=1, loss_scale=32768.0)
-    row = metrics.record(bad, since=since(bad), step=1, tokens_seen=1000, lr=1e-3, meter=meter(peak=None), memory_gib=1.5)
+    row = record(bad, peak=None)
     assert row["loss"] is None
     assert row["grad_norm"] is None
     assert row["mfu"] is None
@@ -199,8 +207,7 @@ def test_record_writes_null_for_what_is_not_finite_or_unknown():
 
 
 def test_steps_without_targets_have_no_loss_and_are_counted():
-    nothing = torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
-    row = metrics.record(result(loss=math.nan, grad_norm=0.0, empty=1), since=nothing, step=1, tokens_seen=1000, lr=1e-3, meter=meter(), memory_gib=1.5)
+    row = record(result(loss=math.nan, grad_norm=0.0, empty=1), since=[0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
     assert list(row) == [*KEYS, "steps_without_targets"]
     assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
     assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |" in metrics.progress_line(row, total_steps=10, eta_s=1)

@@ -21,7 +21,7 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
-from hybridtrain.engine.common import evaluated, global_counts, mean_loss
+from hybridtrain.engine.common import evaluated, global_counts, loss_of
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import Gathered, Held
@@ -155,16 +155,16 @@ class DeepSpeedEngine:
         empty = (counts.sum() == 0).float()
         self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
         scaler = self._scaler_state()
-        total = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
-        self.mesh.sum(total, over="loss")
+        sums = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
+        self.mesh.sum(sums, over="loss")
         after, self._after_step = self._after_step, _nothing
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
         norm = torch.as_tensor(float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         if scaler and not int(counts.sum()):
             self._set_scaler(scaler)
-        loss = mean_loss((self.loss_weights * total / counts.clamp(min=1)).sum(), counts=counts)
-        return StepResult(loss, counts[0], norm, skipped * (1 - empty), empty, scale)
+        loss = loss_of(sums, counts, weights=self.loss_weights)
+        return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:

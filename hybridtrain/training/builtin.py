@@ -1,0 +1,178 @@
+"""The callbacks that every run has: evaluate, log, checkpoint, profile.
+
+Order matters: evaluation first, so that its loss stands on the same line; the user's callbacks after the line is logged; the
+checkpoint after them, so that what they change is in it and the line of its step is on disk before it.
+"""
+
+# ruff: noqa: ARG002 - a callback has the arguments of its interface
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.run.directory import RunDir
+from hybridtrain.run.trackers import Trackers
+from hybridtrain.runtime import log
+from hybridtrain.tasks.task import Task
+from hybridtrain.training import metrics
+from hybridtrain.training.callbacks import Callback, Run, StepInfo
+from hybridtrain.types import Batch, Engine, Progress, Saving
+
+_log = log.get("train")
+
+_MEMORY_EVENTS = 1_000_000
+SAVED = "saved"
+"""Raised by a rank on which the save under way has ended."""
+
+
+class Evaluate(Callback):
+    """Loss on held-out rows, every `every` steps and at the end."""
+
+    def __init__(self, engine: Engine, *, every: int, steps: Sequence[Sequence[Batch]], meter: metrics.Meter):
+        self.engine, self.every, self.steps, self.meter = engine, every, steps, meter
+
+    def on_every_step(self, run: Run, info: StepInfo) -> None:
+        if info.last or info.step % self.every == 0:
+            with self.meter.paused():
+                results = [self.engine.eval_step(batches) for batches in self.steps]
+            info.evaluated.update(self.engine.task.evaluate(functools.reduce(operator.add, results)))
+
+
+class Log(Callback):
+    """metrics.jsonl, the trackers and the progress line, on rank 0; the first step and the last one always."""
+
+    def __init__(self, folder: RunDir, *, every: int, task: Task, meter: metrics.Meter, trackers: Trackers, device: torch.device):
+        self.folder, self.every, self.sums = folder, every, tuple(task.weights)
+        self.meter, self.trackers, self.device = meter, trackers, device
+        self.since: torch.Tensor | None = None
+        """Since the last line, added up on the device in fp64 (metrics.since)."""
+
+    def on_every_step(self, run: Run, info: StepInfo) -> None:
+        new = metrics.since(info.result)
+        self.since = new if self.since is None else self.since + new
+        if not (info.last or info.stopping or info.evaluated or info.step == 1 or info.step % self.every == 0):
+            return
+        memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device))
+        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator(self.device).items()}
+        since, self.since = self.since, None
+        row = metrics.record(info, since=since, sums=self.sums, meter=self.meter, memory_gib=memory)
+        info.row = row | info.evaluated | allocator
+        if dist.get_rank() == 0:
+            self._write(info.row, step=info.step, total_steps=run.total_steps)
+
+    def _write(self, row: dict[str, Any], *, step: int, total_steps: int) -> None:
+        self.folder.append_metrics(row)
+        if row["skipped"]:
+            scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:,.15g}"
+            updates = "1 update" if row["skipped"] == 1 else f"{row['skipped']} updates"
+            self.folder.append_event("skipped", step=step, detail=f"{updates} skipped since the last line{scale}")
+        if empty := row.get("steps_without_targets"):
+            steps = "1 step" if empty == 1 else f"{empty} steps"
+            self.folder.append_event("empty", step=step, detail=f"{steps} without a single target since the last line; no update was made in them")
+        self.trackers.log(row, step)
+        known = {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
+        self.folder.update_summary(steps=step, tokens=row["tokens_seen"], tokens_per_s=row["tokens_per_s"], **known)
+        _log.info(metrics.progress_line(row, total_steps=total_steps, eta_s=self.meter.eta_s))
+
+
+class Checkpoint(Callback):
+    """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        folder: RunDir,
+        manager: Manager,
+        fingerprints: dict[str, str],
+        meter: metrics.Meter,
+        saved: Callable[[Path], None],
+    ):
+        """`saved`: called on every rank with a checkpoint that is complete."""
+        self.engine, self.folder, self.manager, self.fingerprints, self.meter = engine, folder, manager, fingerprints, meter
+        self.on_saved = saved
+        self.saving: Saving | None = None
+        self.saved = 0
+        """The step of the save under way, or of the last one."""
+        self._pruning: threading.Thread | None = None
+
+    def on_every_step(self, run: Run, info: StepInfo) -> None:
+        if self.saving is not None:
+            self._poll(info)
+        if self.manager.due(info.step, last=info.last or info.stopping):
+            with self.meter.paused():
+                self._wait()
+                self.folder.check()
+                progress = Progress(info.step, info.tokens_seen, self.fingerprints)
+                self.saving, self.saved = self.engine.save(self.manager.path(info.step), progress), info.step
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        if error is None:
+            self._wait()
+            self._pruned()
+
+    def _poll(self, info: StepInfo) -> None:
+        """See whether the save under way has ended on all ranks; if it failed, they raise its error together."""
+        assert self.saving is not None
+        if info.flags.get(SAVED) == dist.get_world_size():
+            self._wait()
+            return
+        with contextlib.suppress(Exception):
+            if not self.saving.poll():
+                return
+        self.engine.flags.raised.add(SAVED)
+
+    def _wait(self) -> None:
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            self.engine.flags.forget(SAVED)
+            saving.result()
+            if dist.get_rank() == 0:
+                self.folder.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)
+                self._pruned()
+                self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)  # removing thousands of files takes its time
+                self._pruning.start()
+            self.on_saved(self.manager.path(self.saved))
+
+    def _pruned(self) -> None:
+        """Wait for the removal under way."""
+        if self._pruning:
+            self._pruning.join()
+
+
+class Profile(Callback):
+    """A torch profiler trace of steps 3 to 5 of this command, and on a GPU what the allocator did until then (for pytorch.org/memory_viz), of this rank."""
+
+    def __init__(self, folder: Path, *, device: torch.device):
+        self.folder, self.gpu = folder, device.type == "cuda"
+        if self.gpu:
+            torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+        self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=self._write)
+
+    def on_start(self, run: Run) -> None:
+        self.profiler.start()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.folder / f"rank-{log.rank()}-steps-3-5.json"))
+        if self.gpu:
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"rank-{log.rank()}-memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def on_every_step(self, run: Run, info: StepInfo) -> None:
+        self.profiler.step()
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        if error is None:
+            with contextlib.suppress(RuntimeError):  # fewer than five steps: there is no trace to write
+                self.profiler.stop()

@@ -132,6 +132,8 @@ class Capabilities:
     """dp_replicate and dp_shard both above 1."""
     repeated_heads: bool
     """More tp ranks than key/value heads."""
+    growing_batches: bool
+    """A batch-size ramp and sequence-length warm-up."""
 
 
 class Saving(Protocol):

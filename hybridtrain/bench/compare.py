@@ -15,6 +15,7 @@ from hybridtrain.bench.result import Timing, Work
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
+from hybridtrain.errors import refusal
 from hybridtrain.plan import flops, memory, notation, rules
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.plan.layout import ParallelLayout
@@ -72,7 +73,10 @@ def compare(config: BenchRoot) -> int:
 
 
 def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
-    """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot be)."""
+    """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot be, and for a batch that grows)."""
+    for field, growing in (("batch.ramp_start", settled.plan.ramp), ("batch.seq_len_start", settled.plan.cuts)):
+        if growing:
+            raise refusal(field, getattr(config.batch, field[6:]), "bench times steps of the full size", allowed="0", instead=f"bench with {field}=0")
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)

@@ -321,9 +321,9 @@ def _end(config: schema.Config) -> None:
             instead="train.steps=1000" if not given else "one of them, the others 0",
         )
     tokens_per_step = config.batch.global_batch_size * config.data.seq_len
-    steps = train.steps or math.ceil(train.tokens / tokens_per_step)
+    steps = train.steps or (0 if config.batch.ramp_start else math.ceil(train.tokens / tokens_per_step))
     if steps:
-        phases(config.schedule, steps=steps)  # of epochs, when the data is known
+        phases(config.schedule, steps=steps)  # of epochs and under a ramp, when the number of steps is known
 
 
 def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:

@@ -153,6 +153,17 @@ class BatchConfig:
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int = 1
     """Rows per forward and backward pass on one data-parallel rank. Gradient accumulation follows: global_batch_size / (micro_batch_size x data ranks)."""
+    ramp_start: int = 0
+    """Batch-size ramp: rows of the first steps' global batch, which grows to global_batch_size; 0: no ramp."""
+    ramp_increment: int = 0
+    """Batch-size ramp: rows by which the global batch grows at a time."""
+    ramp_steps: int = 0
+    """Batch-size ramp: optimizer steps before the global batch has its full size; each size on the way lasts equally long."""
+    seq_len_start: int = 0
+    """Sequence-length warm-up: rows of the first steps are cut into pieces of this many tokens, which double in length up to data.seq_len; no token is left
+    out. 0: rows stay whole."""
+    seq_len_steps: int = 0
+    """Sequence-length warm-up: optimizer steps before rows are whole; each length on the way lasts equally long."""
 
 
 @dataclass

@@ -193,6 +193,15 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
             raise _no_targets(corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path)
 
 
+def check_cuts(blend: Blend, config: Config) -> None:
+    """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack what comes before them."""
+    start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if config.task.kind == "classification" else []
+    words += [f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.fitted]
+    if start and words:
+        problem = f"{words[0]}: a piece of a row lacks what comes before it"
+        raise refusal("batch.seq_len_start", start, problem, allowed="0, or a corpus of text", instead="batch.seq_len_start=0 batch.seq_len_steps=0")
+
+
 def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
     """Refuse an evaluation that has nothing to read; `field` asked for it."""
     if blend.count("eval", seq_len=seq_len) < 1:
@@ -269,6 +278,7 @@ def drawn(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int], seed:
 def order_fingerprint(blend: Blend, *, plan: BatchPlan, seed: int) -> str:
     """Identity of the token order: equal fingerprints see the same tokens at the same step."""
     identity = f"{blend.fingerprint} seq_len={plan.seq_len} seed={seed} global_batch_size={plan.global_batch_size}"
+    identity += "".join(f" {name}={stairs.values} in {stairs.steps}" for name, stairs in (("ramp", plan.ramp), ("cuts", plan.cuts)) if stairs)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

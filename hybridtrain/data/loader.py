@@ -4,6 +4,8 @@
              |  data rank 0  |  data rank 1  | ...                        contiguous blocks of G / dp
              | mb 0  | mb 1  |                                            cut in order into grad_accum micro-batches
 
+Where the batch grows with the step (plan.batch), the first sample is the sum of the batches before.
+
 Sample index to row is `blend.drawn`, so a step's rows follow from (seed, step) alone and there is no state to save.
 """
 
@@ -39,27 +41,34 @@ class Loader:
         self._documents = blend.documents
         self._plan, self._collate = plan, collate
         self._seed = seed
-        self._share = plan.global_batch_size // dp_size
-        self._offset = dp_rank * self._share
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def row_ids(self, step: int) -> np.ndarray:
-        """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (global_batch_size / dp, 2)."""
-        first = step * self._plan.global_batch_size + self._offset
-        samples = np.arange(first, first + self._share, dtype=np.int64)
+        """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (rows of the step / dp, 2)."""
+        share = self._plan.rows_at(step) // self._dp_size
+        first = self._plan.rows_before(step) + self._dp_rank * share
+        samples = np.arange(first, first + share, dtype=np.int64)
         return drawn(samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's grad_accum micro-batches of optimizer step `step` (from 0), each (micro_batch_size, seq_len) on the CPU."""
+        """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of (micro_batch_size, seq_len), where the batch does not grow."""
         batches = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._read(step)
         self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
 
     def _read(self, step: int) -> list[Batch]:
-        plan = self._plan
-        block = _gather(self._rows, self.row_ids(step), rows=self._share, seq_len=plan.seq_len, documents=self._documents)
-        return _cut(self._collate(block, valid=self._share), size=plan.micro_batch_size)
+        plan, chosen = self._plan, self.row_ids(step)
+        block = _gather(self._rows, chosen, rows=len(chosen), seq_len=plan.seq_len, documents=self._documents)
+        return micro_batches(block, plan=plan, step=step, collate=self._collate)
+
+
+def micro_batches(block: Block, *, plan: BatchPlan, step: int, collate: Collate) -> list[Batch]:
+    """The micro-batches of a data rank's rows in `step`."""
+    pieces = plan.pieces_at(step)
+    block = block.cut(pieces)
+    return _cut(collate(block, valid=len(block.tokens)), size=plan.micro_batch_size * pieces)
 
 
 def eval_batches(

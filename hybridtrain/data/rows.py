@@ -38,6 +38,13 @@ class Block:
         shape = (rows, seq_len + 1)
         return cls(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool) if documents else None, np.zeros(shape, dtype=bool) if masked else None)
 
+    def cut(self, pieces: int) -> Block:
+        """Each row as `pieces` rows of S / pieces + 1 tokens: the last token of a piece is the first of the next one, so that each target stays one."""
+        rows, length = len(self.tokens), (self.tokens.shape[1] - 1) // pieces
+        chosen = np.arange(pieces)[:, None] * length + np.arange(length + 1)
+        of = lambda values: None if values is None else values[:, chosen].reshape(rows * pieces, length + 1)  # noqa: E731
+        return self if pieces == 1 else Block(of(self.tokens), of(self.begins), of(self.carries))
+
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""
         self.tokens[places] = other.tokens

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridtrain.data.loader import Collate
+from hybridtrain.data.loader import Collate, micro_batches
 from hybridtrain.data.rows import Block
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
@@ -24,20 +24,18 @@ class Synthetic:
 
     def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, labels: int, collate: Collate) -> None:
         self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate
-        share = plan.global_batch_size // dp_size
-        self.rows = range(dp_rank * share, (dp_rank + 1) * share, plan.micro_batch_size)
+        self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def micro_batches(self, step: int) -> list[Batch]:
         generator = torch.Generator().manual_seed((self.seed << 20) + step)
-        tokens = torch.randint(0, self.vocab, (self.plan.global_batch_size, self.plan.seq_len + 1), generator=generator)
+        rows = self.plan.rows_at(step)
+        tokens = torch.randint(0, self.vocab, (rows, self.plan.seq_len + 1), generator=generator)
         carries = None
         if self.labels:
             tokens[:, -1] %= self.labels
             carries = np.zeros(tokens.shape, dtype=bool)
             carries[:, -1] = True
-        size, found = self.plan.micro_batch_size, []
-        for row in self.rows:
-            rows = slice(row, row + size)
-            block = Block(tokens[rows].numpy(), None, None if carries is None else carries[rows])
-            found.append(self.collate(block, valid=size))
-        return found
+        share = rows // self.dp_size
+        mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
+        block = Block(tokens[mine].numpy(), None, None if carries is None else carries[mine])
+        return micro_batches(block, plan=self.plan, step=step, collate=self.collate)

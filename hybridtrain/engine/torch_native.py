@@ -59,26 +59,35 @@ class TorchEngine:
             fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
-        self.pipeline = self._pipeline() if layout.pp > 1 else None
+        self.pipelines: dict[tuple[int, ...], Pipeline] = {}
+        """By micro-batches, rows and length: one, unless the batch grows with the step."""
+        if layout.pp > 1:
+            self._pipeline(plan.grad_accum, plan.micro_batch_size, plan.seq_len)
         self.ends = self._ends()
 
-    def _pipeline(self) -> Pipeline:
+    def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
+        shape, full = (micro_batches, rows, length), (self.plan.grad_accum, self.plan.micro_batch_size, self.plan.seq_len)
+        if shape in self.pipelines:
+            return self.pipelines[shape]
         parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
         assert group is not None
-        positions = self.plan.seq_len // layout.tp if parallel.sequence_parallel else self.plan.seq_len
-        return Pipeline(
+        self.pipelines = {known: pipeline for known, pipeline in self.pipelines.items() if known == full}  # a batch does not shrink
+        self.pipelines[shape] = Pipeline(
             self.stages,
             ids=self.ids,
             count=layout.pp * stages_per_rank(parallel),
             schedule=parallel.schedule,
-            plan=self.plan,
+            micro_batches=micro_batches,
             group=group,
             zero_stage=parallel.zero_stage,
             device=self.device,
             dtype=self.precision.compute,
-            positions=positions,
+            rows=rows,
+            length=length,
+            positions=length // layout.tp if parallel.sequence_parallel else length,
             sums=len(self.task.weights),
         )
+        return self.pipelines[shape]
 
     def _ends(self) -> dist.ProcessGroup | None:
         """The group that adds up tied gradients, where embedding and head are on different ranks."""
@@ -96,7 +105,7 @@ class TorchEngine:
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
-        sums = self._pipelined(batches, factor) if self.pipeline else self._accumulated(batches, factor)
+        sums = self._pipelined(batches, factor) if self.layout.pp > 1 else self._accumulated(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
@@ -117,13 +126,12 @@ class TorchEngine:
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
         """Forward only, grad_accum micro-batches; sums over all ranks."""
-        assert self.pipeline is None or len(micro_batches) == self.plan.grad_accum
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
         total = torch.zeros(len(self.task.weights), device=self.device)
         for stage in self.stages:
             stage.eval()
-        for sums in self.pipeline.evaluate(batches) if self.pipeline else [self._forward(batch) for batch in batches]:
+        for sums in self._pipeline_for(batches).evaluate(batches) if self.layout.pp > 1 else [self._forward(batch) for batch in batches]:
             total += sums
         for stage in self.stages:
             stage.train()
@@ -171,7 +179,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Drop what holds process groups; the caller leaves the process group."""
-        self.pipeline = None
+        self.pipelines.clear()
         self.stages.clear()
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -229,10 +237,12 @@ class TorchEngine:
             total += sums.detach()
         return total
 
+    def _pipeline_for(self, batches: Sequence[Batch]) -> Pipeline:
+        return self._pipeline(len(batches), *batches[0].input_ids_BT.shape)
+
     def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
-        assert self.pipeline is not None
         total = torch.zeros_like(self.loss_weights)
-        for sums in self.pipeline.step(batches, factor=factor):
+        for sums in self._pipeline_for(batches).step(batches, factor=factor):
             total += sums
         return total
 

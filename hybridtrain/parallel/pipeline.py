@@ -17,7 +17,6 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import before_backward
-from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.schedules import SINGLE, V
 from hybridtrain.types import Batch
 
@@ -111,12 +110,13 @@ def _parameter_groups(stage: FSDPModule) -> list[Any]:
 class Pipeline:
     """The stages of this rank under a schedule: one call runs all micro-batches, forward and backward."""
 
-    def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, plan: BatchPlan, group: dist.ProcessGroup, **shape: Any):
-        self.stages, self.plan = stages, plan
+    def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, micro_batches: int, group: dist.ProcessGroup, **shape: Any):
+        """`shape`: see _wrap. A pipeline is for one number of micro-batches of one shape."""
+        self.stages = stages
         self.factor: Tensor | None = None
         self.sums: list[Tensor] = []
         self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
-        options = {"n_microbatches": plan.grad_accum, "loss_fn": self._loss, "scale_grads": False}
+        options = {"n_microbatches": micro_batches, "loss_fn": self._loss, "scale_grads": False}
         self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SINGLE else self.wrapped, **options)
         self.order = None if schedule in SINGLE else self.schedule.pipeline_order_with_comms
 
@@ -130,13 +130,14 @@ class Pipeline:
         zero_stage: int,
         device: torch.device,
         dtype: torch.dtype,
+        rows: int,
+        length: int,
         positions: int,
         sums: int,
     ) -> ZeroStage:
-        """Shapes are given, so that torch need not run a trial forward and backward to learn them."""
-        rows = self.plan.micro_batch_size
+        """Shapes are given, so that torch need not run a trial forward and backward to learn them: micro-batches of `rows` x `length` tokens, hidden states of `positions`."""
         hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-        ids = torch.empty(rows, self.plan.seq_len, dtype=torch.int64, device="meta")
+        ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
         wrapped = ZeroStage(
             stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group

@@ -90,6 +90,7 @@ def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measur
         with _or_random(config):
             blends.check_vocab(data, vocab=comparison.facts.vocab)
             blends.check_train_rows(data, seq_len=config.data.seq_len)
+            blends.check_cuts(data, config)
     config = comparison.config
     path = _result_path(config)
     tokens = data.name if data else ""

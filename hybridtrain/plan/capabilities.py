@@ -33,6 +33,7 @@ def of_engine(kind: str) -> Capabilities:
         sequence_parallel=True,
         hybrid_sharding=True,
         repeated_heads=True,
+        growing_batches=True,
     )
 
 
@@ -56,6 +57,7 @@ def _of_deepspeed() -> Capabilities:
         sequence_parallel=False,
         hybrid_sharding=False,
         repeated_heads=False,
+        growing_batches=False,
     )
 
 

@@ -91,6 +91,39 @@ def of_batch(batch: schema.BatchConfig, *, dp: int, seq_len: int) -> Iterator[Ru
     rows = micro * dp
     problem = f"not a multiple of micro_batch_size {micro} x {dp} data ranks"
     yield Rule("batch.global_batch_size", size, size % rows == 0, problem, f"multiples of {rows}", f"batch.global_batch_size={max(1, size // rows) * rows}")
+    yield from _of_ramp(batch, rows=rows)
+    yield from _of_lengths(batch, seq_len=seq_len)
+
+
+def _of_ramp(batch: schema.BatchConfig, *, rows: int) -> Iterator[Rule]:
+    """A global batch that grows, in multiples of `rows`."""
+    size, start, increment, steps = batch.global_batch_size, batch.ramp_start, batch.ramp_increment, batch.ramp_steps
+    for name, value in (("ramp_increment", increment), ("ramp_steps", steps)):
+        yield Rule(f"batch.{name}", value, start > 0 or value == 0, "batch.ramp_start=0: there is no ramp", "0", f"batch.ramp_start={rows}, or batch.{name}=0")
+    if start == 0:
+        return
+    problem, allowed = f"a ramp grows to batch.global_batch_size={size} in multiples of {rows}", f"multiples of {rows} below {size}"
+    yield Rule("batch.ramp_start", start, start < size and start % rows == 0, problem, allowed, f"batch.ramp_start={rows}, or 0 without a ramp")
+    fits = increment > 0 and increment % rows == 0 and (size - start) % increment == 0
+    problem = f"{size - start} rows between batch.ramp_start={start} and batch.global_batch_size={size} are not a multiple of it, or it is not one of {rows}"
+    allowed = f"multiples of {rows} that divide {size - start}"
+    yield Rule("batch.ramp_increment", increment, fits, problem, allowed, f"batch.ramp_increment={rows}")
+    rises = (size - start) // increment
+    yield Rule("batch.ramp_steps", steps, steps >= rises, f"the batch grows {rises} times", f"{rises} or more", f"batch.ramp_steps={100 * rises}")
+
+
+def _of_lengths(batch: schema.BatchConfig, *, seq_len: int) -> Iterator[Rule]:
+    """Rows that are cut into pieces in the first steps."""
+    start, steps = batch.seq_len_start, batch.seq_len_steps
+    problem, instead = "batch.seq_len_start=0: rows stay whole", f"batch.seq_len_start={max(1, seq_len // 4)}, or batch.seq_len_steps=0"
+    yield Rule("batch.seq_len_steps", steps, start > 0 or steps == 0, problem, "0", instead)
+    if start == 0:
+        return
+    lengths = [seq_len >> number for number in range(1, seq_len.bit_length()) if seq_len % (1 << number) == 0]
+    problem, allowed = f"lengths double from it to data.seq_len={seq_len}", ", ".join(map(str, lengths)) or "0: this data.seq_len cannot be halved"
+    yield Rule("batch.seq_len_start", start, start in lengths, problem, allowed, f"batch.seq_len_start={lengths[-1] if lengths else 0}")
+    rises = lengths.index(start) + 1
+    yield Rule("batch.seq_len_steps", steps, steps >= rises, f"the length doubles {rises} times", f"{rises} or more", f"batch.seq_len_steps={100 * rises}")
 
 
 def _of_engine(case: _Case) -> Iterator[Rule]:
@@ -103,6 +136,9 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
         ("parallel.schedule", parallel.schedule, able.schedules),
         ("precision.kind", case.precision, able.precisions),
     ]
+    for field, growing in (("batch.ramp_start", case.plan.ramp), ("batch.seq_len_start", case.plan.cuts)):
+        holds = growing is None or able.growing_batches
+        yield Rule(field, growing.values[0] if growing else 0, holds, f"engine={engine} has one shape of batch", "0", f"engine=torch, or {field}=0")
     other = "" if engine.startswith("torch") else "engine=torch, or "
     for field, value, allowed in wanted:
         names = sorted(map(str, allowed))
@@ -161,6 +197,11 @@ def _of_micro_batches(case: _Case) -> Iterator[Rule]:
     plan, dp, accum = case.plan, case.layout.dp, case.plan.grad_accum
     stages = case.layout.pp * stages_per_rank(case.parallel)
     holds, words = micro_batches(case.parallel.schedule, pp=case.layout.pp, stages=stages)
+    for rows in plan.ramp.values if plan.ramp else ():
+        number = rows // (plan.micro_batch_size * dp)
+        problem = f"at {rows} rows each of {dp} data ranks has {number} micro-batches; {case.parallel.schedule} wants {words}"
+        instead = "a larger batch.ramp_start and batch.ramp_increment, a smaller batch.micro_batch_size, or batch.ramp_start=0"
+        yield Rule("batch.ramp_start", plan.ramp.values[0] if plan.ramp else 0, holds(number), problem, f"micro-batches: {words}", instead)
     wanted = next(n for n in range(accum, accum + 4 * stages) if holds(n))
     given = f"gives {accum} micro-batches of {plan.micro_batch_size} rows to each of {dp} data ranks"
     instead = f"batch.global_batch_size={wanted * plan.micro_batch_size * dp}" + (" or a smaller batch.micro_batch_size" if plan.micro_batch_size > 1 else "")
@@ -179,6 +220,10 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
     holds = not case.parallel.sequence_parallel or seq_len % tp == 0
     instead = f"data.seq_len={max(1, seq_len // tp) * tp}, or parallel.sequence_parallel=false"
     yield Rule("data.seq_len", seq_len, holds, f"sequence parallel cuts rows into tp={tp} equal parts", f"multiples of {tp}", instead)
+    shortest = seq_len // max(case.plan.cuts.values) if case.plan.cuts else seq_len
+    holds = not case.parallel.sequence_parallel or shortest % tp == 0
+    problem, instead = f"sequence parallel cuts pieces into tp={tp} equal parts", "a larger batch.seq_len_start, or parallel.sequence_parallel=false"
+    yield Rule("batch.seq_len_start", shortest, holds, problem, f"multiples of {tp}", instead)
 
 
 def _of_positions(case: _Case) -> Iterator[Rule]:

@@ -34,15 +34,8 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
     _log.info("layout    %s on %d %s process%s, %s", notation.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
-    _log.info(
-        "batch     %d rows of %d = %d x %d data ranks x %d micro-batches; %d steps",
-        plan.global_batch_size,
-        plan.seq_len,
-        plan.micro_batch_size,
-        layout.dp,
-        plan.grad_accum,
-        job.total_steps,
-    )
+    for line in _of_batch(job):
+        _log.info("batch     %s", line)
     short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
     _log.info(
         "precision %s: master weights and optimizer state %s, compute %s, gradients %s",
@@ -84,6 +77,20 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
             config.schedule.kind,
             job.total_steps,
         )
+
+
+def _of_batch(job: Job) -> list[str]:
+    """The batch of a step, and how it grows."""
+    plan = job.plan
+    cut = f"{plan.global_batch_size} rows of {plan.seq_len} = {plan.micro_batch_size} x {job.layout.dp} data ranks x {plan.grad_accum} micro-batches"
+    lines = [f"{cut}; {job.total_steps} steps"]
+    if plan.ramp:
+        first, second, *_ = plan.ramp.values
+        lines.append(f"ramp: {first} rows at first, {second - first} more at a time, full size after {plan.ramp.steps} steps")
+    if plan.cuts:
+        length = plan.seq_len // plan.cuts.values[0]
+        lines.append(f"warm-up: rows in pieces of {length} tokens at first, which double in length; whole after {plan.cuts.steps} steps")
+    return lines
 
 
 def _of_plugins(job: Job) -> list[str]:

@@ -67,6 +67,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         engines.check_task(config, facts=model)
     blends.check_vocab(data, vocab=model.vocab)
     blends.check_train_rows(data, seq_len=plan.seq_len)
+    blends.check_cuts(data, config)
     if config.train.eval_every:
         blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
     _check_profile(config, world_size=world_size)
@@ -84,7 +85,7 @@ def _check_profile(config: Config, *, world_size: int) -> None:
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:
     train = config.train
     if train.tokens:
-        return max(1, math.ceil(train.tokens / plan.tokens))
+        return max(1, plan.steps_of(math.ceil(train.tokens / plan.seq_len)))
     if train.epochs:
-        return max(1, math.ceil(train.epochs * rows / plan.global_batch_size))
+        return max(1, plan.steps_of(math.ceil(train.epochs * rows)))
     return train.steps

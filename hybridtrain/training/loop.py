@@ -51,7 +51,7 @@ def train(
                 flags.raised.add(wish)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
             result = engine.train_step(loader.micro_batches(step), lr=lr)
-            step, tokens_seen = step + 1, tokens_seen + plan.tokens
+            step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len
             done.step = step
             seen = flags.read()
             info = StepInfo(step=step, last=step == total_steps, stopping=stop.agree(seen), tokens_seen=tokens_seen, lr=lr, result=result, flags=seen)

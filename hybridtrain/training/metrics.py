@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.plan import hardware
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime.files import finite
 from hybridtrain.types import StepResult
 
@@ -78,14 +79,16 @@ class Rates:
 class Meter:
     """Measures speed between log steps; time spent inside `paused()` (evaluation, saving) does not count.
 
-    `tokens_per_step` is what the model processes in a step (global_batch_size x seq_len), `peak` FLOP/s of one device.
+    `flops_per_token` takes the length of a row, `peak` is FLOP/s of one device.
     """
 
     ETA_MARKS = 20  # the ETA looks this many measurements back, so that with log_every=1 it does not jump
 
-    def __init__(self, *, first_step: int, total_steps: int, tokens_per_step: int, devices: int, flops_per_token: float, peak: float | None) -> None:
+    def __init__(
+        self, *, first_step: int, total_steps: int, plan: BatchPlan, devices: int, flops_per_token: Callable[[int], float], peak: float | None
+    ) -> None:
         self._total_steps = total_steps
-        self._tokens_per_step = tokens_per_step
+        self._plan = plan
         self._devices = devices
         self._flops_per_token = flops_per_token
         self._peak = peak
@@ -112,14 +115,15 @@ class Meter:
         assert step > last_step, f"step {step} was measured before ({last_step})"
         now = self._clock()
         self._marks.append((step, now))
-        step_time = max(now - last_time, 1e-9) / (step - last_step)
-        tokens_per_s = self._tokens_per_step / step_time
+        seconds = max(now - last_time, 1e-9)
+        tokens_per_s = (self._plan.rows_before(step) - self._plan.rows_before(last_step)) * self._plan.seq_len / seconds
         per_device = tokens_per_s / self._devices
+        flops = self._flops_per_token(self._plan.seq_len // self._plan.pieces_at(step - 1))
         return Rates(
-            step_time_s=step_time,
+            step_time_s=seconds / (step - last_step),
             tokens_per_s=tokens_per_s,
             tokens_per_s_per_device=per_device,
-            mfu=per_device * self._flops_per_token / self._peak if self._peak else None,
+            mfu=per_device * flops / self._peak if self._peak else None,
         )
 
     @property

@@ -218,9 +218,9 @@ def _train(
     meter = metrics.Meter(
         first_step=start.step,
         total_steps=job.total_steps,
-        tokens_per_step=plan.tokens,
+        plan=plan,
         devices=job.layout.world_size,
-        flops_per_token=flops.flops_per_token(job.facts, seq_len=plan.seq_len),
+        flops_per_token=lambda length: flops.flops_per_token(job.facts, seq_len=length),
         peak=metrics.peak_flops(device, dtype=engine.precision.compute),
     )
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridtrain.plan import flops, hardware
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.training import metrics
 from hybridtrain.training.callbacks import StepInfo
 from hybridtrain.types import ModelFacts, StepResult
@@ -53,7 +54,14 @@ def record(step: StepResult, *, number=7, lr=1e-3, since=None, sums=("loss",), *
 
 
 def meter(**changes) -> metrics.Meter:
-    settings = {"first_step": 0, "total_steps": 100, "tokens_per_step": 1000, "devices": 4, "flops_per_token": 6e6, "peak": 1e9}
+    settings = {
+        "first_step": 0,
+        "total_steps": 100,
+        "plan": BatchPlan(1, 1000, 1, 1),
+        "devices": 4,
+        "flops_per_token": lambda length: 6e3 * length,
+        "peak": 1e9,
+    }
     return metrics.Meter(**settings | changes)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridtrain import tasks
 from hybridtrain.config import checks
 from hybridtrain.config import compose as composing
 from hybridtrain.config.commands import ParityConfig
@@ -52,6 +53,8 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
     checks.check(root)
     if data is not None and config.data.kind != "prepared":
         raise refusal("data.kind", config.data.kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
+    if task is not None:
+        tasks.check_given(task, config)
     for name, value, option in (("task", task, "task.kind"), ("data", data, "data.kind")):
         if value is not None:
             _check_travels(name, value, option=option)

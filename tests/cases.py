@@ -129,7 +129,7 @@ def reference(case: Case) -> Outcome:
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
     family = family_of(built.model_type)
     precision = policy(case.precision)
-    source, task = draw(built, family=family, seed=config.run.seed), CausalLM(loss_chunk=0)
+    source, task = draw(built, family=family, seed=config.run.seed), CausalLM()
     plain = Reference(
         built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze, task=task
     )
@@ -221,7 +221,7 @@ def assert_parity(case: Case) -> dict[str, float]:
 def at_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, *, attention: str, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a whole model as one stage: what its head is given (its own logits exist in chunks only), and the head's weight."""
     config = hf_config(fields, chosen={}, attention=attention)
-    family, head = family_of(config.model_type), functools.partial(Head, task=CausalLM(loss_chunk=0))
+    family, head = family_of(config.model_type), functools.partial(Head, task=CausalLM(), loss_chunk=0)
     stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, head=head).to_empty(device="cpu").eval()
     reset_buffers(stage, device=torch.device("cpu"))
     fill([stage], draw(config, family=family, seed=0))

@@ -99,7 +99,7 @@ def rows(run: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)), f"steps {steps}"
-    return [{key: line[key] for key in SAME if key in line} for line in lines]
+    return [{key: value for key, value in line.items() if key in SAME or key.startswith("train_")} for line in lines]
 
 
 def summary(run: Path) -> dict[str, object]:

@@ -161,7 +161,7 @@ def test_a_callback_that_raises_ends_the_run_and_the_report_names_the_rank(tmp_p
 
 def trained_in_halves(run: Path, words: list[str], own: bool) -> str:
     """On each rank: train with a task of two sums, or go on without it; how it ended, or the first line of a refusal."""
-    task = Halves(loss_chunk=0) if own else None
+    task = Halves() if own else None
     try:
         return ht.Trainer(config_of(run, *words), data=Numbers(100, first=0), task=task).fit().status
     except ht.UserError as error:
@@ -253,6 +253,9 @@ def test_rows_that_cannot_be_trained_on_are_refused_by_name(data: Any, words: st
         ([], {"eval_data": [[1, 2]]}, "eval_data=list"),
         ([], {}, "data.path=''"),
         (["optim.lr=-1"], {"data": [[1, 2]]}, "optim.lr=-1.0"),
+        (["task.z_loss=1e-4"], {"data": [[1, 2]], "task": Halves()}, "task.z_loss=0.0001: a task is given as `task`, Halves"),
+        (["task=classification"], {"data": [[1, 2]], "task": Halves()}, "task.kind=classification: a task is given"),
+        ([], {"data": [[1, 2]], "task": 5}, "task=int: it has no collate, counts, loss, loss_of_logits, evaluate, weights"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path, words: list[str], parts: dict[str, Any], field: str) -> None:

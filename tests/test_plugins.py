@@ -316,7 +316,7 @@ def config_of(run: Path, *words: str) -> schema.Config:
 
 def test_parity_of_a_programs_own_task_and_rows(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = Rows([[(index * n) % 250 for n in range(1, 18)] for index in range(40)])
-    found = ht.parity(config_of(run_dir), task=Halves(loss_chunk=0), data=data, layouts=["dp_shard2-zero3"])
+    found = ht.parity(config_of(run_dir), task=Halves(), data=data, layouts=["dp_shard2-zero3"])
     assert [(row.layout, row.passed) for row in found.rows] == [("dp_shard2-zero3", True)]
     assert (found.passed, found.path) == (True, run_dir / "parity.json")
     assert "from rows of Rows" in capsys.readouterr().out
@@ -331,7 +331,7 @@ def test_parity_refuses_what_its_processes_cannot_import(run_dir: Path, monkeypa
     main = type("OfProgram", (list,), {"__module__": "__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "OfProgram", main, raising=False)
     for given, field, said in (
-        ({"task": Local(loss_chunk=0)}, "task", "run.plugins=[MODULE] task.kind=NAME"),
+        ({"task": Local()}, "task", "run.plugins=[MODULE] task.kind=NAME"),
         ({"data": [lambda: 1]}, "data", "run.plugins=[MODULE] data.kind=NAME"),
         ({"data": main([[1, 2, 3]])}, "data", "OfProgram is defined in the program itself"),
     ):

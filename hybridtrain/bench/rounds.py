@@ -136,7 +136,7 @@ def _clock(device: torch.device) -> _HostClock | _DeviceClock:
 
 def tokens_of(config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int) -> Tokens:
     """The corpus of `data.path`, or random tokens from the seed."""
-    task = CausalLM(loss_chunk=config.engine.loss_chunk)
+    task = CausalLM()
     if corpus:
         data = open_data(config.data, timeout_s=0)
         return Loader(data, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, vocab=vocab, collate=task.collate)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from hybridtrain.config.sections import Options, options
 
 
-@dataclass
-class ExportConfig:
+@options
+class ExportConfig(Options):
     checkpoint: str = ""
     """Checkpoint folder; empty: the newest complete one of the run."""
     out: str = ""
@@ -17,16 +19,16 @@ class ExportConfig:
     """Largest safetensors file, in GB (10^9 bytes)."""
 
 
-@dataclass
-class EvaluateConfig:
+@options
+class EvaluateConfig(Options):
     source: str = ""
     """Export folder, Hugging Face folder or hub id; empty: <run>/export."""
     rows: int = 0
     """Held-out rows to use; 0: as many as the evaluations during training."""
 
 
-@dataclass
-class GenerateConfig:
+@options
+class GenerateConfig(Options):
     source: str = ""
     """Export folder, checkpoint folder, Hugging Face folder or hub id; empty: <run>/export."""
     prompt: str = "def "
@@ -51,8 +53,8 @@ class GenerateConfig:
     """Probability mass of nucleus (top-p) sampling."""
 
 
-@dataclass
-class ParityConfig:
+@options
+class ParityConfig(Options):
     layouts: list[str] = field(default_factory=list)
     """Layouts to test, such as pp2-dp_shard2-tp2-zero3; empty: a default set that suits the model and max_processes."""
     engines: list[str] = field(default_factory=list)
@@ -65,8 +67,8 @@ class ParityConfig:
     """Test a smaller model: fewer layers and less width, with the same ratios of heads; the output says so."""
 
 
-@dataclass
-class BenchConfig:
+@options
+class BenchConfig(Options):
     warmup: int = 3
     """Untimed steps of each side before the first round, which include compilation."""
     steps: int = 4
@@ -85,8 +87,8 @@ class BenchConfig:
     """JSON file for all results, including the time of each step; empty: none."""
 
 
-@dataclass
-class PrepareConfig:
+@options
+class PrepareConfig(Options):
     overwrite: bool = False
     """Prepare again, replacing an existing corpus."""
     workers: int = 0
@@ -95,16 +97,16 @@ class PrepareConfig:
     """Skip and count records that cannot be read, instead of stopping at the first one."""
 
 
-@dataclass
-class ReportConfig:
+@options
+class ReportConfig(Options):
     out: str = ""
     """Folder for the page and plots; empty: <run>/report, or a folder in runs/compare for several runs. Other files in it are left alone."""
     compare: list[str] = field(default_factory=list)
     """Two or more runs to plot together; `--compare RUN RUN ...` is short for it. Empty: a report of one run."""
 
 
-@dataclass
-class ClusterConfig:
+@options
+class ClusterConfig(Options):
     partition: str = ""
     """Slurm partition; empty: the default of the cluster. The same holds for account, qos, constraint, exclude and mem."""
     account: str = ""
@@ -152,14 +154,14 @@ class ClusterConfig:
     """With --multirun: largest number of runs at the same time (0: no limit)."""
 
 
-@dataclass
-class RunsConfig:
+@options
+class RunsConfig(Options):
     folder: str = "runs"
     """Folder whose run directories are listed."""
 
 
-@dataclass
-class LogsConfig:
+@options
+class LogsConfig(Options):
     lines: int = 20
     """Number of last lines to print first."""
     follow: bool = True

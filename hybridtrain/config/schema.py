@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 from hybridtrain.config.commands import (
@@ -24,6 +24,7 @@ from hybridtrain.config.sections import (
     EngineConfig,
     ModelConfig,
     OptimConfig,
+    Options,
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -33,17 +34,18 @@ from hybridtrain.config.sections import (
     TaskConfig,
     TrackerConfig,
     TrainConfig,
+    options,
 )
 
 
-@dataclass
-class Root:
+@options
+class Root(Options):
     """The sections of a command: fields, each a dataclass of options."""
 
     given = frozenset[str]()  # no annotation: not a section. The options that a command line sets; compose fills it in
 
 
-@dataclass
+@options
 class Config(Root):
     """All sections of a training run; commands that train or measure add one of their own."""
 
@@ -63,64 +65,64 @@ class Config(Root):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 
-@dataclass
+@options
 class SubmitRoot(Config):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
-@dataclass
+@options
 class EvaluateRoot(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-@dataclass
+@options
 class ParityRoot(Config):
     parity: ParityConfig = field(default_factory=ParityConfig)
 
 
-@dataclass
+@options
 class BenchRoot(Config):
     bench: BenchConfig = field(default_factory=BenchConfig)
 
 
-@dataclass
+@options
 class PrepareRoot(Root):
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
 
-@dataclass
+@options
 class ExportRoot(Root):
     run: RunFolder = field(default_factory=RunFolder)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
-@dataclass
+@options
 class GenerateRoot(Root):
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
 
-@dataclass
+@options
 class ReportRoot(Root):
     run: RunFolder = field(default_factory=RunFolder)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
-@dataclass
+@options
 class VerifyRoot(Root):
     """What is verified is run.dir."""
 
     run: RunFolder = field(default_factory=RunFolder)
 
 
-@dataclass
+@options
 class RunsRoot(Root):
     runs: RunsConfig = field(default_factory=RunsConfig)
 
 
-@dataclass
+@options
 class LogsRoot(Root):
     run: RunFolder = field(default_factory=RunFolder)
     logs: LogsConfig = field(default_factory=LogsConfig)

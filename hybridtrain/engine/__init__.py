@@ -86,7 +86,8 @@ def build_for(
 
     check(config)
     model = facts_of(config.model)
-    check_task(config, facts=model)
+    if task is None:
+        check_task(config, facts=model)
     if device.type == "cuda":
         import torch
 

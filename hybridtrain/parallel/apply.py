@@ -68,7 +68,7 @@ def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list
     ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=parallel.schedule)
     stages = []
     for index in ids:
-        head = partial(Head, task=context.task)
+        head = partial(Head, task=context.task, loss_chunk=context.engine.loss_chunk)
         stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1, head=head)
         stage.to(context.precision.param)
         transform(stage, context, order=ORDER)

@@ -22,8 +22,7 @@ def of(config: Config, *, labels: int) -> Task:
 
     if (registered := own(config)) is not None:
         return registered
-    chunk = config.engine.loss_chunk
-    task = Classification(labels=labels, loss_chunk=chunk) if config.task.kind == "classification" else CausalLM(loss_chunk=chunk)
+    task = Classification(labels=labels) if config.task.kind == "classification" else CausalLM()
     task.terms = Terms(config.task.label_smoothing, config.task.z_loss)
     return task
 
@@ -33,9 +32,25 @@ def own(config: Config) -> Task | None:
     factory = registry.own("task", config.task.kind)
     if factory is None:
         return None
-    task = factory(config)
-    missing = [name for name in _PARTS if not callable(getattr(task, name, None))] + ([] if getattr(task, "weights", None) else ["weights"])
-    if missing:
-        problem = f"its factory returned {type(task).__name__}, which has no {', '.join(missing)}"
+    task = factory() if isinstance(factory, type) else factory(config)
+    if missing := _missing(task):
+        problem = f"its factory returned {type(task).__name__}, which has no {missing}"
         raise refusal("task.kind", config.task.kind, problem, allowed="what hybridtrain/tasks/task.py lists", instead="a class that inherits ht.CausalLM")
     return task
+
+
+def check_given(task: object, config: Config) -> None:
+    """Refuse what is no task, and options that a task given by a program does not read (raises UserError)."""
+    if missing := _missing(task):
+        allowed, instead = "what hybridtrain/tasks/task.py lists", "an object of a class that inherits ht.CausalLM"
+        raise refusal("task", type(task).__name__, f"it has no {missing}", allowed=allowed, instead=instead)
+    options = config.task
+    for name, value, standard in (("kind", options.kind, "causal_lm"), ("label_smoothing", options.label_smoothing, 0), ("z_loss", options.z_loss, 0)):
+        if value != standard:
+            problem = f"a task is given as `task`, {type(task).__name__}, and does not read it"
+            raise refusal(f"task.{name}", value, problem, allowed=str(standard), instead=f"task.{name}={standard}, or no `task`")
+
+
+def _missing(task: object) -> str:
+    lacking = [name for name in _PARTS if not callable(getattr(task, name, None))]
+    return ", ".join(lacking + ([] if getattr(task, "weights", None) else ["weights"]))

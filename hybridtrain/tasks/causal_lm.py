@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """See task.Task. One sum, of the losses of all tokens that have a label. `loss_chunk`: engine.loss_chunk."""
+    """See task.Task. One sum, of the losses of all tokens that have a label."""
 
     weights: Mapping[str, float] = {"loss": 1.0}
     terms = Terms(smoothing=0.0, z_loss=0.0)
     """What training adds to cross-entropy (task.label_smoothing, task.z_loss); evaluation adds nothing."""
-
-    def __init__(self, *, loss_chunk: int):
-        self.loss_chunk = loss_chunk
 
     def collate(self, block: Block, *, valid: int) -> Batch:
         """Inputs, and labels shifted by one. The first token of a document is no label; positions restart at it."""
@@ -60,7 +57,7 @@ class CausalLM:
     def cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str) -> Tensor:
         """Output head and cross-entropy in chunks of tokens, summed over the labels that are not IGNORE_INDEX: fp32, shape (1,). `name`: a name in `weights`."""
         terms = self.terms if head.training else CausalLM.terms
-        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=self.loss_chunk, gradient=head.gradients[name])
+        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=head.loss_chunk, gradient=head.gradients[name])
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """The same sum from logits, in fp32, 0-d, with label smoothing and z-loss."""

@@ -31,8 +31,7 @@ class Classification(CausalLM):
 
     weights: Mapping[str, float] = {"loss": 1.0, "correct": 0.0}
 
-    def __init__(self, *, labels: int, loss_chunk: int):
-        super().__init__(loss_chunk=loss_chunk)
+    def __init__(self, *, labels: int):
         self.labels = labels
 
     def collate(self, block: Block, *, valid: int) -> Batch:

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module):
-    """Takes the place of `model_head`, a linear layer, and has its weight (V, D).
+    """Takes the place of `model_head`, a linear layer, and has its weight (V, D). `loss_chunk`: engine.loss_chunk.
 
     forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32, shape (number of sums,).
     """
 
     weight: nn.Parameter
 
-    def __init__(self, model_head: Any, *, task: Task):
+    def __init__(self, model_head: Any, *, task: Task, loss_chunk: int):
         super().__init__()
         assert model_head.bias is None, "the loss of linear_cross_entropy.py knows no bias"
         self.weight = model_head.weight
-        self.task = task
+        self.task, self.loss_chunk = task, loss_chunk
         self.gradients = {name: HeadGradient() for name in task.weights}
         """The weight's, by sum: of each over all micro-batches in flight."""
 

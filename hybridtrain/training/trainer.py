@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
+from hybridtrain import tasks
 from hybridtrain.config import checks, compose
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
@@ -87,6 +88,8 @@ class Trainer:
 
     def _checked(self) -> tuple[Config, Blend | None]:
         """The config, and the rows that take the place of its data."""
+        if self.task is not None:
+            tasks.check_given(self.task, self.config)
         if self.data is None:
             if self.eval_data is not None:
                 raise refusal("eval_data", type(self.eval_data).__name__, "there is no `data`", allowed="both, or data alone", instead="data.eval_path=PREFIX")

@@ -233,7 +233,7 @@ def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
     case = Case()
     plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     loop = PlainLoop(config_of(case), device=torch.device("cpu"))
-    tokens = Synthetic(vocab=256, plan=plan, dp_rank=0, dp_size=1, seed=7, labels=0, collate=CausalLM(loss_chunk=0).collate)
+    tokens = Synthetic(vocab=256, plan=plan, dp_rank=0, dp_size=1, seed=7, labels=0, collate=CausalLM().collate)
     here = Side(loop.step, tokens=tokens, device=torch.device("cpu"), before_gib=0.0).run(3)
     there = [plain.run(2), plain.run(1)]
     assert [loss for a_round in there for loss in a_round.losses] == pytest.approx(here.losses, rel=1e-5)

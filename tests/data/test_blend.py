@@ -48,7 +48,7 @@ def plan(*, size: int, dp: int = 1) -> BatchPlan:
 
 
 def loader(data: Blend, *, size: int, dp_rank: int = 0, dp: int = 1, vocab: int = 300) -> Loader:
-    return Loader(data, plan=plan(size=size, dp=dp), dp_rank=dp_rank, dp_size=dp, seed=3, vocab=vocab, collate=CausalLM(loss_chunk=0).collate)
+    return Loader(data, plan=plan(size=size, dp=dp), dp_rank=dp_rank, dp_size=dp, seed=3, vocab=vocab, collate=CausalLM().collate)
 
 
 def opened(tmp_path: Path, **weights: float) -> Blend:
@@ -175,7 +175,7 @@ def test_evaluation_rows_come_from_all_corpora_in_proportion(tmp_path, prepared)
     constant(tmp_path / "c", 9, rows=500)  # has no held-out rows
     data = open_data(schema.DataConfig(blend={str(prepared): 3.0, str(tmp_path / "b"): 1.0, str(tmp_path / "c"): 5.0}), timeout_s=0)
     have = data.corpora[0].count("eval", seq_len=SEQ)
-    steps = eval_batches(data, plan=plan(size=1), rows=40, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM(loss_chunk=0).collate)
+    steps = eval_batches(data, plan=plan(size=1), rows=40, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM().collate)
     got = torch.cat([batches[0].input_ids_BT for batches in steps]).numpy()
     tokens = np.fromfile(prepared / "eval.bin", dtype="<u2")
     expected = [tokens[row * SEQ : row * SEQ + SEQ] for count in (30, 10) for row in np.arange(count) * have // count]

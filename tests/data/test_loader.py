@@ -74,7 +74,7 @@ def expected_rows(corpus: Corpus, split: str, row_ids: np.ndarray) -> np.ndarray
 def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size):
     size = 24
     shape = plan(global_batch_size=size, micro_batch_size=micro_batch_size, dp=dp)
-    loaders = [Loader(data, plan=shape, dp_rank=rank, dp_size=dp, seed=7, vocab=300, collate=CausalLM(loss_chunk=0).collate) for rank in range(dp)]
+    loaders = [Loader(data, plan=shape, dp_rank=rank, dp_size=dp, seed=7, vocab=300, collate=CausalLM().collate) for rank in range(dp)]
     rows = corpus.count("train", seq_len=SEQ)
     assert [len(each) for each in data.rows("train", seq_len=SEQ, vocab=300)] == [rows]
     for step in (0, 1, 2, rows // size, 40, 3):  # in order, over the epoch's edge, far on and back
@@ -90,9 +90,7 @@ def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size
 
 def test_an_epoch_predicts_every_token_once(corpus, data):
     rows = corpus.count("train", seq_len=SEQ)
-    loader = Loader(
-        data, plan=plan(global_batch_size=1, micro_batch_size=1, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM(loss_chunk=0).collate
-    )
+    loader = Loader(data, plan=plan(global_batch_size=1, micro_batch_size=1, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
     labels = torch.cat([loader.micro_batches(step)[0].labels_BT for step in range(rows)])
     tokens = np.fromfile(corpus.path / "train.bin", dtype=np.uint16)[1 : rows * SEQ + 1]
     assert np.array_equal(np.sort(labels.numpy(), axis=None), np.sort(tokens.astype(np.int64)))
@@ -114,7 +112,7 @@ def test_evaluation_rows_are_exact(corpus, data, dp, micro_batch_size, per_step,
     shape = plan(global_batch_size=micro_batch_size * dp, micro_batch_size=micro_batch_size, dp=dp)
     have = corpus.count("eval", seq_len=SEQ)
     ranks = [
-        eval_batches(data, plan=shape, rows=rows, dp_rank=rank, dp_size=dp, micro_batches_per_step=per_step, vocab=300, collate=CausalLM(loss_chunk=0).collate)
+        eval_batches(data, plan=shape, rows=rows, dp_rank=rank, dp_size=dp, micro_batches_per_step=per_step, vocab=300, collate=CausalLM().collate)
         for rank in range(dp)
     ]
     assert {len(steps) for steps in ranks} == {-(-rows // (micro_batch_size * per_step * dp))}
@@ -139,7 +137,7 @@ def test_evaluation_on_fewer_rows_than_asked(corpus, data):
         dp_size=1,
         micro_batches_per_step=2,
         vocab=300,
-        collate=CausalLM(loss_chunk=0).collate,
+        collate=CausalLM().collate,
     )
     labels = torch.cat([batch.labels_BT for batches in steps for batch in batches])
     assert int((labels != IGNORE_INDEX).sum()) == have * SEQ
@@ -149,13 +147,13 @@ def test_evaluation_on_fewer_rows_than_asked(corpus, data):
 def test_evaluation_without_a_row_is_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
     with pytest.raises(UserError, match=r"train\.eval_rows=8: .*no held-out row of 1000000 tokens"):
-        eval_batches(data, plan=long, rows=8, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM(loss_chunk=0).collate)
+        eval_batches(data, plan=long, rows=8, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM().collate)
 
 
 def test_rows_longer_than_the_corpus_are_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
     with pytest.raises(UserError, match=r"data\.seq_len=1000000: .*not one row"):
-        Loader(data, plan=long, dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM(loss_chunk=0).collate)
+        Loader(data, plan=long, dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
 
 
 def test_vocabulary_of_the_model(corpus, data):
@@ -213,9 +211,7 @@ def test_opening_reads_metadata_only(tmp_path, folder):
     edit(copy, splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}}, digests=None)
     opened = open_data(DataConfig(path=str(copy)), timeout_s=0)
     assert opened.count("train", seq_len=SEQ) == (32 * tokens - 1) // SEQ
-    loader = Loader(
-        opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM(loss_chunk=0).collate
-    )
+    loader = Loader(opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
     assert loader.micro_batches(10**6)[1].input_ids_BT.shape == (2, SEQ)
 
 

@@ -134,13 +134,13 @@ def test_perplexity_counts_valid_tokens_only(trained):
     masked = labels.clone()
     masked[0, 3:], masked[1, :] = IGNORE_INDEX, IGNORE_INDEX
     positions = torch.arange(20).repeat(2, 1)
-    sums = scores(model, [Batch(ids, masked, positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
+    sums = scores(model, [Batch(ids, masked, positions)], device=torch.device("cpu"), task=CausalLM())
     with torch.no_grad():
         expected = -model(input_ids=ids).logits.log_softmax(-1)[0, range(3), labels[0, :3]].mean().item()
     assert sums.counts["loss"] == 3
     assert sums.values["loss"] / 3 == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="no held-out token carries a loss"):
-        scores(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM(loss_chunk=0))
+        scores(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM())
 
 
 def draw(trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any) -> str:

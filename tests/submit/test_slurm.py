@@ -351,7 +351,7 @@ def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
         dp_size=1,
         seed=0,
         vocab=300,
-        collate=CausalLM(loss_chunk=0).collate,
+        collate=CausalLM().collate,
     )
     for step in range(12):
         shares = sorted(json.loads(path.read_text()) for path in witness.glob(f"rows-{step}-*.json"))

@@ -138,7 +138,7 @@ def test_numbers_names_and_fields_of_other_names_are_read(tmp_path: Path) -> Non
 def test_labels_that_the_model_has_no_class_for_are_refused() -> None:
     carries = np.zeros((1, 4), dtype=bool)
     carries[0, 2] = True
-    task = Classification(labels=2, loss_chunk=0)
+    task = Classification(labels=2)
     batch = task.collate(Block(np.array([[5, 6, 1, 0]]), None, carries), valid=1)
     assert batch.labels_BT.tolist() == [[IGNORE_INDEX, 1, IGNORE_INDEX]]
     with pytest.raises(UserError, match=r"model\.labels=2: a row has label 7, the model has 2 classes"):

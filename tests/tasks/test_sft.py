@@ -66,7 +66,7 @@ def epoch(folder: Path) -> list[Batch]:
         dp_size=1,
         seed=0,
         vocab=320,
-        collate=CausalLM(loss_chunk=0).collate,
+        collate=CausalLM().collate,
     )
     rows = {int(loader.row_ids(step)[0, 1]): loader.micro_batches(step)[0] for step in range(len(data.rows("train", seq_len=SEQ, vocab=320)[0]))}
     return [rows[row] for row in range(len(rows))]
@@ -150,7 +150,7 @@ def test_masked_tokens_carry_no_loss(folder, tmp_path):
 
 def test_evaluation_counts_answers_only(folder):
     data = open_data(schema.DataConfig(path=str(folder)), timeout_s=0)
-    steps = eval_batches(data, plan=plan(1), rows=1000, dp_rank=0, dp_size=1, micro_batches_per_step=2, vocab=320, collate=CausalLM(loss_chunk=0).collate)
+    steps = eval_batches(data, plan=plan(1), rows=1000, dp_rank=0, dp_size=1, micro_batches_per_step=2, vocab=320, collate=CausalLM().collate)
     labels = torch.cat([batch.labels_BT for batches in steps for batch in batches])
     assert int((labels != IGNORE_INDEX).sum()) == int(np.fromfile(folder / "eval.loss.bin", dtype="u1").sum())
 
@@ -166,7 +166,7 @@ def test_conversations_longer_than_a_row_lose_their_end(folder, tmp_path):
         dp_size=1,
         seed=0,
         vocab=320,
-        collate=CausalLM(loss_chunk=0).collate,
+        collate=CausalLM().collate,
     )
     reader = IndexedReader(copy / "train")
     heads = [reader.read(int(p) // 2, int(p) // 2 + min(30, int(n))).tolist() for p, n in zip(reader.pointers, reader.sizes, strict=True)]
@@ -194,7 +194,7 @@ def test_conversations_blend_with_text(folder, tmp_path):
     text.write_text("one two three " * 400)
     data = schema.DataConfig(path=str(tmp_path / "text"), source=[str(text)], tokenizer=str(folder / "tokenizer"), eval_fraction=0.0)
     both = open_data(schema.DataConfig(blend={str(folder): 1.0, str(prepare(data, options=schema.PrepareConfig())): 1.0}), timeout_s=0)
-    loader = Loader(both, plan=plan(20), dp_rank=0, dp_size=1, seed=0, vocab=320, collate=CausalLM(loss_chunk=0).collate)
+    loader = Loader(both, plan=plan(20), dp_rank=0, dp_size=1, seed=0, vocab=320, collate=CausalLM().collate)
     for batch, (corpus, _) in zip(loader.micro_batches(0), loader.row_ids(0), strict=True):
         masked = int((batch.labels_BT == IGNORE_INDEX).sum())
         assert batch.packed

@@ -55,7 +55,7 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Sums, dict[str, torc
         from hybridtrain.engine.deepspeed import DeepSpeedEngine as Engine
     else:
         from hybridtrain.engine.torch_native import TorchEngine as Engine
-    engine: Any = Engine(config, layout=layout, plan=plan, device=device, initial=True, task=Halves(loss_chunk=0))
+    engine: Any = Engine(config, layout=layout, plan=plan, device=device, initial=True, task=Halves())
     results = [engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=layout.dp), lr=case.lr) for step in range(case.steps)]
     sums = engine.eval_step(case.batches(0, dp_rank=engine.mesh.dp_rank, dp=layout.dp))
     return [(float(result.loss), float(result.grad_norm)) for result in results], sums, {name: whole(value) for name, value in engine.weights()}
@@ -79,7 +79,7 @@ def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
     config = case.config()
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
     family = family_of(built.model_type)
-    source, task = draw(built, family=family, seed=config.run.seed), Halves(loss_chunk=0)
+    source, task = draw(built, family=family, seed=config.run.seed), Halves()
     fp32 = {"compute": torch.float32, "param": torch.float32}
     plain = Reference(built, family=family, source=source, settings=config.optim, freeze=(), task=task, **fp32)
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
@@ -97,7 +97,7 @@ def test_rows_become_inputs_and_the_labels_that_follow():
     tokens = np.arange(10, 22).reshape(2, 6)
     begins, carries = np.zeros((2, 6), dtype=bool), np.ones((2, 6), dtype=bool)
     begins[0, [0, 3]], carries[0, 5] = True, False
-    batch = CausalLM(loss_chunk=0).collate(Block(tokens, begins, carries), valid=1)
+    batch = CausalLM().collate(Block(tokens, begins, carries), valid=1)
     assert batch.packed
     assert batch.input_ids_BT.tolist() == [[10, 11, 12, 13, 14], [16, 17, 18, 19, 20]]
     assert batch.labels_BT.tolist() == [[11, 12, IGNORE_INDEX, 14, IGNORE_INDEX], [IGNORE_INDEX] * 5]
@@ -106,7 +106,7 @@ def test_rows_become_inputs_and_the_labels_that_follow():
 
 def test_an_evaluation_is_a_mean_over_all_of_its_steps():
     total = Sums({"loss": 6.0}, {"loss": 2}) + Sums({"loss": 2.0}, {"loss": 6})
-    assert CausalLM(loss_chunk=0).evaluate(total) == {"eval_loss": 1.0}
+    assert CausalLM().evaluate(total) == {"eval_loss": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_evaluation_is_a_mean_over_all_of_its_steps():
     [({"first": torch.zeros(1)}, "'second' is missing"), ({"first": torch.zeros(()), "second": torch.zeros(1)}, r"'first' has shape \(\)")],
 )
 def test_sums_that_a_task_gets_wrong_are_named(returned, said, monkeypatch):
-    task = Halves(loss_chunk=0)
+    task = Halves()
     monkeypatch.setattr(task, "loss", lambda *_: returned)
     with pytest.raises(TypeError, match=rf"Halves\.loss: the sum {said}"):
-        Head(torch.nn.Linear(4, 8, bias=False), task=task)(None, None)
+        Head(torch.nn.Linear(4, 8, bias=False), task=task, loss_chunk=0)(None, None)

@@ -108,7 +108,7 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
     tokens = np.arange(2 * 9).reshape(2, 9)
     begins = np.zeros((2, 9), dtype=bool)
     begins[0, [0, 3]] = begins[1, [0, 4]] = True
-    whole, cut = (CausalLM(loss_chunk=0).collate(block, valid=len(block.tokens)) for block in (Block(tokens, begins, None), Block(tokens, begins, None).cut(2)))
+    whole, cut = (CausalLM().collate(block, valid=len(block.tokens)) for block in (Block(tokens, begins, None), Block(tokens, begins, None).cut(2)))
     assert cut.input_ids_BT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 12], [13, 14, 15, 16]]
     assert cut.labels_BT.flatten().tolist() == whole.labels_BT.flatten().tolist()
     assert cut.position_ids_BT.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]

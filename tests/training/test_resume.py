@@ -104,7 +104,7 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
     progress = engine.load(source)
     engine.save(target, progress).result()
     data = open_data(config.data, timeout_s=0)
-    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300, collate=CausalLM(loss_chunk=0).collate)
+    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300, collate=CausalLM().collate)
     return engine.mesh.dp_rank, loader.row_ids(progress.step)[:, 1].tolist()
 
 

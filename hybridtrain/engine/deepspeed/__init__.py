@@ -90,7 +90,8 @@ class DeepSpeedEngine:
         context = apply.Context(
             self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze, self.task
         )
-        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, head=partial(Head, task=self.task))
+        head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
+        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, head=head)
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
         if group is not None:
             with quiet():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 import hybridtrain as ht
@@ -157,6 +158,28 @@ def test_a_callback_that_raises_ends_the_run_and_the_report_names_the_rank(tmp_p
     assert told["status"] == "failed"
     assert "rank 1" in told["exit_reason"]
     assert "ZeroDivisionError" in told["exit_reason"]
+
+
+class Uneven(ht.Callback):
+    """Adds up something on rank 0 alone."""
+
+    def on_step(self, run: ht.Run, metrics: Mapping[str, Any]) -> None:  # noqa: ARG002
+        if dist.get_rank() == 0 and run.step == 2:
+            dist.all_reduce(torch.zeros(1))
+
+
+def trained_unevenly(run: Path) -> None:
+    ht.Trainer(config_of(run, "parallel=ddp", "engine.timeout_s=5"), data=Numbers(100, first=0), callbacks=[Uneven()]).fit()
+
+
+def test_a_collective_on_one_rank_alone_is_a_timeout_that_names_the_callback(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed):
+        run_ranks(2, trained_unevenly, tmp_path / "run")
+    reason = str(summary(tmp_path / "run")["exit_reason"])
+    assert "UnevenCallback: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
+    assert [line["step"] for line in rows(tmp_path / "run")] == [1, 2]
+    [report] = (tmp_path / "run" / "failures").glob("*/rank-0.json")
+    assert "dist.all_reduce(torch.zeros(1))" in json.loads(report.read_text())["traceback"]
 
 
 def trained_in_halves(run: Path, words: list[str], own: bool) -> str:

@@ -106,7 +106,7 @@ class Mesh:
         self._made: dict[tuple[str, ...], dist.ProcessGroup] = {}
         for name in (*AXES, "loss", "world"):
             self.group(name)
-        self.checkpoint_group = self._new(None, name="checkpoint") if layout.world_size > 1 else None
+        self.checkpoint_group = self.all_ranks(name="checkpoint") if layout.world_size > 1 else None
         """All ranks over gloo, for the thread that writes checkpoints: sharing a group would mix its messages with those of the main thread."""
 
     def group(self, name: str) -> dist.ProcessGroup | None:
@@ -115,6 +115,12 @@ class Mesh:
         if axes and axes not in self._made:
             self._made[axes] = self._along(axes, name=name)
         return self._made.get(axes)
+
+    def all_ranks(self, *, name: str) -> dist.ProcessGroup:
+        """A further group of all ranks, over gloo (collective)."""
+        group = self._new(None, name=name)
+        assert group is not None
+        return group
 
     def sum(self, tensor: Tensor, *, over: str) -> None:
         """Add up a tensor of the device in place, over an axis or a product; without another rank nothing is sent."""

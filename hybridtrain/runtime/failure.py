@@ -69,6 +69,11 @@ def is_echo(error: BaseException) -> bool:
     return bool(_ECHO.match(_said(_cause(error))))
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective has waited too long for another rank."""
+    return is_echo(error) and bool(re.search("tim(ed|e) ?out", str(_cause(error)), re.IGNORECASE))
+
+
 def _cause(error: BaseException) -> BaseException:
     """What an error was raised from, in the end: a pipeline schedule wraps what happens in a stage."""
     while error.__cause__ is not None:

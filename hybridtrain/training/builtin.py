@@ -12,7 +12,7 @@ import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,22 @@ class Log(Callback):
         known = {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
         self.folder.update_summary(steps=step, tokens=row["tokens_seen"], tokens_per_s=row["tokens_per_s"], **known)
         _log.info(metrics.progress_line(row, total_steps=total_steps, eta_s=self.meter.eta_s))
+
+
+class Meet(Callback):
+    """Behind the user's callbacks: no rank goes on before all are out of them. A collective in one on some ranks alone is a time-out there, and mixes with none of training's."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def on_start(self, run: Run) -> None:
+        dist.barrier(group=self.group)
+
+    def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        dist.barrier(group=self.group)
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        dist.barrier(group=self.group)
 
 
 class Checkpoint(Callback):

@@ -5,8 +5,9 @@
             if metrics["eval_loss"] < 2.0:
                 run.stop("good enough")
 
-Every rank calls every callback, in the same order and after the same steps: a callback may use torch.distributed. An
-exception in it ends the run, and the error report names the rank.
+Every rank calls every callback, in the same order and after the same steps. In `on_start`, `on_evaluate`, `on_step` and
+`on_checkpoint` a callback may use torch.distributed, on all ranks alike: the ranks wait for each other behind these. An exception
+in a callback ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from hybridtrain import registry
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
-from hybridtrain.runtime import log
+from hybridtrain.runtime import failure, log
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.types import Engine, StepResult
 
@@ -103,6 +104,10 @@ def registered(config: Config) -> tuple[Callback, ...]:
     return tuple(result)
 
 
+class UnevenCallback(RuntimeError):
+    """A callback waited for other ranks, and they did not come."""
+
+
 class Callbacks:
     """All callbacks of a run, ours and the user's, in order. A context: `on_start` when it is entered, `on_end` when it is left."""
 
@@ -110,15 +115,18 @@ class Callbacks:
         """`beat` is called before each callback: the watchdog allows each the time of a step."""
         self.run, self._beat = run, beat
         self.callbacks: list[Callback] = []
+        self.of_user: tuple[Callback, ...] = ()
 
-    def add(self, callback: Callback) -> None:
-        """Call this one after those that were added before it."""
-        self.callbacks.append(callback)
+    def add(self, *callbacks: Callback, of_user: bool) -> None:
+        """Call these after those that were added before."""
+        self.callbacks += callbacks
+        if of_user:
+            self.of_user += callbacks
 
     def __enter__(self) -> Callbacks:
         try:
             for callback in self.callbacks:
-                callback.on_start(self.run)
+                self._call(callback, "on_start")
         except BaseException as error:
             self._end(error)
             raise
@@ -131,26 +139,35 @@ class Callbacks:
         """Each callback sees the step, and what those before it have evaluated and logged."""
         self.run.step, self.run.tokens_seen = info.step, info.tokens_seen
         for callback in self.callbacks:
-            self._beat()
-            callback.on_every_step(self.run, info)
+            self._call(callback, "on_every_step", info)
             if info.row is None:
                 continue
             if info.evaluated:
-                callback.on_evaluate(self.run, dict(info.evaluated))
-            callback.on_step(self.run, dict(info.row))
+                self._call(callback, "on_evaluate", dict(info.evaluated))
+            self._call(callback, "on_step", dict(info.row))
 
     def saved(self, path: Path) -> None:
         """A checkpoint is complete."""
         for callback in self.callbacks:
-            callback.on_checkpoint(self.run, path)
+            self._call(callback, "on_checkpoint", path)
+
+    def _call(self, callback: Callback, method: str, *arguments: Any) -> None:
+        self._beat()
+        try:
+            getattr(callback, method)(self.run, *arguments)
+        except RuntimeError as error:
+            if not (callback in self.of_user and failure.is_timeout(error)):
+                raise
+            name, limit = f"{type(callback).__name__}.{method}", f"engine.timeout_s={self.run.config.engine.timeout_s}"
+            words = f"{name} waited for the other ranks until {limit} had passed: a callback calls a collective on every rank or on none"
+            raise UnevenCallback(words)  # noqa: B904 - a cause would be taken for what failed
 
     def _end(self, error: BaseException | None) -> None:
         """Tell every callback. Raises the first error of theirs if the run had none; what they raise after it is logged and cannot hide it."""
         first = error
         for callback in reversed(self.callbacks):
-            self._beat()
             try:
-                callback.on_end(self.run, first)
+                self._call(callback, "on_end", first)
             except Exception as second:
                 if first is None:
                     first = second

@@ -230,14 +230,16 @@ def _train(
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
     if config.train.eval_every:
         steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        calls.add(builtin.Evaluate(engine, every=config.train.eval_every, steps=_with_targets(steps, job=job, task=engine.task), meter=meter))
-    calls.add(builtin.Log(run_dir, every=config.train.log_every, task=engine.task, meter=meter, trackers=trackers, device=device))
-    for callback in of_user:
-        calls.add(callback)
+        steps = _with_targets(steps, job=job, task=engine.task)
+        calls.add(builtin.Evaluate(engine, every=config.train.eval_every, steps=steps, meter=meter), of_user=False)
+    calls.add(builtin.Log(run_dir, every=config.train.log_every, task=engine.task, meter=meter, trackers=trackers, device=device), of_user=False)
+    calls.add(*of_user, of_user=True)
+    if of_user and job.layout.world_size > 1:
+        calls.add(builtin.Meet(mesh.all_ranks(name="callbacks")), of_user=False)
     manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
-    calls.add(builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved))
+    calls.add(builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved), of_user=False)
     if config.run.profile and log.rank() in config.run.profile_ranks:
-        calls.add(builtin.Profile(run_dir.path / "profile", device=device))
+        calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
     with calls:
         end = loop.train(
             engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, callbacks=calls, stop=stop, watchdog=watchdog, done=done

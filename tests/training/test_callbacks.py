@@ -49,7 +49,7 @@ def of(*callbacks: Callback) -> Callbacks:
     run: Any = Run(config=None, dir=Path(), engine=None, total_steps=2, step=0, tokens_seen=0, _stop=None)  # type: ignore[arg-type]
     all_of_them = Callbacks(run, beat=lambda: None)
     for callback in callbacks:
-        all_of_them.add(callback)
+        all_of_them.add(callback, of_user=True)
     return all_of_them
 
 

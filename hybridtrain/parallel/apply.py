@@ -20,7 +20,7 @@ from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.fsdp import apply_shard, settle_shards, wrapped_modules
+from hybridtrain.parallel.fsdp import apply_shard, ends, settle_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
@@ -170,10 +170,11 @@ def _shard(stage: Stage, context: Context) -> None:
 
 
 def _to_shard(stage: Stage, context: Context) -> set[str]:
-    """Wrapped, by what reduces gradients and casts: all layers and the stage ("") itself. Sharded, from ZeRO 1 on: all parameters."""
+    """Wrapped, by what reduces gradients and casts: all layers, the ends and the stage ("") itself. Sharded, from ZeRO 1 on: all parameters."""
     layout, precision = context.mesh.layout, context.precision
     wrap = layout.dp > 1 or layout.tp > 1 or {precision.compute, precision.reduce} != {precision.param}
-    return ({*_layers(stage), ""} if wrap else set()) | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
+    beside = {path for paths in ends(stage) for path in paths}
+    return ({*_layers(stage), *beside, ""} if wrap else set()) | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
 
 
 def _sharded(stage: Stage, context: Context) -> set[str]:

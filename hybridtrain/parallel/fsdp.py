@@ -24,7 +24,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, then the rest of the stage. Gradients come out as means over data ranks: the engine counts them dp times.
+    """Wrap layers, embedding and head, then the stage. Gradients come out as means over data ranks: the engine counts them dp times.
 
     A rank that neither shards nor casts has nothing to wrap for: it would hold every parameter twice and copy every gradient.
     (Under tensor parallelism it does: fully_shard adds up the partial gradients of norms.)
@@ -35,13 +35,22 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     options: dict[str, Any] = {"mesh": mesh.data, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
-    # The root's own parameters are used first or last: gathering them again at once would only cost time.
-    fully_shard(stage, **{**options, "reshard_after_forward": False})
+    used_last = {**options, "reshard_after_forward": False}  # the backward pass begins with it: gathering it again would only cost time
+    for paths in ends(stage):
+        fully_shard([stage.part(path) for path in paths], **(used_last if stage.family.head in paths else options))
+    fully_shard(stage, **used_last)
     own = _OneShard if mesh.layout.dp_shard == 1 else _AllToAll if mesh.device.type == "cpu" else None
     if own is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(own())  # type: ignore[arg-type]  # what torch asks for is not public
+
+
+def ends(stage: Stage) -> list[list[str]]:
+    """The modules of a stage beside its layers, in groups: the embedding; final norm and head. A matrix that both share stays with the stage itself."""
+    if stage.tied and stage.first and stage.last:
+        return []
+    return [[stage.family.embed]] * stage.first + [[stage.family.norm, stage.family.head]] * stage.last
 
 
 def wrapped_modules(stage: Stage) -> set[str]:

@@ -54,7 +54,7 @@ PRIVATE = {
     **dict.fromkeys(("_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_get_full_key", "_get_node", "_is_interpolation", "_is_missing"), ("config/",)),
     **dict.fromkeys(("_is_none", "_maybe_dereference_node", "_set_value"), ("config/",)),
-    "_is_text_encoding": ("config/checks.py",),
+    "_is_text_encoding": ("config/section_checks.py",),
     "_run_exitfuncs": ("runtime/launch.py",),
     **dict.fromkeys(("_record_memory_history", "_dump_snapshot"), ("training/hooks.py",)),
 }

@@ -232,7 +232,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             allowed="sweeps outside torchrun",
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
-    from hybridtrain.config import checks
+    from hybridtrain.config import checks, section_checks
     from hybridtrain.config.compose import sweep, training
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
@@ -248,7 +248,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             runs += [told.read_text()] if told.exists() else []
             told.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
-        if not checks.can_draw():
+        if not section_checks.can_draw():
             print(f"the runs are not compared, for matplotlib is not installed here: {install('report')}")
             return 0
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)

@@ -30,6 +30,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hybridtrain.config import keys, limits, migrate, schema, sections, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
+from hybridtrain.config.overrides import Prepared, config_folder, normalise
 from hybridtrain.errors import UserError, refusal
 
 _VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
@@ -47,7 +48,7 @@ def compose(command: str, argv: list[str]) -> schema.Root:
     `given` of the result names the options that the command line or a file that it chooses sets.
     """
     overrides, folders = _split(argv)
-    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
+    prepared = normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
         config = typed(_composed(command, prepared, folders), schema.ROOTS[command])
         config.given = prepared.given
@@ -76,7 +77,7 @@ def training(argv: list[str]) -> schema.Config:
     return config
 
 
-def _composed(command: str, prepared: keys.Prepared, folders: list[Path]) -> DictConfig:
+def _composed(command: str, prepared: Prepared, folders: list[Path]) -> DictConfig:
     """The composed node with run.name and run.dir filled in."""
     root = schema.ROOTS[command]
     over_files = prepared.chosen_files or issubclass(root, schema.Config)
@@ -88,7 +89,7 @@ def _composed(command: str, prepared: keys.Prepared, folders: list[Path]) -> Dic
     return node
 
 
-def _over(root: Any, prepared: keys.Prepared, folders: list[Path], *, primary: str) -> DictConfig:
+def _over(root: Any, prepared: Prepared, folders: list[Path], *, primary: str) -> DictConfig:
     search = "hydra.searchpath=[" + ",".join(words.quoted(f"file://{folder}") for folder in folders) + "]"
     ConfigStore.instance().store(name="schema", node=root)
     with initialize_config_dir(version_base="1.3", config_dir=str(keys.shipped())):
@@ -104,7 +105,7 @@ def _over(root: Any, prepared: keys.Prepared, folders: list[Path], *, primary: s
     return node
 
 
-def _set_in_files(command: str, prepared: keys.Prepared, folders: list[Path]) -> frozenset[str]:
+def _set_in_files(command: str, prepared: Prepared, folders: list[Path]) -> frozenset[str]:
     """Options that a chosen file sets: those that are there when the schema has no defaults."""
     bare = OmegaConf.structured(schema.over_files(schema.ROOTS[command]))
     options = [field.key for fields in keys.sections(command).values() for field in fields]
@@ -120,7 +121,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
     rest = iter(argv)
     for argument in rest:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
-            folders.append(keys.config_folder(argument.partition("=")[2] or next(rest, "")))
+            folders.append(config_folder(argument.partition("=")[2] or next(rest, "")))
         elif argument.startswith("-"):
             raise refusal("argument", argument, "no such flag", allowed="--help, --cfg job, --config-dir DIR, --multirun, --nproc N", instead="key=value")
         else:
@@ -256,7 +257,7 @@ def _keep_calls(node: DictConfig, path: Path) -> None:
 def sweep(command: str, argv: list[str]) -> list[list[str]]:
     """Expand the sweeps in `argv` (lr=1e-3,1e-4) into one command line per job, each with a run.name of its own; raises UserError."""
     overrides, folders = _split(argv)
-    keys.normalise(command, [text for text in overrides if "," not in text], folders=[keys.shipped(), *folders])
+    normalise(command, [text for text in overrides if "," not in text], folders=[keys.shipped(), *folders])
     choices = [_alternatives(text, command, folders) for text in overrides]
     flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
     jobs = [list(job) for job in itertools.product(*choices)]
@@ -276,7 +277,7 @@ def _naming(job: list[str]) -> tuple[str, ...]:
 def _name(command: str, argv: list[str]) -> str:
     """run.name as it is written: a reference in it stays one."""
     overrides, folders = _split(argv)
-    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
+    prepared = normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
         node = _composed(command, prepared, folders)
         return str(node.run._get_node("name")._value())
@@ -291,7 +292,7 @@ def _alternatives(text: str, command: str, folders: list[Path]) -> list[str]:
     if parts is not None:
         return [text] if len(parts) < 2 else [f"{key}={part}" for part in parts]
     try:
-        parsed = OverridesParser.create().parse_overrides(keys.normalise(command, [text], folders=[keys.shipped(), *folders]).overrides)
+        parsed = OverridesParser.create().parse_overrides(normalise(command, [text], folders=[keys.shipped(), *folders]).overrides)
         [jobs] = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
         raise _translated(error) from error

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from hybridtrain.cli.commands import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
 from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, sweep, to_yaml
+from hybridtrain.config.overrides import normalise
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import choose, differences
 
@@ -57,7 +58,7 @@ def test_a_prompt_may_be_anything():
 
     parser = OverridesParser.create()
     for text in PROMPTS:
-        [override] = keys.normalise("generate", [f"generate.prompt={text}"], folders=[keys.shipped()]).overrides
+        [override] = normalise("generate", [f"generate.prompt={text}"], folders=[keys.shipped()]).overrides
         assert parser.parse_overrides([override])[0].value() == words.escaped(text)
     for text in (text for text in PROMPTS if "${" in text or text == PROMPTS[0]):
         config = compose("generate", [f"generate.prompt={text}"])

@@ -22,7 +22,7 @@ LIBRARY = ("api.py", "training/trainer.py")
 
 # Library -> the files (or folders) that may import it.
 DOORS = {
-    "hydra": ("config/compose.py",),
+    "hydra": ("config/compose.py", "config/sweep.py"),
     "omegaconf": ("config/compose.py", "config/interpolations.py"),
     "yaml": ("config/compose.py", "config/limits.py"),
     "deepspeed": ("engine/deepspeed/",),
@@ -40,7 +40,7 @@ DOORS = {
 PRIVATE = {
     "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
     "torch.distributed.tensor._utils": ("models/init.py",),
-    "hydra._internal.core_plugins.basic_sweeper": ("config/compose.py",),
+    "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),
     **dict.fromkeys(("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"), ("parallel/pipeline.py",)),

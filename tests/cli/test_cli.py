@@ -15,6 +15,7 @@ from hybridtrain import __version__
 from hybridtrain.cli import commands
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
+from hybridtrain.config.sweep import sweep
 from hybridtrain.run import entry as entries
 from hybridtrain.runtime import launch
 from hybridtrain.training import trainer
@@ -255,7 +256,7 @@ def test_multirun_is_refused_under_torchrun(capsys, monkeypatch):
 def test_runs_of_a_sweep_do_not_share_a_folder(capsys, name):
     line = [name, "-m", "experiment=smoke", "optim.lr=1e-3,3e-4"]
     assert "run.dir=runs/all: one folder for several of 2 runs" in refused(capsys, [*line, "run.dir=runs/all"])
-    assert [compose.compose(name, job).run.dir for job in compose.sweep(name, [*line[2:], "run.dir='all/${run.name}'"])] == ["all/smoke-0", "all/smoke-1"]
+    assert [compose.compose(name, job).run.dir for job in sweep(name, [*line[2:], "run.dir='all/${run.name}'"])] == ["all/smoke-0", "all/smoke-1"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import yaml
 
 from hybridtrain import __version__
 from hybridtrain.config import checks, keys, migrate, ranges, schema
-from hybridtrain.config.compose import Interpolated, compose, read_run, sweep, to_yaml
+from hybridtrain.config.compose import Interpolated, compose, read_run, to_yaml
+from hybridtrain.config.sweep import sweep
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
 from hybridtrain.run import identity

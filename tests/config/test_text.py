@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from hybridtrain.cli.commands import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
-from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, sweep, to_yaml
+from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, to_yaml
 from hybridtrain.config.overrides import normalise
+from hybridtrain.config.sweep import sweep
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import choose, differences
 

@@ -24,7 +24,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.models import classifier
 from hybridtrain.models.build import logits
 from hybridtrain.plan.batch import BatchPlan
-from hybridtrain.run.directory import require_run
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, Sums

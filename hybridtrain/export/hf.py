@@ -25,7 +25,7 @@ from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.export import destination, weights
 from hybridtrain.models import described, tokens
-from hybridtrain.run.directory import require_run
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,8 +15,9 @@ from pathlib import Path
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
-from hybridtrain.run.directory import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
+from hybridtrain.run.directory import RunDir, make_folders, remove_folders
 from hybridtrain.run.holder import Holder
+from hybridtrain.run.record import NO_REPORT, SUMMARY, attempts, read_summary
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 

@@ -16,7 +16,8 @@ from hybridtrain.errors import refusal
 from hybridtrain.models.build import save_config
 from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.plan import flops
-from hybridtrain.run.directory import RunDir, write_machine
+from hybridtrain.run.directory import RunDir
+from hybridtrain.run.record import write_machine
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import host, log
 from hybridtrain.runtime.files import unwritable, write_json

@@ -21,7 +21,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
 from hybridtrain.run import identity
-from hybridtrain.run.directory import read_summary
+from hybridtrain.run.record import read_summary
 from hybridtrain.runtime import launch, log
 from hybridtrain.training import outcome, resume
 from hybridtrain.training.job import Job, resolve

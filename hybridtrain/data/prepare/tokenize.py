@@ -24,6 +24,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import digests
 from hybridtrain.data.corpus import Corpus, changed_files
 from hybridtrain.data.prepare import folder, join, labelled, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
 from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
@@ -88,7 +89,7 @@ def _check(data: DataConfig) -> None:
     if not data.path:
         raise refusal("data.path", "''", "no folder for the token files", allowed="a folder", instead="data.path=data/mine")
     if not data.source:
-        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead="data.source=[YOUR TEXT]")
+        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {STDLIB}", instead="data.source=[YOUR TEXT]")
     if not 0 <= data.eval_fraction < 1:
         raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
     if data.format == "labelled":

@@ -31,8 +31,8 @@ DOORS = {
     "accelerate": ("run/trackers/", "parallel/mesh.py", "evaluate/"),
     "transformers": ("models/", "data/prepare/tokenizer.py", "data/prepare/template.py", "evaluate/"),
     "tokenizers": ("data/prepare/tokenizer.py",),
-    "datasets": ("data/prepare/readers.py",),
-    "pyarrow": ("data/prepare/readers.py",),
+    "datasets": ("data/prepare/tables.py",),
+    "pyarrow": ("data/prepare/tables.py",),
     "matplotlib": ("report/",),
 }
 
@@ -49,7 +49,7 @@ PRIVATE = {
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
     "_attn_implementation": ("models/build.py", "models/stage.py"),
     "_modules": ("models/stage.py",),
-    "_fingerprint": ("data/prepare/readers.py",),
+    "_fingerprint": ("data/prepare/tables.py",),
     **dict.fromkeys(("_get_param_partition_group", "_hp_mapping", "_partition_all_parameters"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_get_full_key", "_get_node", "_is_interpolation", "_is_missing"), ("config/",)),

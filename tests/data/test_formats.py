@@ -12,9 +12,9 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.prepare import join, pieces, readers, statistics, tokenize, tokenizer
-from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare import join, pieces, readers, statistics, tables, tokenize, tokenizer
 from hybridtrain.data.prepare.sources import listing
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
 
 WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]
@@ -323,7 +323,7 @@ def test_unfit_sources_are_refused(tmp_path, reference, case):
 def test_a_missing_package_is_named_with_the_command(tmp_path, reference, monkeypatch, package, kind):
     source = FORMATS[kind](tmp_path)
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail, as when it is not there
-    monkeypatch.setattr(readers, "_parquet", readers._parquet.__wrapped__)
+    monkeypatch.setattr(tables, "parquet_file", tables.parquet_file.__wrapped__)
     with pytest.raises(UserError, match=rf'data\.format={package}: the package {package} is not installed[\s\S]*pip install "hybridtrain\[data\]"'):
         tokenize.prepare(settings(tmp_path / "data", source, reference), options=PrepareConfig())
 

@@ -20,7 +20,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import cuts, pieces, sources, statistics, tokenize, tokenizer
-from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
 
 TEXT = pieces.Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)

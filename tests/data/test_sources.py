@@ -12,8 +12,8 @@ import pytest
 from hybridtrain.config.checks import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.prepare import pieces, streams, tokenize
-from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.data.prepare.sources import listing
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 20

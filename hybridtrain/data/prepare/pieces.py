@@ -24,8 +24,8 @@ from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.prepare.chat import Encoded, Sample
 from hybridtrain.data.prepare.conversations import Conversation, Unreadable
 from hybridtrain.data.prepare.labelled import LabelRecipe
-from hybridtrain.data.prepare.readers import Fields, Unit
 from hybridtrain.data.prepare.sources import Source
+from hybridtrain.data.prepare.units import Fields, Unit
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import write_atomically
 

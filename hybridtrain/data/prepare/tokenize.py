@@ -29,8 +29,8 @@ from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
 from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
 from hybridtrain.data.prepare.progress import say
-from hybridtrain.data.prepare.readers import Fields
 from hybridtrain.data.prepare.sources import Listing
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import discard, read_json, unwritable, write_atomically
 

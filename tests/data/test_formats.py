@@ -13,6 +13,7 @@ import pytest
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import join, pieces, readers, statistics, tables, tokenize, tokenizer
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.sources import listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
@@ -359,7 +360,7 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monk
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
     planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
-    recipe = pieces.Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
+    recipe = Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340
     assert set(whole) < set(numbered)

@@ -20,10 +20,11 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import cuts, pieces, sources, statistics, tokenize, tokenizer
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
 
-TEXT = pieces.Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
+TEXT = Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
 
 

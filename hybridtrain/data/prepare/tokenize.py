@@ -24,11 +24,13 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import digests
 from hybridtrain.data.corpus import Corpus, changed_files
 from hybridtrain.data.prepare import folder, join, labelled, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
 from hybridtrain.data.prepare.labelled import LabelRecipe
-from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
+from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, Piece
 from hybridtrain.data.prepare.progress import say
+from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe
 from hybridtrain.data.prepare.sources import Listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError, refusal

@@ -20,6 +20,7 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import cuts, pieces, sources, statistics, tokenize, tokenizer
+from hybridtrain.data.prepare.prepared import settings_of
 from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
@@ -265,7 +266,7 @@ def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
     partial.mkdir(parents=True)
 
     def begin() -> None:
-        tokenize._begin(partial, settings=tokenize._settings(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
+        tokenize._begin(partial, settings=settings_of(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
 
     begin()
     (partial / "piece-00000").mkdir()

@@ -18,7 +18,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.report import compare, history, plots, ranks, single
 from hybridtrain.run.record import write_machine
-from tests.report.test_report import BEGIN, finished, row, write
+from tests.report.folders import BEGIN, finished, row, write
 
 WRONG_SUMMARIES = {
     "a text for a number": {"total_steps": "many", "parameters": "7B", "world_size": "two", "steps": [1], "wall_s": "long", "final_loss": "low"},

@@ -14,7 +14,7 @@ from hybridtrain.config import schema
 from hybridtrain.errors import UserError
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.report import compare, history, plots, ranks, series, single
-from tests.report.folders import BEGIN, eventful, finished, row, write
+from tests.report.folders import eventful, finished, row, write
 
 
 def drawn_in(path, colour) -> int:

@@ -17,7 +17,7 @@ from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import cuts, sources, statistics, tokenize, tokenizer
 from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError
-from tests.data.texts import contents, settings, write_texts
+from tests.data.texts import settings, write_texts
 
 TEXT = Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 

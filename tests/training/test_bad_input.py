@@ -1,6 +1,6 @@
 """What a user can get wrong, as the trainer answers it: section.field, value, what is allowed, what to try; once, at once, without torch.
 
-Mistakes in the command line alone are in tests/cli/test_cli.py, pure layout arithmetic in tests/plan/test_layout.py; here the whole trainer decides,
+Mistakes in the command line alone are in tests/cli/test_mistakes.py, pure layout arithmetic in tests/plan/test_layout.py; here the whole trainer decides,
 with real data, model folders and checkpoints. All cases run in one process that is told its rank and world size as by torchrun.
 """
 

@@ -1,4 +1,4 @@
-"""Who imports a user's own modules: training does, on every rank; a run directory that is read or submitted does not."""
+"""Who imports a user's own modules: training, on every rank; nobody who reads or submits a run directory."""
 
 from __future__ import annotations
 

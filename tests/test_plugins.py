@@ -1,4 +1,4 @@
-"""What a user's own module adds by name: each kind in a run, and its refusals; parity of a program's own task and rows."""
+"""What a user's own module adds by name: each kind in a run, its refusals; parity of own task and rows."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Typed configuration: schema.py (what exists), checks.py (what fits together), compose.py (from the command line, by Hydra)."""
+"""Typed configuration: schema.py (what exists), checks.py (what fits together), compose.py (Hydra)."""

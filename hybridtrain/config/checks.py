@@ -1,6 +1,7 @@
-"""The check of a whole config, with neither torch nor files: kinds, registered names, and what several sections decide together.
+"""The check of a whole config: kinds, registered names, and what several sections decide together.
 
-Checks never change a value. What a section decides alone is in section_checks.py, numbers are in ranges.py.
+Needs neither torch nor files, and never changes a value. What a section decides alone: section_checks.py;
+numbers: ranges.py.
 Layouts are checked by plan.rules, models by models/, data files by data/: each where the facts are known.
 """
 

@@ -1,8 +1,10 @@
-"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML. Beside sweep.py the only file that imports hydra.
+"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML.
 
-conf/base.yaml + groups + experiment + overrides  --compose-->  schema.over_files  --typed-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
+conf/base.yaml + groups + experiment + overrides
+    --compose-->  schema.over_files  --typed-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
 
-Files may set options of any section; a command keeps its own. A command without sections of training that is given no file composes its own alone.
+Files may set options of any section; a command keeps its own. A command without sections of training that is
+given no file composes its own alone. Beside sweep.py the only file that imports hydra.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ def _set_in_files(command: str, prepared: Prepared, folders: list[Path]) -> froz
 
 
 def split(argv: list[str]) -> tuple[list[str], list[Path]]:
-    """The overrides of a command line, and the folders that `--config-dir` names; raises UserError for another flag."""
+    """The overrides of a command line, and the folders of `--config-dir`; UserError for another flag."""
     overrides: list[str] = []
     folders: list[Path] = []
     rest = iter(argv)

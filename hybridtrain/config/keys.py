@@ -1,4 +1,4 @@
-"""What a command line may have: options of the schema with their docstrings, groups in conf/; and what is nearest to a wrong key."""
+"""What a command line may have: options of the schema, groups in conf/; what is nearest to a wrong key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each section is checked by alone (`RULES`), and the forms that checks have: `require`, `one_of`, `in_range`."""
+"""What each section is checked by alone (`RULES`), and forms of checks: `require`, `one_of`, `in_range`."""
 
 from __future__ import annotations
 

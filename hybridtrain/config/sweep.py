@@ -1,4 +1,7 @@
-"""Sweeps: comma-separated values of a command line, one command line for each combination. Beside compose.py the only file that imports hydra."""
+"""Sweeps: one command line for each combination of comma-separated values.
+
+Beside compose.py the only file that imports hydra.
+"""
 
 from __future__ import annotations
 

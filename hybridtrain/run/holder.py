@@ -1,4 +1,4 @@
-"""Who trains in a run directory, as its lock says: a process, its machine and its job; and whether it is alive. No torch."""
+"""Who trains in a run directory, as its lock says, and whether that process is alive. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a run say of it: its summary, its events, its machine. For whoever reads a run, and for who notes its end."""
+"""What the files of a run say of it: its summary, its events, its machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One attempt of a run, on all ranks: from its checkpoint, or the beginning, through the loop, to what is recorded of its end."""
+"""One attempt of a run, on all ranks: from its checkpoint through the loop to the record of its end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(
     trackers: Trackers,
     of_user: Sequence[Callback],
 ) -> tuple[Progress, str]:
-    """Train to the end of the run, or until `stop` asks for one (collective): where the run stands then, and its status."""
+    """Train to the end of the run or until `stop` asks for it (collective); where it stands then, its status."""
     config = job.config
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
     hosts = host.gather(device)

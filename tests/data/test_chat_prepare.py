@@ -1,4 +1,4 @@
-"""Records of conversations through `prepare`: the same tokens of every form and file; what is refused, counted or left out."""
+"""Conversations through `prepare`: the same tokens of every form; what is refused, counted or left out."""
 
 import gzip
 import json

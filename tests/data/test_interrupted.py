@@ -1,4 +1,4 @@
-"""`hybridtrain prepare` interrupted: a kill at any moment, a full disk and changed text change no byte of what it writes in the end."""
+"""`hybridtrain prepare` interrupted by kills, a full disk, changed text: in the end the same bytes."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""`hybridtrain evaluate` on a run that real ranks trained and saved, and on plain Hugging Face folders; sources that neither command can load."""
+"""`hybridtrain evaluate` on a run of real ranks and Hugging Face folders; sources that cannot be loaded."""
 
 import json
 import math

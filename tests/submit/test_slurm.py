@@ -1,4 +1,4 @@
-"""Runs as real Slurm jobs on a private cluster of two nodes: they train and go on as they would on a large one."""
+"""Runs as real Slurm jobs on a private cluster of two nodes train as they would on a large one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm jobs that are signalled, run out of time, lose nodes and ranks, hang or are cancelled: they are requeued and go on, or end with the verdict."""
+"""Slurm jobs that are stopped, lose nodes or ranks, or hang are requeued and go on, or end in a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `hybridtrain train` answers to command lines, from one process that is told its rank and world size as by torchrun."""
+"""What `hybridtrain train` answers to command lines, from one process that is told rank and world size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a user can get wrong, as the trainer answers it: section.field, value, what is allowed, what to try; once, at once, without torch.
 
-Mistakes in the command line alone are in tests/cli/test_mistakes.py, pure layout arithmetic in tests/plan/test_layout.py, what is
-wrong with a run in test_bad_run_dir.py; here the whole trainer decides, with real data and model folders. All cases run in one
-process that is told its rank and world size as by torchrun.
+Mistakes in the command line alone are in tests/cli/test_mistakes.py, pure layout arithmetic in
+tests/plan/test_layout.py, what is wrong with a run in test_bad_run_dir.py; here the whole trainer decides,
+with real data and model folders. All cases run in one process that is told its rank and world size as by torchrun.
 """
 
 from __future__ import annotations

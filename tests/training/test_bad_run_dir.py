@@ -1,4 +1,4 @@
-"""What can be wrong with a run directory that is there, as the trainer answers it: damaged checkpoints, another run, another model, other data."""
+"""What can be wrong with a run directory: damaged checkpoints, another run, another model, other data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the records of a unit to its documents: each checked, its split decided; and counts of what was met."""
+"""From records to documents: each is checked and its split decided; and counts of what was met."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _short(value: Any) -> str:
 
 
 def bad_record(unit: Unit, number: int, problem: str, *, instead: str, recipe: Recipe, counts: Counts) -> None:
-    """Refuse a record that cannot be read or encoded (raises UserError); where such are left out, count it."""
+    """Refuse a record that cannot be read or encoded (raises UserError), or count it under skip_bad."""
     if not recipe.skip_bad:
         option = unit.fields.option
         words = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"

@@ -1,6 +1,7 @@
 """Which files and datasets a corpus has, in a stable order, and which of its text files are held out for evaluation.
 
-`data.source` names files, folders, patterns (files.py) and Hugging Face datasets. A text file is one document; the other formats hold many.
+`data.source` names files, folders, patterns (files.py) and Hugging Face datasets. A text file is one
+document; the other formats hold many.
 """
 
 from __future__ import annotations

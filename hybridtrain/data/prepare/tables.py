@@ -1,4 +1,4 @@
-"""The formats that have columns: Parquet files and Hugging Face datasets, whose packages (pyarrow, datasets) are optional."""
+"""The formats that have columns: Parquet files and Hugging Face datasets. Their packages are optional."""
 
 from __future__ import annotations
 

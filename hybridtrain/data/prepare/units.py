@@ -1,4 +1,4 @@
-"""What readers and pieces share: the fields that are read, a restartable range of a source, and one record of it."""
+"""What readers and pieces share: the fields that are read, a restartable range of a source, its records."""
 
 from __future__ import annotations
 

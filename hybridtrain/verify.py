@@ -17,7 +17,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.models import described
 from hybridtrain.models.facts import facts_of
 from hybridtrain.run import identity
-from hybridtrain.run.directory import require_run
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 

@@ -220,7 +220,7 @@ def measure_trainer(case: Case, *, fields: dict[str, Any], tiny: bool) -> dict[s
     """The Hugging Face Trainer with its fused AdamW, on random rows."""
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    steps, accumulate = 12, case.global_batch_size // case.rows
+    steps = 12
     known = {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(fields["model_type"], **known, use_cache=False)
     with torch.device("cuda" if CUDA else "cpu"):
@@ -235,14 +235,29 @@ def measure_trainer(case: Case, *, fields: dict[str, Any], tiny: bool) -> dict[s
                 torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
-    settings = {"per_device_train_batch_size": case.rows, "gradient_accumulation_steps": accumulate, "max_steps": steps, "bf16": True, "disable_tqdm": True}
-    settings |= {"optim": "adamw_torch_fused", "learning_rate": 1e-4, "weight_decay": 0.1, "max_grad_norm": 1.0, "logging_strategy": "no", "report_to": []}
-    settings |= {"save_strategy": "no", "torch_compile": case.compiled, "use_cpu": not CUDA, "dataloader_pin_memory": CUDA, "output_dir": "/tmp/bench-trainer"}
-    Trainer(model=model, args=TrainingArguments(**settings), train_dataset=[{"input_ids": row, "labels": row} for row in ids], callbacks=[Clock()]).train()
+    Trainer(
+        model=model,
+        args=TrainingArguments(**_trainer_settings(case, steps=steps)),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[Clock()],
+    ).train()
     laps = sorted(after - before for before, after in itertools.pairwise(marks[3:]))
     median = laps[len(laps) // 2]
     row = {"step_s": median, "min_s": laps[0], "max_s": laps[-1], "tokens_per_s": case.global_batch_size * length / median}
     return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if CUDA else {})
+
+
+def _trainer_settings(case: Case, *, steps: int) -> dict[str, Any]:
+    settings = {
+        "per_device_train_batch_size": case.rows,
+        "gradient_accumulation_steps": case.global_batch_size // case.rows,
+        "max_steps": steps,
+        "bf16": True,
+        "disable_tqdm": True,
+    }
+    settings |= {"optim": "adamw_torch_fused", "learning_rate": 1e-4, "weight_decay": 0.1, "max_grad_norm": 1.0, "logging_strategy": "no", "report_to": []}
+    settings |= {"save_strategy": "no", "torch_compile": case.compiled, "use_cpu": not CUDA, "dataloader_pin_memory": CUDA, "output_dir": "/tmp/bench-trainer"}
+    return settings
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ LIBRARY = ("api.py", "training/trainer.py")
 
 # Library -> the files (or folders) that may import it.
 DOORS = {
-    "hydra": ("config/compose.py",),
+    "hydra": ("config/compose.py", "config/sweep.py"),
     "omegaconf": ("config/compose.py", "config/interpolations.py"),
     "yaml": ("config/compose.py", "config/limits.py"),
     "deepspeed": ("engine/deepspeed/",),
@@ -31,8 +31,8 @@ DOORS = {
     "accelerate": ("run/trackers/", "parallel/mesh.py", "evaluate/"),
     "transformers": ("models/", "data/prepare/tokenizer.py", "data/prepare/template.py", "evaluate/"),
     "tokenizers": ("data/prepare/tokenizer.py",),
-    "datasets": ("data/prepare/readers.py",),
-    "pyarrow": ("data/prepare/readers.py",),
+    "datasets": ("data/prepare/tables.py",),
+    "pyarrow": ("data/prepare/tables.py",),
     "matplotlib": ("report/",),
 }
 
@@ -40,7 +40,7 @@ DOORS = {
 PRIVATE = {
     "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
     "torch.distributed.tensor._utils": ("models/init.py",),
-    "hydra._internal.core_plugins.basic_sweeper": ("config/compose.py",),
+    "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),
     **dict.fromkeys(("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"), ("parallel/pipeline.py",)),
@@ -49,12 +49,12 @@ PRIVATE = {
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
     "_attn_implementation": ("models/build.py", "models/stage.py"),
     "_modules": ("models/stage.py",),
-    "_fingerprint": ("data/prepare/readers.py",),
+    "_fingerprint": ("data/prepare/tables.py",),
     **dict.fromkeys(("_get_param_partition_group", "_hp_mapping", "_partition_all_parameters"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_reassign_or_swap_out_partitioned_parameters", "_global_grad_norm"), ("engine/deepspeed/",)),
     **dict.fromkeys(("_get_full_key", "_get_node", "_is_interpolation", "_is_missing"), ("config/",)),
     **dict.fromkeys(("_is_none", "_maybe_dereference_node", "_set_value"), ("config/",)),
-    "_is_text_encoding": ("config/checks.py",),
+    "_is_text_encoding": ("config/section_checks.py",),
     "_run_exitfuncs": ("runtime/launch.py",),
     **dict.fromkeys(("_record_memory_history", "_dump_snapshot"), ("training/builtin.py",)),
 }

@@ -1,16 +1,11 @@
-"""What a user's own module adds by name: each kind in a run, its refusals, and that a run directory which is read imports nothing."""
+"""What a user's own module adds by name: each kind in a run, its refusals; parity of own task and rows."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import os
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,54 +13,11 @@ import yaml
 
 import hybridtrain as ht
 from hybridtrain import registry
-from hybridtrain.cli import commands
 from hybridtrain.config import checks, compose, schema
-from hybridtrain.submit import job, mint, script
+from tests.plugins import PLANTED, files_of_the_documentation, fresh, in_folder  # noqa: F401 - a fixture
 from tests.ranks import run_ranks
-from tests.runs import Ended, arguments, checkpoints, finished, four_parts, on_this_rank, rows, summary
-from tests.submit.test_damaged import in_a_job
+from tests.runs import checkpoints, four_parts, rows, summary
 from tests.tasks.test_tasks import Halves
-
-ROOT = Path(__file__).resolve().parent.parent
-EXTENDING = (ROOT / "docs" / "extending.md").read_text()
-PLANTED = """
-import pathlib, hybridtrain as ht
-pathlib.Path("imported").write_text("")
-ht.register("schedule", "planted")(lambda step, config, total_steps: 1.0)
-"""
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working directory of its own; what a test registers and imports is its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_entries", {})
-    monkeypatch.setattr(registry, "_loaded", set())
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def in_folder(folder: Path, command: str, argv: list[str]) -> Ended:
-    """A command of this process, from `folder`."""
-    os.chdir(folder)
-    if command == "train":
-        return on_this_rank(argv)
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = commands.run_command(command, argv)
-    return Ended(code, out.getvalue(), err.getvalue())
-
-
-def files_of_the_documentation(folder: Path) -> list[str]:
-    """Write the blocks of docs/extending.md to the files that they name; its commands."""
-    for text in re.findall(r"```(?:python|yaml)\n(.*?)```", EXTENDING, flags=re.DOTALL):
-        path = folder / re.search(r"^# (\S+\.\w+)$", text, flags=re.MULTILINE)[1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return re.findall(r"```bash\n(.*?)\n```", EXTENDING, flags=re.DOTALL)
 
 
 def test_each_kind_of_the_documentation_trains(tmp_path: Path) -> None:
@@ -232,80 +184,6 @@ def test_what_a_factory_returns_is_checked(words: list[str], said: str, tmp_path
     assert said in four_parts(ended.err.split("hybridtrain train: ")[-1], said.partition("=")[0]), ended.err
 
 
-def planted_in(run: Path) -> None:
-    """The run says that it was trained with a module, which leaves a file where it is imported."""
-    (Path.cwd() / "planted.py").write_text(PLANTED)
-    text = (run / "config.yaml").read_text()
-    assert ("  plugins: []\n" in text) != ("  - planted\n" in text)
-    (run / "config.yaml").write_text(text.replace("  plugins: []\n", "  plugins:\n  - planted\n"))
-    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["plugins"] == ["planted"]
-    assert compose.read_run(run / "config.yaml").run.plugins == []
-
-
-def test_a_run_directory_that_is_read_imports_nothing(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "run"
-    argv = arguments(run, data, train__steps=2)
-    finished(1, argv)
-    planted_in(run)
-    looked = [("export", [str(run)]), ("evaluate", [str(run)]), ("generate", [str(run), "generate.max_new_tokens=2"]), ("report", [str(run)])]
-    looked += [("verify", [str(run)]), ("runs", []), ("logs", [str(run), "logs.follow=false"]), ("train", [*argv, "train.steps=3"])]
-    looked += [("train", [*argv, f"run.dir={tmp_path / 'branch'}", f"run.branch_from={run}", "train.steps=4"])]
-    for command, words in looked:
-        if command == "train":
-            planted_in(run)
-        [ended] = run_ranks(1, in_folder, tmp_path, command, words)
-        assert ended.code == 0, (command, ended.err)
-        assert not (tmp_path / "imported").exists(), command
-    [ended] = run_ranks(1, in_folder, tmp_path, "train", [*argv, "train.steps=4", "run.plugins=[planted]"])
-    assert ended.code == 0, ended.err
-    assert (tmp_path / "imported").exists()
-
-
-def test_what_submit_leaves_in_a_run_permits_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The modules stand on the command line of the job, not in the run's frozen configuration; a file there that names some is not heard."""
-    (tmp_path / "planted.py").write_text(PLANTED)
-    run = tmp_path / "run"
-    argv = [*arguments(run, data), "run.plugins=[planted]", "schedule.kind=planted"]
-    config = compose.training(argv)
-    mint.freeze(config, run)
-    frozen = run / "submit/conf/experiment/submitted.yaml"
-    words = ["--config-dir", str(run / "submit/conf"), "experiment=submitted"]
-    assert "plugins: []" in frozen.read_text()
-    frozen.write_text(frozen.read_text().replace("plugins: []", "plugins: [planted]"))
-    assert compose.training(words).run.plugins == []
-    with pytest.raises(ht.UserError, match="not one of the kinds"):
-        checks.check(compose.training(words))
-    assert not (tmp_path / "imported").exists()
-    checks.check(compose.training([*words, script.plugins_word(config.run.plugins)]))
-    assert (tmp_path / "imported").exists()
-
-    told = {"name": "x", "folder": run / "submit", "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "runs": [run]}
-    text = script.render(schema.ClusterConfig(), **told, plugins=config.run.plugins)
-    assert "export HYBRIDTRAIN_PLUGINS='run.plugins=[planted]'" in text
-    in_a_job(monkeypatch, run, restarts=0)
-    for plugins, printed in (("run.plugins=[planted]", f"{run}\nrun.plugins=[planted]\n"), ("", f"{run}\n\n")):
-        monkeypatch.setenv("HYBRIDTRAIN_PLUGINS", plugins)
-        assert job.open_job([]) == 0
-        assert capsys.readouterr().out == printed
-    monkeypatch.delenv("HYBRIDTRAIN_RUN")
-    monkeypatch.setenv("HYBRIDTRAIN_WORLD", "1")
-    assert job.open_job([*argv, f"run.dir={tmp_path / 'other'}"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'other'}\nrun.plugins=[planted]\n"
-    assert "plugins: []" in (tmp_path / "other/submit/conf/experiment/submitted.yaml").read_text()
-
-
-def on_rank_1(folder: Path, argv: list[str]) -> Ended:
-    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    return in_folder(folder, "train", argv)
-
-
-def test_a_module_that_rank_0_has_and_another_lacks_is_said_by_the_other(tmp_path: Path) -> None:
-    """What all ranks would refuse alike is said by rank 0 alone; an import may fail on one host only."""
-    for words, said in ((["run.plugins=[absent]"], "[rank 1] hybridtrain train: run.plugins=absent: it cannot be imported"), (["optim.lr=-1"], "")):
-        [ended] = run_ranks(1, on_rank_1, tmp_path, ["model=tiny", "data.path=x", "train.steps=1", *words])
-        assert (ended.code, ended.err[: len(said) or None]) == (2, said), ended.err
-
-
 class Rows(list):  # type: ignore[type-arg]
     """Rows of a class that other processes can import."""
 
@@ -347,12 +225,3 @@ def test_rows_come_from_one_place(run_dir: Path, tmp_path: Path) -> None:
     for call in (lambda: ht.Trainer(config, data=[[1, 2, 3]]).fit(), lambda: ht.parity(config, data=[[1, 2, 3]])):
         with pytest.raises(ht.UserError, match=r"data\.kind=multiples: rows are given as `data`, too"):
             call()
-
-
-def test_showing_a_configuration_imports_neither_torch_nor_a_module(tmp_path: Path) -> None:
-    (tmp_path / "planted.py").write_text(PLANTED)
-    code = "import sys; from hybridtrain.cli.main import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
-    argv = ["train", "model=tiny", "run.plugins=[planted]", "schedule.kind=planted", "--cfg", "job"]
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False 0"
-    assert not (tmp_path / "imported").exists()

@@ -105,13 +105,15 @@ def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root
         return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
     rest = _with_runs(command, ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest])
-    from hybridtrain.config import checks
-    from hybridtrain.config.compose import compose, sweep, to_yaml
+    from hybridtrain.config.compose import compose, to_yaml
 
     if any(flag in rest for flag in ("-m", "--multirun")):
         rest = [text for text in rest if text not in ("-m", "--multirun")]
         if command != "submit":
             return _multirun(command, rest)
+        from hybridtrain.config import checks
+        from hybridtrain.config.sweep import sweep
+
         configs = [compose(command, job) for job in sweep(command, rest)]
         checks.own_folders(configs)
         for config in configs:
@@ -120,6 +122,8 @@ def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root
     config = compose(command, rest)
     if show:
         return _say(to_yaml(config))
+    from hybridtrain.config import checks
+
     checks.check(config)
     return config
 
@@ -232,8 +236,9 @@ def _multirun(command: str, argv: list[str]) -> int:
             allowed="sweeps outside torchrun",
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
-    from hybridtrain.config import checks
-    from hybridtrain.config.compose import sweep, training
+    from hybridtrain.config import checks, section_checks
+    from hybridtrain.config.compose import training
+    from hybridtrain.config.sweep import sweep
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
     jobs = sweep(command, argv)
@@ -248,7 +253,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             runs += [told.read_text()] if told.exists() else []
             told.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
-        if not checks.can_draw():
+        if not section_checks.can_draw():
             print(f"the runs are not compared, for matplotlib is not installed here: {install('report')}")
             return 0
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)

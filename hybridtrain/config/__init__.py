@@ -1,1 +1,1 @@
-"""Typed configuration: sections.py, commands.py and schema.py (what exists), check.py (what fits together), compose.py (the Hydra door)."""
+"""Typed configuration: schema.py (what exists), checks.py (what fits together), compose.py (Hydra)."""

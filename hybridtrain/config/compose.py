@@ -1,17 +1,17 @@
-"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML. No other file imports hydra.
+"""The Hydra door: command line -> composed YAML -> typed dataclasses, and back to YAML.
 
-conf/base.yaml + groups + experiment + overrides  --compose-->  schema.over_files  --typed-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
+conf/base.yaml + groups + experiment + overrides
+    --compose-->  schema.over_files  --typed-->  schema.ROOTS[command]  --to_yaml-->  <run>/config.yaml
 
-Files may set options of any section; a command keeps its own. A command without sections of training that is given no file composes its own alone.
+Files may set options of any section; a command keeps its own. A command without sections of training that is
+given no file composes its own alone. Beside sweep.py the only file that imports hydra.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import io
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -30,8 +29,11 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from hybridtrain.config import keys, limits, migrate, schema, sections, words
 from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
+from hybridtrain.config.overrides import Prepared, config_folder, normalise
 from hybridtrain.errors import UserError, refusal
 
+FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError)
+"""What a configuration that does not compose can raise; `translated` makes a UserError of it."""
 _VOCABULARY = re.compile(r"\+*model\.config(\.vocab_size)?=")  # asked for by this command line
 
 
@@ -46,10 +48,10 @@ def compose(command: str, argv: list[str]) -> schema.Root:
     run.name and run.dir are filled in when empty: the experiment's name (else "default") and runs/<name>.
     `given` of the result names the options that the command line or a file that it chooses sets.
     """
-    overrides, folders = _split(argv)
-    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
+    overrides, folders = split(argv)
+    prepared = normalise(command, overrides, folders=[keys.shipped(), *folders])
     try:
-        config = typed(_composed(command, prepared, folders), schema.ROOTS[command])
+        config = typed(composed(command, prepared, folders), schema.ROOTS[command])
         config.given = prepared.given
         if isinstance(config, schema.Config) and "run.plugins" not in prepared.given and any(map(_of_run, folders)):
             config.run.plugins = []  # as in `read_run`: those of a job stand on its command line
@@ -60,8 +62,8 @@ def compose(command: str, argv: list[str]) -> schema.Root:
         if prepared.chosen_files and command == "evaluate":  # the one that lays its options over those of a run
             config.given |= _set_in_files(command, prepared, folders)
         return config
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, argv=overrides) from error
+    except FAILURES as error:
+        raise translated(error, argv=overrides) from error
 
 
 def _of_run(folder: Path) -> bool:
@@ -76,7 +78,7 @@ def training(argv: list[str]) -> schema.Config:
     return config
 
 
-def _composed(command: str, prepared: keys.Prepared, folders: list[Path]) -> DictConfig:
+def composed(command: str, prepared: Prepared, folders: list[Path]) -> DictConfig:
     """The composed node with run.name and run.dir filled in."""
     root = schema.ROOTS[command]
     over_files = prepared.chosen_files or issubclass(root, schema.Config)
@@ -88,7 +90,7 @@ def _composed(command: str, prepared: keys.Prepared, folders: list[Path]) -> Dic
     return node
 
 
-def _over(root: Any, prepared: keys.Prepared, folders: list[Path], *, primary: str) -> DictConfig:
+def _over(root: Any, prepared: Prepared, folders: list[Path], *, primary: str) -> DictConfig:
     search = "hydra.searchpath=[" + ",".join(words.quoted(f"file://{folder}") for folder in folders) + "]"
     ConfigStore.instance().store(name="schema", node=root)
     with initialize_config_dir(version_base="1.3", config_dir=str(keys.shipped())):
@@ -104,7 +106,7 @@ def _over(root: Any, prepared: keys.Prepared, folders: list[Path], *, primary: s
     return node
 
 
-def _set_in_files(command: str, prepared: keys.Prepared, folders: list[Path]) -> frozenset[str]:
+def _set_in_files(command: str, prepared: Prepared, folders: list[Path]) -> frozenset[str]:
     """Options that a chosen file sets: those that are there when the schema has no defaults."""
     bare = OmegaConf.structured(schema.over_files(schema.ROOTS[command]))
     options = [field.key for fields in keys.sections(command).values() for field in fields]
@@ -114,13 +116,14 @@ def _set_in_files(command: str, prepared: keys.Prepared, folders: list[Path]) ->
     return frozenset(key for key in options if not OmegaConf.is_missing(node[key.partition(".")[0]], key.partition(".")[2]))
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[Path]]:
+def split(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """The overrides of a command line, and the folders of `--config-dir`; UserError for another flag."""
     overrides: list[str] = []
     folders: list[Path] = []
     rest = iter(argv)
     for argument in rest:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
-            folders.append(keys.config_folder(argument.partition("=")[2] or next(rest, "")))
+            folders.append(config_folder(argument.partition("=")[2] or next(rest, "")))
         elif argument.startswith("-"):
             raise refusal("argument", argument, "no such flag", allowed="--help, --cfg job, --config-dir DIR, --multirun, --nproc N", instead="key=value")
         else:
@@ -218,7 +221,7 @@ def read_run(path: Path) -> schema.Config:
         _keep_calls(merged, path)
         config = typed(merged, schema.Config)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error, source=path) from error
+        raise translated(error, source=path) from error
     config.model.trust_remote_code, config.run.plugins = False, []
     return config
 
@@ -253,51 +256,6 @@ def _keep_calls(node: DictConfig, path: Path) -> None:
         raise limits.unfit(path, str(error)) from error
 
 
-def sweep(command: str, argv: list[str]) -> list[list[str]]:
-    """Expand the sweeps in `argv` (lr=1e-3,1e-4) into one command line per job, each with a run.name of its own; raises UserError."""
-    overrides, folders = _split(argv)
-    keys.normalise(command, [text for text in overrides if "," not in text], folders=[keys.shipped(), *folders])
-    choices = [_alternatives(text, command, folders) for text in overrides]
-    flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
-    jobs = [list(job) for job in itertools.product(*choices)]
-    if any(len(choice) > 1 and choice[0].lstrip("+").startswith(("run.name=", "run.dir=")) for choice in choices):
-        return [[*flags, *job] for job in jobs]
-    if "run" not in keys.sections(command):
-        return [[*flags, *job] for job in jobs]
-    name = functools.cache(lambda files: _name(command, [*flags, *files]))
-    return [[*flags, *job, f"run.name={words.quoted(name(_naming(job)) + f'-{number}')}"] for number, job in enumerate(jobs)]
-
-
-def _naming(job: list[str]) -> tuple[str, ...]:
-    """The overrides that may set a run's name: files, and the name itself."""
-    return tuple(text for text in job if "." not in text.partition("=")[0] or text.lstrip("+").startswith("run.name="))
-
-
-def _name(command: str, argv: list[str]) -> str:
-    """run.name as it is written: a reference in it stays one."""
-    overrides, folders = _split(argv)
-    prepared = keys.normalise(command, overrides, folders=[keys.shipped(), *folders])
-    try:
-        node = _composed(command, prepared, folders)
-        return str(node.run._get_node("name")._value())
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise _translated(error) from error
-
-
-def _alternatives(text: str, command: str, folders: list[Path]) -> list[str]:
-    """One override for each value of a sweep, written as it was typed."""
-    key, equals, value = text.partition("=")
-    parts = words.alternatives(value) if equals else [value]
-    if parts is not None:
-        return [text] if len(parts) < 2 else [f"{key}={part}" for part in parts]
-    try:
-        parsed = OverridesParser.create().parse_overrides(keys.normalise(command, [text], folders=[keys.shipped(), *folders]).overrides)
-        [jobs] = BasicSweeper.split_arguments(parsed, None)
-    except HydraException as error:
-        raise _translated(error) from error
-    return [job for [job] in jobs]
-
-
 _EXAMPLES = {"train.steps": 1000, "train.tokens": 1_000_000_000, "train.epochs": 1}
 
 
@@ -314,7 +272,7 @@ def _that_fits(option: keys.Field, value: str) -> str:
     return f"{option.key}={'VALUE' if fallback in ('', [], {}) else fallback}"
 
 
-def _translated(error: Exception, *, source: Path | None = None, argv: Sequence[str] = ()) -> UserError:
+def translated(error: Exception, *, source: Path | None = None, argv: Sequence[str] = ()) -> UserError:
     """Hydra's and OmegaConf's errors in our form: section.field, the value, what is allowed, what to try."""
     cause: BaseException = error
     while isinstance(cause, HydraException) and (deeper := cause.__cause__ or cause.__context__) is not None:

@@ -1,8 +1,10 @@
 """Text to token files, and token files to this rank's micro-batches.
 
-    prepare: sources -> readers -> pieces (workers) -> join     once, `hybridtrain prepare` (tokenize): token files, .bin/.idx (indexed)
+Once, `hybridtrain prepare` (tokenize), to token files .bin/.idx (indexed):
+    sources -> readers -> documents -> pieces (workers) -> join
     conversations besides: chat (which tokens carry loss), packing (whole conversations into rows)
-    corpus -> blend -> order -> rows -> loader                  every step; the row order is a function of the sample index
+Every step; the row order is a function of the sample index:
+    corpus -> blend -> order -> rows -> loader
 
 Nothing here keeps a position: step, seed and global batch size determine the rows of a step under every layout.
 """

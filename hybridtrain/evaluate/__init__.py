@@ -19,7 +19,7 @@ from typing import Any
 from hybridtrain.checkpoint import sealed
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier
-from hybridtrain.run.directory import require_run
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 

@@ -18,13 +18,13 @@ from hybridtrain import evaluate, tasks
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot, TaskConfig
 from hybridtrain.data import vocabulary
-from hybridtrain.data.blend import check_eval_rows, check_vocab, data_of, tokenizer_dir
+from hybridtrain.data.blend import Blend, check_eval_rows, check_vocab, data_of, tokenizer_dir
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier
 from hybridtrain.models.build import logits
 from hybridtrain.plan.batch import BatchPlan
-from hybridtrain.run.directory import require_run
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, Sums
@@ -40,9 +40,7 @@ def run(config: EvaluateRoot) -> int:
     settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)
     if not (is_run or config.evaluate.source or (run_dir / "export").is_dir()):
         require_run(run_dir, command="evaluate")
-    if not settings.data.named:
-        raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
-    data = data_of(settings, timeout_s=0)
+    data = _data(settings)
     rows = config.evaluate.rows or settings.train.eval_rows
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
@@ -70,6 +68,12 @@ def run(config: EvaluateRoot) -> int:
         _write(run_dir / "evaluation.json", result)
         print(f"\n{run_dir / 'evaluation.json'}")
     return 0
+
+
+def _data(settings: schema.Config) -> Blend:
+    if not settings.data.named:
+        raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
+    return data_of(settings, timeout_s=0)
 
 
 def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:

@@ -10,15 +10,11 @@ import contextlib
 import json
 import logging
 import re
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from hybridtrain.checkpoint import marker, metadata, sealed, tokenizer
 from hybridtrain.checkpoint.hold import Removed, held
@@ -27,16 +23,12 @@ from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ExportRoot
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.export import destination, safetensors
-from hybridtrain.export.safetensors import Entry
-from hybridtrain.models import classifier, described, tokens
-from hybridtrain.run.directory import require_run
+from hybridtrain.export import destination, weights
+from hybridtrain.models import described, tokens
+from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PREFIX = "model."
-_HEAD = "lm_head.weight"
-_SAY_EVERY_S = 5.0
 _TRIES = 20  # a run that saves often may remove a checkpoint before it is open
 
 log = logging.getLogger(__name__)
@@ -134,7 +126,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
         ends = _ends(found, run=run, out=out)
         try:
             with destination.replacing(out) as partial:
-                _write_weights(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+                weights.write(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
                 _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, dtype=dtype)
                 if found is not None:
                     tokens.copy_tokenizer(found.folder, out=partial)
@@ -179,7 +171,7 @@ def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
     others = {name: record for name, record in files.items() if not name.endswith(".distcp")}
     marker.verify(checkpoint, files=others.items())
     stored = metadata.read(checkpoint)
-    needed = {info.relative_path for index, info in stored.storage_data.items() if index.fqn.startswith(_PREFIX)}
+    needed = {info.relative_path for index, info in stored.storage_data.items() if index.fqn.startswith(weights.PREFIX)}
     marker.verify(checkpoint, files=[(name, record) for name, record in files.items() if name in needed])
     return stored
 
@@ -197,69 +189,13 @@ def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadat
     if not beside.is_file():
         raise refusal("run.dir", run.path, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
     config = read_object(beside, field="run.dir")
-    shapes = {key.removeprefix(_PREFIX): tuple(entry.size) for key, entry in stored.state_dict_metadata.items() if key.startswith(_PREFIX)}  # type: ignore[union-attr]
+    shapes = {key.removeprefix(weights.PREFIX): tuple(entry.size) for key, entry in stored.state_dict_metadata.items() if key.startswith(weights.PREFIX)}  # type: ignore[union-attr]
     layers = {int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     embed = shapes.get("model.embed_tokens.weight")
     for field, is_now in (("num_hidden_layers", len(layers)), ("vocab_size", embed and embed[0]), ("hidden_size", embed and embed[1])):
         if is_now and field in config and config[field] != is_now:
             raise marker.damaged(checkpoint, str(beside), f"it says {field}={config[field]}, the checkpoint's model has {is_now}; was it edited?")
     return config
-
-
-def _write_weights(
-    checkpoint: Path, *, partial: Path, config: dict[str, Any], stored: metadata.dcp_metadata.Metadata, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    """Write the safetensors files and, if there are several, their index."""
-    tied = bool(config.get("tie_word_embeddings", False))
-    head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
-    entries = _entries(stored, dtype=dtype, tied=tied)
-    if not entries or not (tied or any(entry.name == head for entry in entries)):
-        raise refusal(
-            "checkpoint",
-            checkpoint,
-            f"it has no {head if entries else 'model weights'}, and the model's config.json does not tie the embeddings",
-            allowed="a checkpoint of the model in config.json",
-            instead="a checkpoint of the same run",
-        )
-    say = _progress_line(tensors=len(entries), size=sum(entry.size for entry in entries))
-
-    def tensor(entry: Entry) -> torch.Tensor:
-        key = _PREFIX + entry.name
-        whole = {key: torch.empty(entry.shape, dtype=stored.state_dict_metadata[key].properties.dtype)}  # type: ignore[union-attr]
-        metadata.load_into(whole, path=checkpoint, metadata=stored, group=None)
-        say(entry)
-        return _cast(whole[key], entry=entry)
-
-    named = {entry.name: entry for entry in entries}
-    cut = split_state_dict_into_shards_factory(
-        named, get_storage_size=lambda entry: entry.size, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
-    )
-    for file, names in cut.filename_to_tensors.items():
-        safetensors.write(partial / file, entries=[named[name] for name in names], tensor=tensor)
-    if cut.is_sharded:
-        _write_json(partial / "model.safetensors.index.json", {"metadata": cut.metadata, "weight_map": cut.tensor_to_filename})
-
-
-def _entries(stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: bool) -> list[Entry]:
-    """The weights to export, in the order of the layers. A tied head is not stored twice (the Hugging Face convention)."""
-    entries = []
-    for key, entry in stored.state_dict_metadata.items():
-        assert isinstance(entry, metadata.dcp_metadata.TensorStorageMetadata)  # metadata.read has refused everything else
-        name = key.removeprefix(_PREFIX)
-        if key.startswith(_PREFIX) and not (tied and name == _HEAD):
-            was = entry.properties.dtype
-            entries.append(Entry(name, tuple(entry.size), dtype if was.is_floating_point else was))
-    return sorted(entries, key=lambda entry: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", entry.name)])
-
-
-def _cast(tensor: torch.Tensor, *, entry: Entry) -> torch.Tensor:
-    """Cast, but never turn a number into infinity."""
-    cast = tensor.to(entry.dtype)
-    if tensor.is_floating_point() and bool((cast.isinf() & ~tensor.isinf()).any()):
-        largest = float(tensor.abs().max())
-        dtype = str(entry.dtype).removeprefix("torch.")
-        raise refusal("export.dtype", dtype, f"{entry.name} has values up to {largest:.3g}", allowed="bfloat16 or float32", instead="export.dtype=bfloat16")
-    return cast
 
 
 def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: Run, ends: tokens.Ends | None, dtype: str) -> None:
@@ -289,25 +225,6 @@ def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:
     if tokens.is_derived(own) and Path(run.config.model.from_pretrained).is_dir():
         return tokens.source_generation(run.config.model) or own
     return own
-
-
-def _progress_line(*, tensors: int, size: int) -> Callable[[Entry], None]:
-    """A line that says how far the export is: rewritten in place on a terminal, else a new one every few seconds."""
-    done, written, said = 0, 0, time.monotonic()
-
-    def say(entry: Entry) -> None:
-        nonlocal done, written, said
-        done, written = done + 1, written + entry.size
-        if time.monotonic() - said < _SAY_EVERY_S and not (sys.stderr.isatty() and done == tensors):
-            return
-        said = time.monotonic()
-        line = f"export: {done}/{tensors} tensors, {written / 1e9:.2f}/{size / 1e9:.2f} GB"
-        if sys.stderr.isatty():
-            print("\r" + line, end="\n" if done == tensors else "", file=sys.stderr, flush=True)
-        else:
-            log.info(line)
-
-    return say
 
 
 def _write_json(file: Path, content: object) -> None:

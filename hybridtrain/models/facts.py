@@ -100,24 +100,7 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     check_fields(given)
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
-    head_dim = get("head_dim") or hidden // heads
-    if not get("head_dim") and hidden % heads:
-        raise refusal(
-            "model.config.num_attention_heads",
-            heads,
-            f"does not divide hidden_size {hidden}",
-            allowed=f"divisors of {hidden}",
-            instead="a head_dim, or another number of heads",
-        )
-    kv_heads = get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise refusal(
-            "model.config.num_key_value_heads",
-            kv_heads,
-            f"does not divide num_attention_heads {heads}",
-            allowed=f"divisors of {heads}",
-            instead=f"model.config.num_key_value_heads={math.gcd(heads, kv_heads)}",
-        )
+    head_dim, kv_heads = _of_heads(given)
     result = ModelFacts(
         model_type=kind,
         layers=get("num_hidden_layers"),
@@ -139,6 +122,30 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
         words = f"the model would have {counted.parameters:,} parameters"
         raise refusal("model.config.hidden_size", hidden, words, allowed=f"up to {MOST_PARAMETERS:,}", instead="the published sizes")
     return counted
+
+
+def _of_heads(given: Mapping[str, Any]) -> tuple[int, int]:
+    """(size of a head, number of heads of keys and values); refuses numbers of heads that do not divide."""
+    hidden, heads = given["hidden_size"], given["num_attention_heads"]
+    head_dim = given.get("head_dim")
+    if not head_dim and hidden % heads:
+        raise refusal(
+            "model.config.num_attention_heads",
+            heads,
+            f"does not divide hidden_size {hidden}",
+            allowed=f"divisors of {hidden}",
+            instead="a head_dim, or another number of heads",
+        )
+    kv_heads = given.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise refusal(
+            "model.config.num_key_value_heads",
+            kv_heads,
+            f"does not divide num_attention_heads {heads}",
+            allowed=f"divisors of {heads}",
+            instead=f"model.config.num_key_value_heads={math.gcd(heads, kv_heads)}",
+        )
+    return head_dim or hidden // heads, kv_heads
 
 
 def _unsupported(kind: object) -> UserError:

@@ -133,4 +133,5 @@ class Settled(torch.autograd.Function):
 def settle_embedding(stage: Stage) -> None:
     """Keep asynchronous tensors out of compiled layers (call when both tp and compile are on)."""
     if stage.first:
-        stage.part(stage.family.embed).register_forward_hook(lambda module, inputs, output: Settled.apply(output))  # noqa: ARG005
+        embed = stage.part(stage.family.embed)
+        embed.register_forward_hook(lambda module, inputs, output: Settled.apply(output))  # noqa: ARG005

@@ -102,15 +102,23 @@ def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measur
         facts = _facts(comparison, tokens=tokens)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
         width = max(len(name) for name in ("at most, without tp", *(f"{entry.name} ({entry.engine})" for entry in comparison.entries)))
-        by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison, reference) for entry in comparison.entries}
-        print(verdict.header(by_kind, width=width), flush=True)
+        print(_header(comparison, reference, width=width), flush=True)
         for entry in comparison.entries:
             rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
             print(verdict.line(rows[-1], width=width), flush=True)
             verdict.write(path, rows=rows, reference=told, facts=facts)
-    failed = [row.name for row in rows if not row.passed]
-    print(f"\n{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "") + f"\n{path}", flush=True)
+    print(f"\n{_outcome(rows)}\n{path}", flush=True)
     return Parity(tuple(rows), path)
+
+
+def _header(comparison: Comparison, reference: Reference, *, width: int) -> str:
+    by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison, reference) for entry in comparison.entries}
+    return verdict.header(by_kind, width=width)
+
+
+def _outcome(rows: list[Row]) -> str:
+    failed = [row.name for row in rows if not row.passed]
+    return f"{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "")
 
 
 def _tolerance(entry: Entry, comparison: Comparison, reference: Reference) -> dict[str, float]:

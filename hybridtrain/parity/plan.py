@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain.config import checks, schema
+from hybridtrain.config import deepspeed_checks, schema
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts, facts_of, read_config
 from hybridtrain.plan import layout as layouts
@@ -158,7 +158,7 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
             plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
             rules.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
             if engine == "deepspeed":
-                checks.deepspeed_stage(config, parallel.zero_stage)
+                deepspeed_checks.check_stage(config, parallel.zero_stage)
         except UserError as error:
             if named:
                 raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error

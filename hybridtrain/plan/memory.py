@@ -98,7 +98,16 @@ def _of_torch(config: Config, *, parallel: ParallelConfig, layout: ParallelLayou
     return Need(held, gathered + summed + head, 0)
 
 
-def _of_deepspeed(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> Need:  # noqa: ARG001
+def _of_deepspeed(
+    config: Config,
+    *,
+    parallel: ParallelConfig,
+    layout: ParallelLayout,
+    plan: BatchPlan,  # noqa: ARG001
+    total: int,
+    largest: int,
+    head: int,
+) -> Need:
     """fp32 weights and moments in equal shares of the data ranks from stage 1 on, the model's own copy whole up to stage 2. On a GPU offloaded parts are not its."""
     zero, compute = max(1, parallel.zero_stage), widths(config.precision.kind).compute
     share = math.ceil(total / layout.dp)

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.run.directory import METRICS, read_machine, read_summary, require_run
+from hybridtrain.run.record import METRICS, read_machine, read_summary, require_run
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import LARGEST, number, one_line
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
-from hybridtrain.run.directory import NO_REPORT, SUMMARY, RunDir, attempts, make_folders, read_summary, remove_folders
+from hybridtrain.run.directory import RunDir, make_folders, remove_folders
+from hybridtrain.run.holder import Holder
+from hybridtrain.run.record import NO_REPORT, SUMMARY, attempts, read_summary
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 
@@ -97,7 +99,7 @@ def begin(entry: Entry, config: Config, *, yaml_text: str, versions: Mapping[str
     return run
 
 
-def lost_attempt(path: Path, *, holder: lock.Holder | None) -> str:
+def lost_attempt(path: Path, *, holder: Holder | None) -> str:
     """How the previous attempt ended, if its summary still has status running; else empty. `holder`: the process named in the lock."""
     summary = read_summary(path)
     if summary.get("status") != "running":

@@ -19,23 +19,19 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import stat
 import threading
 import time
-import uuid
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.run.holder import Holder, is_dead, is_requeue, parsed, this_process
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import unwritable
 
 _log = log.get("run")
 NAME = "lock"
-BEAT_S = 20.0
-"""Seconds between two beats."""
 MISSED = 3
 """Beats that must fail to come before another host's lock is taken over."""
 FLOCK = True
@@ -46,46 +42,6 @@ _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MOST_BYTES = 1 << 16
-_LONGEST_BEAT_S = 600.0
-_LAST_TIME = 1e11
-"""The year 5138: no lock is from a later time."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who trains in a run directory."""
-
-    host: str
-    pid: int
-    machine: str
-    """Boot and process namespace that `pid` counts in."""
-    born: str
-    """When the process began, in the kernel's ticks: a pid may be used again."""
-    job: str
-    """Slurm job; empty: none."""
-    chain: str
-    """The job that this one is a requeue or a replacement of."""
-    attempt: int
-    """How often Slurm restarted the job."""
-    since: float
-    every: float
-    """Seconds between two beats."""
-    token: str
-    beat: int
-
-    def __str__(self) -> str:
-        job = f" (job {self.job}{f', restart {self.attempt}' if self.attempt else ''})" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}"
-
-    @property
-    def when(self) -> str:
-        """Since when, in local time."""
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-
-    @property
-    def ends_by(self) -> str:
-        """The command that ends it."""
-        return f"scancel {self.job}" if self.job else f"kill {self.pid}" + ("" if self.machine == _machine() else f" on {self.host}")
 
 
 class Lock:
@@ -133,7 +89,7 @@ def read(folder: Path) -> Holder | None:
     except OSError:
         return None
     try:
-        return _parsed(os.pread(handle, _MOST_BYTES, 0))
+        return parsed(os.pread(handle, _MOST_BYTES, 0))
     except OSError:
         return None
     finally:
@@ -160,7 +116,7 @@ def alive(folder: Path) -> bool | None:
     holder = read(folder)
     if holder is None:
         return None
-    if (dead := _is_dead(holder)) is not None:
+    if (dead := is_dead(holder)) is not None:
         return not dead
     with contextlib.suppress(OSError):
         return time.time() - (folder / NAME).stat().st_mtime < (MISSED + 1) * holder.every
@@ -170,7 +126,7 @@ def alive(folder: Path) -> bool | None:
 def holder_elsewhere(folder: Path) -> Holder | None:
     """The living process of another job (or of none) that trains in `folder`; None: this job may start there."""
     holder = read(folder)
-    return holder if holder is not None and alive(folder) and not _is_requeue(_own(), of=holder) else None
+    return holder if holder is not None and alive(folder) and not is_requeue(this_process(), of=holder) else None
 
 
 def held(folder: Path, *, by: Holder | None) -> UserError:
@@ -181,7 +137,7 @@ def held(folder: Path, *, by: Holder | None) -> UserError:
 
 def acquire(folder: Path, *, takeover: bool) -> Lock:
     """Take the lock of an existing folder, from a dead process too; with `takeover` from whoever has it. Raises UserError: held, or unwritable."""
-    own, until = _own(), time.monotonic() + 2 * _SETTLE_S
+    own, until = this_process(), time.monotonic() + 2 * _SETTLE_S
     while True:
         try:
             handle, made = _opened(folder / NAME)
@@ -203,9 +159,9 @@ def _taken(folder: Path, *, handle: int, made: bool, own: Holder, takeover: bool
     free, file = _flock(handle), folder / NAME
     if free and not _same_file(handle, file):
         return None
-    holder = _parsed(os.pread(handle, _MOST_BYTES, 0))
-    dead = _is_dead(holder) if holder else None
-    ours = takeover or (holder is not None and _is_requeue(own, of=holder))
+    holder = parsed(os.pread(handle, _MOST_BYTES, 0))
+    dead = is_dead(holder) if holder else None
+    ours = takeover or (holder is not None and is_requeue(own, of=holder))
     if free or (free is None and made):
         if holder and not ours and dead is None and not _stopped(folder, holder=holder):
             raise held(folder, by=read(folder) or holder)
@@ -314,76 +270,3 @@ def _write(handle: int, holder: Holder) -> None:
     os.pwrite(handle, data, 0)
     os.ftruncate(handle, len(data))
     os.fsync(handle)
-
-
-def _parsed(data: bytes) -> Holder | None:
-    try:
-        values = json.loads(data)
-        holder = Holder(**{name: kind(values[name]) for name, kind in _TYPES.items()})
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-    return holder if 0 <= holder.since < _LAST_TIME and 0 < holder.every <= _LONGEST_BEAT_S else None
-
-
-_TYPES = {"host": str, "pid": int, "machine": str, "born": str, "job": str, "chain": str, "attempt": int}
-_TYPES |= {"since": float, "every": float, "token": str, "beat": int}
-
-
-def _own() -> Holder:
-    """This process."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return Holder(
-        host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        pid=os.getpid(),
-        machine=_machine(),
-        born=_born(os.getpid()) or "",
-        job=job,
-        chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job,
-        attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        since=time.time(),
-        every=BEAT_S,
-        token=uuid.uuid4().hex,
-        beat=0,
-    )
-
-
-def _is_requeue(own: Holder, *, of: Holder) -> bool:
-    """Whether `own` is a later start of the same job, or the job that took its place: Slurm has ended the one before."""
-    if not own.chain or own.chain != of.chain:
-        return False
-    return own.job != of.job or own.attempt > of.attempt
-
-
-def _is_dead(holder: Holder) -> bool | None:
-    """Whether the process has ended; None: it is not of this machine, so that nobody here can tell."""
-    if holder.machine != _machine():
-        return None
-    return _born(holder.pid) != holder.born
-
-
-@cache
-def _machine() -> str:
-    """Boot and process namespace: where a pid means the same process."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux: names must do
-        return socket.gethostname()
-
-
-def _born(pid: int) -> str | None:
-    """When a process began, in ticks since boot; "" where the system does not say; None: there is no such process, or only its remains."""
-    try:
-        state, *_, begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-        return None if state in "ZX" else begun
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, ValueError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return ""

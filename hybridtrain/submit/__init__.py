@@ -37,9 +37,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     """Submit a run, or several as one job array (raises UserError)."""
     cluster, first = configs[0].cluster, configs[0]
     world = cluster.nodes * script.ranks_per_node(cluster)
-    if other := next((config.run.plugins for config in configs if config.run.plugins != first.run.plugins), None):
-        problem = f"another run of the array has {first.run.plugins}"
-        raise refusal("run.plugins", other, problem, allowed="the same modules in all runs of an array", instead="run.plugins with the modules of all")
+    _check_plugins(configs)
     slurm.check_nodes(cluster.nodes, partition=cluster.partition)
     trainings = [_training(config) for config in configs]
     absent = [config.data.path for config in configs if embedded.missing(config.data)]
@@ -77,6 +75,13 @@ def run_several(configs: list[SubmitRoot]) -> int:
         _log.info("run       %s", path)
     _log.info("next      hybridtrain runs; hybridtrain logs %s; scancel %s", runs[0], job)
     return 0
+
+
+def _check_plugins(configs: list[SubmitRoot]) -> None:
+    plugins = configs[0].run.plugins
+    if other := next((config.run.plugins for config in configs if config.run.plugins != plugins), None):
+        problem = f"another run of the array has {plugins}"
+        raise refusal("run.plugins", other, problem, allowed="the same modules in all runs of an array", instead="run.plugins with the modules of all")
 
 
 def _where(config: SubmitRoot, choice: identity.Choice) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from hybridtrain.config.schema import LogsRoot, RunsRoot
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.run import lock
-from hybridtrain.run.directory import NO_REPORT, read_summary, require_run
+from hybridtrain.run.record import NO_REPORT, read_summary, require_run
 from hybridtrain.runtime.files import one_line, read_object
 from hybridtrain.submit import lives, slurm
 

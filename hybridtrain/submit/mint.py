@@ -13,9 +13,10 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import checks, schema
 from hybridtrain.config.compose import to_yaml, training
 from hybridtrain.errors import refusal
-from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
+from hybridtrain.run import identity
 from hybridtrain.run.directory import RunDir
+from hybridtrain.run.record import record_lost
 from hybridtrain.runtime import host
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.training import job as jobs
@@ -40,7 +41,7 @@ def mint(config: schema.Config) -> RunDir:
             raise identity.not_resumable(entry.path, words="")
         run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
         if run.lost:
-            directory.record_lost(run.path, lost=run.lost, step=0)
+            record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")
         freeze(config, run.path)
     finally:

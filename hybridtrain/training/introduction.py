@@ -28,7 +28,29 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
     """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
     from hybridtrain.runtime import cpu
 
-    config, layout, plan, precision = job.config, job.layout, job.plan, engine.precision
+    _say_job(job, engine=engine)
+    for corpus in job.data.corpora:
+        if isinstance(corpus, OwnRows):
+            _log.info(
+                "data      %d rows of %s%s",
+                corpus.count("train", seq_len=job.plan.seq_len),
+                corpus.path,
+                ", given by the program" if corpus.field == "data" else "",
+            )
+    for line in (*_of_plugins(job), f"backend   {cpu.describe(job.config.engine, device=engine.device)}"):
+        _log.info("%s", line)
+    _log.info("run       %s", run_dir.path)
+    for line in _of_tokenizer(job, model=run_dir.model):
+        _log.info("tokenizer %s", line)
+    _compare_tokenizers(job, run_dir=run_dir, start=start)
+    if job.config.schedule.warmup_steps >= job.total_steps:
+        _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", job.config.schedule.warmup_steps)
+    _say_start(job, run_dir=run_dir, start=start)
+
+
+def _say_job(job: Job, *, engine: Any) -> None:
+    """Model, layout, batch and precision."""
+    config, layout, precision = job.config, job.layout, engine.precision
     public = compose.plain(config)
     name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
@@ -44,22 +66,10 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
         short["compute"],
         short["reduce"],
     )
-    for corpus in job.data.corpora:
-        if isinstance(corpus, OwnRows):
-            _log.info(
-                "data      %d rows of %s%s",
-                corpus.count("train", seq_len=plan.seq_len),
-                corpus.path,
-                ", given by the program" if corpus.field == "data" else "",
-            )
-    for line in (*_of_plugins(job), f"backend   {cpu.describe(config.engine, device=engine.device)}"):
-        _log.info("%s", line)
-    _log.info("run       %s", run_dir.path)
-    for line in _of_tokenizer(job, model=run_dir.model):
-        _log.info("tokenizer %s", line)
-    _compare_tokenizers(job, run_dir=run_dir, start=start)
-    if config.schedule.warmup_steps >= job.total_steps:
-        _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", config.schedule.warmup_steps)
+
+
+def _say_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
+    """What the run goes on from, and what is other than before."""
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
         other = f"; the data are other than there: {job.data.name}" if _other_data(job, start=start) else ""
         _log.info("branched  from %s at step %d, %d tokens%s", run_dir.checkpoint, start.step, start.tokens_seen, other)
@@ -71,10 +81,10 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
         _log.info("resumed   no complete checkpoint was there: from the beginning")
     for field, (before, now) in run_dir.changed.items():
         _log.info("changed   %s: %s -> %s", field, before, now)
-    if start.step and config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
+    if start.step and job.config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
         _log.warning(
             "the %s schedule now ends at step %d: learning rates from here on are not those of the run that was interrupted",
-            config.schedule.kind,
+            job.config.schedule.kind,
             job.total_steps,
         )
 

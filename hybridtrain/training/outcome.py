@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import UserError
-from hybridtrain.run import directory
+from hybridtrain.run.record import record_failed
 from hybridtrain.runtime import failure, log
 from hybridtrain.types import Progress
 
@@ -31,7 +31,7 @@ def record_hang(run_dir: RunDir, *, world_size: int, step: int) -> None:
     first = failure.conclude(run_dir.failures, world_size=world_size)
     _log.error("first failure: %s", first)
     with contextlib.suppress(UserError, OSError):
-        directory.record_failed(run_dir.path, reason=str(first), step=step)
+        record_failed(run_dir.path, reason=str(first), step=step)
 
 
 def record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, began: float, step: int) -> None:

@@ -17,25 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import tasks
-from hybridtrain.config import checks, compose
+from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
 from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
-from hybridtrain.plan import flops
 from hybridtrain.run import identity
-from hybridtrain.run.directory import read_summary
-from hybridtrain.runtime import host, launch, log
-from hybridtrain.runtime.files import unwritable, write_json
-from hybridtrain.training import introduction, outcome, resume
+from hybridtrain.run.record import read_summary
+from hybridtrain.runtime import launch, log
+from hybridtrain.training import outcome, resume
 from hybridtrain.training.job import Job, resolve
-from hybridtrain.types import Batch, Progress
 
 if TYPE_CHECKING:
     import torch
 
     from hybridtrain.run.directory import RunDir
-    from hybridtrain.run.trackers import Trackers
-    from hybridtrain.runtime.stop import Stop
     from hybridtrain.runtime.watchdog import Watchdog
     from hybridtrain.tasks.task import Task
     from hybridtrain.training.callbacks import Callback
@@ -153,8 +148,7 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
     from hybridtrain.parallel import mesh
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
-    from hybridtrain.runtime.watchdog import Watchdog
-    from hybridtrain.training import agreement
+    from hybridtrain.training import agreement, attempt
     from hybridtrain.training.loop import Done
 
     config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
@@ -168,16 +162,23 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
             mesh.disconnect()
             return result
         done.step = run_dir.step
-        opened = run_dir
-        stacks = run_dir.failures / f"rank-{log.rank()}.stacks"
-        watchdog = Watchdog(stacks, limit_s=config.train.max_step_s, hung=lambda: outcome.record_hang(opened, world_size=job.layout.world_size, step=done.step))
+        watchdog = _watchdog(job, run_dir=run_dir, done=done)
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
-            source = resume.source_at_hand(config)
-            engine = engines.build_for(job.task, source, layout=job.layout, plan=job.plan, device=device, initial=not run_dir.checkpoint)
-            world: dict[str, Any] = {"engine": engine, "device": device, "stop": stop, "watchdog": watchdog, "done": done, "trackers": trackers}
-            result = _train(job, run_dir=run_dir, fingerprints=job.fingerprints, began=began, of_user=callbacks, **world)
+            engine = _engine(job, device=device, initial=not run_dir.checkpoint)
+            end, status = attempt.train(
+                job,
+                engine=engine,
+                run_dir=run_dir,
+                device=device,
+                began=began,
+                stop=stop,
+                watchdog=watchdog,
+                done=done,
+                trackers=trackers,
+                of_user=callbacks,
+            )
     except BaseException as error:
         if run_dir is not None:
             outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
@@ -190,95 +191,20 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
             run_dir.close()
     engine.close()
     mesh.disconnect()
-    return result
-
-
-def _train(
-    job: Job,
-    *,
-    engine: Any,
-    run_dir: RunDir,
-    fingerprints: dict[str, str],
-    device: torch.device,
-    began: float,
-    stop: Stop,
-    watchdog: Watchdog,
-    done: Done,
-    trackers: Trackers,
-    of_user: Sequence[Callback],
-) -> Result:
-    from hybridtrain.checkpoint.manager import Manager
-    from hybridtrain.data.loader import Loader, eval_batches
-    from hybridtrain.training import builtin, callbacks, loop, metrics
-
-    config, plan, mesh = job.config, job.plan, engine.mesh
-    start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
-    hosts = host.gather(device)
-    if log.rank() == 0:
-        _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
-    share = {"plan": plan, "dp_rank": mesh.dp_rank, "dp_size": job.layout.dp, "vocab": job.facts.vocab, "collate": engine.task.collate}
-    loader = Loader(job.data, **share, seed=config.run.seed)
-    meter = metrics.Meter(
-        first_step=start.step,
-        total_steps=job.total_steps,
-        plan=plan,
-        devices=job.layout.world_size,
-        flops_per_token=lambda length: flops.flops_per_token(job.facts, seq_len=length),
-        peak=metrics.peak_flops(device, dtype=engine.precision.compute),
-    )
-    run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
-    calls = callbacks.Callbacks(run, beat=watchdog.beat)
-    if config.train.eval_every:
-        steps = eval_batches(job.data, **share, rows=config.train.eval_rows, micro_batches_per_step=plan.grad_accum)
-        steps = _with_targets(steps, job=job, task=engine.task)
-        calls.add(builtin.Evaluate(engine, every=config.train.eval_every, steps=steps, meter=meter), of_user=False)
-    calls.add(builtin.Log(run_dir, every=config.train.log_every, task=engine.task, meter=meter, trackers=trackers, device=device), of_user=False)
-    calls.add(*of_user, of_user=True)
-    if of_user and job.layout.world_size > 1:
-        calls.add(builtin.Meet(mesh.all_ranks(name="callbacks")), of_user=False)
-    manager = Manager(run_dir.checkpoints, settings=config.checkpoint)
-    calls.add(builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved), of_user=False)
-    if config.run.profile and log.rank() in config.run.profile_ranks:
-        calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
-    with calls:
-        end = loop.train(
-            engine, config=config, loader=loader, plan=plan, start=start, total_steps=job.total_steps, callbacks=calls, stop=stop, watchdog=watchdog, done=done
-        )
-    trackers.finish(failed=False)
-    status, why = ("finished", "reached the end") if end.step >= job.total_steps else (stop.status, stop.reason)
-    if log.rank() == 0:
-        outcome.record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
     return Result(run_dir.path, status, end.step, end.tokens_seen)
 
 
-def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
-    """What rank 0 writes and says before the first step."""
-    from hybridtrain.checkpoint import tokenizer
-    from hybridtrain.models.build import save_config
-    from hybridtrain.run.directory import write_machine
+def _watchdog(job: Job, *, run_dir: RunDir, done: Done) -> Watchdog:
+    """What ends this rank when a step hangs, and notes that in the run's directory."""
+    from hybridtrain.runtime.watchdog import Watchdog
 
-    config = job.config
-    try:
-        save_config(engine.model_config, run_dir.model, model=config.model)
-        tokenizer.keep(config, run=run_dir.path, fingerprint=job.fingerprints["data"])
-        if config.engine.kind == "deepspeed":
-            write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
-    except OSError as error:
-        raise unwritable("run.dir", run_dir.path, error) from error
-    write_machine(run_dir.path, hosts)
-    run_dir.update_summary(tokens=start.tokens_seen)
-    trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
-    introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
+    def hung() -> None:
+        outcome.record_hang(run_dir, world_size=job.layout.world_size, step=done.step)
+
+    return Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=job.config.train.max_step_s, hung=hung)
 
 
-def _with_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> list[list[Batch]]:
-    """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
-    from hybridtrain.parallel.mesh import any_rank
-
-    mine = any(bool(count) for batches in steps for batch in batches for count in task.counts(batch).values())
-    (there,) = any_rank([mine])
-    if not there:
-        problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
-        instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
-        raise refusal("train.eval_rows", job.config.train.eval_rows, problem, allowed="held-out rows with answers", instead=instead)
-    return steps
+def _engine(job: Job, *, device: torch.device, initial: bool) -> Any:
+    """The engine of the job; `initial`: with the weights that a run begins from."""
+    source = resume.source_at_hand(job.config)
+    return engines.build_for(job.task, source, layout=job.layout, plan=job.plan, device=device, initial=initial)

@@ -3,20 +3,17 @@
 import ast
 import dataclasses
 import importlib.util
-import json
-import re
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import yaml
 
-from hybridtrain import __version__
-from hybridtrain.config import checks, keys, migrate, ranges, schema
-from hybridtrain.config.compose import Interpolated, compose, read_run, sweep, to_yaml
+from hybridtrain.config import checks, keys, ranges, schema
+from hybridtrain.config.compose import Interpolated, compose, read_run, to_yaml
+from hybridtrain.config.sweep import sweep
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
-from hybridtrain.run import identity
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = keys.groups([keys.shipped()])
@@ -204,32 +201,6 @@ def test_yaml_round_trip(tmp_path):
     assert read_run(tmp_path / "config.yaml") == config
 
 
-def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
-    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
-    assert read_run(tmp_path / "config.yaml").train.steps == 37
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("train: {stepz: 3}", "train.steps=VALUE"),
-        ("train: {steps: soon}", "train.steps=soon"),
-        ("[1, 2]", "not a configuration"),
-        ("7", "not a configuration"),
-        ("a: [", "does not compose"),
-    ],
-)
-def test_a_spoilt_config_file_is_refused(tmp_path, text, words):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match=re.escape(words)):
-        read_run(tmp_path / "config.yaml")
-
-
-def test_a_missing_config_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"there is no config\.yaml in it"):
-        read_run(tmp_path / "config.yaml")
-
-
 def test_secrets_stay_unresolved_in_yaml(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hunter2")
     config = compose(
@@ -287,38 +258,3 @@ def test_a_sweep_is_one_command_line_per_combination():
     configs = [compose("train", job) for job in jobs]
     assert {(config.optim.lr, config.parallel.tp) for config in configs} == {(1e-3, 1), (1e-3, 2), (1e-4, 1), (1e-4, 2)}
     assert [config.run.dir for config in configs] == [f"runs/smoke-{number}" for number in range(4)]
-
-
-def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monkeypatch):
-    """The table as it will be when options of today have had other names and other defaults."""
-    monkeypatch.setattr(migrate, "RENAMED", {"trainer.max_steps": "train.steps", "optim.learning_rate": "optim.lr", "data.folder": "data.path"})
-    monkeypatch.setattr(migrate, "ABSENT", {"optim.clip": 0.5, "batch.micro_batch_size": 3})
-    monkeypatch.setenv("PLACE", "here")
-    lines = ["trainer: {max_steps: 7}", "optim: {learning_rate: 0.25, eps: 1.0e-7}", "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}"]
-    (tmp_path / "config.yaml").write_text("\n".join([*lines, "batch: {micro_batch_size: 2}"]))
-    config = read_run(tmp_path / "config.yaml")
-    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "${oc.env:PLACE}/x", 32)
-    assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)  # absent: what that meant then; present: as it stands
-    today = schema.Config()
-    today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
-    today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "${oc.env:PLACE}/x", 2
-    assert identity.differences(config, today) == {}
-    with pytest.raises(UserError, match=r"it is optim\.lr since a later version"):
-        compose("train", ["optim.learning_rate=1"])
-
-
-def test_an_option_of_another_version_is_refused_with_the_version_that_wrote_it(tmp_path):
-    (tmp_path / "config.yaml").write_text("optim: {lr: 1.0, beta_of_tomorrow: 3}")
-    with pytest.raises(UserError, match=r"(?s)optim\.beta_of_tomorrow=.*no such option.*allowed: optim: "):
-        read_run(tmp_path / "config.yaml")  # which version is not known
-    for version in ("9.1.0", __version__):
-        (tmp_path / "summary.json").write_text(json.dumps({"versions": {"hybridtrain": version}}))
-        with pytest.raises(UserError, match=r"optim\.beta_of_tomorrow=") as refused:
-            read_run(tmp_path / "config.yaml")
-        assert (f"was written by hybridtrain {version}" in str(refused.value)) == (version != __version__)
-
-
-def test_every_entry_of_the_table_of_earlier_names_leads_to_an_option_of_today():
-    options = {field.key for field in OPTIONS}
-    assert {*migrate.RENAMED.values(), *migrate.ABSENT} <= options
-    assert not migrate.RENAMED.keys() & options

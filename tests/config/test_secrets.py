@@ -103,7 +103,7 @@ def _train(argv: list[str], environment: dict[str, str]) -> str:
 
 def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from hybridtrain.cli.main import main
-    from tests.report.test_report import row, write
+    from tests.report.folders import row, write
 
     monkeypatch.setenv("READERS_KEY", SECRET)
     config = schema.Config()

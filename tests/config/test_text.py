@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from omegaconf import OmegaConf
 
 from hybridtrain.cli.commands import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
-from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, sweep, to_yaml
+from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, to_yaml
+from hybridtrain.config.overrides import normalise
+from hybridtrain.config.sweep import sweep
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import choose, differences
 
@@ -57,7 +58,7 @@ def test_a_prompt_may_be_anything():
 
     parser = OverridesParser.create()
     for text in PROMPTS:
-        [override] = keys.normalise("generate", [f"generate.prompt={text}"], folders=[keys.shipped()]).overrides
+        [override] = normalise("generate", [f"generate.prompt={text}"], folders=[keys.shipped()]).overrides
         assert parser.parse_overrides([override])[0].value() == words.escaped(text)
     for text in (text for text in PROMPTS if "${" in text or text == PROMPTS[0]):
         config = compose("generate", [f"generate.prompt={text}"])
@@ -189,7 +190,7 @@ def test_an_option_at_its_default_that_was_asked_for_is_in_force(tmp_path):
     assert (untouched.data, untouched.batch, untouched.train) == (run.data, run.batch, run.train)
 
 
-# -- secrets and runs of others ----------------------------------------------------------------------------------------
+# -- secrets ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", schema.ROOTS)
@@ -222,22 +223,6 @@ def test_a_sweep_does_not_print_secrets(monkeypatch):
     assert compose("train", jobs[1]).run.name == "hunter2-1"
 
 
-def test_the_run_of_another_resolves_nothing_and_permits_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET", "hunter2")
-    texts = {"run": {"name": "${oc.env:SECRET}", "dir": "${..run.name}"}, "tracker": {"project": "${run[name]}", "kinds": ["${oc.env:SECRET}"]}}
-    texts["model"] = {"trust_remote_code": True, "name": "${${model.revision}:SECRET}", "revision": "oc.env", "config": {"a": "${oc.env:SECRET}", "b": "${model.config.a}"}}  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(texts))
-    config = read_run(tmp_path / "config.yaml")
-    assert "hunter2" not in str(dataclasses.asdict(config))
-    assert (config.run.name, config.tracker.project) == ("${oc.env:SECRET}", "${oc.env:SECRET}")
-    assert not config.model.trust_remote_code
-    (tmp_path / "config.yaml").write_text("train: {steps: '${oc.env:SECRET}'}")
-    with pytest.raises(UserError, match=r"train.steps=\$\{oc.env:SECRET\}, which is not looked up"):
-        read_run(tmp_path / "config.yaml")
-    (tmp_path / "config.yaml").write_text("data: {path: 'a/${run.name}'}\nrun: {name: b}\n")  # plain references hold
-    assert read_run(tmp_path / "config.yaml").data.path == "a/b"
-
-
 def test_ones_own_run_goes_on_and_names_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     line = ["model=tiny", "data.path=x", f"run.dir={tmp_path}", "model.trust_remote_code=true"]
@@ -248,39 +233,6 @@ def test_ones_own_run_goes_on_and_names_no_secret(tmp_path, monkeypatch):
     assert differences(before, again) == {}
     changed = compose("train", [*line, "tracker.project=x-${oc.env:SECRET}", "model.name=${oc.env:SECRET}"])
     assert differences(before, changed) == {"tracker.project": ("${oc.env:SECRET}", "x-${oc.env:SECRET}")}
-
-
-# -- config.yaml that nobody wrote so ----------------------------------------------------------------------------------
-
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-
-
-@pytest.mark.parametrize(
-    ("data", "words_"),
-    [
-        (BOMB.encode(), "multiplies out through its aliases"),
-        (b"run: {name: " + b"[" * 200_000 + b"]" * 200_000, "nested more than"),
-        (b"".join(b" " * (2 * n) + b"a:\n" for n in range(300)), "nested more than"),
-        (b"- " * 300 + b"x", "nested more than"),
-        (b"run: {name: \xff}", "is not UTF-8"),
-        (b"#" * (1 << 20) + b"\n", "bytes, which no configuration has"),
-        (b"run: {name: &x *x}", "does not compose"),
-        (b"run: [1]", ""),
-        (b"\0", ""),
-    ],
-)
-def test_hostile_config_files_are_refused_at_once(tmp_path, data, words_):
-    (tmp_path / "config.yaml").write_bytes(data)
-    begin = time.process_time()
-    with pytest.raises(UserError) as refused:
-        read_run(tmp_path / "config.yaml")
-    assert words_ in str(refused.value)
-    assert time.process_time() - begin < 2
-
-
-def test_anchors_in_a_config_file_are_no_crime(tmp_path):
-    (tmp_path / "config.yaml").write_text("data: {source: &s [a, b]}\nmodel: {freeze: *s}\n")
-    assert read_run(tmp_path / "config.yaml").model.freeze == ["a", "b"]
 
 
 def test_marked_text_is_text():

@@ -7,92 +7,15 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.prepare import join, pieces, readers, statistics, tokenize, tokenizer
-from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare import join, pieces, readers, statistics, tables, tokenize, tokenizer
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.sources import listing
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
-
-WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]
-
-
-def make_texts(count: int) -> list[str]:
-    generator = random.Random(5)
-    return [" ".join(generator.choices(WORDS, k=generator.randrange(5, 120))) + f" {number}" for number in range(count)]
-
-
-TEXTS = make_texts(120)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    """With blank lines, empty texts, other fields and escapes, which change nothing."""
-    lines = [json.dumps({"id": number, "text": text, "more": [1, None]}, ensure_ascii=number % 2 == 0) for number, text in enumerate(texts)]
-    lines[3:3] = ["", '{"text": ""}', "   "]
-    path.write_bytes("\n".join(lines).encode())
-    return path
-
-
-def write_zst(path: Path, content: bytes) -> Path:
-    import pyarrow
-
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(content)
-    return path
-
-
-def write_parquet(path: Path, column: list, *, name: str) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"id": list(range(len(column))), name: pyarrow.array(column)})
-    pyarrow.parquet.write_table(table, path, row_group_size=7)
-    return path
-
-
-def as_text_files(folder: Path, *, compressed: bool) -> Path:
-    folder.mkdir()
-    for number, text in enumerate(TEXTS):
-        if compressed:
-            (folder / f"{number:04d}.txt.gz").write_bytes(gzip.compress(text.encode()))
-        else:
-            (folder / f"{number:04d}.txt").write_text(text, newline="")
-    return folder
-
-
-def as_datasets(folder: Path, *, splits: bool) -> Path:
-    import datasets
-
-    dataset = datasets.Dataset.from_dict({"text": TEXTS})
-    (datasets.DatasetDict({"test": dataset.select(range(3)), "train": dataset}) if splits else dataset).save_to_disk(folder)
-    return folder
-
-
-def for_load_dataset(folder: Path) -> Path:
-    folder.mkdir()
-    write_parquet(folder / "train-00000.parquet", TEXTS, name="text")
-    return folder
-
-
-FORMATS = {
-    "text": lambda p: as_text_files(p / "texts", compressed=False),
-    "text.gz": lambda p: as_text_files(p / "texts", compressed=True),
-    "jsonl": lambda p: write_jsonl(p / "a.jsonl", TEXTS),
-    "jsonl.gz": lambda p: (p / "a.jsonl.gz", (p / "a.jsonl.gz").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
-    "gz by its bytes": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
-    "not packed": lambda p: write_jsonl(p / "a.jsonl.gz", TEXTS),
-    "array": lambda p: (p / "a.json", (p / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS])))[0],
-    "indented": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, indent=2) for text in TEXTS)))[0],
-    "utf-16": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(write_jsonl(p / "a", TEXTS).read_text("utf-8").encode("utf-16")))[0],
-    "jsonl.zst": lambda p: write_zst(p / "a.jsonl.zst", write_jsonl(p / "a", TEXTS).read_bytes()),
-    "parquet": lambda p: write_parquet(p / "a.parquet", TEXTS, name="text"),
-    "saved": lambda p: as_datasets(p / "saved", splits=False),
-    "saved with splits": lambda p: as_datasets(p / "saved", splits=True),
-    "load_dataset": lambda p: for_load_dataset(p / "folder"),
-}
+from tests.data.formats import FORMATS, TEXTS, as_datasets, decoded, make_texts, settings, tokens, write_jsonl, write_parquet, write_zst
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,23 +37,6 @@ def reference(tmp_path_factory, jsonl) -> Path:
     """Prepared from one JSONL file in one process, with a tokenizer of its own."""
     data = DataConfig(path=str(tmp_path_factory.mktemp("reference") / "data"), source=[str(jsonl)], vocab_size=350, eval_fraction=0.2)
     return tokenize.prepare(data, options=PrepareConfig())
-
-
-def settings(path: Path, source: Path, reference: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(source)], **{"tokenizer": str(reference / "tokenizer"), "eval_fraction": 0.2} | fields)
-
-
-def tokens(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npy")}
-
-
-def decoded(folder: Path, split: str) -> list[str]:
-    from transformers import AutoTokenizer
-
-    saved = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    reader = IndexedReader(folder / split)
-    ends = np.cumsum(reader.sizes)
-    return [saved.decode(reader.read(end - size, end - 1)) for end, size in zip(ends, reader.sizes, strict=True)]
 
 
 def test_documents_and_split_of_records(reference):
@@ -323,7 +229,7 @@ def test_unfit_sources_are_refused(tmp_path, reference, case):
 def test_a_missing_package_is_named_with_the_command(tmp_path, reference, monkeypatch, package, kind):
     source = FORMATS[kind](tmp_path)
     monkeypatch.setitem(sys.modules, package, None)  # makes its import fail, as when it is not there
-    monkeypatch.setattr(readers, "_parquet", readers._parquet.__wrapped__)
+    monkeypatch.setattr(tables, "parquet_file", tables.parquet_file.__wrapped__)
     with pytest.raises(UserError, match=rf'data\.format={package}: the package {package} is not installed[\s\S]*pip install "hybridtrain\[data\]"'):
         tokenize.prepare(settings(tmp_path / "data", source, reference), options=PrepareConfig())
 
@@ -359,7 +265,7 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monk
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
     planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
-    recipe = pieces.Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
+    recipe = Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340
     assert set(whole) < set(numbered)

@@ -1,14 +1,9 @@
-"""`hybridtrain prepare`: what it writes, that a kill at any moment changes nothing, and what it refuses."""
+"""`hybridtrain prepare`: what it writes, and what it refuses."""
 
 import fcntl
 import json
-import os
-import random
 import re
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,25 +14,12 @@ import pytest
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
-from hybridtrain.data.prepare import cuts, pieces, sources, statistics, tokenize, tokenizer
-from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare import cuts, sources, statistics, tokenize, tokenizer
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError
+from tests.data.texts import settings, write_texts
 
-TEXT = pieces.Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
-WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
-
-
-def write_texts(folder: Path, *, documents: int, words: int) -> Path:
-    generator = random.Random(0)
-    for number in range(documents):
-        path = folder / f"part{number % 3}" / f"{number}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(" ".join(generator.choices(WORDS, k=words)), newline="")
-    return folder
-
-
-def settings(path: Path, *source: object, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(entry) for entry in source], **{"vocab_size": 400, "eval_fraction": 0.2} | fields)
+TEXT = Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +30,6 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts) -> Path:
     return tokenize.prepare(settings(tmp_path_factory.mktemp("prepared") / "data", texts), options=PrepareConfig())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the one that tells how fast it was."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "speed.json"}
 
 
 def text_of(source: sources.Source) -> str:
@@ -185,95 +162,6 @@ def test_held_out_documents(tmp_path, fraction, documents):
         (tmp_path / "part0" / "new.txt").write_text("one more")
         again = sources.listing(DataConfig(source=[str(tmp_path)], eval_fraction=fraction)).sources
         assert {source.name for source in again if source.held_out} - {f"{tmp_path.name}/part0/new.txt"} == held_out
-
-
-PROGRAM = """
-import sys
-from hybridtrain.config.schema import DataConfig, PrepareConfig
-from hybridtrain.data.prepare import pieces, tokenize
-pieces.MIN_PIECE_BYTES = 20_000
-pieces.MAX_PIECES = 10**6
-tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=600, eval_fraction=0.1), options=PrepareConfig())
-"""
-
-
-def start_prepare(folder: Path, source: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(source)], stderr=subprocess.PIPE, text=True)
-
-
-def kill_until_done(folder: Path, source: Path, *, kills: int, seed: int) -> str:
-    """Kill `prepare` at `kills` random moments of its work, then let it finish; its last stderr."""
-    generator = random.Random(seed)
-    for _ in range(kills):
-        process = start_prepare(folder, source)
-        have = len(list(folder.glob(".partial/piece-*")))
-        while process.poll() is None and len(list(folder.glob(".partial/piece-*"))) == have and not (have == 0 and generator.random() < 0.002):
-            time.sleep(0.002)
-        time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    last = start_prepare(folder, source)
-    _, said = last.communicate()
-    assert last.returncode == 0, said
-    return said
-
-
-def check_kills(tmp_path: Path, *, kills: int, seed: int) -> None:
-    source = write_texts(tmp_path / "texts", documents=400, words=2000)
-    reference = start_prepare(tmp_path / "reference", source)
-    assert "going on" not in reference.communicate()[1]
-    assert reference.returncode == 0
-    said = kill_until_done(tmp_path / "killed", source, kills=kills, seed=seed)
-    assert "going on from an interrupted prepare" in said or "prepared already" in said
-    assert contents(tmp_path / "killed") == contents(tmp_path / "reference")
-
-
-@pytest.mark.slow
-def test_kills_change_no_byte(tmp_path):
-    check_kills(tmp_path, kills=4, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_many_kills_change_no_byte(tmp_path, seed):
-    check_kills(tmp_path, kills=15, seed=seed)
-
-
-@pytest.mark.parametrize("room", [1_000, 100_000])
-def test_a_full_disk_is_said_and_survived(tmp_path, room):
-    """RLIMIT_FSIZE makes writes fail as a full disk does, of the tokenizer or of tokens; with room the same command goes on."""
-    data = settings(tmp_path / "data", write_texts(tmp_path / "texts", documents=20, words=3000), vocab_size=300)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
-        with pytest.raises(UserError, match=r"data\.path=.*the file would be larger than is allowed"):
-            tokenize.prepare(data, options=PrepareConfig())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-    with pytest.raises(UserError, match="an interrupted prepare, or one still at work"):
-        Corpus.open(tmp_path / "data")
-    assert Corpus.open(tokenize.prepare(data, options=PrepareConfig())).vocab_size == 300
-
-
-def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
-    source = write_texts(tmp_path / "texts", documents=6, words=300)
-    data = settings(tmp_path / "data", source, vocab_size=300)
-    partial = tmp_path / "data" / ".partial"
-    partial.mkdir(parents=True)
-
-    def begin() -> None:
-        tokenize._begin(partial, settings=tokenize._settings(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
-
-    begin()
-    (partial / "piece-00000").mkdir()
-    begin()
-    assert (partial / "piece-00000").is_dir()
-    changed = source / "part0" / "0.txt"
-    os.utime(changed, ns=(1, 1))
-    begin()
-    assert [path.name for path in partial.iterdir()] == ["plan.json"]
 
 
 REFUSALS = {

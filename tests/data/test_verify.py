@@ -19,7 +19,7 @@ from hybridtrain.data.verify import verify_corpus
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import check_fingerprints
 from hybridtrain.types import Progress
-from tests.data.test_folder import as_before_records
+from tests.data.folders import as_before_records
 
 HEADER = struct.calcsize("<9sQBQQ")
 SEQUENCES = 6

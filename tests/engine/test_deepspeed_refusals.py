@@ -16,7 +16,7 @@ from hybridtrain.config import checks
 from hybridtrain.config.compose import compose
 from hybridtrain.errors import UserError
 from tests.runs import arguments, corpus, four_parts
-from tests.training.test_bad_input import answers
+from tests.training.answers import answers
 
 TORCH = "engine=torch"
 

@@ -13,7 +13,7 @@ from hybridtrain.config.compose import compose
 from hybridtrain.models import described
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.verify import verify_run
-from tests.export.test_export import as_earlier
+from tests.export.runs import as_earlier
 from tests.runs import arguments, finished, four_parts, on_ranks, rows
 
 THETA = "rope_parameters.rope_theta was 10000.0 and is 5000000.0"

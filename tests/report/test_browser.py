@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from hybridtrain.cli.main import main
 from tests import browser
-from tests.report.test_report import eventful, finished
+from tests.report.folders import eventful, finished
 
 SIZES = "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility()).map(s => [s.closest('figure').id, s.clientWidth, s.clientHeight])"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

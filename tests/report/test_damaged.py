@@ -17,8 +17,8 @@ from hybridtrain import report
 from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.report import compare, history, plots, ranks, single
-from hybridtrain.run import directory
-from tests.report.test_report import BEGIN, finished, row, write
+from hybridtrain.run.record import write_machine
+from tests.report.folders import BEGIN, finished, row, write
 
 WRONG_SUMMARIES = {
     "a text for a number": {"total_steps": "many", "parameters": "7B", "world_size": "two", "steps": [1], "wall_s": "long", "final_loss": "low"},
@@ -77,7 +77,7 @@ def test_a_file_of_the_run_that_is_a_folder_is_named(tmp_path: Path, capsys: pyt
 def test_an_older_summary_still_tells_the_machine(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", [row(1)], summary={"status": "finished", "machine": [{"host": "n1", "cpu": "EPYC", "ranks": [0, 1]}]})
     assert history.read(folder).hosts == [{"host": "n1", "cpu": "EPYC", "ranks": [0, 1]}]
-    directory.write_machine(folder, [{"host": "n2", "cpu": "Xeon", "ranks": [0]}])
+    write_machine(folder, [{"host": "n2", "cpu": "Xeon", "ranks": [0]}])
     assert history.read(folder).hosts[0]["host"] == "n2"
 
 

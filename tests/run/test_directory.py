@@ -16,6 +16,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import directory, identity
 from hybridtrain.run import entry as entries
+from hybridtrain.run.record import METRICS, SUMMARY
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.types import Progress
 
@@ -57,7 +58,7 @@ def test_a_new_run_writes_its_config_and_a_running_summary(config: Config) -> No
     assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (Path("runs/trial"), False, None, {})
     assert compose.read_run(run.path / "config.yaml") == config
     summary = json.loads((run.path / "summary.json").read_text())
-    assert tuple(summary) == directory.SUMMARY
+    assert tuple(summary) == SUMMARY
     assert summary["status"] == "running"
     assert summary["versions"] == {"torch": "2"}
     assert summary["final_loss"] is None
@@ -161,7 +162,7 @@ def test_metrics_have_all_keys_and_null_for_what_is_not_a_number(config: Config)
     run.append_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     run.append_metrics({"step": 2, "loss": 0.1 + 0.2, "eval_loss": 3.0})
     first, second = map(json.loads, run.metrics.read_text().splitlines())
-    assert tuple(first) == directory.METRICS
+    assert tuple(first) == METRICS
     assert (first["loss"], first["grad_norm"], first["lr"], first["mfu"]) == (None, None, 0.5, None)
     assert second["loss"] == 0.1 + 0.2, "losses are compared bit for bit after a resume"
     assert second["eval_loss"] == 3.0

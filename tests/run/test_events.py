@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hybridtrain.run.directory import read_machine
+from hybridtrain.run.record import read_machine
 from hybridtrain.runtime import host
 from tests.runs import arguments, finished, on_ranks, summary
 

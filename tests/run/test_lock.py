@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.errors import UserError
-from hybridtrain.run import lock
+from hybridtrain.run import holder, lock
 
 EVERY = 0.25
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from hybridtrain.run import lock
+from hybridtrain.run import holder, lock
 from hybridtrain.errors import UserError
 folder, flock, machine, every, start = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3], float(sys.argv[4]), float(sys.argv[5])
-lock.FLOCK, lock.BEAT_S = flock, every
+lock.FLOCK, holder.BEAT_S = flock, every
 if machine:
-    lock._machine = lambda: machine
+    holder._machine = lambda: machine
 time.sleep(max(0.0, start - time.time()))
 try:
     mine = lock.acquire(folder, takeover=False)
@@ -41,7 +41,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_S", EVERY)
+    monkeypatch.setattr(holder, "BEAT_S", EVERY)
     for name in [name for name in os.environ if name.startswith(("SLURM", "HYBRIDTRAIN"))]:
         monkeypatch.delenv(name)
 
@@ -208,6 +208,6 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("fields", [{"every": 1e9}, {"every": -1.0}, {"every": float("nan")}, {"since": float("inf")}, {"since": -1.0}, {"pid": float("inf")}])
 def test_a_lock_with_numbers_that_no_process_wrote_is_no_lock(tmp_path: Path, fields: dict[str, float]) -> None:
-    other = {**dataclasses.asdict(lock._own()), "machine": "elsewhere", **fields}
+    other = {**dataclasses.asdict(holder.this_process()), "machine": "elsewhere", **fields}
     (tmp_path / lock.NAME).write_text(json.dumps(other, indent=1))
     lock.acquire(tmp_path, takeover=False).release()

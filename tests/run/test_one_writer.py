@@ -11,7 +11,7 @@ import pytest
 
 from hybridtrain.cli import commands
 from hybridtrain.parallel import mesh
-from hybridtrain.run import lock
+from hybridtrain.run import holder, lock
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished, on_this_rank, rows, summary
 
@@ -21,8 +21,8 @@ def alone(argv_of: list[list[str]], folder: Path, starts: list[float], kind: str
     number = int(os.environ["RANK"])
     lock.FLOCK = kind == "flock"
     if kind == "hosts":
-        lock.BEAT_S = 0.5
-        lock._machine = lambda: f"machine {number}"  # type: ignore[assignment]
+        holder.BEAT_S = 0.5
+        holder._machine = lambda: f"machine {number}"  # type: ignore[assignment]
     mesh.disconnect()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +18,8 @@ from hybridtrain.errors import UserError
 from hybridtrain.tasks.classification import Classification
 from hybridtrain.types import IGNORE_INDEX
 from tests import runs
+from tests.tasks.labelled import LABELS, SEQ, prepare, texts
 
-SEQ = 64
-LABELS = ["prose", "code"]
 OPTIONS = {
     "task": "classification",
     "model__config__vocab_size": 512,
@@ -45,30 +42,12 @@ LAYOUTS = {
 }
 
 
-def texts() -> list[dict[str, object]]:
-    """Functions of Python's standard library and descriptions of such, cut to 300 characters: as many of each."""
-    found: dict[str, list[str]] = {name: [] for name in LABELS}
-    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-h]*.py")):
-        source = file.read_text(errors="replace")
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                words = ast.get_docstring(node)
-                found["prose" if words else "code"].append(words or ast.get_source_segment(source, node) or "")
-    enough = {name: [text[:300] for text in parts if len(text) > 80][:500] for name, parts in found.items()}
-    return [{"text": text, "label": name} for pair in zip(*enough.values(), strict=False) for text, name in zip(pair, enough, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("labelled")
     (root / "texts.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in texts()))
     prepare(root / "texts.jsonl", root / "data")
     return root / "data"
-
-
-def prepare(source: Path, out: Path, *more: str) -> int:
-    words = ["data.format=labelled", f"data.labels=[{','.join(LABELS)}]", "data.vocab_size=512", f"data.seq_len={SEQ}", "data.eval_fraction=0.2"]
-    return main(["prepare", f"data.source=[{source}]", f"data.path={out}", *words, *more])
 
 
 def evaluation(run: Path) -> dict[str, float]:
@@ -99,40 +78,6 @@ def test_a_text_is_followed_by_the_number_of_its_class_which_alone_carries_loss(
         *ids, label = reader.read(start, start + size).tolist()
         assert by_ids[tuple(ids)] == label
         assert loss.read(start, start + size).tolist() == [0] * len(ids) + [1]
-
-
-@pytest.mark.parametrize(
-    ("record", "problem"),
-    [
-        ({"text": "a", "label": "poetry"}, "line 2: its field 'label' holds 'poetry', which is none of prose, code, nor a number below 2"),
-        ({"text": "a", "label": 2}, "line 2: its field 'label' holds 2,"),
-        ({"text": "a", "label": True}, "line 2: its field 'label' holds True,"),
-        ({"text": "a"}, "line 2: its field 'label' is missing or null"),
-        ({"text": 7, "label": 1}, "line 2: its field holds no text but 7"),
-    ],
-)
-def test_a_record_without_a_label_of_the_list_is_refused_with_its_line(tmp_path: Path, capsys, record: dict[str, object], problem: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine", "label": 1}) + "\n" + json.dumps(record) + "\n")
-    assert prepare(tmp_path / "a.jsonl", tmp_path / "out", "data.eval_fraction=0") == 2
-    assert problem in capsys.readouterr().err
-    assert not (tmp_path / "out" / "corpus.json").exists()
-
-
-@pytest.mark.parametrize(("labels", "problem"), [("[]", "fewer than two classes"), ("[a]", "fewer than two classes"), ("[a,b,a]", "a name stands in it twice")])
-def test_classes_that_are_none_are_refused(tmp_path: Path, capsys, labels: str, problem: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine", "label": 1}))
-    assert prepare(tmp_path / "a.jsonl", tmp_path / "out", f"data.labels={labels}") == 2
-    assert problem in capsys.readouterr().err
-
-
-def test_numbers_names_and_fields_of_other_names_are_read(tmp_path: Path) -> None:
-    records = [{"body": "one two", "kind": 0}, {"body": "three", "kind": "code"}, {"body": "four", "kind": 1.0}, {"body": "", "kind": 0}]
-    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in records))
-    assert prepare(tmp_path / "a.jsonl", tmp_path / "out", "data.eval_fraction=0", "data.text_key=body", "data.label_key=kind") == 0
-    facts = json.loads((tmp_path / "out" / "corpus.json").read_text())
-    assert facts["forms"] == {"prose": 1, "code": 2}
-    assert facts["splits"]["train"]["loss_tokens"] == 3
-    assert list(facts["notes"]) == ["documents without text, left out"]
 
 
 def test_labels_that_the_model_has_no_class_for_are_refused() -> None:

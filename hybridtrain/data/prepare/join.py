@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, IndexedWriter, file_pair
-from hybridtrain.data.prepare.pieces import LOSS_DTYPE, Recipe
+from hybridtrain.data.prepare.pieces import LOSS_DTYPE
+from hybridtrain.data.prepare.recipe import Recipe
 
 BUCKET_DOCUMENTS = 1 << 24  # documents compared at once, some 60 bytes each
 

@@ -1,23 +1,19 @@
 """Which files and datasets a corpus has, in a stable order, and which of its text files are held out for evaluation.
 
-`data.source` names files, folders, patterns, Hugging Face datasets, or `stdlib`: the source of Python's own standard library,
-real text that every machine with Python has. A text file is one document; the other formats hold many.
+`data.source` names files, folders, patterns (files.py) and Hugging Face datasets. A text file is one
+document; the other formats hold many.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import glob
 import hashlib
 import json
 import math
 import os
 import platform
-import re
-import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,30 +21,18 @@ from typing import Any
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.prepare import blocks
 from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY, WHOLE, share
-from hybridtrain.errors import UserError, refusal
+from hybridtrain.data.prepare.files import ALLOWED, COMPRESSED, ENDINGS, STDLIB, by_ending, files_of, patterns
+from hybridtrain.errors import refusal
 
-STDLIB = "stdlib"
 FORMAT = 2  # of a prepared folder
 READABLE = (1, FORMAT)  # format 1 had text files only, and no statistics
-COMPRESSED = (".gz", ".zst")
 LISTED = 1000  # sources that corpus.json names, so that a change can be named
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
 MOST_TIMES = 3  # what is held out is at most so many times what was asked
 INFLATION = 4  # bytes of text behind a byte of a compressed file, about
-_ENDINGS = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",), "text": (".txt",)}
-_PATTERNS = {
-    "auto": ("*.txt", "*.jsonl", "*.ndjson", "*.parquet"),
-    "text": ("*.txt",),
-    "jsonl": ("*.jsonl", "*.ndjson", "*.json"),
-    "parquet": ("*.parquet",),
-    "chat": ("*.jsonl", "*.ndjson", "*.parquet"),
-    "labelled": ("*.jsonl", "*.ndjson", "*.parquet"),
-}
 CHAT, LABELLED = "chat", "labelled"
 FITTED = (CHAT, LABELLED)
 """Formats that say what a record is, not what its file is: their documents are fitted into rows whole. Text is a stream that is cut into rows."""
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_ALLOWED = f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +147,8 @@ def listing(data: DataConfig) -> Listing:
         raise refusal(
             "data.source",
             data.source,
-            f"no text in it (data.pattern={data.pattern or ' '.join(_patterns(data))})",
-            allowed=_ALLOWED,
+            f"no text in it (data.pattern={data.pattern or ' '.join(patterns(data))})",
+            allowed=ALLOWED,
             instead="another data.pattern or data.source",
         )
     before = _held_out_before(data)
@@ -187,128 +171,25 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
     """What one entry of `data.source` names, sorted by name."""
     path = Path(entry)
     saved = data.format in ("auto", *FITTED) and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    hub = data.format in FITTED and not path.exists() and not glob.has_magic(entry) and _by_ending(path) is None
+    hub = data.format in FITTED and not path.exists() and not glob.has_magic(entry) and by_ending(path) is None
     if data.format == "datasets" or saved or hub:
         version = _folder_version(path) if path.is_dir() else ""
         yield Source(
             name=path.name, path=str(path) if path.exists() else entry, format="datasets", size=0, version=version, held_out=None, blocks="", packed=""
         )
         return
-    for name, file in sorted(_files(entry, path=path, data=data, left_out=left_out)):
-        kind = data.format if data.format in _ENDINGS else _by_ending(file) or ("jsonl" if data.format in FITTED else "text")
+    for name, file in sorted(files_of(entry, path=path, data=data, left_out=left_out)):
+        kind = data.format if data.format in ENDINGS else by_ending(file) or ("jsonl" if data.format in FITTED else "text")
         facts = file.stat()
         version = platform.python_version() if entry == STDLIB else str(facts.st_mtime_ns)  # its own place on each machine
         size = facts.st_size * (INFLATION if file.suffix in COMPRESSED else 1)
         yield Source(name=name, path=str(file), format=kind, size=size, version=version, held_out=False if kind == "text" else None, blocks="", packed="")
 
 
-def _patterns(data: DataConfig) -> list[str]:
-    return [data.pattern] if data.pattern else [pattern + outer for pattern in _PATTERNS[data.format] for outer in ("", *COMPRESSED)]
-
-
-def _by_ending(file: Path) -> str | None:
-    name = file.name.removesuffix(file.suffix) if file.suffix in COMPRESSED else file.name
-    return next((kind for kind, endings in _ENDINGS.items() if name.endswith(endings)), None)
-
-
 def _folder_version(folder: Path) -> str:
     """Changes when a file below the folder does."""
     facts = sorted((name, os.stat(os.path.join(at, name))) for at, _, names in os.walk(folder) for name in names)
     return hashlib.sha256(json.dumps([[name, one.st_size, one.st_mtime_ns] for name, one in facts]).encode()).hexdigest()
-
-
-def _files(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[str, Path]]:
-    """(name, path) of every file behind one entry of `data.source`. What `prepare` itself writes below it is no source."""
-    written = Path(data.path).resolve() if data.path else None
-    if entry == STDLIB:
-        root = Path(sysconfig.get_path("stdlib"))
-        yield from ((f"{STDLIB}/{file.relative_to(root).as_posix()}", file) for file in _python_files(root))
-    elif path.is_file():
-        yield path.name, path
-    elif path.is_dir():
-        root = path.resolve()
-        fits = _matcher(_patterns(data))
-        for file in _walk(root, but=written if written != root else None):
-            name = file.relative_to(root).as_posix()
-            if not fits(name):
-                left_out["of other endings"] += 1
-            elif file.is_file():
-                yield f"{root.name}/{name}", file
-            else:
-                left_out["links to nothing, or no files"] += 1
-    elif glob.has_magic(entry):
-        matches = glob.glob(str(path), recursive=True)
-        if hidden := len(glob.glob(str(path), recursive=True, include_hidden=True)) - len(matches):
-            left_out["hidden"] += hidden
-        root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-        inside = written is not None and written not in (root.resolve(), *root.resolve().parents)
-        files = (Path(match) for match in matches if Path(match).is_file())
-        yield from ((file.relative_to(root).as_posix(), file) for file in files if not (inside and written in file.resolve().parents))
-    else:
-        raise _missing(entry)
-
-
-def _walk(root: Path, *, but: Path | None) -> Iterator[Path]:
-    """Every file below `root`. Folders behind links come after the others and each folder once, so that loops end and real names win."""
-    seen = {_identity(but)} if but is not None and but.is_dir() else set()
-    waiting = [root]
-    while waiting:
-        links: list[Path] = []
-        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_unreadable):
-            if _identity(Path(folder)) in seen:
-                subfolders.clear()
-                continue
-            seen.add(_identity(Path(folder)))
-            links += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
-            yield from (Path(folder, name) for name in names)
-        waiting += sorted(links)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    facts = folder.stat()
-    return facts.st_dev, facts.st_ino
-
-
-def _unreadable(error: OSError) -> None:
-    words = f"a folder in it cannot be read ({error.strerror})"
-    raise refusal("data.source", error.filename, words, allowed="folders that you may read", instead="other permissions, or a pattern that leaves it out")
-
-
-def _matcher(patterns: list[str]) -> Callable[[str], bool]:
-    """Whether a path below a folder fits one of the patterns, as pathlib's rglob takes them: from any folder on."""
-    plain = [pattern for pattern in patterns if "/" not in pattern]
-    names = re.compile("|".join(fnmatch.translate(pattern) for pattern in plain)) if plain else None
-    deep = [("**", *pattern.split("/")) for pattern in patterns if "/" in pattern]
-
-    def fits(path: str) -> bool:
-        if names and names.match(path.rpartition("/")[2]):
-            return True
-        return any(_fits(tuple(path.split("/")), pattern) for pattern in deep)
-
-    return fits
-
-
-def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern or not parts:
-        return not parts and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return any(_fits(parts[first:], pattern[1:]) for first in range(len(parts) + 1))
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
-
-
-def _missing(entry: str) -> UserError:
-    problem = f"there is no such file or folder (looked in {Path.cwd()})"
-    path = Path(entry)
-    there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [*there, STDLIB] if path.name == entry else there, n=1)
-    instead = f"data.source=[{path.with_name(near[0])}]" if near else "the path as it is from this folder, or an absolute one"
-    return refusal("data.source", entry, problem, allowed=_ALLOWED, instead=instead)
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB]
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 def _split(found: list[Source], *, fraction: float, before: Mapping[str, str]) -> list[Source]:

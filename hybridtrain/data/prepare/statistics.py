@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.join import Joined
 from hybridtrain.data.prepare.packing import Fitted
-from hybridtrain.data.prepare.pieces import Counts
 from hybridtrain.data.prepare.progress import Meter
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import one_line, read_object, write_atomically

@@ -22,16 +22,19 @@ from typing import Any
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import digests
-from hybridtrain.data.corpus import Corpus, changed_files
 from hybridtrain.data.prepare import folder, join, labelled, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare.documents import Counts
+from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
 from hybridtrain.data.prepare.labelled import LabelRecipe
-from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, ChatRecipe, Counts, Piece, Recipe
+from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, Piece
+from hybridtrain.data.prepare.prepared import is_prepared, settings_of
 from hybridtrain.data.prepare.progress import say
-from hybridtrain.data.prepare.readers import Fields
+from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe
 from hybridtrain.data.prepare.sources import Listing
+from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.runtime.files import discard, read_json, unwritable, write_atomically
+from hybridtrain.runtime.files import discard, unwritable, write_atomically
 
 INTERRUPTED = 130
 
@@ -63,9 +66,9 @@ def prepare(data: DataConfig, *, options: PrepareConfig) -> Path:
 def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) -> Path:
     """`prepare` that waits for another one of this folder at most `wait_s`, and then takes what that has written."""
     _check(data)
-    path, settings = Path(data.path), _settings(data)
+    path, settings = Path(data.path), settings_of(data)
     try:
-        if not options.overwrite and _is_prepared(path, data=data, settings=settings):
+        if not options.overwrite and is_prepared(path, data=data, settings=settings):
             if (path / PARTIAL).exists():
                 discard(path / PARTIAL)
             return path
@@ -73,7 +76,7 @@ def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) ->
         folder.check_free(path, read=[source.path for source in listing.sources])
         planned = pieces.plan(listing.sources, fields=Fields.of(data))
         with folder.reserved(path, wait_s=wait_s):
-            if options.overwrite or not _is_prepared(path, data=data, settings=settings):
+            if options.overwrite or not is_prepared(path, data=data, settings=settings):
                 folder.check_free(path, read=[])
                 _write(data, options=options, path=path, planned=planned, listing=listing, settings=settings)
             discard(path / PARTIAL)
@@ -88,7 +91,7 @@ def _check(data: DataConfig) -> None:
     if not data.path:
         raise refusal("data.path", "''", "no folder for the token files", allowed="a folder", instead="data.path=data/mine")
     if not data.source:
-        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {sources.STDLIB}", instead="data.source=[YOUR TEXT]")
+        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {STDLIB}", instead="data.source=[YOUR TEXT]")
     if not 0 <= data.eval_fraction < 1:
         raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
     if data.format == "labelled":
@@ -105,68 +108,6 @@ def _check(data: DataConfig) -> None:
             allowed="for conversations, the tokenizer of the model to be tuned",
             instead="data.tokenizer=FOLDER or a hub id, or data.chat_template=plain",
         )
-
-
-def _settings(data: DataConfig) -> dict[str, Any]:
-    """What determines the token files, apart from the text itself."""
-    names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split", "encoding"]
-    own = {"chat": ["messages_key", "chat_template", "chat_turns", "seq_len"], "labelled": ["text_key", "label_key", "labels", "seq_len"]}
-    names += own.get(data.format, ["text_key", "append_eos"])
-    names += ["vocab_size"] if data.tokenizer == "train" else []
-    return {name: getattr(data, name) for name in names}
-
-
-def _is_prepared(path: Path, *, data: DataConfig, settings: dict[str, Any]) -> bool:
-    """Whether the folder is complete with these settings and from these files; raises UserError when it is complete with others."""
-    if not (path / "corpus.json").exists():
-        return False
-    record = read_json(path / "corpus.json", field="data.path")
-    if not folder.is_ours(record):
-        words, instead = "its corpus.json is not one that prepare wrote", "another data.path"
-        raise refusal("data.path", path, words, allowed="an empty or prepared folder", instead=instead)
-    found = record["settings"]
-    if record.get("format") == 1:
-        found = {name: value for name, value in found.items() if name != "pattern"}  # another default, and never read for stdlib
-    defaults = DataConfig()
-    for name in settings | found:  # an option that the folder does not know had its default
-        wanted, had = (some.get(name, getattr(defaults, name, None)) for some in (settings, found))
-        if wanted != had:
-            raise refusal(
-                f"data.{name}",
-                wanted,
-                f"{path} was prepared with {had}",
-                allowed="the settings it was prepared with",
-                instead="another data.path, or prepare.overwrite=true",
-            )
-    gone = _compare(path, data=data, before=record.get("sources"))
-    changed = _check_files(path, tokenizer_files=record.get("tokenizer_files"))
-    say(f"{path} is prepared already{gone}{changed} (prepare.overwrite=true writes it again)")
-    return True
-
-
-def _check_files(path: Path, *, tokenizer_files: Any) -> str:
-    """Refuse a folder that training would refuse (raises UserError); a note on a tokenizer that has changed since, which may be meant."""
-    try:
-        Corpus.open(path)
-    except UserError as error:
-        words = str(error).partition("\n")[0].partition("=")[2].removeprefix(f"{path}: ")
-        raise refusal("data.path", path, words, allowed="a folder as prepare left it", instead="prepare.overwrite=true, which writes it again") from error
-    changed = changed_files(path, written=tokenizer_files)
-    return f"; {', '.join(changed)}" if changed else ""
-
-
-def _compare(path: Path, *, data: DataConfig, before: Any) -> str:
-    """Refuse what was prepared from other files (raises UserError); a note where the files cannot be compared."""
-    if not isinstance(before, dict):  # an earlier version kept none of it
-        return ""
-    try:
-        listing = sources.listing(data)
-    except UserError:
-        return "; its source is not there any more, or cannot be read"
-    if changes := listing.changes(before):
-        instead = "prepare.overwrite=true to prepare it again, or another data.path"
-        raise refusal("data.source", data.source, f"{changes} since {path} was prepared", allowed="the files it was prepared from", instead=instead)
-    return ""
 
 
 def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: list[Piece], listing: Listing, settings: dict[str, Any]) -> None:
@@ -240,11 +181,10 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
     joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
     counts = Counts.of(made)
     if not joined["train"].tokens:
-        raise _no_targets(data) if NO_TARGET in counts.notes else _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data, counts=counts)
+        raise _nothing_to_train(data, counts=counts)
     sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
     rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.fitted and joined[split].tokens}
-    written = {file.name: digests.of(file) for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))}
-    made_tokenizer = {file.relative_to(partial).as_posix(): digests.of(file) for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()}
+    written = _digests(partial)
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
@@ -262,10 +202,25 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "fingerprint": identity.hexdigest(),
         "settings": settings,
         "sources": listing.record(),
-        "digests": written,
-        "tokenizer_files": made_tokenizer,
+        **written,
     }
     write_atomically(path / "corpus.json", json.dumps(record, indent=2) + "\n")
+
+
+def _digests(partial: Path) -> dict[str, dict[str, Any]]:
+    """The digest of each token file, and of each file of the tokenizer."""
+    tokens = [file for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))]
+    of_tokenizer = [file for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()]
+    return {
+        "digests": {file.name: digests.of(file) for file in tokens},
+        "tokenizer_files": {file.relative_to(partial).as_posix(): digests.of(file) for file in of_tokenizer},
+    }
+
+
+def _nothing_to_train(data: DataConfig, *, counts: Counts) -> UserError:
+    if NO_TARGET in counts.notes:
+        return _no_targets(data)
+    return _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data, counts=counts)
 
 
 def _no_targets(data: DataConfig) -> UserError:

@@ -19,8 +19,10 @@ from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.prepare import chat, labelled, template
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
-from hybridtrain.data.prepare.pieces import Counts, Encode, Piece, Recipe, documents
+from hybridtrain.data.prepare.documents import Counts, documents
+from hybridtrain.data.prepare.pieces import Encode, Piece
 from hybridtrain.data.prepare.progress import say
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically

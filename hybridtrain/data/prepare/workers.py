@@ -22,8 +22,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from hybridtrain.data.prepare.pieces import Encode, Piece, Recipe, write_piece
+from hybridtrain.data.prepare.pieces import Encode, Piece, write_piece
 from hybridtrain.data.prepare.progress import Meter
+from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import host
 

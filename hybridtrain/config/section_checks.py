@@ -1,0 +1,157 @@
+"""What each section is checked by alone (`RULES`), and forms of checks: `require`, `one_of`, `in_range`."""
+
+from __future__ import annotations
+
+import codecs
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hybridtrain.config import schema
+from hybridtrain.config.keys import NOT_YET, nearest_of
+from hybridtrain.errors import install, refusal
+
+BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
+
+
+def require(holds: bool, field: str, value: object, problem: str, *, allowed: str, instead: str) -> None:
+    """Refuse `value` of the option `field` unless the check `holds` (raises UserError)."""
+    if not holds:
+        raise refusal(field, value, problem, allowed=allowed, instead=instead)
+
+
+def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a kind that there is not, naming the nearest one (raises UserError)."""
+    require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={nearest_of(value, allowed)}")
+
+
+def in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:
+    """Refuse a number that is not finite, or for which the check `holds` does not (raises UserError)."""
+    require(math.isfinite(value) and holds(value), field, value, "out of range", allowed=allowed, instead=f"{field}={instead}")
+
+
+def _parallel(parallel: schema.ParallelConfig) -> None:
+    zero, instead = parallel.zero_stage, "parallel.zero_stage=1 with parallel.dp_shard > 1"
+    require(zero in (0, 1, 2, 3), "parallel.zero_stage", zero, "no such ZeRO stage", allowed="0, 1, 2, 3", instead=instead)
+
+
+def _optim(optim: schema.OptimConfig) -> None:
+    in_range("optim.lr", optim.lr, lambda lr: lr > 0, allowed="above 0", instead="3e-4")
+    in_range("optim.eps", optim.eps, lambda eps: eps > 0, allowed="above 0", instead="1e-8")
+    betas = optim.betas
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "optim.betas",
+        betas,
+        "not two decay rates",
+        allowed="two numbers of at least 0 and below 1",
+        instead="optim.betas=[0.9,0.95]",
+    )
+
+
+def _schedule(schedule: schema.ScheduleConfig) -> None:
+    require(
+        schedule.decay_steps == 0 or schedule.kind == "wsd",
+        "schedule.decay_steps",
+        schedule.decay_steps,
+        f"schedule.kind={schedule.kind} has no such phase",
+        allowed="0 unless schedule.kind is wsd",
+        instead="schedule=wsd",
+    )
+
+
+def _precision(precision: schema.PrecisionConfig) -> None:
+    in_range("precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0")
+    in_range("precision.init_scale", precision.init_scale, lambda scale: scale >= precision.min_scale, allowed="precision.min_scale or more", instead="65536")
+    in_range("precision.growth_factor", precision.growth_factor, lambda factor: factor > 1, allowed="above 1", instead="2.0")
+    in_range("precision.backoff_factor", precision.backoff_factor, lambda factor: 0 < factor < 1, allowed="above 0 and below 1", instead="0.5")
+
+
+def _model(model: schema.ModelConfig) -> None:
+    for key in model.config:
+        if NOT_YET.search(str(key)):
+            words = "low-rank adapters (LoRA, PEFT) are not supported yet"
+            raise refusal(
+                f"model.config.{key}", model.config[key], words, allowed="full training, or model.freeze", instead="model.freeze=['model.embed_tokens.*']"
+            )
+    if model.config and not model.from_pretrained and not model.config.get("model_type"):
+        raise refusal(
+            "model.config.model_type",
+            "(missing)",
+            "the fields belong to no architecture",
+            allowed="llama, mistral, qwen2, qwen3",
+            instead="model=nano, or model.config.model_type=llama",
+        )
+
+
+def _data(data: schema.DataConfig) -> None:
+    in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
+    _encoding(data.encoding)
+    for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):
+        require(bool(value), field, "''", "empty", allowed="a name", instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}")
+    if data.tokenizer == "train":
+        in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
+    _blend(data)
+    for field, given, nothing in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
+        words = f"data.kind={data.kind} takes its place"
+        require(data.kind == "prepared" or not given, field, given, words, allowed=nothing, instead=f"{field}={nothing}")
+
+
+def _encoding(name: str) -> None:
+    try:
+        known = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        known = False
+    require(
+        known, "data.encoding", name, "Python has no such text encoding", allowed="utf-8, latin-1, cp1251, koi8-r, utf-16, ...", instead="data.encoding=utf-8"
+    )
+
+
+def _blend(data: schema.DataConfig) -> None:
+    for path, weight in data.blend.items():
+        in_range(f"data.blend.{path}", weight, lambda share: share > 0, allowed="above 0", instead="0.5, or the blend without it")
+    require(
+        not (data.blend and data.path),
+        "data.path",
+        data.path,
+        "there is a data.blend too",
+        allowed="one of data.path and data.blend",
+        instead="data.path='' with the blend",
+    )
+
+
+def can_draw() -> bool:
+    """Whether the package that draws reports is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _report(report: schema.ReportConfig) -> None:
+    words = "the package matplotlib, which draws reports, is not installed here"
+    require(can_draw(), "report", "matplotlib", words, allowed="every other command without it", instead=install("report"))
+    words = "one run alone cannot be compared"
+    require(len(report.compare) != 1, "report.compare", report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
+
+
+def _generate(generate: schema.GenerateConfig) -> None:
+    in_range("generate.top_p", generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
+    words = "which of the two is meant is not clear"
+    require(
+        not (generate.prompts and generate.prompts_file), "generate.prompts", generate.prompts, words, allowed="one of prompts and prompts_file", instead="one"
+    )
+    words = "a system message belongs to a chat"
+    require(generate.chat or not generate.system, "generate.system", generate.system, words, allowed="with generate.chat=true", instead="generate.chat=true")
+    require(all(generate.stop), "generate.stop", generate.stop, "an empty text stops everything", allowed="texts of a character or more", instead="without ''")
+
+
+RULES: dict[str, Callable[[Any], None]] = {
+    "parallel": _parallel,
+    "optim": _optim,
+    "schedule": _schedule,
+    "precision": _precision,
+    "model": _model,
+    "data": _data,
+    "generate": _generate,
+    "report": _report,
+}
+"""Section -> what it is checked by alone."""

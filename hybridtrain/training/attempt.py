@@ -1,0 +1,153 @@
+"""One attempt of a run, on all ranks: from its checkpoint through the loop to the record of its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hybridtrain.checkpoint import tokenizer
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.config import compose
+from hybridtrain.data.loader import Loader, eval_batches
+from hybridtrain.errors import refusal
+from hybridtrain.models.build import save_config
+from hybridtrain.parallel.mesh import any_rank
+from hybridtrain.plan import flops
+from hybridtrain.run.directory import RunDir
+from hybridtrain.run.record import write_machine
+from hybridtrain.run.trackers import Trackers
+from hybridtrain.runtime import host, log
+from hybridtrain.runtime.files import unwritable, write_json
+from hybridtrain.runtime.stop import Stop
+from hybridtrain.runtime.watchdog import Watchdog
+from hybridtrain.tasks.task import Task
+from hybridtrain.training import builtin, callbacks, introduction, loop, metrics, outcome
+from hybridtrain.training.callbacks import Callback
+from hybridtrain.training.job import Job
+from hybridtrain.types import Batch, Progress
+
+
+def train(
+    job: Job,
+    *,
+    engine: Any,
+    run_dir: RunDir,
+    device: torch.device,
+    began: float,
+    stop: Stop,
+    watchdog: Watchdog,
+    done: loop.Done,
+    trackers: Trackers,
+    of_user: Sequence[Callback],
+) -> tuple[Progress, str]:
+    """Train to the end of the run or until `stop` asks for it (collective); where it stands then, its status."""
+    config = job.config
+    start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
+    hosts = host.gather(device)
+    if log.rank() == 0:
+        _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
+    loader = Loader(job.data, **_share(job, engine=engine), seed=config.run.seed)
+    meter = _meter(job, engine=engine, device=device, first_step=start.step)
+    run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
+    calls = callbacks.Callbacks(run, beat=watchdog.beat)
+    _add_callbacks(calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user)
+    with calls:
+        end = loop.train(
+            engine,
+            config=config,
+            loader=loader,
+            plan=job.plan,
+            start=start,
+            total_steps=job.total_steps,
+            callbacks=calls,
+            stop=stop,
+            watchdog=watchdog,
+            done=done,
+        )
+    trackers.finish(failed=False)
+    ended = end.step >= job.total_steps
+    status, why = ("finished", "reached the end") if ended else (stop.status, stop.reason)
+    if log.rank() == 0:
+        outcome.record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
+    return end, status
+
+
+def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
+    """What rank 0 writes and says before the first step."""
+    config = job.config
+    try:
+        save_config(engine.model_config, run_dir.model, model=config.model)
+        tokenizer.keep(config, run=run_dir.path, fingerprint=job.fingerprints["data"])
+        if config.engine.kind == "deepspeed":
+            write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
+    except OSError as error:
+        raise unwritable("run.dir", run_dir.path, error) from error
+    write_machine(run_dir.path, hosts)
+    run_dir.update_summary(tokens=start.tokens_seen)
+    trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
+    introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
+
+
+def _share(job: Job, *, engine: Any) -> dict[str, Any]:
+    """What decides which rows this rank reads, and how they become batches."""
+    return {
+        "plan": job.plan,
+        "dp_rank": engine.mesh.dp_rank,
+        "dp_size": job.layout.dp,
+        "vocab": job.facts.vocab,
+        "collate": engine.task.collate,
+    }
+
+
+def _meter(job: Job, *, engine: Any, device: torch.device, first_step: int) -> metrics.Meter:
+    return metrics.Meter(
+        first_step=first_step,
+        total_steps=job.total_steps,
+        plan=job.plan,
+        devices=job.layout.world_size,
+        flops_per_token=lambda length: flops.flops_per_token(job.facts, seq_len=length),
+        peak=metrics.peak_flops(device, dtype=engine.precision.compute),
+    )
+
+
+def _add_callbacks(
+    calls: callbacks.Callbacks,
+    job: Job,
+    *,
+    engine: Any,
+    run_dir: RunDir,
+    meter: metrics.Meter,
+    trackers: Trackers,
+    of_user: Sequence[Callback],
+) -> None:
+    """The callbacks of every run and those of the user, in this order."""
+    config, device = job.config, engine.device
+    if every := config.train.eval_every:
+        rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
+        steps = eval_batches(job.data, **_share(job, engine=engine), rows=rows, micro_batches_per_step=micro_batches)
+        steps = _with_targets(steps, job=job, task=engine.task)
+        calls.add(builtin.Evaluate(engine, every=every, steps=steps, meter=meter), of_user=False)
+    every = config.train.log_every
+    calls.add(builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device), of_user=False)
+    calls.add(*of_user, of_user=True)
+    if of_user and job.layout.world_size > 1:
+        calls.add(builtin.Meet(engine.mesh.all_ranks(name="callbacks")), of_user=False)
+    manager, fingerprints = Manager(run_dir.checkpoints, settings=config.checkpoint), job.fingerprints
+    saver = builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved)
+    calls.add(saver, of_user=False)
+    if config.run.profile and log.rank() in config.run.profile_ranks:
+        calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
+
+
+def _with_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> list[list[Batch]]:
+    """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
+    mine = any(bool(count) for batches in steps for batch in batches for count in task.counts(batch).values())
+    (there,) = any_rank([mine])
+    if not there:
+        problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
+        instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
+        raise refusal("train.eval_rows", job.config.train.eval_rows, problem, allowed="held-out rows with answers", instead=instead)
+    return steps

@@ -1,7 +1,7 @@
-"""Is every node fit? One process per node, before training:  python -m hybridtrain.submit.health RUN
+"""Health check of the nodes, one process per node, before training:  python -m hybridtrain.submit.health RUN
 
-Each node tells the first one what it has: GPUs, versions, its clock, whether it can write the run's directory. Then all add up a
-tensor. The first node names whoever did not come, or differs, in <run>/submit/bad_nodes.json, and all end with code 1.
+Each node reports to the first one: its GPUs, versions, clock, and whether it can write the run directory. Then all nodes
+all-reduce a tensor. The first node writes nodes that are missing or differ to <run>/submit/bad_nodes.json, and all exit with 1.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hybridtrain.runtime import failure, host, network
 from hybridtrain.runtime.files import write_atomically
 
 SKEW_S = 30.0
-"""Clocks that differ by more make a nonsense of deadlines and logs."""
+"""Clocks may differ by this much: deadlines and logs need about the same time on all nodes."""
 
 
-def own_facts(run: Path, *, gpus: int) -> dict[str, Any]:
-    """What this node has; `problem` says what is wrong by itself."""
+def local_facts(run: Path, *, gpus: int) -> dict[str, Any]:
+    """What this node reports; `problem` is what is wrong with it on its own, else empty."""
     facts: dict[str, Any] = {
         "node": failure.node(),
         "time": time.time(),
@@ -40,22 +40,22 @@ def own_facts(run: Path, *, gpus: int) -> dict[str, Any]:
     except OSError as error:
         facts["problem"] = f"cannot write {run}: {error}"
     if gpus and facts["gpus"] != gpus:
-        facts["problem"] = f"{facts['gpus']} GPUs in place of {gpus}"
+        facts["problem"] = f"{facts['gpus']} GPUs instead of {gpus}"
     return facts
 
 
-def compare(found: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, str]:
-    """Node -> what is wrong with it. `found`: facts by node number, with `heard`, when they arrived; nodes that are missing did not come."""
-    bad = {name: "it did not come" for number, name in enumerate(names) if number not in found}
-    first = found.get(0)
-    for number, facts in found.items():
+def compare(facts_of: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, str]:
+    """Node name -> what is wrong with it. `facts_of`: node number -> its report, and `received`, when it arrived (Unix time)."""
+    bad = {name: "it did not report in time" for number, name in enumerate(names) if number not in facts_of}
+    first = facts_of.get(0)
+    for number, facts in facts_of.items():
         differing = sorted(key for key, value in facts["versions"].items() if first and value != first["versions"].get(key))
-        skew = abs(facts["time"] - facts["heard"])
+        skew = abs(facts["time"] - facts["received"])
         if facts["problem"]:
             bad[names[number]] = facts["problem"]
         elif differing:
-            told = ", ".join(f"{key} {facts['versions'][key]} (the first node: {first['versions'].get(key)})" for key in differing)  # type: ignore[index]
-            bad[names[number]] = f"other versions: {told}"
+            versions = ", ".join(f"{key} {facts['versions'][key]} (the first node: {first['versions'].get(key)})" for key in differing)  # type: ignore[index]
+            bad[names[number]] = f"other versions: {versions}"
         elif skew > SKEW_S:
             bad[names[number]] = f"its clock is {skew:.0f} s off"
     return bad
@@ -64,12 +64,12 @@ def compare(found: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, 
 def main(run: Path) -> int:
     me, size, patience = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"]), float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120)
     timeout = timedelta(seconds=patience)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # training takes it after this: a port of its own would be the next job's
-    facts = own_facts(run, gpus=int(os.environ.get("HYBRIDTRAIN_GPUS") or 0))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # the port that training uses afterwards: another one could be the next job's
+    facts = local_facts(run, gpus=int(os.environ.get("HYBRIDTRAIN_GPUS") or 0))
     store = dist.TCPStore(address, port, is_master=me == 0, wait_for_workers=False, timeout=timeout)
     store.set(f"facts-{me}", json.dumps({**facts, "time": time.time()}))
     if me == 0:
-        bad = compare(_gathered(store, size=size, until=time.monotonic() + patience), names=_node_names(size))
+        bad = compare(_gather(store, size=size, until=time.monotonic() + patience), names=_node_names(size))
         if bad:
             write_atomically(run / "submit" / "bad_nodes.json", json.dumps(bad))
         store.set("verdict", json.dumps(bad))
@@ -78,33 +78,33 @@ def main(run: Path) -> int:
     if bad:
         if me == 0:
             print("; ".join(f"{node}: {why}" for node, why in bad.items()), flush=True)
-            time.sleep(2.0)  # the store lives here, and the others still read
+            time.sleep(2.0)  # this process holds the store, and the others still read from it
         return 1
-    return _added_up(store, me=me, size=size, timeout=timeout)
+    return _all_reduce(store, me=me, size=size, timeout=timeout)
 
 
-def _gathered(store: dist.TCPStore, *, size: int, until: float) -> dict[int, dict[str, Any]]:
-    """Facts by node number, of all that come in time."""
-    found: dict[int, dict[str, Any]] = {}
-    while len(found) < size and time.monotonic() < until:
-        for number in set(range(size)) - set(found):
+def _gather(store: dist.TCPStore, *, size: int, until: float) -> dict[int, dict[str, Any]]:
+    """Node number -> report, of all nodes that report in time."""
+    facts_of: dict[int, dict[str, Any]] = {}
+    while len(facts_of) < size and time.monotonic() < until:
+        for number in set(range(size)) - set(facts_of):
             if store.check([f"facts-{number}"]):
-                found[number] = {**json.loads(store.get(f"facts-{number}")), "heard": time.time()}
+                facts_of[number] = {**json.loads(store.get(f"facts-{number}")), "received": time.time()}
         time.sleep(0.05)
-    return found
+    return facts_of
 
 
 def _node_names(size: int) -> list[str]:
     """Nodes in Slurm's order."""
     import subprocess
 
-    done = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False)
-    names = done.stdout.split()
+    result = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False)
+    names = result.stdout.split()
     return names if len(names) == size else [f"node {number}" for number in range(size)]
 
 
-def _added_up(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta) -> int:
-    """A collective over the networks that training will use: gloo, and NCCL where there are GPUs."""
+def _all_reduce(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta) -> int:
+    """An all-reduce on the backends that training uses: gloo, and NCCL if there are GPUs. Returns the exit code."""
     gpu = torch.cuda.is_available()
     if size > 1:
         network.choose_card(os.environ["MASTER_ADDR"])

@@ -1,7 +1,8 @@
-"""What the job script does beside training, on the first node; the standard library and our checks, no torch.
+"""What the job script does before and after training, on the first node. No torch.
 
-python -m hybridtrain.submit.job open key=value ...          compose and check, unless `submit` has; prints the run directory, then words for training
-python -m hybridtrain.submit.job close RUN --code N --stopped WHY    the verdict: exit code 0 done, 75 requeue, else failed
+python -m hybridtrain.submit.job open key=value ...     compose and check the config, unless `submit` has done so;
+                                                        prints the run directory, then arguments for training
+python -m hybridtrain.submit.job close RUN --code N --stopped WHY     exit code 0: done, 75: requeue, else: failed
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hybridtrain.run import lock
 from hybridtrain.run.record import read_summary, record_lost
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import read_object, unwritable, write_json
-from hybridtrain.submit import lives, script, slurm
+from hybridtrain.submit import attempts, script, slurm
 
 REQUEUE_CODE = 75  # EX_TEMPFAIL
 RUN = "HYBRIDTRAIN_RUN"
@@ -26,19 +27,22 @@ PLUGINS = "HYBRIDTRAIN_PLUGINS"
 
 
 def open_job(argv: list[str]) -> int:
-    """Print the run directory of this job: the one that `submit` minted, or the one that these overrides resume or create; then run.plugins as an argument for training."""
-    try:
-        run, words = _given_run(), os.environ.get(PLUGINS, "")
-        if run is None:
-            from hybridtrain.submit import mint
+    """Print the run directory of this job, then run.plugins as an argument for training.
 
-            with contextlib.redirect_stdout(sys.stderr):  # what is printed below is read by the script; a user's module may print, too
-                run, plugins = mint.mint_from(argv)
+    The directory is the one that `submit` created, else the one that the overrides `argv` resume or create.
+    """
+    try:
+        run, words = _submitted_run(), os.environ.get(PLUGINS, "")
+        if run is None:
+            from hybridtrain.submit import create
+
+            with contextlib.redirect_stdout(sys.stderr):  # the script reads stdout, and a user's module may print, too
+                run, plugins = create.create_run_from_overrides(argv)
             words = script.plugins_word(plugins)
         if (holder := lock.holder_elsewhere(run)) is not None:
             raise lock.held(run, by=holder)
-        job, life = _this_life()
-        lives.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, life=life, nodes=os.environ["SLURM_JOB_NODELIST"])
+        job, restart = _this_attempt()
+        attempts.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"])
         if lost := entries.lost_attempt(run, holder=lock.read(run)):
             record_lost(run, lost=lost, step=read_summary(run).get("steps") or 0)
         set_summary(run, status="queued", exit_reason=None)
@@ -51,91 +55,93 @@ def open_job(argv: list[str]) -> int:
     return 0
 
 
-def _say(text: object) -> None:
-    """To the job's output, which may stand on a full disk: the verdict comes all the same."""
+def _print(text: object) -> None:
+    """Print to the job's output; a full disk must not change the exit code."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
-def _this_life() -> tuple[str, int]:
-    """The job, and how often Slurm has requeued it."""
+def _this_attempt() -> tuple[str, int]:
+    """Job id, and how often Slurm has requeued the job."""
     return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _given_run() -> Path | None:
-    """The minted run: of this job, or of this task of an array."""
+def _submitted_run() -> Path | None:
+    """The run directory that `submit` created for this job, or for this task of an array; None if it created none."""
     if listed := os.environ.get("HYBRIDTRAIN_RUNS"):
         try:
             return Path(os.fsdecode(Path(listed).read_bytes().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
         except (OSError, IndexError) as error:
             problem = f"it does not name the run of task {os.environ['SLURM_ARRAY_TASK_ID']} ({error})"
-            raise refusal("HYBRIDTRAIN_RUNS", listed, problem, allowed="the list that submit wrote", instead="hybridtrain submit once more") from error
+            raise refusal("HYBRIDTRAIN_RUNS", listed, problem, allowed="the list that submit wrote", instead="hybridtrain submit again") from error
     return Path(os.environ[RUN]) if os.environ.get(RUN) else None
 
 
 def close_job(run: Path, *, code: int, stopped: str) -> int:
-    """Say how this life ended, and whether there is another."""
+    """Record and print how this attempt ended; the exit code tells the script whether to requeue the job."""
     outcome = _outcome(run, code=code, stopped=stopped)
-    job, life = _this_life()
-    known, kept = lives.end(run, job=job, life=life, outcome=outcome)
+    job, restart = _this_attempt()
+    all_attempts, saved = attempts.end(run, job=job, restart=restart, outcome=outcome)
     most = int(os.environ.get("HYBRIDTRAIN_MAX_RESTARTS") or 3)
-    decision, why = lives.verdict(known, max_restarts=most)
-    if decision == lives.REQUEUE and not kept and life >= most:  # nothing counts failures any more
-        decision, why = lives.FAILED, f"lives.json cannot be written, and after {life} restarts (cluster.max_restarts={most}) nobody knows how often it failed"
-    _say(f"{outcome}: {why}")
-    if decision == lives.DONE:
+    decision, why = attempts.decide(all_attempts, max_restarts=most)
+    if decision == attempts.REQUEUE and not saved and restart >= most:  # failures cannot be counted
+        decision, limit = attempts.FAILED, f"cluster.max_restarts={most}"
+        why = f"lives.json cannot be written, and after {restart} restarts ({limit}) the number of failures is not known"
+    _print(f"{outcome}: {why}")
+    if decision == attempts.DONE:
         return 0
-    if decision == lives.REQUEUE:
+    if decision == attempts.REQUEUE:
         bad = _bad_nodes(run)
-        if bad and _replaced(run, without=bad, chain=known[-1].chain):
+        if bad and _resubmit(run, without=bad, chain=all_attempts[-1].chain):
             return code or 1
         return REQUEUE_CODE
     return code or 1
 
 
 def _outcome(run: Path, *, code: int, stopped: str) -> str:
-    """What became of this life; a failure is written where people look for it."""
+    """Outcome of this attempt, for `Attempt.outcome`. A failure is also written to first.txt and summary.json."""
     status = read_summary(run).get("status")
     if status == "finished" and code == 0:
         return "finished"
     if stopped == "cancelled" or status == "interrupted":
         if stopped == "cancelled":
-            _note(run, status="interrupted", reason="the job was cancelled")
+            _record_end(run, status="interrupted", reason="the job was cancelled")
         return "cancelled"
     if status == "preempted" or stopped == "signal":
         return "preempted"
     folder = _newest_failures(run)
     first = failure.conclude(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
     bad = _bad_nodes(run)
-    reason = str(first) if first else f"not fit: {', '.join(f'{node} ({why})' for node, why in bad.items())}" if bad else f"exit code {code}, no rank said why"
-    _say(f"first failure: {reason}\n{first.detail if first else ''}")
-    _note(run, status="failed", reason=reason)
+    unfit = ", ".join(f"{node} ({why})" for node, why in bad.items())
+    reason = str(first) if first else f"not fit: {unfit}" if bad else f"exit code {code}, no rank left a report"
+    _print(f"first failure: {reason}\n{first.detail if first else ''}")
+    _record_end(run, status="failed", reason=reason)
     return "failed"
 
 
-def _note(run: Path, *, status: str, reason: str) -> None:
-    """Record how the run ended. Not if another process trains in the directory, since this job was refused then."""
+def _record_end(run: Path, *, status: str, reason: str) -> None:
+    """Record in summary.json how the run ended, unless another process trains in the directory and this job was refused."""
     if (holder := lock.holder_elsewhere(run)) is not None:
-        _say(f"{run} is left as it is: {holder} trains there")
+        _print(f"{run} is not changed: {holder} trains there")
         return
     try:
         set_summary(run, status=status, exit_reason=reason)
-    except UserError as error:  # the verdict comes all the same
-        _say(error)
+    except UserError as error:  # a full disk must not change the exit code
+        _print(error)
 
 
 def _newest_failures(run: Path) -> Path | None:
-    """Reports of this life alone: a rank that never came so far leaves none."""
-    job, life = _this_life()
-    started = lives.began(run, job=job, life=life)
+    """Folder with the failure reports of this attempt; None if no rank left one."""
+    job, restart = _this_attempt()
+    started = attempts.started_at(run, job=job, restart=restart)
     folders = [path for path in (run / "failures").glob("life-*") if path.stat().st_mtime >= started]
     return max(folders, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _bad_nodes(run: Path) -> dict[str, str]:
-    """Nodes that the health check of this life refused, with the reason."""
-    file, (job, life) = run / "submit" / "bad_nodes.json", _this_life()
-    if not file.is_file() or file.stat().st_mtime < lives.began(run, job=job, life=life):
+    """Nodes that the health check of this attempt refused -> the reason."""
+    file, (job, restart) = run / "submit" / "bad_nodes.json", _this_attempt()
+    if not file.is_file() or file.stat().st_mtime < attempts.started_at(run, job=job, restart=restart):
         return {}
     try:
         return {str(node): str(why) for node, why in read_object(file, field="run.dir").items()}
@@ -143,8 +149,8 @@ def _bad_nodes(run: Path) -> dict[str, str]:
         return {}
 
 
-def _replaced(run: Path, *, without: dict[str, str], chain: str) -> bool:
-    """Submit the job anew without bad nodes (a running job cannot change its own); whether that worked."""
+def _resubmit(run: Path, *, without: dict[str, str], chain: str) -> bool:
+    """Submit a new job that excludes the bad nodes (a running job cannot change its nodes); returns whether it is queued."""
     script = run / "submit" / "job.sbatch"
     if not script.is_file() or os.environ.get("SLURM_ARRAY_TASK_ID"):
         return False
@@ -154,17 +160,17 @@ def _replaced(run: Path, *, without: dict[str, str], chain: str) -> bool:
     for name in [name for name in environment if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
         del environment[name]
     try:
-        new = slurm.queued(slurm.ask("sbatch", "--parsable", f"--exclude={exclude}", str(script), env=environment))
+        new = slurm.queued_id(slurm.ask("sbatch", "--parsable", f"--exclude={exclude}", str(script), env=environment))
         (run / "submit" / "job_id").write_text(new + "\n")
     except (UserError, OSError) as error:
-        _say(f"sbatch without {exclude}: {error}")
+        _print(f"sbatch without {exclude}: {error}")
         return False
-    _say(f"job {new} takes over, without {exclude}")
+    _print(f"job {new} takes over, without {exclude}")
     return True
 
 
 def set_summary(run: Path, **values: object) -> None:
-    """Change keys of summary.json while no rank 0 is there to do it. Raises UserError on a full disk."""
+    """Change keys of summary.json while no training process runs. Raises UserError on a full disk."""
     try:
         write_json(run / "summary.json", {**read_summary(run), **values})
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`hybridtrain runs` and `hybridtrain logs`: what runs there are, how they stand, and what one says."""
+"""`hybridtrain runs` and `hybridtrain logs`: a table of runs, and the log of one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.run import lock
 from hybridtrain.run.record import NO_REPORT, read_summary, require_run
 from hybridtrain.runtime.files import one_line, read_object
-from hybridtrain.submit import lives, slurm
+from hybridtrain.submit import attempts, slurm
 
 _MOST_BYTES = 1 << 20
-"""Of a log's end; its last lines are in it."""
+"""How much of a log's end is read to print its last lines."""
 
 _COLUMNS = ("run", "status", "step", "loss", "tokens/s", "checkpoint", "job", "state", "reason")
 _ENDED = ("finished", "failed", "preempted", "interrupted")
 
 
 def runs(config: RunsRoot) -> int:
-    """Print one line for each run directory, the newest last; one whose files cannot be read has a line that says which."""
+    """Print one line per run directory, the newest last; for an unreadable one the line names the damaged file."""
     folder = Path(config.runs.folder)
-    found = _by_age(folder.glob("*/summary.json"))
-    if not found:
+    summaries = _by_age(folder.glob("*/summary.json"))
+    if not summaries:
         raise refusal("runs.folder", folder, "there is no run in it", allowed="a folder of run directories", instead="runs.folder=FOLDER")
-    read = [_read(path.parent) for path in found]
-    states, trouble = _states([run.job for run in read if run.job])
-    table = [_COLUMNS, *(run.row(states) for run in read)]
+    rows = [_read(path.parent) for path in summaries]
+    states, trouble = _states([run.job for run in rows if run.job])
+    table = [_COLUMNS, *(run.row(states) for run in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
     lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
     print("\n".join(lines), flush=True)
@@ -43,7 +43,7 @@ def runs(config: RunsRoot) -> int:
 
 
 def _by_age(files: Iterable[Path]) -> list[Path]:
-    """Those that are still there, the newest last."""
+    """The files that still exist, the newest last."""
     aged = []
     for file in files:
         with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def _by_age(files: Iterable[Path]) -> list[Path]:
 
 
 def _states(jobs: list[str]) -> tuple[dict[str, str], str]:
-    """Job -> state, and why there are none."""
+    """(job id -> state, why states are missing or "")."""
     try:
         return slurm.states(jobs), ""
     except UserError as error:
@@ -61,7 +61,7 @@ def _states(jobs: list[str]) -> tuple[dict[str, str], str]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run directory as far as it could be read."""
+    """A row of the table, from as much of a run directory as could be read."""
 
     name: str
     job: str
@@ -76,17 +76,17 @@ class _Run:
 def _read(run: Path) -> _Run:
     try:
         if not (summary := read_summary(run)):
-            read_object(run / "summary.json", field="run.dir")  # raises what is wrong with it
+            read_object(run / "summary.json", field="run.dir")  # raises the reason
         if _is_lost(run, summary):
             summary = {**summary, "status": "failed", "exit_reason": NO_REPORT}
-        return _Run(one_line(run.name), lives.job_id(run), _cells(run, summary), _short(one_line(str(summary.get("exit_reason") or ""))))
+        return _Run(one_line(run.name), attempts.job_id(run), _cells(run, summary), _short(one_line(str(summary.get("exit_reason") or ""))))
     except UserError as error:
         problem = str(error).splitlines()[0].partition("=")[2].removeprefix(f"{run}/")
         return _Run(one_line(run.name), "", ("unreadable", "-", "-", "-", "-"), one_line(problem))
 
 
 def _is_lost(run: Path, summary: Mapping[str, Any]) -> bool:
-    """Whether the run says that it runs, and the process that holds its lock is dead."""
+    """Whether the status is running although the process that holds the run's lock is dead."""
     return summary.get("status") == "running" and lock.alive(run) is False
 
 
@@ -101,24 +101,24 @@ def _cells(run: Path, summary: Mapping[str, Any]) -> tuple[str, ...]:
         f"{summary.get('steps') or 0}/{summary.get('total_steps') or '?'}",
         f"{loss:.4f}" if loss is not None else "-",
         f"{speed:.0f}" if speed is not None else "-",
-        str(lives.newest_step(run) or "-"),
+        str(attempts.newest_step(run) or "-"),
     )
 
 
 def logs(config: LogsRoot) -> int:
-    """Print the end of what rank 0 says, and what it says from now on until the run has ended."""
+    """Print the last lines of the log of rank 0 and, with logs.follow, new lines until the run has ended."""
     run = Path(config.run.dir)
     require_run(run, command="logs")
     file = _newest_log(run)
     if file is None:
         raise refusal("run.dir", run, "nothing has been logged there", allowed="the folder of a run that has begun", instead="hybridtrain runs")
-    seen = _end_of(file, lines=config.logs.lines)
+    position = _end_of(file, lines=config.logs.lines)
     while config.logs.follow:
         ended = _has_ended(run)
-        seen = _more(file, seen)
+        position = _more(file, position)
         newer = _newest_log(run)
         if newer not in (None, file):
-            file, seen = newer, _more(newer, 0)  # type: ignore[assignment, arg-type]
+            file, position = newer, _more(newer, 0)  # type: ignore[assignment, arg-type]
         elif ended:
             break
         time.sleep(0.5)
@@ -126,7 +126,7 @@ def logs(config: LogsRoot) -> int:
 
 
 def _end_of(file: Path, *, lines: int) -> int:
-    """Print the last lines of a file, or that it has none; its size."""
+    """Print the last lines of a file, or that it is empty; returns its size in bytes."""
     try:
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -139,23 +139,23 @@ def _end_of(file: Path, *, lines: int) -> int:
 
 
 def _newest_log(run: Path) -> Path | None:
-    """For a job the log of its first node, which also has launch errors; else the log of rank 0."""
+    """For a job the newest log of its first node, which also has launch errors; else the log of rank 0."""
     nodes = _by_age(run.glob("logs/job-*/life-*/node-0.log"))
     own = run / "logs" / "rank-0.log"
     return nodes[-1] if nodes else own if own.is_file() else None
 
 
-def _more(file: Path, seen: int) -> int:
-    """Print the file from byte `seen` on, and return its new size. A truncated or new file is printed from its beginning."""
+def _more(file: Path, position: int) -> int:
+    """Print the file from byte `position` on; returns its new size. A truncated or new file is printed from the start."""
     try:
         with file.open("rb") as stream:
-            seen = seen if seen <= stream.seek(0, os.SEEK_END) else 0
-            stream.seek(seen)
+            position = position if position <= stream.seek(0, os.SEEK_END) else 0
+            stream.seek(position)
             new = stream.read()
     except OSError:
         return 0
     print(new.decode(errors="replace"), end="", flush=True)
-    return seen + len(new)
+    return position + len(new)
 
 
 def _has_ended(run: Path) -> bool:
@@ -166,9 +166,9 @@ def _has_ended(run: Path) -> bool:
 
 
 def _is_over(run: Path) -> bool:
-    """Whether no other life follows the newest one of a job that was stopped."""
+    """Whether no attempt follows the newest one of a preempted run."""
     try:
-        known = lives.read(run)
+        all_attempts = attempts.read(run)
     except UserError:
         return True
-    return bool(known) and known[-1].outcome == "cancelled"
+    return bool(all_attempts) and all_attempts[-1].outcome == "cancelled"

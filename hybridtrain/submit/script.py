@@ -1,7 +1,7 @@
-"""The job script: slurm/train.sbatch with a head of its own. Pure: text in, text out.
+"""The job script: slurm/train.sbatch with generated #SBATCH lines and exports at the top. Pure: text in, text out.
 
-What the user writes stands in two places: in #SBATCH lines, where only harmless characters are let through, because sbatch reads
-quotes in its own way; and in exported variables, quoted for the shell. The training options are in the frozen configuration.
+The user's values occur in two places: in #SBATCH lines, which allow only harmless characters because sbatch has its own
+quoting rules; and in exported variables, quoted for the shell. Training options are in the run's submitted.yaml.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from hybridtrain.errors import refusal
 _HARMLESS = re.compile(r"[\w@%+=:,./\[\]()|&*^~-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
-_OURS = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
+_RESERVED = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)\s*\}")
 _BEGIN = "# --- job ---\n"
 RUNS = "runs.txt"
-"""Beside the script of an array: its run directories, one a line."""
+"""File beside the script of an array: its run directories, one per line."""
 
 
 def plugins_word(plugins: list[str]) -> str:
-    """run.plugins as a word of a command line, which gives the permission that no file of a run can; empty without any."""
+    """run.plugins as a command-line argument, since a file of a run must not import code; empty without plugins."""
     return f"run.plugins=[{','.join(getattr(name, 'source', name) for name in plugins)}]" if plugins else ""
 
 
 def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> str:
-    """The script that `sbatch` takes. `folder`: where its output goes; `runs`: run directories, several make an array."""
+    """The script for `sbatch`. `folder`: of Slurm's output; `runs`: run directories, several make an array."""
     options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
     body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
@@ -46,23 +46,23 @@ def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, p
 
 
 def _word(key: str, value: str) -> str:
-    """A value as the shell takes it. One that comes from a variable of the user's environment, which Slurm hands on, stays that variable."""
+    """A value quoted for the shell. `${oc.env:NAME}` becomes `$NAME`, since Slurm passes the user's environment to the job."""
     if not isinstance(value, Interpolated):
         return shlex.quote(value)
-    found = _FROM_ENVIRONMENT.fullmatch(value.source)
-    if found is None:
+    variable = _FROM_ENVIRONMENT.fullmatch(value.source)
+    if variable is None:
         raise refusal(
             f"cluster.environment.{key}",
             value,
-            "its value comes from the environment, which may be a secret, and would stand in the job's script",
+            "its value comes from the environment, may be a secret, and would be written into the job script",
             allowed="text, or one variable: ${oc.env:NAME}",
             instead=f"cluster.environment={{{key}: '${{oc.env:NAME}}'}}",
         )
-    return f'"${{{found[1]}:?{found[1]} is not set in the environment of the job}}"'
+    return f'"${{{variable[1]}:?{variable[1]} is not set in the environment of the job}}"'
 
 
 def _check_letters(field: str, value: str) -> None:
-    """Refuse lone surrogates, which cannot be written to a file; those that stand for the bytes of a non-Unicode path are allowed."""
+    """Refuse lone surrogates, which no file can hold; those that represent bytes of a non-Unicode path are allowed."""
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -70,13 +70,13 @@ def _check_letters(field: str, value: str) -> None:
         raise refusal(field, shown, "it has half a letter in it (a lone surrogate)", allowed="Unicode text", instead="the text typed anew") from error
 
 
-def encoded(text: str) -> bytes:
-    """The script as bytes, with the original bytes of non-Unicode paths. `render` has refused text that cannot be written."""
+def encode(text: str) -> bytes:
+    """The script as bytes, with the original bytes of non-Unicode paths (`render` has refused what cannot be encoded)."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def listed(runs: list[Path]) -> bytes:
-    """What stands in RUNS."""
+def run_list(runs: list[Path]) -> bytes:
+    """Content of the file RUNS."""
     return b"".join(os.fsencode(path) + b"\n" for path in runs)
 
 
@@ -86,7 +86,7 @@ def ranks_per_node(cluster: ClusterConfig) -> int:
 
 
 def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, stop_signal: str, runs: list[Path]) -> dict[str, str]:
-    """Options of sbatch, checked."""
+    """sbatch options without their dashes: name -> value. Raises UserError for one that is not allowed."""
     array = len(runs) > 1
     at_once = f"%{cluster.array_at_once}" if cluster.array_at_once else ""
     given = {
@@ -113,15 +113,15 @@ def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path,
         **({"array": f"0-{len(runs) - 1}{at_once}"} if array else {}),
     }
     for key, value in cluster.sbatch.items():
-        if not _OPTION.fullmatch(key) or key in _OURS or key in options:
+        if not _OPTION.fullmatch(key) or key in _RESERVED or key in options:
             raise refusal(
-                f"cluster.sbatch.{key}", value, "not an option for here", allowed="long options of sbatch that no other field sets", instead="its field"
+                f"cluster.sbatch.{key}", value, "not an option for here", allowed="long options of sbatch that no other option sets", instead="that option"
             )
         options[key] = str(value or "")
     for key, value in options.items():
         if not _HARMLESS.fullmatch(value):
             field = {"chdir": "(working directory)", "output": "run.dir"}.get(key, f"cluster.{key.replace('-', '_')}")
-            raise refusal(field, value, "sbatch would not take it as it stands", allowed="letters, digits and @%+=:,./[]()|&*^~-", instead="another name")
+            raise refusal(field, value, "it has characters that sbatch would change", allowed="letters, digits and @%+=:,./[]()|&*^~-", instead="another name")
     return options
 
 

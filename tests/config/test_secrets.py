@@ -15,7 +15,7 @@ import pytest
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.submit import mint, script
+from hybridtrain.submit import create, script
 from tests.runs import arguments
 
 SECRET = "s3cr3t-Value-47110815"
@@ -130,7 +130,7 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
 def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", SECRET)
     config = compose.compose("submit", ["run.name='${oc.env:A_SECRET}'", "cluster.environment={WANDB_API_KEY: '${oc.env:A_SECRET}'}"])
-    mint.freeze(schema.Config(run=config.run), tmp_path / "run")
+    create.write_config(schema.Config(run=config.run), tmp_path / "run")
     assert SECRET not in (tmp_path / "run/submit/conf/experiment/submitted.yaml").read_text()
     said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "plugins": [], "runs": [tmp_path / "run"]}
     text = script.render(config.cluster, **said)
@@ -138,7 +138,7 @@ def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch:
     head = text.partition("# --- job ---")[0] + 'printf %s "$WANDB_API_KEY"'
     assert subprocess.run(["bash"], input=head, env={"A_SECRET": SECRET}, capture_output=True, text=True, check=True).stdout == SECRET
     mixed = compose.Interpolated(f"x-{SECRET}", "x-${oc.env:A_SECRET}")
-    with pytest.raises(UserError, match=r"would stand in the job's script") as refused:
+    with pytest.raises(UserError, match=r"would be written into the job script") as refused:
         script.render(ClusterConfig(environment={"KEY": mixed}), **said)
     assert SECRET not in str(refused.value)
 

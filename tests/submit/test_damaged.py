@@ -18,7 +18,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.errors import UserError
-from hybridtrain.submit import _folder, _queued, job, listing, lives, mint, script, slurm
+from hybridtrain.submit import _folder, _queue, attempts, create, job, listing, script, slurm
 from tests.report.test_damaged import largest_file
 from tests.runs import arguments
 
@@ -79,7 +79,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch, run: Path, *, restarts: int) -> No
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff", b"{}", b'[{"of": "another version"}]', b"[" * 200_000, b"[null]"])
-def test_a_job_goes_on_without_a_list_of_lives_that_can_be_read(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_goes_on_without_a_list_of_attempts_that_can_be_read(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder(tmp_path / "run", status="preempted")
     in_a_job(monkeypatch, run, restarts=0)
     file = run / "submit/lives.json"
@@ -92,12 +92,12 @@ def test_a_job_goes_on_without_a_list_of_lives_that_can_be_read(content: bytes |
         file.write_bytes(content)
         assert [path.read_bytes() for path in run.glob("submit/lives.unreadable-*.json")] == [content]
     assert job.close_job(run, code=0, stopped="signal") == job.REQUEUE_CODE
-    [life] = lives.read(run)
-    assert (life.job, life.chain, life.outcome) == ("9", "9", "preempted")
+    [attempt] = attempts.read(run)
+    assert (attempt.job, attempt.chain, attempt.outcome) == ("9", "9", "preempted")
 
 
 @pytest.mark.parametrize(("restarts", "code"), [(0, job.REQUEUE_CODE), (3, 1)])
-def test_a_full_disk_costs_the_count_of_lives_not_the_verdict(restarts: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_the_count_of_attempts_not_the_verdict(restarts: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder(tmp_path / "run", status="running")
     in_a_job(monkeypatch, run, restarts=restarts)
     with largest_file(0):
@@ -229,9 +229,9 @@ def test_a_disk_without_space_is_refused_while_submitting(tmp_path: Path, monkey
     config = schema.Config()
     config.run.dir = str(tmp_path / "run")
     with largest_file(0), pytest.raises(UserError, match="larger than is allowed"):
-        mint.freeze(config, tmp_path / "run")
+        create.write_config(config, tmp_path / "run")
     with largest_file(0), pytest.raises(UserError, match="larger than is allowed"):
-        _queued("text", folder=tmp_path / "run/submit", runs=[tmp_path / "run"])
+        _queue("text", folder=tmp_path / "run/submit", runs=[tmp_path / "run"])
 
 
 def test_half_letters_are_refused_and_other_bytes_kept(tmp_path: Path) -> None:
@@ -267,9 +267,9 @@ def test_an_empty_log_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_logs_end_when_a_job_was_cancelled(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", status="preempted")
-    lives.write(run, [lives.Life("7", "7", 0, "n1", 1.0, 0)])
+    attempts.write(run, [attempts.Attempt("7", "7", 0, "n1", 1.0, 0)])
     assert not listing._has_ended(run), "it may be requeued"
-    lives.write(run, [lives.Life("7", "7", 0, "n1", 1.0, 0, ended=2.0, outcome="cancelled")])
+    attempts.write(run, [attempts.Attempt("7", "7", 0, "n1", 1.0, 0, ended=2.0, outcome="cancelled")])
     assert listing._has_ended(run)
 
 

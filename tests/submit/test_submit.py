@@ -16,16 +16,16 @@ from hybridtrain.cli import commands
 from hybridtrain.config.schema import ClusterConfig
 from hybridtrain.errors import UserError
 from hybridtrain.runtime import failure
-from hybridtrain.submit import health, lives, script, slurm
-from hybridtrain.submit.lives import DONE, FAILED, REQUEUE, Life
+from hybridtrain.submit import attempts, health, script, slurm
+from hybridtrain.submit.attempts import DONE, FAILED, REQUEUE, Attempt
 from tests.runs import arguments, corpus, finished
 
 
-def chain(*ends: tuple[str, int]) -> list[Life]:
-    """Lives of one chain: (outcome, newest checkpoint at the end)."""
+def chain(*ends: tuple[str, int]) -> list[Attempt]:
+    """Attempts of one chain: (outcome, newest checkpoint at the end)."""
     found, before = [], 0
     for number, (outcome, step) in enumerate(ends):
-        found.append(Life("7", "7", number, "n[1-2]", 0.0, before, ended=1.0, step_after=step, outcome=outcome))
+        found.append(Attempt("7", "7", number, "n[1-2]", 0.0, before, ended=1.0, step_after=step, outcome=outcome))
         before = step
     return found
 
@@ -50,13 +50,13 @@ def chain(*ends: tuple[str, int]) -> list[Life]:
     ],
 )
 def test_the_verdict(ends, decision):
-    assert lives.verdict(chain(*ends), max_restarts=3)[0] == decision
+    assert attempts.decide(chain(*ends), max_restarts=3)[0] == decision
 
 
 def test_a_new_chain_has_a_budget_of_its_own():
     before = chain(("failed", 0), ("failed", 0))
-    again = Life("9", "9", 0, "n1", 2.0, 0, ended=3.0, step_after=0, outcome="failed")
-    assert lives.verdict([*before, again], max_restarts=3)[0] == REQUEUE
+    again = Attempt("9", "9", 0, "n1", 2.0, 0, ended=3.0, step_after=0, outcome="failed")
+    assert attempts.decide([*before, again], max_restarts=3)[0] == REQUEUE
 
 
 def rendered(tmp_path: Path, *, runs: int = 1, **options: object) -> str:
@@ -125,17 +125,17 @@ def test_what_could_break_out_is_refused(options, tmp_path):
 
 
 def facts(**changed: object) -> dict[str, object]:
-    return {"versions": {"torch": "2.13.0"}, "time": 100.0, "heard": 100.2, "problem": "", **changed}
+    return {"versions": {"torch": "2.13.0"}, "time": 100.0, "received": 100.2, "problem": "", **changed}
 
 
 def test_the_health_check_names_the_node():
     names = ["n1", "n2", "n3"]
     assert health.compare({0: facts(), 1: facts(), 2: facts()}, names=names) == {}
-    assert health.compare({0: facts(), 2: facts()}, names=names) == {"n2": "it did not come"}
+    assert health.compare({0: facts(), 2: facts()}, names=names) == {"n2": "it did not report in time"}
     [(node, why)] = health.compare({0: facts(), 1: facts(versions={"torch": "2.11.0"}), 2: facts()}, names=names).items()
     assert (node, "torch 2.11.0 (the first node: 2.13.0)" in why) == ("n2", True)
     assert "clock" in health.compare({0: facts(), 1: facts(), 2: facts(time=40.0)}, names=names)["n3"]
-    assert health.compare({0: facts(problem="7 GPUs in place of 8"), 1: facts(), 2: facts()}, names=names) == {"n1": "7 GPUs in place of 8"}
+    assert health.compare({0: facts(problem="7 GPUs instead of 8"), 1: facts(), 2: facts()}, names=names) == {"n1": "7 GPUs instead of 8"}
 
 
 def free_beside_a_taken_one() -> tuple[int, socket.socket]:

@@ -1,6 +1,6 @@
-"""Creates the run directory that a job starts from, with the resolved configuration in it.
+"""Creates the run directory of a job, with the resolved configuration in it.
 
-runs/<name>/submit/conf/experiment/submitted.yaml    used by `--config-dir <run>/submit/conf experiment=submitted`
+runs/<name>/submit/conf/experiment/submitted.yaml    read by `--config-dir <run>/submit/conf experiment=submitted`
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from hybridtrain.runtime import host
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.training import job as jobs
 
-_FROZEN = "# @package _global_\n# What this run was submitted with.\n"
+_HEADER = "# @package _global_\n# What this run was submitted with.\n"
 
 
-def mint_from(argv: list[str]) -> tuple[Path, list[str]]:
-    """Create or reuse the run directory for these overrides, after checking them against the number of processes; returns it and the modules of run.plugins."""
+def create_run_from_overrides(argv: list[str]) -> tuple[Path, list[str]]:
+    """Check the overrides `argv` for HYBRIDTRAIN_WORLD processes, then create or reuse the run directory.
+
+    Returns the directory and the modules of run.plugins. Raises UserError.
+    """
     config = training(argv)
     checks.check(config)
-    job = checked(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
-    return mint(job.config).path, config.run.plugins
+    job = resolve_job(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
+    return create_run(job.config).path, config.run.plugins
 
 
-def mint(config: schema.Config) -> RunDir:
-    """Open the run directory of a checked config (raises UserError). An existing run is continued."""
+def create_run(config: schema.Config) -> RunDir:
+    """The run directory of a checked config, created or, for an existing run, reused. Raises UserError."""
     entry = entries.enter(config)
     try:
         checkpoint = Manager(entry.path / "checkpoints", settings=config.checkpoint).latest() if entry.before else None
@@ -43,14 +46,17 @@ def mint(config: schema.Config) -> RunDir:
         if run.lost:
             record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")
-        freeze(config, run.path)
+        write_config(config, run.path)
     finally:
         entry.leave()
     return run
 
 
-def checked(config: schema.Config, *, world_size: int) -> jobs.Job:
-    """Everything that can be refused before processes start: layout, model, data, schedule, and a folder that can be written."""
+def resolve_job(config: schema.Config, *, world_size: int) -> jobs.Job:
+    """Check all that can be checked before processes start: layout, model, data, schedule, and that run.dir is writable.
+
+    Raises UserError.
+    """
     job = jobs.resolve(config, world_size=world_size, here=False, data=None, task=None)
     folder = Path(config.run.dir).resolve()
     while not folder.exists():
@@ -60,12 +66,15 @@ def checked(config: schema.Config, *, world_size: int) -> jobs.Job:
     return job
 
 
-def freeze(config: schema.Config, run: Path) -> None:
-    """Write the configuration that the job's processes compose, whatever becomes of conf/ meanwhile. What imports code stands in the job's script."""
-    frozen = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[]))
+def write_config(config: schema.Config, run: Path) -> None:
+    """Write the configuration that the job's processes will compose, so that later changes in conf/ do not matter.
+
+    Without run.plugins: the job script passes it on the command line, since a file of a run must not import code.
+    """
+    submitted = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[]))
     folder = run / "submit" / "conf" / "experiment"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "submitted.yaml", _FROZEN + to_yaml(frozen))
+        write_atomically(folder / "submitted.yaml", _HEADER + to_yaml(submitted))
     except OSError as error:
         raise unwritable("run.dir", folder, error) from error

@@ -1,19 +1,19 @@
-"""Whether a run may be submitted: nobody has queued it, nobody trains it, and it has steps left."""
+"""Whether a run may be submitted: no other job has it, no process trains it, and it has steps left."""
 
 from __future__ import annotations
 
 from hybridtrain.errors import refusal
 from hybridtrain.run import identity, lock
-from hybridtrain.submit import lives, slurm
+from hybridtrain.submit import attempts, slurm
 from hybridtrain.training import resume
 from hybridtrain.training.job import Job
 
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
-"""States of a job that Slurm will not run again by itself."""
+"""Job states after which Slurm does not run the job again by itself."""
 
 
 def check(job: Job) -> identity.Choice:
-    """The directory of a run; one that another job has, that trains now, or that is at its end is refused (UserError). Reads only."""
+    """The directory of a run. Raises UserError if another job has it, a process trains there, or it is finished. Reads only."""
     choice = identity.choose(job.config)
     if choice.before is not None:
         steps = resume.finished_steps(choice.path)
@@ -21,7 +21,7 @@ def check(job: Job) -> identity.Choice:
             problem = f"the run is finished, {steps} of {job.total_steps} steps are done"
             instead = f"train.steps={2 * steps} to go on, or another run.dir (run.name=NAME)"
             raise refusal("run.dir", choice.path, problem, allowed="a run with steps left", instead=instead)
-        number = lives.job_id(choice.path)
+        number = attempts.job_id(choice.path)
         state = slurm.states([number]).get(number, "") if number else ""
         if state and state not in _ENDED:
             problem = f"job {number} has this run already, and is {state}"

@@ -7,15 +7,15 @@ class UserError(ValueError):
     """Something the user can put right. Printed once, by rank 0, without a traceback."""
 
 
-class OnThisRank(UserError):
+class LocalError(UserError):
     """A mistake that this rank alone can know of, and so prints whatever its number."""
 
 
-class PerhapsOnThisRank(UserError):
+class PossiblyLocalError(UserError):
     """A mistake that each rank finds for itself, where others may not: said again by those that nobody has ended after rank 0 has spoken."""
 
 
-class Answered(Exception):
+class ReportedElsewhere(Exception):
     """Another rank has said why the run ends: this one leaves without words, with the exit code `code`."""
 
     def __init__(self, code: int):

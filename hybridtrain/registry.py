@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hybridtrain.errors import PerhapsOnThisRank, UserError, refusal
+from hybridtrain.errors import PossiblyLocalError, UserError, refusal
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -95,7 +95,7 @@ def load(modules: Sequence[str]) -> None:
             try:
                 _load(name)
             except UserError as error:
-                raise PerhapsOnThisRank(str(error)) from error
+                raise PossiblyLocalError(str(error)) from error
             _loaded.add(name)
 
 

@@ -68,7 +68,7 @@ class Ended:
 def on_this_rank(argv: list[str]) -> Ended:
     """`hybridtrain train` in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        launch.SPEAK_FIRST_S = launch.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
+        launch.RANK_0_FIRST_S = launch.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
         code = commands.run_command("train", argv)
     return Ended(code, out.getvalue(), err.getvalue())
 

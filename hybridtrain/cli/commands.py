@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain.errors import Answered, OnThisRank, PerhapsOnThisRank, UserError, install, refusal
+from hybridtrain.errors import LocalError, PossiblyLocalError, ReportedElsewhere, UserError, install, refusal
 from hybridtrain.runtime import launch, log, spawn
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def run_command(command: str, argv: list[str]) -> int:
         module, function, _ = COMMANDS[command]
         return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
-        known_everywhere = not running and not isinstance(error, PerhapsOnThisRank)
-        return _answer(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, OnThisRank))
+        known_everywhere = not running and not isinstance(error, PossiblyLocalError)
+        return _answer(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, LocalError))
     except BrokenPipeError:
         if command not in LISTS:
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more (`| head`); what is left in the buffer goes nowhere
         return 0
-    except Answered as answered:
+    except ReportedElsewhere as reported:
         time.sleep(launch.AFTER_RANK_0_S)
-        return answered.code
+        return reported.code
     except KeyboardInterrupt:
         if log.rank() == 0:
             print(f"hybridtrain {command}: interrupted", file=sys.stderr, flush=True)
@@ -130,12 +130,12 @@ def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root
 
 def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
     """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
-    launch.tell_launcher(text)
+    launch.report_to_launcher(text)
     if log.rank() == 0:
         print(text, file=sys.stderr, flush=True)
         return 2
     if not at_once:
-        time.sleep(launch.SPEAK_FIRST_S)
+        time.sleep(launch.RANK_0_FIRST_S)
     if at_once or not known_everywhere:
         print(f"[rank {log.rank()}] {text}", file=sys.stderr, flush=True)
     return 2
@@ -191,7 +191,7 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
             raise refusal("--nproc", value, f"{command} runs in one process", allowed=f"--nproc with {', '.join(SEVERAL)}", instead=f"hybridtrain {command}")
         if value != "auto" and not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65536):
             raise refusal("--nproc", value or "(nothing)", "not a number of processes", allowed=allowed, instead="--nproc 2")
-        if launch.several():
+        if launch.is_launched():
             problem = f"this is rank {log.rank()} of a launcher already"
             raise refusal("--nproc", value, problem, allowed="one launcher", instead="either --nproc, or torchrun and its like")
         if any(flag in rest for flag in ("-m", "--multirun")):
@@ -249,7 +249,7 @@ def _multirun(command: str, argv: list[str]) -> int:
         for number, job in enumerate(jobs):
             print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
             words = [sys.executable, "-m", "hybridtrain.cli", command, *flags, *job]
-            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.ENTERED: str(told)}).returncode)
+            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.RUN_DIR_FILE: str(told)}).returncode)
             runs += [told.read_text()] if told.exists() else []
             told.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):

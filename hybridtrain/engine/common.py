@@ -19,9 +19,9 @@ def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Fl
     total = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in task.weights])
     if mesh.coordinates["pp"] or mesh.coordinates["tp"]:
         total = torch.zeros_like(total)  # these ranks see the same rows; one of them counts
-    sums = flags.beside(total)
+    sums = flags.append_to(total)
     mesh.sum(sums, over="world")
-    flags.sent(sums)
+    flags.copy_to_host(sums)
     return sums[: len(total)]
 
 

@@ -23,7 +23,7 @@ from hybridtrain.checkpoint import marker, sealed
 from hybridtrain.checkpoint.sealed import ORIGIN
 from hybridtrain.errors import refusal
 from hybridtrain.models import tokens
-from hybridtrain.runtime.files import check_apart, discard, discard_folder, is_aside, is_inside, read_object, recorded, write_json
+from hybridtrain.runtime.files import check_outside_checkpoints, discard, discard_folder, is_inside, is_temporary, read_object, read_record, write_json
 
 FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"
@@ -33,7 +33,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def check(out: Path) -> None:
     """Refuse a place that holds something else, or that will be removed (raises UserError)."""
-    check_apart(out, field=FIELD)
+    check_outside_checkpoints(out, field=FIELD)
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
         raise refusal(
@@ -52,7 +52,7 @@ def is_export(folder: Path) -> bool:
 
 def ours(folder: Path) -> set[str]:
     """Names in `folder` that an export wrote. Earlier releases kept no list: their files are known by name, shards by their index."""
-    listed = recorded(folder, record=ORIGIN)
+    listed = read_record(folder, record=ORIGIN)
     if listed:
         return listed | {ORIGIN}
     shards: set[str] = set()
@@ -114,7 +114,7 @@ def _locked(partial: Path, *, out: Path) -> int:
 def _clear(partial: Path, *, out: Path) -> None:
     """Remove what a crash left in `partial`, if an export wrote it."""
     paths = list(partial.iterdir())
-    strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or is_aside(path.name, of=ORIGIN))]
+    strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or is_temporary(path.name, of=ORIGIN))]
     if strange and not (partial / ORIGIN).is_file():
         words = f"{partial} holds {strange[0]}, which no export wrote"
         raise refusal(FIELD, out, words, allowed=f"a place without a {partial.name} beside it", instead="move it away, or export.out=FOLDER")
@@ -178,7 +178,7 @@ def _free(path: Path) -> bool:
 def _fill(real: Path, *, partial: Path) -> None:
     """Replace our files one by one; the record goes first, so that whatever is there of them is known as ours."""
     before = ours(real) if is_export(real) else set()
-    names = recorded(partial, record=ORIGIN)
+    names = read_record(partial, record=ORIGIN)
     write_json(real / ORIGIN, {**read_object(partial / ORIGIN, field=FIELD), "files": sorted(before | names)})
     for name in sorted(names - {ORIGIN}):
         if (real / name).is_dir():

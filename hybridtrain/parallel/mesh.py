@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from hybridtrain.errors import Answered, UserError
+from hybridtrain.errors import ReportedElsewhere, UserError
 from hybridtrain.plan.layout import AXES, ParallelLayout
-from hybridtrain.runtime import launch, log, meeting, network
+from hybridtrain.runtime import launch, log, network, rendezvous
 
 PRODUCTS = {
     "data": ("dp_replicate", "dp_shard"),
@@ -45,7 +45,7 @@ def device() -> torch.device:
 def connect(device: torch.device, *, timeout_s: int) -> None:
     """Join the process group that the launcher describes, or make one of a single process. CPU collectives always work.
 
-    Raises UserError for processes that cannot meet or whose network does not carry a sum, Answered on ranks that have nothing to add.
+    Raises UserError for processes that cannot meet or whose network does not carry a sum, ReportedElsewhere on ranks that have nothing to add.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -58,12 +58,12 @@ def connect(device: torch.device, *, timeout_s: int) -> None:
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device  # NCCL connects once, now, and splits that communicator into those of the mesh
-    if not launch.several():
+    if not launch.is_launched():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
-    met = meeting.meet(gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "", timeout_s=timeout_s)
+    met = rendezvous.join(gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "", timeout_s=timeout_s)
     if met.hosts > 1:
-        network.choose_card(met.address)
+        network.choose_interface(met.address)
     rank, world_size = log.rank(), int(os.environ["WORLD_SIZE"])
     try:
         dist.init_process_group(backend, store=met.store, rank=rank, world_size=world_size, **options)
@@ -202,7 +202,7 @@ def from_rank0(value: Any) -> Any:
 
 
 def on_rank0(call: Callable[[], Any]) -> Any:
-    """What `call` returns on rank 0, on every rank. What it raises is raised on rank 0; the others leave without words (Answered)."""
+    """What `call` returns on rank 0, on every rank. What it raises is raised on rank 0; the others leave without words (ReportedElsewhere)."""
     outcome: tuple[Any, int | None] = (None, None)
     raised: BaseException | None = None
     if log.rank() == 0:
@@ -210,12 +210,12 @@ def on_rank0(call: Callable[[], Any]) -> Any:
             outcome = (call(), None)
         except BaseException as error:  # the others must not wait for it
             raised = error
-            outcome = (None, error.code if isinstance(error, Answered) else 2 if isinstance(error, UserError) else 1)
+            outcome = (None, error.code if isinstance(error, ReportedElsewhere) else 2 if isinstance(error, UserError) else 1)
     value, code = from_rank0(outcome)
     if raised is not None:
         raise raised
     if code is not None:
-        raise Answered(code)
+        raise ReportedElsewhere(code)
     return value
 
 

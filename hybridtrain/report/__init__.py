@@ -17,7 +17,7 @@ import matplotlib as mpl
 from hybridtrain.config.schema import ReportRoot
 from hybridtrain.report import compare, page, plots, ranks, single
 from hybridtrain.report.history import History, read
-from hybridtrain.runtime.files import claim, discard, record_files, recorded, unwritable, write_atomically
+from hybridtrain.runtime.files import check_replaceable, discard, read_record, unwritable, write_atomically, write_record
 
 COMPARISONS = Path("runs/compare")
 RECORD = ".hybridtrain-report.json"
@@ -64,13 +64,13 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
     made = [out / _PAGE, *pictures]
     try:
-        before = recorded(out, record=RECORD)
+        before = read_record(out, record=RECORD)
         if not before and _is_older_report(out):
             before = {name for name in _NAMES if (out / name).is_file()}
-            record_files(out, before, record=RECORD)
-        claim(out, [file.name for file in made], record=RECORD, field="report.out")
+            write_record(out, before, record=RECORD)
+        check_replaceable(out, [file.name for file in made], record=RECORD, field="report.out")
         out.mkdir(parents=True, exist_ok=True)
-        record_files(out, before.union(file.name for file in made), record=RECORD)
+        write_record(out, before.union(file.name for file in made), record=RECORD)
         for path, plot in pictures.items():
             stream = io.BytesIO()
             plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED, parse_math=False)
@@ -79,7 +79,7 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
             write_atomically(path, stream.getvalue())
         write_atomically(out / _PAGE, document)
         kept = {old for old in before.intersection(_NAMES) - {file.name for file in made} if not discard(out / old)}
-        record_files(out, kept.union(file.name for file in made), record=RECORD)
+        write_record(out, kept.union(file.name for file in made), record=RECORD)
     except OSError as error:
         raise unwritable("report.out", out, error) from error
     return made

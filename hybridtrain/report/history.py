@@ -146,7 +146,7 @@ def read(folder: Path) -> History:
 
 def _failure(folder: Path) -> str:
     with contextlib.suppress(OSError):  # another command may remove it meanwhile
-        found = sorted(folder.glob(f"failures/life-*/{failure.FIRST}"), key=lambda path: path.stat().st_mtime)
+        found = sorted(folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime)
         return found[-1].read_text(errors="replace") if found else ""
     return ""
 

@@ -119,7 +119,7 @@ class RunDir:
         assert self.summary["status"] in STATUSES, self.summary["status"]
         try:
             text = json.dumps(finite(self.summary), indent=1, allow_nan=False) + "\n"
-            (write_atomically if "status" in values else write_often)(self.path / "summary.json", text)
+            (write_atomically if "status" in values else write_unsynced)(self.path / "summary.json", text)
         except OSError as error:
             raise unwritable("run.dir", self.path, error) from error
 

@@ -69,7 +69,7 @@ def enter(config: Config) -> Entry:
         remove_folders(made)
     if again.others:
         _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, again.others, again.path)
-    if told := os.environ.get(launch.ENTERED):
+    if told := os.environ.get(launch.RUN_DIR_FILE):
         Path(told).write_text(str(again.path))
     return Entry(again.path, again.before, taken, made, lost_attempt(again.path, holder=holder) if again.before else "")
 
@@ -105,7 +105,7 @@ def lost_attempt(path: Path, *, holder: Holder | None) -> str:
     if summary.get("status") != "running":
         return ""
     size, attempt = summary.get("world_size"), max(0, attempts(path) - 1)
-    first = failure.first(path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0)
+    first = failure.root_cause(path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0)
     return f"the attempt before{f' ({holder}, since {holder.when})' if holder else ''} {NO_REPORT}{f'; {first}' if first else ''}"
 
 

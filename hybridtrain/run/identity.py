@@ -19,7 +19,7 @@ from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.run import lock
-from hybridtrain.runtime.files import check_apart
+from hybridtrain.runtime.files import check_outside_checkpoints
 from hybridtrain.types import ModelFacts, Progress
 
 _WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
@@ -92,7 +92,7 @@ def _check_source(config: Config, *, path: Path) -> None:
 
 
 def _holds_run(path: Path) -> bool:
-    check_apart(path, field="run.dir")
+    check_outside_checkpoints(path, field="run.dir")
     if (path / "config.yaml").is_file():
         return True
     if path.exists() and not path.is_dir():

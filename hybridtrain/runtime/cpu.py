@@ -86,7 +86,7 @@ def _product_error() -> float:
     for rows, inner, columns in ((256, 512, 384), (64, 4096, 128)):
         left = torch.randn(rows, inner, generator=generator)
         right = torch.randn(inner, columns, generator=generator)
-        wanted = left.double() @ right.double()
+        expected = left.double() @ right.double()
         for product in (left @ right, left @ right.t().contiguous().t(), left.t().contiguous().t() @ right):
-            worst = max(worst, float((product.double() - wanted).norm() / wanted.norm()))
+            worst = max(worst, float((product.double() - expected).norm() / expected.norm()))
     return worst

@@ -18,13 +18,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-_ECHO = re.compile(
+_SECONDARY = re.compile(
     r"(RuntimeError|Dist\w+Error|Connection\w*Error|BrokenPipeError|TimeoutError): .*"
     r"(connection (closed|reset|refused|was)|broken pipe|tim(ed|e) ?out|remote process exited|recv(Value|Vector)|nccl|gloo|TCPStore|socket)",
     re.IGNORECASE,
 )
 """What a rank says that has lost another one."""
-FIRST = "first.txt"
+ROOT_CAUSE = "first.txt"
 _WAITING = ("torch/distributed/", "torch/utils/data", "threading.py")
 
 
@@ -51,22 +51,22 @@ def node() -> str:
 
 def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
     """Leave this rank's report; never raises."""
-    told = {
+    report = {
         "time": time.time(),
         "rank": rank,
         "node": node(),
         "step": step,
-        "error": _said(_cause(error)),
+        "error": _line(_cause(error)),
         "traceback": "".join(traceback.format_exception(error)),
     }
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+        (folder / f"rank-{rank}.json").write_text(json.dumps(report))
 
 
-def is_echo(error: BaseException) -> bool:
+def is_secondary(error: BaseException) -> bool:
     """Whether this is how a rank ends that has lost another one."""
-    return bool(_ECHO.match(_said(_cause(error))))
+    return bool(_SECONDARY.match(_line(_cause(error))))
 
 
 def is_timeout(error: BaseException) -> bool:
@@ -81,20 +81,20 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _said(error: BaseException) -> str:
+def _line(error: BaseException) -> str:
     """Type and first line."""
     return f"{type(error).__name__}: {next((line.strip() for line in str(error).splitlines() if line.strip()), '')}"
 
 
-def first(folder: Path, *, world_size: int) -> Failure | None:
+def root_cause(folder: Path, *, world_size: int) -> Failure | None:
     """The failure that the others followed from; None if nothing failed or nobody could say."""
     reports = sorted(_reports(folder), key=lambda report: report["time"])
-    own = [report for report in reports if not _ECHO.match(report["error"])]
-    if own:
-        return _told(own[0])
+    primary = [report for report in reports if not _SECONDARY.match(report["error"])]
+    if primary:
+        return _failure(primary[0])
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
     silent = [rank for rank in range(world_size) if rank not in hung and rank not in {report["rank"] for report in reports}]
-    busy = [rank for rank, text in hung.items() if not _waits(text)]
+    busy = [rank for rank, text in hung.items() if not _is_waiting(text)]
     if hung and not busy and not silent and len(hung) > 1:
         what = "they waited for each other longer than train.max_step_s: the network between them is cut, or they wait for different things"
         return Failure(None, "", what, _by_place(hung))
@@ -107,28 +107,28 @@ def first(folder: Path, *, world_size: int) -> Failure | None:
         return Failure(silent[0], "", what, f"rank {min(hung)} waited here:\n{hung[min(hung)]}")
     if reports and silent:
         return Failure(silent[0], "", f"it ended without a word{others}: killed from outside, or out of memory", reports[0]["traceback"])
-    return _told(reports[0]) if reports else None
+    return _failure(reports[0]) if reports else None
 
 
-def earlier(folder: Path) -> Failure | None:
+def of_lost_attempt(folder: Path) -> Failure | None:
     """Why an attempt ended that could not record this itself, from the files its ranks left: each rank opens its stacks file at its start."""
     files = {int(match[1]) for path in folder.glob("rank-*") if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))}
-    if not files or (folder / FIRST).exists():
+    if not files or (folder / ROOT_CAUSE).exists():
         return None
-    return conclude(folder, world_size=max(files) + 1)
+    return record_root_cause(folder, world_size=max(files) + 1)
 
 
-def waited(folder: Path) -> list[int]:
+def hung_ranks(folder: Path) -> list[int]:
     """Ranks that have left their stacks because a step took too long."""
     return sorted(int(match[1]) for path in folder.glob("rank-*.stacks") if (match := re.fullmatch(r"rank-(\d{1,7})\.stacks", path.name)) and _stacks(path))
 
 
-def conclude(folder: Path, *, world_size: int) -> Failure | None:
+def record_root_cause(folder: Path, *, world_size: int) -> Failure | None:
     """`first`, also written to first.txt, where people and the page of the run look for it."""
-    found = first(folder, world_size=world_size)
+    found = root_cause(folder, world_size=world_size)
     if found:
         with contextlib.suppress(OSError):
-            (folder / FIRST).write_text(f"{found}\n\n{found.detail}")
+            (folder / ROOT_CAUSE).write_text(f"{found}\n\n{found.detail}")
     return found
 
 
@@ -149,7 +149,7 @@ def _is_report(report: dict) -> bool:
     return texts and type(report.get("rank")) is int and isinstance(when, int | float) and math.isfinite(when)
 
 
-def _told(report: dict) -> Failure:
+def _failure(report: dict) -> Failure:
     return Failure(report["rank"], report["node"], report["error"], report["traceback"])
 
 
@@ -159,7 +159,7 @@ def _stacks(file: Path) -> str:
     return ""
 
 
-def _waits(stacks: str) -> bool:
+def _is_waiting(stacks: str) -> bool:
     """Whether the thread that trains waits for other ranks: its innermost frames are torch.distributed's."""
     return any(place in frame for frame in _frames(stacks)[:3] for place in _WAITING)
 

@@ -1,6 +1,6 @@
 """Small files: written whole or not at all, read within limits, removed without ending what goes on.
 
-Every command that writes into a folder which the user names keeps a record of what it wrote there (`record_files`), replaces only those
+Every command that writes into a folder which the user names keeps a record of what it wrote there (`write_record`), replaces only those
 files, and refuses the folder when others of the same names are in it (`claim`). Names are exact, never patterns. No torch.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 from hybridtrain.errors import UserError, refusal
 
 _log = logging.getLogger("hybridtrain.runtime.files")
-_MOST_BYTES = 512 << 20
+_MAX_BYTES = 512 << 20
 """More than the largest tokenizer or index there is; a larger file is not one of these."""
-_ASIDE_S = 600.0
+_STALE_S = 600.0
 """No small file takes this long to write."""
 _LFS = b"version https://git-lfs"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
@@ -42,36 +42,36 @@ def write_atomically(file: Path, data: str | bytes) -> None:
     _write(file, data, sync=True)
 
 
-def write_often(file: Path, data: str | bytes) -> None:
+def write_unsynced(file: Path, data: str | bytes) -> None:
     """`write_atomically` without waiting for the disk, for what is written every few steps and told again by other files: only a power cut can lose it."""
     _write(file, data, sync=False)
 
 
 def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
-    aside = file.with_name(f".{file.name.lstrip('.')}.{os.getpid()}-{threading.get_ident()}.partial")
+    temporary = file.with_name(f".{file.name.lstrip('.')}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        with aside.open("wb") as stream:
+        with temporary.open("wb") as stream:
             stream.write(data if isinstance(data, bytes) else data.encode("utf-8", "backslashreplace"))
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())
-        os.replace(aside, file)
+        os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
 
 
-def is_aside(name: str, *, of: str) -> bool:
+def is_temporary(name: str, *, of: str) -> bool:
     """Whether a file of this name is what a writer of the file `of` left aside when a kill came."""
     return re.fullmatch(re.escape(f".{of.lstrip('.')}.") + r"\d+-\d+\.partial", name) is not None
 
 
-def sweep_asides(folder: Path) -> None:
+def remove_stale_temporaries(folder: Path) -> None:
     """Remove what writers that were killed left aside in `folder`; one that was written to in the last minutes may still be going on."""
     with contextlib.suppress(OSError):
         for path in folder.glob(".*.partial"):
-            if re.search(r"\.\d+-\d+\.partial$", path.name) and time.time() - path.stat().st_mtime > _ASIDE_S:
+            if re.search(r"\.\d+-\d+\.partial$", path.name) and time.time() - path.stat().st_mtime > _STALE_S:
                 discard(path)
 
 
@@ -116,7 +116,7 @@ def one_line(text: str) -> str:
 def read_json(file: Path, *, field: str) -> Any:
     """What a JSON file holds. Raises UserError that names `field` and the file for whatever keeps it from being read."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
+        if file.stat().st_size > _MAX_BYTES:
             raise _unreadable(field, file, f"{file.stat().st_size:,} bytes are too many for a file of this kind")
         data = file.read_bytes()
     except OSError as error:
@@ -204,7 +204,7 @@ def discard(path: Path) -> bool:
     return False
 
 
-def recorded(folder: Path, *, record: str) -> set[str]:
+def read_record(folder: Path, *, record: str) -> set[str]:
     """Names of the files that the record in `folder` says were written there by this program; none without a readable record.
 
     A record is a file that anybody may have edited: names of what lies outside the folder are not believed.
@@ -223,7 +223,7 @@ def is_inside(name: object) -> bool:
     return name.strip("./ ") != "" and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
-def check_apart(path: Path, *, field: str) -> None:
+def check_outside_checkpoints(path: Path, *, field: str) -> None:
     """Refuse a place among the checkpoints of a run, which removes them as it goes on (raises UserError)."""
     above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
     if above is not None:
@@ -231,17 +231,17 @@ def check_apart(path: Path, *, field: str) -> None:
         raise refusal(field, path, problem, allowed="a folder apart from the checkpoints of runs", instead=f"another {field}")
 
 
-def claim(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
+def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
     """Refuse a folder that has files of these names which are not recorded as ours (raises UserError); nothing is written."""
-    check_apart(folder, field=field)
-    sweep_asides(folder)
-    ours = recorded(folder, record=record)
+    check_outside_checkpoints(folder, field=field)
+    remove_stale_temporaries(folder)
+    ours = read_record(folder, record=record)
     foreign = sorted(name for name in names if name not in ours and ((folder / name).exists() or (folder / name).is_symlink()))
     if foreign:
         words = f"it has {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, which this command did not write and would replace"
         raise refusal(field, folder, words, allowed="a new folder, an empty one, or one that this command wrote", instead=f"another {field}")
 
 
-def record_files(folder: Path, names: Iterable[str], *, record: str) -> None:
+def write_record(folder: Path, names: Iterable[str], *, record: str) -> None:
     """Note in `folder` which files in it are ours. Write the record before the files. Raises OSError."""
     write_json(folder / record, {"files": sorted(set(names))})

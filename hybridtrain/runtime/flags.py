@@ -23,7 +23,7 @@ class Flags:
         self._seen: Mapping[str, int] = {}
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def beside(self, counts: Tensor) -> Tensor:
+    def append_to(self, counts: Tensor) -> Tensor:
         """`counts` (K, int64) and this rank's flags as one vector, to be added up over all ranks."""
         vector = counts.new_zeros(len(counts) + len(self.names))
         vector[: len(counts)].copy_(counts)
@@ -32,7 +32,7 @@ class Flags:
                 vector[place].fill_(1)
         return vector
 
-    def sent(self, vector: Tensor) -> None:
+    def copy_to_host(self, vector: Tensor) -> None:
         """The vector now has the sums: begin to copy them to the host."""
         if not self.names:
             return

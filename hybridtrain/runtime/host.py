@@ -25,13 +25,13 @@ def cores() -> int:
 
 def versions() -> dict[str, str]:
     """Of Python, of this project and of the libraries that compute (nothing is imported)."""
-    found = {"python": platform.python_version(), "hybridtrain": __version__}
+    result = {"python": platform.python_version(), "hybridtrain": __version__}
     for name in ("torch", "transformers"):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # put on the path without being installed
-            found[name] = "unknown"
-    return found
+            result[name] = "unknown"
+    return result
 
 
 def gather(device: torch.device) -> list[dict[str, Any]]:

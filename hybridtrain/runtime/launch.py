@@ -28,16 +28,16 @@ DEADLINE = "HYBRIDTRAIN_DEADLINE"
 """Environment variable: when the job's time ends, in seconds since 1970."""
 JOB = "HYBRIDTRAIN_JOB"
 """Environment variable: a name of this start, the same in all of its processes; `hybridtrain train --nproc` sets it."""
-LISTENING = "HYBRIDTRAIN_LISTENING"
+LISTEN_FD = "HYBRIDTRAIN_LISTEN_FD"
 """Environment variable of rank 0: the open descriptor of MASTER_PORT, from `hybridtrain train --nproc`."""
-ENTERED = "HYBRIDTRAIN_ENTERED"
+RUN_DIR_FILE = "HYBRIDTRAIN_RUN_DIR_FILE"
 """Environment variable of a run of a sweep: the file that it notes its directory in, which may be another than run.dir."""
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SPEAK_FIRST_S = 5.0
+RANK_0_FIRST_S = 5.0
 """How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
 AFTER_RANK_0_S = 1.0
 """The same, where rank 0 is known to be about to speak."""
-_HOLD_ON_S = 0.5
+_POLL_S = 0.5
 """Seconds between two looks at the launcher."""
 _LAUNCHER = re.compile(r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain")
 _WATCHER = "launcher"
@@ -108,7 +108,7 @@ def begin() -> None:
 
 
 def check() -> None:
-    """Refuse rank variables that are incomplete or make no sense, all of them together, and a network card that is not there; raises UserError."""
+    """Refuse rank variables that are incomplete or make no sense, all of them together, and a network interface that is not there; raises UserError."""
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [name for name in _ADDRESS if name not in env]
@@ -122,7 +122,7 @@ def check() -> None:
             several = f"hybridtrain train --nproc {env.get('WORLD_SIZE') if env.get('WORLD_SIZE', '').strip('0').isdecimal() else 'N'} ..., or torchrun"
             allowed = f"all of {', '.join(_ADDRESS)}, as a launcher sets them, or none"
             raise refusal(name, env[name], "; ".join(problem), allowed=allowed, instead=f"unset {' '.join(_ADDRESS)} LOCAL_RANK; several processes: {several}")
-    _check_card()
+    _check_interface()
 
 
 def _wrong() -> dict[str, str]:
@@ -138,13 +138,13 @@ def _wrong() -> dict[str, str]:
     return wrong
 
 
-def _check_card() -> None:
+def _check_interface() -> None:
     given = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    cards = [name for _, name in socket.if_nameindex()]
-    unknown = [name for name in given.split(",") if name and name not in cards]
+    interfaces = [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in given.split(",") if name and name not in interfaces]
     if unknown:
-        problem = f"this machine has no network card {', '.join(unknown)}"
-        raise refusal("GLOO_SOCKET_IFNAME", given, problem, allowed=", ".join(cards), instead="unset GLOO_SOCKET_IFNAME")
+        problem = f"this machine has no network interface {', '.join(unknown)}"
+        raise refusal("GLOO_SOCKET_IFNAME", given, problem, allowed=", ".join(interfaces), instead="unset GLOO_SOCKET_IFNAME")
 
 
 def deadline() -> float:
@@ -167,7 +167,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
-def several() -> bool:
+def is_launched() -> bool:
     """Whether a launcher such as torchrun started this process, even if as the only one."""
     return "RANK" in os.environ
 
@@ -208,7 +208,7 @@ def end_with_launcher() -> None:
     """
     launcher = _launcher()
     if launcher is not None and _WATCHER not in (thread.name for thread in threading.enumerate()):
-        threading.Thread(target=_watch, args=(launcher, _started(launcher)), name=_WATCHER, daemon=True).start()
+        threading.Thread(target=_watch, args=(launcher, _start_time(launcher)), name=_WATCHER, daemon=True).start()
 
 
 def _launcher() -> int | None:
@@ -248,7 +248,7 @@ def _parent(process: int) -> int:
     return int(fields[1]) if fields else 0
 
 
-def _started(process: int) -> str:
+def _start_time(process: int) -> str:
     """When a process started, in the kernel's ticks, which tells it from a later one of the same number; empty: it is gone."""
     fields = _stat(process)
     return fields[19] if fields and fields[0] not in "ZX" else ""
@@ -256,8 +256,8 @@ def _started(process: int) -> str:
 
 def _watch(launcher: int, started: str) -> None:
     direct = os.getppid() == launcher
-    while os.getppid() == launcher if direct else _started(launcher) == started:
-        time.sleep(_HOLD_ON_S)
+    while os.getppid() == launcher if direct else _start_time(launcher) == started:
+        time.sleep(_POLL_S)
     late = threading.Timer(2.0, os._exit, (1,))  # the line below may wait for whoever reads it
     late.daemon = True
     late.start()
@@ -265,7 +265,7 @@ def _watch(launcher: int, started: str) -> None:
     os._exit(1)
 
 
-def tell_launcher(text: str) -> None:
+def report_to_launcher(text: str) -> None:
     """Leave the reason of this process's end where torchrun looks for it, so that its own last lines show it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and not Path(file).exists():

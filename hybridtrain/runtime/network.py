@@ -1,4 +1,4 @@
-"""Which network card gloo uses. By itself it takes the one that this machine's name resolves to, which may be the loopback."""
+"""Which network interface gloo uses. By itself it takes the one that this machine's name resolves to, which may be the loopback."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import failure, log
 
 _log = log.get("network")
-_CARD = "GLOO_SOCKET_IFNAME"
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-def choose_card(address: str) -> None:
-    """For ranks on several hosts: the card on the route to `address`, rank 0's host as others reach it; what the user chose stays."""
-    if os.environ.get(_CARD):
+def choose_interface(address: str) -> None:
+    """For ranks on several hosts: the interface on the route to `address`, rank 0's host as others reach it; what the user chose stays."""
+    if os.environ.get(_INTERFACE):
         return
-    card = card_to(address)
-    if card:
-        os.environ[_CARD] = card
-        _log.debug("gloo uses the network card %s, on the route to %s", card, address)
+    interface = interface_to(address)
+    if interface:
+        os.environ[_INTERFACE] = interface
+        _log.debug("gloo uses the network interface %s, on the route to %s", interface, address)
 
 
 def identity() -> str:
     """The host as a network knows it: its name, its start, and on Linux the container's own network."""
-    found = [failure.node()]
+    result = [failure.node()]
     with contextlib.suppress(OSError):
-        found += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat("/proc/self/ns/net").st_ino)]
-    return " ".join(found)
+        result += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat("/proc/self/ns/net").st_ino)]
+    return " ".join(result)
 
 
-def card_to(address: str) -> str:
-    """The card whose address the system would use to reach `address` (nothing is sent); on the host itself, the one that has it. Empty: unknown."""
+def interface_to(address: str) -> str:
+    """The interface whose address the system would use to reach `address` (nothing is sent); on the host itself, the one that has it. Empty: unknown."""
     import psutil
 
     try:
@@ -45,7 +45,7 @@ def card_to(address: str) -> str:
             own = probe.getsockname()[0]
     except OSError:
         return ""
-    return next((card for card, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address.partition("%")[0] == own), "")
+    return next((interface for interface, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address.partition("%")[0] == own), "")
 
 
 def hub_resolves() -> bool:
@@ -66,5 +66,11 @@ def unfit(error: Exception) -> UserError:
 
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     problem = f"rank {log.rank()} on {failure.node()} has met the others but cannot compute with them: {words}"
-    cards = ", ".join(psutil.net_if_addrs())
-    return refusal(_CARD, os.environ.get(_CARD, "(not set)"), problem, allowed=f"a card that all hosts can reach; here: {cards}", instead=f"{_CARD}=CARD")
+    interfaces = ", ".join(psutil.net_if_addrs())
+    return refusal(
+        _INTERFACE,
+        os.environ.get(_INTERFACE, "(not set)"),
+        problem,
+        allowed=f"an interface that all hosts can reach; here: {interfaces}",
+        instead=f"{_INTERFACE}=CARD",
+    )

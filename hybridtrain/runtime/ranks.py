@@ -197,7 +197,7 @@ def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, ti
             if outcome == "ok":
                 results[rank] = value
             else:
-                failures.append((outcome == "echo", when, rank, value))
+                failures.append((outcome == "secondary", when, rank, value))
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if failures:
         _, _, rank, text = min(failures)
@@ -252,7 +252,7 @@ def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
             function = getattr(function, part)
         return "ok", pickle.dumps(function(*pickle.loads(job.args))), time.time()
     except BaseException as error:
-        return "echo" if failure.is_echo(error) else "failed", traceback.format_exc(), time.time()
+        return "secondary" if failure.is_secondary(error) else "failed", traceback.format_exc(), time.time()
 
 
 def _die_with(server: int) -> None:

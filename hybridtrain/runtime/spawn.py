@@ -24,40 +24,40 @@ _SAVE_S = 600.0
 """How long ranks may take to save a checkpoint after a signal, unless SHUTDOWN says otherwise."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Environment variable: the same in seconds, as torchrun reads it."""
-ALONE_S = 15.0
+OTHERS_S = 15.0
 """How long the others may take to notice that a rank has failed, and to write what they know, before they are asked to end."""
 REFUSED_S = 2.0
 """The same where a rank has refused: the others would refuse the same, and write nothing. Less than they wait before they say it again."""
-_ASKED_S = 15.0
+_TERMINATE_S = 15.0
 """How long they may take after that, before they are killed."""
-_SAID = (0, 1, 2, 130)
+_EXPLAINED = (0, 1, 2, 130)
 """Exit codes after which a rank has said why: none, a traceback, a refusal, Ctrl-C."""
 _REFUSAL = 2
 """Exit code of a rank that met something to put right."""
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start(module: str, argv: list[str], *, processes: int) -> int:
     """Run `python -m module argv` in `processes` ranks; the exit code of the whole, 128 + number for a rank that a signal ended."""
     ranks: list[subprocess.Popen[bytes]] = []
-    heard: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        heard.append(number)
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(512)  # rank 0 takes it over: the port is ours from here on
             for number in range(processes):
                 ranks.append(_rank(number, module, argv, processes=processes, listening=listening))
-                if heard:
-                    ranks[-1].send_signal(heard[-1])
-        return _watch(ranks, heard)
+                if received:
+                    ranks[-1].send_signal(received[-1])
+        return _watch(ranks, received)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -88,29 +88,29 @@ def _rank(rank: int, module: str, argv: list[str], *, processes: int, listening:
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; engine.threads decides
     if rank == 0:
-        environment[launch.LISTENING] = str(listening.fileno())
-    kept = (listening.fileno(),) if rank == 0 else ()
-    return subprocess.Popen([sys.executable, "-m", module, *argv], env=environment, pass_fds=kept)
+        environment[launch.LISTEN_FD] = str(listening.fileno())
+    descriptors = (listening.fileno(),) if rank == 0 else ()
+    return subprocess.Popen([sys.executable, "-m", module, *argv], env=environment, pass_fds=descriptors)
 
 
 _START = uuid.uuid4().hex
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
     """Until all ranks have ended. When one has failed, or a signal was passed on, the others get the time that they need, and no more."""
     failed: int | None = None
     patience: float | None = None
-    asked = False
+    terminated = False
     while None in [rank.poll() for rank in ranks]:  # looks at all of them, also behind one that is alive
         if failed is None and (codes := [rank.returncode for rank in ranks if rank.returncode]):
-            failed, patience = codes[0], time.monotonic() + (REFUSED_S if codes[0] == _REFUSAL else ALONE_S)
-        if heard and patience is None:
+            failed, patience = codes[0], time.monotonic() + (REFUSED_S if codes[0] == _REFUSAL else OTHERS_S)
+        if received and patience is None:
             patience = time.monotonic() + _save_s()
         if patience is not None and time.monotonic() > patience:
             for rank in ranks:
                 with contextlib.suppress(ProcessLookupError):
-                    (rank.kill if asked else rank.terminate)()
-            asked, patience = True, time.monotonic() + _ASKED_S
+                    (rank.kill if terminated else rank.terminate)()
+            terminated, patience = True, time.monotonic() + _TERMINATE_S
         time.sleep(0.05)
     if failed is None:
         failed = next((rank.returncode for rank in ranks if rank.returncode), 0)
@@ -118,7 +118,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], heard: list[int]) -> int:
         number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
         print(f"hybridtrain: rank {number} (process {ranks[number].pid}) was ended by {_name(-failed)}", file=sys.stderr, flush=True)
         return 128 - failed
-    if failed not in _SAID:
+    if failed not in _EXPLAINED:
         number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
         print(f"hybridtrain: rank {number} (process {ranks[number].pid}) ended with exit code {failed}", file=sys.stderr, flush=True)
     return failed

@@ -22,7 +22,7 @@ from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
 """Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
-_DEADLINE, _ASKED = "deadline", "asked"
+_DEADLINE, _REQUESTED = "deadline", "requested"
 
 
 class Stop:
@@ -30,7 +30,7 @@ class Stop:
 
     def __init__(self, signals: list[str], *, before_s: float):
         self.numbers = sorted({getattr(signal, f"SIG{name}") for name in signals}, reverse=True)
-        self.flags = (_DEADLINE, *(number.name for number in self.numbers), _ASKED)
+        self.flags = (_DEADLINE, *(number.name for number in self.numbers), _REQUESTED)
         """The names of the reasons to stop, the one that counts first where ranks have several."""
         self.deadline = launch.deadline() - before_s
         self.reason = ""
@@ -38,15 +38,15 @@ class Stop:
         self.status = ""
         """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while; finished: by the program itself."""
         self._signal = 0
-        self._asked = ""
+        self._requested = ""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        self._end, self._theirs = socket.socketpair()
-        self._theirs.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+        self._read_end, self._write_end = socket.socketpair()
+        self._write_end.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         for number in self.numbers:
-            self._before[number] = signal.signal(number, _noted_by_the_thread)
+            self._before[number] = signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
@@ -54,27 +54,27 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        self._theirs.close()  # the thread reads the end of file and leaves
+        self._write_end.close()  # the thread reads the end of file and leaves
 
     def _read(self) -> None:
         first = 0.0
-        while heard := self._end.recv(1):
-            if heard[0] not in self.numbers:
+        while received := self._read_end.recv(1):
+            if received[0] not in self.numbers:
                 continue
             if not first:
-                first, self._signal = time.monotonic(), heard[0]
+                first, self._signal = time.monotonic(), received[0]
             elif time.monotonic() - first > TOGETHER_S:
-                os._exit(128 + heard[0])
+                os._exit(128 + received[0])
 
     def ask(self, reason: str) -> None:
         """Have all ranks stop after the next step; `reason` as this rank knows it."""
-        self._asked = reason or "a callback asked for it"
+        self._requested = reason or "a callback asked for it"
 
-    def wish(self) -> str | None:
+    def reason_here(self) -> str | None:
         """This rank's reason to stop, one of `flags`."""
         if self._signal:
             return signal.Signals(self._signal).name
-        return _DEADLINE if time.time() > self.deadline else _ASKED if self._asked else None
+        return _DEADLINE if time.time() > self.deadline else _REQUESTED if self._requested else None
 
     def agree(self, counts: Mapping[str, int]) -> bool:
         """Whether to stop after this step, and why: what any rank wishes. `counts`: ranks that wish so, the same on every rank."""
@@ -85,12 +85,12 @@ class Stop:
 
     def _meaning(self, flag: str) -> tuple[str, str]:
         """Status and reason of what some rank wishes."""
-        if flag == _ASKED:
-            return "finished", self._asked or "a callback of another rank asked for it"
+        if flag == _REQUESTED:
+            return "finished", self._requested or "a callback of another rank asked for it"
         by_a_person = flag == "SIGINT" or (flag == "SIGTERM" and not os.environ.get("SLURM_JOB_ID"))
         words = {_DEADLINE: "the job's time is nearly up", "SIGINT": "stopped by Ctrl-C (SIGINT received)"}
         return "interrupted" if by_a_person else "preempted", words.get(flag, f"{flag} received")
 
 
-def _noted_by_the_thread(number: int, frame: object) -> None:
+def _leave_to_thread(number: int, frame: object) -> None:
     """In place of the default, which would end the process; the byte that Python writes for the thread is what counts."""

@@ -1,6 +1,6 @@
 """Ends a rank whose step takes too long, and writes the stacks of all its threads to a file.
 
-The rank that hangs and the ranks that wait for it time out together; `failure.first` tells them apart by their stacks. A Python thread
+The rank that hangs and the ranks that wait for it time out together; `failure.root_cause` tells them apart by their stacks. A Python thread
 does this, so that it can also write the reason. If that thread cannot run, Python's faulthandler does it somewhat later from C, which
 needs neither the main thread nor the interpreter lock.
 """

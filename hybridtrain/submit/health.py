@@ -107,7 +107,7 @@ def _all_reduce(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta)
     """An all-reduce on the backends that training uses: gloo, and NCCL if there are GPUs. Returns the exit code."""
     gpu = torch.cuda.is_available()
     if size > 1:
-        network.choose_card(os.environ["MASTER_ADDR"])
+        network.choose_interface(os.environ["MASTER_ADDR"])
     if gpu:
         torch.cuda.set_device(0)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"

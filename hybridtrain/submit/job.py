@@ -110,7 +110,7 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     if status == "preempted" or stopped == "signal":
         return "preempted"
     folder = _newest_failures(run)
-    first = failure.conclude(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
+    first = failure.record_root_cause(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
     bad = _bad_nodes(run)
     unfit = ", ".join(f"{node} ({why})" for node, why in bad.items())
     reason = str(first) if first else f"not fit: {unfit}" if bad else f"exit code {code}, no rank left a report"

@@ -27,7 +27,7 @@ _NAMED = 3
 def agree(config: Config, *, fingerprints: Mapping[str, str]) -> None:
     """Refuse ranks that would not do the same (collective over all ranks). `fingerprints`: of what each rank reads.
 
-    Raises UserError on rank 0, which names rank, host and option, and Answered on the others.
+    Raises UserError on rank 0, which names rank, host and option, and ReportedElsewhere on the others.
     """
     mine = {"option": options(config), "code": code(), "read": dict(fingerprints)}
     found = mesh.gathered(_digest(mine))

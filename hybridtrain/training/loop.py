@@ -47,8 +47,8 @@ def train(
     with Collector() as collector:
         while step < total_steps and not stop.reason:
             watchdog.beat()
-            if wish := stop.wish():
-                flags.raised.add(wish)
+            if reason := stop.reason_here():
+                flags.raised.add(reason)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
             result = engine.train_step(loader.micro_batches(step), lr=lr)
             step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len

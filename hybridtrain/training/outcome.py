@@ -25,10 +25,10 @@ _OTHERS_S = 1.0
 def record_hang(run_dir: RunDir, *, world_size: int, step: int) -> None:
     """Of the ranks that have run out of time, the first that is able to writes down which rank the others waited for."""
     time.sleep(_STACKS_S)  # all run out of time at nearly the same moment
-    if log.rank() != next(iter(failure.waited(run_dir.failures)), None):
+    if log.rank() != next(iter(failure.hung_ranks(run_dir.failures)), None):
         time.sleep(_STACKS_S)
         return
-    first = failure.conclude(run_dir.failures, world_size=world_size)
+    first = failure.record_root_cause(run_dir.failures, world_size=world_size)
     _log.error("first failure: %s", first)
     with contextlib.suppress(UserError, OSError):
         record_failed(run_dir.path, reason=str(first), step=step)
@@ -52,7 +52,7 @@ def record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, be
         return
     interrupted = isinstance(error, KeyboardInterrupt)
     time.sleep(0.0 if refused or interrupted else _OTHERS_S)
-    first = None if interrupted else failure.conclude(run_dir.failures, world_size=world_size)
+    first = None if interrupted else failure.record_root_cause(run_dir.failures, world_size=world_size)
     reason = str(first) if first and first.rank else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if first and first.rank:
         _log.error("first failure: %s", first)

@@ -26,7 +26,7 @@ from hybridtrain.run.directory import RunDir
 from hybridtrain.run.entry import Entry
 from hybridtrain.run.record import read_summary, record_finished, record_lost
 from hybridtrain.runtime import failure, host, log
-from hybridtrain.runtime.files import read_object, sweep_asides, unwritable, write_json
+from hybridtrain.runtime.files import read_object, remove_stale_temporaries, unwritable, write_json
 from hybridtrain.types import Progress
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def open_run(job: Job) -> RunDir | None:
         if checkpoint and progress.step >= job.total_steps:
             _nothing_left(job, entry=entry, progress=progress)
             manager.sweep()
-            sweep_asides(entry.path)
+            remove_stale_temporaries(entry.path)
             entry.leave()
             return None
         origin = None
@@ -61,7 +61,7 @@ def open_run(job: Job) -> RunDir | None:
         else:
             _check_described(source_at_hand(config), checkpoint=checkpoint)
         manager.sweep()
-        sweep_asides(entry.path)
+        remove_stale_temporaries(entry.path)
         run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
         if origin:
             _pin(origin, run=entry.path, progress=progress)

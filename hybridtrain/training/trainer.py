@@ -74,10 +74,10 @@ class Trainer:
             config, data = self._checked()
             return fit(config, data=data, callbacks=self.callbacks, task=self.task)
         except UserError as error:
-            if log.rank() and not isinstance(error, OnThisRank):
-                time.sleep(launch.SPEAK_FIRST_S)
+            if log.rank() and not isinstance(error, LocalError):
+                time.sleep(launch.RANK_0_FIRST_S)
             raise
-        except Answered as answered:
+        except ReportedElsewhere as answered:
             time.sleep(launch.AFTER_RANK_0_S)
             raise SystemExit(answered.code) from None
 
@@ -117,7 +117,7 @@ def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback], ta
         callbacks = (*callbacks, *registered(config))
     job = resolve(config, world_size=launch.world_size(), here=True, data=data, task=task)
     run_dir = None
-    if not launch.several():  # a process alone: refused before torch is imported
+    if not launch.is_launched():  # a process alone: refused before torch is imported
         run_dir = _opened(job)
         if run_dir is None:
             return _finished(job.config)

@@ -90,7 +90,7 @@ def test_a_sweep_ends_with_a_table(data, tmp_path, monkeypatch):
 
 def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.ENTERED, str(tmp_path / "told"))
+    monkeypatch.setenv(launch.RUN_DIR_FILE, str(tmp_path / "told"))
     for rate, folder in (("1e-3", "runs/x"), ("2e-3", "runs/x-2"), ("2e-3", "runs/x-2")):
         config = compose.compose("train", [*TRAIN[1:], "run.name=x", f"optim.lr={rate}"])
         entry = entries.enter(config)

@@ -39,30 +39,30 @@ def report(folder: Path, rank: int, error: str) -> None:
 
 def test_a_rank_without_a_sign_of_life_is_named_rather_than_those_that_wait_for_it(tmp_path):
     stacks(tmp_path, WAITING, "", WAITING)
-    found = failure.first(tmp_path, world_size=3)
+    found = failure.root_cause(tmp_path, world_size=3)
     assert found is not None
     assert found.rank == 1
     assert "gave no sign of life" in found.what
     assert "all_reduce" in found.detail
-    assert failure.earlier(tmp_path) == found, "the next start knows the ranks by their files"
+    assert failure.of_lost_attempt(tmp_path) == found, "the next start knows the ranks by their files"
     assert (tmp_path / "first.txt").read_text().startswith("rank 1")
-    assert failure.earlier(tmp_path) is None, "concluded once"
+    assert failure.of_lost_attempt(tmp_path) is None, "concluded once"
 
 
 def test_a_rank_that_computes_is_named_before_one_that_is_silent_and_one_that_waits(tmp_path):
     stacks(tmp_path, WAITING, "", COMPUTING)
-    assert failure.first(tmp_path, world_size=3).rank == 2
+    assert failure.root_cause(tmp_path, world_size=3).rank == 2
 
 
 def test_no_rank_is_blamed_where_all_wait_for_each_other(tmp_path):
     elsewhere = WAITING.replace("hybridtrain/runtime/stop.py", "hybridtrain/engine/torch_native.py")
     stacks(tmp_path, WAITING, elsewhere, WAITING)
-    found = failure.conclude(tmp_path, world_size=3)
+    found = failure.record_root_cause(tmp_path, world_size=3)
     assert found.rank is None
     assert str(found).startswith("all ranks: they waited for each other longer than train.max_step_s: the network between them is cut")
     assert found.detail == f"rank 0, 2 waited here:\n{WAITING}\n\nrank 1 waited here:\n{elsewhere}"
     stacks(tmp_path / "alone", WAITING)
-    assert failure.first(tmp_path / "alone", world_size=1).rank == 0
+    assert failure.root_cause(tmp_path / "alone", world_size=1).rank == 0
 
 
 HOSTILE = ["[1]", "{}", "null", "3", '"x"', '{"time": NaN}', '{"time": "x", "rank": 1}', '{"rank": [1], "time": 0, "error": "", "node": "", "traceback": ""}']
@@ -73,9 +73,9 @@ def test_a_file_that_is_no_report_is_passed_over(tmp_path, text):
     (tmp_path / "rank-1.json").write_text(text)
     (tmp_path / "rank-1.stacks").write_bytes(b"")
     (tmp_path / "rank-2.json").write_bytes(b"\xff\xfe")
-    assert failure.first(tmp_path, world_size=3) is None
+    assert failure.root_cause(tmp_path, world_size=3) is None
     report(tmp_path, 0, "ValueError: planted")
-    found = failure.first(tmp_path, world_size=3)
+    found = failure.root_cause(tmp_path, world_size=3)
     assert (found.rank, found.what) == (0, "ValueError: planted")
 
 

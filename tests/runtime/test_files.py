@@ -101,13 +101,13 @@ def test_what_cannot_be_removed_is_warned_of_and_left_and_the_rest_goes(tmp_path
 
 def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: Path) -> None:
     names, claim = ["index.html", "loss.png"], {"record": ".hybridtrain.json", "field": "report.out"}
-    files.claim(tmp_path, names, **claim)  # empty: nothing to lose
-    files.record_files(tmp_path, names, record=".hybridtrain.json")
+    files.check_replaceable(tmp_path, names, **claim)  # empty: nothing to lose
+    files.write_record(tmp_path, names, record=".hybridtrain.json")
     (tmp_path / "loss.png").write_text("ours")
-    files.claim(tmp_path, names, **claim)
+    files.check_replaceable(tmp_path, names, **claim)
     (tmp_path / "mine.png").write_text("the user's")
     with pytest.raises(UserError, match=r"report.out=.*it has mine.png, which this command did not write"):
-        files.claim(tmp_path, [*names, "mine.png"], **claim)
+        files.check_replaceable(tmp_path, [*names, "mine.png"], **claim)
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004/mine"])
@@ -129,7 +129,7 @@ def test_nothing_is_written_among_checkpoints_that_will_be_removed(tmp_path: Pat
 def test_a_record_that_names_what_lies_outside_is_not_believed(tmp_path: Path) -> None:
     names = ["a.png", "../b.png", "/etc/passwd", "sub/../../c.png", "", ".", "..", "sub/d.png", 3, "e\0.png"]
     files.write_json(tmp_path / ".hybridtrain.json", {"files": names})
-    assert files.recorded(tmp_path, record=".hybridtrain.json") == {"a.png", "sub/d.png"}
+    assert files.read_record(tmp_path, record=".hybridtrain.json") == {"a.png", "sub/d.png"}
 
 
 def test_an_error_of_the_disk_is_told_in_words_that_fit(tmp_path: Path) -> None:
@@ -143,5 +143,5 @@ def test_what_a_killed_writer_left_is_removed_when_it_is_old(tmp_path: Path) -> 
         file.write_text("half")
     os.utime(old, (0, 0))
     os.utime(theirs, (0, 0))
-    files.sweep_asides(tmp_path)
+    files.remove_stale_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {new.name, theirs.name}

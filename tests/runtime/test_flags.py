@@ -61,8 +61,8 @@ def test_of_several_reasons_to_stop_every_rank_names_the_same(counts, status, re
     assert (stop.status, stop.reason) == ("", "")
     assert stop.agree({**dict.fromkeys(stop.flags, 0), **counts})
     assert (stop.status, stop.reason) == (status, reason)
-    assert stop.wish() is None
+    assert stop.reason_here() is None
     stop.deadline = 0.0
-    assert stop.wish() == "deadline"
+    assert stop.reason_here() == "deadline"
     stop._signal = signal.SIGTERM
-    assert stop.wish() == "SIGTERM"
+    assert stop.reason_here() == "SIGTERM"

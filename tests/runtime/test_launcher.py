@@ -167,7 +167,7 @@ def test_a_rank_that_ends_without_a_word_before_it_begins_is_named(data, tmp_pat
     """A library, or a site's own start-up file, may end a process while Python imports."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os._exit(3)\n")
-    monkeypatch.setattr(spawn, "ALONE_S", 0.0)
+    monkeypatch.setattr(spawn, "OTHERS_S", 0.0)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

@@ -175,12 +175,12 @@ def test_the_first_failure_is_told_from_its_echoes(tmp_path):
     report(tmp_path, 0, "DistBackendError: [gloo] Connection closed by peer [127.0.0.1]:1234", 1.0)
     report(tmp_path, 2, "ValueError: the reason", 1.5)
     report(tmp_path, 3, "RuntimeError: NCCL communicator was aborted", 0.5)
-    found = failure.first(tmp_path, world_size=4)
+    found = failure.root_cause(tmp_path, world_size=4)
     assert (found.rank, found.node, found.what) == (2, "n2", "ValueError: the reason")
 
 
 def test_no_report_no_failure(tmp_path):
-    assert failure.first(tmp_path, world_size=4) is None
+    assert failure.root_cause(tmp_path, world_size=4) is None
 
 
 def test_runs_and_logs_of_this_machine(tmp_path, capfd):

@@ -136,7 +136,7 @@ def test_a_rank_that_raises_is_named_as_the_first(layout, data, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(RankFailed):
         run_ranks(2, sabotaged, arguments(run, data, **layout), {"kind": "raise", "rank": 1, "step": 3})
-    found = failure.first(run / "failures/life-0", world_size=2)
+    found = failure.root_cause(run / "failures/life-0", world_size=2)
     assert found is not None
     assert (found.rank, found.what) == (1, "ArithmeticError: planted failure")
     assert "planted failure" in found.detail
@@ -149,7 +149,7 @@ def test_a_rank_that_was_killed_is_named(data, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(RankFailed):
         run_ranks(2, sabotaged, arguments(run, data), {"kind": "kill", "rank": 1, "step": 3})
-    found = failure.first(run / "failures/life-0", world_size=2)
+    found = failure.root_cause(run / "failures/life-0", world_size=2)
     assert found is not None
     assert found.rank == 1
     assert "killed from outside" in found.what
@@ -162,7 +162,7 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_tha
     with pytest.raises(RankFailed):
         run_ranks(2, sabotaged, arguments(run, data, train__max_step_s=4, **layout), {"kind": "hang", "rank": 1, "step": 3})
     assert time.monotonic() - began < 60
-    found = failure.first(run / "failures/life-0", world_size=2)
+    found = failure.root_cause(run / "failures/life-0", world_size=2)
     assert found is not None
     assert found.rank == 1, found
     assert "max_step_s" in found.what

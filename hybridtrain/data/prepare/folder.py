@@ -44,7 +44,7 @@ def is_ours(record: Any) -> bool:
 
 def _own(folder: Path) -> set[str]:
     """Files of the folder that may be replaced."""
-    own = {name for name in files.recorded(folder, record=RECORD) if name in NAMES or name.startswith(f"{TOKENIZER}/")}
+    own = {name for name in files.read_record(folder, record=RECORD) if name in NAMES or name.startswith(f"{TOKENIZER}/")}
     if not own and (folder / CORPUS).is_file():
         with suppress(UserError):
             if is_ours(files.read_json(folder / CORPUS, field=FIELD)):
@@ -66,9 +66,9 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
         [path.relative_to(folder).as_posix() for path in there.rglob("*") if not path.is_dir()] if there.is_dir() and not there.is_symlink() else [TOKENIZER]
     )
     partial = folder / PARTIAL
-    strange = partial.exists() and not (partial / PLAN).is_file() and not all(files.is_aside(path.name, of=PLAN) for path in partial.iterdir())
+    strange = partial.exists() and not (partial / PLAN).is_file() and not all(files.is_temporary(path.name, of=PLAN) for path in partial.iterdir())
     work = [PARTIAL] if strange else []
-    files.claim(folder, [name for name in (*NAMES, *sorted(found), *work) if name not in own], record=RECORD, field=FIELD)
+    files.check_replaceable(folder, [name for name in (*NAMES, *sorted(found), *work) if name not in own], record=RECORD, field=FIELD)
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def replace(folder: Path) -> list[str]:
     new = [path for split in SPLITS for path in sorted(partial.glob(f"{split}.*"))]
     kept = [path for path in sorted((partial / TOKENIZER).rglob("*")) if path.is_file()]
     names = [CORPUS, SPEED, *(path.relative_to(partial).as_posix() for path in (*new, *kept))]
-    files.claim(folder, [name for name in names if name not in own], record=RECORD, field=FIELD)
-    files.record_files(folder, {*own, *names}, record=RECORD)
+    files.check_replaceable(folder, [name for name in names if name not in own], record=RECORD, field=FIELD)
+    files.write_record(folder, {*own, *names}, record=RECORD)
     (folder / CORPUS).unlink(missing_ok=True)
     for name in own - set(names):
         (folder / name).unlink(missing_ok=True)

@@ -23,25 +23,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.errors import LocalError, ReportedElsewhere, UserError, refusal
 from hybridtrain.runtime import failure, launch, log, network
 
-_log = log.get("meeting")
-FIRST_WORD_S = 5.0
+_log = log.get("rendezvous")
+FIRST_NOTICE_S = 5.0
 """How long processes wait before they say for whom; then they say it once a minute."""
-_IN_SECONDS_S = 120.0
+_MINUTES_FROM_S = 120.0
 """Less than this is said in seconds."""
-_WORDS_EVERY_S = 60.0
+_NOTICE_EVERY_S = 60.0
 _CONNECT_S = 120.0
 """How long a store may take to answer that accepts connections, and rank 0 to reach its own."""
 _GONE_S = 15.0
 """How long the launcher's store may refuse connections: it is there before its ranks are."""
-_NAMED = 8
+_MOST_NAMED = 8
 """How many missing ranks are named."""
 
 
 @dataclass(frozen=True)
-class Met:
+class Rendezvous:
     """What a meeting comes to."""
 
     store: dist.Store
@@ -60,24 +60,24 @@ class Met:
             self.keys.delete_key(key)
 
 
-_ARRIVED, _ODD, _VERDICT = "arrived", "odd", "verdict"
+_ARRIVED, _MISMATCH, _VERDICT = "arrived", "mismatch", "verdict"
 
 
 def _of(rank: int) -> str:
     return f"rank/{rank}"
 
 
-def meet(*, gpu: str, timeout_s: float) -> Met:
+def join(*, gpu: str, timeout_s: float) -> Rendezvous:
     """Wait until every rank is there. `gpu`: what identifies this rank's device; empty on a CPU.
 
     Raises UserError on the rank that finds a mistake: another job's store, a rank that is there already, no answer within timeout_s;
-    on the others Answered, when rank 0 has said why.
+    on the others ReportedElsewhere, when rank 0 has said why.
     """
     rank, until = log.rank(), time.monotonic() + timeout_s
     try:
         store, peer = _open(rank, until=until, timeout_s=timeout_s)
     except UserError as error:
-        raise _said(error) from error
+        raise _local(error) from error
     keys = dist.PrefixStore(f"hybridtrain/{launch.attempt()}", store)
     mine = {
         "rank": rank,
@@ -94,28 +94,28 @@ def meet(*, gpu: str, timeout_s: float) -> Met:
     except dist.DistError as error:  # the store has gone
         if rank == 0:
             raise _no_store(str(error)) from error
-        raise Answered(2) from error
+        raise ReportedElsewhere(2) from error
     except UserError as error:
-        raise _said(error) from error
-    return Met(dist.PrefixStore(verdict["start"], store), verdict["hosts"], verdict["address"], keys)
+        raise _local(error) from error
+    return Rendezvous(dist.PrefixStore(verdict["start"], store), verdict["hosts"], verdict["address"], keys)
 
 
 def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
     world = mine["world_size"]
     _claim(mine, keys)
 
-    def all_there() -> bool:
-        if keys.check([_ODD]):
-            raise UserError(keys.get(_ODD).decode())
+    def all_arrived() -> bool:
+        if keys.check([_MISMATCH]):
+            raise UserError(keys.get(_MISMATCH).decode())
         return keys.add(_ARRIVED, 0) >= world - 1
 
     def missing() -> str:
         absent = [rank for rank in range(1, world) if not keys.check([_of(rank)])]
-        more = f" and {len(absent) - _NAMED} more" if absent[_NAMED:] else ""
-        return f"{'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent[:_NAMED]))}{more} of {world}"
+        more = f" and {len(absent) - _MOST_NAMED} more" if absent[_MOST_NAMED:] else ""
+        return f"{'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent[:_MOST_NAMED]))}{more} of {world}"
 
     try:
-        _wait(all_there, words=missing, speaks=True, until=until, timeout_s=timeout_s)
+        _wait(all_arrived, waiting_for=missing, report=True, until=until, timeout_s=timeout_s)
         present = [json.loads(text) for text in keys.multi_get([_of(rank) for rank in range(world)])]
         _check_devices(present)
     except UserError:
@@ -129,21 +129,21 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
 
 def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
-    _wait(lambda: keys.check([_of(0)]), words=lambda: "rank 0", speaks=_speaks(), until=until, timeout_s=timeout_s)
+    _wait(lambda: keys.check([_of(0)]), waiting_for=lambda: "rank 0", report=_is_reporter(), until=until, timeout_s=timeout_s)
     first = json.loads(keys.get(_of(0)))
     if first["job"] != mine["job"] and first["job"] and mine["job"]:
         raise _foreign(mine, first)
     if first["world_size"] != mine["world_size"]:
         problem = f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, rank 0 on {first['host']} has {first['world_size']}"
         refused = refusal("WORLD_SIZE", mine["world_size"], problem, allowed="the same number in all processes", instead="the same command on every machine")
-        keys.set(_ODD, str(refused))
+        keys.set(_MISMATCH, str(refused))
         raise refused
     _claim(mine, keys)
     keys.add(_ARRIVED, 1)
-    _wait(lambda: keys.check([_VERDICT]), words=lambda: "the answer of rank 0", speaks=False, until=until + _CONNECT_S, timeout_s=timeout_s)
+    _wait(lambda: keys.check([_VERDICT]), waiting_for=lambda: "the answer of rank 0", report=False, until=until + _CONNECT_S, timeout_s=timeout_s)
     verdict = json.loads(keys.get(_VERDICT))
     if verdict["refused"]:
-        raise Answered(2)
+        raise ReportedElsewhere(2)
     return verdict
 
 
@@ -172,9 +172,9 @@ def _check_devices(present: list[dict[str, Any]]) -> None:
             continue
         first = seen.setdefault((entry["host"], entry["gpu"]), entry["rank"])
         if first != entry["rank"]:
-            here = [rank["rank"] for rank in present if rank["host"] == entry["host"]]
+            on_host = [rank["rank"] for rank in present if rank["host"] == entry["host"]]
             gpus = len({rank["gpu"] for rank in present if rank["host"] == entry["host"]})
-            problem = f"ranks {first} and {entry['rank']} on {entry['host']} have the same GPU: {len(here)} processes share {gpus}"
+            problem = f"ranks {first} and {entry['rank']} on {entry['host']} have the same GPU: {len(on_host)} processes share {gpus}"
             raise refusal("WORLD_SIZE", entry["world_size"], problem, allowed="one process for each GPU", instead=f"{gpus} processes on {entry['host']}")
 
 
@@ -182,34 +182,34 @@ class _TooLate(UserError):
     """Nobody came within the time. Every rank finds it."""
 
 
-def _speaks() -> bool:
+def _is_reporter() -> bool:
     """Whether this rank is the one of its machine that says what all of them see."""
     return log.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _said(error: UserError) -> UserError:
+def _local(error: UserError) -> UserError:
     """`error` as this rank is to say it: at once, or, where another one of this machine says the same, only if it is alive after that."""
-    return error if isinstance(error, _TooLate) and not _speaks() else OnThisRank(str(error))
+    return error if isinstance(error, _TooLate) and not _is_reporter() else LocalError(str(error))
 
 
-def _wait(holds: Callable[[], bool], *, words: Callable[[], str], speaks: bool, until: float, timeout_s: float) -> None:
-    """Poll until `holds()` is true. If `speaks`, log after a while whom it waits for (`words`). Raises _TooLate at the timeout."""
+def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: bool, until: float, timeout_s: float) -> None:
+    """Poll until `holds()` is true. If `report`, log after a while whom it waits for (`words`). Raises _TooLate at the timeout."""
     began = time.monotonic()
-    pause, word_at = 0.002, began + FIRST_WORD_S
+    pause, notice_at = 0.002, began + FIRST_NOTICE_S
     while not holds():
         now = time.monotonic()
         if now > until:
-            problem = f"{words()} did not come within {timeout_s:g} s ({_where()})"
+            problem = f"{waiting_for()} did not come within {timeout_s:g} s ({_where()})"
             raise _TooLate(str(refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())))
-        if speaks and now > word_at:
-            left = f"{until - now:.0f} s" if until - now < _IN_SECONDS_S else f"{(until - now) / 60:.0f} minutes"
-            _say(f"{_who()} waits for {words()} at {_where()}, at most {left} more")
-            word_at = now + _WORDS_EVERY_S
+        if report and now > notice_at:
+            left = f"{until - now:.0f} s" if until - now < _MINUTES_FROM_S else f"{(until - now) / 60:.0f} minutes"
+            _notice(f"{_who()} waits for {waiting_for()} at {_where()}, at most {left} more")
+            notice_at = now + _NOTICE_EVERY_S
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
 
 
-def _say(text: str) -> None:
+def _notice(text: str) -> None:
     _log.log(20 if log.rank() == 0 else 40, text)  # of other ranks the console shows errors only
 
 
@@ -236,7 +236,7 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
     options: dict[str, Any] = {"is_master": holds_it, "wait_for_workers": False, "timeout": timedelta(seconds=_CONNECT_S)}
     if holds_it:
         options["multi_tenant"] = True
-        if (listening := os.environ.get(launch.LISTENING, "")).isdecimal():
+        if (listening := os.environ.get(launch.LISTEN_FD, "")).isdecimal():
             options["master_listen_fd"] = int(listening)
     answer: list[Any] = []
 
@@ -254,7 +254,7 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
     if not answer:
         raise _no_store("what listens there does not answer as rank 0 would")
     if isinstance(answer[0], Exception):
-        raise _taken(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0])) from answer[0]
+        raise _port_in_use(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0])) from answer[0]
     store = answer[0]
     store.set_timeout(timedelta(seconds=timeout_s))
     return store, peer
@@ -263,13 +263,13 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
 def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
     """Wait until somebody listens; the address it was reached by."""
     refused_since: float | None = None
-    why, found = "", ""
+    why, peer = "", ""
 
     def answers() -> bool:
-        nonlocal refused_since, why, found
+        nonlocal refused_since, why, peer
         try:
             with socket.create_connection((address, port), timeout=5) as connection:
-                found = connection.getpeername()[0]
+                peer = connection.getpeername()[0]
                 return True
         except ConnectionRefusedError as error:
             refused_since = refused_since or time.monotonic()
@@ -280,11 +280,11 @@ def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
             why = error.strerror or str(error)
         return False
 
-    _wait(answers, words=lambda: f"rank 0 ({why})", speaks=_speaks(), until=until, timeout_s=timeout_s)
-    return found
+    _wait(answers, waiting_for=lambda: f"rank 0 ({why})", report=_is_reporter(), until=until, timeout_s=timeout_s)
+    return peer
 
 
-def _taken(error: Exception) -> UserError:
+def _port_in_use(error: Exception) -> UserError:
     refused = refusal(
         "MASTER_PORT",
         os.environ["MASTER_PORT"],

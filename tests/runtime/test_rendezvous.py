@@ -74,7 +74,7 @@ WRONG: list[tuple[dict[str, str | None], list[str]]] = [
     ({"MASTER_ADDR": None, "MASTER_PORT": None}, ["missing are MASTER_ADDR, MASTER_PORT"]),
     ({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None, "LOCAL_RANK": None}, ["WORLD_SIZE=2: set are WORLD_SIZE=2", "missing are RANK"]),
     ({"WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None}, ["RANK=0", "missing are WORLD_SIZE"]),
-    ({"GLOO_SOCKET_IFNAME": "nosuch0"}, ["GLOO_SOCKET_IFNAME=nosuch0", "no network card nosuch0", "lo"]),
+    ({"GLOO_SOCKET_IFNAME": "nosuch0"}, ["GLOO_SOCKET_IFNAME=nosuch0", "no network interface nosuch0", "lo"]),
     ({"HYBRIDTRAIN_DEADLINE": "abc"}, ["HYBRIDTRAIN_DEADLINE=abc", "not a time"]),
     ({"HYBRIDTRAIN_DEADLINE": "1000"}, ["HYBRIDTRAIN_DEADLINE=1000", "ago", "unset HYBRIDTRAIN_DEADLINE"]),
     ({"RANK": None, "WORLD_SIZE": None, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}, ["SLURM_LOCALID=", "not set"]),
@@ -88,7 +88,7 @@ def test_launcher_variables_that_make_no_sense_are_refused_together(change, word
     for name, value in {**GOOD, **change}.items():
         if value is not None:
             monkeypatch.setenv(name, value)
-    monkeypatch.setattr("hybridtrain.runtime.launch.SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr("hybridtrain.runtime.launch.RANK_0_FIRST_S", 0.0)
     assert run_command("train", ["model=tiny", "data.path=x", "train.steps=1"]) == 2
     text = capsys.readouterr().err
     assert [word for word in words if word not in text] == [], text
@@ -101,7 +101,7 @@ def test_variables_that_a_job_script_exports_are_no_launcher(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     launch.check()
-    assert not launch.several()
+    assert not launch.is_launched()
 
 
 def test_a_scontrol_that_fails_is_a_refusal(monkeypatch, tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_a_working_directory_that_was_removed_is_a_refusal(command, tmp_path, ca
     four_parts(capsys.readouterr().err, "working directory")
 
 
-# -- meeting -------------------------------------------------------------------------------------------------------
+# -- rendezvous ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,14 +273,14 @@ def test_secrets_are_not_in_what_ranks_compare(monkeypatch):
 def test_the_card_on_the_route_is_found(monkeypatch):
     import psutil
 
-    assert network.card_to("127.0.0.1") == "lo"
-    assert network.card_to("no.such.name.invalid") == ""
+    assert network.interface_to("127.0.0.1") == "lo"
+    assert network.interface_to("no.such.name.invalid") == ""
     own = [(card, entry.address) for card, entries in psutil.net_if_addrs().items() for entry in entries if entry.family == socket.AF_INET]
-    assert [network.card_to(address) for _, address in own] == [card for card, _ in own], "also of this host's own addresses"
+    assert [network.interface_to(address) for _, address in own] == [card for card, _ in own], "also of this host's own addresses"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
-    network.choose_card("127.0.0.1")
+    network.choose_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    network.choose_card("127.0.0.1")
+    network.choose_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")

@@ -45,7 +45,7 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
     It starts processes of its own, which import what `task` and `data` are made of. Raises UserError.
     """
     from hybridtrain.data.blend import of_rows
-    from hybridtrain.parity import Own, compared
+    from hybridtrain.parity import UserInputs, compare_layouts
     from hybridtrain.parity.measure import train_layout
 
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
@@ -59,7 +59,7 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
         if value is not None:
             _check_travels(name, value, option=option)
     rows = None if data is None else of_rows(data, None, fields=("data", "data"), documents=config.data.document_mask)
-    return compared(root, train=train_layout, own=Own(task, rows))
+    return compare_layouts(root, train=train_layout, inputs=UserInputs(task, rows))
 
 
 class _Elsewhere(pickle.Unpickler):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.build import logits, plain_model
 from hybridtrain.models.family import Family
-from hybridtrain.models.init import Source
+from hybridtrain.models.init import WeightSource
 from hybridtrain.models.patterns import matches
-from hybridtrain.optim import own
+from hybridtrain.optim import user_optimizer
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch
 
@@ -37,12 +37,21 @@ class Reference:
     """fp32 master weights; forward and backward in `compute`, on a copy in that dtype when it is another one."""
 
     def __init__(
-        self, config: Any, *, family: Family, source: Source, settings: OptimConfig, compute: torch.dtype, param: torch.dtype, freeze: Sequence[str], task: Task
+        self,
+        config: Any,
+        *,
+        family: Family,
+        source: WeightSource,
+        settings: OptimConfig,
+        compute: torch.dtype,
+        param: torch.dtype,
+        freeze: Sequence[str],
+        task: Task,
     ):
         self.settings, self.compute, self.task = settings, compute, task
         self.loss_scale = 1.0
         """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
-        self.master: nn.Module = initialised(config, family=family, source=source, param=param, device=torch.device("cpu"))
+        self.master: nn.Module = build_model(config, family=family, source=source, param=param, device=torch.device("cpu"))
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
@@ -97,7 +106,7 @@ class Reference:
 
 
 @torch.no_grad()
-def initialised(config: Any, *, family: Family, source: Source, param: torch.dtype, device: torch.device) -> nn.Module:
+def build_model(config: Any, *, family: Family, source: WeightSource, param: torch.dtype, device: torch.device) -> nn.Module:
     """Hugging Face's own model of `config` on `device`, with the weights of `source`, stored in `param`."""
     with device:
         model = _in_dtype(plain_model(config), param)
@@ -120,7 +129,7 @@ def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, 
 def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
     """torch's own AdamW, or the user's optimizer, over whole parameters."""
     if settings.kind != "adamw":
-        return own.made(groups, settings)
+        return user_optimizer.build(groups, settings)
     first, second = settings.betas
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
 

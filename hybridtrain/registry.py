@@ -142,7 +142,7 @@ def names(kind: str) -> tuple[str, ...]:
     return (*BUILT_IN[kind], *(name for of, name in _entries if of == kind))
 
 
-def own(kind: str, name: str) -> Callable[..., Any] | None:
+def lookup(kind: str, name: str) -> Callable[..., Any] | None:
     """What a user's module has registered; None for a name that is built in. Raises UserError for a name that is neither."""
     check(kind, name)
     entry = _entries.get((kind, name))

@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridtrain.checkpoint import marker, sealed
+from hybridtrain.checkpoint import export_record, marker
 from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.errors import UserError
-from hybridtrain.models import described
+from hybridtrain.models import config_diff
 from hybridtrain.models.facts import facts_of
 from hybridtrain.run import identity
 from hybridtrain.run.record import require_run
@@ -31,8 +31,8 @@ def run(config: VerifyRoot) -> int:
         from hybridtrain.data.verify import verify_corpus
 
         problems, what = verify_corpus(path), "the corpus is as it was prepared"
-    elif (path / sealed.ORIGIN).is_file():
-        problems, what = sealed.verify(path, field="run.dir"), "the export is as it was written"
+    elif (path / export_record.ORIGIN).is_file():
+        problems, what = export_record.verify(path, field="run.dir"), "the export is as it was written"
     else:
         require_run(path, command="verify")
         problems, number = verify_run(path)
@@ -48,7 +48,7 @@ def verify_run(path: Path) -> tuple[list[str], int]:
     problems: list[str] = []
     folder, fingerprints = path / "checkpoints", set()
     configs: list[Path] = []
-    complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REPLACED))]
+    complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REMOVED))]
     for checkpoint in complete:
         try:
             marker.verify(checkpoint, files=sorted(marker.read(checkpoint).items()))
@@ -64,7 +64,7 @@ def verify_run(path: Path) -> tuple[list[str], int]:
     for other in sorted(set(folder.glob("step-*")) - set(complete)):
         if not other.is_dir():
             problems.append(f"{other}: no folder of a checkpoint")
-        elif not other.name.endswith((marker.PARTIAL, marker.REPLACED)):
+        elif not other.name.endswith((marker.PARTIAL, marker.REMOVED)):
             problems.append(f"{other}: it has no {marker.MARKER} any more, so it does not count")
     problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs), *_of_lines(path)]
     return problems, len(complete)
@@ -81,16 +81,16 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
         read_object(path / "summary.json", field="run.dir")
         now = read_object(file, field="run.dir") if file.exists() else None
         held = [(config.parent.name, read_object(config, field="checkpoint")) for config in configs]
-        newest, described_by = held[-1] if held else ("", {})
-        if now is not None and held and (found := described.changes(described_by, now)):
-            yield f"{file}: it has changed since {newest} was written ({described.words(found)})"
+        newest, newest_fields = held[-1] if held else ("", {})
+        if now is not None and held and (found := config_diff.changes(newest_fields, now)):
+            yield f"{file}: it has changed since {newest} was written ({config_diff.describe(found)})"
         elif now is not None and fingerprints:
             model = facts_of(ModelConfig(from_pretrained=str(file.parent)))
             if fingerprints != {identity.model_fingerprint(model)}:
                 yield f"{file}: it describes another model than the checkpoints hold"
         for older, fields in held[:-1]:
-            if found := described.model_changes(fields, described_by):
-                yield f"{path / 'checkpoints' / older}: its config.json is of another model than that of {newest} ({described.words(found)})"
+            if found := config_diff.model_changes(fields, newest_fields):
+                yield f"{path / 'checkpoints' / older}: its config.json is of another model than that of {newest} ({config_diff.describe(found)})"
     except UserError as error:
         yield _line(error)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import hybridtrain as ht
-from hybridtrain.data.own import OwnRows
+from hybridtrain.data.user_rows import UserRows
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import assert_equal_state, rows, summary
 from tests.tasks.test_tasks import Halves
@@ -220,20 +220,20 @@ def test_an_export_of_it_is_a_hugging_face_folder(alone: tuple[Path, list[Any]],
 def test_a_row_is_tokens_a_pair_or_a_mapping() -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7]], "labels": [[-100, 2, 3], [4, 5, -100, 7]]})
-    given = OwnRows(table, split="train", field="data")
+    given = UserRows(table, split="train", field="data")
     assert given.count("train", seq_len=8) == 2
     ids, mask = given.read(1)
     assert (ids.tolist(), mask.tolist()) == ([4, 5, 6, 7], [True, True, False, True])
     block = given.rows("train", seq_len=4, documents=True, vocab=10).gather(np.array([0, 1]))
     assert block.tokens.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 7, 0]]
-    assert block.carries.tolist() == [[False, True, True, False, False], [True, True, False, True, False]]
-    assert block.begins.tolist() == [[True, False, False, True, False], [True, False, False, False, True]]
-    assert OwnRows([[1, 2], [3, 4]], split="train", field="data").read(0)[0].tolist() == [1, 2]
+    assert block.loss_mask.tolist() == [[False, True, True, False, False], [True, True, False, True, False]]
+    assert block.doc_start.tolist() == [[True, False, False, True, False], [True, False, False, False, True]]
+    assert UserRows([[1, 2], [3, 4]], split="train", field="data").read(0)[0].tolist() == [1, 2]
 
 
 def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> None:
     def of(data: Any) -> str:
-        return OwnRows(data, split="train", field="data").fingerprint
+        return UserRows(data, split="train", field="data").fingerprint
 
     assert of([[1, 2], [3, 4]]) == of([[1, 2], [3, 4]])
     assert len({of([[1, 2], [3, 4]]), of([[1, 2], [3, 5]]), of([[1, 2]]), of([([1, 2], [0, 1]), [3, 4]])}) == 4
@@ -260,8 +260,8 @@ def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> 
 )
 def test_rows_that_cannot_be_trained_on_are_refused_by_name(data: Any, words: str, field: str) -> None:
     def read() -> None:
-        given = OwnRows(data, split="train", field="data")
-        given.rows("train", seq_len=SEQ, documents=False, vocab=VOCAB).gather(np.arange(len(given.given)))
+        given = UserRows(data, split="train", field="data")
+        given.rows("train", seq_len=SEQ, documents=False, vocab=VOCAB).gather(np.arange(len(given.table)))
 
     with pytest.raises(ht.UserError) as error:
         read()

@@ -44,7 +44,7 @@ PRIVATE = {
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),
     **dict.fromkeys(("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"), ("parallel/pipeline.py",)),
-    "_step_supports_amp_scaling": ("optim/own.py",),
+    "_step_supports_amp_scaling": ("optim/user_optimizer.py",),
     "_amp_update_scale_": ("precision/loss_scale.py",),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
     "_attn_implementation": ("models/build.py", "models/stage.py"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain.bench import result
-from hybridtrain.bench.result import Timing, Work
+from hybridtrain.bench.result import StepWork, Timing
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.engine import Settled
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from hybridtrain.bench.plain import PlainProcess
-    from hybridtrain.bench.rounds import Memory, Part, Round, Side
+    from hybridtrain.bench.rounds import Memory, ProfiledOp, Round, Side
 
 _log = log.get("bench")
 _PROFILED = 2
@@ -38,9 +38,9 @@ def compare(config: BenchRoot) -> int:
     """
     settled = engines.settle(config, world_size=launch.world_size())
     memory.check_host(config, layout=settled.layout, plan=settled.plan, facts=settled.facts)
-    fitted = _checked_tokens(config, settled)
-    if fitted is not config:
-        config, settled = fitted, engines.settle(fitted, world_size=launch.world_size())
+    adapted = _checked_tokens(config, settled)
+    if adapted is not config:
+        config, settled = adapted, engines.settle(adapted, world_size=launch.world_size())
     if config.bench.out and log.rank() == 0:
         result.check_writable(config.bench.out)
     import torch
@@ -55,12 +55,12 @@ def compare(config: BenchRoot) -> int:
     torch.manual_seed(config.run.seed)
     engine, ours = _ours(config, settled, device=device)
     group = engine.mesh.checkpoint_group  # which nobody else uses here
-    _say(_opening(config, settled, device))
+    _log_lines(_opening(config, settled, device))
     with _plain(config, settled) as plain:
         rounds = _take_turns(config, ours, plain, group=group)
-        parts = _parts(ours, plain, group=group) if config.bench.parts else {}
-        everybody = _everybody((rounds["ours"], ours.memory()))
-        timings = [_timing(f"hybridtrain {notation.write(config.parallel, settled.layout)}", [rounds for rounds, _ in everybody], [m for _, m in everybody])]
+        parts = _profile(ours, plain, group=group) if config.bench.parts else {}
+        all_ranks = _all_gather((rounds["ours"], ours.memory()))
+        timings = [_timing(f"hybridtrain {notation.write(config.parallel, settled.layout)}", [rounds for rounds, _ in all_ranks], [m for _, m in all_ranks])]
         if plain:
             timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
     hosts = host.gather(device)
@@ -80,11 +80,11 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    fitted = blends.fitted(config, data, facts=settled.facts)
-    if fitted is config:
+    adapted = blends.adapt_model(config, data, facts=settled.facts)
+    if adapted is config:
         blends.check_vocab(data, vocab=settled.facts.vocab)
     blends.check_train_rows(data, seq_len=settled.plan.seq_len)
-    return fitted
+    return adapted
 
 
 def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
@@ -106,11 +106,11 @@ def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]
         return
     import torch
 
-    from hybridtrain.bench.plain import PlainProcess, Task
+    from hybridtrain.bench.plain import PlainProcess, PlainSettings
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", settled.layout.world_size))
     plan = plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
-    process = PlainProcess(Task(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads()))
+    process = PlainProcess(PlainSettings(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads()))
     try:
         yield process
     finally:
@@ -128,7 +128,7 @@ def _take_turns(config: BenchRoot, ours: Side, plain: PlainProcess | None, *, gr
             elif plain:
                 done["plain"].append(plain.run(count))
             _wait(group)
-        _say([_progress(number, config.bench.rounds, {side: rounds[-1] for side, rounds in done.items() if rounds})])
+        _log_lines([_progress(number, config.bench.rounds, {side: rounds[-1] for side, rounds in done.items() if rounds})])
     return done
 
 
@@ -139,12 +139,12 @@ def _progress(number: int, rounds: int, last: dict[str, Round]) -> str:
     return f"{f'round {number}/{rounds}' if number else 'warm-up'}: {times} a step{ratio}"
 
 
-def _parts(ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[Part]]:
-    found = {"hybridtrain": ours.parts(_PROFILED)}
+def _profile(ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[ProfiledOp]]:
+    ops = {"hybridtrain": ours.profile(_PROFILED)}
     if plain:
-        found["plain loop"] = plain.parts(_PROFILED)
+        ops["plain loop"] = plain.profile(_PROFILED)
     _wait(group)
-    return found
+    return ops
 
 
 def _wait(group: Any) -> None:
@@ -155,7 +155,7 @@ def _wait(group: Any) -> None:
         dist.barrier(group=group)
 
 
-def _everybody(value: Any) -> list[Any]:
+def _all_gather(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     values = [None] * dist.get_world_size()
@@ -178,11 +178,11 @@ def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -
     )
 
 
-def _work(settled: Settled, *, engine: Any, device: torch.device) -> Work:
+def _work(settled: Settled, *, engine: Any, device: torch.device) -> StepWork:
     from hybridtrain.training import metrics
 
     per_token = flops.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
-    return Work(settled.plan.tokens, per_token, metrics.peak_flops(device, dtype=engine.precision.compute))
+    return StepWork(settled.plan.tokens, per_token, metrics.peak_flops(device, dtype=engine.precision.compute))
 
 
 def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[str]:
@@ -203,16 +203,16 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     return lines
 
 
-def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[Part]], work: Work, hosts: list[Any]) -> int:
+def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[ProfiledOp]], work: StepWork, hosts: list[Any]) -> int:
     """Print the table and write the JSON; the exit code."""
     from hybridtrain.config.compose import plain as shown
     from hybridtrain.runtime import host
 
-    lines = ["", result.table(timings, work), "", *result.words(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
-    for side, found in parts.items():
+    lines = ["", result.table(timings, work), "", *result.summary_lines(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
+    for side, ops in parts.items():
         lines += ["", f"{side}: self time of {_PROFILED} profiled steps"]
-        lines += [f"  {part.share:6.1%}  {part.seconds:8.4f} s  {part.calls:6}x  {part.name[:100]}" for part in found]
-    _say(lines)
+        lines += [f"  {part.share:6.1%}  {part.seconds:8.4f} s  {part.calls:6}x  {part.name[:100]}" for part in ops]
+    _log_lines(lines)
     if config.bench.out:
         run = {
             "layout": notation.write(config.parallel, settled.layout),
@@ -221,14 +221,14 @@ def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, par
             "machine": hosts,
             "versions": host.versions(),
             "config": shown(config),
-            "parts": {side: [asdict(part) for part in found] for side, found in parts.items()},
+            "parts": {side: [asdict(part) for part in ops] for side, ops in parts.items()},
         }
         result.write(config.bench.out, result.document(timings, work=work, precision=config.precision.kind, facts_of_run=run))
-        _say([config.bench.out])
+        _log_lines([config.bench.out])
     same = len(timings) == 1 or result.agreement(*timings, precision=config.precision.kind).holds
     return 0 if same else 1
 
 
-def _say(lines: Sequence[str]) -> None:
+def _log_lines(lines: Sequence[str]) -> None:
     for line in lines:
         _log.info("%s", line)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridtrain import reference
-from hybridtrain.bench.rounds import Memory, Part, Round, Side, tokens_of
+from hybridtrain.bench.rounds import Memory, ProfiledOp, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models.build import hf_config
@@ -41,7 +41,7 @@ _LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Task:
+class PlainSettings:
     """Settings of the plain loop; can be pickled."""
 
     config: BenchRoot
@@ -61,7 +61,7 @@ class PlainLoop:
         built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
         family = family_for(built)
         source = initial(config.model, built, family=family, seed=config.run.seed)
-        self.model = reference.initialised(built, family=family, source=source, param=precision.param, device=device)
+        self.model = reference.build_model(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
         if config.recompute.kind == "full":  # Hugging Face has no other kind: beside `selective` the plain loop keeps everything
@@ -109,19 +109,19 @@ class PlainLoop:
 class PlainProcess:
     """The plain loop in a process of its own, with the same questions as a Side. Raises UserError when it does not get through."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, settings: PlainSettings) -> None:
         self._connection, theirs = Pipe()
         code = "import sys; from hybridtrain.bench.plain import serve; serve(int(sys.argv[1]))"
         environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
-        self._ask(pickle.dumps(task))
+        self._ask(pickle.dumps(settings))
 
     def run(self, count: int) -> Round:
         return self._ask(("run", count))
 
-    def parts(self, count: int) -> list[Part]:
-        return self._ask(("parts", count))
+    def profile(self, count: int) -> list[ProfiledOp]:
+        return self._ask(("profile", count))
 
     def memory(self) -> Memory:
         return self._ask(("memory",))
@@ -169,10 +169,10 @@ def serve(descriptor: int) -> None:
         connection.send((False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
 
 
-def _side(task: Task) -> Side:
+def _side(settings: PlainSettings) -> Side:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(settings.threads)
     before_gib = metrics.max_memory_gib(device)
-    loop = PlainLoop(task.config, device=device)
-    tokens = tokens_of(task.config, corpus=task.config.bench.corpus, vocab=task.vocab, plan=task.plan, dp_rank=0, dp_size=1)
+    loop = PlainLoop(settings.config, device=device)
+    tokens = tokens_of(settings.config, corpus=settings.config.bench.corpus, vocab=settings.vocab, plan=settings.plan, dp_rank=0, dp_size=1)
     return Side(loop.step, tokens=tokens, device=device, before_gib=before_gib)

@@ -54,7 +54,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step is, on either side."""
 
     tokens: int
@@ -92,7 +92,7 @@ def ratio_of(ours: Timing, theirs: Timing) -> Ratio:
     return paired_ratio([statistics.median(steps) for steps in ours.rounds], [statistics.median(steps) for steps in theirs.rounds])
 
 
-def facts(timing: Timing, work: Work) -> dict[str, float | None]:
+def facts(timing: Timing, work: StepWork) -> dict[str, float | None]:
     """Speed and memory of one side, in numbers."""
     tokens_per_s = work.tokens / timing.step_s
     quartiles = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
@@ -110,7 +110,7 @@ def facts(timing: Timing, work: Work) -> dict[str, float | None]:
     }
 
 
-def table(timings: Sequence[Timing], work: Work) -> str:
+def table(timings: Sequence[Timing], work: StepWork) -> str:
     """One line per side."""
     heads = ("", "step s", "(quartiles)", "tokens/s", "per device", "MFU", "peak GiB", "sum", "before")
     rows = [heads]
@@ -151,16 +151,16 @@ def agreement(ours: Timing, theirs: Timing, *, precision: str) -> Agreement:
     return Agreement(difference, LOSS_TOLERANCE[precision], difference <= LOSS_TOLERANCE[precision])  # NaN does not hold
 
 
-_UNQUIET = 1.25
-"""Upper quartile of a side's steps in lower quartiles, from which on its times are said to vary."""
+_NOISY = 1.25
+"""Upper quartile of a side's steps in lower quartiles, from which on its times are lines to vary."""
 
 
-def unquiet(timings: Sequence[Timing]) -> list[str]:
+def noise_warning(timings: Sequence[Timing]) -> list[str]:
     """What to think of times that vary: other work on the machine, which slows several processes down more than one, or the reverse."""
     wide = []
     for timing in timings:
         quarter = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
-        if quarter[2] > _UNQUIET * quarter[0]:
+        if quarter[2] > _NOISY * quarter[0]:
             wide.append(f"{timing.name} {quarter[0]:.4f} to {quarter[2]:.4f} s")
     if not wide:
         return []
@@ -169,36 +169,36 @@ def unquiet(timings: Sequence[Timing]) -> list[str]:
     ]
 
 
-def words(timings: Sequence[Timing], *, precision: str, corpus: bool) -> list[str]:
+def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) -> list[str]:
     """What stands below the table."""
-    said = []
+    lines = []
     if corpus:
-        said += [f"{timing.name}: {timing.data_share:.2%} of the time was spent waiting for tokens" for timing in timings]
+        lines += [f"{timing.name}: {timing.data_share:.2%} of the time was spent waiting for tokens" for timing in timings]
     if len(timings) == 2:
         ours, theirs = timings
         ratio, same = ratio_of(ours, theirs), agreement(ours, theirs, precision=precision)
         few = "" if ratio.confidence >= CONFIDENCE else "; 6 rounds or more make it 95 %"
-        said.append(
+        lines.append(
             f"{ratio.median:.3f} times as fast as the plain loop: median of {ratio.rounds} paired rounds, "
             f"{ratio.confidence:.0%} interval {ratio.low:.3f} to {ratio.high:.3f}{few}"
         )
-        said += unquiet(timings)
+        lines += noise_warning(timings)
         verdict = "the same work" if same.holds else "NOT THE SAME WORK"
-        said.append(
+        lines.append(
             f"{verdict}: first losses {ours.losses[0]:.6f} and {theirs.losses[0]:.6f}, relative difference {same.difference:.1e}, "
             f"at most {same.tolerance:.0e}; after {len(ours.losses)} steps {ours.losses[-1]:.6f} and {theirs.losses[-1]:.6f}"
         )
-    return said
+    return lines
 
 
-def document(timings: Sequence[Timing], *, work: Work, precision: str, facts_of_run: Mapping[str, Any]) -> dict[str, Any]:
+def document(timings: Sequence[Timing], *, work: StepWork, precision: str, facts_of_run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything, for json: `facts_of_run` (config, layout, machine, versions), then each side with every step's time."""
-    told = dict(facts_of_run) | {"work": dataclasses.asdict(work)}
-    told["sides"] = {timing.name: facts(timing, work) | dataclasses.asdict(timing) for timing in timings}
+    content = dict(facts_of_run) | {"work": dataclasses.asdict(work)}
+    content["sides"] = {timing.name: facts(timing, work) | dataclasses.asdict(timing) for timing in timings}
     if len(timings) == 2:
-        told["ratio"] = dataclasses.asdict(ratio_of(*timings))
-        told["agreement"] = dataclasses.asdict(agreement(*timings, precision=precision))
-    return told
+        content["ratio"] = dataclasses.asdict(ratio_of(*timings))
+        content["agreement"] = dataclasses.asdict(agreement(*timings, precision=precision))
+    return content
 
 
 def check_writable(out: str) -> None:
@@ -206,9 +206,9 @@ def check_writable(out: str) -> None:
     path = Path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        there = path.exists()
+        existed = path.exists()
         path.open("a").close()
-        if not there:
+        if not existed:
             path.unlink()
     except OSError as error:
         raise refusal(
@@ -216,6 +216,6 @@ def check_writable(out: str) -> None:
         ) from error
 
 
-def write(out: str, told: Mapping[str, Any]) -> None:
+def write(out: str, content: Mapping[str, Any]) -> None:
     """Write the JSON; numbers that are not finite are null."""
-    Path(out).write_text(json.dumps(finite(told), indent=1, default=str) + "\n")
+    Path(out).write_text(json.dumps(finite(content), indent=1, default=str) + "\n")

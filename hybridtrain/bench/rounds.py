@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import open_data
@@ -23,7 +23,7 @@ from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.training import metrics
 from hybridtrain.types import Batch
 
-_PARTS = 20
+_MOST_OPS = 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Part:
+class ProfiledOp:
     """An operation (CPU) or a kernel (GPU), over all its calls in the profiled steps."""
 
     name: str
@@ -80,17 +80,17 @@ class Side:
         self._done += count
         return Round(clock.laps(), data_s, [float(loss) for loss in losses])
 
-    def parts(self, count: int) -> list[Part]:
+    def profile(self, count: int) -> list[ProfiledOp]:
         """Where the time of the next `count` steps goes: the operations that take longest by themselves."""
         cuda = self._device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
             self.run(count)
         chosen = DeviceType.CUDA if cuda else DeviceType.CPU
         events = [event for event in recorded.key_averages() if event.device_type == chosen and not event.is_user_annotation]
         seconds = lambda event: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6  # noqa: E731
         total = sum(map(seconds, events)) or 1.0
-        longest = sorted(events, key=seconds, reverse=True)[:_PARTS]
-        return [Part(event.key, event.count, seconds(event), seconds(event) / total) for event in longest]
+        longest = sorted(events, key=seconds, reverse=True)[:_MOST_OPS]
+        return [ProfiledOp(event.key, event.count, seconds(event), seconds(event) / total) for event in longest]
 
     def memory(self) -> Memory:
         """The peak since the process started."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes)."""
 
 
@@ -38,12 +38,12 @@ class Fragment:
     def pieces(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """(offsets in the whole tensor, view of `values` in the shape of a box)."""
         done = 0
-        for offsets, sizes in _boxes(self.sizes, start=self.start, count=self.values.numel()):
+        for offsets, sizes in _chunks(self.sizes, start=self.start, count=self.values.numel()):
             count = math.prod(sizes)
             yield tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.values[done : done + count].view(sizes)
             done += count
 
-    def placed(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    def slices(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """(place in the whole tensor, view of `values` in the shape of a box)."""
         for offsets, piece in self.pieces():
             yield tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True)), piece
@@ -54,7 +54,7 @@ class Fragment:
 
     def fill(self, whole: Tensor) -> None:
         """Write the elements to their places in a tensor of the whole shape."""
-        for place, piece in self.placed():
+        for place, piece in self.slices():
             whole[place] = piece
 
     def chunks(self) -> list[ChunkStorageMetadata]:
@@ -74,7 +74,7 @@ class Fragment:
         return next(piece for offsets, piece in self.pieces() if torch.Size(offsets) == index.offset)
 
 
-def _boxes(sizes: tuple[int, ...], *, start: int, count: int) -> Iterator[Box]:
+def _chunks(sizes: tuple[int, ...], *, start: int, count: int) -> Iterator[Chunk]:
     """Boxes that together are `count` elements of a tensor of `sizes`, from element `start` on, in order."""
     if count == 0:
         return
@@ -85,10 +85,10 @@ def _boxes(sizes: tuple[int, ...], *, start: int, count: int) -> Iterator[Box]:
     first, skip = divmod(start, row)
     if skip or count < row:
         part = min(count, row - skip)
-        for offsets, inner in _boxes(sizes[1:], start=skip, count=part):
+        for offsets, inner in _chunks(sizes[1:], start=skip, count=part):
             yield (first, *offsets), (1, *inner)
-        yield from _boxes(sizes, start=start + part, count=count - part)
+        yield from _chunks(sizes, start=start + part, count=count - part)
         return
     rows = count // row
     yield (first, *(0 for _ in sizes[1:])), (rows, *sizes[1:])
-    yield from _boxes(sizes, start=start + rows * row, count=count - rows * row)
+    yield from _chunks(sizes, start=start + rows * row, count=count - rows * row)

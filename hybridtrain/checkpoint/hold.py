@@ -26,7 +26,7 @@ class Removed(Exception):
 
 
 @contextmanager
-def held(path: Path) -> Iterator[Path]:
+def hold_open(path: Path) -> Iterator[Path]:
     """Yield a folder that reads as the complete checkpoint `path` until the end of the block, whatever becomes of `path`.
 
     Raises UserError for what is no complete checkpoint, Removed for one that goes while it is being opened. Where the system has no
@@ -35,7 +35,7 @@ def held(path: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             names = [marker.MARKER, *marker.read(path)]
-            if not _HANDLES.is_dir() or not _enough(len(names)):
+            if not _HANDLES.is_dir() or not _can_open(len(names)):
                 yield path
                 return
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridtrain-"))) / path.resolve().name
@@ -47,7 +47,7 @@ def held(path: Path) -> Iterator[Path]:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(f"/proc/{os.getpid()}/fd/{stream.fileno()}")
         except UserError:
-            if (path / marker.MARKER).is_file() or not _vanishing(path):
+            if (path / marker.MARKER).is_file() or not _is_being_removed(path):
                 raise
             raise Removed(path) from None
         except OSError as error:
@@ -60,17 +60,17 @@ def held(path: Path) -> Iterator[Path]:
             raise UserError(str(error).replace(str(folder), str(path))) from error
 
 
-def _vanishing(path: Path) -> bool:
+def _is_being_removed(path: Path) -> bool:
     """Whether `path` has the name that the manager gives, which it takes away by a rename before the files go."""
     return not path.exists() and path.name.startswith("step-")
 
 
-def _enough(count: int) -> bool:
+def _can_open(count: int) -> bool:
     """Whether so many files can be open at once; raises the soft limit where it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _SPARE
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
+    needed = count + _SPARE
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
             return False
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return True

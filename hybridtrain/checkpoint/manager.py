@@ -27,7 +27,7 @@ class Manager:
     def __init__(self, folder: Path, *, settings: CheckpointConfig) -> None:
         self.folder = folder
         self.settings = settings
-        self._kept: set[str] = set()
+        self._not_removed: set[str] = set()
         """Names that could not be removed, and that was said."""
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -45,13 +45,13 @@ class Manager:
             return None
         newest = self.path(steps[-1])
         marker.check_sizes(newest, files=[(marker.PROGRESS, marker.read(newest)[marker.PROGRESS])])
-        if (held := marker.read_progress(newest).step) != steps[-1]:
+        if (actual := marker.read_progress(newest).step) != steps[-1]:
             raise refusal(
                 "checkpoint",
                 newest,
-                f"it holds step {held}: somebody has renamed it",
+                f"it holds step {actual}: somebody has renamed it",
                 allowed=f"the checkpoint of step {steps[-1]} under this name",
-                instead=f"mv {newest} {self.path(held) if not self.path(held).exists() else 'ELSEWHERE'}, or remove it",
+                instead=f"mv {newest} {self.path(actual) if not self.path(actual).exists() else 'ELSEWHERE'}, or remove it",
             )
         return newest
 
@@ -69,7 +69,7 @@ class Manager:
 
     def sweep(self) -> None:
         """Remove what a crash left half-written or half-removed. Only while nothing is being saved. What cannot be removed is warned of."""
-        for ending in (marker.PARTIAL, marker.REPLACED):
+        for ending in (marker.PARTIAL, marker.REMOVED):
             for path in sorted(self.folder.glob(f"step-*{ending}")):
                 if path.is_dir():
                     discard(path)
@@ -89,11 +89,11 @@ class Manager:
     def _remove(self, path: Path) -> None:
         """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts. A link goes, not its target."""
         try:
-            doomed = marker.free_name(path, ending=marker.REPLACED)
-            path.rename(doomed)
+            removed = marker.free_name(path, ending=marker.REMOVED)
+            path.rename(removed)
         except OSError as error:
-            if path.name not in self._kept:
+            if path.name not in self._not_removed:
                 _log.warning("%s cannot be removed and stays (%s)", path, error.strerror or error)
-            self._kept.add(path.name)
+            self._not_removed.add(path.name)
             return
-        discard(doomed)
+        discard(removed)

@@ -29,14 +29,14 @@ TOKENIZER = "tokenizer"
 """Folder of the tokenizer of what was trained on, in <run>/model and in a checkpoint; those of earlier releases have none."""
 DATA = "data.json"
 """In it, written last: which data that was."""
-REPLACED = ".removed"
+REMOVED = ".removed"
 """Ending of a folder that is being removed, or was when a crash came."""
 FORMAT = 1
 _BLOCK = 1 << 22  # 4 MiB reads: large enough that CRC32 runs at memory speed
 
 
 @dataclass(frozen=True)
-class Record:
+class FileRecord:
     """Size in bytes and CRC32 of one file."""
 
     size: int
@@ -46,14 +46,14 @@ class Record:
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def measure(file: Path) -> Record:
+def measure(file: Path) -> FileRecord:
     """Size and CRC32 of `file`, reading it once; raises OSError."""
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             size += len(block)
             crc = zlib.crc32(block, crc)
-    return Record(size, crc)
+    return FileRecord(size, crc)
 
 
 def is_complete(path: Path) -> bool:
@@ -61,7 +61,7 @@ def is_complete(path: Path) -> bool:
     return (path / MARKER).is_file()
 
 
-def write(path: Path, *, progress: Progress, files: Mapping[str, Record]) -> None:
+def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) -> None:
     """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError).
 
     A checkpoint of a run takes config.json, generation_config.json and the tokenizer of the run's model/ along, so that an export needs
@@ -84,7 +84,7 @@ def write(path: Path, *, progress: Progress, files: Mapping[str, Record]) -> Non
     sync_folder(path)
 
 
-def read(path: Path) -> dict[str, Record]:
+def read(path: Path) -> dict[str, FileRecord]:
     """The files that the marker lists; UserError if `path` is no complete checkpoint or its marker cannot be read."""
     if not path.is_dir():
         raise refusal("checkpoint", path, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints")
@@ -99,7 +99,7 @@ def read(path: Path) -> dict[str, Record]:
     try:
         content = json.loads((path / MARKER).read_bytes())
         version = content["format"]
-        files = {name: Record(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in content["files"].items()}
+        files = {name: FileRecord(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in content["files"].items()}
     except _UNREADABLE as error:
         raise damaged(path, MARKER, f"it cannot be read ({error})") from error
     if version != FORMAT:
@@ -113,7 +113,7 @@ def read(path: Path) -> dict[str, Record]:
     return files
 
 
-def check_sizes(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
+def check_sizes(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
     """Check, without reading, that each of `files` is there with its size; UserError naming the first that is not."""
     for name, record in files:
         file = path / name
@@ -123,7 +123,7 @@ def check_sizes(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
             raise damaged(path, name, f"it has {file.stat().st_size} bytes instead of {record.size}")
 
 
-def verify(path: Path, *, files: Iterable[tuple[str, Record]]) -> None:
+def verify(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
     """Check that each of `files` is there with its size and CRC32; UserError naming the first that is not."""
     for name, record in files:
         check_sizes(path, files=[(name, record)])

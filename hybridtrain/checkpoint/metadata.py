@@ -74,20 +74,20 @@ def read(path: Path) -> dcp_metadata.Metadata:
     except (OSError, UserError):
         raise
     except Exception as error:  # a crafted pickle can raise anything, from the constructors it calls or by what it leaves out
-        raise _refused(path, str(error)) from error
+        raise _refusal(path, str(error)) from error
 
 
-class _Planner(DefaultLoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     """Reads into fragments too, box by box."""
 
-    def __init__(self, wanted: Mapping[str, torch.Tensor | Fragment]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor | Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.wanted = wanted
+        self.tensors = tensors
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
         """Not torch's own, which replaces what is no tensor by None."""
         self.original_state_dict = state_dict
-        self.state_dict, self.metadata, self.is_coordinator = dict(self.wanted), metadata, is_coordinator
+        self.state_dict, self.metadata, self.is_coordinator = dict(self.tensors), metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
         fragments = {key: value for key, value in self.state_dict.items() if isinstance(value, Fragment)}
@@ -109,7 +109,7 @@ def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, met
 
     Raises UserError if a tensor file holds anything but the tensor that the metadata promises.
     """
-    planner = _Planner(tensors)
+    planner = _LoadPlanner(tensors)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`, which is what an export wants
@@ -126,7 +126,7 @@ def _check(content: object, *, path: Path) -> None:
 
     def expect(holds: bool, problem: str) -> None:
         if not holds:
-            raise _refused(path, problem)
+            raise _refusal(path, problem)
 
     expect(isinstance(content, dcp_metadata.Metadata), "it holds something else")
     assert isinstance(content, dcp_metadata.Metadata)
@@ -153,17 +153,17 @@ def _tiled(entry: dcp_metadata.TensorStorageMetadata) -> bool:
     chunks, then the number of chunks over each element is odd inside and even outside, hence one and none.
     """
     dims = len(entry.size)
-    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-    if dims > _MOST_DIMS or any(len(offsets) != dims or len(sizes) != dims or min(offsets + sizes, default=0) < 0 for offsets, sizes in boxes):
+    chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    if dims > _MOST_DIMS or any(len(offsets) != dims or len(sizes) != dims or min(offsets + sizes, default=0) < 0 for offsets, sizes in chunks):
         return False
-    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(entry.size):
+    if sum(math.prod(sizes) for _, sizes in chunks) != math.prod(entry.size):
         return False
     odd: set[tuple[int, ...]] = set()
-    for offsets, sizes in [*boxes, ((0,) * dims, tuple(entry.size))]:
+    for offsets, sizes in [*chunks, ((0,) * dims, tuple(entry.size))]:
         for corner in itertools.product(*((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))):
             odd ^= {corner}
     return not odd
 
 
-def _refused(path: Path, problem: str) -> UserError:
+def _refusal(path: Path, problem: str) -> UserError:
     return marker.damaged(path, marker.METADATA, f"refused: {problem}")

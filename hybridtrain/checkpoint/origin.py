@@ -32,12 +32,12 @@ def data_ranks(path: Path) -> int:
 
 def _events(file: Path) -> list[dict]:
     """The lines that can be read, in their order."""
-    found = []
+    events = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
-            found.append(event)
-    return found
+            events.append(event)
+    return events

@@ -68,13 +68,13 @@ def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: d
         _check_shapes(tensors, stored=stored, path=path)
         return marker.read_progress(path), sorted(key for key in tensors if key.startswith("model.")), stored
 
-    mine, failure = _attempt(read, rank=rank, path=path, doing="read")
-    replies = _gather((failure, mine[1] if mine else []), group=group)
+    own, failure = _attempt(read, rank=rank, path=path, doing="read")
+    replies = _gather((failure, own[1] if own else []), group=group)
     _raise_first([reply[0] for reply in replies])
-    assert mine is not None
-    progress, _, stored = mine
-    wanted = {key for _, keys in replies for key in keys}
-    surplus = sorted(key for key in stored.state_dict_metadata if key.startswith("model.") and key not in wanted)
+    assert own is not None
+    progress, _, stored = own
+    requested = {key for _, keys in replies for key in keys}
+    surplus = sorted(key for key in stored.state_dict_metadata if key.startswith("model.") and key not in requested)
     if surplus:
         raise _of_another_model(path, f"it also holds {_some(surplus)}")
     metadata.load_into(tensors, path=path, metadata=stored, group=group)
@@ -115,7 +115,7 @@ def _stage(key: str, tensor: torch.Tensor | Fragment, *, copy: bool) -> _Staged:
     return _Staged(_create_write_items(key, tensor.detach()), local.to("cpu", copy=copy))
 
 
-class _Planner(DefaultSavePlanner):
+class _SavePlanner(DefaultSavePlanner):
     """Plans with the descriptions made when the tensors were staged; what several ranks have is written by one of them."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
         free.mkdir(parents=True)
         return free.name
 
-    def measure() -> dict[str, marker.Record]:
+    def measure() -> dict[str, marker.FileRecord]:
         return {file.name: marker.measure(file) for file in partial.glob(f"__{rank}_*")}
 
     def complete() -> None:
@@ -214,7 +214,7 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
 
 def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: dist.ProcessGroup | None) -> None:
     try:
-        dcp.save(dict(staged), storage_writer=_Writer(partial), planner=_Planner(), process_group=group, no_dist=group is None)
+        dcp.save(dict(staged), storage_writer=_Writer(partial), planner=_SavePlanner(), process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # a BaseException; DCP has agreed on it over the group already
         for rank, (cause, _) in sorted(error.failures.items()):
             if isinstance(cause, OSError):
@@ -225,7 +225,7 @@ def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: d
 
 def _rename(partial: Path, path: Path) -> None:
     """The moment at which the checkpoint exists. One of the same step makes room first (a run that went back to an earlier one)."""
-    replaced = marker.free_name(path, ending=marker.REPLACED)
+    replaced = marker.free_name(path, ending=marker.REMOVED)
     if path.exists() or path.is_symlink():
         os.rename(path, replaced)
     os.rename(partial, path)
@@ -298,9 +298,9 @@ def _attempt(work: Callable[[], T], *, rank: int, path: Path, doing: str) -> tup
 
 def _raise_first(failures: list[_Failure | None]) -> None:
     """Raise the same error on every rank; internal errors take precedence over UserErrors, so that they are not hidden."""
-    found = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
-    if found:
-        raise UserError(found[0].text) if found[0].of_user else RuntimeError(found[0].text)
+    ordered = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
+    if ordered:
+        raise UserError(ordered[0].text) if ordered[0].of_user else RuntimeError(ordered[0].text)
 
 
 def _agree(work: Callable[[], T], *, group: dist.ProcessGroup | None, path: Path) -> list[T]:

@@ -1,6 +1,6 @@
 """The tokenizer of what a run trains on: kept with the run when it begins, carried along by its checkpoints, and found again by an export.
 
-data.path/tokenizer  --when training starts-->  <run>/model/tokenizer  --sealed-->  <checkpoint>/tokenizer  -->  export
+data.path/tokenizer  --when training starts-->  <run>/model/tokenizer  --with each checkpoint-->  <checkpoint>/tokenizer  -->  export
 
 Where the data lie, or what they are, may change meanwhile. Runs of earlier releases kept nothing: theirs is taken from the data, if these still
 are what was trained on.
@@ -15,7 +15,7 @@ from pathlib import Path
 from hybridtrain.checkpoint import marker
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import vocabulary
-from hybridtrain.data.blend import fingerprint_there, tokenizer_dir
+from hybridtrain.data.blend import current_fingerprint, tokenizer_dir
 from hybridtrain.data.corpus import changed_files
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import tokens
@@ -26,7 +26,7 @@ _log = log.get("tokenizer")
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointTokenizer:
     """The tokenizer of a checkpoint."""
 
     folder: Path
@@ -34,7 +34,7 @@ class Found:
     """Whether conversations were trained on, in its chat template."""
 
 
-def at_hand(config: Config) -> Path | None:
+def current(config: Config) -> Path | None:
     """The tokenizer that `config` leads to now: the data's; token files without one of their own go by that of the model they train."""
     pretrained = Path(config.model.from_pretrained)
     own = pretrained if config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES) else None
@@ -43,7 +43,7 @@ def at_hand(config: Config) -> Path | None:
 
 def keep(config: Config, *, run: Path, fingerprint: str) -> None:
     """Rank 0, when training starts: copy the tokenizer into the run, unless it has that of this data already. Raises OSError."""
-    source, folder = at_hand(config), run / "model" / marker.TOKENIZER
+    source, folder = current(config), run / "model" / marker.TOKENIZER
     before = _record(folder)
     if before.get("fingerprint") == fingerprint:
         return
@@ -96,20 +96,20 @@ def _conversations(data: DataConfig) -> bool:
         return False
 
 
-def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> Found | None:
+def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointTokenizer | None:
     """The tokenizer that a complete checkpoint of `run` (whose config.yaml is `config`) was trained with; None if there is none any more.
 
     Raises UserError where the data that it would be taken from are others now.
     """
-    sealed = checkpoint / marker.TOKENIZER
-    if (sealed / marker.DATA).is_file():
-        return Found(sealed, bool(read_object(sealed / marker.DATA, field="checkpoint").get("conversations")))
+    folder_of_checkpoint = checkpoint / marker.TOKENIZER
+    if (folder_of_checkpoint / marker.DATA).is_file():
+        return CheckpointTokenizer(folder_of_checkpoint, bool(read_object(folder_of_checkpoint / marker.DATA, field="checkpoint").get("conversations")))
     written = marker.read_progress(checkpoint).fingerprints.get("data")
     others = []
     for data in _places(config, run=run):
         folder = tokenizer_dir(dataclasses.replace(data, tokenizer="train"))
-        if folder is not None and written in (None, now := fingerprint_there(data)):
-            return Found(folder, _conversations(data))
+        if folder is not None and written in (None, now := current_fingerprint(data)):
+            return CheckpointTokenizer(folder, _conversations(data))
         others += [(folder, now)] if folder is not None else []
     if others:
         folder, now = others[0]
@@ -120,8 +120,8 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> Found | Non
             allowed="the corpus that the run was trained on, or none",
             instead=f"prepare the same text there again, or hybridtrain export where {folder.parent} is the run's corpus; without a tokenizer: move it away",
         )
-    loose = at_hand(config)
-    return Found(loose, written in (None, fingerprint_there(config.data)) and _conversations(config.data)) if loose is not None else None
+    loose = current(config)
+    return CheckpointTokenizer(loose, written in (None, current_fingerprint(config.data)) and _conversations(config.data)) if loose is not None else None
 
 
 def _places(config: Config, *, run: Path) -> list[DataConfig]:

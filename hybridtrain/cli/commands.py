@@ -55,21 +55,21 @@ def run_command(command: str, argv: list[str]) -> int:
     gc.set_threshold(COLLECT_AFTER)
     running = False
     try:
-        if (refused := _misplaced(command)) is not None:
+        if (refused := _check_launch(command)) is not None:
             return refused
         processes, argv = _take_nproc(command, launch.arguments(argv))
-        config = _configured(command, argv)
+        config = _parse(command, argv)
         if isinstance(config, int):
             return config
         if processes:
-            return spawn.start(f"hybridtrain.{command}", argv, processes=_count(processes, config))
+            return spawn.start(f"hybridtrain.{command}", argv, processes=_process_count(processes, config))
         running = True
         log.setup(None)
         module, function, _ = COMMANDS[command]
         return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
     except UserError as error:
         known_everywhere = not running and not isinstance(error, PossiblyLocalError)
-        return _answer(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, LocalError))
+        return _report_error(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, LocalError))
     except BrokenPipeError:
         if command not in LISTS:
             raise
@@ -84,7 +84,7 @@ def run_command(command: str, argv: list[str]) -> int:
         return INTERRUPTED
 
 
-def _misplaced(command: str) -> int | None:
+def _check_launch(command: str) -> int | None:
     """The exit code where the directory or the launcher's variables do not do, which each process says for itself; None: they do."""
     try:
         if command in SEVERAL:
@@ -93,16 +93,16 @@ def _misplaced(command: str) -> int | None:
             launch.check_directory()
             launch.adopt_srun()
     except UserError as error:
-        return _answer(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
+        return _report_error(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
     return None
 
 
-def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | int:
+def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | int:
     """The checked config (of a sweep that is submitted: all), or the exit code of a command line that asks for something else."""
     if any(flag in argv for flag in ("-h", "--help")):
         from hybridtrain.cli import help as help_page
 
-        return _say(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
+        return _print(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
     rest = _with_runs(command, ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest])
     from hybridtrain.config.compose import compose, to_yaml
@@ -128,7 +128,7 @@ def _configured(command: str, argv: list[str]) -> schema.Root | list[schema.Root
     return config
 
 
-def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
+def _report_error(text: str, *, known_everywhere: bool, at_once: bool) -> int:
     """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
     launch.report_to_launcher(text)
     if log.rank() == 0:
@@ -141,7 +141,7 @@ def _answer(text: str, *, known_everywhere: bool, at_once: bool) -> int:
     return 2
 
 
-def _say(text: str) -> int:
+def _print(text: str) -> int:
     if log.rank() == 0:
         print(text, end="")
     return 0
@@ -200,7 +200,7 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
     return "", argv
 
 
-def _count(given: str, config: schema.Root | list[schema.Root]) -> int:
+def _process_count(given: str, config: schema.Root | list[schema.Root]) -> int:
     """Processes that `--nproc` asks for; auto: what the layout's degrees multiply to, or a whole number of times that as GPUs allow."""
     if given != "auto":
         return int(given)
@@ -245,13 +245,13 @@ def _multirun(command: str, argv: list[str]) -> int:
     checks.own_folders([training(job) for job in jobs] if command == "train" else [])
     codes, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "run"
+        run_dir_file = Path(folder) / "run"
         for number, job in enumerate(jobs):
             print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
             words = [sys.executable, "-m", "hybridtrain.cli", command, *flags, *job]
-            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.RUN_DIR_FILE: str(told)}).returncode)
-            runs += [told.read_text()] if told.exists() else []
-            told.unlink(missing_ok=True)
+            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.RUN_DIR_FILE: str(run_dir_file)}).returncode)
+            runs += [run_dir_file.read_text()] if run_dir_file.exists() else []
+            run_dir_file.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
         if not section_checks.can_draw():
             print(f"the runs are not compared, for matplotlib is not installed here: {install('report')}")

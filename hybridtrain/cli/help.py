@@ -48,15 +48,15 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     for section, fields in keys.sections(command).items():
         lines += ["", f"{section}.*"]
         for field in fields:
-            lines += _entry(field.key, f"{field.doc} [{field.type}, default {_shown(field.default)}]")
+            lines += _entry(field.key, f"{field.doc} [{field.type}, default {_default(field.default)}]")
     return "\n".join(lines) + "\n"
 
 
-def _shown(default: object) -> str:
+def _default(default: object) -> str:
     return {"": "''", "True": "true", "False": "false"}.get(str(default), str(default))
 
 
 def _entry(name: str, words: str) -> list[str]:
-    folded = textwrap.wrap(words, WIDTH - 30)
-    head = [f"  {name:<28}{folded[0]}"] if len(name) < 28 else [f"  {name}", " " * 30 + folded[0]]
-    return head + [" " * 30 + line for line in folded[1:]]
+    lines = textwrap.wrap(words, WIDTH - 30)
+    head = [f"  {name:<28}{lines[0]}"] if len(name) < 28 else [f"  {name}", " " * 30 + lines[0]]
+    return head + [" " * 30 + line for line in lines[1:]]

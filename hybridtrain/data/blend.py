@@ -24,9 +24,9 @@ from hybridtrain import registry
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
-from hybridtrain.data.own import OwnRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
+from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
@@ -43,10 +43,10 @@ BLOCK = 10_000
 class Blend:
     """One corpus or several, with their weights."""
 
-    corpora: tuple[Corpus | OwnRows, ...]
+    corpora: tuple[Corpus | UserRows, ...]
     weights: tuple[float, ...]
     """Above 0; only their proportion counts."""
-    evaluated: Corpus | OwnRows | None
+    evaluated: Corpus | UserRows | None
     """Held-out rows come from this one instead (data.eval_path)."""
     documents: bool
     """Documents in a row do not see each other (data.document_mask, or a corpus of conversations or of texts with labels)."""
@@ -58,7 +58,7 @@ class Blend:
     @property
     def quotas(self) -> np.ndarray:
         """Rows of each corpus in a block: int64 (corpora,)."""
-        return np.array(apportioned(BLOCK, self.weights), dtype=np.int64)
+        return np.array(largest_remainder(BLOCK, self.weights), dtype=np.int64)
 
     @property
     def fingerprint(self) -> str:
@@ -71,7 +71,7 @@ class Blend:
         samples = [corpus.sample for corpus in self.corpora]
         return hashlib.sha256(json.dumps(samples).encode()).hexdigest() if any(samples) else None
 
-    def parts(self, split: str) -> list[tuple[Corpus | OwnRows, float]]:
+    def parts(self, split: str) -> list[tuple[Corpus | UserRows, float]]:
         """The corpora that have documents in a split, and their weights."""
         if split == "eval" and self.evaluated is not None:
             return [(self.evaluated, 1.0)]
@@ -88,18 +88,18 @@ class Blend:
 
 def data_of(config: Config, *, timeout_s: float) -> Blend:
     """The data that a config names: prepared (see `open_data`), or the rows that data.kind has registered. Raises UserError."""
-    factory = registry.own("data", config.data.kind)
+    factory = registry.lookup("data", config.data.kind)
     if factory is None:
         return open_data(config.data, timeout_s=timeout_s)
-    made = factory(config)
-    rows, held_out = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    result = factory(config)
+    rows, held_out = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     return of_rows(rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask)
 
 
 def of_rows(rows: Any, held_out: Any, *, fields: tuple[str, str], documents: bool) -> Blend:
     """A user's own rows to train and, where there are some, to evaluate on; `fields`: what refusals call the two. Raises UserError."""
-    evaluated = None if held_out is None else OwnRows(held_out, split="eval", field=fields[1])
-    return Blend((OwnRows(rows, split="train", field=fields[0]),), (1.0,), evaluated, documents)
+    evaluated = None if held_out is None else UserRows(held_out, split="eval", field=fields[1])
+    return Blend((UserRows(rows, split="train", field=fields[0]),), (1.0,), evaluated, documents)
 
 
 def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
@@ -139,7 +139,7 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
             )
 
 
-def fitted(config: C, blend: Blend, *, facts: ModelFacts) -> C:
+def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
     """`config` with what the data decides of the model where nobody else does: the size of a new vocabulary, the names of classes. Raises UserError."""
     return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
 
@@ -152,16 +152,16 @@ def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
         if isinstance(corpus, Corpus) and not corpus.labels:
             problem, instead = "its documents have no labels", "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm"
             raise refusal("data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead)
-    named = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
-    wanted = config.model.labels or list(facts.labels) or (named[0][1] if named else [])
-    for path, labels in named:
-        if list(labels) != list(wanted):
+    labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
+    expected = config.model.labels or list(facts.labels) or (labelled[0][1] if labelled else [])
+    for path, labels in labelled:
+        if list(labels) != list(expected):
             problem, allowed = f"{path} has the labels {', '.join(labels)}", "the labels of the data, in its order"
-            raise refusal("model.labels", f"[{','.join(wanted)}]", problem, allowed=allowed, instead=f"model.labels=[{','.join(labels)}]")
-    if facts.labels or not wanted:
+            raise refusal("model.labels", f"[{','.join(expected)}]", problem, allowed=allowed, instead=f"model.labels=[{','.join(labels)}]")
+    if facts.labels or not expected:
         return config
-    _log.info("labels    %s", ", ".join(wanted))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=list(wanted)))
+    _log.info("labels    %s", ", ".join(expected))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=list(expected)))
 
 
 def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
@@ -224,19 +224,21 @@ def _no_targets(where: object, *, field: str, value: object) -> UserError:
 def _joined(fingerprints: Sequence[str], *, weights: Sequence[float]) -> str:
     if len(fingerprints) == 1:
         return fingerprints[0]
-    parts = list(zip(fingerprints, apportioned(BLOCK, weights), strict=True))
+    parts = list(zip(fingerprints, largest_remainder(BLOCK, weights), strict=True))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def fingerprint_there(data: DataConfig) -> str | None:
+def current_fingerprint(data: DataConfig) -> str | None:
     """`Blend.fingerprint` of what data.path or data.blend leads to now, of which token files may be gone; None where that is not told."""
     places = [Path(path) for path in data.blend or [data.path]]
     try:
-        found = [read_object(path / "corpus.json", field="data.path").get("fingerprint") if path.is_dir() else Corpus.open(path).fingerprint for path in places]
+        fingerprints = [
+            read_object(path / "corpus.json", field="data.path").get("fingerprint") if path.is_dir() else Corpus.open(path).fingerprint for path in places
+        ]
     except UserError:
         return None
-    named = [one for one in found if isinstance(one, str)]
-    return _joined(named, weights=tuple(data.blend.values()) or (1.0,)) if len(named) == len(found) else None
+    known = [one for one in fingerprints if isinstance(one, str)]
+    return _joined(known, weights=tuple(data.blend.values()) or (1.0,)) if len(known) == len(fingerprints) else None
 
 
 def tokenizer_dir(data: DataConfig) -> Path | None:
@@ -248,7 +250,7 @@ def tokenizer_dir(data: DataConfig) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def apportioned(total: int, weights: Sequence[float]) -> list[int]:
+def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
     """`total` in whole parts, by largest remainder: each at most one off its exact share, the first wins a tie."""
     exact = [Fraction(weight) for weight in weights]
     shares = [total * weight / sum(exact) for weight in exact]
@@ -259,7 +261,7 @@ def apportioned(total: int, weights: Sequence[float]) -> list[int]:
     return parts
 
 
-def drawn(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int], seed: int) -> np.ndarray:
+def sample_to_row(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int], seed: int) -> np.ndarray:
     """(corpus, row in it) of each sample index: int64 (n, 2). `rows`: how many each corpus has."""
     if len(quotas) == 1:
         ids = order.row_ids(samples, rows=rows[0], seed=seed)

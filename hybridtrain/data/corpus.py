@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtrain.data import again, digests
+from hybridtrain.data import digests, prepare_command
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
@@ -209,7 +209,7 @@ def changed_files(folder: Path, *, written: Any) -> list[str]:
 
 
 def _changed(file: Path, written: Mapping[str, Any]) -> str:
-    return digests.difference(file, written, by="sample", of=digests.sampled, writer="prepare")
+    return digests.difference(file, written, by="sample", of=digests.sample_hash, writer="prepare")
 
 
 _KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,), "labels": (list,)}
@@ -222,8 +222,8 @@ def _prepared(folder: Path) -> Corpus:
             raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
         counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
         kind = facts.get("kind")
-        wanted = ["vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if kind in FITTED else []), *(["labels"] if kind == LABELLED else [])]
-        facts = {**facts, **{name: facts[name] for name in wanted}}
+        required = ["vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if kind in FITTED else []), *(["labels"] if kind == LABELLED else [])]
+        facts = {**facts, **{name: facts[name] for name in required}}
         for name, values in (facts.get("digests") or {}).items():
             if [type(values[key]) for key in ("bytes", "sample", "sha256")] != [int, str, str]:
                 raise _unprepared(folder, f"its corpus.json has no digest of {name}")
@@ -235,8 +235,8 @@ def _prepared(folder: Path) -> Corpus:
     readers = {split: IndexedReader(folder / split) for split, (documents, _) in counts.items() if documents}
     for split, reader in readers.items():
         if (reader.documents, reader.tokens) != counts[split]:
-            found = f"{reader.documents} documents and {reader.tokens} tokens"
-            raise _unprepared(folder, f"{file_pair(folder / split)[0]} has {found}, corpus.json says {counts[split][0]} and {counts[split][1]}")
+            counted = f"{reader.documents} documents and {reader.tokens} tokens"
+            raise _unprepared(folder, f"{file_pair(folder / split)[0]} has {counted}, corpus.json says {counts[split][0]} and {counts[split][1]}")
     return Corpus(folder, readers, facts)
 
 
@@ -257,7 +257,7 @@ def _facts(folder: Path) -> dict[str, Any]:
             raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
     if interrupted(folder):
         problem = "an interrupted prepare, or one still at work: it has not come to its end"
-        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=again.command(folder))
+        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=prepare_command.for_folder(folder))
     if pairs := sorted(folder.glob("*.idx")):
         prefix = pairs[0].with_suffix("")
         raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")
@@ -266,4 +266,4 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _unprepared(folder: Path, problem: str) -> UserError:
     allowed = "a folder that prepare completed, or the prefix of a .bin and an .idx file"
-    return refusal("data.path", folder, problem, allowed=allowed, instead=again.command(folder))
+    return refusal("data.path", folder, problem, allowed=allowed, instead=prepare_command.for_folder(folder))

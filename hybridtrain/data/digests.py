@@ -21,14 +21,14 @@ def add_sample(digest: hashlib._Hash, file: Path) -> None:
             digest.update(stream.read(SAMPLE_BYTES))
 
 
-def sampled(file: Path) -> str:
+def sample_hash(file: Path) -> str:
     """sha256 over the size and a sample of the bytes: 64 KiB are read."""
     digest = hashlib.sha256()
     add_sample(digest, file)
     return digest.hexdigest()
 
 
-def whole(file: Path) -> str:
+def full_hash(file: Path) -> str:
     """sha256 over all bytes."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -51,6 +51,6 @@ def difference(file: Path, written: Mapping[str, Any], *, by: str, of: Callable[
         return f"cannot be read ({error.strerror})"
 
 
-def of(file: Path) -> dict[str, Any]:
+def record(file: Path) -> dict[str, Any]:
     """{bytes, sample, sha256} of a file, for corpus.json."""
-    return {"bytes": file.stat().st_size, "sample": sampled(file), "sha256": whole(file)}
+    return {"bytes": file.stat().st_size, "sample": sample_hash(file), "sha256": full_hash(file)}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridtrain.data import again
+from hybridtrain.data import prepare_command
 from hybridtrain.errors import UserError, refusal
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -231,5 +231,5 @@ def _bad(path: Path, problem: str) -> UserError:
         path,
         problem,
         allowed="a complete pair of .bin and .idx token files",
-        instead=again.command(path.parent),
+        instead=prepare_command.for_folder(path.parent),
     )

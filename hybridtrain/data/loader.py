@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridtrain.data.blend import Blend, apportioned, check_eval_rows, drawn
+from hybridtrain.data.blend import Blend, check_eval_rows, largest_remainder, sample_to_row
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
@@ -84,7 +84,7 @@ def eval_batches(
     check_eval_rows(blend, seq_len=plan.seq_len, field="train.eval_rows", value=rows)
     parts = [part for part in blend.parts("eval") if part[0].count("eval", seq_len=plan.seq_len)]
     held_out = [corpus.rows("eval", seq_len=plan.seq_len, documents=blend.documents, vocab=vocab) for corpus, _ in parts]
-    taken = [min(share, len(has)) for share, has in zip(apportioned(rows, [weight for _, weight in parts]), held_out, strict=True)]
+    taken = [min(share, len(has)) for share, has in zip(largest_remainder(rows, [weight for _, weight in parts]), held_out, strict=True)]
     chosen = np.concatenate([_spread(count, number=number, rows=len(held_out[number])) for number, count in enumerate(taken)])
     share = plan.micro_batch_size * micro_batches_per_step
     steps = []

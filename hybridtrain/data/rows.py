@@ -27,9 +27,9 @@ class Block:
 
     tokens: np.ndarray
     """int64."""
-    begins: np.ndarray | None
+    doc_start: np.ndarray | None
     """bool: a document begins here; None: rows are not cut into documents."""
-    carries: np.ndarray | None
+    loss_mask: np.ndarray | None
     """bool: this token, as a target, carries loss; None: all do."""
 
     @classmethod
@@ -48,11 +48,11 @@ class Block:
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""
         self.tokens[places] = other.tokens
-        if self.begins is not None:
-            assert other.begins is not None
-            self.begins[places] = other.begins
-        if self.carries is not None:
-            self.carries[places] = True if other.carries is None else other.carries
+        if self.doc_start is not None:
+            assert other.doc_start is not None
+            self.doc_start[places] = other.doc_start
+        if self.loss_mask is not None:
+            self.loss_mask[places] = True if other.loss_mask is None else other.loss_mask
 
 
 class Rows(Protocol):
@@ -98,8 +98,8 @@ class TextRows:
             start = int(row) * self._seq_len
             stop = start + self._seq_len + 1
             block.tokens[place] = self._reader.read(start, stop)
-            if block.begins is not None:
-                block.begins[place, self._reader.document_starts(start, stop) - start] = True
+            if block.doc_start is not None:
+                block.doc_start[place, self._reader.document_starts(start, stop) - start] = True
         self._check(block.tokens)
         return block
 
@@ -118,8 +118,8 @@ class ChatRows:
 
     def gather(self, row_ids: np.ndarray) -> Block:
         block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True)
-        assert block.begins is not None
-        assert block.carries is not None
+        assert block.doc_start is not None
+        assert block.loss_mask is not None
         for place, row in enumerate(row_ids):
             at = 0
             for conversation in self._ids[self._starts[row] : self._starts[row + 1]]:
@@ -127,9 +127,9 @@ class ChatRows:
                 stop = start + min(int(self._reader.sizes[conversation]), self._seq_len + 1)
                 here = slice(at, at + stop - start)
                 block.tokens[place, here] = self._reader.read(start, stop)
-                block.carries[place, here] = self._loss.read(start, stop)
-                block.begins[place, at] = True
+                block.loss_mask[place, here] = self._loss.read(start, stop)
+                block.doc_start[place, at] = True
                 at = here.stop
-            block.begins[place, at : at + 1] = True  # the padding
+            block.doc_start[place, at : at + 1] = True  # the padding
         self._check(block.tokens)
         return block

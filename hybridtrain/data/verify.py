@@ -28,7 +28,7 @@ def verify_corpus(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_dir():
-        return _problems(lambda: _check_tokens(Corpus.open(path).readers["train"], most=None))
+        return _problems(lambda: _check_tokens(Corpus.open(path).readers["train"], largest_id=None))
     if interrupted(path):
         return _problems(lambda: Corpus.open(path))
     problems: list[str] = []
@@ -44,7 +44,7 @@ def verify_corpus(path: str | Path) -> list[str]:
     except (AttributeError, KeyError, TypeError) as error:
         return [*problems, f"corpus.json is damaged ({type(error).__name__}: {error})"]
     for split, reader in corpus.readers.items():
-        problems += _problems(partial(_check_tokens, reader, most=corpus.largest_id))
+        problems += _problems(partial(_check_tokens, reader, largest_id=corpus.largest_id))
         if corpus.fitted:
             problems += _problems(partial(_check_rows, corpus, split=split))
     if not problems and corpus.digests is None and not _has_its_fingerprint(corpus):
@@ -67,7 +67,7 @@ def _first_line(error: UserError) -> str:
 
 
 def _changed(file: Path, written: dict[str, Any]) -> list[str]:
-    problem = digests.difference(file, written, by="sha256", of=digests.whole, writer="prepare")
+    problem = digests.difference(file, written, by="sha256", of=digests.full_hash, writer="prepare")
     return [f"{file.name} {problem}"] if problem else []
 
 
@@ -76,11 +76,11 @@ def _blocks(reader: IndexedReader) -> Iterator[np.ndarray]:
         yield reader.read(start, min(start + COPY_BYTES, reader.tokens))
 
 
-def _check_tokens(reader: IndexedReader, *, most: int | None) -> None:
+def _check_tokens(reader: IndexedReader, *, largest_id: int | None) -> None:
     for block in _blocks(reader):
         smallest, largest = int(block.min()), int(block.max())
-        if smallest < 0 or (most is not None and largest > most):
-            raise UserError(f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {most}")
+        if smallest < 0 or (largest_id is not None and largest > largest_id):
+            raise UserError(f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {largest_id}")
 
 
 def _check_rows(corpus: Corpus, *, split: str) -> None:
@@ -101,7 +101,7 @@ def _has_its_fingerprint(corpus: Corpus) -> bool:
     assert corpus.facts is not None
     facts = {name: corpus.facts[name] for name in ("vocab_size", "eos_id")}
     prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.fitted else []))]
-    found = set()
+    digests_found = set()
     for append_eos in (True, False):
         digest = hashlib.sha256(json.dumps([facts, append_eos]).encode())
         for prefix in prefixes:
@@ -112,5 +112,5 @@ def _has_its_fingerprint(corpus: Corpus) -> bool:
             with file_pair(corpus.path / prefix)[0].open("rb") as file:
                 while block := file.read(COPY_BYTES):
                     digest.update(block)
-        found.add(digest.hexdigest())
-    return corpus.fingerprint in found
+        digests_found.add(digest.hexdigest())
+    return corpus.fingerprint in digests_found

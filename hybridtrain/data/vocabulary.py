@@ -40,10 +40,10 @@ def compare(model: Path, data: Path | None) -> None:
     if one is None or other is None:
         return
     (ours, merges), (theirs, its_merges) = one, other
-    apart = sum(ours.get(number) != theirs.get(number) for number in ours.keys() | theirs.keys())
+    differing = sum(ours.get(number) != theirs.get(number) for number in ours.keys() | theirs.keys())
     words = (
-        f"{apart} of {len(ours.keys() | theirs.keys())} tokens differ"
-        if apart
+        f"{differing} of {len(ours.keys() | theirs.keys())} tokens differ"
+        if differing
         else f"{max(len(merges - its_merges), len(its_merges - merges))} merges differ"
         if merges != its_merges
         else ""
@@ -57,11 +57,11 @@ def _tokens(folder: Path) -> tuple[dict[int, str], set[tuple[int, str]]] | None:
     if (folder / "tokenizer.json").is_file():
         content = read_object(folder / "tokenizer.json", field="data.tokenizer")
         vocab, merges = content["model"]["vocab"], content["model"].get("merges") or []
-        known = {number: token for token, number in vocab.items()} if isinstance(vocab, Mapping) else {number: entry[0] for number, entry in enumerate(vocab)}
-        known |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        tokens = {number: token for token, number in vocab.items()} if isinstance(vocab, Mapping) else {number: entry[0] for number, entry in enumerate(vocab)}
+        tokens |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        known = {number: token for token, number in read_object(folder / "vocab.json", field="data.tokenizer").items()}
+        tokens = {number: token for token, number in read_object(folder / "vocab.json", field="data.tokenizer").items()}
         merges = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#version")]
     else:
         return None
-    return known, {(rank, merge if isinstance(merge, str) else " ".join(merge)) for rank, merge in enumerate(merges)}
+    return tokens, {(rank, merge if isinstance(merge, str) else " ".join(merge)) for rank, merge in enumerate(merges)}

@@ -49,7 +49,7 @@ def settle(config: Config, *, world_size: int) -> Settled:
 
 
 def check_task(config: Config, *, facts: ModelFacts) -> None:
-    """Refuse a model whose head does not fit the task (raises UserError). The config already contains the labels of the data (data.blend.fitted)."""
+    """Refuse a model whose head does not fit the task (raises UserError). The config already contains the labels of the data (data.blend.adapt_model)."""
     if config.task.kind == "classification" and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal("model.labels", "[]", problem, allowed=allowed, instead="model.labels=[negative,positive], or data of data.format=labelled")

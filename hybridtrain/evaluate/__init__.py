@@ -3,7 +3,7 @@
     perplexity.py   `hybridtrain evaluate`: loss and perplexity on the held-out rows
     generate.py     `hybridtrain generate`: text from a prompt
 
-Both take an export, any Hugging Face folder or hub id, or a checkpoint, which `exported` first turns into an export.
+Both take an export, any Hugging Face folder or hub id, or a checkpoint, which `loadable` first turns into an export.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.checkpoint import sealed
+from hybridtrain.checkpoint import export_record
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier
 from hybridtrain.run.record import require_run
@@ -28,7 +28,7 @@ _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub
 
 
 @contextmanager
-def exported(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
+def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     """Yield a folder or hub id that transformers can load; `field` names the option in refusals.
 
     An empty `source` is the run's export. A checkpoint is exported in float32 to a temporary folder, gone afterwards.
@@ -70,7 +70,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
         logging.disable_progress_bar()
     device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
-    sealed.check(Path(source), field=field)
+    export_record.check(Path(source), field=field)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not (Path(source).exists() or network.hub_resolves())}
     try:
         classes = classifier.is_classifier(AutoConfig.from_pretrained(source, **options).architectures)
@@ -93,6 +93,6 @@ def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserE
     """The refusal for a `source` that transformers could not load, with the first line of its reason."""
     folder = Path(source).resolve()
     again = f"hybridtrain export {folder.parent}" if (folder.parent / "config.yaml").is_file() else f"hybridtrain export RUN export.out={source}"
-    instead = f"{again}, which writes it again" if (folder / sealed.ORIGIN).is_file() else f"{field}=<run>/export, which hybridtrain export RUN writes"
+    instead = f"{again}, which writes it again" if (folder / export_record.ORIGIN).is_file() else f"{field}=<run>/export, which hybridtrain export RUN writes"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return refusal(field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=instead)

@@ -22,7 +22,7 @@ def run(config: GenerateRoot) -> int:
     options = config.generate
     prompts = _prompts(options)
     seed = config.run.seed if options.seed < 0 else options.seed
-    with evaluate.exported(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
+    with evaluate.loadable(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
         texts = sample(source, prompts=prompts, options=options, seed=seed, trust_remote_code=config.model.trust_remote_code)
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
         if len(prompts) > 1:
@@ -62,12 +62,12 @@ def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfi
         _check_room(model, prompt_tokens=len(ids), max_new_tokens=options.max_new_tokens)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        return [_continued(model, tokenizer, ids, options=options) for ids in inputs]
+        return [_continue(model, tokenizer, ids, options=options) for ids in inputs]
 
 
 def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
     if options.chat:
-        return tokenizer(_rendered(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False)["input_ids"]
+        return tokenizer(_render(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False)["input_ids"]
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
     if not ids:
@@ -76,7 +76,7 @@ def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
     return ids
 
 
-def _rendered(message: str, *, tokenizer: Any, system: str) -> str:
+def _render(message: str, *, tokenizer: Any, system: str) -> str:
     """A user's message as the chat template puts it before an answer."""
     if not tokenizer.chat_template:
         raise refusal("generate.chat", "true", "the tokenizer has no chat template", allowed="a model with a chat template", instead="generate.chat=false")
@@ -89,7 +89,7 @@ def _rendered(message: str, *, tokenizer: Any, system: str) -> str:
         raise refusal("generate.chat", "true", words, allowed="messages that the template takes", instead="generate.system='', or another model") from error
 
 
-def _continued(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: GenerateConfig) -> str:
+def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: GenerateConfig) -> str:
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}  # transformers' own top_k is 50
@@ -114,8 +114,8 @@ def _check_tokens(model: Any) -> None:
     """Refuse special tokens of a generation_config.json that are no ids: some would be taken for others."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name)
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token) is not int for token in listed):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in ids):
             problem = f"the {name} of its generation_config.json is {str(value)[:40]}"
             raise refusal(FIELD, model.name_or_path, problem, allowed="ids of tokens", instead="a folder as it was exported")
 

@@ -45,7 +45,7 @@ def run(config: EvaluateRoot) -> int:
     size = settings.batch.micro_batch_size
     plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
-    with evaluate.exported(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
+    with evaluate.loadable(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         if not settings.data.eval_path:
             vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
@@ -63,7 +63,7 @@ def run(config: EvaluateRoot) -> int:
         "rows": min(rows, data.count("eval", seq_len=plan.seq_len)),
         **_figures(task.evaluate(sums), count=sums.counts["loss"], classes=bool(classes)),
     }
-    print("\n".join(f"{key:<12}{value}" for key, value in _shown(result).items()))
+    print("\n".join(f"{key:<12}{value}" for key, value in _rounded(result).items()))
     if is_run:
         _write(run_dir / "evaluation.json", result)
         print(f"\n{run_dir / 'evaluation.json'}")
@@ -105,11 +105,11 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
 def _figures(metrics: dict[str, float], *, count: int, classes: bool) -> dict[str, Any]:
     """What the evaluation of a causal LM, or of a classifier, is told by."""
     loss = metrics["eval_loss"]
-    shown = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
-    return shown | ({"accuracy": metrics["eval_accuracy"]} if classes else {"perplexity": math.exp(loss) if loss < 700 else None})
+    figures = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
+    return figures | ({"accuracy": metrics["eval_accuracy"]} if classes else {"perplexity": math.exp(loss) if loss < 700 else None})
 
 
-def _shown(result: dict[str, Any]) -> dict[str, Any]:
+def _rounded(result: dict[str, Any]) -> dict[str, Any]:
     decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
     return {key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value for key, value in result.items()}
 

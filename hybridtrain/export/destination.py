@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hybridtrain.checkpoint import marker, sealed
-from hybridtrain.checkpoint.sealed import ORIGIN
+from hybridtrain.checkpoint import export_record, marker
+from hybridtrain.checkpoint.export_record import ORIGIN
 from hybridtrain.errors import refusal
 from hybridtrain.models import tokens
 from hybridtrain.runtime.files import check_outside_checkpoints, discard, discard_folder, is_inside, is_temporary, read_object, read_record, write_json
@@ -75,7 +75,9 @@ def replacing(out: Path) -> Iterator[Path]:
             os.rename(removed, real)  # an export was ended between its two renames
         yield partial
         origin = read_object(partial / ORIGIN, field=FIELD)
-        write_json(partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir()), sealed.CONTENTS: sealed.contents(partial)})
+        write_json(
+            partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir()), export_record.CONTENTS: export_record.contents(partial)}
+        )
         marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hybridtrain.checkpoint import marker, metadata, sealed, tokenizer
-from hybridtrain.checkpoint.hold import Removed, held
+from hybridtrain.checkpoint import export_record, marker, metadata, tokenizer
+from hybridtrain.checkpoint.hold import Removed, hold_open
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ExportRoot
@@ -119,7 +119,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
     """
     _check(dtype=dtype, max_shard_bytes=max_shard_bytes)
     destination.check(out)
-    with held(checkpoint) as files:
+    with hold_open(checkpoint) as files:
         stored = _verified(files)
         config = _config(files, run=run, stored=stored)
         found = tokenizer.of_checkpoint(files, run=run.path, config=run.config)
@@ -135,7 +135,7 @@ def export(checkpoint: Path, *, run: Run, out: Path, dtype: str, max_shard_bytes
     return out
 
 
-def _ends(found: tokenizer.Found | None, *, run: Run, out: Path) -> tokens.Ends | None:
+def _ends(found: tokenizer.CheckpointTokenizer | None, *, run: Run, out: Path) -> tokens.Ends | None:
     """Ids of the special tokens of the tokenizer that is exported; refuses to remove one that an earlier export has (raises UserError)."""
     if found is None:
         looked = ", ".join(run.config.data.blend) or run.config.data.path
@@ -183,8 +183,10 @@ def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadat
         config = read_object(checkpoint / marker.CONFIG, field="checkpoint")
         with contextlib.suppress(UserError):
             now = read_object(beside, field="run.dir")
-            if changed := described.changes(config, now):
-                log.warning("export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, described.words(changed))
+            if changed := config_diff.changes(config, now):
+                log.warning(
+                    "export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", beside, config_diff.describe(changed)
+                )
         return config
     if not beside.is_file():
         raise refusal("run.dir", run.path, f"there is no {beside}", allowed="the folder of a run", instead="run.dir=runs/<name>")
@@ -201,7 +203,7 @@ def _config(checkpoint: Path, *, run: Run, stored: metadata.dcp_metadata.Metadat
 def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: Run, ends: tokens.Ends | None, dtype: str) -> None:
     """config.json (with the dtype), generation_config.json, and where it all comes from."""
     generation = _generation(checkpoint, run=run)
-    config, generation, lines = tokens.fitted(config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained)
+    config, generation, lines = tokens.with_end_tokens(config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained)
     for line in lines if run.config.model.from_pretrained else ():  # new weights have no tokens of their own
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # transformers' older name for the same field
@@ -209,7 +211,7 @@ def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run:
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)
-    _write_json(partial / sealed.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
+    _write_json(partial / export_record.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
 
 
 def _generation(checkpoint: Path, *, run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     try:
         config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exception
-        raise _unfit(error, fields, chosen=chosen) from error
+        raise _invalid(error, fields, chosen=chosen) from error
     known = set(type(config)().to_dict()) | {*overrides.ROPE, *_NOT_OURS}
     for key in chosen:
         if key not in known:
@@ -50,18 +50,18 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
         chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}  # there is no matrix of tokens to tie
-    asked = repr((sorted(fields.items()), sorted(chosen.items()), attention))
-    if chosen and asked not in _IN_FORCE:
-        _check_in_force(config, fields, chosen=chosen)
-        _IN_FORCE.add(asked)
+    request = repr((sorted(fields.items()), sorted(chosen.items()), attention))
+    if chosen and request not in _VERIFIED:
+        _check_effective(config, fields, chosen=chosen)
+        _VERIFIED.add(request)
     return config
 
 
-_IN_FORCE: set[str] = set()
+_VERIFIED: set[str] = set()
 """What this process has asked for and found to be in force: a start builds the same config three times, and layers to look at each time."""
 
 
-def _unfit(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> UserError:
+def _invalid(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> UserError:
     """The refusal of fields that transformers does not take, with the first lines of its reason."""
     reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(reason[:3])
@@ -110,7 +110,7 @@ def _one_layer(config: Any) -> nn.Module:
 # -- what was asked for is in force --------------------------------------------------------------------------------
 
 
-def _check_in_force(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
+def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
     """Hold the built config, and the modules that it makes, against each chosen value (raises UserError, naming the first that differs)."""
     for key, value in chosen.items():
         if key in (*overrides.ROPE, *_NOT_OURS) or (value is None and key != "sliding_window"):
@@ -119,14 +119,14 @@ def _check_in_force(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[s
             continue  # published Qwen configs name a window and switch it off
         effective = getattr(config, key)
         if effective != value:
-            raise _not_in_force(key, value, effective)
+            raise _not_effective(key, value, effective)
     family = family_for(config)
     if any(key in chosen for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "num_hidden_layers")):
-        wanted = overrides.windows(fields, layers=config.num_hidden_layers)
+        expected = overrides.windows(fields, layers=config.num_hidden_layers)
         windows = [family.window(config, index) for index in range(config.num_hidden_layers)]
         named = next((key for key in ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers") if key in chosen), "num_hidden_layers")
-        if windows != wanted:
-            raise _not_in_force(named, chosen[named], f"windows {windows} instead of {wanted}")
+        if windows != expected:
+            raise _not_effective(named, chosen[named], f"windows {windows} instead of {expected}")
         asks = chosen.get("use_sliding_window") or "sliding_attention" in (chosen.get("layer_types") or [])
         if asks and getattr(config, "sliding_window", None) is None:
             words = "without use_sliding_window and sliding_window no layer has a window, so it would not be in force"
@@ -137,44 +137,44 @@ def _check_in_force(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[s
     try:
         model = _one_layer(config)
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-        raise _unfit(error, fields, chosen=chosen) from error
+        raise _invalid(error, fields, chosen=chosen) from error
     embed, attention = model.get_submodule(family.embed), model.get_submodule(f"{family.layers}.0.{family.attention}")
     for key, effective in (("vocab_size", embed.num_embeddings), ("hidden_size", embed.embedding_dim), ("head_dim", attention.head_dim)):
         if chosen.get(key) is not None and chosen[key] != effective:
-            raise _not_in_force(key, chosen[key], effective)
+            raise _not_effective(key, chosen[key], effective)
 
 
 def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _not_in_force(key: str, value: object, effective: object) -> UserError:
+def _not_effective(key: str, value: object, effective: object) -> UserError:
     instead = {"sliding_window": "model.config.use_sliding_window=true too"}.get(key, "leave it out")
     words = f"transformers makes {effective} of it, so it would not be in force"
     return refusal(f"model.config.{key}", value, words, allowed="a value that the model takes", instead=instead)
 
 
-def _check_rotary(config: Any, wanted: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
-    """Hold the rotary module against the rotary fields `wanted`: its kind, its base, and each key."""
+def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
+    """Hold the rotary module against the rotary fields `expected_fields`: its kind, its base, and each key."""
     key = next(key for key in overrides.ROPE if key in chosen)
-    for name, value in wanted.items():
+    for name, value in expected_fields.items():
         if config.rope_parameters.get(name) != value:
-            raise _not_in_force(key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}")
+            raise _not_effective(key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}")
     try:
         rotary: Any = type(_one_layer(config).get_submodule(family_for(config).rotary))(config=config)
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refusal(f"model.config.{key}", chosen[key], f"no rotary positions ({error})", allowed="fields of its kind", instead="leave it out") from error
     kind, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
     if rotary.rope_type != kind:
-        raise _not_in_force(key, chosen[key], f"rope_type={rotary.rope_type} instead of {kind}")
+        raise _not_effective(key, chosen[key], f"rope_type={rotary.rope_type} instead of {kind}")
     for name, effective in (("partial_rotary_factor", 2 * len(rotary.inv_freq) / _head_dim(config)), ("attention_factor", rotary.attention_scaling)):
-        if name in wanted and wanted[name] != effective:
-            raise _not_in_force(key, chosen[key], f"{name}={effective} instead of {wanted[name]}")
+        if name in expected_fields and expected_fields[name] != effective:
+            raise _not_effective(key, chosen[key], f"{name}={effective} instead of {expected_fields[name]}")
     if kind in ("default", "linear"):  # the others bend the frequencies each in its way
         dim = 2 * len(rotary.inv_freq)
         expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / float(config.rope_parameters.get("factor") or 1.0)
         if not torch.allclose(rotary.inv_freq.double(), expected, rtol=1e-4, atol=0.0):
-            raise _not_in_force(key, chosen[key], "other frequencies")
+            raise _not_effective(key, chosen[key], "other frequencies")
 
 
 def meta_model(config: Any) -> nn.Module:

@@ -35,12 +35,12 @@ _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.laid_over). Raises UserError.
+    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.merge). Raises UserError.
 
     A folder whose stored head differs from its embedding is not tied (weights.checked_tie). With `model.labels` they are a classifier's.
     """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
-    fields = overrides.laid_over(source, model.config)
+    fields = overrides.merge(source, model.config)
     if model.labels:
         return classifier.with_labels(fields, model.labels)
     return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields

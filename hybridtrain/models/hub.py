@@ -67,5 +67,5 @@ def _reason(error: Exception, model: ModelConfig, *, name: str) -> str:
         (errors.OfflineModeIsEnabled, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set"),
         (errors.EntryNotFoundError, f"it has no {name}"),
     )
-    said = next((text for kind, text in words if isinstance(error, kind)), "")
-    return said or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((text for kind, text in words if isinstance(error, kind)), "")
+    return reason or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,41 +19,41 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hybridtrain.models.family import Family
 from hybridtrain.models.stage import Stage
 
-Box = tuple[slice, ...]
-Source = Callable[[str, tuple[int, ...], Box], Tensor]
-"""(parameter name, whole shape, box) -> the values in that box."""
+Slices = tuple[slice, ...]
+WeightSource = Callable[[str, tuple[int, ...], Slices], Tensor]
+"""(parameter name, whole shape, slices) -> the values in that slices."""
 
 
-def draw(config: Any, *, family: Family, seed: int) -> Source:
+def draw(config: Any, *, family: Family, seed: int) -> WeightSource:
     """A source of initial weights by the family's rule."""
 
-    def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
+    def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
         std = family.initial(config, name)
         if std is None:
-            return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)[box]
+            return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)[slices]
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         whole = torch.randn(shape, generator=generator).mul_(std)
         padding = config.pad_token_id
         if name == f"{family.embed}.weight" and padding is not None and 0 <= padding < shape[0]:
             whole[padding] = 0.0
-        return whole[box]
+        return whole[slices]
 
     return values
 
 
 @torch.no_grad()
-def fill(stages: Iterable[Stage], source: Source) -> None:
+def fill(stages: Iterable[Stage], source: WeightSource) -> None:
     """Write this rank's part of every parameter. A tied head takes the embedding's values, also on another stage."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            box = local_box(parameter)
+            slices = local_slices(parameter)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if math.prod(local.shape):
-                local.copy_(source(stage.owner(name), tuple(parameter.shape), box))
+                local.copy_(source(stage.owner(name), tuple(parameter.shape), slices))
 
 
-def local_box(parameter: Tensor) -> Box:
+def local_slices(parameter: Tensor) -> Slices:
     """Which part of the whole parameter this rank holds."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)

@@ -19,7 +19,7 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, hub, tokens, weights
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.family import Family, family_of
-from hybridtrain.models.init import Box, Source, draw
+from hybridtrain.models.init import Slices, WeightSource, draw
 from hybridtrain.models.weights import FIELD, Stored
 from hybridtrain.runtime import log
 
@@ -27,34 +27,34 @@ _log = log.get("model")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def initial(model: ModelConfig, config: Any, *, family: Family, seed: int) -> Source:
+def initial(model: ModelConfig, config: Any, *, family: Family, seed: int) -> WeightSource:
     """The source of a run's initial weights: those of `model.from_pretrained`, else new ones. `config` is transformers'."""
     fresh = draw(config, family=family, seed=seed)
     return pretrained(model, config, family=family, fresh=fresh) if model.from_pretrained else fresh
 
 
-def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Source) -> Source:
+def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: WeightSource) -> WeightSource:
     """A source of weights from `model.from_pretrained` (safetensors only); `fresh` gives the rows of added tokens.
 
     Raises UserError for missing, ill-shaped, quantised or left-over weights.
     """
-    held = weights.stored(_folder(model))
-    for line in _checked(held, model=model, config=config, family=family):
+    tensors = weights.stored(_folder(model))
+    for line in _checked(tensors, model=model, config=config, family=family):
         _log.info("weights   %s", line)
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
 
-    def values(name: str, shape: tuple[int, ...], box: Box) -> Tensor:
-        if name == head and name not in held:
-            return fresh(name, shape, box)
-        key = head if name == embed and embed not in held else name
-        rows = held[key].shape[0] if shape else 0
+    def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
+        if name == head and name not in tensors:
+            return fresh(name, shape, slices)
+        key = head if name == embed and embed not in tensors else name
+        rows = tensors[key].shape[0] if shape else 0
         if rows == (shape[0] if shape else 0):
-            return _read(held[key], key, box)
-        wanted, parts = box[0], []
-        if wanted.start < rows:
-            parts.append(_read(held[key], key, (slice(wanted.start, min(wanted.stop, rows)), *box[1:])).float())
-        if wanted.stop > rows:
-            parts.append(fresh(name, shape, (slice(max(wanted.start, rows), wanted.stop), *box[1:])))
+            return _read(tensors[key], key, slices)
+        rows_here, parts = slices[0], []
+        if rows_here.start < rows:
+            parts.append(_read(tensors[key], key, (slice(rows_here.start, min(rows_here.stop, rows)), *slices[1:])).float())
+        if rows_here.stop > rows:
+            parts.append(fresh(name, shape, (slice(max(rows_here.start, rows), rows_here.stop), *slices[1:])))
         return torch.cat(parts)
 
     return values
@@ -67,12 +67,12 @@ def check(model: ModelConfig, config: Any, *, family: Family) -> None:
         tokens.source_generation(model)
 
 
-def _read(tensor: Stored, name: str, box: Box) -> Tensor:
+def _read(tensor: Stored, name: str, slices: Slices) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(tensor.file, framework="pt") as file:
-            return file.get_slice(name)[box]
+            return file.get_slice(name)[slices]
     except (SafetensorError, OSError) as error:
         raise weights.unreadable(tensor.file, error) from error
 
@@ -82,37 +82,37 @@ def _folder(model: ModelConfig) -> Path:
     return folder if folder.is_dir() else hub.folder(model)
 
 
-def _checked(held: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:
+def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:
     """Lines on what is added and what is left out; raises UserError for whatever makes another model of it."""
-    if any(".lora_" in name for name in held):
+    if any(".lora_" in name for name in tensors):
         raise weights.adapter_refused(model.from_pretrained)
-    weights.check_dtypes(held, source=model.from_pretrained)
-    wanted = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    weights.check_dtypes(tensors, source=model.from_pretrained)
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-    swapped = config.tie_word_embeddings and embed not in held and head in held  # transformers ties to the one that is there
+    swapped = config.tie_word_embeddings and embed not in tensors and head in tensors  # transformers ties to the one that is stored_shape
     classes = classifier.is_classifier(config.architectures)
-    drawn = {head} if classes and head not in held else set()
-    missing = [name for name in wanted if name not in held and name not in drawn and not (swapped and name == embed)]
+    drawn = {head} if classes and head not in tensors else set()
+    missing = [name for name in shapes if name not in tensors and name not in drawn and not (swapped and name == embed)]
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
     lines = [f"{name}: drawn as in a new model, a row for each class" for name in drawn]
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if name in drawn:
             continue
-        there = held[head if swapped and name == embed else name].shape
-        if there == shape:
+        stored_shape = tensors[head if swapped and name == embed else name].shape
+        if stored_shape == shape:
             continue
-        if name not in (embed, head) or (classes and name == head) or there[1:] != shape[1:]:
+        if name not in (embed, head) or (classes and name == head) or stored_shape[1:] != shape[1:]:
             raise refusal(
                 FIELD,
                 model.from_pretrained,
-                f"'{name}' has shape {there}, the config wants {shape}",
+                f"'{name}' has shape {stored_shape}, the config wants {shape}",
                 allowed="weights of the model in config.json",
                 instead="the checkpoint's own sizes in model.config",
             )
-        weights.check_rows(there, rows=shape[0], model=model)
-        lines.append(f"{name}: {shape[0] - there[0]} rows for added tokens, drawn as in a new model ({there[0]} -> {shape[0]})")
-    return lines + _left_over(held, wanted=wanted, model=model, config=config, family=family)
+        weights.check_rows(stored_shape, rows=shape[0], model=model)
+        lines.append(f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, drawn as in a new model ({stored_shape[0]} -> {shape[0]})")
+    return lines + _left_over(tensors, shapes=shapes, model=model, config=config, family=family)
 
 
 def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) -> UserError:
@@ -127,32 +127,32 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
     )
 
 
-def _left_over(held: Mapping[str, Stored], *, wanted: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
-    """Lines on stored tensors that no parameter takes; UserError for one that would be lost."""
+def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
+    """Lines on stored tensors that no parameter takes; UserError for one that would be unused."""
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-    tables, cut, lost, of_tokens = 0, set(), [], []
-    for name in held:
-        if name in wanted:
+    tables, cut, unused, of_tokens = 0, set(), [], []
+    for name in tensors:
+        if name in shapes:
             continue
         layer = _LAYER.search(name) if name.startswith(f"{family.layers}.") else None
-        if weights.harmless(name):
+        if weights.is_rotary_table(name):
             tables += 1
         elif classifier.is_classifier(config.architectures) and name == f"{family_of(config.model_type).head}.weight":
             of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
-            if weights.heads_differ(held, embed=embed, head=head):
+            if weights.heads_differ(tensors, embed=embed, head=head):
                 raise weights.tie_refused(model.from_pretrained)
         elif layer and int(layer[1]) >= config.num_hidden_layers and "num_hidden_layers" in model.config:
             cut.add(int(layer[1]))
         else:
-            lost.append(name)
-    if lost:
-        more = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
-        bias = "model.config.attention_bias=true or mlp_bias=true where the architecture has it; else " if lost[0].endswith(".bias") else ""
+            unused.append(name)
+    if unused:
+        more = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
+        bias = "model.config.attention_bias=true or mlp_bias=true where the architecture has it; else " if unused[0].endswith(".bias") else ""
         raise refusal(
             FIELD,
             model.from_pretrained,
-            f"its files hold '{lost[0]}'{more}, which the model of its config.json has no place for: training would lose it",
+            f"its files hold '{unused[0]}'{more}, which the model of its config.json has no place for: training would lose it",
             allowed="files whose every tensor is a parameter of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )

@@ -36,7 +36,7 @@ _HEAD_DIM_FOLLOWS = ("llama", "mistral")
 """Families whose head_dim is hidden_size / num_attention_heads unless config.json says otherwise."""
 
 
-def laid_over(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def merge(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json `source` with the user's `chosen` over them, mappings merged key by key. Raises UserError.
 
     Rotary fields come out as `rope_parameters` where the user chose any. Fields of the source that follow from a chosen one are dropped,
@@ -69,18 +69,18 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     """The rotary positions in their new spelling; None if the user chose none of their fields."""
     if not any(key in chosen for key in ROPE):
         return None
-    mine, base = _chosen_rope(chosen), rope_of(source)
-    kind = mine.get("rope_type") or base.get("rope_type") or "default"
+    rope_chosen, base = _chosen_rope(chosen), rope_of(source)
+    kind = rope_chosen.get("rope_type") or base.get("rope_type") or "default"
     if kind not in ROPE_TYPES:
         near = difflib.get_close_matches(str(kind), ROPE_TYPES, n=1, cutoff=0.3)
         where = _where(chosen, "rope_type")
         raise refusal(where, kind, "no such kind of rotary positions", allowed=", ".join(ROPE_TYPES), instead=f"{where}={near[0] if near else 'default'}")
     if kind != base.get("rope_type", "default"):  # what belongs to the other kind goes
         base = {key: value for key, value in base.items() if key in _ALWAYS}
-    rope = {key: value for key, value in {**base, **mine, "rope_type": kind}.items() if value is not None}
+    rope = {key: value for key, value in {**base, **rope_chosen, "rope_type": kind}.items() if value is not None}
     needs, may = ROPE_TYPES[kind]
-    for key in mine:
-        _check_rope_key(key, mine[key], chosen=chosen, kind=kind, takes=(*_ALWAYS, *needs, *may))
+    for key in rope_chosen:
+        _check_rope_key(key, rope_chosen[key], chosen=chosen, kind=kind, takes=(*_ALWAYS, *needs, *may))
     missing = [key for key in needs if key not in rope]
     if missing:
         words = f"rope_type={kind} needs {', '.join(needs)}"
@@ -90,10 +90,10 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
 
 def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary positions that transformers reads from config.json `fields`, in their new spelling; empty: all at their defaults."""
-    held = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if not isinstance(held, Mapping):
-        raise _no_mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters", held)
-    rope = dict(held)
+    value = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(value, Mapping):
+        raise _no_mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters", value)
+    rope = dict(value)
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -105,7 +105,7 @@ def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """What the user chose of the rotary positions, in one spelling; two that differ are refused."""
     rope: dict[str, Any] = {}
-    seen: dict[str, str] = {}
+    names: dict[str, str] = {}
     for field in ROPE:
         if field not in chosen:
             continue
@@ -120,9 +120,9 @@ def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
             key = name.rpartition(".")[2]
             key = "rope_type" if key == "type" else key
             if key in rope and rope[key] != item:
-                words = f"model.config.{seen[key]}={rope[key]} says otherwise"
-                raise refusal(f"model.config.{name}", item, words, allowed="one of the two", instead=f"model.config.{seen[key]}={item}")
-            rope[key], seen[key] = item, name
+                words = f"model.config.{names[key]}={rope[key]} says otherwise"
+                raise refusal(f"model.config.{name}", item, words, allowed="one of the two", instead=f"model.config.{names[key]}={item}")
+            rope[key], names[key] = item, name
     return rope
 
 
@@ -144,9 +144,9 @@ def _where(chosen: Mapping[str, Any], key: str) -> str:
     if key in chosen and key in ROPE:
         return f"model.config.{key}"
     for field in ("rope_parameters", "rope_scaling"):
-        held = chosen.get(field)
-        if isinstance(held, Mapping):
-            return f"model.config.{field}.{'type' if key == 'rope_type' and 'type' in held else key}"
+        value = chosen.get(field)
+        if isinstance(value, Mapping):
+            return f"model.config.{field}.{'type' if key == 'rope_type' and 'type' in value else key}"
     return f"model.config.rope_parameters.{key}"
 
 

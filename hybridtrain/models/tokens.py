@@ -105,7 +105,9 @@ def is_derived(generation: Mapping[str, Any]) -> bool:
     return bool(generation.get(_DERIVED))
 
 
-def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: Ends | None, new: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+def with_end_tokens(
+    config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: Ends | None, new: bool
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """config.json and generation_config.json of an export, and lines on what disagreed.
 
     New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the tokens are added that ended
@@ -116,7 +118,7 @@ def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: 
         return config, generation, []
     if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:  # it finds a text's last token by the padding behind it
         config = {**config, "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad}
-    learnt = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
+    trained_ends = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
     of_config, lines = _listed(config.get("eos_token_id")), []
     if of_tokenizer.end is not None and of_tokenizer.end not in of_config:
         lines.append(f"config.json ends texts with {of_config or 'no token'}, the tokenizer with {of_tokenizer.end}")
@@ -124,10 +126,14 @@ def fitted(config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: 
         lines.append(f"the chat template ends answers with {of_tokenizer.turn}, the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}")
     if new:
         tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
-        of_texts = {"bos_token_id": of_tokenizer.begin, "eos_token_id": learnt[0] if len(learnt) == 1 else learnt or None, "pad_token_id": of_tokenizer.pad}
+        of_texts = {
+            "bos_token_id": of_tokenizer.begin,
+            "eos_token_id": trained_ends[0] if len(trained_ends) == 1 else trained_ends or None,
+            "pad_token_id": of_tokenizer.pad,
+        }
         return {**config, **tokens}, {**generation, **{key: value for key, value in of_texts.items() if value is not None}}, lines
     known = _listed(generation.get("eos_token_id", config.get("eos_token_id")))
-    more = [token for token in learnt if token not in known]
+    more = [token for token in trained_ends if token not in known]
     if more:
         lines.append(f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, which ended what was trained on")
         generation = {**generation, "eos_token_id": [*known, *more] if len(known) + len(more) > 1 else more[0]}

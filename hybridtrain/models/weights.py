@@ -70,15 +70,15 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise _damaged(index, f"{name} lies in {file!r}, which is no file name in this folder")
     files = [folder / name for name in sorted(set(where.values()))]
-    held: dict[str, Path] = {}
+    tensors: dict[str, Path] = {}
     for file in files:
         for name in _header(file, file.stat().st_mtime_ns if file.is_file() else 0):
-            if name in held:
-                raise _damaged(index, f"{name} is in {held[name].name} and in {file.name}")
-            held[name] = file
-    lost = next((name for name, file in where.items() if held.get(name) != folder / file), None)
-    if lost is not None:
-        raise _damaged(index, f"{lost} is not in {where[lost]}")
+            if name in tensors:
+                raise _damaged(index, f"{name} is in {tensors[name].name} and in {file.name}")
+            tensors[name] = file
+    missing = next((name for name, file in where.items() if tensors.get(name) != folder / file), None)
+    if missing is not None:
+        raise _damaged(index, f"{missing} is not in {where[missing]}")
     return files
 
 
@@ -127,12 +127,12 @@ def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]
     if not (model.from_pretrained and fields.get("tie_word_embeddings") and folder.is_dir() and has_weights(folder)):
         return fields
     family = family_of(fields["model_type"])
-    held = stored(folder)
-    if not heads_differ(held, embed=f"{family.embed}.weight", head=f"{family.head}.weight"):
+    tensors = stored(folder)
+    if not heads_differ(tensors, embed=f"{family.embed}.weight", head=f"{family.head}.weight"):
         return fields
     if model.config.get("tie_word_embeddings"):
         raise tie_refused(model.from_pretrained)
-    _say_untied(str(folder))
+    _warn_untied(str(folder))
     return {**fields, "tie_word_embeddings": False}
 
 
@@ -148,15 +148,15 @@ def tie_refused(source: str) -> UserError:
 
 
 @functools.cache
-def _say_untied(folder: str) -> None:
+def _warn_untied(folder: str) -> None:
     _log.warning("%s: config.json ties the head to the embedding, but the two are stored with different values: they are not tied", folder)
 
 
-def heads_differ(held: Mapping[str, Stored], *, embed: str, head: str) -> bool:
+def heads_differ(tensors: Mapping[str, Stored], *, embed: str, head: str) -> bool:
     """Whether both matrices are stored, with different values."""
-    if embed not in held or head not in held:
+    if embed not in tensors or head not in tensors:
         return False
-    first, second = held[embed], held[head]
+    first, second = tensors[embed], tensors[head]
     return first.shape != second.shape or _differ(embed, first, first.file.stat().st_mtime_ns, head, second, second.file.stat().st_mtime_ns)
 
 
@@ -178,22 +178,22 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
     """
     folder = Path(model.from_pretrained)
     if model.from_pretrained and folder.is_dir() and has_weights(folder):
-        held = stored(folder)
+        tensors = stored(folder)
         family = family_of(facts.model_type)
-        check_dtypes(held, source=model.from_pretrained)
+        check_dtypes(tensors, source=model.from_pretrained)
         for name in (f"{family.embed}.weight", *([] if facts.labels else [f"{family.head}.weight"])):
-            if name in held and held[name].shape[:1] != (facts.vocab,):
-                check_rows(held[name].shape, rows=facts.vocab, model=model)
+            if name in tensors and tensors[name].shape[:1] != (facts.vocab,):
+                check_rows(tensors[name].shape, rows=facts.vocab, model=model)
 
 
-def check_dtypes(held: Mapping[str, Stored], *, source: str) -> None:
+def check_dtypes(tensors: Mapping[str, Stored], *, source: str) -> None:
     """Refuse integers and 8-bit floats: values of quantised weights mean nothing without their scales."""
-    other = next((name for name, tensor in held.items() if tensor.dtype not in _FLOATS and not harmless(name)), None)
+    other = next((name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not is_rotary_table(name)), None)
     if other is not None:
         raise refusal(
             FIELD,
             source,
-            f"'{other}' is stored as {held[other].dtype}: quantised weights, without a quantization_config that says how",
+            f"'{other}' is stored as {tensors[other].dtype}: quantised weights, without a quantization_config that says how",
             allowed=", ".join(_FLOATS),
             instead="the unquantised weights of this model",
         )
@@ -213,6 +213,6 @@ def check_rows(shape: tuple[int, ...], *, rows: int, model: ModelConfig) -> None
     )
 
 
-def harmless(name: str) -> bool:
+def is_rotary_table(name: str) -> bool:
     """Whether a stored tensor is none of the weights: rotary tables, which older releases of transformers stored, are computed."""
     return name.endswith("rotary_emb.inv_freq")

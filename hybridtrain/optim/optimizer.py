@@ -1,4 +1,4 @@
-"""The optimizer that optim.kind names: fused AdamW, with clipping, unscaling and skipped steps inside the kernel, or a user's own (own.py)."""
+"""The optimizer that optim.kind names: fused AdamW, with clipping, unscaling and skipped steps inside the kernel, or a user's own (user_optimizer.py)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.optim.own import Own
-from hybridtrain.optim.shards import Local, Update, groups, like, local_shards
+from hybridtrain.optim.shards import LocalShard, Update, groups, like, local_shards
+from hybridtrain.optim.user_optimizer import UserOptimizer
 
 __all__ = ["AdamW", "adamw", "build", "local_shards"]
 
@@ -15,7 +15,7 @@ __all__ = ["AdamW", "adamw", "build", "local_shards"]
 class AdamW(Update):
     """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv 1711.05101)."""
 
-    def __init__(self, shards: list[Local], settings: OptimConfig):
+    def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
         self.optimizer = adamw([(item.name, item.parameter.dim(), item.shard) for item in shards], settings) if shards else None
 
@@ -46,7 +46,7 @@ class AdamW(Update):
                 result.setdefault(f"optim.{item.name}.{field}", value if field == "step" else like(value, item.parameter))
         return result
 
-    def copy_state(self, source: Local, target: Local) -> None:
+    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
         """Give `target` the same state as `source` (the two copies of a tied matrix)."""
         assert self.optimizer is not None
         for field, value in self.optimizer.state[source.shard].items():
@@ -59,6 +59,6 @@ def adamw(named: list[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> 
     return torch.optim.AdamW(groups(named, settings), lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
 
 
-def build(shards: list[Local], settings: OptimConfig) -> Update:
+def build(shards: list[LocalShard], settings: OptimConfig) -> Update:
     """The optimizer that optim.kind names."""
-    return AdamW(shards, settings) if settings.kind == "adamw" else Own(shards, settings)
+    return AdamW(shards, settings) if settings.kind == "adamw" else UserOptimizer(shards, settings)

@@ -1,6 +1,6 @@
-"""What optimizers work on: this rank's local shards (`Local`), not DTensors, so that an update is one fused call whatever the mesh.
+"""What optimizers work on: this rank's local shards (`LocalShard`), not DTensors, so that an update is one fused call whatever the mesh.
 
-parameter (DTensor) --local_shards--> Local(name, parameter, shard)      `shard` shares memory with the parameter; its gradient is the parameter's own
+parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)      `shard` shares memory with the parameter; its gradient is the parameter's own
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hybridtrain.models.patterns import matches
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalShard:
     """One trained parameter: its name, the parameter the model uses, and a view of this rank's shard that the optimizer updates."""
 
     name: str
@@ -26,9 +26,9 @@ class Local:
     shard: nn.Parameter
 
 
-def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[Local]:
+def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[LocalShard]:
     """Shards of the parameters that require gradients, sharing memory with them."""
-    return [Local(name, parameter, nn.Parameter(local(parameter).detach())) for name, parameter in named if parameter.requires_grad]
+    return [LocalShard(name, parameter, nn.Parameter(local(parameter).detach())) for name, parameter in named if parameter.requires_grad]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def like(part: Tensor, parameter: nn.Parameter) -> Tensor:
 def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> list[dict[str, Any]]:
     """(name, dimensions, parameter) as torch's optimizers take them: those with weight decay, and those without."""
     decays = [dimensions > 1 and not matches(name, settings.no_decay) for name, dimensions, _ in named]
-    decayed, plain = ([p for (_, _, p), decay in zip(named, decays, strict=True) if decay is wanted] for wanted in (True, False))
+    decayed, plain = ([p for (_, _, p), decay in zip(named, decays, strict=True) if decay is with_decay] for with_decay in (True, False))
     return [g for g in ({"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}) if g["params"]]
 
 
@@ -57,7 +57,7 @@ class Update:
     optimizer: torch.optim.Optimizer | None
     """torch's; None on a rank that trains nothing."""
 
-    def __init__(self, shards: list[Local]):
+    def __init__(self, shards: list[LocalShard]):
         self.shards = shards
         self.watch: Callable[[], None] | None = None
         """Called once, when the next step has its gradients, which are reduced and still scaled."""
@@ -81,7 +81,7 @@ class Update:
     def state(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def copy_state(self, source: Local, target: Local) -> None:
+    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
         raise NotImplementedError
 
     def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

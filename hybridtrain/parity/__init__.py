@@ -7,9 +7,9 @@ compare.py   the command: reference first, then layout after layout
 """
 
 from hybridtrain.config import schema
-from hybridtrain.parity.compare import Own, Parity, compare, compared
+from hybridtrain.parity.compare import Parity, UserInputs, compare, compare_layouts
 
-__all__ = ["Own", "Parity", "compare", "compared", "run"]
+__all__ = ["Parity", "UserInputs", "compare", "compare_layouts", "run"]
 
 
 def run(config: schema.Config) -> int:

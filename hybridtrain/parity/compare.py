@@ -20,15 +20,15 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
-from hybridtrain.parity.plan import Comparison, Entry
+from hybridtrain.parity.plan import Comparison, LayoutCase
 from hybridtrain.parity.verdict import Row
 from hybridtrain.plan import capabilities
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.runtime import host, launch, ranks
 
 if TYPE_CHECKING:
-    from hybridtrain.parity.measure import Measured, Reference, Task
-    from hybridtrain.tasks.task import Task as Learnt
+    from hybridtrain.parity.measure import LayoutJob, Measurement, ReferenceResult
+    from hybridtrain.tasks.task import Task
 
 LARGE = 500_000_000
 """Parameters from which on the reference's files and minutes deserve a warning."""
@@ -42,14 +42,14 @@ class _Machine:
     preload: tuple[str, ...]
     timeout_s: float
     folder: str
-    own: Own
+    inputs: UserInputs
 
 
 @dataclass(frozen=True)
-class Own:
+class UserInputs:
     """What a program gives beside its config; it goes to the ranks."""
 
-    learnt: Learnt | None
+    task: Task | None
     data: Blend | None
 
 
@@ -68,12 +68,12 @@ class Parity:
         return all(row.passed for row in self.rows)
 
 
-def compare(config: schema.ParityRoot, *, train: Callable[[Task, float], Measured]) -> int:
-    """`compared` for the command line. 0: all pass, 1: some do not."""
-    return 0 if compared(config, train=train, own=Own(None, None)).passed else 1
+def compare(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement]) -> int:
+    """`compare_layouts` for the command line. 0: all pass, 1: some do not."""
+    return 0 if compare_layouts(config, train=train, inputs=UserInputs(None, None)).passed else 1
 
 
-def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measured], own: Own) -> Parity:
+def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement], inputs: UserInputs) -> Parity:
     """Compare every layout with the reference; print the table, write parity.json.
 
     `train` runs on every rank of a layout; it is measure.train_layout unless a test wants it broken. Raises UserError before
@@ -83,8 +83,8 @@ def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measur
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
     tasks.own(config)  # for what it refuses
-    data = _data(config, own)
-    config = blends.fitted(config, data, facts=facts_of(config.model)) if data else config
+    data = _data(config, inputs)
+    config = blends.adapt_model(config, data, facts=facts_of(config.model)) if data else config
     comparison = plans.prepare(config, capabilities={kind: capabilities.able(config.engine, kind=kind) for kind in kinds}, devices=devices)
     if data:
         with _or_random(config):
@@ -97,7 +97,7 @@ def compared(config: schema.ParityRoot, *, train: Callable[[Task, float], Measur
     print(_opening(comparison, devices, tokens=tokens), flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder, own)
+        machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder, inputs)
         reference, seconds = _reference(comparison, machine)
         facts = _facts(comparison, tokens=tokens)
         told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
@@ -125,7 +125,7 @@ def _tolerance(entry: Entry, comparison: Comparison, reference: Reference) -> di
     """AdamW moves an element by about the learning rate a step; of another optimizer it is measured how far it moves one."""
     config = comparison.config
     moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
-    return verdict.tolerances(config.precision.kind, tp=entry.layout.tp, moved=moved)
+    return verdict.tolerances(config.precision.kind, tp=case.layout.tp, moved=moved)
 
 
 def _devices() -> int | None:
@@ -152,10 +152,10 @@ def _or_random(config: schema.Config) -> Iterator[None]:
         raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") if config.data.path else error from None
 
 
-def _data(config: schema.ParityRoot, own: Own) -> Blend | None:
+def _data(config: schema.ParityRoot, inputs: UserInputs) -> Blend | None:
     """The rows that are trained on; None: random tokens."""
-    if own.data or not config.data.named:
-        return own.data
+    if inputs.data or not config.data.named:
+        return inputs.data
     with _or_random(config):
         return blends.data_of(config, timeout_s=config.engine.timeout_s)
 
@@ -178,11 +178,11 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
         else f"random tokens from run.seed={config.run.seed} (data.path is empty)"
     )
     where = f"{devices} GPUs" if devices else "the CPU"
-    kinds = ", ".join(dict.fromkeys(entry.engine for entry in comparison.entries))
+    kinds = ", ".join(dict.fromkeys(case.engine for case in comparison.cases))
     lines = [
         f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {kinds}, on {where}",
         f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {source}",
-        *comparison.said,
+        *comparison.changes,
     ]
     if facts.parameters > LARGE:
         lines.append(f"the reference trains all {facts.parameters:,} parameters in one process; parity.shrink=true cuts layers and width")
@@ -194,7 +194,7 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
 
 def _preload(comparison: Comparison) -> tuple[str, ...]:
     family = comparison.facts.model_type
-    engine = {"hybridtrain.engine.torch_native"} if any(entry.engine == "torch" for entry in comparison.entries) else set()
+    engine = {"hybridtrain.engine.torch_native"} if any(case.engine == "torch" for case in comparison.cases) else set()
     return ("hybridtrain.parity.measure", *engine, f"transformers.models.{family}.modeling_{family}")
 
 
@@ -208,20 +208,20 @@ def _facts(comparison: Comparison, *, tokens: str) -> dict[str, Any]:
         "eps": config.optim.eps,
         "tokens_per_step": plan.tokens,
         "tokens": tokens or "synthetic",
-        "changed": comparison.said,
+        "changed": comparison.changes,
         "left_out": comparison.left_out,
         "versions": host.versions(),
     }
 
 
-def _reference(comparison: Comparison, machine: _Machine) -> tuple[Reference, float]:
+def _reference(comparison: Comparison, machine: _Machine) -> tuple[ReferenceResult, float]:
     """Train the plain process; how it went, and the seconds it took. Its failure is nobody's parity: it is raised."""
     from hybridtrain.parity.measure import train_reference
 
     began = time.monotonic()
-    task = _task(comparison.config, ParallelLayout(1, 1, 1, 1, 1), comparison, comparison.plan, machine)
+    job = _job(comparison.config, ParallelLayout(1, 1, 1, 1, 1), comparison, comparison.plan, machine)
     try:
-        [reference] = ranks.run_ranks(1, train_reference, task, preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s)
+        [reference] = ranks.run_ranks(1, train_reference, job, preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s)
     except ranks.RankFailed as error:
         raise UserError(f"the plain reference process did not get through, so there is nothing to compare with:\n{error}") from error
     seconds = time.monotonic() - began
@@ -229,27 +229,29 @@ def _reference(comparison: Comparison, machine: _Machine) -> tuple[Reference, fl
     return reference, seconds
 
 
-def _task(config: schema.Config, layout: ParallelLayout, comparison: Comparison, plan: Any, machine: _Machine) -> Task:
-    from hybridtrain.parity.measure import Task
+def _job(config: schema.Config, layout: ParallelLayout, comparison: Comparison, plan: Any, machine: _Machine) -> LayoutJob:
+    from hybridtrain.parity.measure import LayoutJob
 
-    steps, vocab, own = comparison.config.parity.steps, comparison.facts.vocab, machine.own
-    return Task(config=config, layout=layout, plan=plan, steps=steps, vocab=vocab, folder=machine.folder, learnt=own.learnt, data=own.data)
+    steps, vocab, inputs = comparison.config.parity.steps, comparison.facts.vocab, machine.inputs
+    return LayoutJob(config=config, layout=layout, plan=plan, steps=steps, vocab=vocab, folder=machine.folder, task=inputs.task, data=inputs.data)
 
 
-def _layout(entry: Entry, comparison: Comparison, machine: _Machine, *, reference: Reference, train: Callable[[Task, float], Measured]) -> Row:
+def _layout(
+    case: LayoutCase, comparison: Comparison, machine: _Machine, *, reference: ReferenceResult, train: Callable[[LayoutJob, float], Measurement]
+) -> Row:
     """Run one layout; one that crashes is a row like any other."""
     config = copy.deepcopy(comparison.config)
-    config.parallel, config.engine.kind = entry.parallel, entry.engine
-    task = _task(config, entry.layout, comparison, entry.plan, machine)
-    processes = entry.layout.world_size
+    config.parallel, config.engine.kind = case.parallel, case.engine
+    job = _job(config, case.layout, comparison, case.plan, machine)
+    processes = case.layout.world_size
     began = time.monotonic()
     try:
-        found = ranks.run_ranks(
-            processes, train, task, reference.steps.grad_norms[0], preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s
+        measurements = ranks.run_ranks(
+            processes, train, job, reference.steps.grad_norms[0], preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s
         )
-        measured, worst, error = verdict.merge(found, reference)
+        measured, worst, error = verdict.merge(measurements, reference)
     except ranks.RankFailed as failure:
         measured, worst, error = {}, {}, str(failure)
     return Row(
-        entry.name, entry.engine, processes, config.precision.kind, _tolerance(entry, comparison, reference), time.monotonic() - began, measured, worst, error
+        case.name, case.engine, processes, config.precision.kind, _tolerance(case, comparison, reference), time.monotonic() - began, measured, worst, error
     )

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hybridtrain import engine as engines
-from hybridtrain import registry, tasks
+from hybridtrain import reference, registry, tasks
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, data_of
 from hybridtrain.data.loader import Collate, Loader
@@ -30,13 +30,12 @@ from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
-from hybridtrain.reference import Reference as PlainLoop
-from hybridtrain.tasks.task import Task as Learnt
+from hybridtrain.tasks.task import Task
 from hybridtrain.types import StepResult
 
 
 @dataclass(frozen=True)
-class Task:
+class LayoutJob:
     """What a rank needs to know; it pickles."""
 
     config: Config
@@ -46,7 +45,7 @@ class Task:
     vocab: int
     folder: str
     """Where the reference leaves its tensors."""
-    learnt: Learnt | None
+    task: Task | None
     """A program's own task; None: what task.kind names."""
     data: Blend | None
     """A program's own rows; None: what the config names."""
@@ -67,16 +66,16 @@ class Differences:
 
     largest: float = 0.0
     name: str = ""
-    seen: set[str] = field(default_factory=set)
+    compared: set[str] = field(default_factory=set)
 
     def add(self, name: str, value: float) -> None:
-        self.seen.add(name)
+        self.compared.add(name)
         if not value <= self.largest:  # NaN counts as larger than anything
             self.largest, self.name = value, name
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceResult:
     """How the plain process went, and the names in the two files it left."""
 
     steps: Steps
@@ -87,7 +86,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What one rank found."""
 
     steps: Steps
@@ -95,72 +94,72 @@ class Measured:
     parameters: Differences
 
 
-def train_reference(task: Task) -> Reference:
+def train_reference(job: LayoutJob) -> ReferenceResult:
     """Train in one plain process and leave gradients.safetensors and parameters.safetensors in the task's folder."""
-    device, config = mesh.device(), task.config
+    device, config = mesh.device(), job.config
     registry.load(config.run.plugins)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     family = family_for(built)
     precision = policy(config.precision.kind)
     source = initial(config.model, built, family=family, seed=config.run.seed)
-    learnt = task.learnt or tasks.of(config, labels=len(facts_of(config.model).labels))
+    task = job.task or tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
-    plain = PlainLoop(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=learnt, **dtypes)
+    plain = reference.Reference(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=task, **dtypes)
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
-    tokens = _tokens(task, dp_rank=0, dp_size=1, collate=learnt.collate)
-    begun = {} if config.optim.kind == "adamw" else {name: value.clone() for name, value in plain.parameters().items()}
-    done = Steps()
-    for step in range(task.steps):
+    tokens = _tokens(job, dp_rank=0, dp_size=1, collate=task.collate)
+    first = {} if config.optim.kind == "adamw" else {name: value.clone() for name, value in plain.parameters().items()}
+    steps = Steps()
+    for step in range(job.steps):
         batches = [batch.to(device) for batch in tokens.micro_batches(step)]
         with device:  # the reference makes its accumulators where tensors are made by default
             result = plain.step(batches, lr=config.optim.lr)
-        done.losses.append(result.loss)
-        done.grad_norms.append(result.grad_norm)
+        steps.losses.append(result.loss)
+        steps.grad_norms.append(result.grad_norm)
         if step == 0:
-            gradients = _leave(result.gradients, Path(task.folder) / "gradients.safetensors")
+            gradients = _write(result.gradients, Path(job.folder) / "gradients.safetensors")
         del result
-    moved = max((float((value - begun[name]).abs().max()) for name, value in plain.parameters().items() if begun), default=0.0)
-    return Reference(done, moved, gradients, _leave(plain.parameters(), Path(task.folder) / "parameters.safetensors"))
+    moved = max((float((value - first[name]).abs().max()) for name, value in plain.parameters().items() if first), default=0.0)
+    return ReferenceResult(steps, moved, gradients, _write(plain.parameters(), Path(job.folder) / "parameters.safetensors"))
 
 
-def train_layout(task: Task, reference_norm: float) -> Measured:
+def train_layout(job: LayoutJob, reference_norm: float) -> Measurement:
     """Train under the task's layout (collective) and compare. `reference_norm`: the reference's first global gradient norm."""
     device = mesh.device()
-    registry.load(task.config.run.plugins)
-    mesh.connect(device, timeout_s=task.config.engine.timeout_s)
-    engine = engines.build_for(task.learnt, task.config, layout=task.layout, plan=task.plan, device=device, initial=True)
+    registry.load(job.config.run.plugins)
+    mesh.connect(device, timeout_s=job.config.engine.timeout_s)
+    engine = engines.build_for(job.task, job.config, layout=job.layout, plan=job.plan, device=device, initial=True)
     gradients, parameters = Differences(), Differences()
 
     def compare_gradients(named: Iterable[tuple[str, Any]]) -> None:
         floor = GRADIENT_FLOOR * reference_norm
         relative = lambda ours, theirs: float((ours - theirs).norm() / theirs.norm().clamp(min=floor))  # noqa: E731
-        _compare(named, Path(task.folder) / "gradients.safetensors", gradients, relative)
+        _compare(named, Path(job.folder) / "gradients.safetensors", gradients, relative)
 
     engine.on_gradients(compare_gradients)
-    tokens = _tokens(task, dp_rank=engine.mesh.dp_rank, dp_size=task.layout.dp, collate=engine.task.collate)
-    done = Steps()
-    for step in range(task.steps):
-        _note(done, engine.train_step(tokens.micro_batches(step), lr=task.config.optim.lr))
-    _compare(engine.weights(), Path(task.folder) / "parameters.safetensors", parameters, lambda ours, theirs: float((ours - theirs).abs().max()))
+    tokens = _tokens(job, dp_rank=engine.mesh.dp_rank, dp_size=job.layout.dp, collate=engine.task.collate)
+    steps = Steps()
+    for step in range(job.steps):
+        _record(steps, engine.train_step(tokens.micro_batches(step), lr=job.config.optim.lr))
+    _compare(engine.weights(), Path(job.folder) / "parameters.safetensors", parameters, lambda ours, theirs: float((ours - theirs).abs().max()))
     engine.close()
-    return Measured(done, gradients, parameters)
+    return Measurement(steps, gradients, parameters)
 
 
-def _note(done: Steps, result: StepResult) -> None:
-    done.losses.append(float(result.loss))
-    done.grad_norms.append(float(result.grad_norm))
-    done.skipped += int(result.skipped)
+def _record(steps: Steps, result: StepResult) -> None:
+    steps.losses.append(float(result.loss))
+    steps.grad_norms.append(float(result.grad_norm))
+    steps.skipped += int(result.skipped)
 
 
-def _compare(named: Iterable[tuple[str, Any]], reference: Path, found: Differences, difference: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
-    """Gather each tensor whole (collective over its mesh) and add its difference to `found`."""
-    with safe_open(reference, framework="pt") as file:
+def _compare(named: Iterable[tuple[str, Any]], path: Path, largest: Differences, difference: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    """Gather each tensor whole (collective over its mesh) and add its difference to `largest`."""
+    with safe_open(path, framework="pt") as file:
         known = set(file.keys())
         for name, tensor in named:
             ours = whole(tensor)
-            found.add(name, difference(ours, file.get_tensor(name)) if name in known else float("nan"))
+            largest.add(name, difference(ours, file.get_tensor(name)) if name in known else float("nan"))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,17 +168,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full.detach().float().cpu()
 
 
-def _leave(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
     """Write tensors to a file in fp32; returns their names."""
     save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
     return set(tensors)
 
 
-def _tokens(task: Task, *, dp_rank: int, dp_size: int, collate: Collate) -> Tokens:
-    seed = task.config.run.seed
-    if task.data or task.config.data.named:
-        data = task.data or data_of(task.config, timeout_s=0)
-        return Loader(data, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=task.vocab, collate=collate)
+def _tokens(job: LayoutJob, *, dp_rank: int, dp_size: int, collate: Collate) -> Tokens:
+    seed = job.config.run.seed
+    if job.data or job.config.data.named:
+        data = job.data or data_of(job.config, timeout_s=0)
+        return Loader(data, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=job.vocab, collate=collate)
     return Synthetic(
-        vocab=task.vocab, plan=task.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, labels=len(facts_of(task.config.model).labels), collate=collate
+        vocab=job.vocab, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, labels=len(facts_of(job.config.model).labels), collate=collate
     )

@@ -61,7 +61,7 @@ _NOT_MODEL = ("auto_map", "torch_dtype", "dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayoutCase:
     """One layout to compare, checked."""
 
     name: str
@@ -77,10 +77,10 @@ class Comparison:
 
     config: schema.ParityRoot
     facts: ModelFacts
-    entries: list[Entry]
+    cases: list[LayoutCase]
     left_out: dict[str, str]
     """Layouts of the default set that do not fit -> why."""
-    said: list[str]
+    changes: list[str]
     """What was changed in the user's config, for the user to read."""
 
     @property
@@ -92,62 +92,66 @@ class Comparison:
 def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None) -> Comparison:
     """Choose layouts and model; raises UserError for a named layout that cannot run. `capabilities`: of the
     engines to compare. `devices`: number of GPUs, None on CPU."""
-    config, said = _settled(config)
+    config, changes = _prepared_config(config)
     fields = read_config(config.model)
     if fields.get("attention_dropout"):
         config.model.config["attention_dropout"] = 0.0
-        said.append(f"dropout is off (model.config.attention_dropout was {fields['attention_dropout']})")
+        changes.append(f"dropout is off (model.config.attention_dropout was {fields['attention_dropout']})")
     model = facts_of(config.model)
-    entries, left_out = _choose(config, model, capabilities, devices)
+    cases, left_out = _choose(config, model, capabilities, devices)
     if config.parity.shrink:
         small = shrunk(
             read_config(config.model),
             model=model,
-            layouts=[entry.layout for entry in entries],
-            stages=_stages(entries),
+            layouts=[case.layout for case in cases],
+            stages=_stages(cases),
             vocab=not config.data.named,
         )
-        said.append(_shrink_said(config, read_config(config.model), small))
+        changes.append(_shrink_note(config, read_config(config.model), small))
         config.model = dataclasses.replace(config.model, from_pretrained="", config=small)
         model = facts(small)
-        entries, left_out = _choose(config, model, capabilities, devices)
-    if not entries:
+        cases, left_out = _choose(config, model, capabilities, devices)
+    if not cases:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise refusal("parity.layouts", "[]", f"no layout fits ({reasons})", allowed="layouts this model and batch can run", instead="parity.layouts=[single]")
-    return Comparison(config, model, entries, left_out, said)
+    return Comparison(config, model, cases, left_out, changes)
 
 
-def _settled(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
+def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
     """A copy of the config with a fixed loss scale and an epsilon that does not magnify noise; what was changed."""
     config = copy.deepcopy(config)
-    said = [f"constant lr {config.optim.lr:g}, no warm-up"]
+    changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
     if config.optim.eps < MIN_EPS:
-        said.append(f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it")
+        changes.append(f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it")
         config.optim.eps = MIN_EPS
     if config.precision.kind == "fp16_mixed":
         scale = max(LOSS_SCALE, config.precision.min_scale)
-        said.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
+        changes.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
         config.precision.init_scale, config.precision.growth_interval = scale, config.parity.steps + 1
-    return config, said
+    return config, changes
 
 
-def _choose(config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None) -> tuple[list[Entry], dict[str, str]]:
+def _choose(
+    config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None
+) -> tuple[list[LayoutCase], dict[str, str]]:
     """The layouts to run, grouped by engine; and those of the default set that are left out, with the reason."""
-    entries: list[Entry] = []
+    cases: list[LayoutCase] = []
     left_out: dict[str, str] = {}
-    for engine, able in capabilities.items():
-        found, missing = _choose_for(engine, config, model, able, devices)
-        entries += found
+    for engine, supported in capabilities.items():
+        cases, missing = _choose_for(engine, config, model, supported, devices)
+        cases += cases
         left_out |= {f"{engine} {name}" if len(capabilities) > 1 else name: why for name, why in missing.items()}
-    return entries, left_out
+    return cases, left_out
 
 
-def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able: Capabilities, devices: int | None) -> tuple[list[Entry], dict[str, str]]:
-    named = [_written(text) for text in config.parity.layouts]
-    entries: dict[str, Entry] = {}
+def _choose_for(
+    engine: str, config: schema.ParityRoot, model: ModelFacts, supported: Capabilities, devices: int | None
+) -> tuple[list[LayoutCase], dict[str, str]]:
+    named = [_parse(text) for text in config.parity.layouts]
+    cases: dict[str, LayoutCase] = {}
     left_out: dict[str, str] = {}
-    for wanted in named or [_written(text) for text in DEFAULT_SET] + [_own(config.parallel)]:
-        parallel = _able(wanted, able)
+    for candidate in named or [_parse(text) for text in DEFAULT_SET] + [_layout_of(config.parallel)]:
+        parallel = _without_unsupported(candidate, supported)
         layout = layouts.resolve(parallel, world_size=_processes(parallel))
         name = notation.write(parallel, layout)
         try:
@@ -156,7 +160,7 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
             if devices is not None and layout.world_size > devices:
                 raise _too_few(name, layout.world_size, devices)
             plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-            rules.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
+            rules.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=supported)
             if engine == "deepspeed":
                 deepspeed_checks.check_stage(config, parallel.zero_stage)
         except UserError as error:
@@ -164,20 +168,20 @@ def _choose_for(engine: str, config: schema.ParityRoot, model: ModelFacts, able:
                 raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error
             left_out[name] = str(error).splitlines()[0]
             continue
-        entries.setdefault(name, Entry(name, engine, parallel, layout, plan))
-    return list(entries.values()), left_out
+        cases.setdefault(name, LayoutCase(name, engine, parallel, layout, plan))
+    return list(cases.values()), left_out
 
 
-def _written(text: str) -> schema.ParallelConfig:
+def _parse(text: str) -> schema.ParallelConfig:
     return schema.ParallelConfig(**notation.parse(text))
 
 
-def _able(parallel: schema.ParallelConfig, able: Capabilities) -> schema.ParallelConfig:
+def _without_unsupported(parallel: schema.ParallelConfig, supported: Capabilities) -> schema.ParallelConfig:
     """A layout, without sequence parallelism where the engine has none; its name says so."""
-    return parallel if able.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
+    return parallel if supported.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
 
 
-def _own(parallel: schema.ParallelConfig) -> schema.ParallelConfig:
+def _layout_of(parallel: schema.ParallelConfig) -> schema.ParallelConfig:
     """The layout of the config itself; an axis left open is as small as it can be."""
     fill = {"dp_shard": 2 if parallel.zero_stage else 1}
     open_axes = {axis: fill.get(axis, 1) for axis in layouts.AXES if getattr(parallel, axis) == -1}
@@ -198,8 +202,8 @@ def _too_few(name: str, processes: int, devices: int) -> UserError:
     )
 
 
-def _stages(entries: Sequence[Entry]) -> int:
-    return max((entry.layout.pp * schedules.stages_per_rank(entry.parallel) for entry in entries), default=1)
+def _stages(cases: Sequence[LayoutCase]) -> int:
+    return max((case.layout.pp * schedules.stages_per_rank(case.parallel) for case in cases), default=1)
 
 
 def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[ParallelLayout], stages: int, vocab: bool) -> dict[str, Any]:
@@ -232,7 +236,7 @@ def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[Pa
     return small
 
 
-def _shrink_said(config: schema.ParityRoot, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _shrink_note(config: schema.ParityRoot, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
     cuts = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
     weights = "; its weights are drawn anew, not read from model.from_pretrained" if config.model.from_pretrained else ""

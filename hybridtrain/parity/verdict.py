@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hybridtrain.runtime.files import write_json
 
 if TYPE_CHECKING:
-    from hybridtrain.parity.measure import Measured, Reference
+    from hybridtrain.parity.measure import Measurement, ReferenceResult
 
 MEASURES = ("loss_rel", "grad_norm_rel", "grad_rel", "param_abs")
 COLUMNS = ("layout", "engine", "precision", "passed", *MEASURES, "seconds")
@@ -54,13 +54,13 @@ class Row:
         return self.layout if self.engine == "torch" else f"{self.layout} ({self.engine})"
 
     @property
-    def beyond(self) -> list[str]:
+    def exceeded(self) -> list[str]:
         """Names of the measures beyond their tolerance; a value that is missing or not a number is beyond any."""
         return [name for name in MEASURES if (value := self.measured.get(name)) is None or not value <= self.tolerance[name]]
 
     @property
     def passed(self) -> bool:
-        return not self.error and not self.beyond
+        return not self.error and not self.exceeded
 
 
 def tolerances(precision: str, *, tp: int, moved: float) -> dict[str, float]:
@@ -76,29 +76,29 @@ def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def largest(values: Iterable[float]) -> float:
     """The maximum, NaN if any is."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found)
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def merge(found: Sequence[Measured], reference: Reference) -> tuple[dict[str, float], dict[str, str], str]:
+def merge(ranks: Sequence[Measurement], reference: ReferenceResult) -> tuple[dict[str, float], dict[str, str], str]:
     """All ranks' findings as one: the largest differences, which parameters have them, and what is wrong besides numbers."""
     measured = {
-        "loss_rel": largest(_relative(rank.steps.losses, reference.steps.losses) for rank in found),
-        "grad_norm_rel": largest(_relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in found),
-        "grad_rel": largest(rank.gradients.largest for rank in found),
-        "param_abs": largest(rank.parameters.largest for rank in found),
+        "loss_rel": largest(_relative(rank.steps.losses, reference.steps.losses) for rank in ranks),
+        "grad_norm_rel": largest(_relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in ranks),
+        "grad_rel": largest(rank.gradients.largest for rank in ranks),
+        "param_abs": largest(rank.parameters.largest for rank in ranks),
     }
     worst = {
-        "grad_rel": next(rank.gradients.name for rank in found if not rank.gradients.largest < measured["grad_rel"]),
-        "param_abs": next(rank.parameters.name for rank in found if not rank.parameters.largest < measured["param_abs"]),
+        "grad_rel": next(rank.gradients.name for rank in ranks if not rank.gradients.largest < measured["grad_rel"]),
+        "param_abs": next(rank.parameters.name for rank in ranks if not rank.parameters.largest < measured["param_abs"]),
     }
-    complaints = [f"{rank.steps.skipped} steps were skipped for a gradient that is not finite" for rank in found[:1] if rank.steps.skipped]
-    for what, wanted, seen in (
-        ("gradient", reference.gradients, set().union(*(rank.gradients.seen for rank in found))),
-        ("parameter", reference.parameters, set().union(*(rank.parameters.seen for rank in found))),
+    complaints = [f"{rank.steps.skipped} steps were skipped for a gradient that is not finite" for rank in ranks[:1] if rank.steps.skipped]
+    for what, expected, compared in (
+        ("gradient", reference.gradients, set().union(*(rank.gradients.compared for rank in ranks))),
+        ("parameter", reference.parameters, set().union(*(rank.parameters.compared for rank in ranks))),
     ):
-        if wanted != seen:
-            complaints.append(f"{what}s that only one side has: {', '.join(sorted(wanted ^ seen))}")
+        if expected != compared:
+            complaints.append(f"{what}s that only one side has: {', '.join(sorted(expected ^ compared))}")
     return measured, worst, "\n".join(complaints)
 
 
@@ -110,9 +110,9 @@ def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) ->
 
 def line(row: Row, *, width: int) -> str:
     """One row of the table, followed by the reasons if it failed."""
-    result = "pass" if row.passed else "FAIL (error)" if row.error else f"FAIL ({', '.join(row.beyond)})"
+    result = "pass" if row.passed else "FAIL (error)" if row.error else f"FAIL ({', '.join(row.exceeded)})"
     text = f"{row.name:<{width}}  {row.processes:>5}  {_cells(row.measured)}  {row.seconds:>7.1f}  {result}"
-    notes = [f"largest {name} at {row.worst[name]}" for name in row.beyond if name in row.worst]
+    notes = [f"largest {name} at {row.worst[name]}" for name in row.exceeded if name in row.worst]
     notes += row.error.strip().splitlines()
     return "\n".join([text, *(f"    {note}" for note in notes)])
 

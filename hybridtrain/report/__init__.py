@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from hybridtrain.config.schema import ReportRoot
-from hybridtrain.report import compare, page, plots, ranks, single
+from hybridtrain.report import compare, layout_grid, page, plots, single
 from hybridtrain.report.history import History, read
 from hybridtrain.runtime.files import check_replaceable, discard, read_record, unwritable, write_atomically, write_record
 
@@ -44,16 +44,16 @@ def run(config: ReportRoot) -> int:
 
 def comparison_folder(histories: Sequence[History]) -> Path:
     """Where a comparison of these runs belongs: a folder of its own, the same one when the same runs are compared again."""
-    called = [re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)]
-    words = "+".join(called[:2] if len(called) <= 2 else [called[0], f"{len(called) - 1}-others"])
+    run_names = [re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)]
+    words = "+".join(run_names[:2] if len(run_names) <= 2 else [run_names[0], f"{len(run_names) - 1}-others"])
     which = "\n".join(str(history.folder.resolve()) for history in histories)
     return COMPARISONS / f"{words}-{hashlib.sha256(which.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
 def of_run(history: History) -> list[plots.Plot]:
     """All plots of one run, the layout last."""
-    layout = ranks.layout_of(history.summary)
-    return [*plots.of_run(history), *([ranks.plot(layout, hosts=history.hosts)] if layout else [])]
+    layout = layout_grid.layout_of(history.summary)
+    return [*plots.of_run(history), *([layout_grid.plot(layout, hosts=history.hosts)] if layout else [])]
 
 
 def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -> list[Path]:
@@ -62,15 +62,15 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
     Replaces, and removes where this report has no such plot, only what an earlier report wrote there; UserError if other files are in the way.
     """
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
-    made = [out / _PAGE, *pictures]
+    files = [out / _PAGE, *pictures]
     try:
         before = read_record(out, record=RECORD)
         if not before and _is_older_report(out):
             before = {name for name in _NAMES if (out / name).is_file()}
             write_record(out, before, record=RECORD)
-        check_replaceable(out, [file.name for file in made], record=RECORD, field="report.out")
+        check_replaceable(out, [file.name for file in files], record=RECORD, field="report.out")
         out.mkdir(parents=True, exist_ok=True)
-        write_record(out, before.union(file.name for file in made), record=RECORD)
+        write_record(out, before.union(file.name for file in files), record=RECORD)
         for path, plot in pictures.items():
             stream = io.BytesIO()
             plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED, parse_math=False)
@@ -78,15 +78,15 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
                 plot.figure.savefig(stream, format="png", dpi=DPI)
             write_atomically(path, stream.getvalue())
         write_atomically(out / _PAGE, document)
-        kept = {old for old in before.intersection(_NAMES) - {file.name for file in made} if not discard(out / old)}
-        write_record(out, kept.union(file.name for file in made), record=RECORD)
+        remaining = {old for old in before.intersection(_NAMES) - {file.name for file in files} if not discard(out / old)}
+        write_record(out, remaining.union(file.name for file in files), record=RECORD)
     except OSError as error:
         raise unwritable("report.out", out, error) from error
-    return made
+    return files
 
 
 def _is_older_report(folder: Path) -> bool:
-    """Whether an earlier version, which kept no record, wrote the page in `folder`."""
+    """Whether an earlier version, which remaining no record, wrote the page in `folder`."""
     try:
         return page.SIGNATURE in (folder / _PAGE).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -60,19 +60,19 @@ def results(histories: Sequence[History]) -> dict[str, list[str]]:
 
 def document(histories: Sequence[History], plots: Sequence[Plot]) -> str:
     """The whole HTML page."""
-    called = names(histories)
+    run_names = names(histories)
     head = [
         "",
-        *(page.Markup(f'<span class="swatch" style="background:var(--c{n % len(COLOURS)})"></span>{page.escape(name)}') for n, name in enumerate(called)),
+        *(page.Markup(f'<span class="swatch" style="background:var(--c{n % len(COLOURS)})"></span>{page.escape(name)}') for n, name in enumerate(run_names)),
     ]
-    numbers = range(1, len(called) + 1)
+    numbers = range(1, len(run_names) + 1)
     body = [
-        page.header(f"{len(called)} runs compared", status="", about=" · ".join(str(history.folder) for history in histories)),
+        page.header(f"{len(run_names)} runs compared", status="", about=" · ".join(str(history.folder) for history in histories)),
         page.table(head, [(name, *values) for name, values in results(histories).items()], numbers=numbers),
         page.section("Curves", page.plots(plots)),
         page.section("Differing options", page.table(head, [(name, *values) for name, values in differences(histories).items()], numbers=())),
     ]
-    return page.document(" / ".join(called), body)
+    return page.document(" / ".join(run_names), body)
 
 
 def lines(histories: Sequence[History]) -> str:

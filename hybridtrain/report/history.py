@@ -125,7 +125,7 @@ def read(folder: Path) -> History:
     """Read a run directory; a last line that is still being written is left out. Raises UserError if nothing in it tells of a run."""
     require_run(folder, command="report")
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
-    called = compose.plain(config)["run"]["name"] if config else ""
+    run_name = compose.plain(config)["run"]["name"] if config else ""
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
     unread = {name: count for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items() if count}
@@ -133,7 +133,7 @@ def read(folder: Path) -> History:
         unread["summary.json"] = 1
     return History(
         folder=folder,
-        name=one_line(called if called not in ("", compose.NAMELESS) else folder.resolve().name),
+        name=one_line(run_name if run_name not in ("", compose.NAMELESS) else folder.resolve().name),
         columns=columns,
         summary=summary,
         events=events,
@@ -146,8 +146,8 @@ def read(folder: Path) -> History:
 
 def _failure(folder: Path) -> str:
     with contextlib.suppress(OSError):  # another command may remove it meanwhile
-        found = sorted(folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime)
-        return found[-1].read_text(errors="replace") if found else ""
+        reports = sorted(folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime)
+        return reports[-1].read_text(errors="replace") if reports else ""
     return ""
 
 

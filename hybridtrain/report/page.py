@@ -20,10 +20,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 def document(title: str, body: Iterable[str]) -> str:
     """The whole page around `body`. Its policy forbids the browser to load anything."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    drawn = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">']
     lines += ['<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>", f"<style>{style}</style></head>"]
-    lines += ["<body><main>", *body, f'<p class="note">Drawn {drawn}{SIGNATURE}</p>', f"</main><script>{script}</script></body></html>"]
+    lines += ["<body><main>", *body, f'<p class="note">Drawn {written}{SIGNATURE}</p>', f"</main><script>{script}</script></body></html>"]
     return "\n".join(lines) + "\n"
 
 
@@ -38,12 +38,12 @@ def header(name: str, *, status: str, about: str) -> str:
 
 def tiles(values: Mapping[str, tuple[str, str]]) -> str:
     """name -> (value, words below it); those without a value are left out."""
-    made = [
+    items = [
         f'<div class="tile"><dt>{escape(name)}</dt><dd{" class=long" if len(value) > LONG else ""}>{escape(value)}<small>{escape(below)}</small></dd></div>'
         for name, (value, below) in values.items()
         if value
     ]
-    return f'<dl class="tiles">{"".join(made)}</dl>'
+    return f'<dl class="tiles">{"".join(items)}</dl>'
 
 
 def plots(drawn: Sequence[Plot]) -> str:
@@ -94,15 +94,15 @@ def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
 def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
     """Two boxes of the page: the options that differ from the defaults; and all options by section, collapsed, with the changed ones marked."""
     changed = {(name, key) for name, values in config.items() for key, value in values.items() if value != defaults.get(name, {}).get(key)}
-    told = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
-    folded = []
+    changed_rows = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
+    sections = []
     for name, values in config.items():
         count = sum((name, key) in changed for key in values)
         rows = "".join(_option(key, value, marked=(name, key) in changed) for key, value in values.items())
         words = f"{count} of {len(values)} changed" if count else "as by default"
-        folded.append(f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>')
-    first = f'<div class="card"><table class="code">{"".join(told)}</table></div>' if told else ""
-    return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(folded)}</div>'
+        sections.append(f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>')
+    first = f'<div class="card"><table class="code">{"".join(changed_rows)}</table></div>' if changed_rows else ""
+    return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(sections)}</div>'
 
 
 def _option(name: str, value: Any, *, marked: bool) -> str:

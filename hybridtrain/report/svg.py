@@ -17,7 +17,7 @@ _COLOUR = re.compile("|".join(VARIABLES))
 _SERIES = re.compile(r'<g id="series:([^"]*)">')
 _TIP = re.compile(r'<g id="tip:\d+:([^"]*)">')
 _NUMBER = re.compile(r"(\d\.\d{2})\d+")
-_NAMED = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">')
+_IDS = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">')
 
 
 def inline(plot: Plot) -> str:
@@ -28,7 +28,7 @@ def inline(plot: Plot) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = _NAMED.sub("<g>", text)
+    text = _IDS.sub("<g>", text)
     text = _SERIES.sub(r'<g data-series="\1">', text)
     text = _TIP.sub(r"<g><title>\1</title>", text)
     text = _NUMBER.sub(r"\1", text)
@@ -46,9 +46,9 @@ def _scales(figure: Figure) -> str:
     if not axes.axison:
         return ""
     width, height = (72 * inches for inches in figure.get_size_inches())
-    box = axes.get_position()
+    bounds = axes.get_position()
     scales = {
-        "box": [round(value, 2) for value in (box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height)],
+        "box": [round(value, 2) for value in (bounds.x0 * width, (1 - bounds.y1) * height, bounds.x1 * width, (1 - bounds.y0) * height)],
         "x": axes.get_xlim(),
         "y": axes.get_ylim(),
         "log": axes.get_yscale() == "log",

@@ -34,7 +34,7 @@ class RunDir:
     """How often the run was started before."""
     created: bool
     """The run is new: what it writes was not there."""
-    made: tuple[Path, ...]
+    new_folders: tuple[Path, ...]
     """Folders that this command made for it."""
     lost: str
     """How the attempt before ended, if it left no report; else empty."""
@@ -100,7 +100,7 @@ class RunDir:
             try:
                 if not file.is_file():
                     continue
-                kept = [line for line in file.read_text(errors="replace").splitlines() if _stands(line, step=step)]
+                kept = [line for line in file.read_text(errors="replace").splitlines() if _is_current(line, step=step)]
                 write_atomically(file, "".join(line + "\n" for line in kept))
             except OSError as error:
                 raise unwritable("run.dir", self.path, error) from error
@@ -146,7 +146,7 @@ class RunDir:
             for path in self.path.glob(pattern):
                 discard(path)
         self.close()
-        remove_folders((*self.made, *(self.path / name for name in ("failures", "failures/life-0", "logs", "model"))))
+        remove_folders((*self.new_folders, *(self.path / name for name in ("failures", "failures/life-0", "logs", "model"))))
 
 
 def make_folders(path: Path) -> tuple[Path, ...]:
@@ -160,8 +160,8 @@ def make_folders(path: Path) -> tuple[Path, ...]:
     return tuple(missing)
 
 
-def remove_folders(made: tuple[Path, ...]) -> None:
-    for folder in reversed(made):
+def remove_folders(new_folders: tuple[Path, ...]) -> None:
+    for folder in reversed(new_folders):
         with contextlib.suppress(OSError):  # somebody else uses it by now
             folder.rmdir()
 

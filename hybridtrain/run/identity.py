@@ -42,7 +42,7 @@ class Choice:
     path: Path
     before: Config | None
     """What the run in it was last run with; None: a new run."""
-    others: str
+    differing: str
     """In the default directory: the first fields in which the run there differs, because of which this one has a number; else empty."""
 
 
@@ -114,15 +114,15 @@ def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> 
     instead = "another run.dir"
     if not any(key.startswith("model.") for key in differing):  # a branch keeps the model
         instead += f"; run.branch_from={path} with it, to begin from what is trained here"
-    return refusal("run.dir", path, f"it holds another run: {words(differing)}", allowed="the same values, or a directory of its own", instead=instead)
+    return refusal("run.dir", path, f"it holds another run: {describe(differing)}", allowed="the same values, or a directory of its own", instead=instead)
 
 
-def words(differing: Mapping[str, tuple[object, object]]) -> str:
+def describe(differing: Mapping[str, tuple[object, object]]) -> str:
     """`differences`, for people."""
-    return "; ".join(f"{key} was {_told(before)} and is {_told(now)}" for key, (before, now) in sorted(differing.items()))
+    return "; ".join(f"{key} was {_text(before)} and is {_text(now)}" for key, (before, now) in sorted(differing.items()))
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     return str(value) if value is _UNSET else repr(value)
 
 
@@ -140,7 +140,7 @@ def model_differences(before: Config, now: Config) -> dict[str, tuple[object, ob
 
 def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
     """`differences` in what is trained and how, without those in how the command was given."""
-    return {key: pair for key, pair in differences(before, now).items() if key not in _HOW}
+    return {key: pair for key, pair in differences(before, now).items() if key not in _INVOCATION}
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
@@ -152,16 +152,16 @@ def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]
             pair = (getattr(old, option.name), getattr(new, option.name))
             public = (compose.shown(pair[0]), compose.shown(pair[1]))
             if not (_same(*pair) or _same(*public)):
-                result |= _apart(f"{section.name}.{option.name}", public)
+                result |= _flat(f"{section.name}.{option.name}", public)
     return result
 
 
-def _apart(name: str, pair: tuple[Any, Any]) -> dict[str, tuple[object, object]]:
+def _flat(name: str, pair: tuple[Any, Any]) -> dict[str, tuple[object, object]]:
     before, now = pair
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return {name: pair}
     values = {key: (before.get(key, _UNSET), now.get(key, _UNSET)) for key in sorted(before.keys() | now.keys())}
-    return {name_: pair_ for key, both in values.items() if not _same(*both) for name_, pair_ in _apart(f"{name}.{key}", both).items()}
+    return {flat_name: flat_pair for key, both in values.items() if not _same(*both) for flat_name, flat_pair in _flat(f"{name}.{key}", both).items()}
 
 
 def _same(old: Any, new: Any) -> bool:

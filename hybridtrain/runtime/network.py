@@ -72,5 +72,5 @@ def unfit(error: Exception) -> UserError:
         os.environ.get(_INTERFACE, "(not set)"),
         problem,
         allowed=f"an interface that all hosts can reach; here: {interfaces}",
-        instead=f"{_INTERFACE}=CARD",
+        instead=f"{_INTERFACE}=NAME",
     )

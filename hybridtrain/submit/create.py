@@ -37,18 +37,18 @@ def create_run_from_overrides(argv: list[str]) -> tuple[Path, list[str]]:
 
 def create_run(config: schema.Config) -> RunDir:
     """The run directory of a checked config, created or, for an existing run, reused. Raises UserError."""
-    entry = entries.enter(config)
+    locked = start.lock_run(config)
     try:
-        checkpoint = Manager(entry.path / "checkpoints", settings=config.checkpoint).latest() if entry.before else None
+        checkpoint = Manager(locked.path / "checkpoints", settings=config.checkpoint).latest() if locked.before else None
         if config.run.resume == "required" and checkpoint is None:
-            raise identity.not_resumable(entry.path, words="")
-        run = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
+            raise identity.not_resumable(locked.path, words="")
+        run = start.begin(locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
         if run.lost:
             record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")
         write_config(config, run.path)
     finally:
-        entry.leave()
+        locked.leave()
     return run
 
 

@@ -43,7 +43,7 @@ def open_job(argv: list[str]) -> int:
             raise lock.held(run, by=holder)
         job, restart = _this_attempt()
         attempts.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"])
-        if lost := entries.lost_attempt(run, holder=lock.read(run)):
+        if lost := start.lost_attempt(run, holder=lock.read(run)):
             record_lost(run, lost=lost, step=read_summary(run).get("steps") or 0)
         set_summary(run, status="queued", exit_reason=None)
     except UserError as error:

@@ -29,7 +29,7 @@ def of(config: Config, *, labels: int) -> Task:
 
 def own(config: Config) -> Task | None:
     """The task that a user's module has registered as task.kind; None for one of ours. Raises UserError for what is no task."""
-    factory = registry.own("task", config.task.kind)
+    factory = registry.lookup("task", config.task.kind)
     if factory is None:
         return None
     task = factory() if isinstance(factory, type) else factory(config)

@@ -29,14 +29,14 @@ class CausalLM:
         """Inputs, and labels shifted by one. The first token of a document is no label; positions restart at it."""
         labels, index = block.tokens[:, 1:].copy(), np.arange(block.tokens.shape[1] - 1)
         labels[valid:] = IGNORE_INDEX
-        if block.carries is not None:
-            labels[~block.carries[:, 1:]] = IGNORE_INDEX
+        if block.loss_mask is not None:
+            labels[~block.loss_mask[:, 1:]] = IGNORE_INDEX
         positions = np.tile(index, (len(labels), 1))
-        if block.begins is not None:
-            labels[block.begins[:, 1:]] = IGNORE_INDEX
-            positions -= np.maximum.accumulate(np.where(block.begins[:, :-1], index, 0), axis=1)
+        if block.doc_start is not None:
+            labels[block.doc_start[:, 1:]] = IGNORE_INDEX
+            positions -= np.maximum.accumulate(np.where(block.doc_start[:, :-1], index, 0), axis=1)
         ids, targets, places = (torch.from_numpy(np.ascontiguousarray(each)) for each in (block.tokens[:, :-1], labels, positions))
-        return Batch(ids, targets, places, packed=block.begins is not None)
+        return Batch(ids, targets, places, packed=block.doc_start is not None)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Tokens with a label."""

@@ -36,7 +36,7 @@ class Classification(CausalLM):
 
     def collate(self, block: Block, *, valid: int) -> Batch:
         """As CausalLM.collate. Refuses labels that are not a class number, and rows without labels (raises UserError)."""
-        if block.carries is None:
+        if block.loss_mask is None:
             problem, allowed = "its rows have no labels", "a corpus of data.format=labelled, or rows with one label each"
             raise refusal("task.kind", "classification", problem, allowed=allowed, instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm")
         batch = super().collate(block, valid=valid)

@@ -94,7 +94,7 @@ def registered(config: Config) -> tuple[Callback, ...]:
     """The callbacks that run.callbacks names: a class is made without arguments, a function is called with the config. Raises UserError for what is none."""
     result = []
     for name in config.run.callbacks:
-        factory = registry.own("callback", name)
+        factory = registry.lookup("callback", name)
         assert factory is not None
         made = factory() if isinstance(factory, type) else factory(config)
         if not isinstance(made, Callback):

@@ -9,7 +9,7 @@ from hybridtrain import registry
 from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
-from hybridtrain.data.own import OwnRows
+from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import notation
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
@@ -140,7 +140,7 @@ def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
     text, turn = vocabulary.end_tokens(facts)
     config, generation = (read_object(model / name, field="run.dir") for name in ("config.json", tokens.GENERATION))
     ends = tokens.Ends(begin=None, end=text, pad=None, turn=turn)
-    lines = tokens.fitted(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
+    lines = tokens.with_end_tokens(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
     if facts["vocab_size"] > job.facts.vocab:
         lines.append(f"it has {facts['vocab_size']} tokens, the model {job.facts.vocab} rows: a text with one of the others cannot be given to the model")
     return lines

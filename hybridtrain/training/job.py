@@ -59,7 +59,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
     task = task or tasks.own(config)
-    fitted = blends.fitted(config, data, facts=model)
+    fitted = blends.adapt_model(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts

@@ -13,12 +13,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridtrain.checkpoint import marker, sealed
+from hybridtrain.checkpoint import export_record, marker
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import read_run, to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import described
+from hybridtrain.models import config_diff
 from hybridtrain.plan import notation
 from hybridtrain.run import entry as entries
 from hybridtrain.run import identity
@@ -39,36 +39,36 @@ BRANCH = "branch.json"
 
 def open_run(job: Job) -> RunDir | None:
     """Rank 0: the run directory, entered alone, with the checkpoint to go on from; None: nothing is left to do, and that is logged. Raises UserError."""
-    config, entry = job.config, entries.enter(job.config)
+    config, locked = job.config, start.lock_run(job.config)
     try:
-        manager = Manager(entry.path / "checkpoints", settings=config.checkpoint)
-        checkpoint = manager.latest() if entry.before is not None else None
+        manager = Manager(locked.path / "checkpoints", settings=config.checkpoint)
+        checkpoint = manager.latest() if locked.before is not None else None
         if config.run.resume == "required" and checkpoint is None:
-            raise identity.not_resumable(entry.path, words="")
+            raise identity.not_resumable(locked.path, words="")
         progress = _progress_of(checkpoint, job=job) if checkpoint else Progress(0, 0, {})
         if checkpoint and progress.step >= job.total_steps:
-            _nothing_left(job, entry=entry, progress=progress)
+            _nothing_left(job, locked=locked, progress=progress)
             manager.sweep()
-            remove_stale_temporaries(entry.path)
-            entry.leave()
+            remove_stale_temporaries(locked.path)
+            locked.leave()
             return None
         origin = None
         if config.run.branch_from and checkpoint is None:
-            checkpoint = origin = _origin(config, run=entry.path)
+            checkpoint = origin = _origin(config, run=locked.path)
             progress = _branched(origin, job=job)
         if checkpoint is None:
             _check_weights(config)
         else:
             _check_described(source_at_hand(config), checkpoint=checkpoint)
         manager.sweep()
-        remove_stale_temporaries(entry.path)
-        run_dir = entries.begin(entry, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
+        remove_stale_temporaries(locked.path)
+        run_dir = start.begin(locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
         if origin:
-            _pin(origin, run=entry.path, progress=progress)
+            _pin(origin, run=locked.path, progress=progress)
         run_dir.cut(progress.step)
         _record_start(job, run_dir=run_dir, origin=origin)
     except BaseException:
-        entry.leave()
+        locked.leave()
         raise
     return run_dir
 
@@ -125,7 +125,7 @@ def _check_weights(config: Config) -> None:
     from hybridtrain.models.family import family_for
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    sealed.check(Path(config.model.from_pretrained), field="model.from_pretrained")
+    export_record.check(Path(config.model.from_pretrained), field="model.from_pretrained")
     load.check(config.model, built, family=family_for(built))
 
 
@@ -165,21 +165,21 @@ def _check_described(config: Config, *, checkpoint: Path) -> None:
     from hybridtrain.models.facts import read_config
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    if found := described.model_changes(before, saved_fields(built)):
-        problem = f"{file} is of another model: {described.words(found)}"
+    if found := config_diff.model_changes(before, saved_fields(built)):
+        problem = f"{file} is of another model: {config_diff.describe(found)}"
         instead = "the config.json that the run began with, or a new run with model.from_pretrained=<export of this run>"
         raise refusal("model", config.model.from_pretrained or built.model_type, problem, allowed="the model that the run began with", instead=instead)
     with contextlib.suppress(UserError):
-        if records and (edited := described.changes(before, read_object(beside, field="run.dir"))):
-            _log.warning("%s has changed since %s was written (%s); the checkpoint's holds", beside, checkpoint.name, described.words(edited))
+        if records and (edited := config_diff.changes(before, read_object(beside, field="run.dir"))):
+            _log.warning("%s has changed since %s was written (%s); the checkpoint's holds", beside, checkpoint.name, config_diff.describe(edited))
 
 
-def _nothing_left(job: Job, *, entry: Entry, progress: Progress) -> None:
+def _nothing_left(job: Job, *, locked: LockedRun, progress: Progress) -> None:
     """Say that the run is at its end; if its last attempt could not write that down, do."""
     steps, asked = progress.step, job.total_steps
     on = "a larger train.steps (or tokens, epochs) goes on, another run.dir or run.name starts anew"
     if steps > asked:
-        _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", entry.path, steps, asked, on)
+        _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", locked.path, steps, asked, on)
         return
     if read_summary(entry.path).get("status") != "finished":
         record_finished(entry.path, step=steps, tokens=progress.tokens_seen)
@@ -207,7 +207,7 @@ def _branched(origin: Path, *, job: Job) -> Progress:
     theirs = origin.parent.parent / "config.yaml"
     differing = identity.model_differences(read_run(theirs), job.config) if theirs.is_file() else {}
     if differing:
-        problem = f"it is of another model: {identity.words(differing)}"
+        problem = f"it is of another model: {identity.describe(differing)}"
         raise refusal("run.branch_from", origin, problem, allowed="the same model section", instead="the model of that run")
     if theirs.is_file() and (kind := read_run(theirs).optim.kind) != job.config.optim.kind:
         problem, instead = f"the checkpoint's optimizer state is that of {kind}", f"optim.kind={kind}, or model.from_pretrained=<export of that run>"

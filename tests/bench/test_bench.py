@@ -153,7 +153,7 @@ def plain():
     case = Case()
     plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     ballast = torch.ones(1 << 28)  # 1 GiB of this process
-    process = PlainProcess(Task(config_of(case), plan, 256, threads=1))
+    process = PlainProcess(PlainSettings(config_of(case), plan, 256, threads=1))
     del ballast
     yield process
     process.close()
@@ -183,7 +183,7 @@ def test_a_plain_loop_that_cannot_be_built_is_a_refusal():
     case = Case(fields=model(num_attention_heads=7))
     plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     with pytest.raises(UserError, match=r"bench\.plain=true: the plain loop did not get through: UserError: model\.config="):
-        PlainProcess(Task(config_of(case), plan, 256, threads=1))
+        PlainProcess(PlainSettings(config_of(case), plan, 256, threads=1))
 
 
 @pytest.mark.parametrize(

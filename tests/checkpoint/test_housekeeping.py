@@ -19,7 +19,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.compose import to_yaml
 from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError
-from hybridtrain.run import entry as entries
+from hybridtrain.run import start
 from hybridtrain.runtime import log
 from hybridtrain.types import Progress
 from hybridtrain.verify import verify_run
@@ -104,10 +104,10 @@ def test_a_half_checkpoint_that_fills_the_disk_is_cleared_before_anything_is_wri
         config.run.dir, config.run.name, config.train.steps, config.data.path = str(disk / "run"), "x", 5, "data"
 
         def begun() -> None:
-            entry = entries.enter(config)
+            entry = start.lock_run(config)
             try:
                 Manager(entry.path / "checkpoints", settings=config.checkpoint).sweep()
-                entries.begin(entry, config, yaml_text=to_yaml(config), versions={}, checkpoint=None, step=0)
+                start.begin(entry, config, yaml_text=to_yaml(config), versions={}, checkpoint=None, step=0)
             finally:
                 entry.leave()
 
@@ -140,8 +140,8 @@ def test_a_refusal_after_the_directory_was_opened_leaves_none(data: Path, tmp_pa
 def test_a_directory_that_is_gone_while_training_is_told_so(tmp_path: Path) -> None:
     config = Config()
     config.run.dir = str(tmp_path / "run")
-    entry = entries.enter(config)
-    run = entries.begin(entry, config, yaml_text=to_yaml(config), versions={}, checkpoint=None, step=0)
+    entry = start.lock_run(config)
+    run = start.begin(entry, config, yaml_text=to_yaml(config), versions={}, checkpoint=None, step=0)
     (tmp_path / "run").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="it has been moved or removed"):
         run.append_metrics({"step": 1})

@@ -93,7 +93,7 @@ def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
     monkeypatch.setenv(launch.RUN_DIR_FILE, str(tmp_path / "told"))
     for rate, folder in (("1e-3", "runs/x"), ("2e-3", "runs/x-2"), ("2e-3", "runs/x-2")):
         config = compose.compose("train", [*TRAIN[1:], "run.name=x", f"optim.lr={rate}"])
-        entry = entries.enter(config)
+        entry = start.lock_run(config)
         assert (tmp_path / "told").read_text() == folder
         (entry.path / "config.yaml").write_text(compose.to_yaml(config))
         (entry.path / "summary.json").write_text('{"steps": 100}')
@@ -145,7 +145,7 @@ def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_ap
     script = """
 import atexit, os
 from hybridtrain.cli import main
-from hybridtrain.run import entry as entries
+from hybridtrain.run import start
 from hybridtrain.runtime import launch
 from hybridtrain.training import trainer
 class Apart:

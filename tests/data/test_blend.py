@@ -12,7 +12,7 @@ import torch
 
 from hybridtrain.config import schema
 from hybridtrain.config.checks import check
-from hybridtrain.data.blend import BLOCK, Blend, apportioned, check_vocab, drawn, open_data, order_fingerprint
+from hybridtrain.data.blend import BLOCK, Blend, check_vocab, largest_remainder, open_data, order_fingerprint, sample_to_row
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import UserError
 from hybridtrain.plan.batch import BatchPlan
@@ -75,19 +75,19 @@ def test_ten_thousand_rows_hold_each_corpus_by_its_weight(tmp_path):
 
 def test_each_corpus_runs_through_epochs_of_its_own():
     quotas, rows = np.array([7000, 3000]), [450, 2100]
-    samples = drawn(np.arange(4 * BLOCK), quotas=quotas, rows=rows, seed=1)
+    samples = sample_to_row(np.arange(4 * BLOCK), quotas=quotas, rows=rows, seed=1)
     for corpus, count in enumerate(rows):
         seen = samples[samples[:, 0] == corpus, 1]
         visits = np.bincount(seen, minlength=count)
         epochs = 4 * int(quotas[corpus]) / count
         assert visits.max() - visits.min() <= (1 if epochs != int(epochs) else 0)
         assert np.mean(seen[:-1] + 1 == seen[1:]) < 0.05  # shuffled
-    assert np.array_equal(drawn(np.arange(12345, 12400), quotas=quotas, rows=rows, seed=1), samples[12345:12400])
-    assert not np.array_equal(drawn(np.arange(100), quotas=quotas, rows=rows, seed=2), samples[:100])
+    assert np.array_equal(sample_to_row(np.arange(12345, 12400), quotas=quotas, rows=rows, seed=1), samples[12345:12400])
+    assert not np.array_equal(sample_to_row(np.arange(100), quotas=quotas, rows=rows, seed=2), samples[:100])
 
 
 def test_cost_does_not_depend_on_the_sample():
-    ids = drawn(np.arange(10**15, 10**15 + 4096), quotas=np.array([9999, 1]), rows=[10**12, 10**13], seed=0)
+    ids = sample_to_row(np.arange(10**15, 10**15 + 4096), quotas=np.array([9999, 1]), rows=[10**12, 10**13], seed=0)
     assert (ids[:, 1] < np.array([10**12, 10**13])[ids[:, 0]]).all()
 
 
@@ -111,10 +111,10 @@ def test_largest_remainder(seed):
     generator = np.random.default_rng(seed)
     weights = (generator.random(generator.integers(1, 12)) + 1e-3).tolist()
     total = int(generator.integers(1, 10_000))
-    parts = apportioned(total, weights)
+    parts = largest_remainder(total, weights)
     assert sum(parts) == total
     assert max(abs(part - total * weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)) < 1
-    assert apportioned(total, [8 * weight for weight in weights]) == parts
+    assert largest_remainder(total, [8 * weight for weight in weights]) == parts
 
 
 def test_fingerprint_is_of_tokens_and_shares_not_of_places(tmp_path):

@@ -185,25 +185,25 @@ def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_p
     out = run / "export"
     file, name = out / "model.safetensors", "model.safetensors"
     whole = file.read_bytes()
-    sealed.check(out, field="evaluate.source")
-    assert sealed.verify(out, field="run.dir") == []
+    export_record.check(out, field="evaluate.source")
+    assert export_record.verify(out, field="run.dir") == []
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config.replace("1e-06", "1e-05"))
-    sealed.check(out, field="evaluate.source")  # may be meant
+    export_record.check(out, field="evaluate.source")  # may be meant
     assert "config.json holds other bytes than the export wrote" in caplog.text
     (out / "config.json").write_text(config)
     for damaged, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than the export wrote"), (whole + b"0", "bytes, and")):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{name}: {'holds' if 'holds' in words else 'has'}"):
-            sealed.check(out, field="evaluate.source")
-        assert words in sealed.verify(out, field="run.dir")[0]
+            export_record.check(out, field="evaluate.source")
+        assert words in export_record.verify(out, field="run.dir")[0]
         assert main(["verify", str(out)]) == 1
         assert main(["evaluate", f"evaluate.source={out}", f"data.path={tmp_path / 'none'}"]) == 2
     file.write_bytes(whole)
     assert main(["verify", str(out)]) == 0
     (out / "hybridtrain.json").write_text('{"step": 20}')  # an earlier release's
-    sealed.check(out, field="evaluate.source")
-    assert "earlier release" in sealed.verify(out, field="run.dir")[0]
+    export_record.check(out, field="evaluate.source")
+    assert "earlier release" in export_record.verify(out, field="run.dir")[0]
 
 
 @pytest.mark.parametrize("name", ["complete.json", "progress.json"])

@@ -14,7 +14,7 @@ from hybridtrain.models.facts import facts
 from hybridtrain.parallel.grad_norm import gradient_norm
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parity import compare, plan, run, verdict
-from hybridtrain.parity.measure import Measured, Task, train_layout
+from hybridtrain.parity.measure import LayoutJob, Measurement, train_layout
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import schedules
 from hybridtrain.plan.capabilities import of_engine
@@ -86,11 +86,11 @@ def test_tokens_of_a_prepared_corpus(run_dir, tmp_path, capsys):
 # -- it can fail ---------------------------------------------------------------------------------------------------
 
 
-def one_rank_exaggerates(task: Task, reference_norm: float) -> Measured:
+def one_rank_exaggerates(job: LayoutJob, reference_norm: float) -> Measurement:
     """Rank 1 feeds its gradients into the reduction 1 % too large."""
     if dist.get_rank() == 1:
         torch.nn.Linear.__call__ = _louder(torch.nn.Linear.__call__)
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
 def _louder(call):
@@ -103,24 +103,24 @@ def _louder(call):
     return louder
 
 
-def divides_by_its_own_tokens(task: Task, reference_norm: float) -> Measured:
+def divides_by_its_own_tokens(job: LayoutJob, reference_norm: float) -> Measurement:
     """Every data rank divides by the tokens it sees, not by the global count."""
     from hybridtrain.engine import torch_native
 
     count = torch_native.global_counts
-    torch_native.global_counts = lambda batches, **rest: count(batches, **rest) // task.layout.dp
-    return train_layout(task, reference_norm)
+    torch_native.global_counts = lambda batches, **rest: count(batches, **rest) // job.layout.dp
+    return train_layout(job, reference_norm)
 
 
-def forgets_weight_decay(task: Task, reference_norm: float) -> Measured:
-    task.config.optim.weight_decay = 0.0
-    return train_layout(task, reference_norm)
+def forgets_weight_decay(job: LayoutJob, reference_norm: float) -> Measurement:
+    job.config.optim.weight_decay = 0.0
+    return train_layout(job, reference_norm)
 
 
-def crashes(task: Task, reference_norm: float) -> Measured:
-    if task.layout.tp > 1 and dist.get_rank() == 1:
+def crashes(job: LayoutJob, reference_norm: float) -> Measurement:
+    if job.layout.tp > 1 and dist.get_rank() == 1:
         raise RuntimeError("planted in rank 1")
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_value_that_is_not_a_number_fails():
     good = dict.fromkeys(verdict.MEASURES, 0.0)
     row = verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "")
     assert row.passed
-    assert verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, "").beyond == ["grad_rel"]
+    assert verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, "").exceeded == ["grad_rel"]
     assert not verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "one step was skipped").passed
 
 
@@ -201,20 +201,20 @@ def test_the_default_set_fits_model_and_machine(run_dir, processes, least):
     config = root(run_dir)
     config.parity.max_processes = processes
     chosen = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
-    names = [entry.name for entry in chosen.entries]
+    names = [case.name for case in chosen.cases]
     assert len(names) == len(set(names)) >= least
-    assert max(entry.layout.world_size for entry in chosen.entries) <= processes
+    assert max(case.layout.world_size for case in chosen.cases) <= processes
     config.model.config["num_hidden_layers"] = 2
     fewer = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
-    assert all(entry.layout.pp * schedules.stages_per_rank(entry.parallel) <= 2 for entry in fewer.entries)
+    assert all(case.layout.pp * schedules.stages_per_rank(case.parallel) <= 2 for case in fewer.cases)
     assert all("2 layers" in why for why in fewer.left_out.values())
-    assert [entry.name for entry in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).entries] == ["single"]
+    assert [case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).cases] == ["single"]
 
 
 def test_the_default_set_holds_the_users_own_layout(run_dir):
     config = root(run_dir)
     config.parallel = schema.ParallelConfig(pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel=False)
-    assert "pp2-tp2-gpipe-nosp" in [entry.name for entry in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).entries]
+    assert "pp2-tp2-gpipe-nosp" in [case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).cases]
 
 
 @pytest.mark.parametrize("name", ["llama3_1_70b", "qwen3_32b", "qwen2_5_7b", "mistral_7b", "llama3_2_1b"])
@@ -230,8 +230,8 @@ def test_shrink_keeps_the_family_and_its_head_ratio(run_dir, name):
     assert small.parameters < 40e6 < full.parameters
     assert (small.tied, small.vocab % 2) == (full.tied, full.vocab % 2)
     assert chosen.config.model.config["num_hidden_layers"] == small.layers == 8
-    assert any(f"num_hidden_layers {full.layers} -> 8" in text for text in chosen.said)
-    assert len(chosen.entries) >= 16
+    assert any(f"num_hidden_layers {full.layers} -> 8" in text for text in chosen.changes)
+    assert len(chosen.cases) >= 16
 
 
 def test_a_shrunken_model_trains(run_dir):

@@ -106,7 +106,7 @@ def test_a_name_with_line_breaks_and_halves_of_letters_is_one_line(tmp_path: Pat
     (folder / "config.yaml").unlink()
     read = history.read(folder)
     assert read.name == r"two lines \udcff"
-    report.write([ranks.plot(ranks.layout_of(read.summary), hosts=[])], single.document(read, []), name=read.name, out=tmp_path / "out")
+    report.write([layout_grid.plot(layout_grid.layout_of(read.summary), hosts=[])], single.document(read, []), name=read.name, out=tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("error")
@@ -190,8 +190,8 @@ def test_a_disk_without_space_is_refused_in_fitting_words(tmp_path: Path, capsys
 
 def test_a_layout_that_no_run_has_is_not_drawn() -> None:
     begin = time.monotonic()
-    assert ranks.layout_of({"layout": "tp999999999"}) is None
-    assert ranks.layout_of({"layout": "tp0-pp2"}) is None
-    assert ranks.layout_of({"layout": "dp_shard100000-tp8-pp16-zero3"}) is not None
+    assert layout_grid.layout_of({"layout": "tp999999999"}) is None
+    assert layout_grid.layout_of({"layout": "tp0-pp2"}) is None
+    assert layout_grid.layout_of({"layout": "dp_shard100000-tp8-pp16-zero3"}) is not None
     assert time.monotonic() - begin < 1
     assert "layout" in plots.NAMES

@@ -250,7 +250,7 @@ def test_scientific(value, text):
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1, 1), (1, 2, 1, 2, 2), (2, 4, 1, 4, 2), (4, 8, 1, 8, 4), (1, 1000, 1, 1, 1)])
 def test_every_rank_has_one_cell_that_tells_its_place(layout):
     given = ParallelLayout(**dict(zip(("dp_replicate", "dp_shard", "cp", "tp", "pp"), layout, strict=True)))
-    figure = ranks.plot(given, hosts=[]).figure
+    figure = layout_grid.plot(given, hosts=[]).figure
     cells = {patch.get_gid(): patch for patch in figure.axes[0].patches if patch.get_gid()}
     tips = {int(gid.split(":")[1]): gid for gid in cells}
     assert sorted(tips) == list(range(given.world_size))
@@ -266,7 +266,7 @@ def test_every_rank_has_one_cell_that_tells_its_place(layout):
 
 def test_a_layout_too_large_to_draw_shows_its_first_data_ranks():
     layout = ParallelLayout(dp_replicate=8, dp_shard=32, cp=1, tp=8, pp=4)
-    axes = ranks.plot(layout, hosts=[]).figure.axes[0]
+    axes = layout_grid.plot(layout, hosts=[]).figure.axes[0]
     assert sum(bool(patch.get_gid()) for patch in axes.patches) == 1024
     assert any("data ranks 32 to 255, not drawn" in text.get_text() for text in axes.texts)
 

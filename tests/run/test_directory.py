@@ -37,12 +37,12 @@ def newest(folder: Path) -> Path | None:
 
 def opened(config: Config) -> directory.RunDir:
     """The run directory, begun; its lock is given back at once, so that the next command can have it."""
-    entry = entries.enter(config)
+    entry = start.lock_run(config)
     try:
         checkpoint = newest(entry.path / "checkpoints") if entry.before else None
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(entry.path, words="")
-        return entries.begin(entry, config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, checkpoint=checkpoint, step=0)
+        return start.begin(entry, config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, checkpoint=checkpoint, step=0)
     finally:
         entry.leave()
 

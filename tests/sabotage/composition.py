@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hybridtrain.engine import torch_native
 from hybridtrain.parallel import slicing
-from hybridtrain.parity.measure import Measured, Task, train_layout
+from hybridtrain.parity.measure import LayoutJob, Measurement, train_layout
 from hybridtrain.tasks import linear_cross_entropy as loss
 
 
@@ -22,14 +22,14 @@ def _over_tp(grad: Any) -> bool:
     return any(name == "tp" and not placement.is_replicate() for name, placement in zip(names, grad.placements, strict=True))
 
 
-def softmax_over_the_local_vocabulary(task: Task, reference_norm: float) -> Measured:
+def softmax_over_the_local_vocabulary(job: LayoutJob, reference_norm: float) -> Measurement:
     """Each tp rank normalises over its rows of the vocabulary as if they were all."""
     whole = loss._log_probabilities
     loss._log_probabilities = lambda logits, *, group: whole(logits, group=None)  # noqa: ARG005 - the group is what is forgotten
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def local_token_counts(task: Task, reference_norm: float) -> Measured:
+def local_token_counts(job: LayoutJob, reference_norm: float) -> Measurement:
     """Each data rank divides by its own targets; they differ from rank to rank."""
     count = torch_native.global_counts
 
@@ -38,10 +38,10 @@ def local_token_counts(task: Task, reference_norm: float) -> Measured:
         return (count(batches, task=task, mesh=mesh, flags=flags) * shares[mesh.dp_rank % 2]).long()
 
     torch_native.global_counts = own
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def a_sliced_parameter_counted_on_one_rank(task: Task, reference_norm: float) -> Measured:
+def a_sliced_parameter_counted_on_one_rank(job: LayoutJob, reference_norm: float) -> Measurement:
     """Of one kind of parameter that is sliced over tp, only the first rank's slices enter the gradient norm."""
     norm = torch_native.gradient_norm
 
@@ -51,10 +51,10 @@ def a_sliced_parameter_counted_on_one_rank(task: Task, reference_norm: float) ->
         return norm([p for p in parameters if tuple(p.shape) != dropped], mesh=mesh)
 
     torch_native.gradient_norm = without
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def replicated_parameters_counted_on_every_rank(task: Task, reference_norm: float) -> Measured:
+def replicated_parameters_counted_on_every_rank(job: LayoutJob, reference_norm: float) -> Measurement:
     """Norm weights, whole on every tp rank, enter the gradient norm once for each."""
     norm = torch_native.gradient_norm
 
@@ -64,10 +64,10 @@ def replicated_parameters_counted_on_every_rank(task: Task, reference_norm: floa
         return (norm(parameters, mesh=mesh).square() + again).sqrt()
 
     torch_native.gradient_norm = twice
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def partial_gradients_of_a_replicated_norm(task: Task, reference_norm: float) -> Measured:
+def partial_gradients_of_a_replicated_norm(job: LayoutJob, reference_norm: float) -> Measurement:
     """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own heads, and not added up."""
     real = slicing.SequenceParallel
 
@@ -79,16 +79,16 @@ def partial_gradients_of_a_replicated_norm(task: Task, reference_norm: float) ->
     slicing.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
         Unreduced() if sequence_dim == 2 else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
     )
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def identity_gradient_of_log_softmax(task: Task, reference_norm: float) -> Measured:
+def identity_gradient_of_log_softmax(job: LayoutJob, reference_norm: float) -> Measurement:
     """The loss is right; its gradient lacks the softmax."""
     torch.Tensor.exp_ = lambda self: self.zero_()  # type: ignore[method-assign]
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def repeated_heads_not_reduced(task: Task, reference_norm: float) -> Measured:
+def repeated_heads_not_reduced(job: LayoutJob, reference_norm: float) -> Measurement:
     """A key/value head that several tp ranks use gets the gradient of one of them."""
 
     def output(self: Any, module: Any, output: Any, mesh: Any) -> Any:  # noqa: ARG001
@@ -96,10 +96,10 @@ def repeated_heads_not_reduced(task: Task, reference_norm: float) -> Measured:
         return heads.chunk(mesh.size(), dim=-2)[mesh.get_local_rank()].flatten(-2)
 
     slicing.RepeatedHeads._output = output
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)
 
 
-def tied_gradients_not_added(task: Task, reference_norm: float) -> Measured:
+def tied_gradients_not_added(job: LayoutJob, reference_norm: float) -> Measurement:
     """Embedding and head are one matrix on two pipeline stages, and each keeps its own gradient."""
     torch_native.add_tied_gradients = lambda *copies, group: None  # noqa: ARG005
-    return train_layout(task, reference_norm)
+    return train_layout(job, reference_norm)

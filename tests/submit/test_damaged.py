@@ -240,7 +240,7 @@ def test_half_letters_are_refused_and_other_bytes_kept(tmp_path: Path) -> None:
         script.render(ClusterConfig(environment={"WORDS": "a\ud800b"}), **said, python="python", runs=[tmp_path / "run"])
     odd = os.fsdecode(b"/opt/py\xffthon")
     text = script.render(ClusterConfig(), **said, python=odd, runs=[tmp_path / "run"])
-    head = script.encoded(text).partition(b"# --- job ---")[0]
+    head = script.encode(text).partition(b"# --- job ---")[0]
     shown = subprocess.run(["bash"], input=head + b'printf %s "$HYBRIDTRAIN_PYTHON"', capture_output=True, check=True).stdout
     assert shown == b"/opt/py\xffthon"
 

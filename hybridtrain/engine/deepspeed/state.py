@@ -117,7 +117,7 @@ def tensors(runs: list[Held], optimizer: torch.optim.Optimizer, *, owner: Callab
 def fill(runs: list[Held], source: Any, *, owner: Callable[[str], str]) -> None:
     """Write initial weights in fp32: DeepSpeed's masters are copies of parameters that it has rounded to 16 bits before."""
     for run in runs:
-        for box, piece in run.fragment(run.flat).placed():
+        for box, piece in run.fragment(run.flat).slices():
             piece.copy_(source(owner(run.name), run.part.shape, box))
 
 

@@ -50,7 +50,7 @@ class Trackers:
     """The trackers of a run. Without `start`, or on another rank than 0, `log` and `finish` do nothing."""
 
     def __init__(self) -> None:
-        self._workers: list[_Worker] = []
+        self._workers: list[_TrackerThread] = []
 
     def start(self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int) -> None:
         """Open the trackers called `kinds` in the background; their files go to `folder`/<kind>.
@@ -61,8 +61,8 @@ class Trackers:
         if os.environ.get("RANK", "0") != "0" or not kinds:
             return
         values = public(config)
-        project = _called(str(config["tracker"]["project"]), "tracker.project")
-        name = _called(str(config["run"]["name"]), "run.name")
+        project = _public_name(str(config["tracker"]["project"]), "tracker.project")
+        name = _public_name(str(config["run"]["name"]), "run.name")
         for kind in kinds:
             row, place = kind_of(kind), (folder / kind).resolve()
             try:
@@ -77,7 +77,7 @@ class Trackers:
             except Exception as error:
                 _warn(kind, error)
                 continue
-            self._workers.append(_Worker(kind, row, Place(project=project, name=name, folder=place, first_step=first_step), config=values))
+            self._workers.append(_TrackerThread(kind, row, Place(project=project, name=name, folder=place, first_step=first_step), config=values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Hand the numbers of `values` over to every tracker; returns at once. What is None or not finite is left out."""
@@ -96,13 +96,13 @@ class Trackers:
         self._workers = []
 
 
-class _Worker:
+class _TrackerThread:
     """One tracker on its own daemon thread, which ends at the first failure."""
 
     def __init__(self, kind: str, row: Kind, place: Place, *, config: dict[str, Any]) -> None:
         self._kind = kind
         self._queue: SimpleQueue[tuple[dict[str, Any], int] | bool] = SimpleQueue()
-        self._given_up = False
+        self._failed = False
         self._thread = threading.Thread(target=self._work, args=(row, place, config), name=f"tracker-{kind}", daemon=True)
         self._thread.start()
 
@@ -119,12 +119,12 @@ class _Worker:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        if not self._given_up:
-            self._given_up = True
+        if not self._failed:
+            self._failed = True
             _warn(self._kind, error)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        if not self._given_up:
+        if not self._failed:
             self._queue.put((values, step))
 
     def close(self, *, failed: bool) -> None:
@@ -140,7 +140,7 @@ def _finish(tracker: Any) -> None:
     tracker.finish()
 
 
-def _called(text: str, field: str) -> str:
+def _public_name(text: str, field: str) -> str:
     """The name of a project or run that is sent to trackers. A value from an environment variable may be a secret: the variable's name is sent instead."""
     if "${" not in text:
         return text
@@ -181,7 +181,7 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and not _SECRET_NAME.search(str(key)):
             flat |= {f"{key}.{name}": inner for name, inner in public(value).items()}
             continue
-        shown = _masked(str(key), value)
+        shown = _mask(str(key), value)
         if isinstance(shown, bool | int | float | str):
             flat[str(key)] = shown
         elif shown is not None:
@@ -189,12 +189,12 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _masked(key: str, value: Any) -> Any:
+def _mask(key: str, value: Any) -> Any:
     """`value` with HIDDEN in place of text that is a secret by its own form or by its key; numbers are none."""
     if isinstance(value, Mapping):
-        return {name: _masked(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()}
+        return {name: _mask(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_masked(key, item) for item in value]
+        return [_mask(key, item) for item in value]
     if isinstance(value, str) and value and not _REFERENCE.fullmatch(value) and (_SECRET_NAME.search(key) or _SECRET_VALUE.search(value)):
         return HIDDEN
     return value

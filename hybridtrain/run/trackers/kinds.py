@@ -64,11 +64,11 @@ class Kind:
     """Ends a run that failed; as `finish` where the tracker has no word for it."""
 
 
-def _nothing(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are told by arguments
+def _no_variables(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are told by arguments
     return {}
 
 
-def _finished(tracker: Any) -> None:
+def _finish(tracker: Any) -> None:
     tracker.finish()
 
 
@@ -195,18 +195,18 @@ def _clearml(place: Place) -> Any:
 
 _ACCELERATE = ("accelerate.tracking",)
 KINDS: dict[str, Kind] = {
-    "tensorboard": Kind((*_ACCELERATE, "torch.utils.tensorboard"), _nothing, _tensorboard, _finished),
-    "wandb": Kind((*_ACCELERATE, "wandb"), _nothing, _wandb, _wandb_failed),
+    "tensorboard": Kind((*_ACCELERATE, "torch.utils.tensorboard"), _no_variables, _tensorboard, _finish),
+    "wandb": Kind((*_ACCELERATE, "wandb"), _no_variables, _wandb, _wandb_failed),
     "mlflow": Kind((*_ACCELERATE, "mlflow"), _mlflow_environment, _mlflow, _mlflow_failed),
-    "trackio": Kind((*_ACCELERATE, "trackio"), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finished),
-    "dvclive": Kind((*_ACCELERATE, "dvclive", "dvclive.plots"), _nothing, _dvclive, _finished),
-    "swanlab": Kind((*_ACCELERATE, "swanlab"), _nothing, _swanlab, _finished),
-    "comet_ml": Kind((*_ACCELERATE, "comet_ml"), _nothing, _comet_ml, _finished),
+    "trackio": Kind((*_ACCELERATE, "trackio"), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finish),
+    "dvclive": Kind((*_ACCELERATE, "dvclive", "dvclive.plots"), _no_variables, _dvclive, _finish),
+    "swanlab": Kind((*_ACCELERATE, "swanlab"), _no_variables, _swanlab, _finish),
+    "comet_ml": Kind((*_ACCELERATE, "comet_ml"), _no_variables, _comet_ml, _finish),
     "clearml": Kind((*_ACCELERATE, "clearml"), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml, _clearml_failed),
 }
 
 
 def kind_of(name: str) -> Kind:
     """The row of a tracker, ours or a user's: then a factory (Place) -> Tracker. Raises UserError for a name that there is not."""
-    own = registry.own("tracker", name)
-    return KINDS[name] if own is None else Kind((), _nothing, own, _finished)
+    factory = registry.lookup("tracker", name)
+    return KINDS[name] if factory is None else Kind((), _no_variables, factory, _finish)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hybridtrain.config.compose import compose
-from hybridtrain.models import described
+from hybridtrain.models import config_diff
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.verify import verify_run
 from tests.export.runs import as_earlier
@@ -111,8 +111,8 @@ def test_without_its_source_a_run_goes_by_the_checkpoint_and_not_by_the_edited_c
 def test_fields_of_another_version_of_transformers_are_no_change() -> None:
     old = {"transformers_version": "5.17.0", "hidden_size": 8, "gone": 1, "rope_parameters": {"rope_theta": 1e4, "old": 1}}
     new = {"transformers_version": "5.23.0", "hidden_size": 8, "added": 2, "rope_parameters": {"rope_theta": 10000, "new": 1}}
-    assert described.changes(old, new) == {}
-    assert set(described.changes(old, {**new, "transformers_version": "5.17.0"})) == {"gone", "added", "rope_parameters.old", "rope_parameters.new"}
-    assert described.changes(old, {**new, "rope_parameters": {"rope_theta": 2e4}}) == {"rope_parameters.rope_theta": (1e4, 2e4)}
-    assert described.changes({"a": True}, {"a": 1}) == {"a": (True, 1)}
-    assert described.model_changes({"use_cache": True}, {"use_cache": False}) == {}
+    assert config_diff.changes(old, new) == {}
+    assert set(config_diff.changes(old, {**new, "transformers_version": "5.17.0"})) == {"gone", "added", "rope_parameters.old", "rope_parameters.new"}
+    assert config_diff.changes(old, {**new, "rope_parameters": {"rope_theta": 2e4}}) == {"rope_parameters.rope_theta": (1e4, 2e4)}
+    assert config_diff.changes({"a": True}, {"a": 1}) == {"a": (True, 1)}
+    assert config_diff.model_changes({"use_cache": True}, {"use_cache": False}) == {}

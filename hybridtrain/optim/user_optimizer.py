@@ -16,24 +16,24 @@ from torch import Tensor
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.optim.shards import Local, Update, groups, like
+from hybridtrain.optim.shards import LocalShard, Update, groups, like
 
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
 """Python's numbers, which a checkpoint holds as tensors: `optim.<name>.<field>:<type>`."""
 
 
-def made(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
+def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
     """What the registered factory makes of parameter groups; raises UserError for what is no optimizer of all of them at optim.lr."""
-    factory = registry.own("optimizer", settings.kind)
+    factory = registry.lookup("optimizer", settings.kind)
     assert factory is not None
     optimizer = factory(parameters, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
         problem, allowed = f"its factory returned {type(optimizer).__name__}", "a torch.optim.Optimizer"
         raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="a factory (groups, config) that returns one")
-    given = [id(p) for group in parameters for p in group["params"]]
-    taken = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(given) != sorted(taken):
-        problem, allowed = f"it holds {len(taken)} parameters of the {len(given)} that it was given", "all of them, once each"
+    passed = [id(p) for group in parameters for p in group["params"]]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(passed) != sorted(held):
+        problem, allowed = f"it holds {len(held)} parameters of the {len(passed)} that it was given", "all of them, once each"
         raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="model.freeze for what is not to be trained")
     for rate in (group.get("lr") for group in optimizer.param_groups):
         if rate is None or float(rate) != settings.lr:
@@ -42,16 +42,16 @@ def made(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.optim
     return optimizer
 
 
-class Own(Update):
+class UserOptimizer(Update):
     """A registered optimizer over local shards."""
 
-    def __init__(self, shards: list[Local], settings: OptimConfig):
+    def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
         self.kind = settings.kind
-        self.optimizer = made(groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings) if shards else None
+        self.optimizer = build(groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings) if shards else None
         self._inside = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         """torch's word for kernels that unscale and skip by themselves, and so never wait for the device."""
-        self._constants = self._of_groups()
+        self._constants = self._group_settings()
         self._checked = False
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class Own(Update):
         """What it keeps of each parameter, under `optim.<name>.<field>`; nothing before the first update."""
         result: dict[str, Tensor] = {}
         for item in self.shards:
-            for field, value in self._kept(item).items():
+            for field, value in self._state_of(item).items():
                 if isinstance(value, Tensor):
                     result.setdefault(f"optim.{item.name}.{field}", value if value.dim() == 0 else like(value, item.parameter))
                 else:
@@ -102,52 +102,52 @@ class Own(Update):
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:
         """Python's numbers out of the tensors that a checkpoint was loaded into."""
         for item in self.shards:
-            for field, value in self._kept(item).items():
+            for field, value in self._state_of(item).items():
                 if not isinstance(value, Tensor):
                     name = type(value).__name__
-                    self._kept(item)[field] = _NUMBERS[name][0](loaded[f"optim.{item.name}.{field}:{name}"].item())
+                    self._state_of(item)[field] = _NUMBERS[name][0](loaded[f"optim.{item.name}.{field}:{name}"].item())
 
-    def copy_state(self, source: Local, target: Local) -> None:
+    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
         """Give `target` the same state as `source` (the two copies of a tied matrix)."""
-        for field, value in self._kept(source).items():
+        for field, value in self._state_of(source).items():
             if isinstance(value, Tensor):
-                self._kept(target)[field].copy_(value)
+                self._state_of(target)[field].copy_(value)
             else:
-                self._kept(target)[field] = value
+                self._state_of(target)[field] = value
 
-    def _kept(self, item: Local) -> dict[str, Any]:
+    def _state_of(self, item: LocalShard) -> dict[str, Any]:
         return self.optimizer.state.get(item.shard, {}) if self.optimizer else {}
 
-    def _device(self, item: Local) -> torch.device:
+    def _device(self, item: LocalShard) -> torch.device:
         """Where a 0-d state belongs, as torch's own `load_state_dict` has it: on the CPU unless kernels on the device read it."""
         assert self.optimizer is not None
         [group] = [group for group in self.optimizer.param_groups if any(p is item.shard for p in group["params"])]
         return item.shard.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
-    def _of_groups(self) -> list[dict[str, str]]:
+    def _group_settings(self) -> list[dict[str, str]]:
         """The settings of each group, without the rate."""
-        held = self.optimizer.param_groups if self.optimizer else []
-        return [{name: repr(value) for name, value in group.items() if name not in ("params", "lr")} for group in held]
+        param_groups = self.optimizer.param_groups if self.optimizer else []
+        return [{name: repr(value) for name, value in group.items() if name not in ("params", "lr")} for group in param_groups]
 
     def _check(self) -> None:
         """Refuse, after the first update, what a checkpoint would not bring back under every layout (raises UserError)."""
         assert self.optimizer is not None
         self._checked = True
-        for before, now in zip(self._constants, self._of_groups(), strict=True):
+        for before, now in zip(self._constants, self._group_settings(), strict=True):
             if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-                raise self._refused(f"its group setting {changed[0]!r} changes from step to step, and is in no checkpoint")
+                raise self._refusal(f"its group setting {changed[0]!r} changes from step to step, and is in no checkpoint")
         ours = {id(item.shard) for item in self.shards}
         if any(id(key) not in ours for key in self.optimizer.state):
-            raise self._refused("it keeps state that belongs to no parameter")
+            raise self._refusal("it keeps state that belongs to no parameter")
         for item in self.shards:
-            for field, value in self._kept(item).items():
+            for field, value in self._state_of(item).items():
                 if isinstance(value, Tensor) and (value.dim() == 0 or value.shape == item.shard.shape):
                     continue
                 if type(value).__name__ in _NUMBERS and isinstance(field, str):
                     continue
                 shape = f"has shape {tuple(value.shape)}, the parameter here {tuple(item.shard.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
-                raise self._refused(f"its state {field!r} of {item.name} {shape}")
+                raise self._refusal(f"its state {field!r} of {item.name} {shape}")
 
-    def _refused(self, problem: str) -> UserError:
+    def _refusal(self, problem: str) -> UserError:
         allowed = "numbers, and tensors of the parameter's shape, in optimizer.state[parameter]"
         return refusal("optim.kind", self.kind, problem, allowed=allowed, instead="an optimizer that updates element by element, such as optim=adamw")

@@ -27,10 +27,10 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
     return {name: pair for name, pair in changes(before, now).items() if name not in LABELS}
 
 
-def words(found: Mapping[str, tuple[Any, Any]]) -> str:
+def describe(found: Mapping[str, tuple[Any, Any]]) -> str:
     """The first three of `changes`, for people."""
-    named = [f"{name} was {str(was)[:60]} and is {str(is_now)[:60]}" for name, (was, is_now) in found.items()]
-    return "; ".join([*named[:3], *(["..."] if named[3:] else [])])
+    parts = [f"{name} was {str(was)[:60]} and is {str(is_now)[:60]}" for name, (was, is_now) in found.items()]
+    return "; ".join([*parts[:3], *(["..."] if parts[3:] else [])])
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:

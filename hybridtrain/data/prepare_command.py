@@ -18,7 +18,7 @@ _RECORDS = (("corpus.json", " prepare.overwrite=true"), (".partial/plan.json", "
 _PLAIN = re.compile(r"[\w./~-]+")
 
 
-def command(folder: Path) -> str:
+def for_folder(folder: Path) -> str:
     """With the folder's own source and settings, where its records have them: another source would replace the user's corpus."""
     start = f"hybridtrain prepare {_word('data.path', str(folder))}"
     for name, more in _RECORDS:

@@ -24,7 +24,7 @@ _SAMPLED = 256
 """Rows that are hashed where the data has no fingerprint of its own."""
 
 
-class OwnRows:
+class UserRows:
     """A user's rows as one corpus (see data.corpus.Corpus): of one split, without files."""
 
     facts = None
@@ -36,7 +36,7 @@ class OwnRows:
 
         Raises UserError for what has no length or no rows. `field`: the argument that it was given as, or the option and the name (data.kind=NAME).
         """
-        self.given, self.readers = rows, (split,)
+        self.table, self.readers = rows, (split,)
         self.field, _, named = field.partition("=")
         self.path = named or type(rows).__name__
         if not hasattr(rows, "__len__") or not (hasattr(rows, "row") or hasattr(rows, "__getitem__")):
@@ -48,19 +48,19 @@ class OwnRows:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the number of rows and the data's own `fingerprint`; without one, over some of its rows."""
-        digest = hashlib.sha256(f"own rows {len(self.given)}".encode())
-        own = getattr(self.given, "fingerprint", None)
-        if isinstance(own, str):
-            digest.update(own.encode())
+        digest = hashlib.sha256(f"own rows {len(self.table)}".encode())
+        fingerprint = getattr(self.table, "fingerprint", None)
+        if isinstance(fingerprint, str):
+            digest.update(fingerprint.encode())
             return digest.hexdigest()
-        count, sampled = len(self.given), min(_SAMPLED, len(self.given))
+        count, sampled = len(self.table), min(_SAMPLED, len(self.table))
         for index in (number * count // sampled for number in range(sampled)):
             tokens, mask = self.read(index)
             digest.update(tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
         return digest.hexdigest()
 
     def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - a row stays a row, whatever its length
-        return len(self.given) if split in self.readers else 0
+        return len(self.table) if split in self.readers else 0
 
     def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - known only by reading all; steps without targets are counted
         return True
@@ -70,32 +70,32 @@ class OwnRows:
         return _Rows(self, seq_len=seq_len, documents=documents, vocab=vocab)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Token ids, int64 (n,), and which of them are learnt, bool (n,), None for all. Raises UserError for a row that is neither."""
-        given = self.given.row(index) if hasattr(self.given, "row") else self.given[index]
-        tokens, mask = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-        if isinstance(given, Mapping):
-            tokens, mask, labels = given.get("input_ids"), given.get("loss_mask"), given.get("labels", given.get("label"))
-            if labels is not None and np.ndim(labels) == 0:  # a class: what is to be learnt behind the last token
+        """Token ids, int64 (n,), and which of them count in the loss, bool (n,), None for all. Raises UserError for a row that is neither."""
+        row = self.table.row(index) if hasattr(self.table, "row") else self.table[index]
+        tokens, mask = row if isinstance(row, tuple) and len(row) == 2 else (row, None)
+        if isinstance(row, Mapping):
+            tokens, mask, labels = row.get("input_ids"), row.get("loss_mask"), row.get("labels", row.get("label"))
+            if labels is not None and np.ndim(labels) == 0:  # a class: the target of the last token
                 return self._labelled(tokens, labels, index)
             if mask is None and labels is not None:
                 mask = np.asarray(labels) != IGNORE_INDEX
         ids = _array(tokens)
         if ids is None or len(ids) < 2:
-            raise self._refused(index, f"it is {_shown(tokens)}", allowed="a sequence of two token ids or more")
-        learnt = None if mask is None else _array(mask)
-        if mask is not None and (learnt is None or learnt.shape != ids.shape):
-            raise self._refused(index, f"it has {len(ids)} tokens, and its mask is {_shown(mask)}", allowed="a mask with one value for each token")
-        return ids, None if learnt is None else learnt != 0
+            raise self._refusal(index, f"it is {_short(tokens)}", allowed="a sequence of two token ids or more")
+        loss_mask = None if mask is None else _array(mask)
+        if mask is not None and (loss_mask is None or loss_mask.shape != ids.shape):
+            raise self._refusal(index, f"it has {len(ids)} tokens, and its mask is {_short(mask)}", allowed="a mask with one value for each token")
+        return ids, None if loss_mask is None else loss_mask != 0
 
     def _labelled(self, tokens: Any, label: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A row with one label for all of it."""
         ids = _array(tokens)
         if ids is None or not len(ids) or np.asarray(label).dtype.kind not in "iub":
-            raise self._refused(index, f"it is {_shown(tokens)} with label {_shown(label)}", allowed="token ids and the number of a class")
+            raise self._refusal(index, f"it is {_short(tokens)} with label {_short(label)}", allowed="token ids and the number of a class")
         whole = np.append(ids, int(label))
         return whole, np.arange(len(whole)) == len(ids)
 
-    def _refused(self, index: int, problem: str, *, allowed: str) -> Exception:
+    def _refusal(self, index: int, problem: str, *, allowed: str) -> Exception:
         return refusal(self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)")
 
 
@@ -104,32 +104,32 @@ class _Rows:
 
     masked = True
 
-    def __init__(self, own: OwnRows, *, seq_len: int, documents: bool, vocab: int) -> None:
-        self._own, self._seq_len, self._documents, self._vocab = own, seq_len, documents, vocab
-        self._rows = len(own.given)
+    def __init__(self, data: UserRows, *, seq_len: int, documents: bool, vocab: int) -> None:
+        self._data, self._seq_len, self._documents, self._vocab = data, seq_len, documents, vocab
+        self._rows = len(data.table)
 
     def __len__(self) -> int:
         return self._rows
 
     def gather(self, row_ids: np.ndarray) -> Block:
         block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=True)
-        assert block.carries is not None
+        assert block.loss_mask is not None
         for place, index in enumerate(int(row) for row in row_ids):
-            tokens, mask = self._own.read(index)
+            tokens, mask = self._data.read(index)
             self._check(tokens, index)
             block.tokens[place, : len(tokens)] = tokens
-            block.carries[place, : len(tokens)] = True if mask is None else mask
-            if block.begins is not None:
-                block.begins[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True  # the padding is a document of its own
+            block.loss_mask[place, : len(tokens)] = True if mask is None else mask
+            if block.doc_start is not None:
+                block.doc_start[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True  # the padding is a document of its own
         return block
 
     def _check(self, tokens: np.ndarray, index: int) -> None:
         if len(tokens) > self._seq_len + 1:
             problem = f"it has {len(tokens)} tokens, data.seq_len is {self._seq_len}"
-            raise self._own._refused(index, problem, allowed=f"up to data.seq_len + 1 = {self._seq_len + 1} tokens")
+            raise self._data._refusal(index, problem, allowed=f"up to data.seq_len + 1 = {self._seq_len + 1} tokens")
         if tokens.min() < 0 or tokens.max() >= self._vocab:
             odd = int(tokens.min() if tokens.min() < 0 else tokens.max())
-            raise self._own._refused(index, f"it holds token id {odd}, the model has {self._vocab}", allowed=f"token ids of 0 to {self._vocab - 1}")
+            raise self._data._refusal(index, f"it holds token id {odd}, the model has {self._vocab}", allowed=f"token ids of 0 to {self._vocab - 1}")
 
 
 def _array(values: Any) -> np.ndarray | None:
@@ -143,6 +143,6 @@ def _array(values: Any) -> np.ndarray | None:
     return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iub" else None
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = f"{type(value).__name__} {value!r}"
     return text if len(text) <= 80 else f"{text[:77]}..."

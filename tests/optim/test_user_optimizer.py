@@ -14,8 +14,8 @@ from torch import nn
 
 import hybridtrain as ht
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.optim.own import Own
 from hybridtrain.optim.shards import local_shards
+from hybridtrain.optim.user_optimizer import UserOptimizer
 from hybridtrain.types import Progress
 from tests.cases import Case, start
 from tests.dispatch import NoWait
@@ -101,7 +101,7 @@ def test_it_updates_as_in_a_plain_loop(kind: str, words: list[str], layouts: lis
 def test_one_that_looks_at_whole_matrices_is_found_out(run_dir: Path) -> None:
     found = ht.parity(config_for("test_whole", run_dir), layouts=["single", "dp_shard2-zero3"])
     assert [row.passed for row in found.rows] == [True, False]
-    assert "param_abs" in found.rows[1].beyond
+    assert "param_abs" in found.rows[1].exceeded
 
 
 def trained(argv: list[str]) -> Any:
@@ -161,11 +161,11 @@ def small_model() -> nn.Module:
     return nn.ModuleDict({"proj": nn.Linear(5, 3), "norm": nn.LayerNorm(3)})
 
 
-def own(kind: str, module: nn.Module) -> Own:
-    return Own(local_shards(module.named_parameters()), OptimConfig(kind=kind, lr=0.1))
+def own(kind: str, module: nn.Module) -> UserOptimizer:
+    return UserOptimizer(local_shards(module.named_parameters()), OptimConfig(kind=kind, lr=0.1))
 
 
-def stepped(optimizer: Own, module: nn.Module, *, seed: int, skip: float = 0.0) -> None:
+def stepped(optimizer: UserOptimizer, module: nn.Module, *, seed: int, skip: float = 0.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)

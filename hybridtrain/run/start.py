@@ -27,25 +27,25 @@ _APPEAR_S = 5.0
 
 
 @dataclass(frozen=True)
-class Entry:
+class LockedRun:
     """A run's directory that this process is alone in; nothing in it but the lock has been written yet."""
 
     path: Path
     before: Config | None
     """What the run in it was last run with; None: a new run."""
     lock: lock.Lock
-    made: tuple[Path, ...]
-    """Folders that were made for it, outermost first."""
+    new_folders: tuple[Path, ...]
+    """Folders that were created for it, outermost first."""
     lost: str
     """Whose attempt ended without a report; else empty."""
 
     def leave(self) -> None:
         """Give it back as it was."""
         self.lock.release()
-        remove_folders(self.made)
+        remove_folders(self.new_folders)
 
 
-def enter(config: Config) -> Entry:
+def lock_run(config: Config) -> LockedRun:
     """Choose the directory that `config` continues or starts (identity.choose), make it if need be, and take its lock.
 
     Raises UserError for what `choose` refuses, a directory in which another process trains, and one that cannot be written.
@@ -53,46 +53,46 @@ def enter(config: Config) -> Entry:
     until = time.monotonic() + _APPEAR_S
     while True:
         choice = identity.choose(config)
-        holder, made = lock.read(choice.path), make_folders(choice.path)
+        holder, new_folders = lock.read(choice.path), make_folders(choice.path)
         try:
-            taken = lock.acquire(choice.path, takeover=config.run.takeover)
+            run_lock = lock.acquire(choice.path, takeover=config.run.takeover)
         except UserError:
-            remove_folders(made)
+            remove_folders(new_folders)
             if choice.before is None and time.monotonic() < until:  # another new run, begun at the same moment: it may be of another identity
                 time.sleep(0.05)
                 continue
             raise
-        again = identity.choose(config)
-        if again.path == choice.path:
+        second = identity.choose(config)
+        if second.path == choice.path:
             break
-        taken.release()
-        remove_folders(made)
-    if again.others:
-        _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, again.others, again.path)
-    if told := os.environ.get(launch.RUN_DIR_FILE):
-        Path(told).write_text(str(again.path))
-    return Entry(again.path, again.before, taken, made, lost_attempt(again.path, holder=holder) if again.before else "")
+        run_lock.release()
+        remove_folders(new_folders)
+    if second.differing:
+        _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, second.differing, second.path)
+    if file := os.environ.get(launch.RUN_DIR_FILE):
+        Path(file).write_text(str(second.path))
+    return LockedRun(second.path, second.before, run_lock, new_folders, lost_attempt(second.path, holder=holder) if second.before else "")
 
 
-def begin(entry: Entry, config: Config, *, yaml_text: str, versions: Mapping[str, str], checkpoint: Path | None, step: int) -> RunDir:
+def begin(locked: LockedRun, config: Config, *, yaml_text: str, versions: Mapping[str, str], checkpoint: Path | None, step: int) -> RunDir:
     """Write config.yaml (`yaml_text`) and a running summary: from here on the directory is this run's. Raises UserError."""
-    path, before = entry.path, entry.before
+    path, before = locked.path, locked.before
     try:
         write_atomically(path / "config.yaml", yaml_text)
     except OSError as error:
         raise unwritable("run.dir", path, error) from error
-    attempt = attempts(path)
+    attempt = count_attempts(path)
     run = RunDir(
         path=path,
         continued=before is not None and (attempt > 0 or not (path / "submit").exists()),
         checkpoint=checkpoint,
         attempt=attempt,
         created=before is None,
-        made=entry.made,
-        lost=entry.lost,
+        new_folders=locked.new_folders,
+        lost=locked.lost,
         changed=identity.changes(before, config) if before else {},
         step=step,
-        lock=entry.lock,
+        lock=locked.lock,
         summary={**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()},
     )
     run.update_summary(status="running")
@@ -104,7 +104,7 @@ def lost_attempt(path: Path, *, holder: Holder | None) -> str:
     summary = read_summary(path)
     if summary.get("status") != "running":
         return ""
-    size, attempt = summary.get("world_size"), max(0, attempts(path) - 1)
+    size, attempt = summary.get("world_size"), max(0, count_attempts(path) - 1)
     first = failure.root_cause(path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0)
     return f"the attempt before{f' ({holder}, since {holder.when})' if holder else ''} {NO_REPORT}{f'; {first}' if first else ''}"
 

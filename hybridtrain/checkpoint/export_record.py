@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     result = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != ORIGIN:
-            result[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "sample": digests.sampled(path)}
+            result[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "sample": digests.sample_hash(path)}
     return result
 
 
@@ -35,7 +35,7 @@ def check(folder: Path, *, field: str) -> None:
 
     By sizes and samples. Folders of other makers, and exports of earlier versions, have no record and pass.
     """
-    for name, problem in _problems(folder, field=field, whole=False):
+    for name, problem in _problems(folder, field=field, full=False):
         if name.endswith(".safetensors"):
             instead = f"hybridtrain export again, or, if it was changed on purpose, remove {ORIGIN} from the folder"
             raise refusal(field, folder / name, problem, allowed="weights as they were exported", instead=instead)
@@ -48,29 +48,29 @@ def verify(folder: Path, *, field: str) -> list[str]:
         record = read_object(folder / ORIGIN, field=field)
         if CONTENTS not in record:
             return [f"{folder / ORIGIN}: it is of an earlier release, and does not say what the files held"]
-        return [f"{folder / name}: {problem}" for name, problem in _problems(folder, field=field, whole=True)]
+        return [f"{folder / name}: {problem}" for name, problem in _problems(folder, field=field, full=True)]
     except UserError as error:
         return [str(error).splitlines()[0]]
 
 
-def _problems(folder: Path, *, field: str, whole: bool) -> Iterator[tuple[str, str]]:
+def _problems(folder: Path, *, field: str, full: bool) -> Iterator[tuple[str, str]]:
     if not (folder / ORIGIN).is_file():
         return
     try:
         record = read_object(folder / ORIGIN, field=field)
     except UserError as error:
-        if whole:
+        if full:
             raise
         _log.warning("it is not known whether the export is as it was written: %s", str(error).splitlines()[0])
         return
     written = record.get(CONTENTS)
     for name, values in written.items() if isinstance(written, Mapping) else ():
-        if Path(name).name == name and (problem := _changed(folder / name, values, whole=whole)):
+        if Path(name).name == name and (problem := _changed(folder / name, values, full=full)):
             yield name, problem
 
 
-def _changed(file: Path, values: Any, *, whole: bool) -> str:
-    by, of = ("crc32", _crc32) if whole else ("sample", digests.sampled)
+def _changed(file: Path, values: Any, *, full: bool) -> str:
+    by, of = ("crc32", _crc32) if full else ("sample", digests.sample_hash)
     try:
         return digests.difference(file, values, by=by, of=of, writer="the export")
     except (KeyError, TypeError, ValueError):

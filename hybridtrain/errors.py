@@ -1,22 +1,25 @@
-"""What a user can put right, and the one form in which it is refused."""
+"""Errors that a user can fix, and the one format of their messages."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user can put right. Printed once, by rank 0, without a traceback."""
+    """An error that the user can fix. Printed once, by rank 0, without a traceback."""
 
 
 class LocalError(UserError):
-    """A mistake that this rank alone can know of, and so prints whatever its number."""
+    """An error that only this rank knows of. The rank prints it itself, whatever its number."""
 
 
 class PossiblyLocalError(UserError):
-    """A mistake that each rank finds for itself, where others may not: said again by those that nobody has ended after rank 0 has spoken."""
+    """An error that other ranks may not have.
+
+    A rank that is still alive after rank 0 has printed its error prints it, too.
+    """
 
 
 class ReportedElsewhere(Exception):
-    """Another rank has said why the run ends: this one leaves without words, with the exit code `code`."""
+    """Another rank has printed why the run ends. This one exits silently, with `code`."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -24,13 +27,14 @@ class ReportedElsewhere(Exception):
 
 
 def refusal(field: str, value: object, problem: str, *, allowed: str, instead: str) -> UserError:
-    """Build the one form every refusal has: section.field, the value, what is allowed, what to try.
+    """A UserError with section.option, its value, the problem, what is allowed, and what to try.
 
-    A value that came from the environment (config.compose.Interpolated) is shown as the reference that was written: refusals stand in logs.
+    A value from the environment (config.interpolations.Interpolated) is shown as its reference: it may be a
+    secret, and logs must not hold secrets.
     """
     return UserError(f"{field}={getattr(value, 'source', value) if isinstance(value, str) else value}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
 
 
 def install(extra: str) -> str:
-    """The command that installs the packages of an optional part (`project.optional-dependencies` in pyproject.toml)."""
+    """The command that installs an optional dependency group of pyproject.toml."""
     return f'pip install "hybridtrain[{extra}]"'

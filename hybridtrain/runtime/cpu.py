@@ -1,6 +1,6 @@
-"""How this process computes: CPU threads, freed memory, the kernels of fp32 matrix products. Made once, before any tensor.
+"""CPU settings of this process: threads, allocator, fp32 matmul kernels.
 
-docs/speed.md tells what each setting gave.
+Apply them before the first tensor is created. docs/speed.md has the gain of each setting.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from hybridtrain.config.schema import EngineConfig
 from hybridtrain.runtime import host
 
-_EXACT_ENOUGH = 8  # times the error of torch's own fp32 product; oneDNN's fp32 kernels have 1 to 3, tf32 1e3, bf16 1e4
+_EXACT_ENOUGH = 8
+"""Allowed error in units of the error of torch's own fp32 matmul. oneDNN has 1 to 3 in fp32, 1e3 in tf32, 1e4 in bf16."""
 
 
 def apply(engine: EngineConfig, *, device: torch.device) -> None:
-    """Give this process the settings of `engine`."""
-    # Said in every case: a script or a library may have set it before, by either of torch's two ways.
+    """Apply the settings of `engine` to this process."""
+    # Always set it: a script or a library may have changed it, by either of torch's two settings.
     torch.set_float32_matmul_precision("highest" if engine.fp32_matmul == "auto" else engine.fp32_matmul)
     if device.type != "cpu":
         return
@@ -33,7 +34,7 @@ def apply(engine: EngineConfig, *, device: torch.device) -> None:
 
 
 def describe(engine: EngineConfig, *, device: torch.device) -> str:
-    """What holds in this process, in words."""
+    """The settings in effect, as text for the log."""
     precision = torch.get_float32_matmul_precision()
     kernels = "oneDNN" if precision == "medium" and engine.fp32_matmul == "auto" else precision
     if device.type != "cpu":
@@ -42,9 +43,9 @@ def describe(engine: EngineConfig, *, device: torch.device) -> str:
 
 
 def _threads(environment: os._Environ[str]) -> int:
-    """This machine's cores, shared evenly by its processes; 0 leaves torch's choice.
+    """Threads for this process: cores of this machine / its processes; 0: keep torch's number.
 
-    torchrun sets OMP_NUM_THREADS=1 when it starts several processes, which leaves all other cores idle.
+    torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves all other cores idle.
     """
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if processes == 1 or environment.get("OMP_NUM_THREADS", "1") != "1":
@@ -56,9 +57,10 @@ def _threads(environment: os._Environ[str]) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back to the system: each step needs the same large blocks again.
+    """Have glibc keep freed memory instead of returning it to the system.
 
-    By default each of them is mapped, zeroed and unmapped anew. Other allocators and systems are left alone.
+    Each step needs the same large blocks again; by default each of them is mapped, zeroed and unmapped every
+    time. No effect on other allocators and systems.
     """
     mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -67,10 +69,10 @@ def _keep_freed_memory() -> None:
 
 
 def _use_onednn_if_exact() -> None:
-    """Let oneDNN compute fp32 products if that costs no precision.
+    """Let oneDNN compute fp32 matmuls if that loses no precision.
 
-    `medium` allows it to compute in bf16, which it does where the CPU has AMX; elsewhere its fp32 kernels are as exact as
-    MKL's and, on AMD, twice as fast. The error decides, not the name of the CPU.
+    `medium` allows bf16, which oneDNN uses on CPUs with AMX; elsewhere its fp32 kernels are as exact as MKL's
+    and, on AMD, twice as fast. The measured error decides, not the name of the CPU.
     """
     before = torch.get_float32_matmul_precision()
     exact = _product_error()
@@ -80,7 +82,7 @@ def _use_onednn_if_exact() -> None:
 
 
 def _product_error() -> float:
-    """Largest relative error of products as a layer has them: plain, and with either side transposed."""
+    """Largest relative error of matmuls as layers use them: plain, and with either operand transposed."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for rows, inner, columns in ((256, 512, 384), (64, 4096, 128)):

@@ -1,8 +1,11 @@
-"""Finds the rank that failed first. Each failing rank writes a report; so do ranks that fail only because of the first, and a killed rank writes none.
+"""Finds the root cause of a failed run from the reports of its ranks.
 
-    runs/<name>/failures/life-<n>/  rank-<r>.json (time, rank, node, step, error, traceback)   rank-<r>.stacks (of a hang)
+    runs/<name>/failures/life-<n>/  rank-<r>.json     time, rank, node, step, error, traceback
+                                    rank-<r>.stacks   stacks of all threads, of a rank that hangs
+                                    first.txt         the root cause, see `record_root_cause`
 
-A "life" is one attempt (one start of the run). Imports no torch, because the job script uses it, too.
+life-<n> is attempt n of the run. Ranks that lose their peer fail, too, with a secondary error such as
+"connection reset"; a killed rank leaves no report. No torch, because the job script uses this module.
 """
 
 from __future__ import annotations
@@ -23,20 +26,21 @@ _SECONDARY = re.compile(
     r"(connection (closed|reset|refused|was)|broken pipe|tim(ed|e) ?out|remote process exited|recv(Value|Vector)|nccl|gloo|TCPStore|socket)",
     re.IGNORECASE,
 )
-"""What a rank says that has lost another one."""
+"""Errors of a rank that has lost a peer."""
 ROOT_CAUSE = "first.txt"
 _WAITING = ("torch/distributed/", "torch/utils/data", "threading.py")
+"""Files in the innermost frames of a thread that waits."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a run."""
+    """The root cause of a failed run."""
 
     rank: int | None
-    """None: none of them alone."""
+    """None: no single rank."""
     node: str
     what: str
-    """In one line."""
+    """One line."""
     detail: str
     """Traceback or stacks; may be empty."""
 
@@ -45,12 +49,12 @@ class Failure:
 
 
 def node() -> str:
-    """This machine's name, as the scheduler has it."""
+    """This machine's name: Slurm's, else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
-    """Leave this rank's report; never raises."""
+    """Write this rank's report; never raises."""
     report = {
         "time": time.time(),
         "rank": rank,
@@ -65,7 +69,7 @@ def record(folder: Path, *, rank: int, step: int, error: BaseException) -> None:
 
 
 def is_secondary(error: BaseException) -> bool:
-    """Whether this is how a rank ends that has lost another one."""
+    """Whether `error` is the consequence of the failure of another rank, such as a closed connection."""
     return bool(_SECONDARY.match(_line(_cause(error))))
 
 
@@ -75,7 +79,7 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What an error was raised from, in the end: a pipeline schedule wraps what happens in a stage."""
+    """The innermost cause of an error: pipeline schedules wrap the error of a stage."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -87,7 +91,10 @@ def _line(error: BaseException) -> str:
 
 
 def root_cause(folder: Path, *, world_size: int) -> Failure | None:
-    """The failure that the others followed from; None if nothing failed or nobody could say."""
+    """The failure that caused the others; None if there are no reports.
+
+    Primary errors count before hangs, these before silent ranks.
+    """
     reports = sorted(_reports(folder), key=lambda report: report["time"])
     primary = [report for report in reports if not _SECONDARY.match(report["error"])]
     if primary:
@@ -111,7 +118,10 @@ def root_cause(folder: Path, *, world_size: int) -> Failure | None:
 
 
 def of_lost_attempt(folder: Path) -> Failure | None:
-    """Why an attempt ended that could not record this itself, from the files its ranks left: each rank opens its stacks file at its start."""
+    """`record_root_cause` of an attempt that has none yet.
+
+    Its ranks are known by their files: each opens its .stacks at the start.
+    """
     files = {int(match[1]) for path in folder.glob("rank-*") if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))}
     if not files or (folder / ROOT_CAUSE).exists():
         return None
@@ -119,12 +129,12 @@ def of_lost_attempt(folder: Path) -> Failure | None:
 
 
 def hung_ranks(folder: Path) -> list[int]:
-    """Ranks that have left their stacks because a step took too long."""
+    """Ranks that have written their stacks because a step took too long."""
     return sorted(int(match[1]) for path in folder.glob("rank-*.stacks") if (match := re.fullmatch(r"rank-(\d{1,7})\.stacks", path.name)) and _stacks(path))
 
 
 def record_root_cause(folder: Path, *, world_size: int) -> Failure | None:
-    """`first`, also written to first.txt, where people and the page of the run look for it."""
+    """`root_cause`, also written to first.txt for people and for `hybridtrain report`."""
     found = root_cause(folder, world_size=world_size)
     if found:
         with contextlib.suppress(OSError):
@@ -133,7 +143,7 @@ def record_root_cause(folder: Path, *, world_size: int) -> Failure | None:
 
 
 def _reports(folder: Path) -> list[dict]:
-    """Reports that are what `record` writes; others are no reports."""
+    """The valid reports in `folder`."""
     found = []
     for path in folder.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -160,12 +170,12 @@ def _stacks(file: Path) -> str:
 
 
 def _is_waiting(stacks: str) -> bool:
-    """Whether the thread that trains waits for other ranks: its innermost frames are torch.distributed's."""
+    """Whether the training thread waits for other ranks: one of its three innermost frames is in _WAITING."""
     return any(place in frame for frame in _frames(stacks)[:3] for place in _WAITING)
 
 
 def _by_place(hung: dict[int, str]) -> str:
-    """The stacks of one rank for each place where ranks wait."""
+    """Stacks grouped by the place where ranks wait: those of one rank for each place."""
     places: dict[tuple[str, ...], list[int]] = {}
     for rank, text in hung.items():
         places.setdefault(tuple(_frames(text)), []).append(rank)
@@ -174,6 +184,6 @@ def _by_place(hung: dict[int, str]) -> str:
 
 
 def _frames(stacks: str) -> list[str]:
-    """Of the thread that trains, innermost first."""
+    """Frames of the training thread, innermost first."""
     threads = [part for part in stacks.split("\n\n") if "hybridtrain/training/loop.py" in part]
     return [line for part in threads for line in part.splitlines() if line.lstrip().startswith("File ")]

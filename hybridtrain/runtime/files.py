@@ -1,7 +1,8 @@
-"""Small files: written whole or not at all, read within limits, removed without ending what goes on.
+"""Small files: atomic writes, reads with limits, removal without exceptions. No torch.
 
-Every command that writes into a folder which the user names keeps a record of what it wrote there (`write_record`), replaces only those
-files, and refuses the folder when others of the same names are in it (`claim`). Names are exact, never patterns. No torch.
+A command that writes into a folder chosen by the user records there the names of its files (`write_record`),
+replaces only those, and refuses a folder with other files of the same names (`check_replaceable`). Names are
+exact, never patterns.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from hybridtrain.errors import UserError, refusal
 
 _log = logging.getLogger("hybridtrain.runtime.files")
 _MAX_BYTES = 512 << 20
-"""More than the largest tokenizer or index there is; a larger file is not one of these."""
+"""Limit of files that are read whole, above the largest tokenizer or index."""
 _STALE_S = 600.0
-"""No small file takes this long to write."""
+"""Age in seconds of a temporary file whose writer must have been killed."""
 _LFS = b"version https://git-lfs"
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
 _FORBIDDEN = {errno.EACCES: "permission denied", errno.EPERM: "not permitted", errno.EROFS: "the file system is read-only"}
@@ -35,15 +36,17 @@ _GONE |= {errno.EISDIR: "a folder has this name", errno.ELOOP: "a link has this 
 
 
 def write_atomically(file: Path, data: str | bytes) -> None:
-    """Write `file` aside and rename it: a reader sees the old content or the new one, never a part. Raises OSError.
+    """Write a temporary file and rename it to `file`: a reader sees the old or the new content, never a part.
 
-    The name aside holds the process and the thread, so that two writers do not write into one file.
+    Raises OSError. The temporary name contains process and thread, so that two writers do not share a file.
     """
     _write(file, data, sync=True)
 
 
 def write_unsynced(file: Path, data: str | bytes) -> None:
-    """`write_atomically` without waiting for the disk, for what is written every few steps and told again by other files: only a power cut can lose it."""
+    """`write_atomically` without fsync, for frequently written files whose content is also elsewhere: a power
+    failure may lose it.
+    """
     _write(file, data, sync=False)
 
 
@@ -63,12 +66,15 @@ def _write(file: Path, data: str | bytes, *, sync: bool) -> None:
 
 
 def is_temporary(name: str, *, of: str) -> bool:
-    """Whether a file of this name is what a writer of the file `of` left aside when a kill came."""
+    """Whether `name` is that of a temporary file of `write_atomically(of)`, left by a killed process."""
     return re.fullmatch(re.escape(f".{of.lstrip('.')}.") + r"\d+-\d+\.partial", name) is not None
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what writers that were killed left aside in `folder`; one that was written to in the last minutes may still be going on."""
+    """Remove temporary files of killed processes from `folder`.
+
+    Younger ones than _STALE_S may still be in use and stay.
+    """
     with contextlib.suppress(OSError):
         for path in folder.glob(".*.partial"):
             if re.search(r"\.\d+-\d+\.partial$", path.name) and time.time() - path.stat().st_mtime > _STALE_S:
@@ -76,12 +82,12 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON atomically; numbers that JSON has no word for become null. Raises OSError."""
+    """Write JSON atomically; NaN and infinities become null. Raises OSError."""
     write_atomically(file, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def append_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Add a line of JSON, on a line of its own though a kill may have torn the one before. Raises OSError."""
+    """Append one line of JSON, on a new line even after an incomplete one. Raises OSError."""
     line = json.dumps(finite(values), allow_nan=False) + "\n"
     with file.open("ab+") as stream:
         torn = stream.tell() > 0 and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n"
@@ -89,7 +95,7 @@ def append_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every number that JSON has no word for (NaN, infinities) as None, in mappings, lists and tuples too."""
+    """`value` with NaN and infinities replaced by None, also inside mappings, lists and tuples."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -98,23 +104,23 @@ def finite(value: Any) -> Any:
 
 
 LARGEST = 2.0**63
-"""Numbers beyond it occur in no file of ours."""
+"""No file of ours has numbers of larger magnitude."""
 
 
 def number(value: Any) -> float | int | None:
-    """`value` if it is a number that can be computed with and shown: finite, of a size that occurs. Else None."""
+    """`value` if it is a finite number below LARGEST, else None."""
     sound = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST  # NaN fails too
     return value if sound else None
 
 
 def one_line(text: str) -> str:
-    """`text` as one printable line: line breaks and tabs as spaces, other control characters and what is not Unicode as escapes."""
+    """`text` as one printable line: whitespace as single spaces, unprintable characters as escapes."""
     words = " ".join(text.split())
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in words)
 
 
 def read_json(file: Path, *, field: str) -> Any:
-    """What a JSON file holds. Raises UserError that names `field` and the file for whatever keeps it from being read."""
+    """The content of a JSON file. Raises UserError with `field` and the file if it cannot be read."""
     try:
         if file.stat().st_size > _MAX_BYTES:
             raise _unreadable(field, file, f"{file.stat().st_size:,} bytes are too many for a file of this kind")
@@ -134,7 +140,7 @@ def read_json(file: Path, *, field: str) -> Any:
 
 
 def read_object(file: Path, *, field: str) -> dict[str, Any]:
-    """`read_json` of a file that holds one JSON object."""
+    """`read_json` of a file with one JSON object; UserError for anything else."""
     content = read_json(file, field=field)
     if not isinstance(content, dict):
         raise _unreadable(field, file, f"it holds no object but {type(content).__name__}")
@@ -146,7 +152,7 @@ def _unreadable(field: str, file: Path, problem: str) -> UserError:
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Whether a clone without git-lfs left a pointer in place of the file."""
+    """Whether the file is a git-lfs pointer, left by a clone without git-lfs."""
     try:
         with file.open("rb") as stream:
             return stream.read(len(_LFS)) == _LFS
@@ -155,12 +161,12 @@ def is_lfs_pointer(file: Path) -> bool:
 
 
 def lfs_pointer(field: str, file: Path) -> UserError:
-    """The refusal of such a pointer."""
+    """The refusal of a git-lfs pointer."""
     return refusal(field, file, "it is a git-lfs pointer, the file itself was not downloaded", allowed="the file itself", instead="git lfs pull")
 
 
 def unwritable(field: str, path: Path, error: OSError) -> UserError:
-    """The refusal of a place that cannot be written, in words that fit the error."""
+    """The refusal of `path`, which cannot be written because of `error`."""
     code = error.errno or 0
     if code in _FULL:
         problem, instead = _FULL[code], f"free some space, or {field}=FOLDER"
@@ -175,7 +181,10 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
 
 
 def discard_folder(folder: Path, *, record: str) -> bool:
-    """Remove a folder whose file `record` lists it as ours. The record is removed last, so that a partly removed folder is still known to be ours."""
+    """Remove a folder of ours; returns whether it is gone.
+
+    The file `record` goes last, so that a partly removed folder is still ours.
+    """
     others: list[Path] = []
     if not folder.is_symlink():
         with contextlib.suppress(OSError):
@@ -185,9 +194,10 @@ def discard_folder(folder: Path, *, record: str) -> bool:
 
 
 def discard(path: Path) -> bool:
-    """Remove a file, link or folder of ours that is no longer needed, as far as possible; warn of what remains. Returns whether all is gone.
+    """Remove a file, link or folder as far as possible, and warn if something remains.
 
-    A link is removed, not its target. Never raises: a failed clean-up must not end a run.
+    Returns whether all is gone. Removes a link, not its target. Never raises: a failed cleanup must not end
+    a run.
     """
     first: list[BaseException] = []
     try:
@@ -205,9 +215,9 @@ def discard(path: Path) -> bool:
 
 
 def read_record(folder: Path, *, record: str) -> set[str]:
-    """Names of the files that the record in `folder` says were written there by this program; none without a readable record.
+    """Names of the files that hybridtrain wrote into `folder`, by its record; empty if there is none.
 
-    A record is a file that anybody may have edited: names of what lies outside the folder are not believed.
+    Anybody may have edited the record: names that lead out of the folder are ignored.
     """
     try:
         names = json.loads((folder / record).read_bytes())["files"]
@@ -217,14 +227,14 @@ def read_record(folder: Path, *, record: str) -> set[str]:
 
 
 def is_inside(name: object) -> bool:
-    """Whether `name` is a file's name relative to its folder that does not lead out of it."""
+    """Whether `name` is a relative file name that does not lead out of its folder."""
     if not isinstance(name, str) or "\0" in name:
         return False
     return name.strip("./ ") != "" and not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def check_outside_checkpoints(path: Path, *, field: str) -> None:
-    """Refuse a place among the checkpoints of a run, which removes them as it goes on (raises UserError)."""
+    """Refuse a path inside <run>/checkpoints, where the run removes old folders (raises UserError)."""
     above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
     if above is not None:
         problem = f"it lies among the checkpoints of {above.parent}, which that run removes"
@@ -232,7 +242,7 @@ def check_outside_checkpoints(path: Path, *, field: str) -> None:
 
 
 def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
-    """Refuse a folder that has files of these names which are not recorded as ours (raises UserError); nothing is written."""
+    """Refuse a folder that has files of these `names` which its record does not list (raises UserError)."""
     check_outside_checkpoints(folder, field=field)
     remove_stale_temporaries(folder)
     ours = read_record(folder, record=record)
@@ -243,5 +253,5 @@ def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field:
 
 
 def write_record(folder: Path, names: Iterable[str], *, record: str) -> None:
-    """Note in `folder` which files in it are ours. Write the record before the files. Raises OSError."""
+    """Record in `folder` that these files are ours; call it before writing them. Raises OSError."""
     write_json(folder / record, {"files": sorted(set(names))})

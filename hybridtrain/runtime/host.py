@@ -1,4 +1,4 @@
-"""What a run runs on: per host its processors, memory, GPUs and the ranks that live there, gathered once, at the start; and versions."""
+"""The hosts of a run, gathered once at the start: CPU, memory, GPUs and ranks of each; library versions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this project and of the libraries that compute (nothing is imported)."""
+    """Versions of Python, hybridtrain, torch and transformers. Imports nothing."""
     result = {"python": platform.python_version(), "hybridtrain": __version__}
     for name in ("torch", "transformers"):
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def gather(device: torch.device) -> list[dict[str, Any]]:
-    """On rank 0: one entry per host in the order of their first ranks, `ranks` naming those that live there; else empty (collective)."""
+    """One dict per host, with `ranks`, ordered by first rank; empty on ranks other than 0 (collective)."""
     import torch.distributed as dist
 
     world: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -44,7 +44,7 @@ def gather(device: torch.device) -> list[dict[str, Any]]:
 
 
 def merge(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per host from one entry per rank."""
+    """One dict per host, with its `ranks`, from one per rank."""
     hosts: dict[str, dict[str, Any]] = {}
     for rank, entry in enumerate(entries):
         hosts.setdefault(entry["host"], {**entry, "ranks": []})["ranks"].append(rank)
@@ -52,7 +52,7 @@ def merge(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def host(device: torch.device) -> dict[str, Any]:
-    """This process's host: names, counts, memory in GiB. `gpu` is None on CPU."""
+    """This process's host: names, core and GPU counts, memory in GiB. `gpu` is None without a GPU."""
     import torch
 
     cuda = device.type == "cuda"
@@ -69,7 +69,7 @@ def host(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The model as Linux tells it; elsewhere, and where it does not, the architecture."""
+    """The CPU model from /proc/cpuinfo, else the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,7 +1,7 @@
-"""How this process was launched: its rank variables, the launcher it belongs to, and how it leaves.
+"""How this process was launched: its rank variables, its launcher, and how it exits.
 
-torchrun, accelerate and deepspeed set the standard rank variables; plain srun has its own, which are translated. Everything here is
-read before torch is imported, so that a mistake is answered at once.
+torchrun, accelerate and deepspeed set the standard rank variables; those of plain srun are translated. All of
+this happens before torch is imported, so that errors appear at once.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from hybridtrain.errors import refusal
 
 _log = logging.getLogger("hybridtrain.runtime.launch")
 DEADLINE = "HYBRIDTRAIN_DEADLINE"
-"""Environment variable: when the job's time ends, in seconds since 1970."""
+"""Environment variable: the job's time limit, as Unix time."""
 JOB = "HYBRIDTRAIN_JOB"
-"""Environment variable: a name of this start, the same in all of its processes; `hybridtrain train --nproc` sets it."""
+"""Environment variable, set by `hybridtrain train --nproc`: a unique name of this start, the same in all ranks."""
 LISTEN_FD = "HYBRIDTRAIN_LISTEN_FD"
-"""Environment variable of rank 0: the open descriptor of MASTER_PORT, from `hybridtrain train --nproc`."""
+"""Environment variable of rank 0, set by `hybridtrain train --nproc`: descriptor of the socket at MASTER_PORT."""
 RUN_DIR_FILE = "HYBRIDTRAIN_RUN_DIR_FILE"
-"""Environment variable of a run of a sweep: the file that it notes its directory in, which may be another than run.dir."""
+"""Environment variable in a sweep: the file into which a run writes its directory, which may not be run.dir."""
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_0_FIRST_S = 5.0
-"""How long other ranks wait before they leave over a mistake: the launcher ends all ranks when one has left, and rank 0 must speak first."""
+"""Seconds that other ranks wait before they exit with an error: the launcher then ends all ranks, and rank 0
+must print it first."""
 AFTER_RANK_0_S = 1.0
-"""The same, where rank 0 is known to be about to speak."""
+"""The same if rank 0 is known to print the error now."""
 _POLL_S = 0.5
-"""Seconds between two looks at the launcher."""
+"""Seconds between two checks whether the launcher is alive."""
 _LAUNCHER = re.compile(r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain")
 _WATCHER = "launcher"
 _GENERATIONS = 5
-"""How far above a rank its launcher is looked for: a script that sets up a rank may stand between them."""
+"""Parent processes among which the launcher is looked for: it may start ranks through a script."""
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """Without --local_rank=N, which the deepspeed launcher adds to what LOCAL_RANK says already."""
+    """`argv` without --local_rank=N, which the deepspeed launcher adds although it sets LOCAL_RANK."""
     return [text for text in argv if not (text.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
 
 
@@ -54,7 +55,7 @@ def arguments(argv: list[str]) -> list[str]:
 
 
 def check_directory() -> None:
-    """Refuse a working directory that has been removed; raises UserError."""
+    """Refuse a working directory that has been removed (raises UserError)."""
     try:
         os.getcwd()
     except OSError as error:
@@ -63,9 +64,9 @@ def check_directory() -> None:
 
 
 def adopt_srun() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where srun alone started several processes, and nobody else did.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT if plain srun started several processes.
 
-    Raises UserError for an environment that is not what srun sets.
+    Raises UserError if srun's variables are incomplete.
     """
     env = os.environ
     if "RANK" in env or "SLURM_PROCID" not in env or env.get("SLURM_STEP_NUM_TASKS", "1") in ("", "1"):
@@ -81,7 +82,7 @@ def adopt_srun() -> None:
 
 
 def _address(nodes: str) -> str:
-    """Of the first of Slurm's nodes: what Slurm reaches it by, for its name need not resolve."""
+    """The address by which Slurm reaches the first of `nodes`; its name need not resolve."""
     first = _output("scontrol", "show", "hostnames", nodes).split()
     if not first:
         raise refusal("SLURM_STEP_NODELIST", nodes, "Slurm knows no node by it", allowed="what srun sets", instead="MASTER_ADDR=ADDRESS of the first node")
@@ -99,7 +100,10 @@ def _output(*command: str) -> str:
 
 
 def begin() -> None:
-    """What a process that trains does first: whether its place and its launcher's variables do, and that it ends with its launcher. Raises UserError."""
+    """First steps of a training process: check its environment, watch its launcher.
+
+    Raises UserError.
+    """
     check_directory()
     adopt_srun()
     check()
@@ -108,7 +112,10 @@ def begin() -> None:
 
 
 def check() -> None:
-    """Refuse rank variables that are incomplete or make no sense, all of them together, and a network interface that is not there; raises UserError."""
+    """Refuse incomplete or invalid rank variables, naming all of them, and an unknown GLOO_SOCKET_IFNAME.
+
+    Raises UserError.
+    """
     env = os.environ
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [name for name in _ADDRESS if name not in env]
@@ -148,7 +155,10 @@ def _check_interface() -> None:
 
 
 def deadline() -> float:
-    """When the job's time ends, in seconds since 1970; infinite where nobody says. Raises UserError for what is no time to come."""
+    """The job's time limit, Unix time; infinite without DEADLINE.
+
+    Raises UserError if it is not a time in the future.
+    """
     given = os.environ.get(DEADLINE, "").strip()
     if not given:
         return math.inf
@@ -159,7 +169,7 @@ def deadline() -> float:
     now = time.time()
     if math.isnan(value) or value <= now:
         problem = "it is not a time in seconds since 1970" if math.isnan(value) else f"it was {_duration(now - value)} ago: the run would end after each step"
-        raise refusal(DEADLINE, given, problem, allowed="a time to come, in seconds since 1970", instead=f"unset {DEADLINE}")
+        raise refusal(DEADLINE, given, problem, allowed="a future time in seconds since 1970", instead=f"unset {DEADLINE}")
     return value
 
 
@@ -168,7 +178,7 @@ def _duration(seconds: float) -> str:
 
 
 def is_launched() -> bool:
-    """Whether a launcher such as torchrun started this process, even if as the only one."""
+    """Whether a launcher such as torchrun started this process, also if it is the only one."""
     return "RANK" in os.environ
 
 
@@ -178,23 +188,26 @@ def world_size() -> int:
 
 
 def job() -> str:
-    """What the launcher calls this start, the same in all of its processes; empty where nothing tells one start from another."""
+    """The launcher's id of this start, the same in all its processes; empty if there is none."""
     env = os.environ
     if env.get(JOB):
         return env[JOB]
-    if env.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none"):  # torchrun's default without a rendezvous id is the word none
+    if env.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none"):  # torchrun's default is "none"
         return f"torchrun {env['TORCHELASTIC_RUN_ID']}"
     slurm = env.get("SLURM_JOB_ID_HET_GROUP_0") or env.get("SLURM_JOB_ID")
     return f"Slurm job {slurm}" if slurm else ""
 
 
 def attempt() -> str:
-    """Which of the launcher's attempts this is: a store that outlives a restart still holds what the last one wrote."""
+    """Number of the launcher's attempt.
+
+    A store that outlives a restart still has the keys of the last attempt.
+    """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
 
 
 def store_of_launcher() -> bool:
-    """Whether the launcher holds the store through which ranks meet; else rank 0 does."""
+    """Whether the launcher holds the store of the rendezvous; else rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -202,9 +215,10 @@ def store_of_launcher() -> bool:
 
 
 def end_with_launcher() -> None:
-    """From here on this rank ends when its launcher is gone. Processes that no launcher started go on by themselves.
+    """Start a thread that ends this rank when its launcher has ended.
 
-    A launcher that is killed cannot end its ranks. Without it nobody would, and the same command would meet them in the run's directory.
+    No effect on processes without a launcher. A killed launcher cannot end its ranks; they would go on and
+    keep the run directory locked.
     """
     launcher = _launcher()
     if launcher is not None and _WATCHER not in (thread.name for thread in threading.enumerate()):
@@ -212,7 +226,7 @@ def end_with_launcher() -> None:
 
 
 def _launcher() -> int | None:
-    """The process that started this rank; None where there is none, or where only variables of one are left over."""
+    """Process id of the launcher; None without one, and if only its variables are left in the environment."""
     env, parent = os.environ, os.getppid()
     if "RANK" not in env:
         return None
@@ -237,7 +251,7 @@ def _command_line(process: int) -> str:
 
 
 def _stat(process: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty for a process that is gone."""
+    """The fields of /proc/PID/stat from the state on; empty if the process has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     return []
@@ -249,7 +263,7 @@ def _parent(process: int) -> int:
 
 
 def _start_time(process: int) -> str:
-    """When a process started, in the kernel's ticks, which tells it from a later one of the same number; empty: it is gone."""
+    """Start of a process in clock ticks, since ids are reused; empty if it has ended."""
     fields = _stat(process)
     return fields[19] if fields and fields[0] not in "ZX" else ""
 
@@ -258,7 +272,7 @@ def _watch(launcher: int, started: str) -> None:
     direct = os.getppid() == launcher
     while os.getppid() == launcher if direct else _start_time(launcher) == started:
         time.sleep(_POLL_S)
-    late = threading.Timer(2.0, os._exit, (1,))  # the line below may wait for whoever reads it
+    late = threading.Timer(2.0, os._exit, (1,))  # logging may block if nobody reads the pipe
     late.daemon = True
     late.start()
     _log.error("the launcher (process %d) is gone: this rank ends", launcher)
@@ -266,7 +280,7 @@ def _watch(launcher: int, started: str) -> None:
 
 
 def report_to_launcher(text: str) -> None:
-    """Leave the reason of this process's end where torchrun looks for it, so that its own last lines show it."""
+    """Write the error to TORCHELASTIC_ERROR_FILE, so that torchrun's summary shows it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and not Path(file).exists():
         now = str(int(time.time()))
@@ -275,19 +289,22 @@ def report_to_launcher(text: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with exit functions run and output flushed, but without taking the interpreter apart.
+    """Exit with `os._exit`, after running atexit handlers and flushing the output.
 
-    DTensor's caches hold process groups beyond `destroy_process_group`. A gloo thread that lets go of a tensor while the interpreter
-    is being taken apart aborts the process, and a run that has finished would count as failed.
+    DTensor's caches keep process groups alive after `destroy_process_group`. A gloo thread that frees a
+    tensor during shutdown aborts the process, and a finished run would count as failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # whoever read it has enough; a full disk; closed from the start
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed pipe, full disk, no stream
             stream.flush()
     os._exit(code)
 
 
 def use_expandable_segments() -> None:
-    """Let torch's GPU allocator grow its segments unless its settings are given: less is lost to fragments. Call before torch is imported."""
+    """Set expandable_segments of torch's GPU allocator against fragmentation, unless it is configured.
+
+    Call before torch is imported.
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -1,7 +1,7 @@
-"""Logging that knows its rank (from the launcher's RANK, without torch).
+"""Logging per rank (the rank is the launcher's RANK; no torch).
 
-Rank 0 speaks on the console from INFO up; other ranks only when something is wrong, and then they say who they are.
-`setup` with a folder adds logs/rank-<r>.log, in which every rank keeps everything, warnings of other libraries included.
+On the console rank 0 prints from INFO on, other ranks only errors, with their rank.
+`setup` with a folder adds logs/rank-<r>.log with all that a rank logs, also warnings of other libraries.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ CHATTY = ("transformers", "torch", "accelerate", "huggingface_hub", "py.warnings
 
 
 def rank() -> int:
-    """This process's rank as the launcher (torchrun, Slurm through our script) tells it; 0 without one."""
+    """This process's rank as set by the launcher (torchrun, srun); 0 without a launcher."""
     given = os.environ.get("RANK", "")
-    return int(given) if given.isascii() and given.isdecimal() else 0  # `launch.check` has refused what is no number
+    return int(given) if given.isascii() and given.isdecimal() else 0  # `launch.check` refuses other values
 
 
 def get(name: str) -> logging.Logger:
-    """The logger of a part, e.g. get("train") -> hybridtrain.train."""
+    """The logger hybridtrain.<name>."""
     return logging.getLogger(name if name == ROOT or name.startswith(ROOT + ".") else f"{ROOT}.{name}")
 
 
 def setup(logs_dir: Path | None) -> None:
-    """Set up the console and, with a folder, this rank's file <logs_dir>/rank-<r>.log (appended to). May be called again."""
+    """Set up the console and, with `logs_dir`, this rank's file <logs_dir>/rank-<r>.log, which is appended
+    to. May be called again.
+
+    Raises UserError if the file cannot be written.
+    """
     ours = logging.getLogger(ROOT)
     ours.setLevel(logging.DEBUG)
     ours.propagate = False
@@ -55,7 +59,8 @@ def setup(logs_dir: Path | None) -> None:
 
 
 def _console() -> logging.Handler:
-    # Progress goes to stdout, so that a pipe or a scheduler's file gets it in order with what the command prints.
+    # To stdout, so that in a pipe or a job's output file log lines and what the command prints keep their
+    # order.
     handler = _Console(sys.stdout if rank() == 0 else sys.stderr)
     handler.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     handler.setFormatter(_Plain() if rank() == 0 else logging.Formatter(f"[rank {rank()}] %(levelname)s %(name)s: %(message)s"))
@@ -63,7 +68,7 @@ def _console() -> logging.Handler:
 
 
 class _Forgiving(logging.Handler):
-    """A console that is closed (`| head`) or a disk without space costs its lines, not a traceback for each."""
+    """Loses lines, without a traceback for each, when the console is closed (`| head`) or the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not _is_of_the_place(sys.exc_info()[1]):
@@ -79,12 +84,12 @@ class _File(_Forgiving, logging.FileHandler):
 
 
 def _is_of_the_place(error: BaseException | None) -> bool:
-    """Whether a line could not be written because of where it goes; what is wrong with the line itself is our mistake."""
+    """Whether the destination is at fault (closed, disk full), not the log record."""
     return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
 
 
 class _Plain(logging.Formatter):
-    """INFO as it is; anything above it with its level in front."""
+    """INFO without its level; anything above with it."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

@@ -1,4 +1,4 @@
-"""Which network interface gloo uses. By itself it takes the one that this machine's name resolves to, which may be the loopback."""
+"""The network interface for gloo: by default it takes that of the host name, which may be the loopback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def choose_interface(address: str) -> None:
-    """For ranks on several hosts: the interface on the route to `address`, rank 0's host as others reach it; what the user chose stays."""
+    """Set GLOO_SOCKET_IFNAME, unless it is set, to the interface on the route to `address`, rank 0's as other
+    hosts reach it.
+    """
     if os.environ.get(_INTERFACE):
         return
     interface = interface_to(address)
@@ -27,7 +29,9 @@ def choose_interface(address: str) -> None:
 
 
 def identity() -> str:
-    """The host as a network knows it: its name, its start, and on Linux the container's own network."""
+    """A name for this host's network: host name, boot id, and on Linux the network namespace, which
+    containers have of their own.
+    """
     result = [failure.node()]
     with contextlib.suppress(OSError):
         result += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat("/proc/self/ns/net").st_ino)]
@@ -35,7 +39,10 @@ def identity() -> str:
 
 
 def interface_to(address: str) -> str:
-    """The interface whose address the system would use to reach `address` (nothing is sent); on the host itself, the one that has it. Empty: unknown."""
+    """The interface on the route to `address`; "" if unknown.
+
+    For an address of this host the interface that has it. Sends nothing.
+    """
     import psutil
 
     try:
@@ -49,7 +56,10 @@ def interface_to(address: str) -> str:
 
 
 def hub_resolves() -> bool:
-    """Whether the model hub's name is known here, so that asking it has a point: its client asks six times. A proxy is asked in its place."""
+    """Whether the Hugging Face hub's name resolves, or a proxy is set.
+
+    Without it the client would retry six times.
+    """
     hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if {hub.scheme, "all"} & urllib.request.getproxies().keys():
         return True
@@ -61,7 +71,7 @@ def hub_resolves() -> bool:
 
 
 def unfit(error: Exception) -> UserError:
-    """The refusal of a network over which ranks that have met cannot compute."""
+    """The refusal of a network over which collectives fail although the rendezvous worked."""
     import psutil
 
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,14 +1,16 @@
-"""Run a function on ranks of this machine: one forked process per rank, a fresh process group per call, a time-out.
+"""Run a function on ranks of this machine: forked processes, a new process group per call, a timeout.
 
     run_ranks(4, function, *args, preload=(...), backend="gloo", timeout_s=240)     # [function(*args) on rank 0, ... rank 3]
 
     this process --pipe--> server (has imported `preload`, never computes) --fork--> rank 0 ... rank n-1
 
-Ranks fork from a server: a parent that has once run a multi-threaded kernel makes its children hang, one that has initialised
-CUDA leaves them without it, and importing in each rank would dominate the time. `function` must be importable by its name.
+Ranks fork from a server: children of a process that has run a multi-threaded kernel hang, children of one
+that has initialized CUDA cannot use it, and importing in each rank would take most of the time. `function`
+must be importable by its name.
 
-No process is left behind. The server ends its ranks when this process is gone (end of file on the pipe), a rank is ended by
-the kernel when the server is gone, and Ctrl-C is for this process alone: an interrupted call closes its server.
+No process is left behind. The server ends its ranks when this process has ended (end of file on the pipe),
+the kernel ends a rank when the server has ended, and Ctrl-C reaches only this process, which then closes its
+server.
 """
 
 from __future__ import annotations
@@ -36,25 +38,29 @@ from typing import Any
 from hybridtrain.runtime import failure
 
 GRACE_S = 5.0
-"""Seconds that the other ranks may run on after one has failed, so that the first failure can be told from those that follow from it.
+"""Seconds that the other ranks keep running after one has failed, so that a primary error is found behind
+secondary ones.
 A finished rank also stays this long: a rank that still connects to it would take its exit for a crash."""
 _TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or ran out of time; the text is the first failing rank's traceback and the last of its output."""
+    """A rank raised, died or timed out.
+
+    The text is the traceback and the last output of the rank that failed first.
+    """
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the server is told to do."""
+    """One call of `run_ranks`, as sent to the server."""
 
     world_size: int
     module: str
     name: str
     args: bytes
-    """Pickled: the server itself never imports what they are made of."""
+    """Pickled, so that only the ranks import the modules of the arguments."""
     backend: str
     timeout_s: float
     path: list[str]
@@ -62,7 +68,7 @@ class _Job:
 
 
 class _Server:
-    """The process that ranks fork from, and our end of the pipe to it."""
+    """The process that ranks fork from, and this process's end of the pipe to it."""
 
     def __init__(self, preload: Sequence[str]) -> None:
         self.preload = tuple(preload)
@@ -75,7 +81,7 @@ class _Server:
         theirs.close()
 
     def close(self) -> None:
-        self.connection.close()  # the server reads the end of file, ends its ranks and leaves
+        self.connection.close()  # the server reads end of file, ends its ranks and exits
         try:
             self.process.wait(timeout=GRACE_S)
         except subprocess.TimeoutExpired:
@@ -87,9 +93,9 @@ _SERVERS: dict[str, _Server] = {}
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, preload: Sequence[str], backend: str, timeout_s: float) -> list[Any]:
-    """Call `function(*args)` on every rank of a new process group; what each rank returned, by rank.
+    """Call `function(*args)` on every rank of a new process group; returns the results in rank order.
 
-    `preload`: modules the ranks find imported. `backend`: as for torch.distributed.init_process_group. Raises RankFailed.
+    `preload`: modules that ranks have imported already. `backend`: of init_process_group. Raises RankFailed.
     """
     server = _server(preload)
     path = list(sys.path)
@@ -100,7 +106,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, preload
     except (EOFError, OSError) as error:
         close()
         raise RankFailed(f"the process that ranks are forked from is gone (exit code {server.process.returncode})") from error
-    except BaseException:  # an answer that nobody waits for any more would be taken for the next call's
+    except BaseException:  # e.g. Ctrl-C: the next call must not read this call's answer
         close()
         raise
     if outcome == "failed":
@@ -109,7 +115,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, preload
 
 
 def close() -> None:
-    """End the server and with it all ranks. The next call starts another."""
+    """End the server and all ranks. The next call of `run_ranks` starts a new server."""
     while _SERVERS:
         _SERVERS.popitem()[1].close()
 
@@ -130,12 +136,12 @@ def _server(preload: Sequence[str]) -> _Server:
 def serve(descriptor: int, preload: Sequence[str]) -> None:
     """Import `preload`, then run jobs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that `_run` ends its ranks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # raises, so that `_run` ends its ranks
     connection: Connection = Connection(descriptor)
     for module in preload:
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # what is imported stays: a rank's collections need not look at it, nor copy its pages
+    gc.freeze()  # collections in ranks skip imported objects and so do not copy their pages
     while True:
         try:
             job = connection.recv()
@@ -152,7 +158,7 @@ def serve(descriptor: int, preload: Sequence[str]) -> None:
 
 
 def _run(job: _Job, connection: Connection) -> tuple[str, Any] | None:
-    """Fork the ranks and gather what they return; None when nobody waits for it any more."""
+    """Fork the ranks and collect their results; None if the caller has gone."""
     children: dict[int, tuple[int, Connection]] = {}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         try:
@@ -177,13 +183,14 @@ def _run(job: _Job, connection: Connection) -> tuple[str, Any] | None:
 
 def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, timeout_s: float, folder: Path) -> tuple[str, Any] | None:
     results: dict[int, bytes] = {}
-    failures: list[tuple[bool, float, int, str]] = []  # an echo may come before what it is the echo of: a death is seen late
+    # (secondary, time, rank, text): a secondary error may arrive before the death of the rank that caused it
+    failures: list[tuple[bool, float, int, str]] = []
     pending = {connection: rank for rank, (_, connection) in children.items()}
     deadline = time.monotonic() + timeout_s
     while pending:
         ready = wait([*pending, caller], timeout=max(0.0, deadline - time.monotonic()))
         if caller in ready:
-            return None  # it sends nothing while it waits: this is the end of file
+            return None  # the caller sends nothing while it waits, so this is end of file
         if not ready:
             if not failures:
                 return "failed", f"ranks {sorted(pending.values())} did not finish within {timeout_s:g} s" + _tail(folder, min(pending.values()))
@@ -220,7 +227,7 @@ def _output(folder: Path, rank: int) -> Path:
 
 
 def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, server: int) -> None:
-    """The life of a rank: it never returns."""
+    """Run one rank; never returns."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -229,7 +236,7 @@ def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, serve
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), GLOO_SOCKET_IFNAME="lo")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # complete, as a launcher's are; they meet through a file
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # not used: the store is a file
         message = _call(rank, job, folder)
         code = 0 if message[0] == "ok" else 1
         connection.send_bytes(pickle.dumps(message))
@@ -237,9 +244,9 @@ def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, serve
         sys.stdout.flush()
         sys.stderr.flush()
         if code == 0:
-            time.sleep(GRACE_S)  # the server ends this process as soon as all ranks have answered
+            time.sleep(GRACE_S)  # the server kills this process once all ranks have answered
     finally:
-        os._exit(code)  # no interpreter exit: what the server has registered for it is not this process's
+        os._exit(code)  # skips exit handlers, which belong to the server
 
 
 def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
@@ -256,7 +263,7 @@ def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
 
 
 def _die_with(server: int) -> None:
-    """Ask the kernel to end this process when the server is gone, however it went (Linux)."""
+    """Have the kernel kill this process when the server ends for any reason (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:

@@ -1,10 +1,10 @@
-"""How the processes of one start find each other: through a key-value store, before there is a process group.
+"""Rendezvous: before there is a process group, the ranks of one start find each other through a store.
 
-    rank 0    says who it is   ...   counts the others, and says for whom it waits   ...   writes the verdict
-    rank r    reads who rank 0 is and leaves what is another job's;  says who it is  ...   reads the verdict
+    rank 0    writes its entry  ...  counts the others, logs which are missing  ...  writes the verdict
+    rank r    reads the entry of rank 0, refuses that of another job;  writes its own  ...  reads the verdict
 
-The store is the launcher's, or rank 0's. Its keys carry the launcher's attempt: what an attempt before has left there is not read.
-Waiting is done in short looks, so that a signal is obeyed meanwhile.
+The launcher holds the store, else rank 0. Keys contain the launcher's attempt, so that those of an earlier
+attempt are not read. Waiting polls the store, so that signals are handled meanwhile.
 """
 
 from __future__ import annotations
@@ -28,32 +28,35 @@ from hybridtrain.runtime import failure, launch, log, network
 
 _log = log.get("rendezvous")
 FIRST_NOTICE_S = 5.0
-"""How long processes wait before they say for whom; then they say it once a minute."""
+"""Seconds until a waiting process logs for which ranks it waits; then once a minute."""
 _MINUTES_FROM_S = 120.0
-"""Less than this is said in seconds."""
+"""Shorter times are logged in seconds."""
 _NOTICE_EVERY_S = 60.0
 _CONNECT_S = 120.0
-"""How long a store may take to answer that accepts connections, and rank 0 to reach its own."""
+"""Seconds that a store may take to answer after it has accepted a connection."""
 _GONE_S = 15.0
-"""How long the launcher's store may refuse connections: it is there before its ranks are."""
+"""Seconds that the launcher's store may refuse connections; it starts before the ranks."""
 _MOST_NAMED = 8
-"""How many missing ranks are named."""
+"""Missing ranks that a message names."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What a meeting comes to."""
+    """The result of a rendezvous."""
 
     store: dist.Store
-    """For a process group of this start alone."""
+    """For the process group, with a prefix that no other start uses."""
     hosts: int
-    """Two containers of one machine with networks of their own are two."""
+    """Number of hosts; containers of one machine with different network namespaces count separately."""
     address: str
-    """Of rank 0's host, as another host reaches it; where there is one host, MASTER_ADDR."""
+    """Address of rank 0's host as another host reaches it; with a single host MASTER_ADDR."""
     keys: dist.Store
+    """The part of the store that the rendezvous itself uses."""
 
     def clear(self) -> None:
-        """On rank 0, once all ranks have read the verdict: remove the files of this meeting, because some launchers restart ranks under the same attempt number."""
+        """On rank 0, once all ranks have read the verdict: delete the keys, since some launchers restart
+        ranks without a new attempt number.
+        """
         for rank in range(int(os.environ["WORLD_SIZE"])):
             self.keys.delete_key(_of(rank))
         for key in (_ARRIVED, _VERDICT):
@@ -68,10 +71,10 @@ def _of(rank: int) -> str:
 
 
 def join(*, gpu: str, timeout_s: float) -> Rendezvous:
-    """Wait until every rank is there. `gpu`: what identifies this rank's device; empty on a CPU.
+    """Wait until every rank has joined. `gpu`: unique id of this rank's device; empty on a CPU.
 
-    Raises UserError on the rank that finds a mistake: another job's store, a rank that is there already, no answer within timeout_s;
-    on the others ReportedElsewhere, when rank 0 has said why.
+    Raises UserError on the rank that finds the problem (the store of another job, a rank that has joined
+    already, a timeout), and ReportedElsewhere on ranks for which rank 0 has printed it.
     """
     rank, until = log.rank(), time.monotonic() + timeout_s
     try:
@@ -91,7 +94,7 @@ def join(*, gpu: str, timeout_s: float) -> Rendezvous:
     }
     try:
         verdict = _rank0(mine, keys, until=until, timeout_s=timeout_s) if rank == 0 else _other(mine, keys, until=until, timeout_s=timeout_s)
-    except dist.DistError as error:  # the store has gone
+    except dist.DistError as error:  # the process that holds the store has ended
         if rank == 0:
             raise _no_store(str(error)) from error
         raise ReportedElsewhere(2) from error
@@ -148,7 +151,7 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
 
 def _claim(mine: dict[str, Any], keys: dist.Store) -> None:
-    """Say who this rank is; another process that has said so first stays."""
+    """Write the entry of this rank. Raises UserError if another process has joined as this rank."""
     text = json.dumps(mine)
     before = keys.compare_set(_of(mine["rank"]), "", text).decode()
     if before == text:
@@ -179,21 +182,24 @@ def _check_devices(present: list[dict[str, Any]]) -> None:
 
 
 class _TooLate(UserError):
-    """Nobody came within the time. Every rank finds it."""
+    """The timeout of the rendezvous, which every rank finds by itself."""
 
 
 def _is_reporter() -> bool:
-    """Whether this rank is the one of its machine that says what all of them see."""
+    """Whether this rank logs for all ranks of its machine."""
     return log.rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _local(error: UserError) -> UserError:
-    """`error` as this rank is to say it: at once, or, where another one of this machine says the same, only if it is alive after that."""
+    """`error` as a LocalError, which this rank prints itself; of a timeout only one rank per machine does."""
     return error if isinstance(error, _TooLate) and not _is_reporter() else LocalError(str(error))
 
 
 def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: bool, until: float, timeout_s: float) -> None:
-    """Poll until `holds()` is true. If `report`, log after a while whom it waits for (`words`). Raises _TooLate at the timeout."""
+    """Poll until `holds()` is true. With `report`, log from time to time for which ranks.
+
+    Raises _TooLate at the timeout.
+    """
     began = time.monotonic()
     pause, notice_at = 0.002, began + FIRST_NOTICE_S
     while not holds():
@@ -210,7 +216,7 @@ def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: 
 
 
 def _notice(text: str) -> None:
-    _log.log(20 if log.rank() == 0 else 40, text)  # of other ranks the console shows errors only
+    _log.log(20 if log.rank() == 0 else 40, text)  # INFO or ERROR: of other ranks the console shows errors only
 
 
 def _who() -> str:
@@ -229,7 +235,7 @@ def _alone() -> str:
 
 
 def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str]:
-    """The store, and the address that it was reached by (empty where this process holds it)."""
+    """The store, and the address by which this process reached it (empty if this process holds the store)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holds_it = rank == 0 and not launch.store_of_launcher()
     peer = "" if holds_it else _reached(address, port, until=until, timeout_s=timeout_s)
@@ -246,7 +252,7 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
         except Exception as error:
             answer.append(error)
 
-    thread = threading.Thread(target=connect, daemon=True)  # against a server of another kind it never returns
+    thread = threading.Thread(target=connect, daemon=True)  # hangs if something else listens on the port
     thread.start()
     give_up = time.monotonic() + _CONNECT_S
     while thread.is_alive() and time.monotonic() < give_up:
@@ -261,7 +267,7 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
 
 
 def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
-    """Wait until somebody listens; the address it was reached by."""
+    """Wait until a process listens at `address`; returns the IP address that it was reached by."""
     refused_since: float | None = None
     why, peer = "", ""
 

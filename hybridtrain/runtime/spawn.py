@@ -2,8 +2,8 @@
 
     this process   --starts-->   rank 0 ... rank N-1   (python -m hybridtrain.<command>, with the variables that torchrun sets)
 
-This process does not train and does not import torch. It forwards signals, gives ranks time to save, ends all ranks when one has failed,
-and exits with the code of the rank that failed first; the output of that rank comes last.
+This process does not train and does not import torch. It forwards signals, gives ranks time to save, ends all
+ranks when one has failed, and exits with the code of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from types import FrameType
 from hybridtrain.runtime import launch
 
 _SAVE_S = 600.0
-"""How long ranks may take to save a checkpoint after a signal, unless SHUTDOWN says otherwise."""
+"""Seconds that ranks may take to save a checkpoint after a signal, unless SHUTDOWN is set."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Environment variable: the same in seconds, as torchrun reads it."""
+"""Environment variable for these seconds, the one that torchrun reads."""
 OTHERS_S = 15.0
-"""How long the others may take to notice that a rank has failed, and to write what they know, before they are asked to end."""
+"""Seconds that the other ranks may take, after one has failed, to notice it and write their reports; then
+they get SIGTERM."""
 REFUSED_S = 2.0
-"""The same where a rank has refused: the others would refuse the same, and write nothing. Less than they wait before they say it again."""
+"""The same after a UserError, which the other ranks have, too. Less than the time after which they print it
+again."""
 _TERMINATE_S = 15.0
-"""How long they may take after that, before they are killed."""
+"""Seconds between SIGTERM and SIGKILL."""
 _EXPLAINED = (0, 1, 2, 130)
-"""Exit codes after which a rank has said why: none, a traceback, a refusal, Ctrl-C."""
+"""Exit codes after which nothing is left to print: success, traceback, UserError, Ctrl-C."""
 _REFUSAL = 2
-"""Exit code of a rank that met something to put right."""
+"""Exit code after a UserError."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def start(module: str, argv: list[str], *, processes: int) -> int:
-    """Run `python -m module argv` in `processes` ranks; the exit code of the whole, 128 + number for a rank that a signal ended."""
+    """Run `python -m module argv` in `processes` ranks; returns the exit code, 128 + N if signal N ended the
+    rank that failed.
+    """
     ranks: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
@@ -52,7 +56,7 @@ def start(module: str, argv: list[str], *, processes: int) -> int:
     try:
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
-            listening.listen(512)  # rank 0 takes it over: the port is ours from here on
+            listening.listen(512)  # inherited by rank 0, so that no other process can take the port
             for number in range(processes):
                 ranks.append(_rank(number, module, argv, processes=processes, listening=listening))
                 if received:
@@ -68,7 +72,7 @@ def start(module: str, argv: list[str], *, processes: int) -> int:
 
 
 def gpus() -> int:
-    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves; 0 without NVIDIA's tools."""
+    """Number of GPUs, as limited by CUDA_VISIBLE_DEVICES; 0 without nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
@@ -84,7 +88,7 @@ def _rank(rank: int, module: str, argv: list[str], *, processes: int, listening:
     environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, launch.JOB: f"process {os.getpid()} {_START}"}
     if "lo" in [name for _, name in socket.if_nameindex()]:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, and this machine's name need not resolve
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's name need not resolve
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; engine.threads decides
     if rank == 0:
@@ -97,11 +101,14 @@ _START = uuid.uuid4().hex
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Until all ranks have ended. When one has failed, or a signal was passed on, the others get the time that they need, and no more."""
+    """Wait until all ranks have ended; returns the exit code.
+
+    After a failure or a signal, ranks that take too long are ended.
+    """
     failed: int | None = None
     patience: float | None = None
     terminated = False
-    while None in [rank.poll() for rank in ranks]:  # looks at all of them, also behind one that is alive
+    while None in [rank.poll() for rank in ranks]:  # a list: all of them must be polled
         if failed is None and (codes := [rank.returncode for rank in ranks if rank.returncode]):
             failed, patience = codes[0], time.monotonic() + (REFUSED_S if codes[0] == _REFUSAL else OTHERS_S)
         if received and patience is None:

@@ -1,10 +1,13 @@
-"""The wish to stop: a signal, or the coming end of the job's time, raises a flag (runtime/flags.py) that all ranks see after the same step.
+"""Requests to stop.
 
-    first signal       the step is finished and the next (on a GPU two), a checkpoint written, the run ends as `preempted` or `interrupted`, exit code 0
-    a second signal    this process ends at once
+A signal or the job's time limit raises a flag (runtime/flags.py), which all ranks see after the same step.
 
-A thread reads the signals, so that the second one works while the main thread waits in a collective. Nothing is saved inside a
-handler: a signal reaches ranks in different steps, and some ranks not at all.
+    first signal     the current step and the next one (on a GPU two) are finished, a checkpoint is written,
+                     and the run ends as `preempted` or `interrupted`, with exit code 0
+    second signal    this process ends at once
+
+A thread reads the signals, so that the second one works while the main thread waits in a collective. Nothing
+is saved inside a signal handler: a signal reaches ranks in different steps, and some ranks not at all.
 """
 
 from __future__ import annotations
@@ -21,22 +24,26 @@ from typing import Any
 from hybridtrain.runtime import launch
 
 TOGETHER_S = 2.0
-"""Signals this close to each other are one: a scheduler signals every process, and the launcher passes it on once more."""
+"""Signals within so many seconds count as one: a scheduler signals every process, and the launcher forwards
+it once more."""
 _DEADLINE, _REQUESTED = "deadline", "requested"
 
 
 class Stop:
-    """Installs the handlers while it is entered. `signals`: names such as "USR1"; `before_s`: how long before the deadline to stop."""
+    """A context manager that installs the handlers.
+
+    `signals`: names such as "USR1"; `before_s`: seconds before the deadline to stop.
+    """
 
     def __init__(self, signals: list[str], *, before_s: float):
         self.numbers = sorted({getattr(signal, f"SIG{name}") for name in signals}, reverse=True)
         self.flags = (_DEADLINE, *(number.name for number in self.numbers), _REQUESTED)
-        """The names of the reasons to stop, the one that counts first where ranks have several."""
+        """Reasons to stop, in the order of their priority where ranks have different ones."""
         self.deadline = launch.deadline() - before_s
         self.reason = ""
-        """Why the ranks have agreed to stop; empty: they have not."""
+        """Why all ranks stop, for people; empty: they do not."""
         self.status = ""
-        """interrupted: by a person; preempted: by the scheduler, or whoever wants the machine for a while; finished: by the program itself."""
+        """interrupted: by a person; preempted: by the scheduler or another signal; finished: by the program."""
         self._signal = 0
         self._requested = ""
         self._before: dict[int, Any] = {}
@@ -54,7 +61,7 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        self._write_end.close()  # the thread reads the end of file and leaves
+        self._write_end.close()  # the thread reads end of file and returns
 
     def _read(self) -> None:
         first = 0.0
@@ -67,7 +74,7 @@ class Stop:
                 os._exit(128 + received[0])
 
     def ask(self, reason: str) -> None:
-        """Have all ranks stop after the next step; `reason` as this rank knows it."""
+        """Have all ranks stop after the next step. Only this rank knows `reason`."""
         self._requested = reason or "a callback asked for it"
 
     def reason_here(self) -> str | None:
@@ -77,14 +84,17 @@ class Stop:
         return _DEADLINE if time.time() > self.deadline else _REQUESTED if self._requested else None
 
     def agree(self, counts: Mapping[str, int]) -> bool:
-        """Whether to stop after this step, and why: what any rank wishes. `counts`: ranks that wish so, the same on every rank."""
+        """Whether to stop after this step; sets `status` and `reason`.
+
+        `counts`: flag -> ranks that raised it, the same on every rank.
+        """
         flag = next((flag for flag in self.flags if counts.get(flag)), None)
         if flag is not None:
             self.status, self.reason = self._meaning(flag)
         return flag is not None
 
     def _meaning(self, flag: str) -> tuple[str, str]:
-        """Status and reason of what some rank wishes."""
+        """Status and reason that belong to a flag."""
         if flag == _REQUESTED:
             return "finished", self._requested or "a callback of another rank asked for it"
         by_a_person = flag == "SIGINT" or (flag == "SIGTERM" and not os.environ.get("SLURM_JOB_ID"))
@@ -93,4 +103,6 @@ class Stop:
 
 
 def _leave_to_thread(number: int, frame: object) -> None:
-    """In place of the default, which would end the process; the byte that Python writes for the thread is what counts."""
+    """Does nothing, unlike the default, which ends the process: Python writes the signal's number to the pipe
+    that the thread reads.
+    """

@@ -1,8 +1,8 @@
 """Ends a rank whose step takes too long, and writes the stacks of all its threads to a file.
 
-The rank that hangs and the ranks that wait for it time out together; `failure.root_cause` tells them apart by their stacks. A Python thread
-does this, so that it can also write the reason. If that thread cannot run, Python's faulthandler does it somewhat later from C, which
-needs neither the main thread nor the interpreter lock.
+The rank that hangs and the ranks that wait for it time out together; `failure.root_cause` tells them apart by
+their stacks. A Python thread does this, so that it can also write the reason. If that thread cannot run,
+Python's faulthandler does it a little later from C, which needs neither the main thread nor the GIL.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from pathlib import Path
 from hybridtrain.runtime.files import unwritable
 
 _FALLBACK_S = 30.0
-"""How long after the limit a process is ended that could not end itself."""
+"""Seconds after the limit at which faulthandler ends the process."""
 
 
 class Watchdog:
-    """`beat` starts the clock anew. `limit_s` 0: never. `hung` is called in a thread, once the stacks are written; then the process ends."""
+    """Ends the process `limit_s` seconds after the last `beat` (0: never).
+
+    `hung` is called in a thread before, with the stacks written.
+    """
 
     def __init__(self, file: Path, *, limit_s: float, hung: Callable[[], None]):
         self.limit_s, self._hung, self._until = limit_s, hung, float("inf")
@@ -30,13 +33,13 @@ class Watchdog:
         if limit_s:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._file = file.open("w")  # stays open: a full disk or a lost mount must not keep the stacks back
+                self._file = file.open("w")  # opened now: later the disk may be full or the mount lost
             except OSError as error:
                 raise unwritable("run.dir", file.parent, error) from error
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Something ended; the next thing may take limit_s."""
+        """Restart the clock."""
         if self._file:
             self._until = time.monotonic() + self.limit_s
             faulthandler.dump_traceback_later(self.limit_s + _FALLBACK_S, exit=True, file=self._file)

@@ -140,7 +140,7 @@ def test_the_wheel_trains_outside_the_checkout_with_what_it_requires_alone(progr
     assert run(program, "generate", "runs/smoke", "generate.prompt=1", "generate.max_new_tokens=4", folder=tmp_path).returncode == 0
     sweep = run(program, "train", "--multirun", *words, "parallel=single", "train.steps=1", "optim.lr=1e-3,3e-4", folder=tmp_path)
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
-    assert 'the runs are not compared, for matplotlib is not installed here: pip install "hybridtrain[report]"' in sweep.stdout
+    assert 'the runs are not compared: matplotlib is not installed; pip install "hybridtrain[report]"' in sweep.stdout
 
 
 def test_setup_installs_what_is_asked_for_once(tmp_path: Path) -> None:

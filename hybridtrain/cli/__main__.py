@@ -1,4 +1,4 @@
-"""`python -m hybridtrain.cli <command> [overrides]`: the console script without its file."""
+"""`python -m hybridtrain.cli <command> [overrides]`: the same as the console script `hybridtrain`."""
 
 from hybridtrain.cli.main import program
 

@@ -1,6 +1,7 @@
-"""What every command has in common: command line -> config -> checks -> the function that does it.
+"""What every command has in common: command line -> config -> checks -> the function of the command.
 
-`python -m hybridtrain.train` and `hybridtrain train` are the same few lines. The functions are named by strings and imported last: a mistake is answered before torch is.
+`python -m hybridtrain.train` and `hybridtrain train` both call `run_command`. The functions are named by
+strings and imported last, so that a mistake is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
-"""Commands that print for a reader, who may have had enough."""
+"""Commands whose reader may close the pipe (`| head`)."""
 _FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--compare", "--dry-run")
 SEVERAL = ("train", "bench")
 """Commands that run in several processes: `python -m hybridtrain.<command>` on each."""
 COLLECT_AFTER = 50_000
-"""How many objects are made between two garbage collections. Imports make objects that stay: at Python's own 700, looking
-through them again and again takes a fifth of a start."""
+"""New objects between two garbage collections. With Python's default of 700, scanning the many objects that
+imports create takes a fifth of the start time."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+"""Exit code after Ctrl-C, as in shells: 128 + SIGINT."""
 
 
 def run_command(command: str, argv: list[str]) -> int:
-    """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for what the user can put right, said by rank 0."""
+    """Run `command` with `argv` (overrides and flags) and return its exit code; 2 for a UserError,
+    which rank 0 prints.
+    """
     gc.set_threshold(COLLECT_AFTER)
     running = False
     try:
@@ -73,7 +76,7 @@ def run_command(command: str, argv: list[str]) -> int:
     except BrokenPipeError:
         if command not in LISTS:
             raise
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more (`| head`); what is left in the buffer goes nowhere
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader has gone: drop what is still buffered
         return 0
     except ReportedElsewhere as reported:
         time.sleep(launch.AFTER_RANK_0_S)
@@ -85,7 +88,7 @@ def run_command(command: str, argv: list[str]) -> int:
 
 
 def _check_launch(command: str) -> int | None:
-    """The exit code where the directory or the launcher's variables do not do, which each process says for itself; None: they do."""
+    """Check the working directory and the launcher's variables; the exit code if they are wrong, else None."""
     try:
         if command in SEVERAL:
             launch.begin()
@@ -98,7 +101,9 @@ def _check_launch(command: str) -> int | None:
 
 
 def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | int:
-    """The checked config (of a sweep that is submitted: all), or the exit code of a command line that asks for something else."""
+    """The checked config (`submit --multirun`: a list), or an exit code if there is nothing left to do
+    (--help, --cfg, a sweep).
+    """
     if any(flag in argv for flag in ("-h", "--help")):
         from hybridtrain.cli import help as help_page
 
@@ -129,7 +134,10 @@ def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | i
 
 
 def _report_error(text: str, *, known_everywhere: bool, at_once: bool) -> int:
-    """Say what is wrong, once: rank 0 at once; another rank only if it is still alive later, so that no mistake goes unsaid."""
+    """Print an error once: rank 0 at once, another rank only if it is still alive later.
+
+    Returns exit code 2.
+    """
     launch.report_to_launcher(text)
     if log.rank() == 0:
         print(text, file=sys.stderr, flush=True)
@@ -148,7 +156,7 @@ def _print(text: str) -> int:
 
 
 def _with_runs(command: str, argv: list[str]) -> list[str]:
-    """`argv` with its bare words written out: one is run.dir=RUN; after `report --compare` all are report.compare=[RUN,...]."""
+    """`argv` with run directories written as options: run.dir=RUN, or report.compare=[RUN,...]."""
     from hybridtrain.config import words
 
     bare = [_is_run(command, text, before) for before, text in zip(["", *argv], argv, strict=False)]
@@ -165,7 +173,9 @@ def _with_runs(command: str, argv: list[str]) -> list[str]:
 
 
 def _is_run(command: str, text: str, before: str) -> bool:
-    """Whether a word is a run directory: an existing folder is, whatever its name looks like, unless the word sets an option."""
+    """Whether an argument is a run directory: a path, or any existing folder, unless the
+    argument sets an option.
+    """
     from hybridtrain.config import keys
 
     if command not in TAKES_RUN or before == "--config-dir" or text in _FLAGS or text.startswith("--config-dir="):
@@ -179,14 +189,17 @@ def _is_run(command: str, text: str, before: str) -> bool:
 
 
 def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
-    """What `--nproc` says (empty: it is not there), and the rest; a sweep keeps it for each of its runs."""
+    """The value of `--nproc` (empty without it), and the other arguments.
+
+    A sweep keeps `--nproc` for its runs.
+    """
     for index, text in enumerate(argv):
         flag, _, value = text.partition("=")
         if flag != "--nproc":
             continue
         rest = argv[:index] + argv[index + (1 if value else 2) :]
         value = value or (argv[index + 1] if index + 1 < len(argv) else "")
-        allowed = "a number from 1 on, or auto: as many as the layout takes"
+        allowed = "a number from 1 on, or auto: as many as the layout needs"
         if command not in SEVERAL:
             raise refusal("--nproc", value, f"{command} runs in one process", allowed=f"--nproc with {', '.join(SEVERAL)}", instead=f"hybridtrain {command}")
         if value != "auto" and not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65536):
@@ -201,7 +214,10 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _process_count(given: str, config: schema.Root | list[schema.Root]) -> int:
-    """Processes that `--nproc` asks for; auto: what the layout's degrees multiply to, or a whole number of times that as GPUs allow."""
+    """Number of processes for `--nproc`.
+
+    auto: the product of the parallel degrees; with a degree of -1 the largest multiple of it that has GPUs.
+    """
     if given != "auto":
         return int(given)
     from hybridtrain.config import schema
@@ -215,7 +231,7 @@ def _process_count(given: str, config: schema.Root | list[schema.Root]) -> int:
 
 
 def _take_cfg(argv: list[str]) -> tuple[bool, list[str]]:
-    """Whether `--cfg job` (or `-c job`) is there, and the rest."""
+    """Whether `--cfg job` (or `-c job`) is given, and the other arguments."""
     for index, text in enumerate(argv):
         flag, _, value = text.partition("=")
         if flag in ("--cfg", "-c"):
@@ -227,7 +243,10 @@ def _take_cfg(argv: list[str]) -> tuple[bool, list[str]]:
 
 
 def _multirun(command: str, argv: list[str]) -> int:
-    """One fresh process per combination, one after the other; the first exit code that is not 0, else 0."""
+    """Run the combinations one after the other, each in a new process.
+
+    Returns the first exit code that is not 0, else 0.
+    """
     if "WORLD_SIZE" in os.environ:
         raise refusal(
             "--multirun",

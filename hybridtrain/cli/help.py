@@ -1,4 +1,6 @@
-"""The page that `hybridtrain <command> --help` prints: made from the schema's docstrings and the files in conf/."""
+"""The page of `hybridtrain <command> --help`, generated from the docstrings of the schema and
+the files in conf/.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ WIDTH = 118
 
 
 def text(command: str, *, does: str, takes_run: bool) -> str:
-    """The help page of `command`, which `does` something and may take a run directory as its only bare word."""
+    """The help page of `command`.
+
+    `does`: its description; `takes_run`: whether a run directory may be an argument.
+    """
     run = "RUN " if takes_run else ""
     lines = [
         f"hybridtrain {command}: {does}",

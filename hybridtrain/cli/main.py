@@ -1,4 +1,4 @@
-"""`hybridtrain <command> [overrides]`: the console script. Imports nothing heavy until the command is known and its config holds."""
+"""`hybridtrain <command> [overrides]`: the console script. Imports torch only once the config is checked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from hybridtrain.runtime.launch import leave
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0 success, 1 a failed check (parity, verify), 2 a mistake of the user."""
+    """Run the command line and return the exit code: 0 success, 1 a failed check (parity,
+    verify), 2 a UserError.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have bytes that are no text, and a terminal may know ASCII alone
+            stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8, and ASCII terminals
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help(), end="")

@@ -1,4 +1,4 @@
-"""The command: build both sides, let them take turns, gather what each process measured, say it."""
+"""The command: build both sides, run them in turn, gather what each process measured, print the results."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 _log = log.get("bench")
 _PROFILED = 2
+"""Steps that are profiled for bench.parts."""
 
 
 def compare(config: BenchRoot) -> int:
-    """Time steps of `config` in the launcher's processes, and of the plain loop in turns with them. 1: their losses differ.
+    """Time steps of `config` in the launcher's processes and, in turn, of the plain loop.
+    1: their losses differ.
 
-    Raises UserError before processes meet for what cannot run, and later when the plain loop does not fit beside ours.
+    Raises UserError, before the rendezvous if the config cannot run, later if the plain loop does
+    not fit in memory.
     """
     settled = engines.settle(config, world_size=launch.world_size())
     memory.check_host(config, layout=settled.layout, plan=settled.plan, facts=settled.facts)
@@ -54,7 +57,7 @@ def compare(config: BenchRoot) -> int:
     agreement.agree(config, fingerprints={})
     torch.manual_seed(config.run.seed)
     engine, ours = _ours(config, settled, device=device)
-    group = engine.mesh.checkpoint_group  # which nobody else uses here
+    group = engine.mesh.checkpoint_group  # not used otherwise here
     _log_lines(_opening(config, settled, device))
     with _plain(config, settled) as plain:
         rounds = _take_turns(config, ours, plain, group=group)
@@ -88,7 +91,7 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
 
 
 def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
-    """The engine, and this process's side of it."""
+    """The engine, and the timed side that steps it."""
     from hybridtrain.bench.rounds import Side, tokens_of
     from hybridtrain.training import metrics
 
@@ -100,7 +103,7 @@ def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple
 
 @contextlib.contextmanager
 def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]:
-    """On rank 0 the plain loop's process, unless bench.plain=false."""
+    """Yield, on rank 0 unless bench.plain=false, the process of the plain loop; else None."""
     if not config.bench.plain or log.rank() != 0:
         yield None
         return
@@ -118,7 +121,10 @@ def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]
 
 
 def _take_turns(config: BenchRoot, ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[Round]]:
-    """Warm-up and rounds. One side computes at a time; who begins changes every round, so that a drift of the machine favours nobody."""
+    """Run warm-up and rounds.
+
+    One side computes at a time; the first one alternates, so that drift of the machine cancels.
+    """
     done: dict[str, list[Round]] = {"ours": [], "plain": []}
     counts = [config.bench.warmup, *[config.bench.steps] * config.bench.rounds]
     for number, count in enumerate(counts):
@@ -148,7 +154,7 @@ def _profile(ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str,
 
 
 def _wait(group: Any) -> None:
-    """Let the others catch up, without work for the CPU or the GPU."""
+    """Barrier over `group` (gloo), so that waiting ranks use neither CPU nor GPU."""
     import torch.distributed as dist
 
     if group is not None:
@@ -164,7 +170,10 @@ def _all_gather(value: Any) -> list[Any]:
 
 
 def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -> Timing:
-    """A side from the rounds of each of its processes; the slowest process counts, the warm-up does not."""
+    """The timing of a side from the rounds of its processes.
+
+    Of each step the slowest process counts; warm-up is left out.
+    """
     by_round = list(zip(*ranks, strict=True))
     return Timing(
         name,
@@ -186,7 +195,7 @@ def _work(settled: Settled, *, engine: Any, device: torch.device) -> StepWork:
 
 
 def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[str]:
-    """What is timed, and against what."""
+    """The first lines of the output: what is timed and compared."""
     plan, bench = settled.plan, config.bench
     tokens = f"the corpus at {config.data.path}" if bench.corpus else f"random tokens from run.seed={config.run.seed}"
     compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
@@ -199,12 +208,12 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     if bench.plain:
         compiled = f", compiled by {bench.plain_compile}" if config.engine.compile else ""
         recompute = "full" if config.recompute.kind == "full" else "none"
-        lines.append(f"beside it: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}")
+        lines.append(f"compared with: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}")
     return lines
 
 
 def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[ProfiledOp]], work: StepWork, hosts: list[Any]) -> int:
-    """Print the table and write the JSON; the exit code."""
+    """Print the table and write the JSON; returns the exit code."""
     from hybridtrain.config.compose import plain as shown
     from hybridtrain.runtime import host
 

@@ -1,9 +1,10 @@
-"""The plain loop: what somebody who knows PyTorch writes around a Hugging Face model, and the process it lives in.
+"""The plain loop: an ordinary PyTorch training loop around a Hugging Face model, and the process it runs in.
 
-fp32 master weights under autocast, fused AdamW, torch's own clipping, gradients added up over the micro-batches of the whole
-global batch. It shares initial weights, tokens and settings with the engine, and nothing of how that works.
+fp32 master weights under autocast, fused AdamW, torch's own clipping, gradients accumulated over the
+micro-batches of the whole global batch. It shares initial weights, tokens and settings with the engine, but
+none of its code.
 
-    this process  --pipe-->  serve()        a process of its own, so that its memory, threads and settings are its own
+    this process  --pipe-->  serve()        a separate process, for its own memory, threads and settings
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ _LEAVE_S = 10.0
 
 @dataclass(frozen=True)
 class PlainSettings:
-    """Settings of the plain loop; can be pickled."""
+    """Settings of the plain loop, which its process receives pickled."""
 
     config: BenchRoot
     plan: BatchPlan
     """All rows of the global batch in one process."""
     vocab: int
     threads: int
-    """CPU threads: as many as all our processes of this host have together."""
+    """CPU threads: as many as all ranks of this host have together."""
 
 
 class PlainLoop:
-    """The model, its optimizer, and one way to step."""
+    """The model, its optimizer, and the training step."""
 
     def __init__(self, config: BenchRoot, *, device: torch.device) -> None:
         settings, self._device = config.optim, device
@@ -64,7 +65,7 @@ class PlainLoop:
         self.model = reference.build_model(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
-        if config.recompute.kind == "full":  # Hugging Face has no other kind: beside `selective` the plain loop keeps everything
+        if config.recompute.kind == "full":  # Hugging Face has no `selective`: then the plain loop recomputes nothing
             recompute: Any = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable  # its older name
             recompute({"use_reentrant": False})
         if config.engine.compile:
@@ -107,7 +108,10 @@ class PlainLoop:
 
 
 class PlainProcess:
-    """The plain loop in a process of its own, with the same questions as a Side. Raises UserError when it does not get through."""
+    """The plain loop in its own process, with the methods of a Side.
+
+    Each raises UserError if that process fails.
+    """
 
     def __init__(self, settings: PlainSettings) -> None:
         self._connection, theirs = Pipe()
@@ -127,7 +131,7 @@ class PlainProcess:
         return self._ask(("memory",))
 
     def close(self) -> None:
-        """End the process: it leaves when the pipe is closed."""
+        """End the process, which exits when the pipe is closed."""
         self._connection.close()
         try:
             self._process.wait(timeout=_LEAVE_S)
@@ -146,15 +150,17 @@ class PlainProcess:
             raise refusal(
                 "bench.plain",
                 "true",
-                f"the plain loop did not get through: {answer}",
-                allowed="a model that one device trains by itself, beside this run",
+                f"the plain loop failed: {answer}",
+                allowed="a model that one device can train, while this run is in memory, too",
                 instead="bench.plain=false, or a smaller batch.micro_batch_size",
             )
         return answer
 
 
 def serve(descriptor: int) -> None:
-    """Build the plain loop that the first message describes, then answer until the pipe is closed."""
+    """Build the plain loop from the settings in the first message, then answer requests until
+    the pipe is closed.
+    """
     connection: Connection = Connection(descriptor)
     try:
         side = _side(pickle.loads(connection.recv()))

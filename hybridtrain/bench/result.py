@@ -1,4 +1,7 @@
-"""What the clock's readings come to: medians, the paired ratio and its interval, the table, the JSON. No torch."""
+"""Results of the measured times: medians, the paired ratio and its interval, the table, the JSON.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,28 @@ from hybridtrain.runtime.files import finite
 
 CONFIDENCE = 0.95
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16_mixed": 1e-3, "fp16_mixed": 1e-3, "bf16_pure": 3e-3}
-"""Relative, of the first step's loss: same weights, same tokens. Autocast keeps other sums in fp32 than the engine does."""
+"""Largest relative difference of the first losses, of the same weights and tokens. Autocast rounds in other
+places than the engine."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One side: its steps, round by round, and what they cost."""
+    """Steps of one side: their times, losses and memory."""
 
     name: str
     processes: int
     threads: int
     """CPU threads of each process."""
     rounds: list[list[float]]
-    """Seconds of each step; of the slowest process."""
+    """For each round the seconds of each step, of the slowest process."""
     data_s: list[float]
-    """Seconds per round that the host waited for tokens; of the slowest process."""
+    """Seconds per round that the host waited for tokens, of the slowest process."""
     losses: list[float]
     """Of every step, warm-up included."""
     memory_gib: list[float]
-    """Peak of each process."""
+    """Peak memory of each process."""
     memory_before_gib: list[float]
-    """Peak of each process before its model was built."""
+    """Peak memory of each process before its model was built."""
 
     @property
     def steps(self) -> list[float]:
@@ -49,23 +53,25 @@ class Timing:
 
     @property
     def data_share(self) -> float:
-        """Part of the time in rounds that the host waited for tokens."""
+        """Share of the time that the host waited for tokens."""
         return sum(self.data_s) / sum(self.steps)
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step is, on either side."""
+    """The work of one optimizer step."""
 
     tokens: int
     flops_per_token: float
     peak: float | None
-    """FLOP/s of one device; None where it is not known."""
+    """Peak FLOP/s of one device; None if it is not known."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios of speed, and the interval that holds the true median with probability `confidence`."""
+    """Median of paired speed ratios, and an interval that contains the true
+    median with probability `confidence`.
+    """
 
     median: float
     low: float
@@ -75,10 +81,12 @@ class Ratio:
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """How many times as fast as `theirs` ours is, from one time per round and side; the rounds of a pair are neighbours.
+    """Speed of `ours` relative to `theirs`, from one time per round and side; paired rounds
+    are neighbors in time.
 
-    The interval is made of order statistics, so it holds for any distribution: the k-th smallest and k-th largest ratio, with
-    the largest k for which its confidence, 1 - 2 P(Binomial(n, 1/2) < k), reaches 95 %. Fewer than 6 rounds do not reach it.
+    The interval consists of order statistics, so it is valid for any distribution: the k-th smallest and k-th
+    largest ratio, with the largest k for which the confidence, 1 - 2 P(Binomial(n, 1/2) < k), reaches 95 %.
+    It takes 6 rounds or more.
     """
     ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
     count = len(ratios)
@@ -88,12 +96,12 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def ratio_of(ours: Timing, theirs: Timing) -> Ratio:
-    """From the medians of each round."""
+    """`paired_ratio` of the medians of the rounds."""
     return paired_ratio([statistics.median(steps) for steps in ours.rounds], [statistics.median(steps) for steps in theirs.rounds])
 
 
 def facts(timing: Timing, work: StepWork) -> dict[str, float | None]:
-    """Speed and memory of one side, in numbers."""
+    """Speed and memory of one side."""
     tokens_per_s = work.tokens / timing.step_s
     quartiles = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
     return {
@@ -137,10 +145,10 @@ def table(timings: Sequence[Timing], work: StepWork) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether both sides computed the same thing."""
+    """Whether both sides computed the same loss."""
 
     difference: float
-    """Relative, of the first losses."""
+    """Relative difference of the first losses."""
     tolerance: float
     holds: bool
 
@@ -148,15 +156,17 @@ class Agreement:
 def agreement(ours: Timing, theirs: Timing, *, precision: str) -> Agreement:
     """Compare the losses of the first step."""
     difference = abs(ours.losses[0] - theirs.losses[0]) / abs(theirs.losses[0])
-    return Agreement(difference, LOSS_TOLERANCE[precision], difference <= LOSS_TOLERANCE[precision])  # NaN does not hold
+    return Agreement(difference, LOSS_TOLERANCE[precision], difference <= LOSS_TOLERANCE[precision])  # false for NaN
 
 
 _NOISY = 1.25
-"""Upper quartile of a side's steps in lower quartiles, from which on its times are lines to vary."""
+"""Ratio of the upper to the lower quartile of the step times above which the machine counts as busy."""
 
 
 def noise_warning(timings: Sequence[Timing]) -> list[str]:
-    """What to think of times that vary: other work on the machine, which slows several processes down more than one, or the reverse."""
+    """A warning if step times vary much: other work on the machine does not slow one
+    process and several alike.
+    """
     wide = []
     for timing in timings:
         quarter = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
@@ -170,7 +180,7 @@ def noise_warning(timings: Sequence[Timing]) -> list[str]:
 
 
 def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) -> list[str]:
-    """What stands below the table."""
+    """The lines below the table."""
     lines = []
     if corpus:
         lines += [f"{timing.name}: {timing.data_share:.2%} of the time was spent waiting for tokens" for timing in timings]
@@ -192,7 +202,9 @@ def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) ->
 
 
 def document(timings: Sequence[Timing], *, work: StepWork, precision: str, facts_of_run: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, for json: `facts_of_run` (config, layout, machine, versions), then each side with every step's time."""
+    """The content of bench.out: `facts_of_run` (config, layout, machine, versions), and each side
+    with all step times.
+    """
     content = dict(facts_of_run) | {"work": dataclasses.asdict(work)}
     content["sides"] = {timing.name: facts(timing, work) | dataclasses.asdict(timing) for timing in timings}
     if len(timings) == 2:
@@ -217,5 +229,5 @@ def check_writable(out: str) -> None:
 
 
 def write(out: str, content: Mapping[str, Any]) -> None:
-    """Write the JSON; numbers that are not finite are null."""
+    """Write the JSON; NaN and infinities become null."""
     Path(out).write_text(json.dumps(finite(content), indent=1, default=str) + "\n")

@@ -1,6 +1,6 @@
-"""Steps by the clock, the same for both sides of a benchmark.
+"""Timed steps, the same for both sides of a benchmark.
 
-On a GPU the host never waits inside a round: an event is recorded after each step and read when the round is over.
+On a GPU the host never waits inside a round: an event is recorded after each step and read after the round.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Round:
 
     steps_s: list[float]
     data_s: float
-    """What the host waited for tokens, in total."""
+    """Seconds that the host waited for tokens, in total."""
     losses: list[float]
 
 
@@ -43,24 +43,24 @@ class ProfiledOp:
     name: str
     calls: int
     seconds: float
-    """Without what it called."""
+    """Self time, without the operations that it calls."""
     share: float
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in GiB."""
+    """Memory of one process, in GiB."""
 
     peak_gib: float
     """On a GPU what torch allocated, on the CPU resident memory."""
     before_gib: float
-    """The same before the model was built: on the CPU what libraries take."""
+    """Peak before the model was built: on the CPU this is the memory of libraries."""
     threads: int
     """CPU threads that torch computes with."""
 
 
 class Side:
-    """One side in one process: how it steps, and where it stands."""
+    """One side of the benchmark in one process."""
 
     def __init__(self, step: Callable[[list[Batch]], Tensor], *, tokens: Tokens, device: torch.device, before_gib: float) -> None:
         self._step, self._tokens, self._device, self._before_gib = step, tokens, device, before_gib
@@ -81,7 +81,7 @@ class Side:
         return Round(clock.laps(), data_s, [float(loss) for loss in losses])
 
     def profile(self, count: int) -> list[ProfiledOp]:
-        """Where the time of the next `count` steps goes: the operations that take longest by themselves."""
+        """Profile the next `count` steps: the operations with the longest self time, longest first."""
         cuda = self._device.type == "cuda"
         with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
             self.run(count)
@@ -98,7 +98,7 @@ class Side:
 
 
 class _HostClock:
-    """Laps by the host's clock: on the CPU a step is over when the call returns."""
+    """Times by the host's clock: on the CPU a step is over when the call returns."""
 
     def __init__(self) -> None:
         self._marks = [time.perf_counter()]
@@ -112,7 +112,7 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """Laps by events on the GPU's stream; it is idle at the first."""
+    """Times by events on the GPU's stream, which is idle at the first one."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()

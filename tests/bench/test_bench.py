@@ -175,14 +175,14 @@ def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
 
 def test_a_plain_loop_that_is_killed_is_a_refusal(plain):
     os.kill(plain._process.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"(?s)bench\.plain=true: the plain loop did not get through: its process died.*bench\.plain=false"):
+    with pytest.raises(UserError, match=r"(?s)bench\.plain=true: the plain loop failed: its process died.*bench\.plain=false"):
         plain.run(1)
 
 
 def test_a_plain_loop_that_cannot_be_built_is_a_refusal():
     case = Case(fields=model(num_attention_heads=7))
     plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
-    with pytest.raises(UserError, match=r"bench\.plain=true: the plain loop did not get through: UserError: model\.config="):
+    with pytest.raises(UserError, match=r"bench\.plain=true: the plain loop failed: UserError: model\.config="):
         PlainProcess(PlainSettings(config_of(case), plan, 256, threads=1))
 
 

@@ -1,9 +1,9 @@
-"""What comes out of training, used as anybody would: plain transformers on a Hugging Face folder.
+"""Evaluation and generation with plain transformers, from a Hugging Face folder.
 
     perplexity.py   `hybridtrain evaluate`: loss and perplexity on the held-out rows
     generate.py     `hybridtrain generate`: text from a prompt
 
-Both take an export, any Hugging Face folder or hub id, or a checkpoint, which `loadable` first turns into an export.
+Both accept an export, any Hugging Face folder or hub id, or a checkpoint, which `loadable` exports first.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub
 
 @contextmanager
 def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
-    """Yield a folder or hub id that transformers can load; `field` names the option in refusals.
+    """Yield a folder or hub id that transformers can load. `field`: the option, for error messages.
 
-    An empty `source` is the run's export. A checkpoint is exported in float32 to a temporary folder, gone afterwards.
-    Raises UserError when there is nothing to load.
+    An empty `source` is the run's export. A checkpoint is exported in float32 to a temporary folder.
+    Raises UserError if there is nothing to load.
     """
     if not source:
         folder = run_dir / "export"
@@ -60,8 +60,11 @@ def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
-    """The model in `source`, in the dtype it is stored in, ready for inference: on the GPUs if there are any (spread over
-    them and main memory as accelerate sees fit), else on the CPU. Raises UserError, naming `field`, when transformers cannot load it."""
+    """The model of `source` in eval mode and its stored dtype, on the GPUs if there are any, else on the CPU.
+
+    On GPUs accelerate distributes it over them and main memory (device_map="auto"). Raises UserError with
+    `field` if transformers cannot load it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -78,7 +81,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
         model = kind.from_pretrained(source, dtype="auto", device_map=device_map, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # a damaged folder: safetensors, pydantic and whatever reads the config have errors of their own
+    except Exception as error:  # safetensors, pydantic and others have their own exceptions
         raise unloadable(source, field=field, what="model", error=error) from error
     return model.eval()
 
@@ -90,7 +93,7 @@ def _check_pointers(folder: Path, *, field: str) -> None:
 
 
 def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserError:
-    """The refusal for a `source` that transformers could not load, with the first line of its reason."""
+    """The refusal of a `source` that transformers cannot load, with the first line of its error."""
     folder = Path(source).resolve()
     again = f"hybridtrain export {folder.parent}" if (folder.parent / "config.yaml").is_file() else f"hybridtrain export RUN export.out={source}"
     instead = f"{again}, which writes it again" if (folder / export_record.ORIGIN).is_file() else f"{field}=<run>/export, which hybridtrain export RUN writes"

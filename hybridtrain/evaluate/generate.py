@@ -18,7 +18,10 @@ FIELD = "generate.source"
 
 
 def run(config: GenerateRoot) -> int:
-    """Print each prompt and what `generate.source` makes of it (of a chat the answer alone); the same texts for the same seed."""
+    """Print each prompt with its continuation (of a chat only the answer).
+
+    The same seed gives the same texts.
+    """
     options = config.generate
     prompts = _prompts(options)
     seed = config.run.seed if options.seed < 0 else options.seed
@@ -45,11 +48,13 @@ def _prompts(options: GenerateConfig) -> list[str]:
 
 
 def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfig, seed: int, trust_remote_code: bool) -> list[str]:
-    """What the model in the folder `source` (or a hub id) puts after each prompt, by nucleus sampling (arXiv:1904.09751).
+    """The continuation of each prompt by the model of `source` (folder or hub id),
+    by nucleus sampling (arXiv:1904.09751).
 
-    `options.temperature` 0 is greedy. A text ends at max_new_tokens, an end token of generation_config.json (without one: of the
-    tokenizer), or before one of `options.stop`. The caller's random state is left as it was. Raises UserError when model or tokenizer
-    cannot be loaded, a chat has no template, a prompt has tokens that the model lacks, or the model has too few positions.
+    `options.temperature` 0 is greedy. A text ends at max_new_tokens, at an end token of
+    generation_config.json (else of the tokenizer), or before one of `options.stop`. The caller's random state
+    does not change. Raises UserError if model or tokenizer cannot be loaded, a chat has no template, a prompt
+    has tokens that the model lacks, or there are too few positions.
     """
     tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
@@ -71,19 +76,19 @@ def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
     if not ids:
-        words = "the tokenizer makes no token of it, and has none that begins a text"
+        words = "the tokenizer makes no token of it, and has no token that begins a text"
         raise refusal("generate.prompt", repr(prompt), words, allowed="a text", instead="generate.prompt=TEXT")
     return ids
 
 
 def _render(message: str, *, tokenizer: Any, system: str) -> str:
-    """A user's message as the chat template puts it before an answer."""
+    """A user message formatted by the chat template, up to the start of the answer."""
     if not tokenizer.chat_template:
         raise refusal("generate.chat", "true", "the tokenizer has no chat template", allowed="a model with a chat template", instead="generate.chat=false")
     messages = [{"role": "system", "content": system}] if system else []
     try:
         return tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program of its own: jinja's errors, and any that it provokes
+    except Exception as error:  # a template is a program, which can raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         words = f"the chat template fails: {reason[0]}"
         raise refusal("generate.chat", "true", words, allowed="messages that the template takes", instead="generate.system='', or another model") from error
@@ -101,9 +106,9 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Gen
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, pad_token_id=pad, **sampling)
-    except (ValueError, TypeError, NotImplementedError) as error:  # values of a generation_config.json that cannot be, or do not go together
+    except (ValueError, TypeError, NotImplementedError) as error:  # invalid values in generation_config.json
         raise evaluate.unloadable("the model", field=FIELD, what="generation_config.json", error=error) from error
-    # Decoded together: a tokenizer may drop the space in front of a text that begins with the continuation.
+    # Decode prompt and continuation together: a tokenizer may drop the space at the beginning of a text.
     before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist()))
     text = whole[len(before) :]
     places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
@@ -111,7 +116,7 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Gen
 
 
 def _check_tokens(model: Any) -> None:
-    """Refuse special tokens of a generation_config.json that are no ids: some would be taken for others."""
+    """Refuse special tokens in generation_config.json that are not integers: true would count as token 1."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name)
         ids = value if isinstance(value, list) else [] if value is None else [value]

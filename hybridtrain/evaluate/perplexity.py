@@ -1,4 +1,4 @@
-"""`hybridtrain evaluate`: perplexity, or accuracy, of a Hugging Face model on the held-out rows, the ones that training evaluates on.
+"""`hybridtrain evaluate`: perplexity or accuracy of a Hugging Face model on the held-out rows of training.
 
 Shape suffixes: B rows, T positions, V vocabulary.
 """
@@ -31,9 +31,9 @@ from hybridtrain.types import Batch, Sums
 
 
 def run(config: EvaluateRoot) -> int:
-    """Evaluate `evaluate.source`, print loss, perplexity and tokens, and write <run>/evaluation.json if run.dir is a run.
+    """Evaluate `evaluate.source`, print the results, and write <run>/evaluation.json if run.dir is a run.
 
-    Data and number of rows are those of the run, except for what the command line changes.
+    Data and number of rows are those of the run, unless the command line changes them.
     """
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
@@ -50,7 +50,8 @@ def run(config: EvaluateRoot) -> int:
             vocabulary.compare(Path(source), tokenizer_dir(settings.data))
         model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
         classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
-        settings.task = TaskConfig("classification" if classes else "causal_lm")  # what training adds to a loss is none of an evaluation's
+        # The plain loss, without label smoothing and z-loss.
+        settings.task = TaskConfig("classification" if classes else "causal_lm")
         task = tasks.of(settings, labels=classes)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)
@@ -77,7 +78,10 @@ def _data(settings: schema.Config) -> Blend:
 
 
 def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
-    """The run's data, rows and batch, with what the command asks for on top. Of other data nothing is the run's."""
+    """The run's config with the options of the command line on top.
+
+    With other data, all data options are the command's.
+    """
     if config.data.path or config.data.blend:
         of_run = copy.deepcopy(of_run)
         of_run.data.kind, of_run.data.path, of_run.data.blend, of_run.data.eval_path = "prepared", "", {}, ""
@@ -85,10 +89,10 @@ def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
 
 
 def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: Task) -> Sums:
-    """The task's sums over `batches`, and what each is divided by.
+    """The task's sums of losses over `batches`, and their counts.
 
-    Logits are taken to fp32 and the losses summed as training's own evaluation does; the sums of the batches are added in fp64 on the
-    host. Inputs go to `device`. Raises UserError when nothing carries a loss.
+    Logits are cast to fp32 and losses summed as in the evaluation during training; batches are added in fp64
+    on the host. Inputs go to `device`. Raises UserError if no token counts in the loss.
     """
     total = Sums(dict.fromkeys(task.weights, 0.0), dict.fromkeys(task.weights, 0))
     with torch.inference_mode():
@@ -103,7 +107,7 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
 
 
 def _figures(metrics: dict[str, float], *, count: int, classes: bool) -> dict[str, Any]:
-    """What the evaluation of a causal LM, or of a classifier, is told by."""
+    """Results to print: loss and perplexity of a causal LM, loss and accuracy of a classifier."""
     loss = metrics["eval_loss"]
     figures = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
     return figures | ({"accuracy": metrics["eval_accuracy"]} if classes else {"perplexity": math.exp(loss) if loss < 700 else None})

@@ -1,7 +1,7 @@
 """The plain single-process training loop that parallel layouts are compared with.
 
-It uses the same model config, initial weights, data and optimizer settings as the engines, but none of their code: the forward pass
-of Hugging Face, gradients accumulated by hand, and clipping and AdamW of torch.
+It has the model config, initial weights, data and optimizer settings of the engines, but none of their code:
+Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping and AdamW.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from hybridtrain.types import Batch
 @dataclass(frozen=True)
 class ReferenceStep:
     loss: float
-    """Mean over valid tokens; NaN without one."""
+    """Mean over target tokens; NaN if there are none."""
     grad_norm: float
     gradients: dict[str, Tensor]
-    """Before clipping, fp32, by Hugging Face name."""
+    """Hugging Face parameter name -> gradient before clipping, fp32."""
 
 
 class Reference:
-    """fp32 master weights; forward and backward in `compute`, on a copy in that dtype when it is another one."""
+    """Master weights in `param`; forward and backward in `compute`, on a copy of the model
+    if the dtypes differ.
+    """
 
     def __init__(
         self,
@@ -50,7 +52,8 @@ class Reference:
     ):
         self.settings, self.compute, self.task = settings, compute, task
         self.loss_scale = 1.0
-        """A fixed factor on the loss in backward, taken out of the gradients again; fp16 loses small gradients without one."""
+        """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
+        divided by it again."""
         self.master: nn.Module = build_model(config, family=family, source=source, param=param, device=torch.device("cpu"))
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
@@ -67,7 +70,7 @@ class Reference:
         counts = {name: sum(int(self.task.counts(batch)[name]) for batch in micro_batches) for name in self.task.weights}
         gradients = {name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad}
         totals = dict.fromkeys(counts, 0.0)
-        if not any(counts.values()):  # nothing to learn from: no loss and no update
+        if not any(counts.values()):  # no targets: no loss and no update
             return ReferenceStep(math.nan, 0.0, gradients)
         self._refresh()
         for batch in micro_batches:
@@ -83,7 +86,8 @@ class Reference:
         for name, parameter in self.master.named_parameters():
             parameter.grad = gradients[name].to(parameter.dtype, copy=True) if name in gradients else None
         trained = [p for p in self.master.parameters() if p.grad is not None]
-        # in fp64: on the CPU torch's fp32 norm is one running sum, 1e-5 off at 2^20 elements and 8e-4 at 2^24
+        # fp64: on the CPU torch's fp32 norm is one running sum, with errors of 1e-5 at 2^20 elements and 8e-4
+        # at 2^24
         squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in (p.grad for p in trained) if gradient is not None]
         norm = torch.stack(squares).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(trained, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float())
@@ -107,7 +111,7 @@ class Reference:
 
 @torch.no_grad()
 def build_model(config: Any, *, family: Family, source: WeightSource, param: torch.dtype, device: torch.device) -> nn.Module:
-    """Hugging Face's own model of `config` on `device`, with the weights of `source`, stored in `param`."""
+    """Hugging Face's model of `config` on `device`, with parameters from `source` in dtype `param`."""
     with device:
         model = _in_dtype(plain_model(config), param)
     for name, parameter in model.named_parameters():
@@ -118,7 +122,7 @@ def build_model(config: Any, *, family: Family, source: WeightSource, param: tor
 
 
 def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, Any]]:
-    """The trained parameters as torch's optimizers take them: with weight decay and without."""
+    """Parameter groups for torch's optimizers: trained parameters with and without weight decay."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
     decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
@@ -127,7 +131,7 @@ def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, 
 
 
 def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
-    """torch's own AdamW, or the user's optimizer, over whole parameters."""
+    """torch's AdamW or a user's optimizer over whole parameters."""
     if settings.kind != "adamw":
         return user_optimizer.build(groups, settings)
     first, second = settings.betas
@@ -135,7 +139,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.opt
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the parameters only: `Module.to` would round the rotary frequencies too, which turns positions by up to 0.4 %."""
+    """Cast only parameters: `Module.to` would also round the rotary frequencies, by up to 0.4 %."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

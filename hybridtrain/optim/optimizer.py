@@ -1,4 +1,6 @@
-"""The optimizer that optim.kind names: fused AdamW, with clipping, unscaling and skipped steps inside the kernel, or a user's own (user_optimizer.py)."""
+"""The optimizer of optim.kind: fused AdamW, which clips, unscales and skips inside its kernel,
+or a user's (user_optimizer.py).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ __all__ = ["AdamW", "adamw", "build", "local_shards"]
 
 
 class AdamW(Update):
-    """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv 1711.05101)."""
+    """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv:1711.05101)."""
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
@@ -21,18 +23,25 @@ class AdamW(Update):
 
     @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
-        """Update with gradients divided by `divide`; do nothing where `skip` is 1. Frees the gradients."""
+        """Update with gradients divided by `divide`; no update if `skip` is 1. Frees the gradients.
+
+        Both are 0-d tensors.
+        """
         if self.optimizer is None:
             return
         self.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]  # as GradScaler hands them to it
+        # GradScaler sets these attributes, too.
+        self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.free()
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state under `optim.<name>.<field>`, as DTensors where the parameter is one; created if not there yet."""
+        """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one.
+
+        Created before the first step.
+        """
         assert self.optimizer is not None or not self.shards
         result: dict[str, Tensor] = {}
         for item in self.shards:
@@ -42,7 +51,7 @@ class AdamW(Update):
                 state["exp_avg"] = torch.zeros_like(item.shard.data)
                 state["exp_avg_sq"] = torch.zeros_like(item.shard.data)
             for field, value in state.items():
-                # The first of two copies of a tied matrix speaks for both, as it does for the weight itself.
+                # Of the two copies of a tied matrix the first is saved, as for the weight itself.
                 result.setdefault(f"optim.{item.name}.{field}", value if field == "step" else like(value, item.parameter))
         return result
 
@@ -60,5 +69,5 @@ def adamw(named: list[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> 
 
 
 def build(shards: list[LocalShard], settings: OptimConfig) -> Update:
-    """The optimizer that optim.kind names."""
+    """The optimizer of optim.kind."""
     return AdamW(shards, settings) if settings.kind == "adamw" else UserOptimizer(shards, settings)

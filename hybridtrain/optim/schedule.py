@@ -10,7 +10,10 @@ from hybridtrain.errors import refusal
 
 
 def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (counted from 0) of `total_steps`."""
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`. `peak`: optim.lr.
+
+    Raises UserError if a user's schedule returns no valid factor.
+    """
     warmup = schedule.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,6 +1,7 @@
-"""What optimizers work on: this rank's local shards (`LocalShard`), not DTensors, so that an update is one fused call whatever the mesh.
+"""Optimizers update this rank's local shards, not DTensors, so that an update is one fused
+call under every mesh.
 
-parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)      `shard` shares memory with the parameter; its gradient is the parameter's own
+parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)    `shard` shares the parameter's memory
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from hybridtrain.models.patterns import matches
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One trained parameter: its name, the parameter the model uses, and a view of this rank's shard that the optimizer updates."""
+    """One trained parameter: its name, the model's parameter, and a view of this rank's shard,
+    which the optimizer updates.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -32,12 +35,12 @@ def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[LocalShard]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+    """This rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A DTensor over `part`, placed as `parameter` is."""
+    """`part` as a DTensor with the mesh and placements of `parameter`."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -45,25 +48,27 @@ def like(part: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> list[dict[str, Any]]:
-    """(name, dimensions, parameter) as torch's optimizers take them: those with weight decay, and those without."""
+    """Parameter groups for torch's optimizers, with and without weight decay,
+    from (name, dimensions, parameter).
+    """
     decays = [dimensions > 1 and not matches(name, settings.no_decay) for name, dimensions, _ in named]
     decayed, plain = ([p for (_, _, p), decay in zip(named, decays, strict=True) if decay is with_decay] for with_decay in (True, False))
     return [g for g in ({"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}) if g["params"]]
 
 
 class Update:
-    """Base of optimizers over shards: sets the gradients before a step, frees them after it."""
+    """Base class of optimizers over shards: sets their gradients before a step and frees them afterwards."""
 
     optimizer: torch.optim.Optimizer | None
-    """torch's; None on a rank that trains nothing."""
+    """torch's optimizer; None on a rank without trained parameters."""
 
     def __init__(self, shards: list[LocalShard]):
         self.shards = shards
         self.watch: Callable[[], None] | None = None
-        """Called once, when the next step has its gradients, which are reduced and still scaled."""
+        """Called once, when the gradients of the next step are reduced; they are still scaled."""
 
     def begin(self) -> list[Tensor]:
-        """Assign each shard its gradient, and return the gradients that exist."""
+        """Set the gradient of each shard; returns the gradients that exist."""
         watch, self.watch = self.watch, None
         if watch:
             watch()
@@ -85,7 +90,7 @@ class Update:
         raise NotImplementedError
 
     def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Before a checkpoint is loaded, of which dtypes and whole shapes are known by key."""
+        """Called before a checkpoint is loaded. `stored`: key -> dtype and whole shape."""
 
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:
-        """After a checkpoint was loaded into what `state` had given."""
+        """Called after a checkpoint was loaded into the tensors of `state`."""

@@ -1,8 +1,9 @@
-"""A user's own optimizer (optim.kind=NAME): what its factory returns is checked, stepped over this rank's shards, and saved in ours' form.
+"""A user's optimizer (optim.kind=NAME), checked, stepped over this rank's shards, and saved like ours.
 
-    factory(groups, optim config) -> torch.optim.Optimizer      groups: with weight decay and without, their tensors this rank's shards
+    factory(groups, optim config) -> torch.optim.Optimizer      groups of shards, with and without weight decay
 
-Unscaling, clipping and skipped steps happen before its step. Only updates that work element by element are the same under every layout.
+Unscaling, clipping and skipping happen before its step. Only element-wise updates are the
+same under every layout.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.optim.shards import LocalShard, Update, groups, like
 
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
-"""Python's numbers, which a checkpoint holds as tensors: `optim.<name>.<field>:<type>`."""
+"""State values that are Python numbers. A checkpoint holds them as
+tensors, with key `optim.<name>.<field>:<type>`."""
 
 
 def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
-    """What the registered factory makes of parameter groups; raises UserError for what is no optimizer of all of them at optim.lr."""
+    """The registered factory's optimizer.
+
+    Raises UserError unless it has all parameters, each with the learning rate optim.lr.
+    """
     factory = registry.lookup("optimizer", settings.kind)
     assert factory is not None
     optimizer = factory(parameters, settings)
@@ -50,19 +55,24 @@ class UserOptimizer(Update):
         self.kind = settings.kind
         self.optimizer = build(groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings) if shards else None
         self._inside = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        """torch's word for kernels that unscale and skip by themselves, and so never wait for the device."""
+        """torch's name for kernels that unscale and skip themselves, so that the host need not
+        wait for the device."""
         self._constants = self._group_settings()
         self._checked = False
 
     @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
-        """Update with gradients divided by `divide`; do nothing where `skip` is 1. Frees the gradients."""
+        """Update with gradients divided by `divide`; no update if `skip` is 1. Frees the gradients.
+
+        Both are 0-d tensors.
+        """
         if self.optimizer is None:
             return
         gradients = self.begin()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self._inside and self.optimizer.state:  # not before: torch's fused SGD leaves its momentum unset where it skips a first step
+        # Not in the first step: torch's fused SGD leaves momentum unset if it skips that.
+        if self._inside and self.optimizer.state:
             self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip:  # the host waits
@@ -73,7 +83,7 @@ class UserOptimizer(Update):
             self._check()
 
     def state(self) -> dict[str, Tensor]:
-        """What it keeps of each parameter, under `optim.<name>.<field>`; nothing before the first update."""
+        """State by key `optim.<name>.<field>`; empty before the first update."""
         result: dict[str, Tensor] = {}
         for item in self.shards:
             for field, value in self._state_of(item).items():
@@ -85,7 +95,7 @@ class UserOptimizer(Update):
         return result
 
     def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Make room for the state that a checkpoint holds (dtype and whole shape by key)."""
+        """Allocate the state that a checkpoint holds. `stored`: key -> dtype and whole shape."""
         for item in self.shards:
             prefix = f"optim.{item.name}."
             for key in sorted(key for key in stored if key.startswith(prefix)):
@@ -100,7 +110,7 @@ class UserOptimizer(Update):
                 self.optimizer.state[item.shard][field] = value
 
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:
-        """Python's numbers out of the tensors that a checkpoint was loaded into."""
+        """Set the Python numbers of the state from the tensors that a checkpoint was loaded into."""
         for item in self.shards:
             for field, value in self._state_of(item).items():
                 if not isinstance(value, Tensor):
@@ -119,18 +129,22 @@ class UserOptimizer(Update):
         return self.optimizer.state.get(item.shard, {}) if self.optimizer else {}
 
     def _device(self, item: LocalShard) -> torch.device:
-        """Where a 0-d state belongs, as torch's own `load_state_dict` has it: on the CPU unless kernels on the device read it."""
+        """Device of 0-d state, as in torch's `load_state_dict`: the CPU, unless kernels on
+        the device read it.
+        """
         assert self.optimizer is not None
         [group] = [group for group in self.optimizer.param_groups if any(p is item.shard for p in group["params"])]
         return item.shard.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
     def _group_settings(self) -> list[dict[str, str]]:
-        """The settings of each group, without the rate."""
+        """The settings of each group, without the learning rate."""
         param_groups = self.optimizer.param_groups if self.optimizer else []
         return [{name: repr(value) for name, value in group.items() if name not in ("params", "lr")} for group in param_groups]
 
     def _check(self) -> None:
-        """Refuse, after the first update, what a checkpoint would not bring back under every layout (raises UserError)."""
+        """Check after the first update that a checkpoint can restore the state under
+        every layout (raises UserError).
+        """
         assert self.optimizer is not None
         self._checked = True
         for before, now in zip(self._constants, self._group_settings(), strict=True):

@@ -1,1 +1,1 @@
-"""Mixed precision: which dtype plays which role (policy), and the dynamic loss scale (loss_scale)."""
+"""Mixed precision: the dtypes of a recipe (policy.py) and the dynamic loss scale (loss_scale.py)."""

@@ -1,9 +1,10 @@
-"""The dynamic loss scale: one number for the whole world, kept on the device, changed without synchronisation.
+"""The dynamic loss scale: one number for all ranks, on the device, updated without synchronization.
 
-Down by backoff_factor (not below min_scale) after a step whose gradients were not finite, up by growth_factor after
-growth_interval finite steps in a row. The update is torch's own `_amp_update_scale_`, which GradScaler uses.
+It is multiplied by backoff_factor (not below min_scale) after a step with non-finite gradients, and by
+growth_factor after growth_interval finite steps in a row, by torch's `_amp_update_scale_`, as in GradScaler.
 
-The scale is what multiplies (loss sum / tokens of the global batch) in backward: the same number means the same under every layout and engine.
+In backward the scale multiplies (sum of losses / tokens of the global batch), so it does not depend
+on layout or engine.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from torch import Tensor
 from hybridtrain.config.schema import PrecisionConfig
 
 STORED, OLDER, TRACKER = "scaler.loss_scale", "scaler.scale", "scaler.growth_tracker"
-"""Keys of a checkpoint. Version 0.1 wrote OLDER: a scale that multiplied the loss times its number of data ranks."""
+"""Keys in a checkpoint. Version 0.1 wrote OLDER instead of STORED: the scale divided by the
+number of data ranks."""
 
 
 class LossScaler:
-    """`scale` multiplies the loss before backward; without loss scaling it stays 1."""
+    """`scale` multiplies the loss before backward; without loss scaling it is 1."""
 
     def __init__(self, settings: PrecisionConfig, *, enabled: bool, device: torch.device):
         self.enabled, self.settings = enabled, settings
@@ -26,7 +28,10 @@ class LossScaler:
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, nonfinite: Tensor, *, empty: Tensor) -> None:
-        """Adjust after a step; unchanged after one without targets (`empty`). 0-d float tensors, 1 or 0, equal on all ranks."""
+        """Update after a step; no change if it had no targets (`empty`).
+
+        Both: 0-d float tensors, 1 or 0, equal on all ranks.
+        """
         if not self.enabled:
             return
         s, before = self.settings, (self.scale.clone(), self.growth_tracker.clone())
@@ -36,14 +41,14 @@ class LossScaler:
             now.copy_(torch.where(empty > 0, old, now))
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors for the checkpoint; loading writes into them."""
+        """Tensors of a checkpoint; loading writes into them."""
         return {STORED: self.scale, TRACKER: self.growth_tracker} if self.enabled else {}
 
     def older_state(self) -> dict[str, Tensor]:
-        """What loading fills besides, where a checkpoint of version 0.1 has it."""
+        """Tensors to load from a checkpoint of version 0.1."""
         return {OLDER: torch.zeros_like(self.scale)} if self.enabled else {}
 
     def adopt(self, loaded: dict[str, Tensor], *, dp: int) -> None:
-        """Take over what a checkpoint of version 0.1, written by `dp` data ranks, had in place of STORED."""
+        """Set the scale from a checkpoint of version 0.1, written by `dp` data ranks."""
         if OLDER in loaded:
             self.scale.copy_(loaded[OLDER] * dp)

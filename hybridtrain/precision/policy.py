@@ -1,13 +1,13 @@
-"""Which dtype plays which role, per recipe.
+"""The dtypes of each precision recipe.
 
-    recipe       stored   computed  reduced and accumulated   loss scale
-    fp32         fp32     fp32      fp32                      -
-    bf16_mixed   fp32     bf16      fp32                      -
-    fp16_mixed   fp32     fp16      fp32                      dynamic
-    bf16_pure    bf16     bf16      fp32, then stored bf16    -
+    recipe       parameters  compute  gradient reduction, accumulation   loss scale
+    fp32         fp32        fp32     fp32                               -
+    bf16_mixed   fp32        bf16     fp32                               -
+    fp16_mixed   fp32        fp16     fp32                               dynamic
+    bf16_pure    bf16        bf16     fp32, then cast to bf16            -
 
-The stored parameter is the master weight. RMS norms, softmax and the loss compute in fp32 in every recipe (the families'
-own modules upcast; models/stage.py upcasts the logits). Mixed Precision Training: arXiv 1710.03740.
+Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 in every recipe (the
+models' own modules and the task's loss upcast). Mixed Precision Training: arXiv:1710.03740.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 @dataclass(frozen=True)
 class PrecisionPolicy:
     param: torch.dtype
-    """dtype of stored parameters and optimizer state: the master weights."""
+    """dtype of parameters (the master weights) and optimizer state."""
     compute: torch.dtype
     """dtype of forward and backward."""
     reduce: torch.dtype
@@ -30,7 +30,7 @@ class PrecisionPolicy:
     """Whether the loss is scaled dynamically."""
 
     def fsdp(self) -> MixedPrecisionPolicy:
-        """The one mechanism that casts."""
+        """The FSDP2 policy, which does all casts on engine=torch."""
         return MixedPrecisionPolicy(
             param_dtype=self.compute if self.compute != self.param else None,
             reduce_dtype=self.reduce if self.reduce != self.compute else None,
@@ -46,5 +46,5 @@ _RECIPES = {
 
 
 def policy(kind: str) -> PrecisionPolicy:
-    """The policy of a recipe (config/checks.py has refused unknown ones)."""
+    """The policy of a recipe (config/checks.py refuses unknown names)."""
     return _RECIPES[kind]

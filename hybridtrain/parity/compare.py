@@ -1,4 +1,4 @@
-"""The command: train the reference, then layout after layout on ranks of this machine, and say what differs."""
+"""The command: train the reference, then each layout on ranks of this machine, and print the differences."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from hybridtrain.tasks.task import Task
 
 LARGE = 500_000_000
-"""Parameters from which on the reference's files and minutes deserve a warning."""
+"""Number of parameters above which the time and disk space of the reference deserve a note."""
 
 
 @dataclass(frozen=True)
 class _Machine:
-    """Where ranks run, and what they find imported."""
+    """How ranks run: backend, modules imported before they fork, timeout, folder for
+    files, the caller's inputs.
+    """
 
     backend: str
     preload: tuple[str, ...]
@@ -47,7 +49,7 @@ class _Machine:
 
 @dataclass(frozen=True)
 class UserInputs:
-    """What a program gives beside its config; it goes to the ranks."""
+    """A task and rows that a program passes besides its config; sent to the ranks."""
 
     task: Task | None
     data: Blend | None
@@ -55,7 +57,7 @@ class UserInputs:
 
 @dataclass(frozen=True)
 class Parity:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     rows: tuple[Row, ...]
     """One for each layout and engine, in the order of the table."""
@@ -64,20 +66,20 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether every layout does."""
+        """Whether every layout passes."""
         return all(row.passed for row in self.rows)
 
 
 def compare(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement]) -> int:
-    """`compare_layouts` for the command line. 0: all pass, 1: some do not."""
+    """`compare_layouts` for the command line. Exit code 0: all pass, 1: some do not."""
     return 0 if compare_layouts(config, train=train, inputs=UserInputs(None, None)).passed else 1
 
 
 def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement], inputs: UserInputs) -> Parity:
-    """Compare every layout with the reference; print the table, write parity.json.
+    """Compare every layout with the reference, print the table, and write parity.json.
 
-    `train` runs on every rank of a layout; it is measure.train_layout unless a test wants it broken. Raises UserError before
-    anything starts when the config or a named layout cannot run.
+    `train` runs on every rank of a layout: measure.train_layout, or in tests a faulty version of it. Raises
+    UserError before anything starts if the config or a named layout cannot run.
     """
     devices = _devices()
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
@@ -129,7 +131,7 @@ def _tolerance(entry: Entry, comparison: Comparison, reference: Reference) -> di
 
 
 def _devices() -> int | None:
-    """Number of GPUs; None: the CPU computes."""
+    """Number of GPUs; None: run on the CPU."""
     if launch.world_size() > 1:
         raise refusal(
             "parity",
@@ -145,7 +147,7 @@ def _devices() -> int | None:
 
 @contextlib.contextmanager
 def _or_random(config: schema.Config) -> Iterator[None]:
-    """What is refused of a corpus need not be mended for a comparison."""
+    """Add to a UserError about the corpus that random tokens do for a comparison."""
     try:
         yield
     except UserError as error:
@@ -153,7 +155,7 @@ def _or_random(config: schema.Config) -> Iterator[None]:
 
 
 def _data(config: schema.ParityRoot, inputs: UserInputs) -> Blend | None:
-    """The rows that are trained on; None: random tokens."""
+    """The rows to train on; None: random tokens."""
     if inputs.data or not config.data.named:
         return inputs.data
     with _or_random(config):
@@ -170,7 +172,7 @@ def _result_path(config: schema.ParityRoot) -> Path:
 
 
 def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str:
-    """What is compared with what, and what was changed in the user's config."""
+    """The first lines of the output: what is compared, and what was changed in the user's config."""
     config, facts, plan = comparison.config, comparison.facts, comparison.plan
     source = (
         f"{'the corpus at' if config.data.path or config.data.blend else 'rows of'} {tokens}"
@@ -199,7 +201,7 @@ def _preload(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _facts(comparison: Comparison, *, tokens: str) -> dict[str, Any]:
-    """What parity.json tells besides the results."""
+    """Keys of parity.json besides the results."""
     config, plan = comparison.config, comparison.plan
     return {
         "model": asdict(comparison.facts),
@@ -215,7 +217,7 @@ def _facts(comparison: Comparison, *, tokens: str) -> dict[str, Any]:
 
 
 def _reference(comparison: Comparison, machine: _Machine) -> tuple[ReferenceResult, float]:
-    """Train the plain process; how it went, and the seconds it took. Its failure is nobody's parity: it is raised."""
+    """Train the reference; returns its result and its time in seconds. Raises UserError if it fails."""
     from hybridtrain.parity.measure import train_reference
 
     began = time.monotonic()
@@ -223,7 +225,7 @@ def _reference(comparison: Comparison, machine: _Machine) -> tuple[ReferenceResu
     try:
         [reference] = ranks.run_ranks(1, train_reference, job, preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s)
     except ranks.RankFailed as error:
-        raise UserError(f"the plain reference process did not get through, so there is nothing to compare with:\n{error}") from error
+        raise UserError(f"the plain reference process failed, so there is nothing to compare with:\n{error}") from error
     seconds = time.monotonic() - began
     print(f"reference: losses {', '.join(f'{loss:.6f}' for loss in reference.steps.losses)}; {seconds:.1f} s\n", flush=True)
     return reference, seconds
@@ -239,7 +241,7 @@ def _job(config: schema.Config, layout: ParallelLayout, comparison: Comparison, 
 def _layout(
     case: LayoutCase, comparison: Comparison, machine: _Machine, *, reference: ReferenceResult, train: Callable[[LayoutJob, float], Measurement]
 ) -> Row:
-    """Run one layout; one that crashes is a row like any other."""
+    """Run one layout and return its row, also if it crashes."""
     config = copy.deepcopy(comparison.config)
     config.parallel, config.engine.kind = case.parallel, case.engine
     job = _job(config, case.layout, comparison, case.plan, machine)

@@ -1,7 +1,7 @@
-"""What runs in the ranks: train a few steps, and hold every gradient and parameter against the reference's.
+"""What the ranks run: train a few steps and compare every gradient and parameter with the reference.
 
-The reference writes its first gradients and last parameters to files; a rank gathers its own whole, one tensor at a time, and
-returns numbers only. Shapes: B rows, T positions.
+The reference writes its gradients of the first step and its last parameters to files. A rank gathers its own
+tensors whole, one at a time, and returns only the differences.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hybridtrain.types import StepResult
 
 @dataclass(frozen=True)
 class LayoutJob:
-    """What a rank needs to know; it pickles."""
+    """What a rank trains; sent to it pickled."""
 
     config: Config
     layout: ParallelLayout
@@ -44,16 +44,16 @@ class LayoutJob:
     steps: int
     vocab: int
     folder: str
-    """Where the reference leaves its tensors."""
+    """Folder of the reference's tensors."""
     task: Task | None
-    """A program's own task; None: what task.kind names."""
+    """A program's own task; None: that of task.kind."""
     data: Blend | None
-    """A program's own rows; None: what the config names."""
+    """A program's own rows; None: the data of the config."""
 
 
 @dataclass
 class Steps:
-    """Per optimizer step; the same on every rank."""
+    """Loss and gradient norm of each optimizer step; the same on every rank."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Steps:
 
 @dataclass
 class Differences:
-    """The largest differences over this rank's tensors, and the names of the tensors compared."""
+    """The largest difference over this rank's tensors, the tensor that has it, and all tensors compared."""
 
     largest: float = 0.0
     name: str = ""
@@ -76,18 +76,19 @@ class Differences:
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """How the plain process went, and the names in the two files it left."""
+    """The steps of the reference, and the names of the tensors in its two files."""
 
     steps: Steps
     moved: float
-    """The largest change of an element of a parameter; 0 where nobody asks, for AdamW: it is known to be about the learning rate a step."""
+    """Largest change of an element of a parameter. Not measured (0) for AdamW: about the
+    learning rate per step."""
     gradients: set[str]
     parameters: set[str]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one rank found."""
+    """The result of one rank."""
 
     steps: Steps
     gradients: Differences
@@ -95,7 +96,9 @@ class Measurement:
 
 
 def train_reference(job: LayoutJob) -> ReferenceResult:
-    """Train in one plain process and leave gradients.safetensors and parameters.safetensors in the task's folder."""
+    """Train in one plain process; write gradients.safetensors and parameters.safetensors
+    into the job's folder.
+    """
     device, config = mesh.device(), job.config
     registry.load(config.run.plugins)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
@@ -113,7 +116,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
     steps = Steps()
     for step in range(job.steps):
         batches = [batch.to(device) for batch in tokens.micro_batches(step)]
-        with device:  # the reference makes its accumulators where tensors are made by default
+        with device:  # the reference allocates its accumulators on the default device
             result = plain.step(batches, lr=config.optim.lr)
         steps.losses.append(result.loss)
         steps.grad_norms.append(result.grad_norm)
@@ -125,7 +128,10 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
 
 
 def train_layout(job: LayoutJob, reference_norm: float) -> Measurement:
-    """Train under the task's layout (collective) and compare. `reference_norm`: the reference's first global gradient norm."""
+    """Train under the job's layout and compare (collective).
+
+    `reference_norm`: the reference's first gradient norm.
+    """
     device = mesh.device()
     registry.load(job.config.run.plugins)
     mesh.connect(device, timeout_s=job.config.engine.timeout_s)
@@ -163,7 +169,7 @@ def _compare(named: Iterable[tuple[str, Any]], path: Path, largest: Differences,
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor or DTensor, fp32, on the CPU (collective over its mesh)."""
+    """The full tensor of a tensor or DTensor, fp32, on the CPU (collective over its mesh)."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().float().cpu()
 

@@ -1,6 +1,6 @@
-"""What parity compares: the user's config with everything taken out that is not parity's business, and a list of layouts.
+"""What parity compares: the user's config, adapted for a fair comparison, and a list of layouts.
 
-Nothing here imports torch: a layout that cannot run is refused before anything starts.
+No torch: a layout that cannot run is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.types import Capabilities, ModelFacts
 
 MIN_EPS = 1e-6
-"""Adam moves an element whose gradient is far below eps by next to nothing, one whose gradient is above it by about lr. With
-eps 1e-8 an element with a true gradient of 1e-9 moves by a whole lr in the direction of its rounding errors."""
+"""Smallest Adam epsilon. Adam hardly moves an element whose gradient is far below eps, and moves one with a
+larger gradient by about lr. With eps 1e-8 rounding errors of 1e-8 in a gradient of 1e-9 would decide in which
+direction the element moves by lr."""
 LOSS_SCALE = 1024.0
-"""fp16_mixed: one fixed scale on both sides, high enough that few gradients underflow, low enough that none overflows."""
+"""fp16_mixed: one fixed scale on both sides, so high that few gradients underflow, so
+low that none overflow."""
 DEFAULT_SET = (
     "single",
     "dp_replicate2",
@@ -53,7 +55,8 @@ DEFAULT_SET = (
     "pp2-dp_shard2-tp2-zero1-zbv_zero_bubble",
     "pp4-tp2-interleaved_1f1b",
 )
-"""Every axis, ZeRO stage and kind of schedule, pairs, and from 8 processes on triples; those that fit are taken."""
+"""Every axis, ZeRO stage and type of schedule; pairs of them; with 8 processes triples. Layouts that do not
+fit are left out."""
 _SMALL_VOCAB = 2048
 _SMALL_WIDTH = 512
 _SMALL_LAYERS = 4
@@ -62,7 +65,7 @@ _NOT_MODEL = ("auto_map", "torch_dtype", "dtype", "transformers_version")
 
 @dataclass(frozen=True)
 class LayoutCase:
-    """One layout to compare, checked."""
+    """A checked layout to compare."""
 
     name: str
     engine: str
@@ -73,25 +76,28 @@ class LayoutCase:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is going to run."""
+    """Everything that will run."""
 
     config: schema.ParityRoot
     facts: ModelFacts
     cases: list[LayoutCase]
     left_out: dict[str, str]
-    """Layouts of the default set that do not fit -> why."""
+    """Layouts of the default set that do not fit -> the reason."""
     changes: list[str]
-    """What was changed in the user's config, for the user to read."""
+    """What was changed in the user's config, as text."""
 
     @property
     def plan(self) -> BatchPlan:
-        """The reference's: all rows in one process."""
+        """Batch plan of the reference: all rows in one process."""
         return plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
 
 
 def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None) -> Comparison:
-    """Choose layouts and model; raises UserError for a named layout that cannot run. `capabilities`: of the
-    engines to compare. `devices`: number of GPUs, None on CPU."""
+    """Choose layouts and model. Raises UserError for a named layout that cannot run.
+
+    `capabilities`: engine -> its capabilities, of the engines to compare. `devices`: number of
+    GPUs, None on CPU.
+    """
     config, changes = _prepared_config(config)
     fields = read_config(config.model)
     if fields.get("attention_dropout"):
@@ -118,7 +124,9 @@ def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilitie
 
 
 def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list[str]]:
-    """A copy of the config with a fixed loss scale and an epsilon that does not magnify noise; what was changed."""
+    """A copy of the config with a fixed loss scale and an epsilon of at least MIN_EPS; and
+    the changes as text.
+    """
     config = copy.deepcopy(config)
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
     if config.optim.eps < MIN_EPS:
@@ -134,7 +142,7 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
 def _choose(
     config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None
 ) -> tuple[list[LayoutCase], dict[str, str]]:
-    """The layouts to run, grouped by engine; and those of the default set that are left out, with the reason."""
+    """The layouts to run, grouped by engine; and those of the default set that are left out -> the reason."""
     cases: list[LayoutCase] = []
     left_out: dict[str, str] = {}
     for engine, supported in capabilities.items():
@@ -177,12 +185,12 @@ def _parse(text: str) -> schema.ParallelConfig:
 
 
 def _without_unsupported(parallel: schema.ParallelConfig, supported: Capabilities) -> schema.ParallelConfig:
-    """A layout, without sequence parallelism where the engine has none; its name says so."""
+    """A layout without sequence parallelism if the engine does not support it; its name then ends in -nosp."""
     return parallel if supported.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
 
 
 def _layout_of(parallel: schema.ParallelConfig) -> schema.ParallelConfig:
-    """The layout of the config itself; an axis left open is as small as it can be."""
+    """The layout of the config itself, with degrees of -1 replaced by the smallest possible ones."""
     fill = {"dp_shard": 2 if parallel.zero_stage else 1}
     open_axes = {axis: fill.get(axis, 1) for axis in layouts.AXES if getattr(parallel, axis) == -1}
     return dataclasses.replace(parallel, **open_axes)  # type: ignore[arg-type]
@@ -207,9 +215,11 @@ def _stages(cases: Sequence[LayoutCase]) -> int:
 
 
 def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[ParallelLayout], stages: int, vocab: bool) -> dict[str, Any]:
-    """Fields of a small model of the same family: fewer layers, heads and columns, as many heads per key/value head.
+    """config.json fields of a smaller model of the same family: fewer layers and heads, smaller width,
+    same ratio of heads.
 
-    `layouts` and `stages` are what it must still be cut into; `vocab`: whether the vocabulary may be cut too.
+    `layouts`, `stages`: what the model must still be divisible into; `vocab`: whether the
+    vocabulary may shrink, too.
     """
     degrees = {layout.tp for layout in layouts}
     group = model.heads // model.kv_heads
@@ -239,5 +249,5 @@ def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[Pa
 def _shrink_note(config: schema.ParityRoot, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
     cuts = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-    weights = "; its weights are drawn anew, not read from model.from_pretrained" if config.model.from_pretrained else ""
+    weights = "; its weights are new, not those of model.from_pretrained" if config.model.from_pretrained else ""
     return f"parity.shrink: {', '.join(cuts) or 'nothing to cut'}{weights}"

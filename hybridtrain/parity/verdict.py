@@ -1,4 +1,4 @@
-"""Tolerances, pass or fail, the table as it grows, and parity.json."""
+"""Tolerances, pass or fail, the table, and parity.json."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ MEASURES = ("loss_rel", "grad_norm_rel", "grad_rel", "param_abs")
 COLUMNS = ("layout", "engine", "precision", "passed", *MEASURES, "seconds")
 """Keys of one layout in parity.json."""
 GRADIENT_FLOOR = 1e-6
-"""A gradient smaller than this share of the global norm is measured against that share: it is rounding noise by itself."""
+"""Relative differences of a gradient are taken of its norm, but at least of this share of the global norm:
+smaller ones are noise."""
 
-# (recipe, whether tp cuts matrix products) -> loss, gradient norm and gradients relative; parameters as a multiple of the sum of
-# learning rates, which AdamW moves them by. docs/parity.md has the measurements behind them.
+# (recipe, tp > 1) -> relative tolerance of loss, gradient norm and gradients; tolerance of parameters as a
+# multiple of how far
+# the steps move them. docs/parity.md has the measurements behind these numbers.
 _TOLERANCES = {
     ("fp32", False): (1e-5, 1e-5, 1e-5, 0.05),
     ("fp32", True): (1e-5, 1e-5, 1e-5, 0.05),
@@ -35,7 +37,7 @@ _TOLERANCES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one layout did; nothing is measured where it did not get that far."""
+    """The result of one layout; `measured` is empty if it crashed."""
 
     layout: str
     engine: str
@@ -55,7 +57,7 @@ class Row:
 
     @property
     def exceeded(self) -> list[str]:
-        """Names of the measures beyond their tolerance; a value that is missing or not a number is beyond any."""
+        """Measures above their tolerance; a missing value and NaN are above any tolerance."""
         return [name for name in MEASURES if (value := self.measured.get(name)) is None or not value <= self.tolerance[name]]
 
     @property
@@ -64,7 +66,10 @@ class Row:
 
 
 def tolerances(precision: str, *, tp: int, moved: float) -> dict[str, float]:
-    """The largest difference that passes, per measure. `moved`: how far the steps move an element of a parameter, about."""
+    """The largest difference that passes, per measure.
+
+    `moved`: about how far the steps move an element of a parameter.
+    """
     *relative, moves = _TOLERANCES[precision, tp > 1]
     return dict(zip(MEASURES, (*relative, moves * moved), strict=True))
 
@@ -81,7 +86,9 @@ def largest(values: Iterable[float]) -> float:
 
 
 def merge(ranks: Sequence[Measurement], reference: ReferenceResult) -> tuple[dict[str, float], dict[str, str], str]:
-    """All ranks' findings as one: the largest differences, which parameters have them, and what is wrong besides numbers."""
+    """The results of all ranks combined: the largest differences, the parameters that have them, and
+    other problems as text.
+    """
     measured = {
         "loss_rel": largest(_relative(rank.steps.losses, reference.steps.losses) for rank in ranks),
         "grad_norm_rel": largest(_relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in ranks),
@@ -103,7 +110,7 @@ def merge(ranks: Sequence[Measurement], reference: ReferenceResult) -> tuple[dic
 
 
 def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) -> str:
-    """The first lines of the table: column names, then the tolerances of each kind of layout."""
+    """The first lines of the table: column names, and the tolerances with and without tp."""
     names = f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  {'grad_rel':>9}  {'param_abs':>9}  seconds  result"
     return "\n".join([names, *(f"{'at most, ' + kind:<{width}}         {_cells(values)}" for kind, values in rows_tolerances.items())])
 
@@ -122,7 +129,7 @@ def _cells(values: Mapping[str, float]) -> str:
 
 
 def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write parity.json atomically. Non-finite numbers are written as null."""
+    """Write parity.json atomically. NaN and infinities become null."""
     entries = []
     for row in rows:
         values = (row.layout, row.engine, row.precision, row.passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))

@@ -1,4 +1,5 @@
-"""`hybridtrain report`: a run, or several plotted together, as one self-contained HTML page and as PNGs. Also for running and failed runs.
+"""`hybridtrain report`: one run, or several plotted together, as a self-contained HTML page and PNGs;
+also of running runs.
 
 run directory --history--> columns, events, config --plots, ranks--> figures --> <run>/report/*.png
                                                                          \\--svg, page--> <run>/report/index.html
@@ -21,14 +22,17 @@ from hybridtrain.runtime.files import check_replaceable, discard, read_record, u
 
 COMPARISONS = Path("runs/compare")
 RECORD = ".hybridtrain-report.json"
-"""Names the files of a folder that a report wrote and may replace."""
+"""Record of the files in a folder that a report wrote and may replace."""
 DPI = 180
 _PAGE = "index.html"
 _NAMES = (_PAGE, *(f"{name}.png" for name in plots.NAMES))
 
 
 def run(config: ReportRoot) -> int:
-    """Draw the run in run.dir, or compare those in report.compare; print the numbers and the files. Raises UserError if there is no run."""
+    """Report on run.dir, or compare the runs in report.compare; print the numbers and the files.
+
+    Raises UserError.
+    """
     if config.report.compare:
         histories = [read(Path(folder)) for folder in config.report.compare]
         drawn = list(plots.of_runs(histories, names=compare.names(histories)))
@@ -43,7 +47,7 @@ def run(config: ReportRoot) -> int:
 
 
 def comparison_folder(histories: Sequence[History]) -> Path:
-    """Where a comparison of these runs belongs: a folder of its own, the same one when the same runs are compared again."""
+    """Default folder for a comparison of these runs, the same one if the same runs are compared again."""
     run_names = [re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)]
     words = "+".join(run_names[:2] if len(run_names) <= 2 else [run_names[0], f"{len(run_names) - 1}-others"])
     which = "\n".join(str(history.folder.resolve()) for history in histories)
@@ -57,9 +61,11 @@ def of_run(history: History) -> list[plots.Plot]:
 
 
 def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -> list[Path]:
-    """Write index.html and the PNGs (with the run's `name` in a corner) into `out`, each whole or not at all; returns the files.
+    """Write index.html and the PNGs (with the run's `name` in a corner) atomically into
+    `out`; returns the files.
 
-    Replaces, and removes where this report has no such plot, only what an earlier report wrote there; UserError if other files are in the way.
+    Files of an earlier report are replaced, or removed if this report has no such plot; other files of these
+    names are refused (UserError).
     """
     pictures = {out / f"{plot.name}.png": plot for plot in drawn}
     files = [out / _PAGE, *pictures]
@@ -86,7 +92,7 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
 
 
 def _is_older_report(folder: Path) -> bool:
-    """Whether an earlier version, which remaining no record, wrote the page in `folder`."""
+    """Whether an earlier version, which wrote no record, wrote the page in `folder`."""
     try:
         return page.SIGNATURE in (folder / _PAGE).read_text(encoding="utf-8", errors="replace")
     except OSError:

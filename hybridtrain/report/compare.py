@@ -1,4 +1,6 @@
-"""The page of several runs: curves over one another, results side by side, and the options in which they differ."""
+"""The page of several runs: curves in common plots, results side by side, and the options in
+which the runs differ.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ _NOT_COMPARED = ("run.dir", "run.name")
 
 
 def names(histories: Sequence[History]) -> list[str]:
-    """A name for each, short and its own: the run's, else the folder's, else as much of the path as it takes."""
+    """Short unique names: the runs' names, else their folders', else the last two parts of their paths."""
     for made in ([history.name for history in histories], [history.folder.resolve().name for history in histories]):
         if len(set(made)) == len(made):
             return made
@@ -22,7 +24,7 @@ def names(histories: Sequence[History]) -> list[str]:
 
 
 def differences(histories: Sequence[History]) -> dict[str, list[str]]:
-    """Option (and layout, revision, machine) -> its value in each run, where they are not all the same."""
+    """Option (also layout, revision, machine) -> its value in each run, if the values differ."""
     columns = []
     for history in histories:
         sections = compose.plain(history.config) if history.config else {}
@@ -36,7 +38,7 @@ def differences(histories: Sequence[History]) -> dict[str, list[str]]:
 
 
 def results(histories: Sequence[History]) -> dict[str, list[str]]:
-    """What came out: a line per number, a column per run."""
+    """Result -> its value in each run."""
     table: dict[str, list[str]] = {}
     for history in histories:
         known = single.tiles(history)

@@ -1,4 +1,7 @@
-"""What a run directory says about its run: columns of numbers, summary, events, config. Reads runs that go on, failed, or never began."""
+"""The content of a run directory: metrics by column, summary, events, config.
+
+Also of running, failed and queued runs.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ from hybridtrain.runtime.files import LARGEST, number, one_line
 KEYS = (*METRICS, "eval_loss")
 STARTS = ("started", "resumed")
 _LAST_TIME = 2.0**40
-"""Seconds since 1970 that a calendar still has a date for."""
-SILENT_S = 600.0  # a run that logs nothing for so long, and for 20 of its usual intervals, may have been killed
+"""Largest Unix time that can be shown as a date."""
+SILENT_S = 600.0  # a run without log lines for this long, and for 20 of its usual intervals, may have been killed
 
 
 @dataclass(frozen=True)
 class History:
-    """A run, as far as its files tell."""
+    """A run, from its files."""
 
     folder: Path
     name: str
@@ -43,11 +46,11 @@ class History:
     config: schema.Config | None
     """config.yaml; None if there is none or it cannot be read."""
     failure: str
-    """How the rank that failed first failed, in the newest life of a run that failed; else empty."""
+    """Root cause of the newest attempt of a failed run; else empty."""
     hosts: list[dict[str, Any]]
-    """machine.json: one entry per host."""
+    """machine.json: one dict per host."""
     unread: Mapping[str, int]
-    """File -> lines in it that could not be read and are left out."""
+    """File -> number of its lines that could not be read and are left out."""
 
     def __len__(self) -> int:
         return len(self.columns["step"])
@@ -58,7 +61,7 @@ class History:
         return values[np.isfinite(values)]
 
     def last(self, key: str) -> float | None:
-        """The last value of `key` that is known."""
+        """The last finite value of `key`."""
         values = self.known(key)
         return float(values[-1]) if len(values) else None
 
@@ -73,18 +76,18 @@ class History:
 
     @property
     def total_steps(self) -> int:
-        """Steps that the run was asked for; 0 if nothing tells."""
+        """Steps that the run is to do; 0 if not known."""
         return int(self.summary.get("total_steps") or (self.config.train.steps if self.config else 0))
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median over all lines: unlike a single line, it forgets pauses."""
+        """Median over all lines, which pauses hardly change."""
         values = self.known("tokens_per_s")
         return float(np.median(values)) if len(values) else None
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the end at the pace of the last lines, for a run that goes on."""
+        """Seconds to the end of a running run, at the speed of the last 20 lines."""
         paces = self.known("step_time_s")[-20:]
         if self.status != "running" or not len(paces) or not self.total_steps:
             return None
@@ -92,7 +95,7 @@ class History:
 
     @property
     def silent_s(self) -> float | None:
-        """For how long a running run has logged nothing, if that is so long that it may have been killed."""
+        """Seconds since the last log line of a running run, if so many that it may have been killed."""
         times = self.known("time")
         if self.status != "running" or not len(times):
             return None
@@ -102,7 +105,9 @@ class History:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Time spent in training at each line: from the start, without the time between an end or kill and the next start."""
+        """Training time in seconds at each line, without the time between the end of an attempt
+        and the next start.
+        """
         times, starts = self.columns["time"], [event["time"] for event in self.events if event["kind"] in STARTS]
         if not len(times):
             return times
@@ -111,18 +116,21 @@ class History:
             first = int(np.searchsorted(times, start))
             if first < len(times):
                 spent[first] = min(spent[first], times[first] - start)
-        # Where the clock was set back, time is what the steps took.
+        # If the clock was set back, use the time of the steps.
         steps = np.diff(self.columns["step"], prepend=0.0) * np.nan_to_num(self.columns["step_time_s"])
         return np.cumsum(np.where(spent < 0, np.maximum(steps, 0.0), spent))
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds of training so far, all starts together."""
+        """Training time in seconds, over all attempts."""
         return float(self.seconds[-1]) if len(self) and math.isfinite(self.seconds[-1]) else self.summary.get("wall_s")
 
 
 def read(folder: Path) -> History:
-    """Read a run directory; a last line that is still being written is left out. Raises UserError if nothing in it tells of a run."""
+    """Read a run directory, without a last line that is still being written.
+
+    Raises UserError if it is no run.
+    """
     require_run(folder, command="report")
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
     run_name = compose.plain(config)["run"]["name"] if config else ""
@@ -145,14 +153,14 @@ def read(folder: Path) -> History:
 
 
 def _failure(folder: Path) -> str:
-    with contextlib.suppress(OSError):  # another command may remove it meanwhile
+    with contextlib.suppress(OSError):  # another command may remove the file
         reports = sorted(folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime)
         return reports[-1].read_text(errors="replace") if reports else ""
     return ""
 
 
 def _config(path: Path) -> schema.Config | None:
-    """None also for a config of another version of this program, or with a ${oc.env:...} that is not set here: the curves can be drawn all the same."""
+    """config.yaml; None if it cannot be read, e.g. is of another version or has an unset ${oc.env:...}."""
     try:
         return compose.read_run(path) if path.is_file() else None
     except UserError:
@@ -160,7 +168,7 @@ def _config(path: Path) -> schema.Config | None:
 
 
 def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Events in the order of their times, and how many lines are none."""
+    """(events ordered by time, number of damaged lines)."""
     events, bad = [], 0
     for line in _lines(path):
         try:
@@ -170,12 +178,15 @@ def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
                 raise ValueError("no time or no step")
             events.append({"time": float(at), "step": int(step), "kind": str(event["kind"]), "detail": str(event["detail"])})
         except (ValueError, KeyError, TypeError, RecursionError):
-            bad += line.endswith("\n")  # without its end it is still being written
+            bad += line.endswith("\n")  # a line without its end is still being written
     return sorted(events, key=lambda event: event["time"]), bad
 
 
 def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """The numbers of metrics.jsonl, and how many lines are none. Line by line into flat arrays: a million dictionaries would take a GiB."""
+    """(key -> values of metrics.jsonl, number of damaged lines).
+
+    Flat arrays: a million dicts would take a GiB.
+    """
     columns, bad = {key: array("d") for key in KEYS}, 0
     for line in _lines(path):
         try:
@@ -195,7 +206,10 @@ def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file with their ends; none of a file that is not there. Raises UserError if it is there and cannot be read."""
+    """Lines of a text file with their newlines; none if there is no file.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as stream:
             yield from stream

@@ -1,4 +1,4 @@
-"""The layout drawn as a grid of ranks: which rank sits where, and on which host.
+"""A plot of the layout: the grid of ranks, with the host of each.
 
 One block per pipeline stage; in it the tp ranks of a data rank side by side, and data ranks in reading order.
 """
@@ -20,12 +20,12 @@ from hybridtrain.report.plots import COLOURS, INK, MUTED, STYLE, Plot
 
 MOST_CELLS = 1024
 MOST_OF_ONE_REPLICA = 16384  # ranks; no run has more, and as many cells would take minutes
-NUMBERS_UP_TO = 256  # more cells than that have no room for the number of their rank
-BETWEEN = 0.9  # cells between two stages, for title and frame
+NUMBERS_UP_TO = 256  # with more ranks, cells are too small for the rank number
+BETWEEN = 0.9  # distance between two stages in cells, for title and frame
 
 
 def layout_of(summary: Mapping[str, Any]) -> ParallelLayout | None:
-    """The layout that summary.json names; None if it does not, or in a form that cannot be drawn."""
+    """The layout in summary.json; None if it is missing or cannot be drawn."""
     try:
         degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | {key: n for key, n in parse(str(summary["layout"])).items() if key in AXES}
         layout = ParallelLayout(**degrees)
@@ -35,7 +35,7 @@ def layout_of(summary: Mapping[str, Any]) -> ParallelLayout | None:
 
 
 def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw `layout`; `hosts` (machine.json) colours the cells."""
+    """Draw `layout`, with the cells colored by host. `hosts`: machine.json."""
     group = layout.cp * layout.tp
     shown = min(layout.dp, max(1, MOST_CELLS // (layout.pp * group)))
     columns = _columns(groups=shown, width=group, stages=layout.pp)
@@ -69,20 +69,22 @@ def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def _columns(*, groups: int, width: int, stages: int) -> int:
-    """Columns of data ranks per stage, so that all stages side by side come near two to one."""
+    """Columns of data ranks per stage, so that all stages side by side have an aspect ratio of
+    about two to one.
+    """
     best = math.sqrt(2.0 * groups / (width * min(stages, 8)))
     divisors = [n for n in range(1, groups + 1) if groups % n == 0]
     return min(divisors, key=lambda n: abs(math.log(n / best)))
 
 
 def _blocks_across(stages: int, *, wide: float, high: float) -> int:
-    """Stages per line: all of them while they fit a line of the page, fewer if that made the cells tiny."""
+    """Stages per row, so that the whole plot has an aspect ratio of about two to one."""
     divisors = [n for n in range(1, stages + 1) if stages % n == 0]
     return min(divisors, key=lambda n: abs(math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))))
 
 
 def _words(layout: ParallelLayout, *, shown: int, hosts: int) -> tuple[str, str]:
-    """The title, and how to read the picture."""
+    """The title, and the legend below the plot."""
     parts = [f"{axis} {degree}" for axis, degree in layout.axes() if degree > 1]
     title = f"{layout.world_size:,} rank{'s' if layout.world_size > 1 else ''}" + (": " + " x ".join(parts) if parts else "")
     below = ["side by side: tp" + ("; groups: data ranks in reading order" if layout.dp > 1 else "")] if layout.tp > 1 else []

@@ -1,4 +1,4 @@
-"""The HTML page: everything in one file, no request to anywhere. Whatever a run says is escaped."""
+"""The HTML page: one file, no requests to other servers. All text of a run is escaped."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hybridtrain.report.plots import AXES, Plot
 from hybridtrain.report.svg import inline
 
 FOLDER = Path(__file__).resolve().parent
-LONG = 9  # characters of a tile's value that fit at full size
+LONG = 9  # characters that fit into a tile at full size
 SIGNATURE = " by hybridtrain report."
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """The whole page around `body`. Its policy forbids the browser to load anything."""
+    """The whole page around `body`. Its content security policy forbids the browser to load anything."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">']
@@ -37,7 +37,7 @@ def header(name: str, *, status: str, about: str) -> str:
 
 
 def tiles(values: Mapping[str, tuple[str, str]]) -> str:
-    """name -> (value, words below it); those without a value are left out."""
+    """Tiles from name -> (value, text below it); those without a value are left out."""
     items = [
         f'<div class="tile"><dt>{escape(name)}</dt><dd{" class=long" if len(value) > LONG else ""}>{escape(value)}<small>{escape(below)}</small></dd></div>'
         for name, (value, below) in values.items()
@@ -47,7 +47,10 @@ def tiles(values: Mapping[str, tuple[str, str]]) -> str:
 
 
 def plots(drawn: Sequence[Plot]) -> str:
-    """The plots in a grid; those that differ only in what stands under them share a place, with tabs that work without a script."""
+    """The plots in a grid.
+
+    Plots that differ only in their x axis share a place, with tabs that need no script.
+    """
     families: dict[str, list[Plot]] = {}
     for plot in drawn:
         base = next((plot.name.removesuffix(f"_{axis.name}") for axis in AXES if plot.name.endswith(f"_{axis.name}")), plot.name)
@@ -71,7 +74,10 @@ def section(title: str, content: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int]) -> str:
-    """A table in a card; the columns in `numbers` keep their digits together. Empty without rows. A cell that is Markup stays as it is."""
+    """A table in a card; empty without rows. `numbers`: columns of numbers, which do not wrap.
+
+    Markup cells are not escaped.
+    """
     if not rows:
         return ""
     top = f"<thead><tr>{''.join(f'<th>{_cell(text)}</th>' for text in head)}</tr></thead>" if head else ""
@@ -80,7 +86,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequen
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is HTML and need not be escaped."""
 
 
 def _cell(value: Any) -> str:
@@ -92,14 +98,16 @@ def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
 
 
 def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two boxes of the page: the options that differ from the defaults; and all options by section, collapsed, with the changed ones marked."""
+    """Two boxes: the options that differ from the defaults; and all options by section,
+    collapsed, with changes marked.
+    """
     changed = {(name, key) for name, values in config.items() for key, value in values.items() if value != defaults.get(name, {}).get(key)}
     changed_rows = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
     sections = []
     for name, values in config.items():
         count = sum((name, key) in changed for key in values)
         rows = "".join(_option(key, value, marked=(name, key) in changed) for key, value in values.items())
-        words = f"{count} of {len(values)} changed" if count else "as by default"
+        words = f"{count} of {len(values)} changed" if count else "defaults"
         sections.append(f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>')
     first = f'<div class="card"><table class="code">{"".join(changed_rows)}</table></div>' if changed_rows else ""
     return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(sections)}</div>'

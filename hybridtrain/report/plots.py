@@ -1,4 +1,4 @@
-"""The plots of one run or of several, as matplotlib figures. A plot without a single value is not made."""
+"""The plots of one or several runs, as matplotlib figures. Plots without values are left out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hybridtrain.report.series import BUCKETS, sample, smooth, thin
 
 INK, MUTED, GRID, PAPER, ALARM = "#1f2431", "#6b7281", "#e5e7ea", "#fefefe", "#c8102f"
 COLOURS = ("#2f6fde", "#d9660b", "#0d9373", "#b0529c", "#8a6d1b", "#3aa2c9", "#7a5af0", "#5f6b7a")
-"""Told apart by all kinds of colour vision, on white and (where the page replaces them) on black."""
+"""Distinguishable with all types of color vision, on white and, in the page's variant, on black."""
 MARKS = {"checkpoint": ("^", MUTED), "resumed": ("|", INK), "skipped": ("v", ALARM), "failed": ("X", ALARM)}
-SMOOTH_FROM = 60  # so many points or more are drawn pale, with a running mean on top
+SMOOTH_FROM = 60  # curves with at least this many points are drawn pale, with a running mean on top
 MOST_MARKS = 200
 LABEL_CHARS = 18
-MOST_LABELS = 14  # names at the ends of curves; more do not fit beside a plot, and the page shows them under the mouse
+MOST_LABELS = 14  # names at the ends of curves; more do not fit, but the page shows them under the mouse pointer
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (5.8, 3.3),
@@ -53,7 +53,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 8.5,
     "lines.linewidth": 1.5,
     "lines.solid_joinstyle": "round",
-    "path.simplify": False,  # series are thinned already, and the page reads values off the paths
+    "path.simplify": False,  # series are thinned already, and the page's script reads values from the paths
     "svg.fonttype": "none",
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -79,14 +79,14 @@ class Series:
     x: np.ndarray
     y: np.ndarray
     dots: bool
-    """Few points, far apart: each is marked."""
+    """Whether each point has a marker, for few points."""
     line: str
-    """- or --, for more runs than there are colours."""
+    """- or, for more runs than colors, --."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What stands under a plot of a run."""
+    """An x axis."""
 
     name: str
     label: str
@@ -101,13 +101,13 @@ AXES = (STEPS, TOKENS, TIME)
 
 
 def of_run(history: History) -> Iterator[Plot]:
-    """The plots of one run: loss against steps, tokens and time, then everything else that has values, against steps."""
+    """The plots of one run: loss over steps, tokens and time; other metrics that have values over steps."""
     for axis in AXES:
         series = [_series(history, axis, "loss", label="train", number=0)]
         series += [_series(history, axis, "eval_loss", label="held out", number=1)]
         yield from _plot(f"loss_{axis.name}" if axis != STEPS else "loss", "Loss", "nats per token", series, axis=axis, marked=history)
     for name, title, unit, key in METERS:
-        if key != "loss_scale" or len(set(history.known(key))) > 1:  # without fp16 it is 1 throughout
+        if key != "loss_scale" or len(set(history.known(key))) > 1:  # without fp16 it is always 1
             yield from _plot(name, title, unit, [_series(history, STEPS, key, label=title.lower(), number=0)], axis=STEPS, marked=None)
     skipped = np.nancumsum(history.columns["skipped"])
     if len(skipped) and skipped[-1]:
@@ -116,7 +116,7 @@ def of_run(history: History) -> Iterator[Plot]:
 
 
 def of_runs(histories: Sequence[History], *, names: Sequence[str]) -> Iterator[Plot]:
-    """The plots of several runs over one another."""
+    """The plots of several runs together."""
     for key, title in (("loss", "Training loss"), ("eval_loss", "Loss on held-out text")):
         for axis in AXES:
             name = key if axis == STEPS else f"{key}_{axis.name}"
@@ -135,17 +135,17 @@ METERS = (
     ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
 )
 NAMES = (*(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")), *(name for name, *_ in METERS), "skipped", "layout")
-"""Every name that a plot can have."""
+"""All names of plots."""
 _NOISY = ("loss", "grad_norm", "throughput", "mfu")
 _FROM_ZERO = ("grad_norm", "lr", "throughput", "mfu", "memory")
 
 
 def _series(history: History, axis: Axis, key: str, *, label: str, number: int) -> Series:
-    """The curve of `key`, in the style of the run (or the curve) with this number."""
+    """The curve of `key`, in the style of number `number`."""
     x, y = axis.of(history), history.columns[key]
     if key == "eval_loss":
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    # A line through one or two points is easily missed.
+    # A line of one or two points is hardly visible.
     dots, line = int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3), "--" if number >= len(COLOURS) else "-"
     return Series(label, COLOURS[number % len(COLOURS)], x, y, dots=dots, line=line)
 
@@ -155,7 +155,7 @@ def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: st
 
 
 def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None) -> Iterator[Plot]:
-    """The plot; nothing if the series have no finite value."""
+    """Yield the plot; nothing if the series have no finite values."""
     drawn = [one for one in series if (np.isfinite(one.x) & np.isfinite(one.y)).any()]
     if not drawn:
         return
@@ -179,7 +179,7 @@ def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: A
 
 
 def _curve(axes: Axes, series: Series, *, noisy: bool, steps: bool) -> float:
-    """Draw it; returns the height at which it ends. A long noisy one is pale with its running mean on top."""
+    """Draw a curve; returns its last y value. A long noisy curve is pale, with a running mean on top."""
     known = np.isfinite(series.x) & np.isfinite(series.y)
     style: dict[str, Any] = {"color": series.colour, "linestyle": series.line, "gid": f"series:{series.label}"}
     if noisy and known.sum() >= SMOOTH_FROM:
@@ -203,7 +203,7 @@ def _scale_x(axes: Axes, series: Sequence[Series], *, axis: Axis) -> None:
 
 
 def _scale_y(axes: Axes, series: Sequence[Series], *, kind: str) -> None:
-    """Logarithmic where single values would press the others flat; from 0 where a share of the height should mean something."""
+    """A log scale if single values are far above the median; from 0 for metrics whose ratios matter."""
     values = np.concatenate([one.y[np.isfinite(one.y)] for one in series])
     if kind == "loss_scale":
         axes.set_yscale("log", base=2)
@@ -226,7 +226,7 @@ def scientific(value: float) -> str:
 
 
 def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
-    """Events along the lower edge, resumes and failures as lines through the plot."""
+    """Mark events at the lower edge; resumes and failures also as vertical lines."""
     steps, places = history.columns["step"], axis.of(history)
     for kind, (marker, colour) in MARKS.items():
         at = np.array([event["step"] for event in history.events if event["kind"] == kind], dtype=float)
@@ -243,7 +243,7 @@ def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
 
 
 def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
-    """Each curve's name at its right end, moved apart where they would cover one another."""
+    """Write each curve's name at its right end, with enough distance between names."""
     end = axes.get_xlim()[1]
     to_share = axes.transData + axes.transAxes.inverted()
     shares = [float(to_share.transform((0, height))[1]) for height in heights]

@@ -1,4 +1,4 @@
-"""Long series made short enough to draw: what a reader can see in a picture stays, the rest goes."""
+"""Reduces long series to what is visible in a plot."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import itertools
 
 import numpy as np
 
-BUCKETS = 500  # a plot is some 500 pixels wide; two points per bucket keep every spike
+BUCKETS = 500  # a plot is about 500 pixels wide; two points per bucket keep every spike
 
 
 def thin(x: np.ndarray, y: np.ndarray, *, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each of `buckets` stretches of equal length, in their order; first and last points stay.
+    """The lowest and highest point in each of `buckets` intervals of equal length, and the
+    first and last point.
 
-    x and y: float64 of equal length, y with NaN for gaps. What is short already comes back as it is.
+    x and y: float64 (n,), y with NaN for gaps. Short series are returned unchanged.
     """
     if len(x) <= 2 * buckets:
         return x, y
@@ -26,7 +27,10 @@ def thin(x: np.ndarray, y: np.ndarray, *, buckets: int) -> tuple[np.ndarray, np.
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a 30th of the points around each. Near the start symmetric, so that a falling curve is not bent; near the end what there is."""
+    """Running mean over 1/30 of the points.
+
+    Near the start the window stays symmetric and shrinks, so as not to bend a falling curve.
+    """
     half = max(1, len(values) // 60)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centre = np.arange(len(values))
@@ -36,7 +40,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def sample(x: np.ndarray, y: np.ndarray, *, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """So many points at equal distances, for a smooth curve."""
+    """`points` points at equal distances, for a smooth curve."""
     if len(x) <= points:
         return x, y
     index = np.linspace(0, len(x) - 1, points).round().astype(int)

@@ -1,4 +1,4 @@
-"""The page and the lines of one run."""
+"""The page and the console output of one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def document(history: History, plots: Sequence[Plot]) -> str:
 
 
 def about(history: History) -> str:
-    """One line under the name: how it stands, and where."""
+    """The line below the name: exit reason or progress, and the folder."""
     parts = [str(history.summary["exit_reason"])] if history.summary.get("exit_reason") else []
     if history.silent_s is not None:
         parts.append(f"nothing logged for {duration(history.silent_s)}: the run may have been killed")
@@ -42,14 +42,14 @@ def about(history: History) -> str:
 
 
 def unread(history: History) -> str:
-    """What could not be read and is left out."""
+    """A note on lines that could not be read."""
     return "Left out, because it cannot be read: " + ", ".join(
         f"{name}" if name == "summary.json" else f"{count:,} line{'s' if count > 1 else ''} of {name}" for name, count in history.unread.items()
     )
 
 
 def tiles(history: History) -> dict[str, tuple[str, str]]:
-    """The numbers one looks for first."""
+    """The most important numbers: name -> (value, text below it)."""
     summary, evaluations = history.summary, history.known("eval_loss")
     loss, memory, mfu = history.last("loss"), history.known("max_memory_gib"), history.known("mfu")
     first = history.known("loss")[:1]
@@ -77,7 +77,7 @@ def _starts(history: History) -> str:
 
 
 def events(history: History) -> str:
-    """Newest first; the older ones folded."""
+    """A table of events, newest first; older ones collapsed."""
     head, rows = ("time", "step", "event", ""), [_event(event) for event in reversed(history.events)]
     older = page.table(head, rows[EVENTS_OPEN:MOST_EVENTS], numbers=(1,))
     count = len(rows) - EVENTS_OPEN
@@ -100,7 +100,7 @@ def _moment(seconds: float) -> str:
 
 
 def machine(history: History) -> str:
-    """Hosts that are alike share a line; versions and revision below."""
+    """A table of hosts, with identical ones in one line; versions and revision below."""
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for host in history.hosts:
         gpu = f"{host.get('gpus')} x {host['gpu']}, {host.get('gpu_memory_gib')} GiB each" if host.get("gpu") else "none"
@@ -119,7 +119,7 @@ def _hosts(group: Sequence[dict[str, Any]]) -> str:
 
 
 def config(history: History) -> str:
-    """The resolved options; of a config that this version cannot read, its text."""
+    """The options; for a config that this version cannot read, its text."""
     if history.config is not None:
         return page.options(compose.plain(history.config), defaults=compose.plain(schema.Config()))
     path = history.folder / "config.yaml"
@@ -127,7 +127,7 @@ def config(history: History) -> str:
 
 
 def lines(history: History) -> str:
-    """The run's numbers for the console, one per line; what is not known is left out."""
+    """The run's numbers for the console, one per line, without unknown ones."""
     known = {name.lower(): f"{value} {below}".strip() for name, (value, below) in tiles(history).items() if value}
     shown = {"run": history.folder, "status": f"{history.status} ({about(history)})", **known}
     return "\n".join([*(f"{name:<14}{value}" for name, value in shown.items()), *([unread(history)] if history.unread else [])])

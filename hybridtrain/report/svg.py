@@ -1,4 +1,6 @@
-"""A matplotlib figure as inline SVG for the page: colours become CSS variables (light and dark), and a script can read values off the curves."""
+"""A matplotlib figure as inline SVG: colors become CSS variables (light and dark), and a script
+can read the curves.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ _IDS = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xti
 
 
 def inline(plot: Plot) -> str:
-    """The plot as an <svg> element; its title is there for those who cannot see it."""
+    """The plot as an <svg> element, with its title for screen readers."""
     stream = io.StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": plot.name}):  # ids are made from it: several plots on one page must not share them
+    with mpl.rc_context({**STYLE, "svg.hashsalt": plot.name}):  # for ids that are unique on the page
         plot.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
@@ -41,7 +43,7 @@ def inline(plot: Plot) -> str:
 
 
 def _scales(figure: Figure) -> str:
-    """Where the axes lie in the picture and what they range over, for the read-out; nothing for a picture without curves."""
+    """Position and range of the axes, for the script that shows values; empty for a plot without curves."""
     axes = figure.axes[0]
     if not axes.axison:
         return ""

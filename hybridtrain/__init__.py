@@ -6,7 +6,7 @@
     result = ht.Trainer(config, data=MyRows(), callbacks=[MyCallback()]).fit()
     ht.export(result.run_dir, dtype="bfloat16")
 
-The names below are imported when they are first used: `import hybridtrain` takes no torch.
+The public names are imported when they are first used: `import hybridtrain` does not import torch.
 """
 
 import importlib
@@ -45,7 +45,9 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Python binds a subpackage to its name here when it is imported: `export` and `parity` stay functions, though there are folders of these names."""
+    """Keeps `export` and `parity` functions: importing a subpackage of the same name would replace
+    them by the module.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _HOME or not isinstance(value, ModuleType):

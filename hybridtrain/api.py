@@ -1,4 +1,4 @@
-"""What the commands do, as functions for programs. `hybridtrain/__init__.py` lists the public names."""
+"""The commands as functions for programs. `hybridtrain/__init__.py` lists the public names."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 
 def compose(*words: str) -> Config:
-    """The configuration of `hybridtrain train WORD ...`: groups, experiments and `section.option=value`. Raises UserError."""
+    """The config of `hybridtrain train WORD ...`: groups, experiments and `section.option=value`.
+
+    Raises UserError.
+    """
     return composing.training(list(words))
 
 
 def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> Path:
-    """Write the newest complete checkpoint of a run as a Hugging Face folder, and return that folder. In one process.
+    """Write the newest complete checkpoint of a run as a Hugging Face folder and return that folder.
 
-    `out`: empty: <run>/export. `dtype` of the weights: float32, bfloat16 or float16. Raises UserError.
+    In one process. `out`: empty: <run>/export. `dtype` of the weights: float32, bfloat16
+    or float16. Raises UserError.
     """
     from hybridtrain.export import hf
 
@@ -39,10 +43,12 @@ def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> 
 
 
 def parity(config: Config, *, task: Task | None = None, data: Any = None, layouts: Sequence[str] = (), engines: Sequence[str] = (), steps: int = 3) -> Parity:
-    """Compare layouts with one plain process, as `hybridtrain parity` does, with a task and rows of the program's own; prints the same table.
+    """`hybridtrain parity`, also with a task and rows of the program: compare layouts with one plain
+    process, print the table.
 
-    The result has `rows`, one for each layout, and `passed`. `layouts`: such as "tp2" or "pp2-dp_shard2-zero1"; none: a set that fits the model.
-    It starts processes of its own, which import what `task` and `data` are made of. Raises UserError.
+    The result has `rows`, one for each layout, and `passed`. `layouts`: such as "tp2" or
+    "pp2-dp_shard2-zero1"; empty: a set that fits the model. Starts processes, which import the modules of
+    `task` and `data`. Raises UserError.
     """
     from hybridtrain.data.blend import of_rows
     from hybridtrain.parity import UserInputs, compare_layouts
@@ -63,7 +69,7 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
 
 
 class _Elsewhere(pickle.Unpickler):
-    """Reads a pickle as another process would: it does not know what the program itself defines."""
+    """Unpickles like another process, which cannot import `__main__`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__main__":
@@ -72,7 +78,7 @@ class _Elsewhere(pickle.Unpickler):
 
 
 def _check_travels(field: str, value: object, *, option: str) -> None:
-    """Refuse an object that other processes cannot be given (raises UserError)."""
+    """Refuse an object that cannot be pickled for other processes (raises UserError)."""
     try:
         _Elsewhere(io.BytesIO(pickle.dumps(value))).load()
     except Exception as error:

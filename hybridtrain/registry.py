@@ -1,4 +1,5 @@
-"""What a user's own module adds under a name that the config can choose: tasks, data, callbacks, optimizers, schedules and trackers.
+"""Registry of what users' modules add under names for the config: tasks, data,
+callbacks, optimizers, schedules, trackers.
 
     # mine.py                                                hybridtrain train run.plugins=[mine] schedule.kind=steps ...
     import hybridtrain as ht
@@ -7,7 +8,8 @@
     def steps(step, config, total_steps):
         return 0.1 ** (step * 3 // total_steps)
 
-`run.plugins` is the only place where a config names code. docs/extending.md tells what each kind is called with.
+`run.plugins` is the only option that names code. docs/extending.md has the arguments that each
+kind is called with.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ FIELDS = {
     "schedule": "schedule.kind",
     "tracker": "tracker.kinds",
 }
-"""Kind -> the option that chooses one by its name."""
+"""Kind -> the option that selects one by name."""
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "classification"),
     "data": ("prepared",),
@@ -45,14 +47,14 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "linear", "cosine", "wsd"),
     "tracker": ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml"),
 }
-"""Kind -> the names that hybridtrain has itself."""
+"""Kind -> built-in names."""
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One registration: what makes the object, and where it was registered."""
+    """One registration: the factory, and where it was registered."""
 
     factory: Callable[..., Any]
     module: str
@@ -65,7 +67,10 @@ _loaded: set[str] = set()
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
-    """A decorator that gives a function or class a name of a kind. Raises UserError for an unknown kind, and for a name that is taken."""
+    """Decorator that registers a function or class under a name.
+
+    Raises UserError for an unknown kind or a name in use.
+    """
     frame = inspect.currentframe()
     caller = frame.f_back if frame else None
     module, place = (caller.f_globals.get("__name__", ""), f"{caller.f_code.co_filename}:{caller.f_lineno}") if caller else ("", "")
@@ -81,7 +86,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     def keep(factory: T) -> T:
         if before := _entries.get((kind, name)):
             problem = f"it is registered twice: at {before.place} and at {place}"
-            raise refusal(field, name, problem, allowed="a name once", instead=f"another name for one of the two, such as {name}_2")
+            raise refusal(field, name, problem, allowed="each name once", instead=f"another name for one of the two, such as {name}_2")
         _entries[kind, name] = _Entry(factory, module, place)
         return factory
 
@@ -89,7 +94,10 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 
 def load(modules: Sequence[str]) -> None:
-    """Import the modules of run.plugins, from the working directory and sys.path, once each. Raises UserError for one that does not do."""
+    """Import each module of run.plugins once, from the working directory or sys.path.
+
+    Raises UserError if that fails.
+    """
     for name in modules:
         if name not in _loaded:
             try:
@@ -129,7 +137,9 @@ def _forget(before: dict[tuple[str, str], _Entry]) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """Where an import failed, without the machinery of imports: " (file:line)"; empty where no module was found at all."""
+    """Where an import failed: " (file:line)", without frames of the import system; empty if the
+    module was not found.
+    """
     if isinstance(error, SyntaxError):
         return f" ({error.filename}:{error.lineno})"
     ours = (__file__, importlib.__file__)
@@ -138,19 +148,19 @@ def _place(error: BaseException) -> str:
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """The names of a kind that there are."""
+    """All names of a kind, built in and registered."""
     return (*BUILT_IN[kind], *(name for of, name in _entries if of == kind))
 
 
 def lookup(kind: str, name: str) -> Callable[..., Any] | None:
-    """What a user's module has registered; None for a name that is built in. Raises UserError for a name that is neither."""
+    """The factory registered under a name; None for a built-in name. Raises UserError for an unknown one."""
     check(kind, name)
     entry = _entries.get((kind, name))
     return entry.factory if entry else None
 
 
 def check(kind: str, name: str) -> None:
-    """Refuse a name that there is not (raises UserError)."""
+    """Refuse an unknown name (raises UserError)."""
     known = names(kind)
     if name in known:
         return
@@ -163,13 +173,13 @@ def check(kind: str, name: str) -> None:
 
 
 def listed() -> str:
-    """What is registered, for people: "schedule steps, task weighted"."""
+    """All registered names as text: "schedule steps, task weighted"."""
     return ", ".join(f"{kind} {name}" for kind, name in sorted(_entries))
 
 
 def sources() -> dict[str, str]:
-    """Module that registers something -> a digest of its file, by which ranks compare their code."""
+    """Module that registers something -> hash of its file, by which ranks compare their code."""
     files = {entry.module: Path(getattr(sys.modules.get(entry.module), "__file__", None) or "") for entry in _entries.values()}
-    import hashlib  # loads OpenSSL: not for who only composes a config
+    import hashlib  # loads OpenSSL, which composing a config does not need
 
     return {module: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for module, file in sorted(files.items()) if file.is_file()}

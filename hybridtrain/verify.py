@@ -1,7 +1,9 @@
-"""`hybridtrain verify RUN` (or CORPUS, or EXPORT): reads every byte that later commands rely on and compares it with its checksum. No torch.
+"""`hybridtrain verify RUN` (or CORPUS, or EXPORT): compare every byte that later commands read with
+its checksum. No torch.
 
-Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml, model/config.json, metrics.jsonl (each step
-once), events.jsonl and summary.json. Exit code 1 and a list when something is wrong.
+Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml,
+model/config.json, metrics.jsonl (each step once), events.jsonl and summary.json. Prints problems and exits
+with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _log = log.get("verify")
 
 
 def run(config: VerifyRoot) -> int:
-    """Print what is wrong, a line each; 0: nothing, 1: something."""
+    """Print the problems, one per line; returns exit code 0 if there are none, else 1."""
     path = Path(config.run.dir)
     if (path / "corpus.json").is_file() or Path(f"{path}.idx").is_file() or (path / ".partial" / "plan.json").is_file():
         from hybridtrain.data.verify import verify_corpus
@@ -44,7 +46,7 @@ def run(config: VerifyRoot) -> int:
 
 
 def verify_run(path: Path) -> tuple[list[str], int]:
-    """What is wrong with a run directory, a line each, and how many complete checkpoints were read."""
+    """(problems of a run directory, number of complete checkpoints that were read)."""
     problems: list[str] = []
     folder, fingerprints = path / "checkpoints", set()
     configs: list[Path] = []
@@ -63,17 +65,17 @@ def verify_run(path: Path) -> tuple[list[str], int]:
             problems.append(f"{checkpoint}: it holds step {progress.step}")
     for other in sorted(set(folder.glob("step-*")) - set(complete)):
         if not other.is_dir():
-            problems.append(f"{other}: no folder of a checkpoint")
+            problems.append(f"{other}: it is not a folder")
         elif not other.name.endswith((marker.PARTIAL, marker.REMOVED)):
-            problems.append(f"{other}: it has no {marker.MARKER} any more, so it does not count")
+            problems.append(f"{other}: its {marker.MARKER} is missing, so it does not count as a checkpoint")
     problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs), *_of_lines(path)]
     return problems, len(complete)
 
 
 def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> Iterator[str]:
-    """config.yaml, summary.json, and model/config.json against the model that the checkpoints are of.
+    """Problems of config.yaml and summary.json, and of model/config.json compared with the checkpoints.
 
-    `configs`: the config.json of each checkpoint that has one, oldest first. Those of earlier releases have none.
+    `configs`: config.json of each checkpoint that has one (version 0.1 wrote none), oldest first.
     """
     file = path / "model" / marker.CONFIG
     try:
@@ -87,7 +89,7 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
         elif now is not None and fingerprints:
             model = facts_of(ModelConfig(from_pretrained=str(file.parent)))
             if fingerprints != {identity.model_fingerprint(model)}:
-                yield f"{file}: it describes another model than the checkpoints hold"
+                yield f"{file}: it describes a different model than that of the checkpoints"
         for older, fields in held[:-1]:
             if found := config_diff.model_changes(fields, newest_fields):
                 yield f"{path / 'checkpoints' / older}: its config.json is of another model than that of {newest} ({config_diff.describe(found)})"
@@ -96,7 +98,9 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
 
 
 def _of_lines(path: Path) -> Iterator[str]:
-    """metrics.jsonl and events.jsonl: each line whole, and each step once and in order."""
+    """Problems of metrics.jsonl and events.jsonl: damaged lines, and in metrics.jsonl
+    repeated or unordered steps.
+    """
     for name in ("metrics.jsonl", "events.jsonl"):
         file, last = path / name, 0
         if not file.exists():
@@ -113,7 +117,7 @@ def _of_lines(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 sound = False
             if not sound:
-                yield f"{file}: line {number} is no line of it: {line[:60]!r}"
+                yield f"{file}: line {number} is damaged: {line[:60]!r}"
             elif name == "metrics.jsonl":
                 if step <= last:
                     yield f"{file}: line {number} has step {step} after step {last}"

@@ -1,6 +1,7 @@
-"""Whether an export still holds what was written: `hybridtrain.json` keeps size, CRC32 and a hash of a sample of each file. No torch.
+"""The record of an export, `hybridtrain.json`: size, CRC32 and a hash of a sample of each file. No torch.
 
-Sizes and samples (64 KiB of each file) are compared whenever an export is loaded, everything by `hybridtrain verify EXPORT`.
+Loading an export compares sizes and samples (64 KiB of each file); `hybridtrain verify
+EXPORT` compares all bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 
 ORIGIN = "hybridtrain.json"
-"""In an export: what it was exported from, which files an export wrote, and what they held."""
+"""File in an export: the checkpoint it is from, the files that the export wrote, and their digests."""
 CONTENTS = "contents"
 _log = log.get("model")
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: {bytes, crc32, sample}} of the files in `folder`, which are read once. Raises OSError."""
+    """{name: {bytes, crc32, sample}} of the files in `folder`. Reads every byte. Raises OSError."""
     result = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != ORIGIN:
@@ -31,9 +32,10 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check(folder: Path, *, field: str) -> None:
-    """Refuse weights that are not those that were exported (raises UserError), and warn of other files that have changed.
+    """Refuse weights that have changed since the export (raises UserError); warn of other files that have.
 
-    By sizes and samples. Folders of other makers, and exports of earlier versions, have no record and pass.
+    Compares sizes and samples. Folders that hybridtrain did not export, and exports of version 0.1, have
+    no record and pass.
     """
     for name, problem in _problems(folder, field=field, full=False):
         if name.endswith(".safetensors"):
@@ -43,11 +45,11 @@ def check(folder: Path, *, field: str) -> None:
 
 
 def verify(folder: Path, *, field: str) -> list[str]:
-    """What is wrong with an export, a line each. Reads every byte."""
+    """The problems of an export, one per line; empty if there are none. Reads every byte."""
     try:
         record = read_object(folder / ORIGIN, field=field)
         if CONTENTS not in record:
-            return [f"{folder / ORIGIN}: it is of an earlier release, and does not say what the files held"]
+            return [f"{folder / ORIGIN}: it is of an earlier release, which recorded no digests of the files"]
         return [f"{folder / name}: {problem}" for name, problem in _problems(folder, field=field, full=True)]
     except UserError as error:
         return [str(error).splitlines()[0]]

@@ -1,6 +1,8 @@
-"""What ZeRO leaves a rank of a parameter: a run of its elements in row-major order, which is no box of the whole tensor.
+"""A rank's part of a parameter under DeepSpeed's ZeRO: consecutive elements in row-major
+order, as rectangular chunks.
 
-A checkpoint holds boxes. A run of a matrix is at most three of them: the rest of a row, whole rows, the beginning of a row.
+A DCP checkpoint holds rectangular chunks. Consecutive elements of a matrix are at most three: the rest of a
+row, whole rows, the beginning of a row.
 
     whole (6, 4), elements 6 to 17:   . . . .
                                       . . x x     (1, 2)
@@ -27,7 +29,10 @@ Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` and following of the box (`offsets`, `sizes`) of a tensor of `shape`, in 1-D memory of this rank."""
+    """Consecutive elements, from `start` on, of the chunk (`offsets`, `sizes`) of a tensor of `shape`.
+
+    `values`: these elements, 1-D, on this rank.
+    """
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -36,7 +41,7 @@ class Fragment:
     values: Tensor
 
     def pieces(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(offsets in the whole tensor, view of `values` in the shape of a box)."""
+        """(offsets in the whole tensor, view of `values` in the shape of the chunk) of each chunk."""
         done = 0
         for offsets, sizes in _chunks(self.sizes, start=self.start, count=self.values.numel()):
             count = math.prod(sizes)
@@ -44,25 +49,25 @@ class Fragment:
             done += count
 
     def slices(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """(place in the whole tensor, view of `values` in the shape of a box)."""
+        """(slices of the whole tensor, view of `values` in the shape of the chunk) of each chunk."""
         for offsets, piece in self.pieces():
             yield tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True)), piece
 
     def at(self, values: Tensor) -> Fragment:
-        """The same elements in other memory."""
+        """The same fragment with other `values`, e.g. a copy."""
         return Fragment(self.shape, self.offsets, self.sizes, self.start, values)
 
     def fill(self, whole: Tensor) -> None:
-        """Write the elements to their places in a tensor of the whole shape."""
+        """Write the elements into a tensor of the whole shape."""
         for place, piece in self.slices():
             whole[place] = piece
 
     def chunks(self) -> list[ChunkStorageMetadata]:
-        """The boxes, as DCP describes them."""
+        """The chunks, as DCP describes them."""
         return [ChunkStorageMetadata(torch.Size(offsets), piece.shape) for offsets, piece in self.pieces()]
 
     def write_items(self, key: str) -> list[WriteItem]:
-        """What DCP is to write."""
+        """DCP's write items, one for each chunk."""
         properties = TensorProperties.create_from_tensor(self.values)
         return [
             WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, torch.Size(self.shape)))
@@ -70,12 +75,12 @@ class Fragment:
         ]
 
     def lookup(self, index: MetadataIndex) -> Tensor:
-        """The memory of the box at an offset."""
+        """The view of the chunk at `index.offset`."""
         return next(piece for offsets, piece in self.pieces() if torch.Size(offsets) == index.offset)
 
 
 def _chunks(sizes: tuple[int, ...], *, start: int, count: int) -> Iterator[Chunk]:
-    """Boxes that together are `count` elements of a tensor of `sizes`, from element `start` on, in order."""
+    """Chunks that together are `count` elements of a tensor of `sizes`, from element `start` on, in order."""
     if count == 0:
         return
     if len(sizes) == 1:

@@ -1,7 +1,7 @@
-"""Reading a checkpoint that a running training may remove meanwhile.
+"""Reads a checkpoint that a running training may remove at the same time.
 
-The files are opened first, and read through these handles: removing a file takes its name, not what is held open. Nothing is
-written beside the checkpoint, so it may lie in somebody else's folder, or on a read-only disk.
+All files are opened first and read through these handles, since an open file stays readable after its name is
+removed. Nothing is written beside the checkpoint: its folder may be read-only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hybridtrain.checkpoint import marker
 from hybridtrain.errors import UserError
 
 _HANDLES = Path("/proc/self/fd")
-_SPARE = 256  # handles for everything else
+_SPARE = 256  # file handles for other uses
 
 
 class Removed(Exception):
@@ -27,10 +27,11 @@ class Removed(Exception):
 
 @contextmanager
 def hold_open(path: Path) -> Iterator[Path]:
-    """Yield a folder that reads as the complete checkpoint `path` until the end of the block, whatever becomes of `path`.
+    """Yield a folder of links to the files of the complete checkpoint `path`, readable in the block even
+    if `path` is removed.
 
-    Raises UserError for what is no complete checkpoint, Removed for one that goes while it is being opened. Where the system has no
-    /proc, or not enough handles, it is `path` itself.
+    Raises UserError if `path` is no complete checkpoint, Removed if it is removed while it is being opened.
+    Without /proc, or with too few file handles, yields `path` itself.
     """
     with ExitStack() as stack:
         try:
@@ -61,12 +62,14 @@ def hold_open(path: Path) -> Iterator[Path]:
 
 
 def _is_being_removed(path: Path) -> bool:
-    """Whether `path` has the name that the manager gives, which it takes away by a rename before the files go."""
+    """Whether the folder of a checkpoint is gone: the manager renames a checkpoint before
+    it removes its files.
+    """
     return not path.exists() and path.name.startswith("step-")
 
 
 def _can_open(count: int) -> bool:
-    """Whether so many files can be open at once; raises the soft limit where it may."""
+    """Whether `count` files can be open at once; raises the soft limit if needed and allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _SPARE
     if soft != resource.RLIM_INFINITY and soft < needed:

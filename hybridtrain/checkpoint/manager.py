@@ -28,18 +28,21 @@ class Manager:
         self.folder = folder
         self.settings = settings
         self._not_removed: set[str] = set()
-        """Names that could not be removed, and that was said."""
+        """Names of checkpoints that could not be removed, of which a warning was logged."""
 
     def due(self, step: int, *, last: bool) -> bool:
-        """Whether to save after `step` steps: every so many, and after the last."""
+        """Whether to save after `step` steps: every checkpoint.every steps, and after the last."""
         return last or (self.settings.every > 0 and step > 0 and step % self.settings.every == 0)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` belongs."""
+        """Folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; None if there is none. Raises UserError for one whose content is of another step than its name."""
+        """The newest complete checkpoint; None if there is none.
+
+        Raises UserError if its content is of another step than its name.
+        """
         steps = self.steps()
         if not steps:
             return None
@@ -49,16 +52,17 @@ class Manager:
             raise refusal(
                 "checkpoint",
                 newest,
-                f"it holds step {actual}: somebody has renamed it",
+                f"it holds step {actual}: it was renamed",
                 allowed=f"the checkpoint of step {steps[-1]} under this name",
                 instead=f"mv {newest} {self.path(actual) if not self.path(actual).exists() else 'ELSEWHERE'}, or remove it",
             )
         return newest
 
     def prune(self) -> None:
-        """Remove complete checkpoints but the newest `keep_last`, every `keep_every`-th, and always the newest one.
+        """Remove complete checkpoints, except the newest `keep_last` and those whose step is
+        a multiple of `keep_every`.
 
-        What cannot be removed is warned of, and tried again after the next save.
+        One that cannot be removed is logged as a warning, and tried again after the next save.
         """
         keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
         if keep_last == 0:
@@ -68,16 +72,19 @@ class Manager:
                 self._remove(self.path(step))
 
     def sweep(self) -> None:
-        """Remove what a crash left half-written or half-removed. Only while nothing is being saved. What cannot be removed is warned of."""
+        """Remove folders that a crash left half-written or half-removed. Not during a save.
+
+        Warns of what cannot be removed.
+        """
         for ending in (marker.PARTIAL, marker.REMOVED):
             for path in sorted(self.folder.glob(f"step-*{ending}")):
                 if path.is_dir():
                     discard(path)
-                else:  # we write folders
-                    _log.warning("%s is no folder: it is not ours, and stays", path)
+                else:
+                    _log.warning("%s is not a folder, so hybridtrain did not write it: it stays", path)
         for path in sorted(self.folder.glob("step-*")):
-            if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):  # it had one, or it would not have this name
-                _log.warning("%s has no %s any more: it does not count as a checkpoint, and stays", path, marker.MARKER)
+            if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):  # lost: this name is given last
+                _log.warning("%s has lost its %s: it does not count as a checkpoint, and stays", path, marker.MARKER)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -87,7 +94,10 @@ class Manager:
         return sorted(int(name[1]) for path, name in names if name and marker.is_complete(path))
 
     def _remove(self, path: Path) -> None:
-        """Rename first: a kill while files are being removed must not leave half a checkpoint under a name that counts. A link goes, not its target."""
+        """Rename, then remove: a kill in between must not leave part of a checkpoint under its name.
+
+        Removes a link, not its target.
+        """
         try:
             removed = marker.free_name(path, ending=marker.REMOVED)
             path.rename(removed)

@@ -1,6 +1,7 @@
-"""What makes a folder a complete checkpoint: `complete.json`, which lists every file with its size and CRC32.
+"""The marker of a complete checkpoint: `complete.json`, which lists every file with its size and CRC32.
 
-It is written last, into the folder that is still called `.partial`; the rename that follows is what completes a checkpoint.
+It is written last, into the folder `step-N.partial`; renaming that folder to
+`step-N` completes the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ MARKER = "complete.json"
 PROGRESS = "progress.json"
 METADATA = ".metadata"
 CONFIG = "config.json"
-"""The model's config.json as it was when the checkpoint was written; checkpoints of earlier releases have none."""
+"""The model's config.json when the checkpoint was written. Not in checkpoints of version 0.1."""
 PARTIAL = ".partial"
-"""Ending of a folder that is being written, or was when a crash came."""
+"""Suffix of a folder that is being written, or was when a process crashed."""
 TOKENIZER = "tokenizer"
-"""Folder of the tokenizer of what was trained on, in <run>/model and in a checkpoint; those of earlier releases have none."""
+"""Folder of the data's tokenizer, in <run>/model and in a checkpoint. Not in those of version 0.1."""
 DATA = "data.json"
-"""In it, written last: which data that was."""
+"""File in TOKENIZER, written last: which data the tokenizer is of."""
 REMOVED = ".removed"
-"""Ending of a folder that is being removed, or was when a crash came."""
+"""Suffix of a folder that is being removed, or was when a process crashed."""
 FORMAT = 1
 _BLOCK = 1 << 22  # 4 MiB reads: large enough that CRC32 runs at memory speed
 
@@ -47,7 +48,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 
 def measure(file: Path) -> FileRecord:
-    """Size and CRC32 of `file`, reading it once; raises OSError."""
+    """Size and CRC32 of `file`, which is read once. Raises OSError."""
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -57,15 +58,18 @@ def measure(file: Path) -> FileRecord:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether `path` became a complete checkpoint. Later damage is `verify`'s to notice, so that it is never passed over in silence."""
+    """Whether `path` was completed as a checkpoint.
+
+    Damage since then is not checked here but reported by `verify`.
+    """
     return (path / MARKER).is_file()
 
 
 def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) -> None:
-    """Write `progress.json` and then the marker over `files` and itself, all on disk when this returns (raises OSError).
+    """Write progress.json, then the marker, which lists `files` and those written here.
 
-    A checkpoint of a run takes config.json, generation_config.json and the tokenizer of the run's model/ along, so that an export needs
-    nothing that may be edited later.
+    All are on disk on return. config.json, generation_config.json and the tokenizer of <run>/model are copied
+    into the checkpoint, so that an export does not depend on files that may be edited. Raises OSError.
     """
     content = {"step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
     _write_json(path / PROGRESS, content)
@@ -85,14 +89,17 @@ def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) ->
 
 
 def read(path: Path) -> dict[str, FileRecord]:
-    """The files that the marker lists; UserError if `path` is no complete checkpoint or its marker cannot be read."""
+    """The files that the marker lists.
+
+    Raises UserError if `path` is no complete checkpoint or its marker cannot be read.
+    """
     if not path.is_dir():
         raise refusal("checkpoint", path, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints")
     if not is_complete(path):
         raise refusal(
             "checkpoint",
             path,
-            f"incomplete: it has no {MARKER}, so its writing was cut short",
+            f"incomplete: it has no {MARKER}, so writing it was interrupted",
             allowed="a complete checkpoint",
             instead="another folder beside it; resuming chooses the newest complete one by itself",
         )
@@ -114,7 +121,10 @@ def read(path: Path) -> dict[str, FileRecord]:
 
 
 def check_sizes(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
-    """Check, without reading, that each of `files` is there with its size; UserError naming the first that is not."""
+    """Check, without reading them, that all `files` exist and have their size.
+
+    Raises UserError for the first that does not.
+    """
     for name, record in files:
         file = path / name
         if not file.is_file():
@@ -124,7 +134,10 @@ def check_sizes(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
 
 
 def verify(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
-    """Check that each of `files` is there with its size and CRC32; UserError naming the first that is not."""
+    """Check that all `files` exist and have their size and CRC32.
+
+    Raises UserError for the first that does not.
+    """
     for name, record in files:
         check_sizes(path, files=[(name, record)])
         if measure(path / name).crc32 != record.crc32:
@@ -132,7 +145,10 @@ def verify(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """The position that a complete checkpoint was written at."""
+    """Step, tokens seen and fingerprints of a complete checkpoint.
+
+    Raises UserError if progress.json cannot be read.
+    """
     try:
         content = json.loads((path / PROGRESS).read_bytes())
         return Progress(int(content["step"]), int(content["tokens_seen"]), {str(k): str(v) for k, v in content["fingerprints"].items()})
@@ -141,7 +157,9 @@ def read_progress(path: Path) -> Progress:
 
 
 def free_name(path: Path, *, ending: str) -> Path:
-    """step-N + ending, or step-N.2 + ending ...: the first name beside `path` that nothing has. What could not be removed before stands in the way."""
+    """The first free name of step-N + ending, step-N.2 + ending ...: a folder that could not be removed may
+    have the first one.
+    """
     aside, number = path.with_name(path.name + ending), 1
     while aside.exists() or aside.is_symlink():
         number += 1
@@ -150,18 +168,18 @@ def free_name(path: Path, *, ending: str) -> Path:
 
 
 def damaged(path: Path, name: str, problem: str) -> UserError:
-    """The refusal for a checkpoint that is not what was written."""
+    """The refusal of a damaged checkpoint. `name`: the damaged file."""
     return refusal(
         "checkpoint",
         path,
         f"damaged: {name}: {problem}",
         allowed="a checkpoint as it was written",
-        instead="restore the file, or remove this folder: resuming then takes the newest complete one that is left",
+        instead="restore the file, or remove this folder: resuming then uses the newest complete one that is left",
     )
 
 
 def sync_folder(path: Path) -> None:
-    """Make the folder's entries (new names, renames) durable."""
+    """fsync a folder, so that new names and renames in it are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

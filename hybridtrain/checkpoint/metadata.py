@@ -1,8 +1,9 @@
-"""Reading torch DCP's `.metadata` without trusting it.
+"""Reads torch DCP's `.metadata` without trusting it.
 
-The file is a pickle. It is read by an unpickler that knows exactly the classes which the metadata of tensors needs and
-refuses every other name, so that opening a checkpoint never runs code from it. The tensor files themselves are read by
-DCP with `torch.load(weights_only=True)`; entries of bytes, which DCP would unpickle freely, are refused here.
+The file is a pickle. The unpickler here allows only the classes that the metadata of tensors
+consists of, so that opening a checkpoint never runs code from it. DCP reads the tensor files
+with `torch.load(weights_only=True)`; entries of bytes, which DCP would unpickle without
+restrictions, are refused here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hybridtrain.checkpoint import marker
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.errors import UserError
 
-# DCP warns whenever one process saves or loads by itself, which here is on purpose.
+# DCP warns if a single process saves or loads, which is intended here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 _CLASSES: dict[tuple[str, str], object] = {
@@ -54,7 +55,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, given metadata that has been read and checked already."""
+    """DCP's reader with metadata that has been read and checked already."""
 
     def __init__(self, path: Path, *, metadata: dcp_metadata.Metadata) -> None:
         super().__init__(path)
@@ -65,7 +66,10 @@ class _Reader(dcp.FileSystemReader):
 
 
 def read(path: Path) -> dcp_metadata.Metadata:
-    """The checked metadata of the checkpoint at `path`; UserError if it is anything but the metadata of whole tensors."""
+    """The checked metadata of the checkpoint at `path`.
+
+    Raises UserError if it is not the metadata of complete tensors.
+    """
     try:
         with (path / marker.METADATA).open("rb") as stream:
             content = _Unpickler(stream).load()
@@ -73,19 +77,19 @@ def read(path: Path) -> dcp_metadata.Metadata:
         return content
     except (OSError, UserError):
         raise
-    except Exception as error:  # a crafted pickle can raise anything, from the constructors it calls or by what it leaves out
+    except Exception as error:  # a crafted pickle can raise anything
         raise _refusal(path, str(error)) from error
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Reads into fragments too, box by box."""
+    """DCP's load planner, which also reads into fragments, chunk by chunk."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor | Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.tensors = tensors
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """Not torch's own, which replaces what is no tensor by None."""
+        """Replaces torch's method, which sets values that are not tensors to None."""
         self.original_state_dict = state_dict
         self.state_dict, self.metadata, self.is_coordinator = dict(self.tensors), metadata, is_coordinator
 
@@ -105,14 +109,14 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:
-    """Fill `tensors` in place, under whatever layout they have (collective over `group`; None: this process alone).
+    """Fill `tensors` in place, under any layout (collective over `group`; None: this process alone).
 
-    Raises UserError if a tensor file holds anything but the tensor that the metadata promises.
+    Raises UserError if a tensor file does not hold the tensor that the metadata describes.
     """
     planner = _LoadPlanner(tensors)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of `no_dist`, which is what an export wants
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # because of `no_dist`, which an export uses
             dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
@@ -122,7 +126,7 @@ def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, met
 
 
 def _check(content: object, *, path: Path) -> None:
-    """Refuse what is well-formed but not the metadata of tensors in files of this folder."""
+    """Refuse well-formed content that is not the metadata of tensors in files of this folder."""
 
     def expect(holds: bool, problem: str) -> None:
         if not holds:
@@ -147,10 +151,11 @@ def _check(content: object, *, path: Path) -> None:
 
 
 def _tiled(entry: dcp_metadata.TensorStorageMetadata) -> bool:
-    """Whether the chunks cover every element of the tensor exactly once; in time linear in their number.
+    """Whether the chunks cover every element of the tensor exactly once, in time linear in their number.
 
-    Where the volumes add up to the whole's, and every corner of a chunk that is no corner of the whole belongs to an even number of
-    chunks, then the number of chunks over each element is odd inside and even outside, hence one and none.
+    If every corner of a chunk that is no corner of the tensor belongs to an even number of chunks, then the
+    number of chunks that cover an element is odd inside the tensor and even outside. If the volumes add up to
+    that of the tensor, too, these numbers are one and zero.
     """
     dims = len(entry.size)
     chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]

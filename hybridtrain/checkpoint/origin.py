@@ -1,4 +1,6 @@
-"""Which layout wrote a checkpoint, from the events of its run: version 0.1 kept a loss scale that depended on it."""
+"""The layout that wrote a checkpoint, from the events of its run: the loss scale of version
+0.1 depended on it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ _log = log.get("checkpoint")
 
 
 def data_ranks(path: Path) -> int:
-    """Data ranks of the run that wrote the checkpoint at `path`; 1 where its events do not say: a scale that is too small grows, a large one overflows."""
+    """Number of data ranks that wrote the checkpoint at `path`; 1 if the events do not tell.
+
+    1 is safe: a loss scale that is too small grows, one that is too large overflows.
+    """
     written = ""
     for event in _events(path.parent.parent / "events.jsonl"):
         kind, detail = event.get("kind"), str(event.get("detail", ""))
@@ -26,12 +31,12 @@ def data_ranks(path: Path) -> int:
     except UserError:
         degrees = {}
     if not written or not degrees:
-        _log.warning("%s does not say which layout wrote it: its loss scale is taken as one of a single data rank", path)
+        _log.warning("the layout that wrote %s is not known: its loss scale is taken as that of a single data rank", path)
     return int(degrees.get("dp_replicate", 1)) * int(degrees.get("dp_shard", 1))
 
 
 def _events(file: Path) -> list[dict]:
-    """The lines that can be read, in their order."""
+    """The readable lines of events.jsonl, in order."""
     events = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:

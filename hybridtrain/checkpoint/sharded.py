@@ -1,11 +1,11 @@
-"""Saving and loading sharded tensors with torch DCP, under any layout.
+"""Saves and loads sharded tensors with torch DCP, under any layout.
 
-A checkpoint is a flat mapping of keys to whole tensors. Each rank gives what it has: a plain tensor is the same on every
-rank that gives it, a DTensor or a Fragment is this rank's part; pipeline stages give different keys. Only tensors are
-written (DCP would pickle anything else), beside `progress.json` and the marker.
+A checkpoint is a flat mapping of keys to whole tensors. Each rank passes what it has: a plain tensor is the
+same on every rank that passes it, a DTensor or a Fragment is this rank's part; pipeline stages pass different
+keys. Only tensors are written (DCP would pickle anything else), besides `progress.json` and the marker.
 
 Saving, per rank:  stage (CPU copy) -> [thread: DCP write and fsync -> size and CRC32 -> rank 0: marker, rename]
-The thread talks over its own gloo group, so that training goes on meanwhile; it never touches a device or a mesh.
+The thread uses its own gloo group, so that training goes on meanwhile; it never touches a device or a mesh.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from hybridtrain.runtime.files import discard
 from hybridtrain.types import Progress, Saving
 
 T = TypeVar("T")
-_NAMED = 5  # keys that a refusal names before it says "and N more"
+_NAMED = 5  # keys that a message names before "and N more"
 
 
 def save(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, progress: Progress, group: dist.ProcessGroup | None, asynchronous: bool) -> Saving:
-    """Start writing a complete checkpoint to `path` (collective over `group`, a gloo group of all ranks that nothing else uses).
+    """Start writing a checkpoint to `path` (collective over `group`, a gloo group of all ranks
+    that nothing else uses).
 
-    With `asynchronous` the values are those at the time of the call; the caller may change the tensors at once, but starts no
-    other save or load over `group` until the result is there. Failures, a full disk too, are raised by poll and result on every
-    rank, as a UserError that names the rank; checkpoints written earlier stay as they are.
+    With `asynchronous`, the values at the time of the call are saved: the caller may change the tensors at
+    once, but must not start another save or load over `group` before this one ends. Errors, such as a full
+    disk, are raised by poll and result on every rank, as a UserError that names the rank. Earlier
+    checkpoints are not changed.
     """
     staged = {key: _stage(key, tensor, copy=asynchronous) for key, tensor in tensors.items()}
     saving = _Saving(lambda: _write(staged, path=path, progress=progress, group=group))
@@ -51,10 +53,12 @@ def save(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, progress
 
 
 def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: dist.ProcessGroup | None) -> Progress:
-    """Fill `tensors` in place from the complete checkpoint at `path`, whatever layout wrote it (collective over `group`).
+    """Fill `tensors` in place from the complete checkpoint at `path`, written by any
+    layout (collective over `group`).
 
-    Every file is checked first. Raises UserError on every rank for an incomplete or damaged checkpoint, one without a key that
-    is asked for or with another shape, and one whose `model.` keys no rank asks for (a checkpoint of another model).
+    Every file is checked first. Raises UserError on every rank if the checkpoint is incomplete or
+    damaged, lacks a key, has a different shape, or has `model.` keys that no rank requests (a
+    checkpoint of another model).
     """
     assert not any(isinstance(tensor, torch.Tensor) and tensor.is_meta for tensor in tensors.values()), (
         "load fills tensors in place; meta tensors have no place"
@@ -82,14 +86,17 @@ def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: d
 
 
 def stored_keys(path: Path) -> frozenset[str]:
-    """The keys of a complete checkpoint."""
+    """The keys in a complete checkpoint."""
     return frozenset(stored(path))
 
 
 def stored(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Key -> dtype and whole shape of what a complete checkpoint holds; UserError if its marker or metadata cannot be read."""
+    """Key -> (dtype, whole shape) of a complete checkpoint.
+
+    Raises UserError if its marker or metadata cannot be read.
+    """
     marker.read(path)
-    entries = metadata.read(path).state_dict_metadata  # which has refused everything but tensors
+    entries = metadata.read(path).state_dict_metadata  # tensors only: `read` refuses others
     return {key: (entry.properties.dtype, tuple(entry.size)) for key, entry in entries.items()}  # type: ignore[union-attr]
 
 
@@ -98,14 +105,17 @@ def stored(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class _Staged:
-    """This rank's part of one tensor on the CPU, with DCP's description of where it belongs."""
+    """This rank's part of one tensor on the CPU, with DCP's description of its place in the whole tensor."""
 
     items: list[WriteItem]
     part: torch.Tensor | Fragment
 
 
 def _stage(key: str, tensor: torch.Tensor | Fragment, *, copy: bool) -> _Staged:
-    """Detach the local part of `tensor` from device and mesh; a copy even if it is on the CPU already when `copy`."""
+    """The local part of `tensor` on the CPU, without its mesh.
+
+    `copy`: also copy a tensor that is on the CPU already.
+    """
     if isinstance(tensor, Fragment):
         return _Staged(tensor.write_items(key), tensor.at(tensor.values.detach().to("cpu", copy=copy)))
     assert isinstance(tensor, torch.Tensor), f"a checkpoint holds tensors only, {key} is a {type(tensor).__name__}"
@@ -116,7 +126,10 @@ def _stage(key: str, tensor: torch.Tensor | Fragment, *, copy: bool) -> _Staged:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans with the descriptions made when the tensors were staged; what several ranks have is written by one of them."""
+    """DCP's save planner, with the write items of the staged tensors.
+
+    Of a tensor that several ranks have, one writes it.
+    """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -131,10 +144,11 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, which names the disk's error and leaves this machine's paths out of the metadata."""
+    """DCP's writer, which raises the error of the disk and keeps this machine's paths out of the metadata."""
 
     def __init__(self, path: Path) -> None:
-        # No copy-ahead: everything is on the CPU, and DCP's overlapping loader would open device 0 from this thread.
+        # No copy-ahead: all tensors are on the CPU, and DCP's overlapping loader would use device 0 from this
+        # thread.
         super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
 
     def storage_meta(self) -> StorageMeta:
@@ -143,14 +157,14 @@ class _Writer(dcp.FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save's zip writer: "unexpected pos 704 vs 598", with the disk's error as its context
+        except RuntimeError as error:  # of torch.save's zip writer; the disk's error is its context
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 class _Saving:
-    """One save, in a thread of its own. A daemon: a dying process must not wait for ranks that are gone already."""
+    """One save, in a daemon thread: a failing process must not wait for ranks that have ended."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._error: BaseException | None = None
@@ -160,7 +174,7 @@ class _Saving:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # handed over to whoever polls
+        except BaseException as error:  # raised by `poll`
             self._error = error
 
     def wait(self) -> None:
@@ -179,12 +193,14 @@ class _Saving:
 
 
 def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
-    """Write to a temporary folder, mark it complete, rename it; on failure remove it and raise on every rank."""
+    """Write to a temporary folder, write its marker, rename it; on an error remove it and
+    raise on every rank.
+    """
     rank, _ = _rank_and_size(group)
     partial = path.with_name(path.name + marker.PARTIAL)
 
     def prepare() -> str:
-        """The name on rank 0."""
+        """Create the temporary folder on rank 0; returns its name, on other ranks ""."""
         if rank != 0:
             return ""
         if partial.is_dir():
@@ -215,7 +231,7 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
 def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: dist.ProcessGroup | None) -> None:
     try:
         dcp.save(dict(staged), storage_writer=_Writer(partial), planner=_SavePlanner(), process_group=group, no_dist=group is None)
-    except dcp.CheckpointException as error:  # a BaseException; DCP has agreed on it over the group already
+    except dcp.CheckpointException as error:  # raised on all ranks
         for rank, (cause, _) in sorted(error.failures.items()):
             if isinstance(cause, OSError):
                 raise _disk_error(path, rank=rank, doing="write", error=cause) from None
@@ -224,7 +240,10 @@ def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: d
 
 
 def _rename(partial: Path, path: Path) -> None:
-    """The moment at which the checkpoint exists. One of the same step makes room first (a run that went back to an earlier one)."""
+    """Complete the checkpoint by a rename.
+
+    An older one of the same step, of a run that resumed earlier, is replaced.
+    """
     replaced = marker.free_name(path, ending=marker.REMOVED)
     if path.exists() or path.is_symlink():
         os.rename(path, replaced)
@@ -242,7 +261,7 @@ def _check_shapes(tensors: Mapping[str, torch.Tensor | Fragment], *, stored: met
     if missing:
         raise _of_another_model(path, f"it does not hold {_some(missing)}")
     for key, tensor in sorted(tensors.items()):
-        shape = tuple(entries[key].size)  # type: ignore[union-attr]  # metadata.read has refused everything but tensors
+        shape = tuple(entries[key].size)  # type: ignore[union-attr]  # tensors only: metadata.read refuses others
         if shape != tuple(tensor.shape):
             raise _of_another_model(path, f"{key} has shape {shape} there and {tuple(tensor.shape)} here")
 
@@ -262,7 +281,8 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# --- agreement over ranks -----------------------------------------------------------------------------------------
+# --- agreement between ranks
+# --------------------------------------------------------------------------------------
 
 
 class _Failure(NamedTuple):
@@ -285,7 +305,7 @@ def _gather(value: T, *, group: dist.ProcessGroup | None) -> list[T]:
 
 
 def _attempt(work: Callable[[], T], *, rank: int, path: Path, doing: str) -> tuple[T | None, _Failure | None]:
-    """Do this rank's `work`, turning what can fail into something that can be sent."""
+    """Do this rank's `work`; returns its result, or its error in a form that can be sent to other ranks."""
     try:
         return work(), None
     except UserError as error:
@@ -297,14 +317,17 @@ def _attempt(work: Callable[[], T], *, rank: int, path: Path, doing: str) -> tup
 
 
 def _raise_first(failures: list[_Failure | None]) -> None:
-    """Raise the same error on every rank; internal errors take precedence over UserErrors, so that they are not hidden."""
+    """Raise the same error on every rank.
+
+    Internal errors take precedence, so that a UserError does not hide them.
+    """
     ordered = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
     if ordered:
         raise UserError(ordered[0].text) if ordered[0].of_user else RuntimeError(ordered[0].text)
 
 
 def _agree(work: Callable[[], T], *, group: dist.ProcessGroup | None, path: Path) -> list[T]:
-    """Do `work` on every rank and give everyone all results; what fails on one rank is raised on all."""
+    """Do `work` on every rank and return the results of all ranks; an error on one rank is raised on all."""
     rank, _ = _rank_and_size(group)
     replies = _gather(_attempt(work, rank=rank, path=path, doing="write"), group=group)
     _raise_first([failure for _, failure in replies])

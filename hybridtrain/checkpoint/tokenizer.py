@@ -1,9 +1,10 @@
-"""The tokenizer of what a run trains on: kept with the run when it begins, carried along by its checkpoints, and found again by an export.
+"""The tokenizer of a run's data: copied into the run at its start, into each checkpoint, and from
+there into an export.
 
-data.path/tokenizer  --when training starts-->  <run>/model/tokenizer  --with each checkpoint-->  <checkpoint>/tokenizer  -->  export
+data.path/tokenizer  --start-->  <run>/model/tokenizer  --save-->  <checkpoint>/tokenizer  -->  export
 
-Where the data lie, or what they are, may change meanwhile. Runs of earlier releases kept nothing: theirs is taken from the data, if these still
-are what was trained on.
+The data may be moved or changed in the meantime. Version 0.1 copied nothing: then the tokenizer of the data
+is used, if the data are still those of the run.
 """
 
 from __future__ import annotations
@@ -31,18 +32,23 @@ class CheckpointTokenizer:
 
     folder: Path
     conversations: bool
-    """Whether conversations were trained on, in its chat template."""
+    """Whether the run was trained on conversations, in the chat template of this tokenizer."""
 
 
 def current(config: Config) -> Path | None:
-    """The tokenizer that `config` leads to now: the data's; token files without one of their own go by that of the model they train."""
+    """The folder of the tokenizer that `config` leads to now: that of the data,
+    else that of model.from_pretrained.
+    """
     pretrained = Path(config.model.from_pretrained)
     own = pretrained if config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES) else None
     return tokenizer_dir(config.data) or own
 
 
 def keep(config: Config, *, run: Path, fingerprint: str) -> None:
-    """Rank 0, when training starts: copy the tokenizer into the run, unless it has that of this data already. Raises OSError."""
+    """Copy the tokenizer into the run, unless it has that of this data already. On rank 0, at the start.
+
+    Raises OSError.
+    """
     source, folder = current(config), run / "model" / marker.TOKENIZER
     before = _record(folder)
     if before.get("fingerprint") == fingerprint:
@@ -52,7 +58,7 @@ def keep(config: Config, *, run: Path, fingerprint: str) -> None:
             _log.warning("the data have no tokenizer; the run keeps that of %s, which it began with", before.get("path"))
         return
     if problem := _problem(source):
-        _log.warning("it is not kept with the run, an export will look for it again: %s", problem)
+        _log.warning("the tokenizer is not copied into the run, an export will look for it again: %s", problem)
         discard(folder / marker.DATA)
         return
     discard(folder)
@@ -65,7 +71,7 @@ def keep(config: Config, *, run: Path, fingerprint: str) -> None:
 
 
 def _record(folder: Path) -> dict[str, object]:
-    """Which data a kept tokenizer is of; empty where none is kept."""
+    """Content of DATA in a copied tokenizer's folder; empty if there is none."""
     try:
         return read_object(folder / marker.DATA, field="run.dir")
     except UserError:
@@ -73,13 +79,13 @@ def _record(folder: Path) -> dict[str, object]:
 
 
 def _problem(source: Path) -> str:
-    """Why these files are not those that `prepare` or their maker wrote; "" for nothing."""
+    """What is wrong with a tokenizer's files, e.g. changed since `prepare` wrote them; "" if nothing."""
     pointer = next((name for name in tokens.files_of(source) if is_lfs_pointer(source / name)), None)
     return f"{source / pointer} is a git-lfs pointer" if pointer else "; ".join(changed(source))
 
 
 def changed(folder: Path) -> list[str]:
-    """Which files of a corpus's tokenizer have changed since its texts were made into tokens."""
+    """Messages about files of a corpus's tokenizer that have changed since the corpus was prepared."""
     corpus = folder.parent
     try:
         record = read_object(corpus / "corpus.json", field="data.path") if (corpus / "corpus.json").is_file() else {}
@@ -91,15 +97,16 @@ def changed(folder: Path) -> list[str]:
 def _conversations(data: DataConfig) -> bool:
     try:
         return any(facts.get("kind") == "chat" for facts in vocabulary.records(data))
-    except UserError as error:  # weights can be exported without their data
+    except UserError as error:  # an export does not need the data
         _log.warning("whether the run was trained on conversations is not known: %s", str(error).partition("\n")[0])
         return False
 
 
 def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointTokenizer | None:
-    """The tokenizer that a complete checkpoint of `run` (whose config.yaml is `config`) was trained with; None if there is none any more.
+    """The tokenizer that a complete checkpoint of `run` was trained with; None if there is none.
 
-    Raises UserError where the data that it would be taken from are others now.
+    `config`: config.yaml of the run. Raises UserError if it would have to be taken from the data, and
+    the data have changed.
     """
     folder_of_checkpoint = checkpoint / marker.TOKENIZER
     if (folder_of_checkpoint / marker.DATA).is_file():
@@ -116,7 +123,7 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointT
         raise refusal(
             "data.path",
             folder.parent,
-            f"the run's checkpoint of {checkpoint.name} was trained on other data ({written}) than are there now ({now or 'which is not told'}), so that is not its tokenizer",
+            f"{checkpoint.name} was trained on other data ({written}) than are there now ({now or 'unknown'}), so this is not its tokenizer",
             allowed="the corpus that the run was trained on, or none",
             instead=f"prepare the same text there again, or hybridtrain export where {folder.parent} is the run's corpus; without a tokenizer: move it away",
         )
@@ -125,7 +132,9 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointT
 
 
 def _places(config: Config, *, run: Path) -> list[DataConfig]:
-    """The run's data as seen from here, and, where their path is relative, from the folder that the run was begun in."""
+    """The run's data config; if its paths are relative, also with paths from the folder in which
+    the run was started.
+    """
     own, place = Path(config.run.dir or Path("runs") / config.run.name).parent, run.resolve().parent
     if own.is_absolute() or place.parts[len(place.parts) - len(own.parts) :] != own.parts:
         return [config.data]

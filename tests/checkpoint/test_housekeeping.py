@@ -48,7 +48,7 @@ def test_a_run_goes_on_past_checkpoints_that_cannot_be_removed(data: Path, tmp_p
     with immutable(folder / "step-00000002" / ".metadata"):
         argv = arguments(run, data, train__steps=4, checkpoint__every=1, checkpoint__keep_last=1)
         said = finished(1, argv).out
-        assert "step-00000003.partial is no folder: it is not ours, and stays" in said
+        assert "step-00000003.partial is not a folder, so hybridtrain did not write it: it stays" in said
         assert "step-00000002.removed cannot be removed and stays (Operation not permitted)" in said
         assert len(rows(run)) == 4
         assert checkpoints(run) == ["step-00000002.removed", "step-00000003.partial", "step-00000004"]
@@ -74,7 +74,7 @@ def test_a_checkpoint_that_cannot_be_renamed_is_warned_of_once(tmp_path: Path, c
 def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path: Path) -> None:
     manager = made(tmp_path, 8)
     manager.path(8).rename(manager.path(99))
-    with pytest.raises(UserError, match=r"step-00000099: it holds step 8: somebody has renamed it\n.*\n.*mv .*step-00000099 .*/step-00000008"):
+    with pytest.raises(UserError, match=r"step-00000099: it holds step 8: it was renamed\n.*\n.*mv .*step-00000099 .*/step-00000008"):
         manager.latest()
     manager.path(99).rename(manager.path(8))
     assert manager.latest() == manager.path(8)
@@ -213,9 +213,9 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
         "damaged: " + damaged.name,
         "it holds step 3",
         "has step 2 after step 3",
-        "line 5 is no line",
+        "line 5 is damaged",
         changed,
-        "step-00000009: it has no complete.json any more",
+        "step-00000009: its complete.json is missing",
     ):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
 

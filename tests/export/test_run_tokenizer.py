@@ -132,7 +132,7 @@ def test_a_tokenizer_that_was_damaged_before_the_run_began_is_not_kept(tmp_path:
     whole, file = corpus(tmp_path / "data", words="follows"), tmp_path / "data" / "tokenizer" / "tokenizer.json"
     file.write_bytes(whole[:-1])
     said = finished(1, arguments(tmp_path / "run", tmp_path / "data", train__steps=1))
-    assert "it is not kept with the run, an export will look for it again" in said.out
+    assert "the tokenizer is not copied into the run, an export will look for it again" in said.out
     file.write_bytes(whole)
     assert main(["export", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "export" / "tokenizer.json").read_bytes() == whole

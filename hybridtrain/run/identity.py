@@ -1,7 +1,8 @@
-"""Which run a command continues or starts: its directory, its identity, and what must not have changed.
+"""Which run a command continues or starts: its directory, and the options that must not change.
 
-A run's identity is what must not change while it goes on: model, data, optimizer, schedule, seed, global batch and what it was branched
-from. The same identity continues the run in its directory; another one is a new run. Reads only; no torch.
+These options are the run's identity: model, data, optimizer, schedule, seed, global batch size and
+run.branch_from. A command with the same identity continues the run in its directory, any other starts a new
+run. Reads only; no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeo
 _UNSET = "(not set)"
 _TASK = "next-token prediction"
 WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")
-"""What a run writes beside config.yaml. In a folder without a config.yaml these are somebody else's; so is a log of a rank."""
+"""What a run writes besides config.yaml. In a folder without config.yaml they belong to something else, as
+do logs of ranks."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,18 @@ class Choice:
 
     path: Path
     before: Config | None
-    """What the run in it was last run with; None: a new run."""
+    """Config of the last attempt of the run in it; None: a new run."""
     differing: str
-    """In the default directory: the first fields in which the run there differs, because of which this one has a number; else empty."""
+    """If `path` has a number because another run is in the default directory: options in which that
+    run differs; else empty."""
 
 
 def choose(config: Config) -> Choice:
-    """The directory that `config` continues or starts, as it stands now.
+    """The directory of the run that `config` continues or starts.
 
-    In the default directory another identity moves on to the next number (runs/name-2); an explicit run.dir of another run is refused, as are
-    a folder that is no run's and what run.resume rules out (UserError).
+    If the default directory has a run of another identity, the next number is tried (runs/name-2).
+    Raises UserError for an explicit run.dir that has another run or is no run's folder, and for
+    what run.resume rules out.
     """
     base = Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
     explicit = base != Path("runs") / config.run.name
@@ -63,7 +67,7 @@ def choose(config: Config) -> Choice:
                 raise not_resumable(path, words=" of this run")
             return Choice(path, None, others)
         before = compose.read_run(path / "config.yaml")
-        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins  # the command line permits, not the run
+        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins  # only the command line gives these permissions
         differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
         if explicit and differing:
             raise _another_run(path, differing)
@@ -78,13 +82,13 @@ def choose(config: Config) -> Choice:
 
 
 def not_resumable(path: Path, *, words: str) -> UserError:
-    """The refusal of run.resume=required."""
+    """The refusal of run.resume=required without a checkpoint."""
     problem = f"{path} holds no complete checkpoint{words}"
     return refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
 
 
 def _check_source(config: Config, *, path: Path) -> None:
-    """Refuse to write over the model that the run starts from."""
+    """Refuse to overwrite the model that the run starts from (raises UserError)."""
     source, target = config.model.from_pretrained, path / "model"
     if source and target.exists() and Path(source).exists() and Path(source).resolve() == target.resolve():
         problem = f"the run would write its model's config into {target}, the model that it starts from"
@@ -98,7 +102,7 @@ def _holds_run(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise refusal("run.dir", path, "it is a file", allowed="a run's folder, or one without a run", instead="another run.dir")
     for name in _leftovers(path):
-        problem = f"it has {name} but no config.yaml, so it is not known whose that is, and a run would write over it"
+        problem = f"it has {name} but no config.yaml, so this may not be a run's, and a run would overwrite it"
         raise refusal("run.dir", path, problem, allowed="a run's folder, or one without what a run writes", instead="another run.dir")
     return False
 
@@ -118,7 +122,7 @@ def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> 
 
 
 def describe(differing: Mapping[str, tuple[object, object]]) -> str:
-    """`differences`, for people."""
+    """`differences` as text."""
     return "; ".join(f"{key} was {_text(before)} and is {_text(now)}" for key, (before, now) in sorted(differing.items()))
 
 
@@ -134,17 +138,17 @@ def _is_identity(key: str, config: Config) -> bool:
 
 
 def model_differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """`differences` in what the model is."""
+    """`differences` that change the model."""
     return {key: pair for key, pair in differences(before, now).items() if key.startswith("model.") and key not in _NOT_IDENTITY}
 
 
 def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """`differences` in what is trained and how, without those in how the command was given."""
+    """`differences` without options of the command itself (_INVOCATION)."""
     return {key: pair for key, pair in differences(before, now).items() if key not in _INVOCATION}
 
 
 def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """section.field -> (before, now) in their public form, over all sections of a training run; of two mappings only the keys that differ."""
+    """section.option -> (before, now), values without secrets; of mappings only the keys that differ."""
     result: dict[str, tuple[object, object]] = {}
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(now, section.name)
@@ -165,7 +169,9 @@ def _flat(name: str, pair: tuple[Any, Any]) -> dict[str, tuple[object, object]]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Equal, of values one of which has been through YAML: 1 and 1.0, a tuple and a list, and two NaN are the same."""
+    """Whether values are equal up to a YAML round trip: 1 and 1.0, a tuple and a list, and two
+    NaN are the same.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return old.keys() == new.keys() and all(_same(value, new[key]) for key, value in old.items())
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
@@ -176,18 +182,21 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def model_fingerprint(facts: ModelFacts) -> str:
-    """What a checkpoint's model is known by. `labels` counts where there are some: earlier versions had none."""
+    """Fingerprint of a model, for checkpoints.
+
+    `labels` is left out if empty, as version 0.1 had no labels.
+    """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], data: tuple[str, str], run: Path, allow_data_change: bool) -> tuple[str, ...]:
-    """Compare a checkpoint's fingerprints with those of `run`, which goes on from it; the names that differ and are let through.
+    """Compare the fingerprints of a checkpoint with those of `run`, which resumes from it.
 
-    `data`: the option that names the data of this run, and its value.
-
-    `model` must be the same; anything else (data, order, tokens) only unless `allow_data_change`. Raises UserError.
-    `tokens`, a sample of files that no other fingerprint covers, is compared where both have it: earlier versions kept none.
+    Returns the names that differ and are allowed to. `model` and `task` must be the same, others (data,
+    order, tokens) unless `allow_data_change`. Raises UserError. `data`: (option that names the run's data,
+    its value), for messages. `tokens`, a hash of a sample of files that no other fingerprint covers, is
+    compared only if both have it: version 0.1 had none.
     """
     names = sorted((set(progress.fingerprints) | set(fingerprints)) - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"}))
     differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))

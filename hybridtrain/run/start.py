@@ -1,6 +1,8 @@
-"""Entering a run's directory: chosen, made if need be, and locked, before anything in it is written.
+"""Starts an attempt of a run: the directory is chosen, created if needed, and locked before anything
+in it is written.
 
-enter (choose, take the lock)  ->  begin (config.yaml, summary.json): a RunDir  or  leave (as it was)
+lock_run (choose, lock)  ->  LockedRun  ->  begin (config.yaml, summary.json): a RunDir,
+or leave (no changes)
 """
 
 from __future__ import annotations
@@ -23,32 +25,33 @@ from hybridtrain.runtime.files import unwritable, write_atomically
 
 _log = log.get("run")
 _APPEAR_S = 5.0
-"""How long a new run's config.yaml may take to appear after its lock."""
+"""Seconds that the config.yaml of another new run may take to appear after its lock."""
 
 
 @dataclass(frozen=True)
 class LockedRun:
-    """A run's directory that this process is alone in; nothing in it but the lock has been written yet."""
+    """A run directory that this process has locked; nothing but the lock has been written yet."""
 
     path: Path
     before: Config | None
-    """What the run in it was last run with; None: a new run."""
+    """Config of the last attempt of the run in it; None: a new run."""
     lock: lock.Lock
     new_folders: tuple[Path, ...]
-    """Folders that were created for it, outermost first."""
+    """Folders that were created for the run, outermost first."""
     lost: str
-    """Whose attempt ended without a report; else empty."""
+    """How the last attempt ended, if it left no report; else empty."""
 
     def leave(self) -> None:
-        """Give it back as it was."""
+        """Release the lock and remove the folders that were created."""
         self.lock.release()
         remove_folders(self.new_folders)
 
 
 def lock_run(config: Config) -> LockedRun:
-    """Choose the directory that `config` continues or starts (identity.choose), make it if need be, and take its lock.
+    """Choose the directory of the run (identity.choose), create it if needed, and lock it.
 
-    Raises UserError for what `choose` refuses, a directory in which another process trains, and one that cannot be written.
+    Raises UserError for what `choose` refuses, if another process trains in the directory, or if
+    it cannot be written.
     """
     until = time.monotonic() + _APPEAR_S
     while True:
@@ -58,7 +61,7 @@ def lock_run(config: Config) -> LockedRun:
             run_lock = lock.acquire(choice.path, takeover=config.run.takeover)
         except UserError:
             remove_folders(new_folders)
-            if choice.before is None and time.monotonic() < until:  # another new run, begun at the same moment: it may be of another identity
+            if choice.before is None and time.monotonic() < until:  # another new run started at the same time, perhaps with another identity
                 time.sleep(0.05)
                 continue
             raise
@@ -75,7 +78,10 @@ def lock_run(config: Config) -> LockedRun:
 
 
 def begin(locked: LockedRun, config: Config, *, yaml_text: str, versions: Mapping[str, str], checkpoint: Path | None, step: int) -> RunDir:
-    """Write config.yaml (`yaml_text`) and a running summary: from here on the directory is this run's. Raises UserError."""
+    """Write config.yaml (`yaml_text`) and summary.json with status running; the directory is now this run's.
+
+    Raises UserError. `checkpoint`, `step`: where this attempt starts.
+    """
     path, before = locked.path, locked.before
     try:
         write_atomically(path / "config.yaml", yaml_text)
@@ -110,7 +116,7 @@ def lost_attempt(path: Path, *, holder: Holder | None) -> str:
 
 
 def _git_revision() -> str | None:
-    """The commit of the checkout this code runs from, "-dirty" with local changes; None outside a checkout."""
+    """The git commit of this code, with "-dirty" if there are local changes; None outside a checkout."""
     checkout = host.PACKAGE.parent
     if not (checkout / ".git").exists():
         return None

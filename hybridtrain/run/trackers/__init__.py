@@ -1,9 +1,11 @@
-"""Trackers (wandb, TensorBoard and others) through accelerate's tracker classes. A tracker never stops, slows or fails a training run.
+"""Trackers (wandb, TensorBoard and others) through accelerate's classes.
+
+A tracker never stops, slows or fails a run.
 
     training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker ──> wandb, TensorBoard ...
 
-Calls that may raise or hang run in the tracker's own thread; an error there only logs one warning. Only rank 0 tracks.
-A new tracker is a row in kinds.py.
+Calls that may raise or hang run in the tracker's own thread; an error there is logged as one warning. Only
+rank 0 tracks. A new tracker is a row in kinds.py.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from hybridtrain.run.trackers.kinds import Kind, Place, kind_of
 
 _log = logging.getLogger(__name__)
 
-FINISH_S = 30.0  # all trackers together may hold up the end of the run for so long
-FAILED_S = 10.0  # the same after a failure: the launcher ends what is left of the run soon
+FINISH_S = 30.0  # seconds that all trackers together may delay the end of the run
+FAILED_S = 10.0  # the same after a failure, when the launcher soon ends the other ranks
 
-_NOT_PLOTTED = ("step", "time")  # the x axis, and the trackers have clocks of their own
-# A second line of defence, for secrets that were typed: what comes through ${oc.env:...} is sent as that reference.
+_NOT_PLOTTED = ("step", "time")  # the x axis, and trackers have their own clocks
+# For secrets that were typed into the config. Those from ${oc.env:...} are sent as that reference.
 _SECRET_NAME = re.compile(
     r"(^|[_-])(tokens?|api[_-]?keys?|(?<!text_)(?<!messages_)keys?|passw(or)?ds?|passphrases?|pwd?|secrets?|credentials?|auth|authorization|bearer|cookies?)$",
     re.IGNORECASE,
@@ -43,20 +45,21 @@ _SECRET_VALUE = re.compile(
 )
 _REFERENCE = re.compile(r"\$\{[^${}]*\}")
 HIDDEN = "***"
-"""In place of what looks like a secret."""
+"""Replaces text that looks like a secret."""
 
 
 class Trackers:
-    """The trackers of a run. Without `start`, or on another rank than 0, `log` and `finish` do nothing."""
+    """The trackers of a run. Before `start`, and on ranks other than 0, `log` and `finish` do nothing."""
 
     def __init__(self) -> None:
         self._workers: list[_TrackerThread] = []
 
     def start(self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int) -> None:
-        """Open the trackers called `kinds` in the background; their files go to `folder`/<kind>.
+        """Open the trackers `kinds` in the background; their files are in `folder`/<kind>.
 
-        `config` is the public form of the run's configuration (compose.plain), which gives project and name too; it is stored with the
-        run, flat and without what looks like a secret. `first_step`: steps done before; what was logged after them is out of date.
+        `config`: the run's config without secrets from the environment (compose.plain). It gives project and
+        name, and is stored with the run, flat and masked by `public`. `first_step`: step that the run resumes
+        from; values that an earlier attempt logged after it are obsolete.
         """
         if os.environ.get("RANK", "0") != "0" or not kinds:
             return
@@ -69,7 +72,7 @@ class Trackers:
                 place.mkdir(parents=True, exist_ok=True)
                 for variable, value in row.environment(place).items():
                     os.environ.setdefault(variable, value)
-                # Imported here: two threads inside one import with cycles can see half a module.
+                # Import in this thread: concurrent imports with cycles can see partial modules.
                 for module in row.modules:
                     importlib.import_module(module)
                 if row.modules:
@@ -80,13 +83,15 @@ class Trackers:
             self._workers.append(_TrackerThread(kind, row, Place(project=project, name=name, folder=place, first_step=first_step), config=values))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Hand the numbers of `values` over to every tracker; returns at once. What is None or not finite is left out."""
+        """Send the finite numbers in `values` to every tracker; returns at once."""
         numbers = {key: value for key, value in values.items() if key not in _NOT_PLOTTED and isinstance(value, int | float) and math.isfinite(value)}
         for worker in self._workers:
             worker.log(numbers, step)
 
     def finish(self, *, failed: bool) -> None:
-        """Write out what was logged, and whether the run failed; takes FINISH_S at most (FAILED_S for one that failed)."""
+        """Close the trackers and tell them whether the run failed; takes at most FINISH_S
+        (FAILED_S after a failure).
+        """
         patience = FAILED_S if failed else FINISH_S
         deadline = time.monotonic() + patience
         for worker in self._workers:
@@ -97,7 +102,7 @@ class Trackers:
 
 
 class _TrackerThread:
-    """One tracker on its own daemon thread, which ends at the first failure."""
+    """A tracker's own daemon thread, which ends at the first error."""
 
     def __init__(self, kind: str, row: Kind, place: Place, *, config: dict[str, Any]) -> None:
         self._kind = kind
@@ -141,11 +146,14 @@ def _finish(tracker: Any) -> None:
 
 
 def _public_name(text: str, field: str) -> str:
-    """The name of a project or run that is sent to trackers. A value from an environment variable may be a secret: the variable's name is sent instead."""
+    """A project's or run's name for trackers.
+
+    A value from an environment variable may be a secret: its name is sent instead.
+    """
     if "${" not in text:
         return text
     name = re.sub(r"[^\w.-]+", "-", text).strip("-") or "run"
-    _log.warning("%s=%s: trackers call it %s, for what comes from the environment may be a secret; write it out to have it sent", field, text, name)
+    _log.warning("%s=%s: sent to trackers as %s, since values from the environment may be secrets; write it out to have it sent", field, text, name)
     return name
 
 
@@ -155,10 +163,12 @@ def _warn(kind: str, error: Exception) -> None:
 
 
 def _accelerate_state() -> None:
-    """Set up the state that accelerate's trackers ask for the rank, without letting it touch process groups.
+    """Create accelerate's PartialState, which its trackers ask for the rank, without
+    initializing a process group.
 
-    In a launched process (LOCAL_RANK set) with GPUs, PartialState would initialise a process group if there is none
-    yet; with an empty environment it takes the process for a single one, which is right on rank 0, the one that tracks.
+    In a launched process (LOCAL_RANK set) with GPUs, PartialState would initialize a process group if
+    there is none. With an empty environment it assumes a single process, which is right here, since
+    only rank 0 tracks.
     """
     from accelerate import PartialState
     from accelerate.utils import clear_environment
@@ -168,10 +178,10 @@ def _accelerate_state() -> None:
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` flat, with dotted keys; what looks like a secret is HIDDEN: text under names ending in token, key, password ..., URLs with a
-    password, known forms of keys.
+    """`config` flat, with dotted keys, and HIDDEN for what looks like a secret: text under names that end in
+    token, key, password ..., URLs with a password, known formats of keys.
 
-    Values are bool, int, float or str (other values as JSON), which every tracker can store; None is left out.
+    Values are bool, int, float or str (others as JSON), which every tracker can store; None is left out.
 
     >>> public({"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub_token": "abc"})
     {'optim.lr': 0.1, 'optim.betas': '[0.9, 0.95]', 'hub_token': '***'}
@@ -190,7 +200,7 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mask(key: str, value: Any) -> Any:
-    """`value` with HIDDEN in place of text that is a secret by its own form or by its key; numbers are none."""
+    """`value` with HIDDEN in place of text that looks like a secret or whose key does; numbers are kept."""
     if isinstance(value, Mapping):
         return {name: _mask(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,8 @@
-"""The trackers there are, one row each: how accelerate's class for it is made, and how its files are kept in the run directory.
+"""The built-in trackers, one row each: how accelerate's object is created, with its files
+in the run directory.
 
-A tracker that can work without a server does so unless its own login, environment variables or configuration file say otherwise.
+A tracker that can work without a server does so, unless its login, environment variables or
+config file tell otherwise.
 """
 
 from __future__ import annotations
@@ -16,55 +18,60 @@ from urllib.parse import urlsplit
 
 from hybridtrain import registry
 
-INIT_S = 30.0  # wandb.init gives up after so long
-UPLOAD_S = 20.0  # and run.finish() stops uploading after so long; the data stays on disk for `wandb sync`
+INIT_S = 30.0  # timeout of wandb.init
+UPLOAD_S = 20.0  # timeout of the upload in run.finish(); the data stays on disk for `wandb sync`
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is tracked."""
+    """Names and folder of a tracked run."""
 
     project: str
     name: str
     folder: Path
-    """The tracker's own, in the run directory."""
+    """The tracker's own folder in the run directory."""
     first_step: int
-    """Steps that were done before this start; 0 for a new run."""
+    """Step that this attempt starts from; 0 for a new run."""
 
 
 class Tracker:
-    """A tracker of a user's own: override what is needed. Made and called on a thread of its own, on rank 0; what it raises costs a warning."""
+    """Base class of users' trackers: override what is needed.
+
+    Created and called on rank 0, in a thread of its own. An exception is logged as a warning
+    and ends the tracker.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
     def start(self) -> None:
-        """Before anything else."""
+        """Called first."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """The run's configuration, flat, without secrets."""
+        """Receives the run's config, flat, without secrets."""
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """The numbers of a line of metrics.jsonl."""
+        """Receives the numbers of a line of metrics.jsonl."""
 
     def finish(self) -> None:
-        """The run has ended, well or not."""
+        """Called when the run has ended, also after a failure."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A tracker: `open` makes accelerate's object on the tracker's own thread, in a folder of its own."""
+    """A kind of tracker."""
 
     modules: tuple[str, ...]
-    """What to import before that thread starts."""
+    """Modules to import before the tracker's thread starts."""
     environment: Callable[[Path], dict[str, str]]
-    """Variables to set before the import, where the user has not set them."""
+    """(folder) -> environment variables to set before the import, unless the user has set them."""
     open: Callable[[Place], Any]
+    """Creates accelerate's object, in the tracker's thread."""
     fail: Callable[[Any], None]
-    """Ends a run that failed; as `finish` where the tracker has no word for it."""
+    """Ends a failed run; the same as `finish` if the tracker does not distinguish."""
 
 
-def _no_variables(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are told by arguments
+def _no_variables(folder: Path) -> dict[str, str]:  # noqa: ARG001 - most trackers are configured by arguments
     return {}
 
 
@@ -76,14 +83,14 @@ def _tensorboard(place: Place) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
     class OneRun(TensorBoardTracker):
-        """Every start makes a session of hyperparameters, which TensorBoard lists as a run: the first start's is enough."""
+        """Writes hyperparameters only once: TensorBoard lists each set as a run."""
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:
             if not list(Path(self.logging_dir).glob("*/hparams.yml")):
                 super().store_init_configuration(values)
 
     name = "/".join(part for part in f"{place.project}/{place.name}".split("/") if part not in ("", ".", ".."))
-    # What an earlier start logged after the checkpoint is logged again: TensorBoard leaves it out from this step on.
+    # From this step on TensorBoard drops what an earlier attempt has logged.
     return OneRun(name, place.folder, purge_step=place.first_step + 1)
 
 
@@ -95,17 +102,17 @@ def _wandb(place: Place) -> Any:
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in_to_wandb() else "offline")
     online = mode == "online"  # then wandb prints the address of the run
     settings = wandb.Settings(init_timeout=INIT_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True, silent=not online, console="off")
-    # The id stays with the run directory, so that a resumed run goes on in the same wandb run.
+    # The id is kept in the run directory, so that a resumed run continues the same wandb run.
     id_file = folder / "run-id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     run_id = id_file.read_text(encoding="utf-8")
-    # wandb adds a folder `wandb` of its own below `dir`.
+    # wandb creates a folder `wandb` in `dir`.
     return WandBTracker(project, name=name, dir=str(folder.parent), id=run_id, resume="allow" if online else None, mode=mode, settings=settings)
 
 
 def logged_in_to_wandb() -> bool:
-    """Whether wandb would find a key: in the environment, or in the netrc file that `wandb login` writes."""
+    """Whether wandb has an API key: in the environment, or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -119,7 +126,8 @@ def _mlflow(place: Place) -> Any:
     project, name, folder = place.project, place.name, place.folder
     from accelerate.tracking import MLflowTracker
 
-    # Every start is an MLflow run of its own: MLflow refuses to change a parameter, and a resume may change the layout.
+    # Every attempt is an MLflow run of its own: MLflow parameters cannot change, and a resumed run may have
+    # another layout.
     remote = not os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite")
     return MLflowTracker(project, logging_dir=None if remote else str(folder / "artifacts"), run_name=name)
 
@@ -128,7 +136,7 @@ def _wandb_failed(tracker: Any) -> None:
     tracker.run.finish(exit_code=1)
 
 
-def _mlflow_failed(tracker: Any) -> None:  # noqa: ARG001 - MLflow knows its run
+def _mlflow_failed(tracker: Any) -> None:  # noqa: ARG001 - MLflow has a current run
     import mlflow
 
     mlflow.end_run(status="FAILED")
@@ -140,7 +148,7 @@ def _clearml_failed(tracker: Any) -> None:
 
 
 def _mlflow_environment(folder: Path) -> dict[str, str]:
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # of seven and 120 s
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # defaults: 7 and 120 s
     return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true", **patience}
 
 
@@ -153,7 +161,7 @@ def _trackio(place: Place) -> Any:
 def _dvclive(place: Place) -> Any:
     from accelerate.tracking import DVCLiveTracker
 
-    # Without `resume` it would empty the folder; dvc.yaml would otherwise lie in the working directory.
+    # Without `resume` DVCLive empties the folder; by default dvc.yaml is in the working directory.
     folder, name = place.folder, place.name  # a folder instead of a project
     return DVCLiveTracker(dir=str(folder), resume=(folder / "metrics.json").exists(), save_dvc_exp=False, dvcyaml=str(folder / "dvc.yaml"), exp_name=name)
 
@@ -163,7 +171,8 @@ def _swanlab(place: Place) -> Any:
     import swanlab
     from accelerate.tracking import SwanLabTracker
 
-    # Numbers and options only: neither what is printed nor the machine, the packages and the command line leave with them. It never asks for a login.
+    # Upload only numbers and options: no console output, and nothing about the machine, packages or command
+    # line. Never ask for a login.
     probe = swanlab.Settings.Probe(hardware=False, runtime=False, requirements=False, git=False, monitor=False)
     settings = swanlab.Settings(probe=probe, terminal=swanlab.Settings.Terminal(proxy_type="none"), interactive=False)
     mode = os.environ.get("SWANLAB_MODE") or ("online" if os.environ.get("SWANLAB_API_KEY") else "offline")
@@ -176,7 +185,7 @@ def _comet_ml(place: Place) -> Any:
     from accelerate.tracking import CometMLTracker
 
     online = bool(os.environ.get("COMET_API_KEY")) or Path("~/.comet.config").expanduser().exists()
-    # Numbers and options only: neither the source code nor what is printed leaves with them.
+    # Upload only numbers and options: neither source code nor console output.
     config = comet_ml.ExperimentConfig(name=name, offline_directory=str(folder), log_code=False, log_git_patch=False, auto_output_logging="", parse_args=False)
     return CometMLTracker(project, online=online, experiment_config=config)
 
@@ -187,7 +196,7 @@ def _clearml(place: Place) -> Any:
 
     if not (os.environ.get("CLEARML_API_ACCESS_KEY") or Path(os.environ.get("CLEARML_CONFIG_FILE", "~/clearml.conf")).expanduser().exists()):
         Task.set_offline(True)
-    # Numbers and options only: no patched frameworks, no console, and not the uncommitted changes of the checkout.
+    # Upload only numbers and options: no patched frameworks, no console output, no uncommitted changes.
     patched = ("matplotlib", "tensorflow", "tensorboard", "pytorch", "scikit", "joblib", "hydra", "detect_repository")
     quiet = {"auto_connect_frameworks": dict.fromkeys(patched, False), "auto_connect_arg_parser": False, "auto_connect_streams": False}
     return ClearMLTracker(place.name, project_name=place.project, task_name=place.name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
@@ -207,6 +216,6 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(name: str) -> Kind:
-    """The row of a tracker, ours or a user's: then a factory (Place) -> Tracker. Raises UserError for a name that there is not."""
+    """The row of a tracker, built in or registered by a user. Raises UserError for an unknown name."""
     factory = registry.lookup("tracker", name)
     return KINDS[name] if factory is None else Kind((), _no_variables, factory, _finish)

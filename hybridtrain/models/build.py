@@ -1,4 +1,4 @@
-"""Hugging Face configs and modules: the one place that asks transformers for a model."""
+"""Hugging Face configs and modules: the only file that builds models with transformers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from hybridtrain.models.family import family_for
 from hybridtrain.runtime.files import read_object, write_json
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
-"""Fields of a config.json that do not shape the model: labels, and what precision, training and export decide."""
+"""Fields of config.json that are labels, or that precision, training and export decide."""
 
 
 def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention: str) -> Any:
-    """A transformers config from config.json `fields`, in which those that the user chose (`chosen`) are in force. Raises UserError."""
+    """The transformers config of config.json `fields`. `chosen`: those of the user, checked to take effect.
+
+    Raises UserError.
+    """
     from transformers import AutoConfig
 
     rest = {key: value for key, value in fields.items() if key not in _NOT_OURS}
     try:
         config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
-    except Exception as error:  # transformers validates with several libraries, each with its own exception
+    except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise _invalid(error, fields, chosen=chosen) from error
     known = set(type(config)().to_dict()) | {*overrides.ROPE, *_NOT_OURS}
     for key in chosen:
@@ -49,7 +52,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     config.use_cache = False
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
-        chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}  # there is no matrix of tokens to tie
+        chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}  # a classifier's head is never tied
     request = repr((sorted(fields.items()), sorted(chosen.items()), attention))
     if chosen and request not in _VERIFIED:
         _check_effective(config, fields, chosen=chosen)
@@ -58,16 +61,16 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
 
 
 _VERIFIED: set[str] = set()
-"""What this process has asked for and found to be in force: a start builds the same config three times, and layers to look at each time."""
+"""Requests that this process has checked already: one start builds the same config three times."""
 
 
 def _invalid(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> UserError:
-    """The refusal of fields that transformers does not take, with the first lines of its reason."""
+    """The refusal of fields that transformers does not accept, with the first lines of its error."""
     reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(reason[:3])
     named = next((key for key in chosen if key in text), None)
     where, value = (f"model.config.{named}", chosen[named]) if named else ("model.config", f"(a {fields.get('model_type')} model)")
-    return refusal(where, value, text[:300], allowed="what this architecture's config.json takes", instead="the published value, or leave it out")
+    return refusal(where, value, text[:300], allowed="what this architecture's config.json accepts", instead="the published value, or leave it out")
 
 
 def _check_activation(config: Any) -> None:
@@ -83,13 +86,19 @@ def _check_activation(config: Any) -> None:
 
 
 def check(config: Config) -> None:
-    """Build what can be built of the model without weights or processes (raises UserError): fields in force, patterns that match."""
+    """Check that the chosen model fields take effect and that patterns match parameters; needs no weights.
+
+    Raises UserError.
+    """
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     patterns.check(parameter_names(built), freeze=config.model.freeze, no_decay=config.optim.no_decay)
 
 
 def parameter_names(config: Any) -> list[str]:
-    """Names of all parameters of the model, tied ones once. Layers are alike: one stands for all."""
+    """Names of all parameters of the model, tied ones once.
+
+    Built from one layer: all layers have the same parameters.
+    """
     family = family_for(config)
     prefix = f"{family.layers}.0."
     names: list[str] = []
@@ -99,7 +108,7 @@ def parameter_names(config: Any) -> list[str]:
 
 
 def _one_layer(config: Any) -> nn.Module:
-    """The model with its first layer alone, on the meta device."""
+    """The model with only its first layer, on the meta device."""
     one = copy.deepcopy(config)
     if getattr(one, "layer_types", None) is not None:
         one.layer_types = one.layer_types[:1]
@@ -107,16 +116,19 @@ def _one_layer(config: Any) -> nn.Module:
     return meta_model(one)
 
 
-# -- what was asked for is in force --------------------------------------------------------------------------------
+# -- chosen fields take effect
+# -------------------------------------------------------------------------------------
 
 
 def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
-    """Hold the built config, and the modules that it makes, against each chosen value (raises UserError, naming the first that differs)."""
+    """Compare each chosen value with the built config and its modules (raises UserError for
+    the first that differs).
+    """
     for key, value in chosen.items():
         if key in (*overrides.ROPE, *_NOT_OURS) or (value is None and key != "sliding_window"):
             continue
         if key == "sliding_window" and chosen.get("use_sliding_window") is False:
-            continue  # published Qwen configs name a window and switch it off
+            continue  # published Qwen configs have a window that is switched off
         effective = getattr(config, key)
         if effective != value:
             raise _not_effective(key, value, effective)
@@ -129,7 +141,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise _not_effective(named, chosen[named], f"windows {windows} instead of {expected}")
         asks = chosen.get("use_sliding_window") or "sliding_attention" in (chosen.get("layer_types") or [])
         if asks and getattr(config, "sliding_window", None) is None:
-            words = "without use_sliding_window and sliding_window no layer has a window, so it would not be in force"
+            words = "without use_sliding_window and sliding_window no layer has a window, so it would have no effect"
             instead = "model.config.use_sliding_window=true model.config.sliding_window=4096"
             raise refusal(f"model.config.{named}", chosen[named], words, allowed="with both", instead=instead)
     if any(key in chosen for key in overrides.ROPE):
@@ -150,12 +162,12 @@ def _head_dim(config: Any) -> int:
 
 def _not_effective(key: str, value: object, effective: object) -> UserError:
     instead = {"sliding_window": "model.config.use_sliding_window=true too"}.get(key, "leave it out")
-    words = f"transformers makes {effective} of it, so it would not be in force"
-    return refusal(f"model.config.{key}", value, words, allowed="a value that the model takes", instead=instead)
+    words = f"transformers makes {effective} of it, so it would have no effect"
+    return refusal(f"model.config.{key}", value, words, allowed="a value that the model uses", instead=instead)
 
 
 def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
-    """Hold the rotary module against the rotary fields `expected_fields`: its kind, its base, and each key."""
+    """Compare the rotary module with the rotary fields `expected_fields`: its type, its base, and each key."""
     key = next(key for key in overrides.ROPE if key in chosen)
     for name, value in expected_fields.items():
         if config.rope_parameters.get(name) != value:
@@ -170,7 +182,7 @@ def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Ma
     for name, effective in (("partial_rotary_factor", 2 * len(rotary.inv_freq) / _head_dim(config)), ("attention_factor", rotary.attention_scaling)):
         if name in expected_fields and expected_fields[name] != effective:
             raise _not_effective(key, chosen[key], f"{name}={effective} instead of {expected_fields[name]}")
-    if kind in ("default", "linear"):  # the others bend the frequencies each in its way
+    if kind in ("default", "linear"):  # the other types change the frequencies in their own ways
         dim = 2 * len(rotary.inv_freq)
         expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / float(config.rope_parameters.get("factor") or 1.0)
         if not torch.allclose(rotary.inv_freq.double(), expected, rtol=1e-4, atol=0.0):
@@ -184,7 +196,9 @@ def meta_model(config: Any) -> nn.Module:
 
 
 def plain_model(config: Any) -> nn.Module:
-    """Hugging Face's own causal LM (or classifier) of `config`, fp32, training mode, on torch's current default device."""
+    """Hugging Face's causal LM (or classifier) of `config`, fp32, in training mode,
+    on torch's default device.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if classifier.is_classifier(config.architectures) else AutoModelForCausalLM
@@ -192,7 +206,9 @@ def plain_model(config: Any) -> nn.Module:
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
-    """The head's output at every position, (B, T, outputs): a classifier's own forward returns that of the last token alone."""
+    """The head's output at every position, (B, T, outputs), also of a classifier, whose own forward returns
+    only the last token's.
+    """
     given = {"input_ids": input_ids_BT, "position_ids": position_ids_BT, "use_cache": False}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
@@ -200,9 +216,10 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
 
 
 def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
-    """Write config.json and generation_config.json, as an export needs them: the latter is the source's, where it has one.
+    """Write config.json and generation_config.json for exports; the latter is that of model.from_pretrained
+    if it has one.
 
-    One that was taken from a source which is not in a folder here (any more) stays.
+    An existing generation_config.json from a hub repository, or from a folder that is gone, is kept.
     """
     from transformers import GenerationConfig
 
@@ -221,7 +238,7 @@ def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
 
 
 def saved_fields(config: Any) -> dict[str, Any]:
-    """What `save_config` writes into config.json."""
+    """The fields of config.json that `save_config` writes."""
     return json.loads(_as_saved(config).to_json_string())
 
 

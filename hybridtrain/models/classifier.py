@@ -1,6 +1,6 @@
-"""Classifiers: a decoder whose head has one output per class instead of per token (transformers' ...ForSequenceClassification). No torch.
+"""Classifiers: decoders with one output per class (transformers' ...ForSequenceClassification). No torch.
 
-config.json says so in `architectures`, and names the classes in `id2label`.
+In config.json, `architectures` marks a classifier and `id2label` names its classes.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEAD = "score"
-"""Path of the head's linear layer in every classifier of transformers that is made of a decoder."""
+"""Path of the head's linear layer in transformers' decoder classifiers."""
 _SUFFIX = "ForSequenceClassification"
 _STEMS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def is_classifier(architectures: object) -> bool:
-    """Whether `architectures` of a config.json, or of transformers' config, is that of a classifier."""
+    """Whether `architectures` of config.json, or of a transformers config, is that of a classifier."""
     return isinstance(architectures, list | tuple) and len(architectures) == 1 and str(architectures[0]).endswith(_SUFFIX)
 
 
 def labels_of(fields: Mapping[str, Any]) -> list[str]:
-    """Names of the classes by the fields of a config.json, in the order of the head's rows; empty: it is no classifier."""
+    """Class names in the order of the head's rows, from config.json `fields`; empty if it is no classifier."""
     names = fields.get("id2label")
     if not is_classifier(fields.get("architectures")) or not isinstance(names, Mapping):
         return []
@@ -29,7 +29,7 @@ def labels_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 def with_labels(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """The fields of a classifier of these classes, made of `fields`. Its head is never tied to the embedding."""
+    """`fields` changed to those of a classifier with these classes. Its head is not tied to the embedding."""
     stem = _STEMS.get(str(fields.get("model_type")), "")
     names = {"id2label": {str(number): name for number, name in enumerate(labels)}, "label2id": {name: number for number, name in enumerate(labels)}}
     return {**fields, "architectures": [f"{stem}{_SUFFIX}"], "tie_word_embeddings": False, **names}

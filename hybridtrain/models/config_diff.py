@@ -1,4 +1,4 @@
-"""Whether two config.json describe one model: the one that a checkpoint holds, and one that was written, edited or built at another time. No torch."""
+"""Differences of two config.json, such as that of a checkpoint and an edited one. No torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 VERSION = "transformers_version"
 LABELS = ("architectures", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "_name_or_path")
-"""Fields that leave the outputs of a trained model as they are."""
+"""Fields that do not change the outputs of a trained model."""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two config.json differ: name, dotted inside mappings -> (before, now). A field that is not there is as one that is null.
+    """Fields that differ: name, dotted for nested ones -> (before, now). A missing field equals null.
 
-    Each version of transformers writes fields of its own, so of two versions only fields that both have are compared.
+    Different versions of transformers write different fields; then only fields that both
+    files have are compared.
     """
     one_writer = before.get(VERSION) == now.get(VERSION)
     old, new = _flat(before), _flat(now)
@@ -28,7 +29,7 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str
 
 
 def describe(found: Mapping[str, tuple[Any, Any]]) -> str:
-    """The first three of `changes`, for people."""
+    """The first three of `changes` as text."""
     parts = [f"{name} was {str(was)[:60]} and is {str(is_now)[:60]}" for name, (was, is_now) in found.items()]
     return "; ".join([*parts[:3], *(["..."] if parts[3:] else [])])
 

@@ -1,7 +1,7 @@
-"""The Family record: all that parallelism needs to know of an architecture, and the table of supported ones.
+"""The Family record: what parallelism needs to know of an architecture; and the table of supported families.
 
-Every family here is embed -> layers -> norm -> head. Paths are Hugging Face's own, so that names survive any cut.
-A new family is one file with a FAMILY record, one row in `_table` and one in facts.py.
+Every family has the structure embed -> layers -> norm -> head. Paths are those of Hugging Face's model.
+A new family is one file with a FAMILY record, a row in `_table`, and a row in facts.py.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ class Family:
     head: str
     rotary: str
     window: Callable[[Any, int], int | None]
-    """(config, layer index) -> sliding-window length of that layer, None for full attention."""
+    """(config, layer index) -> sliding-window length of that layer; None: full attention."""
     tp_plan: Mapping[str, str]
-    """Module path inside a layer -> style name of parallel/tensor.py; Hugging Face's own plan plus the norms."""
+    """Module path inside a layer -> style in parallel/slicing.py: Hugging Face's own plan plus the norms."""
     kv_projections: tuple[str, ...]
-    """Paths inside a layer whose outputs are repeated when tp exceeds the number of key/value heads."""
+    """Paths inside a layer whose outputs are repeated if tp exceeds the number of key/value heads."""
     attention: str
     """Path of the attention module inside a layer."""
     initial: Callable[[Any, str], float | None]
-    """(config, parameter name) -> standard deviation of the normal it is drawn from; None: ones for norms, zeros for biases."""
+    """(config, parameter name) -> standard deviation of its normal distribution; None: ones for
+    norms, zeros for biases."""
 
 
 def family_of(model_type: str) -> Family:
-    """Look up a family; raises UserError naming the supported ones."""
+    """The family of a model type. Raises UserError if it is not supported."""
     table = _table()
     if model_type not in table:
         raise UserError(f"model.config.model_type={model_type}: not supported yet; supported: {', '.join(table)}")
@@ -43,7 +44,7 @@ def family_of(model_type: str) -> Family:
 
 
 def family_for(config: Any) -> Family:
-    """The family of transformers' `config`; a classifier's head has its own name."""
+    """The family of a transformers config, with the head of a classifier if it is one."""
     family = family_of(config.model_type)
     return replace(family, head=classifier.HEAD) if classifier.is_classifier(config.architectures) else family
 

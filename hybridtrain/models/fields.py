@@ -1,4 +1,4 @@
-"""Which values the fields of a config.json may have: types and ranges, checked before anything is computed from them. No torch."""
+"""Types and ranges of config.json fields, checked before anything is computed from them. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS: dict[str, tuple[int, int]] = {
     "max_window_layers": (0, 1 << 14),
     "sliding_window": (1, 1 << 40),
 }
-"""Whole numbers: least and most."""
+"""Integers: field -> (smallest, largest)."""
 _NUMBERS: dict[str, tuple[float, float, str]] = {
     "rms_norm_eps": (0.0, 1.0, "above 0, up to 1"),
     "rope_theta": (0.0, 1e18, "above 0, up to 1e18"),
@@ -29,14 +29,14 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "initializer_range": (-1e-300, 1.0, "0 to 1"),
     "partial_rotary_factor": (0.0, 1.0, "above 0, up to 1"),
 }
-"""Numbers: above the first, up to the second, and that in words."""
+"""Numbers: field -> (lower bound, exclusive; upper bound, inclusive; the range as text)."""
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
-    """Refuse values that no model can have (raises UserError). Fields that are absent or null are not looked at."""
+    """Refuse values that no model can have (raises UserError). Missing and null fields pass."""
     for key, (least, most) in _COUNTS.items():
         _count(key, fields.get(key), least, most)
     for key, (low, high, words) in _NUMBERS.items():

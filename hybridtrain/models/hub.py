@@ -1,4 +1,4 @@
-"""Files of `model.from_pretrained` on the Hugging Face hub: the one place that asks for them. Each is asked for once a process."""
+"""Downloads files of `model.from_pretrained` from the Hugging Face hub, each at most once per process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = log.get("model")
 
 
 def file(model: ModelConfig, name: str) -> Path:
-    """A file of the repository, in the local cache. Raises UserError for one that cannot be had."""
+    """Path of a file of the repository in the local cache. Raises UserError if it cannot be downloaded."""
     try:
         return _downloaded(model.from_pretrained, model.revision, name)
     except Exception as error:
@@ -22,7 +22,9 @@ def file(model: ModelConfig, name: str) -> Path:
 
 
 def optional(model: ModelConfig, name: str) -> Path | None:
-    """An optional file of a repository. Warns if it exists but cannot be downloaded."""
+    """Path of an optional file of the repository; None if it does not exist or, with a
+    warning, cannot be downloaded.
+    """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -34,7 +36,7 @@ def optional(model: ModelConfig, name: str) -> Path | None:
 
 
 def folder(model: ModelConfig) -> Path:
-    """The repository's weights, and its JSON files, in the local cache. Raises UserError."""
+    """Folder in the local cache with the repository's weights and JSON files. Raises UserError."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
@@ -52,7 +54,7 @@ def _downloaded(repository: str, revision: str, name: str) -> Path:
 
 
 def _refused(error: Exception, model: ModelConfig, *, name: str) -> UserError:
-    problem = f"neither a folder here nor to be had from the hub: {_reason(error, model, name=name)}"
+    problem = f"neither a local folder nor available on the hub: {_reason(error, model, name=name)}"
     return refusal(FIELD, model.from_pretrained, problem, allowed="a folder, or a hub id that this machine reaches", instead="a local folder")
 
 
@@ -60,8 +62,8 @@ def _reason(error: Exception, model: ModelConfig, *, name: str) -> str:
     from huggingface_hub import errors
 
     words: tuple[tuple[type[Exception], str], ...] = (
-        (errors.GatedRepoError, "its owner lets nobody in without asking; accept its terms on its page, then give your token (HF_TOKEN)"),
-        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and wants a token (HF_TOKEN)"),
+        (errors.GatedRepoError, "it is gated: accept its terms on its page, then set your token (HF_TOKEN)"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and needs a token (HF_TOKEN)"),
         (errors.RevisionNotFoundError, f"it has no revision {model.revision} (model.revision)"),
         (errors.LocalEntryNotFoundError, f"{name} is not in the local cache, and the hub cannot be reached"),
         (errors.OfflineModeIsEnabled, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set"),

@@ -1,7 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-Each parameter is drawn whole from a generator keyed by (seed, Hugging Face name), then sliced: the same number sits at the
-same place under every layout, engine and world size. One parameter is in memory at a time.
+Each parameter is drawn whole from a generator with the key (seed, Hugging Face name), then sliced:
+each element has the same value under every layout, engine and world size. One whole parameter is in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from hybridtrain.models.stage import Stage
 
 Slices = tuple[slice, ...]
 WeightSource = Callable[[str, tuple[int, ...], Slices], Tensor]
-"""(parameter name, whole shape, slices) -> the values in that slices."""
+"""(parameter name, whole shape, slices) -> the values in these slices of the parameter."""
 
 
 def draw(config: Any, *, family: Family, seed: int) -> WeightSource:
-    """A source of initial weights by the family's rule."""
+    """Random initial weights, distributed as `family.initial` defines."""
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
         std = family.initial(config, name)
@@ -44,7 +45,10 @@ def draw(config: Any, *, family: Family, seed: int) -> WeightSource:
 
 @torch.no_grad()
 def fill(stages: Iterable[Stage], source: WeightSource) -> None:
-    """Write this rank's part of every parameter. A tied head takes the embedding's values, also on another stage."""
+    """Set this rank's part of every parameter.
+
+    A tied head has the embedding's values, also on another stage.
+    """
     for stage in stages:
         for name, parameter in stage.named_parameters():
             slices = local_slices(parameter)
@@ -54,7 +58,7 @@ def fill(stages: Iterable[Stage], source: WeightSource) -> None:
 
 
 def local_slices(parameter: Tensor) -> Slices:
-    """Which part of the whole parameter this rank holds."""
+    """The slices of the whole parameter that this rank holds."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     sizes, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -62,7 +66,7 @@ def local_slices(parameter: Tensor) -> Slices:
 
 
 def reset_buffers(stage: Stage, *, device: torch.device) -> None:
-    """Compute rotary frequencies anew: `to_empty` leaves garbage in buffers that no checkpoint holds."""
+    """Recompute the rotary frequencies: `to_empty` leaves them uninitialized, and no checkpoint has them."""
     module = stage.part(stage.family.rotary)
     fresh = type(module)(config=stage.config)
     for name, buffer in fresh.named_buffers():

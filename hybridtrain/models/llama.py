@@ -22,12 +22,14 @@ TP_PLAN = {
 
 
 def full_attention(config: Any, layer: int) -> int | None:  # noqa: ARG001 - the signature of Family.window
-    """No layer has a window."""
+    """No layer has a sliding window."""
     return None
 
 
 def normal_matrices(config: Any, name: str) -> float | None:
-    """Matrices and embeddings from N(0, initializer_range), norms at one, biases at zero (as transformers does)."""
+    """Matrices and embeddings have standard deviation initializer_range, norms are one, biases
+    zero (as in transformers).
+    """
     return None if name.endswith(".bias") or "norm" in name else config.initializer_range
 
 

@@ -1,7 +1,8 @@
-"""Initial weights: from a Hugging Face folder or hub id, read slice by slice so that no rank ever holds more than its own part, or drawn.
+"""Initial weights: random, or from a Hugging Face folder or hub id, of which each rank reads
+only its own slices.
 
-Every parameter of the model comes from the files, and every tensor of the files goes into a parameter: what is left over is refused,
-or counted where it does no harm. Rows of added tokens are drawn as those of a new model are.
+Every parameter must be in the files, and every tensor in the files must be a parameter: others are refused,
+or logged if they are harmless. Rows of added tokens are random, as in a new model.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def initial(model: ModelConfig, config: Any, *, family: Family, seed: int) -> WeightSource:
-    """The source of a run's initial weights: those of `model.from_pretrained`, else new ones. `config` is transformers'."""
+    """The initial weights of a run: those of `model.from_pretrained`, else random ones.
+
+    `config`: a transformers config.
+    """
     fresh = draw(config, family=family, seed=seed)
     return pretrained(model, config, family=family, fresh=fresh) if model.from_pretrained else fresh
 
 
 def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: WeightSource) -> WeightSource:
-    """A source of weights from `model.from_pretrained` (safetensors only); `fresh` gives the rows of added tokens.
+    """The weights of `model.from_pretrained` (safetensors only).
 
-    Raises UserError for missing, ill-shaped, quantised or left-over weights.
+    `fresh`: weights for the rows of added tokens. Raises UserError for missing, misshapen,
+    quantized or additional weights.
     """
     tensors = weights.stored(_folder(model))
     for line in _checked(tensors, model=model, config=config, family=family):
@@ -61,7 +66,10 @@ def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Weight
 
 
 def check(model: ModelConfig, config: Any, *, family: Family) -> None:
-    """Refuse, before a run directory is opened, what `pretrained` refuses (local folders; a hub id is read when the run is built)."""
+    """Refuse what `pretrained` refuses, before a run directory is opened.
+
+    Only of local folders: a hub id is checked later.
+    """
     if model.from_pretrained and Path(model.from_pretrained).is_dir():
         _checked(weights.stored(_folder(model)), model=model, config=config, family=family)
         tokens.source_generation(model)
@@ -83,13 +91,16 @@ def _folder(model: ModelConfig) -> Path:
 
 
 def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:
-    """Lines on what is added and what is left out; raises UserError for whatever makes another model of it."""
+    """Log lines on added and ignored weights.
+
+    Raises UserError if the weights are not those of the model in `config`.
+    """
     if any(".lora_" in name for name in tensors):
         raise weights.adapter_refused(model.from_pretrained)
     weights.check_dtypes(tensors, source=model.from_pretrained)
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-    swapped = config.tie_word_embeddings and embed not in tensors and head in tensors  # transformers ties to the one that is stored_shape
+    swapped = config.tie_word_embeddings and embed not in tensors and head in tensors  # like transformers: tie to the one that is stored
     classes = classifier.is_classifier(config.architectures)
     drawn = {head} if classes and head not in tensors else set()
     missing = [name for name in shapes if name not in tensors and name not in drawn and not (swapped and name == embed)]
@@ -106,7 +117,7 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
             raise refusal(
                 FIELD,
                 model.from_pretrained,
-                f"'{name}' has shape {stored_shape}, the config wants {shape}",
+                f"'{name}' has shape {stored_shape}, the config needs {shape}",
                 allowed="weights of the model in config.json",
                 instead="the checkpoint's own sizes in model.config",
             )
@@ -128,7 +139,7 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
 
 
 def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
-    """Lines on stored tensors that no parameter takes; UserError for one that would be unused."""
+    """Log lines on stored tensors that are no parameters. Raises UserError for one that would be lost."""
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
     tables, cut, unused, of_tokens = 0, set(), [], []
     for name in tensors:
@@ -152,8 +163,8 @@ def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], m
         raise refusal(
             FIELD,
             model.from_pretrained,
-            f"its files hold '{unused[0]}'{more}, which the model of its config.json has no place for: training would lose it",
-            allowed="files whose every tensor is a parameter of the model",
+            f"its files hold '{unused[0]}'{more}, which the model of its config.json does not have: training would lose it",
+            allowed="files in which every tensor is a parameter of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
     lines = [f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens]

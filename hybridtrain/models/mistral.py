@@ -1,4 +1,4 @@
-"""Mistral: Llama's structure, with one sliding window for all layers where the config has one."""
+"""Mistral: Llama's structure, with the same sliding window in all layers if the config has one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hybridtrain.models import llama
 
 
 def window(config: Any, layer: int) -> int | None:  # noqa: ARG001 - the signature of Family.window
-    """Every layer has the config's window, or none has."""
+    """All layers have the config's window, which may be None."""
     return config.sliding_window
 
 

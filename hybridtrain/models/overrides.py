@@ -1,9 +1,12 @@
-"""Fields that a user chose, laid over those of a model's config.json: one spelling for each, and nothing stale beside it. No torch.
+"""Merges model.config into the fields of a model's config.json, in one notation and without outdated
+derived fields. No torch.
 
-    config.json (either spelling)  +  model.config  ->  one spelling  ->  build.hf_config, which holds the result against `model.config`
+    config.json (old or new notation)  +  model.config  ->  new notation  ->  build.hf_config,
+    which checks the result
 
-config.json files spell rotary positions in two ways (`rope_theta` and `rope_scaling`, or both inside `rope_parameters`), and those that
-transformers 5 writes hold fields that follow from others (`layer_types`, `head_dim`). Where both reach transformers, it takes one in silence.
+config.json has rotary fields in one of two notations (`rope_theta` and `rope_scaling`, or both inside
+`rope_parameters`), and files written by transformers 5 have fields derived from others (`layer_types`,
+`head_dim`). Given contradicting fields, transformers silently uses one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from hybridtrain.errors import UserError, refusal
 
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-"""Fields of config.json that hold parts of the rotary positions."""
+"""Rotary fields of config.json."""
 _ALWAYS = ("rope_theta", "rope_type", "partial_rotary_factor")
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -28,19 +31,19 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
 }
-"""rope_type -> (keys it needs, keys it may have) beside those that all have."""
+"""rope_type -> (required keys, optional keys), besides _ALWAYS."""
 _KNOWN = {*_ALWAYS, *(key for needs, may in ROPE_TYPES.values() for key in (*needs, *may))}
 _LAYER_TYPES_FOLLOW = ("num_hidden_layers", "use_sliding_window", "sliding_window", "max_window_layers")
 _WINDOW_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _HEAD_DIM_FOLLOWS = ("llama", "mistral")
-"""Families whose head_dim is hidden_size / num_attention_heads unless config.json says otherwise."""
+"""Families whose head_dim is hidden_size / num_attention_heads unless config.json has one."""
 
 
 def merge(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json `source` with the user's `chosen` over them, mappings merged key by key. Raises UserError.
+    """The fields of config.json `source`, overridden by the user's `chosen`; mappings are merged by key.
 
-    Rotary fields come out as `rope_parameters` where the user chose any. Fields of the source that follow from a chosen one are dropped,
-    unless they are chosen too.
+    Raises UserError. If the user chose rotary fields, they become `rope_parameters`. Fields of the source
+    that are derived from a chosen one are dropped, unless they are chosen, too.
     """
     for key in ("dtype", "torch_dtype"):
         if chosen.get(key) not in (None, "float32"):
@@ -66,7 +69,7 @@ def _deep(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rotary positions in their new spelling; None if the user chose none of their fields."""
+    """The merged rotary fields in the new notation; None if the user chose none."""
     if not any(key in chosen for key in ROPE):
         return None
     rope_chosen, base = _chosen_rope(chosen), rope_of(source)
@@ -75,7 +78,7 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
         near = difflib.get_close_matches(str(kind), ROPE_TYPES, n=1, cutoff=0.3)
         where = _where(chosen, "rope_type")
         raise refusal(where, kind, "no such kind of rotary positions", allowed=", ".join(ROPE_TYPES), instead=f"{where}={near[0] if near else 'default'}")
-    if kind != base.get("rope_type", "default"):  # what belongs to the other kind goes
+    if kind != base.get("rope_type", "default"):  # drop keys of the other type
         base = {key: value for key, value in base.items() if key in _ALWAYS}
     rope = {key: value for key, value in {**base, **rope_chosen, "rope_type": kind}.items() if value is not None}
     needs, may = ROPE_TYPES[kind]
@@ -89,7 +92,9 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
 
 
 def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary positions that transformers reads from config.json `fields`, in their new spelling; empty: all at their defaults."""
+    """The rotary fields that transformers reads from config.json `fields`, in the
+    new notation; empty: defaults.
+    """
     value = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(value, Mapping):
         raise _no_mapping("rope_scaling" if fields.get("rope_scaling") else "rope_parameters", value)
@@ -103,7 +108,7 @@ def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user chose of the rotary positions, in one spelling; two that differ are refused."""
+    """The user's rotary fields in one notation. Raises UserError for contradictions."""
     rope: dict[str, Any] = {}
     names: dict[str, str] = {}
     for field in ROPE:
@@ -140,7 +145,7 @@ def _check_rope_key(key: str, value: Any, *, chosen: Mapping[str, Any], kind: st
 
 
 def _where(chosen: Mapping[str, Any], key: str) -> str:
-    """The option under which the user wrote `key`, or would write it."""
+    """The option in which the user set `key`, or could set it."""
     if key in chosen and key in ROPE:
         return f"model.config.{key}"
     for field in ("rope_parameters", "rope_scaling"):
@@ -154,11 +159,12 @@ def _no_mapping(field: str, value: Any) -> UserError:
     return refusal(f"model.config.{field}", value, "not a mapping", allowed="{rope_type: linear, factor: 4.0} and the like, or null", instead="null")
 
 
-# -- what follows from other fields --------------------------------------------------------------------------------
+# -- derived fields
+# ------------------------------------------------------------------------------------------------
 
 
 def _without_derived(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """`source` without the fields that follow from those the user changes."""
+    """`source` without the fields that are derived from those the user changes."""
     result = dict(source)
     changed = {key for key, value in chosen.items() if source.get(key) != value}
     kind = chosen.get("model_type", source.get("model_type"))
@@ -174,12 +180,14 @@ def _without_derived(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> di
 
 
 def _whole(value: Any) -> int:
-    """`value` if it is a whole number above 0, else 0."""
+    """`value` if it is a positive integer, else 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _cut_layer_types(result: dict[str, Any], source: Mapping[str, Any], chosen: Mapping[str, Any], *, changed: set[str]) -> None:
-    """Drop layer types that follow from other fields; of a pattern of the model's own, keep the first layers or refuse."""
+    """Drop layer types that are derived from other fields; of the model's own pattern keep the
+    first layers, or refuse.
+    """
     listed, layers = list(source["layer_types"]), chosen.get("num_hidden_layers")
     if listed == layer_types(source):
         del result["layer_types"]
@@ -187,12 +195,12 @@ def _cut_layer_types(result: dict[str, Any], source: Mapping[str, Any], chosen: 
         result["layer_types"] = listed[: _whole(layers)]
     else:
         field = sorted(changed & set(_LAYER_TYPES_FOLLOW))[0]
-        words = f"the model lists the attention of its {len(listed)} layers in a pattern of its own (layer_types), which does not follow from it"
+        words = f"the model has its own pattern of attention in its {len(listed)} layers (layer_types), which does not follow from this field"
         raise refusal(f"model.config.{field}", chosen[field], words, allowed="with layer_types", instead="model.config.layer_types=[full_attention,...]")
 
 
 def layer_types(fields: Mapping[str, Any]) -> list[str] | None:
-    """The attention of each layer as Qwen's window fields have it; None where these cannot be read."""
+    """The attention type of each layer by Qwen's window fields; None if these are invalid."""
     given = {**_WINDOW_DEFAULTS, **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
     layers, first = _whole(given.get("num_hidden_layers")), given["max_window_layers"]
     if not layers or not isinstance(first, int):
@@ -202,7 +210,7 @@ def layer_types(fields: Mapping[str, Any]) -> list[str] | None:
 
 
 def windows(fields: Mapping[str, Any], *, layers: int) -> list[int | None]:
-    """The sliding window of each layer that `fields` ask for; None: full attention."""
+    """The sliding window of each layer by config.json `fields`; None: full attention."""
     kind = fields.get("model_type")
     if kind == "mistral":
         return [fields.get("sliding_window", 4096)] * layers

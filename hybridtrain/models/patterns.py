@@ -1,4 +1,4 @@
-"""Shell-style patterns of parameter names (model.freeze, optim.no_decay): matching, and the refusal of those that match nothing. No torch."""
+"""Shell-style patterns of parameter names (model.freeze, optim.no_decay). No torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str]) -> None:
-    """Refuse a pattern that matches no parameter of the whole model, and patterns that freeze all of them (raises UserError)."""
+    """Refuse patterns that match no parameter of the whole model, and those that
+    freeze all (raises UserError).
+    """
     for pattern in freeze:
         _check_one("model.freeze", pattern, names)
     if freeze and all(matches(name, freeze) for name in names):
         words = "it freezes all parameters, so nothing would be trained"
-        raise refusal("model.freeze", list(freeze), words, allowed="patterns that leave some", instead="model.freeze=['model.embed_tokens.*']")
+        raise refusal("model.freeze", list(freeze), words, allowed="patterns that do not match all", instead="model.freeze=['model.embed_tokens.*']")
     for pattern in no_decay:
-        if pattern not in OptimConfig().no_decay:  # the default covers models with biases and without
+        if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
             _check_one("optim.no_decay", pattern, names)
 
 
@@ -36,5 +38,5 @@ def _check_one(field: str, pattern: str, names: Sequence[str]) -> None:
     parts = difflib.get_close_matches(word, {part for kind in kinds for part in kind.split(".")}, n=1, cutoff=0.6)
     near = inside[:3] or [kind for kind in kinds if parts and parts[0] in kind.split(".")][:3] or difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3)
     tied = " (a tied head is model.embed_tokens.weight)" if "lm_head" in pattern and "lm_head.weight" not in names else ""
-    words = f"no parameter of the model has such a name{tied}; patterns are matched with whole names"
+    words = f"it matches no parameter of the model{tied}; patterns must match whole names"
     raise refusal(field, [pattern], words, allowed=", ".join(near or kinds[:4]), instead=f"{field}=['{(near or kinds)[0]}']")

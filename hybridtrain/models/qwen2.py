@@ -9,7 +9,7 @@ from hybridtrain.models import llama
 
 
 def window(config: Any, layer: int) -> int | None:
-    """Layer types are listed in the config."""
+    """The config's `layer_types` tell which layers have its window."""
     return config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
 
 

@@ -1,8 +1,8 @@
-"""One pipeline stage: a run of a Hugging Face model's layers, with every module under its original name.
+"""One pipeline stage: consecutive layers of a Hugging Face model, with every module under its original name.
 
     embed (first stage) -> layers[a:b] -> norm -> head, which computes the loss (last stage)
 
-With pp = 1 the one stage is the whole model.
+With pp=1 the only stage is the whole model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from hybridtrain.types import Batch
 class Stage(nn.Module):
     """Layers `layers` of the model; `first` adds the embedding, `last` the final norm and the head.
 
-    `head` makes a module of the model's own head that takes its place and is called with (hidden, batch); see tasks/head.py.
-    forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden (B, T, D), or on the last stage what the head returns:
-    the task's sums of losses, fp32. Under sequence parallelism hidden states hold this rank's T / tp positions.
+    `head` makes a module from the model's own head that replaces it and is called with (hidden, batch); see
+    tasks/head.py. forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden (B, T, D), or on the last
+    stage what the head returns: the task's sums of losses, fp32. Under sequence parallelism hidden states
+    have this rank's T / tp positions.
     """
 
     def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, head: Callable[[nn.Module], nn.Module]):
@@ -43,19 +44,21 @@ class Stage(nn.Module):
         return bool(self.config.tie_word_embeddings)
 
     def tie(self) -> None:
-        """Make embedding and head one matrix again, where the model ties them and this stage has both."""
+        """Let embedding and head share one parameter, if the model ties them and this stage has both."""
         if self.tied and self.first and self.last:
             self.part(self.family.head).weight = self.part(self.family.embed).weight
 
     def owner(self, name: str) -> str:
-        """The name under which a parameter is drawn, frozen and saved: a tied head goes by the embedding's."""
+        """The name under which a parameter is initialized, frozen and saved: that of the embedding
+        for a tied head.
+        """
         return f"{self.family.embed}.weight" if self.tied and name == f"{self.family.head}.weight" else name
 
     def part(self, path: str) -> nn.Module:
         return self.get_submodule(path)
 
     def layer_modules(self) -> Iterator[tuple[int, nn.Module]]:
-        """(index in the whole model, layer)."""
+        """Yield (index in the whole model, layer)."""
         for index in self.layers:
             yield index, self.part(f"{self.family.layers}.{index}")
 
@@ -73,12 +76,13 @@ class Stage(nn.Module):
 
 
 def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:
-    """The mask a layer needs: None for full causal SDPA, else (1 or B, 1, T, T); bool for sdpa, additive for eager.
+    """The mask of a layer: None for full causal SDPA, else (1 or B, 1, T, T); bool for
+    sdpa, additive for eager.
 
-    With `packed`, each position 0 begins a document, and documents do not see each other. Every position sees itself.
+    With `packed`, each position 0 starts a document, and documents do not attend to each other.
 
-    transformers' SDPA path ignores a window that is shorter than the row unless a mask says so, and its eager path is not
-    causal at all without one; both would train a silently different model.
+    Without a mask, transformers' SDPA path ignores a window that is shorter than the row, and its eager
+    path is not causal.
     """
     sdpa, positions = config._attn_implementation == "sdpa", position_ids_BT.shape[1]
     if sdpa and not packed and (window is None or window >= positions):
@@ -96,7 +100,7 @@ def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, 
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` under the dotted `path`, with plain containers on the way."""
+    """Register `module` under the dotted `path`, inside empty modules."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:

@@ -1,7 +1,8 @@
-"""What a model needs to be used beside its weights: the tokenizer's files, the tokens that begin and end a text, sampling values.
+"""What an export needs besides weights: tokenizer files, the tokens that begin and end
+a text, sampling values.
 
-source's generation_config.json  --as it is-->  <run>/model/  --+ ends of the corpus's texts and answers-->  export
-new weights                      --beginning and ends of the corpus's tokenizer------------------------->  export
+source's generation_config.json  --unchanged-->  <run>/model/  --+ end tokens of the corpus-->  export
+new weights                      --begin and end tokens of the corpus's tokenizer----------->  export
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TEMPLATES = "additional_chat_templates"
-"""Folder of named templates, beside them."""
-_DERIVED = "_from_model_config"  # transformers marks a file so that it made from config.json alone
+"""Folder of named chat templates, beside these files."""
+_DERIVED = "_from_model_config"  # transformers' mark of a file that it made from config.json alone
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids of a tokenizer's special tokens; None for one that it lacks."""
+    """Ids of a tokenizer's special tokens; None: it has no such token."""
 
     begin: int | None
     end: int | None
     pad: int | None
     turn: int | None
-    """Ends an answer in its chat template, where conversations are trained on."""
+    """End of an answer in the chat template, for runs on conversations."""
 
 
 def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder or hub id; UserError, naming `field`, for one that is missing, damaged or of an unknown kind."""
+    """The tokenizer of a folder or hub id. Raises UserError, with `field`, if transformers cannot load it."""
     from transformers import AutoTokenizer
 
     pointer = next((Path(source) / name for name in TOKENIZER_FILES if is_lfs_pointer(Path(source) / name)), None)
@@ -61,13 +62,13 @@ def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=local)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the Rust side raises bare Exceptions, and panics that are no Exceptions
+    except BaseException as error:  # Rust code raises bare Exceptions, and panics, which are no Exceptions
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise refusal(
             field,
             source,
             f"transformers cannot load its tokenizer: {reason[:300]}",
-            allowed="a folder with the tokenizer's files, whole",
+            allowed="a folder with the complete tokenizer files",
             instead="restore the files, or another folder",
         ) from error
 
@@ -77,20 +78,23 @@ def ends(tokenizer: Any, *, turn: int | None) -> Ends:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of the tokenizer's files in `folder`, which may hold a model, too; a named template's has its folder before it."""
+    """Names of the tokenizer's files in `folder`, relative to it. The folder may also hold a model."""
     named = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*") if path.is_file())
     return [name for name in TOKENIZER_FILES if (folder / name).is_file()] + named
 
 
 def copy_tokenizer(folder: Path, *, out: Path) -> None:
-    """Copy the tokenizer's files, by name. Raises OSError."""
+    """Copy the tokenizer's files from `folder` to `out`. Raises OSError."""
     for name in files_of(folder):
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, out / name)
 
 
 def source_generation(model: ModelConfig) -> dict[str, Any] | None:
-    """generation_config.json of `model.from_pretrained`; None where there is none. Raises UserError for one that cannot be read."""
+    """generation_config.json of `model.from_pretrained`; None if there is none.
+
+    Raises UserError if it cannot be read.
+    """
     if not model.from_pretrained:
         return None
     folder = Path(model.from_pretrained)
@@ -101,22 +105,22 @@ def source_generation(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def is_derived(generation: Mapping[str, Any]) -> bool:
-    """Whether transformers made it from config.json alone, so that it says nothing of its own."""
+    """Whether transformers derived this generation config from config.json alone."""
     return bool(generation.get(_DERIVED))
 
 
 def with_end_tokens(
     config: dict[str, Any], generation: dict[str, Any], *, of_tokenizer: Ends | None, new: bool
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """config.json and generation_config.json of an export, and lines on what disagreed.
+    """config.json and generation_config.json of an export, and log lines on contradictions.
 
-    New weights take the tokens of the corpus's tokenizer. Others keep those of their source, to which the tokens are added that ended
-    the texts and answers they were trained on. The padding token goes into generation_config.json alone, since in config.json it would freeze
-    a row; a classifier needs it there.
+    New weights get the tokens of the corpus's tokenizer. Others keep those of their source, plus the tokens
+    that ended the texts and answers of training. The padding token is set only in generation_config.json,
+    since in config.json it would freeze its row of the embedding; a classifier needs it there.
     """
     if of_tokenizer is None:
         return config, generation, []
-    if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:  # it finds a text's last token by the padding behind it
+    if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:  # a classifier finds the last token by the padding
         config = {**config, "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad}
     trained_ends = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
     of_config, lines = _listed(config.get("eos_token_id")), []
@@ -145,12 +149,12 @@ def _listed(ids: Any) -> list[int]:
 
 
 def check_ids(ids: list[int], *, rows: int, field: str) -> None:
-    """Refuse token ids beyond the rows of the model's embedding."""
+    """Refuse token ids that the model's embedding of `rows` rows does not have (raises UserError)."""
     if ids and max(ids) >= rows:
         raise refusal(
             field,
             f"(token id {max(ids)})",
-            f"the tokenizer has a token that the model, of {rows} rows, has no embedding for",
+            f"the tokenizer has a token for which the model, with {rows} rows, has no embedding",
             allowed=f"texts of tokens 0 to {rows - 1}",
             instead="a text without that token, or a model trained with model.config.vocab_size of the whole tokenizer",
         )

@@ -1,8 +1,9 @@
-"""Which weight files of a Hugging Face folder transformers reads, and what they hold by their headers: names, shapes, dtypes.
+"""The weight files of a Hugging Face folder, and by their headers the names, shapes and dtypes in them.
 
-    model.safetensors, where it is there; else the shards that model.safetensors.index.json lists
+    model.safetensors if it exists, else the shards in model.safetensors.index.json,
+    as transformers reads them
 
-Torch is needed only to compare a stored head with the embedding that config.json says it equals.
+Torch is needed only to compare a stored head with the embedding to which config.json ties it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hybridtrain.types import ModelFacts
 FIELD = "model.from_pretrained"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_ROWS = 4096  # of two matrices compared at once
+_ROWS = 4096  # rows of two matrices that are compared at a time
 
 _log = log.get("model")
 
@@ -35,21 +36,24 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors spells it: F32, BF16, I8 ..."""
+    """In safetensors' notation: F32, BF16, I8 ..."""
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything to read in `folder`."""
+    """Whether `folder` has safetensors weights."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Parameter name -> where it is stored, over the files that transformers reads. Raises UserError for what cannot be read."""
+    """Parameter name -> where it is stored, in the files that transformers reads.
+
+    Raises UserError if they cannot be read.
+    """
     return {name: tensor for file in _files(folder) for name, tensor in _header(file, file.stat().st_mtime_ns).items()}
 
 
 def _files(folder: Path) -> list[Path]:
-    """The single file before an index, as transformers has it, so that `evaluate` and training read the same weights."""
+    """The single file, else the shards of the index: the same files that transformers reads in `evaluate`."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     index = folder / INDEX
@@ -84,7 +88,7 @@ def _files(folder: Path) -> list[Path]:
 
 @functools.lru_cache(maxsize=512)
 def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001 - `modified` is a part of the key
-    """What a safetensors file holds; its values are not read."""
+    """The tensors in a safetensors file, without their values."""
     from safetensors import SafetensorError, safe_open
 
     if is_lfs_pointer(file):
@@ -98,12 +102,12 @@ def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001 
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
-    """The refusal of a weight file that is missing, cut short or no safetensors file."""
+    """The refusal of a weight file that is missing, truncated or no safetensors file."""
     return refusal(FIELD, file, f"it cannot be read ({error})", allowed="whole safetensors files", instead="download or export it again")
 
 
 def adapter_refused(folder: str) -> UserError:
-    """What a LoRA adapter in place of a model gets."""
+    """The refusal of a LoRA adapter instead of a model."""
     return refusal(
         "model.from_pretrained",
         folder,
@@ -118,10 +122,11 @@ def _damaged(file: Path, problem: str) -> UserError:
 
 
 def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]:
-    """config.json `fields`, with tie_word_embeddings false where the folder stores a head that differs from its embedding.
+    """config.json `fields`, with tie_word_embeddings=false if the folder stores a head that
+    differs from its embedding.
 
-    transformers does the same: such a config is wrong about its weights, and tying would lose the head. Of a hub id nothing is looked
-    at here (see load.py). Raises UserError where the user asks for the tie.
+    transformers does the same: tying would lose the head. Only local folders are checked here (see load.py
+    for hub ids). Raises UserError if the user asks for tying.
     """
     folder = Path(model.from_pretrained)
     if not (model.from_pretrained and fields.get("tie_word_embeddings") and folder.is_dir() and has_weights(folder)):
@@ -137,7 +142,7 @@ def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]
 
 
 def tie_refused(source: str) -> UserError:
-    """The refusal of a tie that would lose a stored head."""
+    """The refusal of tying that would lose a stored head."""
     return refusal(
         "model.config.tie_word_embeddings",
         True,
@@ -153,7 +158,7 @@ def _warn_untied(folder: str) -> None:
 
 
 def heads_differ(tensors: Mapping[str, Stored], *, embed: str, head: str) -> bool:
-    """Whether both matrices are stored, with different values."""
+    """Whether both matrices are stored and differ."""
     if embed not in tensors or head not in tensors:
         return False
     first, second = tensors[embed], tensors[head]
@@ -172,9 +177,9 @@ def _differ(embed: str, first: Stored, _first_time: int, head: str, second: Stor
 
 
 def check(model: ModelConfig, *, facts: ModelFacts) -> None:
-    """Refuse, before anything is built or written, weights of a local folder that cannot be the model's (by headers alone; raises UserError).
+    """Refuse, by their headers, weights of a local folder that cannot be the model's (raises UserError).
 
-    A folder whose weights are gone is let pass: a run that goes on from its own checkpoint does not read them.
+    A folder without weights passes: a run that resumes from its own checkpoint does not read them.
     """
     folder = Path(model.from_pretrained)
     if model.from_pretrained and folder.is_dir() and has_weights(folder):
@@ -187,32 +192,36 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
 
 
 def check_dtypes(tensors: Mapping[str, Stored], *, source: str) -> None:
-    """Refuse integers and 8-bit floats: values of quantised weights mean nothing without their scales."""
+    """Refuse integers and 8-bit floats: quantized weights need their scales (raises UserError)."""
     other = next((name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not is_rotary_table(name)), None)
     if other is not None:
         raise refusal(
             FIELD,
             source,
-            f"'{other}' is stored as {tensors[other].dtype}: quantised weights, without a quantization_config that says how",
+            f"'{other}' is stored as {tensors[other].dtype}: quantized weights without a quantization_config",
             allowed=", ".join(_FLOATS),
-            instead="the unquantised weights of this model",
+            instead="the unquantized weights of this model",
         )
 
 
 def check_rows(shape: tuple[int, ...], *, rows: int, model: ModelConfig) -> None:
-    """Refuse a vocabulary size other than the checkpoint's, unless `model.config.vocab_size` is set to a larger one."""
+    """Refuse a vocabulary size other than the checkpoint's, unless model.config.vocab_size is a
+    larger one (raises UserError).
+    """
     if shape and rows > shape[0] and "vocab_size" in model.config:
         return
     have = shape[0] if shape else 0
     raise refusal(
         "model.config.vocab_size" if "vocab_size" in model.config else FIELD,
         rows if "vocab_size" in model.config else model.from_pretrained,
-        f"its embedding has {have} rows, " + ("and tokens are not taken away" if rows < have else f"its config.json says vocab_size {rows}"),
+        f"its embedding has {have} rows, " + ("and tokens cannot be removed" if rows < have else f"its config.json says vocab_size {rows}"),
         allowed=f"{have}, or more: the rows of added tokens are drawn as in a new model",
         instead=f"model.config.vocab_size={max(rows, have)}",
     )
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a stored tensor is none of the weights: rotary tables, which older releases of transformers stored, are computed."""
+    """Whether a stored tensor is a rotary table, which older versions of transformers stored
+    and newer ones compute.
+    """
     return name.endswith("rotary_emb.inv_freq")

@@ -98,14 +98,14 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]
 @pytest.mark.parametrize(
     ("repository", "words"),
     [
-        ("me/gated", r"its owner lets nobody in without asking; accept its terms on its page, then give your token \(HF_TOKEN\)"),
-        ("me/none", r"there is no such repository, or it is private and wants a token \(HF_TOKEN\)"),
+        ("me/gated", r"it is gated: accept its terms on its page, then set your token \(HF_TOKEN\)"),
+        ("me/none", r"there is no such repository, or it is private and needs a token \(HF_TOKEN\)"),
         ("me/empty", r"it has no config\.json"),
         ("no hub id at all", "not a valid|must use alphanumeric|Repo id"),
     ],
 )
 def test_what_the_hub_does_not_give_is_refused_with_the_reason(repository: str, words: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.from_pretrained={repository}: neither a folder here nor to be had from the hub: .*({words})"):
+    with pytest.raises(UserError, match=rf"model\.from_pretrained={repository}: neither a local folder nor available on the hub: .*({words})"):
         read_config(ModelConfig(from_pretrained=repository))
 
 

@@ -155,7 +155,7 @@ def test_weights_that_are_not_there_or_of_another_shape(tmp_path):
     saved_model(tmp_path, model(), dtype=torch.float32, shards="5GB")
     with pytest.raises(UserError, match=r"model\.from_pretrained=.*holds no 'model\.layers\.4\.self_attn\.q_proj\.weight' and 8 others"):
         source_of(tmp_path, num_hidden_layers=5)
-    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(96, 64\), the config wants \(32, 64\)"):
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(96, 64\), the config needs \(32, 64\)"):
         source_of(tmp_path, intermediate_size=32)
 
 

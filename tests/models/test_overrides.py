@@ -130,19 +130,19 @@ def test_without_choices_config_json_is_taken_as_it_is(tmp_path):
         assert chosen_over(tmp_path, source, {}) == source
 
 
-NOT_IN_FORCE = [
+NO_EFFECT = [
     ("v5", {"rope_scaling": {"rope_typ": "linear", "factor": 4.0}}, "model.config.rope_scaling.rope_typ=linear", "try:     model.config.rope_scaling.rope_type=linear"),
     ("v5", {"rope_parameters": {"rope_type": "liner", "factor": 4.0}}, "model.config.rope_parameters.rope_type=liner", "rope_type=linear"),
     ("v5", {"rope_scaling": {"rope_type": "linear"}}, "model.config.rope_scaling.factor=(missing)", "needs factor"),
     ("v5", {"rope_scaling": {**LINEAR, "low_freq_factor": 1.0}}, "model.config.rope_scaling.low_freq_factor=1.0", "rope_type=linear does not take it"),
     ("v5", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 2e6}}, "model.config.rope_parameters.rope_theta=2000000.0", "says otherwise"),
     ("v5", {"rope_scaling": "linear"}, "model.config.rope_scaling=linear", "not a mapping"),
-    ("v5", {"partial_rotary_factor": 0.5}, "model.config.partial_rotary_factor=0.5", "would not be in force"),
+    ("v5", {"partial_rotary_factor": 0.5}, "model.config.partial_rotary_factor=0.5", "would have no effect"),
     ("v5 qwen3", {"sliding_window": 4}, "model.config.sliding_window=4", "use_sliding_window=true"),
     ("v5 qwen3", {"use_sliding_window": True}, "model.config.use_sliding_window=True", "sliding_window=4096"),
-    ("v5 qwen3", {"layer_types": ["sliding_attention"] * 4}, "model.config.layer_types=", "in force"),
-    ("own pattern", {"num_hidden_layers": 6}, "model.config.num_hidden_layers=6", "pattern of its own"),
-    ("own pattern", {"sliding_window": 5, "max_window_layers": 1}, "model.config.max_window_layers=1", "pattern of its own"),
+    ("v5 qwen3", {"layer_types": ["sliding_attention"] * 4}, "model.config.layer_types=", "no effect"),
+    ("own pattern", {"num_hidden_layers": 6}, "model.config.num_hidden_layers=6", "its own pattern"),
+    ("own pattern", {"sliding_window": 5, "max_window_layers": 1}, "model.config.max_window_layers=1", "its own pattern"),
     ("v5", {"dtype": "bfloat16"}, "model.config.dtype=bfloat16", "precision=bf16_mixed"),
     ("old", {"torch_dtype": "bfloat16"}, "model.config.torch_dtype=bfloat16", "precision=bf16_mixed"),
     ("v5", {"hidden_act": "sillu"}, "model.config.hidden_act=sillu", "hidden_act=silu"),
@@ -150,7 +150,7 @@ NOT_IN_FORCE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "chosen", "field", "words"), NOT_IN_FORCE)
+@pytest.mark.parametrize(("source", "chosen", "field", "words"), NO_EFFECT)
 def test_what_would_not_be_in_force_is_refused_by_name(tmp_path, source, chosen, field, words):
     with pytest.raises(UserError) as refused:
         hf_config(chosen_over(tmp_path, SOURCES[source], chosen), chosen=chosen, attention="sdpa")

@@ -144,7 +144,7 @@ def assert_loaded(folder: Path, layout: str, held: dict[str, torch.Tensor], *, v
 
 def test_a_vocabulary_is_not_cut_and_grows_only_when_asked_for(tmp_path):
     folder_of(tmp_path)
-    with pytest.raises(UserError, match=r"(?s)model\.config\.vocab_size=200: its embedding has 257 rows, and tokens are not taken away.*vocab_size=257"):
+    with pytest.raises(UserError, match=r"(?s)model\.config\.vocab_size=200: its embedding has 257 rows, and tokens cannot be removed.*vocab_size=257"):
         source_of(tmp_path, vocab_size=200)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "vocab_size": 300}))
@@ -190,7 +190,7 @@ def test_weights_that_no_parameter_takes_are_refused_or_counted(tmp_path, caplog
     folder_of(tmp_path)
     bias = "model.layers.0.self_attn.q_proj.bias"
     changed(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4), model__layers__0__self_attn__q_proj__bias=torch.ones(64))
-    with pytest.raises(UserError, match=rf"(?s)its files hold '{bias}', which the model of its config\.json has no place for.*attention_bias=true"):
+    with pytest.raises(UserError, match=rf"(?s)its files hold '{bias}', which the model of its config\.json does not have.*attention_bias=true"):
         source_of(tmp_path)
     changed(tmp_path, model__layers__0__self_attn__q_proj__bias=None)
     with caplog.at_level("INFO", "hybridtrain.model"):
@@ -208,7 +208,7 @@ def test_weights_that_no_parameter_takes_are_refused_or_counted(tmp_path, caplog
 def test_quantised_weights_are_refused_by_their_dtype(dtype, tmp_path):
     held = folder_of(tmp_path)
     changed(tmp_path, model__layers__1__mlp__up_proj__weight=held["model.layers.1.mlp.up_proj.weight"].to(dtype))
-    with pytest.raises(UserError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' is stored as (I8|F8_E4M3): quantised weights"):
+    with pytest.raises(UserError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' is stored as (I8|F8_E4M3): quantized weights"):
         source_of(tmp_path)
 
 

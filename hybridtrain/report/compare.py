@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hybridtrain.config import compose
 from hybridtrain.report import page, single
 from hybridtrain.report.history import History
-from hybridtrain.report.plots import COLOURS, Plot
+from hybridtrain.report.plots import COLORS, Plot
 from hybridtrain.training.metrics import duration, quantity
 
 _NOT_COMPARED = ("run.dir", "run.name")
@@ -65,7 +65,7 @@ def document(histories: Sequence[History], plots: Sequence[Plot]) -> str:
     run_names = names(histories)
     head = [
         "",
-        *(page.Markup(f'<span class="swatch" style="background:var(--c{n % len(COLOURS)})"></span>{page.escape(name)}') for n, name in enumerate(run_names)),
+        *(page.Markup(f'<span class="swatch" style="background:var(--c{n % len(COLORS)})"></span>{page.escape(name)}') for n, name in enumerate(run_names)),
     ]
     numbers = range(1, len(run_names) + 1)
     body = [

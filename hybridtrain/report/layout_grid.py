@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from hybridtrain.plan.layout import AXES, ParallelLayout
 from hybridtrain.plan.notation import parse
-from hybridtrain.report.plots import COLOURS, INK, MUTED, STYLE, Plot
+from hybridtrain.report.plots import COLORS, INK, MUTED, STYLE, Plot
 
 MOST_CELLS = 1024
 MOST_OF_ONE_REPLICA = 16384  # ranks; no run has more, and as many cells would take minutes
@@ -90,7 +90,7 @@ def _words(layout: ParallelLayout, *, shown: int, hosts: int) -> tuple[str, str]
     below = ["side by side: tp" + ("; groups: data ranks in reading order" if layout.dp > 1 else "")] if layout.tp > 1 else []
     below += ["data ranks in reading order"] if layout.tp == 1 and layout.dp > 1 else []
     below += [f"data ranks {shown:,} to {layout.dp - 1:,}, not drawn, follow in the same way"] if shown < layout.dp else []
-    below += [f"colours: {hosts} hosts" + (", eight in turn" if hosts > len(COLOURS) else "")] if hosts > 1 else []
+    below += [f"colors: {hosts} hosts" + (", eight in turn" if hosts > len(COLORS) else "")] if hosts > 1 else []
     return title, "; ".join(below)
 
 
@@ -105,8 +105,8 @@ def _cell(axes: Axes, x: float, y: float, *, rank: int, layout: ParallelLayout, 
     host = host_of.get(rank)
     place = ", ".join(f"{axis} {at}" for axis, at in layout.coordinates(rank).items() if dict(layout.axes())[axis] > 1)
     tip = f"rank {rank}" + (f": {place}" if place else "") + (f"; {hosts[host].get('host')}" if host is not None else "")
-    colour = COLOURS[(host or 0) % len(COLOURS)]
-    axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, facecolor=colour, alpha=0.22, edgecolor="none", gid=f"tip:{rank}:{tip}"))
+    color = COLORS[(host or 0) % len(COLORS)]
+    axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, facecolor=color, alpha=0.22, edgecolor="none", gid=f"tip:{rank}:{tip}"))
     if layout.world_size <= NUMBERS_UP_TO:
         axes.text(x + 0.5, y + 0.5, str(rank), ha="center", va="center_baseline", fontsize=_font(layout), color=INK)
 

@@ -16,7 +16,7 @@ from hybridtrain.report.history import History
 from hybridtrain.report.series import BUCKETS, sample, smooth, thin
 
 INK, MUTED, GRID, PAPER, ALARM = "#1f2431", "#6b7281", "#e5e7ea", "#fefefe", "#c8102f"
-COLOURS = ("#2f6fde", "#d9660b", "#0d9373", "#b0529c", "#8a6d1b", "#3aa2c9", "#7a5af0", "#5f6b7a")
+COLORS = ("#2f6fde", "#d9660b", "#0d9373", "#b0529c", "#8a6d1b", "#3aa2c9", "#7a5af0", "#5f6b7a")
 """Distinguishable with all types of color vision, on white and, in the page's variant, on black."""
 MARKS = {"checkpoint": ("^", MUTED), "resumed": ("|", INK), "skipped": ("v", ALARM), "failed": ("X", ALARM)}
 SMOOTH_FROM = 60  # curves with at least this many points are drawn pale, with a running mean on top
@@ -75,7 +75,7 @@ class Series:
     """One curve: finite or NaN values `y` over `x`, float64."""
 
     label: str
-    colour: str
+    color: str
     x: np.ndarray
     y: np.ndarray
     dots: bool
@@ -130,7 +130,7 @@ METERS = (
     ("grad_norm", "Gradient norm", "L2 norm before clipping", "grad_norm"),
     ("lr", "Learning rate", "learning rate", "lr"),
     ("throughput", "Throughput", "tokens per second, all devices", "tokens_per_s"),
-    ("mfu", "Model FLOPs utilisation", "share of the devices' peak", "mfu"),
+    ("mfu", "Model FLOPs utilization", "share of the devices' peak", "mfu"),
     ("memory", "Peak memory", "GiB per process, largest of all", "max_memory_gib"),
     ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
 )
@@ -146,8 +146,8 @@ def _series(history: History, axis: Axis, key: str, *, label: str, number: int) 
     if key == "eval_loss":
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     # A line of one or two points is hardly visible.
-    dots, line = int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3), "--" if number >= len(COLOURS) else "-"
-    return Series(label, COLOURS[number % len(COLOURS)], x, y, dots=dots, line=line)
+    dots, line = int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3), "--" if number >= len(COLORS) else "-"
+    return Series(label, COLORS[number % len(COLORS)], x, y, dots=dots, line=line)
 
 
 def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: str) -> list[Series]:
@@ -181,9 +181,9 @@ def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: A
 def _curve(axes: Axes, series: Series, *, noisy: bool, steps: bool) -> float:
     """Draw a curve; returns its last y value. A long noisy curve is pale, with a running mean on top."""
     known = np.isfinite(series.x) & np.isfinite(series.y)
-    style: dict[str, Any] = {"color": series.colour, "linestyle": series.line, "gid": f"series:{series.label}"}
+    style: dict[str, Any] = {"color": series.color, "linestyle": series.line, "gid": f"series:{series.label}"}
     if noisy and known.sum() >= SMOOTH_FROM:
-        axes.plot(*thin(series.x, series.y, buckets=BUCKETS), color=series.colour, alpha=0.28, linewidth=0.8)
+        axes.plot(*thin(series.x, series.y, buckets=BUCKETS), color=series.color, alpha=0.28, linewidth=0.8)
         mean = smooth(series.y[known])
         axes.plot(*sample(series.x[known], mean, points=BUCKETS), **style)
         return float(mean[-1])
@@ -228,16 +228,16 @@ def scientific(value: float) -> str:
 def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
     """Mark events at the lower edge; resumes and failures also as vertical lines."""
     steps, places = history.columns["step"], axis.of(history)
-    for kind, (marker, colour) in MARKS.items():
+    for kind, (marker, color) in MARKS.items():
         at = np.array([event["step"] for event in history.events if event["kind"] == kind], dtype=float)
         if not len(at):
             continue
         x = np.interp(at[np.linspace(0, len(at) - 1, min(len(at), MOST_MARKS)).astype(int)], steps, places)
         if kind in ("resumed", "failed"):
-            axes.vlines(x, 0, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.8, linestyles=(0, (3, 3)))
+            axes.vlines(x, 0, 1, transform=axes.get_xaxis_transform(), color=color, linewidth=0.8, linestyles=(0, (3, 3)))
         low = np.full(len(x), 0.02)
         label = f"{len(at)} checkpoint{'s' if len(at) > 1 else ''}" if kind == "checkpoint" else kind
-        axes.plot(x, low, marker, color=colour, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False, label=label)
+        axes.plot(x, low, marker, color=color, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False, label=label)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper right", handletextpad=0.1, borderaxespad=0.2, labelspacing=0.3)
 
@@ -253,7 +253,7 @@ def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) 
         text = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
         if last < 0.85 * end:
             place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(text, (last, heights[index]), color=series[index].colour, fontsize=8, parse_math=False, **place)
+            axes.annotate(text, (last, heights[index]), color=series[index].color, fontsize=8, parse_math=False, **place)
             continue
         taken = max(shares[index], taken + gap, 0.0)
-        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].colour, fontsize=8, va="center", parse_math=False)
+        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].color, fontsize=8, va="center", parse_math=False)

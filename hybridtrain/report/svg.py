@@ -12,10 +12,10 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from hybridtrain.report.plots import ALARM, COLOURS, GRID, INK, MUTED, PAPER, STYLE, Plot
+from hybridtrain.report.plots import ALARM, COLORS, GRID, INK, MUTED, PAPER, STYLE, Plot
 
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", **{colour: f"c{n}" for n, colour in enumerate(COLOURS)}}
-_COLOUR = re.compile("|".join(VARIABLES))
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", **{color: f"c{n}" for n, color in enumerate(COLORS)}}
+_COLOR = re.compile("|".join(VARIABLES))
 _SERIES = re.compile(r'<g id="series:([^"]*)">')
 _TIP = re.compile(r'<g id="tip:\d+:([^"]*)">')
 _NUMBER = re.compile(r"(\d\.\d{2})\d+")
@@ -34,7 +34,7 @@ def inline(plot: Plot) -> str:
     text = _SERIES.sub(r'<g data-series="\1">', text)
     text = _TIP.sub(r"<g><title>\1</title>", text)
     text = _NUMBER.sub(r"\1", text)
-    text = _COLOUR.sub(lambda match: f"var(--{VARIABLES[match[0]]})", text)
+    text = _COLOR.sub(lambda match: f"var(--{VARIABLES[match[0]]})", text)
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None

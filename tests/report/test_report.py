@@ -17,15 +17,15 @@ from hybridtrain.report import compare, history, plots, ranks, series, single
 from tests.report.folders import eventful, finished, row, write
 
 
-def drawn_in(path, colour) -> int:
-    """How many pixels of a PNG have `colour`."""
+def drawn_in(path, color) -> int:
+    """How many pixels of a PNG have `color`."""
     pixels = imread(path)[..., :3]
-    wanted = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    wanted = np.array([int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)])
     return int((np.abs(pixels - wanted).max(axis=-1) < 0.02).sum())
 
 
 def is_drawn(path) -> bool:
-    return drawn_in(path, plots.COLOURS[0]) > 30
+    return drawn_in(path, plots.COLORS[0]) > 30
 
 
 def drawn(folder):
@@ -43,7 +43,7 @@ def test_a_finished_run(tmp_path, capsys):
     assert out.splitlines()[-len(files) :] == files
     assert sorted(str(path) for path in (folder / "report").iterdir() if path.name != report.RECORD) == sorted(files)
     assert all(is_drawn(folder / "report" / f"{name}.png") for name in names if name != "layout")
-    assert drawn_in(folder / "report" / "loss.png", plots.COLOURS[1]) > 30  # evaluations
+    assert drawn_in(folder / "report" / "loss.png", plots.COLORS[1]) > 30  # evaluations
     lines = {line[:14].strip(): line[14:] for line in out.splitlines()}
     assert lines["status"].startswith("finished (train.steps")
     assert lines["layout"] == "pp2-dp_shard2 4 processes"
@@ -207,8 +207,8 @@ def test_several_runs(tmp_path, capsys):
     assert "&lt;script&gt;alert(1)" in page
     assert page.count("<script>") == 1
     for path in ("loss", "loss_tokens", "loss_time", "throughput", "grad_norm"):
-        assert drawn_in(tmp_path / "out" / f"{path}.png", plots.COLOURS[0]) > 30
-        assert drawn_in(tmp_path / "out" / f"{path}.png", plots.COLOURS[1]) > 30
+        assert drawn_in(tmp_path / "out" / f"{path}.png", plots.COLORS[0]) > 30
+        assert drawn_in(tmp_path / "out" / f"{path}.png", plots.COLORS[1]) > 30
     results = compare.results([history.read(one), history.read(two)])
     assert results["lowest held-out loss"] == ["4.2500", "4.0500"]
     assert results["tokens"] == ["819k", "819k"]

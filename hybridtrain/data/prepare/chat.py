@@ -24,7 +24,7 @@ from hybridtrain.data.prepare.conversations import Conversation, Message
 from hybridtrain.data.prepare.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
-_HARMLESS = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages
+_NOT_RENDERED = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _PROBE = "\u2063probe\u2063"
 
@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
     notes: list[str]
     """What was met in it, to be counted."""
     problem: str
-    """Why it cannot be learnt; empty if it can."""
+    """Why it cannot be trained; empty if it can."""
     instead: str
     """What to try where there is a problem."""
 
@@ -58,7 +58,7 @@ class _Sample:
     """Message number -> place in the text."""
 
 
-class _Unfit(Exception):
+class _Incompatible(Exception):
     """The conversation and the template do not go together."""
 
     def __init__(self, problem: str, instead: str) -> None:
@@ -68,22 +68,22 @@ class _Unfit(Exception):
 
 def encode(conversations: list[Conversation], *, template: Template, turns: str) -> list[Encoded]:
     """Each conversation as samples. `turns`: learn all answers, or the last of each conversation ("last")."""
-    found: list[tuple[list[_Sample], list[str], str, str]] = []
+    results: list[tuple[list[_Sample], list[str], str, str]] = []
     for conversation in conversations:
         try:
-            samples, notes = _rendered(conversation, template=template, turns=turns)
-            found.append((samples, notes, "", ""))
+            samples, notes = _render(conversation, template=template, turns=turns)
+            results.append((samples, notes, "", ""))
         except Unrendered as error:
-            found.append(([], [], str(error), "a tokenizer whose chat template knows such conversations, or data.chat_template=plain"))
-        except _Unfit as error:
-            found.append(([], [], str(error), error.instead))
-    texts = [sample.text for samples, *_ in found for sample in samples]
+            results.append(([], [], str(error), "a tokenizer whose chat template knows such conversations, or data.chat_template=plain"))
+        except _Incompatible as error:
+            results.append(([], [], str(error), error.instead))
+    texts = [sample.text for samples, *_ in results for sample in samples]
     tokens = template.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
     pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    return [Encoded([_masked(*next(pairs), sample=sample) for sample in samples], notes, problem, instead) for samples, notes, problem, instead in found]
+    return [Encoded([_mask(*next(pairs), sample=sample) for sample in samples], notes, problem, instead) for samples, notes, problem, instead in results]
 
 
-def _masked(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
+def _mask(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
     """1 for tokens with a character inside a span. A token of spaces may have no width: it stands where the spaces end."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=np.uint8)
@@ -95,25 +95,25 @@ def _masked(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np
 # -- a conversation and its template -------------------------------------------------------------------------------
 
 
-def _rendered(conversation: Conversation, *, template: Template, turns: str) -> tuple[list[_Sample], list[str]]:
+def _render(conversation: Conversation, *, template: Template, turns: str) -> tuple[list[_Sample], list[str]]:
     """The samples of a conversation, and notes. Of the ways to write its tool calls, the first that the template renders."""
-    learnt = [number for number, trains in enumerate(conversation.trains) if trains]
-    learnt = learnt[-1:] if turns == "last" else learnt
+    trained = [number for number, trains in enumerate(conversation.trains) if trains]
+    trained = trained[-1:] if turns == "last" else trained
     failed: Exception | None = None
     for messages in _ways(conversation.messages):
         one = _View(replace(conversation, messages=messages), template)
         try:
-            samples = one.marked(learnt) if template.marks else one.differences(learnt)
-        except (Unrendered, _Unfit) as error:
+            samples = one.marked(trained) if template.marks else one.differences(trained)
+        except (Unrendered, _Incompatible) as error:
             failed = failed or error
             continue
-        lost = [number for number, message in enumerate(messages) if message.get("tool_calls") and not one.shows_calls(samples, number)]
-        if any(number in learnt for number in lost):
-            number = next(number for number in lost if number in learnt)
+        dropped = [number for number, message in enumerate(messages) if message.get("tool_calls") and not one.shows_calls(samples, number)]
+        if any(number in trained for number in dropped):
+            number = next(number for number in dropped if number in trained)
             words = f"message {number} (assistant) has tool calls that the chat template of {template.name} does not render, so its target would be wrong"
-            failed = _Unfit(words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message")
+            failed = _Incompatible(words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message")
             continue
-        return samples, [*_notes(one, samples), *(["messages whose tool calls the template does not render"] if lost else [])]
+        return samples, [*_notes(one, samples), *(["messages whose tool calls the template does not render"] if dropped else [])]
     assert failed is not None
     raise failed
 
@@ -123,16 +123,16 @@ def _ways(messages: list[Message]) -> Iterator[list[Message]]:
     if not any("tool_calls" in message for message in messages):
         yield messages
         return
-    seen: list[list[Message]] = []
+    tried: list[list[Message]] = []
     for arguments in (_as_object, _as_json):
         for empty in ("", None):
-            way = [_called(message, arguments=arguments, empty=empty) for message in messages]
-            if way not in seen:
-                seen.append(way)
+            way = [_with_calls(message, arguments=arguments, empty=empty) for message in messages]
+            if way not in tried:
+                tried.append(way)
                 yield way
 
 
-def _called(message: Message, *, arguments: Callable[[Any], Any], empty: str | None) -> Message:
+def _with_calls(message: Message, *, arguments: Callable[[Any], Any], empty: str | None) -> Message:
     message = {"role": message["role"], "content": message.get("content") or empty, **{k: v for k, v in message.items() if k not in ("role", "content")}}
     if not message.get("tool_calls"):
         return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": message["content"] or ""}
@@ -166,28 +166,30 @@ class _View:
     def text(self, messages: list[Message], *, header: bool) -> str:
         return self.template.render(messages, tools=self.conversation.tools, options=self.conversation.options, header=header)
 
-    def marked(self, learnt: list[int]) -> list[_Sample]:
+    def marked(self, trained: list[int]) -> list[_Sample]:
         """One sample, its spans marked by the template."""
         messages = self.conversation.messages
         text, spans = self.template.marked(messages, tools=self.conversation.tools, options=self.conversation.options)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) == len(answers):
-            return [_Sample(len(messages), text, {number: span for number, span in zip(answers, spans, strict=True) if number in learnt})]
-        if learnt == answers:
+            return [_Sample(len(messages), text, {number: span for number, span in zip(answers, spans, strict=True) if number in trained})]
+        if trained == answers:
             return [_Sample(len(messages), text, dict(enumerate(spans)))]
         words = f"the chat template of {self.template.name} marks {len(spans)} stretches of {len(answers)} answers, so some of them cannot be left out"
-        raise _Unfit(words, "data.chat_turns=all, and conversations without weights")
+        raise _Incompatible(words, "data.chat_turns=all, and conversations without weights")
 
-    def differences(self, learnt: list[int]) -> list[_Sample]:
+    def differences(self, trained: list[int]) -> list[_Sample]:
         """One sample if the text only grows with the conversation, else one for each answer."""
         messages = self.conversation.messages
         whole = self.text(messages, header=False)
         alone = []
-        for number in learnt:
+        for number in trained:
             before, through = self.text(messages[:number], header=True), self.text(messages[: number + 1], header=False)
             if not through.startswith(before):
                 words = f"the chat template of {self.template.name} begins the answer of message {number} otherwise when it is asked for than when it is given"
-                raise _Unfit(f"{words}, so there is no telling which tokens are the answer", "a template with {% generation %}, or data.chat_template=plain")
+                raise _Incompatible(
+                    f"{words}, so there is no telling which tokens are the answer", "a template with {% generation %}, or data.chat_template=plain"
+                )
             alone.append(_Sample(number + 1, through, {number: (len(before), self.template.end(through))}))
         if all(whole.startswith(sample.text) for sample in alone):
             return [_Sample(len(messages), whole, {number: span for sample in alone for number, span in sample.spans.items()})]
@@ -197,11 +199,11 @@ class _View:
         """Whether a change of the messages (or without `tools`, of the tools) shows in any sample; what fails without it does."""
         one = self if tools else replace(self, conversation=replace(self.conversation, tools=None))
         try:
-            return any(one._again(sample, change) != sample.text for sample in samples)
+            return any(one._render_changed(sample, change) != sample.text for sample in samples)
         except Unrendered:
             return True
 
-    def _again(self, sample: _Sample, change: Callable[[int, Message], Message]) -> str:
+    def _render_changed(self, sample: _Sample, change: Callable[[int, Message], Message]) -> str:
         messages = [change(number, message) for number, message in enumerate(self.conversation.messages[: sample.messages])]
         return self.text(messages, header=False)
 
@@ -236,7 +238,7 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
     if conversation.tools and not view.changes(samples, lambda _, message: message, tools=False):
         notes.append("records whose tools the template does not render")
     notes += [f"records whose chat_template_kwargs {name!r} the template does not know" for name in conversation.options if name not in template.source]
-    keys = {key for message in conversation.messages for key in message} - {"role", "content", *_HARMLESS}
+    keys = {key for message in conversation.messages for key in message} - {"role", "content", *_NOT_RENDERED}
     for key in sorted(keys):
         if not view.changes(samples, _dropping(key), tools=True):
             notes.append(f"records whose messages have {key!r}, which the template does not render")
@@ -264,8 +266,8 @@ def _of_answers(view: _View, samples: list[_Sample]) -> Iterator[str]:
     if view.template.marks and not all(messages[number]["role"] == "assistant" for sample in samples for number in sample.spans):
         return  # stretches that the template marks, not answers
     contents = [(message.get("content") or "", "tool_calls" in message) for message in messages]
-    learnt = [(sample.text[start:end], *contents[number]) for sample in samples for number, (start, end) in sample.spans.items()]
-    if any(not content.strip() and not calls for _, content, calls in learnt):
+    trained = [(sample.text[start:end], *contents[number]) for sample in samples for number, (start, end) in sample.spans.items()]
+    if any(not content.strip() and not calls for _, content, calls in trained):
         yield "conversations with an empty answer, which learn its end alone"
-    if any("".join(content.split()) not in "".join(text.split()) for text, content, _ in learnt):
+    if any("".join(content.split()) not in "".join(text.split()) for text, content, _ in trained):
         yield "conversations with an answer that the template changes"

@@ -3,7 +3,7 @@
     messages            [{role, content}, ...], as OpenAI's fine-tuning files have it; beside it tools, system, chat_template_kwargs
     conversations       [{from, value}, ...] (ShareGPT), or messages under that name
     prompt, completion  two texts, or two lists of messages; loss on the completion alone
-    instruction, output (Alpaca); input and history, if there are, come into the question
+    instruction, output (Alpaca); input and history, if present are, come into the question
 
 A field is read, or refused, or named in `unread`. Content is text: of lists of parts the text parts, joined.
 """
@@ -43,7 +43,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-_TEMPLATE_OWN = (
+_RESERVED = (
     "messages",
     "tools",
     "documents",
@@ -57,7 +57,7 @@ NOT_YET = "it is a preference pair (chosen, rejected), and preference pairs are 
 
 
 class Unreadable(ValueError):
-    """A record that is no conversation; the message says why, `instead` what to try if there is something better than the usual."""
+    """A record that is no conversation; the message says why, `instead` what to try if present is something better than the usual."""
 
     def __init__(self, problem: str, *, instead: str) -> None:
         super().__init__(problem)
@@ -66,7 +66,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given, and on which answers loss lies."""
+    """What a chat template is checked, and on which answers loss lies."""
 
     messages: list[Message]
     """role, content (text; absent beside tool_calls at most), and the other keys that the record has."""
@@ -94,39 +94,39 @@ def fields(key: str) -> set[str]:
 
 def has_form(columns: Iterable[str], *, key: str) -> bool:
     """Whether records with these fields are of a form that is known (or refused by name)."""
-    there = set(columns)
-    return key in there or (key == DEFAULT_KEY and any(there.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
+    present = set(columns)
+    return key in present or (key == DEFAULT_KEY and any(present.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
 
 
 def read(record: dict[str, Any], *, key: str) -> Conversation | None:
     """The conversation in a record; None for one without any message. Raises Unreadable."""
-    there = {name: value for name, value in record.items() if value is not None}
-    if set(_PAIR) <= there.keys():
+    present = {name: value for name, value in record.items() if value is not None}
+    if set(_PAIR) <= present.keys():
         raise Unreadable(NOT_YET, instead="conversations with the chosen answer alone: messages, or prompt and completion")
-    form = next((name for name, names in _FORMS.items() if there.keys() >= set(names)), None) if key == DEFAULT_KEY and key not in there else key
-    if form is None or (form == key and key not in there):
+    form = next((name for name, names in _FORMS.items() if present.keys() >= set(names)), None) if key == DEFAULT_KEY and key not in present else key
+    if form is None or (form == key and key not in present):
         shown = ", ".join(map(repr, list(record)[:8])) or "none"
         raise Unreadable(f"its field {key!r} is missing or null (its fields: {shown})", instead="")
-    messages, first = _messages(there, form=form)
+    messages, first = _messages(present, form=form)
     if not messages:
         return None
     first_one: Any = messages[0]
     before, shape = len(messages), "from and value" if isinstance(first_one, dict) and "from" in first_one else "role and content"
-    messages = _with_system(messages, there.get("system"))
+    messages = _with_system(messages, present.get("system"))
     first += len(messages) - before
-    tools, options = _tools(there.get("tools")), _options(there.get("chat_template_kwargs"))
-    given = [_given(number, message) for number, message in enumerate(messages)]
-    trains = [_trains(number, message) and number >= first for number, message in enumerate(given)]
-    _check_roles(given)
+    tools, options = _tools(present.get("tools")), _options(present.get("chat_template_kwargs"))
+    checked = [_checked(number, message) for number, message in enumerate(messages)]
+    trains = [_trains(number, message) and number >= first for number, message in enumerate(checked)]
+    _check_roles(checked)
     used = {key, *_FORMS.get(form, ()), *_OPTIONAL.get(form, ()), *_BESIDE}
     return Conversation(
-        messages=[{name: value for name, value in message.items() if name not in _LOSS_KEYS} for message in given],
+        messages=[{name: value for name, value in message.items() if name not in _LOSS_KEYS} for message in checked],
         trains=trains,
         tools=tools,
         options=options,
         form=form if form in _OPTIONAL or form == "prompt and completion" else f"{form} of {shape}",
-        unread=sorted(name for name in there if name not in used),
-        content=_content(given, tools=tools, options=options),
+        unread=sorted(name for name in present if name not in used),
+        content=_content(checked, tools=tools, options=options),
     )
 
 
@@ -171,7 +171,7 @@ def _with_system(messages: list[Any], system: Any) -> list[Any]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _given(number: int, message: Any) -> Message:
+def _checked(number: int, message: Any) -> Message:
     """A message with a role and text, without fields that are null (Parquet has every field in every row)."""
     if not isinstance(message, dict):
         raise _unreadable(f"message {number} is {kind(message)}, no object with a role")
@@ -217,7 +217,7 @@ def _check_calls(calls: Any, *, place: str) -> None:
 
 
 def _text(content: Any, *, place: str) -> str | None:
-    """Content as text: itself, or its text parts, joined; None where there is none."""
+    """Content as text: itself, or its text parts, joined; None where present is none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -235,15 +235,15 @@ def _text(content: Any, *, place: str) -> str | None:
 def _trains(number: int, message: Message) -> bool:
     """Whether loss lies on a message: on answers, unless weight, train or loss says no."""
     answer = message["role"] == "assistant"
-    wanted = {name: message[name] for name in _LOSS_KEYS if name in message}
-    for name, value in wanted.items():
+    flags = {name: message[name] for name in _LOSS_KEYS if name in message}
+    for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _unreadable(f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported")
         if value and not answer:
             raise _unreadable(f"message {number} ({message['role']}) asks for loss by {name}, and only answers of the assistant get any")
-    if len({bool(value) for value in wanted.values()}) > 1:
-        raise _unreadable(f"message {number} ({message['role']}): {' and '.join(wanted)} contradict each other")
-    return answer and all(wanted.values())
+    if len({bool(value) for value in flags.values()}) > 1:
+        raise _unreadable(f"message {number} ({message['role']}): {' and '.join(flags)} contradict each other")
+    return answer and all(flags.values())
 
 
 def _check_roles(messages: Sequence[Message]) -> None:
@@ -269,7 +269,7 @@ def _options(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise _unreadable(f"its field 'chat_template_kwargs' is {kind(value)}, no object")
-    if own := [name for name in value if name in _TEMPLATE_OWN]:
+    if own := [name for name in value if name in _RESERVED]:
         raise _unreadable(f"its field 'chat_template_kwargs' sets {own[0]!r}, which is not for a record to decide")
     return {name: option for name, option in value.items() if option is not None}
 

@@ -21,13 +21,13 @@ def _marker(data: DataConfig) -> Path:
 
 def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
     """Open the corpus at `data.path`; if it is the embedded one and not there yet, one process of each machine prepares it first."""
-    done = _marker(data)
+    marker = _marker(data)
     if missing(data):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             from hybridtrain.data.prepare.tokenize import prepare_after  # on a shared disk one machine prepares, and the others wait for it
 
             return Corpus.open(prepare_after(data, options=PrepareConfig(), wait_s=timeout_s))
         deadline = time.monotonic() + timeout_s
-        while not done.exists() and time.monotonic() < deadline:
+        while not marker.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
     return Corpus.open(data.path)

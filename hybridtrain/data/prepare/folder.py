@@ -34,7 +34,7 @@ _TOKENIZER_NAMES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 """What transformers saves of a tokenizer."""
-_WAIT_SAID_S = 3.0
+_WAIT_NOTICE_S = 3.0
 
 
 def is_ours(record: Any) -> bool:
@@ -61,14 +61,16 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
     if inside is not None:
         allowed = "a folder apart from what is read"
         raise refusal(FIELD, folder, f"{inside}, which is to be read, lies in the folder to be written", allowed=allowed, instead="data.path=data/mine")
-    own, there = _own(folder), folder / TOKENIZER
-    found = (
-        [path.relative_to(folder).as_posix() for path in there.rglob("*") if not path.is_dir()] if there.is_dir() and not there.is_symlink() else [TOKENIZER]
+    own, tokenizer = _own(folder), folder / TOKENIZER
+    names = (
+        [path.relative_to(folder).as_posix() for path in tokenizer.rglob("*") if not path.is_dir()]
+        if tokenizer.is_dir() and not tokenizer.is_symlink()
+        else [TOKENIZER]
     )
     partial = folder / PARTIAL
     strange = partial.exists() and not (partial / PLAN).is_file() and not all(files.is_temporary(path.name, of=PLAN) for path in partial.iterdir())
     work = [PARTIAL] if strange else []
-    files.check_replaceable(folder, [name for name in (*NAMES, *sorted(found), *work) if name not in own], record=RECORD, field=FIELD)
+    files.check_replaceable(folder, [name for name in (*NAMES, *sorted(names), *work) if name not in own], record=RECORD, field=FIELD)
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def reserved(folder: Path, *, wait_s: float) -> Iterator[None]:
 
     The system drops the lock when the process ends, however it ends. Ends with a refusal: what was made and holds nothing is removed.
     """
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     had_lock = (folder / _LOCK).exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder, wait_s=wait_s)
@@ -87,7 +89,7 @@ def reserved(folder: Path, *, wait_s: float) -> Iterator[None]:
         if not had_lock and not (folder / PARTIAL).exists() and not (folder / CORPUS).exists():
             with suppress(OSError):
                 (folder / _LOCK).unlink()
-                for path in absent:
+                for path in new_folders:
                     path.rmdir()
         raise
     finally:
@@ -95,7 +97,7 @@ def reserved(folder: Path, *, wait_s: float) -> Iterator[None]:
 
 
 def _lock(folder: Path, *, wait_s: float) -> TextIO:
-    start, told = time.monotonic(), False
+    start, noticed = time.monotonic(), False
     while True:
         lock = (folder / _LOCK).open("a")
         try:
@@ -109,9 +111,9 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
                 lock.close()
                 words, instead = "another prepare is writing here", "wait for it, or another data.path"
                 raise refusal(FIELD, folder, words, allowed="one prepare per folder", instead=instead) from None
-            if spent > _WAIT_SAID_S and not told:
+            if spent > _WAIT_NOTICE_S and not noticed:
                 say(f"waiting for the prepare that is writing {folder}")
-                told = True
+                noticed = True
             time.sleep(0.1)
         except BaseException:
             lock.close()
@@ -127,8 +129,8 @@ def replace(folder: Path) -> list[str]:
     """
     partial, own = folder / PARTIAL, _own(folder)
     new = [path for split in SPLITS for path in sorted(partial.glob(f"{split}.*"))]
-    kept = [path for path in sorted((partial / TOKENIZER).rglob("*")) if path.is_file()]
-    names = [CORPUS, SPEED, *(path.relative_to(partial).as_posix() for path in (*new, *kept))]
+    tokenizer_files = [path for path in sorted((partial / TOKENIZER).rglob("*")) if path.is_file()]
+    names = [CORPUS, SPEED, *(path.relative_to(partial).as_posix() for path in (*new, *tokenizer_files))]
     files.check_replaceable(folder, [name for name in names if name not in own], record=RECORD, field=FIELD)
     files.write_record(folder, {*own, *names}, record=RECORD)
     (folder / CORPUS).unlink(missing_ok=True)
@@ -136,10 +138,10 @@ def replace(folder: Path) -> list[str]:
         (folder / name).unlink(missing_ok=True)
     for path in new:
         path.replace(folder / path.name)
-    for path in kept:  # copied: a kill before the end finds it in the partial folder again
+    for path in tokenizer_files:  # copied: a kill before the end finds it in the partial folder again
         place = folder / path.relative_to(partial)
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_name(f".{place.name}.partial")
-        shutil.copyfile(path, aside)
-        aside.replace(place)
+        temporary = place.with_name(f".{place.name}.partial")
+        shutil.copyfile(path, temporary)
+        temporary.replace(place)
     return names

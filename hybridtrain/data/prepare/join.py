@@ -107,12 +107,12 @@ def _lengths(sizes: np.ndarray, *, tokens: int) -> dict[str, float]:
     ranks = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     places = {name: max(0, int(np.ceil(share * len(sizes))) - 1) for name, share in ranks.items()}
     ordered = np.partition(sizes, sorted(set(places.values())))
-    found: dict[str, float] = {name: int(ordered[place]) for name, place in places.items()}
+    values: dict[str, float] = {name: int(ordered[place]) for name, place in places.items()}
     return {
-        "min": found["min"],
-        "median": found["median"],
+        "min": values["min"],
+        "median": values["median"],
         "mean": round(tokens / len(sizes), 1),
-        "p90": found["p90"],
-        "p99": found["p99"],
-        "max": found["max"],
+        "p90": values["p90"],
+        "p99": values["p99"],
+        "max": values["max"],
     }

@@ -53,8 +53,8 @@ def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
         return names.index(value), ""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value) and 0 <= value < len(names):
         return int(value), ""
-    shown = repr(value)[:60]
-    return 0, f"its field {recipe.key!r} holds {shown}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
+    text = repr(value)[:60]
+    return 0, f"its field {recipe.key!r} holds {text}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
 
 
 def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, forms: dict[str, int]) -> tuple[Labelled | None, bytes, str]:
@@ -70,15 +70,15 @@ def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, f
 
 def encode(documents: list[Labelled], *, tokenizer: Any, recipe: LabelRecipe) -> list[Encoded]:
     """One sample of each document: its text as a model gets it, special tokens of the tokenizer included, and its label."""
-    whole = tokenizer([document.text for document in documents])["input_ids"]
-    long = [number for number, ids in enumerate(whole) if len(ids) > recipe.seq_len]
+    all_ids = tokenizer([document.text for document in documents])["input_ids"]
+    long = [number for number, ids in enumerate(all_ids) if len(ids) > recipe.seq_len]
     if long:  # the tokenizer's own way of cutting keeps what it puts at the end
         cut = tokenizer([documents[number].text for number in long], truncation=True, max_length=recipe.seq_len)["input_ids"]
         for number, ids in zip(long, cut, strict=True):
-            whole[number] = ids
-    found = []
-    for number, (ids, document) in enumerate(zip(whole, documents, strict=True)):
+            all_ids[number] = ids
+    encoded = []
+    for number, (ids, document) in enumerate(zip(all_ids, documents, strict=True)):
         mask = np.zeros(len(ids) + 1, dtype=np.uint8)
         mask[-1] = bool(ids)  # a text of no tokens is none
-        found.append(Encoded([(np.array([*ids, document.label], dtype=np.int32), mask)], [CUT] if number in long else [], "", ""))
-    return found
+        encoded.append(Encoded([(np.array([*ids, document.label], dtype=np.int32), mask)], [CUT] if number in long else [], "", ""))
+    return encoded

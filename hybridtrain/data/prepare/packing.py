@@ -21,7 +21,7 @@ from hybridtrain.data.indexed import COPY_BYTES, IndexedReader
 
 
 @dataclass(frozen=True)
-class Fitted:
+class PackedRows:
     """What `build` made of one split."""
 
     rows: int
@@ -41,20 +41,20 @@ def row_files(folder: Path, *, split: str) -> tuple[Path, Path]:
     return folder / f"{split}.rows.npy", folder / f"{split}.row_starts.npy"
 
 
-def build(folder: Path, *, split: str, seq_len: int) -> Fitted:
+def build(folder: Path, *, split: str, seq_len: int) -> PackedRows:
     """Write the row index of `<folder>/<split>.idx`; the same sizes always give the same rows."""
     sizes = np.asarray(IndexedReader(folder / split).sizes)
     length = seq_len + 1
-    fitted = np.minimum(sizes, length)
-    row_of = pack(fitted, capacity=length)
+    lengths = np.minimum(sizes, length)
+    row_of = pack(lengths, capacity=length)
     order = np.argsort(row_of, kind="stable")
     starts = np.zeros(int(row_of.max()) + 2, dtype=np.int64)
     np.cumsum(np.bincount(row_of), out=starts[1:])
     for path, array in zip(row_files(folder, split=split), (order, starts), strict=True):
         np.save(path, array)
-    rows, tokens = len(starts) - 1, int(fitted.sum(dtype=np.int64))
-    found = int(sum(part.sum() for part in targets(folder, split=split, seq_len=seq_len)))
-    return Fitted(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=tokens / (rows * length), tokens=tokens, targets=found)
+    rows, tokens = len(starts) - 1, int(lengths.sum(dtype=np.int64))
+    loss_tokens = int(sum(part.sum() for part in targets(folder, split=split, seq_len=seq_len)))
+    return PackedRows(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=tokens / (rows * length), tokens=tokens, targets=loss_tokens)
 
 
 def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
@@ -66,9 +66,9 @@ def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
     while first < len(sizes):
         last = max(first + 1, int(np.searchsorted(starts, starts[first] + COPY_BYTES)))
         sums = np.concatenate([[0], np.cumsum(reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])), dtype=np.int64)])
-        begins = starts[first:last] - starts[first] + 1
-        ends = begins - 1 + np.minimum(sizes[first:last], seq_len + 1)
-        yield sums[ends] - sums[np.minimum(begins, ends)]
+        firsts = starts[first:last] - starts[first] + 1
+        ends = firsts - 1 + np.minimum(sizes[first:last], seq_len + 1)
+        yield sums[ends] - sums[np.minimum(firsts, ends)]
         first = last
 
 
@@ -80,31 +80,31 @@ def pack(sizes: np.ndarray, *, capacity: int) -> np.ndarray:
     row_of = np.empty(len(sizes), dtype=np.int64)
     opened = 0
     room: dict[int, list[np.ndarray]] = {}  # tokens left -> rows with so many left
-    lefts: list[int] = []  # the keys of `room`, ascending
+    sizes_left: list[int] = []  # the keys of `room`, ascending
 
     def put_back(left: int, rows: np.ndarray) -> None:
         if left and len(rows):
             if left not in room:
-                insort(lefts, left)
+                insort(sizes_left, left)
             room.setdefault(left, []).append(rows)
 
     edges = np.flatnonzero(np.diff(sizes[order], prepend=capacity + 1, append=0))
     for first, last in itertools.pairwise(edges):
         items, size = order[first:last], int(sizes[order[first]])
         while len(items):
-            place = bisect_left(lefts, size)
-            if place < len(lefts):
-                left = lefts.pop(place)
+            place = bisect_left(sizes_left, size)
+            if place < len(sizes_left):
+                left = sizes_left.pop(place)
                 rows = np.concatenate(room.pop(left))
             else:
                 left, rows = capacity, np.arange(opened, opened - (-len(items) // (capacity // size)), dtype=np.int64)
                 opened += len(rows)
             each = left // size
             full, rest = divmod(min(len(items), each * len(rows)), each)
-            taken = full * each + rest
-            row_of[items[:taken]] = np.repeat(rows[: full + (rest > 0)], each)[:taken]
+            placed = full * each + rest
+            row_of[items[:placed]] = np.repeat(rows[: full + (rest > 0)], each)[:placed]
             put_back(left - each * size, rows[:full])
             put_back(left - rest * size, rows[full : full + (rest > 0)])
             put_back(left, rows[full + (rest > 0) :])
-            items = items[taken:]
+            items = items[placed:]
     return row_of

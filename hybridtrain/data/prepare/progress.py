@@ -11,7 +11,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Meter:
+class ProgressMeter:
     """The progress line: rewritten in place on a terminal, else a new line every 10 s, and one at the end."""
 
     def __init__(self, total: int) -> None:
@@ -48,7 +48,7 @@ class Meter:
 
     def end(self) -> None:
         """The last line: what was read, where the lines before can only tell how much there would be, as of compressed files."""
-        line = f"tokenised {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (", the rest by an earlier call" if self._skipped else "")
+        line = f"tokenized {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (", the rest by an earlier call" if self._skipped else "")
         print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
 
     def _show(self, *, end: str) -> None:
@@ -57,5 +57,5 @@ class Meter:
         fresh = min(self._done + sum(self._under_way.values()), self._total - self._skipped)
         have, rate = fresh + self._skipped, fresh / spent
         left = (self._total - have) / rate if rate else 0
-        line = f"tokenising {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of about {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
+        line = f"tokenizing {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of about {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
         print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

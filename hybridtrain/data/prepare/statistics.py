@@ -18,7 +18,7 @@ MOST_FIELDS = 8  # named in the table
 SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
 
 
-def of_split(joined: Joined, *, rows: Fitted | None) -> dict[str, Any]:
+def of_split(joined: Joined, *, rows: PackedRows | None) -> dict[str, Any]:
     """The figures of one split; of conversations also what carries loss and how they fit into rows."""
     figures: dict[str, Any] = {"documents": joined.documents, "tokens": joined.tokens, "lengths": joined.lengths}
     if rows:
@@ -46,7 +46,7 @@ def of_conversations(counts: Counts) -> dict[str, Any]:
     return {"conversations": counts.conversations, "forms": counts.forms, "unread": counts.unread}
 
 
-def write_speed(folder: Path, *, meter: Meter) -> None:
+def write_speed(folder: Path, *, meter: ProgressMeter) -> None:
     """Keep how fast this call tokenised: {seconds, tokens, tokens_per_s, mb_per_s}; what an earlier call had done does not count."""
     seconds = max(meter.seconds, 1e-9)
     speed = {
@@ -85,11 +85,11 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{split:11}" + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False)))
         if "rows" in figures:
             share = figures["loss_tokens"] / figures.get("kept_tokens", figures["tokens"])
-            fitted = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} documents cut"
-            lines.append(f"{'':11}{fitted}; {share:.1%} of the tokens carry loss")
-    asked, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
+            packed = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} documents cut"
+            lines.append(f"{'':11}{packed}; {share:.1%} of the tokens carry loss")
+    requested, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
     share = held_out / max(1, held_out + facts["splits"]["train"]["tokens"])
-    lines.append(f"held out   {share:.1%} of the tokens, {asked:.1%} were asked for (data.eval_fraction)")
+    lines.append(f"held out   {share:.1%} of the tokens, {requested:.1%} were asked for (data.eval_fraction)")
     if size := facts.get("text_bytes"):
         lines.append(f"text       {size / 1e6:,.1f} MB read, {facts['bytes_per_token']} bytes per token")
     lines.append(f"vocabulary {facts['vocab_size']:,} (largest id used {facts['largest_id']:,})")

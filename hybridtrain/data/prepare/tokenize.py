@@ -137,7 +137,7 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
             words = f"{data.tokenizer} has no end-of-text token"
             raise refusal("data.append_eos", True, words, allowed="false with this tokenizer", instead="data.append_eos=false")
         recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.fitted else tokenizer.control_ids(partial))
-        meter = workers.tokenise(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
+        meter = workers.tokenize(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     except UserError:
         if new and not any(piece.folder(partial).exists() for piece in planned):
             discard(partial)

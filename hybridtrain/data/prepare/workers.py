@@ -2,7 +2,7 @@
 
     this process                         worker
       Piece  ------------------------->    write_piece
-             <-------------------------    (bytes, tokens) after each batch, then Done, or the exception
+             <-------------------------    (bytes, tokens) after each batch, then PieceDone, or the exception
 
 Started by spawn, so that nothing of this process's threads is inherited. A worker whose `prepare` is gone fails at its next
 report; a worker that is gone ends the others. What is complete stays.
@@ -32,7 +32,7 @@ SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than t
 
 
 @dataclass(frozen=True)
-class Done:
+class PieceDone:
     """A piece is complete."""
 
 
@@ -46,9 +46,9 @@ class Work:
     """Makes the encoder from the partial folder, in the process that uses it; a function of a module, so that it can be sent."""
 
 
-def tokenise(pieces: list[Piece], *, work: Work, processes: int) -> Meter:
+def tokenize(pieces: list[Piece], *, work: Work, processes: int) -> ProgressMeter:
     """Make all pieces that are not there yet; processes=0: one per core, or none besides this one for a small corpus. Prints progress."""
-    meter = Meter(sum(piece.size for piece in pieces))
+    meter = ProgressMeter(sum(piece.size for piece in pieces))
     missing = []
     for piece in pieces:
         if piece.folder(work.partial).exists():
@@ -57,14 +57,14 @@ def tokenise(pieces: list[Piece], *, work: Work, processes: int) -> Meter:
             missing.append(piece)
     size = sum(piece.size for piece in missing)
     if missing and processes == 0 and (size < SMALL_BYTES or host.cores() == 1):
-        _here(missing, work=work, meter=meter)
+        _in_this_process(missing, work=work, meter=meter)
     elif missing:
         _Pool(missing, work=work, meter=meter, processes=min(processes or host.cores(), len(missing))).run()
     meter.end()
     return meter
 
 
-def _here(pieces: list[Piece], *, work: Work, meter: Meter) -> None:
+def _in_this_process(pieces: list[Piece], *, work: Work, meter: ProgressMeter) -> None:
     encode = work.encoder(work.partial, work.recipe)
     for piece in pieces:
         write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=partial(meter.advance, piece.number))
@@ -76,10 +76,10 @@ class _Worker:
 
     def __init__(self, work: Work) -> None:
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_pipe, work), daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
+        child_pipe.close()  # so that the end of the process ends the pipe
         self.piece: Piece | None = None
 
     def give(self, piece: Piece) -> None:
@@ -91,7 +91,7 @@ class _Worker:
 class _Pool:
     """Gives each worker a piece as it becomes free."""
 
-    def __init__(self, pieces: list[Piece], *, work: Work, meter: Meter, processes: int) -> None:
+    def __init__(self, pieces: list[Piece], *, work: Work, meter: ProgressMeter, processes: int) -> None:
         self._waiting = deque(pieces)
         self._meter = meter
         self._workers = [_Worker(work) for _ in range(processes)]
@@ -103,21 +103,21 @@ class _Pool:
                 worker.give(self._waiting.popleft())
             while busy := {worker.pipe: worker for worker in self._workers if worker.piece}:
                 for pipe in wait(list(busy)):
-                    self._hear(busy[pipe])  # type: ignore[index]
+                    self._receive(busy[pipe])  # type: ignore[index]
         finally:
             for worker in self._workers:
                 worker.process.kill()
                 worker.process.join()
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive(self, worker: _Worker) -> None:
         assert worker.piece is not None
         try:
             message = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise _lost(worker, processes=len(self._workers)) from None
+            raise _lost_worker(worker, processes=len(self._workers)) from None
         if isinstance(message, Exception):
             raise message
-        if isinstance(message, Done):
+        if isinstance(message, PieceDone):
             self._meter.complete(worker.piece.number, worker.piece.size)
             worker.piece = None
             if self._waiting:
@@ -126,7 +126,7 @@ class _Pool:
             self._meter.advance(worker.piece.number, *message)
 
 
-def _lost(worker: _Worker, *, processes: int) -> UserError:
+def _lost_worker(worker: _Worker, *, processes: int) -> UserError:
     worker.process.join()
     assert worker.piece is not None
     units = worker.piece.units
@@ -151,7 +151,7 @@ def _serve(pipe: Connection, work: Work) -> None:
             while True:
                 piece = pipe.recv()
                 write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=lambda size, tokens: pipe.send((size, tokens)))
-                pipe.send(Done())
+                pipe.send(PieceDone())
         except (BrokenPipeError, EOFError):
             raise
         except (UserError, OSError) as error:

@@ -118,7 +118,7 @@ def test_a_template_that_rewrites_earlier_answers_makes_a_sample_of_each(tokeniz
     first, second = "<think>\n\n</think>\n\n  Là-bas  ☺<|im_end|>", "<think>\n\n</think>\n\nHome.\n\n<|im_end|>"
     assert [tokenizer.decode(ids) for ids, _ in one.samples] == [head + first + "\n", head + between + second + "\n"]
     assert [spans(tokenizer, sample) for sample in one.samples] == [[first], [second]]
-    assert one.notes == ["conversations with a sample for each answer, since the template renders earlier answers otherwise"]
+    assert one.notes == ["conversations with a sample for each answer, since the template renders earlier answers differently"]
 
 
 def test_the_last_answer_alone_may_be_learnt(tokenizer):
@@ -141,7 +141,7 @@ def test_thinking_that_the_template_takes_out_is_learnt_where_the_answer_is_the_
 def test_an_answer_that_begins_otherwise_when_it_is_asked_for_is_refused(tokenizer):
     one = encoded(tokenizer, TALK, CHATML.replace("assistant\n'", "assistant\n<think>\n'"))
     assert one.samples == []
-    assert "the chat template of TOK begins the answer of message 2 otherwise when it is asked for than when it is given" in one.problem
+    assert "the chat template of TOK renders the header of message 2 differently before and with its answer" in one.problem
 
 
 @pytest.mark.parametrize(("key", "off"), [("weight", 0), ("train", False), ("loss", 0.0)])
@@ -169,7 +169,7 @@ def test_nothing_that_changes_what_is_learnt_is_dropped_in_silence(tokenizer):
         "records whose chat_template_kwargs 'shout' the template does not know",
         "records whose messages have 'name', which the template does not render",
         "records with a message of 'developer' that the template does not render",
-        "conversations with an empty answer, which learn its end alone",
+        "conversations with an empty answer, of which only the end is trained",
     ]
     one = encoded(tokenizer, [TALK[1], {"role": "assistant", "content": "calm"}], CHATML.replace("m['content'] +", "m['content']|replace('l', '1') +"))
     assert one.notes == ["conversations with an answer that the template changes"]

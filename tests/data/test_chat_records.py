@@ -106,7 +106,7 @@ BAD = [
     ([ASK, {"role": "assistant", "tool_calls": {"name": "f"}}], r"message 1 \(assistant\): its tool_calls are an object, no list"),
     ([ASK, {"role": "assistant", "tool_calls": [{"id": "1"}]}], r"message 1 \(assistant\): a tool call has no function with a name"),
     ([ASK, {**ANSWER, "weight": 0.5}], r"message 1 \(assistant\) has weight 0.5; only 0, 1, true and false are supported"),
-    ([{**ASK, "train": True}, ANSWER], r"message 0 \(user\) asks for loss by train, and only answers of the assistant get any"),
+    ([{**ASK, "train": True}, ANSWER], r"message 0 \(user\) asks for loss by train, which only answers of the assistant can have"),
     ([ASK, {**ANSWER, "weight": 1, "train": False}], r"message 1 \(assistant\): weight and train contradict each other"),
     ([{"from": "narrator", "value": "x"}, ANSWER], r"message 0 is from 'narrator', which is none of human, "),
     ([ASK, {"from": "function_call", "value": "f(1)"}], r"message 1 is a function_call whose value is no JSON object with name and arguments"),
@@ -139,7 +139,7 @@ def test_what_is_no_conversation_is_refused_in_true_words(messages, words):
             {"messages": [{"role": "system", "content": "Be."}, *PLAIN], "system": "Be."},
             "it has a field 'system', and its messages begin with a system message too",
         ),
-        ({"messages": PLAIN, "chat_template_kwargs": {"tools": []}}, "its field 'chat_template_kwargs' sets 'tools', which is not for a record to decide"),
+        ({"messages": PLAIN, "chat_template_kwargs": {"tools": []}}, "its field 'chat_template_kwargs' sets 'tools', which a record must not set"),
     ],
 )
 def test_records_that_cannot_be_read_are_refused(record, words):

@@ -77,7 +77,7 @@ def test_a_long_stretch_without_a_place_to_cut_is_refused_with_its_line(tmp_path
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("some words", "字" * 6000, "more")))
     data = DataConfig(path=str(tmp_path / "data"), source=[str(source)], vocab_size=300, eval_fraction=0.0)
-    with pytest.raises(UserError, match=r"a\.jsonl line 2: .*6,000 characters without a place where this tokenizer's words end"):
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: .*6,000 characters without an end of a word for this tokenizer"):
         tokenize.prepare(data, options=PrepareConfig())
     made = tokenize.prepare(data, options=PrepareConfig(skip_bad=True))
     assert json.loads((made / "corpus.json").read_text())["bad_records"] == 1

@@ -84,8 +84,8 @@ def test_the_source_lies_in_the_folder(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "train.jsonl").write_text(json.dumps({"text": "words " * 100}) + "\n")
-    assert "train.jsonl, which is to be read, lies in the folder to be written" in refused(settings(mine, mine / "train.jsonl"), options=AGAIN)
-    assert "lies in the folder to be written" in refused(settings(mine, mine, pattern="*.jsonl"), options=NEW)
+    assert "train.jsonl, which is to be read, is in the folder to be written" in refused(settings(mine, mine / "train.jsonl"), options=AGAIN)
+    assert "is in the folder to be written" in refused(settings(mine, mine, pattern="*.jsonl"), options=NEW)
     assert [path.name for path in mine.iterdir()] == ["train.jsonl"]
 
 

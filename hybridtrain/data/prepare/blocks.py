@@ -1,12 +1,13 @@
-"""Which parts of a long document are held out for evaluation.
+"""The blocks of a long document that are held out for evaluation.
 
-    |---- stretch 0 ----|-------- stretch 1 --------|---------------- stretch 2 ...        each holds one block, where a hash puts it
+    |---- stretch 0 ----|-------- stretch 1 --------|---------------- stretch 2 ...    one block each, placed by a hash
            [block]                   [ block ]                    [   block   ]
 
-A document that is much of its corpus cannot be held out whole, nor not at all. So blocks of it are: of 2 KiB at its beginning, then of
-twice as much up to 16 KiB (some 4,000 tokens), each in a stretch that is longer by 1 / data.eval_fraction. Where they lie follows from the
-document's key, the fraction and the place alone: what is appended to a document, or beside it, moves none of them. What lies between
-two blocks stays in one piece.
+A document that is a large part of its corpus must be held out neither whole nor not at all. So blocks of it
+are: the first has 2 KiB, each next one twice as much up to 16 KiB (about 4,000 tokens), each in a stretch
+of its size / data.eval_fraction. Their places depend only on the document's key, the fraction and the
+position: text appended to the document, or other documents, do not move them. The text between two blocks
+stays in one piece.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-LONG = 50  # a document longer than 1/50 of the corpus is cut
-LEAST_BYTES = 1 << 13  # and none shorter than this
+LONG = 50  # documents longer than 1/50 of the corpus are split into blocks
+LEAST_BYTES = 1 << 13  # but none shorter than this
 _SMALLEST, _LARGEST = 1 << 11, 1 << 14  # characters of a block
-_EDGE_CHARS = 256  # a block begins and ends at a line or a word, if there is one so near
+_EDGE_CHARS = 256  # a block begins and ends at a line or word, if there is one within this distance
 BY_CHANCE, SURELY, WHOLE = "blocks", "first block", "all"
-"""How a source is held out: the blocks that chance puts into it, one near its beginning in any case, or as a whole."""
+"""How a source is held out: blocks placed by a hash; the same with one near the beginning;
+or the whole source."""
 
 
 def is_long(size: int, *, total: int) -> bool:
@@ -28,12 +30,12 @@ def is_long(size: int, *, total: int) -> bool:
 
 
 def share(digest: bytes) -> float:
-    """A place in [0, 1) that follows from a hash."""
+    """A number in [0, 1) from a hash."""
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def places(key: str, *, fraction: float, how: str) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the blocks in characters, without end."""
+    """(start, stop) of the blocks in characters; an infinite iterator. `how`: BY_CHANCE or SURELY."""
     start, size, number = 0, _SMALLEST, 0
     while True:
         stretch = max(size, round(size / fraction))
@@ -46,7 +48,7 @@ def places(key: str, *, fraction: float, how: str) -> Iterator[tuple[int, int]]:
 
 
 def cut(text: str, *, key: str, fraction: float, how: str) -> Iterator[tuple[str, bool]]:
-    """The parts of a text in order, and whether each is held out."""
+    """(part, whether it is held out) for the parts of a text, in order."""
     done = 0
     for start, stop in places(key, fraction=fraction, how=how):
         if start >= len(text):

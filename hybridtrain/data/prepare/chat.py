@@ -1,14 +1,17 @@
-"""Conversations to tokens, and which of them carry loss: what the assistant says, its end-of-turn token included.
+"""Conversations to token ids and loss masks.
+
+Targets are the assistant's answers, including their end-of-turn token.
 
     Conversation -> chat template -> texts and the assistant's spans in them -> ids, loss mask
 
-The spans are the template's own where it marks them with `{% generation %}`. Else each is the difference of two renderings:
-from the end of "the messages before, and the header of an answer" to the end of "the messages up to this answer".
+If the template marks spans with `{% generation %}`, these are used. Otherwise a span is the difference of
+two renderings: from the end of "the messages before, and the header of an answer" to the end of "the
+messages up to this answer".
 
-A template may render an answer otherwise once more messages follow (it takes the thinking out of earlier answers, for one).
-Such a conversation becomes one sample for each answer: the messages up to it, as the model sees them when it is asked, with
-loss on this answer alone. What the template leaves out is counted in `Encoded.notes`; where that would make a wrong target,
-the conversation is refused.
+A template may render an answer differently if messages follow (e.g. without its thinking). Such a
+conversation becomes one sample per answer: the messages up to it, as the model sees them in inference, with
+loss on this answer only. What the template does not render is counted in `Encoded.notes`; a conversation that
+would get a wrong target is refused.
 """
 
 from __future__ import annotations
@@ -24,42 +27,43 @@ from hybridtrain.data.prepare.conversations import Conversation, Message
 from hybridtrain.data.prepare.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
-_NOT_RENDERED = ("tool_calls", "tool_call_id", "id")  # tool calls are looked at by themselves, the others only connect messages
+_NOT_RENDERED = ("tool_calls", "tool_call_id", "id")  # tool calls are checked separately, the others only link messages
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _PROBE = "\u2063probe\u2063"
 
 
 class Encoded(NamedTuple):
-    """What became of one document."""
+    """An encoded document."""
 
     samples: list[Sample]
-    """int32 ids (n,) and, of a conversation, its uint8 loss mask (n,): 1 = this token, as a target, carries loss."""
+    """int32 ids (n,) and, except for text, a uint8 loss mask (n,): 1: the token is a
+    target; None: all are."""
     notes: list[str]
-    """What was met in it, to be counted."""
+    """Peculiarities, to be counted."""
     problem: str
-    """Why it cannot be trained; empty if it can."""
+    """Why the document cannot be used; empty if it can."""
     instead: str
-    """What to try where there is a problem."""
+    """What to try if there is a problem."""
 
     @classmethod
     def text(cls, ids: np.ndarray) -> Encoded:
-        """A document that is text."""
+        """The result for a text."""
         return cls([(ids, None)], [], "", "")
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A text, and the answers in it that carry loss."""
+    """A rendered text, and the answers in it that are targets."""
 
     messages: int
-    """How many messages of the conversation it shows."""
+    """Number of messages of the conversation in it."""
     text: str
     spans: dict[int, Span]
-    """Message number -> place in the text."""
+    """Message number -> its span in the text."""
 
 
 class _Incompatible(Exception):
-    """The conversation and the template do not go together."""
+    """The template cannot render this conversation correctly."""
 
     def __init__(self, problem: str, instead: str) -> None:
         super().__init__(problem)
@@ -67,14 +71,17 @@ class _Incompatible(Exception):
 
 
 def encode(conversations: list[Conversation], *, template: Template, turns: str) -> list[Encoded]:
-    """Each conversation as samples. `turns`: learn all answers, or the last of each conversation ("last")."""
+    """Each conversation as samples.
+
+    `turns`: "all": train on every answer, "last": on the last of each conversation.
+    """
     results: list[tuple[list[_Sample], list[str], str, str]] = []
     for conversation in conversations:
         try:
             samples, notes = _render(conversation, template=template, turns=turns)
             results.append((samples, notes, "", ""))
         except Unrendered as error:
-            results.append(([], [], str(error), "a tokenizer whose chat template knows such conversations, or data.chat_template=plain"))
+            results.append(([], [], str(error), "a tokenizer whose chat template supports such conversations, or data.chat_template=plain"))
         except _Incompatible as error:
             results.append(([], [], str(error), error.instead))
     texts = [sample.text for samples, *_ in results for sample in samples]
@@ -84,7 +91,10 @@ def encode(conversations: list[Conversation], *, template: Template, turns: str)
 
 
 def _mask(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
-    """1 for tokens with a character inside a span. A token of spaces may have no width: it stands where the spaces end."""
+    """(ids, mask), the mask 1 for tokens with a character inside a span.
+
+    Tokens of spaces may have width 0, at their end.
+    """
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=np.uint8)
     for start, end in sample.spans.values():
@@ -96,7 +106,10 @@ def _mask(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.n
 
 
 def _render(conversation: Conversation, *, template: Template, turns: str) -> tuple[list[_Sample], list[str]]:
-    """The samples of a conversation, and notes. Of the ways to write its tool calls, the first that the template renders."""
+    """The samples of a conversation, and notes.
+
+    Tool calls are written in the first format that the template renders.
+    """
     trained = [number for number, trains in enumerate(conversation.trains) if trains]
     trained = trained[-1:] if turns == "last" else trained
     failed: Exception | None = None
@@ -119,7 +132,9 @@ def _render(conversation: Conversation, *, template: Template, turns: str) -> tu
 
 
 def _ways(messages: list[Message]) -> Iterator[list[Message]]:
-    """The messages as templates want them. Of tool calls, arguments as an object or as its JSON, and content that is empty or None."""
+    """The messages in the formats that templates expect: arguments of tool calls as an object or JSON, empty
+    content "" or None.
+    """
     if not any("tool_calls" in message for message in messages):
         yield messages
         return
@@ -158,7 +173,7 @@ def _as_json(arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class _View:
-    """A conversation as its template shows it."""
+    """A conversation with its template."""
 
     conversation: Conversation
     template: Template
@@ -167,7 +182,7 @@ class _View:
         return self.template.render(messages, tools=self.conversation.tools, options=self.conversation.options, header=header)
 
     def marked(self, trained: list[int]) -> list[_Sample]:
-        """One sample, its spans marked by the template."""
+        """One sample, with the spans that the template marks."""
         messages = self.conversation.messages
         text, spans = self.template.marked(messages, tools=self.conversation.tools, options=self.conversation.options)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -175,28 +190,28 @@ class _View:
             return [_Sample(len(messages), text, {number: span for number, span in zip(answers, spans, strict=True) if number in trained})]
         if trained == answers:
             return [_Sample(len(messages), text, dict(enumerate(spans)))]
-        words = f"the chat template of {self.template.name} marks {len(spans)} stretches of {len(answers)} answers, so some of them cannot be left out"
+        words = f"the chat template of {self.template.name} marks {len(spans)} spans for {len(answers)} answers, so single answers cannot be left out"
         raise _Incompatible(words, "data.chat_turns=all, and conversations without weights")
 
     def differences(self, trained: list[int]) -> list[_Sample]:
-        """One sample if the text only grows with the conversation, else one for each answer."""
+        """One sample if each rendering begins with the shorter one, else one per answer."""
         messages = self.conversation.messages
         whole = self.text(messages, header=False)
         alone = []
         for number in trained:
             before, through = self.text(messages[:number], header=True), self.text(messages[: number + 1], header=False)
             if not through.startswith(before):
-                words = f"the chat template of {self.template.name} begins the answer of message {number} otherwise when it is asked for than when it is given"
-                raise _Incompatible(
-                    f"{words}, so there is no telling which tokens are the answer", "a template with {% generation %}, or data.chat_template=plain"
-                )
+                words = f"the chat template of {self.template.name} renders the header of message {number} differently before and with its answer"
+                raise _Incompatible(f"{words}, so the tokens of the answer are not known", "a template with {% generation %}, or data.chat_template=plain")
             alone.append(_Sample(number + 1, through, {number: (len(before), self.template.end(through))}))
         if all(whole.startswith(sample.text) for sample in alone):
             return [_Sample(len(messages), whole, {number: span for sample in alone for number, span in sample.spans.items()})]
         return alone
 
     def changes(self, samples: list[_Sample], change: Callable[[int, Message], Message], *, tools: bool) -> bool:
-        """Whether a change of the messages (or without `tools`, of the tools) shows in any sample; what fails without it does."""
+        """Whether changing the messages (or removing the tools, with tools=False) changes any sample's text,
+        or makes rendering fail.
+        """
         one = self if tools else replace(self, conversation=replace(self.conversation, tools=None))
         try:
             return any(one._render_changed(sample, change) != sample.text for sample in samples)
@@ -208,7 +223,9 @@ class _View:
         return self.text(messages, header=False)
 
     def shows_calls(self, samples: list[_Sample], number: int) -> bool:
-        """Whether the tool calls of a message show: in the sample that learns it, where there is one."""
+        """Whether the tool calls of a message are rendered, in the sample that has it as a target,
+        if there is one.
+        """
         own = [sample for sample in samples if number in sample.spans] or [sample for sample in samples if sample.messages > number]
         return self.changes(own, lambda place, message: _without(message, "tool_calls") if place == number else message, tools=True)
 
@@ -218,7 +235,7 @@ def _dropping(key: str) -> Callable[[int, Message], Message]:
 
 
 def _probed(number: int) -> Callable[[int, Message], Message]:
-    """Adds to the content of one message what no text has."""
+    """A change that appends a unique string to one message."""
     return lambda place, message: {**message, "content": message["content"] + _PROBE} if place == number else message
 
 
@@ -226,15 +243,16 @@ def _without(message: Message, key: str) -> Message:
     return {name: value for name, value in message.items() if name != key}
 
 
-# -- what people should know ---------------------------------------------------------------------------------------
+# -- notes
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _notes(view: _View, samples: list[_Sample]) -> list[str]:
-    """What in a conversation is left out, changed or unusual."""
+    """Notes on what is not rendered, changed or unusual in a conversation."""
     conversation, template = view.conversation, view.template
     notes = []
     if len(samples) > 1:
-        notes.append("conversations with a sample for each answer, since the template renders earlier answers otherwise")
+        notes.append("conversations with a sample for each answer, since the template renders earlier answers differently")
     if conversation.tools and not view.changes(samples, lambda _, message: message, tools=False):
         notes.append("records whose tools the template does not render")
     notes += [f"records whose chat_template_kwargs {name!r} the template does not know" for name in conversation.options if name not in template.source]
@@ -251,7 +269,7 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
 
 
 def _unseen(view: _View, samples: list[_Sample]) -> Iterator[str]:
-    """Roles of messages, other than answers, whose content does not show."""
+    """Roles of messages, other than answers, whose content is not rendered."""
     for number, message in enumerate(view.conversation.messages):
         content = (message.get("content") or "").strip()
         showing = [sample for sample in samples if sample.messages > number]
@@ -264,10 +282,10 @@ def _unseen(view: _View, samples: list[_Sample]) -> Iterator[str]:
 def _of_answers(view: _View, samples: list[_Sample]) -> Iterator[str]:
     messages = view.conversation.messages
     if view.template.marks and not all(messages[number]["role"] == "assistant" for sample in samples for number in sample.spans):
-        return  # stretches that the template marks, not answers
+        return  # the template's spans are not answers
     contents = [(message.get("content") or "", "tool_calls" in message) for message in messages]
     trained = [(sample.text[start:end], *contents[number]) for sample in samples for number, (start, end) in sample.spans.items()]
     if any(not content.strip() and not calls for _, content, calls in trained):
-        yield "conversations with an empty answer, which learn its end alone"
+        yield "conversations with an empty answer, of which only the end is trained"
     if any("".join(content.split()) not in "".join(text.split()) for text, content, _ in trained):
         yield "conversations with an answer that the template changes"

@@ -1,11 +1,12 @@
-"""Records of every usual form to one: a list of messages with text, and what else decides what is learnt.
+"""Reads conversations in all usual formats into lists of messages with text.
 
-    messages            [{role, content}, ...], as OpenAI's fine-tuning files have it; beside it tools, system, chat_template_kwargs
-    conversations       [{from, value}, ...] (ShareGPT), or messages under that name
-    prompt, completion  two texts, or two lists of messages; loss on the completion alone
-    instruction, output (Alpaca); input and history, if present are, come into the question
+    messages            [{role, content}, ...], as in OpenAI's fine-tuning files; also tools, system, chat_template_kwargs
+    conversations       [{from, value}, ...] (ShareGPT), or messages under this name
+    prompt, completion  two texts, or two lists of messages; loss on the completion only
+    instruction, output (Alpaca), optionally input and history, which become part of the question
 
-A field is read, or refused, or named in `unread`. Content is text: of lists of parts the text parts, joined.
+Each field is read, refused, or listed in `unread`. Content is text; of lists of parts, the
+text parts are joined.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FORMS = {
 _OPTIONAL = {"instruction and output": ("input", "history")}
 _PAIR = ("chosen", "rejected")
 _LOSS_KEYS = ("weight", "train", "loss")
-"""Of a message: 0 or false is an answer without loss."""
+"""Keys of a message; 0 or false: an answer without loss."""
 
 _ROLES = {
     "human": "user",
@@ -57,7 +58,7 @@ NOT_YET = "it is a preference pair (chosen, rejected), and preference pairs are 
 
 
 class Unreadable(ValueError):
-    """A record that is no conversation; the message says why, `instead` what to try if present is something better than the usual."""
+    """A record that is no valid conversation. `instead`: what to try, if there is special advice."""
 
     def __init__(self, problem: str, *, instead: str) -> None:
         super().__init__(problem)
@@ -66,20 +67,20 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is checked, and on which answers loss lies."""
+    """Input of a chat template, and the answers that are targets."""
 
     messages: list[Message]
-    """role, content (text; absent beside tool_calls at most), and the other keys that the record has."""
+    """role, content (text; may be missing if there are tool_calls), and other keys of the record."""
     trains: list[bool]
-    """Of each message: whether it is an answer that is learnt."""
+    """For each message whether it is an answer to train on."""
     tools: list[dict[str, Any]] | None
     options: dict[str, Any]
     """chat_template_kwargs."""
     form: str
     unread: list[str]
-    """Fields of the record that nothing here reads."""
+    """Fields of the record that are not used."""
     content: bytes
-    """What identifies it: its split and its duplicates."""
+    """Identity, for the split and for deduplication."""
 
     @property
     def text(self) -> str:
@@ -87,19 +88,19 @@ class Conversation:
 
 
 def fields(key: str) -> set[str]:
-    """Every field that may be read of a record, with `data.messages_key=key`."""
+    """All fields of a record that may be used, with `data.messages_key=key`."""
     forms = [name for names in (*_FORMS.values(), *_OPTIONAL.values()) for name in names] if key == DEFAULT_KEY else []
     return {key, *forms, *_PAIR, *_BESIDE}
 
 
 def has_form(columns: Iterable[str], *, key: str) -> bool:
-    """Whether records with these fields are of a form that is known (or refused by name)."""
+    """Whether records with these fields are in a known format, including preference pairs, which are refused."""
     present = set(columns)
     return key in present or (key == DEFAULT_KEY and any(present.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
 
 
 def read(record: dict[str, Any], *, key: str) -> Conversation | None:
-    """The conversation in a record; None for one without any message. Raises Unreadable."""
+    """The conversation in a record; None if it has no messages. Raises Unreadable."""
     present = {name: value for name, value in record.items() if value is not None}
     if set(_PAIR) <= present.keys():
         raise Unreadable(NOT_YET, instead="conversations with the chosen answer alone: messages, or prompt and completion")
@@ -131,7 +132,7 @@ def read(record: dict[str, Any], *, key: str) -> Conversation | None:
 
 
 def _messages(record: dict[str, Any], *, form: str) -> tuple[list[Any], int]:
-    """(the messages of a record, number of the first that may carry loss)."""
+    """(messages of a record, index of the first one that may be a target)."""
     if form == "prompt and completion":
         parts = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
@@ -160,7 +161,7 @@ def _history(value: Any) -> list[tuple[str, str]]:
 
 
 def _with_system(messages: list[Any], system: Any) -> list[Any]:
-    """The record's own field `system`, as the first message."""
+    """The messages, with the record's field `system` as the first one."""
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
@@ -172,7 +173,7 @@ def _with_system(messages: list[Any], system: Any) -> list[Any]:
 
 
 def _checked(number: int, message: Any) -> Message:
-    """A message with a role and text, without fields that are null (Parquet has every field in every row)."""
+    """A message with role and text, without null fields (Parquet has every field in every row)."""
     if not isinstance(message, dict):
         raise _unreadable(f"message {number} is {kind(message)}, no object with a role")
     message = {name: value for name, value in message.items() if value is not None}
@@ -217,7 +218,7 @@ def _check_calls(calls: Any, *, place: str) -> None:
 
 
 def _text(content: Any, *, place: str) -> str | None:
-    """Content as text: itself, or its text parts, joined; None where present is none."""
+    """Content as text: itself, or its joined text parts; None if there is none."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -233,14 +234,14 @@ def _text(content: Any, *, place: str) -> str | None:
 
 
 def _trains(number: int, message: Message) -> bool:
-    """Whether loss lies on a message: on answers, unless weight, train or loss says no."""
+    """Whether a message is a target: true for answers, unless weight, train or loss is 0 or false."""
     answer = message["role"] == "assistant"
     flags = {name: message[name] for name in _LOSS_KEYS if name in message}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _unreadable(f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported")
         if value and not answer:
-            raise _unreadable(f"message {number} ({message['role']}) asks for loss by {name}, and only answers of the assistant get any")
+            raise _unreadable(f"message {number} ({message['role']}) asks for loss by {name}, which only answers of the assistant can have")
     if len({bool(value) for value in flags.values()}) > 1:
         raise _unreadable(f"message {number} ({message['role']}): {' and '.join(flags)} contradict each other")
     return answer and all(flags.values())
@@ -270,12 +271,12 @@ def _options(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _unreadable(f"its field 'chat_template_kwargs' is {kind(value)}, no object")
     if own := [name for name in value if name in _RESERVED]:
-        raise _unreadable(f"its field 'chat_template_kwargs' sets {own[0]!r}, which is not for a record to decide")
+        raise _unreadable(f"its field 'chat_template_kwargs' sets {own[0]!r}, which a record must not set")
     return {name: option for name, option in value.items() if option is not None}
 
 
 def _from_json(value: Any, *, name: str) -> Any:
-    """Columns of Parquet hold nested values as JSON."""
+    """`value`, parsed if it is JSON text: Parquet columns may hold nested values as JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -297,6 +298,6 @@ def _unreadable(problem: str) -> Unreadable:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value as text."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

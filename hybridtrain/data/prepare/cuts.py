@@ -1,8 +1,9 @@
-"""Where a long text is cut so that its parts give the tokens of the whole.
+"""Cuts long texts into parts whose tokens are together those of the whole text.
 
-One text is encoded on one core with some 100 bytes of memory per character: a line of 100 MB would take 10 GB. Tokenizers first split a text
-into words, and no token reaches from one word into the next: a text may be cut where a word begins in any context. Which places these are
-is tried on the tokenizer itself, first by kind, then at each place with what stands around it.
+Encoding a text uses one core and about 100 bytes of memory per character: 100 MB in one piece would take 10
+GB. Tokenizers first split a text into words, and no token spans two words: a text can be cut where a word
+begins in any context. These places are tested with the tokenizer itself, first by kind, then at each place
+with the text around it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Callable, Iterator
 
 from hybridtrain.errors import refusal
 
-CHUNK_CHARS = 1 << 16  # a part is about as long
-MOST_CHARS = 1 << 24  # of a stretch without a place to cut
-_AROUND_CHARS = 256  # tried on each side of a place
-_TRIES = 16  # places of one kind that are tried in a chunk
+CHUNK_CHARS = 1 << 16  # approximate length of a part
+MOST_CHARS = 1 << 24  # largest part, if there is no place to cut
+_AROUND_CHARS = 256  # text on each side of a place that is tested
+_TRIES = 16  # places of one kind that are tested in a chunk
 
 _LETTER = r"[^\W\d_]"
 _MARKS = ",.;:!?\u3001\u3002\uff01\uff0c\uff0e\uff1a\uff1b\uff1f"  # Latin, Chinese and Japanese
 _KINDS: tuple[tuple[re.Pattern[str], int, tuple[tuple[str, str], ...]], ...] = (
-    # (pattern, characters of it before the cut, texts that must add up)
+    # (pattern, its characters before the cut, sample texts whose tokens must add up)
     (re.compile(rf"{_LETTER} {_LETTER}"), 1, (("a", " b c"), ("x = 1)\ndef", " function():\n"), ("end. The", " end\n\n"), ("1  é", " ßx"), ("return", " x"))),
     (re.compile(r"\S \S"), 1, (("a", " 12 b"), ("12", " 345,"), ("x)", " (y"), ("};", ' "a'), ("1.5e-3", " 7"), ("'", " 's x"))),
     (re.compile(r"\S\n[^\W_]"), 2, (("a\n", "b c"), ("12\n", "x"), ("0.5\n", "12,3"), ("};\n", "def f"), ("é.\n", "ß"), ("x -\n", "日本"))),
@@ -32,7 +33,9 @@ _KINDS: tuple[tuple[re.Pattern[str], int, tuple[tuple[str, str], ...]], ...] = (
 
 
 def add_up(encode: Callable[[str], list[int]], *, samples: tuple[tuple[str, str], ...]) -> bool:
-    """Whether the parts of each sample give the tokens of the whole (not so where each text gets a prefix space, for one)."""
+    """Whether the tokens of the two parts of each sample are those of the whole (false e.g. if each text
+    gets a space prefix).
+    """
     return all(encode(head + tail) == encode(head) + encode(tail) for head, tail in samples)
 
 
@@ -44,7 +47,7 @@ class Cutter:
         self.kinds = [(pattern, before) for pattern, before, samples in _KINDS if add_up(encode, samples=samples)]
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text in parts. Raises UserError where it is too long without a place to cut."""
+        """The text in parts. Raises UserError if a part without a place to cut is too long."""
         start = 0
         while (place := self._place(text, start + CHUNK_CHARS)) is not None:
             yield self._fitting(text[start:place])
@@ -64,6 +67,6 @@ class Cutter:
 
     def _fitting(self, part: str) -> str:
         if len(part) > MOST_CHARS:
-            words = f"it has {len(part):,} characters without a place where this tokenizer's words end, which takes {len(part) * 160 >> 30} GiB to encode"
+            words = f"it has {len(part):,} characters without an end of a word for this tokenizer; encoding them takes {len(part) * 160 >> 30} GiB"
             raise refusal("data.source", "a document", words, allowed=f"{MOST_CHARS:,} such characters", instead="the document in several")
         return part

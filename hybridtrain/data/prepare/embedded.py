@@ -1,4 +1,7 @@
-"""The embedded corpus, Python's own standard library: it takes seconds, so whoever needs it first prepares it."""
+"""The built-in corpus, Python's standard library.
+
+Preparing it takes seconds, so the first command that needs it does so.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from hybridtrain.data.corpus import Corpus
 
 
 def missing(data: DataConfig) -> bool:
-    """Whether the corpus is the embedded one and has yet to be prepared."""
+    """Whether the corpus is the built-in one and is not prepared yet."""
     return bool(data.path) and data.source == ["stdlib"] and data.tokenizer == "train" and not _marker(data).exists()
 
 
@@ -20,11 +23,15 @@ def _marker(data: DataConfig) -> Path:
 
 
 def open_or_prepare(data: DataConfig, *, timeout_s: float) -> Corpus:
-    """Open the corpus at `data.path`; if it is the embedded one and not there yet, one process of each machine prepares it first."""
+    """Open the corpus at `data.path`. If it is the built-in one and not prepared yet, prepare it first.
+
+    Local rank 0 of each machine tries to prepare; on a shared disk one of them does, and all others
+    wait up to `timeout_s`.
+    """
     marker = _marker(data)
     if missing(data):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            from hybridtrain.data.prepare.tokenize import prepare_after  # on a shared disk one machine prepares, and the others wait for it
+            from hybridtrain.data.prepare.tokenize import prepare_after  # imports tokenizers
 
             return Corpus.open(prepare_after(data, options=PrepareConfig(), wait_s=timeout_s))
         deadline = time.monotonic() + timeout_s

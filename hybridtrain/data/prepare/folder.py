@@ -1,6 +1,7 @@
-"""The folder that `prepare` writes: which files in it are its own, one `prepare` at a time, and nothing left behind by a refusal.
+"""The folder that `prepare` writes: its own files in it, a lock, and cleanup after a refusal.
 
-The folder is one that the user names, so it may hold anything. What `prepare` wrote there is in its record, and nothing else is replaced.
+The user chooses the folder, so it may contain other files. Only files in the record
+of `prepare` are replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CORPUS = "corpus.json"
 TOKENIZER = "tokenizer"
 PARTIAL, PLAN = ".partial", "plan.json"
 RECORD = ".prepare.json"
-"""Which files here are ours; folders of earlier versions have none."""
+"""Record of the files that `prepare` wrote. Not in folders of version 0.1."""
 SPLITS = ("train", "eval")
 _LOCK = ".lock"
 _PARTS = ("bin", "idx", "loss.bin", "loss.idx", "rows.npy", "row_starts.npy")
@@ -33,17 +34,17 @@ _TOKENIZER_NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
-"""What transformers saves of a tokenizer."""
+"""Files of a tokenizer that transformers saves."""
 _WAIT_NOTICE_S = 3.0
 
 
 def is_ours(record: Any) -> bool:
-    """Whether the content of a corpus.json is what `prepare` writes."""
+    """Whether the content of a corpus.json is that of `prepare`."""
     return isinstance(record, dict) and isinstance(record.get("fingerprint"), str) and isinstance(record.get("settings"), dict)
 
 
 def _own(folder: Path) -> set[str]:
-    """Files of the folder that may be replaced."""
+    """Files of the folder that `prepare` wrote and may replace."""
     own = {name for name in files.read_record(folder, record=RECORD) if name in NAMES or name.startswith(f"{TOKENIZER}/")}
     if not own and (folder / CORPUS).is_file():
         with suppress(UserError):
@@ -53,14 +54,16 @@ def _own(folder: Path) -> set[str]:
 
 
 def check_free(folder: Path, *, read: Iterable[str]) -> None:
-    """Refuse a folder that has other files of our names, or one of the files that are read (raises UserError); nothing is written."""
+    """Refuse a folder with files of our names that `prepare` did not write, or with files to
+    be read (raises UserError).
+    """
     if folder.exists() and not folder.is_dir():
         raise refusal(FIELD, folder, "it is a file", allowed="a folder", instead="data.path=data/mine")
     root = folder.resolve()
     inside = next((path for path in read if root in Path(path).resolve().parents), None)
     if inside is not None:
         allowed = "a folder apart from what is read"
-        raise refusal(FIELD, folder, f"{inside}, which is to be read, lies in the folder to be written", allowed=allowed, instead="data.path=data/mine")
+        raise refusal(FIELD, folder, f"{inside}, which is to be read, is in the folder to be written", allowed=allowed, instead="data.path=data/mine")
     own, tokenizer = _own(folder), folder / TOKENIZER
     names = (
         [path.relative_to(folder).as_posix() for path in tokenizer.rglob("*") if not path.is_dir()]
@@ -75,9 +78,10 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
 
 @contextmanager
 def reserved(folder: Path, *, wait_s: float) -> Iterator[None]:
-    """Make the folder and keep a second `prepare` out of it, after waiting at most `wait_s` for the first.
+    """Create the folder and lock it against other `prepare` processes, for which it waits at most `wait_s`.
 
-    The system drops the lock when the process ends, however it ends. Ends with a refusal: what was made and holds nothing is removed.
+    The system releases the lock when the process ends for any reason. After a UserError, new
+    empty folders are removed.
     """
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     had_lock = (folder / _LOCK).exists()
@@ -102,7 +106,7 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
         lock = (folder / _LOCK).open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # a refused `prepare` may have removed it between opening and locking
+            with suppress(FileNotFoundError):  # another `prepare` may have removed it between opening and locking
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / _LOCK)):
                     return lock
         except BlockingIOError:
@@ -123,9 +127,10 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
 
 
 def replace(folder: Path) -> list[str]:
-    """Move the completed files from the partial folder to their final place, replacing those of earlier runs of `prepare`; return their names.
+    """Move the completed files from the partial folder to their final place, replacing earlier
+    ones; returns their names.
 
-    The record of our files is written first, so that even after a kill in between every file of ours is recorded.
+    The record of our files is written first, so that it is complete even after a kill.
     """
     partial, own = folder / PARTIAL, _own(folder)
     new = [path for split in SPLITS for path in sorted(partial.glob(f"{split}.*"))]
@@ -138,7 +143,7 @@ def replace(folder: Path) -> list[str]:
         (folder / name).unlink(missing_ok=True)
     for path in new:
         path.replace(folder / path.name)
-    for path in tokenizer_files:  # copied: a kill before the end finds it in the partial folder again
+    for path in tokenizer_files:  # copied, so that after a kill they are still in the partial folder
         place = folder / path.relative_to(partial)
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_name(f".{place.name}.partial")

@@ -1,4 +1,4 @@
-"""The end of `prepare`: the pieces of a corpus become one pair of token files per split, without duplicates, in bounded memory."""
+"""Joins the pieces of a corpus into one pair of token files per split, without duplicates, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hybridtrain.data.indexed import COPY_BYTES, IndexedReader, IndexedWriter, f
 from hybridtrain.data.prepare.pieces import LOSS_DTYPE
 from hybridtrain.data.prepare.recipe import Recipe
 
-BUCKET_DOCUMENTS = 1 << 24  # documents compared at once, some 60 bytes each
+BUCKET_DOCUMENTS = 1 << 24  # documents compared at a time, about 60 bytes each
 
 
 @dataclass(frozen=True)
 class Joined:
-    """What one split holds."""
+    """Statistics of one split."""
 
     documents: int
     tokens: int
@@ -32,7 +32,7 @@ class Joined:
 
 
 def first_of_each(folders: list[Path]) -> list[np.ndarray]:
-    """For each piece: a bool array (documents,), true for a document that is the first among its duplicates.
+    """For each piece a bool array (documents,): True for documents that are the first among identical ones.
 
     Compares 128-bit digests, one bucket of equal leading bits at a time. Memory: one byte per document, and one bucket.
     """
@@ -57,9 +57,11 @@ def first_of_each(folders: list[Path]) -> list[np.ndarray]:
 
 
 def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: list[np.ndarray] | None, identity: hashlib._Hash) -> Joined:
-    """Concatenate one split of all pieces into the pair `out`, of conversations also into `<out>.loss`.
+    """Concatenate one split of all pieces into the pair `out`, and for packed corpora the
+    loss masks into `<out>.loss`.
 
-    Adds its sizes, tokens and loss masks to `identity`, in this order. `keep` is what `first_of_each` returned.
+    Adds sizes, tokens and loss masks to the hash `identity`, in this order. `keep`: result
+    of `first_of_each`, or None.
     """
     kept: list[np.ndarray | None] = [None] * len(folders)
     if keep is not None:
@@ -96,7 +98,7 @@ def _concatenate(prefixes: list[Path], *, kept: list[np.ndarray | None], out: Pa
 
 
 def _blocks(prefix: Path, *, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tokens in parts, read rather than mapped, so that memory stays small."""
+    """The tokens in parts; read, not memory-mapped, so that memory use stays small."""
     with file_pair(prefix)[0].open("rb") as file:
         while len(block := np.fromfile(file, dtype=dtype, count=COPY_BYTES)):
             yield block

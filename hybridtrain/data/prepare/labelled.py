@@ -1,6 +1,7 @@
-"""Texts with a label: ids of the text, then the number of its class, which alone carries loss (tasks/classification.py).
+"""Texts with a label: token ids of the text, then the class number,
+the only target (tasks/classification.py).
 
-{"text": "...", "label": "positive"}  ->  ids of the text as the tokenizer makes them for a model, cut to data.seq_len  +  [1]
+{"text": "...", "label": "positive"}  ->  token ids with special tokens, cut to data.seq_len  +  [1]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CUT = "texts longer than data.seq_len tokens, cut at their end"
 
 
 class Labelled(NamedTuple):
-    """A document."""
+    """A text and the number of its class."""
 
     text: str
     label: int
@@ -27,14 +28,14 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelRecipe:
-    """How texts with a label become tokens."""
+    """Options that decide how texts with labels become tokens."""
 
     names: list[str]
     """data.labels."""
     key: str
     """data.label_key."""
     seq_len: int
-    """Maximum tokens of a text."""
+    """Largest number of tokens of a text."""
 
 
 def check(data: DataConfig) -> None:
@@ -43,11 +44,11 @@ def check(data: DataConfig) -> None:
     if len(data.labels) < 2:
         raise refusal("data.labels", data.labels, "fewer than two classes", allowed="the names of two classes or more", instead=instead)
     if len(set(data.labels)) < len(data.labels):
-        raise refusal("data.labels", data.labels, "a name stands in it twice", allowed="different names", instead=instead)
+        raise refusal("data.labels", data.labels, "a name occurs twice", allowed="different names", instead=instead)
 
 
 def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
-    """(number of the class, problem): `value` is a class's name, or its number."""
+    """(number of the class, problem) for `value`, a class's name or number."""
     names = recipe.names
     if isinstance(value, str) and value in names:
         return names.index(value), ""
@@ -58,7 +59,10 @@ def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
 
 
 def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, forms: dict[str, int]) -> tuple[Labelled | None, bytes, str]:
-    """(document, what identifies it, problem) of a text as it was `read`, (text, its bytes, problem), and its label; counted in `forms`. One without text is none."""
+    """(document, its identity, problem) from `read`, (text, its bytes, problem), and a label.
+
+    The document is None if there is a problem or no text. Counts documents per class in `forms`.
+    """
     text, content, problem = read
     number, unknown = number_of(label, recipe=recipe)
     if problem or unknown or not text:
@@ -69,16 +73,16 @@ def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, f
 
 
 def encode(documents: list[Labelled], *, tokenizer: Any, recipe: LabelRecipe) -> list[Encoded]:
-    """One sample of each document: its text as a model gets it, special tokens of the tokenizer included, and its label."""
+    """One sample per document: token ids of its text, with the tokenizer's special tokens, and its label."""
     all_ids = tokenizer([document.text for document in documents])["input_ids"]
     long = [number for number, ids in enumerate(all_ids) if len(ids) > recipe.seq_len]
-    if long:  # the tokenizer's own way of cutting keeps what it puts at the end
+    if long:  # the tokenizer truncates before its special tokens at the end
         cut = tokenizer([documents[number].text for number in long], truncation=True, max_length=recipe.seq_len)["input_ids"]
         for number, ids in zip(long, cut, strict=True):
             all_ids[number] = ids
     encoded = []
     for number, (ids, document) in enumerate(zip(all_ids, documents, strict=True)):
         mask = np.zeros(len(ids) + 1, dtype=np.uint8)
-        mask[-1] = bool(ids)  # a text of no tokens is none
+        mask[-1] = bool(ids)  # no target without tokens
         encoded.append(Encoded([(np.array([*ids, document.label], dtype=np.int32), mask)], [CUT] if number in long else [], "", ""))
     return encoded

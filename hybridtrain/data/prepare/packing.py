@@ -1,10 +1,12 @@
-"""Whole conversations to rows: best fit, the longest first, each row at most seq_len + 1 tokens. `prepare` does it once.
+"""Packs whole conversations into rows of at most seq_len + 1 tokens: best fit, longest first.
 
-    <split>.idx -> <split>.rows.npy          int64 conversation ids, row after row, in the order they stand in a row
-                   <split>.row_starts.npy    int64 (rows + 1,): row r holds the ids from row_starts[r] to row_starts[r + 1]
+`prepare` does it once.
 
-Equal lengths are placed together, so the work grows with the number of different lengths, and with the conversations only
-through numpy. Packing by a histogram of lengths: Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
+    <split>.idx -> <split>.rows.npy          int64, ids of conversations, row after row, in the order in the row
+                   <split>.row_starts.npy    int64 (rows + 1,): row r has ids row_starts[r] to row_starts[r + 1]
+
+Conversations of equal length are placed together, so that Python loops over lengths and numpy over
+conversations. Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ from hybridtrain.data.indexed import COPY_BYTES, IndexedReader
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What `build` made of one split."""
+    """The result of `build` for one split."""
 
     rows: int
     conversations: int
     cut: int
-    """Conversations longer than a row, which lose their end."""
+    """Conversations longer than a row, which are truncated."""
     fill: float
-    """Share of the rows' tokens that are not padding."""
+    """Share of tokens in rows that are not padding."""
     tokens: int
-    """What is left of the conversations after cutting."""
+    """Tokens of the conversations after truncation."""
     targets: int
-    """Of these, tokens that carry loss."""
+    """Those of these tokens that are targets."""
 
 
 def row_files(folder: Path, *, split: str) -> tuple[Path, Path]:
@@ -42,7 +44,7 @@ def row_files(folder: Path, *, split: str) -> tuple[Path, Path]:
 
 
 def build(folder: Path, *, split: str, seq_len: int) -> PackedRows:
-    """Write the row index of `<folder>/<split>.idx`; the same sizes always give the same rows."""
+    """Write the row index of `<folder>/<split>.idx`. Equal sizes give equal rows."""
     sizes = np.asarray(IndexedReader(folder / split).sizes)
     length = seq_len + 1
     lengths = np.minimum(sizes, length)
@@ -58,7 +60,10 @@ def build(folder: Path, *, split: str, seq_len: int) -> PackedRows:
 
 
 def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
-    """How many targets each conversation has in its row, int64 arrays in order: the first token is none, and what is cut off is none."""
+    """Number of targets of each conversation in its row, as consecutive int64 arrays.
+
+    The first token of a conversation is no target, nor are truncated tokens.
+    """
     reader = IndexedReader(folder / f"{split}.loss")
     assert reader.dtype.itemsize == 1
     starts, sizes = np.asarray(reader.pointers), np.asarray(reader.sizes, dtype=np.int64)
@@ -73,13 +78,16 @@ def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
 
 
 def pack(sizes: np.ndarray, *, capacity: int) -> np.ndarray:
-    """Row of each item, int64 (n,): every item goes where it leaves the least room, the largest first. 1 <= sizes <= capacity."""
+    """Row of each item, int64 (n,), by best fit, largest first.
+
+    `sizes`: integers (n,), 1 <= sizes <= capacity.
+    """
     assert len(sizes)
     assert 1 <= sizes.min() <= sizes.max() <= capacity
     order = np.argsort(-sizes.astype(np.int64), kind="stable")
     row_of = np.empty(len(sizes), dtype=np.int64)
     opened = 0
-    room: dict[int, list[np.ndarray]] = {}  # tokens left -> rows with so many left
+    room: dict[int, list[np.ndarray]] = {}  # free tokens -> rows with this many
     sizes_left: list[int] = []  # the keys of `room`, ascending
 
     def put_back(left: int, rows: np.ndarray) -> None:

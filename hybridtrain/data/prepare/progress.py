@@ -1,4 +1,4 @@
-"""What `prepare` says while it works: on stderr, apart from the command's result on stdout."""
+"""Progress of `prepare`, on stderr; the result of the command is on stdout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 def say(line: str) -> None:
-    """One line for the user."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -16,9 +16,9 @@ class ProgressMeter:
 
     def __init__(self, total: int) -> None:
         self.tokens = 0
-        """Tokens made by this call."""
+        """Tokens written by this call."""
         self.size = 0
-        """Bytes of text that they were made of."""
+        """Bytes of their text."""
         self._total, self._skipped, self._done = total, 0, 0
         self._under_way: dict[int, int] = {}
         self._start = time.perf_counter()
@@ -30,11 +30,13 @@ class ProgressMeter:
         return time.perf_counter() - self._start
 
     def skip(self, size: int) -> None:
-        """`size` bytes of text were done by an earlier call."""
+        """Record that an earlier call processed `size` bytes of text."""
         self._skipped += size
 
     def advance(self, piece: int, size: int, tokens: int) -> None:
-        """`size` more bytes of text of a piece became `tokens` tokens."""
+        """Record that `size` more bytes of a piece became `tokens` tokens; print the progress line
+        from time to time.
+        """
         self._under_way[piece] = self._under_way.get(piece, 0) + size
         self.size += size
         self.tokens += tokens
@@ -42,12 +44,14 @@ class ProgressMeter:
             self._show(end="" if self._terminal else "\n")
 
     def complete(self, piece: int, planned: int) -> None:
-        """A piece that was planned with `planned` bytes is done."""
+        """Record that a piece of `planned` bytes is done."""
         self._under_way.pop(piece, None)
         self._done += planned
 
     def end(self) -> None:
-        """The last line: what was read, where the lines before can only tell how much there would be, as of compressed files."""
+        """Print the last line, with the actual number of bytes; earlier lines have estimates,
+        e.g. for compressed files.
+        """
         line = f"tokenized {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (", the rest by an earlier call" if self._skipped else "")
         print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
 

@@ -1,4 +1,6 @@
-"""What a prepared corpus holds, in figures: for corpus.json, which is the same however often `prepare` ran, and for people."""
+"""Statistics of a prepared corpus: for corpus.json, which does not depend on restarts of `prepare`,
+and as a table.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from hybridtrain.data.prepare.progress import Meter
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import one_line, read_object, write_atomically
 
-MOST_FIELDS = 8  # named in the table
-SPEED = "speed.json"  # of the call that completed the folder; apart, since it differs from call to call
+MOST_FIELDS = 8  # unread fields that the table names
+SPEED = "speed.json"  # of the call that completed the folder; not in corpus.json, since it varies
 
 
 def of_split(joined: Joined, *, rows: PackedRows | None) -> dict[str, Any]:
-    """The figures of one split; of conversations also what carries loss and how they fit into rows."""
+    """Statistics of one split; with `rows` (packed corpora) also targets and packing."""
     figures: dict[str, Any] = {"documents": joined.documents, "tokens": joined.tokens, "lengths": joined.lengths}
     if rows:
         figures |= {"loss_tokens": rows.targets, "kept_tokens": rows.tokens, "rows": rows.rows, "cut": rows.cut, "fill": round(rows.fill, 4)}
@@ -27,7 +29,7 @@ def of_split(joined: Joined, *, rows: PackedRows | None) -> dict[str, Any]:
 
 
 def of_text(counts: Counts) -> dict[str, Any]:
-    """What was met in the text."""
+    """Statistics of the text, for corpus.json."""
     return {
         "text_bytes": counts.text_bytes,
         "bytes_per_token": round(counts.text_bytes / max(1, counts.tokens), 2),
@@ -42,12 +44,14 @@ def of_text(counts: Counts) -> dict[str, Any]:
 
 
 def of_conversations(counts: Counts) -> dict[str, Any]:
-    """What was met in records of conversations: {conversations, forms, unread}."""
+    """Statistics of conversations, for corpus.json: {conversations, forms, unread}."""
     return {"conversations": counts.conversations, "forms": counts.forms, "unread": counts.unread}
 
 
 def write_speed(folder: Path, *, meter: ProgressMeter) -> None:
-    """Keep how fast this call tokenised: {seconds, tokens, tokens_per_s, mb_per_s}; what an earlier call had done does not count."""
+    """Write the speed of this call (without the work of earlier calls):
+    {seconds, tokens, tokens_per_s, mb_per_s}.
+    """
     seconds = max(meter.seconds, 1e-9)
     speed = {
         "seconds": round(seconds, 3),
@@ -59,7 +63,7 @@ def write_speed(folder: Path, *, meter: ProgressMeter) -> None:
 
 
 def table(folder: Path) -> str:
-    """The figures of a prepared folder, for people. Whoever only shows them goes on when one is damaged."""
+    """The statistics of a prepared folder as a table; a message if corpus.json is damaged."""
     try:
         return "\n".join([*_lines(read_object(folder / "corpus.json", field="data.path")), *_speed(folder)])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -107,7 +111,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _records(facts: Mapping[str, Any]) -> list[str]:
-    """Lines on what was met in the records, and on the template of conversations."""
+    """Lines of the table about records and the chat template."""
     lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if unread := facts.get("unread"):
         most = sorted(unread.items(), key=lambda item: -item[1])
@@ -117,7 +121,7 @@ def _records(facts: Mapping[str, Any]) -> list[str]:
     template = facts.get("template", {})
     if (end := template.get("end_of_turn")) != (eos := template.get("eos")):
         turns = f"answers end with {end}" if end else "answers end with text, not with a control token"
-        stop = "exports end a text with either" if end else "whatever generates has to stop at the end of an answer"
+        stop = "exports end a text with either" if end else "text generation must stop at the end of an answer by itself"
         lines.append(f"{'':11}{turns}; the tokenizer's end of text is {eos}: {stop}")
     if template.get("dated"):
         lines.append(f"{'':11}the chat template writes the date, which is that of this preparation")

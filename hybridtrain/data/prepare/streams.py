@@ -1,6 +1,6 @@
-"""The bytes of a source file as text: how it is compressed, in which encoding it is written, and what is no text at all.
+"""The bytes of a source file as text: decompression, decoding, and refusal of what is no text.
 
-file -> gz or zstd by its first bytes -> data.encoding -> the whole text, or lines, or JSON values one after the other
+file -> gz or zstd by its first bytes -> data.encoding -> the whole text, or lines, or consecutive JSON values
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 READ_BYTES = 1 << 20
 UTF8 = "utf-8"
-MOST_VALUE_CHARS = 256 << 20  # of one element of a JSON array: more is no record
+MOST_VALUE_CHARS = 256 << 20  # largest element of a JSON array
 _HEAD_BYTES = 1 << 16
-_LEAST_BAD = 3  # bytes that are no text: fewer are an accident, and are counted
-_BAD_SHARE = 1000  # one in so many and more is another encoding, or no text at all
+_LEAST_BAD = 3  # fewer undecodable bytes are tolerated, and counted
+_BAD_SHARE = 1000  # more than one undecodable byte in so many: another encoding, or no text
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 _OTHERS = {
     b"\xfd7zXZ": ("compressed by xz", "xz -d FILE"),
@@ -39,7 +39,10 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def compression(path: str) -> str:
-    """gz, zst or "" by the first bytes: an ending may lie, and dictzip has one of its own. Raises OSError."""
+    """gz, zst or "", by the first bytes: the file ending may be wrong, and dictzip's is .dz.
+
+    Raises OSError.
+    """
     with Path(path).open("rb") as file:
         start = file.read(4)
     return next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), "")
@@ -55,13 +58,13 @@ def opened(path: str, *, packed: str) -> BinaryIO:
 
 
 def head(path: str, *, packed: str) -> bytes:
-    """The first bytes of the decompressed file, some 64 KiB."""
+    """The first 64 KiB of the decompressed file."""
     with opened(path, packed=packed) as file:
         return file.read(_HEAD_BYTES)
 
 
 def check_beginning(path: str, start: bytes, *, encoding: str) -> None:
-    """Refuse, by its first bytes, a file that is no text in this encoding: another format, a pointer, UTF-16 (raises UserError)."""
+    """Refuse a file whose first bytes are of another format, a git-lfs pointer or UTF-16 (raises UserError)."""
     if is_lfs_pointer(Path(path)):
         raise lfs_pointer("data.source", Path(path))
     other = next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
@@ -74,7 +77,7 @@ def check_beginning(path: str, start: bytes, *, encoding: str) -> None:
 
 
 def text(path: str, *, packed: str, encoding: str) -> tuple[str, str]:
-    """(the whole file decoded, problem): bytes that the encoding does not have become U+FFFD; many of them are a problem."""
+    """(the decoded file, problem). Undecodable bytes become U+FFFD; many of them are a problem."""
     with opened(path, packed=packed) as file:
         data = file.read()
     decoded = data.decode("utf-8-sig" if encoding == UTF8 else encoding, errors="replace")
@@ -96,16 +99,16 @@ def lines(path: str, *, packed: str, encoding: str) -> Iterator[bytes]:
 
 
 def holds_values(start: bytes, *, encoding: str) -> bool:
-    """Whether a file of JSON, by its beginning, is an array or indented objects instead of an object a line."""
+    """Whether a JSON file, by its beginning, is an array or indented objects, not one object per line."""
     shown = start.decode("utf-8-sig" if encoding == UTF8 else encoding, errors="replace").lstrip()
     first = shown.partition("\n")[0].rstrip() if "\n" in shown else ""
     return shown.startswith("[") or (shown.startswith("{") and first.endswith(("{", "[", ",", ":")))
 
 
 def values(path: str, *, packed: str, encoding: str) -> Iterator[Any]:
-    """The elements of a JSON array, or JSON values one after the other, in the memory of one of them.
+    """The elements of a JSON array, or consecutive JSON values. Needs memory for one of them.
 
-    Raises UserError that names the line where it is not JSON.
+    Raises UserError, with the line, for invalid JSON.
     """
     with opened(path, packed=packed) as file:
         stream = io.TextIOWrapper(file, encoding="utf-8-sig" if encoding == UTF8 else encoding)
@@ -113,7 +116,7 @@ def values(path: str, *, packed: str, encoding: str) -> Iterator[Any]:
 
 
 class _Values:
-    """A window of the text, in which the next value begins; it grows until the value fits."""
+    """Parses JSON values in a window of the text, which grows until the next value fits."""
 
     def __init__(self, path: str, stream: TextIO) -> None:
         self._path, self._stream = path, stream
@@ -137,7 +140,7 @@ class _Values:
             self._expect(not self._next(), "something follows the array")
 
     def _next(self) -> str:
-        """The next character that is not blank, "" at the end."""
+        """The next character that is not blank; "" at the end."""
         while True:
             self._at = _BLANK.match(self._window, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._window):
@@ -164,7 +167,7 @@ class _Values:
                     self._at = min(error.pos, len(self._window))
                     raise self._problem(error.msg) from None
             else:
-                if isinstance(value, dict | list | str) or self._window[end : end + 1] in _AFTER_NUMBER or self._ended:  # a number may go on
+                if isinstance(value, dict | list | str) or self._window[end : end + 1] in _AFTER_NUMBER or self._ended:  # a number may continue
                     self._at = end
                     return value
             left = len(self._window) - self._at
@@ -181,13 +184,13 @@ class _Values:
             "data.source",
             f"{self._path} line {line}",
             f"it is not JSON ({problem})",
-            allowed="an object a line, one array of objects, or objects one after the other",
-            instead="the file as it should be; a CSV file becomes Parquet by pandas: read_csv(FILE).to_parquet('FILE.parquet')",
+            allowed="one object per line, one array of objects, or consecutive objects",
+            instead="a valid file; pandas converts CSV to Parquet: read_csv(FILE).to_parquet('FILE.parquet')",
         )
 
 
 def package(name: str) -> Any:
-    """An optional package; raises UserError where it is not installed."""
+    """An optional package. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: rendered within limits, and what is known of it.
+"""A tokenizer's chat template: rendering with a time limit, and its properties.
 
-A template is code from wherever the tokenizer came from. It runs in the sandbox of transformers, and each rendering may take
-LIMIT_S of processor time: a second thread raises an exception in the one that renders, which ends loops of any depth. What
-one operation could make endless (powers of numbers) is refused when the template is loaded.
+A template is untrusted code. It runs in transformers' sandbox, and each rendering may take LIMIT_S of CPU
+time: a second thread raises an exception in the rendering thread, which ends any loop. Single operations that
+can take for ever (powers of numbers) are refused when the template is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PLAIN = (
     "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-"""For a tokenizer without a template: a line that names the role, then the content; answers end with the end-of-text token."""
+"""For tokenizers without a template: a line with the role, then the content; answers end
+with the end-of-text token."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LOOK_S = 0.1
 
@@ -34,15 +35,15 @@ Span = tuple[int, int]
 
 
 class Unrendered(Exception):
-    """The template failed on a conversation; the message says how."""
+    """The template failed on a conversation."""
 
 
 class _OutOfTime(BaseException):
-    """Raised inside a template; no Exception, so that nothing in between takes it for one of its own."""
+    """Raised inside a template at its time limit. A BaseException, so that no other code handles it."""
 
 
 def set_template(tokenizer: Any, *, choice: str) -> None:
-    """Give the tokenizer the template of `data.chat_template`: its own, or PLAIN. Raises UserError where it has none of its own."""
+    """Set the template of `data.chat_template`: "own" or "plain". Raises UserError if it cannot be used."""
     if choice == "plain":
         if tokenizer.eos_token is None:
             raise refusal(
@@ -57,10 +58,13 @@ def set_template(tokenizer: Any, *, choice: str) -> None:
 
 
 class Template:
-    """The chat template of a tokenizer. Raises UserError where there is none, and for a tokenizer or template that cannot be used."""
+    """The chat template of a tokenizer.
+
+    Raises UserError if there is none, or if tokenizer or template cannot be used.
+    """
 
     def __init__(self, tokenizer: Any, *, name: str) -> None:
-        """`name`: what the user calls the tokenizer."""
+        """`name`: the tokenizer's name for messages."""
         self.tokenizer, self.name = tokenizer, name
         try:
             self.source: str = tokenizer.get_chat_template()
@@ -72,7 +76,7 @@ class Template:
                 allowed="for conversations, a tokenizer with a chat template",
                 instead="the tokenizer of an instruction-tuned model, or data.chat_template=plain",
             ) from error
-        self._with_tools = tokenizer.get_chat_template(tools=[{}])  # some tokenizers have a second template, for records with tools
+        self._with_tools = tokenizer.get_chat_template(tools=[{}])  # some tokenizers have a second template for tools
         if _has_powers(self.source) or _has_powers(self._with_tools):
             words = "its chat template raises numbers to powers, which may take for ever"
             raise refusal("data.tokenizer", name, words, allowed="templates without **", instead="another data.tokenizer, or data.chat_template=plain")
@@ -80,23 +84,26 @@ class Template:
             raise refusal(
                 "data.tokenizer",
                 name,
-                "it is written in Python and does not tell which characters a token stands for",
+                "it is written in Python and does not tell which characters a token is of",
                 allowed="for conversations, tokenizers with a tokenizer.json",
                 instead="a tokenizer folder with tokenizer.json",
             )
         self.marks = bool(_MARKED.search(self.source))
-        """Whether it says itself, with {% generation %}, which text is the assistant's."""
+        """Whether it marks the assistant's text with {% generation %}."""
         self.special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.literal = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
-        """Finds the text of control tokens."""
+        """Matches control tokens written as text."""
 
     @property
     def dated(self) -> bool:
-        """Whether it writes the day on which it is rendered."""
+        """Whether it writes the current date."""
         return "strftime_now" in self.source
 
     def render(self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any], header: bool) -> str:
-        """The text of a conversation; with `header`, and of the beginning of an answer. Raises Unrendered."""
+        """The text of a conversation, with `header` followed by the header of an answer.
+
+        Raises Unrendered.
+        """
         return self._run(messages, tools=tools, add_generation_prompt=header, **options)[0][0]
 
     def marked(self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any]) -> tuple[str, list[Span]]:
@@ -105,12 +112,17 @@ class Template:
         return text, spans
 
     def end(self, text: str) -> int:
-        """Where an answer at the end of `text` ends: after its last control token; the line break behind that is the template's."""
+        """End of an answer at the end of `text`: after its last control token, without the
+        line break that follows.
+        """
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self.special) else len(text)
 
     def _run(self, messages: list[dict[str, Any]], *, tools: Any, **options: Any) -> Any:
-        """What transformers' own renderer returns. Not by `apply_chat_template`, which takes content that is None away: some templates ask for it."""
+        """Result of transformers' renderer.
+
+        `apply_chat_template` would remove content that is None, which some templates use.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self._with_tools if tools else self.source
@@ -119,14 +131,16 @@ class Template:
                 return render_jinja_template([messages], tools=tools, chat_template=source, **{**self.tokenizer.special_tokens_map, **options})
         except _OutOfTime:
             raise Unrendered(f"the chat template of {self.name} took more than {LIMIT_S:g} s {_words(messages)}") from None
-        except Exception as error:  # whatever a template of any maker raises
+        except Exception as error:  # a template can raise anything
             raise Unrendered(f"the chat template of {self.name} fails {_words(messages)}: {type(error).__name__}: {error}") from error
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """Id of the control token with which the tokenizer's chat template ends an answer; None where it ends with text, or fails on a plain exchange.
+    """Id of the control token that ends an answer in the tokenizer's chat template; None if an
+    answer ends with text.
 
-    Raises UserError for a tokenizer without a chat template.
+    Also None if the template fails on a simple conversation. Raises UserError for a tokenizer
+    without a chat template.
     """
     template = Template(tokenizer, name=tokenizer.name_or_path)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -144,7 +158,9 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def facts(tokenizer: Any) -> dict[str, Any]:
-    """What `prepare` says of a template: {end_of_turn_id, end_of_turn, eos, dated}, the tokens as text, None where there is none."""
+    """Properties of a template for corpus.json: {end_of_turn_id, end_of_turn, eos, dated}; tokens
+    are text or None.
+    """
     end = end_of_turn(tokenizer)
     token = None if end is None else str(tokenizer.convert_ids_to_tokens(end))
     return {"end_of_turn_id": end, "end_of_turn": token, "eos": tokenizer.eos_token, "dated": Template(tokenizer, name=tokenizer.name_or_path).dated}
@@ -161,30 +177,30 @@ def _has_powers(source: str) -> bool:
     try:
         return any(kind == "operator" and text == "**" for _, kind, text in jinja2.Environment().lex(source))
     except jinja2.TemplateError:
-        return False  # rendering says what is wrong with it
+        return False  # rendering it reports the error
 
 
 # -- the limit -----------------------------------------------------------------------------------------------------
 
 
 class _Watch:
-    """A thread that looks at who renders, and ends what has run for too long."""
+    """A thread that stops renderings at their time limit."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ends: dict[int, float] = {}
-        """Thread -> processor time at which it is to be stopped."""
+        """Thread id -> CPU time of the thread at which it is stopped."""
         self.thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> None:
         with self.lock:
             self.ends[threading.get_ident()] = _clock(threading.get_ident()) + seconds
-            if self.thread is None or not self.thread.is_alive():  # in a forked process it is not
+            if self.thread is None or not self.thread.is_alive():  # it does not survive a fork
                 self.thread = threading.Thread(target=self._look, name="template limit", daemon=True)
                 self.thread.start()
 
     def end(self) -> None:
-        """After this nothing strikes; what has struck and not arrived yet is taken back."""
+        """Remove the limit of this thread, and an exception that is set but not raised yet."""
         with self.lock:
             self.ends.pop(threading.get_ident(), None)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
@@ -203,7 +219,7 @@ _watch = _Watch()
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raise _OutOfTime in the block after so much processor time of this thread."""
+    """Raise _OutOfTime in the block after `seconds` of CPU time of this thread."""
     _watch.begin(seconds)
     try:
         yield
@@ -215,7 +231,9 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 def _clock(thread: int) -> float:
-    """Processor time of a thread, where the system knows it: on a busy machine a second on the wall may be little."""
+    """CPU time of a thread in seconds, which unlike wall time is independent of load; wall time if
+    the system has none.
+    """
     if hasattr(time, "pthread_getcpuclockid"):
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
     return time.monotonic()

@@ -1,11 +1,11 @@
-"""Pieces to processes: each tokenises one piece after the other with one thread, and writes it where `prepare` finds it.
+"""Worker processes of `prepare`: each tokenizes pieces one after the other, in one thread, and writes them.
 
     this process                         worker
       Piece  ------------------------->    write_piece
              <-------------------------    (bytes, tokens) after each batch, then PieceDone, or the exception
 
-Started by spawn, so that nothing of this process's threads is inherited. A worker whose `prepare` is gone fails at its next
-report; a worker that is gone ends the others. What is complete stays.
+Workers are spawned, not forked, because of this process's threads. A worker fails at its next report if this
+process has ended; if a worker ends, so do the others. Complete pieces stay.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import host
 
-SMALL_BYTES = 32 << 20  # of text: below, starting processes takes longer than they save
+SMALL_BYTES = 32 << 20  # with less text, starting processes takes longer than they save
 
 
 @dataclass(frozen=True)
 class PieceDone:
-    """A piece is complete."""
+    """Message of a worker: its piece is complete."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs besides its pieces."""
+    """Settings of a worker."""
 
     partial: Path
     recipe: Recipe
     encoder: Callable[[Path, Recipe], Encode]
-    """Makes the encoder from the partial folder, in the process that uses it; a function of a module, so that it can be sent."""
+    """Creates the encoder in the worker process; a module-level function, so that it can be pickled."""
 
 
 def tokenize(pieces: list[Piece], *, work: Work, processes: int) -> ProgressMeter:
-    """Make all pieces that are not there yet; processes=0: one per core, or none besides this one for a small corpus. Prints progress."""
+    """Write all pieces that do not exist yet, and print progress.
+
+    `processes`: number of workers; 0: one per core, or for a small corpus no additional process.
+    """
     meter = ProgressMeter(sum(piece.size for piece in pieces))
     missing = []
     for piece in pieces:
@@ -72,7 +75,7 @@ def _in_this_process(pieces: list[Piece], *, work: Work, meter: ProgressMeter) -
 
 
 class _Worker:
-    """A process, and the piece that it has in hand."""
+    """A worker process, and the piece that it is working on."""
 
     def __init__(self, work: Work) -> None:
         context = get_context("spawn")
@@ -84,7 +87,7 @@ class _Worker:
 
     def give(self, piece: Piece) -> None:
         self.piece = piece
-        with suppress(BrokenPipeError):  # it is gone, which the next look at its pipe tells
+        with suppress(BrokenPipeError):  # it has ended: the next read of its pipe reports that
             self.pipe.send(piece)
 
 
@@ -97,7 +100,10 @@ class _Pool:
         self._workers = [_Worker(work) for _ in range(processes)]
 
     def run(self) -> None:
-        """Until all pieces are there. Raises what a worker raised; then, and however else this ends, no worker is left."""
+        """Work until all pieces are complete. Raises the exception of a worker.
+
+        Ends all workers in any case.
+        """
         try:
             for worker in self._workers:
                 worker.give(self._waiting.popleft())
@@ -136,15 +142,15 @@ def _lost_worker(worker: _Worker, *, processes: int) -> UserError:
         "prepare.workers",
         processes,
         f"one of the processes ended {how} while it read {units[0].source.path}" + (f" to {units[-1].source.path}" if len(units) > 1 else ""),
-        allowed="processes that have the memory for their text",
-        instead="the same command again, which goes on from here; with fewer prepare.workers if memory ran out",
+        allowed="processes with enough memory for their text",
+        instead="the same command again, which continues from here; with fewer prepare.workers if memory ran out",
     )
 
 
 def _serve(pipe: Connection, work: Work) -> None:
     """The worker process."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the starting process ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     with suppress(BrokenPipeError, EOFError):
         try:
             encode = work.encoder(work.partial, work.recipe)

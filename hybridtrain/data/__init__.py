@@ -1,4 +1,4 @@
-"""Text to token files, and token files to this rank's micro-batches.
+"""From text to token files, and from token files to this rank's micro-batches.
 
 Once, `hybridtrain prepare` (tokenize), to token files .bin/.idx (indexed):
     sources -> readers -> documents -> pieces (workers) -> join

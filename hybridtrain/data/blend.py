@@ -1,9 +1,10 @@
-"""What training reads: one corpus, or several in the proportion of their weights.
+"""The training data: one corpus, or several in proportion to their weights.
 
     sample index -> block of 10,000, place in it -> keyed permutation of the block -> corpus and its own sample index -> row
 
-Every block holds the same number of rows of each corpus: its share, rounded by largest remainder. Each corpus runs through
-epochs of its own, in an order of its own. All of it is a function of the sample index, in constant time.
+Every block has the same number of rows of each corpus: its share, rounded by the largest remainder
+method. Each corpus has its own epochs and its own order. All of this is a function of the sample
+index, in constant time.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from hybridtrain.types import ModelFacts
 C = TypeVar("C", bound=Config)
 _log = log.get("data")
 BLOCK = 10_000
-"""Rows after which the shares repeat: a share is exact to 0.01 %."""
+"""Rows per block. Shares of corpora are exact to 1 / BLOCK = 0.01 %."""
 
 
 @dataclass(frozen=True)
 class Blend:
-    """One corpus or several, with their weights."""
+    """One or more corpora, with their weights."""
 
     corpora: tuple[Corpus | UserRows, ...]
     weights: tuple[float, ...]
-    """Above 0; only their proportion counts."""
+    """Positive; only their ratios matter."""
     evaluated: Corpus | UserRows | None
-    """Held-out rows come from this one instead (data.eval_path)."""
+    """Corpus for evaluation instead of the held-out rows of `corpora` (data.eval_path)."""
     documents: bool
-    """Documents in a row do not see each other (data.document_mask, or a corpus of conversations or of texts with labels)."""
+    """Documents in a row do not attend to each other (data.document_mask, or a packed corpus)."""
 
     @property
     def name(self) -> str:
@@ -62,23 +63,23 @@ class Blend:
 
     @property
     def fingerprint(self) -> str:
-        """Which tokens there are, in which proportion; not where they lie."""
+        """Hash of the tokens and their proportions; does not depend on paths."""
         return _joined([corpus.fingerprint for corpus in self.corpora], weights=self.weights)
 
     @property
     def sample(self) -> str | None:
-        """sha256 over a sample of the token files of earlier versions; None where there are none. Reads a little of them."""
+        """sha256 over the samples of corpora of version 0.1; None if there are none."""
         samples = [corpus.sample for corpus in self.corpora]
         return hashlib.sha256(json.dumps(samples).encode()).hexdigest() if any(samples) else None
 
     def parts(self, split: str) -> list[tuple[Corpus | UserRows, float]]:
-        """The corpora that have documents in a split, and their weights."""
+        """(corpus, weight) of the corpora that have documents in a split."""
         if split == "eval" and self.evaluated is not None:
             return [(self.evaluated, 1.0)]
         return [(corpus, weight) for corpus, weight in zip(self.corpora, self.weights, strict=True) if split in corpus.readers]
 
     def count(self, split: str, *, seq_len: int) -> int:
-        """Rows of a split over all corpora; of the train split, an epoch."""
+        """Number of rows of a split in all corpora; for the train split, an epoch."""
         return sum(corpus.count(split, seq_len=seq_len) for corpus, _ in self.parts(split))
 
     def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
@@ -87,7 +88,10 @@ class Blend:
 
 
 def data_of(config: Config, *, timeout_s: float) -> Blend:
-    """The data that a config names: prepared (see `open_data`), or the rows that data.kind has registered. Raises UserError."""
+    """The data of a config: a prepared corpus (see `open_data`), or rows registered under data.kind.
+
+    Raises UserError.
+    """
     factory = registry.lookup("data", config.data.kind)
     if factory is None:
         return open_data(config.data, timeout_s=timeout_s)
@@ -97,15 +101,19 @@ def data_of(config: Config, *, timeout_s: float) -> Blend:
 
 
 def of_rows(rows: Any, held_out: Any, *, fields: tuple[str, str], documents: bool) -> Blend:
-    """A user's own rows to train and, where there are some, to evaluate on; `fields`: what refusals call the two. Raises UserError."""
+    """A user's rows to train on and, optionally, to evaluate on. `fields`: their names in messages.
+
+    Raises UserError.
+    """
     evaluated = None if held_out is None else UserRows(held_out, split="eval", field=fields[1])
     return Blend((UserRows(rows, split="train", field=fields[0]),), (1.0,), evaluated, documents)
 
 
 def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
-    """Open data.path or data.blend, and data.eval_path; raises UserError for what cannot be read or does not go together.
+    """Open data.path or data.blend, and data.eval_path.
 
-    The embedded corpus is prepared if it is not there yet.
+    Raises UserError if they cannot be read or do not fit together. The built-in corpus is prepared if it
+    does not exist yet.
     """
     corpora = tuple(Corpus.open(path) for path in data.blend) if data.blend else (open_or_prepare(data, timeout_s=timeout_s),)
     evaluated = Corpus.held_out(data.eval_path) if data.eval_path else None
@@ -126,7 +134,10 @@ def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
 
 
 def check_vocab(blend: Blend, *, vocab: int) -> None:
-    """Refuse token ids that the model has no embedding for. Files of another maker are checked as they are read."""
+    """Refuse corpora with token ids that the model does not have.
+
+    Token files from elsewhere are checked when they are read.
+    """
     for corpus in blend.corpora:
         if corpus.largest_id is not None and corpus.largest_id >= vocab:
             assert corpus.vocab_size is not None
@@ -140,12 +151,19 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
 
 
 def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with what the data decides of the model where nobody else does: the size of a new vocabulary, the names of classes. Raises UserError."""
+    """`config` with model options that the data decides unless they are set: vocabulary size of a
+    new model, class names.
+
+    Raises UserError.
+    """
     return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
 
 
 def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with the labels of the data, for a classifier without names of its own; refuses data of other labels, or without."""
+    """`config` with the labels of the data, for a classifier without class names.
+
+    Raises UserError if the data have other or no labels.
+    """
     if config.task.kind != "classification":
         return config
     for corpus in blend.corpora:
@@ -165,9 +183,11 @@ def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
 
 
 def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
-    """`config` with a vocabulary that has every token of the corpus, for new weights whose `vocab` was not asked for; else `config` itself.
+    """`config` with a vocabulary that has every token of the corpus, for new weights without a
+    requested size; else `config`.
 
-    A vocabulary is enlarged only where training would be refused: whatever could be trained before keeps its size.
+    A vocabulary is enlarged only if training would be refused otherwise, so that existing
+    runs keep their size.
     """
     needed = max((corpus.largest_id + 1 for corpus in blend.corpora if corpus.largest_id is not None), default=0)
     if config.model.from_pretrained or needed <= vocab or type(config.model.config.get("vocab_size")) is int:
@@ -179,7 +199,7 @@ def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
 
 
 def check_train_rows(blend: Blend, *, seq_len: int) -> None:
-    """Refuse a corpus without a row to train on."""
+    """Refuse a corpus without a row to train on (raises UserError)."""
     for corpus in blend.corpora:
         if corpus.count("train", seq_len=seq_len) < 1:
             raise refusal(
@@ -203,7 +223,10 @@ def check_cuts(blend: Blend, config: Config) -> None:
 
 
 def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
-    """Refuse an evaluation that has nothing to read; `field` asked for it."""
+    """Refuse an evaluation without held-out rows (raises UserError).
+
+    `field`, `value`: the option that requests it.
+    """
     if blend.count("eval", seq_len=seq_len) < 1:
         raise refusal(
             field,
@@ -229,7 +252,10 @@ def _joined(fingerprints: Sequence[str], *, weights: Sequence[float]) -> str:
 
 
 def current_fingerprint(data: DataConfig) -> str | None:
-    """`Blend.fingerprint` of what data.path or data.blend leads to now, of which token files may be gone; None where that is not told."""
+    """`Blend.fingerprint` of data.path or data.blend as they are now; None if unknown.
+
+    The token files need not exist.
+    """
     places = [Path(path) for path in data.blend or [data.path]]
     try:
         fingerprints = [
@@ -242,7 +268,9 @@ def current_fingerprint(data: DataConfig) -> str | None:
 
 
 def tokenizer_dir(data: DataConfig) -> Path | None:
-    """The tokenizer that goes with the data: the first corpus' own, else the folder data.tokenizer; None if there is neither."""
+    """The tokenizer of the data: that of the first corpus, else the folder data.tokenizer; None
+    if there is neither.
+    """
     folders = [Path(path) / "tokenizer" for path in (data.blend or [data.path]) if path]
     if data.tokenizer != "train":
         path = Path(data.tokenizer)
@@ -251,7 +279,9 @@ def tokenizer_dir(data: DataConfig) -> Path | None:
 
 
 def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole parts, by largest remainder: each at most one off its exact share, the first wins a tie."""
+    """`total` divided into integers in proportion to `weights`, by the largest remainder method; the
+    first wins a tie.
+    """
     exact = [Fraction(weight) for weight in weights]
     shares = [total * weight / sum(exact) for weight in exact]
     parts = [math.floor(share) for share in shares]
@@ -262,7 +292,10 @@ def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def sample_to_row(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int], seed: int) -> np.ndarray:
-    """(corpus, row in it) of each sample index: int64 (n, 2). `rows`: how many each corpus has."""
+    """(corpus, row in it) of each sample index, int64 (n, 2).
+
+    `quotas`: rows of each corpus per block; `rows`: in total.
+    """
     if len(quotas) == 1:
         ids = order.row_ids(samples, rows=rows[0], seed=seed)
         return np.stack([np.zeros_like(ids), ids], axis=1)
@@ -278,14 +311,14 @@ def sample_to_row(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int
 
 
 def order_fingerprint(blend: Blend, *, plan: BatchPlan, seed: int) -> str:
-    """Identity of the token order: equal fingerprints see the same tokens at the same step."""
+    """Hash of the token order: runs with equal fingerprints see the same tokens at the same step."""
     identity = f"{blend.fingerprint} seq_len={plan.seq_len} seed={seed} global_batch_size={plan.global_batch_size}"
     identity += "".join(f" {name}={stairs.values} in {stairs.steps}" for name, stairs in (("ramp", plan.ramp), ("cuts", plan.cuts)) if stairs)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
-    """One model, one tokenizer. Rank 0 compares the files; the others need not read them."""
+    """Refuse corpora with different tokenizers (raises UserError). Only rank 0 compares the files."""
     for corpus in corpora[1:]:
         same = (corpus.vocab_size, corpus.eos_id) == (corpora[0].vocab_size, corpora[0].eos_id)
         if not same or (log.rank() == 0 and _tokenizer(corpus) != _tokenizer(corpora[0])):

@@ -1,6 +1,7 @@
-"""One corpus as training reads it: a folder that `prepare` completed, or a pair of token files of another maker.
+"""A corpus for training: a folder that `prepare` completed, or a pair of token files from elsewhere.
 
-Opening reads metadata only and writes nothing: thousands of ranks may do it on a shared disk. Torch is not needed.
+Opening reads only metadata and writes nothing, so that thousands of ranks can do it on a
+shared disk. No torch.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from hybridtrain.runtime.files import read_object
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token files by split; a split without documents has none."""
+    """The token files of a corpus."""
 
     path: Path
     """The folder, or the prefix of two token files."""
     readers: Mapping[str, IndexedReader]
+    """Split -> its token files; a split without documents has none."""
     facts: Mapping[str, Any] | None
-    """corpus.json; None for token files of another maker, of which only their index is known."""
+    """corpus.json; None for token files from elsewhere, which have only an index."""
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
         """Open a prepared folder, or PREFIX for PREFIX.bin and PREFIX.idx.
 
-        Raises UserError when it is neither, or when a token file is missing, empty, truncated or of another size than
-        corpus.json says. Rank 0 also reads the index, and the first rank of each machine a sample of what `prepare` wrote.
+        Raises UserError if it is neither, or if a token file is missing, empty, truncated or not of the size
+        in corpus.json. Rank 0 also checks the index, and local rank 0 of each machine a sample of the files.
         """
         path = Path(path)
         if not path.is_dir() and any(file.is_file() for file in file_pair(path)):
@@ -50,7 +52,7 @@ class Corpus:
 
     @classmethod
     def held_out(cls, path: str | Path) -> Corpus:
-        """PREFIX.bin and PREFIX.idx as a corpus that is evaluated on alone."""
+        """PREFIX.bin and PREFIX.idx as a corpus with only an eval split."""
         path = Path(path)
         return cls(path, {"eval": IndexedReader(path)}, None)._checked()
 
@@ -70,12 +72,14 @@ class Corpus:
 
     @property
     def digests(self) -> Mapping[str, Mapping[str, Any]] | None:
-        """What `prepare` wrote, by file; None for files of another maker and of earlier versions."""
+        """File -> its digests; None for token files from elsewhere and corpora of version 0.1."""
         return None if self.facts is None else self.facts.get("digests")
 
     @cached_property
     def sample(self) -> str | None:
-        """sha256 over a sample of the token files of an earlier version, which kept none; None where the fingerprint covers the files."""
+        """sha256 over a sample of the token files, for corpora of version 0.1, which have
+        no digests; else None.
+        """
         if self.facts is None or self.digests is not None:
             return None
         digest = hashlib.sha256()
@@ -86,17 +90,19 @@ class Corpus:
 
     @property
     def fitted(self) -> bool:
-        """Whether it holds conversations, or texts with labels, that were fitted into rows whole; else it is a stream of text."""
+        """Whether its documents (conversations or texts with labels) are packed whole into rows; else it is
+        a stream of text.
+        """
         return self.facts is not None and self.facts.get("kind") in FITTED
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes that its documents are labelled with; empty: they are not."""
+        """Class names of its documents' labels; empty without labels."""
         return [] if self.facts is None else self.facts.get("labels", [])
 
     @property
     def vocab_size(self) -> int | None:
-        """Entries of the tokenizer, where it is known."""
+        """Size of the tokenizer's vocabulary; None if unknown."""
         return None if self.facts is None else self.facts["vocab_size"]
 
     @property
@@ -105,7 +111,7 @@ class Corpus:
 
     @property
     def largest_id(self) -> int | None:
-        """Largest token id in the files, where it is known."""
+        """Largest token id in the files; None if unknown."""
         return None if self.facts is None else self.facts["largest_id"]
 
     @property
@@ -114,7 +120,9 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256: over tokens, sizes and tokenizer, by `prepare`; of foreign files over their sizes and some of their bytes."""
+        """sha256 over tokens, sizes and tokenizer, computed by `prepare`; of token files from elsewhere over
+        size and a sample.
+        """
         if self.facts is not None:
             return self.facts["fingerprint"]
         digest = hashlib.sha256()
@@ -123,13 +131,19 @@ class Corpus:
         return digest.hexdigest()
 
     def count(self, split: str, *, seq_len: int) -> int:
-        """Rows of `seq_len` in a split; 0 for a split without documents. Raises UserError for conversations fitted to other rows."""
+        """Number of rows of `seq_len` in a split.
+
+        Raises UserError if its documents are packed for another seq_len.
+        """
         if split not in self.readers:
             return 0
         return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.fitted else count_rows(self.readers[split].tokens, seq_len=seq_len)
 
     def has_targets(self, split: str, *, seq_len: int) -> bool:
-        """Whether any token of a split that has rows carries loss in them. Of folders of before `kept_tokens` the masks are read, up to the first."""
+        """Whether the rows of a split have any target.
+
+        Old corpora without `kept_tokens` need reading masks up to the first one.
+        """
         if not self.fitted:
             return True
         assert self.facts is not None
@@ -139,7 +153,10 @@ class Corpus:
         return any(part.any() for part in targets(self.path, split=split, seq_len=seq_len))
 
     def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
-        """The rows of a split that has some, for a model of `vocab` entries. `documents`: they tell where documents begin."""
+        """The rows of a split with documents.
+
+        `vocab`: of the model; `documents`: their blocks have doc_start.
+        """
         reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
         if not self.fitted:
             return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
@@ -166,7 +183,9 @@ class Corpus:
         return ids, starts
 
     def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
-        """Refuse token ids outside the vocabulary: they would crash in the embedding, on a GPU without a useful message."""
+        """Refuse token ids outside the vocabulary, which crash in the embedding, on a GPU
+        without a useful message.
+        """
         smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if self.largest_id is not None and largest > self.largest_id:
             raise _unprepared(self.path, f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed")
@@ -181,11 +200,11 @@ class Corpus:
 
 
 def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> str:
-    """What is wrong with a row index; "" for nothing."""
+    """What is wrong with a row index; "" if nothing."""
     if ids.dtype != np.int64 or starts.dtype != np.int64 or ids.ndim != 1 or starts.ndim != 1 or len(starts) < 2:
         return f"has arrays of {ids.dtype} {ids.shape} and {starts.dtype} {starts.shape}"
     if len(ids) > conversations or starts[0] != 0 or starts[-1] != len(ids):
-        return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, and there are {conversations}"
+        return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, but the corpus has {conversations}"
     if log.rank() == 0 and ((np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations):
         return f"names conversations that are not among {conversations}, or rows backwards"
     return ""
@@ -198,7 +217,9 @@ def _check_loss(reader: IndexedReader, loss: IndexedReader) -> None:
 
 
 def changed_files(folder: Path, *, written: Any) -> list[str]:
-    """Which files of a prepared folder differ from what its corpus.json says of them, and how; of an earlier version's nothing is known."""
+    """Messages about files of a prepared folder that differ from their record `written`;
+    empty without a record.
+    """
     if not isinstance(written, Mapping):
         return []
     try:
@@ -241,7 +262,7 @@ def _prepared(folder: Path) -> Corpus:
 
 
 def interrupted(folder: Path) -> bool:
-    """Whether a `prepare` began to write `folder` and has not come to its end."""
+    """Whether a `prepare` of `folder` has started and not completed."""
     return (folder / PARTIAL / PLAN).is_file() and not (folder / CORPUS).is_file()
 
 
@@ -256,11 +277,11 @@ def _facts(folder: Path) -> dict[str, Any]:
             words = str(error).partition("\n")[0].partition(": ")[2]
             raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
     if interrupted(folder):
-        problem = "an interrupted prepare, or one still at work: it has not come to its end"
+        problem = "an interrupted prepare, or one still at work: it is not complete"
         raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=prepare_command.for_folder(folder))
     if pairs := sorted(folder.glob("*.idx")):
         prefix = pairs[0].with_suffix("")
-        raise _unprepared(folder, f"it has token files but no corpus.json; token files of another maker go by their prefix: data.path={prefix}")
+        raise _unprepared(folder, f"it has token files but no corpus.json; token files from elsewhere are named by their prefix: data.path={prefix}")
     raise _unprepared(folder, "it holds no prepared corpus")
 
 

@@ -1,4 +1,6 @@
-"""What a file held when it was written: its size, a hash of some of its bytes that is compared often, and one of all of them."""
+"""Digests of a file: its size, a hash of a sample of its bytes, which is quick to compare, and a
+hash of all bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ _READ_BYTES = 1 << 22
 
 
 def add_sample(digest: hashlib._Hash, file: Path) -> None:
-    """Add the size of a file and 16 blocks of it, from its first byte to its last. Raises OSError."""
+    """Add the size of a file and 16 evenly spaced blocks of it to `digest`. Raises OSError."""
     size = file.stat().st_size
     digest.update(f"{size} ".encode())
     with file.open("rb") as stream:
@@ -22,14 +24,14 @@ def add_sample(digest: hashlib._Hash, file: Path) -> None:
 
 
 def sample_hash(file: Path) -> str:
-    """sha256 over the size and a sample of the bytes: 64 KiB are read."""
+    """sha256 over the size and a sample of 64 KiB. Raises OSError."""
     digest = hashlib.sha256()
     add_sample(digest, file)
     return digest.hexdigest()
 
 
 def full_hash(file: Path) -> str:
-    """sha256 over all bytes."""
+    """sha256 over all bytes. Raises OSError."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -38,9 +40,10 @@ def full_hash(file: Path) -> str:
 
 
 def difference(file: Path, written: Mapping[str, Any], *, by: str, of: Callable[[Path], str], writer: str) -> str:
-    """How a file differs from what `writer` says it wrote: in its size, or in the record `by`, which `of` computes. Empty: not at all.
+    """How a file differs from its record `written`; empty if it does not.
 
-    Raises KeyError, TypeError or ValueError for a record that is damaged.
+    Compares the size, and key `by`, computed by `of`. `writer`: who wrote the file, for the message. Raises
+    KeyError, TypeError or ValueError for a damaged record.
     """
     try:
         size = file.stat().st_size

@@ -1,10 +1,10 @@
 """Token files in Megatron's `.bin/.idx` format: a streaming writer and a memory-mapped reader.
 
-    .bin   the tokens of all documents, one after the other
+    .bin   the tokens of all documents, concatenated
     .idx   magic "MMIDIDX\\0\\0" | version <Q | dtype code <B | sequences <Q | document boundaries <Q
            | int32 tokens per sequence | int64 byte offset per sequence | int64 first sequence of each document, and the end
 
-Megatron's reader reads what is written here, and what Megatron wrote is read here. We write one sequence per document.
+Files are compatible with Megatron's reader and writer. We write one sequence per document.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from hybridtrain.errors import UserError, refusal
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-# Megatron's codes; 6 and 7 are floating point and hold no tokens
+# Megatron's codes; 6 and 7 are floating point, not for tokens
 _DTYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _SAMPLES, _SAMPLE_TOKENS = 16, 64
-COPY_BYTES = 1 << 22  # bytes, or entries of an index, held at once
+COPY_BYTES = 1 << 22  # bytes, or entries of an index, in memory at a time
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type Megatron would choose for this vocabulary: uint16 below 65500 entries, else int32."""
+    """The type that Megatron uses for this vocabulary: uint16 below 65500 entries, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -40,10 +40,10 @@ def file_pair(prefix: Path) -> tuple[Path, Path]:
 
 
 class IndexedWriter:
-    """Writes documents as they come, in constant memory. Without documents it leaves no files.
+    """Writes documents in constant memory; without documents it leaves no files.
 
-    Leaving the `with` block normally completes the index; leaving it by an exception removes it. Until then the index has no
-    header, so that a pair which a kill left behind is unreadable.
+    The end of the `with` block completes the index; an exception removes it. Until then the index has no
+    header, so that an incomplete pair, left by a kill, is not readable.
     """
 
     def __init__(self, prefix: Path, *, dtype: np.dtype) -> None:
@@ -75,7 +75,9 @@ class IndexedWriter:
         self._add_sizes(np.array([len(tokens)]))
 
     def append(self, reader: IndexedReader, *, keep: np.ndarray) -> None:
-        """Append those documents of another pair of the same dtype that `keep`, bool (documents,), names, without decoding them."""
+        """Append the documents of another pair of the same dtype for which `keep`,
+        bool (documents,), is True.
+        """
         assert reader.dtype == self._dtype
         assert reader.sequences == reader.documents == len(keep)
         edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2)  # runs of documents to keep: [first, last)
@@ -88,12 +90,12 @@ class IndexedWriter:
         self._add_sizes(reader.sizes[keep])
 
     def _add_sizes(self, sizes: np.ndarray) -> None:
-        assert sizes.max(initial=0) < 1 << 31, "a document of more tokens than the format can tell"
+        assert sizes.max(initial=0) < 1 << 31, "a document of more tokens than the format allows"
         self._idx.write(sizes.astype("<i4").tobytes())
         self._documents += len(sizes)
 
     def close(self) -> None:
-        """Flush the tokens to the disk, then complete the index."""
+        """fsync the tokens, then complete the index."""
         _synced_close(self._bin)
         if not self._documents:
             self._idx.close()
@@ -123,9 +125,10 @@ def _synced_close(file) -> None:
 
 
 class IndexedReader:
-    """One `.bin/.idx` pair, memory-mapped. Opening reads the header and the last entry only; `check` reads the index.
+    """A memory-mapped `.bin/.idx` pair.
 
-    Raises UserError when a file is missing, empty, cut short or not in this format.
+    Opening reads only the header and the last entry; `check` reads the index. Raises UserError if a file is
+    missing, empty, truncated or not in this format.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -140,11 +143,12 @@ class IndexedReader:
         index = np.memmap(self.idx_path, mode="r", dtype=np.uint8)
         cuts = np.cumsum([_HEADER.size, 4 * self.sequences, 8 * self.sequences])
         self.sizes: np.ndarray = index[cuts[0] : cuts[1]].view("<i4")
-        """Tokens per sequence, int32 (sequences,), still on disk."""
+        """Tokens per sequence, int32 (sequences,), memory-mapped."""
         self.pointers: np.ndarray = index[cuts[1] : cuts[2]].view("<i8")
-        """Byte offset of each sequence in the .bin file, int64 (sequences,), still on disk."""
+        """Byte offset of each sequence in the .bin file, int64 (sequences,), memory-mapped."""
         self.first_sequences: np.ndarray = index[cuts[2] : cuts[2] + 8 * boundaries].view("<i8")
-        """First sequence of each document, and the number of sequences: int64 (documents + 1,), still on disk."""
+        """First sequence of each document, then the number of sequences: int64
+        (documents + 1,), memory-mapped."""
         end = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
         size = self.bin_path.stat().st_size
         if size != end:
@@ -171,12 +175,15 @@ class IndexedReader:
         need, size = _HEADER.size + 12 * sequences + 8 * boundaries, self.idx_path.stat().st_size
         if size < need:
             raise _bad(self.idx_path, f"it is truncated: {size} bytes of {need}")
-        if size not in (need, need + sequences):  # Megatron adds a byte for each sequence of several modes
+        if size not in (need, need + sequences):  # Megatron adds a byte per sequence for multimodal data
             raise _bad(self.idx_path, f"it has {size} bytes, and its header describes {need}")
         return _DTYPES[code], sequences, boundaries
 
     def check(self) -> None:
-        """Refuse an index whose entries do not fit one another (raises UserError). Reads all of the index, a few MB at a time."""
+        """Refuse an index whose entries are inconsistent (raises UserError).
+
+        Reads the whole index, a few MB at a time.
+        """
         pointer, item = 0, self.dtype.itemsize
         for first in range(0, self.sequences, COPY_BYTES):
             part = slice(first, first + COPY_BYTES)
@@ -200,21 +207,24 @@ class IndexedReader:
             raise _bad(self.idx_path, f"its documents end at sequence {last} of {self.sequences}")
 
     def check_not_zeros(self) -> None:
-        """Refuse token files whose sample is zeros (raises UserError): so reads a copy that has holes in it, or was cut off."""
+        """Refuse token files of which a sample is all zeros, as in an incomplete copy (raises UserError)."""
         starts = [self.tokens * part // _SAMPLES for part in range(_SAMPLES)]
         sample = np.concatenate([self.read(start, min(start + _SAMPLE_TOKENS, self.tokens)) for start in starts])
         if len(sample) > _SAMPLE_TOKENS and not sample.any():
-            raise _bad(self.bin_path, f"each of {len(sample)} tokens all over it has the id 0: it was not copied whole, or is no text")
+            raise _bad(self.bin_path, f"all {len(sample)} tokens of a sample have the id 0: the copy is incomplete, or it is no text")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view of the mapped file."""
+        """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view
+        of the memory-mapped file.
+        """
         assert 0 <= start <= stop <= self.tokens
         return self._tokens[start:stop]
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Where documents begin in the tokens [start, stop): ascending int64 positions in the file, each once.
+        """Starts of documents in tokens [start, stop): ascending, unique int64 positions in the file.
 
-        Reads a few dozen entries of the index (bisection; np.searchsorted would copy an unaligned map whole).
+        Reads a few dozen entries of the index, by bisection: np.searchsorted would copy
+        the whole unaligned map.
         """
         first = bisect_left(range(self.documents), start, key=self._document_start)
         last = bisect_left(range(self.documents), stop, lo=first, key=self._document_start)

@@ -1,4 +1,4 @@
-"""The command that prepares a folder once more, for who is told that it cannot be trained on."""
+"""The command that prepares a folder again, for messages about a damaged or missing corpus."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import read_object
 
 _RECORDS = (("corpus.json", " prepare.overwrite=true"), (".partial/plan.json", ""))
-"""Where the settings stand that a folder was prepared with, or begun, and what the command needs to write there."""
+"""File with the settings of a complete or interrupted prepare -> options needed to write there again."""
 _PLAIN = re.compile(r"[\w./~-]+")
 
 
 def for_folder(folder: Path) -> str:
-    """With the folder's own source and settings, where its records have them: another source would replace the user's corpus."""
+    """The command, with source and settings from the folder's records, so that it does not
+    make a different corpus.
+    """
     start = f"hybridtrain prepare {_word('data.path', str(folder))}"
     for name, more in _RECORDS:
         with contextlib.suppress(UserError, KeyError):
@@ -31,7 +33,7 @@ def for_folder(folder: Path) -> str:
 
 
 def _options(settings: Any) -> str:
-    """Recorded settings as options, without those at their defaults; "" where no source is among them."""
+    """Recorded settings as options, without defaults; "" if they have no source."""
     source = settings.get("source") if isinstance(settings, dict) else None
     if not isinstance(source, list) or not source or not all(isinstance(entry, str) for entry in source):
         return ""
@@ -41,7 +43,7 @@ def _options(settings: Any) -> str:
 
 
 def _word(option: str, value: Any) -> str:
-    """One word of a command line, quoted where the shell or the grammar of options needs it."""
+    """`option=value` as a word of a command line, quoted for the shell and for Hydra's grammar if needed."""
     if isinstance(value, list):
         text = "[" + ",".join(entry if _PLAIN.fullmatch(entry) else words.literal(entry) for entry in value) + "]"
     else:

@@ -1,9 +1,9 @@
-"""Documents to rows of S + 1 tokens: inputs are the first S, labels the last S.
+"""Rows of S + 1 tokens from documents: the first S are inputs, the last S labels.
 
-    TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: every token but the first is predicted once per epoch
-    ChatRows   whole conversations, as `prepare` fitted them into rows (packing.py); the rest of a row is padding
+    TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: each token but the first is a label once per epoch
+    ChatRows   whole conversations, packed into rows by `prepare` (packing.py); the rest of a row is padding
 
-`prepare` wrote the end-of-text tokens; a text row is one slice of the file.
+End-of-text tokens are in the file already; a text row is one slice of it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.errors import refusal
 
 Check = Callable[[np.ndarray], None]
-"""Raises UserError for token ids that must not reach the model."""
+"""Raises UserError for token ids that the model does not have."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows. Arrays of shape (n, S + 1)."""
+    """Several rows; arrays of shape (n, S + 1)."""
 
     tokens: np.ndarray
     """int64."""
     doc_start: np.ndarray | None
-    """bool: a document begins here; None: rows are not cut into documents."""
+    """bool: True where a document starts; None: rows are not divided into documents."""
     loss_mask: np.ndarray | None
-    """bool: this token, as a target, carries loss; None: all do."""
+    """bool: True where the token is a training target; None: all are."""
 
     @classmethod
     def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool) -> Block:
-        """Rows of token 0; without documents, carrying no loss, where the block tells of such things."""
+        """Rows of token 0, without document starts or targets.
+
+        `documents`, `masked`: with these arrays, not None.
+        """
         shape = (rows, seq_len + 1)
         return cls(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool) if documents else None, np.zeros(shape, dtype=bool) if masked else None)
 
@@ -56,24 +59,24 @@ class Block:
 
 
 class Rows(Protocol):
-    """The rows of one split of one corpus at one length."""
+    """The rows of one split of a corpus, with a fixed length."""
 
     masked: bool
-    """Whether its blocks say which tokens carry loss."""
+    """Whether its blocks have a loss_mask."""
 
     def __len__(self) -> int: ...
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        """Rows by id, int64 (n,). Touches only the pages these rows lie on."""
+        """The rows `row_ids`, int64 (n,). Reads only these rows from the file."""
 
 
 def count_rows(tokens: int, *, seq_len: int) -> int:
-    """Whole rows in a stream of `tokens`; the rest at the end is not used."""
+    """Number of whole rows in a stream of `tokens` tokens; the rest is not used."""
     return max(0, tokens - 1) // seq_len
 
 
 class TextRows:
-    """Slices of the token stream; with `documents` they tell where documents begin, which the index knows."""
+    """Slices of the token stream; with `documents` their blocks have doc_start, from the index."""
 
     masked = False
 
@@ -84,7 +87,7 @@ class TextRows:
             raise refusal(
                 "data.seq_len",
                 seq_len,
-                f"{reader.bin_path} has {reader.tokens} tokens, not one row of {seq_len} and the token that follows",
+                f"{reader.bin_path} has {reader.tokens} tokens, fewer than one row of {seq_len} and the token that follows",
                 allowed=f"1 to {max(1, reader.tokens - 1)}",
                 instead="a smaller data.seq_len, or more text",
             )
@@ -105,12 +108,15 @@ class TextRows:
 
 
 class ChatRows:
-    """Conversations side by side, each a document; one longer than a row is cut at the end. Only some tokens carry loss."""
+    """Conversations one after the other, each a document, truncated if longer than a row.
+
+    Only some tokens are targets.
+    """
 
     masked = True
 
     def __init__(self, reader: IndexedReader, loss: IndexedReader, *, ids: np.ndarray, starts: np.ndarray, seq_len: int, check: Check) -> None:
-        """`ids`, `starts`: the row index that packing.py wrote; `loss`: a mask beside the tokens of `reader`."""
+        """`ids`, `starts`: the row index of packing.py; `loss`: the loss masks of the tokens in `reader`."""
         self._reader, self._loss, self._ids, self._starts, self._seq_len, self._check = reader, loss, ids, starts, seq_len, check
 
     def __len__(self) -> int:

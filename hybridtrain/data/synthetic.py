@@ -1,4 +1,4 @@
-"""Random tokens in place of a corpus: a comparison or a benchmark needs no text."""
+"""Random tokens instead of a corpus, for comparisons and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from hybridtrain.types import Batch
 
 
 class Tokens(Protocol):
-    """A source of this data rank's micro-batches by step: a corpus' Loader, or Synthetic."""
+    """Micro-batches of this data rank by step: a Loader of a corpus, or Synthetic."""
 
     def micro_batches(self, step: int) -> list[Batch]: ...
 
 
 class Synthetic:
-    """Uniformly random tokens from (seed, step), cut like the Loader cuts rows of a corpus. `labels`: number of classes; the last token of a row is its class then (0: no classes)."""
+    """Uniformly random tokens from (seed, step), divided among ranks like rows of a corpus.
+
+    `labels`: number of classes; if not 0, the last token of a row is its class.
+    """
 
     def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, labels: int, collate: Collate) -> None:
         self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate

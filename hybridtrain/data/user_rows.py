@@ -1,10 +1,11 @@
-"""Rows from a user's Python object instead of a folder of token files.
+"""Rows from a user's Python object instead of token files.
 
     class Rows:
         def __len__(self): ...
-        def row(self, index): ...            # token ids; or (token ids, mask): which of them count in the loss
+        def row(self, index): ...            # token ids; or (token ids, loss mask): True for tokens that are targets
 
-Order, resuming and distribution over ranks are as for a prepared corpus: the rank that trains on a row fetches it by its index.
+Order, resuming and distribution over ranks are the same as for a prepared corpus: the rank that trains on a
+row fetches it by its index.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from hybridtrain.errors import refusal
 from hybridtrain.types import IGNORE_INDEX
 
 _SAMPLED = 256
-"""Rows that are hashed where the data has no fingerprint of its own."""
+"""Number of rows that are hashed if the data has no `fingerprint`."""
 
 
 class UserRows:
-    """A user's rows as one corpus (see data.corpus.Corpus): of one split, without files."""
+    """A user's rows with the interface of data.corpus.Corpus: one split, no files."""
 
     facts = None
     fitted = False
     vocab_size = eos_id = largest_id = sample = None
 
     def __init__(self, rows: Any, *, split: str, field: str) -> None:
-        """`rows`: see above, or a sequence of mappings with `input_ids` and optionally `labels` or `loss_mask` (tokens in the loss), or a class number `label`.
+        """`rows`: see above, or a sequence of mappings with `input_ids` and optionally `labels`, `loss_mask`
+        or a class number `label`.
 
-        Raises UserError for what has no length or no rows. `field`: the argument that it was given as, or the option and the name (data.kind=NAME).
+        `field`: for messages, the argument that `rows` was passed as, or data.kind=NAME. Raises UserError if
+        `rows` has no length, no rows, or no access by index.
         """
         self.table, self.readers = rows, (split,)
         self.field, _, named = field.partition("=")
@@ -47,7 +50,9 @@ class UserRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the number of rows and the data's own `fingerprint`; without one, over some of its rows."""
+        """sha256 over the number of rows and the data's own `fingerprint`; without that, over a
+        sample of its rows.
+        """
         digest = hashlib.sha256(f"own rows {len(self.table)}".encode())
         fingerprint = getattr(self.table, "fingerprint", None)
         if isinstance(fingerprint, str):
@@ -59,10 +64,10 @@ class UserRows:
             digest.update(tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
         return digest.hexdigest()
 
-    def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - a row stays a row, whatever its length
+    def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - the number of rows does not depend on it
         return len(self.table) if split in self.readers else 0
 
-    def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - known only by reading all; steps without targets are counted
+    def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - unknown without reading all rows
         return True
 
     def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> _Rows:
@@ -70,7 +75,10 @@ class UserRows:
         return _Rows(self, seq_len=seq_len, documents=documents, vocab=vocab)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Token ids, int64 (n,), and which of them count in the loss, bool (n,), None for all. Raises UserError for a row that is neither."""
+        """(token ids, int64 (n,); loss mask, bool (n,), or None for all).
+
+        Raises UserError for an invalid row.
+        """
         row = self.table.row(index) if hasattr(self.table, "row") else self.table[index]
         tokens, mask = row if isinstance(row, tuple) and len(row) == 2 else (row, None)
         if isinstance(row, Mapping):
@@ -88,7 +96,7 @@ class UserRows:
         return ids, None if loss_mask is None else loss_mask != 0
 
     def _labelled(self, tokens: Any, label: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row with one label for all of it."""
+        """A row with one label for the whole text: (ids and label, loss mask of the label)."""
         ids = _array(tokens)
         if ids is None or not len(ids) or np.asarray(label).dtype.kind not in "iub":
             raise self._refusal(index, f"it is {_short(tokens)} with label {_short(label)}", allowed="token ids and the number of a class")
@@ -100,7 +108,7 @@ class UserRows:
 
 
 class _Rows:
-    """Rows of one length: shorter ones are padded, longer ones refused."""
+    """Rows padded to one length; longer ones are refused."""
 
     masked = True
 
@@ -133,7 +141,7 @@ class _Rows:
 
 
 def _array(values: Any) -> np.ndarray | None:
-    """One row of integers as int64 (n,); None for anything else."""
+    """A sequence of integers as int64 (n,); None for anything else."""
     if isinstance(values, str | bytes) or not (isinstance(values, Sequence) or hasattr(values, "__array__")):
         return None
     try:

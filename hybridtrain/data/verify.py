@@ -1,4 +1,6 @@
-"""Whether a prepared corpus still is what `prepare` wrote: every byte against its hash, every index, token and row against the others."""
+"""`hybridtrain verify CORPUS`: compares every byte of a prepared corpus with its hashes, and checks indices,
+token ids and rows.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ SPLITS = ("train", "eval")
 
 
 def verify_corpus(path: str | Path) -> list[str]:
-    """What is wrong with a prepared folder, or PREFIX of PREFIX.bin and PREFIX.idx, a line each; nothing wrong: an empty list.
+    """The problems of a prepared folder, or of PREFIX for PREFIX.bin and PREFIX.idx, one per line; empty
+    if there are none.
 
     Reads every byte once or twice, in a few MB of memory.
     """
@@ -97,7 +100,10 @@ def _check_rows(corpus: Corpus, *, split: str) -> None:
 
 
 def _has_its_fingerprint(corpus: Corpus) -> bool:
-    """Of an earlier version, which kept no hash of each file: the hash over tokenizer, sizes, tokens and loss masks."""
+    """Whether the fingerprint is right, for corpora of version 0.1, which have no hash of each file.
+
+    The fingerprint is a hash over tokenizer, sizes, tokens and loss masks.
+    """
     assert corpus.facts is not None
     facts = {name: corpus.facts[name] for name in ("vocab_size", "eos_id")}
     prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.fitted else []))]

@@ -1,4 +1,4 @@
-"""The tokenizer of prepared data, by its files alone: what ends a text, and an answer of a conversation; whether a model's is another."""
+"""The tokenizer of prepared data, by its files alone: its end tokens, and whether it differs from a model's."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ _log = log.get("tokenizer")
 
 
 def records(data: DataConfig) -> list[dict[str, Any]]:
-    """corpus.json of data.path or of each corpus of data.blend, where it is there. Raises UserError for one that cannot be read."""
+    """corpus.json of data.path, or of each corpus of data.blend, if it exists.
+
+    Raises UserError if one cannot be read.
+    """
     files = [Path(path) / "corpus.json" for path in data.blend or [data.path] if path]
     return [read_object(file, field="data.path") for file in files if file.is_file()]
 
 
 def end_tokens(facts: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Of a corpus.json: ids of the tokens that end a text and an answer of a conversation; None where there is none, or it is not known."""
+    """Ids of the tokens that end a text, and an answer in a conversation, from corpus.json; None if there is
+    none or it is unknown.
+    """
     template = facts.get("template")
     turn = template.get("end_of_turn_id") if isinstance(template, dict) else None
     return facts.get("eos_id"), turn if type(turn) is int else None
 
 
 def compare(model: Path, data: Path | None) -> None:
-    """Warn where the tokenizer in a model's folder is another than the one of the data in `data`; nothing is said where one of them is not known.
+    """Warn if the tokenizer in the folder `model` differs from that in `data`; do nothing if one
+    of them is unknown.
 
-    By what they make of a text: files that were saved again, or have another chat template, are the same.
+    Compares tokens and merges, so that tokenizers saved again, or with other chat templates, are equal.
     """
     try:
         one, other = _tokens(model), None if data is None else _tokens(data)
@@ -53,7 +59,7 @@ def compare(model: Path, data: Path | None) -> None:
 
 
 def _tokens(folder: Path) -> tuple[dict[int, str], set[tuple[int, str]]] | None:
-    """{id: token}, and the merges with their rank; None where the files of the folder do not tell."""
+    """({id: token}, {(rank, merge)}); None if the folder has no files of a known format."""
     if (folder / "tokenizer.json").is_file():
         content = read_object(folder / "tokenizer.json", field="data.tokenizer")
         vocab, merges = content["model"]["vocab"], content["model"].get("merges") or []

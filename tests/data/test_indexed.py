@@ -145,7 +145,7 @@ def test_a_file_of_zeros_is_no_text(tmp_path):
     write(tmp_path / "train", [[5, 6, 7] * 40], vocab_size=300)
     assert Corpus.open(tmp_path / "train").count("train", seq_len=32) == 3
     (tmp_path / "train.bin").write_bytes(bytes((tmp_path / "train.bin").stat().st_size))
-    with pytest.raises(UserError, match=r"train\.bin: each of \d+ tokens all over it has the id 0: it was not copied whole"):
+    with pytest.raises(UserError, match=r"train\.bin: all \d+ tokens of a sample have the id 0: the copy is incomplete"):
         Corpus.open(tmp_path / "train")
 
 
@@ -167,5 +167,5 @@ def test_rows_cover_the_stream_once(tmp_path):
 def test_not_one_row_is_refused(tmp_path):
     reader = IndexedReader(write(tmp_path / "train", [list(range(16))], vocab_size=200))
     assert len(text_rows(reader, seq_len=15)) == 1
-    with pytest.raises(UserError, match=r"data\.seq_len=16: .*16 tokens, not one row of 16"):
+    with pytest.raises(UserError, match=r"data\.seq_len=16: .*16 tokens, fewer than one row of 16"):
         text_rows(reader, seq_len=16)

@@ -175,7 +175,7 @@ def swap(folder: Path) -> None:
 UNFIT = {
     "no folder": (shutil.rmtree, "there is no such folder"),
     "not prepared": (lambda p: [path.unlink() for path in p.iterdir() if path.is_file()], "holds no prepared corpus"),
-    "token files only": (lambda p: (p / "corpus.json").unlink(), "token files of another maker go by their prefix: data.path="),
+    "token files only": (lambda p: (p / "corpus.json").unlink(), "token files from elsewhere are named by their prefix: data.path="),
     "cut corpus.json": (lambda p: (p / "corpus.json").write_text('{"format": 1, "spl'), "corpus.json cannot be read"),
     "other corpus.json": (lambda p: (p / "corpus.json").write_text('{"name": "mine"}'), "corpus.json lacks 'format'"),
     "no counts": (lambda p: edit(p, splits={}), "corpus.json lacks 'train'"),

@@ -155,7 +155,7 @@ def test_a_prepare_that_was_interrupted_is_told_as_such(prepared, capfd):
     (prepared / "corpus.json").unlink()
     assert main(["verify", str(prepared)]) == 1
     said = capfd.readouterr()
-    assert f"data.path={prepared}: an interrupted prepare, or one still at work: it has not come to its end" in said.out + said.err
+    assert f"data.path={prepared}: an interrupted prepare, or one still at work: it is not complete" in said.out + said.err
     assert "1 problem" in said.out + said.err
     with pytest.raises(UserError, match=r"hybridtrain prepare data\.path="):
         Corpus.open(prepared)

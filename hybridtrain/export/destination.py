@@ -1,9 +1,10 @@
-"""Where an export goes: written aside, then put in the place of an earlier one, of which only our own files are replaced.
+"""The folder of an export: written under a temporary name, then swapped with an earlier export.
 
-    <out>.partial    being written; the process that writes it holds a lock on the folder, so a second export is refused
-    <out>.removed    the earlier export, while the new one takes its place
+    <out>.partial    being written; locked by the writing process, so that a second export is refused
+    <out>.removed    the earlier export, during the swap
 
-A link is followed: what is replaced is the folder it points to. Files that somebody else put into an export stay in it.
+Of the earlier export only our own files are replaced; files that somebody else put there are kept.
+A link is followed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def check(out: Path) -> None:
-    """Refuse a place that holds something else, or that will be removed (raises UserError)."""
+    """Refuse a folder with other content, and one among a run's checkpoints (raises UserError)."""
     check_outside_checkpoints(out, field=FIELD)
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
@@ -42,7 +43,7 @@ def check(out: Path) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether an export wrote `folder`: its record says so."""
+    """Whether `folder` is an export, by its record."""
     try:
         content = json.loads((folder / ORIGIN).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -51,7 +52,10 @@ def is_export(folder: Path) -> bool:
 
 
 def ours(folder: Path) -> set[str]:
-    """Names in `folder` that an export wrote. Earlier releases kept no list: their files are known by name, shards by their index."""
+    """Names of files in `folder` that an export wrote.
+
+    Version 0.1 kept no list: its files are recognized by their names and index.
+    """
     listed = read_record(folder, record=ORIGIN)
     if listed:
         return listed | {ORIGIN}
@@ -63,16 +67,19 @@ def ours(folder: Path) -> set[str]:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into; when the block ends without an error it takes the place of `out`. Raises OSError and UserError."""
+    """Yield a folder to write into, which replaces `out` at the end of the block if there is no error.
+
+    Raises OSError and UserError.
+    """
     real = out.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     partial = real.with_name(real.name + _PARTIAL)
     handle = _locked(partial, out=out)
     try:
-        write_json(partial / ORIGIN, {})  # what a crash leaves is known as ours
+        write_json(partial / ORIGIN, {})  # marks the folder as ours after a crash
         removed = real.with_name(real.name + _REMOVED)
         if not real.exists() and is_export(removed):
-            os.rename(removed, real)  # an export was ended between its two renames
+            os.rename(removed, real)  # an earlier export was killed between its two renames
         yield partial
         origin = read_object(partial / ORIGIN, field=FIELD)
         write_json(
@@ -81,7 +88,7 @@ def replacing(out: Path) -> Iterator[Path]:
         marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
-            _fill(real, partial=partial)  # this folder cannot be renamed, or somebody stands in it
+            _fill(real, partial=partial)  # a mount cannot be renamed; the working directory should stay
         else:
             _take_over(others, partial=partial)
             _swap(real, partial=partial)
@@ -92,7 +99,7 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def _locked(partial: Path, *, out: Path) -> int:
-    """A handle that locks the empty folder `partial`. What a crash left of an earlier export goes."""
+    """Create or empty the folder `partial` and lock it; returns the file descriptor of the lock."""
     for _ in range(5):
         partial.mkdir(exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
@@ -104,17 +111,17 @@ def _locked(partial: Path, *, out: Path) -> int:
                 raise refusal(
                     FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER"
                 ) from None
-            # a file system without locks: the names still keep a reader from seeing half an export
+            # a file system without locks: readers still see only complete exports
         with suppress(FileNotFoundError):
             if os.stat(partial).st_ino == os.fstat(handle).st_ino:
                 _clear(partial, out=out)
                 return handle
-        os.close(handle)  # the folder was another export's, which has put it in its place meanwhile
+        os.close(handle)  # another export has renamed this folder meanwhile
     raise refusal(FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER")
 
 
 def _clear(partial: Path, *, out: Path) -> None:
-    """Remove what a crash left in `partial`, if an export wrote it."""
+    """Empty `partial`, left by a crash. Raises UserError if an export did not write it."""
     paths = list(partial.iterdir())
     strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or is_temporary(path.name, of=ORIGIN))]
     if strange and not (partial / ORIGIN).is_file():
@@ -125,7 +132,7 @@ def _clear(partial: Path, *, out: Path) -> None:
 
 
 def _others(real: Path, *, partial: Path, out: Path) -> list[Path]:
-    """What somebody else put into the earlier export; names that this export would replace are refused."""
+    """Files in the earlier export that no export wrote. Raises UserError if this export would replace one."""
     if not real.is_dir():
         return []
     mine = ours(real)
@@ -146,7 +153,7 @@ def _take_over(others: list[Path], *, partial: Path) -> None:
 
 
 def _same(source: str, target: str) -> str:
-    """The same file under another name; a copy where the file system has no links."""
+    """Link `source` to `target`, or copy it if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -170,7 +177,7 @@ def _swap(real: Path, *, partial: Path) -> None:
 
 
 def _free(path: Path) -> bool:
-    """Whether nothing has this name, once what is left there of an earlier export is gone: with its record, or nothing but the folder."""
+    """Whether `path` does not exist, after removing the rest of an earlier export or an empty folder there."""
     if not (path.exists() or path.is_symlink()):
         return True
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
@@ -178,7 +185,10 @@ def _free(path: Path) -> bool:
 
 
 def _fill(real: Path, *, partial: Path) -> None:
-    """Replace our files one by one; the record goes first, so that whatever is there of them is known as ours."""
+    """Replace our files in `real` one by one.
+
+    The record is written first, so that it lists all of them after a crash.
+    """
     before = ours(real) if is_export(real) else set()
     names = read_record(partial, record=ORIGIN)
     write_json(real / ORIGIN, {**read_object(partial / ORIGIN, field=FIELD), "files": sorted(before | names)})

@@ -1,4 +1,4 @@
-"""Writing safetensors files one tensor at a time (the safetensors library wants all tensors of a file at once).
+"""Writes safetensors files one tensor at a time; the safetensors library needs all tensors of a file at once.
 
 The format (huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype, shape and byte
 range of every tensor, then the bytes in the header's order without gaps.
@@ -31,7 +31,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, known before its values are."""
+    """Name, shape and dtype of one tensor of a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,19 +39,23 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(file: Path, *, entries: Sequence[Entry], tensor: Callable[[Entry], torch.Tensor]) -> None:
-    """Write `file`, asking `tensor` for the values of one entry after the other (on the CPU, of the entry's shape and dtype)."""
+    """Write `file`.
+
+    `tensor` returns the values of an entry, on the CPU, with its shape and dtype; called once
+    for each, in order.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
         header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size]}
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the values start on a multiple of 8, so that they can be memory-mapped
+    text += b" " * (-len(text) % 8)  # align the values to 8 bytes for memory-mapping
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)

@@ -1,4 +1,4 @@
-"""Options of the commands beside training, one section each; schema.py puts them beside the training's own."""
+"""Options of the other commands, one section each. The docstring of an option is its help text."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ class PrepareConfig(Options):
     overwrite: bool = False
     """Prepare again, replacing an existing corpus."""
     workers: int = 0
-    """Processes that read and tokenise; 0: one per core, or for a small corpus no additional process. A compressed file is read by a single process."""
+    """Processes that read and tokenize; 0: one per core, or for a small corpus no additional process. A
+    compressed file is read by a single process."""
     skip_bad: bool = False
     """Skip and count records that cannot be read, instead of stopping at the first one."""
 

@@ -1,6 +1,8 @@
-"""Interpolations in a configuration: which text comes through a resolver such as oc.env, so that what it resolves to reaches no file.
+"""Interpolations in a config: marks text from resolvers such as oc.env, so that its resolved value is
+not written to files.
 
-A reference `${run.name}` is followed; a call `${oc.env:TOKEN}`, and whatever is no plain reference, is never: such text keeps its source.
+References such as `${run.name}` are followed. Calls such as `${oc.env:TOKEN}`, and anything else, are not:
+such text keeps its source.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from omegaconf import AnyNode, DictConfig, ListConfig, Node, StringNode, ValueNo
 from hybridtrain.config import words
 
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
-_REFERENCE = re.compile(r"\$\{\s*([\w.\[\]]+)\s*\}")  # ${run.name}, ${run[name]}: in contrast to a call such as ${oc.env:TOKEN}
+_REFERENCE = re.compile(r"\$\{\s*([\w.\[\]]+)\s*\}")  # ${run.name}, ${run[name]}, but not ${oc.env:TOKEN}
 _MOST_DEPTH = 64
-"""References are followed so far."""
+"""Depth to which references are followed."""
 
 
 class Interpolated(str):
-    """A resolved string that remembers the interpolation it came from, so that secrets never reach a file."""
+    """A resolved string with its interpolation as `source`, which is written to files instead, since it
+    may be a secret.
+    """
 
     source: str
 
@@ -33,7 +37,9 @@ class Interpolated(str):
 
 
 def marked(value: Any, node: Any, root: DictConfig) -> Any:
-    """`value` with its strings marked where they come from a resolver such as oc.env, directly or through other options."""
+    """`value`, with strings that come from a resolver such as oc.env, directly or through
+    other options, as Interpolated.
+    """
     if isinstance(value, dict | list) and node is not None and node._is_interpolation():
         node = node._maybe_dereference_node()
     if isinstance(value, dict) and isinstance(node, DictConfig):
@@ -47,15 +53,18 @@ def marked(value: Any, node: Any, root: DictConfig) -> Any:
 
 
 def _from_resolver(source: str, root: DictConfig, *, depth: int) -> bool:
-    """Whether a resolver is called in `source`, or in anything that it refers to. What is no plain reference counts as a call."""
+    """Whether `source`, or anything that it refers to, calls a resolver.
+
+    All but plain references count as calls.
+    """
     begun, references = len(_INTERPOLATION.findall(source)), _REFERENCE.findall(source)
     if begun > len(references) or depth > _MOST_DEPTH:
-        return True  # a call, or references inside a reference: not followed, kept as written
+        return True  # a call, or nested references, which are not followed
     return begun > 0 and any(name.startswith(".") or _reaches(_target(root, name), root, depth=depth + 1) for name in references)
 
 
 def _target(root: DictConfig, name: str) -> Any:
-    """The node that a reference such as run.name or run[name] leads to; None if there is none."""
+    """The node that a reference such as run.name or run[name] points to; None if there is none."""
     node: Any = root
     for key in re.findall(r"[^.\[\]]+", name):
         if isinstance(node, DictConfig | ListConfig) and node._is_interpolation():
@@ -80,7 +89,10 @@ def _reaches(node: Any, root: DictConfig, *, depth: int) -> bool:
 
 
 def keep_calls(node: Any, root: DictConfig) -> None:
-    """Replace values that call a resolver, directly or through references, by their source text; raises ValueError for values that are not strings."""
+    """Replace values that call a resolver, directly or through references, by their source text.
+
+    Raises ValueError if such a value is not a string.
+    """
     for place in list(node) if isinstance(node, DictConfig) else range(len(node)):
         child = node._get_node(place)
         source = child._value() if isinstance(child, Node) else None

@@ -1,6 +1,6 @@
-"""Runs of other versions: their config.yaml is read through one table, so that nobody else asks which version wrote it.
+"""Converts config.yaml of other versions to today's options, so that no other code depends on the version.
 
-An option that a file lacks has the schema's default, unless `ABSENT` has what it meant then.
+An option that is missing in a file has the schema's default, unless `ABSENT` has its earlier default.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import read_object
 
 RENAMED: dict[str, str] = {}
-"""section.option of an earlier version -> today's. An entry stays for ever."""
+"""section.option of an earlier version -> today's name. Entries are never removed."""
 ABSENT: dict[str, Any] = {}
-"""section.option -> what a file without it meant, where that is not the default of today."""
+"""section.option -> its value in files without it, if that is not today's default."""
 
 
 def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
-    """The sections of a config.yaml, their options under today's names; unknown ones stay as they are."""
+    """The sections of a config.yaml with today's option names; unknown options are kept."""
     sections = {name: dict(options) if isinstance(options, dict) else options for name, options in content.items()}
     for before, now in RENAMED.items():
         section, _, option = before.partition(".")
@@ -40,7 +40,9 @@ def _set_default(sections: dict[Any, Any], key: str, value: Any) -> None:
 
 
 def of_another_version(key: str, *, file: Path) -> UserError | None:
-    """The refusal of an unknown key in a run's config.yaml, if another version wrote the run; None: this one did, or it is not known which."""
+    """The refusal of an unknown key in a run's config.yaml, if another version wrote it; None if this or
+    an unknown version did.
+    """
     try:
         version = (read_object(file.parent / "summary.json", field="run.dir").get("versions") or {}).get("hybridtrain")
     except (UserError, AttributeError):

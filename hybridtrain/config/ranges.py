@@ -1,6 +1,6 @@
-"""Least and most of every number: what is beyond can only be a slip, or would end in an overflow, an endless list or a wait of years.
+"""The range of every number: values outside are typing errors, or would overflow or take years.
 
-The limits are wide on purpose. What makes sense together, and where a default is at the edge, is checked beside the rules of a section.
+The limits are wide on purpose. Whether values make sense together is checked with the rules of a section.
 """
 
 from __future__ import annotations
@@ -87,11 +87,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "cluster.array_at_once": (0, 10**6),
     "logs.lines": (0, 10**9),
 }
-"""Option -> least and most."""
+"""Option -> (smallest, largest)."""
 
 
 def check(config: schema.Root) -> None:
-    """Refuse a number out of its range, and text that no file system or environment takes (raises UserError)."""
+    """Refuse numbers out of range, and text that cannot be a file name or
+    environment variable (raises UserError).
+    """
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for option in dataclasses.fields(values):

@@ -1,4 +1,7 @@
-"""Every option of the system, once: its type, its default and what it means (sections.py: of training, commands.py: of the other commands)."""
+"""The sections of each command.
+
+Options, with type, default and documentation, are in sections.py and commands.py.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,12 @@ from hybridtrain.config.sections import (
 class Root(Options):
     """The sections of a command: fields, each a dataclass of options."""
 
-    given = frozenset[str]()  # no annotation: not a section. The options that a command line sets; compose fills it in
+    given = frozenset[str]()  # options that the command line sets, filled in by compose; not a section, since it has no annotation
 
 
 @options
 class Config(Root):
-    """All sections of a training run; commands that train or measure add one of their own."""
+    """All sections of a training run; some commands add their own section."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -112,7 +115,7 @@ class ReportRoot(Root):
 
 @options
 class VerifyRoot(Root):
-    """What is verified is run.dir."""
+    """`hybridtrain verify`; run.dir is what is verified."""
 
     run: RunFolder = field(default_factory=RunFolder)
 
@@ -144,11 +147,15 @@ ROOTS: dict[str, type[Root]] = {
 }
 
 SECTIONS: dict[str, Any] = {section.name: section.default_factory for root in (*ROOTS.values(), Config) for section in fields(root)}
-"""Section -> its dataclass, whole, over all commands."""
+"""Section -> its dataclass, of all commands."""
 
 
 def over_files(root: type[Root]) -> Any:
-    """What files are composed over: training's sections and the command's own; those of other commands may hold anything, since they are left out."""
+    """The schema for configuration files: sections of training and of the command `root`; those of
+    other commands accept anything.
+
+    The same file can be used for several commands, which ignore sections of others.
+    """
     own: dict[str, Any] = {section.name: section.default_factory for kind in (root, Config) for section in fields(kind)}
     others: dict[str, Any] = dict.fromkeys(SECTIONS.keys() - own.keys(), dict[str, Any])
     return make_dataclass("OverFiles", [(name, kind, field(default_factory=dict if name in others else kind)) for name, kind in (own | others).items()])

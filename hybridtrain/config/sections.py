@@ -1,7 +1,8 @@
-"""Options of training, one section each; schema.py puts them together.
+"""Options of training, one section each; schema.py combines them.
 
-The string under a field is its documentation; `--help` prints it. Plain dataclasses (frozen ones make OmegaConf
-nodes read-only), `str` checked against a tuple instead of Literal or enums (OmegaConf refuses or mis-matches those).
+The docstring of an option is its help text. Dataclasses are not frozen, since OmegaConf would make their
+nodes read-only. Options with fixed choices are `str`, checked in config/checks.py: OmegaConf does not support
+Literal, and converts enums.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def options(section: type[OptionsT]) -> type[OptionsT]:
 
 
 class Suggested(int):
-    """A number of a configuration file that nobody asked for on the command line: a vocabulary, which the corpus may enlarge."""
+    """A vocabulary size from a configuration file, not the command line: a larger one of
+    the corpus replaces it.
+    """
 
 
 PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
@@ -64,7 +67,8 @@ class RunConfig(RunFolder):
     """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights, optimizer state, loss scale, step and token count.
     Schedule, learning rate, data, batch size and layout may differ, the model may not. Once the new run has checkpoints, it resumes from those."""
     takeover: bool = False
-    """Ignore the lock that another process holds on the run directory. Use it only if you know that this process is dead."""
+    """Ignore the lock of another process on the run directory. Use it only if you know that
+    this process is dead."""
     allow_data_change: bool = False
     """Resume even though the data or its order differ from the checkpoint's."""
     stop_signal: str = "USR1"
@@ -80,7 +84,7 @@ class RunConfig(RunFolder):
     profile: bool = False
     """Write a torch profiler trace of steps 3 to 5 into the run directory (profile/), and on GPUs a snapshot of the allocator's memory."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that run.profile is about."""
+    """Ranks that run.profile traces."""
 
 
 @options
@@ -125,7 +129,8 @@ class DataConfig(Options):
     eval_path: str = ""
     """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: the documents that `prepare` held out."""
     document_mask: bool = False
-    """Documents in a row do not attend to each other, and positions restart at each document. Always so for conversations."""
+    """Documents in a row do not attend to each other, and positions restart at each document.
+    Always on for conversations."""
     source: list[str] = field(default_factory=list)
     """What `prepare` reads: files, folders, glob patterns or Hugging Face datasets; 'stdlib' is the source code of Python's standard library."""
     format: str = "auto"

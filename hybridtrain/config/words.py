@@ -1,7 +1,8 @@
-"""Values of a command line as text: which text an option was given, before Hydra's grammar makes numbers, lists and nulls of it.
+"""Quotes values on the command line, so that Hydra's grammar does not turn text into numbers, lists or null.
 
-For options that hold text, the value is quoted here, so that it arrives as it was typed: `run.name=2026_11_26` keeps its underscores.
-Left to the grammar: a value in quotes, `null`, calls such as choice(a,b), and interpolations (`${oc.env:TOKEN}`), which also work inside a text.
+Values of text options are quoted here and arrive as typed: `run.name=2026_11_26` keeps its underscores.
+Not changed: values in quotes, `null`, calls such as choice(a,b), and interpolations (`${oc.env:TOKEN}`),
+also inside a text.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ _MOST_DIGITS = 40
 
 
 def quoted(text: str) -> str:
-    """`text` in single quotes, as Hydra's grammar reads it back: backslashes count only in front of a quote."""
+    """`text` in single quotes for Hydra's grammar, in which backslashes escape only before a quote."""
     inner = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
     return "'" + re.sub(r"(\\+)$", lambda match: match[1] * 2, inner) + "'"
 
 
 def literal(text: str) -> str:
-    """`text` in quotes, with nothing in it taken for an interpolation."""
+    """`text` in quotes, without interpolation."""
     return quoted(escaped(text))
 
 
 def escaped(text: str) -> str:
-    """`text` with every `${` escaped, so that OmegaConf reads the characters themselves."""
+    """`text` with every `${` escaped for OmegaConf."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
 
 
 def split(text: str) -> list[str]:
-    """`text` cut at the commas that are in no quotes, brackets or interpolation, without spaces around the parts."""
+    """`text` split at commas outside of quotes, brackets and interpolations; parts are stripped."""
     parts, start, index, open_ = [], 0, 0, []
     while index < len(text):
         character = text[index]
@@ -63,14 +64,14 @@ def is_call(text: str) -> bool:
 
 
 def alternatives(value: str) -> list[str] | None:
-    """The values of a sweep `a,b,c`; None for a call such as range(1,5), which Hydra's grammar expands."""
+    """The values of a sweep `a,b,c`; None for a call such as range(1,5), which Hydra expands."""
     return None if is_call(value) else split(value)
 
 
 def as_typed(value: str, *, kind: str, free: bool) -> str:
-    """The value of an override for an option of type `kind`, in the form in which Hydra hands over what was typed.
+    """An override's value for an option of type `kind`, quoted so that Hydra returns what was typed.
 
-    `free`: the text may be anything (a prompt), so that brackets and calls are characters like others.
+    `free`: the text may be anything, such as a prompt; then brackets and calls have no special meaning.
     """
     if kind == "str":
         return _text(value, free=free)
@@ -97,7 +98,7 @@ def _text(value: str, *, free: bool) -> str:
 
 
 def _whole(value: str) -> str:
-    """1e9 and 2.5e6 as whole numbers, where they are."""
+    """Integers in exponent notation, such as 1e9 and 2.5e6, without it; other values unchanged."""
     text = value.strip()
     if not _NUMBER.fullmatch(text) or not re.search(r"[.eE]", text):
         return value
@@ -111,9 +112,10 @@ def _whole(value: str) -> str:
 
 
 def mapping(value: str, *, numbers: bool) -> dict[str, str] | None:
-    """`{key:value, ...}` with its keys and values as they were typed; None if the text has no such form.
+    """`{key:value, ...}` as a dict of keys and values as typed; None if the text does not have this form.
 
-    The first colon ends a key; where the values are `numbers`, the last, so that a key may be any path.
+    The first colon ends a key; with `numbers` (values are numbers) the last one, so that a key
+    may be any path.
     """
     text = value.strip()
     if not (text.startswith("{") and text.endswith("}")):
@@ -132,6 +134,6 @@ def mapping(value: str, *, numbers: bool) -> dict[str, str] | None:
 
 
 def _bare(text: str) -> str:
-    """`text` without spaces and quotes around it."""
+    """`text` without surrounding spaces and quotes."""
     text = text.strip()
     return re.sub(r"\\(['\"])", r"\1", text[1:-1]) if is_quoted(text) else text

@@ -65,7 +65,7 @@ class PlainLoop:
         self.model = reference.build_model(built, family=family, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
-        if config.recompute.kind == "full":  # Hugging Face has no `selective`: then the plain loop recomputes nothing
+        if config.recompute.kind == "full":  # Hugging Face has no `selective`, which here is `none`
             recompute: Any = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable  # its older name
             recompute({"use_reentrant": False})
         if config.engine.compile:

@@ -156,7 +156,8 @@ class Agreement:
 def agreement(ours: Timing, theirs: Timing, *, precision: str) -> Agreement:
     """Compare the losses of the first step."""
     difference = abs(ours.losses[0] - theirs.losses[0]) / abs(theirs.losses[0])
-    return Agreement(difference, LOSS_TOLERANCE[precision], difference <= LOSS_TOLERANCE[precision])  # false for NaN
+    tolerance = LOSS_TOLERANCE[precision]
+    return Agreement(difference, tolerance, difference <= tolerance)  # false for NaN
 
 
 _NOISY = 1.25

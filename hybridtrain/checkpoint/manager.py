@@ -83,7 +83,7 @@ class Manager:
                 else:
                     _log.warning("%s is not a folder, so hybridtrain did not write it: it stays", path)
         for path in sorted(self.folder.glob("step-*")):
-            if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):  # lost: this name is given last
+            if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):
                 _log.warning("%s has lost its %s: it does not count as a checkpoint, and stays", path, marker.MARKER)
 
     def steps(self) -> list[int]:

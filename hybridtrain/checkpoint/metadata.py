@@ -116,7 +116,8 @@ def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, met
     planner = _LoadPlanner(tensors)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # because of `no_dist`, which an export uses
+            # An export uses `no_dist`.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))

@@ -261,7 +261,7 @@ def _check_shapes(tensors: Mapping[str, torch.Tensor | Fragment], *, stored: met
     if missing:
         raise _of_another_model(path, f"it does not hold {_some(missing)}")
     for key, tensor in sorted(tensors.items()):
-        shape = tuple(entries[key].size)  # type: ignore[union-attr]  # tensors only: metadata.read refuses others
+        shape = tuple(entries[key].size)  # type: ignore[union-attr]  # metadata.read allows only tensors
         if shape != tuple(tensor.shape):
             raise _of_another_model(path, f"{key} has shape {shape} there and {tuple(tensor.shape)} here")
 

@@ -88,7 +88,7 @@ def run_command(command: str, argv: list[str]) -> int:
 
 
 def _check_launch(command: str) -> int | None:
-    """Check the working directory and the launcher's variables; the exit code if they are wrong, else None."""
+    """Check the working directory and the launcher's variables; returns an exit code, or None if they are right."""
     try:
         if command in SEVERAL:
             launch.begin()

@@ -45,7 +45,8 @@ from hybridtrain.config.sections import (
 class Root(Options):
     """The sections of a command: fields, each a dataclass of options."""
 
-    given = frozenset[str]()  # options that the command line sets, filled in by compose; not a section, since it has no annotation
+    # Options that the command line sets, filled in by compose. Without annotation, so that it is not a section.
+    given = frozenset[str]()
 
 
 @options

@@ -1,6 +1,6 @@
 """Rows of S + 1 tokens from documents: the first S are inputs, the last S labels.
 
-    TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: each token but the first is a label once per epoch
+    TextRows   row i is tokens [i*S, i*S + S] of the concatenated documents: all but the first are labels once
     ChatRows   whole conversations, packed into rows by `prepare` (packing.py); the rest of a row is padding
 
 End-of-text tokens are in the file already; a text row is one slice of it.

@@ -2,7 +2,7 @@
 
     class Rows:
         def __len__(self): ...
-        def row(self, index): ...            # token ids; or (token ids, loss mask): True for tokens that are targets
+        def row(self, index): ...            # token ids; or (token ids, loss mask: True for targets)
 
 Order, resuming and distribution over ranks are the same as for a prepared corpus: the rank that trains on a
 row fetches it by its index.
@@ -64,10 +64,10 @@ class UserRows:
             digest.update(tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
         return digest.hexdigest()
 
-    def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - the number of rows does not depend on it
+    def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - not needed
         return len(self.table) if split in self.readers else 0
 
-    def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - unknown without reading all rows
+    def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - assumed
         return True
 
     def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> _Rows:

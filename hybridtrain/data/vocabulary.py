@@ -1,4 +1,4 @@
-"""The tokenizer of prepared data, by its files alone: its end tokens, and whether it differs from a model's."""
+"""The tokenizer of prepared data, by its files: its end tokens, and whether it differs from a model's."""
 
 from __future__ import annotations
 

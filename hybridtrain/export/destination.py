@@ -177,7 +177,7 @@ def _swap(real: Path, *, partial: Path) -> None:
 
 
 def _free(path: Path) -> bool:
-    """Whether `path` does not exist, after removing the rest of an earlier export or an empty folder there."""
+    """Whether `path` does not exist, after removing what is left of an earlier export, or an empty folder."""
     if not (path.exists() or path.is_symlink()):
         return True
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())

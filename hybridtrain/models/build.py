@@ -52,7 +52,8 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     config.use_cache = False
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
-        chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}  # a classifier's head is never tied
+        # A classifier's head is never tied.
+        chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}
     request = repr((sorted(fields.items()), sorted(chosen.items()), attention))
     if chosen and request not in _VERIFIED:
         _check_effective(config, fields, chosen=chosen)
@@ -167,7 +168,7 @@ def _not_effective(key: str, value: object, effective: object) -> UserError:
 
 
 def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
-    """Compare the rotary module with the rotary fields `expected_fields`: its type, its base, and each key."""
+    """Compare the rotary module with the fields `expected_fields`: its type, its base, and each key."""
     key = next(key for key in overrides.ROPE if key in chosen)
     for name, value in expected_fields.items():
         if config.rope_parameters.get(name) != value:

@@ -20,7 +20,7 @@ def is_classifier(architectures: object) -> bool:
 
 
 def labels_of(fields: Mapping[str, Any]) -> list[str]:
-    """Class names in the order of the head's rows, from config.json `fields`; empty if it is no classifier."""
+    """Class names in the order of the head's rows, from config.json `fields`; empty for other models."""
     names = fields.get("id2label")
     if not is_classifier(fields.get("architectures")) or not isinstance(names, Mapping):
         return []

@@ -100,7 +100,8 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
     weights.check_dtypes(tensors, source=model.from_pretrained)
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-    swapped = config.tie_word_embeddings and embed not in tensors and head in tensors  # like transformers: tie to the one that is stored
+    # Of a tied pair only the head may be stored, as transformers allows.
+    swapped = config.tie_word_embeddings and embed not in tensors and head in tensors
     classes = classifier.is_classifier(config.architectures)
     drawn = {head} if classes and head not in tensors else set()
     missing = [name for name in shapes if name not in tensors and name not in drawn and not (swapped and name == embed)]

@@ -120,7 +120,8 @@ def with_end_tokens(
     """
     if of_tokenizer is None:
         return config, generation, []
-    if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:  # a classifier finds the last token by the padding
+    # A classifier finds the last token by the padding.
+    if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:
         config = {**config, "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad}
     trained_ends = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
     of_config, lines = _listed(config.get("eos_token_id")), []

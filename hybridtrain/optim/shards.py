@@ -1,7 +1,7 @@
 """Optimizers update this rank's local shards, not DTensors, so that an update is one fused
 call under every mesh.
 
-parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)    `shard` shares the parameter's memory
+parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)   `shard`: the parameter's memory
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A user's optimizer (optim.kind=NAME), checked, stepped over this rank's shards, and saved like ours.
 
-    factory(groups, optim config) -> torch.optim.Optimizer      groups of shards, with and without weight decay
+    factory(groups, optim config) -> torch.optim.Optimizer    groups of shards, with and without weight decay
 
 Unscaling, clipping and skipping happen before its step. Only element-wise updates are the
 same under every layout.

@@ -185,7 +185,7 @@ def _parse(text: str) -> schema.ParallelConfig:
 
 
 def _without_unsupported(parallel: schema.ParallelConfig, supported: Capabilities) -> schema.ParallelConfig:
-    """A layout without sequence parallelism if the engine does not support it; its name then ends in -nosp."""
+    """A layout, without sequence parallelism (in its name -nosp) if the engine does not support it."""
     return parallel if supported.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
 
 

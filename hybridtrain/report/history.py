@@ -28,7 +28,8 @@ KEYS = (*METRICS, "eval_loss")
 STARTS = ("started", "resumed")
 _LAST_TIME = 2.0**40
 """Largest Unix time that can be shown as a date."""
-SILENT_S = 600.0  # a run without log lines for this long, and for 20 of its usual intervals, may have been killed
+SILENT_S = 600.0
+"""Seconds (and 20 times the usual interval) without log lines after which a run may have been killed."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MARKS = {"checkpoint": ("^", MUTED), "resumed": ("|", INK), "skipped": ("v", ALA
 SMOOTH_FROM = 60  # curves with at least this many points are drawn pale, with a running mean on top
 MOST_MARKS = 200
 LABEL_CHARS = 18
-MOST_LABELS = 14  # names at the ends of curves; more do not fit, but the page shows them under the mouse pointer
+MOST_LABELS = 14  # names at the ends of curves; with more, the page shows them under the mouse pointer
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (5.8, 3.3),

@@ -67,7 +67,8 @@ def choose(config: Config) -> Choice:
                 raise not_resumable(path, words=" of this run")
             return Choice(path, None, others)
         before = compose.read_run(path / "config.yaml")
-        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins  # only the command line gives these permissions
+        # Only the command line gives these permissions.
+        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins
         differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
         if explicit and differing:
             raise _another_run(path, differing)

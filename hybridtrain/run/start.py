@@ -61,7 +61,7 @@ def lock_run(config: Config) -> LockedRun:
             run_lock = lock.acquire(choice.path, takeover=config.run.takeover)
         except UserError:
             remove_folders(new_folders)
-            if choice.before is None and time.monotonic() < until:  # another new run started at the same time, perhaps with another identity
+            if choice.before is None and time.monotonic() < until:  # another new run started at the same time
                 time.sleep(0.05)
                 continue
             raise

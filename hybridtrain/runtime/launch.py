@@ -27,11 +27,11 @@ _log = logging.getLogger("hybridtrain.runtime.launch")
 DEADLINE = "HYBRIDTRAIN_DEADLINE"
 """Environment variable: the job's time limit, as Unix time."""
 JOB = "HYBRIDTRAIN_JOB"
-"""Environment variable, set by `hybridtrain train --nproc`: a unique name of this start, the same in all ranks."""
+"""Environment variable, set by `hybridtrain train --nproc`: a unique name of this start, equal in all ranks."""
 LISTEN_FD = "HYBRIDTRAIN_LISTEN_FD"
-"""Environment variable of rank 0, set by `hybridtrain train --nproc`: descriptor of the socket at MASTER_PORT."""
+"""Environment variable of rank 0, set by `hybridtrain train --nproc`: descriptor of MASTER_PORT's socket."""
 RUN_DIR_FILE = "HYBRIDTRAIN_RUN_DIR_FILE"
-"""Environment variable in a sweep: the file into which a run writes its directory, which may not be run.dir."""
+"""Environment variable in a sweep: the file into which a run writes its directory (run.dir may differ)."""
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_0_FIRST_S = 5.0
 """Seconds that other ranks wait before they exit with an error: the launcher then ends all ranks, and rank 0

@@ -68,7 +68,7 @@ def _console() -> logging.Handler:
 
 
 class _Forgiving(logging.Handler):
-    """Loses lines, without a traceback for each, when the console is closed (`| head`) or the disk is full."""
+    """Drops lines, without tracebacks, when the console is closed (`| head`) or the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not _is_of_the_place(sys.exc_info()[1]):

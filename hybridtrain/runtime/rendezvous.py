@@ -216,7 +216,7 @@ def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: 
 
 
 def _notice(text: str) -> None:
-    _log.log(20 if log.rank() == 0 else 40, text)  # INFO or ERROR: of other ranks the console shows errors only
+    _log.log(20 if log.rank() == 0 else 40, text)  # INFO, or ERROR, since the console hides INFO of other ranks
 
 
 def _who() -> str:

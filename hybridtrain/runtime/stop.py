@@ -43,7 +43,7 @@ class Stop:
         self.reason = ""
         """Why all ranks stop, for people; empty: they do not."""
         self.status = ""
-        """interrupted: by a person; preempted: by the scheduler or another signal; finished: by the program."""
+        """interrupted: by a person; preempted: by the scheduler or a signal; finished: by the program."""
         self._signal = 0
         self._requested = ""
         self._before: dict[int, Any] = {}

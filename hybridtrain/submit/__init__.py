@@ -46,7 +46,8 @@ def run_several(configs: list[SubmitRoot]) -> int:
         raise refusal("data.path", missing[0], problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path=")
     for training in trainings:
         _check_processes(training.parallel, cluster)
-    names = [compose.plain(training)["run"]["name"] for training in trainings]  # without secrets: squeue shows them to all users
+    # Without secrets: squeue shows names to all users.
+    names = [compose.plain(training)["run"]["name"] for training in trainings]
     settings: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable}
     settings |= {"stop_signal": first.run.stop_signal, "plugins": first.run.plugins}
     if missing:  # do not prepare a corpus for a job that Slurm would refuse
@@ -90,7 +91,9 @@ def _where(config: SubmitRoot, choice: identity.Choice) -> str:
 
 
 def _folder(runs: list[Path], *, name: str) -> Path:
-    """Folder of the job script: in the run; for an array a folder of its own, since a queued array may still read its folder."""
+    """Folder of the job script: in the run; for an array a folder of its own, since a queued array may
+    still read its folder.
+    """
     if len(runs) == 1:
         return runs[0] / "submit"
     base = runs[0].parent / "arrays" / re.sub(r"[^\w.-]", "_", name)
@@ -127,7 +130,9 @@ def _queue(text: str, *, folder: Path, runs: list[Path]) -> str:
 
 
 def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterConfig) -> None:
-    """Refuse parallel degrees whose product is not the number of processes (raises UserError that names cluster options)."""
+    """Refuse parallel degrees whose product is not the number of processes (raises UserError
+    that names cluster options).
+    """
     per_node, degrees = script.ranks_per_node(cluster), [getattr(parallel, axis) for axis in layouts.AXES]
     if any(degree < 1 and degree != -1 for degree in degrees) or degrees.count(-1) > 1:
         return  # `layout.resolve` refuses those
@@ -158,7 +163,10 @@ def _dry_run(text: str, summary: list[str]) -> int:
 
 
 def _test_only(text: str) -> str:
-    """Ask Slurm when it would run this script; queues nothing, leaves no file. Raises UserError if Slurm would refuse it."""
+    """Ask Slurm when it would run this script; queues nothing, leaves no file.
+
+    Raises UserError if Slurm would refuse it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.sbatch"
         file.write_bytes(script.encode(text))

@@ -1,4 +1,6 @@
-"""The attempts of a run on a cluster, and the decision after each: done, requeue or failed. Does not call Slurm.
+"""The attempts of a run on a cluster, and the decision after each: done, requeue or failed.
+
+Does not call Slurm.
 
     runs/<name>/submit/lives.json   a list, one object per attempt: chain, job, life, nodes, started, ended,
                                     step_before, step_after, outcome ("life" is `Attempt.restart`)
@@ -55,7 +57,10 @@ def newest_step(run: Path) -> int:
 
 
 def read(run: Path) -> list[Attempt]:
-    """The attempts in lives.json, oldest first; empty if there is no file. Raises UserError if it cannot be read."""
+    """The attempts in lives.json, oldest first; empty if there is no file.
+
+    Raises UserError if it cannot be read.
+    """
     file = run / "submit" / "lives.json"
     if not file.exists():
         return []
@@ -66,7 +71,10 @@ def read(run: Path) -> list[Attempt]:
 
 
 def _parse(entry: Any, file: Path) -> Attempt:
-    """One attempt. Keys that another version added are ignored, keys that it did not write have their default."""
+    """One attempt.
+
+    Keys that another version added are ignored, keys that it did not write have their default.
+    """
     values = {field.name: entry[key] for field in fields(Attempt) if (key := _key(field.name)) in entry} if isinstance(entry, Mapping) else {}
     kinds = {"str": lambda value: isinstance(value, str), "int": lambda value: type(value) is int, "float": lambda value: number(value) is not None}
     wrong = [
@@ -86,7 +94,9 @@ def _key(name: str) -> str:
 
 
 def read_or_reset(run: Path) -> list[Attempt]:
-    """`read` for a job, which must go on: a file that cannot be read is renamed, with a warning, and the count starts anew."""
+    """`read` for a job, which must go on: a file that cannot be read is renamed, with a warning, and
+    the count starts anew.
+    """
     try:
         return read(run)
     except UserError as error:
@@ -116,7 +126,10 @@ def job_id(run: Path) -> str:
 
 
 def write(run: Path, attempts: list[Attempt]) -> None:
-    """Write lives.json, atomically because a requeue may kill this process. Raises UserError on a full disk."""
+    """Write lives.json, atomically because a requeue may kill this process.
+
+    Raises UserError on a full disk.
+    """
     file = run / "submit" / "lives.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,10 @@ _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 
 
 def check(job: Job) -> identity.Choice:
-    """The directory of a run. Raises UserError if another job has it, a process trains there, or it is finished. Reads only."""
+    """The directory of a run.
+
+    Raises UserError if another job has it, a process trains there, or it is finished. Reads only.
+    """
     choice = identity.choose(job.config)
     if choice.before is not None:
         steps = resume.finished_steps(choice.path)

@@ -1,6 +1,6 @@
 """Creates the run directory of a job, with the resolved configuration in it.
 
-runs/<name>/submit/conf/experiment/submitted.yaml    read by `--config-dir <run>/submit/conf experiment=submitted`
+runs/<name>/submit/conf/experiment/submitted.yaml   read by `--config-dir <run>/submit/conf experiment=submitted`
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def create_run(config: schema.Config) -> RunDir:
 
 
 def resolve_job(config: schema.Config, *, world_size: int) -> jobs.Job:
-    """Check all that can be checked before processes start: layout, model, data, schedule, and that run.dir is writable.
+    """Check all that can be checked before processes start: layout, model, data, schedule, and
+    that run.dir is writable.
 
     Raises UserError.
     """
@@ -67,9 +68,11 @@ def resolve_job(config: schema.Config, *, world_size: int) -> jobs.Job:
 
 
 def write_config(config: schema.Config, run: Path) -> None:
-    """Write the configuration that the job's processes will compose, so that later changes in conf/ do not matter.
+    """Write the configuration that the job's processes will compose, so that later changes in
+    conf/ do not matter.
 
-    Without run.plugins: the job script passes it on the command line, since a file of a run must not import code.
+    Without run.plugins: the job script passes it on the command line, since a file of a run
+    must not import code.
     """
     submitted = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[]))
     folder = run / "submit" / "conf" / "experiment"

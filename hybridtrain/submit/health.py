@@ -1,7 +1,8 @@
 """Health check of the nodes, one process per node, before training:  python -m hybridtrain.submit.health RUN
 
-Each node reports to the first one: its GPUs, versions, clock, and whether it can write the run directory. Then all nodes
-all-reduce a tensor. The first node writes nodes that are missing or differ to <run>/submit/bad_nodes.json, and all exit with 1.
+Each node reports to the first one: its GPUs, versions, clock, and whether it can write the run directory.
+Then all nodes all-reduce a tensor. The first node writes nodes that are missing or differ to
+<run>/submit/bad_nodes.json, and all exit with 1.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def local_facts(run: Path, *, gpus: int) -> dict[str, Any]:
 
 
 def compare(facts_of: dict[int, dict[str, Any]], *, names: list[str]) -> dict[str, str]:
-    """Node name -> what is wrong with it. `facts_of`: node number -> its report, and `received`, when it arrived (Unix time)."""
+    """Node name -> what is wrong with it.
+
+    `facts_of`: node number -> its report, and `received`, when it arrived (Unix time).
+    """
     bad = {name: "it did not report in time" for number, name in enumerate(names) if number not in facts_of}
     first = facts_of.get(0)
     for number, facts in facts_of.items():
@@ -64,7 +68,8 @@ def compare(facts_of: dict[int, dict[str, Any]], *, names: list[str]) -> dict[st
 def main(run: Path) -> int:
     me, size, patience = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"]), float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120)
     timeout = timedelta(seconds=patience)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])  # the port that training uses afterwards: another one could be the next job's
+    # The port that training uses afterwards: another one could be the next job's.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     facts = local_facts(run, gpus=int(os.environ.get("HYBRIDTRAIN_GPUS") or 0))
     store = dist.TCPStore(address, port, is_master=me == 0, wait_for_workers=False, timeout=timeout)
     store.set(f"facts-{me}", json.dumps({**facts, "time": time.time()}))
@@ -104,7 +109,10 @@ def _node_names(size: int) -> list[str]:
 
 
 def _all_reduce(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta) -> int:
-    """An all-reduce on the backends that training uses: gloo, and NCCL if there are GPUs. Returns the exit code."""
+    """An all-reduce on the backends that training uses: gloo, and NCCL if there are GPUs.
+
+    Returns the exit code.
+    """
     gpu = torch.cuda.is_available()
     if size > 1:
         network.choose_interface(os.environ["MASTER_ADDR"])

@@ -2,7 +2,7 @@
 
 python -m hybridtrain.submit.job open key=value ...     compose and check the config, unless `submit` has done so;
                                                         prints the run directory, then arguments for training
-python -m hybridtrain.submit.job close RUN --code N --stopped WHY     exit code 0: done, 75: requeue, else: failed
+python -m hybridtrain.submit.job close RUN --code N --stopped WHY   exit code 0: done, 75: requeue, else: failed
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def open_job(argv: list[str]) -> int:
         if run is None:
             from hybridtrain.submit import create
 
-            with contextlib.redirect_stdout(sys.stderr):  # the script reads stdout, and a user's module may print, too
+            with contextlib.redirect_stdout(sys.stderr):  # the script reads stdout, and plugins may print
                 run, plugins = create.create_run_from_overrides(argv)
             words = script.plugins_word(plugins)
         if (holder := lock.holder_elsewhere(run)) is not None:
@@ -67,7 +67,9 @@ def _this_attempt() -> tuple[str, int]:
 
 
 def _submitted_run() -> Path | None:
-    """The run directory that `submit` created for this job, or for this task of an array; None if it created none."""
+    """The run directory that `submit` created for this job, or for this task of an array; None
+    if it created none.
+    """
     if listed := os.environ.get("HYBRIDTRAIN_RUNS"):
         try:
             return Path(os.fsdecode(Path(listed).read_bytes().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
@@ -99,7 +101,10 @@ def close_job(run: Path, *, code: int, stopped: str) -> int:
 
 
 def _outcome(run: Path, *, code: int, stopped: str) -> str:
-    """Outcome of this attempt, for `Attempt.outcome`. A failure is also written to first.txt and summary.json."""
+    """Outcome of this attempt, for `Attempt.outcome`.
+
+    A failure is also written to first.txt and summary.json.
+    """
     status = read_summary(run).get("status")
     if status == "finished" and code == 0:
         return "finished"
@@ -120,7 +125,9 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
 
 
 def _record_end(run: Path, *, status: str, reason: str) -> None:
-    """Record in summary.json how the run ended, unless another process trains in the directory and this job was refused."""
+    """Record in summary.json how the run ended, unless another process trains in the directory and
+    this job was refused.
+    """
     if (holder := lock.holder_elsewhere(run)) is not None:
         _print(f"{run} is not changed: {holder} trains there")
         return
@@ -150,7 +157,9 @@ def _bad_nodes(run: Path) -> dict[str, str]:
 
 
 def _resubmit(run: Path, *, without: dict[str, str], chain: str) -> bool:
-    """Submit a new job that excludes the bad nodes (a running job cannot change its nodes); returns whether it is queued."""
+    """Submit a new job that excludes the bad nodes (a running job cannot change its nodes); returns
+    whether it is queued.
+    """
     script = run / "submit" / "job.sbatch"
     if not script.is_file() or os.environ.get("SLURM_ARRAY_TASK_ID"):
         return False

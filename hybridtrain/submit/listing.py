@@ -26,7 +26,9 @@ _ENDED = ("finished", "failed", "preempted", "interrupted")
 
 
 def runs(config: RunsRoot) -> int:
-    """Print one line per run directory, the newest last; for an unreadable one the line names the damaged file."""
+    """Print one line per run directory, the newest last; for an unreadable one the line
+    names the damaged file.
+    """
     folder = Path(config.runs.folder)
     summaries = _by_age(folder.glob("*/summary.json"))
     if not summaries:
@@ -146,7 +148,10 @@ def _newest_log(run: Path) -> Path | None:
 
 
 def _more(file: Path, position: int) -> int:
-    """Print the file from byte `position` on; returns its new size. A truncated or new file is printed from the start."""
+    """Print the file from byte `position` on; returns its new size.
+
+    A truncated or new file is printed from the start.
+    """
     try:
         with file.open("rb") as stream:
             position = position if position <= stream.seek(0, os.SEEK_END) else 0

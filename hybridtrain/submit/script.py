@@ -1,7 +1,8 @@
-"""The job script: slurm/train.sbatch with generated #SBATCH lines and exports at the top. Pure: text in, text out.
+"""The job script: slurm/train.sbatch with generated #SBATCH lines and exports at the top.
 
-The user's values occur in two places: in #SBATCH lines, which allow only harmless characters because sbatch has its own
-quoting rules; and in exported variables, quoted for the shell. Training options are in the run's submitted.yaml.
+Pure: text in, text out. The user's values occur in two places: in #SBATCH lines, which allow only harmless
+characters because sbatch has its own quoting rules; and in exported variables, quoted for the shell. Training
+options are in the run's submitted.yaml.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ RUNS = "runs.txt"
 
 
 def plugins_word(plugins: list[str]) -> str:
-    """run.plugins as a command-line argument, since a file of a run must not import code; empty without plugins."""
+    """run.plugins as a command-line argument, since a file of a run must not import
+    code; empty without plugins.
+    """
     return f"run.plugins=[{','.join(getattr(name, 'source', name) for name in plugins)}]" if plugins else ""
 
 
 def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> str:
-    """The script for `sbatch`. `folder`: of Slurm's output; `runs`: run directories, several make an array."""
+    """The script for `sbatch`.
+
+    `folder`: of Slurm's output; `runs`: run directories, several make an array.
+    """
     options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
     body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
@@ -46,7 +52,10 @@ def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, p
 
 
 def _word(key: str, value: str) -> str:
-    """A value quoted for the shell. `${oc.env:NAME}` becomes `$NAME`, since Slurm passes the user's environment to the job."""
+    """A value quoted for the shell.
+
+    `${oc.env:NAME}` becomes `$NAME`, since Slurm passes the user's environment to the job.
+    """
     if not isinstance(value, Interpolated):
         return shlex.quote(value)
     variable = _FROM_ENVIRONMENT.fullmatch(value.source)
@@ -62,7 +71,9 @@ def _word(key: str, value: str) -> str:
 
 
 def _check_letters(field: str, value: str) -> None:
-    """Refuse lone surrogates, which no file can hold; those that represent bytes of a non-Unicode path are allowed."""
+    """Refuse lone surrogates, which no file can hold; those that represent bytes of a
+    non-Unicode path are allowed.
+    """
     try:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -71,7 +82,9 @@ def _check_letters(field: str, value: str) -> None:
 
 
 def encode(text: str) -> bytes:
-    """The script as bytes, with the original bytes of non-Unicode paths (`render` has refused what cannot be encoded)."""
+    """The script as bytes, with the original bytes of non-Unicode paths (`render` has refused
+    what cannot be encoded).
+    """
     return text.encode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,7 @@
-"""Calls of Slurm's commands. Each has a time limit, and a failed call raises UserError with Slurm's reason."""
+"""Calls of Slurm's commands.
+
+Each has a time limit, and a failed call raises UserError with Slurm's reason.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ _OPTIONS = (
 
 
 def sbatch(script: Path, *, test_only: bool) -> str:
-    """Queue a script and return the job's id; with `test_only` queue nothing and return when Slurm would run it.
+    """Queue a script and return the job's id; with `test_only` queue nothing and return when
+    Slurm would run it.
 
     Raises UserError with Slurm's reason.
     """
@@ -71,7 +75,10 @@ def _unreachable(reason: str) -> UserError:
 
 
 def ask(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm command; the caller checks its exit code. Raises UserError if it cannot be started or does not end in time."""
+    """Run a Slurm command; the caller checks its exit code.
+
+    Raises UserError if it cannot be started or does not end in time.
+    """
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE_S, env=dict(env))
     except subprocess.TimeoutExpired as error:
@@ -81,7 +88,10 @@ def ask(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[st
 
 
 def check_nodes(nodes: int, *, partition: str) -> None:
-    """Refuse more nodes than the partition has: such a job would wait for ever. No check if sinfo does not tell the number."""
+    """Refuse more nodes than the partition has: such a job would wait for ever.
+
+    No check if sinfo does not tell the number.
+    """
     if shutil.which("sinfo") is None:
         return
     result = ask("sinfo", "-h", *(["-p", partition] if partition else []), "-o", "%D", env=os.environ)
@@ -97,7 +107,10 @@ def check_nodes(nodes: int, *, partition: str) -> None:
 
 
 def states(jobs: list[str]) -> dict[str, str]:
-    """Job id -> state of the jobs that Slurm still knows, by one query; empty without Slurm. Raises UserError if it does not answer."""
+    """Job id -> state of the jobs that Slurm still knows, by one query; empty without Slurm.
+
+    Raises UserError if it does not answer.
+    """
     if not jobs or shutil.which("squeue") is None:
         return {}
     # squeue fails for a single unknown id; among several it ignores unknown ones.

@@ -1,6 +1,6 @@
 """The blocks of a long document that are held out for evaluation.
 
-    |---- stretch 0 ----|-------- stretch 1 --------|---------------- stretch 2 ...    one block each, placed by a hash
+    |---- stretch 0 ----|-------- stretch 1 --------|---------------- stretch 2 ...  one block each, by a hash
            [block]                   [ block ]                    [   block   ]
 
 A document that is a large part of its corpus must be held out neither whole nor not at all. So blocks of it

@@ -27,7 +27,8 @@ from hybridtrain.data.prepare.conversations import Conversation, Message
 from hybridtrain.data.prepare.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
-_NOT_RENDERED = ("tool_calls", "tool_call_id", "id")  # tool calls are checked separately, the others only link messages
+_NOT_RENDERED = ("tool_calls", "tool_call_id", "id")
+"""Keys of messages that need not be rendered: tool calls are checked separately, the others only link messages."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _PROBE = "\u2063probe\u2063"
 

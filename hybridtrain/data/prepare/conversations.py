@@ -1,6 +1,6 @@
 """Reads conversations in all usual formats into lists of messages with text.
 
-    messages            [{role, content}, ...], as in OpenAI's fine-tuning files; also tools, system, chat_template_kwargs
+    messages            [{role, content}, ...] (OpenAI); also tools, system, chat_template_kwargs
     conversations       [{from, value}, ...] (ShareGPT), or messages under this name
     prompt, completion  two texts, or two lists of messages; loss on the completion only
     instruction, output (Alpaca), optionally input and history, which become part of the question
@@ -94,7 +94,7 @@ def fields(key: str) -> set[str]:
 
 
 def has_form(columns: Iterable[str], *, key: str) -> bool:
-    """Whether records with these fields are in a known format, including preference pairs, which are refused."""
+    """Whether records with these fields are in a known format (also preference pairs, which are refused)."""
     present = set(columns)
     return key in present or (key == DEFAULT_KEY and any(present.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
 

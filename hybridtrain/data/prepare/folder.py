@@ -106,7 +106,7 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
         lock = (folder / _LOCK).open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # another `prepare` may have removed it between opening and locking
+            with suppress(FileNotFoundError):  # another `prepare` may have removed it before it was locked
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / _LOCK)):
                     return lock
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Joins the pieces of a corpus into one pair of token files per split, without duplicates, in bounded memory."""
+"""Joins the pieces of a corpus into a pair of token files per split, without duplicates, in bounded memory."""
 
 from __future__ import annotations
 

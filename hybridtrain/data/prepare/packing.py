@@ -2,7 +2,7 @@
 
 `prepare` does it once.
 
-    <split>.idx -> <split>.rows.npy          int64, ids of conversations, row after row, in the order in the row
+    <split>.idx -> <split>.rows.npy          int64, ids of conversations, row after row
                    <split>.row_starts.npy    int64 (rows + 1,): row r has ids row_starts[r] to row_starts[r + 1]
 
 Conversations of equal length are placed together, so that Python loops over lengths and numpy over

@@ -64,7 +64,7 @@ def head(path: str, *, packed: str) -> bytes:
 
 
 def check_beginning(path: str, start: bytes, *, encoding: str) -> None:
-    """Refuse a file whose first bytes are of another format, a git-lfs pointer or UTF-16 (raises UserError)."""
+    """Refuse a file that by its first bytes is no text, a git-lfs pointer or UTF-16 (raises UserError)."""
     if is_lfs_pointer(Path(path)):
         raise lfs_pointer("data.source", Path(path))
     other = next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
@@ -167,7 +167,8 @@ class _Values:
                     self._at = min(error.pos, len(self._window))
                     raise self._problem(error.msg) from None
             else:
-                if isinstance(value, dict | list | str) or self._window[end : end + 1] in _AFTER_NUMBER or self._ended:  # a number may continue
+                # A number at the end of the window may continue.
+                if isinstance(value, dict | list | str) or self._window[end : end + 1] in _AFTER_NUMBER or self._ended:
                     self._at = end
                     return value
             left = len(self._window) - self._at

@@ -76,7 +76,7 @@ class Template:
                 allowed="for conversations, a tokenizer with a chat template",
                 instead="the tokenizer of an instruction-tuned model, or data.chat_template=plain",
             ) from error
-        self._with_tools = tokenizer.get_chat_template(tools=[{}])  # some tokenizers have a second template for tools
+        self._with_tools = tokenizer.get_chat_template(tools=[{}])  # some have a second template for tools
         if _has_powers(self.source) or _has_powers(self._with_tools):
             words = "its chat template raises numbers to powers, which may take for ever"
             raise refusal("data.tokenizer", name, words, allowed="templates without **", instead="another data.tokenizer, or data.chat_template=plain")

@@ -148,7 +148,8 @@ def _clearml_failed(tracker: Any) -> None:
 
 
 def _mlflow_environment(folder: Path) -> dict[str, str]:
-    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # defaults: 7 and 120 s
+    # The defaults are 7 retries and 120 s.
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true", **patience}
 
 

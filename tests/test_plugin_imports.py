@@ -12,7 +12,7 @@ import yaml
 
 import hybridtrain as ht
 from hybridtrain.config import checks, compose, schema
-from hybridtrain.submit import job, mint, script
+from hybridtrain.submit import create, job, script
 from tests.plugins import PLANTED, fresh, in_folder  # noqa: F401 - a fixture
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, finished
@@ -54,7 +54,7 @@ def test_what_submit_leaves_in_a_run_permits_nothing(data: Path, tmp_path: Path,
     run = tmp_path / "run"
     argv = [*arguments(run, data), "run.plugins=[planted]", "schedule.kind=planted"]
     config = compose.training(argv)
-    mint.freeze(config, run)
+    create.write_config(config, run)
     frozen = run / "submit/conf/experiment/submitted.yaml"
     words = ["--config-dir", str(run / "submit/conf"), "experiment=submitted"]
     assert "plugins: []" in frozen.read_text()

@@ -135,7 +135,7 @@ def _clock(device: torch.device) -> _HostClock | _DeviceClock:
 
 
 def tokens_of(config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int) -> Tokens:
-    """The corpus of `data.path`, or random tokens from the seed."""
+    """Tokens of the corpus at `data.path`, or random ones from the seed."""
     task = CausalLM()
     if corpus:
         data = open_data(config.data, timeout_s=0)

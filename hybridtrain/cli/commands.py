@@ -126,7 +126,7 @@ def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | i
         return configs
     config = compose(command, rest)
     if show:
-        return _say(to_yaml(config))
+        return _print(to_yaml(config))
     from hybridtrain.config import checks
 
     checks.check(config)
@@ -273,7 +273,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             run_dir_file.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
         if not section_checks.can_draw():
-            print(f"the runs are not compared, for matplotlib is not installed here: {install('report')}")
+            print(f"the runs are not compared: matplotlib is not installed; {install('report')}")
             return 0
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
     return next((code for code in codes if code), 0)

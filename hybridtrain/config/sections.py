@@ -48,7 +48,7 @@ PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
 
 @options
 class RunFolder(Options):
-    """The `run` section of commands that look at a run."""
+    """The `run` section of commands that read a run."""
 
     dir: str = ""
     """Run directory; empty: runs/<experiment>."""

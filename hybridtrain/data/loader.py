@@ -6,7 +6,7 @@
 
 Where the batch grows with the step (plan.batch), the first sample is the sum of the batches before.
 
-Sample index to row is `blend.drawn`, so a step's rows follow from (seed, step) alone and there is no state to save.
+Sample index to row is `blend.sample_to_row`, so a step's rows follow from (seed, step) alone and there is no state to save.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Loader:
         share = self._plan.rows_at(step) // self._dp_size
         first = self._plan.rows_before(step) + self._dp_rank * share
         samples = np.arange(first, first + share, dtype=np.int64)
-        return drawn(samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed)
+        return sample_to_row(samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of (micro_batch_size, seq_len), where the batch does not grow."""

@@ -46,7 +46,7 @@ class Block:
         rows, length = len(self.tokens), (self.tokens.shape[1] - 1) // pieces
         chosen = np.arange(pieces)[:, None] * length + np.arange(length + 1)
         of = lambda values: None if values is None else values[:, chosen].reshape(rows * pieces, length + 1)  # noqa: E731
-        return self if pieces == 1 else Block(of(self.tokens), of(self.begins), of(self.carries))
+        return self if pieces == 1 else Block(of(self.tokens), of(self.doc_start), of(self.loss_mask))
 
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""

@@ -33,12 +33,12 @@ class Synthetic:
         generator = torch.Generator().manual_seed((self.seed << 20) + step)
         rows = self.plan.rows_at(step)
         tokens = torch.randint(0, self.vocab, (rows, self.plan.seq_len + 1), generator=generator)
-        carries = None
+        loss_mask = None
         if self.labels:
             tokens[:, -1] %= self.labels
-            carries = np.zeros(tokens.shape, dtype=bool)
-            carries[:, -1] = True
+            loss_mask = np.zeros(tokens.shape, dtype=bool)
+            loss_mask[:, -1] = True
         share = rows // self.dp_size
         mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
-        block = Block(tokens[mine].numpy(), None, None if carries is None else carries[mine])
+        block = Block(tokens[mine].numpy(), None, None if loss_mask is None else loss_mask[mine])
         return micro_batches(block, plan=self.plan, step=step, collate=self.collate)

@@ -24,7 +24,7 @@ from hybridtrain.config.schema import Config, ExportRoot
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.export import destination, weights
-from hybridtrain.models import described, tokens
+from hybridtrain.models import config_diff, tokens
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 

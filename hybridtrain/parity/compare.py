@@ -102,19 +102,19 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
         machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder, inputs)
         reference, seconds = _reference(comparison, machine)
         facts = _facts(comparison, tokens=tokens)
-        told = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
-        width = max(len(name) for name in ("at most, without tp", *(f"{entry.name} ({entry.engine})" for entry in comparison.entries)))
+        reference_facts = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
+        width = max(len(name) for name in ("at most, without tp", *(f"{case.name} ({case.engine})" for case in comparison.cases)))
         print(_header(comparison, reference, width=width), flush=True)
-        for entry in comparison.entries:
-            rows.append(_layout(entry, comparison, machine, reference=reference, train=train))
+        for case in comparison.cases:
+            rows.append(_layout(case, comparison, machine, reference=reference, train=train))
             print(verdict.line(rows[-1], width=width), flush=True)
-            verdict.write(path, rows=rows, reference=told, facts=facts)
+            verdict.write(path, rows=rows, reference=reference_facts, facts=facts)
     print(f"\n{_outcome(rows)}\n{path}", flush=True)
     return Parity(tuple(rows), path)
 
 
-def _header(comparison: Comparison, reference: Reference, *, width: int) -> str:
-    by_kind = {"with tp" if entry.layout.tp > 1 else "without tp": _tolerance(entry, comparison, reference) for entry in comparison.entries}
+def _header(comparison: Comparison, reference: ReferenceResult, *, width: int) -> str:
+    by_kind = {"with tp" if case.layout.tp > 1 else "without tp": _tolerance(case, comparison, reference) for case in comparison.cases}
     return verdict.header(by_kind, width=width)
 
 
@@ -123,8 +123,8 @@ def _outcome(rows: list[Row]) -> str:
     return f"{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "")
 
 
-def _tolerance(entry: Entry, comparison: Comparison, reference: Reference) -> dict[str, float]:
-    """AdamW moves an element by about the learning rate a step; of another optimizer it is measured how far it moves one."""
+def _tolerance(case: LayoutCase, comparison: Comparison, reference: ReferenceResult) -> dict[str, float]:
+    """Tolerances of a layout. AdamW moves an element by about the learning rate per step; for others it is measured."""
     config = comparison.config
     moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
     return verdict.tolerances(config.precision.kind, tp=case.layout.tp, moved=moved)

@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridtrain.run import lock
 from hybridtrain.run.record import METRICS, STATUSES, SUMMARY, append_event, append_line
-from hybridtrain.runtime.files import discard, finite, unwritable, write_atomically, write_often
+from hybridtrain.runtime.files import discard, finite, unwritable, write_atomically, write_unsynced
 
 _REPEATED = ("checkpoint", "skipped", "empty")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
 
@@ -166,7 +166,7 @@ def remove_folders(new_folders: tuple[Path, ...]) -> None:
             folder.rmdir()
 
 
-def _stands(line: str, *, step: int) -> bool:
+def _is_current(line: str, *, step: int) -> bool:
     """Whether a line of metrics.jsonl or events.jsonl still holds after a resume at `step`; a torn one does not."""
     try:
         values = json.loads(line)

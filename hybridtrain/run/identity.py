@@ -24,12 +24,12 @@ from hybridtrain.runtime.files import check_outside_checkpoints
 from hybridtrain.types import ModelFacts, Progress
 
 _WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
-_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # a label and two ways to run the same model
+_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # they do not change the model
 _SINGLE_FIELDS = (
     *("run.seed", "run.branch_from", "batch.global_batch_size", "batch.ramp_start", "batch.ramp_increment", "batch.ramp_steps"),
     *("batch.seq_len_start", "batch.seq_len_steps"),
 )
-_HOW = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # how the command was given, nothing about the run
+_INVOCATION = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # options of the command
 _UNSET = "(not set)"
 _TASK = "next-token prediction"
 WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")

@@ -82,12 +82,12 @@ def require_run(path: Path, *, command: str) -> None:
 
 
 def _run_beside(path: Path, *, command: str) -> str:
-    aged = []
+    by_age = []
     with contextlib.suppress(OSError):
         for file in path.parent.glob("*/summary.json"):
             with contextlib.suppress(OSError):
-                aged.append((file.stat().st_mtime, file.parent))
-    return f"hybridtrain {command} {max(aged)[1]}" if aged else f"hybridtrain runs, then hybridtrain {command} RUN"
+                by_age.append((file.stat().st_mtime, file.parent))
+    return f"hybridtrain {command} {max(by_age)[1]}" if by_age else f"hybridtrain runs, then hybridtrain {command} RUN"
 
 
 def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:
@@ -150,7 +150,7 @@ def append_line(file: Path, values: Mapping[str, object]) -> None:
         raise unwritable("run.dir", file.parent, error) from error
 
 
-def attempts(path: Path) -> int:
+def count_attempts(path: Path) -> int:
     """Starts that the events tell of."""
     try:
         lines = (path / "events.jsonl").read_text(errors="replace").splitlines()

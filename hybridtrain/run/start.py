@@ -19,7 +19,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
 from hybridtrain.run.directory import RunDir, make_folders, remove_folders
 from hybridtrain.run.holder import Holder
-from hybridtrain.run.record import NO_REPORT, SUMMARY, attempts, read_summary
+from hybridtrain.run.record import NO_REPORT, SUMMARY, count_attempts, read_summary
 from hybridtrain.runtime import failure, host, launch, log
 from hybridtrain.runtime.files import unwritable, write_atomically
 
@@ -106,7 +106,10 @@ def begin(locked: LockedRun, config: Config, *, yaml_text: str, versions: Mappin
 
 
 def lost_attempt(path: Path, *, holder: Holder | None) -> str:
-    """How the previous attempt ended, if its summary still has status running; else empty. `holder`: the process named in the lock."""
+    """How the last attempt ended, if summary.json still has status running; else empty.
+
+    `holder`: the process in the lock file.
+    """
     summary = read_summary(path)
     if summary.get("status") != "running":
         return ""

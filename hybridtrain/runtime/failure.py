@@ -75,7 +75,7 @@ def is_secondary(error: BaseException) -> bool:
 
 def is_timeout(error: BaseException) -> bool:
     """Whether a collective has waited too long for another rank."""
-    return is_echo(error) and bool(re.search("tim(ed|e) ?out", str(_cause(error)), re.IGNORECASE))
+    return is_secondary(error) and bool(re.search("tim(ed|e) ?out", str(_cause(error)), re.IGNORECASE))
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -85,9 +85,9 @@ def _check_plugins(configs: list[SubmitRoot]) -> None:
         raise refusal("run.plugins", other, problem, allowed="the same modules in all runs of an array", instead="run.plugins with the modules of all")
 
 
-def _where(config: SubmitRoot, choice: identity.Choice) -> str:
-    """The directory that a run would have, and why it is another than run.dir."""
-    return f"run       {choice.path.resolve()}" + (f"; {config.run.dir} holds another run ({choice.others})" if choice.others else "")
+def _run_line(config: SubmitRoot, choice: identity.Choice) -> str:
+    """The directory of a run, and why it is not run.dir where it is not."""
+    return f"run       {choice.path.resolve()}" + (f"; {config.run.dir} holds another run ({choice.differing})" if choice.differing else "")
 
 
 def _folder(runs: list[Path], *, name: str) -> Path:

@@ -13,8 +13,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import checks, schema
 from hybridtrain.config.compose import to_yaml, training
 from hybridtrain.errors import refusal
-from hybridtrain.run import entry as entries
-from hybridtrain.run import identity
+from hybridtrain.run import identity, start
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.record import record_lost
 from hybridtrain.runtime import host

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.run import entry as entries
-from hybridtrain.run import lock
+from hybridtrain.run import lock, start
 from hybridtrain.run.record import read_summary, record_lost
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import read_object, unwritable, write_json

@@ -30,7 +30,7 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
 
     _say_job(job, engine=engine)
     for corpus in job.data.corpora:
-        if isinstance(corpus, OwnRows):
+        if isinstance(corpus, UserRows):
             _log.info(
                 "data      %d rows of %s%s",
                 corpus.count("train", seq_len=job.plan.seq_len),

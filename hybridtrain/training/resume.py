@@ -20,11 +20,10 @@ from hybridtrain.config.schema import CheckpointConfig, Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import config_diff
 from hybridtrain.plan import notation
-from hybridtrain.run import entry as entries
-from hybridtrain.run import identity
+from hybridtrain.run import identity, start
 from hybridtrain.run.directory import RunDir
-from hybridtrain.run.entry import Entry
 from hybridtrain.run.record import read_summary, record_finished, record_lost
+from hybridtrain.run.start import LockedRun
 from hybridtrain.runtime import failure, host, log
 from hybridtrain.runtime.files import read_object, remove_stale_temporaries, unwritable, write_json
 from hybridtrain.types import Progress
@@ -84,7 +83,7 @@ def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
     layout, world, parameters = notation.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
     run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
     if run_dir.lost:
-        failure.earlier(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
+        failure.of_lost_attempt(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
         record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
         _log.warning("%s", run_dir.lost)
     words = [f"{layout} on {world} process{'es' if world > 1 else ''}"]
@@ -181,9 +180,9 @@ def _nothing_left(job: Job, *, locked: LockedRun, progress: Progress) -> None:
     if steps > asked:
         _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", locked.path, steps, asked, on)
         return
-    if read_summary(entry.path).get("status") != "finished":
-        record_finished(entry.path, step=steps, tokens=progress.tokens_seen)
-    _log.info("%s is finished, %d of %d steps are done: nothing is left to do (%s)", entry.path, steps, asked, on)
+    if read_summary(locked.path).get("status") != "finished":
+        record_finished(locked.path, step=steps, tokens=progress.tokens_seen)
+    _log.info("%s is finished, %d of %d steps are done: nothing is left to do (%s)", locked.path, steps, asked, on)
 
 
 def _origin(config: Config, *, run: Path) -> Path:

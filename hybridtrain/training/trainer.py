@@ -20,7 +20,7 @@ from hybridtrain import tasks
 from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
-from hybridtrain.errors import Answered, OnThisRank, UserError, refusal
+from hybridtrain.errors import LocalError, ReportedElsewhere, UserError, refusal
 from hybridtrain.run import identity
 from hybridtrain.run.record import read_summary
 from hybridtrain.runtime import launch, log

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.bench import compare, result
-from hybridtrain.bench.plain import PlainLoop, PlainProcess, Task
+from hybridtrain.bench.plain import PlainLoop, PlainProcess, PlainSettings
 from hybridtrain.bench.rounds import Side
 from hybridtrain.cli import commands
 from hybridtrain.cli.main import main

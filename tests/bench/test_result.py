@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from hybridtrain.bench import result
-from hybridtrain.bench.result import Timing, Work
+from hybridtrain.bench.result import StepWork, Timing
 from hybridtrain.config.compose import compose
 from hybridtrain.models.facts import facts
 from hybridtrain.plan import flops
@@ -41,12 +41,12 @@ def timing(name: str, **changes) -> Timing:
 
 
 def test_figures_by_hand():
-    told = result.document([timing("a"), timing("b", rounds=[[6.0, 6.0], [3.0, 3.0]])], work=Work(600, 1e3, 1e6), precision="fp32", facts_of_run={})
+    told = result.document([timing("a"), timing("b", rounds=[[6.0, 6.0], [3.0, 3.0]])], work=StepWork(600, 1e3, 1e6), precision="fp32", facts_of_run={})
     ours = told["sides"]["a"]
     assert (ours["step_s"], ours["tokens_per_s"], ours["tokens_per_s_per_device"], ours["mfu"]) == (3.0, 200.0, 100.0, pytest.approx(0.1))
     assert (ours["memory_gib_max"], ours["memory_gib_sum"], ours["memory_gib_before"], ours["data_share"]) == (3.0, 4.0, 0.5, pytest.approx(0.05))
     assert told["ratio"]["median"] == pytest.approx(1.5)  # of 6/3 and 3/3
-    lines = result.table([timing("a")], Work(600, 1e3, None)).splitlines()
+    lines = result.table([timing("a")], StepWork(600, 1e3, None)).splitlines()
     assert lines[1].split() == ["a", "3.0000", "(2.7500", "to", "3.2500)", "200", "100", "-", "3.00", "4.00", "0.50"]
 
 
@@ -54,16 +54,16 @@ def test_figures_by_hand():
 def test_other_losses_are_not_the_same_work(theirs):
     pair = [timing("a"), timing("b", losses=[theirs, 5.0])]
     assert not result.agreement(*pair, precision="fp32").holds
-    assert "NOT THE SAME WORK" in result.words(pair, precision="fp32", corpus=False)[-1]
+    assert "NOT THE SAME WORK" in result.summary_lines(pair, precision="fp32", corpus=False)[-1]
     assert result.agreement(timing("a"), timing("b"), precision="fp32").holds
 
 
 def test_times_that_vary_are_told():
     quiet = timing("b", rounds=[[3.0, 3.1], [3.0, 3.1]])
-    assert not result.unquiet([quiet, quiet])
-    [line] = result.unquiet([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])])
+    assert not result.noise_warning([quiet, quiet])
+    [line] = result.noise_warning([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])])
     assert line.startswith("THE MACHINE WAS NOT QUIET: half of the steps lie in plain loop 0.8000 to 3.5000 s;")
-    assert line in result.words([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])], precision="fp32", corpus=False)
+    assert line in result.summary_lines([quiet, timing("plain loop", rounds=[[0.8, 3.5], [0.8, 3.5]])], precision="fp32", corpus=False)
 
 
 def test_flops_of_the_1_1b_llama_by_hand():

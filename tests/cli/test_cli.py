@@ -12,7 +12,7 @@ from hybridtrain.cli import commands
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose, keys, schema
 from hybridtrain.config.sweep import sweep
-from hybridtrain.run import entry as entries
+from hybridtrain.run import start
 from hybridtrain.runtime import launch
 from hybridtrain.training import trainer
 from tests.cli.lines import TRAIN, python, refused

@@ -152,7 +152,7 @@ assert time.monotonic() - begin < 2
 def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_speak(capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch, "SPEAK_FIRST_S", 0.3)
+    monkeypatch.setattr(launch, "RANK_0_FIRST_S", 0.3)
     begin = time.monotonic()
     assert main(["train", "train.step=5"]) == 2
     assert time.monotonic() - begin >= 0.3
@@ -163,7 +163,7 @@ def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_sp
 
 def test_a_mistake_that_only_another_rank_meets_is_said_by_it(capsys, monkeypatch, run_dir):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(launch, "SPEAK_FIRST_S", 0.0)
+    monkeypatch.setattr(launch, "RANK_0_FIRST_S", 0.0)
     assert main(["export", str(run_dir)]) == 2  # no such run: known only while the command runs
     assert capsys.readouterr().err.startswith("[rank 1] hybridtrain export: ")
 

@@ -39,12 +39,12 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] 
 @pytest.mark.parametrize(
     ("data", "words_"),
     [
-        (BOMB.encode(), "multiplies out through its aliases"),
+        (BOMB.encode(), "becomes too large through its aliases"),
         (b"run: {name: " + b"[" * 200_000 + b"]" * 200_000, "nested more than"),
         (b"".join(b" " * (2 * n) + b"a:\n" for n in range(300)), "nested more than"),
         (b"- " * 300 + b"x", "nested more than"),
         (b"run: {name: \xff}", "is not UTF-8"),
-        (b"#" * (1 << 20) + b"\n", "bytes, which no configuration has"),
+        (b"#" * (1 << 20) + b"\n", "bytes, too many for a configuration"),
         (b"run: {name: &x *x}", "does not compose"),
         (b"run: [1]", ""),
         (b"\0", ""),

@@ -120,7 +120,7 @@ def test_samples_of_a_conversation_are_on_one_side_and_no_duplicates_of_one_anot
     assert set(seen.values()) == {"train", "eval"}
     assert sum(split["documents"] for split in facts["splits"].values()) == 80
     assert (facts["conversations"], facts["duplicates"]) == (43, 6)
-    words = "conversations with a sample for each answer, since the template renders earlier answers otherwise"
+    words = "conversations with a sample for each answer, since the template renders earlier answers differently"
     assert facts["notes"] == {words: [43, f"{folder}/talk.jsonl line 1"]}
     assert f"43 {words}, first {folder}/talk.jsonl line 1" in statistics.table(folder / "data")
     with pytest.raises(UserError, match=r"data\.chat_turns=last: .*prepared with all"):
@@ -133,7 +133,7 @@ def test_the_summary_says_what_was_read_and_where_answers_end(folder):
     assert "records    messages of role and content: 2" in lines
     assert "records    prompt and completion: 1" in lines
     assert "fields that are not read: id (1)" in lines
-    assert f"1 conversations with an empty answer, which learn its end alone, first {folder}/talk.jsonl line 2" in lines
+    assert f"1 conversations with an empty answer, of which only the end is trained, first {folder}/talk.jsonl line 2" in lines
     assert "answers end with <|im_end|>; the tokenizer's end of text is <|endoftext|>: exports end a text with either" in lines
 
 

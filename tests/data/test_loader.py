@@ -152,7 +152,7 @@ def test_evaluation_without_a_row_is_refused(data):
 
 def test_rows_longer_than_the_corpus_are_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
-    with pytest.raises(UserError, match=r"data\.seq_len=1000000: .*not one row"):
+    with pytest.raises(UserError, match=r"data\.seq_len=1000000: .*fewer than one row"):
         Loader(data, plan=long, dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
 
 

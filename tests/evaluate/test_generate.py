@@ -137,4 +137,4 @@ def test_a_prompt_beyond_the_vocabulary_is_refused(folder, capsys):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     assert main(["generate", f"generate.source={folder}", "generate.prompt='a <new>'"]) == 2
-    assert "generate.prompt=(token id 300): the tokenizer has a token that the model, of 300 rows" in capsys.readouterr().err
+    assert "generate.prompt=(token id 300): the tokenizer has a token for which the model, with 300 rows" in capsys.readouterr().err

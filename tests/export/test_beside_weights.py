@@ -117,15 +117,15 @@ def test_data_that_was_damaged_since_is_no_reason_not_to_export(tmp_path: Path, 
 
 def test_end_tokens_that_differ_are_named() -> None:
     ends = tokens.Ends(begin=None, end=7, pad=None, turn=9)
-    config, generation, lines = tokens.fitted({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, of_tokenizer=ends, new=False)
+    config, generation, lines = tokens.with_end_tokens({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, of_tokenizer=ends, new=False)
     assert (config, generation) == ({"eos_token_id": 2}, {"eos_token_id": [2, 7, 9]})
     assert lines == [
         "config.json ends texts with [2], the tokenizer with 7",
         "the chat template ends answers with 9, the tokenizer ends texts with [7]",
         "generation_config.json: eos_token_id [2, 7] and 9, which ended what was trained on",
     ]
-    assert tokens.fitted({"eos_token_id": 7}, {}, of_tokenizer=tokens.Ends(None, 7, None, 7), new=False)[2] == []
-    assert len(tokens.fitted({"eos_token_id": 2}, {}, of_tokenizer=ends, new=True)[2]) == 2
+    assert tokens.with_end_tokens({"eos_token_id": 7}, {}, of_tokenizer=tokens.Ends(None, 7, None, 7), new=False)[2] == []
+    assert len(tokens.with_end_tokens({"eos_token_id": 2}, {}, of_tokenizer=ends, new=True)[2]) == 2
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_folder_that_holds_a_model_too_gives_its_tokenizer_alone(tmp_path: Pat
 def test_a_tokenizer_that_changed_after_prepare_is_named_when_it_is_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = run_of(tmp_path, model_of(tied=False), tied=False)
     file = tmp_path / "data" / "tokenizer" / "tokenizer.json"
-    record = {"tokenizer_files": {"tokenizer/tokenizer.json": digests.of(file)}}
+    record = {"tokenizer_files": {"tokenizer/tokenizer.json": digests.record(file)}}
     (tmp_path / "data" / "corpus.json").write_text(json.dumps(record))
     hf.run(exporting(run))
     assert "prepare wrote" not in caplog.text

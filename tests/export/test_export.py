@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridtrain.checkpoint import marker, sealed, sharded
+from hybridtrain.checkpoint import export_record, marker, sharded
 from hybridtrain.cli.main import main
 from hybridtrain.errors import UserError
 from hybridtrain.export import hf, safetensors

@@ -16,7 +16,7 @@ import pytest
 from hybridtrain import report
 from hybridtrain.cli.main import main
 from hybridtrain.config import schema
-from hybridtrain.report import compare, history, plots, ranks, single
+from hybridtrain.report import compare, history, layout_grid, plots, single
 from hybridtrain.run.record import write_machine
 from tests.report.folders import BEGIN, finished, row, write
 

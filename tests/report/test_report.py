@@ -13,7 +13,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.errors import UserError
 from hybridtrain.plan.layout import ParallelLayout
-from hybridtrain.report import compare, history, plots, ranks, series, single
+from hybridtrain.report import compare, history, layout_grid, plots, series, single
 from tests.report.folders import eventful, finished, row, write
 
 

@@ -14,8 +14,7 @@ import pytest
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
-from hybridtrain.run import directory, identity
-from hybridtrain.run import entry as entries
+from hybridtrain.run import directory, identity, start
 from hybridtrain.run.record import METRICS, SUMMARY
 from hybridtrain.runtime.files import unwritable, write_atomically
 from hybridtrain.types import Progress

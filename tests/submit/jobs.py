@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.cli import commands
-from hybridtrain.submit import lives
+from hybridtrain.submit import attempts
 from tests.runs import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,4 +43,4 @@ def output(run: Path) -> str:
 
 
 def outcomes(run: Path) -> list[str]:
-    return [life.outcome for life in lives.read(run)]
+    return [attempt.outcome for attempt in attempts.read(run)]

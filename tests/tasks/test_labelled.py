@@ -27,7 +27,7 @@ def test_a_record_without_a_label_of_the_list_is_refused_with_its_line(tmp_path:
     assert not (tmp_path / "out" / "corpus.json").exists()
 
 
-@pytest.mark.parametrize(("labels", "problem"), [("[]", "fewer than two classes"), ("[a]", "fewer than two classes"), ("[a,b,a]", "a name stands in it twice")])
+@pytest.mark.parametrize(("labels", "problem"), [("[]", "fewer than two classes"), ("[a]", "fewer than two classes"), ("[a,b,a]", "a name occurs twice")])
 def test_classes_that_are_none_are_refused(tmp_path: Path, capsys, labels: str, problem: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine", "label": 1}))
     assert prepare(tmp_path / "a.jsonl", tmp_path / "out", f"data.labels={labels}") == 2

@@ -13,7 +13,7 @@ import contextlib, io, json, sys, time
 began = time.monotonic()
 from hybridtrain.cli import commands
 from hybridtrain.runtime import launch
-launch.SPEAK_FIRST_S = 0.0
+launch.RANK_0_FIRST_S = 0.0
 import os
 answers, rank = {}, os.environ["RANK"]
 for name, world_size, argv in json.load(sys.stdin):

@@ -11,8 +11,8 @@ from typing import Any
 
 from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.join import Joined
-from hybridtrain.data.prepare.packing import Fitted
-from hybridtrain.data.prepare.progress import Meter
+from hybridtrain.data.prepare.packing import PackedRows
+from hybridtrain.data.prepare.progress import ProgressMeter
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import one_line, read_object, write_atomically
 

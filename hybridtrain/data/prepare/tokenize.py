@@ -212,8 +212,8 @@ def _digests(partial: Path) -> dict[str, dict[str, Any]]:
     tokens = [file for split in SPLITS for file in sorted(partial.glob(f"{split}.*"))]
     of_tokenizer = [file for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()]
     return {
-        "digests": {file.name: digests.of(file) for file in tokens},
-        "tokenizer_files": {file.relative_to(partial).as_posix(): digests.of(file) for file in of_tokenizer},
+        "digests": {file.name: digests.record(file) for file in tokens},
+        "tokenizer_files": {file.relative_to(partial).as_posix(): digests.record(file) for file in of_tokenizer},
     }
 
 

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from hybridtrain.data.prepare.pieces import Encode, Piece, write_piece
-from hybridtrain.data.prepare.progress import Meter
+from hybridtrain.data.prepare.progress import ProgressMeter
 from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import host

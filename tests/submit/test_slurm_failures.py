@@ -106,7 +106,7 @@ def test_a_rank_that_always_fails_exhausts_the_budget(slurm, data, tmp_path, mon
     job = submit(run, data)
     ended = slurm.wait(job, timeout_s=240)
     assert ended["JobState"] == "FAILED", output(run)
-    assert ended["Restarts"] == "1", "the second life made no new checkpoint"
+    assert ended["Restarts"] == "1", "the second attempt made no new checkpoint"
     assert outcomes(run) == ["failed", "failed"]
     found = summary(run)
     assert found["status"] == "failed"

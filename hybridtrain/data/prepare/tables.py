@@ -78,7 +78,7 @@ def dataset_of(source: Source, fields: Fields) -> Any:
         if (folder / "state.json").is_file():
             return datasets.load_from_disk(source.path)
         if not (folder / "dataset_dict.json").is_file():
-            return datasets.loaddataset(source.path, name=fields.config or None, split=fields.split)
+            return datasets.load_dataset(source.path, name=fields.config or None, split=fields.split)
         splits = datasets.load_from_disk(source.path)
     except Exception as error:  # the library raises its own, huggingface_hub's and plain ones
         raise refusal(

@@ -1,8 +1,8 @@
-"""The run directory: the files in it, and the one process that writes them. What they say is in record.py.
+"""The run directory: its files, and the one process that may write them. Their contents are in record.py.
 
     runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  lock  model/  checkpoints/  export/  report/  logs/
 
-Everything here is for rank 0, which decides for all ranks; the others know the paths.
+Only rank 0 calls what reads or writes here, on behalf of all ranks; the other ranks use the paths alone.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from hybridtrain.run import lock
 from hybridtrain.run.record import METRICS, STATUSES, SUMMARY, append_event, append_line
 from hybridtrain.runtime.files import discard, finite, unwritable, write_atomically, write_unsynced
 
-_REPEATED = ("checkpoint", "skipped", "empty")  # what happens again when a resume repeats their steps; starts and ends have happened all the same
+_REPEATED = ("checkpoint", "skipped", "empty")  # events that a resume repeats; starts and ends are kept
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run's directory, opened for this command."""
+    """A run's directory, opened by this command."""
 
     path: Path
     continued: bool
-    """The directory held this run already."""
+    """The directory already held this run."""
     checkpoint: Path | None
-    """Newest complete checkpoint to go on from; None: start at step 0."""
+    """Newest complete checkpoint, to resume from; None: start at step 0."""
     attempt: int
     """How often the run was started before."""
     created: bool
-    """The run is new: what it writes was not there."""
+    """The run is new: none of its files existed."""
     new_folders: tuple[Path, ...]
-    """Folders that this command made for it."""
+    """Folders that this command created for the run."""
     lost: str
-    """How the attempt before ended, if it left no report; else empty."""
+    """How the previous attempt ended if it did not record that itself; else empty."""
     changed: Mapping[str, tuple[object, object]]
-    """section.field -> (before, now) of what the command changes in a continued run; none of it is identity."""
+    """section.field -> (old, new) of the options that differ in a continued run; none is
+    part of its identity."""
     step: int
-    """Steps that are done when this attempt begins."""
+    """Steps done when this attempt begins."""
     lock: lock.Lock | None
-    """Rank 0's; None on the others."""
+    """On rank 0; None on the others."""
     summary: dict[str, Any]
-    """Rank 0's; empty on the others."""
+    """On rank 0; empty on the others."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "lock": None, "summary": {}}
 
     @property
     def model(self) -> Path:
-        """Where the model's Hugging Face config belongs, for exports."""
+        """Folder of the model's Hugging Face config, for exports."""
         return self.path / "model"
 
     @property
@@ -65,7 +66,7 @@ class RunDir:
 
     @property
     def failures(self) -> Path:
-        """What failed in this attempt."""
+        """Folder of this attempt's failure reports."""
         return self.path / "failures" / f"life-{self.attempt}"
 
     @property
@@ -77,24 +78,31 @@ class RunDir:
         return self.path / "events.jsonl"
 
     def append_metrics(self, values: Mapping[str, object]) -> None:
-        """Add one line. Keys of METRICS that `values` lacks, and numbers that are not finite, are null. Raises UserError on a full disk."""
+        """Append a line to metrics.jsonl.
+
+        Missing keys of METRICS and numbers that are not finite become null. Raises UserError on a full disk.
+        """
         self.check()
         append_line(self.metrics, {**dict.fromkeys(METRICS), **values})
 
     def append_event(self, kind: str, *, step: int, detail: str) -> None:
-        """Add one line of EVENTS that happened now, when `step` steps were done. Raises UserError on a full disk."""
+        """Append an event of now to events.jsonl: `kind` is one of EVENTS, `step` the steps done.
+
+        Raises UserError on a full disk.
+        """
         self.check()
         append_event(self.path, kind, step=step, detail=detail)
 
     def check(self) -> None:
-        """Raise UserError if another process has taken the run over: nothing may be written any more."""
+        """Raise UserError if another process has taken over the run: this one must not write any more."""
         if self.lock is not None:
             self.lock.check()
 
-    def cut(self, step: int) -> None:
-        """Keep metrics and events up to `step`, atomically, so that no step stands twice after a resume; a line torn by a kill goes too.
+    def truncate(self, step: int) -> None:
+        """Remove metrics and events after `step`, atomically, so that no step occurs twice after a resume.
 
-        The summary takes over what the last of the metrics says: a command that finds nothing left to do must not lose it. Raises UserError.
+        An incomplete last line is removed too. Loss and speed of the last line kept go to the summary, where
+        they would be missing if no step is left to train. Raises UserError.
         """
         for file in (self.metrics, self.events):
             try:
@@ -109,9 +117,10 @@ class RunDir:
                 self.update_summary(final_loss=last.get("loss"), tokens_per_s=last.get("tokens_per_s"))
 
     def update_summary(self, **values: object) -> None:
-        """Write summary.json again, atomically, with these keys of SUMMARY changed. Raises UserError on a full disk.
+        """Rewrite summary.json atomically with new values of keys of SUMMARY.
 
-        A new status is on the disk when this returns; mere progress, which metrics.jsonl has too, does not wait for it.
+        Raises UserError on a full disk. Waits for the disk (fsync) only with a new status: everything else
+        is in metrics.jsonl too.
         """
         assert set(values) <= set(SUMMARY), f"not in a summary: {set(values) - set(SUMMARY)}"
         self.check()
@@ -124,12 +133,15 @@ class RunDir:
             raise unwritable("run.dir", self.path, error) from error
 
     def close(self) -> None:
-        """Give the lock back; the run's last word has been written."""
+        """Release the lock. Nothing is written afterwards."""
         if self.lock is not None:
             self.lock.release()
 
     def undo(self) -> None:
-        """Remove what a new run has written by now, and the folders made for it: nothing was trained. Files of others stay."""
+        """Remove what a new run has written so far, and the folders created for it. Other files stay.
+
+        For a command that is refused before training starts.
+        """
         assert self.created, self.path
         for name in (
             "config.yaml",
@@ -150,7 +162,7 @@ class RunDir:
 
 
 def make_folders(path: Path) -> tuple[Path, ...]:
-    """Create a folder and its parents; returns those that are new. Raises UserError."""
+    """Create a folder and its parents; returns those that did not exist. Raises UserError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()][::-1]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -162,12 +174,14 @@ def make_folders(path: Path) -> tuple[Path, ...]:
 
 def remove_folders(new_folders: tuple[Path, ...]) -> None:
     for folder in reversed(new_folders):
-        with contextlib.suppress(OSError):  # somebody else uses it by now
+        with contextlib.suppress(OSError):  # not empty: it holds files of others
             folder.rmdir()
 
 
 def _is_current(line: str, *, step: int) -> bool:
-    """Whether a line of metrics.jsonl or events.jsonl still holds after a resume at `step`; a torn one does not."""
+    """Whether a line of metrics.jsonl or events.jsonl is kept by a resume at `step`; an
+    incomplete one is not.
+    """
     try:
         values = json.loads(line)
         return values["step"] <= step or values.get("kind", _REPEATED[0]) not in _REPEATED

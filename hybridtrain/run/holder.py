@@ -1,4 +1,4 @@
-"""Who trains in a run directory, as its lock says, and whether that process is alive. No torch."""
+"""The process that holds a run directory's lock, and whether it is alive. No torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from functools import cache
 from pathlib import Path
 
 BEAT_S = 20.0
-"""Seconds between two beats."""
+"""Seconds between two heartbeats."""
 _LONGEST_BEAT_S = 600.0
 _LAST_TIME = 1e11
-"""The year 5138: no lock is from a later time."""
+"""The year 5138; a later time is a damaged lock's."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains in a run directory."""
+    """The process that trains in a run directory. Its fields are the keys of the lock file."""
 
     host: str
     pid: int
     machine: str
-    """Boot and process namespace that `pid` counts in."""
+    """Boot and process namespace in which `pid` is valid."""
     born: str
-    """When the process began, in the kernel's ticks: a pid may be used again."""
+    """Start time of the process in kernel ticks: pids are reused."""
     job: str
     """Slurm job; empty: none."""
     chain: str
@@ -35,10 +35,13 @@ class Holder:
     attempt: int
     """How often Slurm restarted the job."""
     since: float
+    """When the lock was taken, in seconds since 1970."""
     every: float
-    """Seconds between two beats."""
+    """Seconds between two heartbeats."""
     token: str
+    """Random; distinguishes this lock from every other."""
     beat: int
+    """Heartbeats so far."""
 
     def __str__(self) -> str:
         job = f" (job {self.job}{f', restart {self.attempt}' if self.attempt else ''})" if self.job else ""
@@ -46,12 +49,12 @@ class Holder:
 
     @property
     def when(self) -> str:
-        """Since when, in local time."""
+        """When the lock was taken, in local time."""
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
 
     @property
-    def ends_by(self) -> str:
-        """The command that ends it."""
+    def kill_command(self) -> str:
+        """The shell command that ends the process."""
         return f"scancel {self.job}" if self.job else f"kill {self.pid}" + ("" if self.machine == _machine() else f" on {self.host}")
 
 
@@ -59,8 +62,8 @@ _TYPES = {"host": str, "pid": int, "machine": str, "born": str, "job": str, "cha
 _TYPES |= {"since": float, "every": float, "token": str, "beat": int}
 
 
-def parsed(data: bytes) -> Holder | None:
-    """The holder that a lock with this content names; None: it names none."""
+def parse(data: bytes) -> Holder | None:
+    """The holder named in a lock file's content; None if it is empty or damaged."""
     try:
         values = json.loads(data)
         holder = Holder(**{name: kind(values[name]) for name, kind in _TYPES.items()})
@@ -70,7 +73,7 @@ def parsed(data: bytes) -> Holder | None:
 
 
 def this_process() -> Holder:
-    """This process, as a lock names it."""
+    """This process, as the holder of a new lock."""
     job = os.environ.get("SLURM_JOB_ID", "")
     return Holder(
         host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -88,14 +91,16 @@ def this_process() -> Holder:
 
 
 def is_requeue(own: Holder, *, of: Holder) -> bool:
-    """Whether `own` is a later start of the same job, or the job that took its place: Slurm has ended the one before."""
+    """Whether `own` is a restart of the other's Slurm job, or the job that replaced it: Slurm has
+    then ended the other.
+    """
     if not own.chain or own.chain != of.chain:
         return False
     return own.job != of.job or own.attempt > of.attempt
 
 
 def is_dead(holder: Holder) -> bool | None:
-    """Whether the process has ended; None: it is not of this machine, so that nobody here can tell."""
+    """Whether the process has ended; None if it is on another machine, where that cannot be checked."""
     if holder.machine != _machine():
         return None
     return _born(holder.pid) != holder.born
@@ -103,18 +108,20 @@ def is_dead(holder: Holder) -> bool | None:
 
 @cache
 def _machine() -> str:
-    """Boot and process namespace: where a pid means the same process."""
+    """Boot id and pid namespace: within both, a pid identifies a process."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux: names must do
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, in ticks since boot; "" where the system does not say; None: there is no such process, or only its remains."""
+    """Start time of a process in ticks since boot; "" where /proc is missing; None if it does not exist
+    or is a zombie.
+    """
     try:
-        state, *_, begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
-        return None if state in "ZX" else begun
+        state, *_, start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+        return None if state in "ZX" else start
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return None

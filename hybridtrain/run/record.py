@@ -1,4 +1,6 @@
-"""What the files of a run say of it: its summary, its events, its machine."""
+"""The files of a run directory that describe the run: summary.json,
+metrics.jsonl, events.jsonl, machine.json.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ METRICS = (
     "max_memory_gib",
     "time",
 )
-"""Keys of every line of metrics.jsonl; a line may have more (eval_loss)."""
+"""Keys of every line of metrics.jsonl; a line may have more, such as eval_loss."""
 SUMMARY = (
     "status",
     "steps",
@@ -43,17 +45,22 @@ SUMMARY = (
     "versions",
     "git_revision",
 )
-"""Keys of summary.json. What the run runs on stands in machine.json: one entry per host (runtime/host.py)."""
+"""Keys of summary.json. The hardware is in machine.json, one entry per host (runtime/host.py)."""
 _NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
 EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "interrupted", "finished", "failed")
-"""Kinds of the lines of events.jsonl, {time, step, kind, detail}: time in seconds since 1970, step as done at that time."""
+"""Kinds of events. A line of events.jsonl is {time, step, kind, detail}: time in seconds since 1970,
+step = steps done."""
 STATUSES = ("queued", "running", "finished", "preempted", "interrupted", "failed")
-"""preempted: by the scheduler, and it goes on by itself; interrupted: by a person. Runs of earlier versions say preempted for both."""
+"""preempted: by the scheduler, which starts it again; interrupted: by a person. Earlier versions
+wrote preempted for both."""
 NO_REPORT = "ended without a report"
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """summary.json of a run directory; empty if there is none or it cannot be read. A value of another type than its key has is left out."""
+    """summary.json of a run directory; empty if it is missing or unreadable.
+
+    Values of a wrong type are left out.
+    """
     try:
         summary = read_object(path / "summary.json", field="run.dir")
     except UserError:
@@ -67,21 +74,27 @@ def _is_sound(key: str, value: object) -> bool:
     return key not in SUMMARY or isinstance(value, dict if key == "versions" else str)
 
 
-_TRACES = ("config.yaml", "summary.json", "metrics.jsonl")
-"""A folder with one of them is a run's."""
+_RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
+"""A folder with one of them is a run directory."""
 
 
 def require_run(path: Path, *, command: str) -> None:
-    """Refuse a folder that is no run's (raises UserError), naming the run beside it that was written to last for the same command."""
-    if any((path / name).exists() for name in _TRACES):
+    """Raise UserError for a folder that is no run directory; it suggests `command` with the latest run
+    in the parent folder.
+    """
+    if any((path / name).exists() for name in _RUN_FILES):
         return
     problem = (
-        f"there is no {', '.join(_TRACES[:-1])} or {_TRACES[-1]} in it" if path.is_dir() else "it is a file" if path.exists() else "there is no such folder"
+        f"there is no {', '.join(_RUN_FILES[:-1])} or {_RUN_FILES[-1]} in it"
+        if path.is_dir()
+        else "it is a file"
+        if path.exists()
+        else "there is no such folder"
     )
-    raise refusal("run.dir", path, problem, allowed="the folder of a run", instead=_run_beside(path, command=command))
+    raise refusal("run.dir", path, problem, allowed="the folder of a run", instead=_suggest_sibling(path, command=command))
 
 
-def _run_beside(path: Path, *, command: str) -> str:
+def _suggest_sibling(path: Path, *, command: str) -> str:
     by_age = []
     with contextlib.suppress(OSError):
         for file in path.parent.glob("*/summary.json"):
@@ -91,7 +104,10 @@ def _run_beside(path: Path, *, command: str) -> str:
 
 
 def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:
-    """Write machine.json: one entry per host, apart from the summary, which is written at every log line. Raises UserError on a full disk."""
+    """Write machine.json, one entry per host. Raises UserError on a full disk.
+
+    A file of its own, because summary.json is rewritten at every log line.
+    """
     try:
         write_json(path / "machine.json", hosts)
     except OSError as error:
@@ -99,26 +115,29 @@ def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_machine(path: Path) -> list[dict[str, Any]]:
-    """One entry per host: machine.json of a run directory, or what an older summary.json says; empty where neither does."""
+    """machine.json of a run directory, one entry per host; earlier versions had it in summary.json.
+
+    Empty if there is none.
+    """
     try:
         hosts = read_json(path / "machine.json", field="run.dir")
     except UserError:
         hosts = read_summary(path).get("machine")
     entries = [host for host in hosts if isinstance(host, dict)] if isinstance(hosts, list) else []
-    return [{**host, "ranks": [rank for rank in _listed(host.get("ranks")) if isinstance(rank, int)]} for host in entries]
+    return [{**host, "ranks": [rank for rank in _list_or_empty(host.get("ranks")) if isinstance(rank, int)]} for host in entries]
 
 
-def _listed(value: object) -> list[Any]:
+def _list_or_empty(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
 def record_lost(path: Path, *, lost: str, step: int) -> None:
-    """Add the event of an attempt that ended without a report."""
+    """Append the event of an attempt that ended without recording how."""
     append_event(path, "failed", step=step, detail=lost)
 
 
 def record_failed(path: Path, *, reason: str, step: int) -> None:
-    """Note how an attempt failed, from whichever rank is able to: in the summary, and as an event. Raises UserError."""
+    """Record in summary and events why an attempt failed; any rank may call this. Raises UserError."""
     try:
         write_json(path / "summary.json", {**read_summary(path), "status": "failed", "exit_reason": reason})
     except OSError as error:
@@ -127,7 +146,9 @@ def record_failed(path: Path, *, reason: str, step: int) -> None:
 
 
 def record_finished(path: Path, *, step: int, tokens: int) -> None:
-    """Note that a run is at its end: its last attempt had saved its last checkpoint, and could not say so. Raises UserError."""
+    """Record that a run is finished whose last attempt saved the final checkpoint but ended before
+    recording it. Raises UserError.
+    """
     why = "reached the end"
     try:
         write_json(path / "summary.json", {**read_summary(path), "status": "finished", "steps": step, "tokens": tokens, "exit_reason": why})
@@ -137,13 +158,16 @@ def record_finished(path: Path, *, step: int, tokens: int) -> None:
 
 
 def append_event(path: Path, kind: str, *, step: int, detail: str) -> None:
-    """Add one line of EVENTS that happened now, when `step` steps were done. Raises UserError on a full disk."""
+    """Append an event of now to events.jsonl: `kind` is one of EVENTS, `step` the steps done.
+
+    Raises UserError on a full disk.
+    """
     assert kind in EVENTS, kind
     append_line(path / "events.jsonl", {"time": time.time(), "step": step, "kind": kind, "detail": detail})
 
 
 def append_line(file: Path, values: Mapping[str, object]) -> None:
-    """Add one line of JSON to a file of a run. Raises UserError on a full disk."""
+    """Append a line of JSON to a file of a run. Raises UserError on a full disk."""
     try:
         append_json(file, values)
     except OSError as error:
@@ -151,7 +175,7 @@ def append_line(file: Path, values: Mapping[str, object]) -> None:
 
 
 def count_attempts(path: Path) -> int:
-    """Starts that the events tell of."""
+    """Number of starts recorded in events.jsonl."""
     try:
         lines = (path / "events.jsonl").read_text(errors="replace").splitlines()
     except OSError:

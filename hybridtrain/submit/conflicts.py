@@ -32,5 +32,5 @@ def check(job: Job) -> identity.Choice:
                 "run.dir", choice.path, problem, allowed="one job for a run", instead=f"wait for it; scancel {number}; another run.dir (run.name=NAME)"
             )
     if (holder := lock.holder_elsewhere(choice.path)) is not None:
-        raise lock.held(choice.path, by=holder)
+        raise lock.in_use(choice.path, by=holder)
     return choice

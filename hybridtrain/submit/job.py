@@ -39,7 +39,7 @@ def open_job(argv: list[str]) -> int:
                 run, plugins = create.create_run_from_overrides(argv)
             words = script.plugins_word(plugins)
         if (holder := lock.holder_elsewhere(run)) is not None:
-            raise lock.held(run, by=holder)
+            raise lock.in_use(run, by=holder)
         job, restart = _this_attempt()
         attempts.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"])
         if lost := start.lost_attempt(run, holder=lock.read(run)):

@@ -64,7 +64,7 @@ def open_run(job: Job) -> RunDir | None:
         run_dir = start.begin(locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
         if origin:
             _pin(origin, run=locked.path, progress=progress)
-        run_dir.cut(progress.step)
+        run_dir.truncate(progress.step)
         _record_start(job, run_dir=run_dir, origin=origin)
     except BaseException:
         locked.leave()

@@ -169,18 +169,18 @@ def test_metrics_have_all_keys_and_null_for_what_is_not_a_number(config: Config)
 
 def test_cutting_keeps_the_steps_up_to_the_checkpoint_and_drops_a_torn_line(config: Config) -> None:
     run = opened(config)
-    run.cut(5)
+    run.truncate(5)
     assert not run.metrics.exists()
     for step in range(1, 8):
         run.append_metrics({"step": step, "loss": step / 3})
     lines = run.metrics.read_text().splitlines(keepends=True)
     with run.metrics.open("a") as stream:
         stream.write("[" * 200_000 + '\n{"step": 3, "lo')
-    run.cut(5)
+    run.truncate(5)
     assert run.metrics.read_text() == "".join(lines[:5])
     run.append_metrics({"step": 6})
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
-    run.cut(0)
+    run.truncate(0)
     assert run.metrics.read_text() == ""
 
 
@@ -190,7 +190,7 @@ def test_a_cut_takes_away_the_events_that_come_again_and_keeps_starts_and_ends(c
         run.append_event(kind, step=step, detail=f"at {step}")
     with run.events.open("a") as stream:
         stream.write('{"time": 1, "st')
-    run.cut(5)
+    run.truncate(5)
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert [(event["kind"], event["step"], event["detail"]) for event in events] == [("started", 0, "at 0"), ("checkpoint", 5, "at 5"), ("failed", 9, "at 9")]
     assert all(set(event) == {"time", "step", "kind", "detail"} and abs(event["time"] - time.time()) < 60 for event in events)

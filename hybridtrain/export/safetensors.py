@@ -30,7 +30,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """Name, shape and dtype of one tensor of a file."""
 
     name: str
@@ -43,26 +43,26 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(file: Path, *, entries: Sequence[Entry], tensor: Callable[[Entry], torch.Tensor]) -> None:
+def write(file: Path, *, specs: Sequence[TensorSpec], tensor: Callable[[TensorSpec], torch.Tensor]) -> None:
     """Write `file`.
 
-    `tensor` returns the values of an entry, on the CPU, with its shape and dtype; called once
+    `tensor` returns the values of a spec, on the CPU, with its shape and dtype; called once
     for each, in order.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for entry in entries:
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.size]}
-        offset += entry.size
+    for spec in specs:
+        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size]}
+        offset += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # align the values to 8 bytes for memory-mapping
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
-        for entry in entries:
-            values = tensor(entry)
-            assert values.dtype == entry.dtype, f"{entry.name}: {values.dtype} for {entry.dtype}"
-            assert tuple(values.shape) == entry.shape, f"{entry.name}: {values.shape} for {entry.shape}"
+        for spec in specs:
+            values = tensor(spec)
+            assert values.dtype == spec.dtype, f"{spec.name}: {values.dtype} for {spec.dtype}"
+            assert tuple(values.shape) == spec.shape, f"{spec.name}: {values.shape} for {spec.shape}"
             stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())

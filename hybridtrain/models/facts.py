@@ -1,4 +1,7 @@
-"""ModelFacts from a model's config, by json alone: planning works on a login node without torch or transformers."""
+"""ModelFacts from a model's config.json.
+
+Needs no torch or transformers, so that planning works on a login node.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.runtime.files import read_object
 from hybridtrain.types import ModelFacts
 
-# What transformers fills in when config.json leaves a field out, for the fields that planning needs.
+# The defaults of transformers for fields that are missing in config.json, as far as planning needs them.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "max_position_embeddings": 2048, "vocab_size": 32000},
     "mistral": {"tie_word_embeddings": False, "max_position_embeddings": 131072, "vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -27,7 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 SUPPORTED = tuple(_DEFAULTS)
 _NOT_YET = (
     ("attention_dropout", "dropout", "model.config.attention_dropout=0"),
-    ("quantization_config", "training of quantised weights", "the unquantised model with precision=bf16_mixed"),
+    ("quantization_config", "training of quantized weights", "the unquantized model with precision=bf16_mixed"),
 )
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 _ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert", "mpnet", "vit", "clip")
@@ -35,9 +38,11 @@ _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json fields: from_pretrained's own, with `model.config` laid over them (overrides.merge). Raises UserError.
+    """The model's config.json fields: those of from_pretrained,
+    overridden by `model.config` (overrides.merge).
 
-    A folder whose stored head differs from its embedding is not tied (weights.checked_tie). With `model.labels` they are a classifier's.
+    If the folder's head weights differ from its embedding, tie_word_embeddings is false
+    (weights.checked_tie). With `model.labels`, the fields of a classifier. Raises UserError.
     """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
     fields = overrides.merge(source, model.config)
@@ -73,7 +78,7 @@ def _config_json(model: ModelConfig) -> Path:
 
 
 def facts_of(model: ModelConfig) -> ModelFacts:
-    """`facts` of `read_config`. A refusal of what the config.json of from_pretrained says names that file."""
+    """`facts` of `read_config`. Errors about a field of from_pretrained's config.json name that file."""
     try:
         return facts(read_config(model))
     except UserError as error:
@@ -85,22 +90,25 @@ def facts_of(model: ModelConfig) -> ModelFacts:
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:
-    """Derive the facts from config.json fields; refuses families, and what a config.json may ask for, that are not supported yet."""
+    """Derive the facts from config.json fields.
+
+    Raises UserError for families and features that are not supported.
+    """
     kind = fields.get("model_type")
     if kind not in SUPPORTED:
         raise _unsupported(kind)
-    for field, words, instead in _NOT_YET:
+    for field, feature, instead in _NOT_YET:
         if fields.get(field):
-            raise refusal(f"model.config.{field}", fields[field], f"{words} is not supported yet", allowed="none", instead=instead)
-    given: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
-    get: Callable[[str], Any] = given.get
+            raise refusal(f"model.config.{field}", fields[field], f"{feature} is not supported yet", allowed="none", instead=instead)
+    complete: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
+    get: Callable[[str], Any] = complete.get
     missing = [key for key in _SIZES if get(key) is None]
     if missing:
         raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")
-    check_fields(given)
+    check_fields(complete)
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
-    head_dim, kv_heads = _of_heads(given)
+    head_dim, kv_heads = _head_sizes(complete)
     result = ModelFacts(
         model_type=kind,
         layers=get("num_hidden_layers"),
@@ -110,7 +118,7 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
         head_dim=head_dim,
         ffn=get("intermediate_size"),
         vocab=get("vocab_size"),
-        labels=tuple(classifier.labels_of(given)),
+        labels=tuple(classifier.labels_of(complete)),
         tied=bool(get("tie_word_embeddings")),
         window=window or None,
         max_positions=get("max_position_embeddings"),
@@ -119,15 +127,18 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     biases = {"attention": bool(get("attention_bias")), "mlp": bool(get("mlp_bias"))}
     counted = _count(result, biases=biases)
     if counted.parameters > MOST_PARAMETERS:
-        words = f"the model would have {counted.parameters:,} parameters"
-        raise refusal("model.config.hidden_size", hidden, words, allowed=f"up to {MOST_PARAMETERS:,}", instead="the published sizes")
+        problem = f"the model would have {counted.parameters:,} parameters"
+        raise refusal("model.config.hidden_size", hidden, problem, allowed=f"up to {MOST_PARAMETERS:,}", instead="the published sizes")
     return counted
 
 
-def _of_heads(given: Mapping[str, Any]) -> tuple[int, int]:
-    """(size of a head, number of heads of keys and values); refuses numbers of heads that do not divide."""
-    hidden, heads = given["hidden_size"], given["num_attention_heads"]
-    head_dim = given.get("head_dim")
+def _head_sizes(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """(head_dim, number of key-value heads).
+
+    Raises UserError for numbers of heads that do not divide evenly.
+    """
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = fields.get("head_dim")
     if not head_dim and hidden % heads:
         raise refusal(
             "model.config.num_attention_heads",
@@ -136,7 +147,7 @@ def _of_heads(given: Mapping[str, Any]) -> tuple[int, int]:
             allowed=f"divisors of {hidden}",
             instead="a head_dim, or another number of heads",
         )
-    kv_heads = given.get("num_key_value_heads") or heads
+    kv_heads = fields.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise refusal(
             "model.config.num_key_value_heads",
@@ -149,18 +160,18 @@ def _of_heads(given: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _unsupported(kind: object) -> UserError:
-    """The refusal of an architecture, with advice that fits its kind."""
+    """The error for an architecture that cannot be trained, with a suggestion."""
     if kind in _ENCODERS or kind in _OTHERS:
-        words = "only causal language models are trained, and this is " + ("an encoder" if kind in _ENCODERS else "an encoder-decoder model")
+        problem = "only causal language models are trained, and this is " + ("an encoder" if kind in _ENCODERS else "an encoder-decoder model")
     else:
-        words = "this architecture is not supported yet"
+        problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), SUPPORTED, n=1, cutoff=0.75)
     instead = f"model.config.model_type={near[0]}" if near else "a model of these families; CONTRIBUTING.md says what a new one takes"
-    return refusal("model.config.model_type", kind, words, allowed=", ".join(SUPPORTED), instead=instead)
+    return refusal("model.config.model_type", kind, problem, allowed=", ".join(SUPPORTED), instead=instead)
 
 
 def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:
-    """Fill in the number of parameters (a test holds it against the real modules)."""
+    """Fill in the number of parameters (a test compares it with the real modules)."""
     q, kv, hidden = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim, facts.hidden
     layer = hidden * (2 * q + 2 * kv) + 3 * hidden * facts.ffn + 2 * hidden
     if biases["attention"] and facts.model_type in ("llama", "qwen3"):

@@ -75,7 +75,7 @@ MISTAKES = {
     "environment variable that is not set": (["train", "run.name=${oc.env:NOT_SET_ANYWHERE}"], ["run.name", "NOT_SET_ANYWHERE"]),
     "LoRA section": (["train", "lora.rank=8"], ["lora.rank=8", "not supported yet", "model.freeze"]),
     "LoRA in the model": ([*TRAIN, "model.config.lora_rank=8"], ["model.config.lora_rank=8", "not supported yet"]),
-    "quantised weights": ([*TRAIN, "model.config.quantization_config={bits: 4}"], ["model.config.quantization_config", "not supported yet"]),
+    "quantized weights": ([*TRAIN, "model.config.quantization_config={bits: 4}"], ["model.config.quantization_config", "not supported yet"]),
     "no model": (["train", "data.path=x", "train.steps=1"], ["model=(none)", "model=nano"]),
     "no architecture": (["train", "data.path=x", "train.steps=1", "model.config.hidden_size=8"], ["model.config.model_type=(missing)"]),
     "no data": (["train", "model=tiny", "train.steps=1"], ["data.path=''"]),

@@ -124,7 +124,7 @@ def test_a_checkpoint_that_is_none_is_refused_by_its_option(tmp_path: Path, monk
     for command, option in (("export", "export.checkpoint"), ("generate", "generate.source")):
         assert main([command, f"{option}={alone}"]) == 2
         said = four_parts(capsys.readouterr().err, option)
-        assert f"{option}={alone}: it is no checkpoint where its run left it: {tmp_path / 'a'} has no config.yaml" in said
+        assert f"{option}={alone}: it is not in the checkpoints folder of a run: {tmp_path / 'a'} has no config.yaml" in said
         assert "run.dir" not in said
 
 
@@ -138,8 +138,8 @@ def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_p
         "view": torch.randn(4, 6).t(),
         "long": torch.tensor([2**40]),
     }
-    entries = [safetensors.Entry(name, tuple(value.shape), value.dtype) for name, value in values.items()]
-    safetensors.write(tmp_path / "x.safetensors", entries=entries, tensor=lambda entry: values[entry.name])
+    entries = [safetensors.TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()]
+    safetensors.write(tmp_path / "x.safetensors", specs=entries, tensor=lambda entry: values[entry.name])
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
         for name, value in values.items():
@@ -153,7 +153,7 @@ from pathlib import Path
 from hybridtrain.export import hf
 from hybridtrain.config.schema import Config
 def export(run):
-    its = hf.Run(Path(run), Config())
+    its = hf.SourceRun(Path(run), Config())
     hf.export(Path(run) / "step-1", run=its, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

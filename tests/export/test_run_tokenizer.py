@@ -111,10 +111,10 @@ def test_the_tokenizer_of_an_earlier_releases_run_is_that_of_its_data_or_none(
     assert now in said
     shutil.rmtree(begun.data)
     assert main(["export", str(begun.run)]) == 2
-    assert "the export there has a tokenizer, and this one would have none" in four_parts(capsys.readouterr().err, "export.out")
+    assert "the earlier export there has a tokenizer, and this one would have none" in four_parts(capsys.readouterr().err, "export.out")
     assert (begun.run / "export" / "tokenizer.json").read_bytes() == begun.tokenizer
     assert main(["export", str(begun.run), f"export.out={tmp_path / 'new'}"]) == 0
-    assert "without tokenizer, there is none with the data (looked for in data/mine)" in capsys.readouterr().out
+    assert "no tokenizer is exported, there is none with the data (looked in data/mine)" in capsys.readouterr().out
     assert not (tmp_path / "new" / "tokenizer.json").exists()
 
 

@@ -170,7 +170,7 @@ def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: 
     [
         ({"model_type": "gpt2"}, "model.config.model_type=gpt2: this architecture is not supported yet"),
         ({"model_type": "llama", "attention_dropout": 0.1}, "dropout is not supported yet"),
-        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised weights is not supported yet"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantized weights is not supported yet"),
         (None, "there is no config.json in it"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> 
     """
     from hybridtrain.export import hf
 
-    config = ExportRoot(run=RunFolder(dir=str(run)), export=ExportConfig(out=str(out), dtype=dtype))
+    folder, target = (os.path.expanduser(path) for path in (run, out))
+    config = ExportRoot(run=RunFolder(dir=folder), export=ExportConfig(out=target, dtype=dtype))
     checks.check(config)
     return hf.export_newest(config)
 
@@ -55,7 +57,8 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
     from hybridtrain.parity.measure import train_layout
 
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
-    root = ParityRoot(**sections, parity=ParityConfig(layouts=list(layouts), engines=list(engines), steps=steps))
+    named = {name: [given] if isinstance(given, str) else list(given) for name, given in (("layouts", layouts), ("engines", engines))}
+    root = ParityRoot(**sections, parity=ParityConfig(**named, steps=steps))
     checks.check(root)
     if data is not None and config.data.kind != "prepared":
         raise refusal("data.kind", config.data.kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")

@@ -84,7 +84,9 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         raise refusal(field, name, f"hybridtrain has a {kind} of this name itself (at {place})", allowed="another name", instead=instead)
 
     def keep(factory: T) -> T:
-        if before := _entries.get((kind, name)):
+        before, named = _entries.get((kind, name)), getattr(factory, "__qualname__", "")
+        cell = before is not None and before.module == module == "__main__" and getattr(before.factory, "__qualname__", "") == named
+        if before and not (cell or before.place == place):  # a cell of a notebook, or a module, that is run again
             problem = f"it is registered twice: at {before.place} and at {place}"
             raise refusal(field, name, problem, allowed="each name once", instead=f"another name for one of the two, such as {name}_2")
         _entries[kind, name] = _Entry(factory, module, place)
@@ -157,6 +159,24 @@ def lookup(kind: str, name: str) -> Callable[..., Any] | None:
     check(kind, name)
     entry = _entries.get((kind, name))
     return entry.factory if entry else None
+
+
+def make(kind: str, name: str, *arguments: Any) -> Any:
+    """What the factory registered under a name returns for `arguments`; a class that is no function of the config is made without any.
+
+    Raises UserError for what the factory raises, with its place.
+    """
+    factory = lookup(kind, name)
+    assert factory is not None
+    try:
+        return factory() if isinstance(factory, type) and kind in ("task", "callback") else factory(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        problem = f"its factory raised {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
+        raise refusal(
+            FIELDS[kind], name, problem, allowed="a factory that returns", instead=f"the settings that it reads, or another {FIELDS[kind]}"
+        ) from error
 
 
 def check(kind: str, name: str) -> None:

@@ -42,6 +42,9 @@ class UserRows:
         self.table, self.readers = rows, (split,)
         self.field, _, named = field.partition("=")
         self.path = named or type(rows).__name__
+        if isinstance(rows, Mapping):
+            allowed, instead = "a sequence of rows, such as one of its splits", f"{self.field}[{next(iter(rows), 'train')!r}]"
+            raise refusal(self.field, self.path, f"it is a mapping of {', '.join(map(str, rows)) or 'nothing'}", allowed=allowed, instead=instead)
         if not hasattr(rows, "__len__") or not (hasattr(rows, "row") or hasattr(rows, "__getitem__")):
             problem, allowed = "it has no __len__, or neither row(index) nor [index]", "an object with __len__ and row(index), or a datasets.Dataset"
             raise refusal(self.field, self.path, problem, allowed=allowed, instead="a class with these two methods")
@@ -61,7 +64,7 @@ class UserRows:
         count, sampled = len(self.table), min(_SAMPLED, len(self.table))
         for index in (number * count // sampled for number in range(sampled)):
             tokens, mask = self.read(index)
-            digest.update(tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
         return digest.hexdigest()
 
     def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - not needed
@@ -79,9 +82,10 @@ class UserRows:
 
         Raises UserError for an invalid row.
         """
-        row = self.table.row(index) if hasattr(self.table, "row") else self.table[index]
+        row = self.table.row(index) if hasattr(self.table, "row") else self._item(index)
         tokens, mask = row if isinstance(row, tuple) and len(row) == 2 else (row, None)
         if isinstance(row, Mapping):
+            row = self._without_padding(row, index)
             tokens, mask, labels = row.get("input_ids"), row.get("loss_mask"), row.get("labels", row.get("label"))
             if labels is not None and np.ndim(labels) == 0:  # a class: the target of the last token
                 return self._labelled(tokens, labels, index)
@@ -94,6 +98,25 @@ class UserRows:
         if mask is not None and (loss_mask is None or loss_mask.shape != ids.shape):
             raise self._refusal(index, f"it has {len(ids)} tokens, and its mask is {_short(mask)}", allowed="a mask with one value for each token")
         return ids, None if loss_mask is None else loss_mask != 0
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self.table[index]
+        except (KeyError, IndexError, TypeError) as error:
+            problem = f"[{index}] raises {type(error).__name__}: {error}"
+            raise self._refusal(index, problem, allowed="data that returns row i for [i]") from error
+
+    def _without_padding(self, row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """A mapping without the positions that its attention_mask rules out, which a tokenizer has padded."""
+        attended, ids = _array(row.get("attention_mask")), _array(row.get("input_ids"))
+        if attended is None or ids is None:
+            return row
+        [kept] = np.nonzero(attended)
+        if attended.shape != ids.shape or (len(kept) and np.ptp(kept) + 1 != len(kept)):
+            problem = f"it has {len(ids)} tokens, and its attention_mask is {_short(row['attention_mask'])}"
+            raise self._refusal(index, problem, allowed="an attention_mask with one run of ones, for each token one value")
+        each = {name: row[name] for name in ("input_ids", "loss_mask", "labels") if row.get(name) is not None}
+        return {**row, **{name: np.asarray(values)[kept] for name, values in each.items() if np.ndim(values)}}
 
     def _labelled(self, tokens: Any, label: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A row with one label for the whole text: (ids and label, loss mask of the label)."""

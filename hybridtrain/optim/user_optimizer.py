@@ -8,6 +8,7 @@ same under every layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +30,7 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
 
     Raises UserError unless it has all parameters, each with the learning rate optim.lr.
     """
-    factory = registry.lookup("optimizer", settings.kind)
-    assert factory is not None
-    optimizer = factory(parameters, settings)
+    optimizer = registry.make("optimizer", settings.kind, parameters, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
         problem, allowed = f"its factory returned {type(optimizer).__name__}", "a torch.optim.Optimizer"
         raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="a factory (groups, config) that returns one")
@@ -41,7 +40,7 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
         problem, allowed = f"it holds {len(held)} parameters of the {len(passed)} that it was given", "all of them, once each"
         raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="model.freeze for what is not to be trained")
     for rate in (group.get("lr") for group in optimizer.param_groups):
-        if rate is None or float(rate) != settings.lr:
+        if rate is None or not math.isclose(float(rate), settings.lr, rel_tol=1e-6):  # a tensor has it in fp32
             problem, allowed = f"one of its groups has the rate {rate}, optim.lr is {settings.lr:g}", "optim.lr in every group; the schedule multiplies it"
             raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="lr=config.lr in its factory")
     return optimizer

@@ -6,6 +6,7 @@ tensors whole, one at a time, and returns only the differences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class Differences:
 
     def add(self, name: str, value: float) -> None:
         self.compared.add(name)
-        if not value <= self.largest:  # NaN counts as larger than anything
+        if not (value <= self.largest or math.isnan(self.largest)):  # NaN counts as larger than anything
             self.largest, self.name = value, name
 
 

@@ -154,7 +154,7 @@ class RunDir:
             "model/generation_config.json",
         ):
             discard(self.path / name)
-        for pattern in ("logs/rank-*.log", "failures/life-0/*", "model/tokenizer"):
+        for pattern in ("logs/rank-*.log", "failures/life-0/*", "model/tokenizer", "trackers"):  # a new run has found no trackers/ here
             for path in self.path.glob(pattern):
                 discard(path)
         self.close()

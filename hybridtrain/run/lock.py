@@ -203,7 +203,10 @@ def _replace_file(folder: Path, *, own: Holder, before: Holder | None) -> Lock |
     None: another process was faster.
     """
     temporary = folder / f".{NAME}.{own.token}"
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise unwritable("run.dir", folder, error) from error
     lock = None
     try:
         locked = _flock(handle)

@@ -47,6 +47,10 @@ def setup(logs_dir: Path | None) -> None:
             chatty.setLevel(logging.WARNING)
             chatty.propagate = False
             _replace(chatty, logging.NullHandler())
+    for name in CHATTY:  # the file of a run before in the same process
+        for old in [handler for handler in logging.getLogger(name).handlers if isinstance(handler, _File)]:
+            logging.getLogger(name).removeHandler(old)
+            old.close()
     if logs_dir is not None:
         try:
             logs_dir.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ class Rendezvous:
         """
         for rank in range(int(os.environ["WORLD_SIZE"])):
             self.keys.delete_key(_of(rank))
-        for key in (_ARRIVED, _VERDICT):
+        for key in (_ARRIVED, _MISMATCH, _VERDICT):
             self.keys.delete_key(key)
 
 

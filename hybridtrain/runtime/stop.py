@@ -21,7 +21,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from hybridtrain.runtime import launch
+from hybridtrain.runtime import launch, log
+
+_log = log.get("train")
 
 TOGETHER_S = 2.0
 """Signals within so many seconds count as one: a scheduler signals every process, and the launcher forwards
@@ -49,6 +51,10 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
+        self._handles_signals = threading.current_thread() is threading.main_thread()
+        if not self._handles_signals:
+            _log.warning("training runs in a thread of its own: Python gives signals to the main thread, and none stops this run with a checkpoint")
+            return self
         self._read_end, self._write_end = socket.socketpair()
         self._write_end.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
@@ -58,6 +64,8 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._handles_signals:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)

@@ -29,10 +29,9 @@ def of(config: Config, *, labels: int) -> Task:
 
 def own(config: Config) -> Task | None:
     """The task that a user's module has registered as task.kind; None for one of ours. Raises UserError for what is no task."""
-    factory = registry.lookup("task", config.task.kind)
-    if factory is None:
+    if registry.lookup("task", config.task.kind) is None:
         return None
-    task = factory() if isinstance(factory, type) else factory(config)
+    task = registry.make("task", config.task.kind, config)
     if missing := _missing(task):
         problem = f"its factory returned {type(task).__name__}, which has no {missing}"
         raise refusal("task.kind", config.task.kind, problem, allowed="what hybridtrain/tasks/task.py lists", instead="a class that inherits ht.CausalLM")

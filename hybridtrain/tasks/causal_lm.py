@@ -57,7 +57,7 @@ class CausalLM:
     def cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str) -> Tensor:
         """Output head and cross-entropy in chunks of tokens, summed over the labels that are not IGNORE_INDEX: fp32, shape (1,). `name`: a name in `weights`."""
         terms = self.terms if head.training else CausalLM.terms
-        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=head.loss_chunk, gradient=head.gradients[name])
+        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=head.loss_chunk, gradient=head.gradient_of(name))
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """The same sum from logits, in fp32, 0-d, with label smoothing and z-loss."""

@@ -30,8 +30,17 @@ class Head(nn.Module):
         assert model_head.bias is None, "the loss of linear_cross_entropy.py knows no bias"
         self.weight = model_head.weight
         self.task, self.loss_chunk = task, loss_chunk
+        self._used: set[str] = set()
         self.gradients = {name: HeadGradient() for name in task.weights}
         """The weight's, by sum: of each over all micro-batches in flight."""
+
+    def gradient_of(self, name: str) -> HeadGradient:
+        """The weight's gradient of one of the task's sums, which a forward pass may add to once."""
+        if name in self._used:
+            words = "cross_entropy is called a second time for the sum"
+            raise TypeError(f"{type(self.task).__name__}.loss: {words} {name!r}; give each part a name of its own in `weights`")
+        self._used.add(name)
+        return self.gradients[name]
 
     def clear(self) -> None:
         """Forget forward passes that no backward pass followed."""
@@ -39,6 +48,7 @@ class Head(nn.Module):
             gradient.clear()
 
     def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        self._used.clear()
         sums = self.task.loss(hidden_BTD, batch, self)
         for name in self.task.weights:
             shape = tuple(sums[name].shape) if name in sums else None

@@ -46,17 +46,19 @@ class HeadGradient:
     """The gradient of a stage's head weight over all micro-batches in flight: forward passes add to it, backward passes take from it.
 
     A micro-batch's part is in here before its backward pass comes, so whatever a backward pass finds may leave with it: with one
-    micro-batch in flight its own part, under schedules that run several forward passes first the sum of theirs. All losses of a
-    step must be multiplied by the same factor.
+    micro-batch in flight its own part, under schedules that run several forward passes first the sum of theirs. So the losses of
+    micro-batches in flight together must be multiplied by the same factor; where they are not, the gradient is NaN.
     """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.in_flight = 0
+        self.factor: Tensor | None = None
+        """Of the first backward pass that took parts of several micro-batches; None: none has."""
 
     def clear(self) -> None:
         """Forget forward passes that no backward pass followed."""
-        self.total, self.in_flight = None, 0
+        self.total, self.in_flight, self.factor = None, 0, None
 
     def add(self, part: Tensor, *, alone: bool) -> None:
         """Accumulate in fp32. `alone`: the whole part of a micro-batch, kept in its dtype while nothing is added to it."""
@@ -72,8 +74,14 @@ class HeadGradient:
         """
         total, self.total = self.total, None
         self.in_flight -= 1
+        if self.factor is not None:
+            factor = torch.where(factor == self.factor, factor, torch.nan)
+        if self.in_flight == 0:
+            self.factor = None
+        elif self.factor is None:
+            self.factor = factor
         if total is None:
-            return factor.new_zeros((), dtype=dtype).expand(shape)  # not None, which torch's split backward refuses
+            return (factor * 0).to(dtype).expand(shape)  # not None, which torch's split backward refuses
         if total.dtype == dtype:
             return total.mul_(factor)
         taken = torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.errors import refusal
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
@@ -45,7 +46,17 @@ class Evaluate(Callback):
         if info.last or info.step % self.every == 0:
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
-            info.evaluated.update(self.engine.task.evaluate(functools.reduce(operator.add, results)))
+            info.evaluated.update(self._checked(self.engine.task.evaluate(functools.reduce(operator.add, results))))
+
+    def _checked(self, found: Mapping[str, Any]) -> dict[str, float]:
+        """The task's metrics as numbers that may stand beside a line's own (raises UserError)."""
+        for name, value in found.items():
+            number = isinstance(value, int | float) or getattr(value, "ndim", None) == 0
+            if not number or name in metrics.KEYS:
+                problem = f"evaluate returned {name}={value!r}: {'a line has this key itself' if number else 'not a number'}"
+                allowed, instead = "names of its own with numbers", f'{{"eval_{name}": float(...)}}'
+                raise refusal("task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead)
+        return {name: float(value) for name, value in found.items()}
 
 
 class Log(Callback):

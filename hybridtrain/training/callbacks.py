@@ -94,9 +94,7 @@ def registered(config: Config) -> tuple[Callback, ...]:
     """The callbacks that run.callbacks names: a class is made without arguments, a function is called with the config. Raises UserError for what is none."""
     result = []
     for name in config.run.callbacks:
-        factory = registry.lookup("callback", name)
-        assert factory is not None
-        made = factory() if isinstance(factory, type) else factory(config)
+        made = registry.make("callback", name, config)
         if not isinstance(made, Callback):
             problem, instead = f"its factory returned {type(made).__name__}", f'@ht.register("callback", "{name}") above a class that inherits ht.Callback'
             raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)

@@ -47,6 +47,12 @@ class Job:
         found = {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
         return found if self.task is None else {**found, "task": f"{type(self.task).__name__} {dict(self.task.weights)}"}
 
+    @property
+    def evaluated(self) -> dict[str, str]:
+        """What ranks must have in common besides `fingerprints`: the rows of evaluations, which a resumed run may change."""
+        held_out = self.data.evaluated if self.config.train.eval_every else None
+        return {} if held_out is None else {"evaluation data": held_out.fingerprint}
+
 
 def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, task: Task | None) -> Job:
     """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.

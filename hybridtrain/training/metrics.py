@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from hybridtrain.training.callbacks import StepInfo
 
 GIB = 1024**3
+KEYS = (
+    *("step", "tokens_seen", "loss", "step_loss", "grad_norm", "lr", "loss_scale", "skipped", "tokens_per_s", "tokens_per_s_per_device"),
+    *("step_time_s", "mfu", "max_memory_gib", "time", "steps_without_targets", "reserved_memory_gib", "alloc_retries"),
+)
+"""Keys of a line of metrics.jsonl, beside those that a task adds."""
 
 
 def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:

@@ -45,7 +45,7 @@ def open_run(job: Job) -> RunDir | None:
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(locked.path, words="")
         progress = _progress_of(checkpoint, job=job) if checkpoint else Progress(0, 0, {})
-        if checkpoint and progress.step >= job.total_steps:
+        if checkpoint and (progress.step >= job.total_steps or _ended_by_program(job, locked=locked, step=progress.step)):
             _nothing_left(job, locked=locked, progress=progress)
             manager.sweep()
             remove_stale_temporaries(locked.path)
@@ -134,8 +134,12 @@ def source_at_hand(config: Config) -> Config:
     Weights come from the checkpoint, so neither the folder nor the hub is needed. Checkpoints of earlier releases have no config.json: then
     the run's own copy is taken.
     """
-    run, source = Path(config.run.dir), config.model.from_pretrained
+    source = config.model.from_pretrained
     if not source or Path(source).is_dir():
+        return config
+    try:
+        run = identity.choose(config).path  # which may be another than run.dir, of the next number
+    except UserError:  # refused by name when the directory is opened
         return config
     manager = Manager(run / "checkpoints", settings=config.checkpoint)
     steps = manager.steps()
@@ -173,6 +177,13 @@ def _check_described(config: Config, *, checkpoint: Path) -> None:
             _log.warning("%s has changed since %s was written (%s); the checkpoint's holds", beside, checkpoint.name, config_diff.describe(edited))
 
 
+def _ended_by_program(job: Job, *, locked: LockedRun, step: int) -> bool:
+    """Whether a callback has ended the run at this step, and the command is the same as then."""
+    summary = read_summary(locked.path)
+    same = locked.before is not None and not identity.changes(locked.before, job.config)
+    return same and summary.get("status") == "finished" and summary.get("steps") == step
+
+
 def _nothing_left(job: Job, *, locked: LockedRun, progress: Progress) -> None:
     """Say that the run is at its end; if its last attempt could not write that down, do."""
     steps, asked = progress.step, job.total_steps
@@ -180,9 +191,11 @@ def _nothing_left(job: Job, *, locked: LockedRun, progress: Progress) -> None:
     if steps > asked:
         _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", locked.path, steps, asked, on)
         return
-    if read_summary(locked.path).get("status") != "finished":
+    summary = read_summary(locked.path)
+    if summary.get("status") != "finished":
         record_finished(locked.path, step=steps, tokens=progress.tokens_seen)
-    _log.info("%s is finished, %d of %d steps are done: nothing is left to do (%s)", locked.path, steps, asked, on)
+    why = f" ({summary.get('exit_reason')})" if steps < asked else ""
+    _log.info("%s is finished%s, %d of %d steps are done: nothing is left to do (%s)", locked.path, why, steps, asked, on)
 
 
 def _origin(config: Config, *, run: Path) -> Path:

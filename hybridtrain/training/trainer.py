@@ -154,7 +154,7 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
     config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
     try:
         mesh.connect(device, timeout_s=config.engine.timeout_s)
-        agreement.agree(config, fingerprints=job.fingerprints)
+        agreement.agree(config, fingerprints=job.fingerprints | job.evaluated)
         if run_dir is None:
             run_dir = mesh.on_rank0(lambda: _opened(job))  # a start that does not come about leaves no trace
         if run_dir is None:
@@ -181,6 +181,8 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
             )
     except BaseException as error:
         if run_dir is not None:
+            if isinstance(error, UserError):
+                trackers.finish(failed=True)  # a new run that is refused takes its files back
             outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
             trackers.finish(failed=True)
         raise

@@ -155,7 +155,7 @@ def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]
         old, new = getattr(before, section.name), getattr(now, section.name)
         for option in dataclasses.fields(old):
             pair = (getattr(old, option.name), getattr(new, option.name))
-            public = (compose.shown(pair[0]), compose.shown(pair[1]))
+            public = (compose.public_value(pair[0]), compose.public_value(pair[1]))
             if not (_same(*pair) or _same(*public)):
                 result |= _flat(f"{section.name}.{option.name}", public)
     return result

@@ -45,7 +45,7 @@ def agree(config: Config, *, fingerprints: Mapping[str, str]) -> None:
 
 def options(config: Config) -> dict[str, list[str]]:
     """section.option -> what may be shown of it, and a digest of its value (empty where that may differ between hosts)."""
-    shown, whole = compose.plain(config), dataclasses.asdict(config)
+    shown, whole = compose.public(config), dataclasses.asdict(config)
     result = {}
     for section, fields in shown.items():
         for option, value in fields.items():

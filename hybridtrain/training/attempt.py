@@ -82,12 +82,12 @@ def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: li
         save_config(engine.model_config, run_dir.model, model=config.model)
         tokenizer.keep(config, run=run_dir.path, fingerprint=job.fingerprints["data"])
         if config.engine.kind == "deepspeed":
-            write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
+            write_json(run_dir.path / "deepspeed.json", compose.public_value(engine.settings))
     except OSError as error:
         raise unwritable("run.dir", run_dir.path, error) from error
     write_machine(run_dir.path, hosts)
     run_dir.update_summary(tokens=start.tokens_seen)
-    trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
+    trackers.start(config.tracker.kinds, config=compose.public(config), folder=run_dir.path / "trackers", first_step=start.step)
     introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
 
 

@@ -51,7 +51,7 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
 def _say_job(job: Job, *, engine: Any) -> None:
     """Model, layout, batch and precision."""
     config, layout, precision = job.config, job.layout, engine.precision
-    public = compose.plain(config)
+    public = compose.public(config)
     name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
@@ -107,10 +107,10 @@ def _of_plugins(job: Job) -> list[str]:
     """What modules of the user's add, and the settings that theirs read."""
     config, lines = job.config, []
     if config.run.plugins:
-        lines.append(f"plugins   {', '.join(compose.shown(config.run.plugins))} ({registry.listed()})")
+        lines.append(f"plugins   {', '.join(compose.public_value(config.run.plugins))} ({registry.listed()})")
     for name, kind, options in (("optimizer", config.optim.kind, config.optim.options), ("schedule", config.schedule.kind, config.schedule.options)):
         if options:
-            lines.append(f"{name:<9} {kind} {compose.shown(options)}")
+            lines.append(f"{name:<9} {kind} {compose.public_value(options)}")
     return lines
 
 

@@ -202,7 +202,7 @@ def test_an_own_loss_is_trained_under_every_layout_and_is_part_of_what_the_run_i
         assert {key: here[key] for key in ("train_first", "train_second")} == pytest.approx(
             {key: there[key] for key in ("train_first", "train_second")}, rel=1e-5
         )
-    refused = "task=next-token prediction: the checkpoint of step 6 learnt Halves {'first': 1.0, 'second': 0.25}"
+    refused = "task=next-token prediction: the checkpoint of step 6 was trained with Halves {'first': 1.0, 'second': 0.25}"
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], False) == [refused]
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], True) == ["finished"]
 

@@ -210,7 +210,7 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], d
             instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
         )
     if "task" in differing:
-        problem = f"the checkpoint of step {progress.step} learnt {progress.fingerprints.get('task', _TASK)}"
+        problem = f"the checkpoint of step {progress.step} was trained with {progress.fingerprints.get('task', _TASK)}"
         instead = "Trainer(config, task=...) with that one, or a new run.dir with run.branch_from"
         raise refusal("task", fingerprints.get("task", _TASK), problem, allowed="the task that the run began with", instead=instead)
     if differing and not allow_data_change:

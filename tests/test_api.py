@@ -176,7 +176,7 @@ def test_a_collective_on_one_rank_alone_is_a_timeout_that_names_the_callback(tmp
     with pytest.raises(RankFailed):
         run_ranks(2, trained_unevenly, tmp_path / "run")
     reason = str(summary(tmp_path / "run")["exit_reason"])
-    assert "UnevenCallback: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
+    assert "CallbackTimeout: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
     assert [line["step"] for line in rows(tmp_path / "run")] == [1, 2]
     [report] = (tmp_path / "run" / "failures").glob("*/rank-0.json")
     assert "dist.all_reduce(torch.zeros(1))" in json.loads(report.read_text())["traceback"]

@@ -98,7 +98,7 @@ def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
         (entry.path / "config.yaml").write_text(compose.to_yaml(config))
         (entry.path / "summary.json").write_text('{"steps": 100}')
         entry.lock.release()
-    assert trainer._finished(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
+    assert trainer._finished_result(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
 
 
 def test_multirun_runs_every_combination():

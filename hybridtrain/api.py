@@ -27,7 +27,7 @@ def compose(*words: str) -> Config:
 
     Raises UserError.
     """
-    return composing.training(list(words))
+    return composing.train_config(list(words))
 
 
 def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> Path:

@@ -24,7 +24,7 @@ ROWS = (
 
 def gib(model: str, gpus: int, words: str) -> tuple[float, float]:
     """GiB of the rank that needs most: weights, gradients, optimizer state and their copies; activations (an estimate)."""
-    config = compose.training([f"model={model}", *WORK, f"batch.global_batch_size={4 * gpus}", *words.split()])
+    config = compose.train_config([f"model={model}", *WORK, f"batch.global_batch_size={4 * gpus}", *words.split()])
     found = settle(config, world_size=gpus)
     need = memory.needs(config, parallel=config.parallel, layout=found.layout, plan=found.plan, facts=found.facts)
     kept = memory.activations(config, layout=found.layout, plan=found.plan, facts=found.facts)

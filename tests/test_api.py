@@ -176,7 +176,7 @@ def test_a_collective_on_one_rank_alone_is_a_timeout_that_names_the_callback(tmp
     with pytest.raises(RankFailed):
         run_ranks(2, trained_unevenly, tmp_path / "run")
     reason = str(summary(tmp_path / "run")["exit_reason"])
-    assert "UnevenCallback: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
+    assert "CallbackTimeout: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
     assert [line["step"] for line in rows(tmp_path / "run")] == [1, 2]
     [report] = (tmp_path / "run" / "failures").glob("*/rank-0.json")
     assert "dist.all_reduce(torch.zeros(1))" in json.loads(report.read_text())["traceback"]
@@ -202,7 +202,7 @@ def test_an_own_loss_is_trained_under_every_layout_and_is_part_of_what_the_run_i
         assert {key: here[key] for key in ("train_first", "train_second")} == pytest.approx(
             {key: there[key] for key in ("train_first", "train_second")}, rel=1e-5
         )
-    refused = "task=next-token prediction: the checkpoint of step 6 learnt Halves {'first': 1.0, 'second': 0.25}"
+    refused = "task=next-token prediction: the checkpoint of step 6 was trained with Halves {'first': 1.0, 'second': 0.25}"
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], False) == [refused]
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], True) == ["finished"]
 

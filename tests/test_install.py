@@ -77,7 +77,7 @@ def test_the_wheel_holds_its_licence_and_all_of_conf(wheel: Path) -> None:
     assert {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")} == set(PROJECT["optional-dependencies"])
     assert {"hybridtrain/report/page.css", "hybridtrain/report/page.js"} <= set(names)
     carried = {name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")}
-    assert carried == {str(path.relative_to(keys.shipped())) for path in keys.shipped().rglob("*.yaml")}
+    assert carried == {str(path.relative_to(keys.conf_folder())) for path in keys.conf_folder().rglob("*.yaml")}
 
 
 def test_the_wheel_composes_outside_the_checkout(program: Path, tmp_path: Path) -> None:

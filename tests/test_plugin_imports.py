@@ -53,17 +53,17 @@ def test_what_submit_leaves_in_a_run_permits_nothing(data: Path, tmp_path: Path,
     (tmp_path / "planted.py").write_text(PLANTED)
     run = tmp_path / "run"
     argv = [*arguments(run, data), "run.plugins=[planted]", "schedule.kind=planted"]
-    config = compose.training(argv)
+    config = compose.train_config(argv)
     create.write_config(config, run)
     frozen = run / "submit/conf/experiment/submitted.yaml"
     words = ["--config-dir", str(run / "submit/conf"), "experiment=submitted"]
     assert "plugins: []" in frozen.read_text()
     frozen.write_text(frozen.read_text().replace("plugins: []", "plugins: [planted]"))
-    assert compose.training(words).run.plugins == []
+    assert compose.train_config(words).run.plugins == []
     with pytest.raises(ht.UserError, match="not one of the kinds"):
-        checks.check(compose.training(words))
+        checks.check(compose.train_config(words))
     assert not (tmp_path / "imported").exists()
-    checks.check(compose.training([*words, script.plugins_word(config.run.plugins)]))
+    checks.check(compose.train_config([*words, script.plugins_word(config.run.plugins)]))
     assert (tmp_path / "imported").exists()
 
     told = {"name": "x", "folder": run / "submit", "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "runs": [run]}

@@ -214,7 +214,7 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
 
 def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[ProfiledOp]], work: StepWork, hosts: list[Any]) -> int:
     """Print the table and write the JSON; returns the exit code."""
-    from hybridtrain.config.compose import plain as shown
+    from hybridtrain.config.compose import public
     from hybridtrain.runtime import host
 
     lines = ["", result.table(timings, work), "", *result.summary_lines(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
@@ -229,7 +229,7 @@ def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, par
             "model": asdict(settled.facts),
             "machine": hosts,
             "versions": host.versions(),
-            "config": shown(config),
+            "config": public(config),
             "parts": {side: [asdict(part) for part in ops] for side, ops in parts.items()},
         }
         result.write(config.bench.out, result.document(timings, work=work, precision=config.precision.kind, facts_of_run=run))

@@ -120,7 +120,7 @@ def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | i
         from hybridtrain.config.sweep import sweep
 
         configs = [compose(command, job) for job in sweep(command, rest)]
-        checks.own_folders(configs)
+        checks.distinct_folders(configs)
         for config in configs:
             checks.check(config)
         return configs
@@ -256,12 +256,12 @@ def _multirun(command: str, argv: list[str]) -> int:
             instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
         )
     from hybridtrain.config import checks, section_checks
-    from hybridtrain.config.compose import training
+    from hybridtrain.config.compose import train_config
     from hybridtrain.config.sweep import sweep
 
     flags, argv = (argv[:2], argv[2:]) if argv[:1] == ["--nproc"] else ([], argv)
     jobs = sweep(command, argv)
-    checks.own_folders([training(job) for job in jobs] if command == "train" else [])
+    checks.distinct_folders([train_config(job) for job in jobs] if command == "train" else [])
     codes, runs = [], []
     with tempfile.TemporaryDirectory() as folder:
         run_dir_file = Path(folder) / "run"
@@ -272,7 +272,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             runs += [run_dir_file.read_text()] if run_dir_file.exists() else []
             run_dir_file.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
-        if not section_checks.can_draw():
+        if not section_checks.has_matplotlib():
             print(f"the runs are not compared: matplotlib is not installed; {install('report')}")
             return 0
         codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)

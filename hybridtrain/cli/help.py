@@ -47,8 +47,8 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
         lines += _entry("--nproc N", "run in N processes on this machine; auto: the product of the parallel degrees; a degree of -1 uses all GPUs")
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
-    lines += ["", f"groups (group=file selects a file; those of hybridtrain are in {keys.shipped()})"]
-    for group, names in keys.groups_of(command, keys.groups([keys.shipped()])).items():
+    lines += ["", f"groups (group=file selects a file; those of hybridtrain are in {keys.conf_folder()})"]
+    for group, names in keys.groups_of(command, keys.groups([keys.conf_folder()])).items():
         lines += _entry(group, ", ".join(names))
     for section, fields in keys.sections(command).items():
         lines += ["", f"{section}.*"]

@@ -1,1 +1,1 @@
-"""Typed configuration: schema.py (what exists), checks.py (what fits together), compose.py (Hydra)."""
+"""Typed configuration: schema.py (the options), checks.py (which values work together), compose.py (Hydra)."""

@@ -1,8 +1,8 @@
-"""The check of a whole config: kinds, registered names, and what several sections decide together.
+"""Checks a whole config: enumerated options, registered names, and options that depend on each other.
 
-Needs neither torch nor files, and never changes a value. What a section decides alone: section_checks.py;
-numbers: ranges.py.
-Layouts are checked by plan.rules, models by models/, data files by data/: each where the facts are known.
+Needs neither torch nor files, and never changes a value. Checks within one section are in section_checks.py,
+ranges of numbers in ranges.py. Layouts are checked by plan.rules, models by models/, data files by data/,
+where the facts are known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECOMPUTE = ("none", "selective", "full")
 TRACKERS = registry.BUILT_IN["tracker"]
 """Also the names of their packages."""
 TRACKERS_OF_EXTRAS = {"wandb": "wandb", "tensorboard": "trackers"}
-"""Those that an extra of this package installs."""
+"""Trackers that an extra of this package installs -> the extra."""
 CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
@@ -55,12 +55,14 @@ _KINDS = {
     "export.dtype": EXPORT_DTYPES,
     "bench.plain_compile": PLAIN_COMPILE,
 }
-"""Option -> the kinds there are."""
+"""Option -> its allowed values."""
 
 
 def check(config: schema.Root) -> None:
-    """Refuse values that cannot work, alone or together (raises UserError). A command is checked in the sections that it has.
-    The modules of run.plugins are imported first: the names that they register are kinds, too.
+    """Raise UserError for values that cannot work, alone or together.
+
+    Checks the sections that the command has. Imports the modules of run.plugins first: the names that they
+    register are allowed values too.
     """
     if isinstance(config, schema.Config):
         registry.load(config.run.plugins)
@@ -78,45 +80,48 @@ def check(config: schema.Root) -> None:
         _engine(config)
         if "evaluate" not in sections:
             _trainable(config)
-        if not sections.keys() & {"evaluate", "parity", "bench"}:  # a run is started: here, or where a job runs
+        if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
             _trackers(config.tracker, here="cluster" not in sections)
-            _end(config)
-            _has_path(config.data.named)
+            _run_length(config)
+            _require_path(config.data.named)
     if isinstance(config, schema.BenchRoot):
         _bench(config)
     if isinstance(config, schema.PrepareRoot):
-        words, allowed = "nothing to read", "files, folders, patterns, stdlib"
-        require(bool(config.data.source), "data.source", config.data.source, words, allowed=allowed, instead="data.source=[YOUR TEXT]")
-        _has_path(bool(config.data.path))
+        problem, allowed = "nothing to read", "files, folders, patterns, stdlib"
+        require(bool(config.data.source), "data.source", config.data.source, problem, allowed=allowed, instead="data.source=[YOUR TEXT]")
+        _require_path(bool(config.data.path))
 
 
 def _registered(options: Mapping[str, Any]) -> None:
-    """Names that a user's module may add, and the settings that only such a one has."""
+    """Check names that a user's module may register, and options that only registered or
+    only built-in names have.
+    """
     for kind in ("task", "data", "optimizer", "schedule"):
         if (field := registry.FIELDS[kind]) in options:
             registry.check(kind, options[field])
     for name in options.get("run.callbacks", ()):
         registry.check("callback", name)
     for name in ("task.label_smoothing", "task.z_loss"):
-        words, ours = f"task.kind={options.get('task.kind')} computes its own loss", options.get("task.kind") in registry.BUILT_IN["task"]
-        require(ours or not options.get(name), name, options.get(name), words, allowed="0 with a registered task", instead=f"{name}=0")
+        value, task = options.get(name), options.get("task.kind")
+        holds = not value or task in registry.BUILT_IN["task"]
+        require(holds, name, value, f"task.kind={task} computes its own loss", allowed="0 with a registered task", instead=f"{name}=0")
     for section, kind in (("optim", "optimizer"), ("schedule", "schedule")):
-        chosen, given = options.get(f"{section}.kind"), options.get(f"{section}.options")
-        words = f"{section}.kind={chosen} reads none"
+        chosen, value = options.get(f"{section}.kind"), options.get(f"{section}.options")
+        problem, holds = f"{section}.kind={chosen} reads none", not value or chosen not in registry.BUILT_IN[kind]
         allowed, instead = f"{{}} unless {section}.kind is a registered {kind}", f"the options of {section} itself"
-        require(not given or chosen not in registry.BUILT_IN[kind], f"{section}.options", given, words, allowed=allowed, instead=instead)
+        require(holds, f"{section}.options", value, problem, allowed=allowed, instead=instead)
 
 
 def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
-    """`here`: training tracks in this environment, so that the packages must be installed in it."""
+    """Check tracker.kinds. `here`: training runs in this environment, so the packages must be installed."""
     for kind in tracker.kinds:
         known = registry.names("tracker")
         require(kind in known, "tracker.kinds", tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(known), instead="tracker.kinds=[wandb]")
         if here and kind in TRACKERS:
-            there = [name for name in TRACKERS if importlib.util.find_spec(name)]
-            words = f"the package {kind} is not installed here"
+            installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
+            problem = f"the package {kind} is not installed here"
             command = install(TRACKERS_OF_EXTRAS[kind]) if kind in TRACKERS_OF_EXTRAS else f"pip install {kind}"
-            require(kind in there, "tracker.kinds", tracker.kinds, words, allowed=", ".join(there) or "none", instead=command)
+            require(kind in installed, "tracker.kinds", tracker.kinds, problem, allowed=", ".join(installed) or "none", instead=command)
 
 
 def _engine(config: schema.Config) -> None:
@@ -127,37 +132,37 @@ def _engine(config: schema.Config) -> None:
                 kind in ENGINES, "parity.engines", config.parity.engines, f"no engine {kind!r}", allowed=", ".join(ENGINES), instead="parity.engines=[torch]"
             )
         kinds = set(config.parity.engines)
-    parts = {"engine.offload_optimizer": engine.offload_optimizer, "engine.offload_parameters": engine.offload_parameters}
-    for field, value in parts.items():
+    offload = {"engine.offload_optimizer": engine.offload_optimizer, "engine.offload_parameters": engine.offload_parameters}
+    for field, value in offload.items():
         if value == "nvme":
             raise refusal(field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu")
         one_of(field, value, OFFLOAD)
     if "deepspeed" not in kinds:
-        for field, value in parts.items():
+        for field, value in offload.items():
             require(value == "none", field, value, "engine=torch does not offload yet", allowed="none", instead="engine=deepspeed, or parallel.zero_stage=3")
-        words = "these are keys of DeepSpeed's config"
-        require(not engine.config_overrides, "engine.config_overrides", engine.config_overrides, words, allowed="{}", instead="engine=deepspeed")
+        problem = "these are keys of DeepSpeed's config"
+        require(not engine.config_overrides, "engine.config_overrides", engine.config_overrides, problem, allowed="{}", instead="engine=deepspeed")
     else:
-        from hybridtrain.config import deepspeed_checks  # for this engine alone
+        from hybridtrain.config import deepspeed_checks  # only with this engine
 
         deepspeed_checks.check(config)
 
 
-def own_folders(configs: Sequence[schema.Root]) -> None:
-    """Runs of a sweep each write into a folder of their own (raises UserError)."""
+def distinct_folders(configs: Sequence[schema.Root]) -> None:
+    """Raise UserError if two runs of a sweep would write to the same folder."""
     folders = [config.run.dir for config in configs if isinstance(config, schema.Config)]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
+    shared = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if shared is not None:
         raise refusal(
             "run.dir",
-            twice,
+            shared,
             f"one folder for several of {len(folders)} runs",
-            allowed="a folder for each run: those of a sweep are runs/NAME-0, runs/NAME-1 ... by themselves",
+            allowed="a folder for each run; by default those of a sweep are runs/NAME-0, runs/NAME-1, ...",
             instead="run.name=NAME instead of run.dir, or run.dir='folder/${run.name}'",
         )
 
 
-def _has_path(holds: bool) -> None:
+def _require_path(holds: bool) -> None:
     require(holds, "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
 
 
@@ -172,30 +177,30 @@ def _trainable(config: schema.Config) -> None:
     )
 
 
-def _end(config: schema.Config) -> None:
-    """Exactly one of steps, tokens and epochs ends the run, and the phases of the schedule fit into it."""
+def _run_length(config: schema.Config) -> None:
+    """Check that exactly one of steps, tokens and epochs is set, and that the phases of the schedule
+    fit into the run.
+    """
     train = config.train
-    given = {f"train.{name}": getattr(train, name) for name in ("steps", "tokens", "epochs") if getattr(train, name)}
-    for field, value in given.items():
+    limits = {f"train.{name}": getattr(train, name) for name in ("steps", "tokens", "epochs") if getattr(train, name)}
+    for field, value in limits.items():
         in_range(field, value, lambda n: n > 0, allowed="above 0", instead=1000 if field == "train.steps" else 1)
-    if len(given) != 1:
-        words = "the run has no end" if not given else "the run has several ends"
-        shown = ", ".join(f"{field}={value}" for field, value in given.items()) or "all 0"
+    if len(limits) != 1:
         raise refusal(
             "train",
-            shown,
-            words,
+            ", ".join(f"{field}={value}" for field, value in limits.items()) or "all 0",
+            "the run has no end" if not limits else "the run has several ends",
             allowed="exactly one of train.steps, train.tokens, train.epochs above 0",
-            instead="train.steps=1000" if not given else "one of them, the others 0",
+            instead="train.steps=1000" if not limits else "one of them, the others 0",
         )
     tokens_per_step = config.batch.global_batch_size * config.data.seq_len
     steps = train.steps or (0 if config.batch.ramp_start else math.ceil(train.tokens / tokens_per_step))
     if steps:
-        phases(config.schedule, steps=steps)  # of epochs and under a ramp, when the number of steps is known
+        phases(config.schedule, steps=steps)  # else later, once the steps are known
 
 
 def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
-    """Refuse a schedule whose phases do not fit into the run's steps (raises UserError)."""
+    """Raise UserError if the phases of the schedule do not fit into the run's steps."""
     warmup, decay = schedule.warmup_steps, schedule.decay_steps
     require(
         decay == 0 or warmup + decay <= steps,
@@ -206,22 +211,22 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
         instead="schedule.decay_steps=0",
     )
     if schedule.kind == "wsd" and not decay:
-        share = max(1, steps // 10)
+        tenth = max(1, steps // 10)
         require(
-            warmup + share <= steps or warmup == 0,
+            warmup + tenth <= steps or warmup == 0,
             "schedule.warmup_steps",
             warmup,
-            f"{warmup} warm-up steps and the decay of the last {share} overlap in a run of {steps}",
-            allowed=f"up to {max(0, steps - share)}",
+            f"{warmup} warm-up steps and the decay of the last {tenth} overlap in a run of {steps}",
+            allowed=f"up to {max(0, steps - tenth)}",
             instead=f"schedule.warmup_steps={max(0, steps // 10)}",
         )
 
 
 def _bench(config: schema.BenchRoot) -> None:
-    words, instead = "bench times next-token prediction alone", "task=causal_lm"
-    require(config.task.kind == "causal_lm" and not config.model.labels, "task.kind", config.task.kind, words, allowed="causal_lm", instead=instead)
-    words, instead = "the plain loop beside it trains with AdamW", "bench.plain=false"
-    require(config.optim.kind == "adamw" or not config.bench.plain, "optim.kind", config.optim.kind, words, allowed="adamw", instead=instead)
+    problem, instead = "bench times next-token prediction only", "task=causal_lm"
+    require(config.task.kind == "causal_lm" and not config.model.labels, "task.kind", config.task.kind, problem, allowed="causal_lm", instead=instead)
+    problem, instead = "the plain loop that bench compares with trains with AdamW", "bench.plain=false"
+    require(config.optim.kind == "adamw" or not config.bench.plain, "optim.kind", config.optim.kind, problem, allowed="adamw", instead=instead)
     require(
         not config.bench.corpus or bool(config.data.path),
         "bench.corpus",

@@ -1,4 +1,4 @@
-"""What a command line may have: options of the schema, groups in conf/; what is nearest to a wrong key."""
+"""The keys of a command line: options of the schema and groups in conf/, and the nearest one to a wrong key."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FREE_FORM = (
     "schedule.options.",
     "cluster.environment.",
     "cluster.sbatch.",
-)  # any key of another's
-EXPERIMENT = "experiment"  # a group for every command, whose files set options of any section
-OPTIONAL = ("model", "data", "experiment")  # groups of which conf/ chooses no file
+)  # keys of other libraries, not checked here
+EXPERIMENT = "experiment"  # the group that every command has; its files set options of any section
+OPTIONAL = ("model", "data", "experiment")  # groups of which no file is chosen by default
 MAPPINGS = (
     "data.blend",
     "engine.config_overrides",
@@ -34,22 +34,22 @@ MAPPINGS = (
     "cluster.environment",
     "cluster.sbatch",
 )  # the value is {key:value, ...}
-TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # keys of these are text, whatever they look like
+TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # with string keys
 PATHS = (
     *("run.dir", "run.branch_from", "runs.folder", "data.path", "data.blend", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained"),
     *("export.checkpoint", "export.out", "evaluate.source", "generate.source", "report.out", "report.compare", "bench.out", "generate.prompts_file"),
     *("cluster.python", "cluster.container_image"),
 )
-"""Options that may hold paths; in `data.blend` the keys. A leading ~ is expanded in each (compose.typed)."""
-MEANT = {
+"""Options that may be paths; in `data.blend` the keys. compose.to_dataclasses expands a leading ~."""
+SYNONYMS = {
     "precision": {"bf16": "bf16_mixed", "bfloat16": "bf16_mixed", "fp16": "fp16_mixed", "float16": "fp16_mixed", "float32": "fp32", "mixed": "bf16_mixed"},
 }
-"""Group -> what people write -> the file they mean."""
-NOT_YET = re.compile(r"lora|peft|adapter", re.IGNORECASE)
+"""Group -> name often written -> the file of conf/ to suggest."""
+ADAPTERS = re.compile(r"lora|peft|adapter", re.IGNORECASE)
 
 
 class Field(NamedTuple):
-    """One option: its dotted key, the type as written, the default and the docstring."""
+    """One option: its dotted key, its type as written in the schema, its default and its docstring."""
 
     key: str
     type: str
@@ -57,13 +57,13 @@ class Field(NamedTuple):
     doc: str
 
 
-def shipped() -> Path:
-    """The folder of conf/: inside the package in a wheel, beside it in a checkout."""
-    return carried("conf")
+def conf_folder() -> Path:
+    """The folder conf/."""
+    return data_folder("conf")
 
 
-def carried(name: str) -> Path:
-    """A folder that the wheel carries."""
+def data_folder(name: str) -> Path:
+    """A folder of files that belong to the package: inside it in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
@@ -71,7 +71,9 @@ def carried(name: str) -> Path:
 
 @functools.cache
 def sections(command: str) -> dict[str, list[Field]]:
-    """The sections of `command` and their options, in the order of the schema; the command's own section comes first."""
+    """The sections of `command` and their options, in the schema's order; the command's
+    own section comes first.
+    """
     result = {section.name: _fields(section.name, section.default_factory) for section in dataclasses.fields(schema.ROOTS[command])}
     return {command: result.pop(command), **result} if command in result and command != "train" else result
 
@@ -93,7 +95,7 @@ def _default(option: dataclasses.Field) -> Any:
 
 @functools.cache
 def _docstrings() -> dict[str, dict[str, str]]:
-    """Class -> field -> the string under the field, read from the source."""
+    """Class -> field -> the docstring below the field, from the source."""
     result: dict[str, dict[str, str]] = {}
     for node in [node for module in (training_sections, commands) for node in ast.parse(inspect.getsource(module)).body]:
         if not isinstance(node, ast.ClassDef):
@@ -110,17 +112,17 @@ def _docstrings() -> dict[str, dict[str, str]]:
 
 
 def groups_of(command: str, known: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Those of the `known` groups whose files `command` may be given: of its own sections, and experiments."""
+    """The groups among `known` whose files `command` accepts: those of its sections, and experiments."""
     return {group: names for group, names in known.items() if group == EXPERIMENT or group in sections(command)}
 
 
 def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
-    """Group -> the names of its files, over all configuration folders."""
-    found: dict[str, set[str]] = {}
+    """Group -> the names of its files in all configuration folders."""
+    result: dict[str, set[str]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*/*.yaml")):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(names) for group, names in sorted(found.items())}
+            result.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(names) for group, names in sorted(result.items())}
 
 
 def is_known(key: str, allowed: dict[str, list[Field]]) -> bool:
@@ -128,23 +130,23 @@ def is_known(key: str, allowed: dict[str, list[Field]]) -> bool:
     return section in allowed and (key.startswith(FREE_FORM) or any(field.key == key for field in allowed[section]))
 
 
-def nearest_of(value: str, names: Sequence[str]) -> str:
-    """The name that is closest to what was written; else the first."""
-    meant = {text: name for group in MEANT.values() for text, name in group.items()}
-    near = [meant[value]] if meant.get(value) in names else difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+def nearest_name(value: str, names: Sequence[str]) -> str:
+    """The name most similar to `value`; the first if none is similar."""
+    synonyms = {text: name for group in SYNONYMS.values() for text, name in group.items()}
+    near = [synonyms[value]] if synonyms.get(value) in names else difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     return near[0] if near else names[0]
 
 
 def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], groups: list[str]) -> None:
-    """Refuse a key that the schema does not have, naming the nearest one (raises UserError)."""
+    """Raise UserError, suggesting the nearest key, for one that the schema does not have."""
     section, _, name = key.partition(".")
     keys = [field.key for fields in allowed.values() for field in fields]
     if is_known(key, allowed):
         return
     if key in migrate.RENAMED:
         now = migrate.RENAMED[key]
-        raise refusal(key, value, f"no such option; it is {now} since a later version", allowed=now, instead=f"{now}=VALUE")
-    if NOT_YET.search(key):
+        raise refusal(key, value, f"no such option; it has been renamed to {now}", allowed=now, instead=f"{now}=VALUE")
+    if ADAPTERS.search(key):
         raise refusal(
             key,
             value,
@@ -155,18 +157,20 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
     if section in allowed and not name:
         options = ", ".join(field.key for field in allowed[section])
         raise refusal(key, value, f"{key} is a section", allowed=options, instead=f"{allowed[section][0].key}=VALUE")
-    where = [k for k in keys if k.startswith(section + ".")] or [*keys, *groups]
+    siblings = [k for k in keys if k.startswith(section + ".")]
     raise refusal(
         key,
         value,
         "no such option",
-        allowed=f"{section}: " + ", ".join(k.partition(".")[2] for k in where) if section in allowed else "sections " + ", ".join(allowed),
-        instead=nearest(key, keys=keys, groups=groups),
+        allowed=f"{section}: " + ", ".join(k.partition(".")[2] for k in siblings) if section in allowed else "sections " + ", ".join(allowed),
+        instead=_nearest_key(key, keys=keys, groups=groups),
     )
 
 
-def nearest(key: str, *, keys: list[str], groups: list[str]) -> str:
-    """The option or group whose name is closest: the same last part first, then the same section, then anything."""
+def _nearest_key(key: str, *, keys: list[str], groups: list[str]) -> str:
+    """`KEY=VALUE` with the most similar option or group: of the same section, else with the same
+    last part, else any.
+    """
     section, _, leaf = key.rpartition(".")
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     siblings = difflib.get_close_matches(key, [k for k in keys if section and k.startswith(section + ".")], n=1, cutoff=0.6)

@@ -1,4 +1,6 @@
-"""What each section is checked by alone (`RULES`), and forms of checks: `require`, `one_of`, `in_range`."""
+"""Checks within one section (`RULES`), and the functions they are written
+with: `require`, `one_of`, `in_range`.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,26 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridtrain.config import schema
-from hybridtrain.config.keys import NOT_YET, nearest_of
+from hybridtrain.config.keys import ADAPTERS, nearest_name
 from hybridtrain.errors import install, refusal
 
-BYTES = 256  # a byte-level BPE starts with one token per byte; the end-of-text token comes on top
+BYTES = 256  # a byte-level BPE vocabulary has one token per byte, plus the end-of-text token
 
 
 def require(holds: bool, field: str, value: object, problem: str, *, allowed: str, instead: str) -> None:
-    """Refuse `value` of the option `field` unless the check `holds` (raises UserError)."""
+    """Raise UserError about `value` of the option `field` unless `holds`."""
     if not holds:
         raise refusal(field, value, problem, allowed=allowed, instead=instead)
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a kind that there is not, naming the nearest one (raises UserError)."""
-    require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=f"{field}={nearest_of(value, allowed)}")
+    """Raise UserError, suggesting the nearest name, unless `value` is in `allowed`."""
+    instead = f"{field}={nearest_name(value, allowed)}"
+    require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=instead)
 
 
 def in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:
-    """Refuse a number that is not finite, or for which the check `holds` does not (raises UserError)."""
+    """Raise UserError unless `value` is finite and `holds(value)`."""
     require(math.isfinite(value) and holds(value), field, value, "out of range", allowed=allowed, instead=f"{field}={instead}")
 
 
@@ -70,11 +73,9 @@ def _precision(precision: schema.PrecisionConfig) -> None:
 
 def _model(model: schema.ModelConfig) -> None:
     for key in model.config:
-        if NOT_YET.search(str(key)):
-            words = "low-rank adapters (LoRA, PEFT) are not supported yet"
-            raise refusal(
-                f"model.config.{key}", model.config[key], words, allowed="full training, or model.freeze", instead="model.freeze=['model.embed_tokens.*']"
-            )
+        if ADAPTERS.search(str(key)):
+            problem, instead = "low-rank adapters (LoRA, PEFT) are not supported yet", "model.freeze=['model.embed_tokens.*']"
+            raise refusal(f"model.config.{key}", model.config[key], problem, allowed="full training, or model.freeze", instead=instead)
     if model.config and not model.from_pretrained and not model.config.get("model_type"):
         raise refusal(
             "model.config.model_type",
@@ -93,9 +94,9 @@ def _data(data: schema.DataConfig) -> None:
     if data.tokenizer == "train":
         in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
     _blend(data)
-    for field, given, nothing in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
-        words = f"data.kind={data.kind} takes its place"
-        require(data.kind == "prepared" or not given, field, given, words, allowed=nothing, instead=f"{field}={nothing}")
+    for field, value, empty in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
+        problem = f"data.kind={data.kind} takes its place"
+        require(data.kind == "prepared" or not value, field, value, problem, allowed=empty, instead=f"{field}={empty}")
 
 
 def _encoding(name: str) -> None:
@@ -115,32 +116,30 @@ def _blend(data: schema.DataConfig) -> None:
         not (data.blend and data.path),
         "data.path",
         data.path,
-        "there is a data.blend too",
+        "data.blend is set too",
         allowed="one of data.path and data.blend",
         instead="data.path='' with the blend",
     )
 
 
-def can_draw() -> bool:
-    """Whether the package that draws reports is installed."""
+def has_matplotlib() -> bool:
+    """Whether matplotlib, which draws reports, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def _report(report: schema.ReportConfig) -> None:
-    words = "the package matplotlib, which draws reports, is not installed here"
-    require(can_draw(), "report", "matplotlib", words, allowed="every other command without it", instead=install("report"))
-    words = "one run alone cannot be compared"
-    require(len(report.compare) != 1, "report.compare", report.compare, words, allowed="two runs or more", instead="hybridtrain report RUN")
+    problem = "the package matplotlib, which draws reports, is not installed here"
+    require(has_matplotlib(), "report", "matplotlib", problem, allowed="every other command without it", instead=install("report"))
+    problem = "one run alone cannot be compared"
+    require(len(report.compare) != 1, "report.compare", report.compare, problem, allowed="two runs or more", instead="hybridtrain report RUN")
 
 
 def _generate(generate: schema.GenerateConfig) -> None:
     in_range("generate.top_p", generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
-    words = "which of the two is meant is not clear"
-    require(
-        not (generate.prompts and generate.prompts_file), "generate.prompts", generate.prompts, words, allowed="one of prompts and prompts_file", instead="one"
-    )
-    words = "a system message belongs to a chat"
-    require(generate.chat or not generate.system, "generate.system", generate.system, words, allowed="with generate.chat=true", instead="generate.chat=true")
+    both, problem = generate.prompts and generate.prompts_file, "generate.prompts_file is set too"
+    require(not both, "generate.prompts", generate.prompts, problem, allowed="one of prompts and prompts_file", instead="one")
+    holds, problem = generate.chat or not generate.system, "a system message belongs to a chat"
+    require(holds, "generate.system", generate.system, problem, allowed="with generate.chat=true", instead="generate.chat=true")
     require(all(generate.stop), "generate.stop", generate.stop, "an empty text stops everything", allowed="texts of a character or more", instead="without ''")
 
 
@@ -154,4 +153,4 @@ RULES: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "report": _report,
 }
-"""Section -> what it is checked by alone."""
+"""Section -> its check."""

@@ -117,7 +117,7 @@ def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
     corpora = tuple(Corpus.open(path) for path in data.blend) if data.blend else (open_or_prepare(data, timeout_s=timeout_s),)
     evaluated = Corpus.held_out(data.eval_path) if data.eval_path else None
     weights = tuple(data.blend.values()) if data.blend else (1.0,)
-    blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.fitted for corpus in corpora))
+    blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.packed for corpus in corpora))
     for corpus, quota in zip(corpora, blend.quotas, strict=True):
         if quota == 0:
             least = math.fsum(weights) / BLOCK
@@ -215,7 +215,7 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
 def check_cuts(blend: Blend, config: Config) -> None:
     """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack what comes before them."""
     start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if config.task.kind == "classification" else []
-    words += [f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.fitted]
+    words += [f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed]
     if start and words:
         problem = f"{words[0]}: a piece of a row lacks what comes before it"
         raise refusal("batch.seq_len_start", start, problem, allowed="0, or a corpus of text", instead="batch.seq_len_start=0 batch.seq_len_steps=0")

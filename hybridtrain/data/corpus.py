@@ -20,7 +20,7 @@ from hybridtrain.data import digests, prepare_command
 from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
-from hybridtrain.data.prepare.sources import FITTED, FORMAT, LABELLED, READABLE
+from hybridtrain.data.prepare.sources import FORMAT, LABELLED, PACKED_FORMATS, READABLE
 from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log
@@ -60,7 +60,7 @@ class Corpus:
         if log.rank() == 0:
             for split, reader in self.readers.items():
                 reader.check()
-                if self.fitted:
+                if self.packed:
                     _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
                 if self.facts is None:
                     reader.check_not_zeros()
@@ -89,11 +89,11 @@ class Corpus:
         return digest.hexdigest()
 
     @property
-    def fitted(self) -> bool:
+    def packed(self) -> bool:
         """Whether its documents (conversations or texts with labels) are packed whole into rows; else it is
         a stream of text.
         """
-        return self.facts is not None and self.facts.get("kind") in FITTED
+        return self.facts is not None and self.facts.get("kind") in PACKED_FORMATS
 
     @property
     def labels(self) -> list[str]:
@@ -137,14 +137,14 @@ class Corpus:
         """
         if split not in self.readers:
             return 0
-        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.fitted else count_rows(self.readers[split].tokens, seq_len=seq_len)
+        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.packed else count_rows(self.readers[split].tokens, seq_len=seq_len)
 
     def has_targets(self, split: str, *, seq_len: int) -> bool:
         """Whether the rows of a split have any target.
 
         Old corpora without `kept_tokens` need reading masks up to the first one.
         """
-        if not self.fitted:
+        if not self.packed:
             return True
         assert self.facts is not None
         figures = self.facts["splits"][split]
@@ -158,7 +158,7 @@ class Corpus:
         `vocab`: of the model; `documents`: their blocks have doc_start.
         """
         reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
-        if not self.fitted:
+        if not self.packed:
             return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
         assert documents
         ids, starts = self._row_index(split, seq_len=seq_len)
@@ -170,7 +170,7 @@ class Corpus:
             raise refusal(
                 "data.seq_len",
                 seq_len,
-                f"the conversations of {self.path} were fitted into rows of {self.facts['seq_len']}",
+                f"the conversations of {self.path} are packed into rows of {self.facts['seq_len']}",
                 allowed=f"{self.facts['seq_len']}",
                 instead=f"data.seq_len={self.facts['seq_len']}, or prepare again with data.seq_len={seq_len} prepare.overwrite=true",
             )
@@ -243,7 +243,14 @@ def _prepared(folder: Path) -> Corpus:
             raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
         counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
         kind = facts.get("kind")
-        required = ["vocab_size", "largest_id", "eos_id", "fingerprint", *(["seq_len"] if kind in FITTED else []), *(["labels"] if kind == LABELLED else [])]
+        required = [
+            "vocab_size",
+            "largest_id",
+            "eos_id",
+            "fingerprint",
+            *(["seq_len"] if kind in PACKED_FORMATS else []),
+            *(["labels"] if kind == LABELLED else []),
+        ]
         facts = {**facts, **{name: facts[name] for name in required}}
         for name, values in (facts.get("digests") or {}).items():
             if [type(values[key]) for key in ("bytes", "sample", "sha256")] != [int, str, str]:

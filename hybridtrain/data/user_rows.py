@@ -29,7 +29,7 @@ class UserRows:
     """A user's rows with the interface of data.corpus.Corpus: one split, no files."""
 
     facts = None
-    fitted = False
+    packed = False
     vocab_size = eos_id = largest_id = sample = None
 
     def __init__(self, rows: Any, *, split: str, field: str) -> None:

@@ -48,7 +48,7 @@ def verify_corpus(path: str | Path) -> list[str]:
         return [*problems, f"corpus.json is damaged ({type(error).__name__}: {error})"]
     for split, reader in corpus.readers.items():
         problems += _problems(partial(_check_tokens, reader, largest_id=corpus.largest_id))
-        if corpus.fitted:
+        if corpus.packed:
             problems += _problems(partial(_check_rows, corpus, split=split))
     if not problems and corpus.digests is None and not _has_its_fingerprint(corpus):
         problems.append("its token files are not those of the fingerprint in corpus.json")
@@ -106,7 +106,7 @@ def _has_its_fingerprint(corpus: Corpus) -> bool:
     """
     assert corpus.facts is not None
     facts = {name: corpus.facts[name] for name in ("vocab_size", "eos_id")}
-    prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.fitted else []))]
+    prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.packed else []))]
     digests_found = set()
     for append_eos in (True, False):
         digest = hashlib.sha256(json.dumps([facts, append_eos]).encode())

@@ -85,7 +85,7 @@ def _settings(config: EvaluateRoot, of_run: schema.Config) -> schema.Config:
     if config.data.path or config.data.blend:
         of_run = copy.deepcopy(of_run)
         of_run.data.kind, of_run.data.path, of_run.data.blend, of_run.data.eval_path = "prepared", "", {}, ""
-    return compose.laid_over(config, of_run)
+    return compose.override(of_run, by=config)
 
 
 def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: Task) -> Sums:

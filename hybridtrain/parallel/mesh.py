@@ -219,7 +219,7 @@ def on_rank0(call: Callable[[], Any]) -> Any:
     return value
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_on_rank0(value: Any) -> list[Any]:
     """Every rank's value, on rank 0; empty on the others (collective, objects)."""
     if not dist.is_initialized():
         return [value]

@@ -27,7 +27,7 @@ def differences(histories: Sequence[History]) -> dict[str, list[str]]:
     """Option (also layout, revision, machine) -> its value in each run, if the values differ."""
     columns = []
     for history in histories:
-        sections = compose.plain(history.config) if history.config else {}
+        sections = compose.public(history.config) if history.config else {}
         options = {f"{section}.{name}": str(value) for section, values in sections.items() for name, value in values.items()}
         facts = {"layout": history.summary.get("layout"), "processes": history.summary.get("world_size"), "git revision": history.summary.get("git_revision")}
         facts["machine"] = ", ".join(sorted({str(host.get("gpu") or host.get("cpu")) for host in history.hosts}))

@@ -134,7 +134,7 @@ def read(folder: Path) -> History:
     """
     require_run(folder, command="report")
     config, summary = _config(folder / "config.yaml"), read_summary(folder)
-    run_name = compose.plain(config)["run"]["name"] if config else ""
+    run_name = compose.public(config)["run"]["name"] if config else ""
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
     unread = {name: count for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items() if count}
@@ -142,7 +142,7 @@ def read(folder: Path) -> History:
         unread["summary.json"] = 1
     return History(
         folder=folder,
-        name=one_line(run_name if run_name not in ("", compose.NAMELESS) else folder.resolve().name),
+        name=one_line(run_name if run_name not in ("", compose.DEFAULT_NAME) else folder.resolve().name),
         columns=columns,
         summary=summary,
         events=events,

@@ -121,7 +121,7 @@ def _hosts(group: Sequence[dict[str, Any]]) -> str:
 def config(history: History) -> str:
     """The options; for a config that this version cannot read, its text."""
     if history.config is not None:
-        return page.options(compose.plain(history.config), defaults=compose.plain(schema.Config()))
+        return page.options(compose.public(history.config), defaults=compose.public(schema.Config()))
     path = history.folder / "config.yaml"
     return f'<div class="card"><pre class="code">{page.escape(path.read_text(errors="replace"))}</pre></div>' if path.is_file() else ""
 

@@ -155,7 +155,7 @@ def differences(before: Config, now: Config) -> dict[str, tuple[object, object]]
         old, new = getattr(before, section.name), getattr(now, section.name)
         for option in dataclasses.fields(old):
             pair = (getattr(old, option.name), getattr(new, option.name))
-            public = (compose.shown(pair[0]), compose.shown(pair[1]))
+            public = (compose.public_value(pair[0]), compose.public_value(pair[1]))
             if not (_same(*pair) or _same(*public)):
                 result |= _flat(f"{section.name}.{option.name}", public)
     return result
@@ -210,7 +210,7 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], d
             instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
         )
     if "task" in differing:
-        problem = f"the checkpoint of step {progress.step} learnt {progress.fingerprints.get('task', _TASK)}"
+        problem = f"the checkpoint of step {progress.step} was trained with {progress.fingerprints.get('task', _TASK)}"
         instead = "Trainer(config, task=...) with that one, or a new run.dir with run.branch_from"
         raise refusal("task", fingerprints.get("task", _TASK), problem, allowed="the task that the run began with", instead=instead)
     if differing and not allow_data_change:

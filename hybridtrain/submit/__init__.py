@@ -47,7 +47,7 @@ def run_several(configs: list[SubmitRoot]) -> int:
     for training in trainings:
         _check_processes(training.parallel, cluster)
     # Without secrets: squeue shows names to all users.
-    names = [compose.plain(training)["run"]["name"] for training in trainings]
+    names = [compose.public(training)["run"]["name"] for training in trainings]
     settings: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable}
     settings |= {"stop_signal": first.run.stop_signal, "plugins": first.run.plugins}
     if missing:  # do not prepare a corpus for a job that Slurm would refuse

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import checks, schema
-from hybridtrain.config.compose import to_yaml, training
+from hybridtrain.config.compose import to_yaml, train_config
 from hybridtrain.errors import refusal
 from hybridtrain.run import identity, start
 from hybridtrain.run.directory import RunDir
@@ -28,7 +28,7 @@ def create_run_from_overrides(argv: list[str]) -> tuple[Path, list[str]]:
 
     Returns the directory and the modules of run.plugins. Raises UserError.
     """
-    config = training(argv)
+    config = train_config(argv)
     checks.check(config)
     job = resolve_job(config, world_size=int(os.environ["HYBRIDTRAIN_WORLD"]))
     return create_run(job.config).path, config.run.plugins

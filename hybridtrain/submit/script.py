@@ -41,7 +41,7 @@ def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, p
     `folder`: of Slurm's output; `runs`: run directories, several make an array.
     """
     options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
-    body = (keys.carried("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
+    body = (keys.data_folder("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
     lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
     exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, plugins=plugins, runs=runs)

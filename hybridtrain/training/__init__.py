@@ -1,2 +1,2 @@
-"""The training of a run: what it continues (resume), what ranks agree on (agreement), one attempt, its loop,
-and what happens around a step (callbacks; builtin: those of every run)."""
+"""The training of a run: resumption (resume), the check that all ranks agree (agreement), one attempt, its
+loop, and callbacks (builtin: those of every run)."""

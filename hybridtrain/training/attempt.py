@@ -1,4 +1,4 @@
-"""One attempt of a run, on all ranks: from its checkpoint through the loop to the record of its end."""
+"""One attempt of a run, on all ranks: loads the checkpoint, runs the training loop, and records the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.tasks.task import Task
-from hybridtrain.training import builtin, callbacks, introduction, loop, metrics, outcome
+from hybridtrain.training import builtin, callbacks, loop, metrics, outcome, startup_log
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
 from hybridtrain.types import Batch, Progress
@@ -36,20 +36,24 @@ def train(
     engine: Any,
     run_dir: RunDir,
     device: torch.device,
-    began: float,
+    start_s: float,
     stop: Stop,
     watchdog: Watchdog,
-    done: loop.Done,
+    counter: loop.StepCounter,
     trackers: Trackers,
     of_user: Sequence[Callback],
 ) -> tuple[Progress, str]:
-    """Train to the end of the run or until `stop` asks for it (collective); where it stands then, its status."""
+    """Train to the end of the run or until `stop` is requested (collective).
+
+    Returns the progress and the status. `start_s`: time.monotonic() at the start of the command.
+    `of_user`: the user's callbacks.
+    """
     config = job.config
     start = engine.load(run_dir.checkpoint) if run_dir.checkpoint else Progress(0, 0, {})
     hosts = host.gather(device)
     if log.rank() == 0:
-        _begin(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
-    loader = Loader(job.data, **_share(job, engine=engine), seed=config.run.seed)
+        _record_start(job, run_dir=run_dir, engine=engine, start=start, hosts=hosts, trackers=trackers)
+    loader = Loader(job.data, **_batch_options(job, engine=engine), seed=config.run.seed)
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
@@ -65,34 +69,38 @@ def train(
             callbacks=calls,
             stop=stop,
             watchdog=watchdog,
-            done=done,
+            counter=counter,
         )
     trackers.finish(failed=False)
-    ended = end.step >= job.total_steps
-    status, why = ("finished", "reached the end") if ended else (stop.status, stop.reason)
+    finished = end.step >= job.total_steps
+    status, reason = ("finished", "reached the end") if finished else (stop.status, stop.reason)
     if log.rank() == 0:
-        outcome.record_end(end, status=status, why=why, run_dir=run_dir, seconds=time.monotonic() - began)
+        outcome.record_end(end, status=status, reason=reason, run_dir=run_dir, seconds=time.monotonic() - start_s)
     return end, status
 
 
-def _begin(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
-    """What rank 0 writes and says before the first step."""
+def _record_start(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
+    """Write the files of the run directory, start the trackers, and log the start; on rank 0
+    before the first step.
+    """
     config = job.config
     try:
         save_config(engine.model_config, run_dir.model, model=config.model)
         tokenizer.keep(config, run=run_dir.path, fingerprint=job.fingerprints["data"])
         if config.engine.kind == "deepspeed":
-            write_json(run_dir.path / "deepspeed.json", compose.shown(engine.settings))
+            write_json(run_dir.path / "deepspeed.json", compose.public_value(engine.settings))
     except OSError as error:
         raise unwritable("run.dir", run_dir.path, error) from error
     write_machine(run_dir.path, hosts)
     run_dir.update_summary(tokens=start.tokens_seen)
-    trackers.start(config.tracker.kinds, config=compose.plain(config), folder=run_dir.path / "trackers", first_step=start.step)
-    introduction.introduce(job, run_dir=run_dir, engine=engine, start=start)
+    trackers.start(config.tracker.kinds, config=compose.public(config), folder=run_dir.path / "trackers", first_step=start.step)
+    startup_log.write(job, run_dir=run_dir, engine=engine, start=start)
 
 
-def _share(job: Job, *, engine: Any) -> dict[str, Any]:
-    """What decides which rows this rank reads, and how they become batches."""
+def _batch_options(job: Job, *, engine: Any) -> dict[str, Any]:
+    """Arguments common to the loaders of training and evaluation: which rows this rank reads, and
+    how they are batched.
+    """
     return {
         "plan": job.plan,
         "dp_rank": engine.mesh.dp_rank,
@@ -123,31 +131,32 @@ def _add_callbacks(
     trackers: Trackers,
     of_user: Sequence[Callback],
 ) -> None:
-    """The callbacks of every run and those of the user, in this order."""
+    """Add the callbacks of every run and those of the user, in the order of builtin.py."""
     config, device = job.config, engine.device
     if every := config.train.eval_every:
         rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
-        steps = eval_batches(job.data, **_share(job, engine=engine), rows=rows, micro_batches_per_step=micro_batches)
-        steps = _with_targets(steps, job=job, task=engine.task)
+        steps = eval_batches(job.data, **_batch_options(job, engine=engine), rows=rows, micro_batches_per_step=micro_batches)
+        _check_targets(steps, job=job, task=engine.task)
         calls.add(builtin.Evaluate(engine, every=every, steps=steps, meter=meter), of_user=False)
     every = config.train.log_every
     calls.add(builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device), of_user=False)
     calls.add(*of_user, of_user=True)
     if of_user and job.layout.world_size > 1:
-        calls.add(builtin.Meet(engine.mesh.all_ranks(name="callbacks")), of_user=False)
+        calls.add(builtin.Barrier(engine.mesh.all_ranks(name="callbacks")), of_user=False)
     manager, fingerprints = Manager(run_dir.checkpoints, settings=config.checkpoint), job.fingerprints
-    saver = builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, saved=calls.saved)
+    saver = builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, on_saved=calls.after_checkpoint)
     calls.add(saver, of_user=False)
     if config.run.profile and log.rank() in config.run.profile_ranks:
         calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
 
 
-def _with_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> list[list[Batch]]:
-    """The batches of an evaluation, refused without a token to measure: its loss would be a mean over nothing (collective)."""
+def _check_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> None:
+    """Raise UserError if no token of an evaluation is a target, since its mean loss
+    would be undefined (collective).
+    """
     mine = any(bool(count) for batches in steps for batch in batches for count in task.counts(batch).values())
-    (there,) = any_rank([mine])
-    if not there:
+    (exist,) = any_rank([mine])
+    if not exist:
         problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
         instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
         raise refusal("train.eval_rows", job.config.train.eval_rows, problem, allowed="held-out rows with answers", instead=instead)
-    return steps

@@ -1,7 +1,8 @@
 """The callbacks that every run has: evaluate, log, checkpoint, profile.
 
-Order matters: evaluation first, so that its loss stands on the same line; the user's callbacks after the line is logged; the
-checkpoint after them, so that what they change is in it and the line of its step is on disk before it.
+Their order matters: evaluation first, so that its loss is on the same line; then the log; then the
+user's callbacks; then the checkpoint, so that it contains what they change, and the line of its step is
+on disk before it.
 """
 
 # ruff: noqa: ARG002 - a callback has the arguments of its interface
@@ -33,11 +34,11 @@ _log = log.get("train")
 
 _MEMORY_EVENTS = 1_000_000
 SAVED = "saved"
-"""Raised by a rank on which the save under way has ended."""
+"""Flag that a rank raises when its part of the current save has ended."""
 
 
 class Evaluate(Callback):
-    """Loss on held-out rows, every `every` steps and at the end."""
+    """Evaluates the loss on held-out rows, every `every` steps and at the end."""
 
     def __init__(self, engine: Engine, *, every: int, steps: Sequence[Sequence[Batch]], meter: metrics.Meter):
         self.engine, self.every, self.steps, self.meter = engine, every, steps, meter
@@ -46,37 +47,40 @@ class Evaluate(Callback):
         if info.last or info.step % self.every == 0:
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
-            info.evaluated.update(self._checked(self.engine.task.evaluate(functools.reduce(operator.add, results))))
+            info.evaluated.update(self._as_numbers(self.engine.task.evaluate(functools.reduce(operator.add, results))))
 
-    def _checked(self, found: Mapping[str, Any]) -> dict[str, float]:
-        """The task's metrics as numbers that may stand beside a line's own (raises UserError)."""
-        for name, value in found.items():
+    def _as_numbers(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """The task's metrics as floats.
+
+        Raises UserError for a value that is no number, or a reserved name.
+        """
+        for name, value in values.items():
             number = isinstance(value, int | float) or getattr(value, "ndim", None) == 0
             if not number or name in metrics.KEYS:
                 problem = f"evaluate returned {name}={value!r}: {'a line has this key itself' if number else 'not a number'}"
                 allowed, instead = "names of its own with numbers", f'{{"eval_{name}": float(...)}}'
                 raise refusal("task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead)
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(value) for name, value in values.items()}
 
 
 class Log(Callback):
-    """metrics.jsonl, the trackers and the progress line, on rank 0; the first step and the last one always."""
+    """Writes metrics.jsonl, trackers and the progress line on rank 0; always for the first and the last step."""
 
     def __init__(self, folder: RunDir, *, every: int, task: Task, meter: metrics.Meter, trackers: Trackers, device: torch.device):
         self.folder, self.every, self.sums = folder, every, tuple(task.weights)
         self.meter, self.trackers, self.device = meter, trackers, device
-        self.since: torch.Tensor | None = None
-        """Since the last line, added up on the device in fp64 (metrics.since)."""
+        self.totals: torch.Tensor | None = None
+        """metrics.totals, summed over the steps since the last line, in fp64 on the device."""
 
     def on_every_step(self, run: Run, info: StepInfo) -> None:
-        new = metrics.since(info.result)
-        self.since = new if self.since is None else self.since + new
+        new = metrics.totals(info.result)
+        self.totals = new if self.totals is None else self.totals + new
         if not (info.last or info.stopping or info.evaluated or info.step == 1 or info.step % self.every == 0):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device))
-        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator(self.device).items()}
-        since, self.since = self.since, None
-        row = metrics.record(info, since=since, sums=self.sums, meter=self.meter, memory_gib=memory)
+        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator_stats(self.device).items()}
+        totals, self.totals = self.totals, None
+        row = metrics.record(info, totals=totals, sums=self.sums, meter=self.meter, memory_gib=memory)
         info.row = row | info.evaluated | allocator
         if dist.get_rank() == 0:
             self._write(info.row, step=info.step, total_steps=run.total_steps)
@@ -96,8 +100,12 @@ class Log(Callback):
         _log.info(metrics.progress_line(row, total_steps=total_steps, eta_s=self.meter.eta_s))
 
 
-class Meet(Callback):
-    """Behind the user's callbacks: no rank goes on before all are out of them. A collective in one on some ranks alone is a time-out there, and mixes with none of training's."""
+class Barrier(Callback):
+    """A barrier after the user's callbacks.
+
+    A collective that only some ranks call there times out in the callback, instead of mixing
+    with those of training.
+    """
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
@@ -113,7 +121,10 @@ class Meet(Callback):
 
 
 class Checkpoint(Callback):
-    """Saves when due, while training goes on; a failed save ends the run on every rank at the same step."""
+    """Saves checkpoints while training continues.
+
+    A failed save ends the run on every rank at the same step.
+    """
 
     def __init__(
         self,
@@ -123,14 +134,14 @@ class Checkpoint(Callback):
         manager: Manager,
         fingerprints: dict[str, str],
         meter: metrics.Meter,
-        saved: Callable[[Path], None],
+        on_saved: Callable[[Path], None],
     ):
-        """`saved`: called on every rank with a checkpoint that is complete."""
+        """`on_saved`: called on every rank with the path of a complete checkpoint."""
         self.engine, self.folder, self.manager, self.fingerprints, self.meter = engine, folder, manager, fingerprints, meter
-        self.on_saved = saved
+        self.on_saved = on_saved
         self.saving: Saving | None = None
-        self.saved = 0
-        """The step of the save under way, or of the last one."""
+        self.step = 0
+        """Step of the current save, or of the last one."""
         self._pruning: threading.Thread | None = None
 
     def on_every_step(self, run: Run, info: StepInfo) -> None:
@@ -141,15 +152,15 @@ class Checkpoint(Callback):
                 self._wait()
                 self.folder.check()
                 progress = Progress(info.step, info.tokens_seen, self.fingerprints)
-                self.saving, self.saved = self.engine.save(self.manager.path(info.step), progress), info.step
+                self.saving, self.step = self.engine.save(self.manager.path(info.step), progress), info.step
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         if error is None:
             self._wait()
-            self._pruned()
+            self._wait_for_pruning()
 
     def _poll(self, info: StepInfo) -> None:
-        """See whether the save under way has ended on all ranks; if it failed, they raise its error together."""
+        """Check whether the current save has ended on all ranks; if it failed, all ranks raise its error."""
         assert self.saving is not None
         if info.flags.get(SAVED) == dist.get_world_size():
             self._wait()
@@ -165,20 +176,23 @@ class Checkpoint(Callback):
             self.engine.flags.forget(SAVED)
             saving.result()
             if dist.get_rank() == 0:
-                self.folder.append_event("checkpoint", step=self.saved, detail=self.manager.path(self.saved).name)
-                self._pruned()
-                self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)  # removing thousands of files takes its time
+                self.folder.append_event("checkpoint", step=self.step, detail=self.manager.path(self.step).name)
+                self._wait_for_pruning()
+                # In a thread, because removing thousands of files takes long.
+                self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)
                 self._pruning.start()
-            self.on_saved(self.manager.path(self.saved))
+            self.on_saved(self.manager.path(self.step))
 
-    def _pruned(self) -> None:
-        """Wait for the removal under way."""
+    def _wait_for_pruning(self) -> None:
+        """Wait for the thread that removes old checkpoints."""
         if self._pruning:
             self._pruning.join()
 
 
 class Profile(Callback):
-    """A torch profiler trace of steps 3 to 5 of this command, and on a GPU what the allocator did until then (for pytorch.org/memory_viz), of this rank."""
+    """Writes a torch profiler trace of this rank's steps 3 to 5, and on a GPU a
+    memory snapshot (for pytorch.org/memory_viz).
+    """
 
     def __init__(self, folder: Path, *, device: torch.device):
         self.folder, self.gpu = folder, device.type == "cuda"
@@ -201,5 +215,5 @@ class Profile(Callback):
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         if error is None:
-            with contextlib.suppress(RuntimeError):  # fewer than five steps: there is no trace to write
+            with contextlib.suppress(RuntimeError):  # with fewer than five steps there is no trace
                 self.profiler.stop()

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: the user's own code and ours, which is written in the same way (builtin.py).
+"""Callbacks: code that runs before, between and after the steps. The user's, and our own in builtin.py.
 
     class Stopper(ht.Callback):
         def on_evaluate(self, run, metrics):
@@ -6,8 +6,8 @@
                 run.stop("good enough")
 
 Every rank calls every callback, in the same order and after the same steps. In `on_start`, `on_evaluate`, `on_step` and
-`on_checkpoint` a callback may use torch.distributed, on all ranks alike: the ranks wait for each other behind these. An exception
-in a callback ends the run, and the error report names the rank.
+`on_checkpoint` a callback may call torch.distributed collectives, on all ranks. An exception in a callback
+ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ _log = log.get("train")
 
 @dataclass
 class StepInfo:
-    """An optimizer step that has just ended."""
+    """The optimizer step that has just ended."""
 
     step: int
-    """Optimizer steps done, this one included."""
+    """Optimizer steps done, including this one."""
     last: bool
     stopping: bool
-    """The run ends after this step, before its last one."""
+    """The run ends early, after this step."""
     tokens_seen: int
     lr: float
     result: StepResult
-    """Tensors on the device: to read one is to wait for the step."""
+    """Tensors on the device: reading one waits for the step."""
     flags: Mapping[str, int]
-    """How many ranks have raised each flag (runtime/flags.py), the same on every rank."""
+    """Flag -> number of ranks that have raised it (runtime/flags.py); the same on every rank."""
     evaluated: dict[str, float] = field(default_factory=dict)
-    """The metrics of an evaluation after this step; empty without one."""
+    """Metrics of an evaluation after this step; empty without one."""
     row: dict[str, Any] | None = None
-    """The line of metrics.jsonl, if this step has one; the same on all ranks but for speed and memory."""
+    """The line of metrics.jsonl, if this step has one. Speed and memory are this rank's, the rest is the
+    same on all ranks."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Run:
     config: Config
     dir: Path
     engine: Engine
-    """For `weights()` and `modules()`, which under a layout of several ranks are this rank's share."""
+    """For `weights()` and `modules()`, which return this rank's share of the model."""
     total_steps: int
     step: int
     """Optimizer steps done."""
@@ -64,7 +65,10 @@ class Run:
     _stop: Stop
 
     def stop(self, reason: str) -> None:
-        """End the run after the next step, with a checkpoint. One rank that asks is enough; `reason` goes into summary.json."""
+        """End the run after the next step, with a checkpoint. One rank is enough.
+
+        `reason` is written to summary.json.
+        """
         self._stop.ask(reason)
 
 
@@ -72,51 +76,69 @@ class Callback:
     """Methods that a run calls; override those that you need."""
 
     def on_start(self, run: Run) -> None:
-        """Before the first step of this process: weights are loaded, a checkpoint's included."""
+        """Before the first step of this process, after weights or a checkpoint are loaded."""
 
     def on_every_step(self, run: Run, info: StepInfo) -> None:
-        """After every optimizer step, logged or not. Reading a tensor of `info.result` waits for the device and slows training down."""
+        """After every optimizer step.
+
+        Reading a tensor of `info.result` waits for the device, which slows training down.
+        """
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
-        """After each logged step (train.log_every). `metrics`: the line of metrics.jsonl; speed and memory are this rank's, the rest is equal on all ranks."""
+        """After each logged step (train.log_every).
+
+        `metrics`: the line of metrics.jsonl, with this rank's speed and memory.
+        """
 
     def on_evaluate(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """After an evaluation (train.eval_every), before `on_step` of the same step. `metrics`: `eval_loss`, and what else the task evaluates."""
+        """After an evaluation (train.eval_every), before `on_step` of the same step.
+
+        `metrics`: `eval_loss` and the task's others.
+        """
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """A checkpoint is complete on disk; training may have continued in the meantime."""
+        """After a checkpoint is complete on disk; training may have continued in the meantime."""
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """The last call, the callback that was added last first. `error`: the exception that ended the run; None if it finished or was stopped."""
+        """The last call, in reverse order of the callbacks.
+
+        `error`: the exception that ended the run, or None.
+        """
 
 
-def registered(config: Config) -> tuple[Callback, ...]:
-    """The callbacks that run.callbacks names: a class is made without arguments, a function is called with the config. Raises UserError for what is none."""
+def from_config(config: Config) -> tuple[Callback, ...]:
+    """The callbacks of run.callbacks: a class is called without arguments, a function with the config.
+
+    Raises UserError.
+    """
     result = []
     for name in config.run.callbacks:
-        made = registry.make("callback", name, config)
-        if not isinstance(made, Callback):
-            problem, instead = f"its factory returned {type(made).__name__}", f'@ht.register("callback", "{name}") above a class that inherits ht.Callback'
+        callback = registry.make("callback", name, config)
+        if not isinstance(callback, Callback):
+            problem, instead = f"its factory returned {type(callback).__name__}", f'@ht.register("callback", "{name}") above a class that inherits ht.Callback'
             raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)
-        result.append(made)
+        result.append(callback)
     return tuple(result)
 
 
-class UnevenCallback(RuntimeError):
-    """A callback waited for other ranks, and they did not come."""
+class CallbackTimeout(RuntimeError):
+    """A callback waited for the other ranks until the time-out."""
 
 
 class Callbacks:
-    """All callbacks of a run, ours and the user's, in order. A context: `on_start` when it is entered, `on_end` when it is left."""
+    """All callbacks of a run, in order.
+
+    As a context manager, calls `on_start` on entry and `on_end` on exit.
+    """
 
     def __init__(self, run: Run, *, beat: Callable[[], None]):
-        """`beat` is called before each callback: the watchdog allows each the time of a step."""
+        """`beat` is called before each callback, so that the watchdog allows each the time of a step."""
         self.run, self._beat = run, beat
         self.callbacks: list[Callback] = []
         self.of_user: tuple[Callback, ...] = ()
 
     def add(self, *callbacks: Callback, of_user: bool) -> None:
-        """Call these after those that were added before."""
+        """Append callbacks. `of_user`: whether they are the user's."""
         self.callbacks += callbacks
         if of_user:
             self.of_user += callbacks
@@ -134,7 +156,7 @@ class Callbacks:
         self._end(error)
 
     def after_step(self, info: StepInfo) -> None:
-        """Each callback sees the step, and what those before it have evaluated and logged."""
+        """Call the methods of a step on each callback; it sees the metrics of those before it."""
         self.run.step, self.run.tokens_seen = info.step, info.tokens_seen
         for callback in self.callbacks:
             self._call(callback, "on_every_step", info)
@@ -144,8 +166,8 @@ class Callbacks:
                 self._call(callback, "on_evaluate", dict(info.evaluated))
             self._call(callback, "on_step", dict(info.row))
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint is complete."""
+    def after_checkpoint(self, path: Path) -> None:
+        """Call `on_checkpoint` on each callback."""
         for callback in self.callbacks:
             self._call(callback, "on_checkpoint", path)
 
@@ -157,20 +179,23 @@ class Callbacks:
             if not (callback in self.of_user and failure.is_timeout(error)):
                 raise
             name, limit = f"{type(callback).__name__}.{method}", f"engine.timeout_s={self.run.config.engine.timeout_s}"
-            words = f"{name} waited for the other ranks until {limit} had passed: a callback calls a collective on every rank or on none"
-            raise UnevenCallback(words)  # noqa: B904 - a cause would be taken for what failed
+            problem = f"{name} waited for the other ranks until {limit} had passed: a callback must call a collective on every rank or on none"
+            raise CallbackTimeout(problem)  # noqa: B904 - with a cause, the report would name that
 
     def _end(self, error: BaseException | None) -> None:
-        """Tell every callback. Raises the first error of theirs if the run had none; what they raise after it is logged and cannot hide it."""
+        """Call `on_end` on every callback.
+
+        Raises their first error unless the run ended with one; further errors are logged.
+        """
         first = error
         for callback in reversed(self.callbacks):
             try:
                 self._call(callback, "on_end", first)
-            except Exception as second:
+            except Exception as further:
                 if first is None:
-                    first = second
+                    first = further
                 else:
-                    _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(second).__name__, second)
+                    _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(further).__name__, further)
         if first is not error:
             assert first is not None
             raise first

@@ -59,7 +59,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
 
     `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of what the config names.
     """
-    settled = engines.settle(resume.source_at_hand(config), world_size=world_size)
+    settled = engines.settle(resume.with_available_source(config), world_size=world_size)
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)

@@ -1,4 +1,4 @@
-"""The training loop. It knows the Engine contract, the data and the callbacks, and nothing of layouts."""
+"""The training loop. It depends on the Engine protocol, the data and the callbacks, not on layouts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hybridtrain.types import Engine, Progress
 
 
 @dataclass
-class Done:
-    """Steps that are done, on this rank, while they are being done: what a report of a failure says."""
+class StepCounter:
+    """Steps done on this rank, updated by `train`; for failure reports."""
 
     step: int
 
@@ -38,13 +38,16 @@ def train(
     callbacks: Callbacks,
     stop: Stop,
     watchdog: Watchdog,
-    done: Done,
+    counter: StepCounter,
 ) -> Progress:
-    """Optimizer steps start.step .. total_steps - 1, the callbacks after each. Returns where the run stands: earlier if `stop` says so."""
+    """Run optimizer steps start.step .. total_steps - 1, with the callbacks after each.
+
+    Returns early if `stop` is requested.
+    """
     step, tokens_seen, scaled = start.step, start.tokens_seen, config.precision.kind == "fp16_mixed"
-    watch = NonFinite(limit=config.train.max_nonfinite, scaled=scaled, first=start.step == 0)
+    check_finite = NonFiniteCheck(limit=config.train.max_nonfinite, scaled=scaled, new_run=start.step == 0)
     flags = engine.flags = Flags((*stop.flags, SAVED))
-    with Collector() as collector:
+    with GarbageCollection() as garbage:
         while step < total_steps and not stop.reason:
             watchdog.beat()
             if reason := stop.reason_here():
@@ -52,62 +55,69 @@ def train(
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
             result = engine.train_step(loader.micro_batches(step), lr=lr)
             step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len
-            done.step = step
-            seen = flags.read()
-            info = StepInfo(step=step, last=step == total_steps, stopping=stop.agree(seen), tokens_seen=tokens_seen, lr=lr, result=result, flags=seen)
+            counter.step = step
+            counts = flags.read()
+            info = StepInfo(step=step, last=step == total_steps, stopping=stop.agree(counts), tokens_seen=tokens_seen, lr=lr, result=result, flags=counts)
             callbacks.after_step(info)
-            watch(info, check=info.last or step % config.train.log_every == 0)
-            collector.after(step)
+            check_finite(info, wait=info.last or step % config.train.log_every == 0)
+            garbage.after(step)
     return Progress(step, tokens_seen, start.fingerprints)
 
 
-class Collector:
-    """Python's garbage collection at the same steps on all ranks. By itself it comes at another time on each, and every step waits for the slowest."""
+class GarbageCollection:
+    """Collects Python's garbage at the same steps on all ranks, since every step waits for the slowest rank."""
 
     EVERY = 50
 
     def __init__(self) -> None:
-        self.began, self.enabled = False, gc.isenabled()
+        self.started, self.enabled = False, gc.isenabled()
 
     def after(self, step: int) -> None:
-        """Once the first step has made what stays, only what comes after it is looked through, every EVERY steps."""
-        if not self.began:
-            self.began = True
-            gc.collect(1)  # not all: what a start leaves in cycles is small, and looking through everything takes a sixth of a second
+        """After the first step, freeze its objects and turn automatic collection off; then
+        collect every EVERY steps.
+        """
+        if not self.started:
+            self.started = True
+            gc.collect(1)  # a full collection takes 1/6 s, and finds little after the start
             gc.freeze()
             gc.disable()
         elif step % self.EVERY == 0:
             gc.collect(1)
 
-    def __enter__(self) -> Collector:
+    def __enter__(self) -> GarbageCollection:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.began:
+        if self.started:
             gc.unfreeze()
             if self.enabled:
                 gc.enable()
 
 
-class NonFinite:
-    """Ends a run whose gradients stay non-finite. Counts on the device; reads the count when there is a reason to wait anyway."""
+class NonFiniteCheck:
+    """Ends a run whose gradients stay non-finite.
 
-    def __init__(self, *, limit: int, scaled: bool, first: bool):
-        self.limit, self.scaled, self.first = limit, scaled, first
+    Counts on the device, and reads the count only when the host waits anyway.
+    """
+
+    def __init__(self, *, limit: int, scaled: bool, new_run: bool):
+        """`scaled`: with loss scaling. `new_run`: starts at step 0."""
+        self.limit, self.scaled, self.new_run = limit, scaled, new_run
         self.steps = 0
         self.streak: torch.Tensor | None = None
         self.unread = 0
 
-    def __call__(self, info: StepInfo, *, check: bool) -> None:
+    def __call__(self, info: StepInfo, *, wait: bool) -> None:
+        """Count a step. Reads the count if `wait`, or if it may have reached the limit. Raises UserError."""
         skipped = info.result.skipped
         self.streak = skipped.clone() if self.streak is None else (self.streak + 1) * skipped
         self.unread, self.steps = self.unread + 1, self.steps + 1
-        if not (check or self.unread >= self.limit):
+        if not (wait or self.unread >= self.limit):
             return
         self.unread = 0
         count = int(self.streak)
-        nothing = info.last and self.first and count == self.steps  # a whole run without one update has not trained
-        if count >= self.limit or nothing:
+        untrained = info.last and self.new_run and count == self.steps
+        if count >= self.limit or untrained:
             advice = (
                 "precision=bf16_mixed, which has fp32's range and needs no loss scale, or a lower optim.lr"
                 if self.scaled
@@ -115,10 +125,11 @@ class NonFinite:
             )
             if count < self.limit:
                 raise UserError(
-                    f"train.steps={self.steps}: the gradients of all {count} steps were not finite, so nothing was trained\n"
+                    f"train.steps={self.steps}: the gradients of all {count} steps were not finite, so no update was made\n"
                     f"  allowed: a run with at least one update\n  try:     {advice}"
                 )
             raise UserError(
-                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {info.step}, were not finite (loss {float(info.result.loss):.4g}); no update was made in them\n"
+                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {info.step}, were not finite "
+                f"(loss {float(info.result.loss):.4g}); no update was made in them\n"
                 f"  allowed: fewer than {self.limit} such steps in a row\n  try:     {advice}; the last checkpoint is from before or within them"
             )

@@ -1,7 +1,7 @@
-"""What a logged step says: rates, MFU, memory, the record of metrics.jsonl and the progress line.
+"""Metrics of a logged step: speed, MFU, memory; the line of metrics.jsonl and the progress line.
 
-The one place that reads device scalars (`record`) and reduces host values over ranks (`max_over_ranks`), both at log
-steps only; between them the host never waits for the device.
+Reads device scalars (`record`) and reduces host values over ranks (`max_over_ranks`) only at log steps;
+between them the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ KEYS = (
     *("step", "tokens_seen", "loss", "step_loss", "grad_norm", "lr", "loss_scale", "skipped", "tokens_per_s", "tokens_per_s_per_device"),
     *("step_time_s", "mfu", "max_memory_gib", "time", "steps_without_targets", "reserved_memory_gib", "alloc_retries"),
 )
-"""Keys of a line of metrics.jsonl, beside those that a task adds."""
+"""Keys of a line of metrics.jsonl, besides those of the task."""
 
 
 def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
-    """Dense peak in FLOP/s of one `device` for matrix products in `dtype`; None on CPU and for GPUs we have no figure of."""
+    """Dense peak in FLOP/s of `device` for matrix products in `dtype`; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -45,20 +45,22 @@ def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
 
 
 def max_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB since it started: what torch allocated on the GPU, resident memory on CPU."""
+    """Peak memory of this process in GiB: allocated by torch on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     for line in lines:
-        if line.startswith("VmHWM:"):  # getrusage would count the parent's memory at the time it started this process
+        if line.startswith("VmHWM:"):  # getrusage would include the parent's memory before exec
             return int(line.split()[1]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def allocator(device: torch.device) -> dict[str, float]:
-    """On a GPU: the most memory that torch's allocator has reserved, in GiB, and how often it had to free its cache to go on; else nothing."""
+def allocator_stats(device: torch.device) -> dict[str, float]:
+    """Peak memory reserved by torch's allocator in GiB, and how often it had to free its cache;
+    empty on a CPU.
+    """
     if device.type != "cuda":
         return {}
     return {"reserved_memory_gib": torch.cuda.max_memory_reserved(device) / GIB, "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"]}
@@ -73,7 +75,7 @@ def max_over_ranks(value: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Speed over the steps since the last measurement. `mfu` is a share of 1, None where no peak is known."""
+    """Speed over the steps since the last measurement. `mfu` is a fraction; None if the peak is unknown."""
 
     step_time_s: float
     tokens_per_s: float
@@ -82,12 +84,12 @@ class Rates:
 
 
 class Meter:
-    """Measures speed between log steps; time spent inside `paused()` (evaluation, saving) does not count.
+    """Measures speed between log steps, without the time spent inside `paused()` (evaluation, saving).
 
-    `flops_per_token` takes the length of a row, `peak` is FLOP/s of one device.
+    `flops_per_token` takes the length of a row; `peak` is FLOP/s of one device.
     """
 
-    ETA_MARKS = 20  # the ETA looks this many measurements back, so that with log_every=1 it does not jump
+    ETA_MARKS = 20  # measurements that the ETA averages over, so that it is stable with log_every=1
 
     def __init__(
         self, *, first_step: int, total_steps: int, plan: BatchPlan, devices: int, flops_per_token: Callable[[int], float], peak: float | None
@@ -105,7 +107,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent in the `with` block, but not what a GPU still does for the steps before it."""
+        """Exclude the time of the `with` block, after waiting for the GPU to finish the steps before it."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -115,7 +117,10 @@ class Meter:
             self._paused += time.perf_counter() - start
 
     def measure(self, step: int) -> Rates:
-        """Rates over the steps after the last call (or the start), up to and with `step`, which the device must be done with."""
+        """Rates over the steps since the last call (or the start), up to and including `step`.
+
+        The device must have finished it.
+        """
         last_step, last_time = self._marks[-1]
         assert step > last_step, f"step {step} was measured before ({last_step})"
         now = self._clock()
@@ -133,29 +138,33 @@ class Meter:
 
     @property
     def eta_s(self) -> float:
-        """Seconds to the last step, at the pace of the last ETA_MARKS measurements. Call it after `measure`."""
+        """Seconds to the last step, from the last ETA_MARKS measurements. Call `measure` first."""
         (first_step, first_time), (last_step, last_time) = self._marks[0], self._marks[-1]
         assert last_step > first_step, "nothing was measured yet"
         return max(0, self._total_steps - last_step) * (last_time - first_time) / (last_step - first_step)
 
 
-def since(result: StepResult) -> torch.Tensor:
-    """What a line adds up over its steps, fp64 on the device: (loss of all targets, targets, updates skipped, steps without targets, sums (K), counts (K))."""
+def totals(result: StepResult) -> torch.Tensor:
+    """The quantities of a step that a line sums over its steps, fp64, (4 + 2 K,), on the device.
+
+    (loss x targets, targets, skipped updates, steps without targets, sums (K), counts (K)).
+    """
     targets = result.counts[0].double()
-    loss = torch.where(targets > 0, result.loss * targets, 0.0)  # of no targets the mean is NaN
+    loss = torch.where(targets > 0, result.loss * targets, 0.0)  # the loss is NaN without targets
     return torch.cat([torch.stack([loss, targets, result.skipped.double(), result.empty.double()]), result.sums.double(), result.counts.double()])
 
 
-def record(info: StepInfo, *, since: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float) -> dict[str, Any]:
+def record(info: StepInfo, *, totals: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float) -> dict[str, Any]:
     """One line of metrics.jsonl; non-finite and unknown values are None.
 
-    `since`: what `since()` gives, added up over the steps since the last line; `loss` is the mean over their targets, `step_loss` the last
-    step's own. `sums`: names of the task's sums; of several, the mean of each is added as `train_<name>`. Reads all scalars in one transfer,
-    which waits for the device, and only then takes the time.
+    `totals`: of `totals()`, summed over the steps since the last line. `loss` is the mean over their
+    targets, `step_loss` that of the last step. `sums`: names of the task's sums; if there are several, the
+    mean of each is added as `train_<name>`. Reads all scalars in one transfer, which waits for the device,
+    before it takes the time.
     """
     result = info.result
     scalars = (result.loss, result.grad_norm, result.loss_scale)
-    numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), since]).tolist()
+    numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), totals]).tolist()
     step_loss, grad_norm, loss_scale, loss_sum, targets, skipped, empty, *each = numbers
     loss = loss_sum / targets if targets else math.nan
     means = {f"train_{name}": finite(value / count if count else math.nan) for name, value, count in zip(sums, each, each[len(sums) :], strict=False)}
@@ -181,7 +190,7 @@ def record(info: StepInfo, *, since: torch.Tensor, sums: Sequence[str], meter: M
 
 
 def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> str:
-    """The line that rank 0 prints for a record; what is not known is left out.
+    """The line that rank 0 prints for a record; unknown values are left out.
 
     step   120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s
     """
@@ -205,7 +214,7 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
 
 
 def quantity(value: float) -> str:
-    """A count in three digits: 873, 41.2k, 1.05M."""
+    """A count with three significant digits: 873, 41.2k, 1.05M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             return f"{value / size:#.3g}".rstrip(".") + unit
@@ -213,7 +222,7 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units: 42s, 3m12s, 5h07m, 2d04h. Nothing takes less than 0s, whatever clocks say."""
+    """A duration in its two largest units: 42s, 3m12s, 5h07m, 2d04h. Negative values are 0s."""
     minutes, secs = divmod(round(max(0.0, seconds)), 60)
     hours, mins = divmod(minutes, 60)
     days, hrs = divmod(hours, 24)

@@ -2,9 +2,9 @@
 
     hybridtrain train --nproc N experiment=... key=value ...                                    `run`
     torchrun --standalone --nproc-per-node N -m hybridtrain.train experiment=... key=value ...  `run`
-    hybridtrain.Trainer(config, data=..., callbacks=[...]).fit()                                from a program of yours
+    hybridtrain.Trainer(config, data=..., callbacks=[...]).fit()                                in a program
 
-Everything that can be refused without torch and without the other processes is refused in `resolve`.
+`resolve` raises all errors that can be found without torch and the other processes.
 """
 
 from __future__ import annotations
@@ -34,55 +34,58 @@ if TYPE_CHECKING:
     from hybridtrain.runtime.watchdog import Watchdog
     from hybridtrain.tasks.task import Task
     from hybridtrain.training.callbacks import Callback
-    from hybridtrain.training.loop import Done
+    from hybridtrain.training.loop import StepCounter
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a training ended, the same on every rank."""
+    """How a training ended; the same on every rank."""
 
     run_dir: Path
     status: str
-    """finished; interrupted (by a person); preempted (by a scheduler, or the end of the job's time)."""
+    """finished; interrupted (by a person); preempted (by a scheduler, or at the end of
+    the job's time limit)."""
     step: int
-    """Optimizer steps of the run."""
+    """Optimizer steps done."""
     tokens_seen: int
 
 
 class Trainer:
-    """Trains as a config says, with data and callbacks of a program's own.
+    """Trains with a config, and optionally with a program's own data, callbacks and task.
 
-    Under a launcher of several processes (torchrun, srun) each of them makes the same Trainer. A run is the one that `hybridtrain train`
-    makes of the same config: its directory, resumption, exports and reports are the same.
+    Under a launcher of several processes (torchrun, srun), each process creates the same Trainer. The run is
+    the same as that of `hybridtrain train` with this config: directory, resumption, exports and reports.
     """
 
     def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = (), task: Task | None = None):
-        """`config`: of `hybridtrain.compose`. `data`, `eval_data`: rows in place of the config's data (data/own.py tells what a row is).
+        """`config`: from `hybridtrain.compose`.
 
-        `task`: what is learnt (tasks/task.py); None: what task.kind names.
+        `data`, `eval_data`: rows instead of the config's data (data/user_rows.py). `task`: the loss
+        (tasks/task.py); None: that of task.kind.
         """
         self.config, self.data, self.eval_data, self.callbacks, self.task = config, data, eval_data, tuple(callbacks), task
 
     def fit(self) -> Result:
         """Train to the end, from the run's newest checkpoint if it has one.
 
-        Raises UserError for what the caller can put right; rank 0 at once and the others later, so that a launcher shows it once.
+        Raises UserError for errors of the caller; on rank 0 at once and on the others later, so that a
+        launcher shows it once.
         """
         try:
             launch.begin()
             log.setup(None)
-            config, data = self._checked()
+            config, data = self._check()
             return fit(config, data=data, callbacks=self.callbacks, task=self.task)
         except UserError as error:
             if log.rank() and not isinstance(error, LocalError):
                 time.sleep(launch.RANK_0_FIRST_S)
             raise
-        except ReportedElsewhere as answered:
+        except ReportedElsewhere as reported:
             time.sleep(launch.AFTER_RANK_0_S)
-            raise SystemExit(answered.code) from None
+            raise SystemExit(reported.code) from None
 
-    def _checked(self) -> tuple[Config, Blend | None]:
-        """The config, and the rows that take the place of its data."""
+    def _check(self) -> tuple[Config, Blend | None]:
+        """The checked config, and the rows to use instead of its data. Raises UserError."""
         if self.task is not None:
             tasks.check_given(self.task, self.config)
         if self.data is None:
@@ -94,11 +97,11 @@ class Trainer:
             problem, instead = "there is no `eval_data`", "train.eval_every=0, or Trainer(config, data=..., eval_data=...)"
             raise refusal("train.eval_every", self.config.train.eval_every, problem, allowed="0 without it", instead=instead)
         if (kind := self.config.data.kind) != "prepared":
-            raise refusal("data.kind", kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
+            raise refusal("data.kind", kind, "rows are given as `data` too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
         rows = of_rows(self.data, self.eval_data, fields=("data", "eval_data"), documents=self.config.data.document_mask)
         checks.check(dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, path=rows.name, blend={})))
-        own = dataclasses.replace(self.config.data, path="", blend={}, eval_path="", source=[])
-        return dataclasses.replace(self.config, data=own), rows
+        unused = dataclasses.replace(self.config.data, path="", blend={}, eval_path="", source=[])
+        return dataclasses.replace(self.config, data=unused), rows
 
 
 def run(config: Config) -> int:
@@ -108,61 +111,67 @@ def run(config: Config) -> int:
 
 
 def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback], task: Task | None) -> Result:
-    """Train as a checked config says (collective over the launcher's processes). `data`: in place of what the config names."""
-    began = time.monotonic()
+    """Train with a checked config (collective over the launcher's processes).
+
+    `data`: instead of the config's.
+    """
+    start_s = time.monotonic()
     launch.use_expandable_segments()
     if config.run.callbacks:
-        from hybridtrain.training.callbacks import registered
+        from hybridtrain.training.callbacks import from_config
 
-        callbacks = (*callbacks, *registered(config))
+        callbacks = (*callbacks, *from_config(config))
     job = resolve(config, world_size=launch.world_size(), here=True, data=data, task=task)
     run_dir = None
-    if not launch.is_launched():  # a process alone: refused before torch is imported
-        run_dir = _opened(job)
+    if not launch.is_launched():  # opens the directory before it imports torch
+        run_dir = _open(job)
         if run_dir is None:
-            return _finished(job.config)
-    return _on_all_ranks(job, run_dir=run_dir, began=began, callbacks=callbacks)
+            return _finished_result(job.config)
+    return _on_all_ranks(job, run_dir=run_dir, start_s=start_s, callbacks=callbacks)
 
 
-def _finished(config: Config) -> Result:
-    """Of a run that was at its end already."""
-    path = identity.choose(config).path  # which may be another than run.dir, of the next number
+def _finished_result(config: Config) -> Result:
+    """The result for a run in which no step is left to train."""
+    path = identity.choose(config).path  # may differ from run.dir by a number
     summary = read_summary(path)
     return Result(path, "finished", summary.get("steps") or 0, summary.get("tokens") or 0)
 
 
-def _opened(job: Job) -> RunDir | None:
-    """Rank 0: what only it looks at, and then the run directory; None: nothing is left to do."""
+def _open(job: Job) -> RunDir | None:
+    """On rank 0: check the model of a new run, and open the run directory; None if no step is left to train."""
     config = job.config
     if config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
         from hybridtrain.models.build import check as check_model
 
-        check_model(config)  # a new run: what transformers refuses leaves no folder behind
+        check_model(config)  # before the folder of a new run is created
     return resume.open_run(job)
 
 
-def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: Sequence[Callback]) -> Result:
-    """Meet, agree, train, and note how it ended. `run_dir`: of a process alone; else rank 0 opens it once all are there."""
+def _on_all_ranks(job: Job, *, run_dir: RunDir | None, start_s: float, callbacks: Sequence[Callback]) -> Result:
+    """Connect, compare the ranks, train, and record the end.
+
+    `run_dir`: of a single process; else rank 0 opens it here.
+    """
     import torch
 
     from hybridtrain.parallel import mesh
     from hybridtrain.run.trackers import Trackers
     from hybridtrain.runtime.stop import Stop
     from hybridtrain.training import agreement, attempt
-    from hybridtrain.training.loop import Done
+    from hybridtrain.training.loop import StepCounter
 
-    config, device, done, trackers, watchdog = job.config, mesh.device(), Done(0), Trackers(), None
+    config, device, counter, trackers, watchdog = job.config, mesh.device(), StepCounter(0), Trackers(), None
     try:
         mesh.connect(device, timeout_s=config.engine.timeout_s)
         agreement.agree(config, fingerprints=job.fingerprints | job.evaluated)
         if run_dir is None:
-            run_dir = mesh.on_rank0(lambda: _opened(job))  # a start that does not come about leaves no trace
+            run_dir = mesh.on_rank0(lambda: _open(job))  # after the checks that may fail without a directory
         if run_dir is None:
-            result = mesh.on_rank0(lambda: _finished(config))
+            result = mesh.on_rank0(lambda: _finished_result(config))
             mesh.disconnect()
             return result
-        done.step = run_dir.step
-        watchdog = _watchdog(job, run_dir=run_dir, done=done)
+        counter.step = run_dir.step
+        watchdog = _watchdog(job, run_dir=run_dir, counter=counter)
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
@@ -172,18 +181,18 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
                 engine=engine,
                 run_dir=run_dir,
                 device=device,
-                began=began,
+                start_s=start_s,
                 stop=stop,
                 watchdog=watchdog,
-                done=done,
+                counter=counter,
                 trackers=trackers,
                 of_user=callbacks,
             )
     except BaseException as error:
         if run_dir is not None:
             if isinstance(error, UserError):
-                trackers.finish(failed=True)  # a new run that is refused takes its files back
-            outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, began=began, step=done.step)
+                trackers.finish(failed=True)  # before record_failure removes the directory of a new run
+            outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, start_s=start_s, step=counter.step)
             trackers.finish(failed=True)
         raise
     finally:
@@ -196,17 +205,17 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, began: float, callbacks: 
     return Result(run_dir.path, status, end.step, end.tokens_seen)
 
 
-def _watchdog(job: Job, *, run_dir: RunDir, done: Done) -> Watchdog:
-    """What ends this rank when a step hangs, and notes that in the run's directory."""
+def _watchdog(job: Job, *, run_dir: RunDir, counter: StepCounter) -> Watchdog:
+    """The watchdog that ends this rank when a step hangs, and records that in the run directory."""
     from hybridtrain.runtime.watchdog import Watchdog
 
-    def hung() -> None:
-        outcome.record_hang(run_dir, world_size=job.layout.world_size, step=done.step)
+    def on_hang() -> None:
+        outcome.record_hang(run_dir, world_size=job.layout.world_size, step=counter.step)
 
-    return Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=job.config.train.max_step_s, hung=hung)
+    return Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=job.config.train.max_step_s, hung=on_hang)
 
 
 def _engine(job: Job, *, device: torch.device, initial: bool) -> Any:
-    """The engine of the job; `initial`: with the weights that a run begins from."""
-    source = resume.source_at_hand(job.config)
+    """The engine of the job. `initial`: with initial weights."""
+    source = resume.with_available_source(job.config)
     return engines.build_for(job.task, source, layout=job.layout, plan=job.plan, device=device, initial=initial)

@@ -37,7 +37,7 @@ def test_help_of_a_command_explains_its_own_options_and_groups_alone(capsys, nam
     words = " ".join(text.split())
     options = [field for fields in keys.sections(name).values() for field in fields]
     assert all(f"  {field.key}" in text and field.doc in words for field in options)
-    groups = {group: files for group, files in keys.groups([keys.shipped()]).items() if group in ("experiment", *keys.sections(name))}
+    groups = {group: files for group, files in keys.groups([keys.conf_folder()]).items() if group in ("experiment", *keys.sections(name))}
     assert all(f"{group} {', '.join(files)}" in words for group, files in groups.items())
     entries = [line.split()[0] for line in text.partition("\ngroups ")[2].splitlines()[1:] if re.match(r"  \S", line)]
     assert entries == [*groups, *(field.key for field in options)]
@@ -98,7 +98,7 @@ def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
         (entry.path / "config.yaml").write_text(compose.to_yaml(config))
         (entry.path / "summary.json").write_text('{"steps": 100}')
         entry.lock.release()
-    assert trainer._finished(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
+    assert trainer._finished_result(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
 
 
 def test_multirun_runs_every_combination():

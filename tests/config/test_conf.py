@@ -16,7 +16,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.plan import layout
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = keys.groups([keys.shipped()])
+GROUPS = keys.groups([keys.conf_folder()])
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
 OPTIONS = [field for fields in keys.all_sections().values() for field in fields]
 ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
@@ -78,7 +78,7 @@ def test_every_file_composes_types_and_passes(group, name):
 def test_group_files_hold_only_what_deviates(group, name):
     if group in ("model", "experiment", "data"):
         return
-    text = (keys.shipped() / group / f"{name}.yaml").read_text()
+    text = (keys.conf_folder() / group / f"{name}.yaml").read_text()
     values = yaml.safe_load(text) or {}
     written = values if "@package _global_" in text else {group: values}
     command, root = ("submit", schema.SubmitRoot) if group == "cluster" else ("train", schema.Config)

@@ -11,7 +11,7 @@ import pytest
 
 from hybridtrain import engine as engines
 from hybridtrain.config import checks, keys, schema
-from hybridtrain.config.compose import compose, plain, to_yaml
+from hybridtrain.config.compose import compose, public, to_yaml
 from hybridtrain.config.ranges import RANGES
 from hybridtrain.errors import UserError
 from tests.cases import model
@@ -88,7 +88,7 @@ def tried(config: schema.Root) -> bool:
         checks.check(config)
         if type(config) is schema.Config:
             engines.settle(config, world_size=1)
-        to_yaml(config), plain(config)
+        to_yaml(config), public(config)
     except UserError:
         return False
     finally:

@@ -104,7 +104,7 @@ def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monke
     today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
     today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "${oc.env:PLACE}/x", 2
     assert identity.differences(config, today) == {}
-    with pytest.raises(UserError, match=r"it is optim\.lr since a later version"):
+    with pytest.raises(UserError, match=r"it has been renamed to optim\.lr"):
         compose("train", ["optim.learning_rate=1"])
 
 

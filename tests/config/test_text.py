@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from hybridtrain.cli.commands import TAKES_RUN, _with_runs
 from hybridtrain.config import keys, schema, words
-from hybridtrain.config.compose import Interpolated, compose, laid_over, plain, read_run, to_yaml
-from hybridtrain.config.overrides import normalise
+from hybridtrain.config.compose import Interpolated, compose, override, public, read_run, to_yaml
+from hybridtrain.config.overrides import normalize
 from hybridtrain.config.sweep import sweep
 from hybridtrain.errors import UserError
 from hybridtrain.run.identity import choose, differences
@@ -58,7 +58,7 @@ def test_a_prompt_may_be_anything():
 
     parser = OverridesParser.create()
     for text in PROMPTS:
-        [override] = normalise("generate", [f"generate.prompt={text}"], folders=[keys.shipped()]).overrides
+        [override] = normalize("generate", [f"generate.prompt={text}"], folders=[keys.conf_folder()]).overrides
         assert parser.parse_overrides([override])[0].value() == words.escaped(text)
     for text in (text for text in PROMPTS if "${" in text or text == PROMPTS[0]):
         config = compose("generate", [f"generate.prompt={text}"])
@@ -183,10 +183,10 @@ def test_an_option_at_its_default_that_was_asked_for_is_in_force(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  eval_rows: 64\n")
     asked = ["data.seq_len=256", "batch.micro_batch_size=1", "data.document_mask=false", "--config-dir", str(tmp_path), "experiment=mine"]
-    laid = laid_over(compose("evaluate", asked), read_run(tmp_path / "config.yaml"))
+    laid = override(read_run(tmp_path / "config.yaml"), by=compose("evaluate", asked))
     assert (laid.data.seq_len, laid.batch.micro_batch_size, laid.data.document_mask, laid.train.eval_rows) == (256, 1, False, 64)
     assert laid.data.path == "x"
-    untouched = laid_over(compose("evaluate", []), read_run(tmp_path / "config.yaml"))
+    untouched = override(read_run(tmp_path / "config.yaml"), by=compose("evaluate", []))
     assert (untouched.data, untouched.batch, untouched.train) == (run.data, run.batch, run.train)
 
 
@@ -202,7 +202,7 @@ def test_a_secret_in_any_option_leaves_the_process_as_its_reference(command, way
     config = compose(command, [f"{holder}=${{oc.env:SECRET}}", *(f"{key}={way.replace('SECTION', section).replace('OPTION', option)}" for key in options)])
     for key in [holder, *options]:
         assert getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]).endswith("hunter2"), key
-    assert "hunter2" not in to_yaml(config) + str(plain(config))
+    assert "hunter2" not in to_yaml(config) + str(public(config))
 
 
 def test_secrets_in_lists_mappings_and_free_fields(monkeypatch):
@@ -211,7 +211,7 @@ def test_secrets_in_lists_mappings_and_free_fields(monkeypatch):
     config = compose("train", [*words_, "model.config.d=${model.config.a}", "model.config.e=${tracker.kinds}", "model.freeze=${tracker.kinds}"])
     assert config.model.config["d"]["b"] == [1, "hunter2"]
     assert config.model.freeze == ["hunter2"]
-    assert "hunter2" not in to_yaml(config) + str(plain(config))
+    assert "hunter2" not in to_yaml(config) + str(public(config))
     with pytest.raises(UserError, match="refers to a whole section"):
         compose("train", ["model.config.a=${run}"])
 

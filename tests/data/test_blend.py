@@ -141,7 +141,7 @@ def test_a_weight_below_a_row_of_a_block_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (schema.DataConfig(path="x", blend={"a": 1.0}), r"data\.path=x: there is a data\.blend too"),
+        (schema.DataConfig(path="x", blend={"a": 1.0}), r"data\.path=x: data\.blend is set too"),
         (schema.DataConfig(blend={"a": 1.0, "b": 0.0}), r"data\.blend\.b=0\.0: out of range"),
         (schema.DataConfig(blend={"a": float("nan")}), r"data\.blend\.a=nan"),
     ],

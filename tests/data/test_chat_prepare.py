@@ -147,14 +147,14 @@ def test_conversations_whose_answers_are_cut_off_are_left_out_and_counted(folder
     train = facts["splits"]["train"]
     assert facts["notes"] == {
         "conversations without an answer within data.seq_len tokens, left out": [2, f"{folder}/talk.jsonl line 1"],
-        "conversations none of whose answers is to be learnt, left out": [1, f"{folder}/talk.jsonl line 4"],
+        "conversations whose answers are all excluded from the loss, left out": [1, f"{folder}/talk.jsonl line 4"],
     }
     assert (train["documents"], train["loss_tokens"], train["kept_tokens"]) == (1, len("Very.") + 1, train["tokens"])
     share = train["loss_tokens"] / train["tokens"]
     assert f"{share:.1%} of the tokens carry loss" in statistics.table(folder / "data")
-    with pytest.raises(UserError, match=r"data\.seq_len=64: no conversation to train on has an answer that begins within so many tokens"):
+    with pytest.raises(UserError, match=r"data\.seq_len=64: no conversation of the train split has an answer that begins within so many tokens"):
         made(settings(folder, [LONG] * 8, seq_len=64), overwrite=True)
-    with pytest.raises(UserError, match=r"^data\.source=.*: no answer to train on is to be learnt, by their weight, train or loss of 0"):
+    with pytest.raises(UserError, match=r"^data\.source=.*: every answer of the train split is excluded from the loss"):
         made(settings(folder, [{"messages": [ASK, {**ANSWER, "weight": 0}]}] * 8, seq_len=64), overwrite=True)
 
 

@@ -166,8 +166,8 @@ def test_links_to_folders_are_followed_and_what_is_left_out_is_said(tmp_path, te
     facts = json.loads((folder / "corpus.json").read_text())
     assert sum(split["documents"] for split in facts["splits"].values()) == 8
     assert sorted(facts["sources"]["files"]) == [f"root/{place}/{number}.txt" for place in ("a", "b/deep") for number in range(4)]
-    assert facts["left_out"] == {"of other endings": 1, "links to nothing, or no files": 1, "empty": 1}
-    assert "reading 8 sources; left out: 1 empty, 1 links to nothing, or no files, 1 of other endings" in capsys.readouterr().err
+    assert facts["left_out"] == {"of other endings": 1, "broken links or no regular files": 1, "empty": 1}
+    assert "reading 8 sources; left out: 1 broken links or no regular files, 1 empty, 1 of other endings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["*.txt", "a/*.txt", "**/*.txt", "a/**/*.txt", "[ab]/?.txt", "*"])
@@ -217,7 +217,7 @@ def test_an_interrupt_is_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "interrupted; the same command goes on from here" in err
+    assert "interrupted; the same command continues from here" in err
     assert "Traceback" not in err
 
 

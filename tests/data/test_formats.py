@@ -75,7 +75,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, reference, jsonl):
 @pytest.mark.parametrize("limit", [1, 50, 333, 10**6])
 def test_byte_ranges_give_every_line_once(jsonl, limit):
     (source,) = listing(DataConfig(source=[str(jsonl)])).sources
-    units = list(readers.cut(source, fields=Fields.of(DataConfig()), limit=limit))
+    units = list(readers.units_of(source, fields=Fields.of(DataConfig()), limit=limit))
     assert [unit.start for unit in units[1:]] == [unit.stop for unit in units[:-1]]
     found = [record for unit in units for record in readers.records(unit)]
     assert [record.value for record in found if record.value] == TEXTS
@@ -155,7 +155,7 @@ def test_what_the_tokenizer_makes_no_token_of_is_counted(tmp_path, reference):
     facts = json.loads((tokenize.prepare(data, options=PrepareConfig()) / "corpus.json").read_text())
     assert facts["notes"] == {
         "documents without text, left out": [1, f"{source} line 5"],
-        "documents that the tokenizer makes no token of, left out": [1, f"{source} line 24"],
+        "documents that the tokenizer encodes to no tokens, left out": [1, f"{source} line 24"],
     }
     assert facts["splits"]["train"]["documents"] == 20
 
@@ -265,7 +265,9 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monk
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
     planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
-    recipe = Recipe(chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=0)
+    recipe = Recipe(
+        chat=None, labels=None, eval_fraction=0.2, deduplicate=False, skip_bad=False, total_bytes=0, held_out_before={}, eos=[], special_ids=[], vocab_size=0
+    )
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340
     assert set(whole) < set(numbered)

@@ -53,10 +53,10 @@ def kill_until_done(folder: Path, source: Path, *, kills: int, seed: int) -> str
 def check_kills(tmp_path: Path, *, kills: int, seed: int) -> None:
     source = write_texts(tmp_path / "texts", documents=400, words=2000)
     reference = start_prepare(tmp_path / "reference", source)
-    assert "going on" not in reference.communicate()[1]
+    assert "continuing" not in reference.communicate()[1]
     assert reference.returncode == 0
     said = kill_until_done(tmp_path / "killed", source, kills=kills, seed=seed)
-    assert "going on from an interrupted prepare" in said or "prepared already" in said
+    assert "continuing an interrupted prepare" in said or "prepared already" in said
     assert contents(tmp_path / "killed") == contents(tmp_path / "reference")
 
 
@@ -96,7 +96,7 @@ def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
     partial.mkdir(parents=True)
 
     def begin() -> None:
-        tokenize._begin(partial, settings=settings_of(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
+        tokenize._open_partial(partial, settings=settings_of(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
 
     begin()
     (partial / "piece-00000").mkdir()

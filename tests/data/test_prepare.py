@@ -19,7 +19,9 @@ from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError
 from tests.data.texts import settings, write_texts
 
-TEXT = Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=400)
+TEXT = Recipe(
+    chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total_bytes=0, held_out_before={}, eos=[], special_ids=[], vocab_size=400
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ CHANGES = {
     "appended": (lambda t: (t / "1.txt").write_text("more " * 500), r"1 changed \(texts/1\.txt\) since"),
     "touched": (lambda t: os.utime(t / "1.txt", ns=(1, 1)), r"1 changed \(texts/1\.txt\) since"),
     "new": (lambda t: (t / "9.txt").write_text("more"), r"1 new \(texts/9\.txt\) since"),
-    "gone": (lambda t: (t / "2.txt").unlink(), r"1 gone \(texts/2\.txt\) since"),
+    "removed": (lambda t: (t / "2.txt").unlink(), r"1 removed \(texts/2\.txt\) since"),
 }
 
 
@@ -59,7 +59,7 @@ def test_a_source_that_is_gone_does_not_matter_to_what_is_prepared(tmp_path, tex
     folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
     shutil.rmtree(texts)
     assert tokenize.prepare(settings(folder, texts), options=NEW) == folder
-    assert "its source is not there any more" in capsys.readouterr().err
+    assert "its source is missing" in capsys.readouterr().err
 
 
 def test_another_tokenizer_in_the_same_place_is_noticed(tmp_path, texts):

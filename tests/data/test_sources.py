@@ -27,10 +27,12 @@ def data(path: Path, **fields: object) -> DataConfig:
 
 def texts(config: DataConfig) -> list[str]:
     """The documents that `prepare` would encode."""
-    recipe = Recipe(chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total=0, before={}, eos=[], controls=[], vocab_size=300)
+    recipe = Recipe(
+        chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total_bytes=0, held_out_before={}, eos=[], special_ids=[], vocab_size=300
+    )
     planned = pieces.plan(listing(config).sources, fields=Fields.of(config))
     units = [unit for piece in planned for unit in piece.units]
-    return [document.value for unit in units for document in documents(unit, recipe=recipe, counts=Counts.none())]
+    return [document.value for unit in units for document in documents(unit, recipe=recipe, counts=Counts.zero())]
 
 
 def refused(config: DataConfig) -> str:
@@ -120,7 +122,7 @@ def test_an_array_is_read_in_blocks_of_any_size(tmp_path, block, monkeypatch):
     for number, content in enumerate((json.dumps(elements), json.dumps(elements, indent=3, ensure_ascii=False), " [ ] ", "[1]", "\ufeff[12,-3.5e2]\n")):
         file = tmp_path / f"{number}.json"
         file.write_text(content)
-        assert list(streams.values(str(file), packed="", encoding="utf-8")) == json.loads(content.removeprefix("\ufeff"))
+        assert list(streams.values(str(file), compression="", encoding="utf-8")) == json.loads(content.removeprefix("\ufeff"))
 
 
 def test_a_bad_element_of_an_array_is_named(tmp_path):

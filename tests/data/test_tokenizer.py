@@ -82,7 +82,7 @@ def test_a_file_is_taken_for_the_tokenizer_it_is(tmp_path, made, texts, name):
 
 def test_a_part_of_a_tokenizer_is_refused(tmp_path, texts):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(UserError, match=r"tokenizer\.model: it is a file of one part of a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.model: it is one file of a tokenizer, not all of it"):
         tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "tokenizer.model")), options=PrepareConfig())
 
 

@@ -78,7 +78,7 @@ def finish(folder: Path, source: Path, reference: Path) -> None:
         time.sleep(0.01)
     said = process.communicate()[1]
     assert process.returncode == 0, said
-    assert "going on from an interrupted prepare" in said
+    assert "continuing an interrupted prepare" in said
     assert tokens(folder) == tokens(reference)
 
 

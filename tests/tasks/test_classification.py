@@ -216,4 +216,4 @@ def test_a_classifier_writes_no_text_and_is_not_timed(trained: Path, capsys) -> 
     assert main(["generate", str(trained), "generate.prompt=x"]) == 2
     assert "it is a classifier, which writes no text" in capsys.readouterr().err
     assert main(["bench", "model=tiny", "task=classification", "model.labels=[a,b]"]) == 2
-    assert "task.kind=classification: bench times next-token prediction alone" in capsys.readouterr().err
+    assert "task.kind=classification: bench times next-token prediction only" in capsys.readouterr().err

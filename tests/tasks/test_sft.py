@@ -178,7 +178,7 @@ def test_conversations_longer_than_a_row_lose_their_end(folder, tmp_path):
 def test_rows_of_another_length_are_refused(folder, tmp_path):
     ended = runs.on_ranks(1, runs.arguments(tmp_path / "run", folder, data__seq_len=32, model__config__vocab_size=320))
     said = runs.four_parts(ended.err, "data.seq_len")
-    assert "fitted into rows of 96" in said
+    assert "packed into rows of 96" in said
     assert "prepare again with data.seq_len=32" in said
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hybridtrain.config.compose import read_run
-from hybridtrain.export.hf import Run, export
+from hybridtrain.export.hf import SourceRun, export
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, checkpoints, finished, four_parts, on_ranks, on_this_rank, rows, summary, torchrun
 
@@ -96,7 +96,7 @@ def test_steps_that_stay_non_finite_end_the_run(data: Path, tmp_path: Path, opti
 def test_weights_that_are_no_numbers_end_the_run(data: Path, tmp_path: Path) -> None:
     finished(1, arguments(tmp_path / "first", data, train__steps=1))
     newest = tmp_path / "first" / "checkpoints" / "step-00000001"
-    run = Run(tmp_path / "first", read_run(tmp_path / "first" / "config.yaml"))
+    run = SourceRun(tmp_path / "first", read_run(tmp_path / "first" / "config.yaml"))
     export(newest, run=run, out=tmp_path / "model", dtype="float32", max_shard_bytes=10**9)
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)

@@ -127,7 +127,7 @@ def test_other_data_in_the_same_folder_goes_on_only_when_asked_for(trained: Path
         assert contents(copy) == before
         said = finished(2, [*argv, "run.allow_data_change=true"]).out
         assert "warning: resuming with other data: data, order" in said
-        same = "model, optimizer, schedule, seed and batch are as they were; the data are other than before:"
+        same = "model, optimizer, schedule, seed and batch are unchanged; with other data:"
         assert f"resumed   step-00000004 at step 4, 1024 tokens; {same} {trained / 'data'}" in said
         assert [row["step"] for row in rows(copy)] == list(range(1, 7))
     finally:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
-from hybridtrain.training.loop import Collector
+from hybridtrain.training.loop import GarbageCollection
 from tests import runs
 
 
@@ -43,19 +43,19 @@ def test_a_start_names_what_does_not_go_together(tmp_path):
     ended = runs.finished(1, runs.arguments(tmp_path / "run", prepare(settings, options=schema.PrepareConfig()), **options))
     said = ended.out + ended.err
     assert "tokenizer config.json ends texts with [2], the tokenizer with 0" in said
-    assert "tokenizer it has 301 tokens, the model 300 rows: a text with one of the others cannot be given to the model" in said
+    assert "tokenizer it has 301 tokens, the model's embedding 300 rows: the model cannot read the other tokens" in said
     assert "schedule.warmup_steps=5: the run ends before its warm-up does" in said
 
 
 def test_garbage_is_collected_at_certain_steps_only():
     assert gc.isenabled()
-    with Collector() as collector:
-        collector.after(3)
+    with GarbageCollection() as garbage:
+        garbage.after(3)
         assert not gc.isenabled()
         assert gc.get_freeze_count() > 0
         before = gc.get_stats()[1]["collections"]
         for step in range(4, 101):
-            collector.after(step)
+            garbage.after(step)
         assert gc.get_stats()[1]["collections"] == before + 2  # at 50 and 100
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

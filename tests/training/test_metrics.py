@@ -46,11 +46,11 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
     )
 
 
-def record(step: StepResult, *, number=7, lr=1e-3, since=None, sums=("loss",), **changes) -> dict:
-    """The line of a step; of it alone unless `since` says otherwise."""
+def record(step: StepResult, *, number=7, lr=1e-3, totals=None, sums=("loss",), **changes) -> dict:
+    """The line of a step; of it alone unless `totals` says otherwise."""
     info = StepInfo(step=number, last=False, stopping=False, tokens_seen=1000 * number, lr=lr, result=step, flags={})
-    added = metrics.since(step) if since is None else torch.tensor(since, dtype=torch.float64)
-    return metrics.record(info, since=added, sums=sums, meter=meter(**changes), memory_gib=1.5)
+    added = metrics.totals(step) if totals is None else torch.tensor(totals, dtype=torch.float64)
+    return metrics.record(info, totals=added, sums=sums, meter=meter(**changes), memory_gib=1.5)
 
 
 def meter(**changes) -> metrics.Meter:
@@ -189,19 +189,19 @@ def test_record_has_the_keys_and_the_exact_loss():
 
 def test_the_loss_of_a_line_is_the_mean_over_its_tokens():
     """100 tokens at 2.0 and 300 at 4.0; one update skipped, one step without a token."""
-    row = record(result(loss=4.0), since=[1400.0, 400.0, 1.0, 1.0, 1400.0, 400.0])
+    row = record(result(loss=4.0), totals=[1400.0, 400.0, 1.0, 1.0, 1400.0, 400.0])
     assert (row["loss"], row["step_loss"], row["skipped"], row["steps_without_targets"]) == (3.5, 4.0, 1, 1)
 
 
 def test_of_a_task_with_several_sums_a_line_has_the_mean_of_each():
     """Two steps: 10 and 30 targets of the first sum, 4 and none of the second, whose mean over the line is that of its 4; a third sum without any."""
-    row = record(result(), since=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none"))
+    row = record(result(), totals=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none"))
     assert list(row) == [*KEYS, "train_mlm", "train_nsp", "train_none"]
     assert (row["loss"], row["train_mlm"], row["train_nsp"], row["train_none"]) == (2.75, 2.75, 0.75, None)
 
 
 def test_the_allocator_is_one_of_gpus():
-    assert metrics.allocator(torch.device("cpu")) == {}
+    assert metrics.allocator_stats(torch.device("cpu")) == {}
 
 
 def test_record_writes_null_for_what_is_not_finite_or_unknown():
@@ -215,7 +215,7 @@ def test_record_writes_null_for_what_is_not_finite_or_unknown():
 
 
 def test_steps_without_targets_have_no_loss_and_are_counted():
-    row = record(result(loss=math.nan, grad_norm=0.0, empty=1), since=[0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
+    row = record(result(loss=math.nan, grad_norm=0.0, empty=1), totals=[0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
     assert list(row) == [*KEYS, "steps_without_targets"]
     assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
     assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |" in metrics.progress_line(row, total_steps=10, eta_s=1)

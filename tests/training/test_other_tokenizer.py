@@ -34,7 +34,7 @@ def test_training_and_evaluation_say_that_the_data_are_of_another_tokenizer(data
     said = finished(1, arguments(tmp_path / "branch", other, run__branch_from=run, train__steps=2)).out
     kept = run / "checkpoints" / "step-00000001" / "tokenizer"
     assert f"{WORDS} ({kept}) and that of the data ({other}/tokenizer) are not the same: {number} of 300 tokens" in said
-    assert "at step 1, 256 tokens; the data are other than there: " in said
+    assert "at step 1, 256 tokens; with other data: " in said
     same = [text.replace(str(other), str(data)) for text in begun]
     assert WORDS not in finished(1, [*same, f"run.dir={tmp_path / 'same'}"]).out
     assert main(["evaluate", f"evaluate.source={run}/export", f"data.path={data}", "data.seq_len=32", "evaluate.rows=2"]) == 0

@@ -1,1 +1,1 @@
-"""Text to token files: what `hybridtrain prepare` does, from sources and records to pieces, and their join into one corpus."""
+"""`hybridtrain prepare`: reads sources, tokenizes them in pieces, and joins the pieces into token files."""

@@ -1,4 +1,4 @@
-"""From records to documents: each is checked and its split decided; and counts of what was met."""
+"""Checks records, decides their split, and yields them as documents; counts what it finds."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ NO_TEXT = "documents without text, left out"
 
 @dataclass
 class Counts:
-    """What was met in a piece, or in all of them."""
+    """Statistics of a piece, or of all pieces."""
 
     text_bytes: int
     tokens: int
     bad: int
-    """Records left out because they could not be read."""
+    """Records skipped because they cannot be read."""
     first_bad: str
     damaged: int
     """Documents with U+FFFD or bytes that are not UTF-8."""
     first_damaged: str
     controls: int
-    """Documents of text that spell out special tokens of the tokenizer, which become these tokens."""
+    """Documents whose text contains special tokens of the tokenizer, and is encoded with them."""
     first_control: str
     held_out: dict[str, str]
-    """Records of which blocks are held out: digest to how."""
+    """Digest -> how, for records of which blocks are held out."""
 
     conversations: int
     forms: dict[str, int]
-    """Conversations by the form of their record."""
+    """Form of the record -> number of conversations."""
     unread: dict[str, int]
-    """Records by a field that is not read."""
+    """Name of a field that is not read -> number of records."""
     notes: dict[str, list[Any]]
-    """[how many, the first] of what is worth knowing."""
+    """Note to report -> [number of records, place of the first]."""
 
     @classmethod
-    def none(cls) -> Counts:
+    def zero(cls) -> Counts:
         return cls(
             text_bytes=0,
             tokens=0,
@@ -64,24 +64,24 @@ class Counts:
         )
 
     @classmethod
-    def of(cls, folders: Iterable[Path]) -> Counts:
-        """The sum over complete pieces, in order."""
-        total = cls.none()
+    def load(cls, folders: Iterable[Path]) -> Counts:
+        """The sum over the folders of complete pieces, in order."""
+        total = cls.zero()
         for folder in folders:
-            one = json.loads((folder / "counts.json").read_text())
-            for name, value in one.items():
-                have = getattr(total, name)
-                setattr(total, name, _merged(have, value) if isinstance(value, dict) else have or value if isinstance(value, str) else have + value)
+            counts = json.loads((folder / "counts.json").read_text())
+            for name, value in counts.items():
+                old = getattr(total, name)
+                setattr(total, name, _merge(old, value) if isinstance(value, dict) else old or value if isinstance(value, str) else old + value)
         return total
 
-    def note(self, what: str, unit: Unit, number: int) -> None:
-        """Count something met in a record; the place of the first is kept."""
-        count, first = self.notes.get(what, (0, ""))
-        self.notes[what] = [count + 1, first or readers.where(unit, number)]
+    def note(self, text: str, unit: Unit, number: int) -> None:
+        """Count a note about a record; keeps the place of the first."""
+        count, first = self.notes.get(text, (0, ""))
+        self.notes[text] = [count + 1, first or readers.where(unit, number)]
 
 
 class Document(NamedTuple):
-    """A record that is to be encoded."""
+    """A record, ready to be encoded."""
 
     unit: Unit
     number: int
@@ -92,8 +92,11 @@ class Document(NamedTuple):
 
 
 def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Document]:
-    """The documents of a unit, split decided; empty ones are none, and counted. Counts what it meets; raises UserError for a bad record unless skip_bad."""
-    named = unit.source.held_out
+    """The documents of a unit that are not empty, with their split decided. Updates `counts`.
+
+    Raises UserError for a bad record unless skip_bad.
+    """
+    source_held_out = unit.source.held_out
     for number, value, problem, instead in readers.records(unit):
         if not problem:
             if recipe.chat:
@@ -106,26 +109,26 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
         if problem:
             bad_record(unit, number, problem, instead=instead, recipe=recipe, counts=counts)
         elif value:
-            digest = hashlib.blake2b(content, digest_size=16).digest() if named is None or recipe.deduplicate else b""
+            digest = hashlib.blake2b(content, digest_size=16).digest() if source_held_out is None or recipe.deduplicate else b""
             if "\ufffd".encode() in content:
                 counts.damaged += 1
                 counts.first_damaged = counts.first_damaged or readers.where(unit, number)
-            size, content = len(content), b""  # not held while a long document is encoded
-            if how := unit.source.blocks or _how(digest, size=size, recipe=recipe, counts=counts):
+            size, content = len(content), b""  # frees memory while a long document is encoded
+            if how := unit.source.blocks or _hold_out_blocks(digest, size=size, recipe=recipe, counts=counts):
                 yield from _cut(unit, number, value, key=unit.source.name if unit.source.blocks else digest.hex(), how=how, recipe=recipe)
             else:
-                held_out = blocks.share(digest) < recipe.eval_fraction if named is None else named
+                held_out = blocks.share(digest) < recipe.eval_fraction if source_held_out is None else source_held_out
                 yield Document(unit, number, value, size, digest, held_out)
         elif not recipe.chat:
             counts.note(NO_TEXT, unit, number)
 
 
-def _how(digest: bytes, *, size: int, recipe: Recipe, counts: Counts) -> str:
-    """How blocks of a record are held out; "" for one that is a document as a whole."""
-    if not recipe.total or not digest:
+def _hold_out_blocks(digest: bytes, *, size: int, recipe: Recipe, counts: Counts) -> str:
+    """How blocks of a record are held out (blocks.py); "" for a record that is one document."""
+    if not recipe.total_bytes or not digest:
         return ""
-    how = recipe.before.get(digest.hex()) or (BY_CHANCE if blocks.is_long(size, total=recipe.total) else "")
-    if how and size > recipe.total / 3:  # a third of the corpus and more: chance may leave it out altogether
+    how = recipe.held_out_before.get(digest.hex()) or (BY_CHANCE if blocks.is_long(size, total=recipe.total_bytes) else "")
+    if how and size > recipe.total_bytes / 3:  # by chance, the eval split might get nothing of it
         how = SURELY
     if how:
         counts.held_out[digest.hex()] = how
@@ -139,7 +142,10 @@ def _cut(unit: Unit, number: int, text: str, *, key: str, how: str, recipe: Reci
 
 
 def _text(value: Any) -> tuple[str, bytes, str]:
-    """(text, its bytes, problem): half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
+    """(text, its bytes, problem).
+
+    A lone surrogate, which is valid in JSON but not in UTF-8, becomes U+FFFD.
+    """
     if not isinstance(value, str):
         return "", b"", f"its field holds no text but {_short(value)}"
     try:
@@ -150,28 +156,30 @@ def _text(value: Any) -> tuple[str, bytes, str]:
 
 
 def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tuple[Conversation | None, bytes, str, str]:
-    """(conversation, what identifies it, problem, what to try); one without messages is none."""
+    """(conversation, its content for the digest, problem, what to try); the conversation
+    is None without messages.
+    """
     try:
-        found = conversations.read(record, key=unit.fields.key)
+        conversation = conversations.read(record, key=unit.fields.key)
     except Unreadable as error:
         return None, b"", str(error), f"{error.instead}, or {readers.SKIP}" if error.instead else ""
-    if found is None:
+    if conversation is None:
         counts.note("records without any message, left out", unit, number)
         return None, b"", "", ""
     counts.conversations += 1
-    counts.forms[found.form] = counts.forms.get(found.form, 0) + 1
-    for name in found.unread:
+    counts.forms[conversation.form] = counts.forms.get(conversation.form, 0) + 1
+    for name in conversation.unread:
         counts.unread[name] = counts.unread.get(name, 0) + 1
-    return found, found.content, "", ""
+    return conversation, conversation.content, "", ""
 
 
-def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Counts by name, [count, first place] by name, or words by name, of both."""
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The sum of two mappings, whose values are counts, [count, first place] or texts (the first is kept)."""
     total = dict(first)
     for name, value in second.items():
         if isinstance(value, list):
-            have = total.get(name, [0, ""])
-            total[name] = [have[0] + value[0], have[1] or value[1]]
+            old = total.get(name, [0, ""])
+            total[name] = [old[0] + value[0], old[1] or value[1]]
         elif isinstance(value, str):
             total.setdefault(name, value)
         else:
@@ -181,18 +189,18 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     try:
-        shown = repr(value)
+        text = repr(value)
     except RecursionError:
         return f"a {type(value).__name__} nested too deeply"
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def bad_record(unit: Unit, number: int, problem: str, *, instead: str, recipe: Recipe, counts: Counts) -> None:
-    """Refuse a record that cannot be read or encoded (raises UserError), or count it under skip_bad."""
+    """Raise UserError for a record that cannot be read or encoded; with skip_bad, only count it."""
     if not recipe.skip_bad:
         option = unit.fields.option
-        words = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
-        allowed = f"text in {unit.fields.encoding}" if unit.source.format == "text" else words
+        good_records = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
+        allowed = f"text in {unit.fields.encoding}" if unit.source.format == "text" else good_records
         raise refusal("data.source", readers.where(unit, number), problem, allowed=allowed, instead=instead or f"another {option}, or {readers.SKIP}")
     counts.bad += 1
     counts.first_bad = counts.first_bad or f"{readers.where(unit, number)}: {problem}"

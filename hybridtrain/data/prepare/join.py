@@ -76,7 +76,7 @@ def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: li
     for block in _blocks(out, dtype=recipe.dtype):
         identity.update(block.tobytes())
         largest = max(largest, int(block.max()))
-    if recipe.fitted:
+    if recipe.packed:
         loss = out.with_name(f"{out.name}.loss")
         _concatenate([folder / loss.name for folder in folders], kept=kept, out=loss, dtype=LOSS_DTYPE)
         for block in _blocks(loss, dtype=LOSS_DTYPE):

@@ -1,4 +1,5 @@
-"""One reader per format behind one record: a `Unit` is a restartable range of a source, `records` streams what lies in it.
+"""Reads the records of all formats: `units_of` divides a source into units, `records` streams
+the records of one.
 
     text        the whole file, one record
     jsonl       the lines that begin in a range of bytes
@@ -6,7 +7,7 @@
     parquet     the rows of some row groups
     datasets    a range of rows
 
-Nothing is read whole but one text file, one line, one element or one small batch of rows (tables.py).
+Memory holds at most one text file, one line, one element or one small batch of rows (tables.py) at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ SKIP = "prepare.skip_bad=true to leave such records out"
 
 
 def open_source(source: Source, *, fields: Fields) -> Source:
-    """The source with what only its own bytes tell: its format and compression, its bytes of text (about), its version.
+    """The source with the facts that need its content: format, compression, approximate
+    bytes of text, version.
 
-    Raises UserError for what is damaged or not of its format or encoding, for a missing package, and where there is no such column.
+    Raises UserError for a damaged source, a wrong format or encoding, a missing package or column.
     """
     if source.format in ("parquet", "datasets") and fields.encoding != UTF8:
         allowed = "text and JSONL, in any encoding"
@@ -47,16 +49,16 @@ def open_source(source: Source, *, fields: Fields) -> Source:
     if source.format == "parquet":
         return tables.open_parquet(source, fields)
     with _readable(source, fields):
-        packed = streams.compression(source.path)
-        start = streams.head(source.path, packed=packed)
+        compression = streams.compression(source.path)
+        start = streams.head(source.path, compression=compression)
     streams.check_beginning(source.path, start, encoding=fields.encoding)
-    size = Path(source.path).stat().st_size * (INFLATION if packed else 1)
+    size = Path(source.path).stat().st_size * (INFLATION if compression else 1)
     values = source.format == "jsonl" and streams.holds_values(start, encoding=fields.encoding)
-    return replace(source, size=size, packed=packed, format="json" if values else source.format)
+    return replace(source, size=size, compression=compression, format="json" if values else source.format)
 
 
-def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
-    """The source in units of about `limit` bytes of text; what cannot be entered in the middle is one unit."""
+def units_of(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
+    """Units of about `limit` bytes of text; one unit for a source that can only be read from its beginning."""
 
     def unit(start: int, stop: int, size: int) -> Unit:
         return Unit(source=source, fields=fields, start=start, stop=stop, size=size)
@@ -73,14 +75,14 @@ def cut(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
             if size >= limit or group == metadata.num_row_groups - 1:
                 yield unit(start, group + 1, size)
                 start, size = group + 1, 0
-    elif source.format == "jsonl" and not source.packed and fields.encoding == UTF8:
+    elif source.format == "jsonl" and not source.compression and fields.encoding == UTF8:
         yield from (unit(start, min(start + limit, source.size), min(limit, source.size - start)) for start in range(0, source.size, limit))
     else:
         yield unit(0, source.size, source.size)
 
 
 def records(unit: Unit) -> Iterator[Record]:
-    """The records of a unit, in order. Raises UserError where the file itself cannot be read on."""
+    """The records of a unit, in order. Raises UserError if the file is damaged."""
     read = {"text": _text, "jsonl": _jsonl, "json": _json, "parquet": tables.parquet_rows, "datasets": tables.dataset_rows}[unit.source.format]
     with _readable(unit.source, unit.fields):
         yield from read(unit)
@@ -88,26 +90,26 @@ def records(unit: Unit) -> Iterator[Record]:
 
 @contextmanager
 def _readable(source: Source, fields: Fields) -> Iterator[None]:
-    """Damage, as gzip, zstd and pyarrow name it, is refused with the file."""
+    """Raise UserError, naming the file, for the errors of gzip, zstd, pyarrow and decoding."""
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        words, allowed = f"it has bytes that are no text in {fields.encoding} ({error.reason})", f"text in {fields.encoding}"
-        raise refusal("data.source", source.path, words, allowed=allowed, instead=f"data.encoding=NAME, {ENCODINGS}") from error
+        problem, allowed = f"it has bytes that are no text in {fields.encoding} ({error.reason})", f"text in {fields.encoding}"
+        raise refusal("data.source", source.path, problem, allowed=allowed, instead=f"data.encoding=NAME, {ENCODINGS}") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise refusal(
             "data.source",
             source.path,
             f"it cannot be read as {source.format} ({type(error).__name__}: {error})",
             allowed="complete, undamaged files",
-            instead="the file once more from where it came, or another data.format",
+            instead="a new copy of the file, or another data.format",
         ) from error
 
 
 def where(unit: Unit, number: int) -> str:
-    """The place of a record, for people: file and line, or file and row."""
+    """The place of a record for messages: file and line, or file and row."""
     path = unit.source.path
     if unit.source.format == "text":
         return path
@@ -122,38 +124,41 @@ def where(unit: Unit, number: int) -> str:
 
 
 def _text(unit: Unit) -> Iterator[Record]:
-    """A file, decoded; a few bytes that are no text become U+FFFD, which `prepare` counts and reports."""
-    content, problem = streams.text(unit.source.path, packed=unit.source.packed, encoding=unit.fields.encoding)
+    """The decoded file.
+
+    A few bytes that cannot be decoded become U+FFFD, which `prepare` counts and reports.
+    """
+    content, problem = streams.text(unit.source.path, compression=unit.source.compression, encoding=unit.fields.encoding)
     yield Record(0, content, problem, f"data.encoding=NAME, {ENCODINGS}; or {SKIP}")
 
 
 def _jsonl(unit: Unit) -> Iterator[Record]:
     source, encoding = unit.source, unit.fields.encoding
-    if source.packed or encoding != UTF8:
-        yield from _parsed(streams.lines(source.path, packed=source.packed, encoding=encoding), unit=unit)
+    if source.compression or encoding != UTF8:
+        yield from _parse(streams.lines(source.path, compression=source.compression, encoding=encoding), unit=unit)
     else:
-        with streams.opened(source.path, packed="") as file:
-            yield from _parsed(_lines_from(file, start=unit.start, stop=unit.stop), unit=unit)
+        with streams.opened(source.path, compression="") as file:
+            yield from _parse(_lines_from(file, start=unit.start, stop=unit.stop), unit=unit)
 
 
 def _json(unit: Unit) -> Iterator[Record]:
     source = unit.source
-    values = streams.values(source.path, packed=source.packed, encoding=unit.fields.encoding)
+    values = streams.values(source.path, compression=source.compression, encoding=unit.fields.encoding)
     return (_record(number, value, fields=unit.fields) for number, value in enumerate(values))
 
 
 def _lines_from(file: BinaryIO, *, start: int, stop: int) -> Iterator[bytes]:
-    """The lines that begin in the bytes [start, stop), so that ranges side by side give every line once."""
+    """The lines that begin in the bytes [start, stop): adjacent ranges give every line exactly once."""
     at = start
     if start:
         file.seek(start - 1)
-        at = start - 1 + len(file.readline())  # the end of the line that began before
+        at = start - 1 + len(file.readline())  # skips the line that began before `start`
     while at < stop and (line := file.readline()):
         yield line
         at += len(line)
 
 
-def _parsed(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
+def _parse(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
     for number, line in enumerate(lines):
         if line.strip():
             try:
@@ -161,13 +166,16 @@ def _parsed(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
             except RecursionError:
                 yield Record(number, None, "it is not JSON (its brackets are nested too deeply)", SKIP)
             except ValueError as error:
-                yield Record(number, None, f"it is not JSON ({error})", _advice(line, first=unit.start == number == 0))
+                yield Record(number, None, f"it is not JSON ({error})", _suggestion(line, first=unit.start == number == 0))
             else:
                 yield _record(number, value, fields=unit.fields)
 
 
-def _advice(line: bytes, *, first: bool) -> str:
-    """What to try with a line that is not JSON; where it is the first, all are likely to be so, and leaving them out is no advice."""
+def _suggestion(line: bytes, *, first: bool) -> str:
+    """What to try about a line that is not JSON.
+
+    `first`: then probably no line is, and skipping them does not help.
+    """
     if b"}\r{" in line:
         return "line ends of LF, not CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl"
     if first and not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
@@ -183,7 +191,7 @@ def _record(number: int, record: Any, *, fields: Fields) -> Record:
     key = fields.key
     if not isinstance(record, dict):
         return Record(number, None, f"it is no object but {conversations.kind(record)}")
-    if fields.whole:
+    if fields.full_records:
         return Record(number, record, "")
     for name in (key, *([fields.label] if fields.label else [])):
         if record.get(name) is None:
@@ -193,7 +201,7 @@ def _record(number: int, record: Any, *, fields: Fields) -> Record:
 
 @lru_cache(maxsize=4)
 def _lines_before(path: str, stop: int) -> int:
-    """Line ends in the first `stop` bytes, and the line that begins before `stop` and ends after it."""
+    """Number of lines that begin in the first `stop` bytes."""
     lines = 0
     with Path(path).open("rb") as file:
         for at in range(0, stop, READ_BYTES):

@@ -1,4 +1,4 @@
-"""What the bytes of a prepared corpus depend on, besides its documents and the tokenizer."""
+"""The settings that determine the bytes of a prepared corpus, apart from its documents and the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from hybridtrain.data.prepare.labelled import LabelRecipe
 
 @dataclass(frozen=True)
 class ChatRecipe:
-    """How conversations become tokens."""
+    """How conversations are tokenized."""
 
     tokenizer: str
-    """What the user calls it."""
+    """The user's name for it, for error messages."""
     turns: str
     """data.chat_turns."""
     seq_len: int
-    """What is cut off behind it cannot be learnt."""
+    """Longer conversations are truncated."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the bytes of a piece depend on, besides its units and the tokenizer."""
+    """The settings that determine the bytes of a piece, apart from its units and the tokenizer."""
 
     chat: ChatRecipe | None
-    """Of conversations."""
+    """For conversations."""
     labels: LabelRecipe | None
-    """Of texts with a label; neither: documents are text."""
+    """For labelled texts. Both None: documents are plain text."""
     eval_fraction: float
     deduplicate: bool
     skip_bad: bool
-    total: int
-    """Bytes of text in all, about: a record that is much of it is cut into what is held out and what is not; 0: none is."""
-    before: Mapping[str, str]
-    """How records that an earlier `prepare` of the folder cut were held out, by digest."""
+    total_bytes: int
+    """Approximate bytes of text of the corpus: blocks of a record that is a large part of it are held
+    out; 0: of none."""
+    held_out_before: Mapping[str, str]
+    """Digest of a record -> how an earlier `prepare` of the folder held out its blocks."""
     eos: list[int]
-    """Ids after each document."""
-    controls: list[int]
-    """Ids of special tokens: in a document of text they are counted."""
+    """Ids appended to each document."""
+    special_ids: list[int]
+    """Ids of special tokens, to count documents of text that contain them."""
     vocab_size: int
 
     @property
@@ -49,6 +50,6 @@ class Recipe:
         return token_dtype(self.vocab_size)
 
     @property
-    def fitted(self) -> ChatRecipe | LabelRecipe | None:
-        """Of documents that are fitted into rows whole, some of whose tokens carry loss; None: text."""
+    def packed(self) -> ChatRecipe | LabelRecipe | None:
+        """The recipe of documents that are packed whole into rows, with a loss mask; None: text."""
         return self.chat or self.labels

@@ -48,18 +48,18 @@ def compression(path: str) -> str:
     return next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), "")
 
 
-def opened(path: str, *, packed: str) -> BinaryIO:
+def opened(path: str, *, compression: str) -> BinaryIO:
     """The decompressed bytes of a file."""
-    if packed == "gz":
+    if compression == "gz":
         return io.BufferedReader(gzip.open(path, "rb"), READ_BYTES)  # type: ignore[arg-type]
-    if packed == "zst":
+    if compression == "zst":
         return io.BufferedReader(package("pyarrow").input_stream(path, compression="zstd"), READ_BYTES)
     return Path(path).open("rb", buffering=READ_BYTES)
 
 
-def head(path: str, *, packed: str) -> bytes:
+def head(path: str, *, compression: str) -> bytes:
     """The first 64 KiB of the decompressed file."""
-    with opened(path, packed=packed) as file:
+    with opened(path, compression=compression) as file:
         return file.read(_HEAD_BYTES)
 
 
@@ -76,9 +76,9 @@ def check_beginning(path: str, start: bytes, *, encoding: str) -> None:
         raise refusal("data.source", path, f"it is {wide}, not UTF-8", allowed="text in the encoding that data.encoding names", instead=f"data.encoding={wide}")
 
 
-def text(path: str, *, packed: str, encoding: str) -> tuple[str, str]:
+def text(path: str, *, compression: str, encoding: str) -> tuple[str, str]:
     """(the decoded file, problem). Undecodable bytes become U+FFFD; many of them are a problem."""
-    with opened(path, packed=packed) as file:
+    with opened(path, compression=compression) as file:
         data = file.read()
     decoded = data.decode("utf-8-sig" if encoding == UTF8 else encoding, errors="replace")
     bad = decoded.count("\0")
@@ -89,9 +89,9 @@ def text(path: str, *, packed: str, encoding: str) -> tuple[str, str]:
     return decoded, ""
 
 
-def lines(path: str, *, packed: str, encoding: str) -> Iterator[bytes]:
+def lines(path: str, *, compression: str, encoding: str) -> Iterator[bytes]:
     """The lines of a file, as UTF-8."""
-    with opened(path, packed=packed) as file:
+    with opened(path, compression=compression) as file:
         if encoding == UTF8:
             yield from file
         else:
@@ -105,12 +105,12 @@ def holds_values(start: bytes, *, encoding: str) -> bool:
     return shown.startswith("[") or (shown.startswith("{") and first.endswith(("{", "[", ",", ":")))
 
 
-def values(path: str, *, packed: str, encoding: str) -> Iterator[Any]:
+def values(path: str, *, compression: str, encoding: str) -> Iterator[Any]:
     """The elements of a JSON array, or consecutive JSON values. Needs memory for one of them.
 
     Raises UserError, with the line, for invalid JSON.
     """
-    with opened(path, packed=packed) as file:
+    with opened(path, compression=compression) as file:
         stream = io.TextIOWrapper(file, encoding="utf-8-sig" if encoding == UTF8 else encoding)
         yield from _Values(path, stream).read()
 

@@ -1,4 +1,4 @@
-"""The formats that have columns: Parquet files and Hugging Face datasets. Their packages are optional."""
+"""Reads the formats with columns: Parquet files and Hugging Face datasets. Their packages are optional."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hybridtrain.data.prepare.sources import Source
 from hybridtrain.data.prepare.units import Fields, Record, Unit
 from hybridtrain.errors import refusal
 
-ROWS_AT_ONCE = 256  # of Parquet or a dataset
+ROWS_AT_ONCE = 256
 
 
 def open_parquet(source: Source, fields: Fields) -> Source:
-    """The source with its size, its column checked (raises UserError)."""
+    """The source with its size. Raises UserError if it lacks a column to read."""
     file = parquet_file(source)
     _check_column(source, fields, columns=file.schema_arrow.names)
     return replace(source, size=max(1, sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))))
 
 
 def open_dataset(source: Source, fields: Fields) -> Source:
-    """The source with its size and version, its column checked (raises UserError)."""
+    """The source with its size and version. Raises UserError if it lacks a column to read."""
     dataset = dataset_of(source, fields)
     _check_column(source, fields, columns=dataset.column_names)
-    return replace(source, size=max(1, dataset.data.nbytes), version=dataset._fingerprint)  # the library's own identity of the content
+    return replace(source, size=max(1, dataset.data.nbytes), version=dataset._fingerprint)
 
 
 def parquet_rows(unit: Unit) -> Iterator[Record]:
-    """The records of a unit, which is some row groups."""
+    """The records of a unit of row groups."""
     groups, file = range(unit.start, unit.stop), parquet_file(unit.source)
     names = file.schema_arrow.names
     batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=unit.fields.columns(names))
@@ -39,7 +39,7 @@ def parquet_rows(unit: Unit) -> Iterator[Record]:
 
 
 def dataset_rows(unit: Unit) -> Iterator[Record]:
-    """The records of a unit, which is a range of rows."""
+    """The records of a unit of rows."""
     dataset = dataset_of(unit.source, unit.fields)
     chosen = dataset.select_columns(unit.fields.columns(dataset.column_names))
     starts = range(unit.start, unit.stop, ROWS_AT_ONCE)
@@ -49,17 +49,23 @@ def dataset_rows(unit: Unit) -> Iterator[Record]:
 
 
 def _rows(rows: Iterable[dict[str, Any]], *, fields: Fields, names: list[str]) -> Iterator[Record]:
-    """Records of rows that have the columns that are read; the names of the others stand in a whole record, without their values."""
-    others = dict.fromkeys(name for name in names if fields.whole and name not in fields.columns(names))
+    """Records from rows of the columns that are read.
+
+    Full records also contain the other columns' names, with ... for values.
+    """
+    others = dict.fromkeys(name for name in names if fields.full_records and name not in fields.columns(names))
     for number, row in enumerate(rows):
-        missing = next((name for name in (fields.key, fields.label) if name and not fields.whole and row[name] is None), None)
-        value = {**row, **dict.fromkeys(others, ...)} if fields.whole else (row[fields.key], row[fields.label]) if fields.label else row[fields.key]
+        missing = next((name for name in (fields.key, fields.label) if name and not fields.full_records and row[name] is None), None)
+        if fields.full_records:
+            value: Any = {**row, **dict.fromkeys(others, ...)}
+        else:
+            value = (row[fields.key], row[fields.label]) if fields.label else row[fields.key]
         yield Record(number, value, f"its field {missing!r} is empty (null)" if missing else "")
 
 
 @lru_cache(maxsize=8)
 def parquet_file(source: Source) -> Any:
-    """The open Parquet file, for its metadata and its rows."""
+    """The open Parquet file. Raises UserError if it is damaged."""
     pyarrow, parquet = streams.package("pyarrow"), streams.package("pyarrow.parquet")
     try:
         return parquet.ParquetFile(source.path)
@@ -71,7 +77,10 @@ def parquet_file(source: Source) -> Any:
 
 @lru_cache(maxsize=8)
 def dataset_of(source: Source, fields: Fields) -> Any:
-    """The dataset, from the folder that `save_to_disk` wrote, or through `load_dataset`; its library keeps it on disk, memory-mapped."""
+    """The memory-mapped dataset, from a folder of `save_to_disk` or through `load_dataset`.
+
+    Raises UserError.
+    """
     datasets = streams.package("datasets")
     folder = Path(source.path)
     try:
@@ -80,7 +89,7 @@ def dataset_of(source: Source, fields: Fields) -> Any:
         if not (folder / "dataset_dict.json").is_file():
             return datasets.load_dataset(source.path, name=fields.config or None, split=fields.split)
         splits = datasets.load_from_disk(source.path)
-    except Exception as error:  # the library raises its own, huggingface_hub's and plain ones
+    except Exception as error:  # the library raises exceptions of many kinds
         raise refusal(
             "data.source",
             source.path,
@@ -103,7 +112,7 @@ def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None
     if columns.count(fields.key) > 1:
         allowed, instead = "columns with names of their own", f"the file with one of them renamed, or another {fields.option}"
         raise refusal(fields.option, fields.key, f"{source.path} has {columns.count(fields.key)} columns of this name", allowed=allowed, instead=instead)
-    if fields.whole and conversations.has_form(columns, key=fields.key):
+    if fields.full_records and conversations.has_form(columns, key=fields.key):
         return
     for option, name in ((fields.option, fields.key), ("data.label_key", fields.label)):
         if name and name not in columns:

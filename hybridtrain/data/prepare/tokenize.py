@@ -1,14 +1,16 @@
-"""Text to token files: what `hybridtrain prepare` does.
+"""`hybridtrain prepare`: from text to token files.
 
     sources -> plan -> pieces (many processes) -> join -> publish
 
     <data.path>/tokenizer/                 an AutoTokenizer folder
     <data.path>/{train,eval}.{bin,idx}     token files; a split without documents has none
-    <data.path>/{train,eval}.loss.*        of conversations: which tokens carry loss; and {train,eval}.rows.*: their packing into rows
-    <data.path>/corpus.json                what the folder holds; written last, so its presence means complete
+    <data.path>/{train,eval}.loss.*        conversations and labelled texts: the loss mask
+    <data.path>/{train,eval}.rows.*        the same: the packing of documents into rows
+    <data.path>/corpus.json                describes the folder; written last: with it, the folder is complete
 
-Work in progress lies in <data.path>/.partial: the tokenizer, then pieces of the corpus, each renamed into place when it
-is complete. Killed at any moment, the same command again keeps what is complete and ends with the same bytes.
+Work in progress is in <data.path>/.partial: the tokenizer, then pieces of the corpus, each renamed into
+place when it is complete. If the command is killed at any time and run again, it keeps complete pieces and
+writes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
 from hybridtrain.data.prepare.labelled import LabelRecipe
-from hybridtrain.data.prepare.pieces import NO_TARGET, NOT_LEARNT, Piece
+from hybridtrain.data.prepare.pieces import NO_LOSS, NO_TARGET, Piece
 from hybridtrain.data.prepare.prepared import is_prepared, settings_of
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe
@@ -40,12 +42,12 @@ INTERRUPTED = 130
 
 
 def run(config: PrepareRoot) -> int:
-    """The `hybridtrain prepare` command: prepare, then say what the folder holds."""
+    """`hybridtrain prepare`: prepare the folder and print its statistics. Returns the exit code."""
     start = time.perf_counter()
     try:
         path = prepare(config.data, options=config.prepare)
     except KeyboardInterrupt:
-        say("\ninterrupted; the same command goes on from here")
+        say("\ninterrupted; the same command continues from here")
         return INTERRUPTED
     print(statistics.table(path))
     print(f"time       {time.perf_counter() - start:.1f} s")
@@ -54,17 +56,20 @@ def run(config: PrepareRoot) -> int:
 
 
 def prepare(data: DataConfig, *, options: PrepareConfig) -> Path:
-    """Write the token files of `data.source` into `data.path`; return that folder.
+    """Write the token files of `data.source` into `data.path`; returns that folder.
 
-    Does nothing when they are there with the same settings and from the same files. Raises UserError for what is missing or does
-    not fit, for a folder prepared otherwise (unless `overwrite`) or holding files of others, for one that another process is
-    writing, and for a full disk. A refusal leaves nothing but pieces that are complete.
+    Does nothing if they exist, with the same settings and from the same files. Raises UserError for
+    unusable options or sources, for a folder prepared differently (unless `overwrite`), one that holds
+    other files or that another process is writing, and for a full disk. After an error, complete pieces
+    remain for the next call.
     """
     return prepare_after(data, options=options, wait_s=0)
 
 
 def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) -> Path:
-    """`prepare` that waits for another one of this folder at most `wait_s`, and then takes what that has written."""
+    """`prepare`, which waits up to `wait_s` seconds for another process that prepares the folder, and
+    then uses its result.
+    """
     _check(data)
     path, settings = Path(data.path), settings_of(data)
     try:
@@ -93,7 +98,7 @@ def _check(data: DataConfig) -> None:
     if not data.source:
         raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {STDLIB}", instead="data.source=[YOUR TEXT]")
     if not 0 <= data.eval_fraction < 1:
-        raise refusal("data.eval_fraction", data.eval_fraction, "not a share of the documents", allowed="0 to below 1", instead="data.eval_fraction=0.02")
+        raise refusal("data.eval_fraction", data.eval_fraction, "out of range", allowed="0 or more, below 1", instead="data.eval_fraction=0.02")
     if data.format == "labelled":
         labelled.check(data)
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
@@ -118,25 +123,26 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
-        total=sum(piece.size for piece in planned) if data.format not in sources.FITTED and data.eval_fraction else 0,
-        before=listing.before,
-        eos=[],
-        controls=[],
-        vocab_size=0,  # these follow from the tokenizer
+        total_bytes=sum(piece.size for piece in planned) if data.format not in sources.PACKED_FORMATS and data.eval_fraction else 0,
+        held_out_before=listing.before,
+        eos=[],  # these three are set once the tokenizer is known
+        special_ids=[],
+        vocab_size=0,
     )
     if not planned:
-        raise _no_tokens(data, counts=Counts.none())
+        raise _no_tokens(data, counts=Counts.zero())
     listing.check_share(fraction=data.eval_fraction)
-    pieces.check_beginnings(planned, recipe=recipe)
+    pieces.check_first_records(planned, recipe=recipe)
     say(listing.summary)
-    new = _begin(partial, settings=settings, planned=planned)
+    new = _open_partial(partial, settings=settings, planned=planned)
     try:
-        facts = tokenizer.make(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
-        eos = [facts["eos_id"]] if data.append_eos and not recipe.fitted else []
+        facts = tokenizer.build(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
+        eos = [facts["eos_id"]] if data.append_eos and not recipe.packed else []
         if None in eos:
-            words = f"{data.tokenizer} has no end-of-text token"
-            raise refusal("data.append_eos", True, words, allowed="false with this tokenizer", instead="data.append_eos=false")
-        recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], controls=[] if recipe.fitted else tokenizer.control_ids(partial))
+            problem = f"{data.tokenizer} has no end-of-text token"
+            raise refusal("data.append_eos", True, problem, allowed="false with this tokenizer", instead="data.append_eos=false")
+        special_ids = [] if recipe.packed else tokenizer.special_ids(partial)
+        recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], special_ids=special_ids)
         meter = workers.tokenize(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
     except UserError:
         if new and not any(piece.folder(partial).exists() for piece in planned):
@@ -151,45 +157,47 @@ def _chat(data: DataConfig) -> ChatRecipe | None:
     return ChatRecipe(tokenizer=name, turns=data.chat_turns, seq_len=data.seq_len) if data.format == "chat" else None
 
 
-def _begin(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
-    """Keep the partial folder if the same settings over the same files left it, else start with an empty one (True)."""
+def _open_partial(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
+    """Keep the partial folder if it is of the same settings and files, else empty it; returns
+    whether it is new.
+    """
     listing = hashlib.sha256()
     for piece in planned:
         for unit in piece.units:
             line = f"{piece.number}\0{unit.source.name}\0{unit.start}\0{unit.stop}\0{unit.source.size}\0{unit.source.version}\n"
             listing.update(line.encode("utf-8", "surrogateescape"))
     plan = json.dumps({"format": sources.FORMAT, "settings": settings, "units": listing.hexdigest()})
-    mark = partial / folder.PLAN
-    if mark.exists() and mark.read_text() == plan:
-        for aside in partial.glob("piece-*.aside"):
-            discard(aside)
-        say("going on from an interrupted prepare")
+    plan_file = partial / folder.PLAN
+    if plan_file.exists() and plan_file.read_text() == plan:
+        for incomplete in partial.glob("piece-*.aside"):
+            discard(incomplete)
+        say("continuing an interrupted prepare")
         return False
     discard(partial)
     partial.mkdir()
-    write_atomically(mark, plan)
+    write_atomically(plan_file, plan)
     return True
 
 
 def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Listing, recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Join the pieces, move all into place, and write corpus.json as the mark of completeness."""
+    """Join the pieces, move everything into place, and write corpus.json, which marks the folder as complete."""
     partial = path / PARTIAL
-    chat = {"template": facts.pop("template")} if "template" in facts else {}  # not in the identity: tokens are
-    made = [piece.folder(partial) for piece in planned]
-    keep = join.first_of_each(made) if recipe.deduplicate else None
+    chat = {"template": facts.pop("template")} if "template" in facts else {}  # not hashed
+    folders = [piece.folder(partial) for piece in planned]
+    keep = join.first_of_each(folders) if recipe.deduplicate else None
     identity = hashlib.sha256(json.dumps([facts, data.append_eos]).encode())
-    joined = {split: join.join(made, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
-    counts = Counts.of(made)
+    joined = {split: join.join(folders, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
+    counts = Counts.load(folders)
     if not joined["train"].tokens:
         raise _nothing_to_train(data, counts=counts)
     sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
-    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.fitted and joined[split].tokens}
-    written = _digests(partial)
+    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.packed and joined[split].tokens}
+    file_digests = _digests(partial)
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
-        "kind": data.format if recipe.fitted else "text",
-        **({"seq_len": data.seq_len} if recipe.fitted else {}),
+        "kind": data.format if recipe.packed else "text",
+        **({"seq_len": data.seq_len} if recipe.packed else {}),
         **({"labels": data.labels} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
@@ -202,7 +210,7 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "fingerprint": identity.hexdigest(),
         "settings": settings,
         "sources": listing.record(),
-        **written,
+        **file_digests,
     }
     write_atomically(path / "corpus.json", json.dumps(record, indent=2) + "\n")
 
@@ -220,17 +228,18 @@ def _digests(partial: Path) -> dict[str, dict[str, Any]]:
 def _nothing_to_train(data: DataConfig, *, counts: Counts) -> UserError:
     if NO_TARGET in counts.notes:
         return _no_targets(data)
-    return _nothing_learnt(data) if NOT_LEARNT in counts.notes else _no_tokens(data, counts=counts)
+    return _no_loss(data) if NO_LOSS in counts.notes else _no_tokens(data, counts=counts)
 
 
 def _no_targets(data: DataConfig) -> UserError:
-    problem = "no conversation to train on has an answer that begins within so many tokens, so there is nothing to learn"
+    problem = "no conversation of the train split has an answer that begins within so many tokens, so there is nothing to learn"
     return refusal("data.seq_len", data.seq_len, problem, allowed="rows in which answers fit", instead="a larger data.seq_len")
 
 
-def _nothing_learnt(data: DataConfig) -> UserError:
-    problem = "no answer to train on is to be learnt, by their weight, train or loss of 0"
-    return refusal("data.source", data.source, problem, allowed="conversations with an answer that is learnt", instead="messages without these fields")
+def _no_loss(data: DataConfig) -> UserError:
+    problem = "every answer of the train split is excluded from the loss, by a field weight, train or loss of 0"
+    allowed = "conversations with an answer that has loss"
+    return refusal("data.source", data.source, problem, allowed=allowed, instead="messages without these fields")
 
 
 def _no_tokens(data: DataConfig, *, counts: Counts) -> UserError:
@@ -238,6 +247,6 @@ def _no_tokens(data: DataConfig, *, counts: Counts) -> UserError:
     if counts.bad:
         field = "messages_key" if data.format == "chat" else "text_key"
         problem += f": {counts.bad:,} records were left out (prepare.skip_bad=true), the first {counts.first_bad}"
-        instead = f"data.{field}=FIELD, the one that holds what is to be learnt"
-    problem += "".join(f"; {count:,} {words}" for words, (count, _) in counts.notes.items())
+        instead = f"data.{field}=FIELD, the one that holds the {'messages' if data.format == 'chat' else 'text'}"
+    problem += "".join(f"; {count:,} {note}" for note, (count, _) in counts.notes.items())
     return refusal("data.source", data.source, problem, allowed="documents with text", instead=instead)

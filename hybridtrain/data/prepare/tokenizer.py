@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: made on the spot or loaded, kept as a folder, and turned into the function that encodes documents."""
+"""The tokenizer of a corpus: trained or loaded, saved as a folder, and used to encode documents."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
-TRAINING_BYTES = 100 << 20  # text that a tokenizer is trained on; more changes few merges and costs minutes
-MAX_INFLATION = 4  # times TRAINING_BYTES, where files held more text than their size told
-MIN_SAMPLE_BYTES = 1 << 16  # least text taken of a unit, unless it has less
-GROUP_CHARS = 1 << 18  # in one call of the tokenizer: bounds memory, keeps the cores busy
+TRAINING_BYTES = 100 << 20  # text to train a tokenizer on; more changes few merges and takes minutes
+MAX_INFLATION = 4  # times TRAINING_BYTES at most, if files hold more text than their size suggests
+MIN_SAMPLE_BYTES = 1 << 16  # smallest sample of a unit
+GROUP_CHARS = 1 << 18  # per call of the tokenizer: limits memory, and keeps the cores busy
 FOLDER = "tokenizer"
 FIELD = "data.tokenizer"
 
 
-def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
-    """Write the tokenizer into `<partial>/tokenizer` unless it is there: the one of `data.tokenizer`, or one trained on `sample`.
+def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
+    """Save the tokenizer to `<partial>/tokenizer` unless it exists: that of `data.tokenizer`, or
+    one trained on `sample`.
 
-    Returns {vocab_size, eos_id} and, for conversations, {template: see template.facts}. Raises UserError for one that cannot be loaded, or that has no chat template where one is needed.
+    Returns {vocab_size, eos_id} and, for conversations, {template: see template.facts}. Raises UserError for
+    one that cannot be loaded, or lacks a chat template that is needed.
     """
     folder, record = partial / FOLDER, partial / "tokenizer.json"
     if not record.exists():
@@ -50,28 +52,29 @@ def make(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str,
         if data.format == "chat":
             template.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
-        known = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
-        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **known}))
+        chat_facts = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
+        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **chat_facts}))
     return json.loads(record.read_text())
 
 
 def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
-    """Text of documents that are not held out, about TRAINING_BYTES at most, from all over the corpus: the same for the same corpus.
+    """About TRAINING_BYTES of training text from all over the corpus; deterministic.
 
-    Of a larger corpus each unit gives the beginning of its text in proportion to its size; small units wait until a share has gathered.
+    If the corpus is larger, the beginning of each unit is taken, in proportion to its size; the shares of
+    small units are accumulated until they reach MIN_SAMPLE_BYTES.
     """
     total = sum(piece.size for piece in pieces)
-    part = TRAINING_BYTES / total if total > TRAINING_BYTES else math.inf
+    fraction = TRAINING_BYTES / total if total > TRAINING_BYTES else math.inf
     say(f"training a tokenizer on {min(total, TRAINING_BYTES) / 1e6:.1f} MB of text")
     taken, credit = 0, 0.0
     for unit in (unit for piece in pieces for unit in piece.units if not unit.source.held_out):
-        credit += unit.size * part
+        credit += unit.size * fraction
         if credit < min(unit.size, MIN_SAMPLE_BYTES):
             continue
-        for document in documents(unit, recipe=recipe, counts=Counts.none()):
+        for document in documents(unit, recipe=recipe, counts=Counts.zero()):
             if not document.held_out:
-                text = document.value.text if recipe.fitted else document.value
-                yield from _parts(text if credit == math.inf else text[: math.ceil(credit)])
+                text = document.value.text if recipe.packed else document.value
+                yield from _chunks(text if credit == math.inf else text[: math.ceil(credit)])
                 credit -= min(document.size, credit)
                 taken += document.size
             if credit <= 0 or taken > MAX_INFLATION * TRAINING_BYTES:
@@ -79,38 +82,40 @@ def sample(pieces: list[Piece], *, recipe: Recipe) -> Iterator[str]:
 
 
 def encoder(partial: Path, recipe: Recipe) -> Encode:
-    """The function that encodes documents with the tokenizer of `<partial>/tokenizer`; text without special tokens around it."""
+    """The function that encodes documents with the tokenizer in `<partial>/tokenizer`; it adds no
+    special tokens to text.
+    """
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)
-        return _whole(functools.partial(chat.encode, template=template.Template(tokenizer, name=recipe.chat.tokenizer), turns=recipe.chat.turns))
+        return _refusing(functools.partial(chat.encode, template=template.Template(tokenizer, name=recipe.chat.tokenizer), turns=recipe.chat.turns))
     if recipe.labels:
-        return _whole(functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels))
-    if not (folder / "tokenizer.json").exists():  # a tokenizer written in Python: transformers runs it
+        return _refusing(functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels))
+    if not (folder / "tokenizer.json").exists():  # a slow tokenizer, which is written in Python
         slow = load(str(folder), field=FIELD)
-        return _whole(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
+        return _refusing(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
     from tokenizers import Tokenizer
 
-    with _guarded(FIELD, str(folder), instead="prepare.overwrite=true"):
+    with _loading(FIELD, str(folder), instead="prepare.overwrite=true"):
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
     fast.no_truncation()
     fast.no_padding()
     cutter = Cutter(lambda text: fast.encode(text, add_special_tokens=False).ids)
 
     def encode(texts: list[str]) -> list[Encoded]:
-        found: list[list[np.ndarray]] = [[] for _ in texts]
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(texts, cutter=cutter):
             encoded = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (number, _), one in zip(group, encoded, strict=True):
-                found[number].append(np.array(one.ids, dtype=np.int32))
-        found.reverse()
-        return [Encoded.text(np.concatenate(found.pop())) for _ in texts]  # one by one: a long document is not held twice
+                ids[number].append(np.array(one.ids, dtype=np.int32))
+        ids.reverse()
+        return [Encoded.text(np.concatenate(ids.pop())) for _ in texts]  # pop frees memory of long documents
 
-    return _whole(encode)
+    return _refusing(encode)
 
 
 def _groups(texts: list[str], *, cutter: Cutter) -> Iterator[list[tuple[int, str]]]:
-    """The parts of all texts, each with the number of its text, in groups for one call of the tokenizer."""
+    """(number of the text, part) for the parts of all texts, in groups for one call of the tokenizer each."""
     group: list[tuple[int, str]] = []
     chars = 0
     for number, text in enumerate(texts):
@@ -124,8 +129,11 @@ def _groups(texts: list[str], *, cutter: Cutter) -> Iterator[list[tuple[int, str
         yield group
 
 
-def control_ids(partial: Path) -> list[int]:
-    """Ids of the tokenizer's special tokens, which a document that spells them out would contain."""
+def special_ids(partial: Path) -> list[int]:
+    """Ids of the tokenizer's special tokens.
+
+    A document whose text contains such a token is encoded with its id.
+    """
     file = partial / FOLDER / "tokenizer.json"
     if not file.is_file():
         return sorted(load(str(partial / FOLDER), field=FIELD).all_special_ids)
@@ -133,32 +141,36 @@ def control_ids(partial: Path) -> list[int]:
     return sorted({token["id"] for token in added if token.get("special")})
 
 
-def _whole(encode: Encode) -> Encode:
-    """The same, refusing what the tokenizer cannot encode: Rust raises bare Exceptions and panics, which are no Exceptions."""
+def _refusing(encode: Encode) -> Encode:
+    """`encode` that raises UserError for what the tokenizer cannot encode.
 
-    def guarded(documents: list[Any]) -> list[Encoded]:
+    Rust raises a bare Exception, or panics as BaseException.
+    """
+
+    def checked(documents: list[Any]) -> list[Encoded]:
         try:
             return encode(documents)
         except BaseException as error:
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            words, allowed = f"it fails on a document ({type(error).__name__}: {str(error).strip()[:200]})", "a tokenizer that takes every text"
-            raise refusal(FIELD, "of the corpus", words, allowed=allowed, instead="another data.tokenizer") from error
+            problem = f"it fails on a document ({type(error).__name__}: {str(error).strip()[:200]})"
+            allowed = "a tokenizer that takes every text"
+            raise refusal(FIELD, "of the corpus", problem, allowed=allowed, instead="another data.tokenizer") from error
 
-    return guarded
+    return checked
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # the Rust side raises bare Exceptions; give a full disk its name back
+    except Exception as error:  # Rust raises a bare Exception; turn a full disk into an OSError
         if code := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(code[1]), str(error)) from error
         raise
 
 
 def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
-    """A byte-level BPE. The same text gives the same tokenizer."""
+    """Train a byte-level BPE; deterministic."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -176,7 +188,10 @@ def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
 
 
 def load(name: str, *, field: str) -> Any:
-    """The tokenizer of a folder, a tokenizer.json or a hub id. Raises UserError that names `field` for whatever cannot be loaded."""
+    """The tokenizer of a folder, a tokenizer.json or a hub id.
+
+    Raises UserError, naming `field`, if it cannot be loaded.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(name)
@@ -185,17 +200,18 @@ def load(name: str, *, field: str) -> Any:
             raise lfs_pointer(field, file)
     if path.is_file() and path.suffix != ".json":
         allowed, instead = "a folder with tokenizer files, a tokenizer.json, or a hub id", f"{field}={path.parent}"
-        raise refusal(field, name, "it is a file of one part of a tokenizer", allowed=allowed, instead=instead)
-    with _guarded(field, name, instead=f"{field}=FOLDER of a whole tokenizer"):
+        raise refusal(field, name, "it is one file of a tokenizer, not all of it", allowed=allowed, instead=instead)
+    with _loading(field, name, instead=f"{field}=FOLDER of a complete tokenizer"):
         if path.is_file() and path.name != "tokenizer.json":
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            place = path.parent if path.is_file() else path
-            here = place.exists()
-            local = not (here or network.hub_resolves())
-            tokenizer = AutoTokenizer.from_pretrained(str(place) if here else name, trust_remote_code=False, local_files_only=local)
-        len(tokenizer)
-    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":  # its text has all its spaces; transformers warns where it is asked for
+            folder = path.parent if path.is_file() else path
+            exists = folder.exists()
+            offline = not (exists or network.hub_resolves())
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if exists else name, trust_remote_code=False, local_files_only=offline)
+        len(tokenizer)  # raises for a damaged vocabulary
+    if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
+        # BPE decodes spaces exactly; transformers warns about the option.
         tokenizer.clean_up_tokenization_spaces = False
         tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
     return tokenizer
@@ -208,22 +224,24 @@ def _files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _guarded(field: str, name: str, *, instead: str) -> Iterator[None]:
-    """Whatever a damaged or hostile tokenizer makes the libraries raise becomes a refusal; Rust's panics are no Exceptions."""
+def _loading(field: str, name: str, *, instead: str) -> Iterator[None]:
+    """Raise UserError for whatever the libraries raise over a damaged or hostile tokenizer;
+    Rust panics as BaseException.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        words = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         allowed = "'train', a folder with tokenizer files, a tokenizer.json, or a hub id that can be reached"
-        raise refusal(field, name, f"it cannot be loaded ({type(error).__name__}: {words})", allowed=allowed, instead=instead) from error
+        raise refusal(field, name, f"it cannot be loaded ({type(error).__name__}: {reason})", allowed=allowed, instead=instead) from error
 
 
-def _parts(text: str) -> list[str]:
-    """A text for the training of a tokenizer, cut before a space between two words: in one piece it takes much memory."""
-    parts, start = [], 0
+def _chunks(text: str) -> list[str]:
+    """A text to train a tokenizer on, split before a space between two words: a long text takes much memory."""
+    chunks, start = [], 0
     while gap := _GAP.search(text, start + CHUNK_CHARS):
-        parts.append(text[start : gap.start() + 1])
+        chunks.append(text[start : gap.start() + 1])
         start = gap.start() + 1
-    return [*parts, text[start:]]
+    return [*chunks, text[start:]]

@@ -1,4 +1,4 @@
-"""What readers and pieces share: the fields that are read, a restartable range of a source, its records."""
+"""Types that readers and pieces share: the fields to read, a range of a source, a record."""
 
 from __future__ import annotations
 
@@ -12,51 +12,61 @@ from hybridtrain.data.prepare.sources import Source
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the documents stand in a record, and which part of a dataset is read."""
+    """The fields of a record that hold the document, and the part of a dataset to read."""
 
     key: str
     option: str
     """The option that names `key`."""
     label: str
-    """Field of a label, which is read beside `key`; empty: none is."""
+    """Field of the label; empty: none is read."""
     config: str
     split: str
     encoding: str
-    whole: bool
-    """Records are given whole (conversations have more than one form), not their field `key` alone."""
+    full_records: bool
+    """Whether to return full records instead of the field `key`: conversations have several forms."""
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
         key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
         label = data.label_key if data.format == "labelled" else ""
-        whole = data.format == "chat"
-        return cls(key=key, option=option, label=label, config=data.dataset_config, split=data.dataset_split, encoding=data.encoding, whole=whole)
+        return cls(
+            key=key,
+            option=option,
+            label=label,
+            config=data.dataset_config,
+            split=data.dataset_split,
+            encoding=data.encoding,
+            full_records=data.format == "chat",
+        )
 
-    def columns(self, there: list[str]) -> list[str]:
-        """Which of the columns are read."""
-        if self.whole:
-            return [name for name in there if name in conversations.fields(self.key)]
+    def columns(self, names: list[str]) -> list[str]:
+        """The columns to read, from the names of all columns."""
+        if self.full_records:
+            return [name for name in names if name in conversations.fields(self.key)]
         return [self.key, *([self.label] if self.label else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A range of a source that is read from its start: bytes (jsonl), row groups (parquet), rows (datasets), or all of it (text)."""
+    """A range of a source that can be read by itself.
+
+    `start` and `stop` count bytes (jsonl), row groups (parquet) or rows (datasets); a text file is one unit.
+    """
 
     source: Source
     fields: Fields
     start: int
     stop: int
     size: int
-    """Bytes of text in it, about."""
+    """Approximate bytes of text."""
 
 
 class Record(NamedTuple):
-    """One record of a unit: its value, or why it cannot be read."""
+    """One record of a unit: its value, or the problem that prevents reading it."""
 
     number: int
     """Within the unit, from 0."""
     value: Any
     problem: str
     instead: str = ""
-    """What to try where there is a problem; empty: another field, or leaving it out."""
+    """What to try about the problem; empty: another field, or skipping the record."""

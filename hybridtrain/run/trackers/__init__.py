@@ -57,7 +57,7 @@ class Trackers:
     def start(self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int) -> None:
         """Open the trackers `kinds` in the background; their files are in `folder`/<kind>.
 
-        `config`: the run's config without secrets from the environment (compose.plain). It gives project and
+        `config`: the run's config without secrets from the environment (compose.public). It gives project and
         name, and is stored with the run, flat and masked by `public`. `first_step`: step that the run resumes
         from; values that an earlier attempt logged after it are obsolete.
         """

@@ -1,4 +1,6 @@
-"""A run's first lines, on rank 0: what trains, in which layout and precision, and what it continues."""
+"""The first lines that a run logs, on rank 0: model, layout, batch, precision, data, and
+what it resumes from.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
 
 
-def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
-    """What runs, in which precision, and what a resumed run goes on from: rank 0's first lines."""
+def write(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
+    """Log the first lines of a run. Called on rank 0."""
     from hybridtrain.runtime import cpu
 
-    _say_job(job, engine=engine)
+    _log_job(job, engine=engine)
     for corpus in job.data.corpora:
         if isinstance(corpus, UserRows):
             _log.info(
@@ -37,26 +39,26 @@ def introduce(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> Non
                 corpus.path,
                 ", given by the program" if corpus.field == "data" else "",
             )
-    for line in (*_of_plugins(job), f"backend   {cpu.describe(job.config.engine, device=engine.device)}"):
+    for line in (*_plugin_lines(job), f"backend   {cpu.describe(job.config.engine, device=engine.device)}"):
         _log.info("%s", line)
     _log.info("run       %s", run_dir.path)
-    for line in _of_tokenizer(job, model=run_dir.model):
+    for line in _tokenizer_notes(job, model=run_dir.model):
         _log.info("tokenizer %s", line)
     _compare_tokenizers(job, run_dir=run_dir, start=start)
     if job.config.schedule.warmup_steps >= job.total_steps:
         _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", job.config.schedule.warmup_steps)
-    _say_start(job, run_dir=run_dir, start=start)
+    _log_start(job, run_dir=run_dir, start=start)
 
 
-def _say_job(job: Job, *, engine: Any) -> None:
+def _log_job(job: Job, *, engine: Any) -> None:
     """Model, layout, batch and precision."""
     config, layout, precision = job.config, job.layout, engine.precision
-    public = compose.plain(config)
+    public = compose.public(config)
     name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
     _log.info("layout    %s on %d %s process%s, %s", notation.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
-    for line in _of_batch(job):
+    for line in _batch_lines(job):
         _log.info("batch     %s", line)
     short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
     _log.info(
@@ -68,32 +70,32 @@ def _say_job(job: Job, *, engine: Any) -> None:
     )
 
 
-def _say_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
-    """What the run goes on from, and what is other than before."""
+def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
+    """The checkpoint that the run resumes from, and what has changed since."""
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
-        other = f"; the data are other than there: {job.data.name}" if _other_data(job, start=start) else ""
+        other = f"; with other data: {job.data.name}" if _other_data(job, start=start) else ""
         _log.info("branched  from %s at step %d, %d tokens%s", run_dir.checkpoint, start.step, start.tokens_seen, other)
     elif run_dir.checkpoint:
-        other = f"; the data are other than before: {job.data.name}" if _other_data(job, start=start) else ""
-        same = f"model, {'' if other else 'data, '}optimizer, schedule, seed and batch are as they were{other}"
+        other = f"; with other data: {job.data.name}" if _other_data(job, start=start) else ""
+        same = f"model, {'' if other else 'data, '}optimizer, schedule, seed and batch are unchanged{other}"
         _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
     elif run_dir.continued:
-        _log.info("resumed   no complete checkpoint was there: from the beginning")
+        _log.info("resumed   without a complete checkpoint: from the beginning")
     for field, (before, now) in run_dir.changed.items():
         _log.info("changed   %s: %s -> %s", field, before, now)
     if start.step and job.config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
         _log.warning(
-            "the %s schedule now ends at step %d: learning rates from here on are not those of the run that was interrupted",
+            "the %s schedule now ends at step %d: from here on, learning rates differ from those of the run before",
             job.config.schedule.kind,
             job.total_steps,
         )
 
 
-def _of_batch(job: Job) -> list[str]:
+def _batch_lines(job: Job) -> list[str]:
     """The batch of a step, and how it grows."""
     plan = job.plan
-    cut = f"{plan.global_batch_size} rows of {plan.seq_len} = {plan.micro_batch_size} x {job.layout.dp} data ranks x {plan.grad_accum} micro-batches"
-    lines = [f"{cut}; {job.total_steps} steps"]
+    batch = f"{plan.global_batch_size} rows of {plan.seq_len} = {plan.micro_batch_size} x {job.layout.dp} data ranks x {plan.grad_accum} micro-batches"
+    lines = [f"{batch}; {job.total_steps} steps"]
     if plan.ramp:
         first, second, *_ = plan.ramp.values
         lines.append(f"ramp: {first} rows at first, {second - first} more at a time, full size after {plan.ramp.steps} steps")
@@ -103,24 +105,26 @@ def _of_batch(job: Job) -> list[str]:
     return lines
 
 
-def _of_plugins(job: Job) -> list[str]:
-    """What modules of the user's add, and the settings that theirs read."""
+def _plugin_lines(job: Job) -> list[str]:
+    """The modules of run.plugins with what they register, and options of registered optimizers and schedules."""
     config, lines = job.config, []
     if config.run.plugins:
-        lines.append(f"plugins   {', '.join(compose.shown(config.run.plugins))} ({registry.listed()})")
+        lines.append(f"plugins   {', '.join(compose.public_value(config.run.plugins))} ({registry.listed()})")
     for name, kind, options in (("optimizer", config.optim.kind, config.optim.options), ("schedule", config.schedule.kind, config.schedule.options)):
         if options:
-            lines.append(f"{name:<9} {kind} {compose.shown(options)}")
+            lines.append(f"{name:<9} {kind} {compose.public_value(options)}")
     return lines
 
 
 def _other_data(job: Job, *, start: Progress) -> bool:
-    """Whether the data are not those of the checkpoint at `start`, which may lie at another place."""
+    """Whether the data differ from those of the checkpoint at `start`; their path does not matter."""
     return any(start.fingerprints.get(name, now) != now for name, now in job.fingerprints.items() if name in ("data", "tokens"))
 
 
 def _compare_tokenizers(job: Job, *, run_dir: RunDir, start: Progress) -> None:
-    """Warn where weights that were trained with one tokenizer meet data of another: at a run's beginning, or with other data than before."""
+    """Warn if the weights were trained with another tokenizer than that of the data: for a new run, or after
+    a change of data.
+    """
     from hybridtrain.checkpoint import marker
 
     source = job.config.model.from_pretrained
@@ -130,8 +134,11 @@ def _compare_tokenizers(job: Job, *, run_dir: RunDir, start: Progress) -> None:
         vocabulary.compare(run_dir.checkpoint / marker.TOKENIZER, tokenizer_dir(job.config.data))
 
 
-def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
-    """Where model, tokenizer and chat template disagree: on the tokens there are, and those that end a text. `model`: the run's folder of that name."""
+def _tokenizer_notes(job: Job, *, model: Path) -> list[str]:
+    """Disagreements of model, tokenizer and chat template: on vocabulary and end tokens.
+
+    `model`: the run's folder model/.
+    """
     from hybridtrain.models import tokens
 
     facts = next((corpus.facts for corpus in job.data.corpora if corpus.facts is not None), None)
@@ -142,5 +149,5 @@ def _of_tokenizer(job: Job, *, model: Path) -> list[str]:
     ends = tokens.Ends(begin=None, end=text, pad=None, turn=turn)
     lines = tokens.with_end_tokens(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
     if facts["vocab_size"] > job.facts.vocab:
-        lines.append(f"it has {facts['vocab_size']} tokens, the model {job.facts.vocab} rows: a text with one of the others cannot be given to the model")
+        lines.append(f"it has {facts['vocab_size']} tokens, the model's embedding {job.facts.vocab} rows: the model cannot read the other tokens")
     return lines

@@ -57,8 +57,8 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
     from hybridtrain.parity.measure import train_layout
 
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(Config)}
-    named = {name: [given] if isinstance(given, str) else list(given) for name, given in (("layouts", layouts), ("engines", engines))}
-    root = ParityRoot(**sections, parity=ParityConfig(**named, steps=steps))
+    names, kinds = ([given] if isinstance(given, str) else list(given) for given in (layouts, engines))
+    root = ParityRoot(**sections, parity=ParityConfig(layouts=names, engines=kinds, steps=steps))
     checks.check(root)
     if data is not None and config.data.kind != "prepared":
         raise refusal("data.kind", config.data.kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")

@@ -94,9 +94,9 @@ def _data(data: schema.DataConfig) -> None:
     if data.tokenizer == "train":
         in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
     _blend(data)
-    for field, value, empty in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
+    for option, given, empty in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
         problem = f"data.kind={data.kind} takes its place"
-        require(data.kind == "prepared" or not value, field, value, problem, allowed=empty, instead=f"{field}={empty}")
+        require(data.kind == "prepared" or not given, option, given, problem, allowed=empty, instead=f"{option}={empty}")
 
 
 def _encoding(name: str) -> None:

@@ -43,10 +43,12 @@ class Block:
 
     def cut(self, pieces: int) -> Block:
         """Each row as `pieces` rows of S / pieces + 1 tokens: the last token of a piece is the first of the next one, so that each target stays one."""
-        rows, length = len(self.tokens), (self.tokens.shape[1] - 1) // pieces
+        if pieces == 1:
+            return self
+        length = (self.tokens.shape[1] - 1) // pieces
         chosen = np.arange(pieces)[:, None] * length + np.arange(length + 1)
-        of = lambda values: None if values is None else values[:, chosen].reshape(rows * pieces, length + 1)  # noqa: E731
-        return self if pieces == 1 else Block(of(self.tokens), of(self.doc_start), of(self.loss_mask))
+        start, mask = (None if array is None else array[:, chosen].reshape(-1, length + 1) for array in (self.doc_start, self.loss_mask))
+        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask)
 
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""

@@ -127,7 +127,7 @@ def peak_memory(folder: Path, source: Path, reference: Path) -> int:
     return peak
 
 
-@pytest.mark.slow
+@pytest.mark.table
 def test_memory_does_not_grow_with_the_corpus(tmp_path, source, reference):
     text = source.read_bytes()
     peaks = {}

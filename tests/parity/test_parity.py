@@ -258,10 +258,14 @@ OF_DEEPSPEED = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        *(pytest.param(family, tied, marks=pytest.mark.slow) for family, tied in (("llama", False), ("qwen3", True))),
+        *(pytest.param(family, tied, marks=pytest.mark.table) for family, tied in (("llama", True), ("qwen3", False))),
+    ],
+)
 def test_every_layout_of_deepspeed(run_dir, family, tied):
     config = root(run_dir, *OF_DEEPSPEED, family=family)
     config.engine.kind, config.model.config["tie_word_embeddings"] = "deepspeed", tied
@@ -286,9 +290,8 @@ def test_the_norm_of_a_large_gradient_does_not_depend_on_how_it_is_cut():
 # -- the whole table -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.table)])
 def test_sixteen_layouts_up_to_eight_processes(run_dir, family):
     config = root(run_dir, family=family)
     config.model.config["num_hidden_layers"] = 8

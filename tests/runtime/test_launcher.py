@@ -63,15 +63,15 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
     assert summary(run)["status"] == "finished"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_twenty_kills_of_torchrun_alone_at_random_moments(data, tmp_path):
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.table)])
+def test_kills_of_torchrun_alone_at_random_moments(data, tmp_path, kills):
     """The same command each time at once: old ranks may be alive for a moment, and the lock is a dead process's by then."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 200, "checkpoint__every": 2}
     finished(2, arguments(straight, data, **options))
     argv, chance = arguments(run, data, **options), random.Random()
-    for _ in range(20):
+    for _ in range(kills):
         launcher = torchrun(2, argv)
         time.sleep(chance.uniform(1.0, 14.0))
         launcher.kill()

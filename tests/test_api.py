@@ -12,33 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import hybridtrain as ht
-from hybridtrain.data.user_rows import UserRows
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import assert_equal_state, rows, summary
 from tests.tasks.test_tasks import Halves
+from tests.user_rows import SEQ, VOCAB, Numbers, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SEQ, VOCAB = 32, 300
-
-
-class Numbers:
-    """Rows of 20 to 33 tokens, of which every fifth is not learnt."""
-
-    def __init__(self, count: int, *, first: int) -> None:
-        self.count, self.first = count, first
-
-    def __len__(self) -> int:
-        return self.count
-
-    def row(self, index: int) -> Any:
-        ids = (np.arange(20 + index % 14) * (1 + (index + self.first) % 7) + index) % 250
-        return ids, np.arange(len(ids)) % 5 != 0
 
 
 class Noted(ht.Callback):
@@ -74,11 +58,6 @@ class Noted(ht.Callback):
 
     def on_end(self, run: ht.Run, error: BaseException | None) -> None:
         self.calls.append(("end", run.step, type(error).__name__))
-
-
-def config_of(run: Path, *words: str) -> Any:
-    given = [f"run.dir={run}", "model=tiny", f"model.config.vocab_size={VOCAB}", f"data.seq_len={SEQ}", "batch.global_batch_size=4", "batch.micro_batch_size=1"]
-    return ht.compose(*given, "train.steps=6", "train.log_every=1", "schedule=constant", "optim.lr=0.01", *words)
 
 
 def trained(run: Path, words: list[str], stop_at: int, break_at: int) -> tuple[ht.Result, list[Any]]:
@@ -215,58 +194,6 @@ def test_an_export_of_it_is_a_hugging_face_folder(alone: tuple[Path, list[Any]],
     assert folder == tmp_path / "out"
     assert callable(importlib.import_module("hybridtrain").export)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == VOCAB
-
-
-def test_a_row_is_tokens_a_pair_or_a_mapping() -> None:
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7]], "labels": [[-100, 2, 3], [4, 5, -100, 7]]})
-    given = UserRows(table, split="train", field="data")
-    assert given.count("train", seq_len=8) == 2
-    ids, mask = given.read(1)
-    assert (ids.tolist(), mask.tolist()) == ([4, 5, 6, 7], [True, True, False, True])
-    block = given.rows("train", seq_len=4, documents=True, vocab=10).gather(np.array([0, 1]))
-    assert block.tokens.tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 7, 0]]
-    assert block.loss_mask.tolist() == [[False, True, True, False, False], [True, True, False, True, False]]
-    assert block.doc_start.tolist() == [[True, False, False, True, False], [True, False, False, False, True]]
-    assert UserRows([[1, 2], [3, 4]], split="train", field="data").read(0)[0].tolist() == [1, 2]
-
-
-def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> None:
-    def of(data: Any) -> str:
-        return UserRows(data, split="train", field="data").fingerprint
-
-    assert of([[1, 2], [3, 4]]) == of([[1, 2], [3, 4]])
-    assert len({of([[1, 2], [3, 4]]), of([[1, 2], [3, 5]]), of([[1, 2]]), of([([1, 2], [0, 1]), [3, 4]])}) == 4
-    named, renamed, longer = Numbers(5, first=0), Numbers(5, first=0), Numbers(6, first=0)
-    named.fingerprint, renamed.fingerprint, longer.fingerprint = "a", "b", "a"
-    assert len({of(named), of(renamed), of(longer)}) == 3
-
-
-@pytest.mark.parametrize(
-    ("data", "words", "field"),
-    [
-        (5, "no __len__", "data=int"),
-        ([], "no rows", "data=list"),
-        ([[1, 2], "text"], "it is str 'text'", "data=list, row 1"),
-        ([[1, 2], [0.5, 1.5]], "it is list [0.5, 1.5]", "data=list, row 1"),
-        ([[1, 2], [3]], "it is list [3]", "data=list, row 1"),
-        ([[1, 2], [[1, 2], [3, 4]]], "it is list [[1, 2], [3, 4]]", "data=list, row 1"),
-        ([{"tokens": [1, 2]}], "it is NoneType None", "data=list, row 0"),
-        ([([1, 2], [1])], "it has 2 tokens, and its mask is list [1]", "data=list, row 0"),
-        ([list(range(SEQ + 2))], f"it has {SEQ + 2} tokens, data.seq_len is {SEQ}", "data=list, row 0"),
-        ([[1, VOCAB]], f"it holds token id {VOCAB}", "data=list, row 0"),
-        ([[-1, 2]], "it holds token id -1", "data=list, row 0"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on_are_refused_by_name(data: Any, words: str, field: str) -> None:
-    def read() -> None:
-        given = UserRows(data, split="train", field="data")
-        given.rows("train", seq_len=SEQ, documents=False, vocab=VOCAB).gather(np.arange(len(given.table)))
-
-    with pytest.raises(ht.UserError) as error:
-        read()
-    assert str(error.value).startswith(f"{field}: ")
-    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hybridtrain.tasks.linear_cross_entropy import HeadGradient
 from hybridtrain.types import Batch
 from tests.ranks import run_ranks
 from tests.runs import summary
-from tests.test_api import Numbers, config_of
+from tests.user_rows import Numbers, config_of
 
 # -- the loss ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from hybridtrain.bench import result
 from hybridtrain.bench.result import StepWork, Timing
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
+from hybridtrain.data import compatibility
 from hybridtrain.engine import Settled
 from hybridtrain.errors import refusal
 from hybridtrain.plan import flops, memory, notation, rules
@@ -83,10 +84,10 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
-    adapted = blends.adapt_model(config, data, facts=settled.facts)
+    adapted = compatibility.adapt_model(config, data, facts=settled.facts)
     if adapted is config:
-        blends.check_vocab(data, vocab=settled.facts.vocab)
-    blends.check_train_rows(data, seq_len=settled.plan.seq_len)
+        compatibility.check_vocab(data, vocab=settled.facts.vocab)
+    compatibility.check_train_rows(data, seq_len=settled.plan.seq_len)
     return adapted
 
 

@@ -9,7 +9,6 @@ index, in constant time.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +31,7 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
-from hybridtrain.types import ModelFacts
 
-C = TypeVar("C", bound=Config)
 _log = log.get("data")
 BLOCK = 10_000
 """Rows per block. Shares of corpora are exact to 1 / BLOCK = 0.01 %."""
@@ -130,117 +127,6 @@ def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
             )
     _check_tokenizers([corpus for corpus in corpora if corpus.facts is not None])
     return blend
-
-
-def check_vocab(blend: Blend, *, vocab: int) -> None:
-    """Refuse corpora with token ids that the model does not have.
-
-    Token files from elsewhere are checked when they are read.
-    """
-    for corpus in blend.corpora:
-        if corpus.largest_id is not None and corpus.largest_id >= vocab:
-            assert corpus.vocab_size is not None
-            raise refusal(
-                "model.config.vocab_size",
-                vocab,
-                f"{corpus.path} holds token id {corpus.largest_id}",
-                allowed=f"{corpus.largest_id + 1} or more (its tokenizer has {corpus.vocab_size})",
-                instead=f"model.config.vocab_size={max(corpus.vocab_size, corpus.largest_id + 1)}, or text prepared with the model's own tokenizer",
-            )
-
-
-def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with model options that the data decides unless they are set: vocabulary size of a
-    new model, class names.
-
-    Raises UserError.
-    """
-    return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
-
-
-def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with the labels of the data, for a classifier without class names.
-
-    Raises UserError if the data have other or no labels.
-    """
-    if config.task.kind != "classification":
-        return config
-    for corpus in blend.corpora:
-        if isinstance(corpus, Corpus) and not corpus.labels:
-            problem, instead = "its documents have no labels", "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm"
-            raise refusal("data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead)
-    labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
-    expected = config.model.labels or list(facts.labels) or (labelled[0][1] if labelled else [])
-    for path, labels in labelled:
-        if list(labels) != list(expected):
-            problem, allowed = f"{path} has the labels {', '.join(labels)}", "the labels of the data, in its order"
-            raise refusal("model.labels", f"[{','.join(expected)}]", problem, allowed=allowed, instead=f"model.labels=[{','.join(labels)}]")
-    if facts.labels or not expected:
-        return config
-    _log.info("labels    %s", ", ".join(expected))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=list(expected)))
-
-
-def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
-    """`config` with a vocabulary that has every token of the corpus, for new weights without a
-    requested size; else `config`.
-
-    A vocabulary is enlarged only if training would be refused otherwise, so that existing
-    runs keep their size.
-    """
-    needed = max((corpus.largest_id + 1 for corpus in blend.corpora if corpus.largest_id is not None), default=0)
-    if config.model.from_pretrained or needed <= vocab or type(config.model.config.get("vocab_size")) is int:
-        return config
-    size = max(needed, *(corpus.vocab_size or 0 for corpus in blend.corpora))
-    _log.info("vocabulary %d -> %d: that of the corpus", vocab, size)
-    model = dataclasses.replace(config.model, config={**config.model.config, "vocab_size": size})
-    return dataclasses.replace(config, model=model)
-
-
-def check_train_rows(blend: Blend, *, seq_len: int) -> None:
-    """Refuse a corpus without a row to train on (raises UserError)."""
-    for corpus in blend.corpora:
-        if corpus.count("train", seq_len=seq_len) < 1:
-            raise refusal(
-                "data.seq_len",
-                seq_len,
-                f"{corpus.path} holds no whole row of training tokens",
-                allowed="shorter rows",
-                instead="a smaller data.seq_len, or more text",
-            )
-        if not corpus.has_targets("train", seq_len=seq_len):
-            raise _no_targets(corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path)
-
-
-def check_cuts(blend: Blend, config: Config) -> None:
-    """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack what comes before them."""
-    start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if config.task.kind == "classification" else []
-    words += [f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed]
-    if start and words:
-        problem = f"{words[0]}: a piece of a row lacks what comes before it"
-        raise refusal("batch.seq_len_start", start, problem, allowed="0, or a corpus of text", instead="batch.seq_len_start=0 batch.seq_len_steps=0")
-
-
-def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
-    """Refuse an evaluation without held-out rows (raises UserError).
-
-    `field`, `value`: the option that requests it.
-    """
-    if blend.count("eval", seq_len=seq_len) < 1:
-        raise refusal(
-            field,
-            value,
-            f"{blend.name} holds no held-out row of {seq_len} tokens",
-            allowed="a corpus with held-out documents",
-            instead="train.eval_every=0, a larger data.eval_fraction in prepare, or data.eval_path=PREFIX of held-out token files",
-        )
-    if not any(corpus.has_targets("eval", seq_len=seq_len) for corpus, _ in blend.parts("eval") if corpus.count("eval", seq_len=seq_len)):
-        raise _no_targets(f"the held-out part of {blend.name}", field=field, value=value)
-
-
-def _no_targets(where: object, *, field: str, value: object) -> UserError:
-    problem = f"no token of {where} carries loss: every answer is cut off"
-    return refusal(field, value, problem, allowed="conversations with answers within a row", instead="prepare again with a larger data.seq_len")
 
 
 def _joined(fingerprints: Sequence[str], *, weights: Sequence[float]) -> str:

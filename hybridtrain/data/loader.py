@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridtrain.data.blend import Blend, check_eval_rows, largest_remainder, sample_to_row
+from hybridtrain.data.blend import Blend, largest_remainder, sample_to_row
+from hybridtrain.data.compatibility import check_eval_rows
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch

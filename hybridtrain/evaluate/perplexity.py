@@ -18,7 +18,8 @@ from hybridtrain import evaluate, tasks
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot, TaskConfig
 from hybridtrain.data import vocabulary
-from hybridtrain.data.blend import Blend, check_eval_rows, check_vocab, data_of, tokenizer_dir
+from hybridtrain.data.blend import Blend, data_of, tokenizer_dir
+from hybridtrain.data.compatibility import check_eval_rows, check_vocab
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier

@@ -15,6 +15,7 @@ from hybridtrain import engine as engines
 from hybridtrain import tasks
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
+from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.facts import facts_of
@@ -86,13 +87,13 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
     engines.check_device(kinds, precision=config.precision.kind)
     tasks.own(config)  # for what it refuses
     data = _data(config, inputs)
-    config = blends.adapt_model(config, data, facts=facts_of(config.model)) if data else config
+    config = compatibility.adapt_model(config, data, facts=facts_of(config.model)) if data else config
     comparison = plans.prepare(config, capabilities={kind: capabilities.able(config.engine, kind=kind) for kind in kinds}, devices=devices)
     if data:
         with _or_random(config):
-            blends.check_vocab(data, vocab=comparison.facts.vocab)
-            blends.check_train_rows(data, seq_len=config.data.seq_len)
-            blends.check_cuts(data, config)
+            compatibility.check_vocab(data, vocab=comparison.facts.vocab)
+            compatibility.check_train_rows(data, seq_len=config.data.seq_len)
+            compatibility.check_cuts(data, config)
     config = comparison.config
     path = _result_path(config)
     tokens = data.name if data else ""

@@ -15,7 +15,7 @@ import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridtrain.plan import rules
+from hybridtrain.plan import batch_rules, rules
 
 if TYPE_CHECKING:
     from hybridtrain.config import schema
@@ -85,7 +85,7 @@ class BatchPlan:
 
 def plan_batch(batch: schema.BatchConfig, *, layout: ParallelLayout, seq_len: int) -> BatchPlan:
     """Derive grad_accum, the ramp and the cuts; raises UserError for numbers that do not go together."""
-    rules.require(rules.of_batch(batch, dp=layout.dp, seq_len=seq_len))
+    rules.require(batch_rules.of_batch(batch, dp=layout.dp, seq_len=seq_len))
     size, micro = batch.global_batch_size, batch.micro_batch_size
     ramp = Stairs(tuple(range(batch.ramp_start, size + 1, batch.ramp_increment)), batch.ramp_steps) if batch.ramp_start else None
     cuts = Stairs(tuple(_halvings(seq_len // batch.seq_len_start)), batch.seq_len_steps) if batch.seq_len_start else None

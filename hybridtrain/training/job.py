@@ -12,6 +12,7 @@ from hybridtrain import tasks
 from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
+from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import refusal
 from hybridtrain.plan import memory
@@ -65,17 +66,17 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
     task = task or tasks.own(config)
-    fitted = blends.adapt_model(config, data, facts=model)
+    fitted = compatibility.adapt_model(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
     if task is None:
         engines.check_task(config, facts=model)
-    blends.check_vocab(data, vocab=model.vocab)
-    blends.check_train_rows(data, seq_len=plan.seq_len)
-    blends.check_cuts(data, config)
+    compatibility.check_vocab(data, vocab=model.vocab)
+    compatibility.check_train_rows(data, seq_len=plan.seq_len)
+    compatibility.check_cuts(data, config)
     if config.train.eval_every:
-        blends.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
+        compatibility.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
     _check_profile(config, world_size=world_size)
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     checks.phases(config.schedule, steps=total_steps)

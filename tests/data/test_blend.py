@@ -12,7 +12,8 @@ import torch
 
 from hybridtrain.config import schema
 from hybridtrain.config.checks import check
-from hybridtrain.data.blend import BLOCK, Blend, check_vocab, largest_remainder, open_data, order_fingerprint, sample_to_row
+from hybridtrain.data.blend import BLOCK, Blend, largest_remainder, open_data, order_fingerprint, sample_to_row
+from hybridtrain.data.compatibility import check_vocab
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import UserError
 from hybridtrain.plan.batch import BatchPlan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridtrain.config import schema
-from hybridtrain.data import blend
+from hybridtrain.data import blend, compatibility
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import statistics
 from hybridtrain.data.prepare.tokenize import prepare
@@ -186,14 +186,14 @@ def blank(data: Path, split: str, *, share: float) -> None:
 
 def test_a_corpus_without_targets_is_refused(without_targets):
     opened = blend.open_data(schema.DataConfig(path=str(without_targets)), timeout_s=0)
-    blend.check_train_rows(opened, seq_len=64)
+    compatibility.check_train_rows(opened, seq_len=64)
     blank(without_targets, "train", share=1)
     with pytest.raises(UserError, match=r"data\.path=.*no token of .* carries loss: every answer is cut off"):
-        blend.check_train_rows(opened, seq_len=64)
-    blend.check_eval_rows(opened, seq_len=64, field="train.eval_every", value=2)
+        compatibility.check_train_rows(opened, seq_len=64)
+    compatibility.check_eval_rows(opened, seq_len=64, field="train.eval_every", value=2)
     blank(without_targets, "eval", share=1)
     with pytest.raises(UserError, match=r"train\.eval_every=2: no token of the held-out part"):
-        blend.check_eval_rows(opened, seq_len=64, field="train.eval_every", value=2)
+        compatibility.check_eval_rows(opened, seq_len=64, field="train.eval_every", value=2)
 
 
 def test_steps_without_targets_have_no_loss_and_are_counted(without_targets, tmp_path):

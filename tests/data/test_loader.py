@@ -13,7 +13,8 @@ import torch
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data import order
-from hybridtrain.data.blend import Blend, check_vocab, open_data, order_fingerprint
+from hybridtrain.data.blend import Blend, open_data, order_fingerprint
+from hybridtrain.data.compatibility import check_vocab
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.loader import Loader, eval_batches

@@ -94,7 +94,7 @@ class TorchEngine:
         embed, head = self._tied_copies()
         apart = self.layout.pp > 1 and (embed is None) != (head is None)
         (agreed,) = any_rank([apart])
-        return self.mesh.ends() if agreed else None
+        return self.mesh.embedding_group() if agreed else None
 
     # -- the contract ------------------------------------------------------------------------------------------
 

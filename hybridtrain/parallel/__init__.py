@@ -1,1 +1,3 @@
-"""How a stage becomes parallel: apply.py holds the order, the other files one step each."""
+"""Makes a pipeline stage parallel: apply.py applies the transforms in order, the other
+files contain one each.
+"""

@@ -1,9 +1,12 @@
-"""From a layout to this rank's parallel stages: `ORDER` is the one place that knows what is done to a stage, and when.
+"""Builds this rank's parallel stages from a layout.
 
-    cut on meta -> tensor -> freeze -> recompute -> compile -> shard -> materialise -> what was done is held against what was asked for
+`ORDER` lists the transforms in the order in which they are applied.
 
-A transform is a row of the table: what it does to a stage, what the config asks of it, and what the finished stage shows of it.
-The last two are sets of names (of parameters, layers, modules) that must be equal: nothing that was asked for is dropped in silence.
+    stage on meta -> tensor -> freeze -> recompute -> compile -> shard -> materialize -> check
+
+A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
+modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
+no transform is skipped silently.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.fsdp import apply_shard, ends, settle_shards, wrapped_modules
+from hybridtrain.parallel.fsdp import apply_shard, embedding_and_head, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
-from hybridtrain.parallel.slicing import apply_tensor_parallel, parameters_to_slice, settle_embedding
+from hybridtrain.parallel.slicing import apply_tensor_parallel, parameters_to_slice, wait_for_embedding
 from hybridtrain.plan.layout import stage_layers
 from hybridtrain.plan.schedules import SPLIT_BACKWARD, stages_per_rank
 from hybridtrain.precision.policy import PrecisionPolicy
@@ -34,7 +37,7 @@ from hybridtrain.tasks.task import Task
 
 @dataclass(frozen=True)
 class Context:
-    """What shapes a stage besides the model: this rank's mesh, the sections of the config that choose transforms, the task."""
+    """What the transforms depend on besides the model: this rank's mesh, sections of the config, the task."""
 
     mesh: Mesh
     parallel: ParallelConfig
@@ -50,26 +53,26 @@ Names = Callable[[Stage, Context], set[str]]
 
 @dataclass(frozen=True)
 class Transform:
-    """A row of the table."""
+    """A row of `ORDER`."""
 
     name: str
     apply: Callable[[Stage, Context], None]
-    asked: Names
-    """What the config asks for."""
-    done: Names
-    """The same, as the stage shows it after all transforms."""
+    expected: Names
+    """From the config."""
+    actual: Names
+    """From the stage after all transforms."""
 
 
 def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list[int], list[Stage]]:
-    """This rank's stage numbers and stages, parallel, allocated, their weights not yet set."""
+    """(numbers, stages) of this rank, transformed and allocated, with uninitialized weights."""
     mesh, parallel = context.mesh, context.parallel
     pp, per_rank = mesh.layout.pp, stages_per_rank(parallel)
-    cuts = stage_layers(config.num_hidden_layers, pp * per_rank)
+    layers = stage_layers(config.num_hidden_layers, pp * per_rank)
     ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=parallel.schedule)
     stages = []
     for index in ids:
         head = partial(Head, task=context.task, loss_chunk=context.engine.loss_chunk)
-        stage = Stage(config, family=family, layers=cuts[index], first=index == 0, last=index == len(cuts) - 1, head=head)
+        stage = Stage(config, family=family, layers=layers[index], first=index == 0, last=index == len(layers) - 1, head=head)
         stage.to(context.precision.param)
         transform(stage, context, order=ORDER)
         check(stage, context, order=ORDER)
@@ -78,16 +81,19 @@ def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list
 
 
 def transform(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None:
-    """Apply the transforms, each as far as its section of the config asks for it."""
+    """Apply the transforms that the config asks for."""
     for each in order:
         each.apply(stage, context)
 
 
 def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None:
-    """Hold what each transform did against what was asked of it. A difference is a mistake of ours: it would train something else."""
+    """Compare what each transform did with what the config asks for.
+
+    A difference is a bug in this package.
+    """
     for each in order:
-        asked, done = each.asked(stage, context), each.done(stage, context)
-        assert asked == done, f"transform {each.name}: not done {sorted(asked - done)}, not asked for {sorted(done - asked)}"
+        expected, actual = each.expected(stage, context), each.actual(stage, context)
+        assert expected == actual, f"transform {each.name}: not done {sorted(expected - actual)}, not asked for {sorted(actual - expected)}"
 
 
 # -- tensor ------------------------------------------------------------------------------------------------------
@@ -115,7 +121,9 @@ def _freeze(stage: Stage, context: Context) -> None:
 
 
 def _to_freeze(stage: Stage, context: Context) -> set[str]:
-    """A pattern that matches nothing here may match on another stage; one that matches nowhere has been refused (models/patterns.py)."""
+    """A pattern may match nothing on this stage; one that matches on no stage
+    is refused by models/patterns.py.
+    """
     return {name for name in _parameters(stage) if matches(stage.owner(name), context.freeze)}
 
 
@@ -127,10 +135,10 @@ def _frozen(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the s
 
 
 def _recompute_last(context: Context) -> bool:
-    """Whole layers are recomputed around the compiled layer under tensor parallelism, not inside it.
+    """With tensor parallelism, full recomputation wraps the compiled layer instead of being compiled with it.
 
-    There torch 2.13 cannot save what such a graph hands to its backward pass (a DeviceMesh). Nothing is lost: with `full` nothing
-    of a layer is kept in either order.
+    torch 2.13 cannot save a DeviceMesh from the compiled forward for its backward. Memory is the
+    same in both orders.
     """
     return context.engine.compile and context.recompute == "full" and context.mesh.layout.tp > 1
 
@@ -144,7 +152,7 @@ def _recompute(stage: Stage, context: Context) -> None:
 def _compile(stage: Stage, context: Context) -> None:
     if context.engine.compile:
         if context.mesh.layout.tp > 1:
-            settle_embedding(stage)
+            wait_for_embedding(stage)
         apply_compile(stage, backend=context.engine.compile_backend)
     if _recompute_last(context):
         apply_recompute(stage, kind=context.recompute, split_backward=False)
@@ -170,33 +178,37 @@ def _shard(stage: Stage, context: Context) -> None:
 
 
 def _to_shard(stage: Stage, context: Context) -> set[str]:
-    """Wrapped, by what reduces gradients and casts: all layers, the ends and the stage ("") itself. Sharded, from ZeRO 1 on: all parameters."""
+    """Wrapped modules: all layers, embedding, head and the stage ("").
+
+    Sharded parameters, from ZeRO 1 on: all.
+    """
     layout, precision = context.mesh.layout, context.precision
     wrap = layout.dp > 1 or layout.tp > 1 or {precision.compute, precision.reduce} != {precision.param}
-    beside = {path for paths in ends(stage) for path in paths}
-    return ({*_layers(stage), *beside, ""} if wrap else set()) | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
+    others = {path for paths in embedding_and_head(stage) for path in paths}
+    return ({*_layers(stage), *others, ""} if wrap else set()) | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
 
 
 def _sharded(stage: Stage, context: Context) -> set[str]:
     return wrapped_modules(stage) | (_over(stage, "dp_shard") if context.mesh.layout.dp_shard > 1 else set())
 
 
-# -- materialise -------------------------------------------------------------------------------------------------
+# -- materialize
+# -------------------------------------------------------------------------------------------------
 
 
-def _materialise(stage: Stage, context: Context) -> None:
+def _materialize(stage: Stage, context: Context) -> None:
     stage.to_empty(device=context.mesh.device)
-    stage.tie()  # to_empty, too, makes two of them where fully_shard has not wrapped the stage
-    settle_shards(stage)
+    stage.tie()  # to_empty unties the weights of a stage that fully_shard has not wrapped
+    pad_shards(stage)
     reset_buffers(stage, device=context.mesh.device)
 
 
-def _to_materialise(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
-    """Everything, and of a tied matrix one copy."""
+def _to_materialize(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
+    """All parameters and buffers; a tied matrix once."""
     return {*_parameters(stage), *dict(stage.named_buffers())} - ({f"{stage.family.head}.weight"} if stage.tied and stage.first else set())
 
 
-def _materialised(stage: Stage, context: Context) -> set[str]:
+def _materialized(stage: Stage, context: Context) -> set[str]:
     tensors = {**_parameters(stage), **dict(stage.named_buffers())}
     return {name for name, tensor in tensors.items() if tensor.device.type == context.mesh.device.type}
 
@@ -218,9 +230,9 @@ RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recom
 
 ORDER = (
     Transform("tensor", _slice, _to_slice, _sliced),
-    Transform("freeze", _freeze, _to_freeze, _frozen),  # after tensor: its styles make parameters that require gradients
+    Transform("freeze", _freeze, _to_freeze, _frozen),  # after tensor, which creates trainable parameters
     RECOMPUTE,
-    Transform("compile", _compile, _to_compile, _wrapped_by("compile")),  # around recompute: one graph decides what is kept
+    Transform("compile", _compile, _to_compile, _wrapped_by("compile")),  # around recompute, see recompute.py
     Transform("shard", _shard, _to_shard, _sharded),
-    Transform("materialise", _materialise, _to_materialise, _materialised),
+    Transform("materialize", _materialize, _to_materialize, _materialized),
 )

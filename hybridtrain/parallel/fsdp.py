@@ -1,10 +1,10 @@
-"""ZeRO as four manners of one mechanism, torch's fully_shard, which also casts (precision/policy.py).
+"""All ZeRO stages with torch's fully_shard, which also casts parameters and gradients (precision/policy.py).
 
-    stage   parameters in a step          gradients                        optimizer state
-    0       whole                         whole, one all-reduce a step     whole        mesh (dp_replicate, 1)
-    1       whole after the first use     whole, one reduce-scatter a step sharded
-    2       whole after the first use     reduce-scattered per micro-batch sharded
-    3       gathered per layer and use    reduce-scattered per micro-batch sharded
+    stage   parameters in a step          gradients                          optimizer state
+    0       full                          full, one all-reduce per step      full; mesh: (dp_replicate, 1)
+    1       full after the first use      full, one reduce-scatter per step  sharded
+    2       full after the first use      reduce-scattered per micro-batch   sharded
+    3       gathered per layer and use    reduce-scattered per micro-batch   sharded
 
 ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 """
@@ -24,10 +24,11 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, embedding and head, then the stage. Gradients come out as means over data ranks: the engine counts them dp times.
+    """Wrap layers, embedding and head, then the stage, with fully_shard.
 
-    A rank that neither shards nor casts has nothing to wrap for: it would hold every parameter twice and copy every gradient.
-    (Under tensor parallelism it does: fully_shard adds up the partial gradients of norms.)
+    Gradients become means over data ranks. Does nothing without sharding and casting, where fully_shard
+    would only copy parameters and gradients, unless there is tensor parallelism: fully_shard sums the
+    partial gradients of norms.
     """
     same_dtype = precision.compute == precision.param == precision.reduce
     if mesh.layout.dp == mesh.layout.tp == 1 and same_dtype:
@@ -35,37 +36,40 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     options: dict[str, Any] = {"mesh": mesh.data, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
-    used_last = {**options, "reshard_after_forward": False}  # the backward pass begins with it: gathering it again would only cost time
-    for paths in ends(stage):
+    used_last = {**options, "reshard_after_forward": False}  # the backward pass starts with it
+    for paths in embedding_and_head(stage):
         fully_shard([stage.part(path) for path in paths], **(used_last if stage.family.head in paths else options))
     fully_shard(stage, **used_last)
-    own = _OneShard if mesh.layout.dp_shard == 1 else _AllToAll if mesh.device.type == "cpu" else None
-    if own is not None:
+    reduce_scatter = _NoReduceScatter if mesh.layout.dp_shard == 1 else _AllToAllReduceScatter if mesh.device.type == "cpu" else None
+    if reduce_scatter is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(own())  # type: ignore[arg-type]  # what torch asks for is not public
+                module.set_custom_reduce_scatter(reduce_scatter())  # type: ignore[arg-type]  # private protocol
 
 
-def ends(stage: Stage) -> list[list[str]]:
-    """The modules of a stage beside its layers, in groups: the embedding; final norm and head. A matrix that both share stays with the stage itself."""
+def embedding_and_head(stage: Stage) -> list[list[str]]:
+    """Paths of the modules outside the layers, in groups to wrap: [embedding], [final norm, head].
+
+    Empty if embedding and head of this stage are tied: then the stage itself wraps them.
+    """
     if stage.tied and stage.first and stage.last:
         return []
     return [[stage.family.embed]] * stage.first + [[stage.family.norm, stage.family.head]] * stage.last
 
 
 def wrapped_modules(stage: Stage) -> set[str]:
-    """Names of the modules that `apply_shard` has wrapped; the stage itself is ""."""
+    """Names of the modules that `apply_shard` wrapped; the stage itself is ""."""
     return {name for name, module in stage.named_modules() if isinstance(module, FSDPModule)}
 
 
-class _AllToAll:
-    """Gloo's reduce-scatter takes two to three times as long as an all-to-all of the same bytes and a sum."""
+class _AllToAllReduceScatter:
+    """A reduce-scatter by all-to-all and a local sum: two to three times as fast as Gloo's own."""
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any) -> None:
-        """Sum, or mean, of every rank's part for this rank, in rank order."""
+        """The sum or mean over ranks, added in rank order."""
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
@@ -75,17 +79,14 @@ class _AllToAll:
             assert op == dist.ReduceOp.SUM
 
 
-class _OneShard:
-    """The reduce-scatter of a group of one: its output is its input, in the same memory.
-
-    fully_shard copies the one to the other, which torch leaves out where both are one tensor.
-    """
+class _NoReduceScatter:
+    """The reduce-scatter of a group of one rank, without a copy: output and input are the same memory."""
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Called for the input, then for the output."""
+        """Called first for the input, then for the output."""
         if self.input is None:
             self.input = torch.empty(size, dtype=dtype, device=device)
             return self.input
@@ -95,7 +96,7 @@ class _OneShard:
 
 
 def before_backward(stage: nn.Module, *, zero_stage: int, last: bool) -> None:
-    """Set what happens to gradients and parameters at the end of this micro-batch's backward."""
+    """Set whether this micro-batch's backward pass reduces gradients and reshards parameters."""
     if not isinstance(stage, FSDPModule):
         return
     stage.set_requires_gradient_sync(last or zero_stage >= 2)
@@ -104,17 +105,21 @@ def before_backward(stage: nn.Module, *, zero_stage: int, last: bool) -> None:
 
 
 def reshard(stage: Stage) -> None:
-    """After a forward without backward: drop the whole copies in compute precision, which stand in the place of parameters.
+    """Free the gathered parameters after a forward pass without backward.
 
-    What reads the stage's parameters next, a checkpoint above all, must find this rank's shards in the dtype of master weights.
+    Afterwards `stage.parameters()` returns this rank's shards in the dtype of the master weights,
+    e.g. for a checkpoint.
     """
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def settle_shards(stage: Stage) -> None:
-    """Let fully_shard pad its shards now: it does so at first use, in new memory, and the optimizer's views would go stale."""
+def pad_shards(stage: Stage) -> None:
+    """Make fully_shard pad its shards now.
+
+    At the first use, it would move them, and the optimizer's views would be stale.
+    """
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.unshard()

@@ -1,6 +1,6 @@
-"""Pipeline stages and schedules over torch.distributed.pipelining. A schedule is one row in `_SCHEDULES`.
+"""Pipeline stages and schedules, on torch.distributed.pipelining. A schedule is one row in `_SCHEDULES`.
 
-Stage ids of a rank: loop order r, r + pp, ... ; V order r and 2 pp - 1 - r.
+Stages of rank r: r, r + pp, ... with looped schedules; r and 2 pp - 1 - r with V schedules.
 GPipe: arXiv 1811.06965; 1F1B and interleaving: arXiv 2104.04473; zero bubble and ZBV: arXiv 2401.10241; DualPipeV: DeepSeek-V3, arXiv 2412.19437.
 """
 
@@ -34,22 +34,23 @@ _FORWARD = {schedules.FORWARD, schedules.SEND_F, schedules.RECV_F, schedules.UNS
 
 
 def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
-    """The stages that pipeline rank `rank` holds, in ascending order."""
+    """Numbers of the stages of pipeline rank `rank`, ascending."""
     if schedule in V and pp > 1:
         return sorted((rank, 2 * pp - 1 - rank))
     return [rank + loop * pp for loop in range(per_rank)]
 
 
 class ZeroStage(PipelineStage):
-    """A PipelineStage that keeps the promise of `zero_stage` and accumulates gradients in the reduce dtype.
+    """A PipelineStage that supports ZeRO 2 and 3, and accumulates gradients in the reduce dtype.
 
-    torch's own turns gradient reduction and resharding off until the last micro-batch, which is stage 0 and 1; under 2 and 3
-    the gradients must leave after every micro-batch. After a split backward it leaves gradients in the compute dtype.
+    torch's own reduces gradients and reshards after the last micro-batch, as ZeRO 0 and 1 need; 2
+    and 3 reduce after every micro-batch. After a split backward pass, torch's own leaves gradients
+    in the compute dtype.
     """
 
     zero_stage: int
     batches: Sequence[Batch]
-    """The micro-batches of the step. Every rank of a pipeline has them: only hidden states travel."""
+    """The micro-batches of the step. Every rank of a pipeline has them; only hidden states are sent."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.batch = self.batches[fwd_chunk_id]
@@ -78,7 +79,7 @@ class ZeroStage(PipelineStage):
 
 
 def _backward(outputs: Any, grads: Any) -> None:
-    """Backward from a stage's outputs; a stage whose parameters are all frozen may have none that lead anywhere."""
+    """Backward from a stage's outputs that require gradients; none do if all parameters are frozen."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(output, grad) for output, grad in zip(outputs, grads or [None] * len(outputs), strict=True) if output.requires_grad]
     if pairs:
@@ -93,7 +94,10 @@ def _take_gradient(value: Any) -> Tensor | None:
 
 
 def _forward_only(actions: list[Any]) -> list[Any]:
-    """A rank's actions without the backward pass: torch 2.13 runs it in `eval` too, which fails where neighbouring stages share a rank."""
+    """A rank's actions without those of the backward pass.
+
+    `eval` of torch 2.13 runs the backward pass too, which fails if neighboring stages are on one rank.
+    """
     flat = [part for action in actions for part in (action.sub_actions or (action,))]
     return [action for action in flat if action.computation_type in _FORWARD]
 
@@ -102,16 +106,18 @@ def _parameter_groups(stage: FSDPModule) -> list[Any]:
     states = fully_shard.state(stage)._state_ctx.all_states  # type: ignore[attr-defined]
     groups: list[Any] = []
     for state in states:
-        many = getattr(state, "_fsdp_param_groups", None)
-        groups += many if many is not None else [state._fsdp_param_group]  # torch 2.11 has one group per state
+        of_state = getattr(state, "_fsdp_param_groups", None)
+        groups += of_state if of_state is not None else [state._fsdp_param_group]  # torch 2.11
     return [group for group in groups if group is not None]
 
 
 class Pipeline:
-    """The stages of this rank under a schedule: one call runs all micro-batches, forward and backward."""
+    """The stages of this rank with a schedule: a call runs the forward and backward
+    passes of all micro-batches.
+    """
 
     def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, micro_batches: int, group: dist.ProcessGroup, **shape: Any):
-        """`shape`: see _wrap. A pipeline is for one number of micro-batches of one shape."""
+        """`shape`: see _wrap. A pipeline is for a fixed number and shape of micro-batches."""
         self.stages = stages
         self.factor: Tensor | None = None
         self.sums: list[Tensor] = []
@@ -135,7 +141,10 @@ class Pipeline:
         positions: int,
         sums: int,
     ) -> ZeroStage:
-        """Shapes are given, so that torch need not run a trial forward and backward to learn them: micro-batches of `rows` x `length` tokens, hidden states of `positions`."""
+        """A stage for micro-batches of `rows` x `length` tokens and hidden states of `rows` x `positions`.
+
+        Passes the shapes to torch, which would otherwise run a forward and backward pass to find them.
+        """
         hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
@@ -145,7 +154,7 @@ class Pipeline:
         wrapped.zero_stage = zero_stage
         return wrapped
 
-    def _loss(self, sums: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the head has used its own
+    def _loss(self, sums: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002 - the stage has computed the loss
         self.sums.append(sums.detach())
         return sums if self.factor is None else (sums * self.factor).sum()
 
@@ -158,12 +167,15 @@ class Pipeline:
         return any(stage.last for stage in self.stages)
 
     def step(self, batches: Sequence[Batch], *, factor: Tensor) -> list[Tensor]:
-        """Run every micro-batch, forward and backward of its sums x factor, added up. Returns each one's sums, (K,), on the rank of the last stage."""
+        """Forward and backward pass of all micro-batches, from the sum of sums x `factor`, (K,).
+
+        Returns the sums of each micro-batch, (K,), on the rank of the last stage.
+        """
         self.factor = factor
         return self._run(self.schedule.step, batches)
 
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Forward only; returns the task's sums of each micro-batch on the rank of the last stage."""
+        """Forward pass only. Returns the sums of each micro-batch, (K,), on the rank of the last stage."""
         self.factor = None
         if self.order is None:
             return self._run(self.schedule.eval, batches)
@@ -177,7 +189,7 @@ class Pipeline:
         self.sums = []
         for stage in self.wrapped:
             stage.batches = batches
-        ids_BT = torch.cat([batch.input_ids_BT for batch in batches])  # the schedule cuts them again
-        last = {"target": ids_BT} if self.last else {}  # it computes no loss without a target
+        ids_BT = torch.cat([batch.input_ids_BT for batch in batches])  # the schedule splits them again
+        last = {"target": ids_BT} if self.last else {}  # without a target, torch computes no loss
         call(*((ids_BT,) if self.first else ()), **last)
         return self.sums

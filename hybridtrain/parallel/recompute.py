@@ -1,10 +1,10 @@
-"""Activation recomputation and compilation: both wrap a layer's forward, inside the hooks that shard its parameters.
+"""Activation recomputation and compilation. Both wrap a layer's forward, inside the hooks of FSDP.
 
     FSDP hooks ( compile ( recompute ( layer.forward ) ) )
 
-Compilation goes outside: inductor then plans one graph of forward and backward in which what `selective` keeps is marked.
-The other way round, selective recomputation sees only the calls of compiled kernels (`mm.out`) and keeps none of them.
-Wrapping `forward` instead of the module keeps every parameter name.
+Compilation is outside, so that inductor sees which results `selective` keeps. The other way round, selective
+recomputation sees only calls of compiled kernels (`mm.out`), and keeps none of their results.
+Wrapping `forward` instead of the module preserves the parameter names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ _SAVED = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` keeps: matrix products, attention, and what ranks have added up or exchanged: the costly part of a layer."""
+"""Operations whose results `selective` keeps, because recomputing them is expensive:
+matrix products, attention, collectives."""
 
 
-class _Again:
-    """Recomputing that may happen twice: a split backward passes through a layer once for its inputs and once for its weights.
+class _RepeatableReplay:
+    """Allows recomputing twice: a split backward pass goes through a layer once for inputs
+    and once for weights.
 
-    torch marks what it kept as used up after the first pass and refuses the second; here each pass gets marks of its own.
+    torch empties its storage in the first pass, and fails in the second; here each pass gets a
+    copy of the storage.
     """
 
     def __init__(self, replay: Any):
@@ -52,17 +55,20 @@ class _Again:
 
 def _contexts(*, split_backward: bool) -> tuple[Any, Any]:
     record, replay = create_selective_checkpoint_contexts(_keep_products)
-    return record, _Again(replay) if split_backward else replay
+    return record, _RepeatableReplay(replay) if split_backward else replay
 
 
 def apply_recompute(stage: Stage, *, kind: str, split_backward: bool) -> None:
-    """none: keep all; selective: recompute all but matrix products and attention; full: recompute whole layers.
+    """none: keep all activations; selective: recompute all but the results of _SAVED;
+    full: recompute whole layers.
 
-    `split_backward`: a backward pass may come to a layer twice (not where the layer will be compiled: one graph serves both passes).
+    `split_backward`: the backward pass may go through a layer twice; not with compilation, where
+    one graph does both.
     """
     if kind == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a layer draws no random numbers
+    # Layers use no random numbers, so the RNG state need not be saved.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":
         options["context_fn"] = partial(_contexts, split_backward=split_backward)
     for _, layer in stage.layer_modules():
@@ -74,7 +80,7 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 
 
 def apply_compile(stage: Stage, *, backend: str) -> None:
-    """Compile each layer by itself: one small graph, compiled once, used by all layers."""
+    """Compile each layer separately: one small graph, compiled once and used by all layers."""
     for _, layer in stage.layer_modules():
         compiled: Any = torch.compile(layer.forward, backend=backend)
         compiled.compiled_from = layer.forward
@@ -82,15 +88,15 @@ def apply_compile(stage: Stage, *, backend: str) -> None:
 
 
 def wrappers(layer: nn.Module) -> list[str]:
-    """What is around a layer's own forward, outermost first: of compile and recompute."""
-    found: list[str] = []
+    """The wrappers around a layer's forward, outermost first: "compile", "recompute"."""
+    result: list[str] = []
     forward: Any = layer.forward
     while True:
         if isinstance(forward, partial) and forward.func is checkpoint:
-            found.append("recompute")
+            result.append("recompute")
             forward = forward.args[0]
         elif hasattr(forward, "compiled_from"):
-            found.append("compile")
+            result.append("compile")
             forward = forward.compiled_from
         else:
-            return found
+            return result

@@ -3,8 +3,8 @@
     embed (rows of the vocabulary) -> [norm -> attention (heads) -> norm -> MLP (columns, rows)] -> norm -> head (vocabulary)
     hidden states between the blocks: Shard(1) over positions with sequence parallelism, else Replicate
 
-Every parameter becomes a DTensor, norms too: one mesh for all, so that gradient norms need no special case.
-Megatron-LM: arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.
+All parameters become DTensors of one mesh, including those of norms, so that the gradient norm needs no
+special case. Megatron-LM: arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from hybridtrain.parallel.mesh import Mesh
 
 
 def apply_tensor_parallel(stage: Stage, *, mesh: Mesh, sequence_parallel: bool) -> None:
-    """Shard the stage over the tp axis in place. Call before fully_shard, on meta."""
+    """Shard a stage on meta over the tp axis, in place. Call before fully_shard."""
     if mesh.layout.tp == 1:
         return
     parallelize_module(stage, mesh.tp, _plan(stage, tp=mesh.layout.tp, sequence_parallel=sequence_parallel))
-    stage.tie()  # parallelize_module gave each of the two a parameter of its own
-    plain = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
-    assert not plain, f"no tensor-parallel style for {plain}"
+    stage.tie()  # parallelize_module unties the weights
+    missing = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not missing, f"no tensor-parallel style for {missing}"
 
 
 def parameters_to_slice(stage: Stage, *, tp: int) -> set[str]:
-    """Names of the parameters that each of `tp` ranks holds a part of, by the family's plan alone."""
+    """Names of the parameters that are sharded over tp, according to the family's plan."""
     if tp == 1:
         return set()
     family = stage.family
-    whole = family.kv_projections if tp > stage.config.num_key_value_heads else ()
+    replicated = family.kv_projections if tp > stage.config.num_key_value_heads else ()
     kinds = {"colwise": ("weight", "bias"), "rowwise": ("weight",)}
-    inside = [f"{path}.{kind}" for path, style in family.tp_plan.items() if path not in whole for kind in kinds.get(style, ())]
-    names = {f"{family.layers}.{index}.{name}" for index in stage.layers for name in inside}
+    in_layer = [f"{path}.{kind}" for path, style in family.tp_plan.items() if path not in replicated for kind in kinds.get(style, ())]
+    names = {f"{family.layers}.{index}.{name}" for index in stage.layers for name in in_layer}
     names |= {f"{family.embed}.weight", f"{family.head}.weight"}
     return names & {name for name, _ in stage.named_parameters()}
 
@@ -69,7 +69,7 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
         plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
     if stage.last:
         plan[family.norm] = norm
-        plan[family.head] = RowsOfVocabulary()
+        plan[family.head] = VocabularyParallelHead()
     return plan
 
 
@@ -79,8 +79,11 @@ def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa:
         module.register_parameter(key, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
 
 
-class RowsOfVocabulary(ParallelStyle):
-    """A head of which each rank has some rows; what the ranks exchange, its loss does (tasks/linear_cross_entropy.py)."""
+class VocabularyParallelHead(ParallelStyle):
+    """A head sharded over rows of the vocabulary.
+
+    The loss does the communication (tasks/linear_cross_entropy.py).
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         weight: Any = module.weight
@@ -89,7 +92,9 @@ class RowsOfVocabulary(ParallelStyle):
 
 
 class ReplicatedNorm(ParallelStyle):
-    """A norm on whole rows: local tensor in, DTensor out, the weight replicated as a DTensor."""
+    """A norm with a replicated DTensor weight, on replicated hidden states; converts
+    local inputs to DTensors.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, _replicate, self._input, None)
@@ -101,7 +106,9 @@ class ReplicatedNorm(ParallelStyle):
 
 
 class RepeatedHeads(ParallelStyle):
-    """A key or value projection with fewer heads than tp ranks: each head computed by all, then given to `repeats` ranks."""
+    """A replicated key or value projection with fewer heads than tp ranks: each head is
+    used by `repeats` ranks.
+    """
 
     def __init__(self, *, heads: int, repeats: int):
         super().__init__()
@@ -115,10 +122,11 @@ class RepeatedHeads(ParallelStyle):
         return heads.redistribute(placements=[Shard(-1)]).to_local()
 
 
-class Settled(torch.autograd.Function):
-    """Wait for an asynchronous collective and hand on a plain tensor; the gradient passes through.
+class _WaitForCollective(torch.autograd.Function):
+    """Waits for an asynchronous collective, and returns a plain tensor; the gradient is unchanged.
 
-    A compiled layer that is fed the embedding's AsyncCollectiveTensor gives a wrong embedding gradient, silently.
+    With an AsyncCollectiveTensor as its input, a compiled layer computes a wrong gradient
+    of the embedding, silently.
     """
 
     @staticmethod
@@ -130,8 +138,8 @@ class Settled(torch.autograd.Function):
         return grad
 
 
-def settle_embedding(stage: Stage) -> None:
-    """Keep asynchronous tensors out of compiled layers (call when both tp and compile are on)."""
+def wait_for_embedding(stage: Stage) -> None:
+    """Keep asynchronous tensors out of compiled layers. For tensor parallelism with compilation."""
     if stage.first:
         embed = stage.part(stage.family.embed)
-        embed.register_forward_hook(lambda module, inputs, output: Settled.apply(output))  # noqa: ARG005
+        embed.register_forward_hook(lambda module, inputs, output: _WaitForCollective.apply(output))  # noqa: ARG005

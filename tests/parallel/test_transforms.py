@@ -66,8 +66,8 @@ def with_fault(case: Case, name: str, fault: Callable[..., None]) -> None:
         ("compile", undone_on_a_layer, Case(overrides=COMPILE), r"not done \['model.layers.1'\]"),
         ("shard", left_out, Case("dp_shard2"), "not done.*lm_head.weight"),
         ("shard", left_out, Case(precision="bf16_mixed"), "not done.*model.layers.3"),
-        ("materialise", left_out, Case(), "not done.*inv_freq"),
-        ("materialise", not_tied_again, Case(fields=TIED), r"not asked for \['lm_head.weight'\]"),
+        ("materialize", left_out, Case(), "not done.*inv_freq"),
+        ("materialize", not_tied_again, Case(fields=TIED), r"not asked for \['lm_head.weight'\]"),
     ],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) and " " not in value else None),
 )
@@ -91,4 +91,4 @@ def test_compilation_goes_around_recomputation(layout, kind, outermost_first):
 
 
 def test_the_order():
-    assert [row.name for row in apply.ORDER] == ["tensor", "freeze", "recompute", "compile", "shard", "materialise"]
+    assert [row.name for row in apply.ORDER] == ["tensor", "freeze", "recompute", "compile", "shard", "materialize"]

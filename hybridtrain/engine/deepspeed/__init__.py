@@ -128,7 +128,8 @@ class DeepSpeedEngine:
             options: dict[str, Any] = {"config": self.settings, "optimizer": self.optimizer, "model_parameters": [p for _, p in self.named]}
             if self.layout.pp > 1:
                 layer = pipe.StageLayer(self.stage)
-                module = pipe.Pipeline(layer, layout=self.layout, ends=self.mesh.ends(), tied=self._tied())  # every rank makes the group
+                group = self.mesh.embedding_group()
+                module = pipe.TiedPipelineModule(layer, layout=self.layout, embedding_group=group, tied=self._tied())
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
             options["mpu"] = self.grid
             return None, self.deepspeed.initialize(model=self.stage, **options)[0]

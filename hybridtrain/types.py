@@ -22,53 +22,63 @@ IGNORE_INDEX = -100  # labels with this value are ignored in the loss (as in tor
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data rank: tensors with B rows, those here of shape (B, T) and int64. A task that needs more adds fields."""
+    """One micro-batch of one data rank.
+
+    These tensors are int64, (B, T); a task may add fields, tensors of B rows.
+    """
 
     input_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     """Already shifted: position t holds the token that follows input t, or IGNORE_INDEX."""
     position_ids_BT: torch.Tensor
     packed: bool = False
-    """Each position 0 begins a document that attends to itself alone (data.document_mask); else a row is one document."""
+    """Each position 0 starts a document that attends only to itself (data.document_mask); else a
+    row is one document."""
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """The same with every tensor changed, those that a task has added included. What is not a flag is a tensor."""
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Apply a function to every tensor, including those that a task added.
+
+        Every field that is no bool is a tensor.
+        """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: change(value) for name, value in values.items() if not isinstance(value, bool)}
+        changed: dict[str, Any] = {name: function(value) for name, value in values.items() if not isinstance(value, bool)}
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, without waiting for the copy."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to a device, asynchronously."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> Self:
-        """Some of its rows."""
-        return self.each(lambda tensor: tensor[start:stop])
+        """Rows `start` to `stop` - 1."""
+        return self.map(lambda tensor: tensor[start:stop])
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. 0-d tensors on the device, so that the step never synchronises."""
+    """The result of one optimizer step: tensors on the device, 0-d unless noted, so that
+    the step never synchronizes.
+    """
 
     loss: torch.Tensor
-    """Weighted sum of the task's mean losses over the global batch, fp32; NaN without a single target."""
+    """Weighted sum of the task's mean losses over the global batch, fp32; NaN without targets."""
     sums: torch.Tensor
-    """Of each of the task's sums over the global batch, in the order of its weights: fp32, (K,)."""
+    """The task's sums over the global batch, in the order of its weights: fp32, (K,)."""
     counts: torch.Tensor
-    """What each sum is divided by: int64, (K,). Of a causal LM the tokens with a label."""
+    """The divisor of each sum: int64, (K,). For a causal LM, the number of tokens with a label."""
     grad_norm: torch.Tensor
-    """L2 norm over the whole model, before clipping, unscaled."""
+    """L2 norm over the whole model, unscaled, before clipping."""
     skipped: torch.Tensor
     """1 if the update was skipped because a gradient was not finite, else 0."""
     empty: torch.Tensor
-    """1 if the global batch has no valid token, so that no update was made, else 0. Such a step is not in `skipped`."""
+    """1 if the global batch has no targets, so that no update was made, else 0. Such a
+    step is not `skipped`."""
     loss_scale: torch.Tensor
     """The scale this step used; 1 without loss scaling."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A task's sums of losses over all ranks, by name, and what each is divided by."""
+    """A task's sums of losses over all ranks, by name, and their divisors."""
 
     values: Mapping[str, float]
     counts: Mapping[str, int]
@@ -81,7 +91,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Progress:
-    """The position of a run, all a checkpoint holds besides tensors."""
+    """The position of a run: everything in a checkpoint besides tensors."""
 
     step: int
     tokens_seen: int
@@ -90,7 +100,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What planning needs to know of a model; read from its config without transformers."""
+    """The facts about a model that planning needs; read from its config.json without transformers."""
 
     model_type: str
     layers: int
@@ -101,10 +111,11 @@ class ModelFacts:
     ffn: int
     vocab: int
     labels: tuple[str, ...]
-    """Classes of a classifier, whose head has a row for each; empty: the head has a row for each token."""
+    """Classes of a classifier, whose head has a row for each class; empty: the head has a
+    row for each token."""
     tied: bool
     window: int | None
-    """Sliding-window length of the layers that have one, else None."""
+    """Length of the sliding window of the layers that have one, else None."""
     max_positions: int
     parameters: int
     """Number of parameters, tied weights counted once."""
@@ -117,7 +128,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can run on this device. `plan.rules` refuses the rest before processes meet."""
+    """The features that an engine supports. `plan.rules` refuses all others before the processes connect."""
 
     engine: str
     axes: frozenset[str]
@@ -137,43 +148,48 @@ class Capabilities:
 
 
 class Saving(Protocol):
-    """A checkpoint on its way to disk."""
+    """A checkpoint that is being saved."""
 
     def poll(self) -> bool:
-        """True when it is complete; raises what went wrong, without waiting."""
+        """Whether it is complete, without waiting. Raises the error of a failed save."""
 
     def result(self) -> None:
-        """Wait until it is complete; raises what went wrong."""
+        """Wait until it is complete. Raises the error of a failed save."""
 
 
 class Engine(Protocol):
-    """The contract both engines keep. Its verb is one optimizer step: DeepSpeed and torch pipelining cannot be cut finer."""
+    """The protocol of both engines.
+
+    Its unit is one optimizer step, the finest that DeepSpeed and torch pipelining allow.
+    """
 
     capabilities: Capabilities
     flags: Flags
-    """What ranks tell each other with each train_step; the training loop puts its own here."""
+    """Flags that ranks exchange with each train_step; set by the training loop."""
     task: Task
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """Forward, backward and update over this data rank's micro-batches."""
+        """Forward, backward and update with this data rank's micro-batches (collective)."""
 
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        """Forward only. Every rank calls it with the same number of micro-batches."""
+        """Forward pass only. Every rank calls it with the same number of micro-batches (collective)."""
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint to `path` (collective)."""
 
     def load(self, path: Path) -> Progress:
-        """Load a complete checkpoint, whatever layout wrote it (collective)."""
+        """Load a complete checkpoint of any layout (collective)."""
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """This rank's (Hugging Face name, parameter or DTensor) pairs; tied weights once."""
 
     def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
-        """Call once, when the next step has its gradients, with (name, gradient or DTensor): over all data ranks, before clipping."""
+        """Call once in the next step with (name, gradient or DTensor) pairs: reduced over
+        data ranks, before clipping.
+        """
 
     def modules(self) -> Iterator[tuple[str, Any]]:
-        """This rank's named modules, for hooks that watch them."""
+        """This rank's named modules, for hooks."""
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Free everything that holds process groups; the caller leaves the process group."""

@@ -115,5 +115,5 @@ def _gather(parts: Sequence[Rows], chosen: np.ndarray, *, rows: int, seq_len: in
 def _cut(batch: Batch, *, size: int) -> list[Batch]:
     """Micro-batches of `size` rows, in memory from which a GPU copies while it computes; without a GPU, as they are."""
     if torch.cuda.is_available():
-        batch = batch.each(lambda tensor: tensor.pin_memory())
+        batch = batch.map(lambda tensor: tensor.pin_memory())
     return [batch.rows(at, at + size) for at in range(0, len(batch.input_ids_BT), size)]

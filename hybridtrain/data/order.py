@@ -1,10 +1,11 @@
-"""Sample index to row: a keyed permutation per epoch, computed per element, so that nothing has to be stored or replayed.
+"""The row of each sample: a keyed permutation per epoch, computed per element, so that nothing
+is stored or replayed.
 
     sample index -> (epoch, place) = divmod(index, rows) -> row = permutation[seed, epoch](place)
 
-The permutation is a Feistel network over the pairs (left, right) with left < a, right < b and a*b just above `rows`
-(generalised to any modulus: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Results that fall in
-the few places above `rows` go through it again (cycle walking), which keeps it a permutation of 0..rows-1.
+The permutation is a Feistel network on pairs (left, right) with left < a, right < b and a*b just above `rows`
+(generalized to any modulus: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The few
+results above `rows` go through the network again (cycle walking), so that it is a permutation of 0..rows-1.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import math
 
 import numpy as np
 
-ROUNDS = 8  # as many as one blake2b digest keys
+ROUNDS = 8  # one 64-byte blake2b digest has 8 keys
 
 
 def row_ids(samples: np.ndarray, *, rows: int, seed: int | str) -> np.ndarray:
     """Rows of the samples, int64 (n,). Each epoch visits every row once.
 
-    Constant time per sample and no memory in proportion to `rows`; the same on every machine.
+    Time per sample and memory do not depend on `rows`. The result is the same on every machine.
     """
     return permuted(samples, size=rows, key=f"hybridtrain rows {seed}")
 
 
 def permuted(index: np.ndarray, *, size: int, key: str) -> np.ndarray:
-    """Place of each index, int64 (n,), in a permutation of 0..size-1 of its own for every `size` consecutive indices."""
+    """Permute each run of `size` consecutive indices by its own permutation of 0..size-1; places
+    in it, int64 (n,).
+    """
     assert size >= 1
     assert index.min(initial=0) >= 0
     runs, places = np.divmod(index.astype(np.uint64), np.uint64(size))
@@ -64,7 +67,7 @@ def _feistel(places: np.ndarray, *, a: np.uint64, b: np.uint64, keys: np.ndarray
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

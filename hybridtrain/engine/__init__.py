@@ -1,4 +1,4 @@
-"""Engines: `settle` fits a config to the world, `build` goes the whole way from it to a running engine."""
+"""Engines: `settle` computes layout, batch and model facts of a config, `build` creates an engine from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a config comes to in the world it runs in."""
+    """Layout, batch plan and model facts of a config for a number of processes."""
 
     layout: ParallelLayout
     plan: BatchPlan
@@ -35,21 +35,27 @@ class Settled:
 
 
 def settle(config: Config, *, world_size: int) -> Settled:
-    """Layout, batch plan and model facts of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch."""
+    """Layout, batch plan and model facts of a config for `world_size` processes. Raises UserError.
+
+    Without torch.
+    """
     model = facts_of(config.model)
     weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=world_size)
     plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-    able = capabilities.able(config.engine, kind=config.engine.kind)
-    rules.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=able)
+    supported = capabilities.with_options(config.engine, kind=config.engine.kind)
+    rules.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=supported)
     if config.engine.kind == "deepspeed":
-        deepspeed_config.build(config, plan=plan)  # for what it refuses
+        deepspeed_config.build(config, plan=plan)  # raises UserError for contradictions
     check_device([config.engine.kind], precision=config.precision.kind)
     return Settled(layout, plan, model)
 
 
 def check_task(config: Config, *, facts: ModelFacts) -> None:
-    """Refuse a model whose head does not fit the task (raises UserError). The config already contains the labels of the data (data.blend.adapt_model)."""
+    """Raise UserError if the model's head does not fit the task.
+
+    `config` has the labels of the data (data.blend.adapt_model).
+    """
     if config.task.kind == "classification" and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal("model.labels", "[]", problem, allowed=allowed, instead="model.labels=[negative,positive], or data of data.format=labelled")
@@ -59,7 +65,7 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
 
 
 def check_device(engines: list[str], *, precision: str) -> None:
-    """Refuse a recipe that an engine does not run on this machine's device. DeepSpeed has fp16 on GPUs, and on CPUs whose oneDNN has."""
+    """Raise UserError for fp16 with DeepSpeed on a CPU whose oneDNN does not support it."""
     if precision != "fp16_mixed" or "deepspeed" not in engines:
         return
     import torch
@@ -70,16 +76,17 @@ def check_device(engines: list[str], *, precision: str) -> None:
 
 
 def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
-    """Mesh, stages, initial weights, optimizer and schedule (collective; the process group exists)."""
+    """An engine with initial weights (collective; needs a process group)."""
     return build_for(None, config, layout=layout, plan=plan, device=device, initial=True)
 
 
 def build_for(
     task: Task | None, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool
 ) -> TorchEngine | DeepSpeedEngine:
-    """The engine for a task; None: the one that task.kind names.
+    """The engine for a task; None: that of task.kind (collective; needs a process group). Raises UserError.
 
-    `initial`: set initial weights. False before a checkpoint is loaded: setting them takes time, and their source may be gone.
+    `initial`: set initial weights. Not needed before a checkpoint is loaded: it takes time, and their
+    source may be missing.
     """
     from hybridtrain.models.build import check
     from hybridtrain.runtime import cpu

@@ -1,4 +1,4 @@
-"""What both engines add up over micro-batches and ranks. K: sums of the task."""
+"""Sums over micro-batches and ranks, for both engines. K: number of the task's sums."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from hybridtrain.types import Batch, Sums
 
 
 def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Flags) -> Tensor:
-    """What each sum of the task is divided by: its targets in the global batch, int64 (K,), known before any backward (collective). The ranks' flags are counted along."""
+    """The divisor of each of the task's sums over the global batch, int64 (K,) (collective).
+
+    Exchanges the ranks' flags too.
+    """
     counts = [task.counts(batch) for batch in batches]
     total = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in task.weights])
     if mesh.coordinates["pp"] or mesh.coordinates["tp"]:
-        total = torch.zeros_like(total)  # these ranks see the same rows; one of them counts
+        total = torch.zeros_like(total)  # they have the rows of pp 0, tp 0
     sums = flags.append_to(total)
     mesh.sum(sums, over="world")
     flags.copy_to_host(sums)
@@ -26,11 +29,11 @@ def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Fl
 
 
 def loss_of(sums: Tensor, counts: Tensor, *, weights: Tensor) -> Tensor:
-    """The loss of a step from (K,) each, 0-d; NaN without a single target: a mean over nothing is no loss of 0."""
+    """The loss of a step, 0-d, from tensors (K,); NaN without targets."""
     mean = (weights * sums / counts.clamp(min=1)).sum()
     return torch.where(counts.sum() > 0, mean, torch.nan)
 
 
-def evaluated(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
-    """What an evaluation hands out, of (K,) each. The host waits."""
+def named_sums(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
+    """The result of an evaluation from tensors (K,). Waits for the device."""
     return Sums(dict(zip(task.weights, sums.tolist(), strict=True)), dict(zip(task.weights, counts.tolist(), strict=True)))

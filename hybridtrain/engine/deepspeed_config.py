@@ -1,6 +1,7 @@
-"""From a config's intent to the mapping DeepSpeed is started with. Pure: no torch, no deepspeed.
+"""Builds DeepSpeed's config from ours. Imports neither torch nor deepspeed.
 
-What expresses intent belongs to our config alone; `engine.config_overrides` adds what it has no word for.
+Keys that correspond to an option of ours are set by that option only; `engine.config_overrides`
+may set all others.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ _OWNED = {
     "checkpoint": "checkpoint",
     "managed_gradient_accumulation": "batch.global_batch_size",
 }
-"""Whole sections of DeepSpeed's config that another field of ours decides."""
+"""Sections of DeepSpeed's config -> the option of ours that sets them."""
 _BUCKETS = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), 2**23)
-"""Elements that travel together: 32 MiB in fp32. DeepSpeed's 500 million cost two gigabytes a buffer; an override may choose others."""
+"""Elements per communication, 32 MiB in fp32. DeepSpeed's default, 5e8, takes 2 GB per buffer.
+Overrides may change it."""
 
 
 def zero_stage(config: Config) -> int:
-    """The stage DeepSpeed runs. Its stage 0 clips and scales wrongly without a word; stage 1 computes the same and shares more."""
+    """The stage for DeepSpeed: 1 instead of 0, which clips and scales gradients wrongly.
+
+    Both compute the same update.
+    """
     return max(1, config.parallel.zero_stage)
 
 
 def build(config: Config, *, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's config. Raises UserError for an override that contradicts the intent."""
+    """DeepSpeed's config. Raises UserError for an override that contradicts an option of ours."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum,
@@ -54,8 +59,8 @@ def build(config: Config, *, plan: BatchPlan) -> dict[str, Any]:
         "steps_per_print": NEVER,
         **_precision(config),
     }
-    _refuse_contradictions(settings, config.engine.config_overrides)
-    return _merged(settings, config.engine.config_overrides)
+    _check_overrides(settings, config.engine.config_overrides)
+    return _merge(settings, config.engine.config_overrides)
 
 
 def _offload(config: Config) -> dict[str, Any]:
@@ -64,11 +69,11 @@ def _offload(config: Config) -> dict[str, Any]:
 
 
 def _precision(config: Config) -> dict[str, Any]:
-    """Gradients are added up and reduced in fp32 in every recipe."""
+    """Gradients are accumulated and reduced in fp32 in every precision."""
     precision = config.precision
-    high = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    fp32_gradients = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if precision.kind == "bf16_mixed":
-        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **high}
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **fp32_gradients}
     if precision.kind == "fp16_mixed":
         scaler = {
             "enabled": True,
@@ -78,11 +83,11 @@ def _precision(config: Config) -> dict[str, Any]:
             "hysteresis": 1,
             "min_loss_scale": precision.min_scale,
         }
-        return {"fp16": scaler, **high}
+        return {"fp16": scaler, **fp32_gradients}
     return {}
 
 
-def _refuse_contradictions(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+def _check_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     ours = dict(_leaves(settings, ()))
     for path, value in _leaves(overrides, ()):
         name = ".".join(path)
@@ -109,8 +114,8 @@ def _leaves(mapping: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tupl
             yield (*above, key), value
 
 
-def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(settings))
     for key, value in overrides.items():
-        result[key] = _merged(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else copy.deepcopy(value)
+        result[key] = _merge(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else copy.deepcopy(value)
     return result

@@ -1,7 +1,8 @@
-"""The torch-native engine: DTensor, FSDP2 and torch pipelining behind the Engine contract.
+"""The torch-native engine: implements the Engine protocol with DTensor, FSDP2 and torch pipelining.
 
-One step:  count valid tokens -> forward and backward of every micro-batch -> tied gradients -> global norm
-           -> update with clipping, unscaling and skips (non-finite, no target) inside the fused optimizer -> loss scale
+One step:  count targets -> forward and backward of all micro-batches -> tied gradients -> global norm
+           -> update with clipping, unscaling and skipping (non-finite, no targets) inside the fused
+           optimizer -> loss scale
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
-from hybridtrain.engine.common import evaluated, global_counts, loss_of
+from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_for
@@ -60,10 +61,10 @@ class TorchEngine:
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
-        """By micro-batches, rows and length: one, unless the batch grows with the step."""
+        """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
         if layout.pp > 1:
             self._pipeline(plan.grad_accum, plan.micro_batch_size, plan.seq_len)
-        self.ends = self._ends()
+        self.embedding_group = self._embedding_group()
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
         shape, full = (micro_batches, rows, length), (self.plan.grad_accum, self.plan.micro_batch_size, self.plan.seq_len)
@@ -71,7 +72,8 @@ class TorchEngine:
             return self.pipelines[shape]
         parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
         assert group is not None
-        self.pipelines = {known: pipeline for known, pipeline in self.pipelines.items() if known == full}  # a batch does not shrink
+        # A batch never shrinks: smaller pipelines are not needed again, and evaluations use the full one.
+        self.pipelines = {key: pipeline for key, pipeline in self.pipelines.items() if key == full}
         self.pipelines[shape] = Pipeline(
             self.stages,
             ids=self.ids,
@@ -89,43 +91,44 @@ class TorchEngine:
         )
         return self.pipelines[shape]
 
-    def _ends(self) -> dist.ProcessGroup | None:
-        """The group that adds up tied gradients, where embedding and head are on different ranks."""
+    def _embedding_group(self) -> dist.ProcessGroup | None:
+        """The group that sums tied gradients if embedding and head are on different ranks (collective)."""
         embed, head = self._tied_copies()
-        apart = self.layout.pp > 1 and (embed is None) != (head is None)
-        (agreed,) = any_rank([apart])
-        return self.mesh.embedding_group() if agreed else None
+        separate = self.layout.pp > 1 and (embed is None) != (head is None)
+        (needed,) = any_rank([separate])
+        return self.mesh.embedding_group() if needed else None
 
-    # -- the contract ------------------------------------------------------------------------------------------
+    # -- the Engine protocol
+    # -----------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """Forward, backward and update over this data rank's micro-batches."""
-        for last in self._heads():
-            last.clear()
+        """Forward, backward and update with this data rank's micro-batches (collective)."""
+        for head_module in self._heads():
+            head_module.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
-        sums = self._pipelined(batches, factor) if self.layout.pp > 1 else self._accumulated(batches, factor)
+        sums = self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
-            add_tied_gradients(embed, head, group=self.ends)
+            add_tied_gradients(embed, head, group=self.embedding_group)
+        # A separate copy of a tied head has the embedding's gradient, and must not count twice.
         counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
-        # A tied head of its own has the embedding's gradient: counted there. `grad` is the mean over data ranks, the sum is dp times as large.
-        scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp
-        empty = (counts.sum() == 0).float()  # nothing to learn from: no update, and no reason to change the loss scale
+        scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp  # grads are means
+        empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
-        over = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        self.optimizer.step(lr=lr, divide=scale * over.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
+        excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
+        self.optimizer.step(lr=lr, divide=scale * excess.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
         self.mesh.sum(sums, over="loss")
         return StepResult(loss_of(sums, counts, weights=self.loss_weights), sums, counts, norm, nonfinite, empty, scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        """Forward only, grad_accum micro-batches; sums over all ranks."""
+        """Forward pass of grad_accum micro-batches; sums over all ranks (collective)."""
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
         total = torch.zeros(len(self.task.weights), device=self.device)
@@ -137,26 +140,28 @@ class TorchEngine:
             stage.train()
             reshard(stage)
         self.mesh.sum(total, over="loss")
-        return evaluated(total, counts, task=self.task)
+        return named_sums(total, counts, task=self.task)
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint (collective)."""
         return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
 
     def load(self, path: Path) -> Progress:
-        """Load a complete checkpoint, whatever layout wrote it (collective)."""
+        """Load a complete checkpoint of any layout (collective)."""
         stored = sharded.stored(path)
         self.optimizer.prepare(stored)
         state = {**self.state(), **self.scaler.older_state()}
-        wanted = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
-        progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
-        self.optimizer.adopt(wanted)
-        self.scaler.adopt(wanted, dp=origin.data_ranks(path) if OLDER in wanted else 1)
+        state = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
+        progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
+        self.optimizer.adopt(state)
+        self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self._copy_tied()
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(Hugging Face name, parameter) of this rank's stages; a tied head goes by the embedding's name, once per rank."""
+        """(Hugging Face name, parameter) of this rank's stages; a tied head has the embedding's
+        name, and occurs once.
+        """
         seen = set()
         for stage in self.stages:
             for name, parameter in stage.named_parameters():
@@ -165,7 +170,7 @@ class TorchEngine:
                     yield owner, parameter
 
     def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
-        """Call once, when the next step has its gradients, with (name, gradient): reduced, unscaled, before clipping."""
+        """Call once in the next step with (name, gradient) pairs: reduced, unscaled, before clipping."""
 
         def before() -> None:
             scale = float(self.scaler.scale) / self.layout.dp
@@ -178,25 +183,25 @@ class TorchEngine:
             yield from stage.named_modules()
 
     def close(self) -> None:
-        """Drop what holds process groups; the caller leaves the process group."""
+        """Free everything that holds process groups; the caller leaves the process group."""
         self.pipelines.clear()
         self.stages.clear()
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, as tensors that share memory with the run."""
+        """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
         return {**model, **self.optimizer.state(), **self.scaler.state()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter object of this rank, with the name it is saved under."""
+        """(name in checkpoints, parameter) for every parameter object of this rank."""
         for stage in self.stages:
             for name, parameter in stage.named_parameters():
                 yield stage.owner(name), parameter
 
     def _heads(self) -> Iterator[Head]:
-        """The head, on the rank that has it."""
+        """The head module, on the rank that has it."""
         for stage in self.stages:
             if stage.last:
                 head = stage.part(self.family.head)
@@ -204,7 +209,9 @@ class TorchEngine:
                 yield head
 
     def _copy_tied(self) -> None:
-        """Where one rank holds both copies of a tied matrix, only the embedding is in the checkpoint: copy it and its moments."""
+        """Copy a tied matrix and its moments from the embedding to the head if this rank has both
+        copies: checkpoints have one.
+        """
         copies = [item for item in self.optimizer.shards if item.name == f"{self.family.embed}.weight"]
         embed, head = self._tied_copies()
         if embed is None or head is None or embed is head:
@@ -215,7 +222,7 @@ class TorchEngine:
                 self.optimizer.copy_state(copies[0], copies[1])
 
     def _tied_copies(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """This rank's copies of a tied matrix: the embedding's and the head's."""
+        """(embedding, head) of a tied matrix, each None if it is not on this rank."""
         if not self.model_config.tie_word_embeddings:
             return None, None
         embed = next((stage.part(self.family.embed).weight for stage in self.stages if stage.first), None)
@@ -227,7 +234,7 @@ class TorchEngine:
     def _forward(self, batch: Batch) -> Tensor:
         return self.stages[0](batch.input_ids_BT, batch=batch)
 
-    def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+    def _accumulate(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros_like(self.loss_weights)
         for index, batch in enumerate(batches):
             sums = self._forward(batch)
@@ -240,7 +247,7 @@ class TorchEngine:
     def _pipeline_for(self, batches: Sequence[Batch]) -> Pipeline:
         return self._pipeline(len(batches), *batches[0].input_ids_BT.shape)
 
-    def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+    def _run_pipeline(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros_like(self.loss_weights)
         for sums in self._pipeline_for(batches).step(batches, factor=factor):
             total += sums

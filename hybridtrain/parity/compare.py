@@ -85,10 +85,10 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
     devices = _devices()
     kinds = list(dict.fromkeys(config.parity.engines)) or [config.engine.kind]
     engines.check_device(kinds, precision=config.precision.kind)
-    tasks.own(config)  # for what it refuses
+    tasks.user_task(config)  # for what it refuses
     data = _data(config, inputs)
     config = compatibility.adapt_model(config, data, facts=facts_of(config.model)) if data else config
-    comparison = plans.prepare(config, capabilities={kind: capabilities.able(config.engine, kind=kind) for kind in kinds}, devices=devices)
+    comparison = plans.prepare(config, capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds}, devices=devices)
     if data:
         with _or_random(config):
             compatibility.check_vocab(data, vocab=comparison.facts.vocab)

@@ -1,1 +1,1 @@
-"""What a run will be, computed before anything is allocated: layout, batch and memory. No torch."""
+"""Plans a run before anything is allocated: layout, batch and memory. No torch."""

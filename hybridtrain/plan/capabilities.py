@@ -1,4 +1,7 @@
-"""What each engine runs: axes, ZeRO stages, schedules and precisions, alone and together. Known without building an engine, and without torch."""
+"""The features that each engine supports: axes, ZeRO stages, schedules, precisions, and combinations.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ if TYPE_CHECKING:
     from hybridtrain.config.schema import EngineConfig
 
 _SPLIT_BACKWARD_SINCE = (2, 13)
-"""Torch 2.11 fails in schedules that split the backward pass: its weight pass on autograd functions written in Python, and gloo on V schedules."""
+"""torch 2.11 fails with schedules that split the backward pass: on Python autograd functions, and with
+gloo on V schedules."""
 
 
 def of_engine(kind: str) -> Capabilities:
-    """What engine `kind` runs with the torch that is installed."""
+    """The features of engine `kind` with the installed torch."""
     if kind == "deepspeed":
         return _of_deepspeed()
     assert kind == "torch"
@@ -37,13 +41,17 @@ def of_engine(kind: str) -> Capabilities:
     )
 
 
-def able(engine: EngineConfig, *, kind: str) -> Capabilities:
-    """What engine `kind` runs with these options. Kernels of inductor overwrite what a backward pass in two parts reads again: wrong gradients, silently."""
-    found = of_engine(kind)
+def with_options(engine: EngineConfig, *, kind: str) -> Capabilities:
+    """The features of engine `kind` with these options.
+
+    Kernels of inductor overwrite tensors that the second half of a split backward pass
+    reads: wrong gradients, silently.
+    """
+    capabilities = of_engine(kind)
     if not engine.compile or engine.compile_backend != "inductor":
-        return found
-    name = f"{found.engine} with engine.compile=true and inductor"
-    return replace(found, engine=name, schedules=found.schedules - frozenset(SPLIT_BACKWARD))
+        return capabilities
+    name = f"{capabilities.engine} with engine.compile=true and inductor"
+    return replace(capabilities, engine=name, schedules=capabilities.schedules - frozenset(SPLIT_BACKWARD))
 
 
 def _of_deepspeed() -> Capabilities:
@@ -64,11 +72,11 @@ def _of_deepspeed() -> Capabilities:
 def _torch() -> str:
     try:
         return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:  # put on the path without being installed
+    except importlib.metadata.PackageNotFoundError:  # on sys.path without metadata
         return "unknown"
 
 
 def _release(version: str) -> tuple[int, int]:
-    """(2, 13) of "2.13.0+cpu"; a torch that does not say counts as new."""
+    """(2, 13) from "2.13.0+cpu"; an unknown version counts as new."""
     parts = version.split(".")
     return (int(parts[0]), int(parts[1])) if parts[0].isdecimal() and parts[1].isdecimal() else _SPLIT_BACKWARD_SINCE

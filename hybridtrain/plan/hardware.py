@@ -1,10 +1,11 @@
-"""What hardware can do: peaks of GPUs from their makers' data sheets. No torch."""
+"""Peak FLOP/s of GPUs from NVIDIA's data sheets. No torch."""
 
 from __future__ import annotations
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets (where these show sparsity, half of it): bf16/fp16, tf32, fp32.
-# A name matches when all its words stand in the device's name; the first match counts, so the longer names come first.
-# GeForce: the rate with fp32 accumulation, which is what torch uses.
+# Dense peaks in TFLOP/s (half of figures with sparsity): bf16/fp16, tf32, fp32.
+# A name matches if all its words are in the device's name; the first match counts, so longer names come
+# first.
+# GeForce: with fp32 accumulation, which torch uses.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     ("GB300", 2500, 1250, 80),
     ("GB200", 2500, 1250, 80),
@@ -38,9 +39,10 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
 
 
 def peak_of(name: str, *, dtype: str, tf32: bool) -> float | None:
-    """Dense peak in FLOP/s of the GPU called `name` for matrix products in `dtype`, torch's name of it; None when it is not in the table.
+    """Dense peak in FLOP/s of the GPU called `name` for matrix products in `dtype` (torch's
+    name); None if unknown.
 
-    `tf32`: fp32 products may run on tensor cores. A slice of a GPU (MIG) and laptop versions have no row.
+    `tf32`: fp32 products use TF32 tensor cores. MIG slices and laptop GPUs are unknown.
     """
     words = name.replace("-", " ").split()
     if "MIG" in words or "Laptop" in words:

@@ -1,8 +1,9 @@
-"""Parallel layouts: the degree of each axis, and sizes computed from the degrees. Pure arithmetic, no torch, no process group.
+"""Parallel layouts: the degree of each axis, and sizes computed from the degrees. No torch.
 
     world = pp x dp_replicate x dp_shard x cp x tp          (tp varies fastest over ranks)
 
-`resolve` computes the degrees from the options. Layouts that cannot run are refused by rules.py, before processes connect.
+`resolve` computes the degrees from the options. rules.py refuses layouts that cannot run,
+before the processes connect.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Degrees of every axis. `str` gives the form that `parity` and file names use: pp2-dp_shard2-tp2."""
+    """The degree of every axis. `str` returns the form of `parity` and file names: pp2-dp_shard2-tp2."""
 
     dp_replicate: int
     dp_shard: int
@@ -42,11 +43,11 @@ class ParallelLayout:
 
     @property
     def dp(self) -> int:
-        """Data ranks: how many different micro-batches are in flight at once."""
+        """Number of data ranks, which read different rows."""
         return self.dp_replicate * self.dp_shard
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Coordinate of `rank` on each axis."""
+        """The coordinate of `rank` on each axis."""
         result = {}
         for axis, degree in reversed(self.axes()):
             rank, result[axis] = divmod(rank, degree)
@@ -57,7 +58,10 @@ class ParallelLayout:
 
 
 def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayout:
-    """Fill in the one -1; raises UserError for degrees that do not multiply out to `world_size`."""
+    """The layout, with a degree of -1 replaced.
+
+    Raises UserError for degrees whose product is not `world_size`.
+    """
     degrees = {axis: getattr(parallel, axis) for axis in AXES}
     rules.require(rules.of_degrees(degrees, world_size=world_size))
     fixed = math.prod(degree for degree in degrees.values() if degree != -1)
@@ -65,13 +69,13 @@ def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayo
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:
-    """Cut `layers` into `stages` runs. The first `layers % stages` stages hold one more; embedding and head ride along.
+    """Split `layers` into `stages` ranges.
 
-    >>> stage_layers(5, 2)
+    The first `layers % stages` stages have one more; embedding and head do not count. >>> stage_layers(5, 2)
     [range(0, 3), range(3, 5)]
     """
     base, extra = divmod(layers, stages)
-    cuts = [0]
+    bounds = [0]
     for stage in range(stages):
-        cuts.append(cuts[-1] + base + (stage < extra))
-    return [range(a, b) for a, b in itertools.pairwise(cuts)]
+        bounds.append(bounds[-1] + base + (stage < extra))
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]

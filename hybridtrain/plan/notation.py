@@ -15,7 +15,7 @@ _NUMBERED = {axis: axis for axis in AXES} | {"zero": "zero_stage", "v": "virtual
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Read the written form into fields of the parallel section (raises UserError)."""
+    """Parse the written form into options of the section `parallel`. Raises UserError."""
     fields: dict[str, Any] = {"dp_replicate": 1, "zero_stage": None}
     for part in filter(None, text.strip().split("-")):
         name = part.rstrip("0123456789")
@@ -40,7 +40,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def write(parallel: schema.ParallelConfig, layout: ParallelLayout) -> str:
-    """The written form that `parse` reads, with what deviates from the defaults appended."""
+    """The written form of a layout, with schedule and other options that differ from the defaults."""
     parts = [str(layout)]
     if layout.dp_shard > 1:
         parts.append(f"zero{parallel.zero_stage}")

@@ -1,4 +1,4 @@
-"""Pipeline schedules by name: how many stages each pipeline rank holds, and how many micro-batches they work with."""
+"""Pipeline schedules by name: stages per pipeline rank, and the numbers of micro-batches that they allow."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ if TYPE_CHECKING:
 SINGLE = ("gpipe", "1f1b")
 """One stage per rank."""
 LOOPED = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
-"""Several stages per rank, in the order of the ranks."""
+"""Several stages per rank, in repeated rank order."""
 V = ("zbv_zero_bubble", "dualpipev")
-"""Two stages per rank: there and back."""
+"""Two stages per rank, in rank order and in reverse."""
 SCHEDULES = SINGLE + LOOPED + V
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
-"""Gradients of activations and of weights are computed apart."""
+"""Schedules that compute the gradients of activations and of weights separately."""
 
 
 def stages_per_rank(parallel: ParallelConfig) -> int:
-    """Pipeline stages that each pipeline rank holds."""
+    """Number of stages of each pipeline rank."""
     if parallel.schedule in SINGLE or parallel.pp == 1:
         return 1
     return parallel.virtual_stages or 2
 
 
 def micro_batches(schedule: str, *, pp: int, stages: int) -> tuple[Callable[[int], bool], str]:
-    """Whether a schedule works with a number of micro-batches, and with which in words (read off torch.distributed.pipelining 2.13)."""
+    """(whether a schedule allows a number of micro-batches, the allowed numbers as text), from
+    torch 2.13's source code.
+    """
     numbers: dict[str, tuple[Callable[[int], bool], str]] = {
         "1f1b": (lambda n: n >= pp, f"at least {pp}, one for each stage"),
         "gpipe": (lambda n: n >= pp, f"at least {pp}, one for each stage"),

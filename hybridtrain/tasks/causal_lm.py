@@ -1,4 +1,6 @@
-"""Next-token prediction: pre-training, and fine-tuning on conversations, where only some tokens have a label."""
+"""Next-token prediction: pre-training, and fine-tuning on conversations, in which only some
+tokens have a label.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """See task.Task. One sum, of the losses of all tokens that have a label."""
+    """See task.Task. One sum: the losses of all tokens with a label."""
 
     weights: Mapping[str, float] = {"loss": 1.0}
     terms = Terms(smoothing=0.0, z_loss=0.0)
-    """What training adds to cross-entropy (task.label_smoothing, task.z_loss); evaluation adds nothing."""
+    """Added to cross-entropy in training (task.label_smoothing, task.z_loss), not in evaluation."""
 
     def collate(self, block: Block, *, valid: int) -> Batch:
-        """Inputs, and labels shifted by one. The first token of a document is no label; positions restart at it."""
+        """Inputs, and labels shifted by one.
+
+        At the first token of a document, positions restart, and there is no label.
+        """
         labels, index = block.tokens[:, 1:].copy(), np.arange(block.tokens.shape[1] - 1)
         labels[valid:] = IGNORE_INDEX
         if block.loss_mask is not None:
@@ -39,15 +44,15 @@ class CausalLM:
         return Batch(ids, targets, places, packed=block.doc_start is not None)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Tokens with a label."""
+        """The number of tokens with a label."""
         return {"loss": (batch.labels_BT != IGNORE_INDEX).sum()}
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
-        """The sum over all tokens with a label."""
+        """The sum of the losses of all tokens with a label."""
         return {"loss": self.cross_entropy(hidden_BTD, batch.labels_BT, head, name="loss")}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The sum over all tokens with a label."""
+        """The sum of the losses of all tokens with a label."""
         return {"loss": self.cross_entropy_of_logits(logits_BTV, batch.labels_BT)}
 
     def evaluate(self, sums: Sums) -> dict[str, float]:
@@ -55,12 +60,16 @@ class CausalLM:
         return {"eval_loss": sums.values["loss"] / sums.counts["loss"]}
 
     def cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str) -> Tensor:
-        """Output head and cross-entropy in chunks of tokens, summed over the labels that are not IGNORE_INDEX: fp32, shape (1,). `name`: a name in `weights`."""
+        """Cross-entropy of the head's logits, computed in chunks, summed over labels that are
+        not IGNORE_INDEX: fp32, (1,).
+
+        `name`: the sum's name in `weights`.
+        """
         terms = self.terms if head.training else CausalLM.terms
         return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=head.loss_chunk, gradient=head.gradient_of(name))
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """The same sum from logits, in fp32, 0-d, with label smoothing and z-loss."""
+        """The same sum from logits, fp32, 0-d, with label smoothing and z-loss."""
         labels_N = labels_BT.flatten().to(logits_BTV.device)
         logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
         loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)

@@ -1,6 +1,6 @@
-"""The head of a model and the loss of a task as one module, under the head's own name, inside the last stage.
+"""A module with the model's head and the task's loss, which replaces the head in the last stage.
 
-Its output is the loss: no layout ever holds all logits.
+Its output is the loss, so that all logits never exist at once in any layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module):
-    """Takes the place of `model_head`, a linear layer, and has its weight (V, D). `loss_chunk`: engine.loss_chunk.
+    """Replaces `model_head`, a linear layer, and has its weight (V, D). `loss_chunk`: engine.loss_chunk.
 
     forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32, shape (number of sums,).
     """
@@ -27,23 +27,26 @@ class Head(nn.Module):
 
     def __init__(self, model_head: Any, *, task: Task, loss_chunk: int):
         super().__init__()
-        assert model_head.bias is None, "the loss of linear_cross_entropy.py knows no bias"
+        assert model_head.bias is None, "linear_cross_entropy.py does not support a bias"
         self.weight = model_head.weight
         self.task, self.loss_chunk = task, loss_chunk
         self._used: set[str] = set()
         self.gradients = {name: HeadGradient() for name in task.weights}
-        """The weight's, by sum: of each over all micro-batches in flight."""
+        """Name of a sum -> gradient of the weight from it, over all micro-batches in flight."""
 
     def gradient_of(self, name: str) -> HeadGradient:
-        """The weight's gradient of one of the task's sums, which a forward pass may add to once."""
+        """The gradient of the weight from one of the task's sums.
+
+        Raises TypeError for a second use in a forward pass.
+        """
         if name in self._used:
-            words = "cross_entropy is called a second time for the sum"
-            raise TypeError(f"{type(self.task).__name__}.loss: {words} {name!r}; give each part a name of its own in `weights`")
+            problem = "cross_entropy is called a second time for the sum"
+            raise TypeError(f"{type(self.task).__name__}.loss: {problem} {name!r}; give each part a name of its own in `weights`")
         self._used.add(name)
         return self.gradients[name]
 
     def clear(self) -> None:
-        """Forget forward passes that no backward pass followed."""
+        """Discard the gradients of forward passes without a backward pass."""
         for gradient in self.gradients.values():
             gradient.clear()
 
@@ -53,6 +56,6 @@ class Head(nn.Module):
         for name in self.task.weights:
             shape = tuple(sums[name].shape) if name in sums else None
             if shape != (1,):
-                found = "is missing" if shape is None else f"has shape {shape}"
-                raise TypeError(f"{type(self.task).__name__}.loss: the sum {name!r} {found}; return a tensor of shape (1,) for each name in `weights`")
+                problem = "is missing" if shape is None else f"has shape {shape}"
+                raise TypeError(f"{type(self.task).__name__}.loss: the sum {name!r} {problem}; return a tensor of shape (1,) for each name in `weights`")
         return torch.cat([sums[name] for name in self.task.weights])

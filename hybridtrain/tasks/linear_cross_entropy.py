@@ -1,20 +1,22 @@
 """Output head and cross-entropy in one function, in chunks of tokens, so that all logits never exist at once.
 
-    hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss sum, and at once d(loss sum)/d(logits)
+    hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss
+    sum, and d(loss sum)/d(logits)
                                                   -> gradients of hidden (N, D) and of the head's weight (V, D)
 
-The gradients are ready before backward is called, which only scales them: the loss sum is linear in what comes after it.
-The weight's is added up in one buffer (`HeadGradient`), however many micro-batches wait for their backward pass.
-Under tensor parallelism each rank has its rows of V and the ranks exchange one number per token. The idea is that of
-Liger Kernel (arXiv 2410.10989) and of Megatron-LM's vocabulary-parallel loss (arXiv 1909.08053).
+The forward pass computes the gradients too, and the backward pass only scales them, because the loss is
+linear in the sum. The weight's gradient is accumulated in one buffer (`HeadGradient`) for all micro-batches
+in flight. With tensor parallelism, each rank has its rows of V, and ranks exchange one number per token. This
+combines Liger Kernel (arXiv 2410.10989) and Megatron-LM's vocabulary-parallel loss (arXiv 1909.08053).
 
-Two terms may be added to a token's loss (`Terms`), which is then, with p the probabilities, y the label and W the whole vocabulary:
+The loss of a token, with probabilities p, label y, the full vocabulary W, and the two terms of `Terms`:
 
     (1 - s) (-log p[y])  +  s (mean over W of -log p)  +  z (log of the sum of exp(logits))^2
 
-s smooths labels (arXiv 1512.00567), z keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+s: label smoothing (arXiv 1512.00567); z: z-loss, which keeps the sum of exp(logits) near 1 (PaLM,
+arXiv 2204.02311, section 5).
 
-N tokens, n of a chunk, D hidden, V vocabulary (of this rank).
+N tokens, n in a chunk, D hidden, V vocabulary (of this rank).
 """
 
 from __future__ import annotations
@@ -30,47 +32,53 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from hybridtrain.types import IGNORE_INDEX
 
 _CHUNK_BYTES = 256 << 20  # of fp32 logits
-_CHUNK_BYTES_CPU = 8 << 20  # they stay in its cache: 1.19 times as fast in bf16
-_LEAST_ROWS = 256  # each chunk adds the weight's gradient up once: fewer tokens would make that the larger part
+_CHUNK_BYTES_CPU = 8 << 20  # fit the cache: 1.19 times as fast in bf16
+_MIN_ROWS = 256  # with fewer, adding up the weight's gradient for each chunk would take most of the time
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What is added to cross-entropy."""
+    """Coefficients of the terms added to cross-entropy: s and z above."""
 
     smoothing: float
     z_loss: float
 
 
 class HeadGradient:
-    """The gradient of a stage's head weight over all micro-batches in flight: forward passes add to it, backward passes take from it.
+    """The gradient of the head's weight over all micro-batches in flight.
 
-    A micro-batch's part is in here before its backward pass comes, so whatever a backward pass finds may leave with it: with one
-    micro-batch in flight its own part, under schedules that run several forward passes first the sum of theirs. So the losses of
-    micro-batches in flight together must be multiplied by the same factor; where they are not, the gradient is NaN.
+    Forward passes add to it, backward passes take it. A backward pass takes everything that is there: its own
+    micro-batch's part, and with schedules that run several forward passes first, also those of other
+    micro-batches. Therefore the losses of all micro-batches in flight must be multiplied by the same factor;
+    otherwise the gradient becomes NaN.
     """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.in_flight = 0
         self.factor: Tensor | None = None
-        """Of the first backward pass that took parts of several micro-batches; None: none has."""
+        """The factor of the first backward pass while further micro-batches are in flight; else None."""
 
     def clear(self) -> None:
-        """Forget forward passes that no backward pass followed."""
+        """Discard the gradients of forward passes without a backward pass."""
         self.total, self.in_flight, self.factor = None, 0, None
 
     def add(self, part: Tensor, *, alone: bool) -> None:
-        """Accumulate in fp32. `alone`: the whole part of a micro-batch, kept in its dtype while nothing is added to it."""
+        """Accumulate in fp32.
+
+        `alone`: `part` is all of a micro-batch, and keeps its dtype until something is added.
+        """
         if self.total is None:
             self.total = part if alone else part.float()
         else:
             self.total = self.total.float().add_(part)
 
     def take(self, factor: Tensor, *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """What has been added up, times `factor` (0-d), in `dtype`; zeros of `shape` if an earlier backward pass has taken it.
+        """The accumulated gradient times `factor` (0-d), in `dtype`; zeros of `shape` if an earlier
+        backward pass took it.
 
-        What is lost to rounding stays for the next backward pass, as long as there is one, so that the sum is that of fp32.
+        The rounding error is kept for the next backward pass, if there is one, so that their sum
+        is exact to fp32.
         """
         total, self.total = self.total, None
         self.in_flight -= 1
@@ -81,7 +89,7 @@ class HeadGradient:
         elif self.factor is None:
             self.factor = factor
         if total is None:
-            return (factor * 0).to(dtype).expand(shape)  # not None, which torch's split backward refuses
+            return (factor * 0).to(dtype).expand(shape)  # torch's split backward does not accept None
         if total.dtype == dtype:
             return total.mul_(factor)
         taken = torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
@@ -91,29 +99,31 @@ class HeadGradient:
 
 
 def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, terms: Terms, chunk: int, gradient: HeadGradient) -> Tensor:
-    """Sum of token losses in fp32, shape (1,), the same on all tp ranks.
+    """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
-    `hidden_BTD` may be a DTensor sharded over T or replicated, `weight_VD` one sharded over V. `chunk`: tokens whose logits
-    are held at once; 0: as many as fit 8 MiB in fp32 (on a GPU 256 MiB), but 256 at least. `gradient`: the weight's, of this stage.
+    `hidden_BTD` may be a DTensor, sharded over T or replicated; then `weight_VD` is one sharded over V.
+    `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256. `gradient`:
+    of the weight, for this sum.
     """
     group, first, entries = None, 0, weight_VD.shape[0]
     if isinstance(weight_VD, DTensor):
         mesh = weight_VD.device_mesh
         group = mesh.get_group()
-        first = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())  # DTensor cuts as torch.chunk does
+        first = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())  # as torch.chunk
         assert isinstance(hidden_BTD, DTensor)
         hidden_BTD = hidden_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         weight_VD = weight_VD.to_local()
-    held = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
-    rows = chunk or max(_LEAST_ROWS, held // (4 * max(1, weight_VD.shape[0])))
+    chunk_bytes = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
+    rows = chunk or max(_MIN_ROWS, chunk_bytes // (4 * max(1, weight_VD.shape[0])))
     into = gradient if torch.is_grad_enabled() and weight_VD.requires_grad else None
     total = _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD.detach(), labels_BT.flatten(), terms, entries, rows, group, first, into)
-    # The weight has a node of its own: a split backward passes once for the hidden states and once for the weight.
+    # A node of its own for the weight: a split backward pass goes once to the hidden states and once to the
+    # weights.
     return total if into is None else total + _WeightGradient.apply(weight_VD, into)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """See the module. The gradient of the hidden states is kept for backward, in their dtype."""
+    """See the module docstring. Saves the gradient of the hidden states for backward, in their dtype."""
 
     @staticmethod
     def forward(
@@ -163,7 +173,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """Zero, of shape (1,), through which the head's weight gets its gradient."""
+    """Returns zero, (1,); its backward pass gives the head's weight its gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight_VD: Tensor, gradient: HeadGradient) -> Tensor:
@@ -177,20 +187,24 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """In fp32: log-probabilities over the whole vocabulary, of this rank's rows of it, (n, V), and the log of their normaliser, (n, 1)."""
+    """(log-probabilities of this rank's part of the vocabulary (n, V), log of the sum of exp(logits) over all
+    of it (n, 1)), fp32.
+    """
     logits = logits_nV.float()
     log_p = torch.log_softmax(logits, dim=1)
     if group is None:
         return log_p, logits[:, :1] - log_p[:, :1]
     mine = torch.logsumexp(logits, dim=1)
-    every = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(every, mine, group=group)
-    whole = torch.logsumexp(torch.stack(every), dim=0)
-    return log_p.add_((mine - whole)[:, None]), whole[:, None]
+    of_ranks = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(of_ranks, mine, group=group)
+    log_z = torch.logsumexp(torch.stack(of_ranks), dim=0)
+    return log_p.add_((mine - log_z)[:, None]), log_z[:, None]
 
 
 def _targets(labels_n: Tensor, *, first: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three columns (n, 1): 1 where a token has a label; 1 where the logit of the label is on this rank; the index of the label on this rank."""
+    """Three tensors (n, 1): 1 if the token has a label; 1 if the label's logit is on this rank; index
+    of that logit here.
+    """
     valid = labels_n != IGNORE_INDEX
     place = labels_n - first
     mine = valid & (place >= 0) & (place < vocabulary)

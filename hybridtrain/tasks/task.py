@@ -1,6 +1,8 @@
-"""The interface of a task: it turns rows into a batch, counts labels and computes the loss. All other code is the same for all tasks.
+"""The interface of a task: collates rows into a batch, counts targets and computes the loss.
 
-    rows --collate--> Batch --counts--> what each sum is divided by (over the global batch, before any backward pass)
+Nothing else depends on the task.
+
+    rows --collate--> Batch --counts--> divisor of each sum (over the global batch, before any backward pass)
                         |
     hidden (B, T, D) --loss(hidden, batch, head)--> named sums       loss of a step = sum over names of weight x sum / count
 
@@ -21,22 +23,32 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What a task implements. Everything returned by name has the names of `weights`."""
+    """What a task implements. Results by name have the names of `weights`."""
 
     weights: Mapping[str, float]
     """Name of a sum -> the weight of its mean in the loss of a step."""
 
     def collate(self, block: Block, *, valid: int) -> Batch:
-        """Rows of S + 1 tokens -> a batch of S positions, on the CPU. Rows from index `valid` on only fill up the batch and must have no labels."""
+        """A batch of S positions from rows of S + 1 tokens, on the CPU.
+
+        Rows from index `valid` on are padding, without labels.
+        """
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each sum is divided by, usually the number of labels: 0-d int64, computed without waiting for the device."""
+        """The divisor of each sum, usually the number of labels: 0-d int64, computed without
+        waiting for the device.
+        """
 
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
-        """Sums of losses, each fp32 of shape (1,), the same on all tp ranks. `hidden_BTD` comes from the final norm and may be a DTensor."""
+        """Sums of losses, fp32, (1,), the same on all tp ranks.
+
+        `hidden_BTD`: output of the final norm, may be a DTensor.
+        """
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The same sums from the logits of the plain Hugging Face model, 0-d; used by parity and `hybridtrain evaluate`."""
+        """The same sums, 0-d, from the logits of the Hugging Face model; for
+        parity and `hybridtrain evaluate`.
+        """
 
     def evaluate(self, sums: Sums) -> dict[str, float]:
-        """Metrics of an evaluation, `eval_loss` among them, as they are written to metrics.jsonl."""
+        """The metrics of an evaluation for metrics.jsonl, with `eval_loss` among them."""

@@ -65,7 +65,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
-    task = task or tasks.own(config)
+    task = task or tasks.user_task(config)
     fitted = compatibility.adapt_model(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)

@@ -117,15 +117,15 @@ def most_whole_at_once(case: Case) -> tuple[int, int]:
     """(elements of whole parameters that existed together while the stage was made, elements of all)."""
     seen = [0]
 
-    class Watched(state._AsMade):
+    class Watched(state._LazyParameters):
         def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
             for parameter in super().parameters(recurse):
-                seen.append(sum(made.numel() for made in self.made.values()))
+                seen.append(sum(made.numel() for made in self.allocated.values()))
                 yield parameter
 
     from tests.cases import start
 
-    state._AsMade = Watched  # type: ignore[misc]
+    state._LazyParameters = Watched  # type: ignore[misc]
     engine = start(case)
     return max(seen), sum(int(torch.Size(part.shape).numel()) for part in engine.parts.values())
 

@@ -280,6 +280,6 @@ def test_a_split_backward_does_not_go_through_inductor(backend, runs):
     """Its kernels overwrite what the second part of the backward pass reads: gradients of torch 2.13 are wrong by their own size."""
     config = Config()
     config.engine.compile, config.engine.compile_backend = True, backend
-    found = capabilities.able(config.engine, kind="torch")
+    found = capabilities.with_options(config.engine, kind="torch")
     assert "1f1b" in found.schedules
     assert set(schedules.SPLIT_BACKWARD) & found.schedules == (set(schedules.SPLIT_BACKWARD) & capabilities.of_engine("torch").schedules if runs else set())

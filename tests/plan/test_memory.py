@@ -29,7 +29,7 @@ LLAMA_8B = {
 }
 
 
-def needs(config: Config, layout: str, fields: dict[str, Any]) -> memory.Need:
+def needs(config: Config, layout: str, fields: dict[str, Any]) -> memory.MemoryNeed:
     parallel = ParallelConfig(**notation.parse(layout))
     degrees = layouts.ParallelLayout(parallel.dp_replicate, parallel.dp_shard, 1, parallel.tp, parallel.pp)
     plan = BatchPlan(1, 16, 4, 4 * degrees.dp)
@@ -52,7 +52,7 @@ def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
     fields = model(tie_word_embeddings=tied)
     case = Case(layout, fields, precision=precision, micro_batch_size=1)
     config = case.config()
-    assert needs(config, layout, fields).held == max(run_ranks(case.world_size, held, case))
+    assert needs(config, layout, fields).state == max(run_ranks(case.world_size, held, case))
 
 
 def kept(case: Case) -> int:
@@ -113,7 +113,7 @@ def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_les
 def test_an_8b_model_holds_16_bytes_a_parameter(layout, precision, gib):
     config = Config()
     config.precision.kind = precision
-    assert needs(config, layout, LLAMA_8B).held / memory.GIB == pytest.approx(gib, rel=0.01)
+    assert needs(config, layout, LLAMA_8B).state / memory.GIB == pytest.approx(gib, rel=0.01)
 
 
 def refused(available: int, **engine: Any) -> str:
@@ -142,9 +142,9 @@ def test_offloading_is_not_the_gpus(monkeypatch):
     monkeypatch.setattr(memory, "_on_gpu", lambda: True)
     config = Config()
     config.engine.kind, config.precision.kind = "deepspeed", "bf16_mixed"
-    before = needs(config, "dp_shard8-zero3", LLAMA_8B).held
+    before = needs(config, "dp_shard8-zero3", LLAMA_8B).state
     config.engine.offload_optimizer = "cpu"
-    assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).held == pytest.approx(8.03e9 / 8 * 12, rel=0.01)
+    assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).state == pytest.approx(8.03e9 / 8 * 12, rel=0.01)
 
 
 def test_what_is_offloaded_is_the_hosts(monkeypatch):

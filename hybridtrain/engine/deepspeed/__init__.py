@@ -1,9 +1,11 @@
-"""The DeepSpeed engine: ZeRO 1-3 with offload, AutoTP's layers and PipelineModule behind the Engine contract.
+"""The DeepSpeed engine: implements the Engine protocol with ZeRO 1-3, offload, layers
+of AutoTP and PipelineModule.
 
-    pp = 1   Stage -> AutoTP's layers -> deepspeed.initialize (ZeRO 1, 2, 3)
-    pp > 1   Stage -> AutoTP's layers -> PipelineModule -> deepspeed.initialize (ZeRO 1)
+    pp = 1   Stage -> AutoTP layers -> deepspeed.initialize (ZeRO 1, 2, 3)
+    pp > 1   Stage -> AutoTP layers -> PipelineModule -> deepspeed.initialize (ZeRO 1)
 
-This package is the only place that imports deepspeed. Stages, initial weights, batches and checkpoints are those of the torch engine.
+Only this package imports deepspeed. Stages, initial weights, batches and checkpoints are those
+of the torch engine.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
-from hybridtrain.engine.common import evaluated, global_counts, loss_of
+from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
-from hybridtrain.engine.deepspeed.state import Gathered, Held
+from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.facts import read_config
 from hybridtrain.models.family import family_for
@@ -65,25 +67,27 @@ class DeepSpeedEngine:
         with quiet():
             self.grid = self._grid()
         self.stage, self.parts = self._stage()
-        self.named = list(self.stage.named_parameters())  # ZeRO keeps the objects and changes what they hold
-        self.owner: Callable[[str], str] = self.stage.owner  # bound now: DeepSpeed wraps what is looked up later
+        self.named = list(self.stage.named_parameters())  # ZeRO keeps these objects, and changes their data
+        self.owner: Callable[[str], str] = self.stage.owner  # before DeepSpeed wraps it
         self.optimizer = adamw([(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named], config.optim)
-        self.pipe, self.engine = self._initialized()
-        reset_buffers(self.stage, device=device)  # cast to 16 bits with the parameters, positions would be off by up to 0.4 %
-        self._begin_scaling()
-        self.held = state.held(self.zero, self.named, parts=self.parts)
+        self.pipe, self.engine = self._initialize()
+        reset_buffers(self.stage, device=device)  # DeepSpeed casts them to 16 bits: an error of 0.4 % in RoPE
+        self._init_loss_scale()
+        self.shards = state.flat_shards(self.zero, self.named, parts=self.parts)
         if initial:
             source = initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed)
-            state.fill(self.held, source, owner=self.owner)
-            state.publish(self.zero)
+            state.fill(self.shards, source, owner=self.owner)
+            state.update_model(self.zero)
 
     @property
     def zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer, around ours."""
+        """DeepSpeed's ZeRO optimizer, which wraps ours."""
         return self.engine.optimizer
 
     def _stage(self) -> tuple[Stage, dict[str, tensor.Part]]:
-        """This rank's stage with AutoTP's layers, its weights not set yet, and where its parameters lie in the whole."""
+        """(this rank's stage with AutoTP layers and uninitialized weights, name -> its
+        part of each parameter).
+        """
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
@@ -96,22 +100,24 @@ class DeepSpeedEngine:
         if group is not None:
             with quiet():
                 tensor.replace_linears(stage, group=group)
-        shared = (apply.RECOMPUTE,)
-        apply.transform(stage, context, order=shared)
+        transforms = (apply.RECOMPUTE,)
+        apply.transform(stage, context, order=transforms)
         if deepspeed_config.zero_stage(self.config) == 3:
             with quiet():
-                state.make_shared_out(stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid)
+                state.allocate_sharded(stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid)
         else:
             stage.to(self.precision.compute).to_empty(device=self.device)
         stage.tie()
         reset_buffers(stage, device=self.device)
         if group is not None:
             tensor.mark(stage, parts, group=group)
-        apply.check(stage, context, order=shared)
+        apply.check(stage, context, order=transforms)
         return stage, parts
 
     def _grid(self) -> Any:
-        """The groups of tensor parallelism as DeepSpeed is told of them (collective); PipelineModule makes its own."""
+        """The groups of tensor parallelism in DeepSpeed's form (collective); with pp >
+        1, PipelineModule creates them.
+        """
         if self.layout.tp == 1 or self.layout.pp > 1:
             return None
         from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -120,8 +126,8 @@ class DeepSpeedEngine:
 
         return PipelineParallelGrid(topology=pipe.topology(self.layout))
 
-    def _initialized(self) -> tuple[Any, Any]:
-        """(our layer in the pipeline or None, DeepSpeed's engine)."""
+    def _initialize(self) -> tuple[Any, Any]:
+        """(our layer in the pipeline or None, DeepSpeed's engine) (collective)."""
         with quiet():
             from hybridtrain.engine.deepspeed import pipe
 
@@ -135,16 +141,17 @@ class DeepSpeedEngine:
             return None, self.deepspeed.initialize(model=self.stage, **options)[0]
 
     def _tied(self) -> nn.Parameter | None:
-        """This rank's copy of a matrix that the first and the last stage share."""
+        """This rank's copy of a tied matrix, on the first and the last stage."""
         if not self.stage.tied or not (self.stage.first or self.stage.last):
             return None
         module: Any = self.stage.part(self.family.embed if self.stage.first else self.family.head)
         return module.weight
 
-    # -- the contract ------------------------------------------------------------------------------------------
+    # -- the Engine protocol
+    # -----------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """Forward, backward and update over this data rank's micro-batches."""
+        """Forward, backward and update with this data rank's micro-batches (collective)."""
         if self.stage.last:
             head: Any = self.stage.part(self.family.head)
             head.clear()
@@ -155,9 +162,10 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         empty = (counts.sum() == 0).float()
-        self.optimizer.found_inf = empty  # type: ignore[attr-defined]  # torch's fused AdamW makes no update where it is 1
+        # With found_inf = 1, torch's fused AdamW skips the update.
+        self.optimizer.found_inf = empty  # type: ignore[attr-defined]
         scaler = self._scaler_state()
-        sums = self._pipelined(batches, factor) if self.pipe else self._accumulated(batches, factor)
+        sums = self._run_pipeline(batches, factor) if self.pipe else self._accumulate(batches, factor)
         self.mesh.sum(sums, over="loss")
         after, self._after_step = self._after_step, _nothing
         after()
@@ -170,7 +178,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        """Forward only, grad_accum micro-batches; sums over all ranks."""
+        """Forward pass of grad_accum micro-batches; sums over all ranks (collective)."""
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
         self.engine.eval()
@@ -183,73 +191,81 @@ class DeepSpeedEngine:
         self.engine.train()
         total = self._sum(losses)
         self.mesh.sum(total, over="loss")
-        return evaluated(total, counts, task=self.task)
+        return named_sums(total, counts, task=self.task)
 
     def save(self, path: Path, progress: Progress) -> Saving:
-        """Start writing a complete checkpoint (collective), in the form of the torch engine's."""
+        """Start writing a complete checkpoint in the format of the torch engine (collective)."""
         return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
 
     def load(self, path: Path) -> Progress:
-        """Load a complete checkpoint, whatever layout or engine wrote it (collective)."""
+        """Load a complete checkpoint of any layout and engine (collective)."""
         stored = sharded.stored_keys(path)
         older = torch.zeros(())
-        wanted = {**state.tensors(self.held, self.optimizer, owner=self.owner), **self._scaler_state(), **({OLDER: older} if self.precision.loss_scale else {})}
-        wanted = {key: value for key, value in wanted.items() if key in stored or not key.startswith("scaler.")}
-        progress = sharded.load(wanted, path=path, group=self.mesh.checkpoint_group)
-        if OLDER in wanted:
-            wanted[STORED] = older * origin.data_ranks(path)
-        self._set_scaler(wanted)
-        state.publish(self.zero)
+        loaded = {
+            **state.tensors(self.shards, self.optimizer, owner=self.owner),
+            **self._scaler_state(),
+            **({OLDER: older} if self.precision.loss_scale else {}),
+        }
+        loaded = {key: value for key, value in loaded.items() if key in stored or not key.startswith("scaler.")}
+        progress = sharded.load(loaded, path=path, group=self.mesh.checkpoint_group)
+        if OLDER in loaded:
+            loaded[STORED] = older * origin.data_ranks(path)
+        self._set_scaler(loaded)
+        state.update_model(self.zero)
         return progress
 
-    def weights(self) -> Iterator[tuple[str, Gathered]]:
+    def weights(self) -> Iterator[tuple[str, ShardedTensor]]:
         """(Hugging Face name, fp32 master weight) of this rank's stage."""
-        return self._gathered(lambda run: run.flat)
+        return self._sharded(lambda shard: shard.flat)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         return iter(self.stage.named_modules())
 
     def on_gradients(self, call: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
-        """Call once, when the next step has its gradients, with (name, gradient): reduced, unscaled, before clipping."""
-        found: dict[nn.Parameter, Tensor] = {}
+        """Call once in the next step with (name, gradient) pairs: reduced, unscaled, before clipping."""
+        gradients: dict[nn.Parameter, Tensor] = {}
 
-        def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        def copy(optimizer: torch.optim.Optimizer, *_: object) -> None:
             norm, clip = float(self.zero._global_grad_norm), self.config.optim.clip
-            over = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
-            found.update({p: p.grad.detach() * over for group in optimizer.param_groups for p in group["params"] if p.grad is not None})
+            excess = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0  # undoes the clipping
+            gradients.update({p: p.grad.detach() * excess for group in optimizer.param_groups for p in group["params"] if p.grad is not None})
 
-        handle = self.optimizer.register_step_pre_hook(keep)
+        handle = self.optimizer.register_step_pre_hook(copy)
 
         def after() -> None:
             handle.remove()
-            call(self._gathered(lambda run: found[run.flat]))
+            call(self._sharded(lambda shard: gradients[shard.flat]))
 
         self._after_step = after
 
     def close(self) -> None:
-        """Drop what DeepSpeed holds; the caller leaves the process group."""
+        """Free what DeepSpeed holds; the caller leaves the process group."""
         with quiet():
             self.engine.destroy()
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor | Fragment]:
-        """Everything a checkpoint holds, as fragments that share memory with the run."""
-        runs = [run for run in self.held if not self._is_copy(run.name)]
-        return {**state.tensors(runs, self.optimizer, owner=self.owner), **self._scaler_state()}
+        """Everything in a checkpoint, as fragments that share memory with the training."""
+        shards = [shard for shard in self.shards if not self._is_copy(shard.name)]
+        return {**state.tensors(shards, self.optimizer, owner=self.owner), **self._scaler_state()}
 
     def _is_copy(self, name: str) -> bool:
-        """A tied head on a stage of its own: the first stage's embedding speaks for it."""
+        """Whether it is a tied head on another stage than the embedding, which is saved for both."""
         return self.layout.pp > 1 and self.owner(name) != name
 
-    def _gathered(self, values: Callable[[Held], Tensor]) -> Iterator[tuple[str, Gathered]]:
+    def _sharded(self, values: Callable[[FlatShard], Tensor]) -> Iterator[tuple[str, ShardedTensor]]:
         named = [(name, self.parts[name]) for name, _ in self.named]
-        speaks = lambda part: part.sharded or self.mesh.coordinates["tp"] == 0  # noqa: E731
-        for name, whole in state.gathered(self.held, named, values=values, speaks=speaks, group=self.stage_group):
-            yield self.owner(name), whole
+        contributes = lambda part: part.sharded or self.mesh.coordinates["tp"] == 0  # noqa: E731
+        for name, value in state.sharded_tensors(self.shards, named, values=values, contributes=contributes, group=self.stage_group):
+            yield self.owner(name), value
 
     def _scaler_state(self) -> dict[str, Tensor]:
-        """The loss scale as the torch engine saves it: DeepSpeed's multiplies dp times as large a loss. It counts finite steps from the second one on: -1 before."""
+        """The state of the loss scaler in the format of the torch engine.
+
+        DeepSpeed's scale is smaller by a factor of dp, because its loss is larger (see _init_loss_scale), and
+        it counts finite steps from the second one on: -1 before.
+        """
         if not self.precision.loss_scale:
             return {}
         scaler = self.zero.loss_scaler
@@ -263,8 +279,10 @@ class DeepSpeedEngine:
             scaler.cur_scale = float(loaded[STORED]) / self.layout.dp
             scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded[TRACKER])
 
-    def _begin_scaling(self) -> None:
-        """DeepSpeed's scale multiplies a loss that is dp times as large as ours (it averages over data ranks)."""
+    def _init_loss_scale(self) -> None:
+        """Set DeepSpeed's loss scale to ours / dp: its loss is dp times as large, because it
+        averages over data ranks.
+        """
         if self.precision.loss_scale:
             scaler, settings = self.zero.loss_scaler, self.config.precision
             scaler.cur_scale, scaler.min_scale = settings.init_scale / self.layout.dp, settings.min_scale / self.layout.dp
@@ -274,7 +292,7 @@ class DeepSpeedEngine:
     def _forward(self, batch: Batch) -> Tensor:
         return self.engine(batch.input_ids_BT, batch=batch)
 
-    def _accumulated(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+    def _accumulate(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         losses = []
         for batch in batches:
             sums = self._forward(batch)
@@ -283,13 +301,13 @@ class DeepSpeedEngine:
             losses.append(sums.detach())
         return self._sum(losses)
 
-    def _pipelined(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+    def _run_pipeline(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         self.pipe.begin(batches, factor=factor * len(batches))  # PipelineEngine averages over micro-batches
         self.engine.train_batch(self._inputs(batches))
         return self._sum(self.pipe.losses)
 
     def _inputs(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What DeepSpeed loads on the first and the last stage: ids, and labels that nobody uses."""
+        """The (ids, labels) that DeepSpeed loads on the first and the last stage; the labels are not used."""
         return zip([batch.input_ids_BT for batch in batches], itertools.repeat(torch.zeros(1, device=self.device)), strict=False)
 
     def _sum(self, losses: Sequence[Tensor]) -> Tensor:
@@ -300,4 +318,4 @@ class DeepSpeedEngine:
 
 
 def _nothing() -> None:
-    """What on_gradients leaves behind."""
+    """The default of `_after_step`."""

@@ -1,7 +1,8 @@
-"""Our stages in DeepSpeed's pipeline: each pipeline rank has one PipelineModule of one layer, which is its whole Stage.
+"""Our stages in DeepSpeed's pipeline: the PipelineModule of each pipeline rank has one layer,
+which is its Stage.
 
-Only hidden states travel. Every rank of a pipeline has the micro-batches anyway, and both of DeepSpeed's schedules run them
-forward in order, so that a stage takes labels and positions from its own list.
+Only hidden states are sent. Every rank of a pipeline has the micro-batches, and both of DeepSpeed's schedules
+run their forward passes in order, so that a stage takes labels and positions from its own list.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hybridtrain.types import Batch
 
 
 class StageLayer(nn.Module):
-    """The one layer: hands each micro-batch to the stage, and keeps the loss sums."""
+    """The only layer: calls the stage with each micro-batch, and stores the loss sums."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -31,7 +32,10 @@ class StageLayer(nn.Module):
         self.losses: list[Tensor] = []
 
     def begin(self, batches: Sequence[Batch], *, factor: Tensor) -> None:
-        """What the next forward passes are for. The last stage's output is its sums x `factor`, added up."""
+        """Set the micro-batches of the next forward passes.
+
+        The last stage's output is the sum of its sums x `factor`.
+        """
         self.batches, self.factor, self.losses = iter(batches), factor, []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,26 +47,31 @@ class StageLayer(nn.Module):
         return (out * self.factor).sum()
 
 
-class Pipeline(PipelineModule):
-    """PipelineModule over our stages, which ties embedding and head of the two ends by itself."""
+class TiedPipelineModule(PipelineModule):
+    """A PipelineModule of our stages, which sums the gradients of a tied embedding and head itself."""
 
-    def __init__(self, layer: StageLayer, *, layout: ParallelLayout, ends: dist.ProcessGroup | None, tied: nn.Parameter | None):
+    def __init__(self, layer: StageLayer, *, layout: ParallelLayout, embedding_group: dist.ProcessGroup | None, tied: nn.Parameter | None):
         super().__init__([layer] * layout.pp, topology=topology(layout), loss_fn=None, partition_method="uniform")
-        self.ends = ends
-        self.tied = [tied]  # in a list: nn.Module would register it a second time
+        self.embedding_group = embedding_group
+        self.tied = [tied]  # in a list, so that nn.Module does not register it again
         if tied is not None:
-            tied.ds_pipe_replicated = not layer.stage.first  # type: ignore[attr-defined]  # the last stage's copy is not counted in norms
+            # The last stage's copy does not count in norms.
+            tied.ds_pipe_replicated = not layer.stage.first  # type: ignore[attr-defined]
 
     def get_tied_weights_and_groups(self) -> list[Any]:
-        """Called once a step, before gradients are reduced over data ranks. DeepSpeed adds up `grad`; its optimizers keep it in three places."""
+        """Called once per step, before gradients are reduced over data ranks.
+
+        Sums the gradients of the tied weights. DeepSpeed's own code sums `grad`, but its optimizers may store
+        the gradient in two other attributes.
+        """
         weight = self.tied[0]
         if weight is not None:
-            places = (getattr(weight, name, None) for name in ("grad_accum", "_hp_grad", "grad"))
-            gradient = next(place for place in places if place is not None)
-            dist.all_reduce(gradient, group=self.ends)
+            attributes = (getattr(weight, name, None) for name in ("grad_accum", "_hp_grad", "grad"))
+            gradient = next(attribute for attribute in attributes if attribute is not None)
+            dist.all_reduce(gradient, group=self.embedding_group)
         return []
 
 
 def topology(layout: ParallelLayout) -> PipeModelDataParallelTopology:
-    """The layout in DeepSpeed's terms; the order of ranks is the same: tp fastest, pp slowest."""
+    """The layout as DeepSpeed's topology. The order of ranks is the same: tp fastest, pp slowest."""
     return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)

@@ -1,4 +1,4 @@
-"""Importing and starting DeepSpeed, without what it prints; what it printed is shown when it fails."""
+"""Imports and initializes DeepSpeed without its output, which is shown only after an error."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what Python code prints, logs and warns of; show it only if something is raised."""
-    said = io.StringIO()
+    """Suppress output, logs and warnings of Python code; show the output after an exception."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except BaseException:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(output.getvalue())
         raise
 
 
 def start(device: torch.device) -> Any:
-    """DeepSpeed, imported and joined to this process group (collective)."""
+    """Import DeepSpeed and initialize it with this process group (collective); returns the module."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     for name, value in {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": device.index or 0}.items():
         os.environ.setdefault(name, str(value))
@@ -39,7 +39,7 @@ def start(device: torch.device) -> Any:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # An op compiled at start-up for a collective that only inference uses.
+        # An op that would be compiled at start-up, for a collective that only inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed

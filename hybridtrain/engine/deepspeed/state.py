@@ -1,6 +1,8 @@
-"""Where DeepSpeed's ZeRO optimizers keep this rank's fp32 weights and Adam moments, as fragments of named parameters.
+"""Finds this rank's fp32 weights and Adam moments in DeepSpeed's ZeRO optimizers, as
+fragments of named parameters.
 
-So a run of either engine is saved in one form, resumed under any layout by either, and exported by one exporter.
+So checkpoints of both engines have one format: either engine resumes them in any layout, and
+one exporter reads them.
 """
 
 from __future__ import annotations
@@ -18,30 +20,35 @@ from hybridtrain.engine.deepspeed.tensor import Part
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class _AsMade(nn.Module):
-    """Gives a module's parameters one at a time, each made when it is asked for: DeepSpeed shares one out before it asks for the next."""
+class _LazyParameters(nn.Module):
+    """Allocates a module's parameters one at a time, as DeepSpeed iterates over them: it shards
+    each before the next.
+    """
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype):
         super().__init__()
-        self.places = [(owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)]
-        self.made: dict[nn.Parameter, nn.Parameter] = {}
+        self.owners = [(owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)]
+        self.allocated: dict[nn.Parameter, nn.Parameter] = {}
         self.dtype_of_all = dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002 - Module's signature
-        for owner, name in self.places:
-            empty = getattr(owner, name)
-            if empty not in self.made:
-                self.made[empty] = nn.Parameter(torch.empty(empty.shape, dtype=self.dtype_of_all))
-                yield self.made[empty]
-            setattr(owner, name, self.made[empty])
+        for owner, name in self.owners:
+            on_meta = getattr(owner, name)
+            if on_meta not in self.allocated:
+                self.allocated[on_meta] = nn.Parameter(torch.empty(on_meta.shape, dtype=self.dtype_of_all))
+                yield self.allocated[on_meta]
+            setattr(owner, name, self.allocated[on_meta])
 
 
-def make_shared_out(stage: nn.Module, *, dtype: torch.dtype, settings: dict[str, Any], mpu: Any) -> None:
-    """Make the parameters of a stage on meta, not set yet, as ZeRO 3 holds them (collective): no rank ever holds more than one whole."""
+def allocate_sharded(stage: nn.Module, *, dtype: torch.dtype, settings: dict[str, Any], mpu: Any) -> None:
+    """Allocate a stage on meta, sharded as in ZeRO 3, with uninitialized weights (collective).
+
+    No rank ever holds more than one full parameter.
+    """
     import deepspeed
 
     deepspeed.zero.Init(
-        module=_AsMade(stage, dtype=dtype),
+        module=_LazyParameters(stage, dtype=dtype),
         config_dict_or_path=settings,
         data_parallel_group=mpu.get_data_parallel_group() if mpu else None,
         mpu=mpu,
@@ -49,35 +56,39 @@ def make_shared_out(stage: nn.Module, *, dtype: torch.dtype, settings: dict[str,
 
 
 @dataclass(frozen=True)
-class Held:
-    """This rank's run of one parameter: elements `start`.. of its part, in `flat` from `place` on."""
+class FlatShard:
+    """This rank's shard of a parameter: `count` elements of its flattened part from `start` on, in
+    `flat` from `offset` on.
+    """
 
     name: str
     part: Part
     start: int
     count: int
     flat: nn.Parameter
-    place: int
+    offset: int
 
     def fragment(self, flat: Tensor) -> Fragment:
-        """The run in a tensor that is laid out as `flat`."""
-        return Fragment(self.part.shape, self.part.offsets, self.part.sizes, self.start, flat.detach().narrow(0, self.place, self.count))
+        """The shard's fragment of a tensor with the layout of `self.flat`."""
+        return Fragment(self.part.shape, self.part.offsets, self.part.sizes, self.start, flat.detach().narrow(0, self.offset, self.count))
 
 
-def held(zero: Any, named: list[tuple[str, nn.Parameter]], *, parts: dict[str, Part]) -> list[Held]:
-    """The runs that the ZeRO optimizer `zero` of this rank has of the named parameters."""
+def flat_shards(zero: Any, named: list[tuple[str, nn.Parameter]], *, parts: dict[str, Part]) -> list[FlatShard]:
+    """The shards of the named parameters in this rank's ZeRO optimizer `zero`."""
     find: Callable[[Any, nn.Parameter], tuple[int, int, Tensor, int] | None] = _of_stage3 if hasattr(zero, "fp32_partitioned_groups_flat") else _of_stage1
     result = []
     for name, parameter in named:
-        where = find(zero, parameter)
-        if where is not None and where[1] > 0:
-            start, count, flat, place = where
-            result.append(Held(name, parts[name], start, count, flat, place))  # type: ignore[arg-type]
+        shard = find(zero, parameter)
+        if shard is not None and shard[1] > 0:
+            start, count, flat, offset = shard
+            result.append(FlatShard(name, parts[name], start, count, flat, offset))  # type: ignore[arg-type]
     return result
 
 
 def _of_stage1(zero: Any, parameter: nn.Parameter) -> tuple[int, int, Tensor, int] | None:
-    """Stages 1 and 2, and the bf16 optimizer: each rank has an equal share of a flat group of parameters."""
+    """(start, count, flat, offset) for stages 1 and 2 and the bf16 optimizer: a rank has a share of a
+    flat group of parameters.
+    """
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
@@ -87,14 +98,16 @@ def _of_stage1(zero: Any, parameter: nn.Parameter) -> tuple[int, int, Tensor, in
 
 
 def _of_stage3(zero: Any, parameter: Any) -> tuple[int, int, Tensor, int] | None:
-    """Stage 3: each rank has an equal share of every parameter, the last one padded."""
-    group, place, share = zero.grad_position[zero.get_param_id(parameter)]
+    """(start, count, flat, offset) for stage 3: a rank has a share of every parameter; the
+    last share is padded.
+    """
+    group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
     start = torch.distributed.get_rank(zero._get_param_partition_group(parameter)) * share
-    return start, max(0, min(share, parameter.ds_numel - start)), zero.fp32_partitioned_groups_flat[group], place
+    return start, max(0, min(share, parameter.ds_numel - start)), zero.fp32_partitioned_groups_flat[group], offset
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: nn.Parameter) -> dict[str, Tensor]:
-    """Adam's state of a flat group; created if not there yet."""
+    """Adam's state of a flat group; created if it does not exist."""
     state = optimizer.state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -102,28 +115,32 @@ def optimizer_state(optimizer: torch.optim.Optimizer, flat: nn.Parameter) -> dic
     return state
 
 
-def tensors(runs: list[Held], optimizer: torch.optim.Optimizer, *, owner: Callable[[str], str]) -> dict[str, Tensor | Fragment]:
-    """Everything a checkpoint holds of these runs, sharing memory with the training."""
+def tensors(shards: list[FlatShard], optimizer: torch.optim.Optimizer, *, owner: Callable[[str], str]) -> dict[str, Tensor | Fragment]:
+    """Weights, moments and step of these shards by their names in checkpoints, sharing
+    memory with the training.
+    """
     result: dict[str, Tensor | Fragment] = {}
-    for run in runs:
-        name, state = owner(run.name), optimizer_state(optimizer, run.flat)
-        result[f"model.{name}"] = run.fragment(run.flat)
+    for shard in shards:
+        name, state = owner(shard.name), optimizer_state(optimizer, shard.flat)
+        result[f"model.{name}"] = shard.fragment(shard.flat)
         result[f"optim.{name}.step"] = state["step"]
-        result |= {f"optim.{name}.{moment}": run.fragment(state[moment]) for moment in MOMENTS}
+        result |= {f"optim.{name}.{moment}": shard.fragment(state[moment]) for moment in MOMENTS}
     return result
 
 
 @torch.no_grad()
-def fill(runs: list[Held], source: Any, *, owner: Callable[[str], str]) -> None:
-    """Write initial weights in fp32: DeepSpeed's masters are copies of parameters that it has rounded to 16 bits before."""
-    for run in runs:
-        for box, piece in run.fragment(run.flat).slices():
-            piece.copy_(source(owner(run.name), run.part.shape, box))
+def fill(shards: list[FlatShard], source: Any, *, owner: Callable[[str], str]) -> None:
+    """Write initial weights to the fp32 master weights, which DeepSpeed copies from parameters
+    rounded to 16 bits.
+    """
+    for shard in shards:
+        for slices, piece in shard.fragment(shard.flat).slices():
+            piece.copy_(source(owner(shard.name), shard.part.shape, slices))
 
 
 @torch.no_grad()
-def publish(zero: Any) -> None:
-    """Give the model's parameters the values of the fp32 weights (collective)."""
+def update_model(zero: Any) -> None:
+    """Copy the fp32 master weights to the model's parameters (collective)."""
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
@@ -135,30 +152,35 @@ def publish(zero: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """A parameter (or gradient) of which each rank has a run, or nothing; `full_tensor` as DTensor has it."""
+class ShardedTensor:
+    """A parameter or gradient that is sharded over the ranks of a pipeline stage,
+    with `full_tensor` like DTensor.
+    """
 
     shape: tuple[int, ...]
     fragment: Fragment | None
-    """None where this rank has nothing of it, or another rank has the same."""
+    """This rank's; None if it has none, or if another rank has the same one."""
     group: torch.distributed.ProcessGroup | None
-    """The ranks of a pipeline stage; None: this one has it alone."""
+    """The ranks of the pipeline stage; None: only this rank."""
 
     def full_tensor(self) -> Tensor:
-        """The whole, fp32, on the CPU (collective over the ranks of a pipeline stage)."""
-        whole = torch.zeros(self.shape)
+        """The full tensor, fp32, on the CPU (collective over the ranks of the pipeline stage)."""
+        full = torch.zeros(self.shape)
         if self.fragment is not None:
-            self.fragment.fill(whole)
+            self.fragment.fill(full)
         if self.group is not None:
-            torch.distributed.all_reduce(whole, group=self.group)
-        return whole
+            torch.distributed.all_reduce(full, group=self.group)
+        return full
 
 
-def gathered(
-    runs: list[Held], named: list[tuple[str, Part]], *, values: Callable[[Held], Tensor], speaks: Callable[[Part], bool], group: Any
-) -> Iterator[tuple[str, Gathered]]:
-    """Every named parameter with what this rank adds to it. `speaks`: of the ranks that hold the same part, one gives it."""
-    by_name = {run.name: run for run in runs}
+def sharded_tensors(
+    shards: list[FlatShard], named: list[tuple[str, Part]], *, values: Callable[[FlatShard], Tensor], contributes: Callable[[Part], bool], group: Any
+) -> Iterator[tuple[str, ShardedTensor]]:
+    """Every named parameter.
+
+    `contributes`: whether this rank is the one, of those with the same part, that provides it.
+    """
+    by_name = {shard.name: shard for shard in shards}
     for name, part in named:
-        run = by_name.get(name)
-        yield name, Gathered(part.shape, run.fragment(values(run)) if run and speaks(part) else None, group)
+        shard = by_name.get(name)
+        yield name, ShardedTensor(part.shape, shard.fragment(values(shard)) if shard and contributes(part) else None, group)

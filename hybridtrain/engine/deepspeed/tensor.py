@@ -1,6 +1,7 @@
-"""Tensor parallelism with AutoTP's layers: columns, then rows, of attention and MLP; embedding, norms and head are whole on every rank.
+"""Tensor parallelism with layers of AutoTP for attention and MLP; embedding, norms and head are replicated.
 
-The layers are put in by our own plan of each family instead of AutoTP's search, so that they also work inside a pipeline.
+The layers are inserted by our plan of each family instead of AutoTP's search, so that they work
+inside a pipeline too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hybridtrain.models.stage import Stage
 
 @dataclass(frozen=True)
 class Part:
-    """Where this rank's part of a parameter lies in the whole."""
+    """The part of a parameter on this tensor-parallel rank: full shape, offset and size in each dimension."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -28,7 +29,7 @@ class Part:
 
 
 def parts_of(stage: Stage, *, rank: int, size: int) -> dict[str, Part]:
-    """The part of every parameter of a whole stage that tensor-parallel rank `rank` of `size` holds."""
+    """Name -> part, for the parameters of an unsharded stage, on tensor-parallel rank `rank` of `size`."""
     dims = {**_dims(stage, "colwise", {"weight": 0, "bias": 0}), **_dims(stage, "rowwise", {"weight": 1})} if size > 1 else {}
     result = {}
     for name, parameter in stage.named_parameters():
@@ -42,13 +43,13 @@ def parts_of(stage: Stage, *, rank: int, size: int) -> dict[str, Part]:
 
 
 def _dims(stage: Stage, style: str, dims: dict[str, int]) -> dict[str, int]:
-    """Parameter name -> the dimension it is cut along, for the modules of a style."""
+    """Parameter name -> sharded dimension, for the modules of a style."""
     paths = [f"{stage.family.layers}.{index}.{path}" for index, _ in stage.layer_modules() for path, kind in stage.family.tp_plan.items() if kind == style]
     return {f"{path}.{name}": dim for path in paths for name, dim in dims.items()}
 
 
 def replace_linears(stage: Stage, *, group: dist.ProcessGroup) -> None:
-    """Put AutoTP's layers in the place of the plan's linear layers. On meta: nothing is copied."""
+    """Replace the linear layers of the plan, on meta, by AutoTP's layers."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, set_autotp_mode
 
     set_autotp_mode(training=True)
@@ -62,18 +63,20 @@ def replace_linears(stage: Stage, *, group: dist.ProcessGroup) -> None:
 
 
 def mark(stage: Stage, parts: dict[str, Part], *, group: dist.ProcessGroup) -> None:
-    """Tell DeepSpeed's norm which parameters are shared out, and add up the gradients of norms that see this rank's heads only."""
+    """Mark sharded parameters for DeepSpeed's gradient norm, and sum the gradients of
+    norms over single heads.
+    """
     for name, parameter in stage.named_parameters():
         parameter.tensor_model_parallel = parts[name].sharded  # type: ignore[attr-defined]
     for _, layer in stage.layer_modules():
         for path, style in stage.family.tp_plan.items():
             if style == "head_norm":
                 for parameter in layer.get_submodule(path).parameters():
-                    parameter.register_hook(_Summed(group))
+                    parameter.register_hook(_SumGradient(group))
 
 
-class _Summed:
-    """A gradient hook: the sum over tensor-parallel ranks, in fp32."""
+class _SumGradient:
+    """A gradient hook that sums over tensor-parallel ranks in fp32."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group

@@ -25,7 +25,21 @@ if TYPE_CHECKING:
     from hybridtrain.training.trainer import Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "CausalLM", "Result", "Run", "StepInfo", "Task", "Tracker", "Trainer", "UserError", "compose", "export", "parity", "register"]
+__all__ = [
+    "Callback",
+    "CausalLM",
+    "Result",
+    "Run",
+    "StepInfo",
+    "Task",
+    "Tracker",
+    "Trainer",
+    "UserError",
+    "compose",
+    "export",
+    "parity",
+    "register",
+]
 _HOME = {
     **dict.fromkeys(("compose", "export", "parity"), "hybridtrain.api"),
     **dict.fromkeys(("Callback", "Run", "StepInfo"), "hybridtrain.training.callbacks"),

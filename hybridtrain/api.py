@@ -44,7 +44,15 @@ def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32") -> 
     return hf.export_newest(config)
 
 
-def parity(config: Config, *, task: Task | None = None, data: Any = None, layouts: Sequence[str] = (), engines: Sequence[str] = (), steps: int = 3) -> Parity:
+def parity(
+    config: Config,
+    *,
+    task: Task | None = None,
+    data: Any = None,
+    layouts: Sequence[str] = (),
+    engines: Sequence[str] = (),
+    steps: int = 3,
+) -> Parity:
     """`hybridtrain parity`, also with a task and rows of the program: compare layouts with one plain
     process, print the table.
 
@@ -61,13 +69,23 @@ def parity(config: Config, *, task: Task | None = None, data: Any = None, layout
     root = ParityRoot(**sections, parity=ParityConfig(layouts=names, engines=kinds, steps=steps))
     checks.check(root)
     if data is not None and config.data.kind != "prepared":
-        raise refusal("data.kind", config.data.kind, "rows are given as `data`, too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
+        raise refusal(
+            "data.kind",
+            config.data.kind,
+            "rows are given as `data`, too",
+            allowed="one of the two",
+            instead="data.kind=prepared, or no `data`",
+        )
     if task is not None:
         tasks.check_given(task, config)
     for name, value, option in (("task", task, "task.kind"), ("data", data, "data.kind")):
         if value is not None:
             _check_travels(name, value, option=option)
-    rows = None if data is None else of_rows(data, None, fields=("data", "data"), documents=config.data.document_mask)
+    rows = (
+        None
+        if data is None
+        else of_rows(data, None, fields=("data", "data"), documents=config.data.document_mask)
+    )
     return compare_layouts(root, train=train_layout, inputs=UserInputs(task, rows))
 
 
@@ -76,7 +94,9 @@ class _Elsewhere(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__main__":
-            raise pickle.PicklingError(f"{name} is defined in the program itself, which other processes do not import")
+            raise pickle.PicklingError(
+                f"{name} is defined in the program itself, which other processes do not import"
+            )
         return super().find_class(module, name)
 
 
@@ -87,4 +107,10 @@ def _check_travels(field: str, value: object, *, option: str) -> None:
     except Exception as error:
         problem = f"it cannot be given to the processes of the layouts: {error}"
         instead = f"run.plugins=[MODULE] {option}=NAME, with a module that registers it; or its class in a module that the program imports"
-        raise refusal(field, type(value).__name__, problem, allowed="what pickle takes, of classes in modules", instead=instead) from error
+        raise refusal(
+            field,
+            type(value).__name__,
+            problem,
+            allowed="what pickle takes, of classes in modules",
+            instead=instead,
+        ) from error

@@ -54,7 +54,9 @@ class Reference:
         self.loss_scale = 1.0
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
-        self.master: nn.Module = build_model(config, family=family, source=source, param=param, device=torch.device("cpu"))
+        self.master: nn.Module = build_model(
+            config, family=family, source=source, param=param, device=torch.device("cpu")
+        )
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
@@ -67,8 +69,13 @@ class Reference:
 
     def step(self, micro_batches: Sequence[Batch], *, lr: float) -> ReferenceStep:
         """One optimizer step over all micro-batches of the global batch."""
-        counts = {name: sum(int(self.task.counts(batch)[name]) for batch in micro_batches) for name in self.task.weights}
-        gradients = {name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad}
+        counts = {
+            name: sum(int(self.task.counts(batch)[name]) for batch in micro_batches)
+            for name in self.task.weights
+        }
+        gradients = {
+            name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad
+        }
         totals = dict.fromkeys(counts, 0.0)
         if not any(counts.values()):  # no targets: no loss and no update
             return ReferenceStep(math.nan, 0.0, gradients)
@@ -88,9 +95,15 @@ class Reference:
         trained = [p for p in self.master.parameters() if p.grad is not None]
         # fp64: on the CPU torch's fp32 norm is one running sum, with errors of 1e-5 at 2^20 elements and 8e-4
         # at 2^24
-        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in (p.grad for p in trained) if gradient is not None]
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            for gradient in (p.grad for p in trained)
+            if gradient is not None
+        ]
         norm = torch.stack(squares).sum().sqrt()
-        torch.nn.utils.clip_grads_with_norm_(trained, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float())
+        torch.nn.utils.clip_grads_with_norm_(
+            trained, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float()
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.no_grad():
@@ -106,11 +119,15 @@ class Reference:
                 ours.copy_(theirs)
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
-        return self.task.loss_of_logits(logits(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch)
+        return self.task.loss_of_logits(
+            logits(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch
+        )
 
 
 @torch.no_grad()
-def build_model(config: Any, *, family: Family, source: WeightSource, param: torch.dtype, device: torch.device) -> nn.Module:
+def build_model(
+    config: Any, *, family: Family, source: WeightSource, param: torch.dtype, device: torch.device
+) -> nn.Module:
     """Hugging Face's model of `config` on `device`, with parameters from `source` in dtype `param`."""
     with device:
         model = _in_dtype(plain_model(config), param)
@@ -126,7 +143,10 @@ def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, 
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
     decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -1,7 +1,7 @@
 """Registry of what users' modules add under names for the config: tasks, data,
 callbacks, optimizers, schedules, trackers.
 
-    # mine.py                                                hybridtrain train run.plugins=[mine] schedule.kind=steps ...
+    # mine.py        hybridtrain train run.plugins=[mine] schedule.kind=steps ...
     import hybridtrain as ht
 
     @ht.register("schedule", "steps")
@@ -73,22 +73,55 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     """
     frame = inspect.currentframe()
     caller = frame.f_back if frame else None
-    module, place = (caller.f_globals.get("__name__", ""), f"{caller.f_code.co_filename}:{caller.f_lineno}") if caller else ("", "")
+    module, place = (
+        (caller.f_globals.get("__name__", ""), f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        if caller
+        else ("", "")
+    )
     if kind not in FIELDS:
         near = difflib.get_close_matches(str(kind), FIELDS, n=1, cutoff=0.0)[0]
-        raise refusal("ht.register", kind, f"no such kind (at {place})", allowed=", ".join(FIELDS), instead=f'ht.register("{near}", "{name}")')
+        raise refusal(
+            "ht.register",
+            kind,
+            f"no such kind (at {place})",
+            allowed=", ".join(FIELDS),
+            instead=f'ht.register("{near}", "{name}")',
+        )
     field, instead = f'ht.register("{kind}", ...)', f'ht.register("{kind}", "my_{kind}")'
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise refusal(field, name, f"not a name (at {place})", allowed="letters, digits, _ . and -, a letter first", instead=instead)
+        raise refusal(
+            field,
+            name,
+            f"not a name (at {place})",
+            allowed="letters, digits, _ . and -, a letter first",
+            instead=instead,
+        )
     if name in BUILT_IN[kind]:
-        raise refusal(field, name, f"hybridtrain has a {kind} of this name itself (at {place})", allowed="another name", instead=instead)
+        raise refusal(
+            field,
+            name,
+            f"hybridtrain has a {kind} of this name itself (at {place})",
+            allowed="another name",
+            instead=instead,
+        )
 
     def keep(factory: T) -> T:
         before, named = _entries.get((kind, name)), getattr(factory, "__qualname__", "")
-        cell = before is not None and before.module == module == "__main__" and getattr(before.factory, "__qualname__", "") == named
-        if before and not (cell or before.place == place):  # a cell of a notebook, or a module, that is run again
+        cell = (
+            before is not None
+            and before.module == module == "__main__"
+            and getattr(before.factory, "__qualname__", "") == named
+        )
+        # a cell of a notebook, or a module, that is run again
+        if before and not (cell or before.place == place):
             problem = f"it is registered twice: at {before.place} and at {place}"
-            raise refusal(field, name, problem, allowed="each name once", instead=f"another name for one of the two, such as {name}_2")
+            raise refusal(
+                field,
+                name,
+                problem,
+                allowed="each name once",
+                instead=f"another name for one of the two, such as {name}_2",
+            )
         _entries[kind, name] = _Entry(factory, module, place)
         return factory
 
@@ -113,7 +146,13 @@ def _load(name: str) -> None:
     before = dict(_entries)
     if not _MODULE.fullmatch(name) or name.endswith(".py"):
         near = name.removesuffix(".py").strip("./").replace("/", ".") or "mine"
-        raise refusal("run.plugins", name, "not the name of a module", allowed="names as `import` takes them", instead=f"run.plugins=[{near}]")
+        raise refusal(
+            "run.plugins",
+            name,
+            "not the name of a module",
+            allowed="names as `import` takes them",
+            instead=f"run.plugins=[{near}]",
+        )
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     try:
@@ -123,13 +162,26 @@ def _load(name: str) -> None:
         raise UserError(f"run.plugins={name}: {error}") from error
     except (Exception, SystemExit) as error:
         _forget(before)
-        problem = f"it cannot be imported: {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
-        allowed, instead = "modules in the working directory or on sys.path", f"python -c 'import {name}', which shows the whole error"
+        problem = (
+            f"it cannot be imported: {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
+        )
+        allowed, instead = (
+            "modules in the working directory or on sys.path",
+            f"python -c 'import {name}', which shows the whole error",
+        )
         raise refusal("run.plugins", name, problem, allowed=allowed, instead=instead) from error
     new = _entries.keys() - before.keys()
-    if not new and not any(entry.module == name or entry.module.startswith(f"{name}.") for entry in _entries.values()):
+    if not new and not any(
+        entry.module == name or entry.module.startswith(f"{name}.") for entry in _entries.values()
+    ):
         instead = 'ht.register(kind, "NAME") above a function or class in it, or run.plugins without it'
-        raise refusal("run.plugins", name, "it registers nothing", allowed="modules that call ht.register when they are imported", instead=instead)
+        raise refusal(
+            "run.plugins",
+            name,
+            "it registers nothing",
+            allowed="modules that call ht.register when they are imported",
+            instead=instead,
+        )
 
 
 def _forget(before: dict[tuple[str, str], _Entry]) -> None:
@@ -145,7 +197,11 @@ def _place(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f" ({error.filename}:{error.lineno})"
     ours = (__file__, importlib.__file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen") and frame.filename not in ours]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and frame.filename not in ours
+    ]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
@@ -162,20 +218,27 @@ def lookup(kind: str, name: str) -> Callable[..., Any] | None:
 
 
 def make(kind: str, name: str, *arguments: Any) -> Any:
-    """What the factory registered under a name returns for `arguments`; a class that is no function of the config is made without any.
+    """What the factory registered under a name returns for `arguments`; a class that is no function of the
+    config is made without any.
 
     Raises UserError for what the factory raises, with its place.
     """
     factory = lookup(kind, name)
     assert factory is not None
     try:
-        return factory() if isinstance(factory, type) and kind in ("task", "callback") else factory(*arguments)
+        return (
+            factory() if isinstance(factory, type) and kind in ("task", "callback") else factory(*arguments)
+        )
     except UserError:
         raise
     except Exception as error:
         problem = f"its factory raised {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
         raise refusal(
-            FIELDS[kind], name, problem, allowed="a factory that returns", instead=f"the settings that it reads, or another {FIELDS[kind]}"
+            FIELDS[kind],
+            name,
+            problem,
+            allowed="a factory that returns",
+            instead=f"the settings that it reads, or another {FIELDS[kind]}",
         ) from error
 
 
@@ -189,7 +252,13 @@ def check(kind: str, name: str) -> None:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or known[:1]
     ways = [f"{field}={shown.format(near[0])}"] if near else []
     ways.append(f"run.plugins=[MODULE], with the module that registers {name}")
-    raise refusal(field, name, "not one of the kinds there are", allowed=", ".join(known) or f"a registered {kind}; there is none", instead=", or ".join(ways))
+    raise refusal(
+        field,
+        name,
+        "not one of the kinds there are",
+        allowed=", ".join(known) or f"a registered {kind}; there is none",
+        instead=", or ".join(ways),
+    )
 
 
 def listed() -> str:
@@ -199,7 +268,14 @@ def listed() -> str:
 
 def sources() -> dict[str, str]:
     """Module that registers something -> hash of its file, by which ranks compare their code."""
-    files = {entry.module: Path(getattr(sys.modules.get(entry.module), "__file__", None) or "") for entry in _entries.values()}
+    files = {
+        entry.module: Path(getattr(sys.modules.get(entry.module), "__file__", None) or "")
+        for entry in _entries.values()
+    }
     import hashlib  # loads OpenSSL, which composing a config does not need
 
-    return {module: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for module, file in sorted(files.items()) if file.is_file()}
+    return {
+        module: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for module, file in sorted(files.items())
+        if file.is_file()
+    }

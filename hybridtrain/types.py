@@ -41,7 +41,9 @@ class Batch:
         Every field that is no bool is a tensor.
         """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: function(value) for name, value in values.items() if not isinstance(value, bool)}
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in values.items() if not isinstance(value, bool)
+        }
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device) -> Self:
@@ -85,7 +87,8 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
-            {name: value + other.values[name] for name, value in self.values.items()}, {name: n + other.counts[name] for name, n in self.counts.items()}
+            {name: value + other.values[name] for name, value in self.values.items()},
+            {name: n + other.counts[name] for name, n in self.counts.items()},
         )
 
 

@@ -29,7 +29,11 @@ _log = log.get("verify")
 def run(config: VerifyRoot) -> int:
     """Print the problems, one per line; returns exit code 0 if there are none, else 1."""
     path = Path(config.run.dir)
-    if (path / "corpus.json").is_file() or Path(f"{path}.idx").is_file() or (path / ".partial" / "plan.json").is_file():
+    if (
+        (path / "corpus.json").is_file()
+        or Path(f"{path}.idx").is_file()
+        or (path / ".partial" / "plan.json").is_file()
+    ):
         from hybridtrain.data.verify import verify_corpus
 
         problems, what = verify_corpus(path), "the corpus is as it was prepared"
@@ -41,7 +45,9 @@ def run(config: VerifyRoot) -> int:
         what = f"{number} checkpoint{'' if number == 1 else 's'} and the run's files are as they were written"
     for problem in problems:
         _log.error("%s", problem)
-    _log.info("%s: %s", path, f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else what)
+    _log.info(
+        "%s: %s", path, f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else what
+    )
     return 1 if problems else 0
 
 
@@ -50,7 +56,11 @@ def verify_run(path: Path) -> tuple[list[str], int]:
     problems: list[str] = []
     folder, fingerprints = path / "checkpoints", set()
     configs: list[Path] = []
-    complete = [step for step in sorted(folder.glob("step-*")) if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REMOVED))]
+    complete = [
+        step
+        for step in sorted(folder.glob("step-*"))
+        if marker.is_complete(step) and not step.name.endswith((marker.PARTIAL, marker.REMOVED))
+    ]
     for checkpoint in complete:
         try:
             marker.verify(checkpoint, files=sorted(marker.read(checkpoint).items()))
@@ -68,7 +78,10 @@ def verify_run(path: Path) -> tuple[list[str], int]:
             problems.append(f"{other}: it is not a folder")
         elif not other.name.endswith((marker.PARTIAL, marker.REMOVED)):
             problems.append(f"{other}: its {marker.MARKER} is missing, so it does not count as a checkpoint")
-    problems += [*_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs), *_of_lines(path)]
+    problems += [
+        *_of_configs(path, fingerprints={name for name in fingerprints if name}, configs=configs),
+        *_of_lines(path),
+    ]
     return problems, len(complete)
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""One GPU, one process, one case after the other: ours, a plain PyTorch loop and the Hugging Face Trainer on the same model and rows.
+"""One GPU, one process, one case after the other: ours, a plain PyTorch loop and the Hugging Face Trainer on
+the same model and rows.
 
     python3 launch/bench_cases.py [--out cases.jsonl] [--tiny] [case ...]       cases: see CASES; default: all
 
-A Llama of 1.1 billion parameters, bf16_mixed, rows of 2048 tokens, 16 rows a step. Each case is built, warmed up (3 steps), timed by CUDA events
-(8 steps) and freed, so that no case shares memory with another. Needs torch, transformers, accelerate and PyYAML; hydra and torchrun are not used.
---tiny runs every case on a model of a few thousand parameters, on a CPU too: it shows that the script works.
+A Llama of 1.1 billion parameters, bf16_mixed, rows of 2048 tokens, 16 rows a step. Each case is built, warmed
+up (3 steps), timed by CUDA events (8 steps) and freed, so that no case shares memory with another. Needs
+torch, transformers, accelerate and PyYAML; hydra and torchrun are not used. --tiny runs every case on a model
+of a few thousand parameters, on a CPU too: it shows that the script works.
 """
 
 from __future__ import annotations
@@ -45,12 +47,21 @@ from hybridtrain.tasks.causal_lm import CausalLM  # noqa: E402
 from hybridtrain.training import metrics  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 PACKED_TOKENS = 300  # documents of this length on average, lengths drawn
 
 
 def model_fields(tiny: bool) -> dict[str, Any]:
-    fields = yaml.safe_load((ROOT / "conf/model/llama_1_1b.yaml").read_text())["config"] | {"max_position_embeddings": 8192}
+    fields = yaml.safe_load((ROOT / "conf/model/llama_1_1b.yaml").read_text())["config"] | {
+        "max_position_embeddings": 8192
+    }
     return fields | TINY if tiny else fields
 
 
@@ -62,7 +73,9 @@ def draw_on_device(device: torch.device) -> Callable[..., Any]:
             std = family.initial(config, name)
             if std is None:
                 return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0, device=device)[box]
-            generator = torch.Generator(device=device).manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big"))
+            generator = torch.Generator(device=device).manual_seed(
+                int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+            )
             return torch.randn(shape, generator=generator, device=device).mul_(std)[box]
 
         return values
@@ -85,7 +98,8 @@ class Case:
     precision: str = "bf16_mixed"
     packed: bool = False
     profiled: bool = False
-    """Also: the kernels that take longest, where the host waits for the device, and how long the host needs for a step."""
+    """Also: the kernels that take longest, where the host waits for the device, and how long the
+    host needs for a step."""
 
 
 CASES = {
@@ -119,7 +133,9 @@ def settings(case: Case, *, fields: dict[str, Any], tiny: bool) -> schema.BenchR
 
 def batches_of(plan: Any, *, vocab: int, packed: bool) -> list[list[Any]]:
     """Four steps' micro-batches, in pinned memory where there is a GPU."""
-    tokens = Synthetic(vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0, labels=0, collate=CausalLM().collate)
+    tokens = Synthetic(
+        vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0, labels=0, collate=CausalLM().collate
+    )
     keep = (lambda tensor: tensor.contiguous().pin_memory()) if CUDA else (lambda tensor: tensor.contiguous())
     steps = []
     for step in range(4):
@@ -127,11 +143,17 @@ def batches_of(plan: Any, *, vocab: int, packed: bool) -> list[list[Any]]:
         for batch in tokens.micro_batches(step):
             positions = batch.position_ids_BT
             if packed:
-                starts = torch.rand(positions.shape, generator=torch.Generator().manual_seed(1)) < 1 / min(PACKED_TOKENS, positions.shape[1] // 4)
+                starts = torch.rand(positions.shape, generator=torch.Generator().manual_seed(1)) < 1 / min(
+                    PACKED_TOKENS, positions.shape[1] // 4
+                )
                 starts[:, 0] = True
                 index = torch.arange(positions.shape[1]).expand_as(positions)
                 positions = index - torch.where(starts, index, 0).cummax(1).values
-            tensors = {"input_ids_BT": keep(batch.input_ids_BT), "labels_BT": keep(batch.labels_BT), "position_ids_BT": keep(positions)}
+            tensors = {
+                "input_ids_BT": keep(batch.input_ids_BT),
+                "labels_BT": keep(batch.labels_BT),
+                "position_ids_BT": keep(positions),
+            }
             done.append(dataclasses.replace(batch, **tensors, packed=packed))
         steps.append(done)
     return steps
@@ -168,20 +190,33 @@ def where_the_host_waits(step: Callable[[int], Any]) -> dict[str, Any]:
     host_s = time.perf_counter() - began
     torch.cuda.synchronize()
     waits = (warning for warning in seen if "called a synchronizing" in str(warning.message))
-    return {"syncs": sorted({f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in waits}), "host_s": host_s}
+    return {
+        "syncs": sorted({f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in waits}),
+        "host_s": host_s,
+    }
 
 
 def kernels(step: Callable[[int], Any]) -> list[list[Any]]:
     """(name, calls, ms, share) of what takes longest by itself in a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])]
+    activities = [
+        torch.profiler.ProfilerActivity.CPU,
+        *([torch.profiler.ProfilerActivity.CUDA] if CUDA else []),
+    ]
     with torch.profiler.profile(activities=activities) as profile:
         step(0)
         if CUDA:
             torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if not CUDA or event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        event
+        for event in profile.key_averages()
+        if not CUDA or event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     own = (lambda event: event.self_device_time_total) if CUDA else (lambda event: event.self_cpu_time_total)
     total = sum(map(own, events)) or 1
-    return [[event.key[:90], event.count, round(own(event) / 1e3, 2), round(own(event) / total, 4)] for event in sorted(events, key=own, reverse=True)[:20]]
+    return [
+        [event.key[:90], event.count, round(own(event) / 1e3, 2), round(own(event) / total, 4)]
+        for event in sorted(events, key=own, reverse=True)[:20]
+    ]
 
 
 def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.device) -> dict[str, Any]:
@@ -203,13 +238,24 @@ def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.dev
     times = sorted(timed(step, 8))
     median = times[len(times) // 2]
     flops = flops_module.flops_per_token(facts, seq_len=plan.seq_len)
-    whole_attention = flops + 6 * facts.layers * facts.heads * facts.head_dim * (plan.seq_len - 1)  # as others count it: not halved for causality
+    # as others count it: not halved for causality
+    whole_attention = flops + 6 * facts.layers * facts.heads * facts.head_dim * (plan.seq_len - 1)
     row |= {"step_s": median, "min_s": times[0], "max_s": times[-1], "tokens_per_s": plan.tokens / median}
     if CUDA:
         peak = metrics.peak_flops(device, dtype=torch.bfloat16)
-        row |= {"mfu": plan.tokens / median * flops / peak, "mfu_whole_attention": plan.tokens / median * whole_attention / peak} if peak else {}
+        row |= (
+            {
+                "mfu": plan.tokens / median * flops / peak,
+                "mfu_whole_attention": plan.tokens / median * whole_attention / peak,
+            }
+            if peak
+            else {}
+        )
         statistics = torch.cuda.memory_stats()
-        row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+        row |= {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
         row |= {"allocator_retries": statistics["num_alloc_retries"]}
         if case.profiled:
             row |= where_the_host_waits(step)
@@ -226,7 +272,12 @@ def measure_trainer(case: Case, *, fields: dict[str, Any], tiny: bool) -> dict[s
     with torch.device("cuda" if CUDA else "cpu"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     length = 32 if tiny else case.seq_len
-    ids = torch.randint(0, config.vocab_size, (case.global_batch_size * steps, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0,
+        config.vocab_size,
+        (case.global_batch_size * steps, length),
+        generator=torch.Generator().manual_seed(0),
+    )
     marks: list[float] = []
 
     class Clock(TrainerCallback):
@@ -243,8 +294,20 @@ def measure_trainer(case: Case, *, fields: dict[str, Any], tiny: bool) -> dict[s
     ).train()
     laps = sorted(after - before for before, after in itertools.pairwise(marks[3:]))
     median = laps[len(laps) // 2]
-    row = {"step_s": median, "min_s": laps[0], "max_s": laps[-1], "tokens_per_s": case.global_batch_size * length / median}
-    return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if CUDA else {})
+    row = {
+        "step_s": median,
+        "min_s": laps[0],
+        "max_s": laps[-1],
+        "tokens_per_s": case.global_batch_size * length / median,
+    }
+    return row | (
+        {
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
+        if CUDA
+        else {}
+    )
 
 
 def _trainer_settings(case: Case, *, steps: int) -> dict[str, Any]:
@@ -255,13 +318,28 @@ def _trainer_settings(case: Case, *, steps: int) -> dict[str, Any]:
         "bf16": True,
         "disable_tqdm": True,
     }
-    settings |= {"optim": "adamw_torch_fused", "learning_rate": 1e-4, "weight_decay": 0.1, "max_grad_norm": 1.0, "logging_strategy": "no", "report_to": []}
-    settings |= {"save_strategy": "no", "torch_compile": case.compiled, "use_cpu": not CUDA, "dataloader_pin_memory": CUDA, "output_dir": "/tmp/bench-trainer"}
+    settings |= {
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-4,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "logging_strategy": "no",
+        "report_to": [],
+    }
+    settings |= {
+        "save_strategy": "no",
+        "torch_compile": case.compiled,
+        "use_cpu": not CUDA,
+        "dataloader_pin_memory": CUDA,
+        "output_dir": "/tmp/bench-trainer",
+    }
     return settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--out", type=Path, default=Path("cases.jsonl"))
     parser.add_argument("--tiny", action="store_true")
@@ -278,10 +356,19 @@ def main() -> None:
         torch.set_float32_matmul_precision("highest")  # the Trainer leaves a choice of its own behind
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "device": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}
+        row: dict[str, Any] = {
+            "case": name,
+            **dataclasses.asdict(case),
+            "device": torch.cuda.get_device_name() if CUDA else "cpu",
+            "torch": torch.__version__,
+        }
         try:
             trainer = case.side == "trainer"
-            row |= measure_trainer(case, fields=fields, tiny=options.tiny) if trainer else measure(case, fields=fields, tiny=options.tiny, device=device)
+            row |= (
+                measure_trainer(case, fields=fields, tiny=options.tiny)
+                if trainer
+                else measure(case, fields=fields, tiny=options.tiny, device=device)
+            )
         except Exception as error:
             traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {str(error)[:300]}"

@@ -1,6 +1,8 @@
-"""hybridtrain as a contestant of bench_peers.py: its optimizer step on the work that all contestants do, from whichever checkout PYTHONPATH names.
+"""hybridtrain as a contestant of bench_peers.py: its optimizer step on the work that all contestants do, from
+whichever checkout PYTHONPATH names.
 
-The work: a Llama of --model's size, rows of --seq random tokens, --gbs rows a step in micro-batches of --mbs, AdamW with clipping.
+The work: a Llama of --model's size, rows of --seq random tokens, --gbs rows a step in micro-batches of
+--mbs, AdamW with clipping.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ SIZES = {  # hidden, layers, heads, key/value heads, ffn, vocabulary
     "tiny": (512, 8, 8, 4, 1408, 8192),
     "micro": (128, 4, 4, 2, 352, 1024),
 }
-LAYOUTS = {"1p": "single", "dp2": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "tp2": "tp2", "pp2": "pp2"}
+LAYOUTS = {
+    "1p": "single",
+    "dp2": "ddp",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero3": "zero3",
+    "tp2": "tp2",
+    "pp2": "pp2",
+}
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16_mixed"}
 
 
@@ -33,10 +43,24 @@ class Meter:
 def overrides(options: argparse.Namespace) -> list[str]:
     """The work in the words of the command line."""
     hidden, layers, heads, kv_heads, ffn, vocab = SIZES[options.model]
-    fields = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    fields |= {"intermediate_size": ffn, "vocab_size": vocab, "max_position_embeddings": max(options.seq, 2048), "rms_norm_eps": 1e-5}
+    fields = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    fields |= {
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": max(options.seq, 2048),
+        "rms_norm_eps": 1e-5,
+    }
     words = ["model=tiny", *(f"model.config.{key}={value}" for key, value in fields.items())]
-    words += [f"data.seq_len={options.seq}", f"batch.global_batch_size={options.gbs}", f"batch.micro_batch_size={options.mbs}"]
+    words += [
+        f"data.seq_len={options.seq}",
+        f"batch.global_batch_size={options.gbs}",
+        f"batch.micro_batch_size={options.mbs}",
+    ]
     words += [f"parallel={LAYOUTS[options.mode]}", f"precision={PRECISIONS[options.prec]}", "optim.lr=3e-4"]
     return words + (["engine.compile=true"] if options.compile else [])
 
@@ -60,14 +84,29 @@ def main(argv: list[str]) -> None:
     from hybridtrain.config.compose import compose
     from hybridtrain.data.synthetic import Synthetic
 
-    mesh = importlib.import_module("hybridtrain.parallel.mesh" if importlib.util.find_spec("hybridtrain.parallel.mesh") else "hybridtrain.mesh")
+    mesh = importlib.import_module(
+        "hybridtrain.parallel.mesh"
+        if importlib.util.find_spec("hybridtrain.parallel.mesh")
+        else "hybridtrain.mesh"
+    )
     config = compose("bench", overrides(options))
-    settled = engines.settle(config, **_known(engines.settle, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    settled = engines.settle(
+        config, **_known(engines.settle, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    )
     device = mesh.device()
     mesh.connect(device, **_known(mesh.connect, timeout_s=config.engine.timeout_s))
     engine: Any = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
-    share = {"vocab": settled.facts.vocab, "plan": settled.plan, "dp_rank": engine.mesh.dp_rank, "dp_size": settled.layout.dp, "seed": 0}
-    tokens = Synthetic(**share, **_known(Synthetic, labels=0, collate=getattr(getattr(engine, "task", None), "collate", None)))
+    share = {
+        "vocab": settled.facts.vocab,
+        "plan": settled.plan,
+        "dp_rank": engine.mesh.dp_rank,
+        "dp_size": settled.layout.dp,
+        "seed": 0,
+    }
+    tokens = Synthetic(
+        **share,
+        **_known(Synthetic, labels=0, collate=getattr(getattr(engine, "task", None), "collate", None)),
+    )
     meter = Meter()
     meter.start()
     for step in range(options.warmup + options.steps):

@@ -18,7 +18,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 RUNS = Path("runs/layouts")
-COMMON = ("experiment=smoke", "schedule=constant", "schedule.warmup_steps=10", "optim.lr=1e-3", "train.steps=100", "train.eval_every=0")
+COMMON = (
+    "experiment=smoke",
+    "schedule=constant",
+    "schedule.warmup_steps=10",
+    "optim.lr=1e-3",
+    "train.steps=100",
+    "train.eval_every=0",
+)
 SMALLER = ("checkpoint.every=100", "data.seq_len=64", "batch.global_batch_size=8", "batch.micro_batch_size=2")
 LAYOUTS = {"single": 1, "ddp": 2, "zero3": 2, "pp2": 2, "zero3_tp2": 4, "tp2_pp2": 4}
 """Files of conf/parallel, and the number of processes that each is trained with."""
@@ -30,7 +37,17 @@ CONTROL = "one process, larger micro-batches"
 def train(name: str, layout: str, words: tuple[str, ...]) -> list[float]:
     """Train under a layout; the loss of each step."""
     folder = RUNS / name
-    start = ["hybridtrain", "train", "--nproc", str(LAYOUTS[layout]), *COMMON, *SMALLER, f"parallel={layout}", f"run.dir={folder}", *words]
+    start = [
+        "hybridtrain",
+        "train",
+        "--nproc",
+        str(LAYOUTS[layout]),
+        *COMMON,
+        *SMALLER,
+        f"parallel={layout}",
+        f"run.dir={folder}",
+        *words,
+    ]
     print(" ".join(start), flush=True)
     subprocess.run(start, check=True)
     return [json.loads(line)["step_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -67,7 +84,9 @@ def main(picture: str, *words: str) -> None:
     control = train("control", "single", ("batch.micro_batch_size=8", *words))
     draw(losses, control, Path(picture))
     for name, values in {**losses, CONTROL: control}.items():
-        print(f"{name:34} last loss {values[-1]:.6f}, at most {max(apart(values, losses['single'])):.1e} from parallel=single")
+        print(
+            f"{name:34} last loss {values[-1]:.6f}, at most {max(apart(values, losses['single'])):.1e} from parallel=single"
+        )
 
 
 if __name__ == "__main__":

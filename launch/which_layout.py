@@ -10,7 +10,13 @@ from hybridtrain.config import compose
 from hybridtrain.engine import settle
 from hybridtrain.plan import memory
 
-WORK = ("precision=bf16_mixed", "data.seq_len=2048", "batch.micro_batch_size=1", "data.path=x", "train.steps=1")
+WORK = (
+    "precision=bf16_mixed",
+    "data.seq_len=2048",
+    "batch.micro_batch_size=1",
+    "data.path=x",
+    "train.steps=1",
+)
 ROWS = (
     ("qwen3_0_6b", 1, "parallel=single"),
     ("llama_1_1b", 1, "parallel=single"),
@@ -23,10 +29,15 @@ ROWS = (
 
 
 def gib(model: str, gpus: int, words: str) -> tuple[float, float]:
-    """GiB of the rank that needs most: weights, gradients, optimizer state and their copies; activations (an estimate)."""
-    config = compose.train_config([f"model={model}", *WORK, f"batch.global_batch_size={4 * gpus}", *words.split()])
+    """GiB of the rank that needs most: weights, gradients, optimizer state and their copies;
+    activations (an estimate)."""
+    config = compose.train_config(
+        [f"model={model}", *WORK, f"batch.global_batch_size={4 * gpus}", *words.split()]
+    )
     found = settle(config, world_size=gpus)
-    need = memory.needs(config, parallel=config.parallel, layout=found.layout, plan=found.plan, facts=found.facts)
+    need = memory.needs(
+        config, parallel=config.parallel, layout=found.layout, plan=found.plan, facts=found.facts
+    )
     kept = memory.activations(config, layout=found.layout, plan=found.plan, facts=found.facts)
     return need.total / memory.GIB, kept / memory.GIB
 

@@ -17,18 +17,36 @@ from typing import Any
 
 import pytest
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+FLAGS += [
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+    "--hide-scrollbars",
+]
 ANSWER_S = 60.0
 ITS_OWN = re.compile(rb"\A\w+ (?:https?://)?[\w.-]+\.(?:google|googleapis)\.com[:/]")
 """What this browser asks its maker whatever page it shows; it gets no answer either."""
 
 
 def chromium() -> str:
-    """The browser's path. Without one the test skips, except where HYBRIDTRAIN_NEEDS_CHROMIUM says that it was installed for it."""
+    """The browser's path.
+
+    Without one the test skips, except where HYBRIDTRAIN_NEEDS_CHROMIUM says that it was installed for it.
+    """
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not found:
-        assert not os.environ.get("HYBRIDTRAIN_NEEDS_CHROMIUM"), "HYBRIDTRAIN_NEEDS_CHROMIUM is set, but there is no chromium"
+        assert not os.environ.get("HYBRIDTRAIN_NEEDS_CHROMIUM"), (
+            "HYBRIDTRAIN_NEEDS_CHROMIUM is set, but there is no chromium"
+        )
         pytest.skip("no browser: apt-get install -y chromium")
     return found
 
@@ -48,7 +66,9 @@ class Browser:
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """Call `method` and wait for its result."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self.number:
             self.events.append(answer)
@@ -77,21 +97,42 @@ class Browser:
         return result["result"].get("value")
 
     def look(self, *, width: int, dark: bool) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def screenshot(self, path: Path) -> Path:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        )
         return path
 
     def requests(self) -> list[str]:
         """Addresses of everything that the page asked for since `open`."""
-        return [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
 
     def complaints(self) -> list[str]:
         """Console lines from warnings up, and exceptions, since `open`."""
-        lines = [str(event["params"]) for event in self.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
-        return lines + [str(event["params"]) for event in self.events if event["method"] == "Runtime.consoleAPICalled"]
+        lines = [
+            str(event["params"])
+            for event in self.events
+            if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")
+        ]
+        return lines + [
+            str(event["params"]) for event in self.events if event["method"] == "Runtime.consoleAPICalled"
+        ]
 
 
 @contextmanager
@@ -99,10 +140,19 @@ def browser(profile: Path, *, proxy: str) -> Iterator[Browser]:
     """A browser with an empty profile in `profile`, whose every connection goes to `proxy` (host:port)."""
     command_read, command_write = os.pipe()
     answer_read, answer_write = os.pipe()
-    command = [chromium(), *FLAGS, f"--user-data-dir={profile}", f"--proxy-server={proxy}", "--proxy-bypass-list=<-loopback>", "about:blank"]
+    command = [
+        chromium(),
+        *FLAGS,
+        f"--user-data-dir={profile}",
+        f"--proxy-server={proxy}",
+        "--proxy-bypass-list=<-loopback>",
+        "about:blank",
+    ]
     # The protocol's pipes are file descriptors 3 and 4.
     shell = ["bash", "-c", f'exec "$@" 3<&{command_read} 4>&{answer_write}', "bash", *command]
-    process = subprocess.Popen(shell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(command_read, answer_write))
+    process = subprocess.Popen(
+        shell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(command_read, answer_write)
+    )
     os.close(command_read)
     os.close(answer_write)
     watchdog = threading.Timer(ANSWER_S, process.kill)  # a browser that never answers ends the read
@@ -118,7 +168,8 @@ def browser(profile: Path, *, proxy: str) -> Iterator[Browser]:
 
 @contextmanager
 def listener() -> Iterator[tuple[str, list[bytes]]]:
-    """A proxy that reaches nothing: host:port, and the first bytes of every connection that a page made to it."""
+    """A proxy that reaches nothing: host:port, and the first bytes of every connection
+    that a page made to it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         heard: list[bytes] = []
 

@@ -1,4 +1,5 @@
-"""Train the same synthetic tokens under a layout (on gloo ranks) and in the plain reference; compare what they did."""
+"""Train the same synthetic tokens under a layout (on gloo ranks) and in the plain reference;
+compare what they did."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class Case:
         config.batch = schema.BatchConfig(self.global_batch_size, self.micro_batch_size)
         config.data.seq_len = self.seq_len
         config.precision.kind = self.precision
-        config.optim.lr, config.optim.clip, config.optim.eps = self.lr, 0.5, 1e-6  # a larger eps: Adam magnifies noise where |g| is near it
+        # a larger eps: Adam magnifies noise where |g| is near it
+        config.optim.lr, config.optim.clip, config.optim.eps = self.lr, 0.5, 1e-6
         config.run.seed = 7
         for path, value in self.overrides:
             section, field = path.split(".")
@@ -93,7 +95,9 @@ class Case:
     def rows(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """input ids and labels of the step's global batch."""
         generator = torch.Generator().manual_seed(1000 + step)
-        tokens = torch.randint(0, self.fields["vocab_size"], (self.global_batch_size, self.seq_len + 1), generator=generator)
+        tokens = torch.randint(
+            0, self.fields["vocab_size"], (self.global_batch_size, self.seq_len + 1), generator=generator
+        )
         labels = tokens[:, 1:].clone()
         if self.uneven:
             for row in range(self.global_batch_size):
@@ -106,12 +110,23 @@ class Case:
         share = self.global_batch_size // dp
         positions = torch.arange(self.seq_len).repeat(self.micro_batch_size, 1)
         starts = range(dp_rank * share, (dp_rank + 1) * share, self.micro_batch_size)
-        return [Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions) for s in starts]
+        return [
+            Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions)
+            for s in starts
+        ]
 
 
-def deepspeed(layout: str, fields: dict[str, Any] | None = None, *, precision: str = "fp32", overrides: tuple[tuple[str, Any], ...] = ()) -> Case:
+def deepspeed(
+    layout: str,
+    fields: dict[str, Any] | None = None,
+    *,
+    precision: str = "fp32",
+    overrides: tuple[tuple[str, Any], ...] = (),
+) -> Case:
     """A case for engine=deepspeed."""
-    return Case(layout, fields or model(), precision=precision, overrides=(("engine.kind", "deepspeed"), *overrides))
+    return Case(
+        layout, fields or model(), precision=precision, overrides=(("engine.kind", "deepspeed"), *overrides)
+    )
 
 
 @dataclasses.dataclass
@@ -131,16 +146,27 @@ def reference(case: Case) -> Outcome:
     precision = policy(case.precision)
     source, task = draw(built, family=family, seed=config.run.seed), CausalLM()
     plain = Reference(
-        built, family=family, source=source, settings=config.optim, compute=precision.compute, param=precision.param, freeze=case.freeze, task=task
+        built,
+        family=family,
+        source=source,
+        settings=config.optim,
+        compute=precision.compute,
+        param=precision.param,
+        freeze=case.freeze,
+        task=task,
     )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     return Outcome(
-        [s.loss for s in steps], [s.grad_norm for s in steps], steps[0].gradients if steps else {}, {k: v.float() for k, v in plain.parameters().items()}
+        [s.loss for s in steps],
+        [s.grad_norm for s in steps],
+        steps[0].gradients if steps else {},
+        {k: v.float() for k, v in plain.parameters().items()},
     )
 
 
 def open_fp16_gate() -> None:
-    """DeepSpeed refuses fp16 on CPUs whose oneDNN has no kernels for it; torch computes it all the same, slowly, which will do for tests."""
+    """DeepSpeed refuses fp16 on CPUs whose oneDNN has no kernels for it; torch computes it all the same,
+    slowly, which will do for tests."""
     from hybridtrain.engine.deepspeed.start import start
 
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -153,7 +179,11 @@ def start(case: Case) -> Any:
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
     plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
-    device = torch.device("cpu") if case.device == "cpu" else torch.device(case.device, int(os.environ["LOCAL_RANK"]))
+    device = (
+        torch.device("cpu")
+        if case.device == "cpu"
+        else torch.device(case.device, int(os.environ["LOCAL_RANK"]))
+    )
     connect(device, timeout_s=120)
     if case.precision == "fp16_mixed" and config.engine.kind == "deepspeed" and case.device == "cpu":
         open_fp16_gate()
@@ -171,9 +201,14 @@ def train(case: Case) -> Outcome:
             gradients.setdefault(name, whole(gradient))  # the first of two copies of a tied matrix
 
     engine.on_gradients(keep)
-    results = [engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr) for step in range(case.steps)]
+    results = [
+        engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr)
+        for step in range(case.steps)
+    ]
     parameters = {name: whole(parameter) for name, parameter in engine.weights()}
-    return Outcome([float(r.loss) for r in results], [float(r.grad_norm) for r in results], gradients, parameters)
+    return Outcome(
+        [float(r.loss) for r in results], [float(r.grad_norm) for r in results], gradients, parameters
+    )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -183,7 +218,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def on_ranks(case: Case) -> Outcome:
     """Train on real ranks; the ranks must agree, and their stages together must be the model."""
-    outcomes = run_ranks(case.world_size, train, case, backend="gloo" if case.device == "cpu" else "cpu:gloo,cuda:nccl")
+    outcomes = run_ranks(
+        case.world_size, train, case, backend="gloo" if case.device == "cpu" else "cpu:gloo,cuda:nccl"
+    )
     first = outcomes[0]
     merged = Outcome(first.losses, first.grad_norms, {}, {})
     for outcome in outcomes:
@@ -197,13 +234,19 @@ def on_ranks(case: Case) -> Outcome:
 
 
 def differences(ours: Outcome, theirs: Outcome) -> dict[str, float]:
-    """Largest relative difference of losses, norms and first-step gradients, and largest absolute one of parameters."""
+    """Largest relative difference of losses, norms and first-step gradients, and largest
+    absolute one of parameters."""
     assert ours.parameters.keys() == theirs.parameters.keys()
     assert ours.gradients.keys() == theirs.gradients.keys()
     return {
         "loss_rel": max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
-        "grad_norm_rel": max(abs(a - b) / abs(b) for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)),
-        "grad_rel": max(float((ours.gradients[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in theirs.gradients.items()),
+        "grad_norm_rel": max(
+            abs(a - b) / abs(b) for a, b in zip(ours.grad_norms, theirs.grad_norms, strict=True)
+        ),
+        "grad_rel": max(
+            float((ours.gradients[n] - g).norm() / g.norm().clamp(min=1e-12))
+            for n, g in theirs.gradients.items()
+        ),
         "param_abs": max(float((ours.parameters[n] - p).abs().max()) for n, p in theirs.parameters.items()),
     }
 
@@ -218,11 +261,18 @@ def assert_parity(case: Case) -> dict[str, float]:
     return found
 
 
-def at_the_head(fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, *, attention: str, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a whole model as one stage: what its head is given (its own logits exist in chunks only), and the head's weight."""
+def at_the_head(
+    fields: dict[str, Any], ids: torch.Tensor, places: torch.Tensor, *, attention: str, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a whole model as one stage: what its head is given (its own logits exist in chunks only),
+    and the head's weight."""
     config = hf_config(fields, chosen={}, attention=attention)
     family, head = family_of(config.model_type), functools.partial(Head, task=CausalLM(), loss_chunk=0)
-    stage = Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, head=head).to_empty(device="cpu").eval()
+    stage = (
+        Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, head=head)
+        .to_empty(device="cpu")
+        .eval()
+    )
     reset_buffers(stage, device=torch.device("cpu"))
     fill([stage], draw(config, family=family, seed=0))
     seen: list[torch.Tensor] = []

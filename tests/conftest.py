@@ -1,4 +1,5 @@
-"""What every test needs: an environment without network, chatter or competing threads, and a run directory of its own."""
+"""What every test needs: an environment without network, chatter or competing threads, and a run
+directory of its own."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_MODE="offline")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", WANDB_MODE="offline"
+)
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 for name in LAUNCHER[:3]:  # tests started inside somebody's job are still not part of it
     os.environ.pop(name, None)
@@ -14,7 +17,8 @@ for name in LAUNCHER[:3]:  # tests started inside somebody's job are still not p
 
 @pytest.fixture(autouse=True)
 def _no_launcher_is_left_behind() -> Iterator[None]:
-    """A command that runs in this process may take over a launcher's variables: they are its own, not the next test's."""
+    """A command that runs in this process may take over a launcher's variables: they are its own,
+    not the next test's."""
     before = dict(os.environ)
     yield
     for name in LAUNCHER:

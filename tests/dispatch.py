@@ -1,4 +1,5 @@
-"""Modes that watch every operation of a step on the CPU: what would wait for a GPU, collectives, matrix products, memory that is alive."""
+"""Modes that watch every operation of a step on the CPU: what would wait for a GPU, collectives, matrix
+products, memory that is alive."""
 
 import weakref
 from collections import Counter
@@ -9,9 +10,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "repeat_interleave.Tensor", "bincount")
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "repeat_interleave.Tensor",
+    "bincount",
+)
 INDEXING = ("index.", "index_put", "_index_put_impl_", "lift_fresh")
-"""An index made of numbers, and a tensor made of numbers, are copied to the device, and the host waits for that."""
+"""An index made of numbers, and a tensor made of numbers, are copied to the device, and the
+host waits for that."""
 
 
 class Watching(TorchDispatchMode):
@@ -59,10 +70,15 @@ class NoWait(Collectives):
 
 
 def _of_one_number(name: str, args: Any) -> bool:
-    """A 0-d tensor made of a number, or such a one written where a mask is true, which torch does as masked_fill: neither is waited for."""
+    """A 0-d tensor made of a number, or such a one written where a mask is true, which torch does as
+    masked_fill: neither is waited for."""
     if name.startswith("lift_fresh"):
         return args[0].dim() == 0
-    return "index_put" in name and args[2].numel() == 1 and all(index is None or index.dtype == torch.bool for index in args[1])
+    return (
+        "index_put" in name
+        and args[2].numel() == 1
+        and all(index is None or index.dtype == torch.bool for index in args[1])
+    )
 
 
 class Products(Watching):

@@ -18,7 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """`folder` holds <owner>/<name>; `gated` are repositories that nobody may read; `asked` what was asked for."""
+    """`folder` holds <owner>/<name>; `gated` are repositories that nobody may read; `asked`
+    what was asked for."""
 
     daemon_threads = True
 
@@ -63,15 +64,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_file(repository / "/".join(rest[2:]), body=body)
 
     def send_about(self, repository: Path, rest: list[str], *, body: bool) -> None:
-        files = sorted(path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file())
+        files = sorted(
+            path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()
+        )
         if rest[:1] == ["tree"]:
             under = "/".join(rest[2:])
             told: object = [self.entry(repository, file) for file in files if file.startswith(under)]
             if under and not told:
                 return self.send(404, b"", body=body, headers={"X-Error-Code": "EntryNotFound"})
         else:
-            told = {"id": f"{repository.parent.name}/{repository.name}", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-        return self.send(200, json.dumps(told).encode(), body=body, headers={"Content-Type": "application/json"})
+            told = {
+                "id": f"{repository.parent.name}/{repository.name}",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file} for file in files],
+            }
+        return self.send(
+            200, json.dumps(told).encode(), body=body, headers={"Content-Type": "application/json"}
+        )
 
     @staticmethod
     def entry(repository: Path, file: str) -> dict[str, object]:
@@ -80,9 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, file: Path, *, body: bool) -> None:
         if not file.is_file():
-            return self.send(404, b"", body=body, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self.send(
+                404, b"", body=body, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            )
         data = file.read_bytes()
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
         return self.send(200, data, body=body, headers=headers)
 
     def send(self, code: int, data: bytes, *, body: bool, headers: dict[str, str]) -> None:

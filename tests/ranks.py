@@ -1,4 +1,5 @@
-"""Run a function of a test module on gloo ranks: `run_ranks(4, function, *args)` returns what each rank returned."""
+"""Run a function of a test module on gloo ranks: `run_ranks(4, function, *args)` returns what
+each rank returned."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ PRELOAD = (
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, backend: str = "gloo") -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0, backend: str = "gloo"
+) -> list[Any]:
     """See hybridtrain.runtime.ranks; a rank's output is shown when it fails."""
     return ranks.run_ranks(world_size, function, *args, preload=PRELOAD, backend=backend, timeout_s=timeout_s)

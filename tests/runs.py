@@ -1,4 +1,5 @@
-"""Whole training runs as a user starts them: on forked ranks (fast), or under torchrun; and what they leave behind."""
+"""Whole training runs as a user starts them: on forked ranks (fast), or under torchrun; and
+what they leave behind."""
 
 from __future__ import annotations
 
@@ -33,8 +34,13 @@ def corpus(folder: Path, *, words: str = "follows") -> Path:
     text = folder / "text"
     text.mkdir(parents=True)
     for number in range(12):
-        (text / f"{number}.txt").write_text(" ".join(f"number {number * n} {words} {n * n},\n" for n in range(120)))
-    return prepare(schema.DataConfig(path=str(folder / "data"), source=[str(text)], vocab_size=300, eval_fraction=0.2), options=schema.PrepareConfig())
+        (text / f"{number}.txt").write_text(
+            " ".join(f"number {number * n} {words} {n * n},\n" for n in range(120))
+        )
+    return prepare(
+        schema.DataConfig(path=str(folder / "data"), source=[str(text)], vocab_size=300, eval_fraction=0.2),
+        options=schema.PrepareConfig(),
+    )
 
 
 def arguments(run: Path, data: Path, **options: object) -> list[str]:
@@ -68,13 +74,17 @@ class Ended:
 def on_this_rank(argv: list[str]) -> Ended:
     """`hybridtrain train` in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        launch.RANK_0_FIRST_S = launch.AFTER_RANK_0_S = 0.2  # there is no launcher that would end the other ranks
+        # there is no launcher that would end the other ranks
+        launch.RANK_0_FIRST_S = launch.AFTER_RANK_0_S = 0.2
         code = commands.run_command("train", argv)
     return Ended(code, out.getvalue(), err.getvalue())
 
 
 def on_ranks(world_size: int, argv: list[str], *, timeout_s: float = 600.0) -> Ended:
-    """The run on forked ranks; all must end alike, and rank 0's words are returned. After `timeout_s` every rank is killed (RankFailed)."""
+    """The run on forked ranks; all must end alike, and rank 0's words are returned.
+
+    After `timeout_s` every rank is killed (RankFailed).
+    """
     ended = run_ranks(world_size, on_this_rank, argv, timeout_s=timeout_s)
     assert len({rank.code for rank in ended}) == 1, ended
     return ended[0]
@@ -89,9 +99,22 @@ def finished(world_size: int, argv: list[str]) -> Ended:
 
 def torchrun(world_size: int, argv: list[str]) -> subprocess.Popen[str]:
     """Start the run under torchrun, as a user would."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world_size),
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, "-m", "hybridtrain.train", *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*launcher, "-m", "hybridtrain.train", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def rows(run: Path) -> list[dict[str, object]]:
@@ -99,7 +122,10 @@ def rows(run: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)), f"steps {steps}"
-    return [{key: value for key, value in line.items() if key in SAME or key.startswith("train_")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key in SAME or key.startswith("train_")}
+        for line in lines
+    ]
 
 
 def summary(run: Path) -> dict[str, object]:
@@ -113,7 +139,10 @@ def checkpoints(run: Path) -> list[str]:
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds, whole."""
     stored = metadata.read(checkpoint)
-    result = {key: torch.zeros(entry.size, dtype=entry.properties.dtype) for key, entry in stored.state_dict_metadata.items()}
+    result = {
+        key: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.state_dict_metadata.items()
+    }
     metadata.load_into(result, path=checkpoint, metadata=stored, group=None)
     return result
 
@@ -129,7 +158,8 @@ def assert_equal_state(ours: Path, theirs: Path) -> None:
 
 @contextlib.contextmanager
 def immutable(path: Path) -> Iterator[None]:
-    """A file or folder that cannot be removed or renamed, by anybody (as after chattr +i); skips the test where the file system has no such thing."""
+    """A file or folder that cannot be removed or renamed, by anybody (as after chattr +i); skips the test
+    where the file system has no such thing."""
     get, put, flag = 0x80086601, 0x40086602, 0x10  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL
     handle = os.open(path, os.O_RDONLY)  # by its handle: its folder may be renamed meanwhile
     try:
@@ -146,7 +176,8 @@ def immutable(path: Path) -> Iterator[None]:
 
 
 def four_parts(text: str, field: str) -> str:
-    """Check that a refusal names `field` with its value, what is allowed and what to try, once and without a traceback; return it."""
+    """Check that a refusal names `field` with its value, what is allowed and what to try, once and without a
+    traceback; return it."""
     assert text.count("allowed: ") == 1, text
     assert text.count("try:     ") == 1, text
     assert f"{field}=" in text, text

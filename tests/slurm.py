@@ -1,6 +1,8 @@
-"""A private Slurm on this machine: munged, slurmctld and a few slurmd, in a folder and on ports of its own, as whoever runs the tests.
+"""A private Slurm on this machine: munged, slurmctld and a few slurmd, in a folder and on ports of its own,
+as whoever runs the tests.
 
-Debian's packages are enough; no systemd, no root, no cgroups. Nodes are n1, n2 ...; their host name is this machine's.
+Debian's packages are enough; no systemd, no root, no cgroups. Nodes are n1, n2 ...; their host
+name is this machine's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,18 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMANDS = ("munged", "munge", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
+COMMANDS = (
+    "munged",
+    "munge",
+    "slurmctld",
+    "slurmd",
+    "slurmstepd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "sinfo",
+)
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 INSTALL = "apt-get install slurm-wlm munge"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -80,11 +93,16 @@ class Slurm:
     """Started by the constructor; `stop` ends every process it started, and nothing else."""
 
     def __init__(self, *, nodes: int, port: int):
-        self.folder = Path(tempfile.mkdtemp(prefix="hts.", dir="/tmp"))  # short: the path of a unix socket has 107 characters at most
+        # short: the path of a unix socket has 107 characters at most
+        self.folder = Path(tempfile.mkdtemp(prefix="hts.", dir="/tmp"))
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.node_daemons: dict[str, subprocess.Popen[bytes]] = {}
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+        }
         self.env = {**environment, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._configure(_free(port, count=10 + nodes))
         try:
@@ -106,21 +124,43 @@ class Slurm:
         lines = [CONFIG.format(host=host, port=port, slurmd=port + 1, user=user, folder=self.folder)]
         for number, node in enumerate(self.nodes):
             what = "CPUs=4 Sockets=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN"
-            lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + 10 + number} {what}")
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + 10 + number} {what}"
+            )
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
     def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         """In the foreground, so that the process we started is the daemon itself."""
         with (self.folder / "log" / f"{command[0]}-{len(self.daemons)}.out").open("wb") as out:
-            process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self.daemons.append(process)
         return process
 
     def _start(self) -> None:
         munge, files = self.folder / "munge", ("pid", "seed", "log")
-        self._daemon("munged", "-F", f"--socket={munge}/sock", f"--key-file={munge}/key", *(f"--{name}-file={munge}/{name}" for name in files))
-        self._until(lambda: subprocess.run(["munge", "-S", munge / "sock", "-n"], env=self.env, capture_output=True, check=False).returncode == 0)
+        self._daemon(
+            "munged",
+            "-F",
+            f"--socket={munge}/sock",
+            f"--key-file={munge}/key",
+            *(f"--{name}-file={munge}/{name}" for name in files),
+        )
+        self._until(
+            lambda: (
+                subprocess.run(
+                    ["munge", "-S", munge / "sock", "-n"], env=self.env, capture_output=True, check=False
+                ).returncode
+                == 0
+            )
+        )
         self._daemon("slurmctld", "-D", "-i")
         for node in self.nodes:
             self.start_node(node)
@@ -130,19 +170,29 @@ class Slurm:
         self.node_daemons[node] = self._daemon("slurmd", "-D", "-N", node)
 
     def idle(self) -> set[str]:
-        done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], env=self.env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return set(done.stdout.split())
 
     def _until(self, holds) -> None:
         end = time.monotonic() + 30
         while not holds():
-            assert time.monotonic() < end, "\n".join(path.read_text(errors="replace")[-2000:] for path in (self.folder / "log").iterdir())
+            assert time.monotonic() < end, "\n".join(
+                path.read_text(errors="replace")[-2000:] for path in (self.folder / "log").iterdir()
+            )
             time.sleep(0.05)
 
     def run(self, *command: str) -> str:
         """With this process's environment, as a user's shell."""
         environment = {**os.environ, "PATH": PATH, "SLURM_CONF": self.env["SLURM_CONF"]}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
         words = self.run("scontrol", "-o", "show", "job", job).split()
@@ -158,13 +208,27 @@ class Slurm:
 
     def clear(self) -> None:
         """Cancel what is left, and have all nodes again."""
-        subprocess.run(["scancel", "-u", str(os.getuid())], env=self.env, capture_output=True, check=False, timeout=30)
+        subprocess.run(
+            ["scancel", "-u", str(os.getuid())], env=self.env, capture_output=True, check=False, timeout=30
+        )
         for node in self.nodes:
-            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=self.env, capture_output=True, check=False, timeout=30)
+            subprocess.run(
+                ["scontrol", "update", f"nodename={node}", "state=resume"],
+                env=self.env,
+                capture_output=True,
+                check=False,
+                timeout=30,
+            )
         self._until(lambda: len(self.idle()) == len(self.nodes))
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "-f", "-u", str(os.getuid())], env=self.env, capture_output=True, check=False, timeout=30)
+        subprocess.run(
+            ["scancel", "-f", "-u", str(os.getuid())],
+            env=self.env,
+            capture_output=True,
+            check=False,
+            timeout=30,
+        )
         time.sleep(0.5)
         for daemon in reversed(self.daemons):
             if daemon.poll() is None:

@@ -1,4 +1,5 @@
-"""Training from a program: its own rows, its own callbacks, under every layout, resumed and exported as any run is."""
+"""Training from a program: its own rows, its own callbacks, under every layout, resumed and
+exported as any run is."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ class Noted(ht.Callback):
 def trained(run: Path, words: list[str], stop_at: int, break_at: int) -> tuple[ht.Result, list[Any]]:
     """On each rank: train on Numbers; how it ended, and what the callback was told."""
     noted = Noted(stop_at=stop_at, break_at=break_at)
-    trainer = ht.Trainer(config_of(run, *words), data=Numbers(100, first=0), eval_data=Numbers(12, first=3), callbacks=[noted])
+    trainer = ht.Trainer(
+        config_of(run, *words), data=Numbers(100, first=0), eval_data=Numbers(12, first=3), callbacks=[noted]
+    )
     return trainer.fit(), noted.calls
 
 
@@ -71,39 +74,73 @@ def trained(run: Path, words: list[str], stop_at: int, break_at: int) -> tuple[h
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """One process, six steps, evaluated every third, saved after the third."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    [(result, calls)] = run_ranks(1, trained, run, ["train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"], 0, 0)
-    assert (result.run_dir, result.status, result.step, result.tokens_seen) == (run, "finished", 6, 6 * 4 * SEQ)
+    [(result, calls)] = run_ranks(
+        1, trained, run, ["train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"], 0, 0
+    )
+    assert (result.run_dir, result.status, result.step, result.tokens_seen) == (
+        run,
+        "finished",
+        6,
+        6 * 4 * SEQ,
+    )
     return run, calls
 
 
 def test_callbacks_see_the_run(alone: tuple[Path, list[Any]]) -> None:
     run, calls = alone
     assert [call[:2] for call in calls] == [
-        *(("start", 0), ("step", 1), ("step", 2), ("evaluate", 3), ("step", 3), ("step", 4), ("step", 5), ("checkpoint", "step-00000003")),
+        *(
+            ("start", 0),
+            ("step", 1),
+            ("step", 2),
+            ("evaluate", 3),
+            ("step", 3),
+            ("step", 4),
+            ("step", 5),
+            ("checkpoint", "step-00000003"),
+        ),
         *(("evaluate", 6), ("step", 6), ("checkpoint", "step-00000006"), ("end", 6)),
     ]
     lines = rows(run)
     assert [call[2] for call in calls if call[0] == "step"] == [line["loss"] for line in lines]
-    assert [call[2] for call in calls if call[0] == "evaluate"] == [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert [call[2] for call in calls if call[0] == "evaluate"] == [
+        line["eval_loss"] for line in lines if "eval_loss" in line
+    ]
     assert lines[5]["loss"] < lines[0]["loss"]
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
-def test_the_rows_are_the_same_under_another_layout(alone: tuple[Path, list[Any]], tmp_path: Path, layout: str) -> None:
-    ended = run_ranks(2, trained, tmp_path / "run", [f"parallel={layout}", "train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"], 0, 0)
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2", pytest.param("pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+)
+def test_the_rows_are_the_same_under_another_layout(
+    alone: tuple[Path, list[Any]], tmp_path: Path, layout: str
+) -> None:
+    ended = run_ranks(
+        2,
+        trained,
+        tmp_path / "run",
+        [f"parallel={layout}", "train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"],
+        0,
+        0,
+    )
     assert ended[0][1] == ended[1][1], "every rank is told the same"
     for here, there in zip(rows(tmp_path / "run"), rows(alone[0]), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
         assert here["tokens_seen"] == there["tokens_seen"]
 
 
-def test_it_goes_on_bit_for_bit_and_the_command_line_cannot_take_it_over(alone: tuple[Path, list[Any]], tmp_path: Path) -> None:
+def test_it_goes_on_bit_for_bit_and_the_command_line_cannot_take_it_over(
+    alone: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
     words = ["train.eval_every=3", "checkpoint.every=3", "checkpoint.asynchronous=false"]
     [(_, first)] = run_ranks(1, trained, tmp_path / "run", [*words, "train.steps=4"], 0, 0)
     [(_, then)] = run_ranks(1, trained, tmp_path / "run", words, 0, 0)
     assert (first[-1][1], then[0][1]) == (4, 4)
     assert [line["loss"] for line in rows(tmp_path / "run")] == [line["loss"] for line in rows(alone[0])]
-    assert_equal_state(tmp_path / "run" / "checkpoints" / "step-00000006", alone[0] / "checkpoints" / "step-00000006")
+    assert_equal_state(
+        tmp_path / "run" / "checkpoints" / "step-00000006", alone[0] / "checkpoints" / "step-00000006"
+    )
     [(again, calls)] = run_ranks(1, trained, tmp_path / "run", words, 0, 0)
     assert (again.status, again.step, calls) == ("finished", 6, [])
 
@@ -148,21 +185,27 @@ class Uneven(ht.Callback):
 
 
 def trained_unevenly(run: Path) -> None:
-    ht.Trainer(config_of(run, "parallel=ddp", "engine.timeout_s=5"), data=Numbers(100, first=0), callbacks=[Uneven()]).fit()
+    ht.Trainer(
+        config_of(run, "parallel=ddp", "engine.timeout_s=5"), data=Numbers(100, first=0), callbacks=[Uneven()]
+    ).fit()
 
 
 def test_a_collective_on_one_rank_alone_is_a_timeout_that_names_the_callback(tmp_path: Path) -> None:
     with pytest.raises(RankFailed):
         run_ranks(2, trained_unevenly, tmp_path / "run")
     reason = str(summary(tmp_path / "run")["exit_reason"])
-    assert "CallbackTimeout: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed" in reason
+    assert (
+        "CallbackTimeout: Uneven.on_step waited for the other ranks until engine.timeout_s=5 had passed"
+        in reason
+    )
     assert [line["step"] for line in rows(tmp_path / "run")] == [1, 2]
     [report] = (tmp_path / "run" / "failures").glob("*/rank-0.json")
     assert "dist.all_reduce(torch.zeros(1))" in json.loads(report.read_text())["traceback"]
 
 
 def trained_in_halves(run: Path, words: list[str], own: bool) -> str:
-    """On each rank: train with a task of two sums, or go on without it; how it ended, or the first line of a refusal."""
+    """On each rank: train with a task of two sums, or go on without it; how it ended, or the
+    first line of a refusal."""
     task = Halves() if own else None
     try:
         return ht.Trainer(config_of(run, *words), data=Numbers(100, first=0), task=task).fit().status
@@ -203,12 +246,26 @@ def test_an_export_of_it_is_a_hugging_face_folder(alone: tuple[Path, list[Any]],
         ([], {"eval_data": [[1, 2]]}, "eval_data=list"),
         ([], {}, "data.path=''"),
         (["optim.lr=-1"], {"data": [[1, 2]]}, "optim.lr=-1.0"),
-        (["task.z_loss=1e-4"], {"data": [[1, 2]], "task": Halves()}, "task.z_loss=0.0001: a task is given as `task`, Halves"),
-        (["task=classification"], {"data": [[1, 2]], "task": Halves()}, "task.kind=classification: a task is given"),
-        ([], {"data": [[1, 2]], "task": 5}, "task=int: it has no collate, counts, loss, loss_of_logits, evaluate, weights"),
+        (
+            ["task.z_loss=1e-4"],
+            {"data": [[1, 2]], "task": Halves()},
+            "task.z_loss=0.0001: a task is given as `task`, Halves",
+        ),
+        (
+            ["task=classification"],
+            {"data": [[1, 2]], "task": Halves()},
+            "task.kind=classification: a task is given",
+        ),
+        (
+            [],
+            {"data": [[1, 2]], "task": 5},
+            "task=int: it has no collate, counts, loss, loss_of_logits, evaluate, weights",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path, words: list[str], parts: dict[str, Any], field: str) -> None:
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    tmp_path: Path, words: list[str], parts: dict[str, Any], field: str
+) -> None:
     with pytest.raises(ht.UserError, match="allowed") as error:
         ht.Trainer(config_of(tmp_path / "run", *words), **parts).fit()
     assert str(error.value).startswith(field)
@@ -217,7 +274,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
 
 def test_importing_it_takes_no_torch() -> None:
     code = "import sys, hybridtrain as ht; ht.compose('model=tiny'); ht.UserError; print('torch' in sys.modules, sorted(ht.__all__) == ht.__all__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "True"]
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split() == ["False", "True"]
     with pytest.raises(AttributeError, match="it has Callback, CausalLM"):
         ht.Trianer  # noqa: B018
 
@@ -241,23 +300,49 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("layout", [pytest.param("tp2_pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("tp2_pp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
 def test_a_script_outside_the_checkout_under_torchrun(tmp_path: Path, layout: str) -> None:
     (tmp_path / "mine.py").write_text(SCRIPT)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    alone = subprocess.run([sys.executable, "mine.py", "run.dir=one"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    alone = subprocess.run(
+        [sys.executable, "mine.py", "run.dir=one"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert alone.stdout.splitlines()[-1] == "finished"
     number = {"tp2_pp2": 4, "zero3": 2}[layout]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(number),
+    ]
     done = subprocess.run(
-        [*launcher, "mine.py", "run.dir=several", f"parallel={layout}"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [*launcher, "mine.py", "run.dir=several", f"parallel={layout}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines().count("finished") == number
     assert json.loads((tmp_path / "several" / "summary.json").read_text())["exit_reason"] == "good enough"
     for here, there in zip(rows(tmp_path / "several"), rows(tmp_path / "one"), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
     refused = subprocess.run(
-        [*launcher, "mine.py", "run.dir=more", "train.steps=0"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [*launcher, "mine.py", "run.dir=more", "train.steps=0"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 1
     assert refused.stderr.count("UserError: train=all 0: the run has no end") == 1
@@ -267,9 +352,13 @@ def test_the_programs_of_the_documentation_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
     (tmp_path / "mine.py").write_text(blocks[0])
-    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(
+        [sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert done[-1].startswith("finished ")
     told = summary(tmp_path / "runs" / "multiples")
     assert (told["exit_reason"], told["steps"] < 60) == ("good enough", True)
-    subprocess.run([sys.executable, "-c", blocks[1]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", blocks[1]], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert (tmp_path / "runs" / "multiples" / "export" / "model.safetensors").is_file()

@@ -1,4 +1,5 @@
-"""The documentation: its commands compose, its links lead somewhere, its tables and figures are what the program gives."""
+"""The documentation: its commands compose, its links lead somewhere, its tables and figures are
+what the program gives."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ from hybridtrain.config import schema
 from tests.documents import DOCUMENTS, ROOT, RUN_ELSEWHERE, RUN_IN_ORDER, blocks, commands, read
 
 
-@pytest.mark.parametrize("line", sorted({line for name in DOCUMENTS if name not in RUN_ELSEWHERE for line in commands(name)}))
+@pytest.mark.parametrize(
+    "line", sorted({line for name in DOCUMENTS if name not in RUN_ELSEWHERE for line in commands(name)})
+)
 def test_each_command_composes(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
-    words = words[1:] if words[0] == "hybridtrain" else ["train", *words[words.index("hybridtrain.train") + 1 :]]
+    words = (
+        words[1:] if words[0] == "hybridtrain" else ["train", *words[words.index("hybridtrain.train") + 1 :]]
+    )
     if "--multirun" in words:
         words = [re.sub(r",.*", "", word) for word in words if word != "--multirun"]
     assert run_command(words[0], [*words[1:], "--cfg", "job"]) == 0
@@ -62,7 +67,9 @@ def test_the_table_of_layouts_is_what_memory_planning_gives() -> None:
 
 
 def test_the_files_to_read_first_are_as_long_as_said() -> None:
-    rows = re.findall(r"^\| `(hybridtrain/[\w/.]+)` \| (\d+) \|", read("docs/architecture.md"), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(hybridtrain/[\w/.]+)` \| (\d+) \|", read("docs/architecture.md"), flags=re.MULTILINE
+    )
     assert len(rows) > 10
     lengths = {file: len((ROOT / file).read_text().splitlines()) for file, _ in rows}
     assert {file: lengths[file] for file, lines in rows if abs(lengths[file] / int(lines) - 1) > 0.15} == {}
@@ -71,7 +78,11 @@ def test_the_files_to_read_first_are_as_long_as_said() -> None:
 
 
 def test_every_file_that_the_documents_name_is_there() -> None:
-    named = {file for name in DOCUMENTS for file in re.findall(r"`((?:hybridtrain|tests|launch|conf|slurm)/[\w/.-]+\.\w+)`", read(name))}
+    named = {
+        file
+        for name in DOCUMENTS
+        for file in re.findall(r"`((?:hybridtrain|tests|launch|conf|slurm)/[\w/.-]+\.\w+)`", read(name))
+    }
     assert len(named) > 20
     assert {file for file in named if not (ROOT / file).is_file()} == set()
 
@@ -91,13 +102,25 @@ def said() -> str:
     for path in (ROOT / "hybridtrain").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings]
+        texts += [
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        ]
     return "\n".join(texts)
 
 
 def test_every_quoted_message_occurs() -> None:
-    rows = [line for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines() if line.startswith("| `")]
-    quoted = [piece.strip() for row in rows for text in re.findall(r"`([^`]*)`", row.split("|")[1]) for piece in text.split("…") if piece.strip()]
+    rows = [
+        line for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    quoted = [
+        piece.strip()
+        for row in rows
+        for text in re.findall(r"`([^`]*)`", row.split("|")[1])
+        for piece in text.split("…")
+        if piece.strip()
+    ]
     assert len(quoted) > 40
     texts = said()
     assert [text for text in quoted if text not in texts] == []

@@ -1,4 +1,5 @@
-"""The installed package: the wheel with what it requires and nothing else, the optional parts, and launch/setup.sh."""
+"""The installed package: the wheel with what it requires and nothing else, the optional parts,
+and launch/setup.sh."""
 
 from __future__ import annotations
 
@@ -48,10 +49,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command of an environment with the wheel and the packages that it requires, of this environment, and no others."""
+    """The command of an environment with the wheel and the packages that it requires, of this
+    environment, and no others."""
     venv = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "--quiet", "--no-deps", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        venv / "bin" / "python",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
     subprocess.run([*pip, wheel], check=True)
     [site] = venv.glob("lib/python*/site-packages")
     for name in required(PROJECT["dependencies"]):
@@ -64,7 +76,15 @@ def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([program, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        [program, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def test_the_wheel_holds_its_licence_and_all_of_conf(wheel: Path) -> None:
@@ -74,10 +94,16 @@ def test_the_wheel_holds_its_licence_and_all_of_conf(wheel: Path) -> None:
     assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
     metadata = archive.read(licence.replace("licenses/LICENSE", "METADATA")).decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")} == set(PROJECT["optional-dependencies"])
+    assert {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")} == set(
+        PROJECT["optional-dependencies"]
+    )
     assert {"hybridtrain/report/page.css", "hybridtrain/report/page.js"} <= set(names)
-    carried = {name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")}
-    assert carried == {str(path.relative_to(keys.conf_folder())) for path in keys.conf_folder().rglob("*.yaml")}
+    carried = {
+        name.removeprefix("hybridtrain/conf/") for name in names if name.startswith("hybridtrain/conf/")
+    }
+    assert carried == {
+        str(path.relative_to(keys.conf_folder())) for path in keys.conf_folder().rglob("*.yaml")
+    }
 
 
 def test_the_wheel_composes_outside_the_checkout(program: Path, tmp_path: Path) -> None:
@@ -98,7 +124,9 @@ MISSING = {
 
 
 @pytest.mark.parametrize("extra", MISSING)
-def test_a_missing_package_is_refused_with_the_extra_that_has_it(program: Path, tmp_path: Path, extra: str) -> None:
+def test_a_missing_package_is_refused_with_the_extra_that_has_it(
+    program: Path, tmp_path: Path, extra: str
+) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -109,8 +137,19 @@ def test_a_missing_package_is_refused_with_the_extra_that_has_it(program: Path, 
     assert "Traceback" not in refused.stderr
 
 
-def test_the_command_that_a_refusal_names_asks_for_the_missing_packages_alone(program: Path, tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "--python", program.with_name("python"), "install", "--no-index", "hybridtrain[report]"]
+def test_the_command_that_a_refusal_names_asks_for_the_missing_packages_alone(
+    program: Path, tmp_path: Path
+) -> None:
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        program.with_name("python"),
+        "install",
+        "--no-index",
+        "hybridtrain[report]",
+    ]
     asked = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "No matching distribution found for matplotlib" in asked.stderr
 
@@ -119,28 +158,76 @@ def test_every_extra_is_a_part_of_all_and_has_a_command_that_names_it() -> None:
     extras = PROJECT["optional-dependencies"]
     assert set(extras) == {"all", "test", *MISSING}
     parts = Requirement(extras["all"][0]).extras
-    assert {text for part in parts for text in extras[part]} >= {text for part in MISSING for text in extras[part]}
+    assert {text for part in parts for text in extras[part]} >= {
+        text for part in MISSING for text in extras[part]
+    }
     assert set(TRACKERS_OF_EXTRAS.values()) <= set(MISSING)
-    assert [extra for extra in extras if extra != "test" and f"`{extra}`" not in (ROOT / "docs" / "support.md").read_text()] == []
+    assert [
+        extra
+        for extra in extras
+        if extra != "test" and f"`{extra}`" not in (ROOT / "docs" / "support.md").read_text()
+    ] == []
 
 
 @pytest.mark.slow
-def test_the_wheel_trains_outside_the_checkout_with_what_it_requires_alone(program: Path, tmp_path: Path) -> None:
-    words = ("model=tiny", "model.config.vocab_size=300", "data.seq_len=32", "data.path=data", "parallel=zero1_pp2", "schedule=constant", "train.steps=3")
+def test_the_wheel_trains_outside_the_checkout_with_what_it_requires_alone(
+    program: Path, tmp_path: Path
+) -> None:
+    words = (
+        "model=tiny",
+        "model.config.vocab_size=300",
+        "data.seq_len=32",
+        "data.path=data",
+        "parallel=zero1_pp2",
+        "schedule=constant",
+        "train.steps=3",
+    )
     (tmp_path / "text").mkdir()
     for number in range(12):
-        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(f"{number * n} follows {n * n},\n" for n in range(300)))
-    prepared = run(program, "prepare", "data.source=[text]", "data.path=data", "data.vocab_size=300", "data.eval_fraction=0.09", folder=tmp_path)
+        (tmp_path / "text" / f"{number}.txt").write_text(
+            " ".join(f"{number * n} follows {n * n},\n" for n in range(300))
+        )
+    prepared = run(
+        program,
+        "prepare",
+        "data.source=[text]",
+        "data.path=data",
+        "data.vocab_size=300",
+        "data.eval_fraction=0.09",
+        folder=tmp_path,
+    )
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     ended = run(program, "train", "--nproc", "2", *words, "run.dir=runs/smoke", folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "runs" / "smoke" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 3)
     assert run(program, "export", "runs/smoke", folder=tmp_path).returncode == 0
-    assert run(program, "generate", "runs/smoke", "generate.prompt=1", "generate.max_new_tokens=4", folder=tmp_path).returncode == 0
-    sweep = run(program, "train", "--multirun", *words, "parallel=single", "train.steps=1", "optim.lr=1e-3,3e-4", folder=tmp_path)
+    assert (
+        run(
+            program,
+            "generate",
+            "runs/smoke",
+            "generate.prompt=1",
+            "generate.max_new_tokens=4",
+            folder=tmp_path,
+        ).returncode
+        == 0
+    )
+    sweep = run(
+        program,
+        "train",
+        "--multirun",
+        *words,
+        "parallel=single",
+        "train.steps=1",
+        "optim.lr=1e-3,3e-4",
+        folder=tmp_path,
+    )
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
-    assert 'the runs are not compared: matplotlib is not installed; pip install "hybridtrain[report]"' in sweep.stdout
+    assert (
+        'the runs are not compared: matplotlib is not installed; pip install "hybridtrain[report]"'
+        in sweep.stdout
+    )
 
 
 def test_setup_installs_what_is_asked_for_once(tmp_path: Path) -> None:
@@ -157,7 +244,9 @@ def test_setup_installs_what_is_asked_for_once(tmp_path: Path) -> None:
         """The parts that a call of the script installs."""
         (tmp_path / "asked").write_text("")
         subprocess.run(["bash", tmp_path / "launch" / "setup.sh", *words], check=True, capture_output=True)
-        return [line.split()[-1] for line in (tmp_path / "asked").read_text().splitlines() if "--editable" in line]
+        return [
+            line.split()[-1] for line in (tmp_path / "asked").read_text().splitlines() if "--editable" in line
+        ]
 
     assert installed() == [".[data,report,trackers]"]
     assert installed() == []
@@ -167,5 +256,7 @@ def test_setup_installs_what_is_asked_for_once(tmp_path: Path) -> None:
     assert installed("test") == installed("all") == installed() == []
     (tmp_path / "pyproject.toml").write_text("changed")
     assert installed() == [".[data,report,trackers]"]
-    refused = subprocess.run(["bash", tmp_path / "launch" / "setup.sh", "everything"], capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        ["bash", tmp_path / "launch" / "setup.sh", "everything"], capture_output=True, text=True, check=False
+    )
     assert (refused.returncode, "allowed: nothing, all, test" in refused.stderr) == (2, True)

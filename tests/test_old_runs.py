@@ -1,6 +1,8 @@
-"""Runs, corpora and an export that version 0.1 made are read for ever: resumed, exported, evaluated, reported, listed.
+"""Runs, corpora and an export that version 0.1 made are read for ever: resumed, exported,
+evaluated, reported, listed.
 
-tests/fixtures/v0_1 has them, with how they were made (make.sh) and what that version made of them next (expected.json).
+tests/fixtures/v0_1 has them, with how they were made (make.sh) and what that version made of
+them next (expected.json).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ EXPECTED: dict[str, list[dict[str, Any]]] = json.loads((FIXTURE / "expected.json
 RANKS = {"dp2": 2, "tp2_pp2": 4, "tied_zero3": 2, "fp16": 2, "ds_zero1": 2, "ds_zero3": 2}
 SAVED = 4  # steps that each run had done; `again` asks for two more
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="the package deepspeed is not installed"
+)
 EACH = [pytest.param(name, marks=[needs_deepspeed] if name.startswith("ds_") else []) for name in RANKS]
 
 
@@ -64,19 +68,30 @@ def test_an_old_run_is_resumed_with_the_losses_it_would_have_had(old: Path, name
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_an_old_run_is_exported_and_its_export_evaluated(old: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_run_is_exported_and_its_export_evaluated(
+    old: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = old / "out"
     assert main(["export", f"runs/{name}", f"export.out={out}"]) == 0
     if name == "dp2":  # the old version's own export of the same run
-        ours, theirs = load_file(out / "model.safetensors"), load_file(old / "runs" / name / "export" / "model.safetensors")
+        ours, theirs = (
+            load_file(out / "model.safetensors"),
+            load_file(old / "runs" / name / "export" / "model.safetensors"),
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     data = {"tied_zero3": "megatron/mega_eval", "ds_zero3": "sft"}.get(name, "corpus")
     capsys.readouterr()
     # token files by prefix have no tokenizer; what is evaluated is named by its own option
-    options = [f"data.eval_path={data}", "data.path=megatron/mega_train"] if name == "tied_zero3" else [f"data.path={data}"]
+    options = (
+        [f"data.eval_path={data}", "data.path=megatron/mega_train"]
+        if name == "tied_zero3"
+        else [f"data.path={data}"]
+    )
     assert main(["evaluate", f"evaluate.source={out}", "data.seq_len=32", "train.eval_rows=4", *options]) == 0
-    loss = next(float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("loss"))
+    loss = next(
+        float(line.split()[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("loss")
+    )
     tolerance = 1e-4 if name == "fp16" else 1e-5  # that run computes in fp16, an evaluation in fp32
     assert loss == pytest.approx(_expected_eval(name), rel=tolerance)
 
@@ -96,7 +111,19 @@ def test_old_runs_are_reported_and_listed(old: Path, capsys: pytest.CaptureFixtu
 
 def test_an_old_corpus_is_prepared_already(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in (old / "corpus").iterdir() if path.is_file()}
-    assert main(["prepare", "data=text", "data.source=[texts]", "data.path=corpus", "data.vocab_size=270", "data.eval_fraction=0.3"]) == 0
+    assert (
+        main(
+            [
+                "prepare",
+                "data=text",
+                "data.source=[texts]",
+                "data.path=corpus",
+                "data.vocab_size=270",
+                "data.eval_fraction=0.3",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert "prepared already" in said.out + said.err
     assert {path.name: path.read_bytes() for path in (old / "corpus").iterdir() if path.is_file()} == before
@@ -107,7 +134,9 @@ def test_a_run_that_an_old_version_queued_can_start(old: Path) -> None:
     argv = ["--config-dir", str(queued / "submit" / "conf"), "experiment=submitted", f"run.dir={queued}"]
     ended = run_ranks(2, _resumed, old, argv)
     assert {rank.code for rank in ended} == {0}, ended[0].err + ended[0].out
-    assert [row["loss"] for row in rows(queued)] == pytest.approx([row["loss"] for row in EXPECTED["dp2"][:SAVED]], rel=1e-6)
+    assert [row["loss"] for row in rows(queued)] == pytest.approx(
+        [row["loss"] for row in EXPECTED["dp2"][:SAVED]], rel=1e-6
+    )
     assert math.isfinite(json.loads((queued / "summary.json").read_text())["final_loss"])
 
 

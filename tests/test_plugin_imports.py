@@ -34,9 +34,21 @@ def test_a_run_directory_that_is_read_imports_nothing(data: Path, tmp_path: Path
     argv = arguments(run, data, train__steps=2)
     finished(1, argv)
     planted_in(run)
-    looked = [("export", [str(run)]), ("evaluate", [str(run)]), ("generate", [str(run), "generate.max_new_tokens=2"]), ("report", [str(run)])]
-    looked += [("verify", [str(run)]), ("runs", []), ("logs", [str(run), "logs.follow=false"]), ("train", [*argv, "train.steps=3"])]
-    looked += [("train", [*argv, f"run.dir={tmp_path / 'branch'}", f"run.branch_from={run}", "train.steps=4"])]
+    looked = [
+        ("export", [str(run)]),
+        ("evaluate", [str(run)]),
+        ("generate", [str(run), "generate.max_new_tokens=2"]),
+        ("report", [str(run)]),
+    ]
+    looked += [
+        ("verify", [str(run)]),
+        ("runs", []),
+        ("logs", [str(run), "logs.follow=false"]),
+        ("train", [*argv, "train.steps=3"]),
+    ]
+    looked += [
+        ("train", [*argv, f"run.dir={tmp_path / 'branch'}", f"run.branch_from={run}", "train.steps=4"])
+    ]
     for command, words in looked:
         if command == "train":
             planted_in(run)
@@ -48,8 +60,11 @@ def test_a_run_directory_that_is_read_imports_nothing(data: Path, tmp_path: Path
     assert (tmp_path / "imported").exists()
 
 
-def test_what_submit_leaves_in_a_run_permits_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The modules stand on the command line of the job, not in the run's frozen configuration; a file there that names some is not heard."""
+def test_what_submit_leaves_in_a_run_permits_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The modules stand on the command line of the job, not in the run's frozen configuration; a file there
+    that names some is not heard."""
     (tmp_path / "planted.py").write_text(PLANTED)
     run = tmp_path / "run"
     argv = [*arguments(run, data), "run.plugins=[planted]", "schedule.kind=planted"]
@@ -66,11 +81,21 @@ def test_what_submit_leaves_in_a_run_permits_nothing(data: Path, tmp_path: Path,
     checks.check(compose.train_config([*words, script.plugins_word(config.run.plugins)]))
     assert (tmp_path / "imported").exists()
 
-    told = {"name": "x", "folder": run / "submit", "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "runs": [run]}
+    told = {
+        "name": "x",
+        "folder": run / "submit",
+        "work_dir": tmp_path,
+        "python": "python",
+        "stop_signal": "USR1",
+        "runs": [run],
+    }
     text = script.render(schema.ClusterConfig(), **told, plugins=config.run.plugins)
     assert "export HYBRIDTRAIN_PLUGINS='run.plugins=[planted]'" in text
     in_a_job(monkeypatch, run, restarts=0)
-    for plugins, printed in (("run.plugins=[planted]", f"{run}\nrun.plugins=[planted]\n"), ("", f"{run}\n\n")):
+    for plugins, printed in (
+        ("run.plugins=[planted]", f"{run}\nrun.plugins=[planted]\n"),
+        ("", f"{run}\n\n"),
+    ):
         monkeypatch.setenv("HYBRIDTRAIN_PLUGINS", plugins)
         assert job.open_job([]) == 0
         assert capsys.readouterr().out == printed
@@ -88,7 +113,10 @@ def on_rank_1(folder: Path, argv: list[str]) -> Ended:
 
 def test_a_module_that_rank_0_has_and_another_lacks_is_said_by_the_other(tmp_path: Path) -> None:
     """What all ranks would refuse alike is said by rank 0 alone; an import may fail on one host only."""
-    for words, said in ((["run.plugins=[absent]"], "[rank 1] hybridtrain train: run.plugins=absent: it cannot be imported"), (["optim.lr=-1"], "")):
+    for words, said in (
+        (["run.plugins=[absent]"], "[rank 1] hybridtrain train: run.plugins=absent: it cannot be imported"),
+        (["optim.lr=-1"], ""),
+    ):
         [ended] = run_ranks(1, on_rank_1, tmp_path, ["model=tiny", "data.path=x", "train.steps=1", *words])
         assert (ended.code, ended.err[: len(said) or None]) == (2, said), ended.err
 

@@ -1,4 +1,5 @@
-"""A whole program outside the checkout: its own rows, loss, callback and optimizer, under every kind of layout, killed and resumed, and proven."""
+"""A whole program outside the checkout: its own rows, loss, callback and optimizer, under every kind of
+layout, killed and resumed, and proven."""
 
 from __future__ import annotations
 
@@ -91,8 +92,19 @@ if __name__ == "__main__":
 def run_program(folder: Path, *words: str, processes: int, kill: str) -> subprocess.CompletedProcess[str]:
     """`python mine.py WORD ...`, or under torchrun. `kill`: "STEP RANK" that kills itself, or empty."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "KILL_AT": kill}
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([sys.executable, *launcher, "mine.py", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    launcher = (
+        []
+        if processes == 1
+        else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, "mine.py", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +121,26 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "processes"), [("tp2_pp2", 4), ("zero3", 2)])
-def test_killed_and_given_again_it_ends_as_the_run_that_was_not(alone: Path, layout: str, processes: int) -> None:
+def test_killed_and_given_again_it_ends_as_the_run_that_was_not(
+    alone: Path, layout: str, processes: int
+) -> None:
     whole, broken = f"whole-{layout}", f"broken-{layout}"
     done = run_program(alone, f"parallel={layout}", f"run.dir={whole}", processes=processes, kill="")
     assert done.returncode == 0, done.stderr
     for here, there in zip(rows(alone / whole), rows(alone / "run"), strict=True):
         for key in ("loss", "train_even", "train_odd"):
             assert here[key] == pytest.approx(there[key], rel=1e-5)
-    killed = run_program(alone, f"parallel={layout}", f"run.dir={broken}", processes=processes, kill=f"5 {processes - 1}")
+    killed = run_program(
+        alone, f"parallel={layout}", f"run.dir={broken}", processes=processes, kill=f"5 {processes - 1}"
+    )
     assert killed.returncode != 0
     assert 3 <= rows(alone / broken)[-1]["step"] <= 6
     again = run_program(alone, f"parallel={layout}", f"run.dir={broken}", processes=processes, kill="")
     assert again.returncode == 0, again.stderr
-    assert [ended.stdout.splitlines().count("finished 17") for ended in (done, again)] == [processes, processes]
+    assert [ended.stdout.splitlines().count("finished 17") for ended in (done, again)] == [
+        processes,
+        processes,
+    ]
     for key in ("loss", "grad_norm", "train_even", "train_odd"):
         assert [line[key] for line in rows(alone / broken)] == [line[key] for line in rows(alone / whole)]
     last = sorted(path.name for path in (alone / whole / "checkpoints").iterdir())[-1]
@@ -130,7 +149,9 @@ def test_killed_and_given_again_it_ends_as_the_run_that_was_not(alone: Path, lay
 
 @pytest.mark.slow
 def test_the_plain_process_agrees(alone: Path) -> None:
-    done = subprocess.run([sys.executable, "prove.py"], cwd=alone, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "prove.py"], cwd=alone, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1] == "proven True", done.stdout + done.stderr
 
 

@@ -1,4 +1,5 @@
-"""Mistakes in a program's own rows, loss, callbacks and factories: each is refused by name, or cannot go wrong."""
+"""Mistakes in a program's own rows, loss, callbacks and factories: each is refused by name,
+or cannot go wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.ranks import run_ranks
 from tests.runs import summary
 from tests.user_rows import Numbers, config_of
 
-# -- the loss ----------------------------------------------------------------------------------------------------
+# -- the loss ------------------------------------------------------------------------------------------------
 
 
 class Twice(ht.CausalLM):
@@ -39,12 +40,17 @@ class Twice(ht.CausalLM):
 def test_a_sum_takes_one_loss_alone() -> None:
     head = Head(torch.nn.Linear(4, 8, bias=False), task=Twice(), loss_chunk=0)
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"Twice.loss: cross_entropy is called a second time for the sum 'loss'; give each part a name"):
+    with pytest.raises(
+        TypeError,
+        match=r"Twice.loss: cross_entropy is called a second time for the sum 'loss'; give each part a name",
+    ):
         head(torch.randn(1, 3, 4), Batch(ids, ids, ids))
 
 
 @pytest.mark.parametrize(("factors", "right"), [((2.0, 2.0, 2.0), True), ((2.0, 3.0, 2.0), False)])
-def test_micro_batches_in_flight_have_one_factor_or_no_gradient(factors: tuple[float, ...], right: bool) -> None:
+def test_micro_batches_in_flight_have_one_factor_or_no_gradient(
+    factors: tuple[float, ...], right: bool
+) -> None:
     """Two forward passes, a backward pass, a third forward pass, two backward passes: 1F1B on two stages."""
     gradient, parts = HeadGradient(), [torch.full((2, 2), float(number)) for number in (1, 10, 100)]
     whole = torch.zeros(2, 2)
@@ -54,11 +60,15 @@ def test_micro_batches_in_flight_have_one_factor_or_no_gradient(factors: tuple[f
             gradient.in_flight += 1
             gradient.add(parts[int(number)].clone(), alone=True)
         else:
-            whole += gradient.take(torch.tensor(factors[int(number)]), shape=torch.Size((2, 2)), dtype=torch.float32)
+            whole += gradient.take(
+                torch.tensor(factors[int(number)]), shape=torch.Size((2, 2)), dtype=torch.float32
+            )
     assert whole.isnan().all() if not right else torch.equal(whole, torch.full((2, 2), 222.0))
     gradient.in_flight += 1
     gradient.add(parts[0].clone(), alone=True)
-    assert torch.equal(gradient.take(torch.tensor(5.0), shape=torch.Size((2, 2)), dtype=torch.float32), 5 * parts[0])
+    assert torch.equal(
+        gradient.take(torch.tensor(5.0), shape=torch.Size((2, 2)), dtype=torch.float32), 5 * parts[0]
+    )
 
 
 class Evaluates(ht.CausalLM):
@@ -75,7 +85,12 @@ def evaluated(run: Path, name: str, found: Any) -> str:
     task = Evaluates()
     task.name, task.found = name, found
     try:
-        ht.Trainer(config_of(run, "train.eval_every=2"), data=Numbers(100, first=0), eval_data=Numbers(4, first=3), task=task).fit()
+        ht.Trainer(
+            config_of(run, "train.eval_every=2"),
+            data=Numbers(100, first=0),
+            eval_data=Numbers(4, first=3),
+            task=task,
+        ).fit()
     except ht.UserError as error:
         return str(error)
     return (run / "metrics.jsonl").read_text()
@@ -90,7 +105,9 @@ def evaluated(run: Path, name: str, found: Any) -> str:
         ("eval_loss", np.float32(0.5), '"eval_loss": 0.5'),
     ],
 )
-def test_what_an_evaluation_returns_is_a_number_under_a_name_of_its_own(tmp_path: Path, name: str, found: Any, words: str) -> None:
+def test_what_an_evaluation_returns_is_a_number_under_a_name_of_its_own(
+    tmp_path: Path, name: str, found: Any, words: str
+) -> None:
     assert words in run_ranks(1, evaluated, tmp_path / "run", name, found)[0]
 
 
@@ -101,7 +118,7 @@ def test_nan_is_the_largest_difference() -> None:
     assert (differences.name, math.isnan(differences.largest)) == ("b", True)
 
 
-# -- rows --------------------------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------
 
 
 class Table:
@@ -122,12 +139,22 @@ def rows_of(data: Any) -> UserRows:
     ("row", "ids", "mask"),
     [
         ({"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}, [5, 6], None),
-        ({"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "labels": [-100, -100, -100, 6]}, [5, 6], [False, True]),
-        ({"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "loss_mask": [0, 1, 1]}, [5, 6, 7], [False, True, True]),
+        (
+            {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "labels": [-100, -100, -100, 6]},
+            [5, 6],
+            [False, True],
+        ),
+        (
+            {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "loss_mask": [0, 1, 1]},
+            [5, 6, 7],
+            [False, True, True],
+        ),
         ({"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "label": 1}, [5, 6, 1], [False, False, True]),
     ],
 )
-def test_what_a_tokenizer_has_padded_is_not_trained_on(row: dict[str, Any], ids: list[int], mask: list[bool] | None) -> None:
+def test_what_a_tokenizer_has_padded_is_not_trained_on(
+    row: dict[str, Any], ids: list[int], mask: list[bool] | None
+) -> None:
     found, loss_mask = rows_of([row]).read(0)
     assert found.tolist() == ids
     assert (None if loss_mask is None else loss_mask.tolist()) == mask
@@ -137,7 +164,10 @@ def test_what_a_tokenizer_has_padded_is_not_trained_on(row: dict[str, Any], ids:
     ("data", "words"),
     [
         ([{"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}], "its attention_mask is list [1, 0, 1]"),
-        ([{"input_ids": [5, 6, 7], "attention_mask": [1, 1]}], "it has 3 tokens, and its attention_mask is list [1, 1]"),
+        (
+            [{"input_ids": [5, 6, 7], "attention_mask": [1, 1]}],
+            "it has 3 tokens, and its attention_mask is list [1, 1]",
+        ),
         ({"train": [[1, 2]], "test": [[1, 2]]}, "data=dict: it is a mapping of train, test"),
         (Table(), "[0] raises KeyError: 0"),
     ],
@@ -156,7 +186,15 @@ def trained_on(run: Path, sizes: list[int]) -> str:
     """On each rank: held-out rows of another number."""
     held_out = Numbers(sizes[int(os.environ["RANK"])], first=3)
     try:
-        return ht.Trainer(config_of(run, "parallel=ddp", "train.eval_every=2"), data=Numbers(100, first=0), eval_data=held_out).fit().status
+        return (
+            ht.Trainer(
+                config_of(run, "parallel=ddp", "train.eval_every=2"),
+                data=Numbers(100, first=0),
+                eval_data=held_out,
+            )
+            .fit()
+            .status
+        )
     except ht.UserError as error:
         return str(error)
     except SystemExit as error:
@@ -169,7 +207,7 @@ def test_held_out_rows_that_ranks_do_not_share_are_refused(tmp_path: Path) -> No
     assert other == "exit 2"
 
 
-# -- a run -------------------------------------------------------------------------------------------------------
+# -- a run ---------------------------------------------------------------------------------------------------
 
 
 class Enough(ht.Callback):
@@ -190,7 +228,8 @@ def test_a_run_that_its_program_ended_is_finished(tmp_path: Path) -> None:
 
 
 def refused_then_trained(run: Path) -> str:
-    """A row that is too long for the first steps of a run with a tracker; then rows that fit, in the same directory."""
+    """A row that is too long for the first steps of a run with a tracker; then rows that fit, in
+    the same directory."""
     words = ("tracker.kinds=[tensorboard]", "run.callbacks=[]")
     try:
         ht.Trainer(config_of(run, *words), data=[list(range(40))] * 8).fit()
@@ -207,7 +246,9 @@ def test_a_refused_run_takes_its_trackers_files_back(tmp_path: Path) -> None:
 
 def trained_in_a_thread(run: Path) -> list[str]:
     found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(ht.Trainer(config_of(run), data=Numbers(100, first=0)).fit().status))
+    thread = threading.Thread(
+        target=lambda: found.append(ht.Trainer(config_of(run), data=Numbers(100, first=0)).fit().status)
+    )
     thread.start()
     thread.join()
     return found
@@ -218,7 +259,7 @@ def test_a_program_may_train_in_a_thread(tmp_path: Path) -> None:
     assert "none stops this run with a checkpoint" in (tmp_path / "run/logs/rank-0.log").read_text()
 
 
-# -- factories ---------------------------------------------------------------------------------------------------
+# -- factories -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,16 +269,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_what_a_factory_raises_is_a_refusal_with_its_place() -> None:
-    ht.register("optimizer", "mine")(lambda groups, config: torch.optim.SGD(groups, lr=config.lr, momentum=config.options["momentum"]))
+    ht.register("optimizer", "mine")(
+        lambda groups, config: torch.optim.SGD(groups, lr=config.lr, momentum=config.options["momentum"])
+    )
     settings = ht.compose("model=tiny").optim
     settings.kind = "mine"
-    with pytest.raises(ht.UserError, match=r"optim.kind=mine: its factory raised KeyError: 'momentum' \(.*test_user_code.py:\d+\)"):
+    with pytest.raises(
+        ht.UserError,
+        match=r"optim.kind=mine: its factory raised KeyError: 'momentum' \(.*test_user_code.py:\d+\)",
+    ):
         user_optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(2))]}], settings)
 
 
 @pytest.mark.usefixtures("fresh")
 def test_a_rate_in_a_tensor_is_the_rate() -> None:
-    ht.register("optimizer", "mine")(lambda groups, config: torch.optim.AdamW(groups, lr=torch.tensor(config.lr)))
+    ht.register("optimizer", "mine")(
+        lambda groups, config: torch.optim.AdamW(groups, lr=torch.tensor(config.lr))
+    )
     settings = ht.compose("model=tiny", "optim.lr=0.0003").optim
     settings.kind = "mine"
     assert user_optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(2))]}], settings).param_groups
@@ -254,6 +302,8 @@ def test_a_cell_of_a_notebook_may_be_run_again() -> None:
 
 def test_one_layout_may_be_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = ht.parity(ht.compose("model=tiny", "data.seq_len=16", "batch.global_batch_size=2"), layouts="single", steps=1)
+    found = ht.parity(
+        ht.compose("model=tiny", "data.seq_len=16", "batch.global_batch_size=2"), layouts="single", steps=1
+    )
     assert [row.layout for row in found.rows] == ["single"]
     assert json.loads(found.path.read_text())

@@ -27,5 +27,14 @@ class Numbers:
 
 
 def config_of(run: Path, *words: str) -> Any:
-    given = [f"run.dir={run}", "model=tiny", f"model.config.vocab_size={VOCAB}", f"data.seq_len={SEQ}", "batch.global_batch_size=4", "batch.micro_batch_size=1"]
-    return ht.compose(*given, "train.steps=6", "train.log_every=1", "schedule=constant", "optim.lr=0.01", *words)
+    given = [
+        f"run.dir={run}",
+        "model=tiny",
+        f"model.config.vocab_size={VOCAB}",
+        f"data.seq_len={SEQ}",
+        "batch.global_batch_size=4",
+        "batch.micro_batch_size=1",
+    ]
+    return ht.compose(
+        *given, "train.steps=6", "train.log_every=1", "schedule=constant", "optim.lr=0.01", *words
+    )

@@ -64,23 +64,46 @@ def compare(config: BenchRoot) -> int:
         rounds = _take_turns(config, ours, plain, group=group)
         parts = _profile(ours, plain, group=group) if config.bench.parts else {}
         all_ranks = _all_gather((rounds["ours"], ours.memory()))
-        timings = [_timing(f"hybridtrain {notation.write(config.parallel, settled.layout)}", [rounds for rounds, _ in all_ranks], [m for _, m in all_ranks])]
+        timings = [
+            _timing(
+                f"hybridtrain {notation.write(config.parallel, settled.layout)}",
+                [rounds for rounds, _ in all_ranks],
+                [m for _, m in all_ranks],
+            )
+        ]
         if plain:
             timings.append(_timing("plain loop", [rounds["plain"]], [plain.memory()]))
     hosts = host.gather(device)
     code = 0
     if log.rank() == 0:
-        code = _conclude(config, settled, timings, parts=parts, work=_work(settled, engine=engine, device=device), hosts=hosts)
+        code = _conclude(
+            config,
+            settled,
+            timings,
+            parts=parts,
+            work=_work(settled, engine=engine, device=device),
+            hosts=hosts,
+        )
     engine.close()
     mesh.disconnect()
     return code
 
 
 def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
-    """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot be, and for a batch that grows)."""
-    for field, growing in (("batch.ramp_start", settled.plan.ramp), ("batch.seq_len_start", settled.plan.cuts)):
+    """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot
+    be, and for a batch that grows)."""
+    for field, growing in (
+        ("batch.ramp_start", settled.plan.ramp),
+        ("batch.seq_len_start", settled.plan.cuts),
+    ):
         if growing:
-            raise refusal(field, getattr(config.batch, field[6:]), "bench times steps of the full size", allowed="0", instead=f"bench with {field}=0")
+            raise refusal(
+                field,
+                getattr(config.batch, field[6:]),
+                "bench times steps of the full size",
+                allowed="0",
+                instead=f"bench with {field}=0",
+            )
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)
@@ -98,8 +121,20 @@ def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple
 
     before_gib = metrics.max_memory_gib(device)
     engine = engines.build(config, layout=settled.layout, plan=settled.plan, device=device)
-    tokens = tokens_of(config, corpus=config.bench.corpus, vocab=settled.facts.vocab, plan=settled.plan, dp_rank=engine.mesh.dp_rank, dp_size=settled.layout.dp)
-    return engine, Side(lambda batches: engine.train_step(batches, lr=config.optim.lr).loss, tokens=tokens, device=device, before_gib=before_gib)
+    tokens = tokens_of(
+        config,
+        corpus=config.bench.corpus,
+        vocab=settled.facts.vocab,
+        plan=settled.plan,
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=settled.layout.dp,
+    )
+    return engine, Side(
+        lambda batches: engine.train_step(batches, lr=config.optim.lr).loss,
+        tokens=tokens,
+        device=device,
+        before_gib=before_gib,
+    )
 
 
 @contextlib.contextmanager
@@ -114,14 +149,18 @@ def _plain(config: BenchRoot, settled: Settled) -> Iterator[PlainProcess | None]
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", settled.layout.world_size))
     plan = plan_batch(config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=config.data.seq_len)
-    process = PlainProcess(PlainSettings(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads()))
+    process = PlainProcess(
+        PlainSettings(config, plan, settled.facts.vocab, threads=here * torch.get_num_threads())
+    )
     try:
         yield process
     finally:
         process.close()
 
 
-def _take_turns(config: BenchRoot, ours: Side, plain: PlainProcess | None, *, group: Any) -> dict[str, list[Round]]:
+def _take_turns(
+    config: BenchRoot, ours: Side, plain: PlainProcess | None, *, group: Any
+) -> dict[str, list[Round]]:
     """Run warm-up and rounds.
 
     One side computes at a time; the first one alternates, so that drift of the machine cancels.
@@ -135,14 +174,27 @@ def _take_turns(config: BenchRoot, ours: Side, plain: PlainProcess | None, *, gr
             elif plain:
                 done["plain"].append(plain.run(count))
             _wait(group)
-        _log_lines([_progress(number, config.bench.rounds, {side: rounds[-1] for side, rounds in done.items() if rounds})])
+        _log_lines(
+            [
+                _progress(
+                    number, config.bench.rounds, {side: rounds[-1] for side, rounds in done.items() if rounds}
+                )
+            ]
+        )
     return done
 
 
 def _progress(number: int, rounds: int, last: dict[str, Round]) -> str:
-    medians = {"hybridtrain" if side == "ours" else "plain loop": statistics.median(a_round.steps_s) for side, a_round in last.items()}
+    medians = {
+        "hybridtrain" if side == "ours" else "plain loop": statistics.median(a_round.steps_s)
+        for side, a_round in last.items()
+    }
     times = ", ".join(f"{name} {seconds:.4f} s" for name, seconds in medians.items())
-    ratio = f", {medians['plain loop'] / medians['hybridtrain']:.3f} times as fast" if number and len(medians) == 2 else ""
+    ratio = (
+        f", {medians['plain loop'] / medians['hybridtrain']:.3f} times as fast"
+        if number and len(medians) == 2
+        else ""
+    )
     return f"{f'round {number}/{rounds}' if number else 'warm-up'}: {times} a step{ratio}"
 
 
@@ -180,7 +232,10 @@ def _timing(name: str, ranks: Sequence[list[Round]], memory: Sequence[Memory]) -
         name,
         processes=len(ranks),
         threads=memory[0].threads,
-        rounds=[[max(steps) for steps in zip(*(a_round.steps_s for a_round in same), strict=True)] for same in by_round[1:]],
+        rounds=[
+            [max(steps) for steps in zip(*(a_round.steps_s for a_round in same), strict=True)]
+            for same in by_round[1:]
+        ],
         data_s=[max(a_round.data_s for a_round in same) for same in by_round[1:]],
         losses=[loss for a_round in ranks[0] for loss in a_round.losses],
         memory_gib=[of_rank.peak_gib for of_rank in memory],
@@ -192,13 +247,19 @@ def _work(settled: Settled, *, engine: Any, device: torch.device) -> StepWork:
     from hybridtrain.training import metrics
 
     per_token = flops.flops_per_token(settled.facts, seq_len=settled.plan.seq_len)
-    return StepWork(settled.plan.tokens, per_token, metrics.peak_flops(device, dtype=engine.precision.compute))
+    return StepWork(
+        settled.plan.tokens, per_token, metrics.peak_flops(device, dtype=engine.precision.compute)
+    )
 
 
 def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[str]:
     """The first lines of the output: what is timed and compared."""
     plan, bench = settled.plan, config.bench
-    tokens = f"the corpus at {config.data.path}" if bench.corpus else f"random tokens from run.seed={config.run.seed}"
+    tokens = (
+        f"the corpus at {config.data.path}"
+        if bench.corpus
+        else f"random tokens from run.seed={config.run.seed}"
+    )
     compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
     lines = [
         f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, {config.precision.kind}{compiled}, recompute {config.recompute.kind}",
@@ -209,19 +270,36 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     if bench.plain:
         compiled = f", compiled by {bench.plain_compile}" if config.engine.compile else ""
         recompute = "full" if config.recompute.kind == "full" else "none"
-        lines.append(f"compared with: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}")
+        lines.append(
+            f"compared with: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}"
+        )
     return lines
 
 
-def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, parts: dict[str, list[ProfiledOp]], work: StepWork, hosts: list[Any]) -> int:
+def _conclude(
+    config: BenchRoot,
+    settled: Settled,
+    timings: list[Timing],
+    *,
+    parts: dict[str, list[ProfiledOp]],
+    work: StepWork,
+    hosts: list[Any],
+) -> int:
     """Print the table and write the JSON; returns the exit code."""
     from hybridtrain.config.compose import public
     from hybridtrain.runtime import host
 
-    lines = ["", result.table(timings, work), "", *result.summary_lines(timings, precision=config.precision.kind, corpus=config.bench.corpus)]
+    lines = [
+        "",
+        result.table(timings, work),
+        "",
+        *result.summary_lines(timings, precision=config.precision.kind, corpus=config.bench.corpus),
+    ]
     for side, ops in parts.items():
         lines += ["", f"{side}: self time of {_PROFILED} profiled steps"]
-        lines += [f"  {part.share:6.1%}  {part.seconds:8.4f} s  {part.calls:6}x  {part.name[:100]}" for part in ops]
+        lines += [
+            f"  {part.share:6.1%}  {part.seconds:8.4f} s  {part.calls:6}x  {part.name[:100]}" for part in ops
+        ]
     _log_lines(lines)
     if config.bench.out:
         run = {
@@ -233,7 +311,10 @@ def _conclude(config: BenchRoot, settled: Settled, timings: list[Timing], *, par
             "config": public(config),
             "parts": {side: [asdict(part) for part in ops] for side, ops in parts.items()},
         }
-        result.write(config.bench.out, result.document(timings, work=work, precision=config.precision.kind, facts_of_run=run))
+        result.write(
+            config.bench.out,
+            result.document(timings, work=work, precision=config.precision.kind, facts_of_run=run),
+        )
         _log_lines([config.bench.out])
     same = len(timings) == 1 or result.agreement(*timings, precision=config.precision.kind).holds
     return 0 if same else 1

@@ -37,7 +37,16 @@ from hybridtrain.precision.policy import policy
 from hybridtrain.training import metrics
 from hybridtrain.types import IGNORE_INDEX, Batch
 
-_LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
+_LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+)
 _LEAVE_S = 10.0
 
 
@@ -59,24 +68,40 @@ class PlainLoop:
     def __init__(self, config: BenchRoot, *, device: torch.device) -> None:
         settings, self._device = config.optim, device
         precision = policy(config.precision.kind)
-        built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+        built = hf_config(
+            read_config(config.model), chosen=config.model.config, attention=config.model.attention
+        )
         family = family_for(built)
         source = initial(config.model, built, family=family, seed=config.run.seed)
-        self.model = reference.build_model(built, family=family, source=source, param=precision.param, device=device)
+        self.model = reference.build_model(
+            built, family=family, source=source, param=precision.param, device=device
+        )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
         if config.recompute.kind == "full":  # Hugging Face has no `selective`, which here is `none`
-            recompute: Any = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable  # its older name
+            # its older name
+            recompute: Any = (
+                getattr(self.model, "activation_checkpointing_enable", None)
+                or self.model.gradient_checkpointing_enable
+            )
             recompute({"use_reentrant": False})
         if config.engine.compile:
-            layers = self.model.get_submodule(family.layers).children() if config.bench.plain_compile == "layer" else [self.model]
+            layers = (
+                self.model.get_submodule(family.layers).children()
+                if config.bench.plain_compile == "layer"
+                else [self.model]
+            )
             for module in layers:
                 module.compile(backend=config.engine.compile_backend)
         self._autocast = precision.compute if precision.compute != precision.param else None
-        self._scaler = torch.amp.GradScaler(device.type, init_scale=config.precision.init_scale, enabled=precision.loss_scale)
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=config.precision.init_scale, enabled=precision.loss_scale
+        )
         first, second = settings.betas
         groups = reference.parameter_groups(self.model, settings)
-        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True
+        )
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._clip = settings.clip
 
@@ -85,11 +110,22 @@ class PlainLoop:
         tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
         total = torch.zeros((), device=self._device)
         for batch in micro_batches:
-            ids_BT, labels_BT = (tensor.to(self._device, non_blocking=True) for tensor in (batch.input_ids_BT, batch.labels_BT))
-            positions = {"position_ids": batch.position_ids_BT.to(self._device, non_blocking=True)} if batch.packed else {}
+            ids_BT, labels_BT = (
+                tensor.to(self._device, non_blocking=True) for tensor in (batch.input_ids_BT, batch.labels_BT)
+            )
+            positions = (
+                {"position_ids": batch.position_ids_BT.to(self._device, non_blocking=True)}
+                if batch.packed
+                else {}
+            )
             with self._casting():
                 logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **positions).logits
-                loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum") / max(1, tokens)
+                loss = F.cross_entropy(
+                    logits_BTV.float().flatten(0, 1),
+                    labels_BT.flatten(),
+                    ignore_index=IGNORE_INDEX,
+                    reduction="sum",
+                ) / max(1, tokens)
             self._scaler.scale(loss).backward()
             total += loss.detach()
         self._scaler.unscale_(self._optimizer)
@@ -101,10 +137,14 @@ class PlainLoop:
         return total
 
     def _casting(self) -> contextlib.AbstractContextManager[object]:
-        return torch.autocast(self._device.type, dtype=self._autocast) if self._autocast else contextlib.nullcontext()
+        return (
+            torch.autocast(self._device.type, dtype=self._autocast)
+            if self._autocast
+            else contextlib.nullcontext()
+        )
 
 
-# -- its process ---------------------------------------------------------------------------------------------------
+# -- its process ---------------------------------------------------------------------------------------------
 
 
 class PlainProcess:
@@ -116,8 +156,12 @@ class PlainProcess:
     def __init__(self, settings: PlainSettings) -> None:
         self._connection, theirs = Pipe()
         code = "import sys; from hybridtrain.bench.plain import serve; serve(int(sys.argv[1]))"
-        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS} | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen([sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment)
+        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS} | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment
+        )
         theirs.close()
         self._ask(pickle.dumps(settings))
 
@@ -172,7 +216,9 @@ def serve(descriptor: int) -> None:
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:
-        connection.send((False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+        connection.send(
+            (False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        )
 
 
 def _side(settings: PlainSettings) -> Side:
@@ -180,5 +226,12 @@ def _side(settings: PlainSettings) -> Side:
     torch.set_num_threads(settings.threads)
     before_gib = metrics.max_memory_gib(device)
     loop = PlainLoop(settings.config, device=device)
-    tokens = tokens_of(settings.config, corpus=settings.config.bench.corpus, vocab=settings.vocab, plan=settings.plan, dp_rank=0, dp_size=1)
+    tokens = tokens_of(
+        settings.config,
+        corpus=settings.config.bench.corpus,
+        vocab=settings.vocab,
+        plan=settings.plan,
+        dp_rank=0,
+        dp_size=1,
+    )
     return Side(loop.step, tokens=tokens, device=device, before_gib=before_gib)

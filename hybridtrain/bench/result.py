@@ -90,20 +90,35 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """
     ratios = sorted(their / our for our, their in zip(ours, theirs, strict=True))
     count = len(ratios)
-    outside = [2 * sum(math.comb(count, below) for below in range(k)) / 2**count for k in range(1, count // 2 + 1)]
+    outside = [
+        2 * sum(math.comb(count, below) for below in range(k)) / 2**count for k in range(1, count // 2 + 1)
+    ]
     k = max((k for k, chance in enumerate(outside, 1) if chance <= 1 - CONFIDENCE), default=1)
-    return Ratio(statistics.median(ratios), ratios[k - 1], ratios[count - k], 1 - outside[k - 1] if outside else 0.0, count)
+    return Ratio(
+        statistics.median(ratios),
+        ratios[k - 1],
+        ratios[count - k],
+        1 - outside[k - 1] if outside else 0.0,
+        count,
+    )
 
 
 def ratio_of(ours: Timing, theirs: Timing) -> Ratio:
     """`paired_ratio` of the medians of the rounds."""
-    return paired_ratio([statistics.median(steps) for steps in ours.rounds], [statistics.median(steps) for steps in theirs.rounds])
+    return paired_ratio(
+        [statistics.median(steps) for steps in ours.rounds],
+        [statistics.median(steps) for steps in theirs.rounds],
+    )
 
 
 def facts(timing: Timing, work: StepWork) -> dict[str, float | None]:
     """Speed and memory of one side."""
     tokens_per_s = work.tokens / timing.step_s
-    quartiles = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
+    quartiles = (
+        statistics.quantiles(timing.steps, n=4, method="inclusive")
+        if len(timing.steps) > 1
+        else [timing.step_s] * 3
+    )
     return {
         "step_s": timing.step_s,
         "step_s_25": quartiles[0],
@@ -139,7 +154,11 @@ def table(timings: Sequence[Timing], work: StepWork) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" if at == 0 else f"{cell:>{width}}" for at, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows
+        "  ".join(
+            f"{cell:<{width}}" if at == 0 else f"{cell:>{width}}"
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
     )
 
 
@@ -170,7 +189,11 @@ def noise_warning(timings: Sequence[Timing]) -> list[str]:
     """
     wide = []
     for timing in timings:
-        quarter = statistics.quantiles(timing.steps, n=4, method="inclusive") if len(timing.steps) > 1 else [timing.step_s] * 3
+        quarter = (
+            statistics.quantiles(timing.steps, n=4, method="inclusive")
+            if len(timing.steps) > 1
+            else [timing.step_s] * 3
+        )
         if quarter[2] > _NOISY * quarter[0]:
             wide.append(f"{timing.name} {quarter[0]:.4f} to {quarter[2]:.4f} s")
     if not wide:
@@ -184,7 +207,10 @@ def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) ->
     """The lines below the table."""
     lines = []
     if corpus:
-        lines += [f"{timing.name}: {timing.data_share:.2%} of the time was spent waiting for tokens" for timing in timings]
+        lines += [
+            f"{timing.name}: {timing.data_share:.2%} of the time was spent waiting for tokens"
+            for timing in timings
+        ]
     if len(timings) == 2:
         ours, theirs = timings
         ratio, same = ratio_of(ours, theirs), agreement(ours, theirs, precision=precision)
@@ -202,7 +228,9 @@ def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) ->
     return lines
 
 
-def document(timings: Sequence[Timing], *, work: StepWork, precision: str, facts_of_run: Mapping[str, Any]) -> dict[str, Any]:
+def document(
+    timings: Sequence[Timing], *, work: StepWork, precision: str, facts_of_run: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of bench.out: `facts_of_run` (config, layout, machine, versions), and each side
     with all step times.
     """
@@ -225,7 +253,11 @@ def check_writable(out: str) -> None:
             path.unlink()
     except OSError as error:
         raise refusal(
-            "bench.out", out, f"it cannot be written: {error.strerror}", allowed="a file in a folder that you can write", instead="bench.out=bench.json"
+            "bench.out",
+            out,
+            f"it cannot be written: {error.strerror}",
+            allowed="a file in a folder that you can write",
+            instead="bench.out=bench.json",
         ) from error
 
 

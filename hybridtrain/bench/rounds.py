@@ -62,7 +62,14 @@ class Memory:
 class Side:
     """One side of the benchmark in one process."""
 
-    def __init__(self, step: Callable[[list[Batch]], Tensor], *, tokens: Tokens, device: torch.device, before_gib: float) -> None:
+    def __init__(
+        self,
+        step: Callable[[list[Batch]], Tensor],
+        *,
+        tokens: Tokens,
+        device: torch.device,
+        before_gib: float,
+    ) -> None:
         self._step, self._tokens, self._device, self._before_gib = step, tokens, device, before_gib
         self._done = 0
 
@@ -83,14 +90,22 @@ class Side:
     def profile(self, count: int) -> list[ProfiledOp]:
         """Profile the next `count` steps: the operations with the longest self time, longest first."""
         cuda = self._device.type == "cuda"
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        with torch.profiler.profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        ) as recorded:
             self.run(count)
         chosen = DeviceType.CUDA if cuda else DeviceType.CPU
-        events = [event for event in recorded.key_averages() if event.device_type == chosen and not event.is_user_annotation]
+        events = [
+            event
+            for event in recorded.key_averages()
+            if event.device_type == chosen and not event.is_user_annotation
+        ]
         seconds = lambda event: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6  # noqa: E731
         total = sum(map(seconds, events)) or 1.0
         longest = sorted(events, key=seconds, reverse=True)[:_MOST_OPS]
-        return [ProfiledOp(event.key, event.count, seconds(event), seconds(event) / total) for event in longest]
+        return [
+            ProfiledOp(event.key, event.count, seconds(event), seconds(event) / total) for event in longest
+        ]
 
     def memory(self) -> Memory:
         """The peak since the process started."""
@@ -127,17 +142,38 @@ class _DeviceClock:
     def laps(self) -> list[float]:
         """Seconds between marks; waits for the GPU."""
         torch.cuda.synchronize()
-        return [earlier.elapsed_time(later) / 1e3 for earlier, later in zip(self._marks, self._marks[1:], strict=False)]
+        return [
+            earlier.elapsed_time(later) / 1e3
+            for earlier, later in zip(self._marks, self._marks[1:], strict=False)
+        ]
 
 
 def _clock(device: torch.device) -> _HostClock | _DeviceClock:
     return _DeviceClock() if device.type == "cuda" else _HostClock()
 
 
-def tokens_of(config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int) -> Tokens:
+def tokens_of(
+    config: Config, *, corpus: bool, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int
+) -> Tokens:
     """Tokens of the corpus at `data.path`, or random ones from the seed."""
     task = CausalLM()
     if corpus:
         data = open_data(config.data, timeout_s=0)
-        return Loader(data, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, vocab=vocab, collate=task.collate)
-    return Synthetic(vocab=vocab, plan=plan, dp_rank=dp_rank, dp_size=dp_size, seed=config.run.seed, labels=0, collate=task.collate)
+        return Loader(
+            data,
+            plan=plan,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            seed=config.run.seed,
+            vocab=vocab,
+            collate=task.collate,
+        )
+    return Synthetic(
+        vocab=vocab,
+        plan=plan,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=config.run.seed,
+        labels=0,
+        collate=task.collate,
+    )

@@ -27,7 +27,11 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     result = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != ORIGIN:
-            result[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "sample": digests.sample_hash(path)}
+            result[path.name] = {
+                "bytes": path.stat().st_size,
+                "crc32": _crc32(path),
+                "sample": digests.sample_hash(path),
+            }
     return result
 
 
@@ -39,8 +43,12 @@ def check(folder: Path, *, field: str) -> None:
     """
     for name, problem in _problems(folder, field=field, full=False):
         if name.endswith(".safetensors"):
-            instead = f"hybridtrain export again, or, if it was changed on purpose, remove {ORIGIN} from the folder"
-            raise refusal(field, folder / name, problem, allowed="weights as they were exported", instead=instead)
+            instead = (
+                f"hybridtrain export again, or, if it was changed on purpose, remove {ORIGIN} from the folder"
+            )
+            raise refusal(
+                field, folder / name, problem, allowed="weights as they were exported", instead=instead
+            )
         _log.warning("%s %s", folder / name, problem)
 
 
@@ -63,7 +71,9 @@ def _problems(folder: Path, *, field: str, full: bool) -> Iterator[tuple[str, st
     except UserError as error:
         if full:
             raise
-        _log.warning("it is not known whether the export is as it was written: %s", str(error).splitlines()[0])
+        _log.warning(
+            "it is not known whether the export is as it was written: %s", str(error).splitlines()[0]
+        )
         return
     written = record.get(CONTENTS)
     for name, values in written.items() if isinstance(written, Mapping) else ():

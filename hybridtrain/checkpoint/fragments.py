@@ -45,13 +45,21 @@ class Fragment:
         done = 0
         for offsets, sizes in _chunks(self.sizes, start=self.start, count=self.values.numel()):
             count = math.prod(sizes)
-            yield tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)), self.values[done : done + count].view(sizes)
+            yield (
+                tuple(a + b for a, b in zip(self.offsets, offsets, strict=True)),
+                self.values[done : done + count].view(sizes),
+            )
             done += count
 
     def slices(self) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """(slices of the whole tensor, view of `values` in the shape of the chunk) of each chunk."""
         for offsets, piece in self.pieces():
-            yield tuple(slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True)), piece
+            yield (
+                tuple(
+                    slice(offset, offset + size) for offset, size in zip(offsets, piece.shape, strict=True)
+                ),
+                piece,
+            )
 
     def at(self, values: Tensor) -> Fragment:
         """The same fragment with other `values`, e.g. a copy."""
@@ -70,7 +78,11 @@ class Fragment:
         """DCP's write items, one for each chunk."""
         properties = TensorProperties.create_from_tensor(self.values)
         return [
-            WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, torch.Size(self.shape)))
+            WriteItem(
+                MetadataIndex(key, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, torch.Size(self.shape)),
+            )
             for chunk in self.chunks()
         ]
 

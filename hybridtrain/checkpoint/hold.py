@@ -39,7 +39,10 @@ def hold_open(path: Path) -> Iterator[Path]:
             if not _HANDLES.is_dir() or not _can_open(len(names)):
                 yield path
                 return
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridtrain-"))) / path.resolve().name
+            folder = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hybridtrain-")))
+                / path.resolve().name
+            )
             folder.mkdir()
             for name in names:
                 if not (path / name).is_file() and path.is_dir() and (path / marker.MARKER).is_file():

@@ -84,7 +84,9 @@ class Manager:
                     _log.warning("%s is not a folder, so hybridtrain did not write it: it stays", path)
         for path in sorted(self.folder.glob("step-*")):
             if _NAME.fullmatch(path.name) and path.is_dir() and not marker.is_complete(path):
-                _log.warning("%s has lost its %s: it does not count as a checkpoint, and stays", path, marker.MARKER)
+                _log.warning(
+                    "%s has lost its %s: it does not count as a checkpoint, and stays", path, marker.MARKER
+                )
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""

@@ -71,7 +71,11 @@ def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) ->
     All are on disk on return. config.json, generation_config.json and the tokenizer of <run>/model are copied
     into the checkpoint, so that an export does not depend on files that may be edited. Raises OSError.
     """
-    content = {"step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
+    content = {
+        "step": progress.step,
+        "tokens_seen": progress.tokens_seen,
+        "fingerprints": dict(progress.fingerprints),
+    }
     _write_json(path / PROGRESS, content)
     own, model = [METADATA, PROGRESS], path.parent.parent / "model"
     kept = [DATA, *tokens.files_of(model / TOKENIZER)] if (model / TOKENIZER / DATA).is_file() else []
@@ -81,7 +85,10 @@ def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) ->
             write_atomically(path / name, (model / name).read_bytes())
             own.append(name)
     everything = {**files, **{name: measure(path / name) for name in own}}
-    listed = {name: {"size": record.size, "crc32": f"{record.crc32:08x}"} for name, record in sorted(everything.items())}
+    listed = {
+        name: {"size": record.size, "crc32": f"{record.crc32:08x}"}
+        for name, record in sorted(everything.items())
+    }
     for folder in {(path / name).parent for name in own}:
         sync_folder(folder)
     _write_json(path / MARKER, {"format": FORMAT, "files": listed})
@@ -94,7 +101,13 @@ def read(path: Path) -> dict[str, FileRecord]:
     Raises UserError if `path` is no complete checkpoint or its marker cannot be read.
     """
     if not path.is_dir():
-        raise refusal("checkpoint", path, "no such folder", allowed="a checkpoint folder", instead="a folder under <run>/checkpoints")
+        raise refusal(
+            "checkpoint",
+            path,
+            "no such folder",
+            allowed="a checkpoint folder",
+            instead="a folder under <run>/checkpoints",
+        )
     if not is_complete(path):
         raise refusal(
             "checkpoint",
@@ -106,11 +119,20 @@ def read(path: Path) -> dict[str, FileRecord]:
     try:
         content = json.loads((path / MARKER).read_bytes())
         version = content["format"]
-        files = {name: FileRecord(int(entry["size"]), int(entry["crc32"], 16)) for name, entry in content["files"].items()}
+        files = {
+            name: FileRecord(int(entry["size"]), int(entry["crc32"], 16))
+            for name, entry in content["files"].items()
+        }
     except _UNREADABLE as error:
         raise damaged(path, MARKER, f"it cannot be read ({error})") from error
     if version != FORMAT:
-        raise refusal("checkpoint", path, f"written in format {version}", allowed=f"format {FORMAT}", instead="the release of hybridtrain that wrote it")
+        raise refusal(
+            "checkpoint",
+            path,
+            f"written in format {version}",
+            allowed=f"format {FORMAT}",
+            instead="the release of hybridtrain that wrote it",
+        )
     for name in files:
         if not is_inside(name):
             raise damaged(path, MARKER, f"it lists {name!r}, which is outside the checkpoint")
@@ -151,7 +173,11 @@ def read_progress(path: Path) -> Progress:
     """
     try:
         content = json.loads((path / PROGRESS).read_bytes())
-        return Progress(int(content["step"]), int(content["tokens_seen"]), {str(k): str(v) for k, v in content["fingerprints"].items()})
+        return Progress(
+            int(content["step"]),
+            int(content["tokens_seen"]),
+            {str(k): str(v) for k, v in content["fingerprints"].items()},
+        )
     except (*_UNREADABLE, FileNotFoundError) as error:
         raise damaged(path, PROGRESS, f"it cannot be read ({error})") from error
 

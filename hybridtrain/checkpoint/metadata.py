@@ -34,11 +34,20 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 _CLASSES: dict[tuple[str, str], object] = {
     (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
-    for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    for name in (
+        "Metadata",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
 } | {
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up in a table of layouts
+    # a look-up in a table of layouts
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
 }
 
 
@@ -51,7 +60,9 @@ class _Unpickler(pickle.Unpickler):
             return _CLASSES[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which the metadata of tensors has no use for")
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which the metadata of tensors has no use for"
+        )
 
 
 class _Reader(dcp.FileSystemReader):
@@ -108,7 +119,13 @@ class _LoadPlanner(DefaultLoadPlanner):
         return value.lookup(index) if isinstance(value, Fragment) else super().lookup_tensor(index)
 
 
-def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, metadata: dcp_metadata.Metadata, group: dist.ProcessGroup | None) -> None:
+def load_into(
+    tensors: Mapping[str, torch.Tensor | Fragment],
+    *,
+    path: Path,
+    metadata: dcp_metadata.Metadata,
+    group: dist.ProcessGroup | None,
+) -> None:
     """Fill `tensors` in place, under any layout (collective over `group`; None: this process alone).
 
     Raises UserError if a tensor file does not hold the tensor that the metadata describes.
@@ -118,11 +135,19 @@ def load_into(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, met
         with warnings.catch_warnings():
             # An export uses `no_dist`.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(tensors), storage_reader=_Reader(path, metadata=metadata), planner=planner, process_group=group, no_dist=group is None)
+            dcp.load(
+                dict(tensors),
+                storage_reader=_Reader(path, metadata=metadata),
+                planner=planner,
+                process_group=group,
+                no_dist=group is None,
+            )
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         if isinstance(cause, (pickle.UnpicklingError, OSError, EOFError)):
-            raise marker.damaged(path, "tensor files", f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from None
+            raise marker.damaged(
+                path, "tensor files", f"rank {rank}: {type(cause).__name__}: {str(cause).splitlines()[0]}"
+            ) from None
         raise RuntimeError(f"loading {path} failed on rank {rank}: {cause!r}") from error
 
 
@@ -142,13 +167,21 @@ def _check(content: object, *, path: Path) -> None:
     for info in storage.values():
         expect(isinstance(info, filesystem._StorageInfo), "an entry has no place in a file")
         name = info.relative_path
-        expect(isinstance(name, str) and Path(name).name == name, f"an entry lies outside the checkpoint: {name}")
+        expect(
+            isinstance(name, str) and Path(name).name == name, f"an entry lies outside the checkpoint: {name}"
+        )
         expect(info.transform_descriptors is None, "an entry wants its file transformed")
     for key, entry in entries.items():
         expect(isinstance(entry, dcp_metadata.TensorStorageMetadata), f"{key} is not a tensor")
-        expect(isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype), f"{key} has no shape or dtype")
+        expect(
+            isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype),
+            f"{key} has no shape or dtype",
+        )
         expect(_tiled(entry), f"{key} is not whole: its parts leave a hole, or overlap")
-        expect(all(dcp_metadata.MetadataIndex(key, chunk.offsets) in storage for chunk in entry.chunks), f"a part of {key} is in no file")
+        expect(
+            all(dcp_metadata.MetadataIndex(key, chunk.offsets) in storage for chunk in entry.chunks),
+            f"a part of {key} is in no file",
+        )
 
 
 def _tiled(entry: dcp_metadata.TensorStorageMetadata) -> bool:
@@ -160,13 +193,18 @@ def _tiled(entry: dcp_metadata.TensorStorageMetadata) -> bool:
     """
     dims = len(entry.size)
     chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-    if dims > _MOST_DIMS or any(len(offsets) != dims or len(sizes) != dims or min(offsets + sizes, default=0) < 0 for offsets, sizes in chunks):
+    if dims > _MOST_DIMS or any(
+        len(offsets) != dims or len(sizes) != dims or min(offsets + sizes, default=0) < 0
+        for offsets, sizes in chunks
+    ):
         return False
     if sum(math.prod(sizes) for _, sizes in chunks) != math.prod(entry.size):
         return False
     odd: set[tuple[int, ...]] = set()
     for offsets, sizes in [*chunks, ((0,) * dims, tuple(entry.size))]:
-        for corner in itertools.product(*((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))):
+        for corner in itertools.product(
+            *((offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+        ):
             odd ^= {corner}
     return not odd
 

@@ -31,7 +31,10 @@ def data_ranks(path: Path) -> int:
     except UserError:
         degrees = {}
     if not written or not degrees:
-        _log.warning("the layout that wrote %s is not known: its loss scale is taken as that of a single data rank", path)
+        _log.warning(
+            "the layout that wrote %s is not known: its loss scale is taken as that of a single data rank",
+            path,
+        )
     return int(degrees.get("dp_replicate", 1)) * int(degrees.get("dp_shard", 1))
 
 

@@ -4,7 +4,8 @@ A checkpoint is a flat mapping of keys to whole tensors. Each rank passes what i
 same on every rank that passes it, a DTensor or a Fragment is this rank's part; pipeline stages pass different
 keys. Only tensors are written (DCP would pickle anything else), besides `progress.json` and the marker.
 
-Saving, per rank:  stage (CPU copy) -> [thread: DCP write and fsync -> size and CRC32 -> rank 0: marker, rename]
+Saving, per rank:  stage (CPU copy) -> [thread: DCP write and fsync -> size and CRC32 -> rank 0: marker,
+                   rename]
 The thread uses its own gloo group, so that training goes on meanwhile; it never touches a device or a mesh.
 """
 
@@ -36,7 +37,14 @@ T = TypeVar("T")
 _NAMED = 5  # keys that a message names before "and N more"
 
 
-def save(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, progress: Progress, group: dist.ProcessGroup | None, asynchronous: bool) -> Saving:
+def save(
+    tensors: Mapping[str, torch.Tensor | Fragment],
+    *,
+    path: Path,
+    progress: Progress,
+    group: dist.ProcessGroup | None,
+    asynchronous: bool,
+) -> Saving:
     """Start writing a checkpoint to `path` (collective over `group`, a gloo group of all ranks
     that nothing else uses).
 
@@ -52,7 +60,9 @@ def save(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, progress
     return saving
 
 
-def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: dist.ProcessGroup | None) -> Progress:
+def load(
+    tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: dist.ProcessGroup | None
+) -> Progress:
     """Fill `tensors` in place from the complete checkpoint at `path`, written by any
     layout (collective over `group`).
 
@@ -78,7 +88,9 @@ def load(tensors: Mapping[str, torch.Tensor | Fragment], *, path: Path, group: d
     assert own is not None
     progress, _, stored = own
     requested = {key for _, keys in replies for key in keys}
-    surplus = sorted(key for key in stored.state_dict_metadata if key.startswith("model.") and key not in requested)
+    surplus = sorted(
+        key for key in stored.state_dict_metadata if key.startswith("model.") and key not in requested
+    )
     if surplus:
         raise _of_another_model(path, f"it also holds {_some(surplus)}")
     metadata.load_into(tensors, path=path, metadata=stored, group=group)
@@ -100,7 +112,7 @@ def stored(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {key: (entry.properties.dtype, tuple(entry.size)) for key, entry in entries.items()}  # type: ignore[union-attr]
 
 
-# --- saving -------------------------------------------------------------------------------------------------------
+# --- saving -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,9 @@ def _stage(key: str, tensor: torch.Tensor | Fragment, *, copy: bool) -> _Staged:
     """
     if isinstance(tensor, Fragment):
         return _Staged(tensor.write_items(key), tensor.at(tensor.values.detach().to("cpu", copy=copy)))
-    assert isinstance(tensor, torch.Tensor), f"a checkpoint holds tensors only, {key} is a {type(tensor).__name__}"
+    assert isinstance(tensor, torch.Tensor), (
+        f"a checkpoint holds tensors only, {key} is a {type(tensor).__name__}"
+    )
     local = tensor.detach()
     if isinstance(local, DTensor):
         local = local.to_local()
@@ -149,7 +163,9 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path) -> None:
         # No copy-ahead: all tensors are on the CPU, and DCP's overlapping loader would use device 0 from this
         # thread.
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        super().__init__(
+            path, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0
+        )
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(checkpoint_id=None, save_id=self.save_id)
@@ -192,7 +208,9 @@ class _Saving:
         self.poll()
 
 
-def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None) -> None:
+def _write(
+    staged: dict[str, _Staged], *, path: Path, progress: Progress, group: dist.ProcessGroup | None
+) -> None:
     """Write to a temporary folder, write its marker, rename it; on an error remove it and
     raise on every rank.
     """
@@ -220,7 +238,9 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
     try:
         partial = path.with_name(_agree(prepare, group=group, path=path)[0])
         _dcp_save(staged, path=path, partial=partial, group=group)
-        files = {name: record for part in _agree(measure, group=group, path=path) for name, record in part.items()}
+        files = {
+            name: record for part in _agree(measure, group=group, path=path) for name, record in part.items()
+        }
         _agree(complete, group=group, path=path)
     except BaseException:
         if rank == 0 and partial.is_dir():
@@ -228,9 +248,17 @@ def _write(staged: dict[str, _Staged], *, path: Path, progress: Progress, group:
         raise
 
 
-def _dcp_save(staged: dict[str, _Staged], *, path: Path, partial: Path, group: dist.ProcessGroup | None) -> None:
+def _dcp_save(
+    staged: dict[str, _Staged], *, path: Path, partial: Path, group: dist.ProcessGroup | None
+) -> None:
     try:
-        dcp.save(dict(staged), storage_writer=_Writer(partial), planner=_SavePlanner(), process_group=group, no_dist=group is None)
+        dcp.save(
+            dict(staged),
+            storage_writer=_Writer(partial),
+            planner=_SavePlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
     except dcp.CheckpointException as error:  # raised on all ranks
         for rank, (cause, _) in sorted(error.failures.items()):
             if isinstance(cause, OSError):
@@ -252,10 +280,12 @@ def _rename(partial: Path, path: Path) -> None:
     discard(replaced)
 
 
-# --- loading ------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(tensors: Mapping[str, torch.Tensor | Fragment], *, stored: metadata.dcp_metadata.Metadata, path: Path) -> None:
+def _check_shapes(
+    tensors: Mapping[str, torch.Tensor | Fragment], *, stored: metadata.dcp_metadata.Metadata, path: Path
+) -> None:
     entries = stored.state_dict_metadata
     missing = sorted(key for key in tensors if key not in entries)
     if missing:
@@ -321,7 +351,10 @@ def _raise_first(failures: list[_Failure | None]) -> None:
 
     Internal errors take precedence, so that a UserError does not hide them.
     """
-    ordered = sorted((failure for failure in failures if failure is not None), key=lambda failure: (failure.of_user, failure.rank))
+    ordered = sorted(
+        (failure for failure in failures if failure is not None),
+        key=lambda failure: (failure.of_user, failure.rank),
+    )
     if ordered:
         raise UserError(ordered[0].text) if ordered[0].of_user else RuntimeError(ordered[0].text)
 

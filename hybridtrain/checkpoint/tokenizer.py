@@ -40,7 +40,12 @@ def current(config: Config) -> Path | None:
     else that of model.from_pretrained.
     """
     pretrained = Path(config.model.from_pretrained)
-    own = pretrained if config.model.from_pretrained and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES) else None
+    own = (
+        pretrained
+        if config.model.from_pretrained
+        and any((pretrained / name).is_file() for name in tokens.TOKENIZER_FILES)
+        else None
+    )
     return tokenizer_dir(config.data) or own
 
 
@@ -55,10 +60,15 @@ def keep(config: Config, *, run: Path, fingerprint: str) -> None:
         return
     if source is None:
         if before:
-            _log.warning("the data have no tokenizer; the run keeps that of %s, which it began with", before.get("path"))
+            _log.warning(
+                "the data have no tokenizer; the run keeps that of %s, which it began with",
+                before.get("path"),
+            )
         return
     if problem := _problem(source):
-        _log.warning("the tokenizer is not copied into the run, an export will look for it again: %s", problem)
+        _log.warning(
+            "the tokenizer is not copied into the run, an export will look for it again: %s", problem
+        )
         discard(folder / marker.DATA)
         return
     discard(folder)
@@ -67,7 +77,10 @@ def keep(config: Config, *, run: Path, fingerprint: str) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, (source / name).read_bytes())
     path = ", ".join(config.data.blend) or config.data.path
-    write_json(folder / marker.DATA, {"path": path, "fingerprint": fingerprint, "conversations": _conversations(config.data)})
+    write_json(
+        folder / marker.DATA,
+        {"path": path, "fingerprint": fingerprint, "conversations": _conversations(config.data)},
+    )
 
 
 def _record(folder: Path) -> dict[str, object]:
@@ -88,7 +101,11 @@ def changed(folder: Path) -> list[str]:
     """Messages about files of a corpus's tokenizer that have changed since the corpus was prepared."""
     corpus = folder.parent
     try:
-        record = read_object(corpus / "corpus.json", field="data.path") if (corpus / "corpus.json").is_file() else {}
+        record = (
+            read_object(corpus / "corpus.json", field="data.path")
+            if (corpus / "corpus.json").is_file()
+            else {}
+        )
         return [f"{corpus}: {line}" for line in changed_files(corpus, written=record.get("tokenizer_files"))]
     except (UserError, OSError):
         return []
@@ -98,7 +115,9 @@ def _conversations(data: DataConfig) -> bool:
     try:
         return any(facts.get("kind") == "chat" for facts in vocabulary.records(data))
     except UserError as error:  # an export does not need the data
-        _log.warning("whether the run was trained on conversations is not known: %s", str(error).partition("\n")[0])
+        _log.warning(
+            "whether the run was trained on conversations is not known: %s", str(error).partition("\n")[0]
+        )
         return False
 
 
@@ -110,7 +129,10 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointT
     """
     folder_of_checkpoint = checkpoint / marker.TOKENIZER
     if (folder_of_checkpoint / marker.DATA).is_file():
-        return CheckpointTokenizer(folder_of_checkpoint, bool(read_object(folder_of_checkpoint / marker.DATA, field="checkpoint").get("conversations")))
+        return CheckpointTokenizer(
+            folder_of_checkpoint,
+            bool(read_object(folder_of_checkpoint / marker.DATA, field="checkpoint").get("conversations")),
+        )
     written = marker.read_progress(checkpoint).fingerprints.get("data")
     others = []
     for data in _places(config, run=run):
@@ -128,7 +150,13 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointT
             instead=f"prepare the same text there again, or hybridtrain export where {folder.parent} is the run's corpus; without a tokenizer: move it away",
         )
     loose = current(config)
-    return CheckpointTokenizer(loose, written in (None, current_fingerprint(config.data)) and _conversations(config.data)) if loose is not None else None
+    return (
+        CheckpointTokenizer(
+            loose, written in (None, current_fingerprint(config.data)) and _conversations(config.data)
+        )
+        if loose is not None
+        else None
+    )
 
 
 def _places(config: Config, *, run: Path) -> list[DataConfig]:
@@ -139,5 +167,8 @@ def _places(config: Config, *, run: Path) -> list[DataConfig]:
     if own.is_absolute() or place.parts[len(place.parts) - len(own.parts) :] != own.parts:
         return [config.data]
     began = Path(*place.parts[: len(place.parts) - len(own.parts)])
-    path, blend = str(began / config.data.path) if config.data.path else "", {str(began / path): weight for path, weight in config.data.blend.items()}
+    path, blend = (
+        str(began / config.data.path) if config.data.path else "",
+        {str(began / path): weight for path, weight in config.data.blend.items()},
+    )
     return [config.data, dataclasses.replace(config.data, path=path, blend=blend)]

@@ -25,18 +25,46 @@ if TYPE_CHECKING:
     from hybridtrain.config import schema
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "train": ("hybridtrain.training.trainer", "run", "train a model under any parallel layout; resumes the run if its directory exists"),
+    "train": (
+        "hybridtrain.training.trainer",
+        "run",
+        "train a model under any parallel layout; resumes the run if its directory exists",
+    ),
     "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
-    "parity": ("hybridtrain.parity", "run", "check that layouts give the gradients and parameters of one plain process, on your own config"),
-    "bench": ("hybridtrain.bench", "run", "time training steps, and those of a plain PyTorch loop for comparison"),
+    "parity": (
+        "hybridtrain.parity",
+        "run",
+        "check that layouts give the gradients and parameters of one plain process, on your own config",
+    ),
+    "bench": (
+        "hybridtrain.bench",
+        "run",
+        "time training steps, and those of a plain PyTorch loop for comparison",
+    ),
     "export": ("hybridtrain.export.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
-    "submit": ("hybridtrain.submit", "run", "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs"),
-    "runs": ("hybridtrain.submit.listing", "runs", "list runs: status, step, loss, speed, last checkpoint, job"),
+    "submit": (
+        "hybridtrain.submit",
+        "run",
+        "queue a training run on a Slurm cluster; --dry-run shows the job, --multirun makes an array of runs",
+    ),
+    "runs": (
+        "hybridtrain.submit.listing",
+        "runs",
+        "list runs: status, step, loss, speed, last checkpoint, job",
+    ),
     "logs": ("hybridtrain.submit.listing", "logs", "print the log of a run and follow it"),
-    "verify": ("hybridtrain.verify", "run", "read every byte of the checkpoints of a run, or of a corpus, and list what is damaged"),
-    "report": ("hybridtrain.report", "run", "write an HTML page and plots of a run; --compare RUN RUN ... plots several runs together"),
+    "verify": (
+        "hybridtrain.verify",
+        "run",
+        "read every byte of the checkpoints of a run, or of a corpus, and list what is damaged",
+    ),
+    "report": (
+        "hybridtrain.report",
+        "run",
+        "write an HTML page and plots of a run; --compare RUN RUN ... plots several runs together",
+    ),
 }
 TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
@@ -69,10 +97,16 @@ def run_command(command: str, argv: list[str]) -> int:
         running = True
         log.setup(None)
         module, function, _ = COMMANDS[command]
-        return getattr(importlib.import_module(module), "run_several" if isinstance(config, list) else function)(config)
+        return getattr(
+            importlib.import_module(module), "run_several" if isinstance(config, list) else function
+        )(config)
     except UserError as error:
         known_everywhere = not running and not isinstance(error, PossiblyLocalError)
-        return _report_error(f"hybridtrain {command}: {error}", known_everywhere=known_everywhere, at_once=isinstance(error, LocalError))
+        return _report_error(
+            f"hybridtrain {command}: {error}",
+            known_everywhere=known_everywhere,
+            at_once=isinstance(error, LocalError),
+        )
     except BrokenPipeError:
         if command not in LISTS:
             raise
@@ -88,7 +122,8 @@ def run_command(command: str, argv: list[str]) -> int:
 
 
 def _check_launch(command: str) -> int | None:
-    """Check the working directory and the launcher's variables; returns an exit code, or None if they are right."""
+    """Check the working directory and the launcher's variables; returns an exit code, or
+    None if they are right."""
     try:
         if command in SEVERAL:
             launch.begin()
@@ -96,7 +131,11 @@ def _check_launch(command: str) -> int | None:
             launch.check_directory()
             launch.adopt_srun()
     except UserError as error:
-        return _report_error(f"hybridtrain {command}: {error}", known_everywhere=False, at_once=os.environ.get("SLURM_PROCID", "0") == "0")
+        return _report_error(
+            f"hybridtrain {command}: {error}",
+            known_everywhere=False,
+            at_once=os.environ.get("SLURM_PROCID", "0") == "0",
+        )
     return None
 
 
@@ -109,7 +148,10 @@ def _parse(command: str, argv: list[str]) -> schema.Root | list[schema.Root] | i
 
         return _print(help_page.text(command, does=COMMANDS[command][2], takes_run=command in TAKES_RUN))
     show, rest = _take_cfg(argv)
-    rest = _with_runs(command, ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest])
+    rest = _with_runs(
+        command,
+        ["cluster.dry_run=true" if text == "--dry-run" and command == "submit" else text for text in rest],
+    )
     from hybridtrain.config.compose import compose, to_yaml
 
     if any(flag in rest for flag in ("-m", "--multirun")):
@@ -164,11 +206,30 @@ def _with_runs(command: str, argv: list[str]) -> list[str]:
     rest = [text for text, is_run in zip(argv, bare, strict=True) if not is_run]
     if command == "report" and "--compare" in rest:
         if not runs:
-            raise refusal("--compare", "(nothing)", "no runs to compare", allowed="two run directories or more", instead="--compare runs/a runs/b")
-        return [f"report.compare=[{','.join(map(words.literal, runs))}]", *(text for text in rest if text != "--compare")]
+            raise refusal(
+                "--compare",
+                "(nothing)",
+                "no runs to compare",
+                allowed="two run directories or more",
+                instead="--compare runs/a runs/b",
+            )
+        return [
+            f"report.compare=[{','.join(map(words.literal, runs))}]",
+            *(text for text in rest if text != "--compare"),
+        ]
     if len(runs) > 1:
-        several = "hybridtrain report --compare " + " ".join(runs) if command == "report" else f"hybridtrain {command} {runs[0]}"
-        raise refusal("argument", runs[1], f"a second run beside {runs[0]}", allowed="one run directory", instead=several)
+        several = (
+            "hybridtrain report --compare " + " ".join(runs)
+            if command == "report"
+            else f"hybridtrain {command} {runs[0]}"
+        )
+        raise refusal(
+            "argument",
+            runs[1],
+            f"a second run beside {runs[0]}",
+            allowed="one run directory",
+            instead=several,
+        )
     return [f"run.dir={words.literal(run)}" for run in runs] + rest
 
 
@@ -178,7 +239,12 @@ def _is_run(command: str, text: str, before: str) -> bool:
     """
     from hybridtrain.config import keys
 
-    if command not in TAKES_RUN or before == "--config-dir" or text in _FLAGS or text.startswith("--config-dir="):
+    if (
+        command not in TAKES_RUN
+        or before == "--config-dir"
+        or text in _FLAGS
+        or text.startswith("--config-dir=")
+    ):
         return False
     head, equals, _ = text.lstrip("+~").partition("=")
     if equals and ("." in head and head.partition(".")[0] in keys.sections(command)) and "/" not in head:
@@ -201,12 +267,30 @@ def _take_nproc(command: str, argv: list[str]) -> tuple[str, list[str]]:
         value = value or (argv[index + 1] if index + 1 < len(argv) else "")
         allowed = "a number from 1 on, or auto: as many as the layout needs"
         if command not in SEVERAL:
-            raise refusal("--nproc", value, f"{command} runs in one process", allowed=f"--nproc with {', '.join(SEVERAL)}", instead=f"hybridtrain {command}")
+            raise refusal(
+                "--nproc",
+                value,
+                f"{command} runs in one process",
+                allowed=f"--nproc with {', '.join(SEVERAL)}",
+                instead=f"hybridtrain {command}",
+            )
         if value != "auto" and not (value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65536):
-            raise refusal("--nproc", value or "(nothing)", "not a number of processes", allowed=allowed, instead="--nproc 2")
+            raise refusal(
+                "--nproc",
+                value or "(nothing)",
+                "not a number of processes",
+                allowed=allowed,
+                instead="--nproc 2",
+            )
         if launch.is_launched():
             problem = f"this is rank {log.rank()} of a launcher already"
-            raise refusal("--nproc", value, problem, allowed="one launcher", instead="either --nproc, or torchrun and its like")
+            raise refusal(
+                "--nproc",
+                value,
+                problem,
+                allowed="one launcher",
+                instead="either --nproc, or torchrun and its like",
+            )
         if any(flag in rest for flag in ("-m", "--multirun")):
             return "", ["--nproc", value, *rest]
         return value, rest
@@ -237,7 +321,9 @@ def _take_cfg(argv: list[str]) -> tuple[bool, list[str]]:
         if flag in ("--cfg", "-c"):
             what = value or (argv[index + 1] if index + 1 < len(argv) else "")
             if what != "job":
-                raise refusal("--cfg", what or "(nothing)", "not something to show", allowed="job", instead="--cfg job")
+                raise refusal(
+                    "--cfg", what or "(nothing)", "not something to show", allowed="job", instead="--cfg job"
+                )
             return True, argv[:index] + argv[index + (1 if value else 2) :]
     return False, argv
 
@@ -268,12 +354,20 @@ def _multirun(command: str, argv: list[str]) -> int:
         for number, job in enumerate(jobs):
             print(f"[{number + 1}/{len(jobs)}] hybridtrain {command} {shlex.join(job)}", flush=True)
             words = [sys.executable, "-m", "hybridtrain.cli", command, *flags, *job]
-            codes.append(subprocess.run(words, check=False, env={**os.environ, launch.RUN_DIR_FILE: str(run_dir_file)}).returncode)
+            codes.append(
+                subprocess.run(
+                    words, check=False, env={**os.environ, launch.RUN_DIR_FILE: str(run_dir_file)}
+                ).returncode
+            )
             runs += [run_dir_file.read_text()] if run_dir_file.exists() else []
             run_dir_file.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
         if not section_checks.has_matplotlib():
             print(f"the runs are not compared: matplotlib is not installed; {install('report')}")
             return 0
-        codes.append(subprocess.run([sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False).returncode)
+        codes.append(
+            subprocess.run(
+                [sys.executable, "-m", "hybridtrain.cli", "report", "--compare", *runs], check=False
+            ).returncode
+        )
     return next((code for code in codes if code), 0)

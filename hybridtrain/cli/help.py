@@ -41,10 +41,18 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
         lines.append("RUN is a run directory; `RUN` is short for `run.dir=RUN`.")
     if command == "report":
         lines.append("hybridtrain report --compare RUN RUN ... plots several runs together.")
-    lines += ["", "flags", *_entry("--help", "this page"), *_entry("--cfg job", "print the composed config and stop")]
+    lines += [
+        "",
+        "flags",
+        *_entry("--help", "this page"),
+        *_entry("--cfg job", "print the composed config and stop"),
+    ]
     lines += _entry("--config-dir DIR", "add your own folder of groups and experiments, laid out like conf/")
     if command in ("train", "bench"):
-        lines += _entry("--nproc N", "run in N processes on this machine; auto: the product of the parallel degrees; a degree of -1 uses all GPUs")
+        lines += _entry(
+            "--nproc N",
+            "run in N processes on this machine; auto: the product of the parallel degrees; a degree of -1 uses all GPUs",
+        )
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")
     lines += ["", f"groups (group=file selects a file; those of hybridtrain are in {keys.conf_folder()})"]

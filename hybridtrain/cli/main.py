@@ -29,13 +29,21 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.3)
-        print(f"hybridtrain: no command {command!r}\n  allowed: {', '.join(COMMANDS)}\n  try:     hybridtrain {near[0] if near else '--help'}", file=sys.stderr)
+        print(
+            f"hybridtrain: no command {command!r}\n  allowed: {', '.join(COMMANDS)}\n  try:     hybridtrain {near[0] if near else '--help'}",
+            file=sys.stderr,
+        )
         return 2
     return run_command(command, rest)
 
 
 def _help() -> str:
-    lines = ["hybridtrain: hybrid-parallel training of Hugging Face language models", "", "usage: hybridtrain <command> [key=value ...]", ""]
+    lines = [
+        "hybridtrain: hybrid-parallel training of Hugging Face language models",
+        "",
+        "usage: hybridtrain <command> [key=value ...]",
+        "",
+    ]
     for name, (_, _, does) in COMMANDS.items():
         lines.append(f"  {name + (' RUN' if name in TAKES_RUN else ''):<14}{does}")
     lines += [

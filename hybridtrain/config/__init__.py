@@ -1,1 +1,2 @@
-"""Typed configuration: schema.py (the options), checks.py (which values work together), compose.py (Hydra)."""
+"""Typed configuration: schema.py (the options), checks.py (which values work together),
+compose.py (Hydra)."""

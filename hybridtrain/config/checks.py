@@ -67,7 +67,11 @@ def check(config: schema.Root) -> None:
     if isinstance(config, schema.Config):
         registry.load(config.run.plugins)
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
-    options = {f"{name}.{option.name}": getattr(section, option.name) for name, section in sections.items() for option in dataclasses.fields(section)}
+    options = {
+        f"{name}.{option.name}": getattr(section, option.name)
+        for name, section in sections.items()
+        for option in dataclasses.fields(section)
+    }
     for field, kinds in _KINDS.items():
         if field in options:
             one_of(field, options[field], kinds)
@@ -88,7 +92,14 @@ def check(config: schema.Root) -> None:
         _bench(config)
     if isinstance(config, schema.PrepareRoot):
         problem, allowed = "nothing to read", "files, folders, patterns, stdlib"
-        require(bool(config.data.source), "data.source", config.data.source, problem, allowed=allowed, instead="data.source=[YOUR TEXT]")
+        require(
+            bool(config.data.source),
+            "data.source",
+            config.data.source,
+            problem,
+            allowed=allowed,
+            instead="data.source=[YOUR TEXT]",
+        )
         _require_path(bool(config.data.path))
 
 
@@ -104,11 +115,24 @@ def _registered(options: Mapping[str, Any]) -> None:
     for name in ("task.label_smoothing", "task.z_loss"):
         value, task = options.get(name), options.get("task.kind")
         holds = not value or task in registry.BUILT_IN["task"]
-        require(holds, name, value, f"task.kind={task} computes its own loss", allowed="0 with a registered task", instead=f"{name}=0")
+        require(
+            holds,
+            name,
+            value,
+            f"task.kind={task} computes its own loss",
+            allowed="0 with a registered task",
+            instead=f"{name}=0",
+        )
     for section, kind in (("optim", "optimizer"), ("schedule", "schedule")):
         chosen, value = options.get(f"{section}.kind"), options.get(f"{section}.options")
-        problem, holds = f"{section}.kind={chosen} reads none", not value or chosen not in registry.BUILT_IN[kind]
-        allowed, instead = f"{{}} unless {section}.kind is a registered {kind}", f"the options of {section} itself"
+        problem, holds = (
+            f"{section}.kind={chosen} reads none",
+            not value or chosen not in registry.BUILT_IN[kind],
+        )
+        allowed, instead = (
+            f"{{}} unless {section}.kind is a registered {kind}",
+            f"the options of {section} itself",
+        )
         require(holds, f"{section}.options", value, problem, allowed=allowed, instead=instead)
 
 
@@ -116,12 +140,28 @@ def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
     """Check tracker.kinds. `here`: training runs in this environment, so the packages must be installed."""
     for kind in tracker.kinds:
         known = registry.names("tracker")
-        require(kind in known, "tracker.kinds", tracker.kinds, f"no tracker {kind!r}", allowed=", ".join(known), instead="tracker.kinds=[wandb]")
+        require(
+            kind in known,
+            "tracker.kinds",
+            tracker.kinds,
+            f"no tracker {kind!r}",
+            allowed=", ".join(known),
+            instead="tracker.kinds=[wandb]",
+        )
         if here and kind in TRACKERS:
             installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
             problem = f"the package {kind} is not installed here"
-            command = install(TRACKERS_OF_EXTRAS[kind]) if kind in TRACKERS_OF_EXTRAS else f"pip install {kind}"
-            require(kind in installed, "tracker.kinds", tracker.kinds, problem, allowed=", ".join(installed) or "none", instead=command)
+            command = (
+                install(TRACKERS_OF_EXTRAS[kind]) if kind in TRACKERS_OF_EXTRAS else f"pip install {kind}"
+            )
+            require(
+                kind in installed,
+                "tracker.kinds",
+                tracker.kinds,
+                problem,
+                allowed=", ".join(installed) or "none",
+                instead=command,
+            )
 
 
 def _engine(config: schema.Config) -> None:
@@ -129,19 +169,43 @@ def _engine(config: schema.Config) -> None:
     if isinstance(config, schema.ParityRoot) and config.parity.engines:
         for kind in config.parity.engines:
             require(
-                kind in ENGINES, "parity.engines", config.parity.engines, f"no engine {kind!r}", allowed=", ".join(ENGINES), instead="parity.engines=[torch]"
+                kind in ENGINES,
+                "parity.engines",
+                config.parity.engines,
+                f"no engine {kind!r}",
+                allowed=", ".join(ENGINES),
+                instead="parity.engines=[torch]",
             )
         kinds = set(config.parity.engines)
-    offload = {"engine.offload_optimizer": engine.offload_optimizer, "engine.offload_parameters": engine.offload_parameters}
+    offload = {
+        "engine.offload_optimizer": engine.offload_optimizer,
+        "engine.offload_parameters": engine.offload_parameters,
+    }
     for field, value in offload.items():
         if value == "nvme":
-            raise refusal(field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu")
+            raise refusal(
+                field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu"
+            )
         one_of(field, value, OFFLOAD)
     if "deepspeed" not in kinds:
         for field, value in offload.items():
-            require(value == "none", field, value, "engine=torch does not offload yet", allowed="none", instead="engine=deepspeed, or parallel.zero_stage=3")
+            require(
+                value == "none",
+                field,
+                value,
+                "engine=torch does not offload yet",
+                allowed="none",
+                instead="engine=deepspeed, or parallel.zero_stage=3",
+            )
         problem = "these are keys of DeepSpeed's config"
-        require(not engine.config_overrides, "engine.config_overrides", engine.config_overrides, problem, allowed="{}", instead="engine=deepspeed")
+        require(
+            not engine.config_overrides,
+            "engine.config_overrides",
+            engine.config_overrides,
+            problem,
+            allowed="{}",
+            instead="engine=deepspeed",
+        )
     else:
         from hybridtrain.config import deepspeed_checks  # only with this engine
 
@@ -163,7 +227,14 @@ def distinct_folders(configs: Sequence[schema.Root]) -> None:
 
 
 def _require_path(holds: bool) -> None:
-    require(holds, "data.path", "''", "no folder of token files", allowed="a folder", instead="data.path=data/mine, or experiment=quickstart")
+    require(
+        holds,
+        "data.path",
+        "''",
+        "no folder of token files",
+        allowed="a folder",
+        instead="data.path=data/mine, or experiment=quickstart",
+    )
 
 
 def _trainable(config: schema.Config) -> None:
@@ -182,9 +253,15 @@ def _run_length(config: schema.Config) -> None:
     fit into the run.
     """
     train = config.train
-    limits = {f"train.{name}": getattr(train, name) for name in ("steps", "tokens", "epochs") if getattr(train, name)}
+    limits = {
+        f"train.{name}": getattr(train, name)
+        for name in ("steps", "tokens", "epochs")
+        if getattr(train, name)
+    }
     for field, value in limits.items():
-        in_range(field, value, lambda n: n > 0, allowed="above 0", instead=1000 if field == "train.steps" else 1)
+        in_range(
+            field, value, lambda n: n > 0, allowed="above 0", instead=1000 if field == "train.steps" else 1
+        )
     if len(limits) != 1:
         raise refusal(
             "train",
@@ -224,9 +301,23 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
 
 def _bench(config: schema.BenchRoot) -> None:
     problem, instead = "bench times next-token prediction only", "task=causal_lm"
-    require(config.task.kind == "causal_lm" and not config.model.labels, "task.kind", config.task.kind, problem, allowed="causal_lm", instead=instead)
+    require(
+        config.task.kind == "causal_lm" and not config.model.labels,
+        "task.kind",
+        config.task.kind,
+        problem,
+        allowed="causal_lm",
+        instead=instead,
+    )
     problem, instead = "the plain loop that bench compares with trains with AdamW", "bench.plain=false"
-    require(config.optim.kind == "adamw" or not config.bench.plain, "optim.kind", config.optim.kind, problem, allowed="adamw", instead=instead)
+    require(
+        config.optim.kind == "adamw" or not config.bench.plain,
+        "optim.kind",
+        config.optim.kind,
+        problem,
+        allowed="adamw",
+        instead=instead,
+    )
     require(
         not config.bench.corpus or bool(config.data.path),
         "bench.corpus",

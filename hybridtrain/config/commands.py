@@ -38,7 +38,8 @@ class GenerateConfig(Options):
     prompts_file: str = ""
     """A UTF-8 file with a text on each line, instead of `prompt`."""
     chat: bool = False
-    """Treat the text as a user message: format it with the chat template of the model, and print only the answer."""
+    """Treat the text as a user message: format it with the chat template of the model, and
+    print only the answer."""
     system: str = ""
     """With chat: the system message; empty: none."""
     stop: list[str] = field(default_factory=list)
@@ -56,7 +57,8 @@ class GenerateConfig(Options):
 @options
 class ParityConfig(Options):
     layouts: list[str] = field(default_factory=list)
-    """Layouts to test, such as pp2-dp_shard2-tp2-zero3; empty: a default set that suits the model and max_processes."""
+    """Layouts to test, such as pp2-dp_shard2-tp2-zero3; empty: a default set that suits the
+    model and max_processes."""
     engines: list[str] = field(default_factory=list)
     """Engines to test under every layout: torch, deepspeed; empty: engine.kind."""
     max_processes: int = 4
@@ -64,7 +66,8 @@ class ParityConfig(Options):
     steps: int = 3
     """Optimizer steps per layout."""
     shrink: bool = False
-    """Test a smaller model: fewer layers and less width, with the same ratios of heads; the output says so."""
+    """Test a smaller model: fewer layers and less width, with the same ratios of heads;
+    the output says so."""
 
 
 @options
@@ -76,11 +79,14 @@ class BenchConfig(Options):
     rounds: int = 15
     """Rounds; in each, both sides are timed in turn."""
     plain: bool = True
-    """Also time a plain PyTorch loop with the same Hugging Face model: one process on the device of rank 0, while all other ranks wait."""
+    """Also time a plain PyTorch loop with the same Hugging Face model: one process on the device of rank 0,
+    while all other ranks wait."""
     plain_compile: str = "layer"
-    """With engine.compile: what is compiled in the plain loop, each layer (layer) or the whole model (model)."""
+    """With engine.compile: what is compiled in the plain loop, each layer (layer) or the
+    whole model (model)."""
     corpus: bool = False
-    """Train on the corpus at data.path instead of random tokens, and report the share of a step spent waiting for data."""
+    """Train on the corpus at data.path instead of random tokens, and report the share of a step
+    spent waiting for data."""
     parts: bool = False
     """Profile two steps after the rounds and list the operations that take the most time."""
     out: str = ""
@@ -101,15 +107,18 @@ class PrepareConfig(Options):
 @options
 class ReportConfig(Options):
     out: str = ""
-    """Folder for the page and plots; empty: <run>/report, or a folder in runs/compare for several runs. Other files in it are left alone."""
+    """Folder for the page and plots; empty: <run>/report, or a folder in runs/compare for several runs. Other
+    files in it are left alone."""
     compare: list[str] = field(default_factory=list)
-    """Two or more runs to plot together; `--compare RUN RUN ...` is short for it. Empty: a report of one run."""
+    """Two or more runs to plot together; `--compare RUN RUN ...` is short for it. Empty:
+    a report of one run."""
 
 
 @options
 class ClusterConfig(Options):
     partition: str = ""
-    """Slurm partition; empty: the default of the cluster. The same holds for account, qos, constraint, exclude and mem."""
+    """Slurm partition; empty: the default of the cluster. The same holds for account, qos,
+    constraint, exclude and mem."""
     account: str = ""
     """Slurm account to charge."""
     qos: str = ""
@@ -129,12 +138,13 @@ class ClusterConfig(Options):
     cpus_per_node: int = 0
     """CPUs of each node (0: the default of the cluster)."""
     time: str = "01:00:00"
-    """Time limit, as for sbatch. Before it is reached, training stops with a checkpoint; the job is then requeued and resumes."""
+    """Time limit, as for sbatch. Before it is reached, training stops with a checkpoint; the job is then
+    requeued and resumes."""
     signal_before_s: int = 120
     """Seconds before the time limit at which Slurm signals the job (run.stop_signal)."""
     max_restarts: int = 3
-    """Restarts after failures; preemption and the time limit do not count. A restarted attempt that saved no new checkpoint
-    (if preempted: two in a row) is not restarted again."""
+    """Restarts after failures; preemption and the time limit do not count. A restarted attempt that saved no
+    new checkpoint (if preempted: two in a row) is not restarted again."""
     health_timeout_s: int = 120
     """Seconds that nodes may take to reach each other in a check before training (0: no check)."""
     container_image: str = ""
@@ -150,7 +160,8 @@ class ClusterConfig(Options):
     sbatch: dict[str, str] = field(default_factory=dict)
     """Other sbatch options, e.g. {reservation: maintenance, exclusive: ''}."""
     dry_run: bool = False
-    """Only print the job script and when Slurm expects to start it; queue nothing. --dry-run is short for it."""
+    """Only print the job script and when Slurm expects to start it; queue nothing.
+    --dry-run is short for it."""
     array_at_once: int = 0
     """With --multirun: largest number of runs at the same time (0: no limit)."""
 

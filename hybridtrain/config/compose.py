@@ -54,7 +54,11 @@ def compose(command: str, argv: list[str]) -> schema.Root:
     try:
         config = to_dataclasses(compose_node(command, line, folders), schema.ROOTS[command])
         config.given = line.given
-        if isinstance(config, schema.Config) and "run.plugins" not in line.given and any(map(_is_of_run, folders)):
+        if (
+            isinstance(config, schema.Config)
+            and "run.plugins" not in line.given
+            and any(map(_is_of_run, folders))
+        ):
             config.run.plugins = []  # as in `read_run`; a job's command line names its plugins
         if isinstance(config, schema.Config):
             vocab = config.model.config.get("vocab_size")
@@ -85,7 +89,12 @@ def compose_node(command: str, line: CommandLine, folders: list[Path]) -> DictCo
     """The composed OmegaConf node, with run.name and run.dir filled in."""
     root = schema.ROOTS[command]
     over_files = line.chosen_files or issubclass(root, schema.Config)
-    node = _compose(schema.over_files(root) if over_files else root, line, folders, primary="base" if over_files else "schema")
+    node = _compose(
+        schema.over_files(root) if over_files else root,
+        line,
+        folders,
+        primary="base" if over_files else "schema",
+    )
     if "run" in node and not node.run.name:
         node.run.name = _experiment(line.overrides)
     if "run" in node and not node.run.dir:
@@ -106,7 +115,13 @@ def _compose(root: Any, line: CommandLine, folders: list[Path], *, primary: str)
             [override] = OverridesParser.create().parse_overrides([text])
             value = override.value()
             if isinstance(value, dict) and {"rope_type", "type"} & {str(name) for name in value}:
-                OmegaConf.update(node, override.key_or_group, {str(name): item for name, item in value.items()}, merge=False, force_add=True)
+                OmegaConf.update(
+                    node,
+                    override.key_or_group,
+                    {str(name): item for name, item in value.items()},
+                    merge=False,
+                    force_add=True,
+                )
     return node
 
 
@@ -117,7 +132,9 @@ def _set_in_files(command: str, line: CommandLine, folders: list[Path]) -> froze
     for key in options:
         OmegaConf.update(bare, key, "???")
     node = _compose(bare, line, folders, primary="base")
-    return frozenset(key for key in options if not OmegaConf.is_missing(node[key.partition(".")[0]], key.partition(".")[2]))
+    return frozenset(
+        key for key in options if not OmegaConf.is_missing(node[key.partition(".")[0]], key.partition(".")[2])
+    )
 
 
 def split(argv: list[str]) -> tuple[list[str], list[Path]]:
@@ -129,7 +146,13 @@ def split(argv: list[str]) -> tuple[list[str], list[Path]]:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
             folders.append(config_folder(argument.partition("=")[2] or next(rest, "")))
         elif argument.startswith("-"):
-            raise refusal("argument", argument, "no such flag", allowed="--help, --cfg job, --config-dir DIR, --multirun, --nproc N", instead="key=value")
+            raise refusal(
+                "argument",
+                argument,
+                "no such flag",
+                allowed="--help, --cfg job, --config-dir DIR, --multirun, --nproc N",
+                instead="key=value",
+            )
         else:
             overrides.append(argument)
     return overrides, folders
@@ -149,8 +172,18 @@ def to_dataclasses(node: DictConfig, root: type[RootT]) -> RootT:
             value = marked(getattr(resolved, option.name), node[section.name]._get_node(option.name), node)
             if _contains_section(value):
                 key = f"{section.name}.{option.name}"
-                raise refusal(key, "${...}", "it refers to a whole section", allowed="references to single options", instead=f"{key}=VALUE")
-            setattr(values, option.name, _expand(value) if f"{section.name}.{option.name}" in keys.PATHS else value)
+                raise refusal(
+                    key,
+                    "${...}",
+                    "it refers to a whole section",
+                    allowed="references to single options",
+                    instead=f"{key}=VALUE",
+                )
+            setattr(
+                values,
+                option.name,
+                _expand(value) if f"{section.name}.{option.name}" in keys.PATHS else value,
+            )
     return config
 
 
@@ -186,7 +219,9 @@ def public(config: schema.Root) -> dict[str, dict[str, Any]]:
 
     Strings from a resolver such as oc.env, directly or through other options, are given as the reference.
     """
-    return {section: _public(options, escape=False) for section, options in dataclasses.asdict(config).items()}
+    return {
+        section: _public(options, escape=False) for section, options in dataclasses.asdict(config).items()
+    }
 
 
 def public_value(value: Any) -> Any:
@@ -215,7 +250,13 @@ def read_run(path: Path) -> schema.Config:
     Used everywhere except to resume one's own run.
     """
     if not path.is_file():
-        raise refusal("run.dir", path.parent, f"there is no {path.name} in it", allowed="the folder of a run", instead="run.dir=runs/<name>")
+        raise refusal(
+            "run.dir",
+            path.parent,
+            f"there is no {path.name} in it",
+            allowed="the folder of a run",
+            instead="run.dir=runs/<name>",
+        )
     others = schema.SECTIONS.keys() - keys.sections("train").keys()
     try:
         loaded = _load_yaml(limits.read(path))
@@ -294,15 +335,37 @@ def translate(error: Exception, *, source: Path | None = None, argv: Sequence[st
         if source and (unknown := migrate.of_another_version(key, file=source)):
             return unknown
         try:
-            keys.check_key(key, value="..." + where, allowed=keys.all_sections(), groups=list(keys.groups([keys.conf_folder()])))
+            keys.check_key(
+                key,
+                value="..." + where,
+                allowed=keys.all_sections(),
+                groups=list(keys.groups([keys.conf_folder()])),
+            )
         except UserError as unknown:
             return unknown
     first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-    option = next((field for fields in keys.all_sections().values() for field in fields if key == field.key or key.startswith(field.key + "[")), None)
+    option = next(
+        (
+            field
+            for fields in keys.all_sections().values()
+            for field in fields
+            if key == field.key or key.startswith(field.key + "[")
+        ),
+        None,
+    )
     if option is not None:
         values = [text.partition("=")[2] for text in argv if text.lstrip("+").startswith(f"{option.key}=")]
         match = re.search(r"[Vv]alue '(.*?)'", first)
         value = match[1] if match else values[-1] if values else "..."
-        return refusal(key, value, first + where, allowed=f"a value of type {option.type}: {option.doc}", instead=_suggestion(option, value))
+        return refusal(
+            key,
+            value,
+            first + where,
+            allowed=f"a value of type {option.type}: {option.doc}",
+            instead=_suggestion(option, value),
+        )
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return UserError(f"the configuration does not compose{f' (in {source})' if source else ''}:\n  " + "\n  ".join(lines[:6]))
+    return UserError(
+        f"the configuration does not compose{f' (in {source})' if source else ''}:\n  "
+        + "\n  ".join(lines[:6])
+    )

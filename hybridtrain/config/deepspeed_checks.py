@@ -18,12 +18,40 @@ def check(config: schema.Config) -> None:
     """Raise UserError for a config that DeepSpeed cannot train under any layout."""
     engine, installed = config.engine, importlib.util.find_spec("deepspeed") is not None
     instead = f"{install('deepspeed')}, or engine=torch"
-    require(installed, "engine.kind", "deepspeed", "the package deepspeed is not installed here", allowed="torch", instead=instead)
-    require(not engine.compile, "engine.compile", True, "not with engine=deepspeed yet", allowed="false", instead="engine=torch, or engine.compile=false")
+    require(
+        installed,
+        "engine.kind",
+        "deepspeed",
+        "the package deepspeed is not installed here",
+        allowed="torch",
+        instead=instead,
+    )
+    require(
+        not engine.compile,
+        "engine.compile",
+        True,
+        "not with engine=deepspeed yet",
+        allowed="false",
+        instead="engine=torch, or engine.compile=false",
+    )
     kind, allowed = config.optim.kind, ", ".join(registry.BUILT_IN["optimizer"])
-    require(kind in registry.BUILT_IN["optimizer"], "optim.kind", kind, "engine=deepspeed has only AdamW", allowed=allowed, instead="engine=torch")
+    require(
+        kind in registry.BUILT_IN["optimizer"],
+        "optim.kind",
+        kind,
+        "engine=deepspeed has only AdamW",
+        allowed=allowed,
+        instead="engine=torch",
+    )
     frozen = config.model.freeze
-    require(not frozen, "model.freeze", frozen, "DeepSpeed keeps frozen weights in 16 bits only", allowed="[]", instead="engine=torch")
+    require(
+        not frozen,
+        "model.freeze",
+        frozen,
+        "DeepSpeed keeps frozen weights in 16 bits only",
+        allowed="[]",
+        instead="engine=torch",
+    )
     if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
         check_stage(config, config.parallel.zero_stage)
     if config.precision.kind == "fp16_mixed":
@@ -33,17 +61,48 @@ def check(config: schema.Config) -> None:
 def _loss_scale(precision: schema.PrecisionConfig) -> None:
     power = math.log2(precision.init_scale)
     problem = "DeepSpeed's first loss scale is a power of two"
-    require(power == int(power), "precision.init_scale", precision.init_scale, problem, allowed="powers of 2", instead="precision.init_scale=65536")
-    for field, value, fixed in (("growth_factor", precision.growth_factor, 2.0), ("backoff_factor", precision.backoff_factor, 0.5)):
+    require(
+        power == int(power),
+        "precision.init_scale",
+        precision.init_scale,
+        problem,
+        allowed="powers of 2",
+        instead="precision.init_scale=65536",
+    )
+    for field, value, fixed in (
+        ("growth_factor", precision.growth_factor, 2.0),
+        ("backoff_factor", precision.backoff_factor, 0.5),
+    ):
         problem = "DeepSpeed's loss scale doubles and halves"
-        require(value == fixed, f"precision.{field}", value, problem, allowed=str(fixed), instead=f"engine=torch, or precision.{field}={fixed}")
+        require(
+            value == fixed,
+            f"precision.{field}",
+            value,
+            problem,
+            allowed=str(fixed),
+            instead=f"engine=torch, or precision.{field}={fixed}",
+        )
 
 
 def check_stage(config: schema.Config, stage: int) -> None:
     """Raise UserError for options that DeepSpeed does not support at this ZeRO stage."""
     problem = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
     offload = config.engine.offload_parameters
-    require(offload == "none" or stage == 3, "engine.offload_parameters", offload, problem, allowed="none", instead="parallel=zero3")
+    require(
+        offload == "none" or stage == 3,
+        "engine.offload_parameters",
+        offload,
+        problem,
+        allowed="none",
+        instead="parallel=zero3",
+    )
     recompute, instead = config.recompute.kind, "recompute=full, or engine=torch"
     problem = "DeepSpeed's ZeRO 3 gathers parameters inside the recomputed layers, which torch's selective recomputation does not allow"
-    require(stage < 3 or recompute != "selective", "recompute.kind", recompute, problem, allowed="none, full", instead=instead)
+    require(
+        stage < 3 or recompute != "selective",
+        "recompute.kind",
+        recompute,
+        problem,
+        allowed="none, full",
+        instead=instead,
+    )

@@ -60,7 +60,9 @@ def _from_resolver(source: str, root: DictConfig, *, depth: int) -> bool:
     begun, references = len(_INTERPOLATION.findall(source)), _REFERENCE.findall(source)
     if begun > len(references) or depth > _MOST_DEPTH:
         return True  # a call, or nested references, which are not followed
-    return begun > 0 and any(name.startswith(".") or _reaches(_target(root, name), root, depth=depth + 1) for name in references)
+    return begun > 0 and any(
+        name.startswith(".") or _reaches(_target(root, name), root, depth=depth + 1) for name in references
+    )
 
 
 def _target(root: DictConfig, name: str) -> Any:
@@ -99,7 +101,15 @@ def keep_calls(node: Any, root: DictConfig) -> None:
         if isinstance(child, DictConfig | ListConfig) and not child._is_interpolation():
             if not child._is_none() and not child._is_missing():
                 keep_calls(child, root)
-        elif isinstance(source, str) and _INTERPOLATION.search(source) and _from_resolver(source, root, depth=0):
-            if isinstance(child, DictConfig | ListConfig) or (isinstance(child, ValueNode) and not isinstance(child, StringNode | AnyNode)):
-                raise ValueError(f"has {child._get_full_key(None)}={source}, which is not looked up for a run that is only read")
+        elif (
+            isinstance(source, str)
+            and _INTERPOLATION.search(source)
+            and _from_resolver(source, root, depth=0)
+        ):
+            if isinstance(child, DictConfig | ListConfig) or (
+                isinstance(child, ValueNode) and not isinstance(child, StringNode | AnyNode)
+            ):
+                raise ValueError(
+                    f"has {child._get_full_key(None)}={source}, which is not looked up for a run that is only read"
+                )
             child._set_value(words.escaped(source))

@@ -1,4 +1,5 @@
-"""The keys of a command line: options of the schema and groups in conf/, and the nearest one to a wrong key."""
+"""The keys of a command line: options of the schema and groups in conf/, and the nearest
+one to a wrong key."""
 
 from __future__ import annotations
 
@@ -36,13 +37,39 @@ MAPPINGS = (
 )  # the value is {key:value, ...}
 TEXT_MAPPINGS = ("data.blend", "cluster.environment", "cluster.sbatch")  # with string keys
 PATHS = (
-    *("run.dir", "run.branch_from", "runs.folder", "data.path", "data.blend", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained"),
-    *("export.checkpoint", "export.out", "evaluate.source", "generate.source", "report.out", "report.compare", "bench.out", "generate.prompts_file"),
+    *(
+        "run.dir",
+        "run.branch_from",
+        "runs.folder",
+        "data.path",
+        "data.blend",
+        "data.eval_path",
+        "data.source",
+        "data.tokenizer",
+        "model.from_pretrained",
+    ),
+    *(
+        "export.checkpoint",
+        "export.out",
+        "evaluate.source",
+        "generate.source",
+        "report.out",
+        "report.compare",
+        "bench.out",
+        "generate.prompts_file",
+    ),
     *("cluster.python", "cluster.container_image"),
 )
 """Options that may be paths; in `data.blend` the keys. compose.to_dataclasses expands a leading ~."""
 SYNONYMS = {
-    "precision": {"bf16": "bf16_mixed", "bfloat16": "bf16_mixed", "fp16": "fp16_mixed", "float16": "fp16_mixed", "float32": "fp32", "mixed": "bf16_mixed"},
+    "precision": {
+        "bf16": "bf16_mixed",
+        "bfloat16": "bf16_mixed",
+        "fp16": "fp16_mixed",
+        "float16": "fp16_mixed",
+        "float32": "fp32",
+        "mixed": "bf16_mixed",
+    },
 }
 """Group -> name often written -> the file of conf/ to suggest."""
 ADAPTERS = re.compile(r"lora|peft|adapter", re.IGNORECASE)
@@ -74,7 +101,10 @@ def sections(command: str) -> dict[str, list[Field]]:
     """The sections of `command` and their options, in the schema's order; the command's
     own section comes first.
     """
-    result = {section.name: _fields(section.name, section.default_factory) for section in dataclasses.fields(schema.ROOTS[command])}
+    result = {
+        section.name: _fields(section.name, section.default_factory)
+        for section in dataclasses.fields(schema.ROOTS[command])
+    }
     return {command: result.pop(command), **result} if command in result and command != "train" else result
 
 
@@ -85,8 +115,15 @@ def all_sections() -> dict[str, list[Field]]:
 
 
 def _fields(section: str, kind: Any) -> list[Field]:
-    docs = {name: doc for base in reversed(kind.__mro__) for name, doc in _docstrings().get(base.__name__, {}).items()}
-    return [Field(f"{section}.{option.name}", str(option.type), _default(option), docs.get(option.name, "")) for option in dataclasses.fields(kind)]
+    docs = {
+        name: doc
+        for base in reversed(kind.__mro__)
+        for name, doc in _docstrings().get(base.__name__, {}).items()
+    }
+    return [
+        Field(f"{section}.{option.name}", str(option.type), _default(option), docs.get(option.name, ""))
+        for option in dataclasses.fields(kind)
+    ]
 
 
 def _default(option: dataclasses.Field) -> Any:
@@ -97,7 +134,9 @@ def _default(option: dataclasses.Field) -> Any:
 def _docstrings() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring below the field, from the source."""
     result: dict[str, dict[str, str]] = {}
-    for node in [node for module in (training_sections, commands) for node in ast.parse(inspect.getsource(module)).body]:
+    for node in [
+        node for module in (training_sections, commands) for node in ast.parse(inspect.getsource(module)).body
+    ]:
         if not isinstance(node, ast.ClassDef):
             continue
         for above, below in zip(node.body, node.body[1:], strict=False):
@@ -113,7 +152,9 @@ def _docstrings() -> dict[str, dict[str, str]]:
 
 def groups_of(command: str, known: dict[str, list[str]]) -> dict[str, list[str]]:
     """The groups among `known` whose files `command` accepts: those of its sections, and experiments."""
-    return {group: names for group, names in known.items() if group == EXPERIMENT or group in sections(command)}
+    return {
+        group: names for group, names in known.items() if group == EXPERIMENT or group in sections(command)
+    }
 
 
 def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
@@ -127,13 +168,19 @@ def groups(folders: Iterable[Path]) -> dict[str, list[str]]:
 
 def is_known(key: str, allowed: dict[str, list[Field]]) -> bool:
     section = key.partition(".")[0]
-    return section in allowed and (key.startswith(FREE_FORM) or any(field.key == key for field in allowed[section]))
+    return section in allowed and (
+        key.startswith(FREE_FORM) or any(field.key == key for field in allowed[section])
+    )
 
 
 def nearest_name(value: str, names: Sequence[str]) -> str:
     """The name most similar to `value`; the first if none is similar."""
     synonyms = {text: name for group in SYNONYMS.values() for text, name in group.items()}
-    near = [synonyms[value]] if synonyms.get(value) in names else difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    near = (
+        [synonyms[value]]
+        if synonyms.get(value) in names
+        else difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    )
     return near[0] if near else names[0]
 
 
@@ -145,7 +192,9 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
         return
     if key in migrate.RENAMED:
         now = migrate.RENAMED[key]
-        raise refusal(key, value, f"no such option; it has been renamed to {now}", allowed=now, instead=f"{now}=VALUE")
+        raise refusal(
+            key, value, f"no such option; it has been renamed to {now}", allowed=now, instead=f"{now}=VALUE"
+        )
     if ADAPTERS.search(key):
         raise refusal(
             key,
@@ -156,13 +205,17 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
         )
     if section in allowed and not name:
         options = ", ".join(field.key for field in allowed[section])
-        raise refusal(key, value, f"{key} is a section", allowed=options, instead=f"{allowed[section][0].key}=VALUE")
+        raise refusal(
+            key, value, f"{key} is a section", allowed=options, instead=f"{allowed[section][0].key}=VALUE"
+        )
     siblings = [k for k in keys if k.startswith(section + ".")]
     raise refusal(
         key,
         value,
         "no such option",
-        allowed=f"{section}: " + ", ".join(k.partition(".")[2] for k in siblings) if section in allowed else "sections " + ", ".join(allowed),
+        allowed=f"{section}: " + ", ".join(k.partition(".")[2] for k in siblings)
+        if section in allowed
+        else "sections " + ", ".join(allowed),
         instead=_nearest_key(key, keys=keys, groups=groups),
     )
 
@@ -173,7 +226,9 @@ def _nearest_key(key: str, *, keys: list[str], groups: list[str]) -> str:
     """
     section, _, leaf = key.rpartition(".")
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
-    siblings = difflib.get_close_matches(key, [k for k in keys if section and k.startswith(section + ".")], n=1, cutoff=0.6)
+    siblings = difflib.get_close_matches(
+        key, [k for k in keys if section and k.startswith(section + ".")], n=1, cutoff=0.6
+    )
     anywhere = difflib.get_close_matches(key, [*keys, *groups], n=1, cutoff=0.5)
     leaves = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.6)
     by_leaf = [k for k in keys if leaves and k.endswith("." + leaves[0])]

@@ -17,7 +17,13 @@ _MOST_DEPTH = 64
 
 def unfit(path: Path, problem: str) -> UserError:
     """The refusal of a config.yaml, with its folder as run.dir."""
-    return refusal("run.dir", path.parent, f"{path.name} {problem}", allowed="the folder of a run", instead="run.dir=runs/<name>")
+    return refusal(
+        "run.dir",
+        path.parent,
+        f"{path.name} {problem}",
+        allowed="the folder of a run",
+        instead="run.dir=runs/<name>",
+    )
 
 
 def read(path: Path) -> str:
@@ -32,7 +38,11 @@ def read(path: Path) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise unfit(path, f"is not UTF-8 (byte {error.start})") from error
-    if "&" in text or text.count("[") + text.count("{") + text.count("- -") > _MOST_DEPTH or "\n" + " " * 2 * _MOST_DEPTH in text:
+    if (
+        "&" in text
+        or text.count("[") + text.count("{") + text.count("- -") > _MOST_DEPTH
+        or "\n" + " " * 2 * _MOST_DEPTH in text
+    ):
         _check_size(path, text)
     return text
 
@@ -48,7 +58,11 @@ def _check_size(path: Path, text: str) -> None:
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, count = open_.pop()
             else:
-                anchor, count = (event.anchor, 1) if isinstance(event, yaml.ScalarEvent) else (None, sizes.get(event.anchor, 1))
+                anchor, count = (
+                    (event.anchor, 1)
+                    if isinstance(event, yaml.ScalarEvent)
+                    else (None, sizes.get(event.anchor, 1))
+                )
             if anchor:
                 sizes[anchor] = count
             if open_:

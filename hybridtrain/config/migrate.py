@@ -20,7 +20,9 @@ ABSENT: dict[str, Any] = {}
 
 def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
     """The sections of a config.yaml with today's option names; unknown options are kept."""
-    sections = {name: dict(options) if isinstance(options, dict) else options for name, options in content.items()}
+    sections = {
+        name: dict(options) if isinstance(options, dict) else options for name, options in content.items()
+    }
     for before, now in RENAMED.items():
         section, _, option = before.partition(".")
         if isinstance(sections.get(section), dict) and option in sections[section]:
@@ -44,10 +46,18 @@ def of_another_version(key: str, *, file: Path) -> UserError | None:
     an unknown version did.
     """
     try:
-        version = (read_object(file.parent / "summary.json", field="run.dir").get("versions") or {}).get("hybridtrain")
+        version = (read_object(file.parent / "summary.json", field="run.dir").get("versions") or {}).get(
+            "hybridtrain"
+        )
     except (UserError, AttributeError):
         return None
     if not isinstance(version, str) or version == __version__:
         return None
     problem = f"hybridtrain {__version__} has no such option; {file} was written by hybridtrain {version}"
-    return refusal(key, "...", problem, allowed="runs of this version and of earlier ones", instead=f"hybridtrain {version}")
+    return refusal(
+        key,
+        "...",
+        problem,
+        allowed="runs of this version and of earlier ones",
+        instead=f"hybridtrain {version}",
+    )

@@ -34,7 +34,13 @@ def config_folder(text: str) -> Path:
     """The folder of --config-dir. Raises UserError if it does not exist."""
     folder = Path(text).expanduser().absolute()
     if not folder.is_dir():
-        raise refusal("--config-dir", text, "no such folder", allowed="a folder laid out like conf/", instead="a folder with e.g. experiment/mine.yaml in it")
+        raise refusal(
+            "--config-dir",
+            text,
+            "no such folder",
+            allowed="a folder laid out like conf/",
+            instead="a folder with e.g. experiment/mine.yaml in it",
+        )
     return folder
 
 
@@ -63,7 +69,9 @@ def normalize(command: str, overrides: list[str], *, folders: list[Path]) -> Com
         if mapping is not None:
             mappings.append((override.key, mapping))
         else:
-            value = words.as_typed(override.value, kind=type_of(override.key, allowed), free=override.key == "generate.prompt")
+            value = words.as_typed(
+                override.value, kind=type_of(override.key, allowed), free=override.key == "generate.prompt"
+            )
             result.append(f"{prefix}{override.key}{'=' if override.equals else ''}{value}")
     return CommandLine(result, mappings, frozenset(given), files)
 
@@ -80,8 +88,12 @@ class Override(NamedTuple):
 def _parse(text: str, command: str) -> Override:
     match = _OVERRIDE.match(text)
     if match is None or (match["equals"] is None and match["prefix"] != "~"):
-        raise refusal("argument", text, "not an override", allowed="key=value", instead=_suggest_for_word(text, command))
-    return Override(match["prefix"] or "", match["key"].strip(), match["equals"] is not None, match["value"] or "")
+        raise refusal(
+            "argument", text, "not an override", allowed="key=value", instead=_suggest_for_word(text, command)
+        )
+    return Override(
+        match["prefix"] or "", match["key"].strip(), match["equals"] is not None, match["value"] or ""
+    )
 
 
 def _suggest_for_word(text: str, command: str) -> str:
@@ -109,7 +121,9 @@ def type_of(key: str, allowed: dict[str, list[keys.Field]]) -> str:
     return next((field.type for fields in allowed.values() for field in fields if field.key == key), "")
 
 
-def _choice(override: Override, group: str, command: str, known: dict[str, list[str]], folders: list[Path]) -> str:
+def _choice(
+    override: Override, group: str, command: str, known: dict[str, list[str]], folders: list[Path]
+) -> str:
     """Check the choice of a group's file, and return it as Hydra takes it. Raises UserError."""
     prefix, value = override.prefix, override.value.strip()
     _check_command(group, value, command, has="groups " + ", ".join(keys.groups_of(command, known)))
@@ -124,7 +138,13 @@ def _choice(override: Override, group: str, command: str, known: dict[str, list[
                 _check_package(name, folders)
         prefix = ""
     elif value == "null" and prefix != "~" and "/" in override.key:
-        raise refusal(override.key, value, "no file is chosen", allowed="the name of a file", instead=f"no {override.key}= at all")
+        raise refusal(
+            override.key,
+            value,
+            "no file is chosen",
+            allowed="the name of a file",
+            instead=f"no {override.key}= at all",
+        )
     return f"{prefix}{override.key}{'=' if override.equals else ''}{value}"
 
 
@@ -138,7 +158,13 @@ def _no_file(override: Override, group: str, names: list[str]) -> str:
     if override.value.strip() == "null" and "none" in names:
         return f"{override.key}=none"
     allowed = ", ".join([*names, *(["null"] if group in keys.OPTIONAL else [])])
-    raise refusal(group, override.value.strip() or "''", "no file is chosen", allowed=allowed, instead=f"no {group}= at all, or {group}={names[0]}")
+    raise refusal(
+        group,
+        override.value.strip() or "''",
+        "no file is chosen",
+        allowed=allowed,
+        instead=f"no {group}= at all, or {group}={names[0]}",
+    )
 
 
 def _prefix(override: Override, *, command: str, known: dict[str, list[str]]) -> str:
@@ -147,13 +173,25 @@ def _prefix(override: Override, *, command: str, known: dict[str, list[str]]) ->
     _check_command(override.key, override.value, command, has="sections " + ", ".join(allowed))
     if override.prefix != "~" and override.key.startswith(keys.FREE_FORM):
         return "++"
-    keys.check_key(override.key, value=override.value, allowed=allowed, groups=list(keys.groups_of(command, known)))
-    field = next((field for fields in allowed.values() for field in fields if field.key == override.key), None)
+    keys.check_key(
+        override.key, value=override.value, allowed=allowed, groups=list(keys.groups_of(command, known))
+    )
+    field = next(
+        (field for fields in allowed.values() for field in fields if field.key == override.key), None
+    )
     if override.prefix == "~" and field is not None:
-        default = f"{field.key}={field.default}" if field.default not in ("", [], {}) else f"{field.key}=VALUE"
+        default = (
+            f"{field.key}={field.default}" if field.default not in ("", [], {}) else f"{field.key}=VALUE"
+        )
         problem = "an option cannot be removed, only set"
-        raise refusal(f"~{override.key}", override.value or "(removed)", problem, allowed="key=value", instead=default)
-    return "++" if override.prefix == "+" or (override.key in keys.MAPPINGS and not override.prefix) else override.prefix
+        raise refusal(
+            f"~{override.key}", override.value or "(removed)", problem, allowed="key=value", instead=default
+        )
+    return (
+        "++"
+        if override.prefix == "+" or (override.key in keys.MAPPINGS and not override.prefix)
+        else override.prefix
+    )
 
 
 def _check_command(key: str, value: str, command: str, *, has: str) -> None:
@@ -161,7 +199,11 @@ def _check_command(key: str, value: str, command: str, *, has: str) -> None:
     options = [name for name in schema.ROOTS if keys.is_known(key, keys.sections(name))]
     others = options or [name for name in schema.ROOTS if key.partition(".")[0] in keys.sections(name)]
     if others and command not in others:
-        instead = f"hybridtrain {others[0]} {key}={value}" if len(others) == 1 else f"without it; it is for hybridtrain {', '.join(others)}"
+        instead = (
+            f"hybridtrain {others[0]} {key}={value}"
+            if len(others) == 1
+            else f"without it; it is for hybridtrain {', '.join(others)}"
+        )
         raise refusal(key, value, f"no such option of `hybridtrain {command}`", allowed=has, instead=instead)
 
 
@@ -170,7 +212,13 @@ def _check_file(group: str, value: str, names: list[str], folders: list[Path]) -
         return
     name = _unquote(value)
     if not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
-        raise refusal(group, name, f"there is no {group}/{name}.yaml", allowed=", ".join(names), instead=_suggest_file(group, name, names))
+        raise refusal(
+            group,
+            name,
+            f"there is no {group}/{name}.yaml",
+            allowed=", ".join(names),
+            instead=_suggest_file(group, name, names),
+        )
 
 
 def _unquote(name: str) -> str:
@@ -186,7 +234,9 @@ def _suggest_file(group: str, value: str, names: list[str]) -> str:
     if group == "model" and not near:
         return "a file of yours with --config-dir, or model.from_pretrained=FOLDER (model.config.model_type: llama, mistral, qwen2, qwen3)"
     instead = f"{group}={near[0] if near else names[0]}"
-    if group in ("task", "schedule", "optim") and not difflib.get_close_matches(value, names, n=1, cutoff=0.7):
+    if group in ("task", "schedule", "optim") and not difflib.get_close_matches(
+        value, names, n=1, cutoff=0.7
+    ):
         instead += f", or {group}.kind={value}, if a module of run.plugins registers it"
     return instead
 
@@ -197,7 +247,10 @@ def _suggest_layout(value: str, names: list[str]) -> str:
     """
     axes, degrees = re.sub(r"\d+", "", value), [int(number[:6]) for number in re.findall(r"\d+", value)]
     alike = [name for name in names if re.sub(r"\d+", "", name) == axes]
-    ranked = sorted(alike, key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)])
+    ranked = sorted(
+        alike,
+        key=lambda name: [abs(int(a) - b) for a, b in zip(re.findall(r"\d+", name), degrees, strict=False)],
+    )
     near = ranked[:1] or difflib.get_close_matches(value, names, n=1, cutoff=0.3) or names[:1]
     from hybridtrain.plan import notation  # only for this error
 
@@ -205,7 +258,9 @@ def _suggest_layout(value: str, names: list[str]) -> str:
         options = notation.parse(value.replace("_", "-"))
     except UserError:
         return f"parallel={near[0]}"
-    degrees_as_options = " ".join(f"parallel.{name}={degree}" for name, degree in options.items() if degree not in (None, 0, 1))
+    degrees_as_options = " ".join(
+        f"parallel.{name}={degree}" for name, degree in options.items() if degree not in (None, 0, 1)
+    )
     return f"parallel={near[0]}, or {degrees_as_options}"
 
 
@@ -213,7 +268,24 @@ def _check_package(name: str, folders: list[Path]) -> None:
     """Raise UserError for an experiment without the `@package` line, whose options Hydra
     would put under `experiment`.
     """
-    file = next((folder / "experiment" / f"{name}.yaml" for folder in folders if (folder / "experiment" / f"{name}.yaml").is_file()), None)
-    if file is not None and not re.search(r"^#\s*@package\s+_global_\s*$", file.read_text(errors="replace"), re.MULTILINE):
-        problem = f"{file} has no line `# @package _global_`, so Hydra would put its sections under `experiment`"
-        raise refusal("experiment", name, problem, allowed="an experiment with that line", instead="# @package _global_ as the first line of the file")
+    file = next(
+        (
+            folder / "experiment" / f"{name}.yaml"
+            for folder in folders
+            if (folder / "experiment" / f"{name}.yaml").is_file()
+        ),
+        None,
+    )
+    if file is not None and not re.search(
+        r"^#\s*@package\s+_global_\s*$", file.read_text(errors="replace"), re.MULTILINE
+    ):
+        problem = (
+            f"{file} has no line `# @package _global_`, so Hydra would put its sections under `experiment`"
+        )
+        raise refusal(
+            "experiment",
+            name,
+            problem,
+            allowed="an experiment with that line",
+            instead="# @package _global_ as the first line of the file",
+        )

@@ -106,8 +106,14 @@ def check(config: schema.Root) -> None:
 
 def _number(field: str, value: float, least: float, most: float, *, default: object) -> None:
     if not (math.isfinite(value) and least <= value <= most):
-        instead = f"{field}={default}" if isinstance(default, int | float) and least <= default <= most and default else f"{field}=VALUE in that range"
-        raise refusal(field, value, "out of range", allowed=f"{_shown(least)} to {_shown(most)}", instead=instead)
+        instead = (
+            f"{field}={default}"
+            if isinstance(default, int | float) and least <= default <= most and default
+            else f"{field}=VALUE in that range"
+        )
+        raise refusal(
+            field, value, "out of range", allowed=f"{_shown(least)} to {_shown(most)}", instead=instead
+        )
 
 
 def _shown(number: float) -> str:
@@ -124,12 +130,32 @@ def _texts(value: object) -> list[str]:
 
 def _text(field: str, text: str) -> None:
     if "\0" in text:
-        raise refusal(field, repr(text[:60]), "it has a NUL character", allowed="text without", instead=f"{field} without it")
+        raise refusal(
+            field,
+            repr(text[:60]),
+            "it has a NUL character",
+            allowed="text without",
+            instead=f"{field} without it",
+        )
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise refusal(field, ascii(text[:60]), "it is not UTF-8", allowed="text in UTF-8", instead=f"{field} in UTF-8") from None
+        raise refusal(
+            field, ascii(text[:60]), "it is not UTF-8", allowed="text in UTF-8", instead=f"{field} in UTF-8"
+        ) from None
     if field in PLACES and any(len(part.encode()) > 255 for part in text.split("/")):
-        raise refusal(field, f"{text[:60]}...", "a name in it has more than 255 bytes", allowed="up to 255 for each", instead=f"a shorter {field}")
+        raise refusal(
+            field,
+            f"{text[:60]}...",
+            "a name in it has more than 255 bytes",
+            allowed="up to 255 for each",
+            instead=f"a shorter {field}",
+        )
     if field in PLACES and len(text.encode()) > 4000:
-        raise refusal(field, f"{text[:60]}...", "it has more than 4,000 bytes", allowed="up to 4,000", instead=f"a shorter {field}")
+        raise refusal(
+            field,
+            f"{text[:60]}...",
+            "it has more than 4,000 bytes",
+            allowed="up to 4,000",
+            instead=f"a shorter {field}",
+        )

@@ -45,7 +45,8 @@ from hybridtrain.config.sections import (
 class Root(Options):
     """The sections of a command: fields, each a dataclass of options."""
 
-    # Options that the command line sets, filled in by compose. Without annotation, so that it is not a section.
+    # Options that the command line sets, filled in by compose. Without annotation, so
+    # that it is not a section.
     given = frozenset[str]()
 
 
@@ -147,7 +148,9 @@ ROOTS: dict[str, type[Root]] = {
     "verify": VerifyRoot,
 }
 
-SECTIONS: dict[str, Any] = {section.name: section.default_factory for root in (*ROOTS.values(), Config) for section in fields(root)}
+SECTIONS: dict[str, Any] = {
+    section.name: section.default_factory for root in (*ROOTS.values(), Config) for section in fields(root)
+}
 """Section -> its dataclass, of all commands."""
 
 
@@ -157,6 +160,14 @@ def over_files(root: type[Root]) -> Any:
 
     The same file can be used for several commands, which ignore sections of others.
     """
-    own: dict[str, Any] = {section.name: section.default_factory for kind in (root, Config) for section in fields(kind)}
+    own: dict[str, Any] = {
+        section.name: section.default_factory for kind in (root, Config) for section in fields(kind)
+    }
     others: dict[str, Any] = dict.fromkeys(SECTIONS.keys() - own.keys(), dict[str, Any])
-    return make_dataclass("OverFiles", [(name, kind, field(default_factory=dict if name in others else kind)) for name, kind in (own | others).items()])
+    return make_dataclass(
+        "OverFiles",
+        [
+            (name, kind, field(default_factory=dict if name in others else kind))
+            for name, kind in (own | others).items()
+        ],
+    )

@@ -26,17 +26,40 @@ def require(holds: bool, field: str, value: object, problem: str, *, allowed: st
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise UserError, suggesting the nearest name, unless `value` is in `allowed`."""
     instead = f"{field}={nearest_name(value, allowed)}"
-    require(value in allowed, field, value, "not one of the kinds there are", allowed=", ".join(allowed), instead=instead)
+    require(
+        value in allowed,
+        field,
+        value,
+        "not one of the kinds there are",
+        allowed=", ".join(allowed),
+        instead=instead,
+    )
 
 
-def in_range(field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object) -> None:
+def in_range(
+    field: str, value: float, holds: Callable[[float], bool], *, allowed: str, instead: object
+) -> None:
     """Raise UserError unless `value` is finite and `holds(value)`."""
-    require(math.isfinite(value) and holds(value), field, value, "out of range", allowed=allowed, instead=f"{field}={instead}")
+    require(
+        math.isfinite(value) and holds(value),
+        field,
+        value,
+        "out of range",
+        allowed=allowed,
+        instead=f"{field}={instead}",
+    )
 
 
 def _parallel(parallel: schema.ParallelConfig) -> None:
     zero, instead = parallel.zero_stage, "parallel.zero_stage=1 with parallel.dp_shard > 1"
-    require(zero in (0, 1, 2, 3), "parallel.zero_stage", zero, "no such ZeRO stage", allowed="0, 1, 2, 3", instead=instead)
+    require(
+        zero in (0, 1, 2, 3),
+        "parallel.zero_stage",
+        zero,
+        "no such ZeRO stage",
+        allowed="0, 1, 2, 3",
+        instead=instead,
+    )
 
 
 def _optim(optim: schema.OptimConfig) -> None:
@@ -65,17 +88,46 @@ def _schedule(schedule: schema.ScheduleConfig) -> None:
 
 
 def _precision(precision: schema.PrecisionConfig) -> None:
-    in_range("precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0")
-    in_range("precision.init_scale", precision.init_scale, lambda scale: scale >= precision.min_scale, allowed="precision.min_scale or more", instead="65536")
-    in_range("precision.growth_factor", precision.growth_factor, lambda factor: factor > 1, allowed="above 1", instead="2.0")
-    in_range("precision.backoff_factor", precision.backoff_factor, lambda factor: 0 < factor < 1, allowed="above 0 and below 1", instead="0.5")
+    in_range(
+        "precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0"
+    )
+    in_range(
+        "precision.init_scale",
+        precision.init_scale,
+        lambda scale: scale >= precision.min_scale,
+        allowed="precision.min_scale or more",
+        instead="65536",
+    )
+    in_range(
+        "precision.growth_factor",
+        precision.growth_factor,
+        lambda factor: factor > 1,
+        allowed="above 1",
+        instead="2.0",
+    )
+    in_range(
+        "precision.backoff_factor",
+        precision.backoff_factor,
+        lambda factor: 0 < factor < 1,
+        allowed="above 0 and below 1",
+        instead="0.5",
+    )
 
 
 def _model(model: schema.ModelConfig) -> None:
     for key in model.config:
         if ADAPTERS.search(str(key)):
-            problem, instead = "low-rank adapters (LoRA, PEFT) are not supported yet", "model.freeze=['model.embed_tokens.*']"
-            raise refusal(f"model.config.{key}", model.config[key], problem, allowed="full training, or model.freeze", instead=instead)
+            problem, instead = (
+                "low-rank adapters (LoRA, PEFT) are not supported yet",
+                "model.freeze=['model.embed_tokens.*']",
+            )
+            raise refusal(
+                f"model.config.{key}",
+                model.config[key],
+                problem,
+                allowed="full training, or model.freeze",
+                instead=instead,
+            )
     if model.config and not model.from_pretrained and not model.config.get("model_type"):
         raise refusal(
             "model.config.model_type",
@@ -87,16 +139,50 @@ def _model(model: schema.ModelConfig) -> None:
 
 
 def _data(data: schema.DataConfig) -> None:
-    in_range("data.eval_fraction", data.eval_fraction, lambda share: 0 <= share < 1, allowed="0 or more, below 1", instead="0.02")
+    in_range(
+        "data.eval_fraction",
+        data.eval_fraction,
+        lambda share: 0 <= share < 1,
+        allowed="0 or more, below 1",
+        instead="0.02",
+    )
     _encoding(data.encoding)
-    for field, value in (("data.text_key", data.text_key), ("data.messages_key", data.messages_key), ("data.dataset_split", data.dataset_split)):
-        require(bool(value), field, "''", "empty", allowed="a name", instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}")
+    for field, value in (
+        ("data.text_key", data.text_key),
+        ("data.messages_key", data.messages_key),
+        ("data.dataset_split", data.dataset_split),
+    ):
+        require(
+            bool(value),
+            field,
+            "''",
+            "empty",
+            allowed="a name",
+            instead=f"{field}={getattr(schema.DataConfig(), field.partition('.')[2])}",
+        )
     if data.tokenizer == "train":
-        in_range("data.vocab_size", data.vocab_size, lambda size: size > BYTES, allowed=f"above {BYTES} (one token per byte, and end of text)", instead="4096")
+        in_range(
+            "data.vocab_size",
+            data.vocab_size,
+            lambda size: size > BYTES,
+            allowed=f"above {BYTES} (one token per byte, and end of text)",
+            instead="4096",
+        )
     _blend(data)
-    for option, given, empty in (("data.path", data.path, "''"), ("data.blend", data.blend, "{}"), ("data.eval_path", data.eval_path, "''")):
+    for option, given, empty in (
+        ("data.path", data.path, "''"),
+        ("data.blend", data.blend, "{}"),
+        ("data.eval_path", data.eval_path, "''"),
+    ):
         problem = f"data.kind={data.kind} takes its place"
-        require(data.kind == "prepared" or not given, option, given, problem, allowed=empty, instead=f"{option}={empty}")
+        require(
+            data.kind == "prepared" or not given,
+            option,
+            given,
+            problem,
+            allowed=empty,
+            instead=f"{option}={empty}",
+        )
 
 
 def _encoding(name: str) -> None:
@@ -105,13 +191,24 @@ def _encoding(name: str) -> None:
     except (LookupError, ValueError):
         known = False
     require(
-        known, "data.encoding", name, "Python has no such text encoding", allowed="utf-8, latin-1, cp1251, koi8-r, utf-16, ...", instead="data.encoding=utf-8"
+        known,
+        "data.encoding",
+        name,
+        "Python has no such text encoding",
+        allowed="utf-8, latin-1, cp1251, koi8-r, utf-16, ...",
+        instead="data.encoding=utf-8",
     )
 
 
 def _blend(data: schema.DataConfig) -> None:
     for path, weight in data.blend.items():
-        in_range(f"data.blend.{path}", weight, lambda share: share > 0, allowed="above 0", instead="0.5, or the blend without it")
+        in_range(
+            f"data.blend.{path}",
+            weight,
+            lambda share: share > 0,
+            allowed="above 0",
+            instead="0.5, or the blend without it",
+        )
     require(
         not (data.blend and data.path),
         "data.path",
@@ -129,18 +226,59 @@ def has_matplotlib() -> bool:
 
 def _report(report: schema.ReportConfig) -> None:
     problem = "the package matplotlib, which draws reports, is not installed here"
-    require(has_matplotlib(), "report", "matplotlib", problem, allowed="every other command without it", instead=install("report"))
+    require(
+        has_matplotlib(),
+        "report",
+        "matplotlib",
+        problem,
+        allowed="every other command without it",
+        instead=install("report"),
+    )
     problem = "one run alone cannot be compared"
-    require(len(report.compare) != 1, "report.compare", report.compare, problem, allowed="two runs or more", instead="hybridtrain report RUN")
+    require(
+        len(report.compare) != 1,
+        "report.compare",
+        report.compare,
+        problem,
+        allowed="two runs or more",
+        instead="hybridtrain report RUN",
+    )
 
 
 def _generate(generate: schema.GenerateConfig) -> None:
-    in_range("generate.top_p", generate.top_p, lambda mass: 0 < mass <= 1, allowed="above 0, up to 1", instead="0.95")
+    in_range(
+        "generate.top_p",
+        generate.top_p,
+        lambda mass: 0 < mass <= 1,
+        allowed="above 0, up to 1",
+        instead="0.95",
+    )
     both, problem = generate.prompts and generate.prompts_file, "generate.prompts_file is set too"
-    require(not both, "generate.prompts", generate.prompts, problem, allowed="one of prompts and prompts_file", instead="one")
+    require(
+        not both,
+        "generate.prompts",
+        generate.prompts,
+        problem,
+        allowed="one of prompts and prompts_file",
+        instead="one",
+    )
     holds, problem = generate.chat or not generate.system, "a system message belongs to a chat"
-    require(holds, "generate.system", generate.system, problem, allowed="with generate.chat=true", instead="generate.chat=true")
-    require(all(generate.stop), "generate.stop", generate.stop, "an empty text stops everything", allowed="texts of a character or more", instead="without ''")
+    require(
+        holds,
+        "generate.system",
+        generate.system,
+        problem,
+        allowed="with generate.chat=true",
+        instead="generate.chat=true",
+    )
+    require(
+        all(generate.stop),
+        "generate.stop",
+        generate.stop,
+        "an empty text stops everything",
+        allowed="texts of a character or more",
+        instead="without ''",
+    )
 
 
 RULES: dict[str, Callable[[Any], None]] = {

@@ -16,14 +16,19 @@ OptionsT = TypeVar("OptionsT")
 class Options:
     """What every section is: options that are compared and printed one by one.
 
-    Written once: a dataclass would compile these two methods for each of 38 classes, which takes a fiftieth of the start of a command.
+    Written once: a dataclass would compile these two methods for each of 38 classes, which takes a fiftieth
+    of the start of a command.
     """
 
     def _values(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
 
     def __eq__(self, other: object) -> bool:
-        return self._values() == other._values() if isinstance(other, Options) and type(self) is type(other) else NotImplemented
+        return (
+            self._values() == other._values()
+            if isinstance(other, Options) and type(self) is type(other)
+            else NotImplemented
+        )
 
     __hash__ = None  # type: ignore[assignment]  # options change
 
@@ -61,28 +66,33 @@ class RunConfig(RunFolder):
     seed: int = 0
     """Seed of the initial weights and the data order."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint if there is one; never: refuse a directory that holds a run;
+    """auto: continue from the newest complete checkpoint if there is one; never: refuse a
+    directory that holds a run;
     required: refuse to start without a checkpoint."""
     branch_from: str = ""
-    """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights, optimizer state, loss scale, step and token count.
-    Schedule, learning rate, data, batch size and layout may differ, the model may not. Once the new run has checkpoints, it resumes from those."""
+    """Run directory (its newest checkpoint) or checkpoint folder from which a new run takes weights,
+    optimizer state, loss scale, step and token count. Schedule, learning rate, data, batch size and layout
+    may differ, the model may not. Once the new run has checkpoints, it resumes from those."""
     takeover: bool = False
     """Ignore the lock of another process on the run directory. Use it only if you know that
     this process is dead."""
     allow_data_change: bool = False
     """Resume even though the data or its order differ from the checkpoint's."""
     stop_signal: str = "USR1"
-    """Signal, besides TERM and INT, on which training finishes its step, writes a checkpoint and stops; a second signal ends it at once."""
+    """Signal, besides TERM and INT, on which training finishes its step, writes a checkpoint and stops; a
+    second signal ends it at once."""
     stop_before_s: float = 60.0
-    """Seconds before the job's time limit at which training stops with a checkpoint. The limit is read from HYBRIDTRAIN_DEADLINE (seconds since 1970),
-    which the job script of `hybridtrain submit` sets."""
+    """Seconds before the job's time limit at which training stops with a checkpoint. The limit is read from
+    HYBRIDTRAIN_DEADLINE (seconds since 1970), which the job script of `hybridtrain submit` sets."""
     plugins: list[str] = field(default_factory=list)
-    """Your own Python modules, which register tasks, data, callbacks ... under names for other options (docs/extending.md). Read only from the command
-    line and your own configuration files: commands that read a run directory do not import the modules named in it."""
+    """Your own Python modules, which register tasks, data, callbacks ... under names for other options
+    (docs/extending.md). Read only from the command line and your own configuration files: commands that read
+    a run directory do not import the modules named in it."""
     callbacks: list[str] = field(default_factory=list)
     """Names of registered callbacks, called in this order."""
     profile: bool = False
-    """Write a torch profiler trace of steps 3 to 5 into the run directory (profile/), and on GPUs a snapshot of the allocator's memory."""
+    """Write a torch profiler trace of steps 3 to 5 into the run directory (profile/), and on GPUs a snapshot
+    of the allocator's memory."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that run.profile traces."""
 
@@ -92,7 +102,8 @@ class ModelConfig(Options):
     name: str = ""
     """Name of the model in printed output; changes nothing."""
     from_pretrained: str = ""
-    """Hugging Face folder or hub id whose weights to start from; empty: new weights for the architecture in `config`."""
+    """Hugging Face folder or hub id whose weights to start from; empty: new weights for the
+    architecture in `config`."""
     revision: str = "main"
     """Revision of the hub repository."""
     trust_remote_code: bool = False
@@ -104,43 +115,54 @@ class ModelConfig(Options):
     attention: str = "sdpa"
     """Attention implementation: sdpa or eager."""
     labels: list[str] = field(default_factory=list)
-    """task=classification: names of the classes, in the order of the head's rows; empty: those of the data, or of from_pretrained."""
+    """task=classification: names of the classes, in the order of the head's rows; empty: those of the data,
+    or of from_pretrained."""
 
 
 @options
 class TaskConfig(Options):
     kind: str = "causal_lm"
-    """causal_lm: next-token prediction; classification: one label per document, predicted at its last token; or the name of a task that a module of
-    run.plugins registers."""
+    """causal_lm: next-token prediction; classification: one label per document, predicted at its last token;
+    or the name of a task that a module of run.plugins registers."""
     label_smoothing: float = 0.0
-    """Label smoothing in training: probability that is spread evenly over all tokens (or classes); evaluation uses none."""
+    """Label smoothing in training: probability that is spread evenly over all tokens (or classes);
+    evaluation uses none."""
     z_loss: float = 0.0
-    """Coefficient of the z-loss, (log of the sum of exp(logits))^2, added to each token's loss in training to keep logits small; PaLM: 1e-4."""
+    """Coefficient of the z-loss, (log of the sum of exp(logits))^2, added to each token's loss in training to
+    keep logits small; PaLM: 1e-4."""
 
 
 @options
 class DataConfig(Options):
     kind: str = "prepared"
-    """prepared: the token files at `path` or `blend`; or the name of a dataset that a module of run.plugins registers."""
+    """prepared: the token files at `path` or `blend`; or the name of a dataset that a module of
+    run.plugins registers."""
     path: str = ""
-    """Folder of token files, written by `hybridtrain prepare`; or PREFIX, for token files PREFIX.bin and PREFIX.idx of Megatron."""
+    """Folder of token files, written by `hybridtrain prepare`; or PREFIX, for token files PREFIX.bin and
+    PREFIX.idx of Megatron."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Instead of `path`: several corpora, {path: weight}. The weights are shares of the rows; an epoch is as many rows as all corpora have together."""
+    """Instead of `path`: several corpora, {path: weight}. The weights are shares of the rows; an epoch is as
+    many rows as all corpora have together."""
     eval_path: str = ""
-    """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: the documents that `prepare` held out."""
+    """PREFIX of token files to evaluate on, for corpora without held-out documents; empty: the documents that
+    `prepare` held out."""
     document_mask: bool = False
     """Documents in a row do not attend to each other, and positions restart at each document.
     Always on for conversations."""
     source: list[str] = field(default_factory=list)
-    """What `prepare` reads: files, folders, glob patterns or Hugging Face datasets; 'stdlib' is the source code of Python's standard library."""
+    """What `prepare` reads: files, folders, glob patterns or Hugging Face datasets; 'stdlib' is the source
+    code of Python's standard library."""
     format: str = "auto"
-    """auto: by the file ending; text (each file is a document), jsonl, parquet, datasets (a folder of `save_to_disk`, or a folder or hub id for
-    `load_dataset`), chat (conversations in jsonl, parquet or datasets), labelled (texts with a label in any of these three). Text and JSONL may
-    be compressed with gzip or zstd; JSON may also be one array of objects, or indented objects."""
+    """auto: by the file ending; text (each file is a document), jsonl, parquet, datasets (a folder of
+    `save_to_disk`, or a folder or hub id for `load_dataset`), chat (conversations in jsonl, parquet or
+    datasets), labelled (texts with a label in any of these three). Text and JSONL may be compressed with gzip
+    or zstd; JSON may also be one array of objects, or indented objects."""
     pattern: str = ""
-    """Glob pattern of the files that are read in a folder of `source`; empty: those with an ending of `format`, e.g. *.txt, *.jsonl, *.parquet."""
+    """Glob pattern of the files that are read in a folder of `source`; empty: those with an ending of
+    `format`, e.g. *.txt, *.jsonl, *.parquet."""
     encoding: str = "utf-8"
-    """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251, koi8-r, gb18030 or utf-16."""
+    """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251,
+    koi8-r, gb18030 or utf-16."""
     text_key: str = "text"
     """Field of a JSONL record, or column, that holds the text of a document."""
     label_key: str = "label"
@@ -148,8 +170,8 @@ class DataConfig(Options):
     labels: list[str] = field(default_factory=list)
     """labelled: names of the classes, numbered from 0 in this order."""
     messages_key: str = "messages"
-    """chat: field with the list of messages, each with role and content. The default also reads ShareGPT (conversations of from and value),
-    prompt and completion, and Alpaca (instruction and output)."""
+    """chat: field with the list of messages, each with role and content. The default also reads ShareGPT
+    (conversations of from and value), prompt and completion, and Alpaca (instruction and output)."""
     dataset_config: str = ""
     """datasets: configuration of the dataset; empty: its default."""
     dataset_split: str = "train"
@@ -161,16 +183,20 @@ class DataConfig(Options):
     vocab_size: int = 4096
     """Vocabulary size of the tokenizer that data.tokenizer=train trains."""
     eval_fraction: float = 0.02
-    """Share of documents held out for evaluation, chosen by a hash: of a text file's name, of a record's content."""
+    """Share of documents held out for evaluation, chosen by a hash: of a text file's name, of
+    a record's content."""
     append_eos: bool = True
-    """Append the tokenizer's end-of-text token to each document; conversations end as their chat template says."""
+    """Append the tokenizer's end-of-text token to each document; conversations end as their
+    chat template says."""
     seq_len: int = 256
     """Tokens per row."""
     chat_template: str = "own"
-    """Conversations: 'own': the chat template of the tokenizer; 'plain': a simple template, for a tokenizer without one."""
+    """Conversations: 'own': the chat template of the tokenizer; 'plain': a simple template, for a
+    tokenizer without one."""
     chat_turns: str = "all"
-    """Conversations: all: train on every answer; last: only on the last one. If the template renders earlier answers differently from the last
-    (Qwen3's removes their thinking), each trained answer is a sample of its own, with the messages before it."""
+    """Conversations: all: train on every answer; last: only on the last one. If the template renders earlier
+    answers differently from the last (Qwen3's removes their thinking), each trained answer is a sample of its
+    own, with the messages before it."""
 
     @property
     def named(self) -> bool:
@@ -183,18 +209,22 @@ class BatchConfig(Options):
     global_batch_size: int = 8
     """Rows per optimizer step over all ranks."""
     micro_batch_size: int = 1
-    """Rows per forward and backward pass on one data-parallel rank. Gradient accumulation follows: global_batch_size / (micro_batch_size x data ranks)."""
+    """Rows per forward and backward pass on one data-parallel rank. Gradient accumulation follows:
+    global_batch_size / (micro_batch_size x data ranks)."""
     ramp_start: int = 0
-    """Batch-size ramp: rows of the first steps' global batch, which grows to global_batch_size; 0: no ramp."""
+    """Batch-size ramp: rows of the first steps' global batch, which grows to
+    global_batch_size; 0: no ramp."""
     ramp_increment: int = 0
     """Batch-size ramp: rows by which the global batch grows at a time."""
     ramp_steps: int = 0
-    """Batch-size ramp: optimizer steps before the global batch has its full size; each size on the way lasts equally long."""
+    """Batch-size ramp: optimizer steps before the global batch has its full size; each size on the way
+    lasts equally long."""
     seq_len_start: int = 0
-    """Sequence-length warm-up: rows of the first steps are cut into pieces of this many tokens, which double in length up to data.seq_len; no token is left
-    out. 0: rows stay whole."""
+    """Sequence-length warm-up: rows of the first steps are cut into pieces of this many tokens, which double
+    in length up to data.seq_len; no token is left out. 0: rows stay whole."""
     seq_len_steps: int = 0
-    """Sequence-length warm-up: optimizer steps before rows are whole; each length on the way lasts equally long."""
+    """Sequence-length warm-up: optimizer steps before rows are whole; each length on the way
+    lasts equally long."""
 
 
 @options
@@ -212,7 +242,8 @@ class TrainConfig(Options):
     eval_rows: int = 64
     """Held-out rows per evaluation."""
     max_step_s: float = 1200.0
-    """Seconds after which a step (or the evaluation or checkpoint after it) counts as hung: each rank writes its stack traces and exits (0: never)."""
+    """Seconds after which a step (or the evaluation or checkpoint after it) counts as hung: each rank writes
+    its stack traces and exits (0: never)."""
     max_nonfinite: int = 20
     """Number of consecutive steps with a non-finite gradient after which training stops."""
 
@@ -234,7 +265,8 @@ class ParallelConfig(Options):
     sequence_parallel: bool = True
     """With tp > 1: also shard the activations outside attention and MLP, along the sequence."""
     schedule: str = "1f1b"
-    """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble, zbv_zero_bubble, dualpipev."""
+    """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble,
+    zbv_zero_bubble, dualpipev."""
     virtual_stages: int = 0
     """Stages per pipeline rank; 0: the smallest number that the schedule allows."""
 
@@ -250,20 +282,26 @@ class EngineConfig(Options):
     timeout_s: int = 1800
     """Timeout of collective operations, in seconds."""
     check_memory: bool = True
-    """Refuse, before anything is allocated, a layout whose weights, gradients and optimizer state do not fit the memory."""
+    """Refuse, before anything is allocated, a layout whose weights, gradients and optimizer state do
+    not fit the memory."""
     loss_chunk: int = 0
-    """Tokens per chunk in the computation of logits and loss; 0: as many as fit 8 MiB of logits (on a GPU 256 MiB), but at least 256."""
+    """Tokens per chunk in the computation of logits and loss; 0: as many as fit 8 MiB of logits (on a GPU 256
+    MiB), but at least 256."""
     fp32_matmul: str = "auto"
-    """Precision of fp32 matrix products, as in torch.set_float32_matmul_precision: highest, high (TF32 on GPUs) or medium (bf16 where the
-    hardware has it); auto: highest, computed on CPUs by oneDNN where that was measured to be as exact."""
+    """Precision of fp32 matrix products, as in torch.set_float32_matmul_precision: highest, high (TF32 on
+    GPUs) or medium (bf16 where the hardware has it); auto: highest, computed on CPUs by oneDNN where that was
+    measured to be as exact."""
     threads: int = 0
-    """CPU: threads per process; 0: the cores of the machine divided by its processes, or OMP_NUM_THREADS if that is above 1."""
+    """CPU: threads per process; 0: the cores of the machine divided by its processes, or OMP_NUM_THREADS
+    if that is above 1."""
     keep_freed_memory: bool = True
     """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
     offload_optimizer: str = "none"
-    """engine=deepspeed: where fp32 master weights and Adam moments are kept; none (the training device) or cpu."""
+    """engine=deepspeed: where fp32 master weights and Adam moments are kept; none (the
+    training device) or cpu."""
     offload_parameters: str = "none"
-    """engine=deepspeed with zero_stage 3: where parameters are kept between uses; none (the training device) or cpu."""
+    """engine=deepspeed with zero_stage 3: where parameters are kept between uses; none (the
+    training device) or cpu."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """engine=deepspeed: keys added to the DeepSpeed config; keys that another option sets are refused."""
 
@@ -271,7 +309,8 @@ class EngineConfig(Options):
 @options
 class PrecisionConfig(Options):
     kind: str = "fp32"
-    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates smaller than 2^-9 of a weight are lost."""
+    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates smaller than
+    2^-9 of a weight are lost."""
     init_scale: float = 65536.0
     """fp16_mixed: initial loss scale."""
     growth_factor: float = 2.0
@@ -307,7 +346,8 @@ class OptimConfig(Options):
 @options
 class ScheduleConfig(Options):
     kind: str = "cosine"
-    """Learning-rate schedule after warm-up: constant, linear, cosine, wsd (warm-up, stable, decay), or one that a module of run.plugins registers."""
+    """Learning-rate schedule after warm-up: constant, linear, cosine, wsd (warm-up, stable, decay), or one
+    that a module of run.plugins registers."""
     warmup_steps: int = 0
     """Steps of linear warm-up to optim.lr."""
     min_lr_ratio: float = 0.1
@@ -321,7 +361,8 @@ class ScheduleConfig(Options):
 @options
 class RecomputeConfig(Options):
     kind: str = "none"
-    """Activation checkpointing, recomputing activations in the backward pass: none, selective (all but matrix products and attention) or full."""
+    """Activation checkpointing, recomputing activations in the backward pass: none, selective (all but matrix
+    products and attention) or full."""
 
 
 @options
@@ -339,7 +380,8 @@ class CheckpointConfig(Options):
 @options
 class TrackerConfig(Options):
     kinds: list[str] = field(default_factory=list)
-    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml, clearml, or registered ones. Their files are in
-    the run directory; trackers that use a server work offline unless you are logged in."""
+    """Trackers besides metrics.jsonl: wandb, tensorboard, mlflow, trackio, dvclive, swanlab, comet_ml,
+    clearml, or registered ones. Their files are in the run directory; trackers that use a server work offline
+    unless you are logged in."""
     project: str = "hybridtrain"
     """Project name for trackers that have one."""

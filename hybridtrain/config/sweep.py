@@ -21,21 +21,30 @@ def sweep(command: str, argv: list[str]) -> list[list[str]]:
     Raises UserError.
     """
     overrides, folders = split(argv)
-    normalize(command, [text for text in overrides if "," not in text], folders=[keys.conf_folder(), *folders])
+    normalize(
+        command, [text for text in overrides if "," not in text], folders=[keys.conf_folder(), *folders]
+    )
     choices = [_alternatives(text, command, folders) for text in overrides]
     flags = [flag for folder in folders for flag in ("--config-dir", str(folder))]
     jobs = [list(job) for job in itertools.product(*choices)]
-    if any(len(choice) > 1 and choice[0].lstrip("+").startswith(("run.name=", "run.dir=")) for choice in choices):
+    if any(
+        len(choice) > 1 and choice[0].lstrip("+").startswith(("run.name=", "run.dir=")) for choice in choices
+    ):
         return [[*flags, *job] for job in jobs]
     if "run" not in keys.sections(command):
         return [[*flags, *job] for job in jobs]
     name = functools.cache(lambda files: _name(command, [*flags, *files]))
-    return [[*flags, *job, f"run.name={words.quoted(name(_name_overrides(job)) + f'-{number}')}"] for number, job in enumerate(jobs)]
+    return [
+        [*flags, *job, f"run.name={words.quoted(name(_name_overrides(job)) + f'-{number}')}"]
+        for number, job in enumerate(jobs)
+    ]
 
 
 def _name_overrides(job: list[str]) -> tuple[str, ...]:
     """The overrides that may set run.name: choices of files, and run.name itself."""
-    return tuple(text for text in job if "." not in text.partition("=")[0] or text.lstrip("+").startswith("run.name="))
+    return tuple(
+        text for text in job if "." not in text.partition("=")[0] or text.lstrip("+").startswith("run.name=")
+    )
 
 
 def _name(command: str, argv: list[str]) -> str:

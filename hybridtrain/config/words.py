@@ -11,7 +11,9 @@ import re
 from decimal import Decimal, InvalidOperation
 
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
-_CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\(.*\)", re.DOTALL)
+_CALL = re.compile(
+    r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\(.*\)", re.DOTALL
+)
 _NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]*(e[+-]?\d+)?", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{\s*(oc\.\w+\s*:[^{}]*|[a-z_]+[.\[][\w.\[\]]+)\s*\}")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -106,7 +108,11 @@ def _whole(value: str) -> str:
         number = Decimal(text.replace("_", ""))
     except InvalidOperation:
         return value
-    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or number != number.to_integral_value():
+    if (
+        not number.is_finite()
+        or abs(number.adjusted()) > _MOST_DIGITS
+        or number != number.to_integral_value()
+    ):
         return value
     return str(int(number))
 

@@ -6,5 +6,6 @@ Once, `hybridtrain prepare` (tokenize), to token files .bin/.idx (indexed):
 Every step; the row order is a function of the sample index:
     corpus -> blend -> order -> rows -> loader
 
-Nothing here keeps a position: step, seed and global batch size determine the rows of a step under every layout.
+Nothing here keeps a position: step, seed and global batch size determine the rows of a
+step under every layout.
 """

@@ -1,6 +1,7 @@
 """The training data: one corpus, or several in proportion to their weights.
 
-    sample index -> block of 10,000, place in it -> keyed permutation of the block -> corpus and its own sample index -> row
+    sample index -> block of 10,000, place in it -> keyed permutation of the block
+        -> corpus and its own sample index -> row
 
 Every block has the same number of rows of each corpus: its share, rounded by the largest remainder
 method. Each corpus has its own epochs and its own order. All of this is a function of the sample
@@ -73,7 +74,11 @@ class Blend:
         """(corpus, weight) of the corpora that have documents in a split."""
         if split == "eval" and self.evaluated is not None:
             return [(self.evaluated, 1.0)]
-        return [(corpus, weight) for corpus, weight in zip(self.corpora, self.weights, strict=True) if split in corpus.readers]
+        return [
+            (corpus, weight)
+            for corpus, weight in zip(self.corpora, self.weights, strict=True)
+            if split in corpus.readers
+        ]
 
     def count(self, split: str, *, seq_len: int) -> int:
         """Number of rows of a split in all corpora; for the train split, an epoch."""
@@ -81,7 +86,10 @@ class Blend:
 
     def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
         """The rows of each of `parts`."""
-        return [corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab) for corpus, _ in self.parts(split)]
+        return [
+            corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab)
+            for corpus, _ in self.parts(split)
+        ]
 
 
 def data_of(config: Config, *, timeout_s: float) -> Blend:
@@ -93,7 +101,9 @@ def data_of(config: Config, *, timeout_s: float) -> Blend:
         return open_data(config.data, timeout_s=timeout_s)
     result = registry.make("data", config.data.kind, config)
     rows, held_out = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    return of_rows(rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask)
+    return of_rows(
+        rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask
+    )
 
 
 def of_rows(rows: Any, held_out: Any, *, fields: tuple[str, str], documents: bool) -> Blend:
@@ -111,7 +121,11 @@ def open_data(data: DataConfig, *, timeout_s: float) -> Blend:
     Raises UserError if they cannot be read or do not fit together. The built-in corpus is prepared if it
     does not exist yet.
     """
-    corpora = tuple(Corpus.open(path) for path in data.blend) if data.blend else (open_or_prepare(data, timeout_s=timeout_s),)
+    corpora = (
+        tuple(Corpus.open(path) for path in data.blend)
+        if data.blend
+        else (open_or_prepare(data, timeout_s=timeout_s),)
+    )
     evaluated = Corpus.held_out(data.eval_path) if data.eval_path else None
     weights = tuple(data.blend.values()) if data.blend else (1.0,)
     blend = Blend(corpora, weights, evaluated, data.document_mask or any(corpus.packed for corpus in corpora))
@@ -144,12 +158,19 @@ def current_fingerprint(data: DataConfig) -> str | None:
     places = [Path(path) for path in data.blend or [data.path]]
     try:
         fingerprints = [
-            read_object(path / "corpus.json", field="data.path").get("fingerprint") if path.is_dir() else Corpus.open(path).fingerprint for path in places
+            read_object(path / "corpus.json", field="data.path").get("fingerprint")
+            if path.is_dir()
+            else Corpus.open(path).fingerprint
+            for path in places
         ]
     except UserError:
         return None
     known = [one for one in fingerprints if isinstance(one, str)]
-    return _joined(known, weights=tuple(data.blend.values()) or (1.0,)) if len(known) == len(fingerprints) else None
+    return (
+        _joined(known, weights=tuple(data.blend.values()) or (1.0,))
+        if len(known) == len(fingerprints)
+        else None
+    )
 
 
 def tokenizer_dir(data: DataConfig) -> Path | None:
@@ -197,8 +218,14 @@ def sample_to_row(samples: np.ndarray, *, quotas: np.ndarray, rows: Sequence[int
 
 def order_fingerprint(blend: Blend, *, plan: BatchPlan, seed: int) -> str:
     """Hash of the token order: runs with equal fingerprints see the same tokens at the same step."""
-    identity = f"{blend.fingerprint} seq_len={plan.seq_len} seed={seed} global_batch_size={plan.global_batch_size}"
-    identity += "".join(f" {name}={stairs.values} in {stairs.steps}" for name, stairs in (("ramp", plan.ramp), ("cuts", plan.cuts)) if stairs)
+    identity = (
+        f"{blend.fingerprint} seq_len={plan.seq_len} seed={seed} global_batch_size={plan.global_batch_size}"
+    )
+    identity += "".join(
+        f" {name}={stairs.values} in {stairs.steps}"
+        for name, stairs in (("ramp", plan.ramp), ("cuts", plan.cuts))
+        if stairs
+    )
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

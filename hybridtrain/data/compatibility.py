@@ -53,14 +53,28 @@ def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
         return config
     for corpus in blend.corpora:
         if isinstance(corpus, Corpus) and not corpus.labels:
-            problem, instead = "its documents have no labels", "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm"
-            raise refusal("data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead)
+            problem, instead = (
+                "its documents have no labels",
+                "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm",
+            )
+            raise refusal(
+                "data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead
+            )
     labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
     expected = config.model.labels or list(facts.labels) or (labelled[0][1] if labelled else [])
     for path, labels in labelled:
         if list(labels) != list(expected):
-            problem, allowed = f"{path} has the labels {', '.join(labels)}", "the labels of the data, in its order"
-            raise refusal("model.labels", f"[{','.join(expected)}]", problem, allowed=allowed, instead=f"model.labels=[{','.join(labels)}]")
+            problem, allowed = (
+                f"{path} has the labels {', '.join(labels)}",
+                "the labels of the data, in its order",
+            )
+            raise refusal(
+                "model.labels",
+                f"[{','.join(expected)}]",
+                problem,
+                allowed=allowed,
+                instead=f"model.labels=[{','.join(labels)}]",
+            )
     if facts.labels or not expected:
         return config
     _log.info("labels    %s", ", ".join(expected))
@@ -74,7 +88,9 @@ def _with_vocabulary(config: C, blend: Blend, *, vocab: int) -> C:
     A vocabulary is enlarged only if training would be refused otherwise, so that existing
     runs keep their size.
     """
-    needed = max((corpus.largest_id + 1 for corpus in blend.corpora if corpus.largest_id is not None), default=0)
+    needed = max(
+        (corpus.largest_id + 1 for corpus in blend.corpora if corpus.largest_id is not None), default=0
+    )
     if config.model.from_pretrained or needed <= vocab or type(config.model.config.get("vocab_size")) is int:
         return config
     size = max(needed, *(corpus.vocab_size or 0 for corpus in blend.corpora))
@@ -95,16 +111,30 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
                 instead="a smaller data.seq_len, or more text",
             )
         if not corpus.has_targets("train", seq_len=seq_len):
-            raise _no_targets(corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path)
+            raise _no_targets(
+                corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path
+            )
 
 
 def check_cuts(blend: Blend, config: Config) -> None:
-    """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack what comes before them."""
-    start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if config.task.kind == "classification" else []
-    words += [f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed]
+    """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack
+    what comes before them."""
+    start, words = (
+        config.batch.seq_len_start,
+        [f"task={config.task.kind}"] if config.task.kind == "classification" else [],
+    )
+    words += [
+        f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed
+    ]
     if start and words:
         problem = f"{words[0]}: a piece of a row lacks what comes before it"
-        raise refusal("batch.seq_len_start", start, problem, allowed="0, or a corpus of text", instead="batch.seq_len_start=0 batch.seq_len_steps=0")
+        raise refusal(
+            "batch.seq_len_start",
+            start,
+            problem,
+            allowed="0, or a corpus of text",
+            instead="batch.seq_len_start=0 batch.seq_len_steps=0",
+        )
 
 
 def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
@@ -120,10 +150,20 @@ def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) ->
             allowed="a corpus with held-out documents",
             instead="train.eval_every=0, a larger data.eval_fraction in prepare, or data.eval_path=PREFIX of held-out token files",
         )
-    if not any(corpus.has_targets("eval", seq_len=seq_len) for corpus, _ in blend.parts("eval") if corpus.count("eval", seq_len=seq_len)):
+    if not any(
+        corpus.has_targets("eval", seq_len=seq_len)
+        for corpus, _ in blend.parts("eval")
+        if corpus.count("eval", seq_len=seq_len)
+    ):
         raise _no_targets(f"the held-out part of {blend.name}", field=field, value=value)
 
 
 def _no_targets(where: object, *, field: str, value: object) -> UserError:
     problem = f"no token of {where} carries loss: every answer is cut off"
-    return refusal(field, value, problem, allowed="conversations with answers within a row", instead="prepare again with a larger data.seq_len")
+    return refusal(
+        field,
+        value,
+        problem,
+        allowed="conversations with answers within a row",
+        instead="prepare again with a larger data.seq_len",
+    )

@@ -137,7 +137,11 @@ class Corpus:
         """
         if split not in self.readers:
             return 0
-        return len(self._row_index(split, seq_len=seq_len)[1]) - 1 if self.packed else count_rows(self.readers[split].tokens, seq_len=seq_len)
+        return (
+            len(self._row_index(split, seq_len=seq_len)[1]) - 1
+            if self.packed
+            else count_rows(self.readers[split].tokens, seq_len=seq_len)
+        )
 
     def has_targets(self, split: str, *, seq_len: int) -> bool:
         """Whether the rows of a split have any target.
@@ -162,7 +166,14 @@ class Corpus:
             return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
         assert documents
         ids, starts = self._row_index(split, seq_len=seq_len)
-        return ChatRows(reader, IndexedReader(self.path / f"{split}.loss"), ids=ids, starts=starts, seq_len=seq_len, check=check)
+        return ChatRows(
+            reader,
+            IndexedReader(self.path / f"{split}.loss"),
+            ids=ids,
+            starts=starts,
+            seq_len=seq_len,
+            check=check,
+        )
 
     def _row_index(self, split: str, *, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.facts is not None
@@ -177,7 +188,9 @@ class Corpus:
         try:
             ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
         except Exception as error:  # a damaged header makes numpy raise whatever its parser raises
-            raise _unprepared(self.path, f"its row index cannot be read ({type(error).__name__}: {error})") from error
+            raise _unprepared(
+                self.path, f"its row index cannot be read ({type(error).__name__}: {error})"
+            ) from error
         if problem := _row_problem(ids, starts, conversations=self.readers[split].sequences):
             raise _unprepared(self.path, f"its row index {problem}")
         return ids, starts
@@ -188,7 +201,10 @@ class Corpus:
         """
         smallest, largest = int(tokens.min(initial=0)), int(tokens.max(initial=0))
         if self.largest_id is not None and largest > self.largest_id:
-            raise _unprepared(self.path, f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed")
+            raise _unprepared(
+                self.path,
+                f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed",
+            )
         if smallest < 0 or largest >= vocab:
             raise refusal(
                 "model.config.vocab_size",
@@ -201,11 +217,19 @@ class Corpus:
 
 def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> str:
     """What is wrong with a row index; "" if nothing."""
-    if ids.dtype != np.int64 or starts.dtype != np.int64 or ids.ndim != 1 or starts.ndim != 1 or len(starts) < 2:
+    if (
+        ids.dtype != np.int64
+        or starts.dtype != np.int64
+        or ids.ndim != 1
+        or starts.ndim != 1
+        or len(starts) < 2
+    ):
         return f"has arrays of {ids.dtype} {ids.shape} and {starts.dtype} {starts.shape}"
     if len(ids) > conversations or starts[0] != 0 or starts[-1] != len(ids):
         return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, but the corpus has {conversations}"
-    if log.rank() == 0 and ((np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations):
+    if log.rank() == 0 and (
+        (np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations
+    ):
         return f"names conversations that are not among {conversations}, or rows backwards"
     return ""
 
@@ -213,7 +237,10 @@ def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> 
 def _check_loss(reader: IndexedReader, loss: IndexedReader) -> None:
     loss.check()
     if loss.sequences != reader.sequences or not np.array_equal(loss.sizes, reader.sizes):
-        raise _unprepared(loss.idx_path.parent, f"{loss.idx_path.name} is not of the conversations of {reader.idx_path.name}")
+        raise _unprepared(
+            loss.idx_path.parent,
+            f"{loss.idx_path.name} is not of the conversations of {reader.idx_path.name}",
+        )
 
 
 def changed_files(folder: Path, *, written: Any) -> list[str]:
@@ -233,7 +260,15 @@ def _changed(file: Path, written: Mapping[str, Any]) -> str:
     return digests.difference(file, written, by="sample", of=digests.sample_hash, writer="prepare")
 
 
-_KINDS = {"vocab_size": (int,), "largest_id": (int,), "eos_id": (int, type(None)), "fingerprint": (str,), "seq_len": (int,), "kind": (str,), "labels": (list,)}
+_KINDS = {
+    "vocab_size": (int,),
+    "largest_id": (int,),
+    "eos_id": (int, type(None)),
+    "fingerprint": (str,),
+    "seq_len": (int,),
+    "kind": (str,),
+    "labels": (list,),
+}
 
 
 def _prepared(folder: Path) -> Corpus:
@@ -241,7 +276,10 @@ def _prepared(folder: Path) -> Corpus:
     try:
         if facts["format"] not in READABLE:
             raise _unprepared(folder, f"it has format {facts['format']}, this version reads {FORMAT}")
-        counts = {split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) for split in ("train", "eval")}
+        counts = {
+            split: (facts["splits"][split]["documents"], facts["splits"][split]["tokens"])
+            for split in ("train", "eval")
+        }
         kind = facts.get("kind")
         required = [
             "vocab_size",
@@ -264,7 +302,10 @@ def _prepared(folder: Path) -> Corpus:
     for split, reader in readers.items():
         if (reader.documents, reader.tokens) != counts[split]:
             counted = f"{reader.documents} documents and {reader.tokens} tokens"
-            raise _unprepared(folder, f"{file_pair(folder / split)[0]} has {counted}, corpus.json says {counts[split][0]} and {counts[split][1]}")
+            raise _unprepared(
+                folder,
+                f"{file_pair(folder / split)[0]} has {counted}, corpus.json says {counts[split][0]} and {counts[split][1]}",
+            )
     return Corpus(folder, readers, facts)
 
 
@@ -285,10 +326,19 @@ def _facts(folder: Path) -> dict[str, Any]:
             raise _unprepared(folder, f"its corpus.json cannot be read ({words})") from error
     if interrupted(folder):
         problem = "an interrupted prepare, or one still at work: it is not complete"
-        raise refusal("data.path", folder, problem, allowed="a folder that prepare completed", instead=prepare_command.for_folder(folder))
+        raise refusal(
+            "data.path",
+            folder,
+            problem,
+            allowed="a folder that prepare completed",
+            instead=prepare_command.for_folder(folder),
+        )
     if pairs := sorted(folder.glob("*.idx")):
         prefix = pairs[0].with_suffix("")
-        raise _unprepared(folder, f"it has token files but no corpus.json; token files from elsewhere are named by their prefix: data.path={prefix}")
+        raise _unprepared(
+            folder,
+            f"it has token files but no corpus.json; token files from elsewhere are named by their prefix: data.path={prefix}",
+        )
     raise _unprepared(folder, "it holds no prepared corpus")
 
 

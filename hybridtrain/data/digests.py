@@ -39,7 +39,9 @@ def full_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def difference(file: Path, written: Mapping[str, Any], *, by: str, of: Callable[[Path], str], writer: str) -> str:
+def difference(
+    file: Path, written: Mapping[str, Any], *, by: str, of: Callable[[Path], str], writer: str
+) -> str:
     """How a file differs from its record `written`; empty if it does not.
 
     Compares the size, and key `by`, computed by `of`. `writer`: who wrote the file, for the message. Raises

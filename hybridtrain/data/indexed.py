@@ -2,7 +2,8 @@
 
     .bin   the tokens of all documents, concatenated
     .idx   magic "MMIDIDX\\0\\0" | version <Q | dtype code <B | sequences <Q | document boundaries <Q
-           | int32 tokens per sequence | int64 byte offset per sequence | int64 first sequence of each document, and the end
+           | int32 tokens per sequence | int64 byte offset per sequence
+           | int64 first sequence of each document, and the end
 
 Files are compatible with Megatron's reader and writer. We write one sequence per document.
 """
@@ -23,7 +24,14 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point, not for tokens
-_DTYPES: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _SAMPLES, _SAMPLE_TOKENS = 16, 64
 COPY_BYTES = 1 << 22  # bytes, or entries of an index, in memory at a time
@@ -80,7 +88,8 @@ class IndexedWriter:
         """
         assert reader.dtype == self._dtype
         assert reader.sequences == reader.documents == len(keep)
-        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2)  # runs of documents to keep: [first, last)
+        # runs of documents to keep: [first, last)
+        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False)).reshape(-1, 2)
         offsets = np.append(reader.pointers, reader.tokens * self._dtype.itemsize)
         with reader.bin_path.open("rb") as source:
             for start, stop in offsets[edges]:
@@ -112,9 +121,13 @@ class IndexedWriter:
                 self._idx.write((ends - sizes.astype("<i8") * self._dtype.itemsize).tobytes())
                 pointer = int(ends[-1])
         for first in range(0, self._documents + 1, COPY_BYTES):
-            self._idx.write(np.arange(first, min(first + COPY_BYTES, self._documents + 1), dtype="<i8").tobytes())
+            self._idx.write(
+                np.arange(first, min(first + COPY_BYTES, self._documents + 1), dtype="<i8").tobytes()
+            )
         self._idx.seek(0)
-        self._idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], self._documents, self._documents + 1))
+        self._idx.write(
+            _HEADER.pack(MAGIC, VERSION, _CODES[self._dtype], self._documents, self._documents + 1)
+        )
         _synced_close(self._idx)
 
 
@@ -152,7 +165,10 @@ class IndexedReader:
         end = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
         size = self.bin_path.stat().st_size
         if size != end:
-            raise _bad(self.bin_path, f"it has {size} bytes but its index describes {end}; it is {'truncated' if size < end else 'of another index'}")
+            raise _bad(
+                self.bin_path,
+                f"it has {size} bytes but its index describes {end}; it is {'truncated' if size < end else 'of another index'}",
+            )
         self.tokens = size // self.dtype.itemsize
         self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype)
 
@@ -201,7 +217,10 @@ class IndexedReader:
             wrong = np.flatnonzero(np.diff(bounds, prepend=last) < 0)
             if len(wrong) or (first == 0 and bounds[0] != 0):
                 place = first + (int(wrong[0]) if len(wrong) else 0)
-                raise _bad(self.idx_path, f"document {place} begins at sequence {self.first_sequences[place]}, before the one before it")
+                raise _bad(
+                    self.idx_path,
+                    f"document {place} begins at sequence {self.first_sequences[place]}, before the one before it",
+                )
             last = int(bounds[-1])
         if last != self.sequences:
             raise _bad(self.idx_path, f"its documents end at sequence {last} of {self.sequences}")
@@ -209,9 +228,14 @@ class IndexedReader:
     def check_not_zeros(self) -> None:
         """Refuse token files of which a sample is all zeros, as in an incomplete copy (raises UserError)."""
         starts = [self.tokens * part // _SAMPLES for part in range(_SAMPLES)]
-        sample = np.concatenate([self.read(start, min(start + _SAMPLE_TOKENS, self.tokens)) for start in starts])
+        sample = np.concatenate(
+            [self.read(start, min(start + _SAMPLE_TOKENS, self.tokens)) for start in starts]
+        )
         if len(sample) > _SAMPLE_TOKENS and not sample.any():
-            raise _bad(self.bin_path, f"all {len(sample)} tokens of a sample have the id 0: the copy is incomplete, or it is no text")
+            raise _bad(
+                self.bin_path,
+                f"all {len(sample)} tokens of a sample have the id 0: the copy is incomplete, or it is no text",
+            )
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the concatenated documents, in the file's dtype; a view
@@ -228,11 +252,15 @@ class IndexedReader:
         """
         first = bisect_left(range(self.documents), start, key=self._document_start)
         last = bisect_left(range(self.documents), stop, lo=first, key=self._document_start)
-        return np.unique(np.array([self._document_start(document) for document in range(first, last)], dtype=np.int64))
+        return np.unique(
+            np.array([self._document_start(document) for document in range(first, last)], dtype=np.int64)
+        )
 
     def _document_start(self, document: int) -> int:
         sequence = int(self.first_sequences[document])
-        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.tokens
+        return (
+            int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.sequences else self.tokens
+        )
 
 
 def _bad(path: Path, problem: str) -> UserError:

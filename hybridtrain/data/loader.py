@@ -2,11 +2,13 @@
 
     samples  step * G ........................... step * G + G - 1        G = global_batch_size
              |  data rank 0  |  data rank 1  | ...                        contiguous blocks of G / dp
-             | mb 0  | mb 1  |                                            cut in order into grad_accum micro-batches
+             | mb 0  | mb 1  |                                            cut in order into grad_accum
+                                                                          micro-batches
 
 Where the batch grows with the step (plan.batch), the first sample is the sum of the batches before.
 
-Sample index to row is `blend.sample_to_row`, so a step's rows follow from (seed, step) alone and there is no state to save.
+Sample index to row is `blend.sample_to_row`, so a step's rows follow from (seed, step) alone and
+there is no state to save.
 """
 
 from __future__ import annotations
@@ -32,9 +34,22 @@ class Collate(Protocol):
 
 
 class Loader:
-    """The training micro-batches of one data rank, by step. The next step's batches are made while this one is computed."""
+    """The training micro-batches of one data rank, by step.
 
-    def __init__(self, blend: Blend, *, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, vocab: int, collate: Collate) -> None:
+    The next step's batches are made while this one is computed.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        *,
+        plan: BatchPlan,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        vocab: int,
+        collate: Collate,
+    ) -> None:
         assert plan.global_batch_size == plan.micro_batch_size * plan.grad_accum * dp_size
         assert 0 <= dp_rank < dp_size
         self._rows = blend.rows("train", seq_len=plan.seq_len, vocab=vocab)
@@ -51,10 +66,13 @@ class Loader:
         share = self._plan.rows_at(step) // self._dp_size
         first = self._plan.rows_before(step) + self._dp_rank * share
         samples = np.arange(first, first + share, dtype=np.int64)
-        return sample_to_row(samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed)
+        return sample_to_row(
+            samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed
+        )
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of (micro_batch_size, seq_len), where the batch does not grow."""
+        """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of
+        (micro_batch_size, seq_len), where the batch does not grow."""
         batches = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._read(step)
         self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
@@ -73,20 +91,37 @@ def micro_batches(block: Block, *, plan: BatchPlan, step: int, collate: Collate)
 
 
 def eval_batches(
-    blend: Blend, *, plan: BatchPlan, rows: int, dp_rank: int, dp_size: int, micro_batches_per_step: int, vocab: int, collate: Collate
+    blend: Blend,
+    *,
+    plan: BatchPlan,
+    rows: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batches_per_step: int,
+    vocab: int,
+    collate: Collate,
 ) -> list[list[Batch]]:
-    """`rows` held-out rows (all, if there are fewer), evenly spread so that no document stands for all, in steps of micro-batches.
+    """`rows` held-out rows (all, if there are fewer), evenly spread so that no document stands for all, in
+    steps of micro-batches.
 
     Of a blend, each corpus gives its share of the rows. Every rank gets the same number of steps, each of
-    `micro_batches_per_step` batches. Rows missing at the end are filled with rows that the task does not count, so that its sums
-    are exact.
+    `micro_batches_per_step` batches. Rows missing at the end are filled with rows that the task does not
+    count, so that its sums are exact.
     """
     assert rows >= 1
     check_eval_rows(blend, seq_len=plan.seq_len, field="train.eval_rows", value=rows)
     parts = [part for part in blend.parts("eval") if part[0].count("eval", seq_len=plan.seq_len)]
-    held_out = [corpus.rows("eval", seq_len=plan.seq_len, documents=blend.documents, vocab=vocab) for corpus, _ in parts]
-    taken = [min(share, len(has)) for share, has in zip(largest_remainder(rows, [weight for _, weight in parts]), held_out, strict=True)]
-    chosen = np.concatenate([_spread(count, number=number, rows=len(held_out[number])) for number, count in enumerate(taken)])
+    held_out = [
+        corpus.rows("eval", seq_len=plan.seq_len, documents=blend.documents, vocab=vocab)
+        for corpus, _ in parts
+    ]
+    taken = [
+        min(share, len(has))
+        for share, has in zip(largest_remainder(rows, [weight for _, weight in parts]), held_out, strict=True)
+    ]
+    chosen = np.concatenate(
+        [_spread(count, number=number, rows=len(held_out[number])) for number, count in enumerate(taken)]
+    )
     share = plan.micro_batch_size * micro_batches_per_step
     steps = []
     for first in range(0, len(chosen), share * dp_size):
@@ -113,7 +148,8 @@ def _gather(parts: Sequence[Rows], chosen: np.ndarray, *, rows: int, seq_len: in
 
 
 def _cut(batch: Batch, *, size: int) -> list[Batch]:
-    """Micro-batches of `size` rows, in memory from which a GPU copies while it computes; without a GPU, as they are."""
+    """Micro-batches of `size` rows, in memory from which a GPU copies while it computes; without
+    a GPU, as they are."""
     if torch.cuda.is_available():
         batch = batch.map(lambda tensor: tensor.pin_memory())
     return [batch.rows(at, at + size) for at in range(0, len(batch.input_ids_BT), size)]

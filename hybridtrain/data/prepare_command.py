@@ -29,7 +29,9 @@ def for_folder(folder: Path) -> str:
             if options := _options(settings):
                 return f"{start} {options}{more}"
     holds = folder.is_dir() and any(folder.iterdir())
-    return f"{start} data.source=[YOUR TEXT]" + (", with prepare.overwrite=true if it holds an earlier corpus" if holds else "")
+    return f"{start} data.source=[YOUR TEXT]" + (
+        ", with prepare.overwrite=true if it holds an earlier corpus" if holds else ""
+    )
 
 
 def _options(settings: Any) -> str:
@@ -38,14 +40,22 @@ def _options(settings: Any) -> str:
     if not isinstance(source, list) or not source or not all(isinstance(entry, str) for entry in source):
         return ""
     standard = vars(DataConfig())
-    others = {name: value for name, value in settings.items() if name != "source" and type(value) is type(standard.get(name)) and value != standard[name]}
+    others = {
+        name: value
+        for name, value in settings.items()
+        if name != "source" and type(value) is type(standard.get(name)) and value != standard[name]
+    }
     return " ".join(_word(f"data.{name}", value) for name, value in {"source": source, **others}.items())
 
 
 def _word(option: str, value: Any) -> str:
     """`option=value` as a word of a command line, quoted for the shell and for Hydra's grammar if needed."""
     if isinstance(value, list):
-        text = "[" + ",".join(entry if _PLAIN.fullmatch(entry) else words.literal(entry) for entry in value) + "]"
+        text = (
+            "["
+            + ",".join(entry if _PLAIN.fullmatch(entry) else words.literal(entry) for entry in value)
+            + "]"
+        )
     else:
         text = str(value).lower() if isinstance(value, bool) else str(value)
     word = f"{option}={text}"

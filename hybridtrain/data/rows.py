@@ -39,15 +39,23 @@ class Block:
         `documents`, `masked`: with these arrays, not None.
         """
         shape = (rows, seq_len + 1)
-        return cls(np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool) if documents else None, np.zeros(shape, dtype=bool) if masked else None)
+        return cls(
+            np.zeros(shape, dtype=np.int64),
+            np.zeros(shape, dtype=bool) if documents else None,
+            np.zeros(shape, dtype=bool) if masked else None,
+        )
 
     def cut(self, pieces: int) -> Block:
-        """Each row as `pieces` rows of S / pieces + 1 tokens: the last token of a piece is the first of the next one, so that each target stays one."""
+        """Each row as `pieces` rows of S / pieces + 1 tokens: the last token of a piece is the first of the
+        next one, so that each target stays one."""
         if pieces == 1:
             return self
         length = (self.tokens.shape[1] - 1) // pieces
         chosen = np.arange(pieces)[:, None] * length + np.arange(length + 1)
-        start, mask = (None if array is None else array[:, chosen].reshape(-1, length + 1) for array in (self.doc_start, self.loss_mask))
+        start, mask = (
+            None if array is None else array[:, chosen].reshape(-1, length + 1)
+            for array in (self.doc_start, self.loss_mask)
+        )
         return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask)
 
     def put(self, places: np.ndarray, other: Block) -> None:
@@ -117,9 +125,25 @@ class ChatRows:
 
     masked = True
 
-    def __init__(self, reader: IndexedReader, loss: IndexedReader, *, ids: np.ndarray, starts: np.ndarray, seq_len: int, check: Check) -> None:
+    def __init__(
+        self,
+        reader: IndexedReader,
+        loss: IndexedReader,
+        *,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        seq_len: int,
+        check: Check,
+    ) -> None:
         """`ids`, `starts`: the row index of packing.py; `loss`: the loss masks of the tokens in `reader`."""
-        self._reader, self._loss, self._ids, self._starts, self._seq_len, self._check = reader, loss, ids, starts, seq_len, check
+        self._reader, self._loss, self._ids, self._starts, self._seq_len, self._check = (
+            reader,
+            loss,
+            ids,
+            starts,
+            seq_len,
+            check,
+        )
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -25,7 +25,17 @@ class Synthetic:
     `labels`: number of classes; if not 0, the last token of a row is its class.
     """
 
-    def __init__(self, *, vocab: int, plan: BatchPlan, dp_rank: int, dp_size: int, seed: int, labels: int, collate: Collate) -> None:
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        plan: BatchPlan,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        labels: int,
+        collate: Collate,
+    ) -> None:
         self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate
         self.dp_rank, self.dp_size = dp_rank, dp_size
 

@@ -43,13 +43,33 @@ class UserRows:
         self.field, _, named = field.partition("=")
         self.path = named or type(rows).__name__
         if isinstance(rows, Mapping):
-            allowed, instead = "a sequence of rows, such as one of its splits", f"{self.field}[{next(iter(rows), 'train')!r}]"
-            raise refusal(self.field, self.path, f"it is a mapping of {', '.join(map(str, rows)) or 'nothing'}", allowed=allowed, instead=instead)
+            allowed, instead = (
+                "a sequence of rows, such as one of its splits",
+                f"{self.field}[{next(iter(rows), 'train')!r}]",
+            )
+            raise refusal(
+                self.field,
+                self.path,
+                f"it is a mapping of {', '.join(map(str, rows)) or 'nothing'}",
+                allowed=allowed,
+                instead=instead,
+            )
         if not hasattr(rows, "__len__") or not (hasattr(rows, "row") or hasattr(rows, "__getitem__")):
-            problem, allowed = "it has no __len__, or neither row(index) nor [index]", "an object with __len__ and row(index), or a datasets.Dataset"
-            raise refusal(self.field, self.path, problem, allowed=allowed, instead="a class with these two methods")
+            problem, allowed = (
+                "it has no __len__, or neither row(index) nor [index]",
+                "an object with __len__ and row(index), or a datasets.Dataset",
+            )
+            raise refusal(
+                self.field, self.path, problem, allowed=allowed, instead="a class with these two methods"
+            )
         if len(rows) == 0:
-            raise refusal(self.field, self.path, "it has no rows", allowed="one row or more", instead="data of some length")
+            raise refusal(
+                self.field,
+                self.path,
+                "it has no rows",
+                allowed="one row or more",
+                instead="data of some length",
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,7 +84,11 @@ class UserRows:
         count, sampled = len(self.table), min(_SAMPLED, len(self.table))
         for index in (number * count // sampled for number in range(sampled)):
             tokens, mask = self.read(index)
-            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + (b"" if mask is None else mask.tobytes()))
+            digest.update(
+                len(tokens).to_bytes(8, "little")
+                + tokens.tobytes()
+                + (b"" if mask is None else mask.tobytes())
+            )
         return digest.hexdigest()
 
     def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - not needed
@@ -86,17 +110,27 @@ class UserRows:
         tokens, mask = row if isinstance(row, tuple) and len(row) == 2 else (row, None)
         if isinstance(row, Mapping):
             row = self._without_padding(row, index)
-            tokens, mask, labels = row.get("input_ids"), row.get("loss_mask"), row.get("labels", row.get("label"))
+            tokens, mask, labels = (
+                row.get("input_ids"),
+                row.get("loss_mask"),
+                row.get("labels", row.get("label")),
+            )
             if labels is not None and np.ndim(labels) == 0:  # a class: the target of the last token
                 return self._labelled(tokens, labels, index)
             if mask is None and labels is not None:
                 mask = np.asarray(labels) != IGNORE_INDEX
         ids = _array(tokens)
         if ids is None or len(ids) < 2:
-            raise self._refusal(index, f"it is {_short(tokens)}", allowed="a sequence of two token ids or more")
+            raise self._refusal(
+                index, f"it is {_short(tokens)}", allowed="a sequence of two token ids or more"
+            )
         loss_mask = None if mask is None else _array(mask)
         if mask is not None and (loss_mask is None or loss_mask.shape != ids.shape):
-            raise self._refusal(index, f"it has {len(ids)} tokens, and its mask is {_short(mask)}", allowed="a mask with one value for each token")
+            raise self._refusal(
+                index,
+                f"it has {len(ids)} tokens, and its mask is {_short(mask)}",
+                allowed="a mask with one value for each token",
+            )
         return ids, None if loss_mask is None else loss_mask != 0
 
     def _item(self, index: int) -> Any:
@@ -114,7 +148,9 @@ class UserRows:
         [kept] = np.nonzero(attended)
         if attended.shape != ids.shape or (len(kept) and np.ptp(kept) + 1 != len(kept)):
             problem = f"it has {len(ids)} tokens, and its attention_mask is {_short(row['attention_mask'])}"
-            raise self._refusal(index, problem, allowed="an attention_mask with one run of ones, for each token one value")
+            raise self._refusal(
+                index, problem, allowed="an attention_mask with one run of ones, for each token one value"
+            )
         each = {name: row[name] for name in ("input_ids", "loss_mask", "labels") if row.get(name) is not None}
         return {**row, **{name: np.asarray(values)[kept] for name, values in each.items() if np.ndim(values)}}
 
@@ -122,12 +158,18 @@ class UserRows:
         """A row with one label for the whole text: (ids and label, loss mask of the label)."""
         ids = _array(tokens)
         if ids is None or not len(ids) or np.asarray(label).dtype.kind not in "iub":
-            raise self._refusal(index, f"it is {_short(tokens)} with label {_short(label)}", allowed="token ids and the number of a class")
+            raise self._refusal(
+                index,
+                f"it is {_short(tokens)} with label {_short(label)}",
+                allowed="token ids and the number of a class",
+            )
         whole = np.append(ids, int(label))
         return whole, np.arange(len(whole)) == len(ids)
 
     def _refusal(self, index: int, problem: str, *, allowed: str) -> Exception:
-        return refusal(self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)")
+        return refusal(
+            self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)"
+        )
 
 
 class _Rows:
@@ -151,16 +193,23 @@ class _Rows:
             block.tokens[place, : len(tokens)] = tokens
             block.loss_mask[place, : len(tokens)] = True if mask is None else mask
             if block.doc_start is not None:
-                block.doc_start[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True  # the padding is a document of its own
+                # the padding is a document of its own
+                block.doc_start[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True
         return block
 
     def _check(self, tokens: np.ndarray, index: int) -> None:
         if len(tokens) > self._seq_len + 1:
             problem = f"it has {len(tokens)} tokens, data.seq_len is {self._seq_len}"
-            raise self._data._refusal(index, problem, allowed=f"up to data.seq_len + 1 = {self._seq_len + 1} tokens")
+            raise self._data._refusal(
+                index, problem, allowed=f"up to data.seq_len + 1 = {self._seq_len + 1} tokens"
+            )
         if tokens.min() < 0 or tokens.max() >= self._vocab:
             odd = int(tokens.min() if tokens.min() < 0 else tokens.max())
-            raise self._data._refusal(index, f"it holds token id {odd}, the model has {self._vocab}", allowed=f"token ids of 0 to {self._vocab - 1}")
+            raise self._data._refusal(
+                index,
+                f"it holds token id {odd}, the model has {self._vocab}",
+                allowed=f"token ids of 0 to {self._vocab - 1}",
+            )
 
 
 def _array(values: Any) -> np.ndarray | None:

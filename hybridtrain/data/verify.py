@@ -43,7 +43,11 @@ def verify_corpus(path: str | Path) -> list[str]:
         corpus = Corpus.open(path)
     except UserError as error:
         line = _first_line(error)
-        return [*problems, line] if not any(problem.partition(" ")[0] in line for problem in problems) else problems
+        return (
+            [*problems, line]
+            if not any(problem.partition(" ")[0] in line for problem in problems)
+            else problems
+        )
     except (AttributeError, KeyError, TypeError) as error:
         return [*problems, f"corpus.json is damaged ({type(error).__name__}: {error})"]
     for split, reader in corpus.readers.items():
@@ -83,7 +87,9 @@ def _check_tokens(reader: IndexedReader, *, largest_id: int | None) -> None:
     for block in _blocks(reader):
         smallest, largest = int(block.min()), int(block.max())
         if smallest < 0 or (largest_id is not None and largest > largest_id):
-            raise UserError(f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {largest_id}")
+            raise UserError(
+                f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {largest_id}"
+            )
 
 
 def _check_rows(corpus: Corpus, *, split: str) -> None:
@@ -106,7 +112,12 @@ def _has_its_fingerprint(corpus: Corpus) -> bool:
     """
     assert corpus.facts is not None
     facts = {name: corpus.facts[name] for name in ("vocab_size", "eos_id")}
-    prefixes = [prefix for split in SPLITS if split in corpus.readers for prefix in (split, *([f"{split}.loss"] if corpus.packed else []))]
+    prefixes = [
+        prefix
+        for split in SPLITS
+        if split in corpus.readers
+        for prefix in (split, *([f"{split}.loss"] if corpus.packed else []))
+    ]
     digests_found = set()
     for append_eos in (True, False):
         digest = hashlib.sha256(json.dumps([facts, append_eos]).encode())

@@ -41,7 +41,10 @@ def compare(model: Path, data: Path | None) -> None:
     try:
         one, other = _tokens(model), None if data is None else _tokens(data)
     except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
-        _log.warning("it is not known whether model and data have the same tokenizer: %s", str(error).partition("\n")[0])
+        _log.warning(
+            "it is not known whether model and data have the same tokenizer: %s",
+            str(error).partition("\n")[0],
+        )
         return
     if one is None or other is None:
         return
@@ -55,7 +58,12 @@ def compare(model: Path, data: Path | None) -> None:
         else ""
     )
     if words:
-        _log.warning("the model's tokenizer (%s) and that of the data (%s) are not the same: %s, so that the model reads another text", model, data, words)
+        _log.warning(
+            "the model's tokenizer (%s) and that of the data (%s) are not the same: %s, so that the model reads another text",
+            model,
+            data,
+            words,
+        )
 
 
 def _tokens(folder: Path) -> tuple[dict[int, str], set[tuple[int, str]]] | None:
@@ -63,11 +71,24 @@ def _tokens(folder: Path) -> tuple[dict[int, str], set[tuple[int, str]]] | None:
     if (folder / "tokenizer.json").is_file():
         content = read_object(folder / "tokenizer.json", field="data.tokenizer")
         vocab, merges = content["model"]["vocab"], content["model"].get("merges") or []
-        tokens = {number: token for token, number in vocab.items()} if isinstance(vocab, Mapping) else {number: entry[0] for number, entry in enumerate(vocab)}
+        tokens = (
+            {number: token for token, number in vocab.items()}
+            if isinstance(vocab, Mapping)
+            else {number: entry[0] for number, entry in enumerate(vocab)}
+        )
         tokens |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokens = {number: token for token, number in read_object(folder / "vocab.json", field="data.tokenizer").items()}
-        merges = [line for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#version")]
+        tokens = {
+            number: token
+            for token, number in read_object(folder / "vocab.json", field="data.tokenizer").items()
+        }
+        merges = [
+            line
+            for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            if line and not line.startswith("#version")
+        ]
     else:
         return None
-    return tokens, {(rank, merge if isinstance(merge, str) else " ".join(merge)) for rank, merge in enumerate(merges)}
+    return tokens, {
+        (rank, merge if isinstance(merge, str) else " ".join(merge)) for rank, merge in enumerate(merges)
+    }

@@ -1,4 +1,5 @@
-"""Engines: `settle` computes layout, batch and model facts of a config, `build` creates an engine from them."""
+"""Engines: `settle` computes layout, batch and model facts of a config, `build` creates
+an engine from them."""
 
 from __future__ import annotations
 
@@ -44,7 +45,14 @@ def settle(config: Config, *, world_size: int) -> Settled:
     layout = layouts.resolve(config.parallel, world_size=world_size)
     plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     supported = capabilities.with_options(config.engine, kind=config.engine.kind)
-    rules.check(config.parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=supported)
+    rules.check(
+        config.parallel,
+        layout=layout,
+        plan=plan,
+        precision=config.precision.kind,
+        facts=model,
+        capabilities=supported,
+    )
     if config.engine.kind == "deepspeed":
         deepspeed_config.build(config, plan=plan)  # raises UserError for contradictions
     check_device([config.engine.kind], precision=config.precision.kind)
@@ -58,10 +66,22 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
     """
     if config.task.kind == "classification" and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
-        raise refusal("model.labels", "[]", problem, allowed=allowed, instead="model.labels=[negative,positive], or data of data.format=labelled")
+        raise refusal(
+            "model.labels",
+            "[]",
+            problem,
+            allowed=allowed,
+            instead="model.labels=[negative,positive], or data of data.format=labelled",
+        )
     if config.task.kind == "causal_lm" and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
-        raise refusal("task.kind", config.task.kind, problem, allowed="classification", instead="task=classification, or a model without model.labels")
+        raise refusal(
+            "task.kind",
+            config.task.kind,
+            problem,
+            allowed="classification",
+            instead="task=classification, or a model without model.labels",
+        )
 
 
 def check_device(engines: list[str], *, precision: str) -> None:
@@ -75,13 +95,21 @@ def check_device(engines: list[str], *, precision: str) -> None:
         raise refusal("precision.kind", precision, problem, allowed="fp32, bf16_mixed", instead=instead)
 
 
-def build(config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device) -> TorchEngine | DeepSpeedEngine:
+def build(
+    config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device
+) -> TorchEngine | DeepSpeedEngine:
     """An engine with initial weights (collective; needs a process group)."""
     return build_for(None, config, layout=layout, plan=plan, device=device, initial=True)
 
 
 def build_for(
-    task: Task | None, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool
+    task: Task | None,
+    config: Config,
+    *,
+    layout: ParallelLayout,
+    plan: BatchPlan,
+    device: torch.device,
+    initial: bool,
 ) -> TorchEngine | DeepSpeedEngine:
     """The engine for a task; None: that of task.kind (collective; needs a process group). Raises UserError.
 

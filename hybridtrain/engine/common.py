@@ -36,4 +36,7 @@ def loss_of(sums: Tensor, counts: Tensor, *, weights: Tensor) -> Tensor:
 
 def named_sums(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
     """The result of an evaluation from tensors (K,). Waits for the device."""
-    return Sums(dict(zip(task.weights, sums.tolist(), strict=True)), dict(zip(task.weights, counts.tolist(), strict=True)))
+    return Sums(
+        dict(zip(task.weights, sums.tolist(), strict=True)),
+        dict(zip(task.weights, counts.tolist(), strict=True)),
+    )

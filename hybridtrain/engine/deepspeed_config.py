@@ -64,7 +64,10 @@ def build(config: Config, *, plan: BatchPlan) -> dict[str, Any]:
 
 
 def _offload(config: Config) -> dict[str, Any]:
-    parts = {"offload_optimizer": config.engine.offload_optimizer, "offload_param": config.engine.offload_parameters}
+    parts = {
+        "offload_optimizer": config.engine.offload_optimizer,
+        "offload_param": config.engine.offload_parameters,
+    }
     return {name: {"device": device} for name, device in parts.items() if device != "none"}
 
 
@@ -94,7 +97,11 @@ def _check_overrides(settings: Mapping[str, Any], overrides: Mapping[str, Any]) 
         if path[0] in _OWNED:
             field = _OWNED[path[0]]
             raise refusal(
-                f"engine.config_overrides.{name}", value, f"{field} decides this", allowed="keys that no other field decides", instead=f"the option {field}"
+                f"engine.config_overrides.{name}",
+                value,
+                f"{field} decides this",
+                allowed="keys that no other field decides",
+                instead=f"the option {field}",
             )
         if path in ours and ours[path] != value and path[-1] not in _BUCKETS:
             raise refusal(
@@ -117,5 +124,9 @@ def _leaves(mapping: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tupl
 def _merge(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(settings))
     for key, value in overrides.items():
-        result[key] = _merge(result[key], value) if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) else copy.deepcopy(value)
+        result[key] = (
+            _merge(result[key], value)
+            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            else copy.deepcopy(value)
+        )
     return result

@@ -44,7 +44,16 @@ from hybridtrain.types import Batch, Progress, Saving, StepResult, Sums
 class TorchEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool, task: Task):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        layout: ParallelLayout,
+        plan: BatchPlan,
+        device: torch.device,
+        initial: bool,
+        task: Task,
+    ):
         self.capabilities = of_engine("torch")
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
@@ -54,10 +63,21 @@ class TorchEngine:
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
         self.family = family_for(self.model_config)
-        context = Context(self.mesh, config.parallel, config.engine, self.precision, config.recompute.kind, config.model.freeze, task)
+        context = Context(
+            self.mesh,
+            config.parallel,
+            config.engine,
+            self.precision,
+            config.recompute.kind,
+            config.model.freeze,
+            task,
+        )
         self.ids, self.stages = build_stages(self.model_config, family=self.family, context=context)
         if initial:
-            fill(self.stages, initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed))
+            fill(
+                self.stages,
+                initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed),
+            )
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
@@ -67,7 +87,10 @@ class TorchEngine:
         self.embedding_group = self._embedding_group()
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
-        shape, full = (micro_batches, rows, length), (self.plan.grad_accum, self.plan.micro_batch_size, self.plan.seq_len)
+        shape, full = (
+            (micro_batches, rows, length),
+            (self.plan.grad_accum, self.plan.micro_batch_size, self.plan.seq_len),
+        )
         if shape in self.pipelines:
             return self.pipelines[shape]
         parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
@@ -108,23 +131,33 @@ class TorchEngine:
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
-        sums = self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
+        sums = (
+            self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
+        )
         scale = self.scaler.scale.clone()
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
             add_tied_gradients(embed, head, group=self.embedding_group)
         # A separate copy of a tied head has the embedding's gradient, and must not count twice.
-        counted = [parameter for _, parameter in self._named() if parameter.requires_grad and (embed is head or parameter is not head)]
+        counted = [
+            parameter
+            for _, parameter in self._named()
+            if parameter.requires_grad and (embed is head or parameter is not head)
+        ]
         scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp  # grads are means
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        self.optimizer.step(lr=lr, divide=scale * excess.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty))
+        self.optimizer.step(
+            lr=lr, divide=scale * excess.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty)
+        )
         self.scaler.update(nonfinite, empty=empty)
         self.mesh.sum(sums, over="loss")
-        return StepResult(loss_of(sums, counts, weights=self.loss_weights), sums, counts, norm, nonfinite, empty, scale)
+        return StepResult(
+            loss_of(sums, counts, weights=self.loss_weights), sums, counts, norm, nonfinite, empty, scale
+        )
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -134,7 +167,11 @@ class TorchEngine:
         total = torch.zeros(len(self.task.weights), device=self.device)
         for stage in self.stages:
             stage.eval()
-        for sums in self._pipeline_for(batches).evaluate(batches) if self.layout.pp > 1 else [self._forward(batch) for batch in batches]:
+        for sums in (
+            self._pipeline_for(batches).evaluate(batches)
+            if self.layout.pp > 1
+            else [self._forward(batch) for batch in batches]
+        ):
             total += sums
         for stage in self.stages:
             stage.train()
@@ -144,7 +181,13 @@ class TorchEngine:
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint (collective)."""
-        return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
+        return sharded.save(
+            self.state(),
+            path=path,
+            progress=progress,
+            group=self.mesh.checkpoint_group,
+            asynchronous=self.config.checkpoint.asynchronous,
+        )
 
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint of any layout (collective)."""
@@ -174,7 +217,11 @@ class TorchEngine:
 
         def before() -> None:
             scale = float(self.scaler.scale) / self.layout.dp
-            call((item.name, item.parameter.grad / scale) for item in self.optimizer.shards if item.parameter.grad is not None)
+            call(
+                (item.name, item.parameter.grad / scale)
+                for item in self.optimizer.shards
+                if item.parameter.grad is not None
+            )
 
         self.optimizer.watch = before
 
@@ -187,7 +234,7 @@ class TorchEngine:
         self.pipelines.clear()
         self.stages.clear()
 
-    # -- state -------------------------------------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """Everything in a checkpoint, as tensors that share memory with the training."""
@@ -229,7 +276,7 @@ class TorchEngine:
         head = next((head.weight for head in self._heads()), None)
         return embed, head  # type: ignore[return-value]
 
-    # -- the step ----------------------------------------------------------------------------------------------
+    # -- the step --------------------------------------------------------------------------------------------
 
     def _forward(self, batch: Batch) -> Tensor:
         return self.stages[0](batch.input_ids_BT, batch=batch)
@@ -239,7 +286,9 @@ class TorchEngine:
         for index, batch in enumerate(batches):
             sums = self._forward(batch)
             loss = (sums * factor).sum()
-            before_backward(self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1)
+            before_backward(
+                self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1
+            )
             loss.backward()
             total += sums.detach()
         return total

@@ -38,7 +38,13 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
         folder = run_dir / "export"
         if not (folder / "config.json").is_file():
             require_run(run_dir, command=field.partition(".")[0])
-            raise refusal(field, "(none)", f"{run_dir} holds no export", allowed=_ALLOWED, instead=f"hybridtrain export {run_dir}, or {field}=FOLDER")
+            raise refusal(
+                field,
+                "(none)",
+                f"{run_dir} holds no export",
+                allowed=_ALLOWED,
+                instead=f"hybridtrain export {run_dir}, or {field}=FOLDER",
+            )
         yield str(folder)
         return
     folder = Path(source)
@@ -47,16 +53,30 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
             yield str(_export(folder, out=Path(temporary) / "export", field=field))
         return
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise refusal(field, source, "it holds neither config.json nor a complete checkpoint", allowed=_ALLOWED, instead=f"{field}=<run>/export")
+        raise refusal(
+            field,
+            source,
+            "it holds neither config.json nor a complete checkpoint",
+            allowed=_ALLOWED,
+            instead=f"{field}=<run>/export",
+        )
     if not folder.is_dir() and not _HUB_ID.fullmatch(source):
-        raise refusal(field, source, "there is no such folder", allowed=_ALLOWED, instead=f"{field}=<run>/export")
+        raise refusal(
+            field, source, "there is no such folder", allowed=_ALLOWED, instead=f"{field}=<run>/export"
+        )
     yield str(folder) if folder.is_dir() else source
 
 
 def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
     from hybridtrain.export import hf
 
-    return hf.export(checkpoint, run=hf.run_of(str(checkpoint), field=field), out=out, dtype="float32", max_shard_bytes=5 * 10**9)
+    return hf.export(
+        checkpoint,
+        run=hf.run_of(str(checkpoint), field=field),
+        out=out,
+        dtype="float32",
+        max_shard_bytes=5 * 10**9,
+    )
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
@@ -74,7 +94,10 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
     export_record.check(Path(source), field=field)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": not (Path(source).exists() or network.hub_resolves())}
+    options = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": not (Path(source).exists() or network.hub_resolves()),
+    }
     try:
         classes = classifier.is_classifier(AutoConfig.from_pretrained(source, **options).architectures)
         kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
@@ -95,7 +118,17 @@ def _check_pointers(folder: Path, *, field: str) -> None:
 def unloadable(source: str, *, field: str, what: str, error: Exception) -> UserError:
     """The refusal of a `source` that transformers cannot load, with the first line of its error."""
     folder = Path(source).resolve()
-    again = f"hybridtrain export {folder.parent}" if (folder.parent / "config.yaml").is_file() else f"hybridtrain export RUN export.out={source}"
-    instead = f"{again}, which writes it again" if (folder / export_record.ORIGIN).is_file() else f"{field}=<run>/export, which hybridtrain export RUN writes"
+    again = (
+        f"hybridtrain export {folder.parent}"
+        if (folder.parent / "config.yaml").is_file()
+        else f"hybridtrain export RUN export.out={source}"
+    )
+    instead = (
+        f"{again}, which writes it again"
+        if (folder / export_record.ORIGIN).is_file()
+        else f"{field}=<run>/export, which hybridtrain export RUN writes"
+    )
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return refusal(field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=instead)
+    return refusal(
+        field, source, f"transformers cannot load its {what}: {reason}", allowed=_ALLOWED, instead=instead
+    )

@@ -1,4 +1,5 @@
-"""`hybridtrain generate`: continue prompts, or answer messages, with an export, a checkpoint, or any Hugging Face causal LM."""
+"""`hybridtrain generate`: continue prompts, or answer messages, with an export, a checkpoint, or any
+Hugging Face causal LM."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ def run(config: GenerateRoot) -> int:
     prompts = _prompts(options)
     seed = config.run.seed if options.seed < 0 else options.seed
     with evaluate.loadable(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
-        texts = sample(source, prompts=prompts, options=options, seed=seed, trust_remote_code=config.model.trust_remote_code)
+        texts = sample(
+            source,
+            prompts=prompts,
+            options=options,
+            seed=seed,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
         if len(prompts) > 1:
             print(f"[{number}]" if number == 1 else f"\n[{number}]")
@@ -41,13 +48,27 @@ def _prompts(options: GenerateConfig) -> list[str]:
         lines = Path(options.prompts_file).read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise refusal("generate.prompts_file", options.prompts_file, reason, allowed="a UTF-8 file, a prompt on each line", instead="another file") from error
+        raise refusal(
+            "generate.prompts_file",
+            options.prompts_file,
+            reason,
+            allowed="a UTF-8 file, a prompt on each line",
+            instead="another file",
+        ) from error
     if not any(lines):
-        raise refusal("generate.prompts_file", options.prompts_file, "it is empty", allowed="a UTF-8 file, a prompt on each line", instead="another file")
+        raise refusal(
+            "generate.prompts_file",
+            options.prompts_file,
+            "it is empty",
+            allowed="a UTF-8 file, a prompt on each line",
+            instead="another file",
+        )
     return [line for line in lines if line]
 
 
-def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfig, seed: int, trust_remote_code: bool) -> list[str]:
+def sample(
+    source: str | Path, *, prompts: Sequence[str], options: GenerateConfig, seed: int, trust_remote_code: bool
+) -> list[str]:
     """The continuation of each prompt by the model of `source` (folder or hub id),
     by nucleus sampling (arXiv:1904.09751).
 
@@ -60,7 +81,13 @@ def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfi
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
     model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     if classifier.is_classifier(model.config.architectures):
-        raise refusal(FIELD, source, "it is a classifier, which writes no text", allowed="a causal language model", instead="hybridtrain evaluate")
+        raise refusal(
+            FIELD,
+            source,
+            "it is a classifier, which writes no text",
+            allowed="a causal language model",
+            instead="hybridtrain evaluate",
+        )
     _check_tokens(model)
     for ids in inputs:
         check_ids(ids, rows=model.get_input_embeddings().num_embeddings, field="generate.prompt")
@@ -72,32 +99,51 @@ def sample(source: str | Path, *, prompts: Sequence[str], options: GenerateConfi
 
 def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
     if options.chat:
-        return tokenizer(_render(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False)["input_ids"]
+        return tokenizer(
+            _render(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False
+        )["input_ids"]
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
     if not ids:
         words = "the tokenizer makes no token of it, and has no token that begins a text"
-        raise refusal("generate.prompt", repr(prompt), words, allowed="a text", instead="generate.prompt=TEXT")
+        raise refusal(
+            "generate.prompt", repr(prompt), words, allowed="a text", instead="generate.prompt=TEXT"
+        )
     return ids
 
 
 def _render(message: str, *, tokenizer: Any, system: str) -> str:
     """A user message formatted by the chat template, up to the start of the answer."""
     if not tokenizer.chat_template:
-        raise refusal("generate.chat", "true", "the tokenizer has no chat template", allowed="a model with a chat template", instead="generate.chat=false")
+        raise refusal(
+            "generate.chat",
+            "true",
+            "the tokenizer has no chat template",
+            allowed="a model with a chat template",
+            instead="generate.chat=false",
+        )
     messages = [{"role": "system", "content": system}] if system else []
     try:
-        return tokenizer.apply_chat_template([*messages, {"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template is a program, which can raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         words = f"the chat template fails: {reason[0]}"
-        raise refusal("generate.chat", "true", words, allowed="messages that the template takes", instead="generate.system='', or another model") from error
+        raise refusal(
+            "generate.chat",
+            "true",
+            words,
+            allowed="messages that the template takes",
+            instead="generate.system='', or another model",
+        ) from error
 
 
 def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: GenerateConfig) -> str:
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}  # transformers' own top_k is 50
+        # transformers' own top_k is 50
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     if options.stop:
         sampling |= {"stop_strings": list(options.stop), "tokenizer": tokenizer}
     if model.generation_config.eos_token_id is None:
@@ -105,11 +151,21 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Gen
     ids = torch.tensor([prompt_ids], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, pad_token_id=pad, **sampling)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=pad,
+            **sampling,
+        )
     except (ValueError, TypeError, NotImplementedError) as error:  # invalid values in generation_config.json
-        raise evaluate.unloadable("the model", field=FIELD, what="generation_config.json", error=error) from error
+        raise evaluate.unloadable(
+            "the model", field=FIELD, what="generation_config.json", error=error
+        ) from error
     # Decode prompt and continuation together: a tokenizer may drop the space at the beginning of a text.
-    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist()))
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist())
+    )
     text = whole[len(before) :]
     places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
@@ -122,7 +178,13 @@ def _check_tokens(model: Any) -> None:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(token) is not int for token in ids):
             problem = f"the {name} of its generation_config.json is {str(value)[:40]}"
-            raise refusal(FIELD, model.name_or_path, problem, allowed="ids of tokens", instead="a folder as it was exported")
+            raise refusal(
+                FIELD,
+                model.name_or_path,
+                problem,
+                allowed="ids of tokens",
+                instead="a folder as it was exported",
+            )
 
 
 def _check_room(model: Any, *, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -133,5 +195,7 @@ def _check_room(model: Any, *, prompt_tokens: int, max_new_tokens: int) -> None:
             max_new_tokens,
             f"with the prompt's {prompt_tokens} tokens more than the model's {positions} positions",
             allowed=f"up to {max(0, positions - prompt_tokens)}",
-            instead=f"generate.max_new_tokens={positions - prompt_tokens}" if prompt_tokens < positions else "a shorter generate.prompt",
+            instead=f"generate.max_new_tokens={positions - prompt_tokens}"
+            if prompt_tokens < positions
+            else "a shorter generate.prompt",
         )

@@ -44,19 +44,32 @@ def run(config: EvaluateRoot) -> int:
     data = _data(settings)
     rows = config.evaluate.rows or settings.train.eval_rows
     size = settings.batch.micro_batch_size
-    plan = BatchPlan(micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size)
+    plan = BatchPlan(
+        micro_batch_size=size, seq_len=settings.data.seq_len, grad_accum=1, global_batch_size=size
+    )
     check_eval_rows(data, seq_len=plan.seq_len, field="evaluate.rows", value=rows)
     with evaluate.loadable(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         if not settings.data.eval_path:
             vocabulary.compare(Path(source), tokenizer_dir(settings.data))
-        model = evaluate.load_model(source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code)
+        model = evaluate.load_model(
+            source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code
+        )
         classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
         # The plain loss, without label smoothing and z-loss.
         settings.task = TaskConfig("classification" if classes else "causal_lm")
         task = tasks.of(settings, labels=classes)
         vocab = model.get_input_embeddings().num_embeddings
         check_vocab(data, vocab=vocab)
-        steps = eval_batches(data, plan=plan, rows=rows, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=vocab, collate=task.collate)
+        steps = eval_batches(
+            data,
+            plan=plan,
+            rows=rows,
+            dp_rank=0,
+            dp_size=1,
+            micro_batches_per_step=1,
+            vocab=vocab,
+            collate=task.collate,
+        )
         sums = scores(model, chain.from_iterable(steps), device=model.device, task=task)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
@@ -74,7 +87,13 @@ def run(config: EvaluateRoot) -> int:
 
 def _data(settings: schema.Config) -> Blend:
     if not settings.data.named:
-        raise refusal("data.path", "(none)", "no data chosen", allowed="a folder that prepare completed", instead="data.path=FOLDER, or run.dir=RUN")
+        raise refusal(
+            "data.path",
+            "(none)",
+            "no data chosen",
+            allowed="a folder that prepare completed",
+            instead="data.path=FOLDER, or run.dir=RUN",
+        )
     return data_of(settings, timeout_s=0)
 
 
@@ -101,9 +120,18 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
             here = batch.to(device)
             logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
             sums, counts = task.loss_of_logits(logits_BTV, here), task.counts(here)
-            total += Sums({name: value.item() for name, value in sums.items()}, {name: int(count) for name, count in counts.items()})
+            total += Sums(
+                {name: value.item() for name, value in sums.items()},
+                {name: int(count) for name, count in counts.items()},
+            )
     if not any(total.counts.values()):
-        raise refusal("data.path", "", "no held-out token carries a loss", allowed="data with held-out rows", instead="a larger data.eval_fraction")
+        raise refusal(
+            "data.path",
+            "",
+            "no held-out token carries a loss",
+            allowed="data with held-out rows",
+            instead="a larger data.eval_fraction",
+        )
     return total
 
 
@@ -111,12 +139,19 @@ def _figures(metrics: dict[str, float], *, count: int, classes: bool) -> dict[st
     """Results to print: loss and perplexity of a causal LM, loss and accuracy of a classifier."""
     loss = metrics["eval_loss"]
     figures = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
-    return figures | ({"accuracy": metrics["eval_accuracy"]} if classes else {"perplexity": math.exp(loss) if loss < 700 else None})
+    return figures | (
+        {"accuracy": metrics["eval_accuracy"]}
+        if classes
+        else {"perplexity": math.exp(loss) if loss < 700 else None}
+    )
 
 
 def _rounded(result: dict[str, Any]) -> dict[str, Any]:
     decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
-    return {key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value for key, value in result.items()}
+    return {
+        key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value
+        for key, value in result.items()
+    }
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -24,7 +24,16 @@ from hybridtrain.checkpoint import export_record, marker
 from hybridtrain.checkpoint.export_record import ORIGIN
 from hybridtrain.errors import refusal
 from hybridtrain.models import tokens
-from hybridtrain.runtime.files import check_outside_checkpoints, discard, discard_folder, is_inside, is_temporary, read_object, read_record, write_json
+from hybridtrain.runtime.files import (
+    check_outside_checkpoints,
+    discard,
+    discard_folder,
+    is_inside,
+    is_temporary,
+    read_object,
+    read_record,
+    write_json,
+)
 
 FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"
@@ -38,7 +47,11 @@ def check(out: Path) -> None:
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
         raise refusal(
-            FIELD, out, "it exists and is not an earlier export", allowed="a new or empty folder, or one that an export wrote", instead="export.out=FOLDER"
+            FIELD,
+            out,
+            "it exists and is not an earlier export",
+            allowed="a new or empty folder, or one that an export wrote",
+            instead="export.out=FOLDER",
         )
 
 
@@ -61,8 +74,19 @@ def ours(folder: Path) -> set[str]:
         return listed | {ORIGIN}
     shards: set[str] = set()
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        shards = {name for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values() if is_inside(name)}
-    return shards | {ORIGIN, "config.json", tokens.GENERATION, "model.safetensors", _INDEX, *tokens.TOKENIZER_FILES}
+        shards = {
+            name
+            for name in json.loads((folder / _INDEX).read_bytes())["weight_map"].values()
+            if is_inside(name)
+        }
+    return shards | {
+        ORIGIN,
+        "config.json",
+        tokens.GENERATION,
+        "model.safetensors",
+        _INDEX,
+        *tokens.TOKENIZER_FILES,
+    }
 
 
 @contextmanager
@@ -83,7 +107,12 @@ def replacing(out: Path) -> Iterator[Path]:
         yield partial
         origin = read_object(partial / ORIGIN, field=FIELD)
         write_json(
-            partial / ORIGIN, {**origin, "files": sorted(path.name for path in partial.iterdir()), export_record.CONTENTS: export_record.contents(partial)}
+            partial / ORIGIN,
+            {
+                **origin,
+                "files": sorted(path.name for path in partial.iterdir()),
+                export_record.CONTENTS: export_record.contents(partial),
+            },
         )
         marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out)
@@ -109,7 +138,11 @@ def _locked(partial: Path, *, out: Path) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(handle)
                 raise refusal(
-                    FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER"
+                    FIELD,
+                    out,
+                    "another export is writing there",
+                    allowed="one export at a time",
+                    instead="wait for it, or export.out=FOLDER",
                 ) from None
             # a file system without locks: readers still see only complete exports
         with suppress(FileNotFoundError):
@@ -117,16 +150,33 @@ def _locked(partial: Path, *, out: Path) -> int:
                 _clear(partial, out=out)
                 return handle
         os.close(handle)  # another export has renamed this folder meanwhile
-    raise refusal(FIELD, out, "another export is writing there", allowed="one export at a time", instead="wait for it, or export.out=FOLDER")
+    raise refusal(
+        FIELD,
+        out,
+        "another export is writing there",
+        allowed="one export at a time",
+        instead="wait for it, or export.out=FOLDER",
+    )
 
 
 def _clear(partial: Path, *, out: Path) -> None:
     """Empty `partial`, left by a crash. Raises UserError if an export did not write it."""
     paths = list(partial.iterdir())
-    strange = [path.name for path in paths if path.name not in ours(partial) and not (_SHARD.fullmatch(path.name) or is_temporary(path.name, of=ORIGIN))]
+    strange = [
+        path.name
+        for path in paths
+        if path.name not in ours(partial)
+        and not (_SHARD.fullmatch(path.name) or is_temporary(path.name, of=ORIGIN))
+    ]
     if strange and not (partial / ORIGIN).is_file():
         words = f"{partial} holds {strange[0]}, which no export wrote"
-        raise refusal(FIELD, out, words, allowed=f"a place without a {partial.name} beside it", instead="move it away, or export.out=FOLDER")
+        raise refusal(
+            FIELD,
+            out,
+            words,
+            allowed=f"a place without a {partial.name} beside it",
+            instead="move it away, or export.out=FOLDER",
+        )
     for path in sorted(paths, key=lambda path: path.name == ORIGIN):  # the record last
         discard(path)
 
@@ -140,7 +190,13 @@ def _others(real: Path, *, partial: Path, out: Path) -> list[Path]:
     taken = [path.name for path in others if (partial / path.name).exists()]
     if taken:
         words = f"it has {', '.join(taken[:3])}, which no export wrote and this one would replace"
-        raise refusal(FIELD, out, words, allowed="a folder without files of these names", instead="move them away, or export.out=FOLDER")
+        raise refusal(
+            FIELD,
+            out,
+            words,
+            allowed="a folder without files of these names",
+            instead="move them away, or export.out=FOLDER",
+        )
     return others
 
 

@@ -1,6 +1,7 @@
 """Export a complete checkpoint to a Hugging Face folder, in one process and one tensor at a time.
 
-checkpoint/*.distcp --(one tensor)--> cast --> model-00001-of-0000N.safetensors ... + model.safetensors.index.json
+checkpoint/*.distcp --(one tensor)--> cast
+    --> model-00001-of-0000N.safetensors ... + model.safetensors.index.json
 its config.json, generation_config.json and tokenizer --> the same folder
 """
 
@@ -52,7 +53,9 @@ def run_of(checkpoint: str, *, field: str) -> SourceRun:
     if not Path(checkpoint).is_dir():
         raise _no_checkpoint(field, checkpoint, "there is no such folder")
     if not (run_dir / "config.yaml").is_file():
-        raise _no_checkpoint(field, checkpoint, f"it is not in the checkpoints folder of a run: {run_dir} has no config.yaml")
+        raise _no_checkpoint(
+            field, checkpoint, f"it is not in the checkpoints folder of a run: {run_dir} has no config.yaml"
+        )
     return _run_in(run_dir)
 
 
@@ -62,7 +65,13 @@ def _run_in(run_dir: Path) -> SourceRun:
 
 
 def _no_checkpoint(field: str, checkpoint: object, problem: str) -> UserError:
-    return refusal(field, checkpoint, problem, allowed="the folder of a run's checkpoint", instead=f"{field}=RUN/checkpoints/step-00000100")
+    return refusal(
+        field,
+        checkpoint,
+        problem,
+        allowed="the folder of a run's checkpoint",
+        instead=f"{field}=RUN/checkpoints/step-00000100",
+    )
 
 
 def run(config: ExportRoot) -> int:
@@ -77,7 +86,11 @@ def export_newest(config: ExportRoot) -> Path:
     Raises UserError.
     """
     options = config.export
-    run = run_of(options.checkpoint, field="export.checkpoint") if options.checkpoint else _run_in(Path(config.run.dir))
+    run = (
+        run_of(options.checkpoint, field="export.checkpoint")
+        if options.checkpoint
+        else _run_in(Path(config.run.dir))
+    )
     manager = Manager(run.path / "checkpoints", settings=run.config.checkpoint)
     out = Path(options.out).expanduser() if options.out else run.path / "export"
     for attempt in range(_TRIES):
@@ -86,15 +99,33 @@ def export_newest(config: ExportRoot) -> Path:
             continue  # the run removed the listed one when it saved the next
         if checkpoint is None:
             instead = "train on, or export.checkpoint=FOLDER"
-            raise refusal("run.dir", run.path, "it has no complete checkpoint", allowed="a run that has saved one", instead=instead)
+            raise refusal(
+                "run.dir",
+                run.path,
+                "it has no complete checkpoint",
+                allowed="a run that has saved one",
+                instead=instead,
+            )
         try:
-            export(checkpoint, run=run, out=out, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 10**9))
+            export(
+                checkpoint,
+                run=run,
+                out=out,
+                dtype=options.dtype,
+                max_shard_bytes=int(options.max_shard_gb * 10**9),
+            )
         except Removed:
             if options.checkpoint:
                 raise _no_checkpoint("export.checkpoint", checkpoint, "there is no such folder") from None
             continue  # the run removed it when it saved the next
         return out
-    raise refusal("run.dir", run.path, "its checkpoints are removed faster than they can be opened", allowed="any checkpoint", instead="checkpoint.keep_last=2")
+    raise refusal(
+        "run.dir",
+        run.path,
+        "its checkpoints are removed faster than they can be opened",
+        allowed="any checkpoint",
+        instead="checkpoint.keep_last=2",
+    )
 
 
 def _newest(manager: Manager) -> Path | None:
@@ -133,7 +164,14 @@ def export(checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, max_shard
         ends = _ends(source, run=run, out=out)
         try:
             with destination.replacing(out) as partial:
-                weights.write(files, partial=partial, config=config, stored=stored, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+                weights.write(
+                    files,
+                    partial=partial,
+                    config=config,
+                    stored=stored,
+                    dtype=DTYPES[dtype],
+                    max_shard_bytes=max_shard_bytes,
+                )
                 _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, dtype=dtype)
                 if source is not None:
                     tokens.copy_tokenizer(source.folder, out=partial)
@@ -150,7 +188,10 @@ def _ends(source: tokenizer.CheckpointTokenizer | None, *, run: SourceRun, out: 
     if source is None:
         looked = ", ".join(run.config.data.blend) or run.config.data.path
         _keep_earlier(out, looked=looked)
-        log.warning("export: no tokenizer is exported, there is none with the data%s", f" (looked in {looked})" if looked else "")
+        log.warning(
+            "export: no tokenizer is exported, there is none with the data%s",
+            f" (looked in {looked})" if looked else "",
+        )
         return None
     for line in tokenizer.changed(source.folder):
         log.warning("export: %s", line)
@@ -160,29 +201,54 @@ def _ends(source: tokenizer.CheckpointTokenizer | None, *, run: SourceRun, out: 
 
 def _keep_earlier(out: Path, *, looked: str) -> None:
     real = out.resolve()
-    if not any((real / name).is_file() for name in destination.ours(real).intersection(tokens.TOKENIZER_FILES)):
+    if not any(
+        (real / name).is_file() for name in destination.ours(real).intersection(tokens.TOKENIZER_FILES)
+    ):
         return
     nowhere = f"the run has no copy of it, and there is none with its data ({looked or 'no path'})"
     problem = f"the earlier export there has a tokenizer, and this one would have none: {nowhere}"
     instead = "export.out=FOLDER, or run hybridtrain export in the folder where the run was started, with its data in place"
-    raise refusal(destination.FIELD, out, problem, allowed="a folder without a tokenizer of an earlier export", instead=instead)
+    raise refusal(
+        destination.FIELD,
+        out,
+        problem,
+        allowed="a folder without a tokenizer of an earlier export",
+        instead=instead,
+    )
 
 
 def _check(*, dtype: str, max_shard_bytes: int) -> None:
     if dtype not in DTYPES:
-        raise refusal("export.dtype", dtype, "not a dtype of exports", allowed=", ".join(DTYPES), instead="export.dtype=bfloat16")
+        raise refusal(
+            "export.dtype",
+            dtype,
+            "not a dtype of exports",
+            allowed=", ".join(DTYPES),
+            instead="export.dtype=bfloat16",
+        )
     if max_shard_bytes <= 0:
-        raise refusal("export.max_shard_gb", max_shard_bytes / 10**9, "no room for a tensor", allowed="more than 0", instead="export.max_shard_gb=5")
+        raise refusal(
+            "export.max_shard_gb",
+            max_shard_bytes / 10**9,
+            "no room for a tensor",
+            allowed="more than 0",
+            instead="export.max_shard_gb=5",
+        )
 
 
 def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
-    """The metadata of a checkpoint, after the check that every file with model weights is as it was written."""
+    """The metadata of a checkpoint, after the check that every file with model weights
+    is as it was written."""
     files = marker.read(checkpoint)
     marker.check_sizes(checkpoint, files=files.items())
     others = {name: record for name, record in files.items() if not name.endswith(".distcp")}
     marker.verify(checkpoint, files=others.items())
     stored = metadata.read(checkpoint)
-    needed = {info.relative_path for index, info in stored.storage_data.items() if index.fqn.startswith(weights.PREFIX)}
+    needed = {
+        info.relative_path
+        for index, info in stored.storage_data.items()
+        if index.fqn.startswith(weights.PREFIX)
+    }
     marker.verify(checkpoint, files=[(name, record) for name, record in files.items() if name in needed])
     return stored
 
@@ -199,25 +265,56 @@ def _config(checkpoint: Path, *, run: SourceRun, stored: metadata.dcp_metadata.M
             now = read_object(of_run, field="run.dir")
             if changed := config_diff.changes(config, now):
                 log.warning(
-                    "export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported", of_run, config_diff.describe(changed)
+                    "export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported",
+                    of_run,
+                    config_diff.describe(changed),
                 )
         return config
     if not of_run.is_file():
-        raise refusal("run.dir", run.path, f"there is no {of_run}", allowed="the folder of a run", instead="run.dir=runs/<name>")
+        raise refusal(
+            "run.dir",
+            run.path,
+            f"there is no {of_run}",
+            allowed="the folder of a run",
+            instead="run.dir=runs/<name>",
+        )
     config = read_object(of_run, field="run.dir")
-    shapes = {key.removeprefix(weights.PREFIX): tuple(entry.size) for key, entry in stored.state_dict_metadata.items() if key.startswith(weights.PREFIX)}  # type: ignore[union-attr]
+    shapes = {
+        key.removeprefix(weights.PREFIX): tuple(entry.size)  # type: ignore[union-attr]
+        for key, entry in stored.state_dict_metadata.items()
+        if key.startswith(weights.PREFIX)
+    }
     layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     embed = shapes.get("model.embed_tokens.weight")
-    for field, is_now in (("num_hidden_layers", len(layers)), ("vocab_size", embed and embed[0]), ("hidden_size", embed and embed[1])):
+    for field, is_now in (
+        ("num_hidden_layers", len(layers)),
+        ("vocab_size", embed and embed[0]),
+        ("hidden_size", embed and embed[1]),
+    ):
         if is_now and field in config and config[field] != is_now:
-            raise marker.damaged(checkpoint, str(of_run), f"it says {field}={config[field]}, the checkpoint's model has {is_now}; was it edited?")
+            raise marker.damaged(
+                checkpoint,
+                str(of_run),
+                f"it says {field}={config[field]}, the checkpoint's model has {is_now}; was it edited?",
+            )
     return config
 
 
-def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run: SourceRun, ends: tokens.Ends | None, dtype: str) -> None:
-    """Write config.json (with the dtype), generation_config.json, and the record of the checkpoint exported."""
+def _write_rest(
+    partial: Path,
+    *,
+    checkpoint: Path,
+    config: dict[str, Any],
+    run: SourceRun,
+    ends: tokens.Ends | None,
+    dtype: str,
+) -> None:
+    """Write config.json (with the dtype), generation_config.json, and the record of the
+    checkpoint exported."""
     generation = _generation(checkpoint, run=run)
-    config, generation, lines = tokens.with_end_tokens(config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained)
+    config, generation, lines = tokens.with_end_tokens(
+        config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained
+    )
     for line in lines if run.config.model.from_pretrained else ():  # a new model has no tokens yet
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # the older name of "dtype"
@@ -225,7 +322,10 @@ def _write_rest(partial: Path, *, checkpoint: Path, config: dict[str, Any], run:
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)
-    _write_json(partial / export_record.ORIGIN, {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype})
+    _write_json(
+        partial / export_record.ORIGIN,
+        {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype},
+    )
 
 
 def _generation(checkpoint: Path, *, run: SourceRun) -> dict[str, Any]:
@@ -238,7 +338,10 @@ def _generation(checkpoint: Path, *, run: SourceRun) -> dict[str, Any]:
         generation = read_object(of_checkpoint, field="checkpoint")
         with contextlib.suppress(UserError):
             if read_object(of_run, field="run.dir") != generation:
-                log.warning("export: %s has changed since the checkpoint was written; the checkpoint's own is exported", of_run)
+                log.warning(
+                    "export: %s has changed since the checkpoint was written; the checkpoint's own is exported",
+                    of_run,
+                )
     else:
         generation = read_object(of_run, field="run.dir") if of_run.is_file() else {}
     if tokens.is_derived(generation) and Path(run.config.model.from_pretrained).is_dir():

@@ -1,7 +1,7 @@
 """Writes safetensors files one tensor at a time; the safetensors library needs all tensors of a file at once.
 
-The format (huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype, shape and byte
-range of every tensor, then the bytes in the header's order without gaps.
+The format (huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header with dtype,
+shape and byte range of every tensor, then the bytes in the header's order without gaps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ def write(file: Path, *, specs: Sequence[TensorSpec], tensor: Callable[[TensorSp
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.size]}
+        header[spec.name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.size],
+        }
         offset += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # align the values to 8 bytes for memory-mapping

@@ -27,7 +27,15 @@ _PROGRESS_EVERY_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def write(checkpoint: Path, *, partial: Path, config: dict[str, Any], stored: metadata.dcp_metadata.Metadata, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def write(
+    checkpoint: Path,
+    *,
+    partial: Path,
+    config: dict[str, Any],
+    stored: metadata.dcp_metadata.Metadata,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
     """Write the safetensors files to `partial` and, if there are several, their index. Raises UserError."""
     tied = bool(config.get("tie_word_embeddings", False))
     head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
@@ -52,7 +60,10 @@ def write(checkpoint: Path, *, partial: Path, config: dict[str, Any], stored: me
 
     by_name = {spec.name: spec for spec in specs}
     shards = split_state_dict_into_shards_factory(
-        by_name, get_storage_size=lambda spec: spec.size, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+        by_name,
+        get_storage_size=lambda spec: spec.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
     for file, names in shards.filename_to_tensors.items():
         safetensors.write(partial / file, specs=[by_name[name] for name in names], tensor=tensor)
@@ -70,7 +81,10 @@ def _specs(stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: 
         if key.startswith(PREFIX) and not (tied and name == _HEAD):
             was = entry.properties.dtype
             specs.append(TensorSpec(name, tuple(entry.size), dtype if was.is_floating_point else was))
-    return sorted(specs, key=lambda spec: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", spec.name)])
+    return sorted(
+        specs,
+        key=lambda spec: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", spec.name)],
+    )
 
 
 def _cast(tensor: torch.Tensor, *, spec: TensorSpec) -> torch.Tensor:
@@ -79,7 +93,13 @@ def _cast(tensor: torch.Tensor, *, spec: TensorSpec) -> torch.Tensor:
     if tensor.is_floating_point() and bool((cast.isinf() & ~tensor.isinf()).any()):
         largest = float(tensor.abs().max())
         dtype = str(spec.dtype).removeprefix("torch.")
-        raise refusal("export.dtype", dtype, f"{spec.name} has values up to {largest:.3g}", allowed="bfloat16 or float32", instead="export.dtype=bfloat16")
+        raise refusal(
+            "export.dtype",
+            dtype,
+            f"{spec.name} has values up to {largest:.3g}",
+            allowed="bfloat16 or float32",
+            instead="export.dtype=bfloat16",
+        )
     return cast
 
 

@@ -1,1 +1,2 @@
-"""Models: what planning knows of them (facts), how a family is built (family), initial weights, loading, stages."""
+"""Models: what planning knows of them (facts), how a family is built (family), initial
+weights, loading, stages."""

@@ -70,8 +70,18 @@ def _invalid(error: Exception, fields: Mapping[str, Any], *, chosen: Mapping[str
     reason = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(reason[:3])
     named = next((key for key in chosen if key in text), None)
-    where, value = (f"model.config.{named}", chosen[named]) if named else ("model.config", f"(a {fields.get('model_type')} model)")
-    return refusal(where, value, text[:300], allowed="what this architecture's config.json accepts", instead="the published value, or leave it out")
+    where, value = (
+        (f"model.config.{named}", chosen[named])
+        if named
+        else ("model.config", f"(a {fields.get('model_type')} model)")
+    )
+    return refusal(
+        where,
+        value,
+        text[:300],
+        allowed="what this architecture's config.json accepts",
+        instead="the published value, or leave it out",
+    )
 
 
 def _check_activation(config: Any) -> None:
@@ -82,7 +92,11 @@ def _check_activation(config: Any) -> None:
         near = difflib.get_close_matches(str(name), ACT2FN, n=1, cutoff=0.3)
         words = "transformers has no such activation"
         raise refusal(
-            "model.config.hidden_act", name, words, allowed=", ".join(sorted(ACT2FN)), instead=f"model.config.hidden_act={near[0] if near else 'silu'}"
+            "model.config.hidden_act",
+            name,
+            words,
+            allowed=", ".join(sorted(ACT2FN)),
+            instead=f"model.config.hidden_act={near[0] if near else 'silu'}",
         )
 
 
@@ -104,7 +118,14 @@ def parameter_names(config: Any) -> list[str]:
     prefix = f"{family.layers}.0."
     names: list[str] = []
     for name, _ in _one_layer(config).named_parameters():
-        names += [f"{family.layers}.{index}.{name.removeprefix(prefix)}" for index in range(config.num_hidden_layers)] if name.startswith(prefix) else [name]
+        names += (
+            [
+                f"{family.layers}.{index}.{name.removeprefix(prefix)}"
+                for index in range(config.num_hidden_layers)
+            ]
+            if name.startswith(prefix)
+            else [name]
+        )
     return names
 
 
@@ -134,10 +155,26 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         if effective != value:
             raise _not_effective(key, value, effective)
     family = family_for(config)
-    if any(key in chosen for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "num_hidden_layers")):
+    if any(
+        key in chosen
+        for key in (
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+            "layer_types",
+            "num_hidden_layers",
+        )
+    ):
         expected = overrides.windows(fields, layers=config.num_hidden_layers)
         windows = [family.window(config, index) for index in range(config.num_hidden_layers)]
-        named = next((key for key in ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers") if key in chosen), "num_hidden_layers")
+        named = next(
+            (
+                key
+                for key in ("layer_types", "use_sliding_window", "sliding_window", "max_window_layers")
+                if key in chosen
+            ),
+            "num_hidden_layers",
+        )
         if windows != expected:
             raise _not_effective(named, chosen[named], f"windows {windows} instead of {expected}")
         asks = chosen.get("use_sliding_window") or "sliding_attention" in (chosen.get("layer_types") or [])
@@ -151,8 +188,15 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         model = _one_layer(config)
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
         raise _invalid(error, fields, chosen=chosen) from error
-    embed, attention = model.get_submodule(family.embed), model.get_submodule(f"{family.layers}.0.{family.attention}")
-    for key, effective in (("vocab_size", embed.num_embeddings), ("hidden_size", embed.embedding_dim), ("head_dim", attention.head_dim)):
+    embed, attention = (
+        model.get_submodule(family.embed),
+        model.get_submodule(f"{family.layers}.0.{family.attention}"),
+    )
+    for key, effective in (
+        ("vocab_size", embed.num_embeddings),
+        ("hidden_size", embed.embedding_dim),
+        ("head_dim", attention.head_dim),
+    ):
         if chosen.get(key) is not None and chosen[key] != effective:
             raise _not_effective(key, chosen[key], effective)
 
@@ -164,7 +208,9 @@ def _head_dim(config: Any) -> int:
 def _not_effective(key: str, value: object, effective: object) -> UserError:
     instead = {"sliding_window": "model.config.use_sliding_window=true too"}.get(key, "leave it out")
     words = f"transformers makes {effective} of it, so it would have no effect"
-    return refusal(f"model.config.{key}", value, words, allowed="a value that the model uses", instead=instead)
+    return refusal(
+        f"model.config.{key}", value, words, allowed="a value that the model uses", instead=instead
+    )
 
 
 def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> None:
@@ -172,20 +218,33 @@ def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Ma
     key = next(key for key in overrides.ROPE if key in chosen)
     for name, value in expected_fields.items():
         if config.rope_parameters.get(name) != value:
-            raise _not_effective(key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}")
+            raise _not_effective(
+                key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}"
+            )
     try:
         rotary: Any = type(_one_layer(config).get_submodule(family_for(config).rotary))(config=config)
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
-        raise refusal(f"model.config.{key}", chosen[key], f"no rotary positions ({error})", allowed="fields of its kind", instead="leave it out") from error
+        raise refusal(
+            f"model.config.{key}",
+            chosen[key],
+            f"no rotary positions ({error})",
+            allowed="fields of its kind",
+            instead="leave it out",
+        ) from error
     kind, theta = config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]
     if rotary.rope_type != kind:
         raise _not_effective(key, chosen[key], f"rope_type={rotary.rope_type} instead of {kind}")
-    for name, effective in (("partial_rotary_factor", 2 * len(rotary.inv_freq) / _head_dim(config)), ("attention_factor", rotary.attention_scaling)):
+    for name, effective in (
+        ("partial_rotary_factor", 2 * len(rotary.inv_freq) / _head_dim(config)),
+        ("attention_factor", rotary.attention_scaling),
+    ):
         if name in expected_fields and expected_fields[name] != effective:
             raise _not_effective(key, chosen[key], f"{name}={effective} instead of {expected_fields[name]}")
     if kind in ("default", "linear"):  # the other types change the frequencies in their own ways
         dim = 2 * len(rotary.inv_freq)
-        expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / float(config.rope_parameters.get("factor") or 1.0)
+        expected = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) / float(
+            config.rope_parameters.get("factor") or 1.0
+        )
         if not torch.allclose(rotary.inv_freq.double(), expected, rtol=1e-4, atol=0.0):
             raise _not_effective(key, chosen[key], "other frequencies")
 
@@ -202,7 +261,11 @@ def plain_model(config: Any) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForSequenceClassification if classifier.is_classifier(config.architectures) else AutoModelForCausalLM
+    kind = (
+        AutoModelForSequenceClassification
+        if classifier.is_classifier(config.architectures)
+        else AutoModelForCausalLM
+    )
     return kind.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()
 
 

@@ -16,7 +16,11 @@ _STEMS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qw
 
 def is_classifier(architectures: object) -> bool:
     """Whether `architectures` of config.json, or of a transformers config, is that of a classifier."""
-    return isinstance(architectures, list | tuple) and len(architectures) == 1 and str(architectures[0]).endswith(_SUFFIX)
+    return (
+        isinstance(architectures, list | tuple)
+        and len(architectures) == 1
+        and str(architectures[0]).endswith(_SUFFIX)
+    )
 
 
 def labels_of(fields: Mapping[str, Any]) -> list[str]:
@@ -31,5 +35,8 @@ def labels_of(fields: Mapping[str, Any]) -> list[str]:
 def with_labels(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """`fields` changed to those of a classifier with these classes. Its head is not tied to the embedding."""
     stem = _STEMS.get(str(fields.get("model_type")), "")
-    names = {"id2label": {str(number): name for number, name in enumerate(labels)}, "label2id": {name: number for number, name in enumerate(labels)}}
+    names = {
+        "id2label": {str(number): name for number, name in enumerate(labels)},
+        "label2id": {name: number for number, name in enumerate(labels)},
+    }
     return {**fields, "architectures": [f"{stem}{_SUFFIX}"], "tie_word_embeddings": False, **names}

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 VERSION = "transformers_version"
-LABELS = ("architectures", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "_name_or_path")
+LABELS = (
+    "architectures",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "pretraining_tp",
+    "_name_or_path",
+)
 """Fields that do not change the outputs of a trained model."""
 
 

@@ -23,17 +23,51 @@ from hybridtrain.types import ModelFacts
 # The defaults of transformers for fields that are missing in config.json, as far as planning needs them.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "max_position_embeddings": 2048, "vocab_size": 32000},
-    "mistral": {"tie_word_embeddings": False, "max_position_embeddings": 131072, "vocab_size": 32000, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "vocab_size": 151936, "num_key_value_heads": 32},
-    "qwen3": {"tie_word_embeddings": False, "max_position_embeddings": 32768, "vocab_size": 151936, "num_key_value_heads": 32, "head_dim": 128},
+    "mistral": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "vocab_size": 32000,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "vocab_size": 151936,
+        "num_key_value_heads": 32,
+    },
+    "qwen3": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "vocab_size": 151936,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
 }
 SUPPORTED = tuple(_DEFAULTS)
 _NOT_YET = (
     ("attention_dropout", "dropout", "model.config.attention_dropout=0"),
-    ("quantization_config", "training of quantized weights", "the unquantized model with precision=bf16_mixed"),
+    (
+        "quantization_config",
+        "training of quantized weights",
+        "the unquantized model with precision=bf16_mixed",
+    ),
 )
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert", "mpnet", "vit", "clip")
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "distilbert",
+    "albert",
+    "electra",
+    "deberta",
+    "deberta-v2",
+    "modernbert",
+    "mpnet",
+    "vit",
+    "clip",
+)
 _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
@@ -64,7 +98,11 @@ def _config_json(model: ModelConfig) -> Path:
             else "the folder that holds config.json"
         )
         raise refusal(
-            "model.from_pretrained", model.from_pretrained, "there is no config.json in it", allowed="a Hugging Face model folder or hub id", instead=hint
+            "model.from_pretrained",
+            model.from_pretrained,
+            "there is no config.json in it",
+            allowed="a Hugging Face model folder or hub id",
+            instead=hint,
         )
     if folder.is_absolute() or model.from_pretrained.startswith("."):
         raise refusal(
@@ -99,8 +137,17 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
         raise _unsupported(kind)
     for field, feature, instead in _NOT_YET:
         if fields.get(field):
-            raise refusal(f"model.config.{field}", fields[field], f"{feature} is not supported yet", allowed="none", instead=instead)
-    complete: dict[str, Any] = {**_DEFAULTS[kind], **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
+            raise refusal(
+                f"model.config.{field}",
+                fields[field],
+                f"{feature} is not supported yet",
+                allowed="none",
+                instead=instead,
+            )
+    complete: dict[str, Any] = {
+        **_DEFAULTS[kind],
+        **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"},
+    }
     get: Callable[[str], Any] = complete.get
     missing = [key for key in _SIZES if get(key) is None]
     if missing:
@@ -128,7 +175,13 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     counted = _count(result, biases=biases)
     if counted.parameters > MOST_PARAMETERS:
         problem = f"the model would have {counted.parameters:,} parameters"
-        raise refusal("model.config.hidden_size", hidden, problem, allowed=f"up to {MOST_PARAMETERS:,}", instead="the published sizes")
+        raise refusal(
+            "model.config.hidden_size",
+            hidden,
+            problem,
+            allowed=f"up to {MOST_PARAMETERS:,}",
+            instead="the published sizes",
+        )
     return counted
 
 
@@ -162,11 +215,17 @@ def _head_sizes(fields: Mapping[str, Any]) -> tuple[int, int]:
 def _unsupported(kind: object) -> UserError:
     """The error for an architecture that cannot be trained, with a suggestion."""
     if kind in _ENCODERS or kind in _OTHERS:
-        problem = "only causal language models are trained, and this is " + ("an encoder" if kind in _ENCODERS else "an encoder-decoder model")
+        problem = "only causal language models are trained, and this is " + (
+            "an encoder" if kind in _ENCODERS else "an encoder-decoder model"
+        )
     else:
         problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), SUPPORTED, n=1, cutoff=0.75)
-    instead = f"model.config.model_type={near[0]}" if near else "a model of these families; CONTRIBUTING.md says what a new one takes"
+    instead = (
+        f"model.config.model_type={near[0]}"
+        if near
+        else "a model of these families; CONTRIBUTING.md says what a new one takes"
+    )
     return refusal("model.config.model_type", kind, problem, allowed=", ".join(SUPPORTED), instead=instead)
 
 
@@ -182,5 +241,7 @@ def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:
         layer += 2 * facts.ffn + hidden
     if facts.model_type == "qwen3":
         layer += 2 * facts.head_dim
-    total = facts.layers * layer + hidden + facts.vocab * hidden + (0 if facts.tied else facts.outputs * hidden)
+    total = (
+        facts.layers * layer + hidden + facts.vocab * hidden + (0 if facts.tied else facts.outputs * hidden)
+    )
     return ModelFacts(**{**facts.__dict__, "parameters": total})

@@ -39,7 +39,9 @@ def family_of(model_type: str) -> Family:
     """The family of a model type. Raises UserError if it is not supported."""
     table = _table()
     if model_type not in table:
-        raise UserError(f"model.config.model_type={model_type}: not supported yet; supported: {', '.join(table)}")
+        raise UserError(
+            f"model.config.model_type={model_type}: not supported yet; supported: {', '.join(table)}"
+        )
     return table[model_type]
 
 
@@ -52,4 +54,6 @@ def family_for(config: Any) -> Family:
 def _table() -> dict[str, Family]:
     from hybridtrain.models import llama, mistral, qwen2, qwen3
 
-    return {family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+    return {
+        family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    }

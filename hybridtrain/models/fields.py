@@ -47,9 +47,21 @@ def check_fields(fields: Mapping[str, Any]) -> None:
                 _number(f"{key}.{name}", fields[key].get(name), low, high, words)
     for key in _FLAGS:
         if fields.get(key) is not None and not isinstance(fields[key], bool):
-            raise refusal(f"model.config.{key}", _short(fields[key]), "not a yes or no", allowed="true, false", instead=f"model.config.{key}=false")
+            raise refusal(
+                f"model.config.{key}",
+                _short(fields[key]),
+                "not a yes or no",
+                allowed="true, false",
+                instead=f"model.config.{key}=false",
+            )
     if fields.get("hidden_act") is not None and not isinstance(fields["hidden_act"], str):
-        raise refusal("model.config.hidden_act", _short(fields["hidden_act"]), "not a name", allowed="a name", instead="model.config.hidden_act=silu")
+        raise refusal(
+            "model.config.hidden_act",
+            _short(fields["hidden_act"]),
+            "not a name",
+            allowed="a name",
+            instead="model.config.hidden_act=silu",
+        )
     _layer_types(fields)
     _tokens(fields)
 
@@ -58,18 +70,34 @@ def _count(key: str, value: object, least: int, most: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise refusal(f"model.config.{key}", _short(value), "not a whole number", allowed=f"{least} to {most:,}", instead="the published value")
+        raise refusal(
+            f"model.config.{key}",
+            _short(value),
+            "not a whole number",
+            allowed=f"{least} to {most:,}",
+            instead="the published value",
+        )
     if not least <= value <= most:
-        raise refusal(f"model.config.{key}", _short(value), "out of range", allowed=f"{least} to {most:,}", instead="the published value")
+        raise refusal(
+            f"model.config.{key}",
+            _short(value),
+            "out of range",
+            allowed=f"{least} to {most:,}",
+            instead="the published value",
+        )
 
 
 def _number(key: str, value: object, low: float, high: float, words: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise refusal(f"model.config.{key}", _short(value), "not a number", allowed=words, instead="the published value")
+        raise refusal(
+            f"model.config.{key}", _short(value), "not a number", allowed=words, instead="the published value"
+        )
     if not (math.isfinite(value) and low < value <= high):
-        raise refusal(f"model.config.{key}", _short(value), "out of range", allowed=words, instead="the published value")
+        raise refusal(
+            f"model.config.{key}", _short(value), "out of range", allowed=words, instead="the published value"
+        )
 
 
 def _layer_types(fields: Mapping[str, Any]) -> None:
@@ -78,10 +106,22 @@ def _layer_types(fields: Mapping[str, Any]) -> None:
         return
     names = ", ".join(_LAYER_TYPES)
     if not isinstance(listed, list) or any(name not in _LAYER_TYPES for name in listed):
-        raise refusal("model.config.layer_types", _short(listed), "not a list of kinds of attention", allowed=names, instead="null, or the published list")
+        raise refusal(
+            "model.config.layer_types",
+            _short(listed),
+            "not a list of kinds of attention",
+            allowed=names,
+            instead="null, or the published list",
+        )
     if len(listed) != layers:
         words = f"{len(listed)} entries for num_hidden_layers={layers}"
-        raise refusal("model.config.layer_types", _short(listed), words, allowed=f"{layers} of {names}", instead="null, or a list of that length")
+        raise refusal(
+            "model.config.layer_types",
+            _short(listed),
+            words,
+            allowed=f"{layers} of {names}",
+            instead="null, or a list of that length",
+        )
 
 
 def _tokens(fields: Mapping[str, Any]) -> None:
@@ -92,9 +132,21 @@ def _tokens(fields: Mapping[str, Any]) -> None:
             if token is None:
                 continue
             if isinstance(token, bool) or not isinstance(token, int):
-                raise refusal(f"model.config.{key}", _short(ids), "not a token id", allowed="a whole number", instead="null")
+                raise refusal(
+                    f"model.config.{key}",
+                    _short(ids),
+                    "not a token id",
+                    allowed="a whole number",
+                    instead="null",
+                )
             if key == "pad_token_id" and vocab is not None and not -vocab <= token < vocab:
-                raise refusal("model.config.pad_token_id", token, f"the vocabulary has {vocab} tokens", allowed=f"0 to {vocab - 1}, or null", instead="null")
+                raise refusal(
+                    "model.config.pad_token_id",
+                    token,
+                    f"the vocabulary has {vocab} tokens",
+                    allowed=f"0 to {vocab - 1}, or null",
+                    instead="null",
+                )
 
 
 def _short(value: object) -> str:

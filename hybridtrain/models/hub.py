@@ -31,7 +31,9 @@ def optional(model: ModelConfig, name: str) -> Path | None:
         return _downloaded(model.from_pretrained, model.revision, name)
     except Exception as error:
         if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-            _log.warning("%s goes on without %s: %s", model.from_pretrained, name, _reason(error, model, name=name))
+            _log.warning(
+                "%s goes on without %s: %s", model.from_pretrained, name, _reason(error, model, name=name)
+            )
     return None
 
 
@@ -41,7 +43,14 @@ def folder(model: ModelConfig) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json"]
     try:
-        return Path(snapshot_download(model.from_pretrained, revision=model.revision, allow_patterns=patterns, local_files_only=not network.hub_resolves()))
+        return Path(
+            snapshot_download(
+                model.from_pretrained,
+                revision=model.revision,
+                allow_patterns=patterns,
+                local_files_only=not network.hub_resolves(),
+            )
+        )
     except Exception as error:
         raise _refused(error, model, name="its weights") from error
 
@@ -50,12 +59,20 @@ def folder(model: ModelConfig) -> Path:
 def _downloaded(repository: str, revision: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(repository, name, revision=revision, local_files_only=not network.hub_resolves()))
+    return Path(
+        hf_hub_download(repository, name, revision=revision, local_files_only=not network.hub_resolves())
+    )
 
 
 def _refused(error: Exception, model: ModelConfig, *, name: str) -> UserError:
     problem = f"neither a local folder nor available on the hub: {_reason(error, model, name=name)}"
-    return refusal(FIELD, model.from_pretrained, problem, allowed="a folder, or a hub id that this machine reaches", instead="a local folder")
+    return refusal(
+        FIELD,
+        model.from_pretrained,
+        problem,
+        allowed="a folder, or a hub id that this machine reaches",
+        instead="a local folder",
+    )
 
 
 def _reason(error: Exception, model: ModelConfig, *, name: str) -> str:
@@ -63,11 +80,16 @@ def _reason(error: Exception, model: ModelConfig, *, name: str) -> str:
 
     words: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, "it is gated: accept its terms on its page, then set your token (HF_TOKEN)"),
-        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and needs a token (HF_TOKEN)"),
+        (
+            errors.RepositoryNotFoundError,
+            "there is no such repository, or it is private and needs a token (HF_TOKEN)",
+        ),
         (errors.RevisionNotFoundError, f"it has no revision {model.revision} (model.revision)"),
         (errors.LocalEntryNotFoundError, f"{name} is not in the local cache, and the hub cannot be reached"),
         (errors.OfflineModeIsEnabled, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set"),
         (errors.EntryNotFoundError, f"it has no {name}"),
     )
     reason = next((text for kind, text in words if isinstance(error, kind)), "")
-    return reason or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return reason or next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

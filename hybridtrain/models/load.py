@@ -57,7 +57,11 @@ def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Weight
             return _read(tensors[key], key, slices)
         rows_here, parts = slices[0], []
         if rows_here.start < rows:
-            parts.append(_read(tensors[key], key, (slice(rows_here.start, min(rows_here.stop, rows)), *slices[1:])).float())
+            parts.append(
+                _read(
+                    tensors[key], key, (slice(rows_here.start, min(rows_here.stop, rows)), *slices[1:])
+                ).float()
+            )
         if rows_here.stop > rows:
             parts.append(fresh(name, shape, (slice(max(rows_here.start, rows), rows_here.stop), *slices[1:])))
         return torch.cat(parts)
@@ -104,7 +108,11 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
     swapped = config.tie_word_embeddings and embed not in tensors and head in tensors
     classes = classifier.is_classifier(config.architectures)
     drawn = {head} if classes and head not in tensors else set()
-    missing = [name for name in shapes if name not in tensors and name not in drawn and not (swapped and name == embed)]
+    missing = [
+        name
+        for name in shapes
+        if name not in tensors and name not in drawn and not (swapped and name == embed)
+    ]
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
     lines = [f"{name}: drawn as in a new model, a row for each class" for name in drawn]
@@ -123,7 +131,9 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
                 instead="the checkpoint's own sizes in model.config",
             )
         weights.check_rows(stored_shape, rows=shape[0], model=model)
-        lines.append(f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, drawn as in a new model ({stored_shape[0]} -> {shape[0]})")
+        lines.append(
+            f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, drawn as in a new model ({stored_shape[0]} -> {shape[0]})"
+        )
     return lines + _left_over(tensors, shapes=shapes, model=model, config=config, family=family)
 
 
@@ -139,7 +149,14 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
     )
 
 
-def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], model: ModelConfig, config: Any, family: Family) -> list[str]:
+def _left_over(
+    tensors: Mapping[str, Stored],
+    *,
+    shapes: Mapping[str, object],
+    model: ModelConfig,
+    config: Any,
+    family: Family,
+) -> list[str]:
     """Log lines on stored tensors that are no parameters. Raises UserError for one that would be lost."""
     embed, head = f"{family.embed}.weight", f"{family.head}.weight"
     tables, cut, unused, of_tokens = 0, set(), [], []
@@ -149,7 +166,10 @@ def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], m
         layer = _LAYER.search(name) if name.startswith(f"{family.layers}.") else None
         if weights.is_rotary_table(name):
             tables += 1
-        elif classifier.is_classifier(config.architectures) and name == f"{family_of(config.model_type).head}.weight":
+        elif (
+            classifier.is_classifier(config.architectures)
+            and name == f"{family_of(config.model_type).head}.weight"
+        ):
             of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(tensors, embed=embed, head=head):
@@ -160,7 +180,11 @@ def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], m
             unused.append(name)
     if unused:
         more = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
-        bias = "model.config.attention_bias=true or mlp_bias=true where the architecture has it; else " if unused[0].endswith(".bias") else ""
+        bias = (
+            "model.config.attention_bias=true or mlp_bias=true where the architecture has it; else "
+            if unused[0].endswith(".bias")
+            else ""
+        )
         raise refusal(
             FIELD,
             model.from_pretrained,
@@ -168,8 +192,12 @@ def _left_over(tensors: Mapping[str, Stored], *, shapes: Mapping[str, object], m
             allowed="files in which every tensor is a parameter of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
-    lines = [f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens]
+    lines = [
+        f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens
+    ]
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
-        lines.append(f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={config.num_hidden_layers}")
+        lines.append(
+            f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={config.num_hidden_layers}"
+        )
     return lines

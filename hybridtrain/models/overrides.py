@@ -27,9 +27,20 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
-        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
     ),
-    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "attention_factor", "factor"),
+    ),
 }
 """rope_type -> (required keys, optional keys), besides _ALWAYS."""
 _KNOWN = {*_ALWAYS, *(key for needs, may in ROPE_TYPES.values() for key in (*needs, *may))}
@@ -48,11 +59,19 @@ def merge(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     for key in ("dtype", "torch_dtype"):
         if chosen.get(key) not in (None, "float32"):
             words = "a precision recipe decides the dtypes of training, export.dtype that of an export"
-            raise refusal(f"model.config.{key}", chosen[key], words, allowed="float32, or leave it out", instead="precision=bf16_mixed")
+            raise refusal(
+                f"model.config.{key}",
+                chosen[key],
+                words,
+                allowed="float32, or leave it out",
+                instead="precision=bf16_mixed",
+            )
     chosen = {key: value for key, value in chosen.items() if key not in ("dtype", "torch_dtype")}
     rope = _rope(source, chosen)
     if rope is not None:
-        source, chosen = ({key: value for key, value in fields.items() if key not in ROPE} for fields in (source, chosen))
+        source, chosen = (
+            {key: value for key, value in fields.items() if key not in ROPE} for fields in (source, chosen)
+        )
     result = _deep(_without_derived(source, chosen), chosen)
     return result if rope is None else {**result, "rope_parameters": rope}
 
@@ -61,11 +80,13 @@ def _deep(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         before = result.get(key)
-        result[key] = _deep(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        result[key] = (
+            _deep(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        )
     return result
 
 
-# -- rotary positions ----------------------------------------------------------------------------------------------
+# -- rotary positions ----------------------------------------------------------------------------------------
 
 
 def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -77,17 +98,31 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     if kind not in ROPE_TYPES:
         near = difflib.get_close_matches(str(kind), ROPE_TYPES, n=1, cutoff=0.3)
         where = _where(chosen, "rope_type")
-        raise refusal(where, kind, "no such kind of rotary positions", allowed=", ".join(ROPE_TYPES), instead=f"{where}={near[0] if near else 'default'}")
+        raise refusal(
+            where,
+            kind,
+            "no such kind of rotary positions",
+            allowed=", ".join(ROPE_TYPES),
+            instead=f"{where}={near[0] if near else 'default'}",
+        )
     if kind != base.get("rope_type", "default"):  # drop keys of the other type
         base = {key: value for key, value in base.items() if key in _ALWAYS}
-    rope = {key: value for key, value in {**base, **rope_chosen, "rope_type": kind}.items() if value is not None}
+    rope = {
+        key: value for key, value in {**base, **rope_chosen, "rope_type": kind}.items() if value is not None
+    }
     needs, may = ROPE_TYPES[kind]
     for key in rope_chosen:
         _check_rope_key(key, rope_chosen[key], chosen=chosen, kind=kind, takes=(*_ALWAYS, *needs, *may))
     missing = [key for key in needs if key not in rope]
     if missing:
         words = f"rope_type={kind} needs {', '.join(needs)}"
-        raise refusal(_where(chosen, missing[0]), "(missing)", words, allowed="all of them", instead=f"{_where(chosen, missing[0])}=VALUE")
+        raise refusal(
+            _where(chosen, missing[0]),
+            "(missing)",
+            words,
+            allowed="all of them",
+            instead=f"{_where(chosen, missing[0])}=VALUE",
+        )
     return rope
 
 
@@ -118,7 +153,11 @@ def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
         if field in ("rope_scaling", "rope_parameters"):
             if value is not None and not isinstance(value, Mapping):
                 raise _no_mapping(field, value)
-            parts = {f"{field}.{key}": item for key, item in value.items()} if value is not None else {f"{field}.rope_type": "default"}
+            parts = (
+                {f"{field}.{key}": item for key, item in value.items()}
+                if value is not None
+                else {f"{field}.rope_type": "default"}
+            )
         else:
             parts = {field: value}
         for name, item in parts.items():
@@ -126,22 +165,45 @@ def _chosen_rope(chosen: Mapping[str, Any]) -> dict[str, Any]:
             key = "rope_type" if key == "type" else key
             if key in rope and rope[key] != item:
                 words = f"model.config.{names[key]}={rope[key]} says otherwise"
-                raise refusal(f"model.config.{name}", item, words, allowed="one of the two", instead=f"model.config.{names[key]}={item}")
+                raise refusal(
+                    f"model.config.{name}",
+                    item,
+                    words,
+                    allowed="one of the two",
+                    instead=f"model.config.{names[key]}={item}",
+                )
             rope[key], names[key] = item, name
     return rope
 
 
-def _check_rope_key(key: str, value: Any, *, chosen: Mapping[str, Any], kind: str, takes: tuple[str, ...]) -> None:
+def _check_rope_key(
+    key: str, value: Any, *, chosen: Mapping[str, Any], kind: str, takes: tuple[str, ...]
+) -> None:
     if value is None or key in takes:
         return
     where = _where(chosen, key)
     if key in _KNOWN:
         words = f"rope_type={kind} does not take it"
-        whole = where.rpartition(".")[0] + "={rope_type:" + kind + "," + ",".join(f"{name}:VALUE" for name in ROPE_TYPES[kind][0]) + "}"
-        raise refusal(where, value, words, allowed=", ".join(takes), instead=f"{where}=null, or {whole.replace(',}', '}')}")
+        whole = (
+            where.rpartition(".")[0]
+            + "={rope_type:"
+            + kind
+            + ","
+            + ",".join(f"{name}:VALUE" for name in ROPE_TYPES[kind][0])
+            + "}"
+        )
+        raise refusal(
+            where,
+            value,
+            words,
+            allowed=", ".join(takes),
+            instead=f"{where}=null, or {whole.replace(',}', '}')}",
+        )
     near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.3)
     instead = f"{where.rpartition('.')[0]}.{near[0]}={value}" if near else "leave it out"
-    raise refusal(where, value, "rotary positions have no such key", allowed=", ".join(sorted(_KNOWN)), instead=instead)
+    raise refusal(
+        where, value, "rotary positions have no such key", allowed=", ".join(sorted(_KNOWN)), instead=instead
+    )
 
 
 def _where(chosen: Mapping[str, Any], key: str) -> str:
@@ -156,7 +218,13 @@ def _where(chosen: Mapping[str, Any], key: str) -> str:
 
 
 def _no_mapping(field: str, value: Any) -> UserError:
-    return refusal(f"model.config.{field}", value, "not a mapping", allowed="{rope_type: linear, factor: 4.0} and the like, or null", instead="null")
+    return refusal(
+        f"model.config.{field}",
+        value,
+        "not a mapping",
+        allowed="{rope_type: linear, factor: 4.0} and the like, or null",
+        instead="null",
+    )
 
 
 # -- derived fields
@@ -174,7 +242,11 @@ def _without_derived(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> di
         result.pop("head_dim")
     if "num_attention_heads" in changed and heads and source.get("num_key_value_heads") == heads:
         result["num_key_value_heads"] = chosen["num_attention_heads"]
-    if source.get("layer_types") is not None and "layer_types" not in chosen and changed & set(_LAYER_TYPES_FOLLOW):
+    if (
+        source.get("layer_types") is not None
+        and "layer_types" not in chosen
+        and changed & set(_LAYER_TYPES_FOLLOW)
+    ):
         _cut_layer_types(result, source, chosen, changed=changed)
     return result
 
@@ -184,7 +256,9 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _cut_layer_types(result: dict[str, Any], source: Mapping[str, Any], chosen: Mapping[str, Any], *, changed: set[str]) -> None:
+def _cut_layer_types(
+    result: dict[str, Any], source: Mapping[str, Any], chosen: Mapping[str, Any], *, changed: set[str]
+) -> None:
     """Drop layer types that are derived from other fields; of the model's own pattern keep the
     first layers, or refuse.
     """
@@ -196,17 +270,28 @@ def _cut_layer_types(result: dict[str, Any], source: Mapping[str, Any], chosen: 
     else:
         field = sorted(changed & set(_LAYER_TYPES_FOLLOW))[0]
         words = f"the model has its own pattern of attention in its {len(listed)} layers (layer_types), which does not follow from this field"
-        raise refusal(f"model.config.{field}", chosen[field], words, allowed="with layer_types", instead="model.config.layer_types=[full_attention,...]")
+        raise refusal(
+            f"model.config.{field}",
+            chosen[field],
+            words,
+            allowed="with layer_types",
+            instead="model.config.layer_types=[full_attention,...]",
+        )
 
 
 def layer_types(fields: Mapping[str, Any]) -> list[str] | None:
     """The attention type of each layer by Qwen's window fields; None if these are invalid."""
-    given = {**_WINDOW_DEFAULTS, **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"}}
+    given = {
+        **_WINDOW_DEFAULTS,
+        **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"},
+    }
     layers, first = _whole(given.get("num_hidden_layers")), given["max_window_layers"]
     if not layers or not isinstance(first, int):
         return None
     windowed = given["use_sliding_window"] and given["sliding_window"] is not None
-    return ["sliding_attention" if windowed and index >= first else "full_attention" for index in range(layers)]
+    return [
+        "sliding_attention" if windowed and index >= first else "full_attention" for index in range(layers)
+    ]
 
 
 def windows(fields: Mapping[str, Any], *, layers: int) -> list[int | None]:

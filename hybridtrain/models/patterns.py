@@ -23,7 +23,13 @@ def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str
         _check_one("model.freeze", pattern, names)
     if freeze and all(matches(name, freeze) for name in names):
         words = "it freezes all parameters, so nothing would be trained"
-        raise refusal("model.freeze", list(freeze), words, allowed="patterns that do not match all", instead="model.freeze=['model.embed_tokens.*']")
+        raise refusal(
+            "model.freeze",
+            list(freeze),
+            words,
+            allowed="patterns that do not match all",
+            instead="model.freeze=['model.embed_tokens.*']",
+        )
     for pattern in no_decay:
         if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
             _check_one("optim.no_decay", pattern, names)
@@ -32,11 +38,29 @@ def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str
 def _check_one(field: str, pattern: str, names: Sequence[str]) -> None:
     if any(fnmatch.fnmatchcase(name, pattern) for name in names):
         return
-    kinds = sorted({".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names})
+    kinds = sorted(
+        {".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names}
+    )
     inside = [kind for kind in kinds if pattern.strip("*.") and pattern.strip("*.") in kind]
     word = max(pattern.replace("*", ".").split("."), key=len)
-    parts = difflib.get_close_matches(word, {part for kind in kinds for part in kind.split(".")}, n=1, cutoff=0.6)
-    near = inside[:3] or [kind for kind in kinds if parts and parts[0] in kind.split(".")][:3] or difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3)
-    tied = " (a tied head is model.embed_tokens.weight)" if "lm_head" in pattern and "lm_head.weight" not in names else ""
+    parts = difflib.get_close_matches(
+        word, {part for kind in kinds for part in kind.split(".")}, n=1, cutoff=0.6
+    )
+    near = (
+        inside[:3]
+        or [kind for kind in kinds if parts and parts[0] in kind.split(".")][:3]
+        or difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3)
+    )
+    tied = (
+        " (a tied head is model.embed_tokens.weight)"
+        if "lm_head" in pattern and "lm_head.weight" not in names
+        else ""
+    )
     words = f"it matches no parameter of the model{tied}; patterns must match whole names"
-    raise refusal(field, [pattern], words, allowed=", ".join(near or kinds[:4]), instead=f"{field}=['{(near or kinds)[0]}']")
+    raise refusal(
+        field,
+        [pattern],
+        words,
+        allowed=", ".join(near or kinds[:4]),
+        instead=f"{field}=['{(near or kinds)[0]}']",
+    )

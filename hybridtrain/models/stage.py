@@ -27,7 +27,16 @@ class Stage(nn.Module):
     have this rank's T / tp positions.
     """
 
-    def __init__(self, config: Any, *, family: Family, layers: range, first: bool, last: bool, head: Callable[[nn.Module], nn.Module]):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        family: Family,
+        layers: range,
+        first: bool,
+        last: bool,
+        head: Callable[[nn.Module], nn.Module],
+    ):
         super().__init__()
         self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
         whole = meta_model(config)
@@ -68,14 +77,26 @@ class Stage(nn.Module):
         rotary = self.part(self.family.rotary)(hidden, positions_BT)
         windows = {index: self.family.window(self.config, index) for index in self.layers}
         masks = {
-            window: attention_mask(self.config, window=window, position_ids_BT=positions_BT, packed=packed, like=hidden) for window in set(windows.values())
+            window: attention_mask(
+                self.config, window=window, position_ids_BT=positions_BT, packed=packed, like=hidden
+            )
+            for window in set(windows.values())
         }
         for index, layer in self.layer_modules():
-            hidden = layer(hidden, attention_mask=masks[windows[index]], position_ids=positions_BT, position_embeddings=rotary)
-        return self.part(self.family.head)(self.part(self.family.norm)(hidden), batch) if self.last else hidden
+            hidden = layer(
+                hidden,
+                attention_mask=masks[windows[index]],
+                position_ids=positions_BT,
+                position_embeddings=rotary,
+            )
+        return (
+            self.part(self.family.head)(self.part(self.family.norm)(hidden), batch) if self.last else hidden
+        )
 
 
-def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor) -> Tensor | None:
+def attention_mask(
+    config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor
+) -> Tensor | None:
     """The mask of a layer: None for full causal SDPA, else (1 or B, 1, T, T); bool for
     sdpa, additive for eager.
 
@@ -96,7 +117,9 @@ def attention_mask(config: Any, *, window: int | None, position_ids_BT: Tensor, 
     if sdpa:
         return allowed[:, None]
     dtype = like.dtype
-    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -54,16 +54,22 @@ def load_tokenizer(source: str, *, field: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a folder or hub id. Raises UserError, with `field`, if transformers cannot load it."""
     from transformers import AutoTokenizer
 
-    pointer = next((Path(source) / name for name in TOKENIZER_FILES if is_lfs_pointer(Path(source) / name)), None)
+    pointer = next(
+        (Path(source) / name for name in TOKENIZER_FILES if is_lfs_pointer(Path(source) / name)), None
+    )
     if pointer is not None:
         raise lfs_pointer(field, pointer)
     try:
         local = not (Path(source).exists() or network.hub_resolves())
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=local)
+        return AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=local
+        )
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # Rust code raises bare Exceptions, and panics, which are no Exceptions
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise refusal(
             field,
             source,
@@ -99,7 +105,11 @@ def source_generation(model: ModelConfig) -> dict[str, Any] | None:
         return None
     folder = Path(model.from_pretrained)
     if folder.is_dir():
-        return read_object(folder / GENERATION, field="model.from_pretrained") if (folder / GENERATION).is_file() else None
+        return (
+            read_object(folder / GENERATION, field="model.from_pretrained")
+            if (folder / GENERATION).is_file()
+            else None
+        )
     file = hub.optional(model, GENERATION)
     return read_object(file, field="model.from_pretrained") if file else None
 
@@ -122,13 +132,22 @@ def with_end_tokens(
         return config, generation, []
     # A classifier finds the last token by the padding.
     if classifier.is_classifier(config.get("architectures")) and config.get("pad_token_id") is None:
-        config = {**config, "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad}
-    trained_ends = [token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None]
+        config = {
+            **config,
+            "pad_token_id": of_tokenizer.end if of_tokenizer.pad is None else of_tokenizer.pad,
+        }
+    trained_ends = [
+        token for token in dict.fromkeys((of_tokenizer.end, of_tokenizer.turn)) if token is not None
+    ]
     of_config, lines = _listed(config.get("eos_token_id")), []
     if of_tokenizer.end is not None and of_tokenizer.end not in of_config:
-        lines.append(f"config.json ends texts with {of_config or 'no token'}, the tokenizer with {of_tokenizer.end}")
+        lines.append(
+            f"config.json ends texts with {of_config or 'no token'}, the tokenizer with {of_tokenizer.end}"
+        )
     if of_tokenizer.turn is not None and of_tokenizer.turn != of_tokenizer.end:
-        lines.append(f"the chat template ends answers with {of_tokenizer.turn}, the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}")
+        lines.append(
+            f"the chat template ends answers with {of_tokenizer.turn}, the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}"
+        )
     if new:
         tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
         of_texts = {
@@ -136,12 +155,21 @@ def with_end_tokens(
             "eos_token_id": trained_ends[0] if len(trained_ends) == 1 else trained_ends or None,
             "pad_token_id": of_tokenizer.pad,
         }
-        return {**config, **tokens}, {**generation, **{key: value for key, value in of_texts.items() if value is not None}}, lines
+        return (
+            {**config, **tokens},
+            {**generation, **{key: value for key, value in of_texts.items() if value is not None}},
+            lines,
+        )
     known = _listed(generation.get("eos_token_id", config.get("eos_token_id")))
     more = [token for token in trained_ends if token not in known]
     if more:
-        lines.append(f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, which ended what was trained on")
-        generation = {**generation, "eos_token_id": [*known, *more] if len(known) + len(more) > 1 else more[0]}
+        lines.append(
+            f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, which ended what was trained on"
+        )
+        generation = {
+            **generation,
+            "eos_token_id": [*known, *more] if len(known) + len(more) > 1 else more[0],
+        }
     return config, generation, lines
 
 

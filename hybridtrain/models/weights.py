@@ -49,7 +49,11 @@ def stored(folder: Path) -> dict[str, Stored]:
 
     Raises UserError if they cannot be read.
     """
-    return {name: tensor for file in _files(folder) for name, tensor in _header(file, file.stat().st_mtime_ns).items()}
+    return {
+        name: tensor
+        for file in _files(folder)
+        for name, tensor in _header(file, file.stat().st_mtime_ns).items()
+    }
 
 
 def _files(folder: Path) -> list[Path]:
@@ -87,7 +91,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=512)
-def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001 - `modified` is a part of the key
+# `modified` is a part of the key
+def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001
     """The tensors in a safetensors file, without their values."""
     from safetensors import SafetensorError, safe_open
 
@@ -95,15 +100,24 @@ def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001 
         raise lfs_pointer(FIELD, file)
     try:
         with safe_open(file, framework="np") as opened:
-            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - safe_open is no mapping
-            return {name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+            # safe_open is no mapping
+            views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()
+            }
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
     """The refusal of a weight file that is missing, truncated or no safetensors file."""
-    return refusal(FIELD, file, f"it cannot be read ({error})", allowed="whole safetensors files", instead="download or export it again")
+    return refusal(
+        FIELD,
+        file,
+        f"it cannot be read ({error})",
+        allowed="whole safetensors files",
+        instead="download or export it again",
+    )
 
 
 def adapter_refused(folder: str) -> UserError:
@@ -118,7 +132,13 @@ def adapter_refused(folder: str) -> UserError:
 
 
 def _damaged(file: Path, problem: str) -> UserError:
-    return refusal(FIELD, file, problem, allowed="an index as save_pretrained writes it", instead="download or export it again")
+    return refusal(
+        FIELD,
+        file,
+        problem,
+        allowed="an index as save_pretrained writes it",
+        instead="download or export it again",
+    )
 
 
 def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]:
@@ -129,7 +149,12 @@ def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]
     for hub ids). Raises UserError if the user asks for tying.
     """
     folder = Path(model.from_pretrained)
-    if not (model.from_pretrained and fields.get("tie_word_embeddings") and folder.is_dir() and has_weights(folder)):
+    if not (
+        model.from_pretrained
+        and fields.get("tie_word_embeddings")
+        and folder.is_dir()
+        and has_weights(folder)
+    ):
         return fields
     family = family_of(fields["model_type"])
     tensors = stored(folder)
@@ -154,7 +179,10 @@ def tie_refused(source: str) -> UserError:
 
 @functools.cache
 def _warn_untied(folder: str) -> None:
-    _log.warning("%s: config.json ties the head to the embedding, but the two are stored with different values: they are not tied", folder)
+    _log.warning(
+        "%s: config.json ties the head to the embedding, but the two are stored with different values: they are not tied",
+        folder,
+    )
 
 
 def heads_differ(tensors: Mapping[str, Stored], *, embed: str, head: str) -> bool:
@@ -162,11 +190,15 @@ def heads_differ(tensors: Mapping[str, Stored], *, embed: str, head: str) -> boo
     if embed not in tensors or head not in tensors:
         return False
     first, second = tensors[embed], tensors[head]
-    return first.shape != second.shape or _differ(embed, first, first.file.stat().st_mtime_ns, head, second, second.file.stat().st_mtime_ns)
+    return first.shape != second.shape or _differ(
+        embed, first, first.file.stat().st_mtime_ns, head, second, second.file.stat().st_mtime_ns
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _differ(embed: str, first: Stored, _first_time: int, head: str, second: Stored, _second_time: int) -> bool:
+def _differ(
+    embed: str, first: Stored, _first_time: int, head: str, second: Stored, _second_time: int
+) -> bool:
     import torch
     from safetensors import safe_open
 
@@ -193,7 +225,14 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
 
 def check_dtypes(tensors: Mapping[str, Stored], *, source: str) -> None:
     """Refuse integers and 8-bit floats: quantized weights need their scales (raises UserError)."""
-    other = next((name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS and not is_rotary_table(name)), None)
+    other = next(
+        (
+            name
+            for name, tensor in tensors.items()
+            if tensor.dtype not in _FLOATS and not is_rotary_table(name)
+        ),
+        None,
+    )
     if other is not None:
         raise refusal(
             FIELD,
@@ -214,7 +253,8 @@ def check_rows(shape: tuple[int, ...], *, rows: int, model: ModelConfig) -> None
     raise refusal(
         "model.config.vocab_size" if "vocab_size" in model.config else FIELD,
         rows if "vocab_size" in model.config else model.from_pretrained,
-        f"its embedding has {have} rows, " + ("and tokens cannot be removed" if rows < have else f"its config.json says vocab_size {rows}"),
+        f"its embedding has {have} rows, "
+        + ("and tokens cannot be removed" if rows < have else f"its config.json says vocab_size {rows}"),
         allowed=f"{have}, or more: the rows of added tokens are drawn as in a new model",
         instead=f"model.config.vocab_size={max(rows, have)}",
     )

@@ -19,7 +19,11 @@ class AdamW(Update):
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
-        self.optimizer = adamw([(item.name, item.parameter.dim(), item.shard) for item in shards], settings) if shards else None
+        self.optimizer = (
+            adamw([(item.name, item.parameter.dim(), item.shard) for item in shards], settings)
+            if shards
+            else None
+        )
 
     @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
@@ -52,7 +56,9 @@ class AdamW(Update):
                 state["exp_avg_sq"] = torch.zeros_like(item.shard.data)
             for field, value in state.items():
                 # Of the two copies of a tied matrix the first is saved, as for the weight itself.
-                result.setdefault(f"optim.{item.name}.{field}", value if field == "step" else like(value, item.parameter))
+                result.setdefault(
+                    f"optim.{item.name}.{field}", value if field == "step" else like(value, item.parameter)
+                )
         return result
 
     def copy_state(self, source: LocalShard, target: LocalShard) -> None:
@@ -65,7 +71,9 @@ class AdamW(Update):
 def adamw(named: list[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> torch.optim.AdamW:
     """torch's fused AdamW over (name, dimensions, parameter), sharded or not."""
     first, second = settings.betas
-    return torch.optim.AdamW(groups(named, settings), lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True)
+    return torch.optim.AdamW(
+        groups(named, settings), lr=settings.lr, betas=(first, second), eps=settings.eps, fused=True
+    )
 
 
 def build(shards: list[LocalShard], settings: OptimConfig) -> Update:

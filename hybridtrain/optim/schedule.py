@@ -22,7 +22,13 @@ def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int)
         factor = user_schedule(step, schedule, total_steps)
         if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
             problem = f"it returned {factor!r} for step {step} of {total_steps}"
-            raise refusal("schedule.kind", schedule.kind, problem, allowed="a number of 0 or more, the factor of optim.lr", instead="min(1.0, ...)")
+            raise refusal(
+                "schedule.kind",
+                schedule.kind,
+                problem,
+                allowed="a number of 0 or more, the factor of optim.lr",
+                instead="min(1.0, ...)",
+            )
         return peak * factor
     floor = schedule.min_lr_ratio
     if schedule.kind == "constant":

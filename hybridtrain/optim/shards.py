@@ -31,7 +31,11 @@ class LocalShard:
 
 def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[LocalShard]:
     """Shards of the parameters that require gradients, sharing memory with them."""
-    return [LocalShard(name, parameter, nn.Parameter(local(parameter).detach())) for name, parameter in named if parameter.requires_grad]
+    return [
+        LocalShard(name, parameter, nn.Parameter(local(parameter).detach()))
+        for name, parameter in named
+        if parameter.requires_grad
+    ]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,7 +48,9 @@ def like(part: Tensor, parameter: nn.Parameter) -> Tensor:
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> list[dict[str, Any]]:
@@ -52,8 +58,18 @@ def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig
     from (name, dimensions, parameter).
     """
     decays = [dimensions > 1 and not matches(name, settings.no_decay) for name, dimensions, _ in named]
-    decayed, plain = ([p for (_, _, p), decay in zip(named, decays, strict=True) if decay is with_decay] for with_decay in (True, False))
-    return [g for g in ({"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}) if g["params"]]
+    decayed, plain = (
+        [p for (_, _, p), decay in zip(named, decays, strict=True) if decay is with_decay]
+        for with_decay in (True, False)
+    )
+    return [
+        g
+        for g in (
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        )
+        if g["params"]
+    ]
 
 
 class Update:

@@ -20,7 +20,11 @@ from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.optim.shards import LocalShard, Update, groups, like
 
-_NUMBERS: dict[str, tuple[type, torch.dtype]] = {"bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)}
+_NUMBERS: dict[str, tuple[type, torch.dtype]] = {
+    "bool": (bool, torch.bool),
+    "int": (int, torch.int64),
+    "float": (float, torch.float64),
+}
 """State values that are Python numbers. A checkpoint holds them as
 tensors, with key `optim.<name>.<field>:<type>`."""
 
@@ -33,16 +37,37 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
     optimizer = registry.make("optimizer", settings.kind, parameters, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
         problem, allowed = f"its factory returned {type(optimizer).__name__}", "a torch.optim.Optimizer"
-        raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="a factory (groups, config) that returns one")
+        raise refusal(
+            "optim.kind",
+            settings.kind,
+            problem,
+            allowed=allowed,
+            instead="a factory (groups, config) that returns one",
+        )
     passed = [id(p) for group in parameters for p in group["params"]]
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if sorted(passed) != sorted(held):
-        problem, allowed = f"it holds {len(held)} parameters of the {len(passed)} that it was given", "all of them, once each"
-        raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="model.freeze for what is not to be trained")
+        problem, allowed = (
+            f"it holds {len(held)} parameters of the {len(passed)} that it was given",
+            "all of them, once each",
+        )
+        raise refusal(
+            "optim.kind",
+            settings.kind,
+            problem,
+            allowed=allowed,
+            instead="model.freeze for what is not to be trained",
+        )
     for rate in (group.get("lr") for group in optimizer.param_groups):
-        if rate is None or not math.isclose(float(rate), settings.lr, rel_tol=1e-6):  # a tensor has it in fp32
-            problem, allowed = f"one of its groups has the rate {rate}, optim.lr is {settings.lr:g}", "optim.lr in every group; the schedule multiplies it"
-            raise refusal("optim.kind", settings.kind, problem, allowed=allowed, instead="lr=config.lr in its factory")
+        # a tensor has it in fp32
+        if rate is None or not math.isclose(float(rate), settings.lr, rel_tol=1e-6):
+            problem, allowed = (
+                f"one of its groups has the rate {rate}, optim.lr is {settings.lr:g}",
+                "optim.lr in every group; the schedule multiplies it",
+            )
+            raise refusal(
+                "optim.kind", settings.kind, problem, allowed=allowed, instead="lr=config.lr in its factory"
+            )
     return optimizer
 
 
@@ -52,7 +77,13 @@ class UserOptimizer(Update):
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
         self.kind = settings.kind
-        self.optimizer = build(groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings) if shards else None
+        self.optimizer = (
+            build(
+                groups([(item.name, item.parameter.dim(), item.shard) for item in shards], settings), settings
+            )
+            if shards
+            else None
+        )
         self._inside = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         """torch's name for kernels that unscale and skip themselves, so that the host need not
         wait for the device."""
@@ -87,10 +118,15 @@ class UserOptimizer(Update):
         for item in self.shards:
             for field, value in self._state_of(item).items():
                 if isinstance(value, Tensor):
-                    result.setdefault(f"optim.{item.name}.{field}", value if value.dim() == 0 else like(value, item.parameter))
+                    result.setdefault(
+                        f"optim.{item.name}.{field}",
+                        value if value.dim() == 0 else like(value, item.parameter),
+                    )
                 else:
                     name = type(value).__name__
-                    result.setdefault(f"optim.{item.name}.{field}:{name}", torch.tensor(value, dtype=_NUMBERS[name][1]))
+                    result.setdefault(
+                        f"optim.{item.name}.{field}:{name}", torch.tensor(value, dtype=_NUMBERS[name][1])
+                    )
         return result
 
     def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -114,7 +150,9 @@ class UserOptimizer(Update):
             for field, value in self._state_of(item).items():
                 if not isinstance(value, Tensor):
                     name = type(value).__name__
-                    self._state_of(item)[field] = _NUMBERS[name][0](loaded[f"optim.{item.name}.{field}:{name}"].item())
+                    self._state_of(item)[field] = _NUMBERS[name][0](
+                        loaded[f"optim.{item.name}.{field}:{name}"].item()
+                    )
 
     def copy_state(self, source: LocalShard, target: LocalShard) -> None:
         """Give `target` the same state as `source` (the two copies of a tied matrix)."""
@@ -132,13 +170,18 @@ class UserOptimizer(Update):
         the device read it.
         """
         assert self.optimizer is not None
-        [group] = [group for group in self.optimizer.param_groups if any(p is item.shard for p in group["params"])]
+        [group] = [
+            group for group in self.optimizer.param_groups if any(p is item.shard for p in group["params"])
+        ]
         return item.shard.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
     def _group_settings(self) -> list[dict[str, str]]:
         """The settings of each group, without the learning rate."""
         param_groups = self.optimizer.param_groups if self.optimizer else []
-        return [{name: repr(value) for name, value in group.items() if name not in ("params", "lr")} for group in param_groups]
+        return [
+            {name: repr(value) for name, value in group.items() if name not in ("params", "lr")}
+            for group in param_groups
+        ]
 
     def _check(self) -> None:
         """Check after the first update that a checkpoint can restore the state under
@@ -147,8 +190,12 @@ class UserOptimizer(Update):
         assert self.optimizer is not None
         self._checked = True
         for before, now in zip(self._constants, self._group_settings(), strict=True):
-            if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-                raise self._refusal(f"its group setting {changed[0]!r} changes from step to step, and is in no checkpoint")
+            if changed := sorted(
+                name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+            ):
+                raise self._refusal(
+                    f"its group setting {changed[0]!r} changes from step to step, and is in no checkpoint"
+                )
         ours = {id(item.shard) for item in self.shards}
         if any(id(key) not in ours for key in self.optimizer.state):
             raise self._refusal("it keeps state that belongs to no parameter")
@@ -158,9 +205,19 @@ class UserOptimizer(Update):
                     continue
                 if type(value).__name__ in _NUMBERS and isinstance(field, str):
                     continue
-                shape = f"has shape {tuple(value.shape)}, the parameter here {tuple(item.shard.shape)}" if isinstance(value, Tensor) else f"is {value!r}"
+                shape = (
+                    f"has shape {tuple(value.shape)}, the parameter here {tuple(item.shard.shape)}"
+                    if isinstance(value, Tensor)
+                    else f"is {value!r}"
+                )
                 raise self._refusal(f"its state {field!r} of {item.name} {shape}")
 
     def _refusal(self, problem: str) -> UserError:
         allowed = "numbers, and tensors of the parameter's shape, in optimizer.state[parameter]"
-        return refusal("optim.kind", self.kind, problem, allowed=allowed, instead="an optimizer that updates element by element, such as optim=adamw")
+        return refusal(
+            "optim.kind",
+            self.kind,
+            problem,
+            allowed=allowed,
+            instead="an optimizer that updates element by element, such as optim=adamw",
+        )

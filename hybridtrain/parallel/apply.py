@@ -72,7 +72,14 @@ def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list
     stages = []
     for index in ids:
         head = partial(Head, task=context.task, loss_chunk=context.engine.loss_chunk)
-        stage = Stage(config, family=family, layers=layers[index], first=index == 0, last=index == len(layers) - 1, head=head)
+        stage = Stage(
+            config,
+            family=family,
+            layers=layers[index],
+            first=index == 0,
+            last=index == len(layers) - 1,
+            head=head,
+        )
         stage.to(context.precision.param)
         transform(stage, context, order=ORDER)
         check(stage, context, order=ORDER)
@@ -93,10 +100,12 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
     """
     for each in order:
         expected, actual = each.expected(stage, context), each.actual(stage, context)
-        assert expected == actual, f"transform {each.name}: not done {sorted(expected - actual)}, not asked for {sorted(actual - expected)}"
+        assert expected == actual, (
+            f"transform {each.name}: not done {sorted(expected - actual)}, not asked for {sorted(actual - expected)}"
+        )
 
 
-# -- tensor ------------------------------------------------------------------------------------------------------
+# -- tensor --------------------------------------------------------------------------------------------------
 
 
 def _slice(stage: Stage, context: Context) -> None:
@@ -111,7 +120,7 @@ def _sliced(stage: Stage, context: Context) -> set[str]:
     return _over(stage, "tp") if context.mesh.layout.tp > 1 else set()
 
 
-# -- freeze ------------------------------------------------------------------------------------------------------
+# -- freeze --------------------------------------------------------------------------------------------------
 
 
 def _freeze(stage: Stage, context: Context) -> None:
@@ -131,7 +140,7 @@ def _frozen(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the s
     return {name for name, parameter in _parameters(stage).items() if not parameter.requires_grad}
 
 
-# -- recompute, compile ------------------------------------------------------------------------------------------
+# -- recompute, compile --------------------------------------------------------------------------------------
 
 
 def _recompute_last(context: Context) -> bool:
@@ -170,7 +179,7 @@ def _wrapped_by(kind: str) -> Names:
     return lambda stage, context: {path for path in _layers(stage) if kind in wrappers(stage.part(path))}  # noqa: ARG005
 
 
-# -- shard -------------------------------------------------------------------------------------------------------
+# -- shard ---------------------------------------------------------------------------------------------------
 
 
 def _shard(stage: Stage, context: Context) -> None:
@@ -185,7 +194,9 @@ def _to_shard(stage: Stage, context: Context) -> set[str]:
     layout, precision = context.mesh.layout, context.precision
     wrap = layout.dp > 1 or layout.tp > 1 or {precision.compute, precision.reduce} != {precision.param}
     others = {path for paths in embedding_and_head(stage) for path in paths}
-    return ({*_layers(stage), *others, ""} if wrap else set()) | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
+    return ({*_layers(stage), *others, ""} if wrap else set()) | (
+        set(_parameters(stage)) if layout.dp_shard > 1 else set()
+    )
 
 
 def _sharded(stage: Stage, context: Context) -> set[str]:
@@ -205,7 +216,9 @@ def _materialize(stage: Stage, context: Context) -> None:
 
 def _to_materialize(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
     """All parameters and buffers; a tied matrix once."""
-    return {*_parameters(stage), *dict(stage.named_buffers())} - ({f"{stage.family.head}.weight"} if stage.tied and stage.first else set())
+    return {*_parameters(stage), *dict(stage.named_buffers())} - (
+        {f"{stage.family.head}.weight"} if stage.tied and stage.first else set()
+    )
 
 
 def _materialized(stage: Stage, context: Context) -> set[str]:

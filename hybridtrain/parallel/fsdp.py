@@ -33,18 +33,31 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     same_dtype = precision.compute == precision.param == precision.reduce
     if mesh.layout.dp == mesh.layout.tp == 1 and same_dtype:
         return
-    options: dict[str, Any] = {"mesh": mesh.data, "mp_policy": precision.fsdp(), "reshard_after_forward": zero_stage == 3}
+    options: dict[str, Any] = {
+        "mesh": mesh.data,
+        "mp_policy": precision.fsdp(),
+        "reshard_after_forward": zero_stage == 3,
+    }
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
     used_last = {**options, "reshard_after_forward": False}  # the backward pass starts with it
     for paths in embedding_and_head(stage):
-        fully_shard([stage.part(path) for path in paths], **(used_last if stage.family.head in paths else options))
+        fully_shard(
+            [stage.part(path) for path in paths], **(used_last if stage.family.head in paths else options)
+        )
     fully_shard(stage, **used_last)
-    reduce_scatter = _NoReduceScatter if mesh.layout.dp_shard == 1 else _AllToAllReduceScatter if mesh.device.type == "cpu" else None
+    reduce_scatter = (
+        _NoReduceScatter
+        if mesh.layout.dp_shard == 1
+        else _AllToAllReduceScatter
+        if mesh.device.type == "cpu"
+        else None
+    )
     if reduce_scatter is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(reduce_scatter())  # type: ignore[arg-type]  # private protocol
+                # private protocol
+                module.set_custom_reduce_scatter(reduce_scatter())  # type: ignore[arg-type]
 
 
 def embedding_and_head(stage: Stage) -> list[list[str]]:
@@ -68,7 +81,9 @@ class _AllToAllReduceScatter:
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    def __call__(self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any) -> None:
+    def __call__(
+        self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any
+    ) -> None:
         """The sum or mean over ranks, added in rank order."""
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)

@@ -55,7 +55,9 @@ def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:
     return frozenset(sharded_over(grad)), local_part(grad)
 
 
-def add_tied_gradients(embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None) -> None:
+def add_tied_gradients(
+    embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None
+) -> None:
     """Replace the gradients of both copies of a tied matrix by their sum.
 
     A copy on the other rank of `group` is None here.

@@ -64,7 +64,10 @@ def connect(device: torch.device, *, timeout_s: int) -> None:
     if not launch.is_launched():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
-    joined = rendezvous.join(gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "", timeout_s=timeout_s)
+    joined = rendezvous.join(
+        gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
+        timeout_s=timeout_s,
+    )
     if joined.hosts > 1:
         network.choose_interface(joined.address)
     rank, world_size = log.rank(), int(os.environ["WORLD_SIZE"])
@@ -157,7 +160,9 @@ class Mesh:
 
     @property
     def data(self) -> DeviceMesh:
-        return self.device_mesh[tuple(axis for axis in PRODUCTS["data"] if axis in (self.device_mesh.mesh_dim_names or ()))]
+        return self.device_mesh[
+            tuple(axis for axis in PRODUCTS["data"] if axis in (self.device_mesh.mesh_dim_names or ()))
+        ]
 
     @property
     def dp_rank(self) -> int:
@@ -185,7 +190,9 @@ class Mesh:
         if world.bound_device_id is not None:  # NCCL splits its communicator into all groups at once
             return dist.split_group(split_ranks=ranks, **options)
         groups = [dist.new_group(members, **options) for members in ranks]
-        return next((group for group, members in zip(groups, ranks, strict=True) if dist.get_rank() in members), None)
+        return next(
+            (group for group, members in zip(groups, ranks, strict=True) if dist.get_rank() in members), None
+        )
 
 
 def sharded_over(tensor: Tensor) -> set[str]:
@@ -194,7 +201,9 @@ def sharded_over(tensor: Tensor) -> set[str]:
         return set()
     names = tensor.device_mesh.mesh_dim_names or ()
     # not is_shard(), which is False for the _StridedShard of tensor-parallel parameters under fully_shard
-    return {name for name, placement in zip(names, tensor.placements, strict=True) if not placement.is_replicate()}
+    return {
+        name for name, placement in zip(names, tensor.placements, strict=True) if not placement.is_replicate()
+    }
 
 
 def any_rank(flags: list[bool]) -> list[bool]:
@@ -225,7 +234,14 @@ def on_rank0(call: Callable[[], Any]) -> Any:
             outcome = (call(), None)
         except BaseException as error:  # so that the others do not wait
             raised = error
-            outcome = (None, error.code if isinstance(error, ReportedElsewhere) else 2 if isinstance(error, UserError) else 1)
+            outcome = (
+                None,
+                error.code
+                if isinstance(error, ReportedElsewhere)
+                else 2
+                if isinstance(error, UserError)
+                else 1,
+            )
     value, code = from_rank0(outcome)
     if raised is not None:
         raise raised

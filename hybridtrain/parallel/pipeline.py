@@ -1,7 +1,8 @@
 """Pipeline stages and schedules, on torch.distributed.pipelining. A schedule is one row in `_SCHEDULES`.
 
 Stages of rank r: r, r + pp, ... with looped schedules; r and 2 pp - 1 - r with V schedules.
-GPipe: arXiv 1811.06965; 1F1B and interleaving: arXiv 2104.04473; zero bubble and ZBV: arXiv 2401.10241; DualPipeV: DeepSeek-V3, arXiv 2412.19437.
+GPipe: arXiv 1811.06965; 1F1B and interleaving: arXiv 2104.04473; zero bubble and ZBV: arXiv 2401.10241;
+DualPipeV: DeepSeek-V3, arXiv 2412.19437.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class ZeroStage(PipelineStage):
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward_maybe_with_nosync(*args, **kwargs, batch=self.batch)
 
-    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False) -> Any:
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False
+    ) -> Any:
         stage = self.submod
         if not isinstance(stage, FSDPModule):
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
@@ -81,7 +84,11 @@ class ZeroStage(PipelineStage):
 def _backward(outputs: Any, grads: Any) -> None:
     """Backward from a stage's outputs that require gradients; none do if all parameters are frozen."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(output, grad) for output, grad in zip(outputs, grads or [None] * len(outputs), strict=True) if output.requires_grad]
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads or [None] * len(outputs), strict=True)
+        if output.requires_grad
+    ]
     if pairs:
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
@@ -116,14 +123,29 @@ class Pipeline:
     passes of all micro-batches.
     """
 
-    def __init__(self, stages: list[Stage], *, ids: list[int], count: int, schedule: str, micro_batches: int, group: dist.ProcessGroup, **shape: Any):
+    def __init__(
+        self,
+        stages: list[Stage],
+        *,
+        ids: list[int],
+        count: int,
+        schedule: str,
+        micro_batches: int,
+        group: dist.ProcessGroup,
+        **shape: Any,
+    ):
         """`shape`: see _wrap. A pipeline is for a fixed number and shape of micro-batches."""
         self.stages = stages
         self.factor: Tensor | None = None
         self.sums: list[Tensor] = []
-        self.wrapped = [self._wrap(stage, index, count=count, group=group, **shape) for stage, index in zip(stages, ids, strict=True)]
+        self.wrapped = [
+            self._wrap(stage, index, count=count, group=group, **shape)
+            for stage, index in zip(stages, ids, strict=True)
+        ]
         options = {"n_microbatches": micro_batches, "loss_fn": self._loss, "scale_grads": False}
-        self.schedule = _SCHEDULES[schedule](self.wrapped[0] if schedule in SINGLE else self.wrapped, **options)
+        self.schedule = _SCHEDULES[schedule](
+            self.wrapped[0] if schedule in SINGLE else self.wrapped, **options
+        )
         self.order = None if schedule in SINGLE else self.schedule.pipeline_order_with_comms
 
     def _wrap(
@@ -145,11 +167,19 @@ class Pipeline:
 
         Passes the shapes to torch, which would otherwise run a forward and backward pass to find them.
         """
-        hidden = torch.empty(rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(
+            rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True
+        )
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
         wrapped = ZeroStage(
-            stage, index, count, device, input_args=(ids if stage.first else hidden,), output_args=(loss if stage.last else hidden,), group=group
+            stage,
+            index,
+            count,
+            device,
+            input_args=(ids if stage.first else hidden,),
+            output_args=(loss if stage.last else hidden,),
+            group=group,
         )
         wrapped.zero_stage = zero_stage
         return wrapped
@@ -179,7 +209,9 @@ class Pipeline:
         self.factor = None
         if self.order is None:
             return self._run(self.schedule.eval, batches)
-        self.schedule.pipeline_order_with_comms = {rank: _forward_only(actions) for rank, actions in self.order.items()}
+        self.schedule.pipeline_order_with_comms = {
+            rank: _forward_only(actions) for rank, actions in self.order.items()
+        }
         try:
             return self._run(self.schedule.eval, batches)
         finally:

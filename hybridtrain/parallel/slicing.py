@@ -1,6 +1,7 @@
 """Tensor parallelism of one stage, with sequence parallelism and a vocabulary-parallel head.
 
-    embed (rows of the vocabulary) -> [norm -> attention (heads) -> norm -> MLP (columns, rows)] -> norm -> head (vocabulary)
+    embed (rows of the vocabulary) -> [norm -> attention (heads) -> norm -> MLP (columns, rows)] -> norm
+        -> head (vocabulary)
     hidden states between the blocks: Shard(1) over positions with sequence parallelism, else Replicate
 
 All parameters become DTensors of one mesh, including those of norms, so that the gradient norm needs no
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from hybridtrain.models.stage import Stage
@@ -39,7 +46,12 @@ def parameters_to_slice(stage: Stage, *, tp: int) -> set[str]:
     family = stage.family
     replicated = family.kv_projections if tp > stage.config.num_key_value_heads else ()
     kinds = {"colwise": ("weight", "bias"), "rowwise": ("weight",)}
-    in_layer = [f"{path}.{kind}" for path, style in family.tp_plan.items() if path not in replicated for kind in kinds.get(style, ())]
+    in_layer = [
+        f"{path}.{kind}"
+        for path, style in family.tp_plan.items()
+        if path not in replicated
+        for kind in kinds.get(style, ())
+    ]
     names = {f"{family.layers}.{index}.{name}" for index in stage.layers for name in in_layer}
     names |= {f"{family.embed}.weight", f"{family.head}.weight"}
     return names & {name for name, _ in stage.named_parameters()}
@@ -54,7 +66,10 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
         "rowwise": RowwiseParallel(output_layouts=between),
         "norm": norm,
         "head_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-        "attention_input": PrepareModuleInput(input_kwarg_layouts={"hidden_states": between}, desired_input_kwarg_layouts={"hidden_states": Replicate()}),
+        "attention_input": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": between},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        ),
         "mlp_input": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
     }
     plan: dict[str, ParallelStyle] = {}
@@ -63,7 +78,10 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
         path = f"{family.layers}.{index}"
         plan |= {f"{path}.{name}": styles[style] for name, style in family.tp_plan.items()}
         if tp > kv_heads:
-            plan |= {f"{path}.{name}": RepeatedHeads(heads=kv_heads, repeats=tp // kv_heads) for name in family.kv_projections}
+            plan |= {
+                f"{path}.{name}": RepeatedHeads(heads=kv_heads, repeats=tp // kv_heads)
+                for name in family.kv_projections
+            }
             layer.get_submodule(family.attention).num_key_value_groups = config.num_attention_heads // tp
     if stage.first:
         plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
@@ -73,7 +91,8 @@ def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, Parall
     return plan
 
 
-def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa: ARG001 - the signature distribute_module calls
+# the signature distribute_module calls
+def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa: ARG001
     for key, parameter in list(module.named_parameters(recurse=False)):
         replicated = DTensor.from_local(parameter.data, mesh, [Replicate()], run_check=False)
         module.register_parameter(key, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
@@ -87,7 +106,12 @@ class VocabularyParallelHead(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         weight: Any = module.weight
-        module.register_parameter("weight", nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=weight.requires_grad))
+        module.register_parameter(
+            "weight",
+            nn.Parameter(
+                distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=weight.requires_grad
+            ),
+        )
         return module
 
 
@@ -115,7 +139,8 @@ class RepeatedHeads(ParallelStyle):
         self.heads, self.repeats = heads, repeats
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _replicate, None, self._output)  # type: ignore[arg-type]  # an output hook may return
+        # an output hook may return
+        return distribute_module(module, device_mesh, _replicate, None, self._output)  # type: ignore[arg-type]
 
     def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:  # noqa: ARG002
         heads = output.unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2).flatten(-2)

@@ -76,7 +76,9 @@ def compare(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Me
     return 0 if compare_layouts(config, train=train, inputs=UserInputs(None, None)).passed else 1
 
 
-def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement], inputs: UserInputs) -> Parity:
+def compare_layouts(
+    config: schema.ParityRoot, *, train: Callable[[LayoutJob, float], Measurement], inputs: UserInputs
+) -> Parity:
     """Compare every layout with the reference, print the table, and write parity.json.
 
     `train` runs on every rank of a layout: measure.train_layout, or in tests a faulty version of it. Raises
@@ -88,7 +90,11 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
     tasks.user_task(config)  # for what it refuses
     data = _data(config, inputs)
     config = compatibility.adapt_model(config, data, facts=facts_of(config.model)) if data else config
-    comparison = plans.prepare(config, capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds}, devices=devices)
+    comparison = plans.prepare(
+        config,
+        capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds},
+        devices=devices,
+    )
     if data:
         with _or_random(config):
             compatibility.check_vocab(data, vocab=comparison.facts.vocab)
@@ -100,11 +106,27 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
     print(_opening(comparison, devices, tokens=tokens), flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        machine = _Machine("cpu:gloo,cuda:nccl" if devices else "gloo", _preload(comparison), config.engine.timeout_s, folder, inputs)
+        machine = _Machine(
+            "cpu:gloo,cuda:nccl" if devices else "gloo",
+            _preload(comparison),
+            config.engine.timeout_s,
+            folder,
+            inputs,
+        )
         reference, seconds = _reference(comparison, machine)
         facts = _facts(comparison, tokens=tokens)
-        reference_facts = {"losses": reference.steps.losses, "grad_norms": reference.steps.grad_norms, "seconds": round(seconds, 2)}
-        width = max(len(name) for name in ("at most, without tp", *(f"{case.name} ({case.engine})" for case in comparison.cases)))
+        reference_facts = {
+            "losses": reference.steps.losses,
+            "grad_norms": reference.steps.grad_norms,
+            "seconds": round(seconds, 2),
+        }
+        width = max(
+            len(name)
+            for name in (
+                "at most, without tp",
+                *(f"{case.name} ({case.engine})" for case in comparison.cases),
+            )
+        )
         print(_header(comparison, reference, width=width), flush=True)
         for case in comparison.cases:
             rows.append(_layout(case, comparison, machine, reference=reference, train=train))
@@ -115,17 +137,25 @@ def compare_layouts(config: schema.ParityRoot, *, train: Callable[[LayoutJob, fl
 
 
 def _header(comparison: Comparison, reference: ReferenceResult, *, width: int) -> str:
-    by_kind = {"with tp" if case.layout.tp > 1 else "without tp": _tolerance(case, comparison, reference) for case in comparison.cases}
+    by_kind = {
+        "with tp" if case.layout.tp > 1 else "without tp": _tolerance(case, comparison, reference)
+        for case in comparison.cases
+    }
     return verdict.header(by_kind, width=width)
 
 
 def _outcome(rows: list[Row]) -> str:
     failed = [row.name for row in rows if not row.passed]
-    return f"{len(rows) - len(failed)} of {len(rows)} layouts pass" + (f"; FAILED: {', '.join(failed)}" if failed else "")
+    return f"{len(rows) - len(failed)} of {len(rows)} layouts pass" + (
+        f"; FAILED: {', '.join(failed)}" if failed else ""
+    )
 
 
 def _tolerance(case: LayoutCase, comparison: Comparison, reference: ReferenceResult) -> dict[str, float]:
-    """Tolerances of a layout. AdamW moves an element by about the learning rate per step; for others it is measured."""
+    """Tolerances of a layout.
+
+    AdamW moves an element by about the learning rate per step; for others it is measured.
+    """
     config = comparison.config
     moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
     return verdict.tolerances(config.precision.kind, tp=case.layout.tp, moved=moved)
@@ -152,7 +182,11 @@ def _or_random(config: schema.Config) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}\n           or data.path='' for random tokens from the seed") if config.data.path else error from None
+        raise (
+            UserError(f"{error}\n           or data.path='' for random tokens from the seed")
+            if config.data.path
+            else error
+        ) from None
 
 
 def _data(config: schema.ParityRoot, inputs: UserInputs) -> Blend | None:
@@ -168,7 +202,13 @@ def _result_path(config: schema.ParityRoot) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise refusal("run.dir", folder, f"it cannot be written: {error}", allowed="a folder that you can write", instead="run.dir=FOLDER") from error
+        raise refusal(
+            "run.dir",
+            folder,
+            f"it cannot be written: {error}",
+            allowed="a folder that you can write",
+            instead="run.dir=FOLDER",
+        ) from error
     return folder / "parity.json"
 
 
@@ -188,7 +228,9 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
         *comparison.changes,
     ]
     if facts.parameters > LARGE:
-        lines.append(f"the reference trains all {facts.parameters:,} parameters in one process; parity.shrink=true cuts layers and width")
+        lines.append(
+            f"the reference trains all {facts.parameters:,} parameters in one process; parity.shrink=true cuts layers and width"
+        )
     if comparison.left_out:
         lines.append("left out of the default set:")
         lines += [f"  {name}: {why}" for name, why in comparison.left_out.items()]
@@ -197,7 +239,11 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
 
 def _preload(comparison: Comparison) -> tuple[str, ...]:
     family = comparison.facts.model_type
-    engine = {"hybridtrain.engine.torch_native"} if any(case.engine == "torch" for case in comparison.cases) else set()
+    engine = (
+        {"hybridtrain.engine.torch_native"}
+        if any(case.engine == "torch" for case in comparison.cases)
+        else set()
+    )
     return ("hybridtrain.parity.measure", *engine, f"transformers.models.{family}.modeling_{family}")
 
 
@@ -224,23 +270,51 @@ def _reference(comparison: Comparison, machine: _Machine) -> tuple[ReferenceResu
     began = time.monotonic()
     job = _job(comparison.config, ParallelLayout(1, 1, 1, 1, 1), comparison, comparison.plan, machine)
     try:
-        [reference] = ranks.run_ranks(1, train_reference, job, preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s)
+        [reference] = ranks.run_ranks(
+            1,
+            train_reference,
+            job,
+            preload=machine.preload,
+            backend=machine.backend,
+            timeout_s=machine.timeout_s,
+        )
     except ranks.RankFailed as error:
-        raise UserError(f"the plain reference process failed, so there is nothing to compare with:\n{error}") from error
+        raise UserError(
+            f"the plain reference process failed, so there is nothing to compare with:\n{error}"
+        ) from error
     seconds = time.monotonic() - began
-    print(f"reference: losses {', '.join(f'{loss:.6f}' for loss in reference.steps.losses)}; {seconds:.1f} s\n", flush=True)
+    print(
+        f"reference: losses {', '.join(f'{loss:.6f}' for loss in reference.steps.losses)}; {seconds:.1f} s\n",
+        flush=True,
+    )
     return reference, seconds
 
 
-def _job(config: schema.Config, layout: ParallelLayout, comparison: Comparison, plan: Any, machine: _Machine) -> LayoutJob:
+def _job(
+    config: schema.Config, layout: ParallelLayout, comparison: Comparison, plan: Any, machine: _Machine
+) -> LayoutJob:
     from hybridtrain.parity.measure import LayoutJob
 
     steps, vocab, inputs = comparison.config.parity.steps, comparison.facts.vocab, machine.inputs
-    return LayoutJob(config=config, layout=layout, plan=plan, steps=steps, vocab=vocab, folder=machine.folder, task=inputs.task, data=inputs.data)
+    return LayoutJob(
+        config=config,
+        layout=layout,
+        plan=plan,
+        steps=steps,
+        vocab=vocab,
+        folder=machine.folder,
+        task=inputs.task,
+        data=inputs.data,
+    )
 
 
 def _layout(
-    case: LayoutCase, comparison: Comparison, machine: _Machine, *, reference: ReferenceResult, train: Callable[[LayoutJob, float], Measurement]
+    case: LayoutCase,
+    comparison: Comparison,
+    machine: _Machine,
+    *,
+    reference: ReferenceResult,
+    train: Callable[[LayoutJob, float], Measurement],
 ) -> Row:
     """Run one layout and return its row, also if it crashes."""
     config = copy.deepcopy(comparison.config)
@@ -250,11 +324,25 @@ def _layout(
     began = time.monotonic()
     try:
         measurements = ranks.run_ranks(
-            processes, train, job, reference.steps.grad_norms[0], preload=machine.preload, backend=machine.backend, timeout_s=machine.timeout_s
+            processes,
+            train,
+            job,
+            reference.steps.grad_norms[0],
+            preload=machine.preload,
+            backend=machine.backend,
+            timeout_s=machine.timeout_s,
         )
         measured, worst, error = verdict.merge(measurements, reference)
     except ranks.RankFailed as failure:
         measured, worst, error = {}, {}, str(failure)
     return Row(
-        case.name, case.engine, processes, config.precision.kind, _tolerance(case, comparison, reference), time.monotonic() - began, measured, worst, error
+        case.name,
+        case.engine,
+        processes,
+        config.precision.kind,
+        _tolerance(case, comparison, reference),
+        time.monotonic() - began,
+        measured,
+        worst,
+        error,
     )

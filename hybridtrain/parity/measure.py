@@ -108,12 +108,24 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
     source = initial(config.model, built, family=family, seed=config.run.seed)
     task = job.task or tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
-    plain = reference.Reference(built, family=family, source=source, settings=config.optim, freeze=config.model.freeze, task=task, **dtypes)
+    plain = reference.Reference(
+        built,
+        family=family,
+        source=source,
+        settings=config.optim,
+        freeze=config.model.freeze,
+        task=task,
+        **dtypes,
+    )
     plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
     tokens = _tokens(job, dp_rank=0, dp_size=1, collate=task.collate)
-    first = {} if config.optim.kind == "adamw" else {name: value.clone() for name, value in plain.parameters().items()}
+    first = (
+        {}
+        if config.optim.kind == "adamw"
+        else {name: value.clone() for name, value in plain.parameters().items()}
+    )
     steps = Steps()
     for step in range(job.steps):
         batches = [batch.to(device) for batch in tokens.micro_batches(step)]
@@ -124,8 +136,13 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
         if step == 0:
             gradients = _write(result.gradients, Path(job.folder) / "gradients.safetensors")
         del result
-    moved = max((float((value - first[name]).abs().max()) for name, value in plain.parameters().items() if first), default=0.0)
-    return ReferenceResult(steps, moved, gradients, _write(plain.parameters(), Path(job.folder) / "parameters.safetensors"))
+    moved = max(
+        (float((value - first[name]).abs().max()) for name, value in plain.parameters().items() if first),
+        default=0.0,
+    )
+    return ReferenceResult(
+        steps, moved, gradients, _write(plain.parameters(), Path(job.folder) / "parameters.safetensors")
+    )
 
 
 def train_layout(job: LayoutJob, reference_norm: float) -> Measurement:
@@ -136,7 +153,9 @@ def train_layout(job: LayoutJob, reference_norm: float) -> Measurement:
     device = mesh.device()
     registry.load(job.config.run.plugins)
     mesh.connect(device, timeout_s=job.config.engine.timeout_s)
-    engine = engines.build_for(job.task, job.config, layout=job.layout, plan=job.plan, device=device, initial=True)
+    engine = engines.build_for(
+        job.task, job.config, layout=job.layout, plan=job.plan, device=device, initial=True
+    )
     gradients, parameters = Differences(), Differences()
 
     def compare_gradients(named: Iterable[tuple[str, Any]]) -> None:
@@ -149,7 +168,12 @@ def train_layout(job: LayoutJob, reference_norm: float) -> Measurement:
     steps = Steps()
     for step in range(job.steps):
         _record(steps, engine.train_step(tokens.micro_batches(step), lr=job.config.optim.lr))
-    _compare(engine.weights(), Path(job.folder) / "parameters.safetensors", parameters, lambda ours, theirs: float((ours - theirs).abs().max()))
+    _compare(
+        engine.weights(),
+        Path(job.folder) / "parameters.safetensors",
+        parameters,
+        lambda ours, theirs: float((ours - theirs).abs().max()),
+    )
     engine.close()
     return Measurement(steps, gradients, parameters)
 
@@ -160,7 +184,12 @@ def _record(steps: Steps, result: StepResult) -> None:
     steps.skipped += int(result.skipped)
 
 
-def _compare(named: Iterable[tuple[str, Any]], path: Path, largest: Differences, difference: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+def _compare(
+    named: Iterable[tuple[str, Any]],
+    path: Path,
+    largest: Differences,
+    difference: Callable[[torch.Tensor, torch.Tensor], float],
+) -> None:
     """Gather each tensor whole (collective over its mesh) and add its difference to `largest`."""
     with safe_open(path, framework="pt") as file:
         known = set(file.keys())
@@ -185,7 +214,15 @@ def _tokens(job: LayoutJob, *, dp_rank: int, dp_size: int, collate: Collate) -> 
     seed = job.config.run.seed
     if job.data or job.config.data.named:
         data = job.data or data_of(job.config, timeout_s=0)
-        return Loader(data, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=job.vocab, collate=collate)
+        return Loader(
+            data, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=job.vocab, collate=collate
+        )
     return Synthetic(
-        vocab=job.vocab, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, labels=len(facts_of(job.config.model).labels), collate=collate
+        vocab=job.vocab,
+        plan=job.plan,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=seed,
+        labels=len(facts_of(job.config.model).labels),
+        collate=collate,
     )

@@ -89,10 +89,14 @@ class Comparison:
     @property
     def plan(self) -> BatchPlan:
         """Batch plan of the reference: all rows in one process."""
-        return plan_batch(self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len)
+        return plan_batch(
+            self.config.batch, layout=ParallelLayout(1, 1, 1, 1, 1), seq_len=self.config.data.seq_len
+        )
 
 
-def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None) -> Comparison:
+def prepare(
+    config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilities], devices: int | None
+) -> Comparison:
     """Choose layouts and model. Raises UserError for a named layout that cannot run.
 
     `capabilities`: engine -> its capabilities, of the engines to compare. `devices`: number of
@@ -119,7 +123,13 @@ def prepare(config: schema.ParityRoot, *, capabilities: Mapping[str, Capabilitie
         cases, left_out = _choose(config, model, capabilities, devices)
     if not cases:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise refusal("parity.layouts", "[]", f"no layout fits ({reasons})", allowed="layouts this model and batch can run", instead="parity.layouts=[single]")
+        raise refusal(
+            "parity.layouts",
+            "[]",
+            f"no layout fits ({reasons})",
+            allowed="layouts this model and batch can run",
+            instead="parity.layouts=[single]",
+        )
     return Comparison(config, model, cases, left_out, changes)
 
 
@@ -130,7 +140,9 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
     config = copy.deepcopy(config)
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
     if config.optim.eps < MIN_EPS:
-        changes.append(f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it")
+        changes.append(
+            f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it"
+        )
         config.optim.eps = MIN_EPS
     if config.precision.kind == "fp16_mixed":
         scale = max(LOSS_SCALE, config.precision.min_scale)
@@ -140,7 +152,10 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
 
 
 def _choose(
-    config: schema.ParityRoot, model: ModelFacts, capabilities: Mapping[str, Capabilities], devices: int | None
+    config: schema.ParityRoot,
+    model: ModelFacts,
+    capabilities: Mapping[str, Capabilities],
+    devices: int | None,
 ) -> tuple[list[LayoutCase], dict[str, str]]:
     """The layouts to run, grouped by engine; and those of the default set that are left out -> the reason."""
     cases: list[LayoutCase] = []
@@ -148,7 +163,9 @@ def _choose(
     for engine, supported in capabilities.items():
         cases, missing = _choose_for(engine, config, model, supported, devices)
         cases += cases
-        left_out |= {f"{engine} {name}" if len(capabilities) > 1 else name: why for name, why in missing.items()}
+        left_out |= {
+            f"{engine} {name}" if len(capabilities) > 1 else name: why for name, why in missing.items()
+        }
     return cases, left_out
 
 
@@ -168,12 +185,21 @@ def _choose_for(
             if devices is not None and layout.world_size > devices:
                 raise _too_few(name, layout.world_size, devices)
             plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
-            rules.check(parallel, layout=layout, plan=plan, precision=config.precision.kind, facts=model, capabilities=supported)
+            rules.check(
+                parallel,
+                layout=layout,
+                plan=plan,
+                precision=config.precision.kind,
+                facts=model,
+                capabilities=supported,
+            )
             if engine == "deepspeed":
                 deepspeed_checks.check_stage(config, parallel.zero_stage)
         except UserError as error:
             if named:
-                raise UserError(f"parity.layouts: {name} cannot run with this model and batch:\n{error}") from error
+                raise UserError(
+                    f"parity.layouts: {name} cannot run with this model and batch:\n{error}"
+                ) from error
             left_out[name] = str(error).splitlines()[0]
             continue
         cases.setdefault(name, LayoutCase(name, engine, parallel, layout, plan))
@@ -186,7 +212,11 @@ def _parse(text: str) -> schema.ParallelConfig:
 
 def _without_unsupported(parallel: schema.ParallelConfig, supported: Capabilities) -> schema.ParallelConfig:
     """A layout, without sequence parallelism (in its name -nosp) if the engine does not support it."""
-    return parallel if supported.sequence_parallel or parallel.tp == 1 else dataclasses.replace(parallel, sequence_parallel=False)
+    return (
+        parallel
+        if supported.sequence_parallel or parallel.tp == 1
+        else dataclasses.replace(parallel, sequence_parallel=False)
+    )
 
 
 def _layout_of(parallel: schema.ParallelConfig) -> schema.ParallelConfig:
@@ -214,7 +244,14 @@ def _stages(cases: Sequence[LayoutCase]) -> int:
     return max((case.layout.pp * schedules.stages_per_rank(case.parallel) for case in cases), default=1)
 
 
-def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[ParallelLayout], stages: int, vocab: bool) -> dict[str, Any]:
+def shrunk(
+    fields: Mapping[str, Any],
+    *,
+    model: ModelFacts,
+    layouts: Sequence[ParallelLayout],
+    stages: int,
+    vocab: bool,
+) -> dict[str, Any]:
     """config.json fields of a smaller model of the same family: fewer layers and heads, smaller width,
     same ratio of heads.
 
@@ -224,7 +261,10 @@ def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[Pa
     degrees = {layout.tp for layout in layouts}
     group = model.heads // model.kv_heads
     fits = [
-        kv for kv in range(1, model.kv_heads + 1) if model.kv_heads % kv == 0 and all(kv * group % tp == 0 and (kv % tp == 0 or tp % kv == 0) for tp in degrees)
+        kv
+        for kv in range(1, model.kv_heads + 1)
+        if model.kv_heads % kv == 0
+        and all(kv * group % tp == 0 and (kv % tp == 0 or tp % kv == 0) for tp in degrees)
     ]
     kv_heads = next((kv for kv in fits if kv > 1), model.kv_heads)
     heads = kv_heads * group
@@ -235,19 +275,41 @@ def shrunk(fields: Mapping[str, Any], *, model: ModelFacts, layouts: Sequence[Pa
     width = model.hidden * heads * head_dim // (model.heads * model.head_dim)
     ffn = max(1, round(model.ffn / model.hidden * width / 64)) * 64
     small = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _NOT_MODEL}
-    small |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": width, "intermediate_size": ffn}
+    small |= {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": width,
+        "intermediate_size": ffn,
+    }
     if "head_dim" in fields or width != heads * head_dim:
         small["head_dim"] = head_dim
     if isinstance(fields.get("layer_types"), list):
         small["layer_types"] = fields["layer_types"][:layers]
     if vocab and model.vocab > _SMALL_VOCAB:
         small["vocab_size"] = _SMALL_VOCAB + model.vocab % 2  # an odd vocabulary stays odd
-        small |= {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id") if fields.get(key) is not None}
+        small |= {
+            key: None
+            for key in ("pad_token_id", "bos_token_id", "eos_token_id")
+            if fields.get(key) is not None
+        }
     return small
 
 
 def _shrink_note(config: schema.ParityRoot, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
-    cuts = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-    weights = "; its weights are new, not those of model.from_pretrained" if config.model.from_pretrained else ""
+    keys = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    )
+    cuts = [
+        f"{key} {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)
+    ]
+    weights = (
+        "; its weights are new, not those of model.from_pretrained" if config.model.from_pretrained else ""
+    )
     return f"parity.shrink: {', '.join(cuts) or 'nothing to cut'}{weights}"

@@ -58,7 +58,11 @@ class Row:
     @property
     def exceeded(self) -> list[str]:
         """Measures above their tolerance; a missing value and NaN are above any tolerance."""
-        return [name for name in MEASURES if (value := self.measured.get(name)) is None or not value <= self.tolerance[name]]
+        return [
+            name
+            for name in MEASURES
+            if (value := self.measured.get(name)) is None or not value <= self.tolerance[name]
+        ]
 
     @property
     def passed(self) -> bool:
@@ -85,21 +89,33 @@ def largest(values: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def merge(ranks: Sequence[Measurement], reference: ReferenceResult) -> tuple[dict[str, float], dict[str, str], str]:
+def merge(
+    ranks: Sequence[Measurement], reference: ReferenceResult
+) -> tuple[dict[str, float], dict[str, str], str]:
     """The results of all ranks combined: the largest differences, the parameters that have them, and
     other problems as text.
     """
     measured = {
         "loss_rel": largest(_relative(rank.steps.losses, reference.steps.losses) for rank in ranks),
-        "grad_norm_rel": largest(_relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in ranks),
+        "grad_norm_rel": largest(
+            _relative(rank.steps.grad_norms, reference.steps.grad_norms) for rank in ranks
+        ),
         "grad_rel": largest(rank.gradients.largest for rank in ranks),
         "param_abs": largest(rank.parameters.largest for rank in ranks),
     }
     worst = {
-        "grad_rel": next(rank.gradients.name for rank in ranks if not rank.gradients.largest < measured["grad_rel"]),
-        "param_abs": next(rank.parameters.name for rank in ranks if not rank.parameters.largest < measured["param_abs"]),
+        "grad_rel": next(
+            rank.gradients.name for rank in ranks if not rank.gradients.largest < measured["grad_rel"]
+        ),
+        "param_abs": next(
+            rank.parameters.name for rank in ranks if not rank.parameters.largest < measured["param_abs"]
+        ),
     }
-    complaints = [f"{rank.steps.skipped} steps were skipped for a gradient that is not finite" for rank in ranks[:1] if rank.steps.skipped]
+    complaints = [
+        f"{rank.steps.skipped} steps were skipped for a gradient that is not finite"
+        for rank in ranks[:1]
+        if rank.steps.skipped
+    ]
     for what, expected, compared in (
         ("gradient", reference.gradients, set().union(*(rank.gradients.compared for rank in ranks))),
         ("parameter", reference.parameters, set().union(*(rank.parameters.compared for rank in ranks))),
@@ -112,7 +128,15 @@ def merge(ranks: Sequence[Measurement], reference: ReferenceResult) -> tuple[dic
 def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) -> str:
     """The first lines of the table: column names, and the tolerances with and without tp."""
     names = f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  {'grad_rel':>9}  {'param_abs':>9}  seconds  result"
-    return "\n".join([names, *(f"{'at most, ' + kind:<{width}}         {_cells(values)}" for kind, values in rows_tolerances.items())])
+    return "\n".join(
+        [
+            names,
+            *(
+                f"{'at most, ' + kind:<{width}}         {_cells(values)}"
+                for kind, values in rows_tolerances.items()
+            ),
+        ]
+    )
 
 
 def line(row: Row, *, width: int) -> str:
@@ -125,14 +149,24 @@ def line(row: Row, *, width: int) -> str:
 
 
 def _cells(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{format(values[name], '.1e') if name in values else '-':>{size}}" for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True))
+    return "  ".join(
+        f"{format(values[name], '.1e') if name in values else '-':>{size}}"
+        for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True)
+    )
 
 
 def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write parity.json atomically. NaN and infinities become null."""
     entries = []
     for row in rows:
-        values = (row.layout, row.engine, row.precision, row.passed, *(row.measured.get(name) for name in MEASURES), round(row.seconds, 2))
+        values = (
+            row.layout,
+            row.engine,
+            row.precision,
+            row.passed,
+            *(row.measured.get(name) for name in MEASURES),
+            round(row.seconds, 2),
+        )
         entries.append(dict(zip(COLUMNS, values, strict=True)))
     content = {
         "reference": dict(reference),

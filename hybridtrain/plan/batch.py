@@ -1,12 +1,14 @@
 """The batch of an optimizer step: its rows, their length, and how many micro-batches each data rank takes.
 
-All of it follows from the config and the step. In the first steps the global batch may be smaller (a ramp) and rows may be cut into
-shorter pieces (sequence-length warm-up):
+All of it follows from the config and the step. In the first steps the global batch may be smaller (a ramp)
+and rows may be cut into shorter pieces (sequence-length warm-up):
 
-    rows     8 8 8 16 16 16 24 24 24 32 32 ...        batch.ramp_start=8 ramp_increment=8 ramp_steps=9 global_batch_size=32
+    rows     8 8 8 16 16 16 24 24 24 32 32 ...        batch.ramp_start=8 ramp_increment=8 ramp_steps=9
+                                                      global_batch_size=32
     length   64 64 64 128 128 128 256 256 ...         batch.seq_len_start=64 seq_len_steps=6 data.seq_len=256
 
-A row that is cut keeps all its tokens: with pieces of S / 4 tokens, micro-batches have four times as many rows.
+A row that is cut keeps all its tokens: with pieces of S / 4 tokens, micro-batches have
+four times as many rows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stairs:
-    """A whole number as a function of the step: `values` in order, each for an equal share of the first `steps` steps; the last one from then on."""
+    """A whole number as a function of the step: `values` in order, each for an equal share of the first
+    `steps` steps; the last one from then on."""
 
     values: tuple[int, ...]
     steps: int
@@ -39,13 +42,19 @@ class Stairs:
         rises = len(self.values) - 1
         starts = [-(-number * self.steps // rises) for number in range(rises)] if rises else []
         ends = [*starts[1:], self.steps] if rises else []
-        grown = sum(value * (min(step, end) - min(step, start)) for value, start, end in zip(self.values, starts, ends, strict=False))
+        grown = sum(
+            value * (min(step, end) - min(step, start))
+            for value, start, end in zip(self.values, starts, ends, strict=False)
+        )
         return grown + self.values[-1] * max(0, step - (self.steps if rises else 0))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch_size = micro_batch_size x dp x grad_accum. Under pp, grad_accum is the number of micro-batches."""
+    """global_batch_size = micro_batch_size x dp x grad_accum.
+
+    Under pp, grad_accum is the number of micro-batches.
+    """
 
     micro_batch_size: int
     seq_len: int
@@ -87,8 +96,16 @@ def plan_batch(batch: schema.BatchConfig, *, layout: ParallelLayout, seq_len: in
     """Derive grad_accum, the ramp and the cuts; raises UserError for numbers that do not go together."""
     rules.require(batch_rules.of_batch(batch, dp=layout.dp, seq_len=seq_len))
     size, micro = batch.global_batch_size, batch.micro_batch_size
-    ramp = Stairs(tuple(range(batch.ramp_start, size + 1, batch.ramp_increment)), batch.ramp_steps) if batch.ramp_start else None
-    cuts = Stairs(tuple(_halvings(seq_len // batch.seq_len_start)), batch.seq_len_steps) if batch.seq_len_start else None
+    ramp = (
+        Stairs(tuple(range(batch.ramp_start, size + 1, batch.ramp_increment)), batch.ramp_steps)
+        if batch.ramp_start
+        else None
+    )
+    cuts = (
+        Stairs(tuple(_halvings(seq_len // batch.seq_len_start)), batch.seq_len_steps)
+        if batch.seq_len_start
+        else None
+    )
     return BatchPlan(micro, seq_len, size // (micro * layout.dp), size, ramp, cuts)
 
 

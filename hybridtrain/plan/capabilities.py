@@ -79,4 +79,8 @@ def _torch() -> str:
 def _release(version: str) -> tuple[int, int]:
     """(2, 13) from "2.13.0+cpu"; an unknown version counts as new."""
     parts = version.split(".")
-    return (int(parts[0]), int(parts[1])) if parts[0].isdecimal() and parts[1].isdecimal() else _SPLIT_BACKWARD_SINCE
+    return (
+        (int(parts[0]), int(parts[1]))
+        if parts[0].isdecimal() and parts[1].isdecimal()
+        else _SPLIT_BACKWARD_SINCE
+    )

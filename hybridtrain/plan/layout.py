@@ -65,7 +65,9 @@ def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayo
     degrees = {axis: getattr(parallel, axis) for axis in AXES}
     rules.require(rules.of_degrees(degrees, world_size=world_size))
     fixed = math.prod(degree for degree in degrees.values() if degree != -1)
-    return ParallelLayout(**{axis: world_size // fixed if degree == -1 else degree for axis, degree in degrees.items()})
+    return ParallelLayout(
+        **{axis: world_size // fixed if degree == -1 else degree for axis, degree in degrees.items()}
+    )
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:

@@ -56,10 +56,17 @@ class Widths:
 
 def widths(precision: str) -> Widths:
     """The widths of a precision.kind."""
-    return {"fp32": Widths(4, 4), "bf16_mixed": Widths(4, 2), "fp16_mixed": Widths(4, 2), "bf16_pure": Widths(2, 2)}[precision]
+    return {
+        "fp32": Widths(4, 4),
+        "bf16_mixed": Widths(4, 2),
+        "fp16_mixed": Widths(4, 2),
+        "bf16_pure": Widths(2, 2),
+    }[precision]
 
 
-def parameters_of_stage(facts: ModelFacts, *, layers: int, first: bool, last: bool, tp: int) -> tuple[int, int]:
+def parameters_of_stage(
+    facts: ModelFacts, *, layers: int, first: bool, last: bool, tp: int
+) -> tuple[int, int]:
     """(parameters of a stage on one tensor-parallel rank, those of one layer).
 
     Biases and small norms count as sharded, an error below 0.1 %.
@@ -72,25 +79,50 @@ def parameters_of_stage(facts: ModelFacts, *, layers: int, first: bool, last: bo
     per_layer = math.ceil((layer - repeated - norms) / tp) + repeated + norms
     embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
     both = first and last and facts.tied
-    return layers * per_layer + first * embedding + (last and not both) * head + last * facts.hidden, per_layer
+    return layers * per_layer + first * embedding + (
+        last and not both
+    ) * head + last * facts.hidden, per_layer
 
 
-def needs(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> MemoryNeed:
+def needs(
+    config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts
+) -> MemoryNeed:
     """Memory of the rank that needs the most."""
     per_rank, of_ranks = stages_per_rank(parallel), []
     stages = stage_layers(facts.layers, layout.pp * per_rank)
     for rank in range(layout.pp):
         total = largest = 0
         for index in range(rank, len(stages), layout.pp):
-            stage, layer = parameters_of_stage(facts, layers=len(stages[index]), first=index == 0, last=index == len(stages) - 1, tp=layout.tp)
+            stage, layer = parameters_of_stage(
+                facts,
+                layers=len(stages[index]),
+                first=index == 0,
+                last=index == len(stages) - 1,
+                tp=layout.tp,
+            )
             total, largest = total + stage, max(largest, layer)
-        head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * (rank == (len(stages) - 1) % layout.pp)
+        head = (
+            4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * (rank == (len(stages) - 1) % layout.pp)
+        )
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
-        of_ranks.append(of_rank(config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head))
+        of_ranks.append(
+            of_rank(
+                config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
+            )
+        )
     return max(of_ranks, key=lambda need: need.total)
 
 
-def _of_torch(config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, total: int, largest: int, head: int) -> MemoryNeed:
+def _of_torch(
+    config: Config,
+    *,
+    parallel: ParallelConfig,
+    layout: ParallelLayout,
+    plan: BatchPlan,
+    total: int,
+    largest: int,
+    head: int,
+) -> MemoryNeed:
     """`total`: parameters of the rank, `largest`: of its largest layer; `head`: bytes of the
     head's gradient in fp32.
     """
@@ -125,7 +157,9 @@ def _of_deepspeed(
     masters, copy = share * 12, (share if zero == 3 else total) * compute
     offloaded = masters * (config.engine.offload_optimizer == "cpu" and _on_gpu())
     offloaded += copy * (config.engine.offload_parameters == "cpu" and zero == 3 and _on_gpu())
-    return MemoryNeed(masters + copy + share * 4 - offloaded, head + (largest * compute if zero == 3 else 0), offloaded)
+    return MemoryNeed(
+        masters + copy + share * 4 - offloaded, head + (largest * compute if zero == 3 else 0), offloaded
+    )
 
 
 def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> int:
@@ -143,21 +177,35 @@ def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, fact
     saved = {"none": layer, "selective": 2 * ffn + 2 * hidden + attention, "full": hidden}[kind]
     per_rank = stages_per_rank(config.parallel)
     layers = len(stage_layers(facts.layers, pp * per_rank)[0]) * per_rank
-    in_flight = plan.grad_accum if pp > 1 and config.parallel.schedule == "gpipe" else min(pp, plan.grad_accum)
-    return compute * plan.micro_batch_size * plan.seq_len * (saved * layers * in_flight + (layer if kind != "none" else 0))
+    in_flight = (
+        plan.grad_accum if pp > 1 and config.parallel.schedule == "gpipe" else min(pp, plan.grad_accum)
+    )
+    return (
+        compute
+        * plan.micro_batch_size
+        * plan.seq_len
+        * (saved * layers * in_flight + (layer if kind != "none" else 0))
+    )
 
 
-def warn(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:
+def warn(
+    config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str
+) -> None:
     """Log a warning if a step may need more than the `available` bytes of a rank, with activations."""
     need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts).total
     extra = activations(config, layout=layout, plan=plan, facts=facts)
     if not config.engine.check_memory or need + extra <= available:
         return
     ways = [f"batch.micro_batch_size={plan.micro_batch_size // 2}"] if plan.micro_batch_size > 1 else []
-    ways += [f"recompute={kind}" for kind in {"none": ["selective", "full"], "selective": ["full"], "full": []}[config.recompute.kind]]
+    ways += [
+        f"recompute={kind}"
+        for kind in {"none": ["selective", "full"], "selective": ["full"], "full": []}[config.recompute.kind]
+    ]
     problem = f"activations of about {extra / GIB:.1f} GiB come on top of {need / GIB:.1f} GiB for weights, gradients, optimizer state and their copies"
     hint = f"; {' or '.join(ways)} takes less" if ways else ""
-    _log.warning("memory    %s: there are %.1f GiB of %s for each rank%s", problem, available / GIB, place, hint)
+    _log.warning(
+        "memory    %s: there are %.1f GiB of %s for each rank%s", problem, available / GIB, place, hint
+    )
 
 
 def host_share() -> int:
@@ -179,7 +227,9 @@ def host_memory() -> int:
 
 def _on_gpu() -> bool:
     """Whether this machine has NVIDIA GPUs that this process may use. Without torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(
+        Path("/dev").glob("nvidia[0-9]*")
+    )
 
 
 def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> None:
@@ -194,23 +244,38 @@ def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts
     if config.engine.check_memory and need.host > available:
         problem = f"a rank offloads {need.host / GIB:.1f} GiB to the host's memory, of which there are {available / GIB:.1f} GiB for each rank"
         instead = "more data ranks, offloading less (engine.offload_optimizer, engine.offload_parameters), or engine.check_memory=false"
-        raise refusal("parallel", write(config.parallel, layout), problem, allowed=f"at most {available / GIB:.1f} GiB", instead=instead)
+        raise refusal(
+            "parallel",
+            write(config.parallel, layout),
+            problem,
+            allowed=f"at most {available / GIB:.1f} GiB",
+            instead=instead,
+        )
 
 
-def check(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str) -> None:
-    """Raise UserError for a layout that needs more than the `available` bytes of a rank, without activations."""
+def check(
+    config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts, available: int, place: str
+) -> None:
+    """Raise UserError for a layout that needs more than the `available` bytes of a rank,
+    without activations."""
     if not config.engine.check_memory:
         return
     need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
     if need.total <= available:
         return
-    problem = (
-        f"a rank needs {need.state / GIB:.1f} GiB for weights, gradients and optimizer state and {need.step / GIB:.1f} GiB more in a step, before activations"
-    )
+    problem = f"a rank needs {need.state / GIB:.1f} GiB for weights, gradients and optimizer state and {need.step / GIB:.1f} GiB more in a step, before activations"
     problem += f"; there are {available / GIB:.1f} GiB of {place} for each rank"
     suggestions = list(_layouts_that_fit(config, plan=plan, facts=facts, available=available))
-    instead = f"{' or '.join(suggestions) if suggestions else 'a smaller model'}, or engine.check_memory=false"
-    raise refusal("parallel", write(config.parallel, layout), problem, allowed=f"at most {available / GIB:.1f} GiB", instead=instead)
+    instead = (
+        f"{' or '.join(suggestions) if suggestions else 'a smaller model'}, or engine.check_memory=false"
+    )
+    raise refusal(
+        "parallel",
+        write(config.parallel, layout),
+        problem,
+        allowed=f"at most {available / GIB:.1f} GiB",
+        instead=instead,
+    )
 
 
 def _layouts_that_fit(config: Config, *, plan: BatchPlan, facts: ModelFacts, available: int) -> Iterator[str]:

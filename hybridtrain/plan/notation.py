@@ -31,7 +31,9 @@ def parse(text: str) -> dict[str, Any]:
                 "layout",
                 text,
                 f"'{part}' is no part of a layout",
-                allowed="an axis and its degree (" + ", ".join(AXES) + "), zero0 to zero3, a schedule, v2 (virtual stages), nosp, or single",
+                allowed="an axis and its degree ("
+                + ", ".join(AXES)
+                + "), zero0 to zero3, a schedule, v2 (virtual stages), nosp, or single",
                 instead="pp2-dp_shard2-tp2-zero3",
             )
     if fields["zero_stage"] is None:

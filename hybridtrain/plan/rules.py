@@ -1,8 +1,9 @@
-"""What cannot run, as tables of rules: the degrees, and what engine, schedule and model make of them and of the
-batch, whose own rules are in batch_rules.py.
+"""What cannot run, as tables of rules: the degrees, and what engine, schedule and model make of them and of
+the batch, whose own rules are in batch_rules.py.
 
-A rule that does not hold is a refusal: section.field, the value, what is wrong, what is allowed, what to try. The first one counts; a table
-is evaluated row by row, so that a row may rely on those above it. Nothing here changes a value that the user gave.
+A rule that does not hold is a refusal: section.field, the value, what is wrong, what is allowed, what to try.
+The first one counts; a table is evaluated row by row, so that a row may rely on those above it. Nothing here
+changes a value that the user gave.
 """
 
 from __future__ import annotations
@@ -52,7 +53,15 @@ def require(rules: Iterable[Rule]) -> None:
             raise refusal(rule.field, rule.value, rule.problem, allowed=rule.allowed, instead=rule.instead)
 
 
-def check(parallel: schema.ParallelConfig, *, layout: ParallelLayout, plan: BatchPlan, precision: str, facts: ModelFacts, capabilities: Capabilities) -> None:
+def check(
+    parallel: schema.ParallelConfig,
+    *,
+    layout: ParallelLayout,
+    plan: BatchPlan,
+    precision: str,
+    facts: ModelFacts,
+    capabilities: Capabilities,
+) -> None:
     """Refuse what cannot run (raises UserError)."""
     case = _Case(parallel, layout, plan, precision, facts, capabilities)
     for table in (_of_engine, _of_engine_together, _of_zero, _of_pipeline, _of_tensor, _of_positions):
@@ -66,11 +75,32 @@ def processes(count: int) -> str:
 
 def of_degrees(degrees: Mapping[str, int], *, world_size: int) -> Iterator[Rule]:
     """Degrees of the axes, one of which may be -1: what the world size leaves."""
-    yield Rule("WORLD_SIZE", world_size, world_size >= 1, "no number of processes", "1 or more", "unset WORLD_SIZE, or start with torchrun")
+    yield Rule(
+        "WORLD_SIZE",
+        world_size,
+        world_size >= 1,
+        "no number of processes",
+        "1 or more",
+        "unset WORLD_SIZE, or start with torchrun",
+    )
     cp = degrees["cp"]
-    yield Rule("parallel.cp", cp, cp in (1, -1), "context parallelism: the engine does not run this axis yet", "1", "parallel.cp=1")
+    yield Rule(
+        "parallel.cp",
+        cp,
+        cp in (1, -1),
+        "context parallelism: the engine does not run this axis yet",
+        "1",
+        "parallel.cp=1",
+    )
     for axis, degree in degrees.items():
-        yield Rule(f"parallel.{axis}", degree, degree >= 1 or degree == -1, "not a degree", "1 or more, or -1 for one axis", f"parallel.{axis}=1")
+        yield Rule(
+            f"parallel.{axis}",
+            degree,
+            degree >= 1 or degree == -1,
+            "not a degree",
+            "1 or more, or -1 for one axis",
+            f"parallel.{axis}=1",
+        )
     first, second, *_ = [*(axis for axis, degree in degrees.items() if degree == -1), "", ""]
     problem = f"parallel.{first} is -1 too, so the degrees are not determined"
     yield Rule(f"parallel.{second}", -1, not second, problem, "-1 for one axis only", f"parallel.{second}=1")
@@ -87,7 +117,9 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
     engine, able, parallel = case.capabilities.engine, case.capabilities, case.parallel
     for axis, degree in case.layout.axes():
         problem = f"engine={engine} does not run this axis yet"
-        yield Rule(f"parallel.{axis}", degree, degree == 1 or axis in able.axes, problem, "1", f"parallel.{axis}=1")
+        yield Rule(
+            f"parallel.{axis}", degree, degree == 1 or axis in able.axes, problem, "1", f"parallel.{axis}=1"
+        )
     wanted: list[tuple[str, object, frozenset]] = [
         ("parallel.zero_stage", parallel.zero_stage, able.zero_stages),
         ("parallel.schedule", parallel.schedule, able.schedules),
@@ -95,38 +127,81 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
     ]
     for field, growing in (("batch.ramp_start", case.plan.ramp), ("batch.seq_len_start", case.plan.cuts)):
         holds = growing is None or able.growing_batches
-        yield Rule(field, growing.values[0] if growing else 0, holds, f"engine={engine} has one shape of batch", "0", f"engine=torch, or {field}=0")
+        yield Rule(
+            field,
+            growing.values[0] if growing else 0,
+            holds,
+            f"engine={engine} has one shape of batch",
+            "0",
+            f"engine=torch, or {field}=0",
+        )
     other = "" if engine.startswith("torch") else "engine=torch, or "
     for field, value, allowed in wanted:
         names = sorted(map(str, allowed))
-        yield Rule(field, value, value in allowed, f"engine={engine} does not run it", ", ".join(names), f"{other}{field}={names[0]}")
+        yield Rule(
+            field,
+            value,
+            value in allowed,
+            f"engine={engine} does not run it",
+            ", ".join(names),
+            f"{other}{field}={names[0]}",
+        )
 
 
 def _of_engine_together(case: _Case) -> Iterator[Rule]:
     """Options that this engine supports separately but not in combination."""
     layout, parallel, able, kv = case.layout, case.parallel, case.capabilities, case.facts.kv_heads
     engine, stages, zero = f"engine={able.engine}", able.pipelined_zero_stages, parallel.zero_stage
-    problem, allowed = f"{engine} has no pipeline (pp={layout.pp}) with it", f"{', '.join(map(str, sorted(stages)))} with pp > 1"
-    yield Rule("parallel.zero_stage", zero, layout.pp == 1 or zero in stages, problem, allowed, "engine=torch, or parallel.zero_stage=1")
+    problem, allowed = (
+        f"{engine} has no pipeline (pp={layout.pp}) with it",
+        f"{', '.join(map(str, sorted(stages)))} with pp > 1",
+    )
+    yield Rule(
+        "parallel.zero_stage",
+        zero,
+        layout.pp == 1 or zero in stages,
+        problem,
+        allowed,
+        "engine=torch, or parallel.zero_stage=1",
+    )
     replicas, instead = layout.dp_replicate, "engine=torch, or parallel.dp_replicate=1"
     problem = f"{engine} does not replicate groups of sharded copies (dp_shard={layout.dp_shard})"
     holds = replicas == 1 or layout.dp_shard == 1 or able.hybrid_sharding
     yield Rule("parallel.dp_replicate", replicas, holds, problem, "1 with dp_shard > 1", instead)
     holds = layout.tp == 1 or not parallel.sequence_parallel or able.sequence_parallel
-    problem, instead = f"{engine} keeps whole sequences on every tp rank", "parallel.sequence_parallel=false, or engine=torch"
+    problem, instead = (
+        f"{engine} keeps whole sequences on every tp rank",
+        "parallel.sequence_parallel=false, or engine=torch",
+    )
     yield Rule("parallel.sequence_parallel", True, holds, problem, "false", instead)
     problem = f"{engine} does not share a key/value head among ranks"
-    yield Rule("parallel.tp", layout.tp, layout.tp <= kv or able.repeated_heads, problem, f"up to {kv}", f"engine=torch, or parallel.tp={kv}")
+    yield Rule(
+        "parallel.tp",
+        layout.tp,
+        layout.tp <= kv or able.repeated_heads,
+        problem,
+        f"up to {kv}",
+        f"engine=torch, or parallel.tp={kv}",
+    )
 
 
 def _of_zero(case: _Case) -> Iterator[Rule]:
     zero, shard = case.parallel.zero_stage, case.layout.dp_shard
     problem = f"dp_shard={shard} shards something, and stage 0 shards nothing"
     instead = "parallel.zero_stage=1, or parallel.dp_replicate instead of parallel.dp_shard"
-    yield Rule("parallel.zero_stage", 0, zero > 0 or shard == 1, problem, "1, 2 or 3 with dp_shard > 1", instead)
+    yield Rule(
+        "parallel.zero_stage", 0, zero > 0 or shard == 1, problem, "1, 2 or 3 with dp_shard > 1", instead
+    )
     holds = zero == 0 or shard > 1 or case.parallel.dp_shard == -1
     instead = "parallel.dp_shard=-1 parallel.dp_replicate=1, or parallel.zero_stage=0"
-    yield Rule("parallel.zero_stage", zero, holds, "there is nothing to shard over with dp_shard=1", "0 with dp_shard=1", instead)
+    yield Rule(
+        "parallel.zero_stage",
+        zero,
+        holds,
+        "there is nothing to shard over with dp_shard=1",
+        "0 with dp_shard=1",
+        instead,
+    )
 
 
 def _of_pipeline(case: _Case) -> Iterator[Rule]:
@@ -135,19 +210,47 @@ def _of_pipeline(case: _Case) -> Iterator[Rule]:
         return
     field = "parallel.virtual_stages"
     yield Rule(
-        field, virtual, schedule not in SINGLE or virtual in (0, 1), f"{schedule} has one stage per rank", "0 or 1", "parallel.schedule=interleaved_1f1b"
+        field,
+        virtual,
+        schedule not in SINGLE or virtual in (0, 1),
+        f"{schedule} has one stage per rank",
+        "0 or 1",
+        "parallel.schedule=interleaved_1f1b",
     )
-    yield Rule(field, virtual, schedule not in V or virtual in (0, 2), f"{schedule} has exactly two stages per rank", "0 or 2", f"{field}=2")
+    yield Rule(
+        field,
+        virtual,
+        schedule not in V or virtual in (0, 2),
+        f"{schedule} has exactly two stages per rank",
+        "0 or 2",
+        f"{field}=2",
+    )
     holds = schedule not in LOOPED or virtual == 0 or virtual >= 2
-    yield Rule(field, virtual, holds, f"{schedule} wants several stages per rank", "0 (= 2), 2 or more", f"{field}=2")
+    yield Rule(
+        field, virtual, holds, f"{schedule} wants several stages per rank", "0 (= 2), 2 or more", f"{field}=2"
+    )
     yield from _of_micro_batches(case)
     stages, layers = pp * stages_per_rank(case.parallel), case.facts.layers
     problem = f"{stages} stages ({pp} ranks x {stages // pp} each) but the model has {layers} layers"
-    yield Rule("parallel.pp", pp, layers >= stages, problem, f"at most {layers} stages", "fewer stages, or parallel.schedule=1f1b (one stage per rank)")
+    yield Rule(
+        "parallel.pp",
+        pp,
+        layers >= stages,
+        problem,
+        f"at most {layers} stages",
+        "fewer stages, or parallel.schedule=1f1b (one stage per rank)",
+    )
     problem = f"{schedule} splits the backward pass; with gradients reduced per micro-batch torch gives wrong gradients"
     allowed, zero = "0 or 1 with " + ", ".join(SPLIT_BACKWARD), case.parallel.zero_stage
     holds = schedule not in SPLIT_BACKWARD or zero < 2
-    yield Rule("parallel.zero_stage", zero, holds, problem, allowed, "parallel.zero_stage=1, or parallel.schedule=1f1b")
+    yield Rule(
+        "parallel.zero_stage",
+        zero,
+        holds,
+        problem,
+        allowed,
+        "parallel.zero_stage=1, or parallel.schedule=1f1b",
+    )
 
 
 def _of_micro_batches(case: _Case) -> Iterator[Rule]:
@@ -158,11 +261,23 @@ def _of_micro_batches(case: _Case) -> Iterator[Rule]:
         number = rows // (plan.micro_batch_size * dp)
         problem = f"at {rows} rows each of {dp} data ranks has {number} micro-batches; {case.parallel.schedule} wants {words}"
         instead = "a larger batch.ramp_start and batch.ramp_increment, a smaller batch.micro_batch_size, or batch.ramp_start=0"
-        yield Rule("batch.ramp_start", plan.ramp.values[0] if plan.ramp else 0, holds(number), problem, f"micro-batches: {words}", instead)
+        yield Rule(
+            "batch.ramp_start",
+            plan.ramp.values[0] if plan.ramp else 0,
+            holds(number),
+            problem,
+            f"micro-batches: {words}",
+            instead,
+        )
     wanted = next(n for n in range(accum, accum + 4 * stages) if holds(n))
     given = f"gives {accum} micro-batches of {plan.micro_batch_size} rows to each of {dp} data ranks"
-    instead = f"batch.global_batch_size={wanted * plan.micro_batch_size * dp}" + (" or a smaller batch.micro_batch_size" if plan.micro_batch_size > 1 else "")
-    problem, allowed = f"{given}; {case.parallel.schedule} wants {words}", f"micro-batches for each data rank: {words}"
+    instead = f"batch.global_batch_size={wanted * plan.micro_batch_size * dp}" + (
+        " or a smaller batch.micro_batch_size" if plan.micro_batch_size > 1 else ""
+    )
+    problem, allowed = (
+        f"{given}; {case.parallel.schedule} wants {words}",
+        f"micro-batches for each data rank: {words}",
+    )
     yield Rule("batch.global_batch_size", plan.global_batch_size, holds(accum), problem, allowed, instead)
 
 
@@ -171,19 +286,44 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
     if tp == 1:
         return
     heads, kv = facts.heads, facts.kv_heads
-    degrees = [n for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0) and facts.ffn % n == 0]
-    problem = f"{heads} attention heads, {kv} key/value heads and an MLP of {facts.ffn} cannot be shared out evenly"
-    yield Rule("parallel.tp", tp, tp in degrees, problem, ", ".join(map(str, degrees)), f"parallel.tp={max(n for n in degrees if n <= tp)}")
+    degrees = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (kv % n == 0 or n % kv == 0) and facts.ffn % n == 0
+    ]
+    problem = (
+        f"{heads} attention heads, {kv} key/value heads and an MLP of {facts.ffn} cannot be shared out evenly"
+    )
+    yield Rule(
+        "parallel.tp",
+        tp,
+        tp in degrees,
+        problem,
+        ", ".join(map(str, degrees)),
+        f"parallel.tp={max(n for n in degrees if n <= tp)}",
+    )
     holds = not case.parallel.sequence_parallel or seq_len % tp == 0
     instead = f"data.seq_len={max(1, seq_len // tp) * tp}, or parallel.sequence_parallel=false"
-    yield Rule("data.seq_len", seq_len, holds, f"sequence parallel cuts rows into tp={tp} equal parts", f"multiples of {tp}", instead)
+    yield Rule(
+        "data.seq_len",
+        seq_len,
+        holds,
+        f"sequence parallel cuts rows into tp={tp} equal parts",
+        f"multiples of {tp}",
+        instead,
+    )
     shortest = seq_len // max(case.plan.cuts.values) if case.plan.cuts else seq_len
     holds = not case.parallel.sequence_parallel or shortest % tp == 0
-    problem, instead = f"sequence parallel cuts pieces into tp={tp} equal parts", "a larger batch.seq_len_start, or parallel.sequence_parallel=false"
+    problem, instead = (
+        f"sequence parallel cuts pieces into tp={tp} equal parts",
+        "a larger batch.seq_len_start, or parallel.sequence_parallel=false",
+    )
     yield Rule("batch.seq_len_start", shortest, holds, problem, f"multiples of {tp}", instead)
 
 
 def _of_positions(case: _Case) -> Iterator[Rule]:
     length, most = case.plan.seq_len, case.facts.max_positions
     instead = f"data.seq_len={most}, or model.config.max_position_embeddings={length}"
-    yield Rule("data.seq_len", length, length <= most, f"the model has {most} positions", f"up to {most}", instead)
+    yield Rule(
+        "data.seq_len", length, length <= most, f"the model has {most} positions", f"up to {most}", instead
+    )

@@ -35,7 +35,9 @@ class LossScaler:
         if not self.enabled:
             return
         s, before = self.settings, (self.scale.clone(), self.growth_tracker.clone())
-        torch._amp_update_scale_(self.scale, self.growth_tracker, nonfinite, s.growth_factor, s.backoff_factor, s.growth_interval)
+        torch._amp_update_scale_(
+            self.scale, self.growth_tracker, nonfinite, s.growth_factor, s.backoff_factor, s.growth_interval
+        )
         self.scale.clamp_(min=s.min_scale)
         for now, old in zip((self.scale, self.growth_tracker), before, strict=True):
             now.copy_(torch.where(empty > 0, old, now))

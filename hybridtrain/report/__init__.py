@@ -1,8 +1,9 @@
 """`hybridtrain report`: one run, or several plotted together, as a self-contained HTML page and PNGs;
 also of running runs.
 
-run directory --history--> columns, events, config --plots, ranks--> figures --> <run>/report/*.png
-                                                                         \\--svg, page--> <run>/report/index.html
+run directory --history--> columns, events, config
+    --plots, ranks--> figures --> <run>/report/*.png
+                          \\--svg, page--> <run>/report/index.html
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import matplotlib as mpl
 from hybridtrain.config.schema import ReportRoot
 from hybridtrain.report import compare, layout_grid, page, plots, single
 from hybridtrain.report.history import History, read
-from hybridtrain.runtime.files import check_replaceable, discard, read_record, unwritable, write_atomically, write_record
+from hybridtrain.runtime.files import (
+    check_replaceable,
+    discard,
+    read_record,
+    unwritable,
+    write_atomically,
+    write_record,
+)
 
 COMPARISONS = Path("runs/compare")
 RECORD = ".hybridtrain-report.json"
@@ -36,11 +44,21 @@ def run(config: ReportRoot) -> int:
     if config.report.compare:
         histories = [read(Path(folder)) for folder in config.report.compare]
         drawn = list(plots.of_runs(histories, names=compare.names(histories)))
-        name, text, document, default = "", compare.lines(histories), compare.document(histories, drawn), comparison_folder(histories)
+        name, text, document, default = (
+            "",
+            compare.lines(histories),
+            compare.document(histories, drawn),
+            comparison_folder(histories),
+        )
     else:
         history = read(Path(config.run.dir))
         drawn = of_run(history)
-        name, text, document, default = history.name, single.lines(history), single.document(history, drawn), history.folder / "report"
+        name, text, document, default = (
+            history.name,
+            single.lines(history),
+            single.document(history, drawn),
+            history.folder / "report",
+        )
     files = write(drawn, document, name=name, out=Path(config.report.out) if config.report.out else default)
     print(text + "\n\n" + "\n".join(str(file) for file in files))
     return 0
@@ -48,7 +66,9 @@ def run(config: ReportRoot) -> int:
 
 def comparison_folder(histories: Sequence[History]) -> Path:
     """Default folder for a comparison of these runs, the same one if the same runs are compared again."""
-    run_names = [re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)]
+    run_names = [
+        re.sub(r"[^\w.=-]+", "-", name).strip(".-")[:40] or "run" for name in compare.names(histories)
+    ]
     words = "+".join(run_names[:2] if len(run_names) <= 2 else [run_names[0], f"{len(run_names) - 1}-others"])
     which = "\n".join(str(history.folder.resolve()) for history in histories)
     return COMPARISONS / f"{words}-{hashlib.sha256(which.encode(errors='surrogatepass')).hexdigest()[:6]}"
@@ -79,12 +99,18 @@ def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -
         write_record(out, before.union(file.name for file in files), record=RECORD)
         for path, plot in pictures.items():
             stream = io.BytesIO()
-            plot.figure.text(0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED, parse_math=False)
+            plot.figure.text(
+                0.985, 0.975, name, ha="right", va="top", fontsize=8, color=plots.MUTED, parse_math=False
+            )
             with mpl.rc_context(plots.STYLE):
                 plot.figure.savefig(stream, format="png", dpi=DPI)
             write_atomically(path, stream.getvalue())
         write_atomically(out / _PAGE, document)
-        remaining = {old for old in before.intersection(_NAMES) - {file.name for file in files} if not discard(out / old)}
+        remaining = {
+            old
+            for old in before.intersection(_NAMES) - {file.name for file in files}
+            if not discard(out / old)
+        }
         write_record(out, remaining.union(file.name for file in files), record=RECORD)
     except OSError as error:
         raise unwritable("report.out", out, error) from error

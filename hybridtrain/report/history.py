@@ -109,7 +109,10 @@ class History:
         """Training time in seconds at each line, without the time between the end of an attempt
         and the next start.
         """
-        times, starts = self.columns["time"], [event["time"] for event in self.events if event["kind"] in STARTS]
+        times, starts = (
+            self.columns["time"],
+            [event["time"] for event in self.events if event["kind"] in STARTS],
+        )
         if not len(times):
             return times
         spent = np.diff(times, prepend=min(starts[0], times[0]) if starts else times[0])
@@ -124,7 +127,11 @@ class History:
     @property
     def wall_s(self) -> float | None:
         """Training time in seconds, over all attempts."""
-        return float(self.seconds[-1]) if len(self) and math.isfinite(self.seconds[-1]) else self.summary.get("wall_s")
+        return (
+            float(self.seconds[-1])
+            if len(self) and math.isfinite(self.seconds[-1])
+            else self.summary.get("wall_s")
+        )
 
 
 def read(folder: Path) -> History:
@@ -137,7 +144,11 @@ def read(folder: Path) -> History:
     run_name = compose.public(config)["run"]["name"] if config else ""
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
-    unread = {name: count for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items() if count}
+    unread = {
+        name: count
+        for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items()
+        if count
+    }
     if not summary and (folder / "summary.json").exists():
         unread["summary.json"] = 1
     return History(
@@ -155,7 +166,9 @@ def read(folder: Path) -> History:
 
 def _failure(folder: Path) -> str:
     with contextlib.suppress(OSError):  # another command may remove the file
-        reports = sorted(folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime)
+        reports = sorted(
+            folder.glob(f"failures/life-*/{failure.ROOT_CAUSE}"), key=lambda path: path.stat().st_mtime
+        )
         return reports[-1].read_text(errors="replace") if reports else ""
     return ""
 
@@ -177,7 +190,14 @@ def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
             at, step = number(event["time"]), number(event["step"])
             if at is None or step is None or not 0 <= at <= _LAST_TIME:
                 raise ValueError("no time or no step")
-            events.append({"time": float(at), "step": int(step), "kind": str(event["kind"]), "detail": str(event["detail"])})
+            events.append(
+                {
+                    "time": float(at),
+                    "step": int(step),
+                    "kind": str(event["kind"]),
+                    "detail": str(event["detail"]),
+                }
+            )
         except (ValueError, KeyError, TypeError, RecursionError):
             bad += line.endswith("\n")  # a line without its end is still being written
     return sorted(events, key=lambda event: event["time"]), bad
@@ -192,7 +212,9 @@ def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
     for line in _lines(path):
         try:
             row = json.loads(line)
-            numbers = [float(value) if type(value := row.get(key)) in (float, int) else math.nan for key in KEYS]
+            numbers = [
+                float(value) if type(value := row.get(key)) in (float, int) else math.nan for key in KEYS
+            ]
             if not abs(numbers[0]) < LARGEST:
                 raise ValueError("no step")
         except (ValueError, AttributeError, OverflowError, RecursionError):
@@ -217,4 +239,10 @@ def _lines(path: Path) -> Iterator[str]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise refusal("run.dir", path, f"it cannot be read: {error.strerror or error}", allowed="the folder of a run", instead="the run's own files") from error
+        raise refusal(
+            "run.dir",
+            path,
+            f"it cannot be read: {error.strerror or error}",
+            allowed="the folder of a run",
+            instead="the run's own files",
+        ) from error

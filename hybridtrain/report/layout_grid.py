@@ -27,11 +27,17 @@ BETWEEN = 0.9  # distance between two stages in cells, for title and frame
 def layout_of(summary: Mapping[str, Any]) -> ParallelLayout | None:
     """The layout in summary.json; None if it is missing or cannot be drawn."""
     try:
-        degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | {key: n for key, n in parse(str(summary["layout"])).items() if key in AXES}
+        degrees = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1} | {
+            key: n for key, n in parse(str(summary["layout"])).items() if key in AXES
+        }
         layout = ParallelLayout(**degrees)
     except (KeyError, ValueError, TypeError):
         return None
-    return layout if min(degrees.values()) >= 1 and layout.pp * layout.cp * layout.tp <= MOST_OF_ONE_REPLICA else None
+    return (
+        layout
+        if min(degrees.values()) >= 1 and layout.pp * layout.cp * layout.tp <= MOST_OF_ONE_REPLICA
+        else None
+    )
 
 
 def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
@@ -58,7 +64,15 @@ def plot(layout: ParallelLayout, *, hosts: Sequence[Mapping[str, Any]]) -> Plot:
                 row, column = divmod(data, columns)
                 for inner in range(group):
                     rank = (stage * layout.dp + data) * group + inner
-                    _cell(axes, left + column * (group + gap) + inner, top + row, rank=rank, layout=layout, host_of=host_of, hosts=hosts)
+                    _cell(
+                        axes,
+                        left + column * (group + gap) + inner,
+                        top + row,
+                        rank=rank,
+                        layout=layout,
+                        host_of=host_of,
+                        hosts=hosts,
+                    )
         centre = max(0.0, (8.0 - width) / 2)
         axes.set_xlim(-0.4 - centre, width + 0.4 + centre)
         axes.set_ylim(height + 0.3, -BETWEEN - 0.2)
@@ -80,35 +94,84 @@ def _columns(*, groups: int, width: int, stages: int) -> int:
 def _blocks_across(stages: int, *, wide: float, high: float) -> int:
     """Stages per row, so that the whole plot has an aspect ratio of about two to one."""
     divisors = [n for n in range(1, stages + 1) if stages % n == 0]
-    return min(divisors, key=lambda n: abs(math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))))
+    return min(
+        divisors,
+        key=lambda n: abs(
+            math.log((n * (wide + BETWEEN)) / (2.0 * math.ceil(stages / n) * (high + 2 * BETWEEN)))
+        ),
+    )
 
 
 def _words(layout: ParallelLayout, *, shown: int, hosts: int) -> tuple[str, str]:
     """The title, and the legend below the plot."""
     parts = [f"{axis} {degree}" for axis, degree in layout.axes() if degree > 1]
-    title = f"{layout.world_size:,} rank{'s' if layout.world_size > 1 else ''}" + (": " + " x ".join(parts) if parts else "")
-    below = ["side by side: tp" + ("; groups: data ranks in reading order" if layout.dp > 1 else "")] if layout.tp > 1 else []
+    title = f"{layout.world_size:,} rank{'s' if layout.world_size > 1 else ''}" + (
+        ": " + " x ".join(parts) if parts else ""
+    )
+    below = (
+        ["side by side: tp" + ("; groups: data ranks in reading order" if layout.dp > 1 else "")]
+        if layout.tp > 1
+        else []
+    )
     below += ["data ranks in reading order"] if layout.tp == 1 and layout.dp > 1 else []
-    below += [f"data ranks {shown:,} to {layout.dp - 1:,}, not drawn, follow in the same way"] if shown < layout.dp else []
-    below += [f"colors: {hosts} hosts" + (", eight in turn" if hosts > len(COLORS) else "")] if hosts > 1 else []
+    below += (
+        [f"data ranks {shown:,} to {layout.dp - 1:,}, not drawn, follow in the same way"]
+        if shown < layout.dp
+        else []
+    )
+    below += (
+        [f"colors: {hosts} hosts" + (", eight in turn" if hosts > len(COLORS) else "")] if hosts > 1 else []
+    )
     return title, "; ".join(below)
 
 
 def _frame(axes: Axes, left: float, top: float, wide: float, high: float, *, words: str) -> None:
-    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.15", "facecolor": "none", "edgecolor": MUTED, "linewidth": 0.7}
+    style: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=0.15",
+        "facecolor": "none",
+        "edgecolor": MUTED,
+        "linewidth": 0.7,
+    }
     axes.add_patch(FancyBboxPatch((left - 0.12, top - 0.12), wide + 0.24, high + 0.24, **style))
     if words:
         axes.text(left - 0.1, top - 0.25, words, fontsize=7.5, color=MUTED, va="bottom")
 
 
-def _cell(axes: Axes, x: float, y: float, *, rank: int, layout: ParallelLayout, host_of: Mapping[int, int], hosts: Sequence[Mapping[str, Any]]) -> None:
+def _cell(
+    axes: Axes,
+    x: float,
+    y: float,
+    *,
+    rank: int,
+    layout: ParallelLayout,
+    host_of: Mapping[int, int],
+    hosts: Sequence[Mapping[str, Any]],
+) -> None:
     host = host_of.get(rank)
-    place = ", ".join(f"{axis} {at}" for axis, at in layout.coordinates(rank).items() if dict(layout.axes())[axis] > 1)
-    tip = f"rank {rank}" + (f": {place}" if place else "") + (f"; {hosts[host].get('host')}" if host is not None else "")
+    place = ", ".join(
+        f"{axis} {at}" for axis, at in layout.coordinates(rank).items() if dict(layout.axes())[axis] > 1
+    )
+    tip = (
+        f"rank {rank}"
+        + (f": {place}" if place else "")
+        + (f"; {hosts[host].get('host')}" if host is not None else "")
+    )
     color = COLORS[(host or 0) % len(COLORS)]
-    axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, facecolor=color, alpha=0.22, edgecolor="none", gid=f"tip:{rank}:{tip}"))
+    axes.add_patch(
+        Rectangle(
+            (x + 0.05, y + 0.05),
+            0.9,
+            0.9,
+            facecolor=color,
+            alpha=0.22,
+            edgecolor="none",
+            gid=f"tip:{rank}:{tip}",
+        )
+    )
     if layout.world_size <= NUMBERS_UP_TO:
-        axes.text(x + 0.5, y + 0.5, str(rank), ha="center", va="center_baseline", fontsize=_font(layout), color=INK)
+        axes.text(
+            x + 0.5, y + 0.5, str(rank), ha="center", va="center_baseline", fontsize=_font(layout), color=INK
+        )
 
 
 def _font(layout: ParallelLayout) -> float:

@@ -21,9 +21,22 @@ def document(title: str, body: Iterable[str]) -> str:
     """The whole page around `body`. Its content security policy forbids the browser to load anything."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    lines = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">']
-    lines += ['<meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{escape(title)}</title>", f"<style>{style}</style></head>"]
-    lines += ["<body><main>", *body, f'<p class="note">Drawn {written}{SIGNATURE}</p>', f"</main><script>{script}</script></body></html>"]
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+    ]
+    lines += [
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{style}</style></head>",
+    ]
+    lines += [
+        "<body><main>",
+        *body,
+        f'<p class="note">Drawn {written}{SIGNATURE}</p>',
+        f"</main><script>{script}</script></body></html>",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +66,10 @@ def plots(drawn: Sequence[Plot]) -> str:
     """
     families: dict[str, list[Plot]] = {}
     for plot in drawn:
-        base = next((plot.name.removesuffix(f"_{axis.name}") for axis in AXES if plot.name.endswith(f"_{axis.name}")), plot.name)
+        base = next(
+            (plot.name.removesuffix(f"_{axis.name}") for axis in AXES if plot.name.endswith(f"_{axis.name}")),
+            plot.name,
+        )
         families.setdefault(base, []).append(plot)
     return f'<div class="plots">{"".join(_figure(name, members) for name, members in families.items())}</div>'
 
@@ -62,15 +78,26 @@ def _figure(name: str, members: Sequence[Plot]) -> str:
     pictures = [inline(plot) for plot in members]
     if len(members) == 1:
         return f'<figure id="{name}">{pictures[0]}</figure>'
-    words = [axis.name for axis in AXES if any(plot.name in (name if axis is AXES[0] else "", f"{name}_{axis.name}") for plot in members)]
-    inputs = "".join(f'<input type="radio" name="{name}" id="{name}-{word}"{" checked" if n == 0 else ""}>' for n, word in enumerate(words))
+    words = [
+        axis.name
+        for axis in AXES
+        if any(plot.name in (name if axis is AXES[0] else "", f"{name}_{axis.name}") for plot in members)
+    ]
+    inputs = "".join(
+        f'<input type="radio" name="{name}" id="{name}-{word}"{" checked" if n == 0 else ""}>'
+        for n, word in enumerate(words)
+    )
     bar = "".join(f'<label for="{name}-{word}">{word}</label>' for word in words)
     panes = "".join(f'<div class="pane">{picture}</div>' for picture in pictures)
     return f'<figure id="{name}" class="tabs">{inputs}<div class="bar">{bar}</div>{panes}</figure>'
 
 
 def section(title: str, content: str) -> str:
-    return f'<section id="{escape(title.split()[0].lower())}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
+    return (
+        f'<section id="{escape(title.split()[0].lower())}"><h2>{escape(title)}</h2>{content}</section>'
+        if content
+        else ""
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequence[int]) -> str:
@@ -81,7 +108,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: Sequen
     if not rows:
         return ""
     top = f"<thead><tr>{''.join(f'<th>{_cell(text)}</th>' for text in head)}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{''.join(_column(text, index, numbers) for index, text in enumerate(row))}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(_column(text, index, numbers) for index, text in enumerate(row))}</tr>" for row in rows
+    )
     return f'<div class="card"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
@@ -94,22 +123,40 @@ def _cell(value: Any) -> str:
 
 
 def _column(value: Any, index: int, numbers: Sequence[int]) -> str:
-    return f'<th scope="row">{_cell(value)}</th>' if index == 0 else f'<td class="{"n" if index in numbers else "wide"}">{_cell(value)}</td>'
+    return (
+        f'<th scope="row">{_cell(value)}</th>'
+        if index == 0
+        else f'<td class="{"n" if index in numbers else "wide"}">{_cell(value)}</td>'
+    )
 
 
 def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, Mapping[str, Any]]) -> str:
     """Two boxes: the options that differ from the defaults; and all options by section,
     collapsed, with changes marked.
     """
-    changed = {(name, key) for name, values in config.items() for key, value in values.items() if value != defaults.get(name, {}).get(key)}
-    changed_rows = [_option(f"{name}.{key}", value, marked=False) for name, values in config.items() for key, value in values.items() if (name, key) in changed]
+    changed = {
+        (name, key)
+        for name, values in config.items()
+        for key, value in values.items()
+        if value != defaults.get(name, {}).get(key)
+    }
+    changed_rows = [
+        _option(f"{name}.{key}", value, marked=False)
+        for name, values in config.items()
+        for key, value in values.items()
+        if (name, key) in changed
+    ]
     sections = []
     for name, values in config.items():
         count = sum((name, key) in changed for key in values)
         rows = "".join(_option(key, value, marked=(name, key) in changed) for key, value in values.items())
         words = f"{count} of {len(values)} changed" if count else "defaults"
-        sections.append(f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>')
-    first = f'<div class="card"><table class="code">{"".join(changed_rows)}</table></div>' if changed_rows else ""
+        sections.append(
+            f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>'
+        )
+    first = (
+        f'<div class="card"><table class="code">{"".join(changed_rows)}</table></div>' if changed_rows else ""
+    )
     return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(sections)}</div>'
 
 

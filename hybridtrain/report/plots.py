@@ -105,14 +105,30 @@ def of_run(history: History) -> Iterator[Plot]:
     for axis in AXES:
         series = [_series(history, axis, "loss", label="train", number=0)]
         series += [_series(history, axis, "eval_loss", label="held out", number=1)]
-        yield from _plot(f"loss_{axis.name}" if axis != STEPS else "loss", "Loss", "nats per token", series, axis=axis, marked=history)
+        yield from _plot(
+            f"loss_{axis.name}" if axis != STEPS else "loss",
+            "Loss",
+            "nats per token",
+            series,
+            axis=axis,
+            marked=history,
+        )
     for name, title, unit, key in METERS:
         if key != "loss_scale" or len(set(history.known(key))) > 1:  # without fp16 it is always 1
-            yield from _plot(name, title, unit, [_series(history, STEPS, key, label=title.lower(), number=0)], axis=STEPS, marked=None)
+            yield from _plot(
+                name,
+                title,
+                unit,
+                [_series(history, STEPS, key, label=title.lower(), number=0)],
+                axis=STEPS,
+                marked=None,
+            )
     skipped = np.nancumsum(history.columns["skipped"])
     if len(skipped) and skipped[-1]:
         series = [Series("skipped", ALARM, history.columns["step"], skipped, dots=False, line="-")]
-        yield from _plot("skipped", "Skipped updates", "updates since the start", series, axis=STEPS, marked=None)
+        yield from _plot(
+            "skipped", "Skipped updates", "updates since the start", series, axis=STEPS, marked=None
+        )
 
 
 def of_runs(histories: Sequence[History], *, names: Sequence[str]) -> Iterator[Plot]:
@@ -120,7 +136,9 @@ def of_runs(histories: Sequence[History], *, names: Sequence[str]) -> Iterator[P
     for key, title in (("loss", "Training loss"), ("eval_loss", "Loss on held-out text")):
         for axis in AXES:
             name = key if axis == STEPS else f"{key}_{axis.name}"
-            yield from _plot(name, title, "nats per token", _all(histories, names, axis, key), axis=axis, marked=None)
+            yield from _plot(
+                name, title, "nats per token", _all(histories, names, axis, key), axis=axis, marked=None
+            )
     for name, title, unit, key in METERS:
         if name in ("grad_norm", "throughput", "mfu", "memory", "lr"):
             yield from _plot(name, title, unit, _all(histories, names, STEPS, key), axis=STEPS, marked=None)
@@ -134,7 +152,12 @@ METERS = (
     ("memory", "Peak memory", "GiB per process, largest of all", "max_memory_gib"),
     ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
 )
-NAMES = (*(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")), *(name for name, *_ in METERS), "skipped", "layout")
+NAMES = (
+    *(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")),
+    *(name for name, *_ in METERS),
+    "skipped",
+    "layout",
+)
 """All names of plots."""
 _NOISY = ("loss", "grad_norm", "throughput", "mfu")
 _FROM_ZERO = ("grad_norm", "lr", "throughput", "mfu", "memory")
@@ -146,15 +169,23 @@ def _series(history: History, axis: Axis, key: str, *, label: str, number: int) 
     if key == "eval_loss":
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     # A line of one or two points is hardly visible.
-    dots, line = int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3), "--" if number >= len(COLORS) else "-"
+    dots, line = (
+        int(np.isfinite(y).sum()) < (40 if key == "eval_loss" else 3),
+        "--" if number >= len(COLORS) else "-",
+    )
     return Series(label, COLORS[number % len(COLORS)], x, y, dots=dots, line=line)
 
 
 def _all(histories: Sequence[History], names: Sequence[str], axis: Axis, key: str) -> list[Series]:
-    return [_series(history, axis, key, label=name, number=n) for n, (history, name) in enumerate(zip(histories, names, strict=True))]
+    return [
+        _series(history, axis, key, label=name, number=n)
+        for n, (history, name) in enumerate(zip(histories, names, strict=True))
+    ]
 
 
-def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None) -> Iterator[Plot]:
+def _plot(
+    name: str, title: str, unit: str, series: Sequence[Series], *, axis: Axis, marked: History | None
+) -> Iterator[Plot]:
     """Yield the plot; nothing if the series have no finite values."""
     drawn = [one for one in series if (np.isfinite(one.x) & np.isfinite(one.y)).any()]
     if not drawn:
@@ -166,7 +197,10 @@ def _plot(name: str, title: str, unit: str, series: Sequence[Series], *, axis: A
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.set_xlabel(axis.label)
-        tops = [_curve(axes, one, noisy=kind in _NOISY, steps=kind in ("memory", "loss_scale", "skipped")) for one in drawn]
+        tops = [
+            _curve(axes, one, noisy=kind in _NOISY, steps=kind in ("memory", "loss_scale", "skipped"))
+            for one in drawn
+        ]
         _scale_x(axes, drawn, axis=axis)
         _scale_y(axes, drawn, kind=kind)
         if marked is not None:
@@ -188,7 +222,12 @@ def _curve(axes: Axes, series: Series, *, noisy: bool, steps: bool) -> float:
         axes.plot(*sample(series.x[known], mean, points=BUCKETS), **style)
         return float(mean[-1])
     dots: dict[str, Any] = {"marker": "o", "markersize": 3.5, "markeredgewidth": 0} if series.dots else {}
-    axes.plot(*thin(series.x, series.y, buckets=BUCKETS), drawstyle="steps-post" if steps else "default", **dots, **style)
+    axes.plot(
+        *thin(series.x, series.y, buckets=BUCKETS),
+        drawstyle="steps-post" if steps else "default",
+        **dots,
+        **style,
+    )
     return float(series.y[known][-1])
 
 
@@ -234,10 +273,27 @@ def _marks(axes: Axes, history: History, *, axis: Axis) -> None:
             continue
         x = np.interp(at[np.linspace(0, len(at) - 1, min(len(at), MOST_MARKS)).astype(int)], steps, places)
         if kind in ("resumed", "failed"):
-            axes.vlines(x, 0, 1, transform=axes.get_xaxis_transform(), color=color, linewidth=0.8, linestyles=(0, (3, 3)))
+            axes.vlines(
+                x,
+                0,
+                1,
+                transform=axes.get_xaxis_transform(),
+                color=color,
+                linewidth=0.8,
+                linestyles=(0, (3, 3)),
+            )
         low = np.full(len(x), 0.02)
         label = f"{len(at)} checkpoint{'s' if len(at) > 1 else ''}" if kind == "checkpoint" else kind
-        axes.plot(x, low, marker, color=color, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False, label=label)
+        axes.plot(
+            x,
+            low,
+            marker,
+            color=color,
+            markersize=4,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            label=label,
+        )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper right", handletextpad=0.1, borderaxespad=0.2, labelspacing=0.3)
 
@@ -253,7 +309,18 @@ def _label_ends(axes: Axes, series: Sequence[Series], heights: Sequence[float]) 
         text = label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…"
         if last < 0.85 * end:
             place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
-            axes.annotate(text, (last, heights[index]), color=series[index].color, fontsize=8, parse_math=False, **place)
+            axes.annotate(
+                text, (last, heights[index]), color=series[index].color, fontsize=8, parse_math=False, **place
+            )
             continue
         taken = max(shares[index], taken + gap, 0.0)
-        axes.text(1.01, taken, text, transform=axes.transAxes, color=series[index].color, fontsize=8, va="center", parse_math=False)
+        axes.text(
+            1.01,
+            taken,
+            text,
+            transform=axes.transAxes,
+            color=series[index].color,
+            fontsize=8,
+            va="center",
+            parse_math=False,
+        )

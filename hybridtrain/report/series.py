@@ -21,7 +21,11 @@ def thin(x: np.ndarray, y: np.ndarray, *, buckets: int) -> tuple[np.ndarray, np.
     kept = {0, len(y) - 1}
     for first, end in itertools.pairwise(edges):
         stretch = y[first:end]
-        kept |= {first + int(np.nanargmin(stretch)), first + int(np.nanargmax(stretch))} if np.isfinite(stretch).any() else {int(first)}
+        kept |= (
+            {first + int(np.nanargmin(stretch)), first + int(np.nanargmax(stretch))}
+            if np.isfinite(stretch).any()
+            else {int(first)}
+        )
     index = np.array(sorted(kept))
     return x[index], y[index]
 

@@ -37,14 +37,17 @@ def about(history: History) -> str:
     if history.silent_s is not None:
         parts.append(f"nothing logged for {duration(history.silent_s)}: the run may have been killed")
     elif history.eta_s is not None:
-        parts.append(f"step {history.step:,} of {history.total_steps:,}, about {duration(history.eta_s)} to go")
+        parts.append(
+            f"step {history.step:,} of {history.total_steps:,}, about {duration(history.eta_s)} to go"
+        )
     return " · ".join([*parts, str(history.folder)])
 
 
 def unread(history: History) -> str:
     """A note on lines that could not be read."""
     return "Left out, because it cannot be read: " + ", ".join(
-        f"{name}" if name == "summary.json" else f"{count:,} line{'s' if count > 1 else ''} of {name}" for name, count in history.unread.items()
+        f"{name}" if name == "summary.json" else f"{count:,} line{'s' if count > 1 else ''} of {name}"
+        for name, count in history.unread.items()
     )
 
 
@@ -57,13 +60,22 @@ def tiles(history: History) -> dict[str, tuple[str, str]]:
     return {
         "Step": (f"{history.step:,}", f"of {history.total_steps:,}" if history.total_steps else ""),
         "Loss": (f"{loss:.4f}" if loss is not None else "", f"from {first[0]:.4f}" if len(first) else ""),
-        "Held-out loss": (f"{evaluations[-1]:.4f}", f"lowest {evaluations.min():.4f}") if len(evaluations) else ("", ""),
-        "Tokens": (quantity(tokens) if tokens is not None else "", f"{quantity(size)} parameters" if size else ""),
-        "Tokens/s": (quantity(history.tokens_per_s), "median") if history.tokens_per_s is not None else ("", ""),
+        "Held-out loss": (f"{evaluations[-1]:.4f}", f"lowest {evaluations.min():.4f}")
+        if len(evaluations)
+        else ("", ""),
+        "Tokens": (
+            quantity(tokens) if tokens is not None else "",
+            f"{quantity(size)} parameters" if size else "",
+        ),
+        "Tokens/s": (quantity(history.tokens_per_s), "median")
+        if history.tokens_per_s is not None
+        else ("", ""),
         "MFU": (f"{sorted(mfu)[len(mfu) // 2]:.1%}", "median") if len(mfu) else ("", ""),
         "Peak memory": (f"{memory.max():.2f} GiB", "per process") if len(memory) else ("", ""),
         "Layout": (str(summary.get("layout") or ""), _processes(summary.get("world_size"))),
-        "Training time": (duration(history.wall_s), _starts(history)) if history.wall_s is not None else ("", ""),
+        "Training time": (duration(history.wall_s), _starts(history))
+        if history.wall_s is not None
+        else ("", ""),
     }
 
 
@@ -81,8 +93,14 @@ def events(history: History) -> str:
     head, rows = ("time", "step", "event", ""), [_event(event) for event in reversed(history.events)]
     older = page.table(head, rows[EVENTS_OPEN:MOST_EVENTS], numbers=(1,))
     count = len(rows) - EVENTS_OPEN
-    beyond = f'<p class="note">{len(rows) - MOST_EVENTS:,} more are in events.jsonl.</p>' if len(rows) > MOST_EVENTS else ""
-    return page.table(head, rows[:EVENTS_OPEN], numbers=(1,)) + (f"<details><summary>{count:,} older</summary>{older}{beyond}</details>" if older else "")
+    beyond = (
+        f'<p class="note">{len(rows) - MOST_EVENTS:,} more are in events.jsonl.</p>'
+        if len(rows) > MOST_EVENTS
+        else ""
+    )
+    return page.table(head, rows[:EVENTS_OPEN], numbers=(1,)) + (
+        f"<details><summary>{count:,} older</summary>{older}{beyond}</details>" if older else ""
+    )
 
 
 def _event(event: dict[str, Any]) -> tuple[str, ...]:
@@ -103,9 +121,25 @@ def machine(history: History) -> str:
     """A table of hosts, with identical ones in one line; versions and revision below."""
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for host in history.hosts:
-        gpu = f"{host.get('gpus')} x {host['gpu']}, {host.get('gpu_memory_gib')} GiB each" if host.get("gpu") else "none"
-        alike.setdefault((str(host.get("cpu")), str(host.get("cores")), f"{host.get('memory_gib')} GiB", gpu, str(host.get("os"))), []).append(host)
-    rows = [(_hosts(group), sum(len(host.get("ranks", ())) for host in group), *facts) for facts, group in alike.items()]
+        gpu = (
+            f"{host.get('gpus')} x {host['gpu']}, {host.get('gpu_memory_gib')} GiB each"
+            if host.get("gpu")
+            else "none"
+        )
+        alike.setdefault(
+            (
+                str(host.get("cpu")),
+                str(host.get("cores")),
+                f"{host.get('memory_gib')} GiB",
+                gpu,
+                str(host.get("os")),
+            ),
+            [],
+        ).append(host)
+    rows = [
+        (_hosts(group), sum(len(host.get("ranks", ())) for host in group), *facts)
+        for facts, group in alike.items()
+    ]
     hosts = page.table(("host", "ranks", "CPU", "cores", "memory", "GPUs", "system"), rows, numbers=(1, 3, 4))
     versions = dict(history.summary.get("versions") or {})
     if history.summary.get("git_revision"):
@@ -123,11 +157,22 @@ def config(history: History) -> str:
     if history.config is not None:
         return page.options(compose.public(history.config), defaults=compose.public(schema.Config()))
     path = history.folder / "config.yaml"
-    return f'<div class="card"><pre class="code">{page.escape(path.read_text(errors="replace"))}</pre></div>' if path.is_file() else ""
+    return (
+        f'<div class="card"><pre class="code">{page.escape(path.read_text(errors="replace"))}</pre></div>'
+        if path.is_file()
+        else ""
+    )
 
 
 def lines(history: History) -> str:
     """The run's numbers for the console, one per line, without unknown ones."""
-    known = {name.lower(): f"{value} {below}".strip() for name, (value, below) in tiles(history).items() if value}
+    known = {
+        name.lower(): f"{value} {below}".strip() for name, (value, below) in tiles(history).items() if value
+    }
     shown = {"run": history.folder, "status": f"{history.status} ({about(history)})", **known}
-    return "\n".join([*(f"{name:<14}{value}" for name, value in shown.items()), *([unread(history)] if history.unread else [])])
+    return "\n".join(
+        [
+            *(f"{name:<14}{value}" for name, value in shown.items()),
+            *([unread(history)] if history.unread else []),
+        ]
+    )

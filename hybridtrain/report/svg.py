@@ -14,12 +14,21 @@ from matplotlib.figure import Figure
 
 from hybridtrain.report.plots import ALARM, COLORS, GRID, INK, MUTED, PAPER, STYLE, Plot
 
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", ALARM: "alarm", **{color: f"c{n}" for n, color in enumerate(COLORS)}}
+VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    PAPER: "paper",
+    ALARM: "alarm",
+    **{color: f"c{n}" for n, color in enumerate(COLORS)},
+}
 _COLOR = re.compile("|".join(VARIABLES))
 _SERIES = re.compile(r'<g id="series:([^"]*)">')
 _TIP = re.compile(r'<g id="tip:\d+:([^"]*)">')
 _NUMBER = re.compile(r"(\d\.\d{2})\d+")
-_IDS = re.compile(r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">')
+_IDS = re.compile(
+    r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">'
+)
 
 
 def inline(plot: Plot) -> str:
@@ -50,7 +59,15 @@ def _scales(figure: Figure) -> str:
     width, height = (72 * inches for inches in figure.get_size_inches())
     bounds = axes.get_position()
     scales = {
-        "box": [round(value, 2) for value in (bounds.x0 * width, (1 - bounds.y1) * height, bounds.x1 * width, (1 - bounds.y0) * height)],
+        "box": [
+            round(value, 2)
+            for value in (
+                bounds.x0 * width,
+                (1 - bounds.y1) * height,
+                bounds.x1 * width,
+                (1 - bounds.y0) * height,
+            )
+        ],
         "x": axes.get_xlim(),
         "y": axes.get_ylim(),
         "log": axes.get_yscale() == "log",

@@ -1,6 +1,7 @@
 """The run directory: its files, and the one process that may write them. Their contents are in record.py.
 
-    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  lock  model/  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  lock  model/
+                  checkpoints/  export/  report/  logs/
 
 Only rank 0 calls what reads or writes here, on behalf of all ranks; the other ranks use the paths alone.
 """
@@ -108,7 +109,11 @@ class RunDir:
             try:
                 if not file.is_file():
                     continue
-                kept = [line for line in file.read_text(errors="replace").splitlines() if _is_current(line, step=step)]
+                kept = [
+                    line
+                    for line in file.read_text(errors="replace").splitlines()
+                    if _is_current(line, step=step)
+                ]
                 write_atomically(file, "".join(line + "\n" for line in kept))
             except OSError as error:
                 raise unwritable("run.dir", self.path, error) from error
@@ -154,11 +159,17 @@ class RunDir:
             "model/generation_config.json",
         ):
             discard(self.path / name)
-        for pattern in ("logs/rank-*.log", "failures/life-0/*", "model/tokenizer", "trackers"):  # a new run has found no trackers/ here
+        # a new run has found no trackers/ here
+        for pattern in ("logs/rank-*.log", "failures/life-0/*", "model/tokenizer", "trackers"):
             for path in self.path.glob(pattern):
                 discard(path)
         self.close()
-        remove_folders((*self.new_folders, *(self.path / name for name in ("failures", "failures/life-0", "logs", "model"))))
+        remove_folders(
+            (
+                *self.new_folders,
+                *(self.path / name for name in ("failures", "failures/life-0", "logs", "model")),
+            )
+        )
 
 
 def make_folders(path: Path) -> tuple[Path, ...]:

@@ -55,7 +55,11 @@ class Holder:
     @property
     def kill_command(self) -> str:
         """The shell command that ends the process."""
-        return f"scancel {self.job}" if self.job else f"kill {self.pid}" + ("" if self.machine == _machine() else f" on {self.host}")
+        return (
+            f"scancel {self.job}"
+            if self.job
+            else f"kill {self.pid}" + ("" if self.machine == _machine() else f" on {self.host}")
+        )
 
 
 _TYPES = {"host": str, "pid": int, "machine": str, "born": str, "job": str, "chain": str, "attempt": int}
@@ -110,7 +114,11 @@ def is_dead(holder: Holder) -> bool | None:
 def _machine() -> str:
     """Boot id and pid namespace: within both, a pid identifies a process."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            + " "
+            + os.readlink("/proc/self/ns/pid")
+        )
     except OSError:  # not Linux
         return socket.gethostname()
 

@@ -26,13 +26,32 @@ from hybridtrain.types import ModelFacts, Progress
 _WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # they do not change the model
 _SINGLE_FIELDS = (
-    *("run.seed", "run.branch_from", "batch.global_batch_size", "batch.ramp_start", "batch.ramp_increment", "batch.ramp_steps"),
+    *(
+        "run.seed",
+        "run.branch_from",
+        "batch.global_batch_size",
+        "batch.ramp_start",
+        "batch.ramp_increment",
+        "batch.ramp_steps",
+    ),
     *("batch.seq_len_start", "batch.seq_len_steps"),
 )
-_INVOCATION = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")  # options of the command
+# options of the command
+_INVOCATION = ("run.dir", "run.name", "run.resume", "run.allow_data_change", "run.takeover")
 _UNSET = "(not set)"
 _TASK = "next-token prediction"
-WRITES = ("model", "checkpoints", "failures", "trackers", "metrics.jsonl", "events.jsonl", "summary.json", "machine.json", "deepspeed.json", "branch.json")
+WRITES = (
+    "model",
+    "checkpoints",
+    "failures",
+    "trackers",
+    "metrics.jsonl",
+    "events.jsonl",
+    "summary.json",
+    "machine.json",
+    "deepspeed.json",
+    "branch.json",
+)
 """What a run writes besides config.yaml. In a folder without config.yaml they belong to something else, as
 do logs of ranks."""
 
@@ -68,14 +87,23 @@ def choose(config: Config) -> Choice:
             return Choice(path, None, others)
         before = compose.read_run(path / "config.yaml")
         # Only the command line gives these permissions.
-        before.model.trust_remote_code, before.run.plugins = config.model.trust_remote_code, config.run.plugins
-        differing = {key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)}
+        before.model.trust_remote_code, before.run.plugins = (
+            config.model.trust_remote_code,
+            config.run.plugins,
+        )
+        differing = {
+            key: pair for key, pair in differences(before, config).items() if _is_identity(key, config)
+        }
         if explicit and differing:
             raise _another_run(path, differing)
         if not differing:
             if config.run.resume == "never":
                 raise refusal(
-                    "run.resume", "never", f"{path} holds a run already", allowed="a directory without a run", instead="another run.dir, or run.resume=auto"
+                    "run.resume",
+                    "never",
+                    f"{path} holds a run already",
+                    allowed="a directory without a run",
+                    instead="another run.dir, or run.resume=auto",
                 )
             return Choice(path, before, others)
         others = others or ", ".join(sorted(differing)[:3])
@@ -85,7 +113,13 @@ def choose(config: Config) -> Choice:
 def not_resumable(path: Path, *, words: str) -> UserError:
     """The refusal of run.resume=required without a checkpoint."""
     problem = f"{path} holds no complete checkpoint{words}"
-    return refusal("run.resume", "required", problem, allowed="a run with a complete checkpoint", instead="run.resume=auto, or the run's own run.dir")
+    return refusal(
+        "run.resume",
+        "required",
+        problem,
+        allowed="a run with a complete checkpoint",
+        instead="run.resume=auto, or the run's own run.dir",
+    )
 
 
 def _check_source(config: Config, *, path: Path) -> None:
@@ -93,7 +127,9 @@ def _check_source(config: Config, *, path: Path) -> None:
     source, target = config.model.from_pretrained, path / "model"
     if source and target.exists() and Path(source).exists() and Path(source).resolve() == target.resolve():
         problem = f"the run would write its model's config into {target}, the model that it starts from"
-        raise refusal("run.dir", path, problem, allowed="a directory apart from the model's", instead="another run.dir")
+        raise refusal(
+            "run.dir", path, problem, allowed="a directory apart from the model's", instead="another run.dir"
+        )
 
 
 def _holds_run(path: Path) -> bool:
@@ -101,10 +137,24 @@ def _holds_run(path: Path) -> bool:
     if (path / "config.yaml").is_file():
         return True
     if path.exists() and not path.is_dir():
-        raise refusal("run.dir", path, "it is a file", allowed="a run's folder, or one without a run", instead="another run.dir")
+        raise refusal(
+            "run.dir",
+            path,
+            "it is a file",
+            allowed="a run's folder, or one without a run",
+            instead="another run.dir",
+        )
     for name in _leftovers(path):
-        problem = f"it has {name} but no config.yaml, so this may not be a run's, and a run would overwrite it"
-        raise refusal("run.dir", path, problem, allowed="a run's folder, or one without what a run writes", instead="another run.dir")
+        problem = (
+            f"it has {name} but no config.yaml, so this may not be a run's, and a run would overwrite it"
+        )
+        raise refusal(
+            "run.dir",
+            path,
+            problem,
+            allowed="a run's folder, or one without what a run writes",
+            instead="another run.dir",
+        )
     return False
 
 
@@ -119,12 +169,20 @@ def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> 
     instead = "another run.dir"
     if not any(key.startswith("model.") for key in differing):  # a branch keeps the model
         instead += f"; run.branch_from={path} with it, to begin from what is trained here"
-    return refusal("run.dir", path, f"it holds another run: {describe(differing)}", allowed="the same values, or a directory of its own", instead=instead)
+    return refusal(
+        "run.dir",
+        path,
+        f"it holds another run: {describe(differing)}",
+        allowed="the same values, or a directory of its own",
+        instead=instead,
+    )
 
 
 def describe(differing: Mapping[str, tuple[object, object]]) -> str:
     """`differences` as text."""
-    return "; ".join(f"{key} was {_text(before)} and is {_text(now)}" for key, (before, now) in sorted(differing.items()))
+    return "; ".join(
+        f"{key} was {_text(before)} and is {_text(now)}" for key, (before, now) in sorted(differing.items())
+    )
 
 
 def _text(value: object) -> str:
@@ -140,7 +198,11 @@ def _is_identity(key: str, config: Config) -> bool:
 
 def model_differences(before: Config, now: Config) -> dict[str, tuple[object, object]]:
     """`differences` that change the model."""
-    return {key: pair for key, pair in differences(before, now).items() if key.startswith("model.") and key not in _NOT_IDENTITY}
+    return {
+        key: pair
+        for key, pair in differences(before, now).items()
+        if key.startswith("model.") and key not in _NOT_IDENTITY
+    }
 
 
 def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
@@ -165,8 +227,15 @@ def _flat(name: str, pair: tuple[Any, Any]) -> dict[str, tuple[object, object]]:
     before, now = pair
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return {name: pair}
-    values = {key: (before.get(key, _UNSET), now.get(key, _UNSET)) for key in sorted(before.keys() | now.keys())}
-    return {flat_name: flat_pair for key, both in values.items() if not _same(*both) for flat_name, flat_pair in _flat(f"{name}.{key}", both).items()}
+    values = {
+        key: (before.get(key, _UNSET), now.get(key, _UNSET)) for key in sorted(before.keys() | now.keys())
+    }
+    return {
+        flat_name: flat_pair
+        for key, both in values.items()
+        if not _same(*both)
+        for flat_name, flat_pair in _flat(f"{name}.{key}", both).items()
+    }
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -191,7 +260,14 @@ def model_fingerprint(facts: ModelFacts) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], data: tuple[str, str], run: Path, allow_data_change: bool) -> tuple[str, ...]:
+def check_fingerprints(
+    progress: Progress,
+    *,
+    fingerprints: Mapping[str, str],
+    data: tuple[str, str],
+    run: Path,
+    allow_data_change: bool,
+) -> tuple[str, ...]:
     """Compare the fingerprints of a checkpoint with those of `run`, which resumes from it.
 
     Returns the names that differ and are allowed to. `model` and `task` must be the same, others (data,
@@ -199,7 +275,10 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], d
     its value), for messages. `tokens`, a hash of a sample of files that no other fingerprint covers, is
     compared only if both have it: version 0.1 had none.
     """
-    names = sorted((set(progress.fingerprints) | set(fingerprints)) - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"}))
+    names = sorted(
+        (set(progress.fingerprints) | set(fingerprints))
+        - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"})
+    )
     differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
     if "model" in differing:
         raise refusal(
@@ -212,11 +291,20 @@ def check_fingerprints(progress: Progress, *, fingerprints: Mapping[str, str], d
     if "task" in differing:
         problem = f"the checkpoint of step {progress.step} was trained with {progress.fingerprints.get('task', _TASK)}"
         instead = "Trainer(config, task=...) with that one, or a new run.dir with run.branch_from"
-        raise refusal("task", fingerprints.get("task", _TASK), problem, allowed="the task that the run began with", instead=instead)
+        raise refusal(
+            "task",
+            fingerprints.get("task", _TASK),
+            problem,
+            allowed="the task that the run began with",
+            instead=instead,
+        )
     if differing and not allow_data_change:
         name = next((name for name in ("data", "tokens") if name in differing), differing[0])
         was, now = progress.fingerprints.get(name), fingerprints.get(name)
-        what = {"data": "other data: they were prepared again since, or replaced", "tokens": "other token files: they have changed since"}
+        what = {
+            "data": "other data: they were prepared again since, or replaced",
+            "tokens": "other token files: they have changed since",
+        }
         raise refusal(
             *data,
             f"the checkpoint of step {progress.step} was trained on {what.get(name, f'another {name}')} ({was} then, {now} now)",

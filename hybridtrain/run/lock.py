@@ -1,6 +1,7 @@
 """The lock of a run directory: only one process trains in it.
 
-    runs/<name>/lock   {"host", "pid", "machine", "born", "job", "chain", "attempt", "since", "every", "token", "beat"}
+    runs/<name>/lock   {"host", "pid", "machine", "born", "job", "chain", "attempt", "since", "every",
+                       "token", "beat"}
 
 The process that trains holds an flock on the file, which the kernel releases when the process ends, however
 it ends. Not every network file system makes flock visible to other hosts, so a thread also increments `beat`
@@ -60,9 +61,13 @@ class Lock:
     def check(self) -> None:
         """Raise UserError if another process has taken over the run: this one must not write any more."""
         if self._lost is not None:
-            problem = f"{self._lost} has taken it over from this one ({self.holder}), which gave no sign of life"
+            problem = (
+                f"{self._lost} has taken it over from this one ({self.holder}), which gave no sign of life"
+            )
             instead = f"leave it to that one, or {self._lost.kill_command}"
-            raise refusal("run.dir", self.folder, problem, allowed="one training in a run directory", instead=instead)
+            raise refusal(
+                "run.dir", self.folder, problem, allowed="one training in a run directory", instead=instead
+            )
 
     def release(self) -> None:
         """Release the lock. A second call does nothing."""
@@ -116,7 +121,8 @@ def is_foreign(folder: Path) -> bool:
 
 
 def alive(folder: Path) -> bool | None:
-    """Whether the holder is alive, as far as can be told without waiting; None without a lock, or if unknown."""
+    """Whether the holder is alive, as far as can be told without waiting; None without a
+    lock, or if unknown."""
     holder = read(folder)
     if holder is None:
         return None
@@ -128,15 +134,28 @@ def alive(folder: Path) -> bool | None:
 
 
 def holder_elsewhere(folder: Path) -> Holder | None:
-    """The live process of another job (or of none) that trains in `folder`; None: this job may start there."""
+    """The live process of another job (or of none) that trains in `folder`; None: this
+    job may start there."""
     holder = read(folder)
-    return holder if holder is not None and alive(folder) and not is_requeue(this_process(), of=holder) else None
+    return (
+        holder if holder is not None and alive(folder) and not is_requeue(this_process(), of=holder) else None
+    )
 
 
 def in_use(folder: Path, *, by: Holder | None) -> UserError:
     """The error for a run directory in which another process trains."""
-    problem, end = (f"{by} trains here since {by.when}", by.kill_command) if by else ("another process trains here", "end that process")
-    return refusal("run.dir", folder, problem, allowed="one training in a run directory", instead=f"wait for it; {end}; another run.dir (run.name=NAME)")
+    problem, end = (
+        (f"{by} trains here since {by.when}", by.kill_command)
+        if by
+        else ("another process trains here", "end that process")
+    )
+    return refusal(
+        "run.dir",
+        folder,
+        problem,
+        allowed="one training in a run directory",
+        instead=f"wait for it; {end}; another run.dir (run.name=NAME)",
+    )
 
 
 def acquire(folder: Path, *, takeover: bool) -> Lock:
@@ -152,7 +171,14 @@ def acquire(folder: Path, *, takeover: bool) -> Lock:
             raise unwritable("run.dir", folder, error) from error
         lock = None
         try:
-            lock = _try(folder, handle=handle, created=created, own=own, takeover=takeover, patient=time.monotonic() < until)
+            lock = _try(
+                folder,
+                handle=handle,
+                created=created,
+                own=own,
+                takeover=takeover,
+                patient=time.monotonic() < until,
+            )
         finally:
             if lock is None or lock.handle != handle:
                 os.close(handle)
@@ -161,7 +187,9 @@ def acquire(folder: Path, *, takeover: bool) -> Lock:
         time.sleep(_SETTLE_S / 10)
 
 
-def _try(folder: Path, *, handle: int, created: bool, own: Holder, takeover: bool, patient: bool) -> Lock | None:
+def _try(
+    folder: Path, *, handle: int, created: bool, own: Holder, takeover: bool, patient: bool
+) -> Lock | None:
     """Take the lock through `handle`, or by replacing the file; None: try again.
 
     Raises UserError if a live process holds it.
@@ -179,7 +207,11 @@ def _try(folder: Path, *, handle: int, created: bool, own: Holder, takeover: boo
     if not ours:
         if (holder is None or (dead and free is False)) and patient:
             return None  # the new holder may not have written the file yet
-        gone = dead or (holder is None and free is None) or (holder is not None and dead is None and _heartbeat_stopped(folder, holder=holder))
+        gone = (
+            dead
+            or (holder is None and free is None)
+            or (holder is not None and dead is None and _heartbeat_stopped(folder, holder=holder))
+        )
         if not gone:
             raise in_use(folder, by=read(folder) or holder)
     return _replace_file(folder, own=own, before=holder)
@@ -241,7 +273,12 @@ def _heartbeat_stopped(folder: Path, *, holder: Holder) -> bool:
     while (left := limit - (time.monotonic() - start)) > 0:
         if left <= logged - holder.every or logged > limit:
             logged = left
-            _log.warning("%s is locked by %s: without a sign of life it is taken over in %.0f s (run.takeover=true: at once)", folder, holder, left)
+            _log.warning(
+                "%s is locked by %s: without a sign of life it is taken over in %.0f s (run.takeover=true: at once)",
+                folder,
+                holder,
+                left,
+            )
         time.sleep(min(left, 1.0, holder.every / 4))
         now = read(folder)
         if now is not None and (now.token, now.beat) != (holder.token, holder.beat):

@@ -46,8 +46,27 @@ SUMMARY = (
     "git_revision",
 )
 """Keys of summary.json. The hardware is in machine.json, one entry per host (runtime/host.py)."""
-_NUMBERS = ("steps", "total_steps", "tokens", "final_loss", "wall_s", "tokens_per_s", "world_size", "parameters")
-EVENTS = ("started", "resumed", "checkpoint", "skipped", "empty", "preempted", "interrupted", "finished", "failed")
+_NUMBERS = (
+    "steps",
+    "total_steps",
+    "tokens",
+    "final_loss",
+    "wall_s",
+    "tokens_per_s",
+    "world_size",
+    "parameters",
+)
+EVENTS = (
+    "started",
+    "resumed",
+    "checkpoint",
+    "skipped",
+    "empty",
+    "preempted",
+    "interrupted",
+    "finished",
+    "failed",
+)
 """Kinds of events. A line of events.jsonl is {time, step, kind, detail}: time in seconds since 1970,
 step = steps done."""
 STATUSES = ("queued", "running", "finished", "preempted", "interrupted", "failed")
@@ -91,7 +110,13 @@ def require_run(path: Path, *, command: str) -> None:
         if path.exists()
         else "there is no such folder"
     )
-    raise refusal("run.dir", path, problem, allowed="the folder of a run", instead=_suggest_sibling(path, command=command))
+    raise refusal(
+        "run.dir",
+        path,
+        problem,
+        allowed="the folder of a run",
+        instead=_suggest_sibling(path, command=command),
+    )
 
 
 def _suggest_sibling(path: Path, *, command: str) -> str:
@@ -100,7 +125,11 @@ def _suggest_sibling(path: Path, *, command: str) -> str:
         for file in path.parent.glob("*/summary.json"):
             with contextlib.suppress(OSError):
                 by_age.append((file.stat().st_mtime, file.parent))
-    return f"hybridtrain {command} {max(by_age)[1]}" if by_age else f"hybridtrain runs, then hybridtrain {command} RUN"
+    return (
+        f"hybridtrain {command} {max(by_age)[1]}"
+        if by_age
+        else f"hybridtrain runs, then hybridtrain {command} RUN"
+    )
 
 
 def write_machine(path: Path, hosts: Sequence[Mapping[str, Any]]) -> None:
@@ -124,7 +153,10 @@ def read_machine(path: Path) -> list[dict[str, Any]]:
     except UserError:
         hosts = read_summary(path).get("machine")
     entries = [host for host in hosts if isinstance(host, dict)] if isinstance(hosts, list) else []
-    return [{**host, "ranks": [rank for rank in _list_or_empty(host.get("ranks")) if isinstance(rank, int)]} for host in entries]
+    return [
+        {**host, "ranks": [rank for rank in _list_or_empty(host.get("ranks")) if isinstance(rank, int)]}
+        for host in entries
+    ]
 
 
 def _list_or_empty(value: object) -> list[Any]:
@@ -151,7 +183,10 @@ def record_finished(path: Path, *, step: int, tokens: int) -> None:
     """
     why = "reached the end"
     try:
-        write_json(path / "summary.json", {**read_summary(path), "status": "finished", "steps": step, "tokens": tokens, "exit_reason": why})
+        write_json(
+            path / "summary.json",
+            {**read_summary(path), "status": "finished", "steps": step, "tokens": tokens, "exit_reason": why},
+        )
     except OSError as error:
         raise unwritable("run.dir", path, error) from error
     append_event(path, "finished", step=step, detail=why)

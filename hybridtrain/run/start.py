@@ -71,13 +71,32 @@ def lock_run(config: Config) -> LockedRun:
         run_lock.release()
         remove_folders(new_folders)
     if second.differing:
-        _log.info("%s holds another run (%s): this one is in %s", config.run.dir or Path("runs") / config.run.name, second.differing, second.path)
+        _log.info(
+            "%s holds another run (%s): this one is in %s",
+            config.run.dir or Path("runs") / config.run.name,
+            second.differing,
+            second.path,
+        )
     if file := os.environ.get(launch.RUN_DIR_FILE):
         Path(file).write_text(str(second.path))
-    return LockedRun(second.path, second.before, run_lock, new_folders, lost_attempt(second.path, holder=holder) if second.before else "")
+    return LockedRun(
+        second.path,
+        second.before,
+        run_lock,
+        new_folders,
+        lost_attempt(second.path, holder=holder) if second.before else "",
+    )
 
 
-def begin(locked: LockedRun, config: Config, *, yaml_text: str, versions: Mapping[str, str], checkpoint: Path | None, step: int) -> RunDir:
+def begin(
+    locked: LockedRun,
+    config: Config,
+    *,
+    yaml_text: str,
+    versions: Mapping[str, str],
+    checkpoint: Path | None,
+    step: int,
+) -> RunDir:
     """Write config.yaml (`yaml_text`) and summary.json with status running; the directory is now this run's.
 
     Raises UserError. `checkpoint`, `step`: where this attempt starts.
@@ -114,7 +133,9 @@ def lost_attempt(path: Path, *, holder: Holder | None) -> str:
     if summary.get("status") != "running":
         return ""
     size, attempt = summary.get("world_size"), max(0, count_attempts(path) - 1)
-    first = failure.root_cause(path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0)
+    first = failure.root_cause(
+        path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0
+    )
     return f"the attempt before{f' ({holder}, since {holder.when})' if holder else ''} {NO_REPORT}{f'; {first}' if first else ''}"
 
 

@@ -15,7 +15,8 @@ from hybridtrain.config.schema import EngineConfig
 from hybridtrain.runtime import host
 
 _EXACT_ENOUGH = 8
-"""Allowed error in units of that of torch's own fp32 matmul. oneDNN: 1 to 3 in fp32, 1e3 in tf32, 1e4 in bf16."""
+"""Allowed error in units of that of torch's own fp32 matmul. oneDNN: 1 to 3 in fp32, 1e3
+in tf32, 1e4 in bf16."""
 
 
 def apply(engine: EngineConfig, *, device: torch.device) -> None:

@@ -100,7 +100,11 @@ def root_cause(folder: Path, *, world_size: int) -> Failure | None:
     if primary:
         return _failure(primary[0])
     hung = {rank: text for rank in range(world_size) if (text := _stacks(folder / f"rank-{rank}.stacks"))}
-    silent = [rank for rank in range(world_size) if rank not in hung and rank not in {report["rank"] for report in reports}]
+    silent = [
+        rank
+        for rank in range(world_size)
+        if rank not in hung and rank not in {report["rank"] for report in reports}
+    ]
     busy = [rank for rank, text in hung.items() if not _is_waiting(text)]
     if hung and not busy and not silent and len(hung) > 1:
         what = "they waited for each other longer than train.max_step_s: the network between them is cut, or they wait for different things"
@@ -113,7 +117,12 @@ def root_cause(folder: Path, *, world_size: int) -> Failure | None:
         what = f"it gave no sign of life{others} while the others waited for it longer than train.max_step_s: frozen, killed, or cut off from them"
         return Failure(silent[0], "", what, f"rank {min(hung)} waited here:\n{hung[min(hung)]}")
     if reports and silent:
-        return Failure(silent[0], "", f"it ended without a word{others}: killed from outside, or out of memory", reports[0]["traceback"])
+        return Failure(
+            silent[0],
+            "",
+            f"it ended without a word{others}: killed from outside, or out of memory",
+            reports[0]["traceback"],
+        )
     return _failure(reports[0]) if reports else None
 
 
@@ -122,7 +131,11 @@ def of_lost_attempt(folder: Path) -> Failure | None:
 
     Its ranks are known by their files: each opens its .stacks at the start.
     """
-    files = {int(match[1]) for path in folder.glob("rank-*") if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))}
+    files = {
+        int(match[1])
+        for path in folder.glob("rank-*")
+        if (match := re.fullmatch(r"rank-(\d{1,7})\.(stacks|json)", path.name))
+    }
     if not files or (folder / ROOT_CAUSE).exists():
         return None
     return record_root_cause(folder, world_size=max(files) + 1)
@@ -130,7 +143,11 @@ def of_lost_attempt(folder: Path) -> Failure | None:
 
 def hung_ranks(folder: Path) -> list[int]:
     """Ranks that have written their stacks because a step took too long."""
-    return sorted(int(match[1]) for path in folder.glob("rank-*.stacks") if (match := re.fullmatch(r"rank-(\d{1,7})\.stacks", path.name)) and _stacks(path))
+    return sorted(
+        int(match[1])
+        for path in folder.glob("rank-*.stacks")
+        if (match := re.fullmatch(r"rank-(\d{1,7})\.stacks", path.name)) and _stacks(path)
+    )
 
 
 def record_root_cause(folder: Path, *, world_size: int) -> Failure | None:
@@ -179,7 +196,10 @@ def _by_place(hung: dict[int, str]) -> str:
     places: dict[tuple[str, ...], list[int]] = {}
     for rank, text in hung.items():
         places.setdefault(tuple(_frames(text)), []).append(rank)
-    few = [f"rank {', '.join(map(str, ranks[:8]))}{' ...' if ranks[8:] else ''} waited here:\n{hung[ranks[0]]}" for ranks in list(places.values())[:4]]
+    few = [
+        f"rank {', '.join(map(str, ranks[:8]))}{' ...' if ranks[8:] else ''} waited here:\n{hung[ranks[0]]}"
+        for ranks in list(places.values())[:4]
+    ]
     return "\n\n".join(few)
 
 

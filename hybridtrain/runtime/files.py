@@ -29,9 +29,21 @@ _MAX_BYTES = 512 << 20
 _STALE_S = 600.0
 """Age in seconds of a temporary file whose writer must have been killed."""
 _LFS = b"version https://git-lfs"
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file would be larger than is allowed"}
-_FORBIDDEN = {errno.EACCES: "permission denied", errno.EPERM: "not permitted", errno.EROFS: "the file system is read-only"}
-_GONE = {errno.ENOENT: "it has been moved or removed", errno.ENOTDIR: "a part of the path is a file", errno.EEXIST: "something else has this name"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed",
+}
+_FORBIDDEN = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "the file system is read-only",
+}
+_GONE = {
+    errno.ENOENT: "it has been moved or removed",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "something else has this name",
+}
 _GONE |= {errno.EISDIR: "a folder has this name", errno.ELOOP: "a link has this name"}
 
 
@@ -109,21 +121,27 @@ LARGEST = 2.0**63
 
 def number(value: Any) -> float | int | None:
     """`value` if it is a finite number below LARGEST, else None."""
-    sound = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST  # NaN fails too
+    # NaN fails too
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
     return value if sound else None
 
 
 def one_line(text: str) -> str:
     """`text` as one printable line: whitespace as single spaces, unprintable characters as escapes."""
     words = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in words)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in words
+    )
 
 
 def read_json(file: Path, *, field: str) -> Any:
     """The content of a JSON file. Raises UserError with `field` and the file if it cannot be read."""
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise _unreadable(field, file, f"{file.stat().st_size:,} bytes are too many for a file of this kind")
+            raise _unreadable(
+                field, file, f"{file.stat().st_size:,} bytes are too many for a file of this kind"
+            )
         data = file.read_bytes()
     except OSError as error:
         raise _unreadable(field, file, error.strerror or str(error)) from error
@@ -148,7 +166,13 @@ def read_object(file: Path, *, field: str) -> dict[str, Any]:
 
 
 def _unreadable(field: str, file: Path, problem: str) -> UserError:
-    return refusal(field, file, f"it cannot be read: {problem}", allowed="a whole file", instead="restore the file, or write it again")
+    return refusal(
+        field,
+        file,
+        f"it cannot be read: {problem}",
+        allowed="a whole file",
+        instead="restore the file, or write it again",
+    )
 
 
 def is_lfs_pointer(file: Path) -> bool:
@@ -162,7 +186,13 @@ def is_lfs_pointer(file: Path) -> bool:
 
 def lfs_pointer(field: str, file: Path) -> UserError:
     """The refusal of a git-lfs pointer."""
-    return refusal(field, file, "it is a git-lfs pointer, the file itself was not downloaded", allowed="the file itself", instead="git lfs pull")
+    return refusal(
+        field,
+        file,
+        "it is a git-lfs pointer, the file itself was not downloaded",
+        allowed="the file itself",
+        instead="git lfs pull",
+    )
 
 
 def unwritable(field: str, path: Path, error: OSError) -> UserError:
@@ -172,12 +202,26 @@ def unwritable(field: str, path: Path, error: OSError) -> UserError:
         problem, instead = _FULL[code], f"free some space, or {field}=FOLDER"
     elif code in _FORBIDDEN:
         problem, instead = _FORBIDDEN[code], f"{field}=FOLDER that you may write"
-    elif code == errno.ENOENT and error.filename and error.filename2 is None and Path(os.fsdecode(error.filename)).parent.is_dir():
-        problem, instead = f"nothing can be made in {Path(os.fsdecode(error.filename)).parent}", f"{field}=FOLDER"
+    elif (
+        code == errno.ENOENT
+        and error.filename
+        and error.filename2 is None
+        and Path(os.fsdecode(error.filename)).parent.is_dir()
+    ):
+        problem, instead = (
+            f"nothing can be made in {Path(os.fsdecode(error.filename)).parent}",
+            f"{field}=FOLDER",
+        )
     else:
         problem, instead = _GONE.get(code, str(error)), f"{field}=FOLDER"
     where = f" ({error.filename})" if error.filename and str(error.filename) != str(path) else ""
-    return refusal(field, path, f"it cannot be written: {problem}{where}", allowed="a folder with space that you may write", instead=instead)
+    return refusal(
+        field,
+        path,
+        f"it cannot be written: {problem}{where}",
+        allowed="a folder with space that you may write",
+        instead=instead,
+    )
 
 
 def discard_folder(folder: Path, *, record: str) -> bool:
@@ -235,10 +279,23 @@ def is_inside(name: object) -> bool:
 
 def check_outside_checkpoints(path: Path, *, field: str) -> None:
     """Refuse a path inside <run>/checkpoints, where the run removes old folders (raises UserError)."""
-    above = next((place for place in (path, *path.resolve().parents) if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()), None)
+    above = next(
+        (
+            place
+            for place in (path, *path.resolve().parents)
+            if place.name == "checkpoints" and (place.parent / "config.yaml").is_file()
+        ),
+        None,
+    )
     if above is not None:
         problem = f"it lies among the checkpoints of {above.parent}, which that run removes"
-        raise refusal(field, path, problem, allowed="a folder apart from the checkpoints of runs", instead=f"another {field}")
+        raise refusal(
+            field,
+            path,
+            problem,
+            allowed="a folder apart from the checkpoints of runs",
+            instead=f"another {field}",
+        )
 
 
 def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field: str) -> None:
@@ -246,10 +303,20 @@ def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field:
     check_outside_checkpoints(folder, field=field)
     remove_stale_temporaries(folder)
     ours = read_record(folder, record=record)
-    foreign = sorted(name for name in names if name not in ours and ((folder / name).exists() or (folder / name).is_symlink()))
+    foreign = sorted(
+        name
+        for name in names
+        if name not in ours and ((folder / name).exists() or (folder / name).is_symlink())
+    )
     if foreign:
         words = f"it has {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, which this command did not write and would replace"
-        raise refusal(field, folder, words, allowed="a new folder, an empty one, or one that this command wrote", instead=f"another {field}")
+        raise refusal(
+            field,
+            folder,
+            words,
+            allowed="a new folder, an empty one, or one that this command wrote",
+            instead=f"another {field}",
+        )
 
 
 def write_record(folder: Path, names: Iterable[str], *, record: str) -> None:

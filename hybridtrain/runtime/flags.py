@@ -41,7 +41,9 @@ class Flags:
             return
         counts, event = vector[len(vector) - len(self.names) :], None
         if counts.is_cuda:
-            counts = torch.empty(len(self.names), dtype=counts.dtype, pin_memory=True).copy_(counts, non_blocking=True)
+            counts = torch.empty(len(self.names), dtype=counts.dtype, pin_memory=True).copy_(
+                counts, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record()
         self._sent.append((counts, event))

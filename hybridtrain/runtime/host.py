@@ -64,7 +64,9 @@ def host(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,
-        "gpu_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1) if cuda else None,
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1)
+        if cuda
+        else None,
     }
 
 

@@ -27,7 +27,8 @@ _log = logging.getLogger("hybridtrain.runtime.launch")
 DEADLINE = "HYBRIDTRAIN_DEADLINE"
 """Environment variable: the job's time limit, as Unix time."""
 JOB = "HYBRIDTRAIN_JOB"
-"""Environment variable, set by `hybridtrain train --nproc`: a unique name of this start, equal in all ranks."""
+"""Environment variable, set by `hybridtrain train --nproc`: a unique name of this start,
+equal in all ranks."""
 LISTEN_FD = "HYBRIDTRAIN_LISTEN_FD"
 """Environment variable of rank 0, set by `hybridtrain train --nproc`: descriptor of MASTER_PORT's socket."""
 RUN_DIR_FILE = "HYBRIDTRAIN_RUN_DIR_FILE"
@@ -40,7 +41,9 @@ AFTER_RANK_0_S = 1.0
 """The same if rank 0 is known to print the error now."""
 _POLL_S = 0.5
 """Seconds between two checks whether the launcher is alive."""
-_LAUNCHER = re.compile(r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain")
+_LAUNCHER = re.compile(
+    r"torchrun|torch[./]distributed[./](run|launch)|accelerate|deepspeed|slurmstepd|hybridtrain"
+)
 _WATCHER = "launcher"
 _GENERATIONS = 5
 """Parent processes among which the launcher is looked for: it may start ranks through a script."""
@@ -51,7 +54,7 @@ def arguments(argv: list[str]) -> list[str]:
     return [text for text in argv if not (text.startswith("--local_rank=") and "LOCAL_RANK" in os.environ)]
 
 
-# -- the environment -----------------------------------------------------------------------------------------------
+# -- the environment -----------------------------------------------------------------------------------------
 
 
 def check_directory() -> None:
@@ -60,7 +63,13 @@ def check_directory() -> None:
         os.getcwd()
     except OSError as error:
         where = os.environ.get("PWD", "(unknown)")
-        raise refusal("working directory", where, "it has been removed", allowed="a folder that exists", instead="cd to another folder") from error
+        raise refusal(
+            "working directory",
+            where,
+            "it has been removed",
+            allowed="a folder that exists",
+            instead="cd to another folder",
+        ) from error
 
 
 def adopt_srun() -> None:
@@ -74,8 +83,18 @@ def adopt_srun() -> None:
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
         if not env.get(name, "").isdecimal():
             missing = "it is not set" if name not in env else "it is not a number"
-            raise refusal(name, env.get(name, ""), f"{missing}, though srun sets it", allowed="what srun sets", instead="srun, torchrun, or unset SLURM_PROCID")
-    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_LOCALID"], env["SLURM_STEP_NUM_TASKS"]
+            raise refusal(
+                name,
+                env.get(name, ""),
+                f"{missing}, though srun sets it",
+                allowed="what srun sets",
+                instead="srun, torchrun, or unset SLURM_PROCID",
+            )
+    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = (
+        env["SLURM_PROCID"],
+        env["SLURM_LOCALID"],
+        env["SLURM_STEP_NUM_TASKS"],
+    )
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _address(env.get("SLURM_STEP_NODELIST", ""))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
@@ -85,7 +104,13 @@ def _address(nodes: str) -> str:
     """The address by which Slurm reaches the first of `nodes`; its name need not resolve."""
     first = _output("scontrol", "show", "hostnames", nodes).split()
     if not first:
-        raise refusal("SLURM_STEP_NODELIST", nodes, "Slurm knows no node by it", allowed="what srun sets", instead="MASTER_ADDR=ADDRESS of the first node")
+        raise refusal(
+            "SLURM_STEP_NODELIST",
+            nodes,
+            "Slurm knows no node by it",
+            allowed="what srun sets",
+            instead="MASTER_ADDR=ADDRESS of the first node",
+        )
     words = _output("scontrol", "-o", "show", "node", first[0]).split()
     return next((word.partition("=")[2] for word in words if word.startswith("NodeAddr=")), first[0])
 
@@ -96,7 +121,13 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         words = str(getattr(error, "stderr", None) or error).strip().splitlines()
         problem = f"`{' '.join(command)}`, which tells where ranks meet, failed: {words[0] if words else type(error).__name__}"
-        raise refusal("MASTER_ADDR", "(not set)", problem, allowed="an address of the first node", instead="export MASTER_ADDR=ADDRESS before srun") from error
+        raise refusal(
+            "MASTER_ADDR",
+            "(not set)",
+            problem,
+            allowed="an address of the first node",
+            instead="export MASTER_ADDR=ADDRESS before srun",
+        ) from error
 
 
 def begin() -> None:
@@ -121,22 +152,39 @@ def check() -> None:
         missing = [name for name in _ADDRESS if name not in env]
         wrong = _wrong()
         if missing or wrong:
-            present = " ".join(f"{name}={env[name]!r}" if not env[name] else f"{name}={env[name]}" for name in (*_ADDRESS, "LOCAL_RANK") if name in env)
+            present = " ".join(
+                f"{name}={env[name]!r}" if not env[name] else f"{name}={env[name]}"
+                for name in (*_ADDRESS, "LOCAL_RANK")
+                if name in env
+            )
             name = next(iter(wrong), next(name for name in _ADDRESS if name in env))
             problem = [f"set are {present}"]
             problem += [f"missing {'are' if missing[1:] else 'is'} {', '.join(missing)}"] if missing else []
             problem += [f"{key} {why}" for key, why in wrong.items()]
             several = f"hybridtrain train --nproc {env.get('WORLD_SIZE') if env.get('WORLD_SIZE', '').strip('0').isdecimal() else 'N'} ..., or torchrun"
             allowed = f"all of {', '.join(_ADDRESS)}, as a launcher sets them, or none"
-            raise refusal(name, env[name], "; ".join(problem), allowed=allowed, instead=f"unset {' '.join(_ADDRESS)} LOCAL_RANK; several processes: {several}")
+            raise refusal(
+                name,
+                env[name],
+                "; ".join(problem),
+                allowed=allowed,
+                instead=f"unset {' '.join(_ADDRESS)} LOCAL_RANK; several processes: {several}",
+            )
     _check_interface()
 
 
 def _wrong() -> dict[str, str]:
     """Rank variable -> what is wrong with its value."""
     env, wrong = os.environ, {}
-    for name, least, most in (("RANK", 0, 1 << 31), ("WORLD_SIZE", 1, 1 << 31), ("LOCAL_RANK", 0, 1 << 31), ("MASTER_PORT", 1, 65535)):
-        if name in env and not (env[name].isascii() and env[name].isdecimal() and least <= int(env[name][:12]) <= most):
+    for name, least, most in (
+        ("RANK", 0, 1 << 31),
+        ("WORLD_SIZE", 1, 1 << 31),
+        ("LOCAL_RANK", 0, 1 << 31),
+        ("MASTER_PORT", 1, 65535),
+    ):
+        if name in env and not (
+            env[name].isascii() and env[name].isdecimal() and least <= int(env[name][:12]) <= most
+        ):
             wrong[name] = f"is no whole number from {least}{f' to {most}' if most == 65535 else ' on'}"
     if env.get("MASTER_ADDR", "x").strip() == "":
         wrong["MASTER_ADDR"] = "is empty"
@@ -151,7 +199,13 @@ def _check_interface() -> None:
     unknown = [name for name in given.split(",") if name and name not in interfaces]
     if unknown:
         problem = f"this machine has no network interface {', '.join(unknown)}"
-        raise refusal("GLOO_SOCKET_IFNAME", given, problem, allowed=", ".join(interfaces), instead="unset GLOO_SOCKET_IFNAME")
+        raise refusal(
+            "GLOO_SOCKET_IFNAME",
+            given,
+            problem,
+            allowed=", ".join(interfaces),
+            instead="unset GLOO_SOCKET_IFNAME",
+        )
 
 
 def deadline() -> float:
@@ -168,13 +222,29 @@ def deadline() -> float:
         value = math.nan
     now = time.time()
     if math.isnan(value) or value <= now:
-        problem = "it is not a time in seconds since 1970" if math.isnan(value) else f"it was {_duration(now - value)} ago: the run would end after each step"
-        raise refusal(DEADLINE, given, problem, allowed="a future time in seconds since 1970", instead=f"unset {DEADLINE}")
+        problem = (
+            "it is not a time in seconds since 1970"
+            if math.isnan(value)
+            else f"it was {_duration(now - value)} ago: the run would end after each step"
+        )
+        raise refusal(
+            DEADLINE,
+            given,
+            problem,
+            allowed="a future time in seconds since 1970",
+            instead=f"unset {DEADLINE}",
+        )
     return value
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )
 
 
 def is_launched() -> bool:
@@ -211,7 +281,7 @@ def store_of_launcher() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-# -- the launcher ---------------------------------------------------------------------------------------------------
+# -- the launcher --------------------------------------------------------------------------------------------
 
 
 def end_with_launcher() -> None:
@@ -222,7 +292,9 @@ def end_with_launcher() -> None:
     """
     launcher = _launcher()
     if launcher is not None and _WATCHER not in (thread.name for thread in threading.enumerate()):
-        threading.Thread(target=_watch, args=(launcher, _start_time(launcher)), name=_WATCHER, daemon=True).start()
+        threading.Thread(
+            target=_watch, args=(launcher, _start_time(launcher)), name=_WATCHER, daemon=True
+        ).start()
 
 
 def _launcher() -> int | None:
@@ -241,12 +313,19 @@ def _launcher() -> int | None:
         if _LAUNCHER.search(_command_line(process)):
             return process
         process = _parent(process)
-    return parent if "python" in _command_line(parent).partition(" ")[0] else None  # a program that uses torch's launcher as a library
+    # a program that uses torch's launcher as a library
+    return parent if "python" in _command_line(parent).partition(" ")[0] else None
 
 
 def _command_line(process: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return (
+            Path(f"/proc/{process}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
+            .strip()
+        )
     return ""
 
 
@@ -285,7 +364,11 @@ def report_to_launcher(text: str) -> None:
     if file and not Path(file).exists():
         now = str(int(time.time()))
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": now}}}))
+            Path(file).write_text(
+                json.dumps(
+                    {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": now}}}
+                )
+            )
 
 
 def leave(code: int) -> NoReturn:

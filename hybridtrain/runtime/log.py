@@ -67,7 +67,9 @@ def _console() -> logging.Handler:
     # order.
     handler = _Console(sys.stdout if rank() == 0 else sys.stderr)
     handler.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-    handler.setFormatter(_Plain() if rank() == 0 else logging.Formatter(f"[rank {rank()}] %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        _Plain() if rank() == 0 else logging.Formatter(f"[rank {rank()}] %(levelname)s %(name)s: %(message)s")
+    )
     return handler
 
 

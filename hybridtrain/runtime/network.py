@@ -34,7 +34,10 @@ def identity() -> str:
     """
     result = [failure.node()]
     with contextlib.suppress(OSError):
-        result += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat("/proc/self/ns/net").st_ino)]
+        result += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            str(os.stat("/proc/self/ns/net").st_ino),
+        ]
     return " ".join(result)
 
 
@@ -52,7 +55,15 @@ def interface_to(address: str) -> str:
             own = probe.getsockname()[0]
     except OSError:
         return ""
-    return next((interface for interface, addresses in psutil.net_if_addrs().items() for entry in addresses if entry.address.partition("%")[0] == own), "")
+    return next(
+        (
+            interface
+            for interface, addresses in psutil.net_if_addrs().items()
+            for entry in addresses
+            if entry.address.partition("%")[0] == own
+        ),
+        "",
+    )
 
 
 def hub_resolves() -> bool:
@@ -75,7 +86,9 @@ def unfit(error: Exception) -> UserError:
     import psutil
 
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    problem = f"rank {log.rank()} on {failure.node()} has met the others but cannot compute with them: {words}"
+    problem = (
+        f"rank {log.rank()} on {failure.node()} has met the others but cannot compute with them: {words}"
+    )
     interfaces = ", ".join(psutil.net_if_addrs())
     return refusal(
         _INTERFACE,

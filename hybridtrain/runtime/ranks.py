@@ -1,6 +1,7 @@
 """Run a function on ranks of this machine: forked processes, a new process group per call, a timeout.
 
-    run_ranks(4, function, *args, preload=(...), backend="gloo", timeout_s=240)     # [function(*args) on rank 0, ... rank 3]
+    run_ranks(4, function, *args, preload=(...), backend="gloo", timeout_s=240)
+        # [function(*args) on rank 0, ... rank 3]
 
     this process --pipe--> server (has imported `preload`, never computes) --fork--> rank 0 ... rank n-1
 
@@ -73,10 +74,19 @@ class _Server:
     def __init__(self, preload: Sequence[str]) -> None:
         self.preload = tuple(preload)
         self.connection, theirs = Pipe()
-        code = "import sys; from hybridtrain.runtime.ranks import serve; serve(int(sys.argv[1]), sys.argv[2:])"
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        code = (
+            "import sys; from hybridtrain.runtime.ranks import serve; serve(int(sys.argv[1]), sys.argv[2:])"
+        )
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, str(theirs.fileno()), *self.preload], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            [sys.executable, "-c", code, str(theirs.fileno()), *self.preload],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
         )
         theirs.close()
 
@@ -92,20 +102,38 @@ class _Server:
 _SERVERS: dict[str, _Server] = {}
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, preload: Sequence[str], backend: str, timeout_s: float) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    preload: Sequence[str],
+    backend: str,
+    timeout_s: float,
+) -> list[Any]:
     """Call `function(*args)` on every rank of a new process group; returns the results in rank order.
 
     `preload`: modules that ranks have imported already. `backend`: of init_process_group. Raises RankFailed.
     """
     server = _server(preload)
     path = list(sys.path)
-    job = _Job(world_size, function.__module__, function.__qualname__, pickle.dumps(args), backend, timeout_s, path, dict(os.environ))
+    job = _Job(
+        world_size,
+        function.__module__,
+        function.__qualname__,
+        pickle.dumps(args),
+        backend,
+        timeout_s,
+        path,
+        dict(os.environ),
+    )
     try:
         server.connection.send(job)
         outcome, value = server.connection.recv()
     except (EOFError, OSError) as error:
         close()
-        raise RankFailed(f"the process that ranks are forked from is gone (exit code {server.process.returncode})") from error
+        raise RankFailed(
+            f"the process that ranks are forked from is gone (exit code {server.process.returncode})"
+        ) from error
     except BaseException:  # e.g. Ctrl-C: the next call must not read this call's answer
         close()
         raise
@@ -130,7 +158,7 @@ def _server(preload: Sequence[str]) -> _Server:
     return server
 
 
-# -- in the server -------------------------------------------------------------------------------------------------
+# -- in the server -------------------------------------------------------------------------------------------
 
 
 def serve(descriptor: int, preload: Sequence[str]) -> None:
@@ -181,7 +209,9 @@ def _run(job: _Job, connection: Connection) -> tuple[str, Any] | None:
                 ours.close()
 
 
-def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, timeout_s: float, folder: Path) -> tuple[str, Any] | None:
+def _collect(
+    children: dict[int, tuple[int, Connection]], caller: Connection, timeout_s: float, folder: Path
+) -> tuple[str, Any] | None:
     results: dict[int, bytes] = {}
     # (secondary, time, rank, text): a secondary error may arrive before the death of the rank that caused it
     failures: list[tuple[bool, float, int, str]] = []
@@ -193,14 +223,22 @@ def _collect(children: dict[int, tuple[int, Connection]], caller: Connection, ti
             return None  # the caller sends nothing while it waits, so this is end of file
         if not ready:
             if not failures:
-                return "failed", f"ranks {sorted(pending.values())} did not finish within {timeout_s:g} s" + _tail(folder, min(pending.values()))
+                return (
+                    "failed",
+                    f"ranks {sorted(pending.values())} did not finish within {timeout_s:g} s"
+                    + _tail(folder, min(pending.values())),
+                )
             break
         for connection in ready:
             rank = pending.pop(connection)  # type: ignore[call-overload]
             try:
                 outcome, value, when = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                outcome, value, when = "failed", "died without a word (gloo aborts a process on a size mismatch)", time.time()
+                outcome, value, when = (
+                    "failed",
+                    "died without a word (gloo aborts a process on a size mismatch)",
+                    time.time(),
+                )
             if outcome == "ok":
                 results[rank] = value
             else:
@@ -223,7 +261,7 @@ def _output(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
 
 
-# -- in a rank -----------------------------------------------------------------------------------------------------
+# -- in a rank -----------------------------------------------------------------------------------------------
 
 
 def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, server: int) -> None:
@@ -235,7 +273,9 @@ def _rank_main(rank: int, job: _Job, folder: Path, connection: Connection, serve
         with _output(folder, rank).open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size), GLOO_SOCKET_IFNAME="lo"
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # not used: the store is a file
         message = _call(rank, job, folder)
         code = 0 if message[0] == "ok" else 1
@@ -253,7 +293,9 @@ def _call(rank: int, job: _Job, folder: Path) -> tuple[str, Any, float]:
     try:
         import torch.distributed as dist
 
-        dist.init_process_group(job.backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=job.world_size)
+        dist.init_process_group(
+            job.backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=job.world_size
+        )
         function: Any = importlib.import_module(job.module)
         for part in job.name.split("."):
             function = getattr(function, part)

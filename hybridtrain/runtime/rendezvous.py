@@ -93,7 +93,11 @@ def join(*, gpu: str, timeout_s: float) -> Rendezvous:
         "peer": peer,
     }
     try:
-        verdict = _rank0(mine, keys, until=until, timeout_s=timeout_s) if rank == 0 else _other(mine, keys, until=until, timeout_s=timeout_s)
+        verdict = (
+            _rank0(mine, keys, until=until, timeout_s=timeout_s)
+            if rank == 0
+            else _other(mine, keys, until=until, timeout_s=timeout_s)
+        )
     except dist.DistError as error:  # the process that holds the store has ended
         if rank == 0:
             raise _no_store(str(error)) from error
@@ -125,25 +129,46 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
         keys.set(_VERDICT, json.dumps({"refused": True}))
         raise
     networks = {entry["network"] for entry in present}
-    address = next((entry["peer"] for entry in present if entry["network"] != mine["network"] and entry["peer"]), os.environ["MASTER_ADDR"])
+    address = next(
+        (entry["peer"] for entry in present if entry["network"] != mine["network"] and entry["peer"]),
+        os.environ["MASTER_ADDR"],
+    )
     verdict = {"refused": False, "start": uuid.uuid4().hex, "hosts": len(networks), "address": address}
     keys.set(_VERDICT, json.dumps(verdict))
     return verdict
 
 
 def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
-    _wait(lambda: keys.check([_of(0)]), waiting_for=lambda: "rank 0", report=_is_reporter(), until=until, timeout_s=timeout_s)
+    _wait(
+        lambda: keys.check([_of(0)]),
+        waiting_for=lambda: "rank 0",
+        report=_is_reporter(),
+        until=until,
+        timeout_s=timeout_s,
+    )
     first = json.loads(keys.get(_of(0)))
     if first["job"] != mine["job"] and first["job"] and mine["job"]:
         raise _foreign(mine, first)
     if first["world_size"] != mine["world_size"]:
         problem = f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, rank 0 on {first['host']} has {first['world_size']}"
-        refused = refusal("WORLD_SIZE", mine["world_size"], problem, allowed="the same number in all processes", instead="the same command on every machine")
+        refused = refusal(
+            "WORLD_SIZE",
+            mine["world_size"],
+            problem,
+            allowed="the same number in all processes",
+            instead="the same command on every machine",
+        )
         keys.set(_MISMATCH, str(refused))
         raise refused
     _claim(mine, keys)
     keys.add(_ARRIVED, 1)
-    _wait(lambda: keys.check([_VERDICT]), waiting_for=lambda: "the answer of rank 0", report=False, until=until + _CONNECT_S, timeout_s=timeout_s)
+    _wait(
+        lambda: keys.check([_VERDICT]),
+        waiting_for=lambda: "the answer of rank 0",
+        report=False,
+        until=until + _CONNECT_S,
+        timeout_s=timeout_s,
+    )
     verdict = json.loads(keys.get(_VERDICT))
     if verdict["refused"]:
         raise ReportedElsewhere(2)
@@ -158,14 +183,24 @@ def _claim(mine: dict[str, Any], keys: dist.Store) -> None:
         return
     other = json.loads(before)
     problem = f"process {other['process']} on {other['host']} has joined as rank {mine['rank']} already ({_where()})"
-    raise refusal("RANK", mine["rank"], problem, allowed="one process for each rank", instead="another MASTER_PORT, if these are two trainings")
+    raise refusal(
+        "RANK",
+        mine["rank"],
+        problem,
+        allowed="one process for each rank",
+        instead="another MASTER_PORT, if these are two trainings",
+    )
 
 
 def _foreign(mine: dict[str, Any], first: dict[str, Any]) -> UserError:
-    problem = (
-        f"{first['job']} meets there (rank 0 on {first['host']}, process {first['process']}), and rank {mine['rank']} on {mine['host']} is of {mine['job']}"
+    problem = f"{first['job']} meets there (rank 0 on {first['host']}, process {first['process']}), and rank {mine['rank']} on {mine['host']} is of {mine['job']}"
+    return refusal(
+        "MASTER_PORT",
+        os.environ["MASTER_PORT"],
+        problem,
+        allowed="a port for each job",
+        instead="another MASTER_PORT",
     )
-    return refusal("MASTER_PORT", os.environ["MASTER_PORT"], problem, allowed="a port for each job", instead="another MASTER_PORT")
 
 
 def _check_devices(present: list[dict[str, Any]]) -> None:
@@ -178,7 +213,13 @@ def _check_devices(present: list[dict[str, Any]]) -> None:
             on_host = [rank["rank"] for rank in present if rank["host"] == entry["host"]]
             gpus = len({rank["gpu"] for rank in present if rank["host"] == entry["host"]})
             problem = f"ranks {first} and {entry['rank']} on {entry['host']} have the same GPU: {len(on_host)} processes share {gpus}"
-            raise refusal("WORLD_SIZE", entry["world_size"], problem, allowed="one process for each GPU", instead=f"{gpus} processes on {entry['host']}")
+            raise refusal(
+                "WORLD_SIZE",
+                entry["world_size"],
+                problem,
+                allowed="one process for each GPU",
+                instead=f"{gpus} processes on {entry['host']}",
+            )
 
 
 class _TooLate(UserError):
@@ -195,7 +236,9 @@ def _local(error: UserError) -> UserError:
     return error if isinstance(error, _TooLate) and not _is_reporter() else LocalError(str(error))
 
 
-def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: bool, until: float, timeout_s: float) -> None:
+def _wait(
+    holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: bool, until: float, timeout_s: float
+) -> None:
     """Poll until `holds()` is true. With `report`, log from time to time for which ranks.
 
     Raises _TooLate at the timeout.
@@ -206,9 +249,23 @@ def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: 
         now = time.monotonic()
         if now > until:
             problem = f"{waiting_for()} did not come within {timeout_s:g} s ({_where()})"
-            raise _TooLate(str(refusal("engine.timeout_s", f"{timeout_s:g}", problem, allowed="as long as all processes take to start", instead=_alone())))
+            raise _TooLate(
+                str(
+                    refusal(
+                        "engine.timeout_s",
+                        f"{timeout_s:g}",
+                        problem,
+                        allowed="as long as all processes take to start",
+                        instead=_alone(),
+                    )
+                )
+            )
         if report and now > notice_at:
-            left = f"{until - now:.0f} s" if until - now < _MINUTES_FROM_S else f"{(until - now) / 60:.0f} minutes"
+            left = (
+                f"{until - now:.0f} s"
+                if until - now < _MINUTES_FROM_S
+                else f"{(until - now) / 60:.0f} minutes"
+            )
             _notice(f"{_who()} waits for {waiting_for()} at {_where()}, at most {left} more")
             notice_at = now + _NOTICE_EVERY_S
         time.sleep(pause)
@@ -216,7 +273,8 @@ def _wait(holds: Callable[[], bool], *, waiting_for: Callable[[], str], report: 
 
 
 def _notice(text: str) -> None:
-    _log.log(20 if log.rank() == 0 else 40, text)  # INFO, or ERROR, since the console hides INFO of other ranks
+    # INFO, or ERROR, since the console hides INFO of other ranks
+    _log.log(20 if log.rank() == 0 else 40, text)
 
 
 def _who() -> str:
@@ -231,7 +289,7 @@ def _alone() -> str:
     return "start the missing ones; for one process: unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT LOCAL_RANK"
 
 
-# -- the store -----------------------------------------------------------------------------------------------------
+# -- the store -----------------------------------------------------------------------------------------------
 
 
 def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str]:
@@ -239,7 +297,11 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     holds_it = rank == 0 and not launch.store_of_launcher()
     peer = "" if holds_it else _reached(address, port, until=until, timeout_s=timeout_s)
-    options: dict[str, Any] = {"is_master": holds_it, "wait_for_workers": False, "timeout": timedelta(seconds=_CONNECT_S)}
+    options: dict[str, Any] = {
+        "is_master": holds_it,
+        "wait_for_workers": False,
+        "timeout": timedelta(seconds=_CONNECT_S),
+    }
     if holds_it:
         options["multi_tenant"] = True
         if (listening := os.environ.get(launch.LISTEN_FD, "")).isdecimal():
@@ -260,7 +322,9 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
     if not answer:
         raise _no_store("what listens there does not answer as rank 0 would")
     if isinstance(answer[0], Exception):
-        raise _port_in_use(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0])) from answer[0]
+        raise (
+            _port_in_use(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0]))
+        ) from answer[0]
     store = answer[0]
     store.set_timeout(timedelta(seconds=timeout_s))
     return store, peer
@@ -286,7 +350,13 @@ def _reached(address: str, port: int, *, until: float, timeout_s: float) -> str:
             why = error.strerror or str(error)
         return False
 
-    _wait(answers, waiting_for=lambda: f"rank 0 ({why})", report=_is_reporter(), until=until, timeout_s=timeout_s)
+    _wait(
+        answers,
+        waiting_for=lambda: f"rank 0 ({why})",
+        report=_is_reporter(),
+        until=until,
+        timeout_s=timeout_s,
+    )
     return peer
 
 
@@ -307,5 +377,17 @@ def _no_store(why: str) -> UserError:
     problem = f"{_who()} cannot meet the others at {_where()}: {words}"
     with contextlib.suppress(OSError):
         socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-        return refusal("MASTER_PORT", os.environ["MASTER_PORT"], problem, allowed="the address and port of rank 0", instead=_alone())
-    return refusal("MASTER_ADDR", os.environ["MASTER_ADDR"], f"{problem} (the name does not resolve)", allowed="rank 0's address", instead=_alone())
+        return refusal(
+            "MASTER_PORT",
+            os.environ["MASTER_PORT"],
+            problem,
+            allowed="the address and port of rank 0",
+            instead=_alone(),
+        )
+    return refusal(
+        "MASTER_ADDR",
+        os.environ["MASTER_ADDR"],
+        f"{problem} (the name does not resolve)",
+        allowed="rank 0's address",
+        instead=_alone(),
+    )

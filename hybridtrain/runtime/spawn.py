@@ -1,6 +1,7 @@
 """Starts the ranks of a command on this machine:  hybridtrain train --nproc N ...
 
-    this process   --starts-->   rank 0 ... rank N-1   (python -m hybridtrain.<command>, with the variables that torchrun sets)
+    this process   --starts-->   rank 0 ... rank N-1   (python -m hybridtrain.<command>, with the variables
+                                                       that torchrun sets)
 
 This process does not train and does not import torch. It forwards signals, gives ranks time to save, ends all
 ranks when one has failed, and exits with the code of the rank that failed first.
@@ -77,16 +78,30 @@ def gpus() -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
-def _rank(rank: int, module: str, argv: list[str], *, processes: int, listening: socket.socket) -> subprocess.Popen[bytes]:
+def _rank(
+    rank: int, module: str, argv: list[str], *, processes: int, listening: socket.socket
+) -> subprocess.Popen[bytes]:
     port = str(listening.getsockname()[1])
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, launch.JOB: f"process {os.getpid()} {_START}"}
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    environment |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        launch.JOB: f"process {os.getpid()} {_START}",
+    }
     if "lo" in [name for _, name in socket.if_nameindex()]:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's name need not resolve
     if processes > 1:
@@ -123,11 +138,19 @@ def _watch(ranks: list[subprocess.Popen[bytes]], received: list[int]) -> int:
         failed = next((rank.returncode for rank in ranks if rank.returncode), 0)
     if failed < 0:
         number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
-        print(f"hybridtrain: rank {number} (process {ranks[number].pid}) was ended by {_name(-failed)}", file=sys.stderr, flush=True)
+        print(
+            f"hybridtrain: rank {number} (process {ranks[number].pid}) was ended by {_name(-failed)}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 128 - failed
     if failed not in _EXPLAINED:
         number = next(index for index, rank in enumerate(ranks) if rank.returncode == failed)
-        print(f"hybridtrain: rank {number} (process {ranks[number].pid}) ended with exit code {failed}", file=sys.stderr, flush=True)
+        print(
+            f"hybridtrain: rank {number} (process {ranks[number].pid}) ended with exit code {failed}",
+            file=sys.stderr,
+            flush=True,
+        )
     return failed
 
 

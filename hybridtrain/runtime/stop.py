@@ -53,7 +53,9 @@ class Stop:
     def __enter__(self) -> Stop:
         self._handles_signals = threading.current_thread() is threading.main_thread()
         if not self._handles_signals:
-            _log.warning("training runs in a thread of its own: Python gives signals to the main thread, and none stops this run with a checkpoint")
+            _log.warning(
+                "training runs in a thread of its own: Python gives signals to the main thread, and none stops this run with a checkpoint"
+            )
             return self
         self._read_end, self._write_end = socket.socketpair()
         self._write_end.setblocking(False)
@@ -63,7 +65,9 @@ class Stop:
         threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._handles_signals:
             return
         for number, handler in self._before.items():

@@ -1,6 +1,8 @@
-"""`hybridtrain submit`: check on the login node, create the run directory, write the job script, queue it in Slurm.
+"""`hybridtrain submit`: check on the login node, create the run directory, write the job
+script, queue it in Slurm.
 
-hybridtrain submit experiment=... cluster=gpu8 cluster.nodes=4 key=value ...     [--dry-run] [--multirun optim.lr=1e-3,3e-4]
+hybridtrain submit experiment=... cluster=gpu8 cluster.nodes=4 key=value ...
+    [--dry-run] [--multirun optim.lr=1e-3,3e-4]
 """
 
 from __future__ import annotations
@@ -43,12 +45,22 @@ def run_several(configs: list[SubmitRoot]) -> int:
     missing = [config.data.path for config in configs if embedded.missing(config.data)]
     if cluster.dry_run and missing:
         problem = "the corpus is not there yet, and a dry run does not prepare it"
-        raise refusal("data.path", missing[0], problem, allowed="a prepared corpus", instead="hybridtrain prepare with the same experiment= and data.path=")
+        raise refusal(
+            "data.path",
+            missing[0],
+            problem,
+            allowed="a prepared corpus",
+            instead="hybridtrain prepare with the same experiment= and data.path=",
+        )
     for training in trainings:
         _check_processes(training.parallel, cluster)
     # Without secrets: squeue shows names to all users.
     names = [compose.public(training)["run"]["name"] for training in trainings]
-    settings: dict[str, Any] = {"name": names[0], "work_dir": Path.cwd(), "python": cluster.python or sys.executable}
+    settings: dict[str, Any] = {
+        "name": names[0],
+        "work_dir": Path.cwd(),
+        "python": cluster.python or sys.executable,
+    }
     settings |= {"stop_signal": first.run.stop_signal, "plugins": first.run.plugins}
     if missing:  # do not prepare a corpus for a job that Slurm would refuse
         folders = [Path(config.run.dir).resolve() for config in configs]
@@ -82,12 +94,20 @@ def _check_plugins(configs: list[SubmitRoot]) -> None:
     plugins = configs[0].run.plugins
     if other := next((config.run.plugins for config in configs if config.run.plugins != plugins), None):
         problem = f"another run of the array has {plugins}"
-        raise refusal("run.plugins", other, problem, allowed="the same modules in all runs of an array", instead="run.plugins with the modules of all")
+        raise refusal(
+            "run.plugins",
+            other,
+            problem,
+            allowed="the same modules in all runs of an array",
+            instead="run.plugins with the modules of all",
+        )
 
 
 def _run_line(config: SubmitRoot, choice: identity.Choice) -> str:
     """The directory of a run, and why it is not run.dir where it is not."""
-    return f"run       {choice.path.resolve()}" + (f"; {config.run.dir} holds another run ({choice.differing})" if choice.differing else "")
+    return f"run       {choice.path.resolve()}" + (
+        f"; {config.run.dir} holds another run ({choice.differing})" if choice.differing else ""
+    )
 
 
 def _folder(runs: list[Path], *, name: str) -> Path:
@@ -123,9 +143,13 @@ def _queue(text: str, *, folder: Path, runs: list[Path]) -> str:
     job = slurm.sbatch(folder / "job.sbatch", test_only=False)
     try:
         for number, path in enumerate(runs):
-            write_atomically(path / "submit" / "job_id", (job if len(runs) == 1 else f"{job}_{number}") + "\n")
+            write_atomically(
+                path / "submit" / "job_id", (job if len(runs) == 1 else f"{job}_{number}") + "\n"
+            )
     except OSError as error:  # the job is queued nevertheless; it records itself when it starts
-        _log.warning("job %s is queued, but its id cannot be written into the run (%s)", job, error.strerror or error)
+        _log.warning(
+            "job %s is queued, but its id cannot be written into the run (%s)", job, error.strerror or error
+        )
     return job
 
 
@@ -139,17 +163,33 @@ def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterCon
     fixed, world = math.prod(degree for degree in degrees if degree != -1), cluster.nodes * per_node
     if world % fixed == 0 and (fixed == world or -1 in degrees):
         return
-    product = " x ".join(f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1)
+    product = " x ".join(
+        f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1
+    )
     needs = f"{'a multiple of ' if -1 in degrees else ''}{rules.processes(fixed)}"
     problem = f"these degrees take {needs}, and {cluster.nodes} x {per_node} (cluster.nodes x ranks on each) are {world}"
     nodes, rest = divmod(fixed, per_node)
-    options = [f"cluster.nodes={nodes}"] if nodes and not rest else [f"cluster.ranks_per_node={fixed // cluster.nodes}"] if fixed % cluster.nodes == 0 else []
+    options = (
+        [f"cluster.nodes={nodes}"]
+        if nodes and not rest
+        else [f"cluster.ranks_per_node={fixed // cluster.nodes}"]
+        if fixed % cluster.nodes == 0
+        else []
+    )
     options += ["other degrees"] if -1 in degrees else ["parallel.dp_shard=-1", "parallel.dp_replicate=-1"]
-    raise refusal("parallel", product or "single", problem, allowed=f"degrees whose product is {world}", instead=", or ".join(options))
+    raise refusal(
+        "parallel",
+        product or "single",
+        problem,
+        allowed=f"degrees whose product is {world}",
+        instead=", or ".join(options),
+    )
 
 
 def _training(config: SubmitRoot) -> schema.Config:
-    return schema.Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(schema.Config)})
+    return schema.Config(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(schema.Config)}
+    )
 
 
 def _dry_run(text: str, summary: list[str]) -> int:

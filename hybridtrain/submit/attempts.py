@@ -66,7 +66,13 @@ def read(run: Path) -> list[Attempt]:
         return []
     entries = read_json(file, field="run.dir")
     if not isinstance(entries, list):
-        raise refusal("run.dir", file, "it cannot be read: it holds no list", allowed="what a job of this run wrote", instead="restore the file, or remove it")
+        raise refusal(
+            "run.dir",
+            file,
+            "it cannot be read: it holds no list",
+            allowed="what a job of this run wrote",
+            instead="restore the file, or remove it",
+        )
     return [_parse(entry, file) for entry in entries]
 
 
@@ -75,16 +81,34 @@ def _parse(entry: Any, file: Path) -> Attempt:
 
     Keys that another version added are ignored, keys that it did not write have their default.
     """
-    values = {field.name: entry[key] for field in fields(Attempt) if (key := _key(field.name)) in entry} if isinstance(entry, Mapping) else {}
-    kinds = {"str": lambda value: isinstance(value, str), "int": lambda value: type(value) is int, "float": lambda value: number(value) is not None}
+    values = (
+        {field.name: entry[key] for field in fields(Attempt) if (key := _key(field.name)) in entry}
+        if isinstance(entry, Mapping)
+        else {}
+    )
+    kinds = {
+        "str": lambda value: isinstance(value, str),
+        "int": lambda value: type(value) is int,
+        "float": lambda value: number(value) is not None,
+    }
     wrong = [
         _key(field.name)
         for field in fields(Attempt)
-        if not (kinds[str(field.type)](values[field.name]) if field.name in values else field.default is not MISSING)
+        if not (
+            kinds[str(field.type)](values[field.name])
+            if field.name in values
+            else field.default is not MISSING
+        )
     ]
     if wrong:
         problem = f"it cannot be read: {', '.join(wrong)} missing or of another type"
-        raise refusal("run.dir", file, problem, allowed="what a job of this run wrote", instead="restore the file, or remove it")
+        raise refusal(
+            "run.dir",
+            file,
+            problem,
+            allowed="what a job of this run wrote",
+            instead="restore the file, or remove it",
+        )
     return Attempt(**values)
 
 
@@ -102,7 +126,11 @@ def read_or_reset(run: Path) -> list[Attempt]:
     except UserError as error:
         file = run / "submit" / "lives.json"
         aside = file.with_name(f"lives.unreadable-{int(time.time())}.json")
-        _log.warning("%s; earlier starts are not counted, the file is kept as %s", str(error).splitlines()[0], aside.name)
+        _log.warning(
+            "%s; earlier starts are not counted, the file is kept as %s",
+            str(error).splitlines()[0],
+            aside.name,
+        )
         try:
             file.rename(aside)
         except OSError as problem:
@@ -111,7 +139,10 @@ def read_or_reset(run: Path) -> list[Attempt]:
 
 
 def job_id(run: Path) -> str:
-    """The id of the newest job of a run; empty if it has none. Raises UserError if the file with it cannot be read or holds no job id."""
+    """The id of the newest job of a run; empty if it has none.
+
+    Raises UserError if the file with it cannot be read or holds no job id.
+    """
     file = run / "submit" / "job_id"
     try:
         text = file.read_bytes().decode("ascii").strip()
@@ -119,9 +150,17 @@ def job_id(run: Path) -> str:
         attempts = read(run)
         return attempts[-1].job if attempts else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise refusal("run.dir", file, f"it cannot be read: {error}", allowed="a job id", instead="remove the file") from error
+        raise refusal(
+            "run.dir", file, f"it cannot be read: {error}", allowed="a job id", instead="remove the file"
+        ) from error
     if not _JOB.fullmatch(text):
-        raise refusal("run.dir", file, "it holds no job id", allowed="a number as sbatch gives it", instead="remove the file")
+        raise refusal(
+            "run.dir",
+            file,
+            "it holds no job id",
+            allowed="a number as sbatch gives it",
+            instead="remove the file",
+        )
     return text
 
 
@@ -133,7 +172,9 @@ def write(run: Path, attempts: list[Attempt]) -> None:
     file = run / "submit" / "lives.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, [{_key(name): value for name, value in asdict(attempt).items()} for attempt in attempts])
+        write_json(
+            file, [{_key(name): value for name, value in asdict(attempt).items()} for attempt in attempts]
+        )
     except OSError as error:
         raise unwritable("run.dir", file, error) from error
 
@@ -151,7 +192,16 @@ def end(run: Path, *, job: str, restart: int, outcome: str) -> tuple[list[Attemp
     attempts = read_or_reset(run)
     if not attempts or (attempts[-1].job, attempts[-1].restart) != (job, restart):
         chain = os.environ.get("HYBRIDTRAIN_CHAIN") or job
-        attempts.append(Attempt(chain, job, restart, os.environ.get("SLURM_JOB_NODELIST", ""), started_at(run, job=job, restart=restart), 0))
+        attempts.append(
+            Attempt(
+                chain,
+                job,
+                restart,
+                os.environ.get("SLURM_JOB_NODELIST", ""),
+                started_at(run, job=job, restart=restart),
+                0,
+            )
+        )
     attempts[-1].ended, attempts[-1].step_after, attempts[-1].outcome = time.time(), newest_step(run), outcome
     try:
         write(run, attempts)
@@ -163,7 +213,9 @@ def end(run: Path, *, job: str, restart: int, outcome: str) -> tuple[list[Attemp
 
 def started_at(run: Path, *, job: str, restart: int) -> float:
     """Start of an attempt, Unix time: as recorded, else the time of its log folder, else 0."""
-    starts = [attempt.started for attempt in read_or_reset(run) if (attempt.job, attempt.restart) == (job, restart)]
+    starts = [
+        attempt.started for attempt in read_or_reset(run) if (attempt.job, attempt.restart) == (job, restart)
+    ]
     if starts:
         return starts[-1]
     logs = run / "logs" / f"job-{job}" / f"life-{restart}"

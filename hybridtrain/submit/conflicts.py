@@ -8,7 +8,19 @@ from hybridtrain.submit import attempts, slurm
 from hybridtrain.training import resume
 from hybridtrain.training.job import Job
 
-_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED", "SPECIAL_EXIT")
+_ENDED = (
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+    "SPECIAL_EXIT",
+)
 """Job states after which Slurm does not run the job again by itself."""
 
 
@@ -29,7 +41,11 @@ def check(job: Job) -> identity.Choice:
         if state and state not in _ENDED:
             problem = f"job {number} has this run already, and is {state}"
             raise refusal(
-                "run.dir", choice.path, problem, allowed="one job for a run", instead=f"wait for it; scancel {number}; another run.dir (run.name=NAME)"
+                "run.dir",
+                choice.path,
+                problem,
+                allowed="one job for a run",
+                instead=f"wait for it; scancel {number}; another run.dir (run.name=NAME)",
             )
     if (holder := lock.holder_elsewhere(choice.path)) is not None:
         raise lock.in_use(choice.path, by=holder)

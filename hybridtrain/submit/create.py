@@ -1,6 +1,7 @@
 """Creates the run directory of a job, with the resolved configuration in it.
 
-runs/<name>/submit/conf/experiment/submitted.yaml   read by `--config-dir <run>/submit/conf experiment=submitted`
+runs/<name>/submit/conf/experiment/submitted.yaml   read by
+                                                    `--config-dir <run>/submit/conf experiment=submitted`
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ def create_run(config: schema.Config) -> RunDir:
     """The run directory of a checked config, created or, for an existing run, reused. Raises UserError."""
     locked = start.lock_run(config)
     try:
-        checkpoint = Manager(locked.path / "checkpoints", settings=config.checkpoint).latest() if locked.before else None
+        checkpoint = (
+            Manager(locked.path / "checkpoints", settings=config.checkpoint).latest()
+            if locked.before
+            else None
+        )
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(locked.path, words="")
-        run = start.begin(locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0)
+        run = start.begin(
+            locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=0
+        )
         if run.lost:
             record_lost(run.path, lost=run.lost, step=0)
         run.update_summary(status="queued")
@@ -62,7 +69,13 @@ def resolve_job(config: schema.Config, *, world_size: int) -> jobs.Job:
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):
-        raise refusal("run.dir", config.run.dir, f"{folder} cannot be written", allowed="a folder that you can write", instead="run.dir=FOLDER")
+        raise refusal(
+            "run.dir",
+            config.run.dir,
+            f"{folder} cannot be written",
+            allowed="a folder that you can write",
+            instead="run.dir=FOLDER",
+        )
     return job
 
 
@@ -73,7 +86,9 @@ def write_config(config: schema.Config, run: Path) -> None:
     Without run.plugins: the job script passes it on the command line, since a file of a run
     must not import code.
     """
-    submitted = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[]))
+    submitted = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dir=str(run.resolve()), plugins=[])
+    )
     folder = run / "submit" / "conf" / "experiment"
     try:
         folder.mkdir(parents=True, exist_ok=True)

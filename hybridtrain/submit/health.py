@@ -53,12 +53,18 @@ def compare(facts_of: dict[int, dict[str, Any]], *, names: list[str]) -> dict[st
     bad = {name: "it did not report in time" for number, name in enumerate(names) if number not in facts_of}
     first = facts_of.get(0)
     for number, facts in facts_of.items():
-        differing = sorted(key for key, value in facts["versions"].items() if first and value != first["versions"].get(key))
+        differing = sorted(
+            key for key, value in facts["versions"].items() if first and value != first["versions"].get(key)
+        )
         skew = abs(facts["time"] - facts["received"])
         if facts["problem"]:
             bad[names[number]] = facts["problem"]
         elif differing:
-            versions = ", ".join(f"{key} {facts['versions'][key]} (the first node: {first['versions'].get(key)})" for key in differing)  # type: ignore[index]
+            assert first is not None
+            others = first["versions"]
+            versions = ", ".join(
+                f"{key} {facts['versions'][key]} (the first node: {others.get(key)})" for key in differing
+            )
             bad[names[number]] = f"other versions: {versions}"
         elif skew > SKEW_S:
             bad[names[number]] = f"its clock is {skew:.0f} s off"
@@ -66,7 +72,11 @@ def compare(facts_of: dict[int, dict[str, Any]], *, names: list[str]) -> dict[st
 
 
 def main(run: Path) -> int:
-    me, size, patience = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"]), float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120)
+    me, size, patience = (
+        int(os.environ["SLURM_NODEID"]),
+        int(os.environ["SLURM_JOB_NUM_NODES"]),
+        float(os.environ.get("HYBRIDTRAIN_HEALTH_S") or 120),
+    )
     timeout = timedelta(seconds=patience)
     # The port that training uses afterwards: another one could be the next job's.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -103,7 +113,12 @@ def _node_names(size: int) -> list[str]:
     """Nodes in Slurm's order."""
     import subprocess
 
-    result = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     names = result.stdout.split()
     return names if len(names) == size else [f"node {number}" for number in range(size)]
 
@@ -119,7 +134,9 @@ def _all_reduce(store: dist.TCPStore, *, me: int, size: int, timeout: timedelta)
     if gpu:
         torch.cuda.set_device(0)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("health", store), rank=me, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("health", store), rank=me, world_size=size, timeout=timeout
+    )
     wrong = []
     for device, name in (("cpu", "gloo"), *((("cuda", "nccl"),) if gpu else ())):
         value = torch.full((1 << 20,), float(me + 1), device=device)

@@ -1,8 +1,10 @@
 """What the job script does before and after training, on the first node. No torch.
 
-python -m hybridtrain.submit.job open key=value ...     compose and check the config, unless `submit` has done so;
+python -m hybridtrain.submit.job open key=value ...     compose and check the config, unless `submit` has done
+                                                        so;
                                                         prints the run directory, then arguments for training
-python -m hybridtrain.submit.job close RUN --code N --stopped WHY   exit code 0: done, 75: requeue, else: failed
+python -m hybridtrain.submit.job close RUN --code N --stopped WHY   exit code 0: done, 75: requeue, else:
+                                                                    failed
 """
 
 from __future__ import annotations
@@ -41,7 +43,13 @@ def open_job(argv: list[str]) -> int:
         if (holder := lock.holder_elsewhere(run)) is not None:
             raise lock.in_use(run, by=holder)
         job, restart = _this_attempt()
-        attempts.begin(run, chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job, job=job, restart=restart, nodes=os.environ["SLURM_JOB_NODELIST"])
+        attempts.begin(
+            run,
+            chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job,
+            job=job,
+            restart=restart,
+            nodes=os.environ["SLURM_JOB_NODELIST"],
+        )
         if lost := start.lost_attempt(run, holder=lock.read(run)):
             record_lost(run, lost=lost, step=read_summary(run).get("steps") or 0)
         set_summary(run, status="queued", exit_reason=None)
@@ -71,10 +79,18 @@ def _submitted_run() -> Path | None:
     """
     if listed := os.environ.get("HYBRIDTRAIN_RUNS"):
         try:
-            return Path(os.fsdecode(Path(listed).read_bytes().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])]))
+            return Path(
+                os.fsdecode(Path(listed).read_bytes().splitlines()[int(os.environ["SLURM_ARRAY_TASK_ID"])])
+            )
         except (OSError, IndexError) as error:
             problem = f"it does not name the run of task {os.environ['SLURM_ARRAY_TASK_ID']} ({error})"
-            raise refusal("HYBRIDTRAIN_RUNS", listed, problem, allowed="the list that submit wrote", instead="hybridtrain submit again") from error
+            raise refusal(
+                "HYBRIDTRAIN_RUNS",
+                listed,
+                problem,
+                allowed="the list that submit wrote",
+                instead="hybridtrain submit again",
+            ) from error
     return Path(os.environ[RUN]) if os.environ.get(RUN) else None
 
 
@@ -114,10 +130,14 @@ def _outcome(run: Path, *, code: int, stopped: str) -> str:
     if status == "preempted" or stopped == "signal":
         return "preempted"
     folder = _newest_failures(run)
-    first = failure.record_root_cause(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
+    first = (
+        failure.record_root_cause(folder, world_size=int(os.environ["HYBRIDTRAIN_WORLD"])) if folder else None
+    )
     bad = _bad_nodes(run)
     unfit = ", ".join(f"{node} ({why})" for node, why in bad.items())
-    reason = str(first) if first else f"not fit: {unfit}" if bad else f"exit code {code}, no rank left a report"
+    reason = (
+        str(first) if first else f"not fit: {unfit}" if bad else f"exit code {code}, no rank left a report"
+    )
     _print(f"first failure: {reason}\n{first.detail if first else ''}")
     _record_end(run, status="failed", reason=reason)
     return "failed"
@@ -163,12 +183,20 @@ def _resubmit(run: Path, *, without: dict[str, str], chain: str) -> bool:
     if not script.is_file() or os.environ.get("SLURM_ARRAY_TASK_ID"):
         return False
     before = [os.environ["SLURM_JOB_EXC_NODES"]] if os.environ.get("SLURM_JOB_EXC_NODES") else []
-    exclude = ",".join(dict.fromkeys([*filter(None, os.environ.get("HYBRIDTRAIN_EXCLUDE", "").split(",")), *before, *without]))
+    exclude = ",".join(
+        dict.fromkeys(
+            [*filter(None, os.environ.get("HYBRIDTRAIN_EXCLUDE", "").split(",")), *before, *without]
+        )
+    )
     environment = {**os.environ, "HYBRIDTRAIN_CHAIN": chain, "HYBRIDTRAIN_EXCLUDE": exclude}
-    for name in [name for name in environment if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
+    for name in [
+        name for name in environment if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"
+    ]:
         del environment[name]
     try:
-        new = slurm.queued_id(slurm.ask("sbatch", "--parsable", f"--exclude={exclude}", str(script), env=environment))
+        new = slurm.queued_id(
+            slurm.ask("sbatch", "--parsable", f"--exclude={exclude}", str(script), env=environment)
+        )
         (run / "submit" / "job_id").write_text(new + "\n")
     except (UserError, OSError) as error:
         _print(f"sbatch without {exclude}: {error}")

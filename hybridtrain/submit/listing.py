@@ -32,12 +32,21 @@ def runs(config: RunsRoot) -> int:
     folder = Path(config.runs.folder)
     summaries = _by_age(folder.glob("*/summary.json"))
     if not summaries:
-        raise refusal("runs.folder", folder, "there is no run in it", allowed="a folder of run directories", instead="runs.folder=FOLDER")
+        raise refusal(
+            "runs.folder",
+            folder,
+            "there is no run in it",
+            allowed="a folder of run directories",
+            instead="runs.folder=FOLDER",
+        )
     rows = [_read(path.parent) for path in summaries]
     states, trouble = _states([run.job for run in rows if run.job])
     table = [_COLUMNS, *(run.row(states) for run in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
-    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     print("\n".join(lines), flush=True)
     if trouble:
         print(f"states of jobs are not shown: {trouble}", file=sys.stderr)
@@ -81,7 +90,12 @@ def _read(run: Path) -> _Run:
             read_object(run / "summary.json", field="run.dir")  # raises the reason
         if _is_lost(run, summary):
             summary = {**summary, "status": "failed", "exit_reason": NO_REPORT}
-        return _Run(one_line(run.name), attempts.job_id(run), _cells(run, summary), _short(one_line(str(summary.get("exit_reason") or ""))))
+        return _Run(
+            one_line(run.name),
+            attempts.job_id(run),
+            _cells(run, summary),
+            _short(one_line(str(summary.get("exit_reason") or ""))),
+        )
     except UserError as error:
         problem = str(error).splitlines()[0].partition("=")[2].removeprefix(f"{run}/")
         return _Run(one_line(run.name), "", ("unreadable", "-", "-", "-", "-"), one_line(problem))
@@ -113,7 +127,13 @@ def logs(config: LogsRoot) -> int:
     require_run(run, command="logs")
     file = _newest_log(run)
     if file is None:
-        raise refusal("run.dir", run, "nothing has been logged there", allowed="the folder of a run that has begun", instead="hybridtrain runs")
+        raise refusal(
+            "run.dir",
+            run,
+            "nothing has been logged there",
+            allowed="the folder of a run that has begun",
+            instead="hybridtrain runs",
+        )
     position = _end_of(file, lines=config.logs.lines)
     while config.logs.follow:
         ended = _has_ended(run)
@@ -135,7 +155,13 @@ def _end_of(file: Path, *, lines: int) -> int:
             stream.seek(max(0, size - _MOST_BYTES))
             text = stream.read().decode(errors="replace")
     except OSError as error:
-        raise refusal("run.dir", file, f"it cannot be read: {error.strerror or error}", allowed="a log of the run", instead="hybridtrain runs") from error
+        raise refusal(
+            "run.dir",
+            file,
+            f"it cannot be read: {error.strerror or error}",
+            allowed="a log of the run",
+            instead="hybridtrain runs",
+        ) from error
     print("\n".join(text.splitlines()[-lines:]) if text.strip() else f"{file} is empty so far", flush=True)
     return size
 
@@ -167,7 +193,10 @@ def _has_ended(run: Path) -> bool:
     """Whether the log is final; a run that will be requeued has not ended."""
     summary = read_summary(run)
     status = summary.get("status")
-    return _is_lost(run, summary) or (status in _ENDED and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run)))
+    return _is_lost(run, summary) or (
+        status in _ENDED
+        and not (status == "preempted" and (run / "submit" / "lives.json").exists() and not _is_over(run))
+    )
 
 
 def _is_over(run: Path) -> bool:

@@ -21,7 +21,21 @@ from hybridtrain.errors import refusal
 _HARMLESS = re.compile(r"[\w@%+=:,./\[\]()|&*^~-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
-_RESERVED = ("nodes", "ntasks", "ntasks-per-node", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "array", "chdir", "job-name", "wrap")
+_RESERVED = (
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "time",
+    "signal",
+    "requeue",
+    "no-requeue",
+    "open-mode",
+    "output",
+    "array",
+    "chdir",
+    "job-name",
+    "wrap",
+)
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([A-Za-z_]\w*)\s*\}")
 _BEGIN = "# --- job ---\n"
 RUNS = "runs.txt"
@@ -35,17 +49,37 @@ def plugins_word(plugins: list[str]) -> str:
     return f"run.plugins=[{','.join(getattr(name, 'source', name) for name in plugins)}]" if plugins else ""
 
 
-def render(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> str:
+def render(
+    cluster: ClusterConfig,
+    *,
+    name: str,
+    folder: Path,
+    work_dir: Path,
+    python: str,
+    stop_signal: str,
+    plugins: list[str],
+    runs: list[Path],
+) -> str:
     """The script for `sbatch`.
 
     `folder`: of Slurm's output; `runs`: run directories, several make an array.
     """
-    options = _options(cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs)
+    options = _options(
+        cluster, name=name, folder=folder, work_dir=work_dir, stop_signal=stop_signal, runs=runs
+    )
     body = (keys.data_folder("slurm") / "train.sbatch").read_text().partition(_BEGIN)[2]
-    lines = ["#!/usr/bin/env bash", *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items())]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in options.items()),
+    ]
     lines += [f"module load {shlex.join(cluster.modules)}"] if cluster.modules else []
-    exported = _environment(cluster, folder=folder, python=python, stop_signal=stop_signal, plugins=plugins, runs=runs)
-    for field, value in {**{f"cluster.environment.{key}": value for key, value in exported.items()}, "cluster.modules": " ".join(cluster.modules)}.items():
+    exported = _environment(
+        cluster, folder=folder, python=python, stop_signal=stop_signal, plugins=plugins, runs=runs
+    )
+    for field, value in {
+        **{f"cluster.environment.{key}": value for key, value in exported.items()},
+        "cluster.modules": " ".join(cluster.modules),
+    }.items():
         _check_letters(field, value)
     lines += [f"export {key}={_word(key, value)}" for key, value in exported.items()]
     return "\n".join(lines) + "\n" + _BEGIN + body
@@ -78,7 +112,13 @@ def _check_letters(field: str, value: str) -> None:
         value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         shown = ascii(value[max(0, error.start - 10) : error.end + 10])
-        raise refusal(field, shown, "it has half a letter in it (a lone surrogate)", allowed="Unicode text", instead="the text typed anew") from error
+        raise refusal(
+            field,
+            shown,
+            "it has half a letter in it (a lone surrogate)",
+            allowed="Unicode text",
+            instead="the text typed anew",
+        ) from error
 
 
 def encode(text: str) -> bytes:
@@ -98,7 +138,9 @@ def ranks_per_node(cluster: ClusterConfig) -> int:
     return cluster.ranks_per_node or cluster.gpus_per_node or 1
 
 
-def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, stop_signal: str, runs: list[Path]) -> dict[str, str]:
+def _options(
+    cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path, stop_signal: str, runs: list[Path]
+) -> dict[str, str]:
     """sbatch options without their dashes: name -> value. Raises UserError for one that is not allowed."""
     array = len(runs) > 1
     at_once = f"%{cluster.array_at_once}" if cluster.array_at_once else ""
@@ -128,23 +170,55 @@ def _options(cluster: ClusterConfig, *, name: str, folder: Path, work_dir: Path,
     for key, value in cluster.sbatch.items():
         if not _OPTION.fullmatch(key) or key in _RESERVED or key in options:
             raise refusal(
-                f"cluster.sbatch.{key}", value, "not an option for here", allowed="long options of sbatch that no other option sets", instead="that option"
+                f"cluster.sbatch.{key}",
+                value,
+                "not an option for here",
+                allowed="long options of sbatch that no other option sets",
+                instead="that option",
             )
         options[key] = str(value or "")
     for key, value in options.items():
         if not _HARMLESS.fullmatch(value):
-            field = {"chdir": "(working directory)", "output": "run.dir"}.get(key, f"cluster.{key.replace('-', '_')}")
-            raise refusal(field, value, "it has characters that sbatch would change", allowed="letters, digits and @%+=:,./[]()|&*^~-", instead="another name")
+            field = {"chdir": "(working directory)", "output": "run.dir"}.get(
+                key, f"cluster.{key.replace('-', '_')}"
+            )
+            raise refusal(
+                field,
+                value,
+                "it has characters that sbatch would change",
+                allowed="letters, digits and @%+=:,./[]()|&*^~-",
+                instead="another name",
+            )
     return options
 
 
-def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_signal: str, plugins: list[str], runs: list[Path]) -> Mapping[str, str]:
+def _environment(
+    cluster: ClusterConfig,
+    *,
+    folder: Path,
+    python: str,
+    stop_signal: str,
+    plugins: list[str],
+    runs: list[Path],
+) -> Mapping[str, str]:
     for key, value in cluster.environment.items():
         if not _NAME.fullmatch(key) or "\0" in str(value):
-            raise refusal(f"cluster.environment.{key}", value, "not an environment variable", allowed="NAME: value", instead="NCCL_DEBUG: INFO")
+            raise refusal(
+                f"cluster.environment.{key}",
+                value,
+                "not an environment variable",
+                allowed="NAME: value",
+                instead="NCCL_DEBUG: INFO",
+            )
     for module in cluster.modules:
         if module.startswith("-") or not module:
-            raise refusal("cluster.modules", cluster.modules, "not a module's name", allowed="names such as cuda/13.0", instead="[]")
+            raise refusal(
+                "cluster.modules",
+                cluster.modules,
+                "not a module's name",
+                allowed="names such as cuda/13.0",
+                instead="[]",
+            )
     ours = {
         "HYBRIDTRAIN_PYTHON": python,
         "HYBRIDTRAIN_RANKS": str(ranks_per_node(cluster)),
@@ -157,5 +231,7 @@ def _environment(cluster: ClusterConfig, *, folder: Path, python: str, stop_sign
         "HYBRIDTRAIN_MOUNTS": cluster.container_mounts,
     }
     which = {"HYBRIDTRAIN_RUN": str(runs[0])} if len(runs) == 1 else {"HYBRIDTRAIN_RUNS": str(folder / RUNS)}
-    given = {key: value if isinstance(value, str) else str(value) for key, value in cluster.environment.items()}
+    given = {
+        key: value if isinstance(value, str) else str(value) for key, value in cluster.environment.items()
+    }
     return {**given, **{key: value for key, value in ours.items() if value}, **which}

@@ -16,7 +16,10 @@ from hybridtrain.errors import UserError, refusal
 
 PATIENCE_S = 60.0
 """Time limit of a Slurm command: a busy controller takes seconds to answer."""
-_UNREACHABLE = re.compile("configuration source|unable to contact|connection refused|could not resolve|socket timed out", re.IGNORECASE)
+_UNREACHABLE = re.compile(
+    "configuration source|unable to contact|connection refused|could not resolve|socket timed out",
+    re.IGNORECASE,
+)
 """In the messages of Slurm's commands when no controller answers."""
 _ID = re.compile(r"(\d+)(;[\w.-]+)?")
 _OPTIONS = (
@@ -41,7 +44,13 @@ def sbatch(script: Path, *, test_only: bool) -> str:
     """
     if shutil.which("sbatch") is None:
         problem = "there is no sbatch here"
-        raise refusal("submit", str(script), problem, allowed="a machine of the cluster", instead="the login node, or torchrun -m hybridtrain.train")
+        raise refusal(
+            "submit",
+            str(script),
+            problem,
+            allowed="a machine of the cluster",
+            instead="the login node, or torchrun -m hybridtrain.train",
+        )
     result = ask("sbatch", "--test-only" if test_only else "--parsable", str(script), env=os.environ)
     if result.returncode:
         raise _refusal(result.stderr)
@@ -63,15 +72,22 @@ def queued_id(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def _refusal(stderr: str) -> UserError:
-    reason = stderr.strip().removeprefix("sbatch: error: ").replace("sbatch: error: ", "") or "it gives no reason"
+    reason = (
+        stderr.strip().removeprefix("sbatch: error: ").replace("sbatch: error: ", "") or "it gives no reason"
+    )
     if _UNREACHABLE.search(reason):
         return _unreachable(reason.splitlines()[-1])
-    options = next((options for words, options in _OPTIONS if re.search(words, reason, re.IGNORECASE)), "other options of the section cluster")
+    options = next(
+        (options for words, options in _OPTIONS if re.search(words, reason, re.IGNORECASE)),
+        "other options of the section cluster",
+    )
     return UserError(f"Slurm refuses the job: {reason}\n  allowed: what `sinfo` shows\n  try:     {options}")
 
 
 def _unreachable(reason: str) -> UserError:
-    return UserError(f"Slurm cannot be reached from here: {reason}\n  allowed: a machine where `sinfo` answers\n  try:     the login node of the cluster")
+    return UserError(
+        f"Slurm cannot be reached from here: {reason}\n  allowed: a machine where `sinfo` answers\n  try:     the login node of the cluster"
+    )
 
 
 def ask(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -80,7 +96,15 @@ def ask(*command: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[st
     Raises UserError if it cannot be started or does not end in time.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE_S, env=dict(env))
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=PATIENCE_S,
+            env=dict(env),
+        )
     except subprocess.TimeoutExpired as error:
         raise _unreachable(f"{command[0]} has not answered for {PATIENCE_S:.0f} s") from error
     except OSError as error:
@@ -114,7 +138,15 @@ def states(jobs: list[str]) -> dict[str, str]:
     if not jobs or shutil.which("squeue") is None:
         return {}
     # squeue fails for a single unknown id; among several it ignores unknown ones.
-    result = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(sorted(set(jobs)))}", "--format=%i %T", env=os.environ)
+    result = ask(
+        "squeue",
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--jobs={','.join(sorted(set(jobs)))}",
+        "--format=%i %T",
+        env=os.environ,
+    )
     if result.returncode and _UNREACHABLE.search(result.stderr):
         raise _unreachable(result.stderr.strip().splitlines()[-1])
     pairs = [line.split() for line in result.stdout.splitlines()]

@@ -37,7 +37,13 @@ def user_task(config: Config) -> Task | None:
     task = registry.make("task", config.task.kind, config)
     if missing := _missing(task):
         problem = f"its factory returned {type(task).__name__}, which has no {missing}"
-        raise refusal("task.kind", config.task.kind, problem, allowed="what hybridtrain/tasks/task.py lists", instead="a class that inherits ht.CausalLM")
+        raise refusal(
+            "task.kind",
+            config.task.kind,
+            problem,
+            allowed="what hybridtrain/tasks/task.py lists",
+            instead="a class that inherits ht.CausalLM",
+        )
     return task
 
 
@@ -47,13 +53,26 @@ def check_given(task: object, config: Config) -> None:
     Raises UserError if it is no task, or if options are set that it does not read.
     """
     if missing := _missing(task):
-        allowed, instead = "what hybridtrain/tasks/task.py lists", "an object of a class that inherits ht.CausalLM"
+        allowed, instead = (
+            "what hybridtrain/tasks/task.py lists",
+            "an object of a class that inherits ht.CausalLM",
+        )
         raise refusal("task", type(task).__name__, f"it has no {missing}", allowed=allowed, instead=instead)
     options = config.task
-    for name, value, default in (("kind", options.kind, "causal_lm"), ("label_smoothing", options.label_smoothing, 0), ("z_loss", options.z_loss, 0)):
+    for name, value, default in (
+        ("kind", options.kind, "causal_lm"),
+        ("label_smoothing", options.label_smoothing, 0),
+        ("z_loss", options.z_loss, 0),
+    ):
         if value != default:
             problem = f"a task is given as `task`, {type(task).__name__}, and does not read it"
-            raise refusal(f"task.{name}", value, problem, allowed=str(default), instead=f"task.{name}={default}, or no `task`")
+            raise refusal(
+                f"task.{name}",
+                value,
+                problem,
+                allowed=str(default),
+                instead=f"task.{name}={default}, or no `task`",
+            )
 
 
 def _missing(task: object) -> str:

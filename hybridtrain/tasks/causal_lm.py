@@ -40,7 +40,9 @@ class CausalLM:
         if block.doc_start is not None:
             labels[block.doc_start[:, 1:]] = IGNORE_INDEX
             positions -= np.maximum.accumulate(np.where(block.doc_start[:, :-1], index, 0), axis=1)
-        ids, targets, places = (torch.from_numpy(np.ascontiguousarray(each)) for each in (block.tokens[:, :-1], labels, positions))
+        ids, targets, places = (
+            torch.from_numpy(np.ascontiguousarray(each)) for each in (block.tokens[:, :-1], labels, positions)
+        )
         return Batch(ids, targets, places, packed=block.doc_start is not None)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -66,11 +68,24 @@ class CausalLM:
         `name`: the sum's name in `weights`.
         """
         terms = self.terms if head.training else CausalLM.terms
-        return linear_cross_entropy(hidden_BTD, head.weight, labels_BT, terms=terms, chunk=head.loss_chunk, gradient=head.gradient_of(name))
+        return linear_cross_entropy(
+            hidden_BTD,
+            head.weight,
+            labels_BT,
+            terms=terms,
+            chunk=head.loss_chunk,
+            gradient=head.gradient_of(name),
+        )
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """The same sum from logits, fp32, 0-d, with label smoothing and z-loss."""
         labels_N = labels_BT.flatten().to(logits_BTV.device)
         logits_NV, terms = logits_BTV.flatten(0, 1).float(), self.terms
-        loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
-        return loss + terms.z_loss * logits_NV[labels_N != IGNORE_INDEX].logsumexp(-1).square().sum() if terms.z_loss else loss
+        loss = F.cross_entropy(
+            logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing
+        )
+        return (
+            loss + terms.z_loss * logits_NV[labels_N != IGNORE_INDEX].logsumexp(-1).square().sum()
+            if terms.z_loss
+            else loss
+        )

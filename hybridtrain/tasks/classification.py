@@ -44,15 +44,30 @@ class Classification(CausalLM):
         Raises UserError for rows without labels, and labels that are no class number.
         """
         if block.loss_mask is None:
-            problem, allowed = "its rows have no labels", "a corpus of data.format=labelled, or rows with one label each"
-            raise refusal("task.kind", "classification", problem, allowed=allowed, instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm")
+            problem, allowed = (
+                "its rows have no labels",
+                "a corpus of data.format=labelled, or rows with one label each",
+            )
+            raise refusal(
+                "task.kind",
+                "classification",
+                problem,
+                allowed=allowed,
+                instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm",
+            )
         batch = super().collate(block, valid=valid)
         labels = batch.labels_BT.numpy()
         classes = labels[labels != IGNORE_INDEX]
         if classes.size and not 0 <= classes.min() <= classes.max() < self.labels:
             wrong = int(classes.max() if classes.max() >= self.labels else classes.min())
             problem = f"a row has label {wrong}, the model has {self.labels} classes"
-            raise refusal("model.labels", self.labels, problem, allowed=f"labels of 0 to {self.labels - 1}", instead="model.labels=[...] with all classes")
+            raise refusal(
+                "model.labels",
+                self.labels,
+                problem,
+                allowed=f"labels of 0 to {self.labels - 1}",
+                instead="model.labels=[...] with all classes",
+            )
         return batch
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

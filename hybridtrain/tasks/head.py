@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Head(nn.Module):
     """Replaces `model_head`, a linear layer, and has its weight (V, D). `loss_chunk`: engine.loss_chunk.
 
-    forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32, shape (number of sums,).
+    forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32,
+    shape (number of sums,).
     """
 
     weight: nn.Parameter
@@ -41,7 +42,9 @@ class Head(nn.Module):
         """
         if name in self._used:
             problem = "cross_entropy is called a second time for the sum"
-            raise TypeError(f"{type(self.task).__name__}.loss: {problem} {name!r}; give each part a name of its own in `weights`")
+            raise TypeError(
+                f"{type(self.task).__name__}.loss: {problem} {name!r}; give each part a name of its own in `weights`"
+            )
         self._used.add(name)
         return self.gradients[name]
 
@@ -57,5 +60,7 @@ class Head(nn.Module):
             shape = tuple(sums[name].shape) if name in sums else None
             if shape != (1,):
                 problem = "is missing" if shape is None else f"has shape {shape}"
-                raise TypeError(f"{type(self.task).__name__}.loss: the sum {name!r} {problem}; return a tensor of shape (1,) for each name in `weights`")
+                raise TypeError(
+                    f"{type(self.task).__name__}.loss: the sum {name!r} {problem}; return a tensor of shape (1,) for each name in `weights`"
+                )
         return torch.cat([sums[name] for name in self.task.weights])

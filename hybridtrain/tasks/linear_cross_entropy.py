@@ -98,7 +98,15 @@ class HeadGradient:
         return taken
 
 
-def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, terms: Terms, chunk: int, gradient: HeadGradient) -> Tensor:
+def linear_cross_entropy(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    terms: Terms,
+    chunk: int,
+    gradient: HeadGradient,
+) -> Tensor:
     """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
     `hidden_BTD` may be a DTensor, sharded over T or replicated; then `weight_VD` is one sharded over V.
@@ -116,7 +124,17 @@ def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tenso
     chunk_bytes = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
     rows = chunk or max(_MIN_ROWS, chunk_bytes // (4 * max(1, weight_VD.shape[0])))
     into = gradient if torch.is_grad_enabled() and weight_VD.requires_grad else None
-    total = _LinearCrossEntropy.apply(hidden_BTD.flatten(0, 1), weight_VD.detach(), labels_BT.flatten(), terms, entries, rows, group, first, into)
+    total = _LinearCrossEntropy.apply(
+        hidden_BTD.flatten(0, 1),
+        weight_VD.detach(),
+        labels_BT.flatten(),
+        terms,
+        entries,
+        rows,
+        group,
+        first,
+        into,
+    )
     # A node of its own for the weight: a split backward pass goes once to the hidden states and once to the
     # weights.
     return total if into is None else total + _WeightGradient.apply(weight_VD, into)

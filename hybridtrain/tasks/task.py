@@ -4,7 +4,8 @@ Nothing else depends on the task.
 
     rows --collate--> Batch --counts--> divisor of each sum (over the global batch, before any backward pass)
                         |
-    hidden (B, T, D) --loss(hidden, batch, head)--> named sums       loss of a step = sum over names of weight x sum / count
+    hidden (B, T, D) --loss(hidden, batch, head)--> named sums       loss of a step = sum over names of weight
+                                                                     x sum / count
 
 B rows, T positions, D hidden, V vocabulary.
 """

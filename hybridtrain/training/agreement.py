@@ -19,7 +19,14 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.parallel import mesh
 from hybridtrain.runtime import failure, host, log
 
-PER_HOST = ("data.path", "data.eval_path", "data.source", "data.tokenizer", "model.from_pretrained", "run.dir")
+PER_HOST = (
+    "data.path",
+    "data.eval_path",
+    "data.source",
+    "data.tokenizer",
+    "model.from_pretrained",
+    "run.dir",
+)
 """Options whose environment references may have another value on each host."""
 _SHOWN = 3
 """Differences that the error shows."""
@@ -37,7 +44,9 @@ def agree(config: Config, *, fingerprints: Mapping[str, str]) -> None:
     if not differing:
         return
     of_rank0 = mesh.from_rank0(mine)
-    differences = mesh.gather_on_rank0((failure.node(), _differences(of_rank0, mine)) if log.rank() in differing else None)
+    differences = mesh.gather_on_rank0(
+        (failure.node(), _differences(of_rank0, mine)) if log.rank() in differing else None
+    )
 
     def refuse() -> None:
         raise _refusal({rank: differences[rank] for rank in differing})
@@ -62,8 +71,15 @@ def code() -> dict[str, str]:
     """Digests of the files of this package and of the modules of run.plugins, and the versions
     of libraries, by name.
     """
-    files = {f"hybridtrain/{file.relative_to(host.PACKAGE)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(host.PACKAGE.rglob("*.py"))}
-    return {**files, **registry.sources(), **{name: version for name, version in host.versions().items() if name != "hybridtrain"}}
+    files = {
+        f"hybridtrain/{file.relative_to(host.PACKAGE)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for file in sorted(host.PACKAGE.rglob("*.py"))
+    }
+    return {
+        **files,
+        **registry.sources(),
+        **{name: version for name, version in host.versions().items() if name != "hybridtrain"},
+    }
 
 
 def _digest(value: Any) -> str:
@@ -93,7 +109,11 @@ def _refusal(differences: dict[int, tuple[str, list[tuple[str, str, str]]]]) -> 
     (name, value, _), others = entries[0], ", ".join(map(str, list(differences)[1:]))
     examples = "; ".join(f"{key}={first} here and {there} there" for key, first, there in entries[:_SHOWN])
     more = f" and {len(entries) - _SHOWN} more" if entries[_SHOWN:] else ""
-    also = f"; so {'do' if len(differences) > 2 else 'does'} {'ranks' if len(differences) > 2 else 'rank'} {others}" if others else ""
+    also = (
+        f"; so {'do' if len(differences) > 2 else 'does'} {'ranks' if len(differences) > 2 else 'rank'} {others}"
+        if others
+        else ""
+    )
     return refusal(
         name,
         value,

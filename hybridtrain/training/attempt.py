@@ -57,7 +57,9 @@ def train(
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
-    _add_callbacks(calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user)
+    _add_callbacks(
+        calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
+    )
     with calls:
         end = loop.train(
             engine,
@@ -75,11 +77,21 @@ def train(
     finished = end.step >= job.total_steps
     status, reason = ("finished", "reached the end") if finished else (stop.status, stop.reason)
     if log.rank() == 0:
-        outcome.record_end(end, status=status, reason=reason, run_dir=run_dir, seconds=time.monotonic() - start_s)
+        outcome.record_end(
+            end, status=status, reason=reason, run_dir=run_dir, seconds=time.monotonic() - start_s
+        )
     return end, status
 
 
-def _record_start(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, hosts: list[dict[str, Any]], trackers: Trackers) -> None:
+def _record_start(
+    job: Job,
+    *,
+    run_dir: RunDir,
+    engine: Any,
+    start: Progress,
+    hosts: list[dict[str, Any]],
+    trackers: Trackers,
+) -> None:
     """Write the files of the run directory, start the trackers, and log the start; on rank 0
     before the first step.
     """
@@ -93,7 +105,12 @@ def _record_start(job: Job, *, run_dir: RunDir, engine: Any, start: Progress, ho
         raise unwritable("run.dir", run_dir.path, error) from error
     write_machine(run_dir.path, hosts)
     run_dir.update_summary(tokens=start.tokens_seen)
-    trackers.start(config.tracker.kinds, config=compose.public(config), folder=run_dir.path / "trackers", first_step=start.step)
+    trackers.start(
+        config.tracker.kinds,
+        config=compose.public(config),
+        folder=run_dir.path / "trackers",
+        first_step=start.step,
+    )
     startup_log.write(job, run_dir=run_dir, engine=engine, start=start)
 
 
@@ -135,16 +152,28 @@ def _add_callbacks(
     config, device = job.config, engine.device
     if every := config.train.eval_every:
         rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
-        steps = eval_batches(job.data, **_batch_options(job, engine=engine), rows=rows, micro_batches_per_step=micro_batches)
+        steps = eval_batches(
+            job.data, **_batch_options(job, engine=engine), rows=rows, micro_batches_per_step=micro_batches
+        )
         _check_targets(steps, job=job, task=engine.task)
         calls.add(builtin.Evaluate(engine, every=every, steps=steps, meter=meter), of_user=False)
     every = config.train.log_every
-    calls.add(builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device), of_user=False)
+    calls.add(
+        builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device),
+        of_user=False,
+    )
     calls.add(*of_user, of_user=True)
     if of_user and job.layout.world_size > 1:
         calls.add(builtin.Barrier(engine.mesh.all_ranks(name="callbacks")), of_user=False)
     manager, fingerprints = Manager(run_dir.checkpoints, settings=config.checkpoint), job.fingerprints
-    saver = builtin.Checkpoint(engine, folder=run_dir, manager=manager, fingerprints=fingerprints, meter=meter, on_saved=calls.after_checkpoint)
+    saver = builtin.Checkpoint(
+        engine,
+        folder=run_dir,
+        manager=manager,
+        fingerprints=fingerprints,
+        meter=meter,
+        on_saved=calls.after_checkpoint,
+    )
     calls.add(saver, of_user=False)
     if config.run.profile and log.rank() in config.run.profile_ranks:
         calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
@@ -159,4 +188,10 @@ def _check_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> None:
     if not exist:
         problem = f"none of the held-out rows of {job.data.name} has a token that carries loss"
         instead = "train.eval_every=0, more train.eval_rows, or a longer data.seq_len in prepare"
-        raise refusal("train.eval_rows", job.config.train.eval_rows, problem, allowed="held-out rows with answers", instead=instead)
+        raise refusal(
+            "train.eval_rows",
+            job.config.train.eval_rows,
+            problem,
+            allowed="held-out rows with answers",
+            instead=instead,
+        )

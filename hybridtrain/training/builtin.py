@@ -47,7 +47,9 @@ class Evaluate(Callback):
         if info.last or info.step % self.every == 0:
             with self.meter.paused():
                 results = [self.engine.eval_step(batches) for batches in self.steps]
-            info.evaluated.update(self._as_numbers(self.engine.task.evaluate(functools.reduce(operator.add, results))))
+            info.evaluated.update(
+                self._as_numbers(self.engine.task.evaluate(functools.reduce(operator.add, results)))
+            )
 
     def _as_numbers(self, values: Mapping[str, Any]) -> dict[str, float]:
         """The task's metrics as floats.
@@ -59,14 +61,26 @@ class Evaluate(Callback):
             if not number or name in metrics.KEYS:
                 problem = f"evaluate returned {name}={value!r}: {'a line has this key itself' if number else 'not a number'}"
                 allowed, instead = "names of its own with numbers", f'{{"eval_{name}": float(...)}}'
-                raise refusal("task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead)
+                raise refusal(
+                    "task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead
+                )
         return {name: float(value) for name, value in values.items()}
 
 
 class Log(Callback):
-    """Writes metrics.jsonl, trackers and the progress line on rank 0; always for the first and the last step."""
+    """Writes metrics.jsonl, trackers and the progress line on rank 0; always for the
+    first and the last step."""
 
-    def __init__(self, folder: RunDir, *, every: int, task: Task, meter: metrics.Meter, trackers: Trackers, device: torch.device):
+    def __init__(
+        self,
+        folder: RunDir,
+        *,
+        every: int,
+        task: Task,
+        meter: metrics.Meter,
+        trackers: Trackers,
+        device: torch.device,
+    ):
         self.folder, self.every, self.sums = folder, every, tuple(task.weights)
         self.meter, self.trackers, self.device = meter, trackers, device
         self.totals: torch.Tensor | None = None
@@ -75,10 +89,14 @@ class Log(Callback):
     def on_every_step(self, run: Run, info: StepInfo) -> None:
         new = metrics.totals(info.result)
         self.totals = new if self.totals is None else self.totals + new
-        if not (info.last or info.stopping or info.evaluated or info.step == 1 or info.step % self.every == 0):
+        if not (
+            info.last or info.stopping or info.evaluated or info.step == 1 or info.step % self.every == 0
+        ):
             return
         memory = metrics.max_over_ranks(metrics.max_memory_gib(self.device))
-        allocator = {key: metrics.max_over_ranks(value) for key, value in metrics.allocator_stats(self.device).items()}
+        allocator = {
+            key: metrics.max_over_ranks(value) for key, value in metrics.allocator_stats(self.device).items()
+        }
         totals, self.totals = self.totals, None
         row = metrics.record(info, totals=totals, sums=self.sums, meter=self.meter, memory_gib=memory)
         info.row = row | info.evaluated | allocator
@@ -90,13 +108,23 @@ class Log(Callback):
         if row["skipped"]:
             scale = "" if row["loss_scale"] is None else f"; loss scale {row['loss_scale']:,.15g}"
             updates = "1 update" if row["skipped"] == 1 else f"{row['skipped']} updates"
-            self.folder.append_event("skipped", step=step, detail=f"{updates} skipped since the last line{scale}")
+            self.folder.append_event(
+                "skipped", step=step, detail=f"{updates} skipped since the last line{scale}"
+            )
         if empty := row.get("steps_without_targets"):
             steps = "1 step" if empty == 1 else f"{empty} steps"
-            self.folder.append_event("empty", step=step, detail=f"{steps} without a single target since the last line; no update was made in them")
+            self.folder.append_event(
+                "empty",
+                step=step,
+                detail=f"{steps} without a single target since the last line; no update was made in them",
+            )
         self.trackers.log(row, step)
-        known = {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
-        self.folder.update_summary(steps=step, tokens=row["tokens_seen"], tokens_per_s=row["tokens_per_s"], **known)
+        known = (
+            {} if row["loss"] is None and row.get("steps_without_targets") else {"final_loss": row["loss"]}
+        )
+        self.folder.update_summary(
+            steps=step, tokens=row["tokens_seen"], tokens_per_s=row["tokens_per_s"], **known
+        )
         _log.info(metrics.progress_line(row, total_steps=total_steps, eta_s=self.meter.eta_s))
 
 
@@ -137,7 +165,13 @@ class Checkpoint(Callback):
         on_saved: Callable[[Path], None],
     ):
         """`on_saved`: called on every rank with the path of a complete checkpoint."""
-        self.engine, self.folder, self.manager, self.fingerprints, self.meter = engine, folder, manager, fingerprints, meter
+        self.engine, self.folder, self.manager, self.fingerprints, self.meter = (
+            engine,
+            folder,
+            manager,
+            fingerprints,
+            meter,
+        )
         self.on_saved = on_saved
         self.saving: Saving | None = None
         self.step = 0
@@ -176,7 +210,9 @@ class Checkpoint(Callback):
             self.engine.flags.forget(SAVED)
             saving.result()
             if dist.get_rank() == 0:
-                self.folder.append_event("checkpoint", step=self.step, detail=self.manager.path(self.step).name)
+                self.folder.append_event(
+                    "checkpoint", step=self.step, detail=self.manager.path(self.step).name
+                )
                 self._wait_for_pruning()
                 # In a thread, because removing thousands of files takes long.
                 self._pruning = threading.Thread(target=self.manager.prune, name="prune", daemon=True)
@@ -198,7 +234,9 @@ class Profile(Callback):
         self.folder, self.gpu = folder, device.type == "cuda"
         if self.gpu:
             torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
-        self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=self._write)
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1), on_trace_ready=self._write
+        )
 
     def on_start(self, run: Run) -> None:
         self.profiler.start()

@@ -5,9 +5,9 @@
             if metrics["eval_loss"] < 2.0:
                 run.stop("good enough")
 
-Every rank calls every callback, in the same order and after the same steps. In `on_start`, `on_evaluate`, `on_step` and
-`on_checkpoint` a callback may call torch.distributed collectives, on all ranks. An exception in a callback
-ends the run, and the error report names the rank.
+Every rank calls every callback, in the same order and after the same steps. In `on_start`, `on_evaluate`,
+`on_step` and `on_checkpoint` a callback may call torch.distributed collectives, on all ranks. An exception in
+a callback ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
@@ -115,7 +115,10 @@ def from_config(config: Config) -> tuple[Callback, ...]:
     for name in config.run.callbacks:
         callback = registry.make("callback", name, config)
         if not isinstance(callback, Callback):
-            problem, instead = f"its factory returned {type(callback).__name__}", f'@ht.register("callback", "{name}") above a class that inherits ht.Callback'
+            problem, instead = (
+                f"its factory returned {type(callback).__name__}",
+                f'@ht.register("callback", "{name}") above a class that inherits ht.Callback',
+            )
             raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)
         result.append(callback)
     return tuple(result)
@@ -152,7 +155,9 @@ class Callbacks:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end(error)
 
     def after_step(self, info: StepInfo) -> None:
@@ -178,7 +183,10 @@ class Callbacks:
         except RuntimeError as error:
             if not (callback in self.of_user and failure.is_timeout(error)):
                 raise
-            name, limit = f"{type(callback).__name__}.{method}", f"engine.timeout_s={self.run.config.engine.timeout_s}"
+            name, limit = (
+                f"{type(callback).__name__}.{method}",
+                f"engine.timeout_s={self.run.config.engine.timeout_s}",
+            )
             problem = f"{name} waited for the other ranks until {limit} had passed: a callback must call a collective on every rank or on none"
             raise CallbackTimeout(problem)  # noqa: B904 - with a cause, the report would name that
 
@@ -195,7 +203,9 @@ class Callbacks:
                 if first is None:
                     first = further
                 else:
-                    _log.error("%s.on_end raised %s: %s", type(callback).__name__, type(further).__name__, further)
+                    _log.error(
+                        "%s.on_end raised %s: %s", type(callback).__name__, type(further).__name__, further
+                    )
         if first is not error:
             assert first is not None
             raise first

@@ -1,4 +1,5 @@
-"""A config, resolved once against a number of processes: layout, batch plan, model facts, data and number of steps. No torch."""
+"""A config, resolved once against a number of processes: layout, batch plan, model facts, data and number
+of steps. No torch."""
 
 from __future__ import annotations
 
@@ -41,24 +42,36 @@ class Job:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What a checkpoint must have been made with. Reads a little of foreign token files: for rank 0, which tells the others."""
+        """What a checkpoint must have been made with.
+
+        Reads a little of foreign token files: for rank 0, which tells the others.
+        """
         model = identity.model_fingerprint(self.facts)
         order = blends.order_fingerprint(self.data, plan=self.plan, seed=self.config.run.seed)
         sample = self.data.sample
-        found = {"model": model, "data": self.data.fingerprint, "order": order} | ({} if sample is None else {"tokens": sample})
-        return found if self.task is None else {**found, "task": f"{type(self.task).__name__} {dict(self.task.weights)}"}
+        found = {"model": model, "data": self.data.fingerprint, "order": order} | (
+            {} if sample is None else {"tokens": sample}
+        )
+        return (
+            found
+            if self.task is None
+            else {**found, "task": f"{type(self.task).__name__} {dict(self.task.weights)}"}
+        )
 
     @property
     def evaluated(self) -> dict[str, str]:
-        """What ranks must have in common besides `fingerprints`: the rows of evaluations, which a resumed run may change."""
+        """What ranks must have in common besides `fingerprints`: the rows of evaluations, which a
+        resumed run may change."""
         held_out = self.data.evaluated if self.config.train.eval_every else None
         return {} if held_out is None else {"evaluation data": held_out.fingerprint}
 
 
 def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, task: Task | None) -> Job:
-    """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises UserError for what does not fit. Imports no torch.
+    """Layout, batch plan, model facts and data of a config in a world of `world_size` processes; raises
+    UserError for what does not fit. Imports no torch.
 
-    `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of what the config names.
+    `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of
+    what the config names.
     """
     settled = engines.settle(resume.with_available_source(config), world_size=world_size)
     layout, plan, model = settled.layout, settled.plan, settled.facts
@@ -76,7 +89,9 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     compatibility.check_train_rows(data, seq_len=plan.seq_len)
     compatibility.check_cuts(data, config)
     if config.train.eval_every:
-        compatibility.check_eval_rows(data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every)
+        compatibility.check_eval_rows(
+            data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every
+        )
     _check_profile(config, world_size=world_size)
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     checks.phases(config.schedule, steps=total_steps)
@@ -86,7 +101,13 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
 def _check_profile(config: Config, *, world_size: int) -> None:
     ranks = config.run.profile_ranks
     if config.run.profile and not (ranks and all(0 <= rank < world_size for rank in ranks)):
-        raise refusal("run.profile_ranks", ranks, f"there are {world_size} ranks", allowed=f"ranks of 0 to {world_size - 1}", instead="run.profile_ranks=[0]")
+        raise refusal(
+            "run.profile_ranks",
+            ranks,
+            f"there are {world_size} ranks",
+            allowed=f"ranks of 0 to {world_size - 1}",
+            instead="run.profile_ranks=[0]",
+        )
 
 
 def _total_steps(config: Config, plan: BatchPlan, *, rows: int) -> int:

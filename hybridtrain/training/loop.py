@@ -57,7 +57,15 @@ def train(
             step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len
             counter.step = step
             counts = flags.read()
-            info = StepInfo(step=step, last=step == total_steps, stopping=stop.agree(counts), tokens_seen=tokens_seen, lr=lr, result=result, flags=counts)
+            info = StepInfo(
+                step=step,
+                last=step == total_steps,
+                stopping=stop.agree(counts),
+                tokens_seen=tokens_seen,
+                lr=lr,
+                result=result,
+                flags=counts,
+            )
             callbacks.after_step(info)
             check_finite(info, wait=info.last or step % config.train.log_every == 0)
             garbage.after(step)
@@ -65,7 +73,8 @@ def train(
 
 
 class GarbageCollection:
-    """Collects Python's garbage at the same steps on all ranks, since every step waits for the slowest rank."""
+    """Collects Python's garbage at the same steps on all ranks, since every step waits
+    for the slowest rank."""
 
     EVERY = 50
 

@@ -30,8 +30,27 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 KEYS = (
-    *("step", "tokens_seen", "loss", "step_loss", "grad_norm", "lr", "loss_scale", "skipped", "tokens_per_s", "tokens_per_s_per_device"),
-    *("step_time_s", "mfu", "max_memory_gib", "time", "steps_without_targets", "reserved_memory_gib", "alloc_retries"),
+    *(
+        "step",
+        "tokens_seen",
+        "loss",
+        "step_loss",
+        "grad_norm",
+        "lr",
+        "loss_scale",
+        "skipped",
+        "tokens_per_s",
+        "tokens_per_s_per_device",
+    ),
+    *(
+        "step_time_s",
+        "mfu",
+        "max_memory_gib",
+        "time",
+        "steps_without_targets",
+        "reserved_memory_gib",
+        "alloc_retries",
+    ),
 )
 """Keys of a line of metrics.jsonl, besides those of the task."""
 
@@ -41,7 +60,9 @@ def peak_flops(device: torch.device, *, dtype: torch.dtype) -> float | None:
     if device.type != "cuda":
         return None
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return hardware.peak_of(torch.cuda.get_device_name(device), dtype=str(dtype).removeprefix("torch."), tf32=tf32)
+    return hardware.peak_of(
+        torch.cuda.get_device_name(device), dtype=str(dtype).removeprefix("torch."), tf32=tf32
+    )
 
 
 def max_memory_gib(device: torch.device) -> float:
@@ -63,7 +84,10 @@ def allocator_stats(device: torch.device) -> dict[str, float]:
     """
     if device.type != "cuda":
         return {}
-    return {"reserved_memory_gib": torch.cuda.max_memory_reserved(device) / GIB, "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"]}
+    return {
+        "reserved_memory_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
+    }
 
 
 def max_over_ranks(value: float) -> float:
@@ -92,7 +116,14 @@ class Meter:
     ETA_MARKS = 20  # measurements that the ETA averages over, so that it is stable with log_every=1
 
     def __init__(
-        self, *, first_step: int, total_steps: int, plan: BatchPlan, devices: int, flops_per_token: Callable[[int], float], peak: float | None
+        self,
+        *,
+        first_step: int,
+        total_steps: int,
+        plan: BatchPlan,
+        devices: int,
+        flops_per_token: Callable[[int], float],
+        peak: float | None,
     ) -> None:
         self._total_steps = total_steps
         self._plan = plan
@@ -126,7 +157,9 @@ class Meter:
         now = self._clock()
         self._marks.append((step, now))
         seconds = max(now - last_time, 1e-9)
-        tokens_per_s = (self._plan.rows_before(step) - self._plan.rows_before(last_step)) * self._plan.seq_len / seconds
+        tokens_per_s = (
+            (self._plan.rows_before(step) - self._plan.rows_before(last_step)) * self._plan.seq_len / seconds
+        )
         per_device = tokens_per_s / self._devices
         flops = self._flops_per_token(self._plan.seq_len // self._plan.pieces_at(step - 1))
         return Rates(
@@ -151,10 +184,18 @@ def totals(result: StepResult) -> torch.Tensor:
     """
     targets = result.counts[0].double()
     loss = torch.where(targets > 0, result.loss * targets, 0.0)  # the loss is NaN without targets
-    return torch.cat([torch.stack([loss, targets, result.skipped.double(), result.empty.double()]), result.sums.double(), result.counts.double()])
+    return torch.cat(
+        [
+            torch.stack([loss, targets, result.skipped.double(), result.empty.double()]),
+            result.sums.double(),
+            result.counts.double(),
+        ]
+    )
 
 
-def record(info: StepInfo, *, totals: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float) -> dict[str, Any]:
+def record(
+    info: StepInfo, *, totals: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float
+) -> dict[str, Any]:
     """One line of metrics.jsonl; non-finite and unknown values are None.
 
     `totals`: of `totals()`, summed over the steps since the last line. `loss` is the mean over their
@@ -167,7 +208,10 @@ def record(info: StepInfo, *, totals: torch.Tensor, sums: Sequence[str], meter: 
     numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), totals]).tolist()
     step_loss, grad_norm, loss_scale, loss_sum, targets, skipped, empty, *each = numbers
     loss = loss_sum / targets if targets else math.nan
-    means = {f"train_{name}": finite(value / count if count else math.nan) for name, value, count in zip(sums, each, each[len(sums) :], strict=False)}
+    means = {
+        f"train_{name}": finite(value / count if count else math.nan)
+        for name, value, count in zip(sums, each, each[len(sums) :], strict=False)
+    }
     rates = meter.measure(info.step)
     return {
         "step": info.step,
@@ -196,7 +240,14 @@ def progress_line(row: Mapping[str, Any], *, total_steps: int, eta_s: float) -> 
     """
     parts = [
         f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
-        "loss " + (f"{row['loss']:.4f}" if row["loss"] is not None else "none" if row.get("steps_without_targets") else "not finite"),
+        "loss "
+        + (
+            f"{row['loss']:.4f}"
+            if row["loss"] is not None
+            else "none"
+            if row.get("steps_without_targets")
+            else "not finite"
+        ),
         *([f"eval {row['eval_loss']:.4f}"] if row.get("eval_loss") is not None else []),
         *([f"accuracy {row['eval_accuracy']:.1%}"] if row.get("eval_accuracy") is not None else []),
         "norm " + ("not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"),

@@ -34,7 +34,9 @@ def record_hang(run_dir: RunDir, *, world_size: int, step: int) -> None:
         record_failed(run_dir.path, reason=str(root_cause), step=step)
 
 
-def record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, start_s: float, step: int) -> None:
+def record_failure(
+    error: BaseException, *, run_dir: RunDir, world_size: int, start_s: float, step: int
+) -> None:
     """Write this rank's failure report; on rank 0 also the run's, which names the rank that failed first.
 
     Removes the directory of a new run that ends with a UserError before its first step.
@@ -56,10 +58,16 @@ def record_failure(error: BaseException, *, run_dir: RunDir, world_size: int, st
     interrupted = isinstance(error, KeyboardInterrupt)
     time.sleep(0.0 if refused or interrupted else _OTHERS_S)
     root_cause = None if interrupted else failure.record_root_cause(run_dir.failures, world_size=world_size)
-    reason = str(root_cause) if root_cause and root_cause.rank else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    reason = (
+        str(root_cause)
+        if root_cause and root_cause.rank
+        else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    )
     if root_cause and root_cause.rank:
         _log.error("first failure: %s", root_cause)
-    status, reason = ("interrupted", "stopped by Ctrl-C while it started") if interrupted else ("failed", reason)
+    status, reason = (
+        ("interrupted", "stopped by Ctrl-C while it started") if interrupted else ("failed", reason)
+    )
     with contextlib.suppress(UserError):  # a full disk must not replace the original error
         run_dir.update_summary(status=status, exit_reason=reason, wall_s=time.monotonic() - start_s)
         run_dir.append_event(status, step=step, detail=reason)
@@ -69,8 +77,18 @@ def record_end(end: Progress, *, status: str, reason: str, run_dir: RunDir, seco
     """Record the end of an attempt in summary, events and log, on rank 0."""
     from hybridtrain.training import metrics
 
-    run_dir.update_summary(status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=reason, wall_s=seconds)
+    run_dir.update_summary(
+        status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=reason, wall_s=seconds
+    )
     run_dir.append_event(status, step=end.step, detail=reason)
     hint = "" if status == "finished" else f" ({reason}); the same command goes on from there"
     verb = "finished" if not hint else "stopped after"
-    _log.info("%s %d step%s in %s; run directory %s%s", verb, end.step, "" if end.step == 1 else "s", metrics.duration(seconds), run_dir.path, hint)
+    _log.info(
+        "%s %d step%s in %s; run directory %s%s",
+        verb,
+        end.step,
+        "" if end.step == 1 else "s",
+        metrics.duration(seconds),
+        run_dir.path,
+        hint,
+    )

@@ -50,7 +50,9 @@ def open_run(job: Job) -> RunDir | None:
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(locked.path, words="")
         progress = _progress_of(checkpoint, job=job) if checkpoint else Progress(0, 0, {})
-        if checkpoint and (progress.step >= job.total_steps or _ended_by_program(job, locked=locked, step=progress.step)):
+        if checkpoint and (
+            progress.step >= job.total_steps or _ended_by_program(job, locked=locked, step=progress.step)
+        ):
             _log_finished(job, locked=locked, progress=progress)
             manager.sweep()
             remove_stale_temporaries(locked.path)
@@ -66,7 +68,14 @@ def open_run(job: Job) -> RunDir | None:
             _check_model_config(with_available_source(config), checkpoint=checkpoint)
         manager.sweep()
         remove_stale_temporaries(locked.path)
-        run_dir = start.begin(locked, config, yaml_text=to_yaml(config), versions=host.versions(), checkpoint=checkpoint, step=progress.step)
+        run_dir = start.begin(
+            locked,
+            config,
+            yaml_text=to_yaml(config),
+            versions=host.versions(),
+            checkpoint=checkpoint,
+            step=progress.step,
+        )
         if origin:
             _record_origin(origin, run=locked.path, progress=progress)
         run_dir.truncate(progress.step)
@@ -91,8 +100,18 @@ def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
 
     Changed options are named without values, which may be secrets.
     """
-    layout, world, parameters = notation.write(job.config.parallel, job.layout), job.layout.world_size, job.facts.parameters
-    run_dir.update_summary(layout=layout, world_size=world, parameters=parameters, total_steps=job.total_steps, steps=run_dir.step)
+    layout, world, parameters = (
+        notation.write(job.config.parallel, job.layout),
+        job.layout.world_size,
+        job.facts.parameters,
+    )
+    run_dir.update_summary(
+        layout=layout,
+        world_size=world,
+        parameters=parameters,
+        total_steps=job.total_steps,
+        steps=run_dir.step,
+    )
     if run_dir.lost:
         failure.of_lost_attempt(run_dir.failures.with_name(f"life-{run_dir.attempt - 1}"))
         record_lost(run_dir.path, lost=run_dir.lost, step=run_dir.step)
@@ -101,9 +120,19 @@ def _record_start(job: Job, *, run_dir: RunDir, origin: Path | None) -> None:
     if origin:
         details += [f"branched from {origin} at step {run_dir.step}"]
     else:
-        details += [f"from {run_dir.checkpoint.name}"] if run_dir.checkpoint else ["again, there was no complete checkpoint"] if run_dir.continued else []
+        details += (
+            [f"from {run_dir.checkpoint.name}"]
+            if run_dir.checkpoint
+            else ["again, there was no complete checkpoint"]
+            if run_dir.continued
+            else []
+        )
     details += ["changed: " + ", ".join(run_dir.changed)] if run_dir.changed else []
-    run_dir.append_event("resumed" if run_dir.checkpoint and not origin else "started", step=run_dir.step, detail="; ".join(details))
+    run_dir.append_event(
+        "resumed" if run_dir.checkpoint and not origin else "started",
+        step=run_dir.step,
+        detail="; ".join(details),
+    )
 
 
 def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
@@ -113,21 +142,36 @@ def _progress_of(checkpoint: Path, *, job: Job) -> Progress:
     """
     marker.check_sizes(checkpoint, files=sorted(marker.read(checkpoint).items()))
     progress = marker.read_progress(checkpoint)
-    changed = _check_fingerprints(progress, checkpoint=checkpoint, job=job, allow_data_change=job.config.run.allow_data_change)
+    changed = _check_fingerprints(
+        progress, checkpoint=checkpoint, job=job, allow_data_change=job.config.run.allow_data_change
+    )
     if changed:
         _log.warning("resuming with other data: %s", ", ".join(changed))
     return progress
 
 
-def _check_fingerprints(progress: Progress, *, checkpoint: Path, job: Job, allow_data_change: bool) -> tuple[str, ...]:
+def _check_fingerprints(
+    progress: Progress, *, checkpoint: Path, job: Job, allow_data_change: bool
+) -> tuple[str, ...]:
     """`identity.check_fingerprints`; for another model, the error names the fields that differ if the
     checkpoint has a config.json.
     """
-    if progress.fingerprints.get("model") != job.fingerprints["model"] and (checkpoint / marker.CONFIG).is_file():
+    if (
+        progress.fingerprints.get("model") != job.fingerprints["model"]
+        and (checkpoint / marker.CONFIG).is_file()
+    ):
         _check_model_config(with_available_source(job.config), checkpoint=checkpoint)
     data, run = job.config.data, checkpoint.parent.parent
-    option = ("data.blend", ", ".join(data.blend)) if data.blend else ("data.path", data.path) if data.path else ("data", job.data.name)
-    return identity.check_fingerprints(progress, fingerprints=job.fingerprints, data=option, run=run, allow_data_change=allow_data_change)
+    option = (
+        ("data.blend", ", ".join(data.blend))
+        if data.blend
+        else ("data.path", data.path)
+        if data.path
+        else ("data", job.data.name)
+    )
+    return identity.check_fingerprints(
+        progress, fingerprints=job.fingerprints, data=option, run=run, allow_data_change=allow_data_change
+    )
 
 
 def _check_weights(config: Config) -> None:
@@ -162,7 +206,11 @@ def with_available_source(config: Config) -> Config:
     steps = manager.steps()
     folders = [manager.path(steps[-1]), run / "model"] if steps else []
     folder = next((folder for folder in folders if (folder / marker.CONFIG).is_file()), None)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, from_pretrained=str(folder))) if folder else config
+    return (
+        dataclasses.replace(config, model=dataclasses.replace(config.model, from_pretrained=str(folder)))
+        if folder
+        else config
+    )
 
 
 def _check_model_config(config: Config, *, checkpoint: Path) -> None:
@@ -190,10 +238,21 @@ def _check_model_config(config: Config, *, checkpoint: Path) -> None:
     if changed := config_diff.model_changes(before, saved_fields(built)):
         problem = f"{file} is of another model: {config_diff.describe(changed)}"
         instead = "the config.json that the run began with, or a new run with model.from_pretrained=<export of this run>"
-        raise refusal("model", config.model.from_pretrained or built.model_type, problem, allowed="the model that the run began with", instead=instead)
+        raise refusal(
+            "model",
+            config.model.from_pretrained or built.model_type,
+            problem,
+            allowed="the model that the run began with",
+            instead=instead,
+        )
     with contextlib.suppress(UserError):
         if records and (edited := config_diff.changes(before, read_object(of_run, field="run.dir"))):
-            _log.warning("%s has changed since %s was written (%s); the checkpoint's is used", of_run, checkpoint.name, config_diff.describe(edited))
+            _log.warning(
+                "%s has changed since %s was written (%s); the checkpoint's is used",
+                of_run,
+                checkpoint.name,
+                config_diff.describe(edited),
+            )
 
 
 def _ended_by_program(job: Job, *, locked: LockedRun, step: int) -> bool:
@@ -208,13 +267,26 @@ def _log_finished(job: Job, *, locked: LockedRun, progress: Progress) -> None:
     steps, total = progress.step, job.total_steps
     hint = "a larger train.steps (or tokens, epochs) goes on, another run.dir or run.name starts anew"
     if steps > total:
-        _log.warning("%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)", locked.path, steps, total, hint)
+        _log.warning(
+            "%s has done %d steps, and is asked to end after %d: nothing is left to do (%s)",
+            locked.path,
+            steps,
+            total,
+            hint,
+        )
         return
     summary = read_summary(locked.path)
     if summary.get("status") != "finished":
         record_finished(locked.path, step=steps, tokens=progress.tokens_seen)
     reason = f" ({summary.get('exit_reason')})" if steps < total else ""
-    _log.info("%s is finished%s, %d of %d steps are done: nothing is left to do (%s)", locked.path, reason, steps, total, hint)
+    _log.info(
+        "%s is finished%s, %d of %d steps are done: nothing is left to do (%s)",
+        locked.path,
+        reason,
+        steps,
+        total,
+        hint,
+    )
 
 
 def _origin(config: Config, *, run: Path) -> Path:
@@ -227,10 +299,18 @@ def _origin(config: Config, *, run: Path) -> Path:
     source = Path(config.run.branch_from)
     if marker.is_complete(source):
         return source.resolve()
-    newest = Manager(source / "checkpoints", settings=CheckpointConfig()).latest() if source.is_dir() else None
+    newest = (
+        Manager(source / "checkpoints", settings=CheckpointConfig()).latest() if source.is_dir() else None
+    )
     if newest is None:
         problem = "there is no complete checkpoint in it" if source.is_dir() else "there is no such folder"
-        raise refusal("run.branch_from", source, problem, allowed="a run with a complete checkpoint, or such a checkpoint", instead="run.branch_from=RUN")
+        raise refusal(
+            "run.branch_from",
+            source,
+            problem,
+            allowed="a run with a complete checkpoint, or such a checkpoint",
+            instead="run.branch_from=RUN",
+        )
     return newest.resolve()
 
 
@@ -245,19 +325,45 @@ def _branch_progress(origin: Path, *, job: Job) -> Progress:
     differing = identity.model_differences(read_run(config_file), job.config) if config_file.is_file() else {}
     if differing:
         problem = f"it is of another model: {identity.describe(differing)}"
-        raise refusal("run.branch_from", origin, problem, allowed="the same model section", instead="the model of that run")
+        raise refusal(
+            "run.branch_from",
+            origin,
+            problem,
+            allowed="the same model section",
+            instead="the model of that run",
+        )
     if config_file.is_file() and (kind := read_run(config_file).optim.kind) != job.config.optim.kind:
-        problem, instead = f"the checkpoint's optimizer state is that of {kind}", f"optim.kind={kind}, or model.from_pretrained=<export of that run>"
-        raise refusal("optim.kind", job.config.optim.kind, problem, allowed="the optimizer of the run that it branches from", instead=instead)
+        problem, instead = (
+            f"the checkpoint's optimizer state is that of {kind}",
+            f"optim.kind={kind}, or model.from_pretrained=<export of that run>",
+        )
+        raise refusal(
+            "optim.kind",
+            job.config.optim.kind,
+            problem,
+            allowed="the optimizer of the run that it branches from",
+            instead=instead,
+        )
     _check_fingerprints(progress, checkpoint=origin, job=job, allow_data_change=True)
     if progress.step >= job.total_steps:
         problem = f"run.branch_from has done {progress.step} steps already"
-        raise refusal("train", f"{job.total_steps} steps", problem, allowed=f"an end after step {progress.step}", instead=f"train.steps={2 * progress.step}")
+        raise refusal(
+            "train",
+            f"{job.total_steps} steps",
+            problem,
+            allowed=f"an end after step {progress.step}",
+            instead=f"train.steps={2 * progress.step}",
+        )
     return progress
 
 
 def _record_origin(origin: Path, *, run: Path, progress: Progress) -> None:
-    content = {"checkpoint": str(origin), "step": progress.step, "tokens_seen": progress.tokens_seen, "fingerprints": dict(progress.fingerprints)}
+    content = {
+        "checkpoint": str(origin),
+        "step": progress.step,
+        "tokens_seen": progress.tokens_seen,
+        "fingerprints": dict(progress.fingerprints),
+    }
     try:
         if not (run / BRANCH).exists():
             write_json(run / BRANCH, content)

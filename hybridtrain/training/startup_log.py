@@ -46,7 +46,9 @@ def write(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
         _log.info("tokenizer %s", line)
     _compare_tokenizers(job, run_dir=run_dir, start=start)
     if job.config.schedule.warmup_steps >= job.total_steps:
-        _log.warning("schedule.warmup_steps=%d: the run ends before its warm-up does", job.config.schedule.warmup_steps)
+        _log.warning(
+            "schedule.warmup_steps=%d: the run ends before its warm-up does", job.config.schedule.warmup_steps
+        )
     _log_start(job, run_dir=run_dir, start=start)
 
 
@@ -54,13 +56,25 @@ def _log_job(job: Job, *, engine: Any) -> None:
     """Model, layout, batch and precision."""
     config, layout, precision = job.config, job.layout, engine.precision
     public = compose.public(config)
-    name, source = public["model"]["name"] or job.facts.model_type, public["model"]["from_pretrained"] or "new weights"
+    name, source = (
+        public["model"]["name"] or job.facts.model_type,
+        public["model"]["from_pretrained"] or "new weights",
+    )
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
     world, device = layout.world_size, engine.device.type
-    _log.info("layout    %s on %d %s process%s, %s", notation.write(config.parallel, layout), world, device, "es" if world > 1 else "", config.engine.kind)
+    _log.info(
+        "layout    %s on %d %s process%s, %s",
+        notation.write(config.parallel, layout),
+        world,
+        device,
+        "es" if world > 1 else "",
+        config.engine.kind,
+    )
     for line in _batch_lines(job):
         _log.info("batch     %s", line)
-    short = {key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")}
+    short = {
+        key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")
+    }
     _log.info(
         "precision %s: master weights and optimizer state %s, compute %s, gradients %s",
         config.precision.kind,
@@ -74,16 +88,32 @@ def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
     """The checkpoint that the run resumes from, and what has changed since."""
     if run_dir.checkpoint and run_dir.checkpoint.parent != run_dir.checkpoints:
         other = f"; with other data: {job.data.name}" if _other_data(job, start=start) else ""
-        _log.info("branched  from %s at step %d, %d tokens%s", run_dir.checkpoint, start.step, start.tokens_seen, other)
+        _log.info(
+            "branched  from %s at step %d, %d tokens%s",
+            run_dir.checkpoint,
+            start.step,
+            start.tokens_seen,
+            other,
+        )
     elif run_dir.checkpoint:
         other = f"; with other data: {job.data.name}" if _other_data(job, start=start) else ""
         same = f"model, {'' if other else 'data, '}optimizer, schedule, seed and batch are unchanged{other}"
-        _log.info("resumed   %s at step %d, %d tokens; %s", run_dir.checkpoint.name, start.step, start.tokens_seen, same)
+        _log.info(
+            "resumed   %s at step %d, %d tokens; %s",
+            run_dir.checkpoint.name,
+            start.step,
+            start.tokens_seen,
+            same,
+        )
     elif run_dir.continued:
         _log.info("resumed   without a complete checkpoint: from the beginning")
     for field, (before, now) in run_dir.changed.items():
         _log.info("changed   %s: %s -> %s", field, before, now)
-    if start.step and job.config.schedule.kind != "constant" and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed):
+    if (
+        start.step
+        and job.config.schedule.kind != "constant"
+        and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed)
+    ):
         _log.warning(
             "the %s schedule now ends at step %d: from here on, learning rates differ from those of the run before",
             job.config.schedule.kind,
@@ -98,19 +128,27 @@ def _batch_lines(job: Job) -> list[str]:
     lines = [f"{batch}; {job.total_steps} steps"]
     if plan.ramp:
         first, second, *_ = plan.ramp.values
-        lines.append(f"ramp: {first} rows at first, {second - first} more at a time, full size after {plan.ramp.steps} steps")
+        lines.append(
+            f"ramp: {first} rows at first, {second - first} more at a time, full size after {plan.ramp.steps} steps"
+        )
     if plan.cuts:
         length = plan.seq_len // plan.cuts.values[0]
-        lines.append(f"warm-up: rows in pieces of {length} tokens at first, which double in length; whole after {plan.cuts.steps} steps")
+        lines.append(
+            f"warm-up: rows in pieces of {length} tokens at first, which double in length; whole after {plan.cuts.steps} steps"
+        )
     return lines
 
 
 def _plugin_lines(job: Job) -> list[str]:
-    """The modules of run.plugins with what they register, and options of registered optimizers and schedules."""
+    """The modules of run.plugins with what they register, and options of registered
+    optimizers and schedules."""
     config, lines = job.config, []
     if config.run.plugins:
         lines.append(f"plugins   {', '.join(compose.public_value(config.run.plugins))} ({registry.listed()})")
-    for name, kind, options in (("optimizer", config.optim.kind, config.optim.options), ("schedule", config.schedule.kind, config.schedule.options)):
+    for name, kind, options in (
+        ("optimizer", config.optim.kind, config.optim.options),
+        ("schedule", config.schedule.kind, config.schedule.options),
+    ):
         if options:
             lines.append(f"{name:<9} {kind} {compose.public_value(options)}")
     return lines
@@ -118,7 +156,11 @@ def _plugin_lines(job: Job) -> list[str]:
 
 def _other_data(job: Job, *, start: Progress) -> bool:
     """Whether the data differ from those of the checkpoint at `start`; their path does not matter."""
-    return any(start.fingerprints.get(name, now) != now for name, now in job.fingerprints.items() if name in ("data", "tokens"))
+    return any(
+        start.fingerprints.get(name, now) != now
+        for name, now in job.fingerprints.items()
+        if name in ("data", "tokens")
+    )
 
 
 def _compare_tokenizers(job: Job, *, run_dir: RunDir, start: Progress) -> None:
@@ -145,9 +187,15 @@ def _tokenizer_notes(job: Job, *, model: Path) -> list[str]:
     if facts is None:
         return []
     text, turn = vocabulary.end_tokens(facts)
-    config, generation = (read_object(model / name, field="run.dir") for name in ("config.json", tokens.GENERATION))
+    config, generation = (
+        read_object(model / name, field="run.dir") for name in ("config.json", tokens.GENERATION)
+    )
     ends = tokens.Ends(begin=None, end=text, pad=None, turn=turn)
-    lines = tokens.with_end_tokens(config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained)[2]
+    lines = tokens.with_end_tokens(
+        config, generation, of_tokenizer=ends, new=not job.config.model.from_pretrained
+    )[2]
     if facts["vocab_size"] > job.facts.vocab:
-        lines.append(f"it has {facts['vocab_size']} tokens, the model's embedding {job.facts.vocab} rows: the model cannot read the other tokens")
+        lines.append(
+            f"it has {facts['vocab_size']} tokens, the model's embedding {job.facts.vocab} rows: the model cannot read the other tokens"
+        )
     return lines

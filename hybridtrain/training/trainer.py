@@ -57,13 +57,27 @@ class Trainer:
     the same as that of `hybridtrain train` with this config: directory, resumption, exports and reports.
     """
 
-    def __init__(self, config: Config, *, data: Any = None, eval_data: Any = None, callbacks: Sequence[Callback] = (), task: Task | None = None):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        data: Any = None,
+        eval_data: Any = None,
+        callbacks: Sequence[Callback] = (),
+        task: Task | None = None,
+    ):
         """`config`: from `hybridtrain.compose`.
 
         `data`, `eval_data`: rows instead of the config's data (data/user_rows.py). `task`: the loss
         (tasks/task.py); None: that of task.kind.
         """
-        self.config, self.data, self.eval_data, self.callbacks, self.task = config, data, eval_data, tuple(callbacks), task
+        self.config, self.data, self.eval_data, self.callbacks, self.task = (
+            config,
+            data,
+            eval_data,
+            tuple(callbacks),
+            task,
+        )
 
     def fit(self) -> Result:
         """Train to the end, from the run's newest checkpoint if it has one.
@@ -90,16 +104,43 @@ class Trainer:
             tasks.check_given(self.task, self.config)
         if self.data is None:
             if self.eval_data is not None:
-                raise refusal("eval_data", type(self.eval_data).__name__, "there is no `data`", allowed="both, or data alone", instead="data.eval_path=PREFIX")
+                raise refusal(
+                    "eval_data",
+                    type(self.eval_data).__name__,
+                    "there is no `data`",
+                    allowed="both, or data alone",
+                    instead="data.eval_path=PREFIX",
+                )
             checks.check(self.config)
             return self.config, None
         if self.config.train.eval_every and self.eval_data is None:
-            problem, instead = "there is no `eval_data`", "train.eval_every=0, or Trainer(config, data=..., eval_data=...)"
-            raise refusal("train.eval_every", self.config.train.eval_every, problem, allowed="0 without it", instead=instead)
+            problem, instead = (
+                "there is no `eval_data`",
+                "train.eval_every=0, or Trainer(config, data=..., eval_data=...)",
+            )
+            raise refusal(
+                "train.eval_every",
+                self.config.train.eval_every,
+                problem,
+                allowed="0 without it",
+                instead=instead,
+            )
         if (kind := self.config.data.kind) != "prepared":
-            raise refusal("data.kind", kind, "rows are given as `data` too", allowed="one of the two", instead="data.kind=prepared, or no `data`")
-        rows = of_rows(self.data, self.eval_data, fields=("data", "eval_data"), documents=self.config.data.document_mask)
-        checks.check(dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, path=rows.name, blend={})))
+            raise refusal(
+                "data.kind",
+                kind,
+                "rows are given as `data` too",
+                allowed="one of the two",
+                instead="data.kind=prepared, or no `data`",
+            )
+        rows = of_rows(
+            self.data, self.eval_data, fields=("data", "eval_data"), documents=self.config.data.document_mask
+        )
+        checks.check(
+            dataclasses.replace(
+                self.config, data=dataclasses.replace(self.config.data, path=rows.name, blend={})
+            )
+        )
         unused = dataclasses.replace(self.config.data, path="", blend={}, eval_path="", source=[])
         return dataclasses.replace(self.config, data=unused), rows
 
@@ -138,7 +179,8 @@ def _finished_result(config: Config) -> Result:
 
 
 def _open(job: Job) -> RunDir | None:
-    """On rank 0: check the model of a new run, and open the run directory; None if no step is left to train."""
+    """On rank 0: check the model of a new run, and open the run directory; None if no
+    step is left to train."""
     config = job.config
     if config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
         from hybridtrain.models.build import check as check_model
@@ -147,7 +189,9 @@ def _open(job: Job) -> RunDir | None:
     return resume.open_run(job)
 
 
-def _on_all_ranks(job: Job, *, run_dir: RunDir | None, start_s: float, callbacks: Sequence[Callback]) -> Result:
+def _on_all_ranks(
+    job: Job, *, run_dir: RunDir | None, start_s: float, callbacks: Sequence[Callback]
+) -> Result:
     """Connect, compare the ranks, train, and record the end.
 
     `run_dir`: of a single process; else rank 0 opens it here.
@@ -192,7 +236,9 @@ def _on_all_ranks(job: Job, *, run_dir: RunDir | None, start_s: float, callbacks
         if run_dir is not None:
             if isinstance(error, UserError):
                 trackers.finish(failed=True)  # before record_failure removes the directory of a new run
-            outcome.record_failure(error, run_dir=run_dir, world_size=job.layout.world_size, start_s=start_s, step=counter.step)
+            outcome.record_failure(
+                error, run_dir=run_dir, world_size=job.layout.world_size, start_s=start_s, step=counter.step
+            )
             trackers.finish(failed=True)
         raise
     finally:
@@ -212,10 +258,14 @@ def _watchdog(job: Job, *, run_dir: RunDir, counter: StepCounter) -> Watchdog:
     def on_hang() -> None:
         outcome.record_hang(run_dir, world_size=job.layout.world_size, step=counter.step)
 
-    return Watchdog(run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=job.config.train.max_step_s, hung=on_hang)
+    return Watchdog(
+        run_dir.failures / f"rank-{log.rank()}.stacks", limit_s=job.config.train.max_step_s, hung=on_hang
+    )
 
 
 def _engine(job: Job, *, device: torch.device, initial: bool) -> Any:
     """The engine of the job. `initial`: with initial weights."""
     source = resume.with_available_source(job.config)
-    return engines.build_for(job.task, source, layout=job.layout, plan=job.plan, device=device, initial=initial)
+    return engines.build_for(
+        job.task, source, layout=job.layout, plan=job.plan, device=device, initial=initial
+    )

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from hybridtrain.checkpoint import marker, metadata, sharded
 from hybridtrain.checkpoint.manager import Manager
@@ -21,7 +26,8 @@ from hybridtrain.config.schema import CheckpointConfig
 from hybridtrain.errors import UserError
 from hybridtrain.types import Progress
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+# pytest puts back what the module turns off
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 PROGRESS = Progress(3, 300, {"model": "abc"})
 
@@ -47,7 +53,11 @@ def written(path: Path, *, progress: Progress = PROGRESS) -> Path:
 
 def reseal(path: Path) -> None:
     """Make the marker agree with the files again, as somebody who crafts a checkpoint would."""
-    marker.write(path, progress=PROGRESS, files={name: marker.measure(path / name) for name in marker.read(path) if name.endswith(".distcp")})
+    marker.write(
+        path,
+        progress=PROGRESS,
+        files={name: marker.measure(path / name) for name in marker.read(path) if name.endswith(".distcp")},
+    )
 
 
 def refusal_of_load(path: Path, tensors: dict[str, torch.Tensor] | None = None) -> str:
@@ -71,7 +81,9 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path: Path, asynchronous: bool)
 def test_the_marker_lists_every_file(tmp_path: Path) -> None:
     path = written(tmp_path / "step-3")
     assert sorted([*marker.read(path), marker.MARKER]) == sorted(os.listdir(path))
-    assert not re.search(rb"/tmp|" + re.escape(str(tmp_path).encode()), (path / ".metadata").read_bytes()), "a path of this machine in the checkpoint"
+    assert not re.search(rb"/tmp|" + re.escape(str(tmp_path).encode()), (path / ".metadata").read_bytes()), (
+        "a path of this machine in the checkpoint"
+    )
 
 
 def test_a_stale_partial_folder_is_replaced(tmp_path: Path) -> None:
@@ -85,14 +97,18 @@ def test_a_stale_partial_folder_is_replaced(tmp_path: Path) -> None:
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     path = written(tmp_path / "step-3")
-    sharded.save({"model.weight": torch.ones(2)}, path=path, progress=PROGRESS, group=None, asynchronous=True).result()
+    sharded.save(
+        {"model.weight": torch.ones(2)}, path=path, progress=PROGRESS, group=None, asynchronous=True
+    ).result()
     assert sharded.stored_keys(path) == {"model.weight"}
     assert os.listdir(tmp_path) == ["step-3"]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    saving = sharded.save(values(), path=tmp_path / "file" / "step-3", progress=PROGRESS, group=None, asynchronous=True)
+    saving = sharded.save(
+        values(), path=tmp_path / "file" / "step-3", progress=PROGRESS, group=None, asynchronous=True
+    )
     with pytest.raises(UserError, match="rank 0 could not write it"):
         saving.result()
 
@@ -108,7 +124,11 @@ def test_damage_to_any_file_is_noticed_and_named(tmp_path: Path, name: str) -> N
         else:
             (path / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
 
-    for change, words in (("missing", "it is missing"), ("truncated", "bytes instead of"), ("flipped", "CRC32 differs")):
+    for change, words in (
+        ("missing", "it is missing"),
+        ("truncated", "bytes instead of"),
+        ("flipped", "CRC32 differs"),
+    ):
         path = written(tmp_path / change)
         damage(path, change)
         message = refusal_of_load(path)
@@ -145,7 +165,9 @@ def test_an_unreadable_marker_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "step-3")
     assert "model.more" in refusal_of_load(path, {**zeros(), "model.more": torch.zeros(1)})
-    assert "(4, 6) there and (6, 4) here" in refusal_of_load(path, {**zeros(), "model.weight": torch.zeros(6, 4)})
+    assert "(4, 6) there and (6, 4) here" in refusal_of_load(
+        path, {**zeros(), "model.weight": torch.zeros(6, 4)}
+    )
     fewer = zeros()
     del fewer["model.half"]
     assert "also holds model.half" in refusal_of_load(path, fewer)
@@ -159,7 +181,7 @@ def test_anything_but_a_tensor_is_our_own_mistake(tmp_path: Path) -> None:
         sharded.save({"step": 3}, path=tmp_path / "x", progress=PROGRESS, group=None, asynchronous=False)  # type: ignore[dict-item]
 
 
-# --- nothing in a checkpoint runs -----------------------------------------------------------------------------------
+# --- nothing in a checkpoint runs ---------------------------------------------------------------------------
 
 
 class Touch:
@@ -207,15 +229,24 @@ def test_a_tensor_file_that_is_a_pickle_of_code_does_nothing(tmp_path: Path) -> 
 
 def test_entries_of_bytes_are_refused_because_dcp_would_unpickle_them(tmp_path: Path) -> None:
     path = written(tmp_path / "step-3")
-    dcp.save({"model.weight": torch.ones(2), "extra": {"a": 1}}, checkpoint_id=str(tmp_path / "plain"), no_dist=True)
-    assert isinstance(dcp.FileSystemReader(tmp_path / "plain").read_metadata().state_dict_metadata["extra.a"], BytesStorageMetadata)
+    dcp.save(
+        {"model.weight": torch.ones(2), "extra": {"a": 1}},
+        checkpoint_id=str(tmp_path / "plain"),
+        no_dist=True,
+    )
+    assert isinstance(
+        dcp.FileSystemReader(tmp_path / "plain").read_metadata().state_dict_metadata["extra.a"],
+        BytesStorageMetadata,
+    )
     for file in (tmp_path / "plain").iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     reseal(path)
     assert "refused" in refusal_of_load(path, {"model.weight": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("case", ["outside", "bytes", "hole", "overlap", "nowhere", "transform", "lacking", "other"])
+@pytest.mark.parametrize(
+    "case", ["outside", "bytes", "hole", "overlap", "nowhere", "transform", "lacking", "other"]
+)
 def test_metadata_that_is_well_formed_but_wrong_is_refused(tmp_path: Path, case: str) -> None:
     path = written(tmp_path / "step-3")
     content = metadata.read(path)
@@ -266,7 +297,9 @@ def test_chunks_cover_a_tensor_exactly_once_or_not() -> None:
         boxes = []
         for top, bottom in itertools.pairwise(rows):
             columns = sorted({0, 6, *generator.sample(range(1, 6), 2)})
-            boxes += [((top, left), (bottom - top, right - left)) for left, right in itertools.pairwise(columns)]
+            boxes += [
+                ((top, left), (bottom - top, right - left)) for left, right in itertools.pairwise(columns)
+            ]
         assert tiled(chunks(*boxes, size=(8, 6)))
         moved = generator.randrange(len(boxes))
         (top, left), sizes = boxes[moved]
@@ -286,7 +319,7 @@ def test_progress_that_is_no_position_is_refused(tmp_path: Path) -> None:
             marker.read_progress(path)
 
 
-# --- which ones are kept --------------------------------------------------------------------------------------------
+# --- which ones are kept ------------------------------------------------------------------------------------
 
 
 def fake(manager: Manager, *steps: int) -> None:
@@ -305,7 +338,9 @@ def test_due_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     manager = Manager(tmp_path, settings=CheckpointConfig(every=10))
     assert [step for step in range(31) if manager.due(step, last=False)] == [10, 20, 30]
     assert manager.due(7, last=True)
-    assert not any(Manager(tmp_path, settings=CheckpointConfig(every=0)).due(step, last=False) for step in range(5))
+    assert not any(
+        Manager(tmp_path, settings=CheckpointConfig(every=0)).due(step, last=False) for step in range(5)
+    )
 
 
 def test_latest_passes_over_what_is_not_complete(tmp_path: Path) -> None:
@@ -322,7 +357,8 @@ def test_latest_passes_over_what_is_not_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"), [(2, 0, [40, 50]), (1, 20, [20, 40, 50]), (0, 0, [10, 20, 30, 40, 50]), (9, 0, [10, 20, 30, 40, 50])]
+    ("keep_last", "keep_every", "kept"),
+    [(2, 0, [40, 50]), (1, 20, [20, 40, 50]), (0, 0, [10, 20, 30, 40, 50]), (9, 0, [10, 20, 30, 40, 50])],
 )
 def test_pruning(tmp_path: Path, keep_last: int, keep_every: int, kept: list[int]) -> None:
     manager = Manager(tmp_path, settings=CheckpointConfig(keep_last=keep_last, keep_every=keep_every))

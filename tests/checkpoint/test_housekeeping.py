@@ -1,4 +1,5 @@
-"""What stands in the way of clearing up ends no run: files that cannot be removed, links, names that are not ours, a full disk, a closed console."""
+"""What stands in the way of clearing up ends no run: files that cannot be removed, links, names that are not
+ours, a full disk, a closed console."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def made(folder: Path, *steps: int) -> Manager:
 
 
 def test_a_run_goes_on_past_checkpoints_that_cannot_be_removed(data: Path, tmp_path: Path) -> None:
-    """An immutable file, a checkpoint moved to another disk, and a file in the place of a folder that will be written."""
+    """An immutable file, a checkpoint moved to another disk, and a file in the place of a folder
+    that will be written."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     finished(1, arguments(run, data, train__steps=2, checkpoint__every=1, checkpoint__keep_last=0))
     folder = run / "checkpoints"
@@ -60,7 +62,9 @@ def test_a_run_goes_on_past_checkpoints_that_cannot_be_removed(data: Path, tmp_p
     assert checkpoints(run) == ["step-00000003.partial", "step-00000006"]
 
 
-def test_a_checkpoint_that_cannot_be_renamed_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_that_cannot_be_renamed_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manager = made(tmp_path, 1, 2)
     with immutable(manager.path(1)), caplog.at_level("WARNING", logger="hybridtrain"):
         manager.prune()
@@ -74,7 +78,10 @@ def test_a_checkpoint_that_cannot_be_renamed_is_warned_of_once(tmp_path: Path, c
 def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path: Path) -> None:
     manager = made(tmp_path, 8)
     manager.path(8).rename(manager.path(99))
-    with pytest.raises(UserError, match=r"step-00000099: it holds step 8: it was renamed\n.*\n.*mv .*step-00000099 .*/step-00000008"):
+    with pytest.raises(
+        UserError,
+        match=r"step-00000099: it holds step 8: it was renamed\n.*\n.*mv .*step-00000099 .*/step-00000008",
+    ):
         manager.latest()
     manager.path(99).rename(manager.path(8))
     assert manager.latest() == manager.path(8)
@@ -83,7 +90,9 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path:
 @contextlib.contextmanager
 def small_disk(folder: Path, *, kib: int) -> Iterator[Path]:
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True, check=False
+    ).returncode:
         pytest.skip("a file system of its own cannot be mounted here")
     try:
         yield folder
@@ -101,7 +110,12 @@ def fill(file: Path) -> None:
 def test_a_half_checkpoint_that_fills_the_disk_is_cleared_before_anything_is_written(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=256) as disk:
         config = Config()
-        config.run.dir, config.run.name, config.train.steps, config.data.path = str(disk / "run"), "x", 5, "data"
+        config.run.dir, config.run.name, config.train.steps, config.data.path = (
+            str(disk / "run"),
+            "x",
+            5,
+            "data",
+        )
 
         def begun() -> None:
             entry = start.lock_run(config)
@@ -130,7 +144,10 @@ def test_a_refusal_after_the_directory_was_opened_leaves_none(data: Path, tmp_pa
     tokens[::50] = 60000
     tokens.tofile(spoilt / "train.bin")
     corpus = json.loads((spoilt / "corpus.json").read_text())
-    (spoilt / "corpus.json").write_text(json.dumps({key: value for key, value in corpus.items() if key != "digests"}))  # as earlier versions wrote it
+    # as earlier versions wrote it
+    (spoilt / "corpus.json").write_text(
+        json.dumps({key: value for key, value in corpus.items() if key != "digests"})
+    )
     before = sorted(tmp_path.iterdir())
     ended = on_ranks(2, arguments(tmp_path / "new" / "run", spoilt))
     assert ended.code == 2
@@ -149,7 +166,9 @@ def test_a_directory_that_is_gone_while_training_is_told_so(tmp_path: Path) -> N
     assert (tmp_path / "moved" / "lock").exists(), "what is not at its place is not ours to remove"
 
 
-def test_a_console_and_a_log_that_cannot_be_written_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_console_and_a_log_that_cannot_be_written_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "rank-0.log").symlink_to("/dev/full")
     monkeypatch.setenv("RANK", "0")
     read, write = os.pipe()
@@ -204,7 +223,9 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write((run / "metrics.jsonl").read_text().splitlines()[1] + '\n{"st')
     model = json.loads((run / "model" / "config.json").read_text())
-    (run / "model" / "config.json").write_text(json.dumps({**model, "num_hidden_layers": model["num_hidden_layers"] - 1, "layer_types": None}))
+    (run / "model" / "config.json").write_text(
+        json.dumps({**model, "num_hidden_layers": model["num_hidden_layers"] - 1, "layer_types": None})
+    )
     problems, number = verify_run(run)
     assert number == 3
     assert len(problems) == 6, problems
@@ -220,7 +241,9 @@ def test_verify_lists_what_is_wrong_with_a_run(data: Path, tmp_path: Path) -> No
         assert sum(words in problem for problem in problems) == 1, (words, problems)
 
 
-def test_a_finished_run_that_is_started_again_loses_what_could_not_be_removed_before(data: Path, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_started_again_loses_what_could_not_be_removed_before(
+    data: Path, tmp_path: Path
+) -> None:
     argv = arguments(tmp_path / "run", data, train__steps=1)
     finished(1, argv)
     left = tmp_path / "run" / "checkpoints" / "step-00000000.removed"

@@ -1,4 +1,5 @@
-"""Saving and loading over gloo ranks: other layouts, other keys per rank, asynchronous writing, kills and full disks."""
+"""Saving and loading over gloo ranks: other layouts, other keys per rank, asynchronous writing,
+kills and full disks."""
 
 from __future__ import annotations
 
@@ -26,13 +27,15 @@ from hybridtrain.errors import UserError
 from hybridtrain.types import Progress
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+# pytest puts back what the module turns off
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 PROGRESS = Progress(7, 700, {"model": "m", "data": "d"})
 
 
 class Net(nn.Module):
-    """Odd sizes on purpose: 7 rows over 2 data ranks and 10 over 2 x 2 give parts of different length, and an empty one over 4."""
+    """Odd sizes on purpose: 7 rows over 2 data ranks and 10 over 2 x 2 give parts of different length, and
+    an empty one over 4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +49,8 @@ class Net(nn.Module):
 
 
 def build(shard: int, tp: int) -> Net:
-    torch.manual_seed(dist.get_rank())  # on purpose different everywhere: only the checkpoint can make them equal
+    # on purpose different everywhere: only the checkpoint can make them equal
+    torch.manual_seed(dist.get_rank())
     net = Net()
     mesh = init_device_mesh("cpu", (shard, tp), mesh_dim_names=("dp_shard", "tp"))
     if tp > 1:
@@ -61,7 +65,9 @@ def expected() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in Net().named_parameters()}
     values = {f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    values |= {f"optim.{name}.exp_avg": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    values |= {
+        f"optim.{name}.exp_avg": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     return values | {"optim.up.weight.step": torch.tensor(7.0), "scaler.scale": torch.tensor(65536.0)}
 
 
@@ -84,10 +90,16 @@ def fill(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def whole_like(part: DTensor, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's part of `whole`, laid out like `part`: found by gathering the ranks' own numbering of their elements."""
+    """This rank's part of `whole`, laid out like `part`: found by gathering the ranks' own
+    numbering of their elements."""
     world = dist.get_world_size()
     marked = DTensor.from_local(
-        torch.full_like(part.to_local(), float(dist.get_rank())), part.device_mesh, part.placements, shape=part.shape, stride=part.stride(), run_check=False
+        torch.full_like(part.to_local(), float(dist.get_rank())),
+        part.device_mesh,
+        part.placements,
+        shape=part.shape,
+        stride=part.stride(),
+        run_check=False,
     )
     owner = marked.full_tensor()
     assert set(owner.flatten().tolist()) <= set(map(float, range(world)))
@@ -95,14 +107,23 @@ def whole_like(part: DTensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def save_and_wait(tensors: dict[str, torch.Tensor], path: Path, *, asynchronous: bool = True) -> None:
-    sharded.save(tensors, path=path, progress=PROGRESS, group=dist.new_group(backend="gloo"), asynchronous=asynchronous).result()
+    sharded.save(
+        tensors, path=path, progress=PROGRESS, group=dist.new_group(backend="gloo"), asynchronous=asynchronous
+    ).result()
 
 
 def rank_saves_layout(path: Path, shard: int, tp: int) -> str:
     tensors = tensors_of(build(shard, tp))
     fill(tensors)
     save_and_wait(tensors, path)
-    return str({type(placement).__name__ for tensor in tensors.values() if isinstance(tensor, DTensor) for placement in tensor.placements})
+    return str(
+        {
+            type(placement).__name__
+            for tensor in tensors.values()
+            if isinstance(tensor, DTensor)
+            for placement in tensor.placements
+        }
+    )
 
 
 def rank_loads_layout(path: Path, shard: int, tp: int) -> None:
@@ -156,7 +177,13 @@ def rank_loads_less(path: Path) -> str:
 
 def test_a_checkpoint_with_more_layers_than_all_ranks_have_is_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "step-1"
-    sharded.save({f"model.layers.{i}.weight": torch.ones(3) for i in range(3)}, path=path, progress=PROGRESS, group=None, asynchronous=False).result()
+    sharded.save(
+        {f"model.layers.{i}.weight": torch.ones(3) for i in range(3)},
+        path=path,
+        progress=PROGRESS,
+        group=None,
+        asynchronous=False,
+    ).result()
     messages = run_ranks(2, rank_loads_less, path)
     assert messages[0] == messages[1]
     assert "another model" in messages[0]
@@ -167,7 +194,13 @@ def rank_mutates_meanwhile(path: Path) -> bool:
     tensors = tensors_of(build(2, 1))
     fill(tensors)
     big = torch.arange(4_000_000.0)  # long enough on its way to disk that the changes below meet it there
-    saving = sharded.save({**tensors, "optim.big": big}, path=path, progress=PROGRESS, group=dist.new_group(backend="gloo"), asynchronous=True)
+    saving = sharded.save(
+        {**tensors, "optim.big": big},
+        path=path,
+        progress=PROGRESS,
+        group=dist.new_group(backend="gloo"),
+        asynchronous=True,
+    )
     for tensor in [*tensors.values(), big]:
         tensor.add_(1.0)
     met = not saving.poll()
@@ -180,7 +213,10 @@ def rank_mutates_meanwhile(path: Path) -> bool:
 def test_an_asynchronous_save_holds_the_values_of_its_call(tmp_path: Path) -> None:
     path = tmp_path / "step-1"
     assert any(run_ranks(2, rank_mutates_meanwhile, path)), "the save was over before anything changed"
-    loaded = {**{key: torch.zeros_like(value) for key, value in expected().items()}, "optim.big": torch.zeros(4_000_000)}
+    loaded = {
+        **{key: torch.zeros_like(value) for key, value in expected().items()},
+        "optim.big": torch.zeros(4_000_000),
+    }
     sharded.load(loaded, path=path, group=None)
     assert all(torch.equal(loaded[key], value) for key, value in expected().items())
     assert torch.equal(loaded["optim.big"], torch.arange(4_000_000.0))
@@ -193,7 +229,13 @@ def rank_with_full_disk(folder: Path, limited: int) -> tuple[str, str]:
     sharded.save(small, path=folder / "step-1", progress=PROGRESS, group=group, asynchronous=True).result()
     if rank == limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    saving = sharded.save({f"model.{rank}": torch.ones(100_000)}, path=folder / "step-2", progress=PROGRESS, group=group, asynchronous=True)
+    saving = sharded.save(
+        {f"model.{rank}": torch.ones(100_000)},
+        path=folder / "step-2",
+        progress=PROGRESS,
+        group=group,
+        asynchronous=True,
+    )
     with pytest.raises(UserError) as by_result:
         saving.result()
     with pytest.raises(UserError) as by_poll:
@@ -204,7 +246,9 @@ def rank_with_full_disk(folder: Path, limited: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("limited", [0, 1])
-def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_the_last_checkpoint(tmp_path: Path, limited: int) -> None:
+def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_the_last_checkpoint(
+    tmp_path: Path, limited: int
+) -> None:
     messages = run_ranks(2, rank_with_full_disk, tmp_path, limited)
     assert len({message for pair in messages for message in pair}) == 1
     assert f"rank {limited} could not write it" in messages[0][0]
@@ -214,7 +258,9 @@ def test_a_full_disk_on_one_rank_is_told_on_all_and_leaves_the_last_checkpoint(t
 
 def rank_meets_damage(path: Path) -> str:
     with pytest.raises(UserError) as refused:
-        sharded.load({f"model.{dist.get_rank()}": torch.zeros(5)}, path=path, group=dist.new_group(backend="gloo"))
+        sharded.load(
+            {f"model.{dist.get_rank()}": torch.zeros(5)}, path=path, group=dist.new_group(backend="gloo")
+        )
     return str(refused.value)
 
 
@@ -252,7 +298,11 @@ def test_kill_9_during_a_save_leaves_the_last_complete_checkpoint(tmp_path: Path
     manager = Manager(tmp_path, settings=CheckpointConfig(keep_last=1))
     told, hit = 0, 0
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", SAVES_FOREVER, str(tmp_path), str(told + 1)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES_FOREVER, str(tmp_path), str(told + 1)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         told = int(process.stdout.readline())

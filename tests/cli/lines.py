@@ -21,4 +21,11 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )

@@ -37,9 +37,15 @@ def test_help_of_a_command_explains_its_own_options_and_groups_alone(capsys, nam
     words = " ".join(text.split())
     options = [field for fields in keys.sections(name).values() for field in fields]
     assert all(f"  {field.key}" in text and field.doc in words for field in options)
-    groups = {group: files for group, files in keys.groups([keys.conf_folder()]).items() if group in ("experiment", *keys.sections(name))}
+    groups = {
+        group: files
+        for group, files in keys.groups([keys.conf_folder()]).items()
+        if group in ("experiment", *keys.sections(name))
+    }
     assert all(f"{group} {', '.join(files)}" in words for group, files in groups.items())
-    entries = [line.split()[0] for line in text.partition("\ngroups ")[2].splitlines()[1:] if re.match(r"  \S", line)]
+    entries = [
+        line.split()[0] for line in text.partition("\ngroups ")[2].splitlines()[1:] if re.match(r"  \S", line)
+    ]
     assert entries == [*groups, *(field.key for field in options)]
 
 
@@ -64,7 +70,12 @@ def test_cfg_job_prints_what_composes(capsys):
 
 
 def test_multirun_is_refused_under_torchrun(capsys, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert "outside torchrun" in refused(capsys, ["train", "-m", "optim.lr=1,2"])
 
@@ -72,20 +83,43 @@ def test_multirun_is_refused_under_torchrun(capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["train", "submit"])
 def test_runs_of_a_sweep_do_not_share_a_folder(capsys, name):
     line = [name, "-m", "experiment=smoke", "optim.lr=1e-3,3e-4"]
-    assert "run.dir=runs/all: one folder for several of 2 runs" in refused(capsys, [*line, "run.dir=runs/all"])
-    assert [compose.compose(name, job).run.dir for job in sweep(name, [*line[2:], "run.dir='all/${run.name}'"])] == ["all/smoke-0", "all/smoke-1"]
+    assert "run.dir=runs/all: one folder for several of 2 runs" in refused(
+        capsys, [*line, "run.dir=runs/all"]
+    )
+    assert [
+        compose.compose(name, job).run.dir for job in sweep(name, [*line[2:], "run.dir='all/${run.name}'"])
+    ] == ["all/smoke-0", "all/smoke-1"]
 
 
 @pytest.mark.slow
 def test_a_sweep_ends_with_a_table(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [text for text in arguments(tmp_path, data, train__steps=2) if not text.startswith("run.dir=")]
-    for rates, runs in (("1e-3,3e-4", ("sweep-0", "sweep-1")), ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2")), ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2"))):
-        done = python("-m", "hybridtrain.cli", "train", "--multirun", *given, "run.name=sweep", f"optim.lr={rates}", PYTHONPATH=str(Path(__file__).parents[2]))
+    for rates, runs in (
+        ("1e-3,3e-4", ("sweep-0", "sweep-1")),
+        ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2")),
+        ("2e-3,5e-4", ("sweep-0-2", "sweep-1-2")),
+    ):
+        done = python(
+            "-m",
+            "hybridtrain.cli",
+            "train",
+            "--multirun",
+            *given,
+            "run.name=sweep",
+            f"optim.lr={rates}",
+            PYTHONPATH=str(Path(__file__).parents[2]),
+        )
         assert done.returncode == 0, done.stderr
         assert all((tmp_path / "runs" / run / "config.yaml").is_file() for run in runs)
-        table = done.stdout[done.stdout.rindex("[2/2] hybridtrain train") :].partition("\noptim.lr ")[2].partition("\n")[0]
-        assert table.split() == [f"{float(rate):g}" for rate in rates.split(",")], "of these runs, not of those of before"
+        table = (
+            done.stdout[done.stdout.rindex("[2/2] hybridtrain train") :]
+            .partition("\noptim.lr ")[2]
+            .partition("\n")[0]
+        )
+        assert table.split() == [f"{float(rate):g}" for rate in rates.split(",")], (
+            "of these runs, not of those of before"
+        )
 
 
 def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
@@ -98,7 +132,9 @@ def test_a_run_of_a_sweep_tells_its_directory(tmp_path, monkeypatch):
         (entry.path / "config.yaml").write_text(compose.to_yaml(config))
         (entry.path / "summary.json").write_text('{"steps": 100}')
         entry.lock.release()
-    assert trainer._finished_result(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), "what a run that was at its end gives back"
+    assert trainer._finished_result(config) == trainer.Result(Path("runs/x-2"), "finished", 100, 0), (
+        "what a run that was at its end gives back"
+    )
 
 
 def test_multirun_runs_every_combination():
@@ -141,7 +177,8 @@ def test_other_ranks_only_say_errors_and_who_they_are(tmp_path, monkeypatch):
 
 
 def test_a_process_leaves_with_its_output_and_exit_functions_but_is_not_taken_apart():
-    """A gloo thread that lets go of a tensor while the interpreter is being taken apart aborts the process."""
+    """A gloo thread that lets go of a tensor while the interpreter is being taken apart
+    aborts the process."""
     script = """
 import atexit, os
 from hybridtrain.cli import main

@@ -14,15 +14,28 @@ from tests.cli.lines import TRAIN, python, refused
     [
         (
             ["runs", "train.steps=5"],
-            ["train.steps=5: no such option of `hybridtrain runs`", "allowed: sections runs", "hybridtrain train, parity, bench, evaluate, submit"],
+            [
+                "train.steps=5: no such option of `hybridtrain runs`",
+                "allowed: sections runs",
+                "hybridtrain train, parity, bench, evaluate, submit",
+            ],
         ),
         (["runs", "train.stepz=5"], ["no such option", "hybridtrain train, parity"]),
         (["logs", "run.seed=3"], ["run.seed=3: no such option of `hybridtrain logs`", "hybridtrain train,"]),
         (["verify", "model.config.x=3"], ["no such option of `hybridtrain verify`"]),
-        (["prepare", "parallel.tp=2"], ["no such option of `hybridtrain prepare`", "allowed: sections prepare, data"]),
+        (
+            ["prepare", "parallel.tp=2"],
+            ["no such option of `hybridtrain prepare`", "allowed: sections prepare, data"],
+        ),
         (["export", "model=tiny"], ["no such option of `hybridtrain export`", "allowed: groups experiment"]),
-        (["train", "cluster=gpu8"], ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"]),
-        (["train", "cluster.environment.A=b"], ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"]),
+        (
+            ["train", "cluster=gpu8"],
+            ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"],
+        ),
+        (
+            ["train", "cluster.environment.A=b"],
+            ["no such option of `hybridtrain train`", "try:     hybridtrain submit cluster"],
+        ),
     ],
 )
 def test_an_option_of_another_command_is_refused_with_the_commands_that_have_it(capsys, argv, words):
@@ -31,60 +44,122 @@ def test_an_option_of_another_command_is_refused_with_the_commands_that_have_it(
 
 
 def test_a_file_or_a_run_in_place_of_options_is_told_where_it_goes(capsys, tmp_path):
-    assert "try:     a file of options is an experiment: FOLDER/experiment/mine.yaml" in refused(capsys, ["train", "mine.yaml"])
+    assert "try:     a file of options is an experiment: FOLDER/experiment/mine.yaml" in refused(
+        capsys, ["train", "mine.yaml"]
+    )
     assert f"try:     run.dir={tmp_path} after the options" in refused(capsys, ["train", str(tmp_path)])
 
 
 MISTAKES = {
     "unknown command": (["trian"], ["no command 'trian'", "try:     hybridtrain train"]),
-    "unknown section": (["train", "trian.steps=5"], ["trian.steps=5: no such option", "try:     train.steps=VALUE"]),
-    "unknown option": (["train", "train.step=5"], ["train.step=5: no such option", "allowed: train: steps, tokens", "try:     train.steps=VALUE"]),
+    "unknown section": (
+        ["train", "trian.steps=5"],
+        ["trian.steps=5: no such option", "try:     train.steps=VALUE"],
+    ),
+    "unknown option": (
+        ["train", "train.step=5"],
+        ["train.step=5: no such option", "allowed: train: steps, tokens", "try:     train.steps=VALUE"],
+    ),
     "option without its section": (["train", "lr=5"], ["try:     optim.lr=VALUE"]),
     "almost an option without its section": (["train", "warmup=5"], ["try:     schedule.warmup_steps=VALUE"]),
     "a section as an option": (["train", "batch=5"], ["batch is a section", "batch.global_batch_size"]),
     "another command's section": (
         ["train", "export.dtype=float32"],
-        ["export.dtype=float32: no such option of `hybridtrain train`", "try:     hybridtrain export export.dtype=float32"],
+        [
+            "export.dtype=float32: no such option of `hybridtrain train`",
+            "try:     hybridtrain export export.dtype=float32",
+        ],
     ),
     "an option of submit": (
         ["train", "cluster.nodes=2"],
-        ["cluster.nodes=2: no such option of `hybridtrain train`", "try:     hybridtrain submit cluster.nodes=2"],
+        [
+            "cluster.nodes=2: no such option of `hybridtrain train`",
+            "try:     hybridtrain submit cluster.nodes=2",
+        ],
     ),
-    "a free option of submit": (["bench", "cluster.environment.A=b"], ["try:     hybridtrain submit cluster.environment.A=b"]),
-    "null for a list": (["train", "optim.betas=null"], ["optim.betas=null", "try:     optim.betas=[0.9, 0.95]"]),
-    "unknown file of a group": (["train", "parallel=tp3"], ["there is no parallel/tp3.yaml", "zero1_tp2_pp2", "try:     parallel=tp"]),
+    "a free option of submit": (
+        ["bench", "cluster.environment.A=b"],
+        ["try:     hybridtrain submit cluster.environment.A=b"],
+    ),
+    "null for a list": (
+        ["train", "optim.betas=null"],
+        ["optim.betas=null", "try:     optim.betas=[0.9, 0.95]"],
+    ),
+    "unknown file of a group": (
+        ["train", "parallel=tp3"],
+        ["there is no parallel/tp3.yaml", "zero1_tp2_pp2", "try:     parallel=tp"],
+    ),
     "the name of a plugin as a file": (
         ["train", "schedule=onecycle"],
         ["schedule=onecycle: there is no", "schedule.kind=onecycle, if a module of run.plugins"],
     ),
-    "a file of a group with a slip": (["train", "schedule=cosin"], ["there is no schedule/cosin.yaml", "try:     schedule=cosine\n"]),
-    "a group set to nothing": (["train", "optim=null"], ["optim=null: no file is chosen", "allowed: adamw", "try:     no optim= at all, or optim=adamw"]),
-    "a file of a group in capitals": (["train", "engine=NULL"], ["there is no engine/NULL.yaml", "allowed: deepspeed, torch"]),
+    "a file of a group with a slip": (
+        ["train", "schedule=cosin"],
+        ["there is no schedule/cosin.yaml", "try:     schedule=cosine\n"],
+    ),
+    "a group set to nothing": (
+        ["train", "optim=null"],
+        ["optim=null: no file is chosen", "allowed: adamw", "try:     no optim= at all, or optim=adamw"],
+    ),
+    "a file of a group in capitals": (
+        ["train", "engine=NULL"],
+        ["there is no engine/NULL.yaml", "allowed: deepspeed, torch"],
+    ),
     "a group set to empty": (["train", "parallel="], ["parallel='': no file is chosen", "allowed: ddp, "]),
     "a group set to an empty list": (["train", "schedule=[]"], ["schedule=[]: no file is chosen"]),
-    "a group set to a list of nothing": (["train", "model=[tiny,null]"], ["model=[tiny,null]: no file is chosen", "tiny, null"]),
+    "a group set to a list of nothing": (
+        ["train", "model=[tiny,null]"],
+        ["model=[tiny,null]: no file is chosen", "tiny, null"],
+    ),
     "the cluster set to nothing": (["submit", "cluster=null"], ["cluster=null: no file is chosen", "gpu8"]),
-    "a group of Hydra's set to nothing": (["train", "hydra/launcher=null"], ["hydra/launcher=null: no file is chosen"]),
+    "a group of Hydra's set to nothing": (
+        ["train", "hydra/launcher=null"],
+        ["hydra/launcher=null: no file is chosen"],
+    ),
     "no equals sign": (["train", "quick"], ["argument=quick: not an override"]),
     "unknown flag": (["train", "--verbose"], ["argument=--verbose: no such flag"]),
     "unknown thing to show": (["train", "--cfg", "hydra"], ["--cfg=hydra", "allowed: job"]),
-    "word for a number": (["train", "train.steps=abc"], ["train.steps=abc", "allowed: a value of type int", "try:     train.steps="]),
+    "word for a number": (
+        ["train", "train.steps=abc"],
+        ["train.steps=abc", "allowed: a value of type int", "try:     train.steps="],
+    ),
     "word in a list of numbers": (["train", "optim.betas=[0.9,x]"], ["optim.betas[1]=x", "list[float]"]),
     "list for a string": (["train", "run.name=[a]"], ["run.name", "a value of type str"]),
     "sweep without multirun": (["train", "experiment=smoke,quickstart"], ["--multirun"]),
-    "environment variable that is not set": (["train", "run.name=${oc.env:NOT_SET_ANYWHERE}"], ["run.name", "NOT_SET_ANYWHERE"]),
+    "environment variable that is not set": (
+        ["train", "run.name=${oc.env:NOT_SET_ANYWHERE}"],
+        ["run.name", "NOT_SET_ANYWHERE"],
+    ),
     "LoRA section": (["train", "lora.rank=8"], ["lora.rank=8", "not supported yet", "model.freeze"]),
-    "LoRA in the model": ([*TRAIN, "model.config.lora_rank=8"], ["model.config.lora_rank=8", "not supported yet"]),
-    "quantized weights": ([*TRAIN, "model.config.quantization_config={bits: 4}"], ["model.config.quantization_config", "not supported yet"]),
+    "LoRA in the model": (
+        [*TRAIN, "model.config.lora_rank=8"],
+        ["model.config.lora_rank=8", "not supported yet"],
+    ),
+    "quantized weights": (
+        [*TRAIN, "model.config.quantization_config={bits: 4}"],
+        ["model.config.quantization_config", "not supported yet"],
+    ),
     "no model": (["train", "data.path=x", "train.steps=1"], ["model=(none)", "model=nano"]),
-    "no architecture": (["train", "data.path=x", "train.steps=1", "model.config.hidden_size=8"], ["model.config.model_type=(missing)"]),
+    "no architecture": (
+        ["train", "data.path=x", "train.steps=1", "model.config.hidden_size=8"],
+        ["model.config.model_type=(missing)"],
+    ),
     "no data": (["train", "model=tiny", "train.steps=1"], ["data.path=''"]),
-    "nothing to prepare": (["prepare", "data.path=x"], ["data.source=[]", "try:     data.source=[YOUR TEXT]"]),
+    "nothing to prepare": (
+        ["prepare", "data.path=x"],
+        ["data.source=[]", "try:     data.source=[YOUR TEXT]"],
+    ),
     "no end": (["train", "model=tiny", "data.path=x"], ["the run has no end", "train.steps=1000"]),
     "two ends": ([*TRAIN, "train.tokens=5"], ["the run has several ends", "train.steps=100, train.tokens=5"]),
-    "negative end": (["train", "model=tiny", "data.path=x", "train.steps=-1"], ["train.steps=-1: out of range"]),
+    "negative end": (
+        ["train", "model=tiny", "data.path=x", "train.steps=-1"],
+        ["train.steps=-1: out of range"],
+    ),
     "engine that nobody has": ([*TRAIN, "engine.kind=jax"], ["engine.kind=jax", "allowed: torch, deepspeed"]),
-    "compile backend": ([*TRAIN, "engine.compile_backend=nvfuser"], ["engine.compile_backend=nvfuser", "aot_eager"]),
+    "compile backend": (
+        [*TRAIN, "engine.compile_backend=nvfuser"],
+        ["engine.compile_backend=nvfuser", "aot_eager"],
+    ),
     "precision": ([*TRAIN, "precision.kind=fp8"], ["precision.kind=fp8", "bf16_mixed"]),
     "optimizer": ([*TRAIN, "optim.kind=sgd"], ["optim.kind=sgd", "adamw"]),
     "schedule": ([*TRAIN, "schedule.kind=sqrt"], ["schedule.kind=sqrt", "wsd"]),
@@ -102,17 +177,29 @@ MISTAKES = {
     "weight decay": ([*TRAIN, "optim.weight_decay=-1"], ["optim.weight_decay=-1"]),
     "clip": ([*TRAIN, "optim.clip=-1"], ["optim.clip=-1"]),
     "decay without wsd": ([*TRAIN, "schedule.decay_steps=5"], ["schedule.kind=cosine has no such phase"]),
-    "decay too long": ([*TRAIN, "schedule=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"], ["60 warm-up + 60 decay steps exceed the run's 100"]),
+    "decay too long": (
+        [*TRAIN, "schedule=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=60"],
+        ["60 warm-up + 60 decay steps exceed the run's 100"],
+    ),
     "min_lr_ratio": ([*TRAIN, "schedule.min_lr_ratio=1.5"], ["schedule.min_lr_ratio=1.5"]),
-    "first loss scale": ([*TRAIN, "precision=fp16_mixed", "precision.init_scale=0.5"], ["precision.init_scale=0.5"]),
+    "first loss scale": (
+        [*TRAIN, "precision=fp16_mixed", "precision.init_scale=0.5"],
+        ["precision.init_scale=0.5"],
+    ),
     "growth": ([*TRAIN, "precision.growth_factor=1"], ["precision.growth_factor=1"]),
     "back-off": ([*TRAIN, "precision.backoff_factor=1"], ["precision.backoff_factor=1"]),
     "growth interval": ([*TRAIN, "precision.growth_interval=0"], ["precision.growth_interval=0"]),
     "loss scale floor": ([*TRAIN, "precision.min_scale=0"], ["precision.min_scale=0"]),
     "log_every": ([*TRAIN, "train.log_every=0"], ["train.log_every=0"]),
     "keep_last": ([*TRAIN, "checkpoint.keep_last=-1"], ["checkpoint.keep_last=-1"]),
-    "eval_fraction": (["prepare", "data.path=x", "data.source=[y]", "data.eval_fraction=1"], ["data.eval_fraction=1"]),
-    "vocabulary below the bytes": (["prepare", "data.path=x", "data.source=[y]", "data.vocab_size=200"], ["data.vocab_size=200", "above 256"]),
+    "eval_fraction": (
+        ["prepare", "data.path=x", "data.source=[y]", "data.eval_fraction=1"],
+        ["data.eval_fraction=1"],
+    ),
+    "vocabulary below the bytes": (
+        ["prepare", "data.path=x", "data.source=[y]", "data.vocab_size=200"],
+        ["data.vocab_size=200", "above 256"],
+    ),
     "export dtype": (["export", "runs/x", "export.dtype=bf16"], ["export.dtype=bf16", "bfloat16"]),
     "shard size": (["export", "runs/x", "export.max_shard_gb=0"], ["export.max_shard_gb=0"]),
     "rows": (["evaluate", "runs/x", "evaluate.rows=-1"], ["evaluate.rows=-1"]),
@@ -150,7 +237,12 @@ assert time.monotonic() - begin < 2
 
 
 def test_other_ranks_keep_silent_about_a_mistaken_command_line_and_let_rank_0_speak(capsys, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "RANK_0_FIRST_S", 0.3)
     begin = time.monotonic()
@@ -169,6 +261,22 @@ def test_a_mistake_that_only_another_rank_meets_is_said_by_it(capsys, monkeypatc
 
 
 def test_under_torchrun_a_mistake_is_said_once():
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hybridtrain.cli", "train", "train.step=5")
+    done = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hybridtrain.cli",
+        "train",
+        "train.step=5",
+    )
     assert done.returncode != 0
-    assert sum(line.startswith("hybridtrain train: train.step=5: no such option") for line in done.stderr.splitlines()) == 1
+    assert (
+        sum(
+            line.startswith("hybridtrain train: train.step=5: no such option")
+            for line in done.stderr.splitlines()
+        )
+        == 1
+    )

@@ -1,4 +1,5 @@
-"""conf/ and the schema: every file composes and types, models are the published ones, every option is documented and read."""
+"""conf/ and the schema: every file composes and types, models are the published ones, every option is
+documented and read."""
 
 import ast
 import dataclasses
@@ -49,8 +50,15 @@ def test_every_command_composes_to_its_own_sections_with_files_and_without(comma
 def test_a_file_may_set_options_of_any_section_and_a_command_keeps_its_own(tmp_path):
     """One file for all that is done with a run: prepared, trained, submitted, exported."""
     (tmp_path / "experiment").mkdir()
-    lines = ["# @package _global_", "defaults: [override /cluster: gpu8, override /parallel: tp2]", "cluster: {nodes: 3}", "export: {dtype: bfloat16}"]
-    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join([*lines, "data: {path: 'x/${run.name}'}"]) + "\n")
+    lines = [
+        "# @package _global_",
+        "defaults: [override /cluster: gpu8, override /parallel: tp2]",
+        "cluster: {nodes: 3}",
+        "export: {dtype: bfloat16}",
+    ]
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "\n".join([*lines, "data: {path: 'x/${run.name}'}"]) + "\n"
+    )
     words = ["--config-dir", str(tmp_path), "experiment=mine"]
     assert compose("prepare", words).data.path == compose("train", words).data.path == "x/mine"
     submit, export = compose("submit", words), compose("export", words)
@@ -60,7 +68,11 @@ def test_a_file_may_set_options_of_any_section_and_a_command_keeps_its_own(tmp_p
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_types_and_passes(group, name):
-    overrides = [f"{group}={name}"] if group in ("experiment",) else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
+    overrides = (
+        [f"{group}={name}"]
+        if group in ("experiment",)
+        else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
+    )
     config = compose("submit" if group == "cluster" else "train", overrides)
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:
@@ -71,7 +83,9 @@ def test_every_file_composes_types_and_passes(group, name):
     for section in dataclasses.fields(config):  # typed all the way down
         values = getattr(config, section.name)
         for option, kind in get_type_hints(type(values)).items():
-            assert isinstance(getattr(values, option), getattr(kind, "__origin__", kind)), f"{section.name}.{option}"
+            assert isinstance(getattr(values, option), getattr(kind, "__origin__", kind)), (
+                f"{section.name}.{option}"
+            )
 
 
 @pytest.mark.parametrize(("group", "name"), FILES)
@@ -85,7 +99,11 @@ def test_group_files_hold_only_what_deviates(group, name):
     changed, defaults = dataclasses.asdict(compose(command, [f"{group}={name}"])), dataclasses.asdict(root())
     assert next(iter(written)) == group
     for section, options in written.items():
-        assert sorted(options) == sorted(key for key, value in changed[section].items() if value != defaults[section][key] and key != "name")
+        assert sorted(options) == sorted(
+            key
+            for key, value in changed[section].items()
+            if value != defaults[section][key] and key != "name"
+        )
 
 
 @pytest.mark.parametrize("name", GROUPS["parallel"])
@@ -130,15 +148,25 @@ def test_every_option_is_documented():
 
 
 def options_read(tree: ast.AST) -> set[str]:
-    """Keys read as `config.<section>.<option>`, or through a name: a parameter annotated with the section's class, or `name = config.<section>`."""
-    classes = {kind.__name__: section for root in schema.ROOTS.values() for section, kind in get_type_hints(root).items()}
-    sections_of: dict[str, set[str]] = {}  # a name may hold different sections in different functions of a file
+    """Keys read as `config.<section>.<option>`, or through a name: a parameter annotated with the section's
+    class, or `name = config.<section>`."""
+    classes = {
+        kind.__name__: section
+        for root in schema.ROOTS.values()
+        for section, kind in get_type_hints(root).items()
+    }
+    # a name may hold different sections in different functions of a file
+    sections_of: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.annotation is not None:
             section = classes.get(ast.unparse(node.annotation).strip("\"'").rpartition(".")[2])
             sections_of.setdefault(node.arg, set()).update({section} if section else set())
         elif isinstance(node, ast.Assign):
-            for target, value in [(t, v) for left in node.targets for t, v in zip(*map(_unpacked, (left, node.value)), strict=False)]:
+            for target, value in [
+                (t, v)
+                for left in node.targets
+                for t, v in zip(*map(_unpacked, (left, node.value)), strict=False)
+            ]:
                 if isinstance(value, ast.Attribute | ast.Name):
                     sections_of.setdefault(_last(target), set()).add(_last(value))
     found = set()
@@ -148,10 +176,19 @@ def options_read(tree: ast.AST) -> set[str]:
             while more := set().union(*(sections_of.get(name, set()) for name in names)) - names:
                 names |= more
             found |= {f"{name}.{node.attr}" for name in names}
-        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript):  # of the public form, which is a mapping of mappings
-            keys = [part.value for part in (node.value.slice, node.slice) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript):
+            # of the public form, which is a mapping of mappings
+            keys = [
+                part.value
+                for part in (node.value.slice, node.slice)
+                if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            ]
             found |= {".".join(keys)} if len(keys) == 2 else set()
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node).startswith("getattr(parallel, axis"):
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and ast.unparse(node).startswith("getattr(parallel, axis")
+        ):
             found |= {f"parallel.{axis}" for axis in layout.AXES}
     return found
 
@@ -187,7 +224,16 @@ def test_run_name_and_directory_follow_from_the_experiment():
 
 
 def test_overrides_win_over_the_experiment_and_plus_is_optional():
-    config = compose("train", ["experiment=smoke", "+train.steps=7", "model=nano", "model.config.num_hidden_layers=3", "model.config.my_field=[1,a]"])
+    config = compose(
+        "train",
+        [
+            "experiment=smoke",
+            "+train.steps=7",
+            "model=nano",
+            "model.config.num_hidden_layers=3",
+            "model.config.my_field=[1,a]",
+        ],
+    )
     assert config.train.steps == 7
     assert config.model.config["num_hidden_layers"] == 3
     assert config.model.config["model_type"] == "qwen3"
@@ -196,7 +242,9 @@ def test_overrides_win_over_the_experiment_and_plus_is_optional():
 
 
 def test_yaml_round_trip(tmp_path):
-    config = compose("train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"])
+    config = compose(
+        "train", ["experiment=quickstart", "optim.lr=1e-5", "data.pattern='*.md'", "run.name='1e-3'"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert read_run(tmp_path / "config.yaml") == config
 
@@ -222,7 +270,9 @@ def test_secrets_stay_unresolved_in_yaml(monkeypatch):
     assert "path: a/smoke" in text  # without a secret in it: resolved
 
 
-@pytest.mark.parametrize("command", [name for name, root in schema.ROOTS.items() if issubclass(root, schema.Config)])
+@pytest.mark.parametrize(
+    "command", [name for name, root in schema.ROOTS.items() if issubclass(root, schema.Config)]
+)
 def test_null_is_no_file_of_a_group(command):
     standard = compose(command, [])
     for group in (*keys.OPTIONAL, "tracker", "recompute"):
@@ -231,14 +281,29 @@ def test_null_is_no_file_of_a_group(command):
     assert there.model.config["hidden_size"] == 64
     assert there.tracker.kinds == ["tensorboard"]
     assert there.run.name == "smoke"
-    assert compose(command, ["experiment=smoke", "model=tiny", "tracker=tensorboard", "experiment=null", "tracker=null", "model=null"]) == standard
+    assert (
+        compose(
+            command,
+            [
+                "experiment=smoke",
+                "model=tiny",
+                "tracker=tensorboard",
+                "experiment=null",
+                "tracker=null",
+                "model=null",
+            ],
+        )
+        == standard
+    )
     assert compose(command, ["model=null", "model=tiny"]).model == compose(command, ["model=tiny"]).model
     assert "hidden_size" not in compose(command, ["experiment=smoke", "model=null"]).model.config
 
 
 def test_own_folder_adds_groups_and_experiments(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /parallel: tp2\ntrain:\n  steps: 3\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /parallel: tp2\ntrain:\n  steps: 3\n"
+    )
     config = compose("train", ["--config-dir", str(tmp_path), "experiment=mine"])
     assert (config.train.steps, config.parallel.tp, config.run.dir) == (3, 2, "runs/mine")
     with pytest.raises(UserError, match=r"--config-dir=.*no such folder"):
@@ -256,5 +321,10 @@ def test_a_sweep_is_one_command_line_per_combination():
     jobs = sweep("train", ["experiment=smoke", "optim.lr=1e-3,1e-4", "parallel=ddp,tp2"])
     assert len(jobs) == 4
     configs = [compose("train", job) for job in jobs]
-    assert {(config.optim.lr, config.parallel.tp) for config in configs} == {(1e-3, 1), (1e-3, 2), (1e-4, 1), (1e-4, 2)}
+    assert {(config.optim.lr, config.parallel.tp) for config in configs} == {
+        (1e-3, 1),
+        (1e-3, 2),
+        (1e-4, 1),
+        (1e-4, 2),
+    }
     assert [config.run.dir for config in configs] == [f"runs/smoke-{number}" for number in range(4)]

@@ -1,4 +1,5 @@
-"""Hostile values for every option: each is accepted, and the config then resolves, or it is refused with a UserError; nothing else, and soon."""
+"""Hostile values for every option: each is accepted, and the config then resolves, or it is refused with a
+UserError; nothing else, and soon."""
 
 from __future__ import annotations
 
@@ -16,7 +17,28 @@ from hybridtrain.config.ranges import RANGES
 from hybridtrain.errors import UserError
 from tests.cases import model
 
-NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, 10**18, 10**30, 1e-300, 1e308, -1e308, 0.5, 1.5, 1e30, float("nan"), float("inf"), -float("inf")]
+NUMBERS: list[Any] = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    2**31,
+    2**63,
+    2**64,
+    10**18,
+    10**30,
+    1e-300,
+    1e308,
+    -1e308,
+    0.5,
+    1.5,
+    1e30,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+]
 TEXTS: list[Any] = [
     "",
     "x",
@@ -58,7 +80,9 @@ ANY: list[Any] = [
     "abc",
     7.5,
 ]
-OPTIONS = [(root, field) for root in schema.ROOTS for fields in keys.sections(root).values() for field in fields]
+OPTIONS = [
+    (root, field) for root in schema.ROOTS for fields in keys.sections(root).values() for field in fields
+]
 
 
 def hostile(kind: str, rng: random.Random) -> Any:
@@ -98,7 +122,14 @@ def tried(config: schema.Root) -> bool:
 
 def base(root: str) -> schema.Root:
     config = schema.ROOTS[root]()
-    for key, value in {"model.config": model(), "data.path": "x", "data.source": ["x"], "train.steps": 10, "run.name": "n", "run.dir": "runs/n"}.items():
+    for key, value in {
+        "model.config": model(),
+        "data.path": "x",
+        "data.source": ["x"],
+        "train.steps": 10,
+        "run.name": "n",
+        "run.dir": "runs/n",
+    }.items():
         section, option = key.split(".")
         if hasattr(config, section):
             setattr(getattr(config, section), option, value)
@@ -108,7 +139,9 @@ def base(root: str) -> schema.Root:
 def mutated(rng: random.Random) -> tuple[schema.Root, str]:
     if rng.random() < 0.4:
         config, key = base("train"), rng.choice(FIELDS)
-        config.model.config = model(rng.choice(["llama", "mistral", "qwen2", "qwen3"])) | {key: rng.choice(ANY)}
+        config.model.config = model(rng.choice(["llama", "mistral", "qwen2", "qwen3"])) | {
+            key: rng.choice(ANY)
+        }
         return config, f"model.config.{key}={config.model.config[key]!r}"
     root, field = rng.choice(OPTIONS)
     config, value = base(root), hostile(field.type, rng)
@@ -139,7 +172,14 @@ def test_many_hostile_values(seed):
     print(fuzz(seed, 2500))
 
 
-@pytest.mark.parametrize("key", [field.key for _, field in {field.key: (root, field) for root, field in OPTIONS}.values() if field.type in ("int", "float")])
+@pytest.mark.parametrize(
+    "key",
+    [
+        field.key
+        for _, field in {field.key: (root, field) for root, field in OPTIONS}.values()
+        if field.type in ("int", "float")
+    ],
+)
 def test_every_number_has_a_range_that_holds_its_default(key):
     least, most = RANGES[key]
     default = next(field.default for _, field in OPTIONS if field.key == key)
@@ -169,11 +209,29 @@ SLIPS = [
 @pytest.mark.parametrize(("words", "expected"), SLIPS)
 def test_advice_that_fits(words, expected):
     with pytest.raises(UserError) as refused:
-        checks.check(compose("train", ["data.path=x", "train.steps=100", *([] if words[0].startswith("model=") else ["model=tiny"]), *words]))
+        checks.check(
+            compose(
+                "train",
+                [
+                    "data.path=x",
+                    "train.steps=100",
+                    *([] if words[0].startswith("model=") else ["model=tiny"]),
+                    *words,
+                ],
+            )
+        )
     assert expected in str(refused.value)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("bert", "an encoder"), ("t5", "encoder-decoder"), ("gemma2", "CONTRIBUTING.md"), ("lama", "model_type=llama")])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("bert", "an encoder"),
+        ("t5", "encoder-decoder"),
+        ("gemma2", "CONTRIBUTING.md"),
+        ("lama", "model_type=llama"),
+    ],
+)
 def test_architectures_that_are_not_trained(kind, expected):
     config = base("train")
     config.model.config["model_type"] = kind

@@ -19,7 +19,10 @@ from hybridtrain.run import identity
 
 def test_the_run_of_another_resolves_nothing_and_permits_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
-    texts = {"run": {"name": "${oc.env:SECRET}", "dir": "${..run.name}"}, "tracker": {"project": "${run[name]}", "kinds": ["${oc.env:SECRET}"]}}
+    texts = {
+        "run": {"name": "${oc.env:SECRET}", "dir": "${..run.name}"},
+        "tracker": {"project": "${run[name]}", "kinds": ["${oc.env:SECRET}"]},
+    }
     texts["model"] = {"trust_remote_code": True, "name": "${${model.revision}:SECRET}", "revision": "oc.env", "config": {"a": "${oc.env:SECRET}", "b": "${model.config.a}"}}  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(texts))
     config = read_run(tmp_path / "config.yaml")
@@ -29,11 +32,14 @@ def test_the_run_of_another_resolves_nothing_and_permits_nothing(tmp_path, monke
     (tmp_path / "config.yaml").write_text("train: {steps: '${oc.env:SECRET}'}")
     with pytest.raises(UserError, match=r"train.steps=\$\{oc.env:SECRET\}, which is not looked up"):
         read_run(tmp_path / "config.yaml")
-    (tmp_path / "config.yaml").write_text("data: {path: 'a/${run.name}'}\nrun: {name: b}\n")  # plain references hold
+    # plain references hold
+    (tmp_path / "config.yaml").write_text("data: {path: 'a/${run.name}'}\nrun: {name: b}\n")
     assert read_run(tmp_path / "config.yaml").data.path == "a/b"
 
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,9 @@ def test_anchors_in_a_config_file_are_no_crime(tmp_path):
 
 
 def test_a_config_of_another_command_is_read_without_its_own_section(tmp_path):
-    (tmp_path / "config.yaml").write_text(to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"])))
+    (tmp_path / "config.yaml").write_text(
+        to_yaml(compose("parity", ["experiment=smoke", "train.steps=37", "parity.steps=9"]))
+    )
     assert read_run(tmp_path / "config.yaml").train.steps == 37
 
 
@@ -92,14 +100,29 @@ def test_a_missing_config_file_is_refused(tmp_path):
 
 def test_a_file_of_an_earlier_version_is_read_under_todays_names(tmp_path, monkeypatch):
     """The table as it will be when options of today have had other names and other defaults."""
-    monkeypatch.setattr(migrate, "RENAMED", {"trainer.max_steps": "train.steps", "optim.learning_rate": "optim.lr", "data.folder": "data.path"})
+    monkeypatch.setattr(
+        migrate,
+        "RENAMED",
+        {"trainer.max_steps": "train.steps", "optim.learning_rate": "optim.lr", "data.folder": "data.path"},
+    )
     monkeypatch.setattr(migrate, "ABSENT", {"optim.clip": 0.5, "batch.micro_batch_size": 3})
     monkeypatch.setenv("PLACE", "here")
-    lines = ["trainer: {max_steps: 7}", "optim: {learning_rate: 0.25, eps: 1.0e-7}", "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}"]
+    lines = [
+        "trainer: {max_steps: 7}",
+        "optim: {learning_rate: 0.25, eps: 1.0e-7}",
+        "data: {folder: '${oc.env:PLACE}/x', seq_len: 32}",
+    ]
     (tmp_path / "config.yaml").write_text("\n".join([*lines, "batch: {micro_batch_size: 2}"]))
     config = read_run(tmp_path / "config.yaml")
-    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (7, 0.25, 1e-7, "${oc.env:PLACE}/x", 32)
-    assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)  # absent: what that meant then; present: as it stands
+    assert (config.train.steps, config.optim.lr, config.optim.eps, config.data.path, config.data.seq_len) == (
+        7,
+        0.25,
+        1e-7,
+        "${oc.env:PLACE}/x",
+        32,
+    )
+    # absent: what that meant then; present: as it stands
+    assert (config.optim.clip, config.batch.micro_batch_size) == (0.5, 2)
     today = schema.Config()
     today.train.steps, today.optim = 7, dataclasses.replace(today.optim, lr=0.25, eps=1e-7, clip=0.5)
     today.data.seq_len, today.data.path, today.batch.micro_batch_size = 32, "${oc.env:PLACE}/x", 2

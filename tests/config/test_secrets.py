@@ -1,4 +1,5 @@
-"""What comes through ${oc.env:...} reaches no file, tracker, log, page or command line; and a run that is only looked at reads nobody's environment."""
+"""What comes through ${oc.env:...} reaches no file, tracker, log, page or command line; and a run that is
+only looked at reads nobody's environment."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from hybridtrain.submit import create, script
 from tests.runs import arguments
 
 SECRET = "s3cr3t-Value-47110815"
-READ = {  # what training opens, or holds against a list: a secret cannot stand there, and the refusal of a wrong word is another test
+# what training opens, or holds against a list: a secret cannot stand there, and the refusal of a
+# wrong word is another test
+READ = {
     "run.dir",
     "run.resume",
     "run.stop_signal",
@@ -40,22 +43,32 @@ def string_options() -> list[str]:
             continue
         for option in dataclasses.fields(section.default_factory):
             key = f"{section.name}.{option.name}"
-            if str(option.type) == "str" and key not in READ and section.name in ("run", "model", "data", "tracker") and "kind" not in option.name:
+            if (
+                str(option.type) == "str"
+                and key not in READ
+                and section.name in ("run", "model", "data", "tracker")
+                and "kind" not in option.name
+            ):
                 found.append(key)
     return found
 
 
 def test_a_training_tells_nobody(data: Path, tmp_path: Path) -> None:
-    """Every text option that takes any text holds the secret, one of them through another option; the run is resumed with one changed."""
+    """Every text option that takes any text holds the secret, one of them through another option; the run is
+    resumed with one changed."""
     run, environment = tmp_path / "run", {**os.environ, "A_SECRET": SECRET, "OMP_NUM_THREADS": "1"}
     planted = [key for key in string_options() if _is_free(key, data)]
-    assert {"run.name", "model.name", "model.revision", "tracker.project", "data.text_key"} <= set(planted), planted
+    assert {"run.name", "model.name", "model.revision", "tracker.project", "data.text_key"} <= set(planted), (
+        planted
+    )
     words = [f"{key}=${{oc.env:A_SECRET}}" for key in planted if key not in ("tracker.project", "run.name")]
     words += ["run.name='${oc.env:A_SECRET}'", "tracker.project='${run[name]}'"]
     options = {"train__steps": 2, "tracker__kinds": "[wandb,tensorboard]"}
     argv = [text for text in arguments(run, data, **options) if text.partition("=")[0] not in planted]
     seen = [_train([*argv, *words], environment)]
-    seen.append(_train([*argv, *words, "train.steps=3", "model.name='other-${oc.env:A_SECRET}'"], environment))
+    seen.append(
+        _train([*argv, *words, "train.steps=3", "model.name='other-${oc.env:A_SECRET}'"], environment)
+    )
     report = [sys.executable, "-m", "hybridtrain.cli", "report", str(run)]
     seen.append(subprocess.run(report, env=environment, capture_output=True, text=True, check=True).stdout)
     assert "changed   model.name: ${oc.env:A_SECRET} -> other-${oc.env:A_SECRET}" in seen[1]
@@ -85,7 +98,13 @@ def _is_free(key: str, data: Path) -> bool:
 
 def _train(argv: list[str], environment: dict[str, str]) -> str:
     """What it prints; while it runs, no command line below this process may have the secret."""
-    process = subprocess.Popen([sys.executable, "-m", "hybridtrain.train", *argv], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybridtrain.train", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines: set[str] = set()
     while process.poll() is None:
         for child in psutil.Process().children(recursive=True):
@@ -101,16 +120,25 @@ def _train(argv: list[str], environment: dict[str, str]) -> str:
     return said
 
 
-def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_of_somebody_else_reads_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from hybridtrain.cli.main import main
     from tests.report.folders import row, write
 
     monkeypatch.setenv("READERS_KEY", SECRET)
     config = schema.Config()
-    runs = [write(tmp_path / "runs" / name, [row(1), row(2)], summary={"status": "finished"}, config=config) for name in ("a", "b")]
+    runs = [
+        write(tmp_path / "runs" / name, [row(1), row(2)], summary={"status": "finished"}, config=config)
+        for name in ("a", "b")
+    ]
     for run in runs:
         text = (run / "config.yaml").read_text()
-        (run / "config.yaml").write_text(text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace("project: hybridtrain", "project: '${run[name]}'"))
+        (run / "config.yaml").write_text(
+            text.replace("name: ''", "name: ${oc.env:READERS_KEY}", 1).replace(
+                "project: hybridtrain", "project: '${run[name]}'"
+            )
+        )
         (run / "logs").mkdir()
         (run / "logs/rank-0.log").write_text("line\n")
     assert main(["report", str(runs[0])]) == 0
@@ -124,19 +152,37 @@ def test_the_run_of_somebody_else_reads_no_environment(tmp_path: Path, monkeypat
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     monkeypatch.delenv("READERS_KEY")
     assert main(["report", str(runs[0])]) == 0
-    assert "<h1>${oc.env:READERS_KEY}</h1>" in (runs[0] / "report/index.html").read_text(), "it is read where the variable is not set"
+    assert "<h1>${oc.env:READERS_KEY}</h1>" in (runs[0] / "report/index.html").read_text(), (
+        "it is read where the variable is not set"
+    )
 
 
 def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", SECRET)
-    config = compose.compose("submit", ["run.name='${oc.env:A_SECRET}'", "cluster.environment={WANDB_API_KEY: '${oc.env:A_SECRET}'}"])
+    config = compose.compose(
+        "submit",
+        ["run.name='${oc.env:A_SECRET}'", "cluster.environment={WANDB_API_KEY: '${oc.env:A_SECRET}'}"],
+    )
     create.write_config(schema.Config(run=config.run), tmp_path / "run")
     assert SECRET not in (tmp_path / "run/submit/conf/experiment/submitted.yaml").read_text()
-    said = {"name": "x", "folder": tmp_path, "work_dir": tmp_path, "python": "python", "stop_signal": "USR1", "plugins": [], "runs": [tmp_path / "run"]}
+    said = {
+        "name": "x",
+        "folder": tmp_path,
+        "work_dir": tmp_path,
+        "python": "python",
+        "stop_signal": "USR1",
+        "plugins": [],
+        "runs": [tmp_path / "run"],
+    }
     text = script.render(config.cluster, **said)
     assert SECRET not in text
     head = text.partition("# --- job ---")[0] + 'printf %s "$WANDB_API_KEY"'
-    assert subprocess.run(["bash"], input=head, env={"A_SECRET": SECRET}, capture_output=True, text=True, check=True).stdout == SECRET
+    assert (
+        subprocess.run(
+            ["bash"], input=head, env={"A_SECRET": SECRET}, capture_output=True, text=True, check=True
+        ).stdout
+        == SECRET
+    )
     mixed = compose.Interpolated(f"x-{SECRET}", "x-${oc.env:A_SECRET}")
     with pytest.raises(UserError, match=r"would be written into the job script") as refused:
         script.render(ClusterConfig(environment={"KEY": mixed}), **said)
@@ -144,5 +190,13 @@ def test_a_frozen_run_and_its_script_hold_no_secret(tmp_path: Path, monkeypatch:
 
 
 def test_a_refusal_shows_the_reference() -> None:
-    text = str(refusal("model.revision", compose.Interpolated(SECRET, "${oc.env:A_SECRET}"), "no", allowed="x", instead="y"))
+    text = str(
+        refusal(
+            "model.revision",
+            compose.Interpolated(SECRET, "${oc.env:A_SECRET}"),
+            "no",
+            allowed="x",
+            instead="y",
+        )
+    )
     assert text.startswith("model.revision=${oc.env:A_SECRET}: no")

@@ -22,11 +22,17 @@ def few_texts(folder: Path) -> Path:
 
 
 def settings(path: Path, source: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(source)], **{"vocab_size": 270, "eval_fraction": 0.3} | fields)
+    return DataConfig(
+        path=str(path), source=[str(source)], **{"vocab_size": 270, "eval_fraction": 0.3} | fields
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def refused(data: DataConfig, *, options: PrepareConfig) -> str:

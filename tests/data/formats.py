@@ -10,12 +10,25 @@ import numpy as np
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.indexed import IndexedReader
 
-WORDS = [f"word{number}" for number in range(200)] + ["naïve", "日本語", "=", '"', "\\", "\t", "\n", "\r\n", "\u2028"]
+WORDS = [f"word{number}" for number in range(200)] + [
+    "naïve",
+    "日本語",
+    "=",
+    '"',
+    "\\",
+    "\t",
+    "\n",
+    "\r\n",
+    "\u2028",
+]
 
 
 def make_texts(count: int) -> list[str]:
     generator = random.Random(5)
-    return [" ".join(generator.choices(WORDS, k=generator.randrange(5, 120))) + f" {number}" for number in range(count)]
+    return [
+        " ".join(generator.choices(WORDS, k=generator.randrange(5, 120))) + f" {number}"
+        for number in range(count)
+    ]
 
 
 TEXTS = make_texts(120)
@@ -23,7 +36,10 @@ TEXTS = make_texts(120)
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     """With blank lines, empty texts, other fields and escapes, which change nothing."""
-    lines = [json.dumps({"id": number, "text": text, "more": [1, None]}, ensure_ascii=number % 2 == 0) for number, text in enumerate(texts)]
+    lines = [
+        json.dumps({"id": number, "text": text, "more": [1, None]}, ensure_ascii=number % 2 == 0)
+        for number, text in enumerate(texts)
+    ]
     lines[3:3] = ["", '{"text": ""}', "   "]
     path.write_bytes("\n".join(lines).encode())
     return path
@@ -60,7 +76,9 @@ def as_datasets(folder: Path, *, splits: bool) -> Path:
     import datasets
 
     dataset = datasets.Dataset.from_dict({"text": TEXTS})
-    (datasets.DatasetDict({"test": dataset.select(range(3)), "train": dataset}) if splits else dataset).save_to_disk(folder)
+    (
+        datasets.DatasetDict({"test": dataset.select(range(3)), "train": dataset}) if splits else dataset
+    ).save_to_disk(folder)
     return folder
 
 
@@ -74,12 +92,27 @@ FORMATS = {
     "text": lambda p: as_text_files(p / "texts", compressed=False),
     "text.gz": lambda p: as_text_files(p / "texts", compressed=True),
     "jsonl": lambda p: write_jsonl(p / "a.jsonl", TEXTS),
-    "jsonl.gz": lambda p: (p / "a.jsonl.gz", (p / "a.jsonl.gz").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
-    "gz by its bytes": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())))[0],
+    "jsonl.gz": lambda p: (
+        p / "a.jsonl.gz",
+        (p / "a.jsonl.gz").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())),
+    )[0],
+    "gz by its bytes": lambda p: (
+        p / "a.jsonl",
+        (p / "a.jsonl").write_bytes(gzip.compress(write_jsonl(p / "a", TEXTS).read_bytes())),
+    )[0],
     "not packed": lambda p: write_jsonl(p / "a.jsonl.gz", TEXTS),
-    "array": lambda p: (p / "a.json", (p / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS])))[0],
-    "indented": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, indent=2) for text in TEXTS)))[0],
-    "utf-16": lambda p: (p / "a.jsonl", (p / "a.jsonl").write_bytes(write_jsonl(p / "a", TEXTS).read_text("utf-8").encode("utf-16")))[0],
+    "array": lambda p: (
+        p / "a.json",
+        (p / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS])),
+    )[0],
+    "indented": lambda p: (
+        p / "a.jsonl",
+        (p / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, indent=2) for text in TEXTS)),
+    )[0],
+    "utf-16": lambda p: (
+        p / "a.jsonl",
+        (p / "a.jsonl").write_bytes(write_jsonl(p / "a", TEXTS).read_text("utf-8").encode("utf-16")),
+    )[0],
     "jsonl.zst": lambda p: write_zst(p / "a.jsonl.zst", write_jsonl(p / "a", TEXTS).read_bytes()),
     "parquet": lambda p: write_parquet(p / "a.parquet", TEXTS, name="text"),
     "saved": lambda p: as_datasets(p / "saved", splits=False),
@@ -89,11 +122,17 @@ FORMATS = {
 
 
 def settings(path: Path, source: Path, reference: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(source)], **{"tokenizer": str(reference / "tokenizer"), "eval_fraction": 0.2} | fields)
+    return DataConfig(
+        path=str(path),
+        source=[str(source)],
+        **{"tokenizer": str(reference / "tokenizer"), "eval_fraction": 0.2} | fields,
+    )
 
 
 def tokens(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npy")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npy")
+    }
 
 
 def decoded(folder: Path, split: str) -> list[str]:
@@ -102,4 +141,6 @@ def decoded(folder: Path, split: str) -> list[str]:
     saved = AutoTokenizer.from_pretrained(folder / "tokenizer")
     reader = IndexedReader(folder / split)
     ends = np.cumsum(reader.sizes)
-    return [saved.decode(reader.read(end - size, end - 1)) for end, size in zip(ends, reader.sizes, strict=True)]
+    return [
+        saved.decode(reader.read(end - size, end - 1)) for end, size in zip(ends, reader.sizes, strict=True)
+    ]

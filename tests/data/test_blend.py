@@ -12,7 +12,14 @@ import torch
 
 from hybridtrain.config import schema
 from hybridtrain.config.checks import check
-from hybridtrain.data.blend import BLOCK, Blend, largest_remainder, open_data, order_fingerprint, sample_to_row
+from hybridtrain.data.blend import (
+    BLOCK,
+    Blend,
+    largest_remainder,
+    open_data,
+    order_fingerprint,
+    sample_to_row,
+)
 from hybridtrain.data.compatibility import check_vocab
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import UserError
@@ -33,9 +40,13 @@ def foreign(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], *, dtype
     pointers = (np.cumsum(sizes, dtype="<i8") - sizes) * width
     firsts = np.cumsum([0, *(len(document) for document in documents)]).astype("<i8")
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_name(prefix.name + ".bin").write_bytes(b"".join(np.array(sequence, dtype=dtype).tobytes() for sequence in sequences))
+    prefix.with_name(prefix.name + ".bin").write_bytes(
+        b"".join(np.array(sequence, dtype=dtype).tobytes() for sequence in sequences)
+    )
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, DTYPES[dtype], len(sequences), len(firsts))
-    prefix.with_name(prefix.name + ".idx").write_bytes(head + sizes.tobytes() + pointers.tobytes() + firsts.tobytes())
+    prefix.with_name(prefix.name + ".idx").write_bytes(
+        head + sizes.tobytes() + pointers.tobytes() + firsts.tobytes()
+    )
     return prefix
 
 
@@ -49,14 +60,25 @@ def plan(*, size: int, dp: int = 1) -> BatchPlan:
 
 
 def loader(data: Blend, *, size: int, dp_rank: int = 0, dp: int = 1, vocab: int = 300) -> Loader:
-    return Loader(data, plan=plan(size=size, dp=dp), dp_rank=dp_rank, dp_size=dp, seed=3, vocab=vocab, collate=CausalLM().collate)
+    return Loader(
+        data,
+        plan=plan(size=size, dp=dp),
+        dp_rank=dp_rank,
+        dp_size=dp,
+        seed=3,
+        vocab=vocab,
+        collate=CausalLM().collate,
+    )
 
 
 def opened(tmp_path: Path, **weights: float) -> Blend:
-    return open_data(schema.DataConfig(blend={str(tmp_path / name): weight for name, weight in weights.items()}), timeout_s=0)
+    return open_data(
+        schema.DataConfig(blend={str(tmp_path / name): weight for name, weight in weights.items()}),
+        timeout_s=0,
+    )
 
 
-# -- blends --------------------------------------------------------------------------------------------------------
+# -- blends --------------------------------------------------------------------------------------------------
 
 
 def test_ten_thousand_rows_hold_each_corpus_by_its_weight(tmp_path):
@@ -64,13 +86,18 @@ def test_ten_thousand_rows_hold_each_corpus_by_its_weight(tmp_path):
     for token, name in enumerate(weights, start=1):
         constant(tmp_path / name, token, rows=rows[name])
     reading = loader(opened(tmp_path, **weights), size=1000)
-    drawn_tokens = np.concatenate([[int(batch.input_ids_BT[0, 0]) for batch in reading.micro_batches(step)] for step in range(20)])
+    drawn_tokens = np.concatenate(
+        [[int(batch.input_ids_BT[0, 0]) for batch in reading.micro_batches(step)] for step in range(20)]
+    )
     for start in (0, BLOCK):
         counts = np.bincount(drawn_tokens[start : start + BLOCK], minlength=4)[1:]
         exact = np.array(list(weights.values())) / sum(weights.values()) * BLOCK
         assert np.abs(counts - exact).max() < 1
-    halves = [np.bincount(drawn_tokens[start : start + 1000], minlength=4)[1] for start in range(0, 2 * BLOCK, 1000)]
-    assert max(abs(count - 586) for count in halves) < 5 * np.sqrt(1000 * 0.586 * 0.414)  # spread like random draws within a block
+    halves = [
+        np.bincount(drawn_tokens[start : start + 1000], minlength=4)[1] for start in range(0, 2 * BLOCK, 1000)
+    ]
+    # spread like random draws within a block
+    assert max(abs(count - 586) for count in halves) < 5 * np.sqrt(1000 * 0.586 * 0.414)
     assert len(set(halves)) > 1
 
 
@@ -83,12 +110,16 @@ def test_each_corpus_runs_through_epochs_of_its_own():
         epochs = 4 * int(quotas[corpus]) / count
         assert visits.max() - visits.min() <= (1 if epochs != int(epochs) else 0)
         assert np.mean(seen[:-1] + 1 == seen[1:]) < 0.05  # shuffled
-    assert np.array_equal(sample_to_row(np.arange(12345, 12400), quotas=quotas, rows=rows, seed=1), samples[12345:12400])
+    assert np.array_equal(
+        sample_to_row(np.arange(12345, 12400), quotas=quotas, rows=rows, seed=1), samples[12345:12400]
+    )
     assert not np.array_equal(sample_to_row(np.arange(100), quotas=quotas, rows=rows, seed=2), samples[:100])
 
 
 def test_cost_does_not_depend_on_the_sample():
-    ids = sample_to_row(np.arange(10**15, 10**15 + 4096), quotas=np.array([9999, 1]), rows=[10**12, 10**13], seed=0)
+    ids = sample_to_row(
+        np.arange(10**15, 10**15 + 4096), quotas=np.array([9999, 1]), rows=[10**12, 10**13], seed=0
+    )
     assert (ids[:, 1] < np.array([10**12, 10**13])[ids[:, 0]]).all()
 
 
@@ -114,7 +145,10 @@ def test_largest_remainder(seed):
     total = int(generator.integers(1, 10_000))
     parts = largest_remainder(total, weights)
     assert sum(parts) == total
-    assert max(abs(part - total * weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)) < 1
+    assert (
+        max(abs(part - total * weight / sum(weights)) for part, weight in zip(parts, weights, strict=True))
+        < 1
+    )
     assert largest_remainder(total, [8 * weight for weight in weights]) == parts
 
 
@@ -135,7 +169,10 @@ def test_fingerprint_is_of_tokens_and_shares_not_of_places(tmp_path):
 def test_a_weight_below_a_row_of_a_block_is_refused(tmp_path):
     for token, name in enumerate("ab", start=1):
         constant(tmp_path / name, token, rows=10)
-    with pytest.raises(UserError, match=r"data\.blend=.*/b:1e-05: less than a row of 10,000\n  allowed: weights of 0\.00010.* or more"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.blend=.*/b:1e-05: less than a row of 10,000\n  allowed: weights of 0\.00010.* or more",
+    ):
         opened(tmp_path, a=1.0, b=1e-5)
 
 
@@ -162,9 +199,9 @@ def prepared(tmp_path_factory) -> Path:
 def test_corpora_of_different_tokenizers_are_refused(tmp_path, prepared):
     shutil.copytree(prepared, tmp_path / "same")
     both = schema.DataConfig(blend={str(prepared): 1.0, str(tmp_path / "same"): 1.0})
-    assert open_data(both, timeout_s=0).count("train", seq_len=32) == 2 * open_data(schema.DataConfig(path=str(prepared)), timeout_s=0).count(
-        "train", seq_len=32
-    )
+    assert open_data(both, timeout_s=0).count("train", seq_len=32) == 2 * open_data(
+        schema.DataConfig(path=str(prepared)), timeout_s=0
+    ).count("train", seq_len=32)
     tokenizer = tmp_path / "same" / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"ignore_merges"', '"ignore_merges "'))
     with pytest.raises(UserError, match=r"data\.blend=.*same: it was prepared with another tokenizer than"):
@@ -174,18 +211,38 @@ def test_corpora_of_different_tokenizers_are_refused(tmp_path, prepared):
 def test_evaluation_rows_come_from_all_corpora_in_proportion(tmp_path, prepared):
     shutil.copytree(prepared, tmp_path / "b")
     constant(tmp_path / "c", 9, rows=500)  # has no held-out rows
-    data = open_data(schema.DataConfig(blend={str(prepared): 3.0, str(tmp_path / "b"): 1.0, str(tmp_path / "c"): 5.0}), timeout_s=0)
+    data = open_data(
+        schema.DataConfig(blend={str(prepared): 3.0, str(tmp_path / "b"): 1.0, str(tmp_path / "c"): 5.0}),
+        timeout_s=0,
+    )
     have = data.corpora[0].count("eval", seq_len=SEQ)
-    steps = eval_batches(data, plan=plan(size=1), rows=40, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM().collate)
+    steps = eval_batches(
+        data,
+        plan=plan(size=1),
+        rows=40,
+        dp_rank=0,
+        dp_size=1,
+        micro_batches_per_step=1,
+        vocab=300,
+        collate=CausalLM().collate,
+    )
     got = torch.cat([batches[0].input_ids_BT for batches in steps]).numpy()
     tokens = np.fromfile(prepared / "eval.bin", dtype="<u2")
-    expected = [tokens[row * SEQ : row * SEQ + SEQ] for count in (30, 10) for row in np.arange(count) * have // count]
+    expected = [
+        tokens[row * SEQ : row * SEQ + SEQ] for count in (30, 10) for row in np.arange(count) * have // count
+    ]
     assert np.array_equal(got, np.stack(expected))
 
 
 def test_a_blend_trains_and_resumes(tmp_path, prepared):
     more = foreign(tmp_path / "more", [[list(range(1, 200))] for _ in range(20)], dtype="<i4")
-    argv = runs.arguments(tmp_path / "whole", prepared, data__path="''", data__blend=f"{{{prepared}:0.7,{more}:0.3}}", train__eval_every=4)
+    argv = runs.arguments(
+        tmp_path / "whole",
+        prepared,
+        data__path="''",
+        data__blend=f"{{{prepared}:0.7,{more}:0.3}}",
+        train__eval_every=4,
+    )
     runs.finished(2, argv)
     half = [word.replace("/whole", "/half") for word in argv]
     runs.finished(2, [*half, "train.steps=4"])
@@ -200,13 +257,16 @@ def test_a_blend_trains_and_resumes(tmp_path, prepared):
     assert json.loads((tmp_path / "whole" / "evaluation.json").read_text())["rows"] == 5
 
 
-# -- token files of other makers -----------------------------------------------------------------------------------
+# -- token files of other makers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_files_of_every_type_train_as_they_are(tmp_path, dtype):
     ids = np.arange(100).tolist()
-    data = open_data(schema.DataConfig(path=str(foreign(tmp_path / "x.y", [[ids[:40]], [ids[40:]]], dtype=dtype))), timeout_s=0)
+    data = open_data(
+        schema.DataConfig(path=str(foreign(tmp_path / "x.y", [[ids[:40]], [ids[40:]]], dtype=dtype))),
+        timeout_s=0,
+    )
     assert data.count("train", seq_len=SEQ) == 12
     reading = loader(data, size=12)
     rows = np.concatenate([batch.input_ids_BT.numpy() for batch in reading.micro_batches(0)])
@@ -218,19 +278,33 @@ def test_files_of_every_type_train_as_they_are(tmp_path, dtype):
 def test_ids_beyond_the_vocabulary_are_refused_before_they_are_used(tmp_path, token, dtype):
     ids = [5] * 200
     ids[150] = token
-    data = open_data(schema.DataConfig(path=str(foreign(tmp_path / "mine", [[ids]], dtype=dtype))), timeout_s=0)
-    with pytest.raises(UserError, match=rf"model\.config\.vocab_size=300: .*mine\.bin holds token id {token}"):
+    data = open_data(
+        schema.DataConfig(path=str(foreign(tmp_path / "mine", [[ids]], dtype=dtype))), timeout_s=0
+    )
+    with pytest.raises(
+        UserError, match=rf"model\.config\.vocab_size=300: .*mine\.bin holds token id {token}"
+    ):
         loader(data, size=24).micro_batches(0)
 
 
 def test_a_run_on_foreign_files_with_others_to_evaluate_on(tmp_path):
     ids = np.random.default_rng(0).integers(0, 300, size=4000).tolist()
-    train, held_out = foreign(tmp_path / "train", [[ids]], dtype="<u2"), foreign(tmp_path / "test", [[ids[:500]]], dtype="<u2")
+    train, held_out = (
+        foreign(tmp_path / "train", [[ids]], dtype="<u2"),
+        foreign(tmp_path / "test", [[ids[:500]]], dtype="<u2"),
+    )
     ended = runs.on_ranks(1, runs.arguments(tmp_path / "none", train, train__eval_every=2, train__steps=2))
     assert "holds no held-out row" in runs.four_parts(ended.err, "train.eval_every")
-    runs.finished(1, runs.arguments(tmp_path / "run", train, data__eval_path=held_out, train__eval_every=2, train__steps=2))
+    runs.finished(
+        1,
+        runs.arguments(
+            tmp_path / "run", train, data__eval_path=held_out, train__eval_every=2, train__steps=2
+        ),
+    )
     assert "eval_loss" in runs.rows(tmp_path / "run")[-1]
-    ended = runs.on_ranks(1, runs.arguments(tmp_path / "small", train, model__config__vocab_size=256, train__steps=8))
+    ended = runs.on_ranks(
+        1, runs.arguments(tmp_path / "small", train, model__config__vocab_size=256, train__steps=8)
+    )
     assert "holds token id" in runs.four_parts(ended.err, "model.config.vocab_size")
 
 
@@ -253,7 +327,7 @@ def test_a_prefix_that_is_not_there(tmp_path):
         open_data(schema.DataConfig(path=str(tmp_path / "x")), timeout_s=0)
 
 
-# -- documents -----------------------------------------------------------------------------------------------------
+# -- documents -----------------------------------------------------------------------------------------------
 
 
 def expected_batch(tokens: np.ndarray, starts: set[int], row: int) -> tuple[list[int], list[int]]:
@@ -266,7 +340,8 @@ def expected_batch(tokens: np.ndarray, starts: set[int], row: int) -> tuple[list
 
 
 def test_positions_and_labels_follow_the_documents(tmp_path):
-    """Documents of several sequences, an empty one, one that ends with a row and one that ends with a row's last label."""
+    """Documents of several sequences, an empty one, one that ends with a row and one that ends with
+    a row's last label."""
     lengths = [[3], [2, 6], [5], [], [1], [7, 4, 1], [11], [0, 9], [8], [20]]
     count = iter(range(10**6))
     documents = [[[next(count) for _ in range(length)] for length in document] for document in lengths]
@@ -289,7 +364,11 @@ def test_positions_and_labels_follow_the_documents(tmp_path):
 def test_every_token_but_the_first_of_a_document_or_row_is_predicted_once(tmp_path):
     generator = np.random.default_rng(1)
     lengths = generator.integers(1, 30, size=60)
-    path = foreign(tmp_path / "docs", [[generator.integers(0, 250, size=length).tolist()] for length in lengths], dtype="<u2")
+    path = foreign(
+        tmp_path / "docs",
+        [[generator.integers(0, 250, size=length).tolist()] for length in lengths],
+        dtype="<u2",
+    )
     data = open_data(schema.DataConfig(path=str(path), document_mask=True), timeout_s=0)
     rows = data.count("train", seq_len=SEQ)
     batches: list[Batch] = [loader(data, size=1).micro_batches(step)[0] for step in range(rows)]
@@ -302,12 +381,19 @@ def test_training_and_plain_transformers_evaluate_masked_rows_alike(tmp_path):
     """`evaluate` leaves it to transformers to find the documents in the positions."""
     from hybridtrain.cli.main import main
 
-    documents = [[np.random.default_rng(number).integers(0, 300, size=5 + number).tolist()] for number in range(40)]
-    train, held_out = foreign(tmp_path / "train", documents, dtype="<u2"), foreign(tmp_path / "test", documents[:20], dtype="<u2")
+    documents = [
+        [np.random.default_rng(number).integers(0, 300, size=5 + number).tolist()] for number in range(40)
+    ]
+    train, held_out = (
+        foreign(tmp_path / "train", documents, dtype="<u2"),
+        foreign(tmp_path / "test", documents[:20], dtype="<u2"),
+    )
     options = {"data__eval_path": held_out, "train__eval_every": 2, "train__steps": 2, "parallel": "tp2"}
     runs.finished(2, runs.arguments(tmp_path / "run", train, data__document_mask="true", **options))
     assert main(["export", str(tmp_path / "run")]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     masked = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert masked["tokens"] == masked["rows"] * 32 - sum(end <= masked["rows"] * 32 for end in np.cumsum([len(d[0]) for d in documents[:20]]))
+    assert masked["tokens"] == masked["rows"] * 32 - sum(
+        end <= masked["rows"] * 32 for end in np.cumsum([len(d[0]) for d in documents[:20]])
+    )
     assert masked["loss"] == pytest.approx(runs.rows(tmp_path / "run")[-1]["eval_loss"], rel=1e-5)

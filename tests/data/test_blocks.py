@@ -1,4 +1,5 @@
-"""Long documents: blocks of them are held out, the same ones as the corpus grows, and the share is what was asked."""
+"""Long documents: blocks of them are held out, the same ones as the corpus grows, and the
+share is what was asked."""
 
 from __future__ import annotations
 
@@ -22,12 +23,18 @@ def text(chars: int, *, seed: int) -> str:
     generator = random.Random(seed)
     lines = []
     while 100 * len(lines) < chars:
-        lines.append(" ".join(generator.choices(WORDS, k=12))[:80].ljust(80) + f" {generator.random():.16f}\n")
+        lines.append(
+            " ".join(generator.choices(WORDS, k=12))[:80].ljust(80) + f" {generator.random():.16f}\n"
+        )
     return "".join(lines)[:chars]
 
 
 def settings(path: Path, *source: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(entry) for entry in source], **{"vocab_size": 400, "eval_fraction": 0.02} | fields)
+    return DataConfig(
+        path=str(path),
+        source=[str(entry) for entry in source],
+        **{"vocab_size": 400, "eval_fraction": 0.02} | fields,
+    )
 
 
 def documents(folder: Path, split: str) -> list[str]:
@@ -37,7 +44,9 @@ def documents(folder: Path, split: str) -> list[str]:
         return []
     saved, reader = AutoTokenizer.from_pretrained(folder / "tokenizer"), IndexedReader(folder / split)
     ends = np.cumsum(reader.sizes)
-    return [saved.decode(reader.read(end - size, end - 1)) for end, size in zip(ends, reader.sizes, strict=True)]
+    return [
+        saved.decode(reader.read(end - size, end - 1)) for end, size in zip(ends, reader.sizes, strict=True)
+    ]
 
 
 def share(folder: Path) -> float:
@@ -64,7 +73,9 @@ def test_what_is_appended_moves_no_block(how):
     last: list[str] = []
     for chars in (20_000, 100_000, 150_000, 1_000_000, len(whole)):
         found = [part for part, held in blocks.cut(whole[:chars], key="name", fraction=0.05, how=how) if held]
-        assert all(part == before or part.startswith(before) for part, before in zip(found, last, strict=False))
+        assert all(
+            part == before or part.startswith(before) for part, before in zip(found, last, strict=False)
+        )
         assert len(found) >= len(last)
         last = found
 
@@ -75,7 +86,9 @@ def test_one_file_has_held_out_rows(tmp_path, kind, chars, fraction):
     whole = text(chars, seed=3)
     file = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
     file.write_text(json.dumps({"text": whole}) if kind == "jsonl" else whole)
-    folder = tokenize.prepare(settings(tmp_path / "data", file, eval_fraction=fraction), options=PrepareConfig())
+    folder = tokenize.prepare(
+        settings(tmp_path / "data", file, eval_fraction=fraction), options=PrepareConfig()
+    )
     assert 0.3 * fraction < share(folder) <= 3 * fraction
     held_out = documents(folder, "eval")
     assert sum(len(part) for part in [*held_out, *documents(folder, "train")]) == len(whole)
@@ -92,25 +105,40 @@ def test_what_is_held_out_stays_so_as_the_corpus_grows(tmp_path):
     for number, add in enumerate((0, 1, 70)):
         for other in range(add):
             (root / f"{number}-{other}.txt").write_text(text(17_000, seed=100 * number + other))
-        (root / "book.txt").write_text((root / "book.txt").read_text() + f"\nchapter {number} " + text(3000, seed=number))
+        (root / "book.txt").write_text(
+            (root / "book.txt").read_text() + f"\nchapter {number} " + text(3000, seed=number)
+        )
         data = settings(folder, root, eval_fraction=0.05, tokenizer=str(first / "tokenizer"))
         tokenize.prepare(data, options=PrepareConfig(overwrite=True))
         held_out, train = documents(folder, "eval"), "\n".join(documents(folder, "train"))
         assert all(any(part.startswith(old) for part in held_out) for old in before)
         assert not any(part[:1500] in train for part in held_out)
         before = held_out
-    assert json.loads((folder / "corpus.json").read_text())["held_out"]["texts/book.txt"] in (blocks.BY_CHANCE, blocks.SURELY)
+    assert json.loads((folder / "corpus.json").read_text())["held_out"]["texts/book.txt"] in (
+        blocks.BY_CHANCE,
+        blocks.SURELY,
+    )
 
 
 @pytest.mark.parametrize("deduplicate", [False, True])
 def test_processes_and_pieces_change_no_byte(tmp_path, monkeypatch, deduplicate):
     source = tmp_path / "a.jsonl"
-    texts = [text(60_000, seed=5), *(text(500, seed=1000 + number) for number in range(60)), text(90_000, seed=6), text(60_000, seed=5)]
+    texts = [
+        text(60_000, seed=5),
+        *(text(500, seed=1000 + number) for number in range(60)),
+        text(90_000, seed=6),
+        text(60_000, seed=5),
+    ]
     source.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
     made = []
     for number, size in ((0, 1 << 20), (0, 4000), (2, 30_000)):
         monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", size)
-        data = settings(tmp_path / f"{size}", source, deduplicate=deduplicate, tokenizer=str(made[0] / "tokenizer") if made else "train")
+        data = settings(
+            tmp_path / f"{size}",
+            source,
+            deduplicate=deduplicate,
+            tokenizer=str(made[0] / "tokenizer") if made else "train",
+        )
         made.append(tokenize.prepare(data, options=PrepareConfig(workers=number)))
     facts = [json.loads((folder / "corpus.json").read_text()) for folder in made]
     assert facts[0]["fingerprint"] == facts[1]["fingerprint"] == facts[2]["fingerprint"]
@@ -127,14 +155,19 @@ def test_short_documents_stay_whole(tmp_path):
         (tmp_path / f"{number}.txt").write_text(text(7000, seed=number))
     assert not any(source.blocks for source in listing(settings(tmp_path / "data", tmp_path)).sources)
     (tmp_path / "long.txt").write_text(text(9000, seed=99))
-    assert [source.name for source in listing(settings(tmp_path / "data", tmp_path)).sources if source.blocks] == [f"{tmp_path.name}/long.txt"]
+    assert [
+        source.name for source in listing(settings(tmp_path / "data", tmp_path)).sources if source.blocks
+    ] == [f"{tmp_path.name}/long.txt"]
 
 
 def test_a_share_far_from_what_was_asked_is_refused_with_advice(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(text(3000, seed=number))
     data = settings(tmp_path / "data", tmp_path)
-    with pytest.raises(UserError, match=r"data\.eval_fraction=0\.02: 3\d\.\d% of the corpus would be held out[\s\S]*data\.eval_fraction=0\.3[34]") as error:
+    with pytest.raises(
+        UserError,
+        match=r"data\.eval_fraction=0\.02: 3\d\.\d% of the corpus would be held out[\s\S]*data\.eval_fraction=0\.3[34]",
+    ) as error:
         tokenize.prepare(data, options=PrepareConfig())
     assert not (tmp_path / "data").exists(), error
     data.eval_fraction = 0.34
@@ -148,4 +181,7 @@ def test_the_share_is_printed(tmp_path, capsys):
     config = PrepareRoot()
     config.data = settings(tmp_path / "data", tmp_path / "a.txt", eval_fraction=0.1)
     assert tokenize.run(config) == 0
-    assert f"held out   {share(tmp_path / 'data'):.1%} of the tokens, 10.0% were asked for" in capsys.readouterr().out
+    assert (
+        f"held out   {share(tmp_path / 'data'):.1%} of the tokens, 10.0% were asked for"
+        in capsys.readouterr().out
+    )

@@ -59,10 +59,16 @@ TALK = [
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, spaces in pairs joined, and three special tokens."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate([*bytes_, "ĠĠ"])}, merges=[("Ġ", "Ġ")]))
+    core = Tokenizer(
+        models.BPE(
+            vocab={symbol: number for number, symbol in enumerate([*bytes_, "ĠĠ"])}, merges=[("Ġ", "Ġ")]
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return fast
 
@@ -78,14 +84,22 @@ def spans(tokenizer, sample) -> list[str]:
 def encoded(tokenizer, record, template, *, turns="all") -> chat.Encoded:
     tokenizer.chat_template = template
     record = {"messages": record} if isinstance(record, list) else record
-    (one,) = chat.encode([conversations.read(record, key="messages")], template=Template(tokenizer, name="TOK"), turns=turns)
+    (one,) = chat.encode(
+        [conversations.read(record, key="messages")], template=Template(tokenizer, name="TOK"), turns=turns
+    )
     return one
 
 
 def learnt(tokenizer, conversation, template) -> list[str]:
-    """What is learnt of a conversation that is one sample, after checking that the ids are those of the rendered conversation."""
+    """What is learnt of a conversation that is one sample, after checking that the ids are those of the
+    rendered conversation."""
     ((ids, mask),) = encoded(tokenizer, conversation, template).samples
-    assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert (
+        ids.tolist()
+        == tokenizer(tokenizer.apply_chat_template(conversation, tokenize=False), add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
     return spans(tokenizer, (ids, mask))
 
 
@@ -101,10 +115,15 @@ def test_only_what_the_assistant_says_carries_loss(tokenizer, template, end):
 def test_many_conversations_are_encoded_as_one_by_one(tokenizer):
     tokenizer.chat_template = CHATML
     template = Template(tokenizer, name="TOK")
-    talks = [conversations.read({"messages": one}, key="messages") for one in (TALK, TALK[1:3], [*TALK[1:2], {"role": "assistant", "content": ""}])]
+    talks = [
+        conversations.read({"messages": one}, key="messages")
+        for one in (TALK, TALK[1:3], [*TALK[1:2], {"role": "assistant", "content": ""}])
+    ]
     for whole, talk in zip(chat.encode(talks, template=template, turns="all"), talks, strict=True):
         (alone,) = chat.encode([talk], template=template, turns="all")
-        assert [[one.tolist() for one in sample] for sample in whole.samples] == [[one.tolist() for one in sample] for sample in alone.samples]
+        assert [[one.tolist() for one in sample] for sample in whole.samples] == [
+            [one.tolist() for one in sample] for sample in alone.samples
+        ]
         assert whole[1:] == alone[1:]
     assert chat.encode([], template=template, turns="all") == []
 
@@ -115,14 +134,26 @@ def test_a_template_that_rewrites_earlier_answers_makes_a_sample_of_each(tokeniz
     one = encoded(tokenizer, TALK, THINKING)
     head = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nOù?<|im_end|>\n<|im_start|>assistant\n"
     between = "  Là-bas  ☺<|im_end|>\n<|im_start|>user\nAnd\nthen?<|im_end|>\n<|im_start|>assistant\n"
-    first, second = "<think>\n\n</think>\n\n  Là-bas  ☺<|im_end|>", "<think>\n\n</think>\n\nHome.\n\n<|im_end|>"
-    assert [tokenizer.decode(ids) for ids, _ in one.samples] == [head + first + "\n", head + between + second + "\n"]
+    first, second = (
+        "<think>\n\n</think>\n\n  Là-bas  ☺<|im_end|>",
+        "<think>\n\n</think>\n\nHome.\n\n<|im_end|>",
+    )
+    assert [tokenizer.decode(ids) for ids, _ in one.samples] == [
+        head + first + "\n",
+        head + between + second + "\n",
+    ]
     assert [spans(tokenizer, sample) for sample in one.samples] == [[first], [second]]
-    assert one.notes == ["conversations with a sample for each answer, since the template renders earlier answers differently"]
+    assert one.notes == [
+        "conversations with a sample for each answer, since the template renders earlier answers differently"
+    ]
 
 
 def test_the_last_answer_alone_may_be_learnt(tokenizer):
-    for template, end in ((CHATML, "Home.\n\n<|im_end|>"), (MARKED, "Home.\n\n<|im_end|>"), (THINKING, "<think>\n\n</think>\n\nHome.\n\n<|im_end|>")):
+    for template, end in (
+        (CHATML, "Home.\n\n<|im_end|>"),
+        (MARKED, "Home.\n\n<|im_end|>"),
+        (THINKING, "<think>\n\n</think>\n\nHome.\n\n<|im_end|>"),
+    ):
         one = encoded(tokenizer, TALK, template, turns="last")
         assert [spans(tokenizer, sample) for sample in one.samples] == [[end]]
         assert one.notes == []
@@ -141,7 +172,10 @@ def test_thinking_that_the_template_takes_out_is_learnt_where_the_answer_is_the_
 def test_an_answer_that_begins_otherwise_when_it_is_asked_for_is_refused(tokenizer):
     one = encoded(tokenizer, TALK, CHATML.replace("assistant\n'", "assistant\n<think>\n'"))
     assert one.samples == []
-    assert "the chat template of TOK renders the header of message 2 differently before and with its answer" in one.problem
+    assert (
+        "the chat template of TOK renders the header of message 2 differently before and with its answer"
+        in one.problem
+    )
 
 
 @pytest.mark.parametrize(("key", "off"), [("weight", 0), ("train", False), ("loss", 0.0)])
@@ -150,18 +184,31 @@ def test_answers_without_weight_carry_no_loss(tokenizer, key, off, template):
     talk = [*TALK[:2], {**TALK[2], key: off}, *TALK[3:]]
     one = encoded(tokenizer, talk, template)
     ((ids, mask),) = one.samples
-    assert [text.removeprefix("<think>\n\n</think>\n\n") for text in spans(tokenizer, (ids, mask))] == ["Home.\n\n<|im_end|>"]
+    assert [text.removeprefix("<think>\n\n</think>\n\n") for text in spans(tokenizer, (ids, mask))] == [
+        "Home.\n\n<|im_end|>"
+    ]
     assert "Là-bas" in tokenizer.decode(ids)
     assert one.notes == []
 
 
 def test_nothing_that_changes_what_is_learnt_is_dropped_in_silence(tokenizer):
     tools = [{"type": "function", "function": {"name": "depth", "parameters": {}}}]
-    record = {"messages": TALK[1:3], "tools": tools, "system": "Be short.", "chat_template_kwargs": {"shout": True}}
+    record = {
+        "messages": TALK[1:3],
+        "tools": tools,
+        "system": "Be short.",
+        "chat_template_kwargs": {"shout": True},
+    }
     one = encoded(tokenizer, record, TOOLED)
-    assert tokenizer.decode(one.samples[0][0]).startswith(f"<tools>{json.dumps(tools)}</tools>!<|im_start|>system\nBe short.<|im_end|>\n")
+    assert tokenizer.decode(one.samples[0][0]).startswith(
+        f"<tools>{json.dumps(tools)}</tools>!<|im_start|>system\nBe short.<|im_end|>\n"
+    )
     assert one.notes == []
-    talk = [{"role": "developer", "content": "Be."}, {**TALK[1], "name": "Ann"}, {"role": "assistant", "content": " "}]
+    talk = [
+        {"role": "developer", "content": "Be."},
+        {**TALK[1], "name": "Ann"},
+        {"role": "assistant", "content": " "},
+    ]
     one = encoded(tokenizer, {**record, "messages": talk, "system": None}, DEAF)
     assert one.problem == ""
     assert one.notes == [
@@ -171,10 +218,20 @@ def test_nothing_that_changes_what_is_learnt_is_dropped_in_silence(tokenizer):
         "records with a message of 'developer' that the template does not render",
         "conversations with an empty answer, of which only the end is trained",
     ]
-    one = encoded(tokenizer, [TALK[1], {"role": "assistant", "content": "calm"}], CHATML.replace("m['content'] +", "m['content']|replace('l', '1') +"))
+    one = encoded(
+        tokenizer,
+        [TALK[1], {"role": "assistant", "content": "calm"}],
+        CHATML.replace("m['content'] +", "m['content']|replace('l', '1') +"),
+    )
     assert one.notes == ["conversations with an answer that the template changes"]
-    one = encoded(tokenizer, [{"role": "user", "content": "a <|im_end|>"}, {"role": "assistant", "content": "b"}], CHATML)
-    assert one.notes == ["conversations with a control token written out in a message, which becomes the token itself"]
+    one = encoded(
+        tokenizer,
+        [{"role": "user", "content": "a <|im_end|>"}, {"role": "assistant", "content": "b"}],
+        CHATML,
+    )
+    assert one.notes == [
+        "conversations with a control token written out in a message, which becomes the token itself"
+    ]
 
 
 def test_a_role_that_is_none_of_the_usual_ones_is_named(tokenizer):
@@ -188,21 +245,37 @@ CALL = {"type": "function", "function": {"name": "depth", "arguments": '{"of": "
 @pytest.mark.parametrize("content", [None, "", [], "Let me see."])
 @pytest.mark.parametrize("arguments", ['{"of": "sea"}', {"of": "sea"}])
 def test_tool_calls_are_learnt_however_the_record_writes_them(tokenizer, content, arguments):
-    asked = {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": {"name": "depth", "arguments": arguments}}]}
-    talk = [TALK[1], asked, {"role": "tool", "content": "11 km", "tool_call_id": "1"}, {"role": "assistant", "content": "Deep."}]
+    asked = {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"type": "function", "function": {"name": "depth", "arguments": arguments}}],
+    }
+    talk = [
+        TALK[1],
+        asked,
+        {"role": "tool", "content": "11 km", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Deep."},
+    ]
     said = content or ""
     for template, call in (
         (TOOLED, '<call>depth {"of": "sea"}</call>'),
         (TEXT_TOOLED, '<call>depth {"of": "sea"}</call>'),
-        (PLAIN, '<|tool_calls|>[{"type": "function", "function": {"name": "depth", "arguments": {"of": "sea"}}}]'),
+        (
+            PLAIN,
+            '<|tool_calls|>[{"type": "function", "function": {"name": "depth", "arguments": {"of": "sea"}}}]',
+        ),
     ):
         one = encoded(tokenizer, talk, template)
         end = "<|endoftext|>" if template == PLAIN else "<|im_end|>"
-        expected = "" if template == TEXT_TOOLED else said  # which writes calls only where there is no content
+        # which writes calls only where there is no content
+        expected = "" if template == TEXT_TOOLED else said
         if template == TEXT_TOOLED and said:
             assert "tool calls that the chat template of TOK does not render" in one.problem
         else:
-            assert (one.problem, [spans(tokenizer, sample) for sample in one.samples]) == ("", [[expected + call + end, "Deep." + end]])
+            assert (one.problem, [spans(tokenizer, sample) for sample in one.samples]) == (
+                "",
+                [[expected + call + end, "Deep." + end]],
+            )
 
 
 def test_a_tool_call_that_the_template_does_not_render_is_no_empty_answer(tokenizer):
@@ -214,7 +287,10 @@ def test_a_tool_call_that_the_template_does_not_render_is_no_empty_answer(tokeni
     ]
     one = encoded(tokenizer, talk, CHATML)
     assert one.samples == []
-    assert one.problem == "message 1 (assistant) has tool calls that the chat template of TOK does not render, so its target would be wrong"
+    assert (
+        one.problem
+        == "message 1 (assistant) has tool calls that the chat template of TOK does not render, so its target would be wrong"
+    )
     one = encoded(tokenizer, [talk[0], {**talk[1], "weight": 0}, *talk[2:]], CHATML)
     assert [spans(tokenizer, sample) for sample in one.samples] == [["Deep.<|im_end|>"]]
     assert one.notes == ["messages whose tool calls the template does not render"]
@@ -233,7 +309,10 @@ def test_a_tokenizer_without_template_is_refused_and_may_get_a_plain_one(tokeniz
 
 def test_a_template_that_fails_is_named(tokenizer):
     one = encoded(tokenizer, TALK, "{{ raise_exception('roles must alternate') }}")
-    assert one.problem == "the chat template of TOK fails on a conversation of system, user, assistant, user, assistant: TemplateError: roles must alternate"
+    assert (
+        one.problem
+        == "the chat template of TOK fails on a conversation of system, user, assistant, user, assistant: TemplateError: roles must alternate"
+    )
 
 
 @pytest.mark.parametrize("place", ["main thread", "another thread"])
@@ -246,8 +325,12 @@ def test_a_template_that_never_ends_is_ended(tokenizer, place):
     else:
         with ThreadPoolExecutor(max_workers=1) as pool:
             one = pool.submit(encoded, tokenizer, TALK, endless).result()
-    assert "the chat template of TOK took more than 1 s on a conversation of system, user, assistant" in one.problem
-    assert spans(tokenizer, encoded(tokenizer, TALK[:3], CHATML).samples[0]) == ["  Là-bas  ☺<|im_end|>"]  # nothing strikes later
+    assert (
+        "the chat template of TOK took more than 1 s on a conversation of system, user, assistant"
+        in one.problem
+    )
+    # nothing strikes later
+    assert spans(tokenizer, encoded(tokenizer, TALK[:3], CHATML).samples[0]) == ["  Là-bas  ☺<|im_end|>"]
     tokenizer.chat_template = "{{ 10 ** 10 ** 10 }}"
     with pytest.raises(UserError, match="raises numbers to powers"):
         Template(tokenizer, name="TOK")
@@ -255,7 +338,14 @@ def test_a_template_that_never_ends_is_ended(tokenizer, place):
 
 @pytest.mark.parametrize(
     ("template", "token"),
-    [(CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (THINKING, "<|im_end|>"), (PLAIN, "<|endoftext|>"), (BARE, None), ("{{ raise_exception('') }}", None)],
+    [
+        (CHATML, "<|im_end|>"),
+        (MARKED, "<|im_end|>"),
+        (THINKING, "<|im_end|>"),
+        (PLAIN, "<|endoftext|>"),
+        (BARE, None),
+        ("{{ raise_exception('') }}", None),
+    ],
 )
 def test_the_end_of_a_turn(tokenizer, template, token):
     tokenizer.chat_template = template

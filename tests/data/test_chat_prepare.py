@@ -34,7 +34,13 @@ def thinking(folder: Path, tokenizer) -> Path:  # noqa: F811
 def settings(folder: Path, records: list[dict], **fields: object) -> schema.DataConfig:
     source = folder / "talk.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    values = {"format": "chat", "tokenizer": str(folder / "tok"), "eval_fraction": 0.0, "seq_len": 256, "source": [str(source)]} | fields
+    values = {
+        "format": "chat",
+        "tokenizer": str(folder / "tok"),
+        "eval_fraction": 0.0,
+        "seq_len": 256,
+        "source": [str(source)],
+    } | fields
     return schema.DataConfig(path=str(folder / "data"), **values)
 
 
@@ -54,7 +60,10 @@ def test_other_forms_in_other_files_give_the_same_tokens(folder, form):
 
     made(settings(folder, [{"messages": PLAIN}] * 3))
     expected = content(folder)
-    record, source = {"instruction": "How deep?", "input": "", "output": "Very.", "id": 7}, folder / "alpaca.json"
+    record, source = (
+        {"instruction": "How deep?", "input": "", "output": "Very.", "id": 7},
+        folder / "alpaca.json",
+    )
     if form == "array":
         source.write_text(json.dumps([record] * 3, indent=2))
     elif form == "gz":
@@ -77,7 +86,10 @@ def test_tools_of_parquet_reach_the_template_and_other_columns_are_counted(folde
 
     tokenizer.chat_template = "{{ tools|tojson if tools else '' }}" + CHATML
     tokenizer.save_pretrained(folder / "tok")
-    rows = [{"messages": PLAIN, "tools": '[{"name": "f"}]', "rating": 5}, {"messages": PLAIN, "tools": None, "rating": 1}]
+    rows = [
+        {"messages": PLAIN, "tools": '[{"name": "f"}]', "rating": 5},
+        {"messages": PLAIN, "tools": None, "rating": 1},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "talk.parquet")
     facts = made(settings(folder, [], source=[str(folder / "talk.parquet")]))
     reader = IndexedReader(folder / "data/train")
@@ -86,32 +98,49 @@ def test_tools_of_parquet_reach_the_template_and_other_columns_are_counted(folde
 
 
 def test_bad_content_is_refused_with_its_line_and_never_trained_on(folder):
-    records = [{"messages": PLAIN}, {"messages": [ASK, {"role": "assistant", "content": {"answer": "calm"}}]}, {"messages": PLAIN}]
-    with pytest.raises(UserError, match=r"talk\.jsonl line 2: message 1 \(assistant\): its content is an object, not text"):
+    records = [
+        {"messages": PLAIN},
+        {"messages": [ASK, {"role": "assistant", "content": {"answer": "calm"}}]},
+        {"messages": PLAIN},
+    ]
+    with pytest.raises(
+        UserError, match=r"talk\.jsonl line 2: message 1 \(assistant\): its content is an object, not text"
+    ):
         made(settings(folder, records))
     facts = made(settings(folder, records), skip_bad=True)
     assert (facts["bad_records"], facts["splits"]["train"]["documents"]) == (1, 2)
-    with pytest.raises(UserError, match=r"line 1: it is a preference pair[\s\S]*not supported yet[\s\S]*try: +conversations with the chosen answer alone"):
+    with pytest.raises(
+        UserError,
+        match=r"line 1: it is a preference pair[\s\S]*not supported yet[\s\S]*try: +conversations with the chosen answer alone",
+    ):
         made(settings(folder, [{"chosen": "a", "rejected": "b"}]), overwrite=True)
 
 
 def test_a_tool_call_that_is_not_rendered_is_refused_with_its_line(folder):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(
-        UserError, match=r"line 2: message 1 \(assistant\) has tool calls that the chat template of data\.tokenizer=\S*/tok does not render"
+        UserError,
+        match=r"line 2: message 1 \(assistant\) has tool calls that the chat template of data\.tokenizer=\S*/tok does not render",
     ) as caught:
         made(settings(folder, [{"messages": PLAIN}, {"messages": [ASK, call]}]))
     assert ".partial" not in str(caught.value)
 
 
 def test_samples_of_a_conversation_are_on_one_side_and_no_duplicates_of_one_another(folder, tokenizer):  # noqa: F811
-    talks = [{"messages": [ASK, ANSWER, {"role": "user", "content": f"{number}?"}, ANSWER]} for number in range(40)]
-    facts = made(settings(thinking(folder, tokenizer), talks + talks[:3], eval_fraction=0.3, deduplicate=True))
+    talks = [
+        {"messages": [ASK, ANSWER, {"role": "user", "content": f"{number}?"}, ANSWER]} for number in range(40)
+    ]
+    facts = made(
+        settings(thinking(folder, tokenizer), talks + talks[:3], eval_fraction=0.3, deduplicate=True)
+    )
     seen = {}
     for split in ("train", "eval"):
         reader = IndexedReader(folder / "data" / split)
         ends = np.cumsum(reader.sizes)
-        texts = [tokenizer.decode(np.array(reader.read(end - size, end))) for end, size in zip(ends, reader.sizes, strict=True)]
+        texts = [
+            tokenizer.decode(np.array(reader.read(end - size, end)))
+            for end, size in zip(ends, reader.sizes, strict=True)
+        ]
         assert len(texts) % 2 == 0
         for short, long in zip(texts[::2], texts[1::2], strict=True):
             assert long.count("assistant") == 2 > short.count("assistant")
@@ -120,7 +149,9 @@ def test_samples_of_a_conversation_are_on_one_side_and_no_duplicates_of_one_anot
     assert set(seen.values()) == {"train", "eval"}
     assert sum(split["documents"] for split in facts["splits"].values()) == 80
     assert (facts["conversations"], facts["duplicates"]) == (43, 6)
-    words = "conversations with a sample for each answer, since the template renders earlier answers differently"
+    words = (
+        "conversations with a sample for each answer, since the template renders earlier answers differently"
+    )
     assert facts["notes"] == {words: [43, f"{folder}/talk.jsonl line 1"]}
     assert f"43 {words}, first {folder}/talk.jsonl line 1" in statistics.table(folder / "data")
     with pytest.raises(UserError, match=r"data\.chat_turns=last: .*prepared with all"):
@@ -128,33 +159,69 @@ def test_samples_of_a_conversation_are_on_one_side_and_no_duplicates_of_one_anot
 
 
 def test_the_summary_says_what_was_read_and_where_answers_end(folder):
-    made(settings(folder, [{"messages": PLAIN, "id": 1}, {"messages": [ASK, {"role": "assistant", "content": ""}]}, {"prompt": "a", "completion": "b"}]))
+    made(
+        settings(
+            folder,
+            [
+                {"messages": PLAIN, "id": 1},
+                {"messages": [ASK, {"role": "assistant", "content": ""}]},
+                {"prompt": "a", "completion": "b"},
+            ],
+        )
+    )
     lines = [line.strip() for line in statistics.table(folder / "data").splitlines()]
     assert "records    messages of role and content: 2" in lines
     assert "records    prompt and completion: 1" in lines
     assert "fields that are not read: id (1)" in lines
-    assert f"1 conversations with an empty answer, of which only the end is trained, first {folder}/talk.jsonl line 2" in lines
-    assert "answers end with <|im_end|>; the tokenizer's end of text is <|endoftext|>: exports end a text with either" in lines
+    assert (
+        f"1 conversations with an empty answer, of which only the end is trained, first {folder}/talk.jsonl line 2"
+        in lines
+    )
+    assert (
+        "answers end with <|im_end|>; the tokenizer's end of text is <|endoftext|>: exports end a text with either"
+        in lines
+    )
 
 
-# -- nothing to learn ----------------------------------------------------------------------------------------------
+# -- nothing to learn ----------------------------------------------------------------------------------------
 
 LONG = {"messages": [{"role": "user", "content": "word " * 80}, ANSWER]}
 
 
 def test_conversations_whose_answers_are_cut_off_are_left_out_and_counted(folder):
-    facts = made(settings(folder, [LONG, {"messages": PLAIN}, LONG, {"messages": [ASK, {**ANSWER, "weight": 0}]}], seq_len=64))
+    facts = made(
+        settings(
+            folder,
+            [LONG, {"messages": PLAIN}, LONG, {"messages": [ASK, {**ANSWER, "weight": 0}]}],
+            seq_len=64,
+        )
+    )
     train = facts["splits"]["train"]
     assert facts["notes"] == {
-        "conversations without an answer within data.seq_len tokens, left out": [2, f"{folder}/talk.jsonl line 1"],
-        "conversations whose answers are all excluded from the loss, left out": [1, f"{folder}/talk.jsonl line 4"],
+        "conversations without an answer within data.seq_len tokens, left out": [
+            2,
+            f"{folder}/talk.jsonl line 1",
+        ],
+        "conversations whose answers are all excluded from the loss, left out": [
+            1,
+            f"{folder}/talk.jsonl line 4",
+        ],
     }
-    assert (train["documents"], train["loss_tokens"], train["kept_tokens"]) == (1, len("Very.") + 1, train["tokens"])
+    assert (train["documents"], train["loss_tokens"], train["kept_tokens"]) == (
+        1,
+        len("Very.") + 1,
+        train["tokens"],
+    )
     share = train["loss_tokens"] / train["tokens"]
     assert f"{share:.1%} of the tokens carry loss" in statistics.table(folder / "data")
-    with pytest.raises(UserError, match=r"data\.seq_len=64: no conversation of the train split has an answer that begins within so many tokens"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.seq_len=64: no conversation of the train split has an answer that begins within so many tokens",
+    ):
         made(settings(folder, [LONG] * 8, seq_len=64), overwrite=True)
-    with pytest.raises(UserError, match=r"^data\.source=.*: every answer of the train split is excluded from the loss"):
+    with pytest.raises(
+        UserError, match=r"^data\.source=.*: every answer of the train split is excluded from the loss"
+    ):
         made(settings(folder, [{"messages": [ASK, {**ANSWER, "weight": 0}]}] * 8, seq_len=64), overwrite=True)
 
 
@@ -162,15 +229,36 @@ def test_targets_are_counted_after_cutting(folder):
     """An answer of which half is left: 6 tokens of its 11."""
     head = "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
     tokens = 3 + len(head.replace("<|im_start|>", "").replace("<|im_end|>", ""))
-    facts = made(settings(folder, [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "0123456789"}]}], seq_len=tokens + 5))
+    facts = made(
+        settings(
+            folder,
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "?"},
+                        {"role": "assistant", "content": "0123456789"},
+                    ]
+                }
+            ],
+            seq_len=tokens + 5,
+        )
+    )
     train = facts["splits"]["train"]
     assert (train["cut"], train["loss_tokens"], train["kept_tokens"]) == (1, 6, tokens + 6)
 
 
 @pytest.fixture
 def without_targets(folder) -> Path:
-    """As an earlier version prepared it: its figures count targets that are cut off, and some rows have none."""
-    facts = made(settings(folder, [{"messages": [{"role": "user", "content": f"{n}?"}, ANSWER]} for n in range(40)], seq_len=64, eval_fraction=0.3))
+    """As an earlier version prepared it: its figures count targets that are cut off, and
+    some rows have none."""
+    facts = made(
+        settings(
+            folder,
+            [{"messages": [{"role": "user", "content": f"{n}?"}, ANSWER]} for n in range(40)],
+            seq_len=64,
+            eval_fraction=0.3,
+        )
+    )
     for split in facts["splits"].values():
         del split["kept_tokens"]
     facts.pop("digests", None)
@@ -198,7 +286,12 @@ def test_a_corpus_without_targets_is_refused(without_targets):
 
 def test_steps_without_targets_have_no_loss_and_are_counted(without_targets, tmp_path):
     blank(without_targets, "train", share=0.8)
-    options = {"data__seq_len": 64, "batch__global_batch_size": 1, "train__steps": 12, "train__eval_every": 12}
+    options = {
+        "data__seq_len": 64,
+        "batch__global_batch_size": 1,
+        "train__steps": 12,
+        "train__eval_every": 12,
+    }
     runs.finished(1, runs.arguments(tmp_path / "run", without_targets, **options))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     empty = [row for row in rows if "steps_without_targets" in row]
@@ -216,5 +309,10 @@ def test_steps_without_targets_have_no_loss_and_are_counted(without_targets, tmp
 def test_an_evaluation_of_rows_without_targets_is_refused(without_targets, tmp_path):
     reader = IndexedReader(without_targets / "eval.loss")
     blank(without_targets, "eval", share=float(reader.sizes[:-1].sum()) / reader.tokens)
-    ended = runs.on_ranks(1, runs.arguments(tmp_path / "run", without_targets, data__seq_len=64, train__eval_every=1, train__eval_rows=1))
+    ended = runs.on_ranks(
+        1,
+        runs.arguments(
+            tmp_path / "run", without_targets, data__seq_len=64, train__eval_every=1, train__eval_rows=1
+        ),
+    )
     assert "none of the held-out rows" in runs.four_parts(ended.err, "train.eval_rows")

@@ -36,7 +36,16 @@ def test_files_beside_ours_stay(tmp_path, texts):
 
 
 @pytest.mark.parametrize(
-    "name", ["train.bin", "eval.loss.idx", "corpus.json", "speed.json", "tokenizer/tokenizer.json", "tokenizer/README.md", ".partial/mine"]
+    "name",
+    [
+        "train.bin",
+        "eval.loss.idx",
+        "corpus.json",
+        "speed.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/README.md",
+        ".partial/mine",
+    ],
 )
 @pytest.mark.parametrize("options", [NEW, AGAIN])
 def test_a_folder_with_other_files_of_our_names_is_refused(tmp_path, texts, name, options):
@@ -60,7 +69,9 @@ def test_what_was_added_to_our_tokenizer_is_not_removed(tmp_path, texts, earlier
         as_before_records(folder)
     (folder / "tokenizer" / "README.md").write_text("mine")
     before = contents(folder)
-    assert "tokenizer/README.md, which this command did not write" in refused(settings(folder, texts, vocab_size=265), options=AGAIN)
+    assert "tokenizer/README.md, which this command did not write" in refused(
+        settings(folder, texts, vocab_size=265), options=AGAIN
+    )
     assert contents(folder) == before
 
 
@@ -72,7 +83,14 @@ def test_a_record_that_was_edited_gives_away_nothing_of_the_users(tmp_path, text
     record = json.loads((folder / ".prepare.json").read_text())
     for path in foreign:
         path.write_text("mine")
-    record["files"] += ["train.py", "../thesis.tex", str(tmp_path / "thesis.tex"), "tokenizer/../../thesis.tex", "notes/a.txt", "train.loss.bin"]
+    record["files"] += [
+        "train.py",
+        "../thesis.tex",
+        str(tmp_path / "thesis.tex"),
+        "tokenizer/../../thesis.tex",
+        "notes/a.txt",
+        "train.loss.bin",
+    ]
     (folder / "train.loss.bin").write_text("of an earlier corpus")
     (folder / ".prepare.json").write_text(json.dumps(record))
     tokenize.prepare(settings(folder, texts, vocab_size=260), options=AGAIN)
@@ -84,7 +102,9 @@ def test_the_source_lies_in_the_folder(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "train.jsonl").write_text(json.dumps({"text": "words " * 100}) + "\n")
-    assert "train.jsonl, which is to be read, is in the folder to be written" in refused(settings(mine, mine / "train.jsonl"), options=AGAIN)
+    assert "train.jsonl, which is to be read, is in the folder to be written" in refused(
+        settings(mine, mine / "train.jsonl"), options=AGAIN
+    )
     assert "is in the folder to be written" in refused(settings(mine, mine, pattern="*.jsonl"), options=NEW)
     assert [path.name for path in mine.iterdir()] == ["train.jsonl"]
 
@@ -94,7 +114,10 @@ def test_the_folder_lies_in_the_source(texts):
     inside = texts / "made"
     first = Corpus.open(tokenize.prepare(settings(inside, texts, pattern="*"), options=NEW))
     assert sum(split["documents"] for split in first.facts["splits"].values()) == 4
-    assert Corpus.open(tokenize.prepare(settings(inside, texts, pattern="*"), options=AGAIN)).fingerprint == first.fingerprint
+    assert (
+        Corpus.open(tokenize.prepare(settings(inside, texts, pattern="*"), options=AGAIN)).fingerprint
+        == first.fingerprint
+    )
 
 
 def test_a_tokenizer_is_not_removed_under_itself(tmp_path, texts):
@@ -105,7 +128,9 @@ def test_a_tokenizer_is_not_removed_under_itself(tmp_path, texts):
     shutil.copytree(made / "tokenizer", foreign / "tokenizer")
     (foreign / "tokenizer" / "README.md").write_text("mine")
     before = contents(foreign)
-    assert "tokenizer/README.md" in refused(settings(foreign, texts, tokenizer=str(foreign / "tokenizer")), options=NEW)
+    assert "tokenizer/README.md" in refused(
+        settings(foreign, texts, tokenizer=str(foreign / "tokenizer")), options=NEW
+    )
     assert contents(foreign) == before
 
 
@@ -127,19 +152,26 @@ def test_a_refusal_leaves_nothing(tmp_path, texts, case, there):
     for name, value in REFUSED[case].items():
         setattr(data, name, value)
     refused(data, options=NEW)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path != texts and texts not in path.parents) == (["a", "b"] if there else [])
+    assert sorted(
+        path.name for path in tmp_path.rglob("*") if path != texts and texts not in path.parents
+    ) == (["a", "b"] if there else [])
 
 
 def test_a_bad_record_before_anything_is_complete_leaves_nothing(tmp_path, texts):
     made = tokenize.prepare(settings(tmp_path / "made", texts), options=NEW)
     (tmp_path / "records.jsonl").write_text('{"text": "good words"}\n{"text": 5}\n')
-    refused(settings(tmp_path / "a" / "b", tmp_path / "records.jsonl", tokenizer=str(made / "tokenizer")), options=NEW)
+    refused(
+        settings(tmp_path / "a" / "b", tmp_path / "records.jsonl", tokenizer=str(made / "tokenizer")),
+        options=NEW,
+    )
     assert not (tmp_path / "a").exists()
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path, texts):
     for place in ("/proc/none", "/sys/none"):
-        assert f"data.path={place}: it cannot be written" in refused(settings(Path(place), texts), options=NEW)
+        assert f"data.path={place}: it cannot be written" in refused(
+            settings(Path(place), texts), options=NEW
+        )
     (tmp_path / "file").write_text("")
     assert "it is a file" in refused(settings(tmp_path / "file", texts), options=NEW)
     assert "cannot be written" in refused(settings(tmp_path / "file" / "x", texts), options=NEW)
@@ -165,9 +197,14 @@ def test_links_to_folders_are_followed_and_what_is_left_out_is_said(tmp_path, te
     folder = tokenize.prepare(settings(tmp_path / "data", root), options=NEW)
     facts = json.loads((folder / "corpus.json").read_text())
     assert sum(split["documents"] for split in facts["splits"].values()) == 8
-    assert sorted(facts["sources"]["files"]) == [f"root/{place}/{number}.txt" for place in ("a", "b/deep") for number in range(4)]
+    assert sorted(facts["sources"]["files"]) == [
+        f"root/{place}/{number}.txt" for place in ("a", "b/deep") for number in range(4)
+    ]
     assert facts["left_out"] == {"of other endings": 1, "broken links or no regular files": 1, "empty": 1}
-    assert "reading 8 sources; left out: 1 broken links or no regular files, 1 empty, 1 of other endings" in capsys.readouterr().err
+    assert (
+        "reading 8 sources; left out: 1 broken links or no regular files, 1 empty, 1 of other endings"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("pattern", ["*.txt", "a/*.txt", "**/*.txt", "a/**/*.txt", "[ab]/?.txt", "*"])
@@ -178,7 +215,9 @@ def test_patterns_match_as_pathlib_does(tmp_path, texts, pattern):
     from hybridtrain.data.prepare.sources import listing
 
     found = listing(settings(tmp_path / "data", root, pattern=pattern)).sources
-    expected = sorted(f"root/{path.relative_to(root).as_posix()}" for path in root.rglob(pattern) if path.is_file())
+    expected = sorted(
+        f"root/{path.relative_to(root).as_posix()}" for path in root.rglob(pattern) if path.is_file()
+    )
     assert [source.name for source in found] == expected
 
 
@@ -195,7 +234,11 @@ def test_two_machines_with_a_shared_disk_prepare_once(tmp_path):
     def start(rank: int) -> subprocess.Popen[str]:
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0"}
         return subprocess.Popen(
-            [sys.executable, "-c", EMBEDDED, str(tmp_path / "data")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", EMBEDDED, str(tmp_path / "data")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     both = [start(0), start(8)]
@@ -207,11 +250,23 @@ def test_two_machines_with_a_shared_disk_prepare_once(tmp_path):
 
 def test_an_interrupt_is_one_line(tmp_path):
     source = tmp_path / "a.jsonl"
-    source.write_text("".join(json.dumps({"text": f"some words and number {number} " * 50}) + "\n" for number in range(20000)))
-    options = [f"data.path={tmp_path / 'data'}", f"data.source=[{source}]", "data.vocab_size=300", "prepare.workers=2"]
+    source.write_text(
+        "".join(
+            json.dumps({"text": f"some words and number {number} " * 50}) + "\n" for number in range(20000)
+        )
+    )
+    options = [
+        f"data.path={tmp_path / 'data'}",
+        f"data.source=[{source}]",
+        "data.vocab_size=300",
+        "prepare.workers=2",
+    ]
     command = [sys.executable, "-m", "hybridtrain.cli", "prepare", *options]
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 - tests may run where it is ignored
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    # tests may run where it is ignored
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     while not list(tmp_path.glob("data/.partial/piece-*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -222,14 +277,23 @@ def test_an_interrupt_is_one_line(tmp_path):
 
 
 def test_a_source_that_is_misspelt_names_the_nearest(tmp_path, texts):
-    assert f"try:     data.source=[{texts / '0.txt'}]" in refused(settings(tmp_path / "data", texts / "0.tx"), options=NEW)
+    assert f"try:     data.source=[{texts / '0.txt'}]" in refused(
+        settings(tmp_path / "data", texts / "0.tx"), options=NEW
+    )
     assert "try:     data.source=[stdlib]" in refused(settings(tmp_path / "data", Path("stdlb")), options=NEW)
-    assert "try:     the path as it is from this folder" in refused(settings(tmp_path / "data", texts / "none" / "x"), options=NEW)
+    assert "try:     the path as it is from this folder" in refused(
+        settings(tmp_path / "data", texts / "none" / "x"), options=NEW
+    )
 
 
 def test_records_that_all_lack_the_field_are_named(tmp_path):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "some words"}\n' * 8)
-    said = refused(settings(tmp_path / "data", source, text_key="contents"), options=PrepareConfig(skip_bad=True))
-    assert f"8 records were left out (prepare.skip_bad=true), the first {source} line 1: its field 'contents' is missing or null (its fields: 'text')" in said
+    said = refused(
+        settings(tmp_path / "data", source, text_key="contents"), options=PrepareConfig(skip_bad=True)
+    )
+    assert (
+        f"8 records were left out (prepare.skip_bad=true), the first {source} line 1: its field 'contents' is missing or null (its fields: 'text')"
+        in said
+    )
     assert "try:     data.text_key=FIELD" in said

@@ -34,7 +34,10 @@ def read_by_the_specification(prefix: Path) -> tuple[np.dtype, list[list[int]]]:
     pointers = struct.unpack(f"<{sequences}q", idx[34 + 4 * sequences : 34 + 12 * sequences])
     assert struct.unpack(f"<{boundaries}q", idx[34 + 12 * sequences :]) == tuple(range(sequences + 1))
     tokens = prefix.with_name(prefix.name + ".bin").read_bytes()
-    return dtype, [np.frombuffer(tokens, dtype, size, pointer).tolist() for size, pointer in zip(sizes, pointers, strict=True)]
+    return dtype, [
+        np.frombuffer(tokens, dtype, size, pointer).tolist()
+        for size, pointer in zip(sizes, pointers, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])
@@ -48,7 +51,12 @@ def test_reads_what_megatron_writes(tmp_path):
     tokens = np.arange(10, dtype=np.int64)
     (tmp_path / "m.bin").write_bytes(tokens.tobytes())
     idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 5, 3, 3)
-    idx += struct.pack("<3i", 2, 3, 5) + struct.pack("<3q", 0, 16, 40) + struct.pack("<3q", 0, 2, 3) + b"\x00\x00\x01"
+    idx += (
+        struct.pack("<3i", 2, 3, 5)
+        + struct.pack("<3q", 0, 16, 40)
+        + struct.pack("<3q", 0, 2, 3)
+        + b"\x00\x00\x01"
+    )
     (tmp_path / "m.idx").write_bytes(idx)
     reader = IndexedReader(tmp_path / "m")
     assert (reader.documents, reader.sequences, reader.tokens) == (2, 3, 10)
@@ -57,7 +65,10 @@ def test_reads_what_megatron_writes(tmp_path):
 
 def test_appending_equals_adding(tmp_path):
     whole = write(tmp_path / "whole", DOCUMENTS, vocab_size=65499)
-    parts = [write(tmp_path / f"part{number}", part, vocab_size=65499) for number, part in enumerate((DOCUMENTS[:1], DOCUMENTS[1:]))]
+    parts = [
+        write(tmp_path / f"part{number}", part, vocab_size=65499)
+        for number, part in enumerate((DOCUMENTS[:1], DOCUMENTS[1:]))
+    ]
     with IndexedWriter(tmp_path / "joined", dtype=token_dtype(65499)) as writer:
         for part in parts:
             reader = IndexedReader(part)
@@ -71,7 +82,11 @@ def test_appending_some_equals_adding_those(tmp_path, keep, monkeypatch):
     monkeypatch.setattr(indexed, "COPY_BYTES", 3)  # both the copies and the index are written in many parts
     documents = [[number] * (number % 3 + 1) for number in range(7)]
     whole = IndexedReader(write(tmp_path / "whole", documents, vocab_size=65499))
-    expected = write(tmp_path / "expected", [document for document, kept in zip(documents, keep, strict=True) if kept], vocab_size=65499)
+    expected = write(
+        tmp_path / "expected",
+        [document for document, kept in zip(documents, keep, strict=True) if kept],
+        vocab_size=65499,
+    )
     with IndexedWriter(tmp_path / "some", dtype=token_dtype(65499)) as writer:
         writer.append(whole, keep=np.array(keep, dtype=bool))
     for some, wanted in zip(file_pair(tmp_path / "some"), file_pair(expected), strict=True):
@@ -79,17 +94,26 @@ def test_appending_some_equals_adding_those(tmp_path, keep, monkeypatch):
         assert not any(keep) or some.read_bytes() == wanted.read_bytes()
 
 
-@pytest.mark.parametrize(("code", "dtype"), [(1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+@pytest.mark.parametrize(
+    ("code", "dtype"), [(1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")]
+)
 def test_every_integer_type_of_megatron_is_read(tmp_path, code, dtype):
     """Three documents of two, none and one sequences; where they begin, in any window."""
     (tmp_path / "m.bin").write_bytes(np.arange(9, dtype=dtype).tobytes())
     width = np.dtype(dtype).itemsize
     idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 3, 4)
-    idx += struct.pack("<3i", 2, 3, 4) + struct.pack("<3q", 0, 2 * width, 5 * width) + struct.pack("<4q", 0, 2, 2, 3)
+    idx += (
+        struct.pack("<3i", 2, 3, 4)
+        + struct.pack("<3q", 0, 2 * width, 5 * width)
+        + struct.pack("<4q", 0, 2, 2, 3)
+    )
     (tmp_path / "m.idx").write_bytes(idx)
     reader = IndexedReader(tmp_path / "m")
     assert reader.read(0, 9).tolist() == list(range(9))
-    starts = {start: [int(at) for at in reader.document_starts(start, stop)] for start, stop in ((0, 9), (1, 9), (5, 6), (6, 9))}
+    starts = {
+        start: [int(at) for at in reader.document_starts(start, stop)]
+        for start, stop in ((0, 9), (1, 9), (5, 6), (6, 9))
+    }
     assert starts == {0: [0, 5], 1: [5], 5: [5], 6: []}
 
 
@@ -99,7 +123,10 @@ def test_no_documents_leave_no_files(tmp_path):
 
 
 def test_an_id_beyond_the_type_is_an_error_and_leaves_no_index(tmp_path):
-    with pytest.raises(AssertionError, match="uint16 cannot hold"), IndexedWriter(tmp_path / "train", dtype=token_dtype(100)) as writer:
+    with (
+        pytest.raises(AssertionError, match="uint16 cannot hold"),
+        IndexedWriter(tmp_path / "train", dtype=token_dtype(100)) as writer,
+    ):
         writer.add(np.array([65536]))
     assert not (tmp_path / "train.idx").exists()
 
@@ -113,10 +140,19 @@ DAMAGE = {
     "missing idx": (lambda p: (p / "train.idx").unlink(), "train.idx: there is no such file"),
     "empty bin": (lambda p: (p / "train.bin").write_bytes(b""), "train.bin: the file is empty"),
     "empty idx": (lambda p: (p / "train.idx").write_bytes(b""), "train.idx: the file is empty"),
-    "truncated bin": (lambda p: truncate(p / "train.bin", 2), "train.bin: it has 18 bytes but its index describes 20; it is truncated"),
+    "truncated bin": (
+        lambda p: truncate(p / "train.bin", 2),
+        "train.bin: it has 18 bytes but its index describes 20; it is truncated",
+    ),
     "truncated idx": (lambda p: truncate(p / "train.idx", 8), "train.idx: it is truncated: 94 bytes of 102"),
-    "truncated header": (lambda p: truncate(p / "train.idx", 80), "train.idx: it is truncated after 22 bytes"),
-    "wrong magic": (lambda p: (p / "train.idx").write_bytes(b"PK\x03\x04 a zip, not an index of tokens"), "so it is no token index"),
+    "truncated header": (
+        lambda p: truncate(p / "train.idx", 80),
+        "train.idx: it is truncated after 22 bytes",
+    ),
+    "wrong magic": (
+        lambda p: (p / "train.idx").write_bytes(b"PK\x03\x04 a zip, not an index of tokens"),
+        "so it is no token index",
+    ),
     "wrong version": (lambda p: patch(p / "train.idx", 9, 2), "format version 2"),
     "wrong type": (lambda p: patch(p / "train.idx", 17, 7), "type code 7"),
     "longer bin": (lambda p: (p / "train.bin").write_bytes(bytes(40)), "of another index"),
@@ -145,7 +181,9 @@ def test_a_file_of_zeros_is_no_text(tmp_path):
     write(tmp_path / "train", [[5, 6, 7] * 40], vocab_size=300)
     assert Corpus.open(tmp_path / "train").count("train", seq_len=32) == 3
     (tmp_path / "train.bin").write_bytes(bytes((tmp_path / "train.bin").stat().st_size))
-    with pytest.raises(UserError, match=r"train\.bin: all \d+ tokens of a sample have the id 0: the copy is incomplete"):
+    with pytest.raises(
+        UserError, match=r"train\.bin: all \d+ tokens of a sample have the id 0: the copy is incomplete"
+    ):
         Corpus.open(tmp_path / "train")
 
 

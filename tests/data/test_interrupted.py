@@ -30,7 +30,9 @@ tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=6
 
 
 def start_prepare(folder: Path, source: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(source)], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(source)], stderr=subprocess.PIPE, text=True
+    )
 
 
 def kill_until_done(folder: Path, source: Path, *, kills: int, seed: int) -> str:
@@ -39,7 +41,11 @@ def kill_until_done(folder: Path, source: Path, *, kills: int, seed: int) -> str
     for _ in range(kills):
         process = start_prepare(folder, source)
         have = len(list(folder.glob(".partial/piece-*")))
-        while process.poll() is None and len(list(folder.glob(".partial/piece-*"))) == have and not (have == 0 and generator.random() < 0.002):
+        while (
+            process.poll() is None
+            and len(list(folder.glob(".partial/piece-*"))) == have
+            and not (have == 0 and generator.random() < 0.002)
+        ):
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
@@ -73,8 +79,11 @@ def test_many_kills_change_no_byte(tmp_path, seed):
 
 @pytest.mark.parametrize("room", [1_000, 100_000])
 def test_a_full_disk_is_said_and_survived(tmp_path, room):
-    """RLIMIT_FSIZE makes writes fail as a full disk does, of the tokenizer or of tokens; with room the same command goes on."""
-    data = settings(tmp_path / "data", write_texts(tmp_path / "texts", documents=20, words=3000), vocab_size=300)
+    """RLIMIT_FSIZE makes writes fail as a full disk does, of the tokenizer or of tokens; with room the
+    same command goes on."""
+    data = settings(
+        tmp_path / "data", write_texts(tmp_path / "texts", documents=20, words=3000), vocab_size=300
+    )
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -96,7 +105,11 @@ def test_changed_text_is_not_mixed_with_old_pieces(tmp_path):
     partial.mkdir(parents=True)
 
     def begin() -> None:
-        tokenize._open_partial(partial, settings=settings_of(data), planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)))
+        tokenize._open_partial(
+            partial,
+            settings=settings_of(data),
+            planned=pieces.plan(sources.listing(data).sources, fields=Fields.of(data)),
+        )
 
     begin()
     (partial / "piece-00000").mkdir()

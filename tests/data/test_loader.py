@@ -1,4 +1,5 @@
-"""The loader: the same global batch under every layout, exact evaluation rows, and corpora that are not fit."""
+"""The loader: the same global batch under every layout, exact evaluation rows, and
+corpora that are not fit."""
 
 import json
 import os
@@ -31,7 +32,13 @@ SEQ = 32
 def folder(tmp_path_factory) -> Path:
     """The json package of the standard library, one file or more of it held out."""
     source = Path(json.__file__).parent
-    data = DataConfig(path=str(tmp_path_factory.mktemp("json") / "data"), source=[str(source)], pattern="*.py", vocab_size=300, eval_fraction=0.2)
+    data = DataConfig(
+        path=str(tmp_path_factory.mktemp("json") / "data"),
+        source=[str(source)],
+        pattern="*.py",
+        vocab_size=300,
+        eval_fraction=0.2,
+    )
     return tokenize.prepare(data, options=PrepareConfig())
 
 
@@ -47,7 +54,10 @@ def data(folder) -> Blend:
 
 def plan(*, global_batch_size: int, micro_batch_size: int, dp: int) -> BatchPlan:
     return BatchPlan(
-        micro_batch_size=micro_batch_size, seq_len=SEQ, grad_accum=global_batch_size // micro_batch_size // dp, global_batch_size=global_batch_size
+        micro_batch_size=micro_batch_size,
+        seq_len=SEQ,
+        grad_accum=global_batch_size // micro_batch_size // dp,
+        global_batch_size=global_batch_size,
     )
 
 
@@ -75,14 +85,19 @@ def expected_rows(corpus: Corpus, split: str, row_ids: np.ndarray) -> np.ndarray
 def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size):
     size = 24
     shape = plan(global_batch_size=size, micro_batch_size=micro_batch_size, dp=dp)
-    loaders = [Loader(data, plan=shape, dp_rank=rank, dp_size=dp, seed=7, vocab=300, collate=CausalLM().collate) for rank in range(dp)]
+    loaders = [
+        Loader(data, plan=shape, dp_rank=rank, dp_size=dp, seed=7, vocab=300, collate=CausalLM().collate)
+        for rank in range(dp)
+    ]
     rows = corpus.count("train", seq_len=SEQ)
     assert [len(each) for each in data.rows("train", seq_len=SEQ, vocab=300)] == [rows]
     for step in (0, 1, 2, rows // size, 40, 3):  # in order, over the epoch's edge, far on and back
         parts = []
         for loader in loaders:
             batches = loader.micro_batches(step)
-            assert [batch.input_ids_BT.shape for batch in batches] == [(micro_batch_size, SEQ)] * shape.grad_accum
+            assert [batch.input_ids_BT.shape for batch in batches] == [
+                (micro_batch_size, SEQ)
+            ] * shape.grad_accum
             parts.append(rows_of(batches))
         ids = order.row_ids(np.arange(step * size, step * size + size), rows=rows, seed=7)
         assert np.array_equal(np.concatenate([loader.row_ids(step)[:, 1] for loader in loaders]), ids)
@@ -91,7 +106,15 @@ def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size
 
 def test_an_epoch_predicts_every_token_once(corpus, data):
     rows = corpus.count("train", seq_len=SEQ)
-    loader = Loader(data, plan=plan(global_batch_size=1, micro_batch_size=1, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
+    loader = Loader(
+        data,
+        plan=plan(global_batch_size=1, micro_batch_size=1, dp=1),
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        vocab=300,
+        collate=CausalLM().collate,
+    )
     labels = torch.cat([loader.micro_batches(step)[0].labels_BT for step in range(rows)])
     tokens = np.fromfile(corpus.path / "train.bin", dtype=np.uint16)[1 : rows * SEQ + 1]
     assert np.array_equal(np.sort(labels.numpy(), axis=None), np.sort(tokens.astype(np.int64)))
@@ -99,11 +122,16 @@ def test_an_epoch_predicts_every_token_once(corpus, data):
 
 def test_fingerprint_names_the_order(data):
     def fingerprint(*, size: int, micro: int, dp: int, seed: int) -> str:
-        return order_fingerprint(data, plan=plan(global_batch_size=size, micro_batch_size=micro, dp=dp), seed=seed)
+        return order_fingerprint(
+            data, plan=plan(global_batch_size=size, micro_batch_size=micro, dp=dp), seed=seed
+        )
 
     base = fingerprint(size=8, micro=1, dp=1, seed=0)
     assert base == fingerprint(size=8, micro=2, dp=4, seed=0)
-    assert len({base, fingerprint(size=16, micro=1, dp=1, seed=0), fingerprint(size=8, micro=1, dp=1, seed=1)}) == 3
+    assert (
+        len({base, fingerprint(size=16, micro=1, dp=1, seed=0), fingerprint(size=8, micro=1, dp=1, seed=1)})
+        == 3
+    )
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
@@ -113,7 +141,16 @@ def test_evaluation_rows_are_exact(corpus, data, dp, micro_batch_size, per_step,
     shape = plan(global_batch_size=micro_batch_size * dp, micro_batch_size=micro_batch_size, dp=dp)
     have = corpus.count("eval", seq_len=SEQ)
     ranks = [
-        eval_batches(data, plan=shape, rows=rows, dp_rank=rank, dp_size=dp, micro_batches_per_step=per_step, vocab=300, collate=CausalLM().collate)
+        eval_batches(
+            data,
+            plan=shape,
+            rows=rows,
+            dp_rank=rank,
+            dp_size=dp,
+            micro_batches_per_step=per_step,
+            vocab=300,
+            collate=CausalLM().collate,
+        )
         for rank in range(dp)
     ]
     assert {len(steps) for steps in ranks} == {-(-rows // (micro_batch_size * per_step * dp))}
@@ -148,7 +185,16 @@ def test_evaluation_on_fewer_rows_than_asked(corpus, data):
 def test_evaluation_without_a_row_is_refused(data):
     long = BatchPlan(micro_batch_size=1, seq_len=10**6, grad_accum=1, global_batch_size=1)
     with pytest.raises(UserError, match=r"train\.eval_rows=8: .*no held-out row of 1000000 tokens"):
-        eval_batches(data, plan=long, rows=8, dp_rank=0, dp_size=1, micro_batches_per_step=1, vocab=300, collate=CausalLM().collate)
+        eval_batches(
+            data,
+            plan=long,
+            rows=8,
+            dp_rank=0,
+            dp_size=1,
+            micro_batches_per_step=1,
+            vocab=300,
+            collate=CausalLM().collate,
+        )
 
 
 def test_rows_longer_than_the_corpus_are_refused(data):
@@ -159,7 +205,10 @@ def test_rows_longer_than_the_corpus_are_refused(data):
 
 def test_vocabulary_of_the_model(corpus, data):
     check_vocab(data, vocab=corpus.largest_id + 1)
-    with pytest.raises(UserError, match=rf"model\.config\.vocab_size={corpus.largest_id}: .*token id {corpus.largest_id}[\s\S]*vocab_size=300"):
+    with pytest.raises(
+        UserError,
+        match=rf"model\.config\.vocab_size={corpus.largest_id}: .*token id {corpus.largest_id}[\s\S]*vocab_size=300",
+    ):
         check_vocab(data, vocab=corpus.largest_id)
 
 
@@ -175,13 +224,28 @@ def swap(folder: Path) -> None:
 
 UNFIT = {
     "no folder": (shutil.rmtree, "there is no such folder"),
-    "not prepared": (lambda p: [path.unlink() for path in p.iterdir() if path.is_file()], "holds no prepared corpus"),
-    "token files only": (lambda p: (p / "corpus.json").unlink(), "token files from elsewhere are named by their prefix: data.path="),
-    "cut corpus.json": (lambda p: (p / "corpus.json").write_text('{"format": 1, "spl'), "corpus.json cannot be read"),
-    "other corpus.json": (lambda p: (p / "corpus.json").write_text('{"name": "mine"}'), "corpus.json lacks 'format'"),
+    "not prepared": (
+        lambda p: [path.unlink() for path in p.iterdir() if path.is_file()],
+        "holds no prepared corpus",
+    ),
+    "token files only": (
+        lambda p: (p / "corpus.json").unlink(),
+        "token files from elsewhere are named by their prefix: data.path=",
+    ),
+    "cut corpus.json": (
+        lambda p: (p / "corpus.json").write_text('{"format": 1, "spl'),
+        "corpus.json cannot be read",
+    ),
+    "other corpus.json": (
+        lambda p: (p / "corpus.json").write_text('{"name": "mine"}'),
+        "corpus.json lacks 'format'",
+    ),
     "no counts": (lambda p: edit(p, splits={}), "corpus.json lacks 'train'"),
     "of another version": (lambda p: edit(p, format=99), "it has format 99, this version reads 2"),
-    "truncated bin": (lambda p: os.truncate(p / "train.bin", 100), "train.bin: it has 100 bytes but its index describes"),
+    "truncated bin": (
+        lambda p: os.truncate(p / "train.bin", 100),
+        "train.bin: it has 100 bytes but its index describes",
+    ),
     "empty bin": (lambda p: os.truncate(p / "eval.bin", 0), "eval.bin: the file is empty"),
     "missing idx": (lambda p: (p / "eval.idx").unlink(), "eval.idx: there is no such file"),
     "truncated idx": (lambda p: os.truncate(p / "train.idx", 50), "train.idx: it is truncated"),
@@ -209,10 +273,22 @@ def test_opening_reads_metadata_only(tmp_path, folder):
     idx += (np.arange(32, dtype="<i8") * tokens * 2).tobytes() + np.arange(33, dtype="<i8").tobytes()
     (copy / "train.idx").write_bytes(idx)
     os.truncate(copy / "train.bin", 32 * tokens * 2)
-    edit(copy, splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}}, digests=None)
+    edit(
+        copy,
+        splits={"train": {"documents": 32, "tokens": 32 * tokens}, "eval": {"documents": 0, "tokens": 0}},
+        digests=None,
+    )
     opened = open_data(DataConfig(path=str(copy)), timeout_s=0)
     assert opened.count("train", seq_len=SEQ) == (32 * tokens - 1) // SEQ
-    loader = Loader(opened, plan=plan(global_batch_size=4, micro_batch_size=2, dp=1), dp_rank=0, dp_size=1, seed=0, vocab=300, collate=CausalLM().collate)
+    loader = Loader(
+        opened,
+        plan=plan(global_batch_size=4, micro_batch_size=2, dp=1),
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+        vocab=300,
+        collate=CausalLM().collate,
+    )
     assert loader.micro_batches(10**6)[1].input_ids_BT.shape == (2, SEQ)
 
 

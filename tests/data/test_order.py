@@ -53,7 +53,8 @@ def test_every_row_is_equally_likely_in_every_place(rows):
 
 
 def test_neighbours_are_spread():
-    """Steps between consecutive samples look like those of random rows: mean distance a third of the range."""
+    """Steps between consecutive samples look like those of random rows: mean distance a
+    third of the range."""
     rows = row_ids(0, 20000, rows=100003, seed=5).astype(float)
     assert abs(np.abs(np.diff(rows)).mean() / 100003 - 1 / 3) < 0.01
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.03

@@ -36,7 +36,11 @@ def best_fit(sizes: np.ndarray, capacity: int) -> int:
 def test_rows_are_as_few_as_best_fit_makes(seed):
     generator = np.random.default_rng(seed)
     capacity = int(generator.integers(5, 200))
-    sizes = generator.integers(1, capacity + 1, size=400) if seed % 2 else np.minimum(capacity, 1 + generator.geometric(5 / capacity, size=400))
+    sizes = (
+        generator.integers(1, capacity + 1, size=400)
+        if seed % 2
+        else np.minimum(capacity, 1 + generator.geometric(5 / capacity, size=400))
+    )
     assert len(filled(sizes, capacity)) == best_fit(sizes, capacity)
 
 
@@ -58,7 +62,8 @@ def test_the_row_index(tmp_path: Path):
             writer.add(np.arange(size) >= size - 2)
     made = packing.build(tmp_path, split="train", seq_len=9)
     assert (made.conversations, made.cut) == (7, 1)
-    assert (made.tokens, made.targets) == (5 + 9 + 3 + 10 + 4 + 1 + 8, 5 * 2)  # the end of 20 is cut off; the first token, all there is of 1, is no target
+    # the end of 20 is cut off; the first token, all there is of 1, is no target
+    assert (made.tokens, made.targets) == (5 + 9 + 3 + 10 + 4 + 1 + 8, 5 * 2)
     ids, starts = (np.load(path, mmap_mode="r") for path in packing.row_files(tmp_path, split="train"))
     assert sorted(ids.tolist()) == list(range(7))
     rows = [ids[start:stop].tolist() for start, stop in itertools.pairwise(starts)]

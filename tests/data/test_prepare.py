@@ -20,7 +20,16 @@ from hybridtrain.errors import UserError
 from tests.data.texts import settings, write_texts
 
 TEXT = Recipe(
-    chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total_bytes=0, held_out_before={}, eos=[], special_ids=[], vocab_size=400
+    chat=None,
+    labels=None,
+    eval_fraction=0.0,
+    deduplicate=False,
+    skip_bad=False,
+    total_bytes=0,
+    held_out_before={},
+    eos=[],
+    special_ids=[],
+    vocab_size=400,
 )
 
 
@@ -31,7 +40,9 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, texts) -> Path:
-    return tokenize.prepare(settings(tmp_path_factory.mktemp("prepared") / "data", texts), options=PrepareConfig())
+    return tokenize.prepare(
+        settings(tmp_path_factory.mktemp("prepared") / "data", texts), options=PrepareConfig()
+    )
 
 
 def text_of(source: sources.Source) -> str:
@@ -44,8 +55,19 @@ def test_token_files_decode_to_the_documents(prepared, texts):
     saved = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     facts = json.loads((prepared / "corpus.json").read_text())
     listed = sources.listing(settings(prepared, texts)).sources
-    names = [".lock", ".prepare.json", "corpus.json", "eval.bin", "eval.idx", "speed.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
-    assert sorted(path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()) == [*names, "train.bin", "train.idx"]
+    names = [
+        ".lock",
+        ".prepare.json",
+        "corpus.json",
+        "eval.bin",
+        "eval.idx",
+        "speed.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    ]
+    assert sorted(
+        path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()
+    ) == [*names, "train.bin", "train.idx"]
     largest = 0
     for split, held_out in (("train", False), ("eval", True)):
         reader = IndexedReader(prepared / split)
@@ -57,9 +79,16 @@ def test_token_files_decode_to_the_documents(prepared, texts):
             assert saved.decode(tokens[:-1]) == text
             assert np.array_equal(tokens[:-1], saved(text, add_special_tokens=False)["input_ids"])
         sizes = sorted(reader.sizes.tolist())
-        assert (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) == (len(expected), reader.tokens)
+        assert (facts["splits"][split]["documents"], facts["splits"][split]["tokens"]) == (
+            len(expected),
+            reader.tokens,
+        )
         lengths = facts["splits"][split]["lengths"]
-        assert (lengths["min"], lengths["max"], lengths["median"]) == (sizes[0], sizes[-1], sizes[(len(sizes) + 1) // 2 - 1])
+        assert (lengths["min"], lengths["max"], lengths["median"]) == (
+            sizes[0],
+            sizes[-1],
+            sizes[(len(sizes) + 1) // 2 - 1],
+        )
         assert lengths["p90"] == sizes[-(len(sizes) // 10) - 1]
         assert lengths["mean"] == pytest.approx(reader.tokens / len(sizes), abs=0.05)
         largest = max(largest, int(reader.read(0, reader.tokens).max()))
@@ -81,10 +110,17 @@ def test_prepared_already_returns_at_once_and_writes_nothing(prepared, texts, ca
 def test_other_settings_are_refused_unless_overwritten(tmp_path, texts):
     first = tokenize.prepare(settings(tmp_path / "data", texts), options=PrepareConfig())
     old = Corpus.open(first)
-    with pytest.raises(UserError, match=r"data\.vocab_size=300: .* was prepared with 400[\s\S]*prepare\.overwrite=true"):
+    with pytest.raises(
+        UserError, match=r"data\.vocab_size=300: .* was prepared with 400[\s\S]*prepare\.overwrite=true"
+    ):
         tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300), options=PrepareConfig())
     assert Corpus.open(first).fingerprint == old.fingerprint
-    new = Corpus.open(tokenize.prepare(settings(tmp_path / "data", texts, vocab_size=300, eval_fraction=0.0), options=PrepareConfig(overwrite=True)))
+    new = Corpus.open(
+        tokenize.prepare(
+            settings(tmp_path / "data", texts, vocab_size=300, eval_fraction=0.0),
+            options=PrepareConfig(overwrite=True),
+        )
+    )
     assert new.fingerprint != old.fingerprint
     assert new.vocab_size == 300
     assert "eval" not in new.readers
@@ -102,7 +138,10 @@ def test_fingerprint_is_of_the_tokens_not_of_the_place(tmp_path, prepared, texts
 
 
 def test_a_tokenizer_folder_and_no_end_of_text(tmp_path, prepared, texts):
-    folder = tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(prepared / "tokenizer"), append_eos=False), options=PrepareConfig())
+    folder = tokenize.prepare(
+        settings(tmp_path / "data", texts, tokenizer=str(prepared / "tokenizer"), append_eos=False),
+        options=PrepareConfig(),
+    )
     plain, with_eos = Corpus.open(folder), Corpus.open(prepared)
     assert plain.vocab_size == with_eos.vocab_size
     for split in ("train", "eval"):
@@ -114,7 +153,9 @@ def test_a_tokenizer_folder_and_no_end_of_text(tmp_path, prepared, texts):
 def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch):
     from tokenizers import Tokenizer
 
-    text = "".join(Path(sys.modules[name].__file__).read_text() for name in ("argparse", "typing", "subprocess"))
+    text = "".join(
+        Path(sys.modules[name].__file__).read_text() for name in ("argparse", "typing", "subprocess")
+    )
     monkeypatch.setattr(cuts, "CHUNK_CHARS", 500)
     fast = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))
     whole = fast.encode(text, add_special_tokens=False).ids
@@ -133,7 +174,11 @@ def test_stdlib_is_code_without_tests():
     names = [source.name for source in found]
     assert names == sorted(names)
     assert {"stdlib/argparse.py", "stdlib/json/decoder.py"} <= set(names)
-    assert not [name for name in names if {"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(name.split("/"))]
+    assert not [
+        name
+        for name in names
+        if {"site-packages", "test", "tests", "idle_test", "__pycache__"} & set(name.split("/"))
+    ]
     assert 5e6 < sum(source.size for source in found) < 40e6
     assert 0.01 < sum(source.held_out is True for source in found) / len(found) < 0.04
 
@@ -142,10 +187,22 @@ def test_sources_files_folders_and_patterns(tmp_path):
     write_texts(tmp_path / "texts", documents=6, words=5)
     (tmp_path / "texts" / "note.md").write_text("no document")
     (tmp_path / "texts" / "empty.txt").write_text("")
-    (tmp_path / "single.md").write_text("\ufefftext after a byte order mark \udc80".encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    (tmp_path / "single.md").write_text(
+        "\ufefftext after a byte order mark \udc80".encode("utf-8", "surrogateescape").decode(
+            "utf-8", "replace"
+        )
+    )
     entries = [tmp_path / "single.md", tmp_path / "texts" / "part1", tmp_path / "texts" / "**" / "*.txt"]
     found = sources.listing(DataConfig(source=[str(entry) for entry in entries], eval_fraction=0.0)).sources
-    assert [source.name for source in found] == ["single.md", "part1/1.txt", "part1/4.txt", "part0/0.txt", "part0/3.txt", "part2/2.txt", "part2/5.txt"]
+    assert [source.name for source in found] == [
+        "single.md",
+        "part1/1.txt",
+        "part1/4.txt",
+        "part0/0.txt",
+        "part0/3.txt",
+        "part2/2.txt",
+        "part2/5.txt",
+    ]
     assert text_of(found[0]) == "text after a byte order mark \ufffd"
     assert not any(source.held_out for source in found)
 
@@ -163,17 +220,28 @@ def test_held_out_documents(tmp_path, fraction, documents):
         assert 10 < len(held_out) < 30
         (tmp_path / "part0" / "new.txt").write_text("one more")
         again = sources.listing(DataConfig(source=[str(tmp_path)], eval_fraction=fraction)).sources
-        assert {source.name for source in again if source.held_out} - {f"{tmp_path.name}/part0/new.txt"} == held_out
+        assert {source.name for source in again if source.held_out} - {
+            f"{tmp_path.name}/part0/new.txt"
+        } == held_out
 
 
 REFUSALS = {
     "no path": ({"path": ""}, r"data\.path=''"),
     "no source": ({"source": []}, r"data\.source=\[\]: nothing to read"),
-    "missing source": ({"source": ["/nowhere/at/all"]}, r"data\.source=/nowhere/at/all: there is no such file"),
-    "nothing matches": ({"pattern": "*.nothing"}, r"data\.source=.*no text in it \(data\.pattern=\*\.nothing\)"),
+    "missing source": (
+        {"source": ["/nowhere/at/all"]},
+        r"data\.source=/nowhere/at/all: there is no such file",
+    ),
+    "nothing matches": (
+        {"pattern": "*.nothing"},
+        r"data\.source=.*no text in it \(data\.pattern=\*\.nothing\)",
+    ),
     "fraction": ({"eval_fraction": 1.0}, r"data\.eval_fraction=1\.0"),
     "vocabulary": ({"vocab_size": 200}, r"data\.vocab_size=200: .*\n.*257 or more"),
-    "tokenizer": ({"tokenizer": "/nowhere/tokenizer"}, r"data\.tokenizer=/nowhere/tokenizer: it cannot be loaded"),
+    "tokenizer": (
+        {"tokenizer": "/nowhere/tokenizer"},
+        r"data\.tokenizer=/nowhere/tokenizer: it cannot be loaded",
+    ),
     "a file as folder": ({"path": __file__}, r"data\.path=.*test_prepare"),
 }
 
@@ -194,9 +262,13 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, texts, prepared):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))).save_pretrained(tmp_path / "bare")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))
+    ).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match=r"data\.append_eos=True: .*no end-of-text token"):
-        tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "bare")), options=PrepareConfig())
+        tokenize.prepare(
+            settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "bare")), options=PrepareConfig()
+        )
 
 
 def test_two_at_once_are_refused(tmp_path, texts):
@@ -212,15 +284,26 @@ def test_damaged_text_is_counted(tmp_path):
     source = write_texts(tmp_path / "texts", documents=3, words=100)
     (source / "part0" / "bad.txt").write_bytes(b"caf\xe9 " + b"words " * 50)
     tokenize.prepare(settings(tmp_path / "data", source), options=PrepareConfig())
-    assert f"1 documents with U+FFFD or bytes that are no text, first {source / 'part0' / 'bad.txt'}" in statistics.table(tmp_path / "data")
+    assert (
+        f"1 documents with U+FFFD or bytes that are no text, first {source / 'part0' / 'bad.txt'}"
+        in statistics.table(tmp_path / "data")
+    )
 
 
 def test_columns_keep_apart_whatever_their_figures(tmp_path, prepared):
     facts = json.loads((prepared / "corpus.json").read_text())
-    facts["splits"]["train"] |= {"documents": 10**12, "tokens": 10**15, "lengths": dict.fromkeys(facts["splits"]["train"]["lengths"], 622484622.5)}
+    facts["splits"]["train"] |= {
+        "documents": 10**12,
+        "tokens": 10**15,
+        "lengths": dict.fromkeys(facts["splits"]["train"]["lengths"], 622484622.5),
+    }
     (tmp_path / "corpus.json").write_text(json.dumps(facts))
     head, train, held_out, *_ = statistics.table(tmp_path).splitlines()
-    assert len(train.split()) == len(held_out.split()) == len(head.removesuffix("tokens per document").split()) + 1
+    assert (
+        len(train.split())
+        == len(held_out.split())
+        == len(head.removesuffix("tokens per document").split()) + 1
+    )
     ends = [{match.end() for match in re.finditer(r"\S+", line)} for line in (train[11:], held_out[11:])]
     assert ends[0] == ends[1] <= {match.end() for match in re.finditer(r"\S+", head[11:])}
 
@@ -234,7 +317,9 @@ def test_the_command_prints_what_the_folder_holds(prepared, texts, capsys):
     for split in ("train", "eval"):
         line = next(line.split() for line in out.splitlines() if line.startswith(split))
         figures = splits[split]
-        assert line[1:] == [f"{value:,}" for value in (figures["documents"], figures["tokens"], *figures["lengths"].values())]
+        assert line[1:] == [
+            f"{value:,}" for value in (figures["documents"], figures["tokens"], *figures["lengths"].values())
+        ]
     assert f"folder     {prepared}" in out
     assert "vocabulary 400" in out
     assert re.search(r"speed      [\d,]+ tokens/s, [\d.]+ MB/s", out)

@@ -52,7 +52,8 @@ def test_changed_sources_are_noticed(tmp_path, texts, case):
     assert (again == first) == (case == "touched")
     as_before_records(folder)
     change(texts) if case == "touched" else (texts / "0.txt").write_text("other")
-    assert tokenize.prepare(settings(folder, texts), options=NEW) == folder  # an earlier version kept no listing
+    # an earlier version kept no listing
+    assert tokenize.prepare(settings(folder, texts), options=NEW) == folder
 
 
 def test_a_source_that_is_gone_does_not_matter_to_what_is_prepared(tmp_path, texts, capsys):
@@ -76,7 +77,14 @@ def damage(file: Path, how: str) -> None:
     if how == "folder":
         file.mkdir()
     elif how != "gone":
-        file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "bit": bytes([content[0] ^ 1]) + content[1:], "junk": b"\xff\xfe junk"}[how])
+        file.write_bytes(
+            {
+                "empty": b"",
+                "cut": content[: len(content) // 2],
+                "bit": bytes([content[0] ^ 1]) + content[1:],
+                "junk": b"\xff\xfe junk",
+            }[how]
+        )
 
 
 @pytest.mark.parametrize("name", ["train.bin", "eval.idx"])
@@ -106,9 +114,15 @@ def advised(folder: Path) -> list[str]:
 def test_the_advice_for_a_damaged_folder_writes_the_same_corpus(tmp_path, texts):
     """Not Python's library over the user's text."""
     texts = texts.rename(tmp_path / "my 'own' texts, of [2026]")
-    folder = tokenize.prepare(settings(tmp_path / "my data", texts, append_eos=False, vocab_size=280), options=NEW)
+    folder = tokenize.prepare(
+        settings(tmp_path / "my data", texts, append_eos=False, vocab_size=280), options=NEW
+    )
     whole = contents(folder)
-    for spoil in (lambda: damage(folder / "train.bin", "gone"), lambda: damage(folder / "train.idx", "cut"), lambda: damage(folder / "eval.bin", "bit")):
+    for spoil in (
+        lambda: damage(folder / "train.bin", "gone"),
+        lambda: damage(folder / "train.idx", "cut"),
+        lambda: damage(folder / "eval.bin", "bit"),
+    ):
         spoil()
         command = advised(folder)
         assert command[:2] == ["hybridtrain", "prepare"]
@@ -117,7 +131,9 @@ def test_the_advice_for_a_damaged_folder_writes_the_same_corpus(tmp_path, texts)
             name: content for name, content in whole.items() if name != "speed.json"
         }
     (folder / ".partial").mkdir()
-    (folder / ".partial" / "plan.json").write_text(json.dumps({"settings": json.loads(whole["corpus.json"])["settings"]}))
+    (folder / ".partial" / "plan.json").write_text(
+        json.dumps({"settings": json.loads(whole["corpus.json"])["settings"]})
+    )
     (folder / "corpus.json").unlink()
     for file in folder.glob("*.idx"):
         file.unlink()
@@ -128,7 +144,10 @@ def test_the_advice_for_a_damaged_folder_writes_the_same_corpus(tmp_path, texts)
 
 def test_a_folder_that_is_not_there_is_looked_for_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"data\.path=mine: there is no such folder, .*\(looked in {tmp_path}\)[\s\S]*data\.source=\[YOUR TEXT\]$"):
+    with pytest.raises(
+        UserError,
+        match=rf"data\.path=mine: there is no such folder, .*\(looked in {tmp_path}\)[\s\S]*data\.source=\[YOUR TEXT\]$",
+    ):
         Corpus.open("mine")
 
 
@@ -136,7 +155,10 @@ def test_a_tokenizer_that_has_changed_is_noted(tmp_path, texts, capsys):
     folder = tokenize.prepare(settings(tmp_path / "data", texts), options=NEW)
     damage(folder / "tokenizer" / "tokenizer_config.json", "junk")
     tokenize.prepare(settings(folder, texts), options=NEW)
-    assert "is prepared already; tokenizer/tokenizer_config.json has 7 bytes, and prepare wrote" in capsys.readouterr().err
+    assert (
+        "is prepared already; tokenizer/tokenizer_config.json has 7 bytes, and prepare wrote"
+        in capsys.readouterr().err
+    )
     assert any("tokenizer_config.json" in problem for problem in verify_corpus(folder))
 
 

@@ -22,17 +22,32 @@ RUSSIAN = "Съешь же ещё этих мягких французских �
 
 
 def data(path: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path.parent / "data"), source=[str(path)], **{"vocab_size": 300, "eval_fraction": 0.0} | fields)
+    return DataConfig(
+        path=str(path.parent / "data"),
+        source=[str(path)],
+        **{"vocab_size": 300, "eval_fraction": 0.0} | fields,
+    )
 
 
 def texts(config: DataConfig) -> list[str]:
     """The documents that `prepare` would encode."""
     recipe = Recipe(
-        chat=None, labels=None, eval_fraction=0.0, deduplicate=False, skip_bad=False, total_bytes=0, held_out_before={}, eos=[], special_ids=[], vocab_size=300
+        chat=None,
+        labels=None,
+        eval_fraction=0.0,
+        deduplicate=False,
+        skip_bad=False,
+        total_bytes=0,
+        held_out_before={},
+        eos=[],
+        special_ids=[],
+        vocab_size=300,
     )
     planned = pieces.plan(listing(config).sources, fields=Fields.of(config))
     units = [unit for piece in planned for unit in piece.units]
-    return [document.value for unit in units for document in documents(unit, recipe=recipe, counts=Counts.zero())]
+    return [
+        document.value for unit in units for document in documents(unit, recipe=recipe, counts=Counts.zero())
+    ]
 
 
 def refused(config: DataConfig) -> str:
@@ -44,9 +59,10 @@ def refused(config: DataConfig) -> str:
 @pytest.mark.parametrize("encoding", ["koi8-r", "cp1251", "utf-16", "utf-16-le"])
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "json"])
 def test_other_encodings_are_refused_until_they_are_named(tmp_path, encoding, kind):
-    content = {"jsonl": json.dumps({"text": RUSSIAN}, ensure_ascii=False) + "\n", "json": json.dumps([{"text": RUSSIAN}], ensure_ascii=False)}.get(
-        kind, RUSSIAN
-    )
+    content = {
+        "jsonl": json.dumps({"text": RUSSIAN}, ensure_ascii=False) + "\n",
+        "json": json.dumps([{"text": RUSSIAN}], ensure_ascii=False),
+    }.get(kind, RUSSIAN)
     file = tmp_path / f"a.{kind}"
     file.write_bytes((gzip.compress if kind.endswith("gz") else bytes)(content.encode(encoding)))
     message = refused(data(file))
@@ -67,12 +83,21 @@ def test_a_few_bytes_that_are_no_text_are_counted(tmp_path):
 
 
 BINARY = {
-    "program": (b"\x7fELF\x02\x01\x01" + bytes(50) + random.Random(0).randbytes(3000), "are no text in utf-8"),
-    "xz": (b"\xfd7zXZ\x00" + random.Random(0).randbytes(300), "it is compressed by xz, not text[\\s\\S]*xz -d"),
+    "program": (
+        b"\x7fELF\x02\x01\x01" + bytes(50) + random.Random(0).randbytes(3000),
+        "are no text in utf-8",
+    ),
+    "xz": (
+        b"\xfd7zXZ\x00" + random.Random(0).randbytes(300),
+        "it is compressed by xz, not text[\\s\\S]*xz -d",
+    ),
     "zip": (b"PK\x03\x04" + random.Random(0).randbytes(300), "it is a zip archive"),
     "pdf": (b"%PDF-1.7\n", "it is a PDF"),
     "tar.gz": (gzip.compress(b"name" + bytes(508) + b"text"), "are no text in utf-8"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git-lfs pointer[\\s\\S]*git lfs pull"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        "git-lfs pointer[\\s\\S]*git lfs pull",
+    ),
 }
 
 
@@ -82,13 +107,18 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, kind, ending):
     content, words = BINARY[kind]
     file = tmp_path / f"a.{ending}"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=words if ending == "txt" or kind == "pointer" else "data.source=") as error:
+    with pytest.raises(
+        UserError, match=words if ending == "txt" or kind == "pointer" else "data.source="
+    ) as error:
         tokenize.prepare(data(file), options=PrepareConfig())
     assert str(file) in str(error.value)
 
 
 NOT_JSON = {
-    "trailing comma": ('[{"text": "a"},\n {"text": "b"},\n]', "line 3: it is not JSON (a comma comes before the end of the array)"),
+    "trailing comma": (
+        '[{"text": "a"},\n {"text": "b"},\n]',
+        "line 3: it is not JSON (a comma comes before the end of the array)",
+    ),
     "no comma": ('[{"text": "a"}\n {"text": "b"}]', "line 2: it is not JSON (a comma is missing"),
     "cut": ('[{"text": "a"},\n {"text": "b', "line 2: it is not JSON (Unterminated"),
     "not ended": ('[{"text": "a"}\n', "the file ends within the array"),
@@ -96,11 +126,19 @@ NOT_JSON = {
     "single quotes": ("[{'text': 'a'}]", "line 1: it is not JSON"),
     "csv": ("id,text\n1,words\n", "line 1: it is not JSON"),
     "deep": ('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n", "line 1: it"),
-    "deep array": ("[" * 200_000 + "]" * 200_000, "line 1: it is not JSON (its brackets are nested too deeply)"),
+    "deep array": (
+        "[" * 200_000 + "]" * 200_000,
+        "line 1: it is not JSON (its brackets are nested too deeply)",
+    ),
     "comma in a line": ('{"text": "a",}\n', "line 1: it is not JSON"),
     "cr": ('{"text": "a"}\r{"text": "b"}\r', "line 1: it is not JSON"),
 }
-ADVICE = {"csv": "to_parquet", "cr": "tr '\\r' '\\n'", "comma in a line": "without a comma after the last field", "single quotes": "array of objects"}
+ADVICE = {
+    "csv": "to_parquet",
+    "cr": "tr '\\r' '\\n'",
+    "comma in a line": "without a comma after the last field",
+    "single quotes": "array of objects",
+}
 
 
 @pytest.mark.parametrize("case", NOT_JSON)
@@ -118,11 +156,27 @@ def test_what_is_not_json_is_refused_with_its_line_and_advice_that_helps(tmp_pat
 @pytest.mark.parametrize("block", [2, 7, 100, 1 << 20])
 def test_an_array_is_read_in_blocks_of_any_size(tmp_path, block, monkeypatch):
     monkeypatch.setattr(streams, "READ_BYTES", block)
-    elements = [{"text": 'é\\n"[{', "n": [1.5, -2e10, True, None]}, {"text": ""}, "no object", 12.25, {"text": "日本" * 30}]
-    for number, content in enumerate((json.dumps(elements), json.dumps(elements, indent=3, ensure_ascii=False), " [ ] ", "[1]", "\ufeff[12,-3.5e2]\n")):
+    elements = [
+        {"text": 'é\\n"[{', "n": [1.5, -2e10, True, None]},
+        {"text": ""},
+        "no object",
+        12.25,
+        {"text": "日本" * 30},
+    ]
+    for number, content in enumerate(
+        (
+            json.dumps(elements),
+            json.dumps(elements, indent=3, ensure_ascii=False),
+            " [ ] ",
+            "[1]",
+            "\ufeff[12,-3.5e2]\n",
+        )
+    ):
         file = tmp_path / f"{number}.json"
         file.write_text(content)
-        assert list(streams.values(str(file), compression="", encoding="utf-8")) == json.loads(content.removeprefix("\ufeff"))
+        assert list(streams.values(str(file), compression="", encoding="utf-8")) == json.loads(
+            content.removeprefix("\ufeff")
+        )
 
 
 def test_a_bad_element_of_an_array_is_named(tmp_path):

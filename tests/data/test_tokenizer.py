@@ -1,4 +1,5 @@
-"""Tokenizers of other makers: damaged and hostile ones are refused by name, files are taken for what they are."""
+"""Tokenizers of other makers: damaged and hostile ones are refused by name, files are
+taken for what they are."""
 
 from __future__ import annotations
 
@@ -25,11 +26,19 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, texts) -> Path:
     """A tokenizer folder."""
-    return tokenize.prepare(settings(tmp_path_factory.mktemp("made") / "data", texts, tokenizer="train"), options=PrepareConfig()) / "tokenizer"
+    return (
+        tokenize.prepare(
+            settings(tmp_path_factory.mktemp("made") / "data", texts, tokenizer="train"),
+            options=PrepareConfig(),
+        )
+        / "tokenizer"
+    )
 
 
 def settings(path: Path, source: Path, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(source)], **{"vocab_size": 270, "eval_fraction": 0.0} | fields)
+    return DataConfig(
+        path=str(path), source=[str(source)], **{"vocab_size": 270, "eval_fraction": 0.0} | fields
+    )
 
 
 def changed(**fields: object):
@@ -41,7 +50,9 @@ def changed(**fields: object):
 
 
 BAD = {
-    "pointer": lambda f: (f / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    "pointer": lambda f: (f / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    ),
     "empty": lambda f: (f / "tokenizer.json").write_text(""),
     "cut": lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text()[:500]),
     "a list": lambda f: (f / "tokenizer.json").write_text("[1]"),
@@ -49,11 +60,20 @@ BAD = {
     "unknown model": changed(model={"type": "Nonsense", "vocab": {}}),
     "vocabulary of text": changed(model={"type": "BPE", "vocab": {"a": "b"}, "merges": []}),
     "merge of nothing": changed(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}),
-    "regex": changed(pre_tokenizer={"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}),
+    "regex": changed(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "((("}, "behavior": "Isolated", "invert": False}
+    ),
     "config": lambda f: (f / "tokenizer_config.json").write_text("{"),
     "config of a list": lambda f: (f / "tokenizer_config.json").write_text("[]"),
     "deep": lambda f: (f / "tokenizer.json").write_text("[" * 200_000),
-    "backtracking": changed(pre_tokenizer={"type": "Split", "pattern": {"Regex": r"(\w|\w\w)+$"}, "behavior": "Isolated", "invert": False}),
+    "backtracking": changed(
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": r"(\w|\w\w)+$"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    ),
 }
 
 
@@ -75,7 +95,9 @@ def test_a_file_is_taken_for_the_tokenizer_it_is(tmp_path, made, texts, name):
     shutil.copytree(made, folder)
     if name != "tokenizer.json":
         (folder / "tokenizer.json").rename(folder / name)
-    data = settings(tmp_path / "data", texts, tokenizer=str(folder / name), append_eos=name == "tokenizer.json")
+    data = settings(
+        tmp_path / "data", texts, tokenizer=str(folder / name), append_eos=name == "tokenizer.json"
+    )
     assert Corpus.open(tokenize.prepare(data, options=PrepareConfig())).vocab_size == 270
     assert tokenizer_dir(settings(tmp_path / "none", texts, tokenizer=data.tokenizer)) == folder
 
@@ -83,7 +105,10 @@ def test_a_file_is_taken_for_the_tokenizer_it_is(tmp_path, made, texts, name):
 def test_a_part_of_a_tokenizer_is_refused(tmp_path, texts):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(UserError, match=r"tokenizer\.model: it is one file of a tokenizer, not all of it"):
-        tokenize.prepare(settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "tokenizer.model")), options=PrepareConfig())
+        tokenize.prepare(
+            settings(tmp_path / "data", texts, tokenizer=str(tmp_path / "tokenizer.model")),
+            options=PrepareConfig(),
+        )
 
 
 def test_spaces_are_not_cleaned_up(tmp_path, made):
@@ -93,4 +118,7 @@ def test_spaces_are_not_cleaned_up(tmp_path, made):
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
     loaded = tokenizer.load(str(folder), field="data.tokenizer")
     loaded.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
+    assert (
+        json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"]
+        is False
+    )

@@ -14,7 +14,9 @@ from tests.user_rows import SEQ, VOCAB, Numbers
 
 def test_a_row_is_tokens_a_pair_or_a_mapping() -> None:
     datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7]], "labels": [[-100, 2, 3], [4, 5, -100, 7]]})
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1, 2, 3], [4, 5, 6, 7]], "labels": [[-100, 2, 3], [4, 5, -100, 7]]}
+    )
     given = UserRows(table, split="train", field="data")
     assert given.count("train", seq_len=8) == 2
     ids, mask = given.read(1)
@@ -31,7 +33,9 @@ def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> 
         return UserRows(data, split="train", field="data").fingerprint
 
     assert of([[1, 2], [3, 4]]) == of([[1, 2], [3, 4]])
-    assert len({of([[1, 2], [3, 4]]), of([[1, 2], [3, 5]]), of([[1, 2]]), of([([1, 2], [0, 1]), [3, 4]])}) == 4
+    assert (
+        len({of([[1, 2], [3, 4]]), of([[1, 2], [3, 5]]), of([[1, 2]]), of([([1, 2], [0, 1]), [3, 4]])}) == 4
+    )
     named, renamed, longer = Numbers(5, first=0), Numbers(5, first=0), Numbers(6, first=0)
     named.fingerprint, renamed.fingerprint, longer.fingerprint = "a", "b", "a"
     assert len({of(named), of(renamed), of(longer)}) == 3

@@ -1,4 +1,5 @@
-"""Bytes that are read are checked: the index when a corpus is opened, a sample of the tokens then too, every byte by `verify_corpus`."""
+"""Bytes that are read are checked: the index when a corpus is opened, a sample of the tokens then too, every
+byte by `verify_corpus`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ def foreign(tmp_path) -> Path:
 
 def entry(section: str, number: int) -> int:
     """Where an entry of the index begins."""
-    starts = {"sequences": 18, "boundaries": 26, "sizes": HEADER, "pointers": HEADER + 4 * SEQUENCES, "documents": HEADER + 12 * SEQUENCES}
+    starts = {
+        "sequences": 18,
+        "boundaries": 26,
+        "sizes": HEADER,
+        "pointers": HEADER + 4 * SEQUENCES,
+        "documents": HEADER + 12 * SEQUENCES,
+    }
     return starts[section] + number * (4 if section == "sizes" else 8)
 
 
@@ -61,7 +68,12 @@ HOSTILE = {
 def test_an_index_that_contradicts_itself_is_refused_when_it_is_opened(foreign, case):
     section, number, value, words = HOSTILE[case]
     index = bytearray(foreign.with_suffix(".idx").read_bytes())
-    struct.pack_into("<i" if section == "sizes" else ("<Q" if value >= 2**62 else "<q"), index, entry(section, number), value)
+    struct.pack_into(
+        "<i" if section == "sizes" else ("<Q" if value >= 2**62 else "<q"),
+        index,
+        entry(section, number),
+        value,
+    )
     foreign.with_suffix(".idx").write_bytes(index)
     for open_ in (Corpus.open, Corpus.held_out):
         with pytest.raises(UserError, match=r"train\.idx") as error:
@@ -89,15 +101,28 @@ def test_an_index_of_several_modes_is_read(foreign):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("source") / "a.jsonl"
-    turns = [[{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"it is {n} " * (n % 7 + 1)}] for n in range(2000)]
-    file.write_text("".join(json.dumps({"text": f"number {n} and more " * 8, "messages": turns[n]}) + "\n" for n in range(2000)))
+    turns = [
+        [
+            {"role": "user", "content": f"what is {n}?"},
+            {"role": "assistant", "content": f"it is {n} " * (n % 7 + 1)},
+        ]
+        for n in range(2000)
+    ]
+    file.write_text(
+        "".join(
+            json.dumps({"text": f"number {n} and more " * 8, "messages": turns[n]}) + "\n"
+            for n in range(2000)
+        )
+    )
     return file
 
 
 @pytest.fixture(params=["text", "chat"])
 def prepared(request, tmp_path, source) -> Path:
     chat = {"format": "chat", "chat_template": "plain", "seq_len": 64} if request.param == "chat" else {}
-    data = DataConfig(path=str(tmp_path / "data"), source=[str(source)], vocab_size=300, eval_fraction=0.1, **chat)
+    data = DataConfig(
+        path=str(tmp_path / "data"), source=[str(source)], vocab_size=300, eval_fraction=0.1, **chat
+    )
     return tokenize.prepare(data, options=PrepareConfig())
 
 
@@ -109,7 +134,8 @@ def test_every_file_that_was_replaced_is_noticed(prepared):
     assert verify_corpus(prepared) == []
     for name in files(prepared):
         before = (prepared / name).read_bytes()
-        (prepared / name).write_bytes(bytes([7, 0] * (len(before) // 2) + [0] * (len(before) % 2)))  # every token is 7
+        # every token is 7
+        (prepared / name).write_bytes(bytes([7, 0] * (len(before) // 2) + [0] * (len(before) % 2)))
         with pytest.raises(UserError, match=rf"data\.path=.*{name.partition('.')[0]}"):
             Corpus.open(prepared)
         assert any(name in problem for problem in verify_corpus(prepared))
@@ -143,7 +169,9 @@ def test_what_an_earlier_version_wrote_is_read_verified_and_sampled(prepared):
     tokens = (prepared / "train.bin").read_bytes()
     (prepared / "train.bin").write_bytes(bytes([7, 0] * (len(tokens) // 2)))
     changed = before | {"tokens": open_data(DataConfig(path=str(prepared)), timeout_s=0).sample}
-    with pytest.raises(UserError, match="the checkpoint of step 1 was trained on other token files: they have changed since"):
+    with pytest.raises(
+        UserError, match="the checkpoint of step 1 was trained on other token files: they have changed since"
+    ):
         check_fingerprints(new, fingerprints=changed, allow_data_change=False, **where)
     assert verify_corpus(prepared) == ["its token files are not those of the fingerprint in corpus.json"]
 
@@ -151,11 +179,15 @@ def test_what_an_earlier_version_wrote_is_read_verified_and_sampled(prepared):
 def test_a_prepare_that_was_interrupted_is_told_as_such(prepared, capfd):
     (prepared / ".partial").mkdir()
     (prepared / ".partial" / "plan.json").write_text("{}")
-    assert verify_corpus(prepared) == []  # what stands there is whole: its prepare with overwrite has yet to replace it
+    # what stands there is whole: its prepare with overwrite has yet to replace it
+    assert verify_corpus(prepared) == []
     (prepared / "corpus.json").unlink()
     assert main(["verify", str(prepared)]) == 1
     said = capfd.readouterr()
-    assert f"data.path={prepared}: an interrupted prepare, or one still at work: it is not complete" in said.out + said.err
+    assert (
+        f"data.path={prepared}: an interrupted prepare, or one still at work: it is not complete"
+        in said.out + said.err
+    )
     assert "1 problem" in said.out + said.err
     with pytest.raises(UserError, match=r"hybridtrain prepare data\.path="):
         Corpus.open(prepared)
@@ -169,7 +201,9 @@ DAMAGED = {
     "a folder": lambda f: (f.unlink(), f.mkdir()),
     "pointer": lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"),
     **{
-        f"{name} {value!r}": lambda f, name=name, value=value: f.write_text(json.dumps(json.loads(f.read_text()) | {name: value}))
+        f"{name} {value!r}": lambda f, name=name, value=value: f.write_text(
+            json.dumps(json.loads(f.read_text()) | {name: value})
+        )
         for name, value in (
             ("vocab_size", "x"),
             ("fingerprint", 7),
@@ -205,7 +239,16 @@ def test_a_damaged_row_index_is_refused(prepared, name):
     as_before_records(prepared)
     file = prepared / name
     good, array = file.read_bytes(), np.load(file)
-    spoilt = [good[:100], b"", b"\x93NUMPY\x01\x00v\x00{'descr", good[:10] + b"{" * 118 + good[128:], good[:-9], array - 1, array[:1], array * 1.0]
+    spoilt = [
+        good[:100],
+        b"",
+        b"\x93NUMPY\x01\x00v\x00{'descr",
+        good[:10] + b"{" * 118 + good[128:],
+        good[:-9],
+        array - 1,
+        array[:1],
+        array * 1.0,
+    ]
     for damage in [*spoilt, *([array[::-1]] if "starts" in name else [])]:
         file.write_bytes(damage) if isinstance(damage, bytes) else np.save(file, damage)
         with pytest.raises(UserError, match=r"data\.path=.*its row index"):

@@ -1,4 +1,5 @@
-"""Several processes: a worker or all of them killed, a worker that fails, and the same bytes in the end; conversations in pieces."""
+"""Several processes: a worker or all of them killed, a worker that fails, and the same bytes in the end;
+conversations in pieces."""
 
 import json
 import os
@@ -38,21 +39,38 @@ def source(tmp_path_factory) -> Path:
     generator = random.Random(2)
     words = [f"word{number}" for number in range(500)]
     path = tmp_path_factory.mktemp("source") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(generator.choices(words, k=400))}) + "\n" for _ in range(500)))
+    path.write_text(
+        "".join(json.dumps({"text": " ".join(generator.choices(words, k=400))}) + "\n" for _ in range(500))
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, source) -> Path:
     """In this process, and with other pieces."""
-    data = DataConfig(path=str(tmp_path_factory.mktemp("reference") / "data"), source=[str(source)], vocab_size=600, eval_fraction=0.1)
+    data = DataConfig(
+        path=str(tmp_path_factory.mktemp("reference") / "data"),
+        source=[str(source)],
+        vocab_size=600,
+        eval_fraction=0.1,
+    )
     return tokenize.prepare(data, options=PrepareConfig())
 
 
 def start(folder: Path, source: Path, reference: Path) -> subprocess.Popen:
     """A process group of its own, which can be killed whole."""
-    data = {"path": str(folder), "source": [str(source)], "tokenizer": str(reference / "tokenizer"), "eval_fraction": 0.1}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(data)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    data = {
+        "path": str(folder),
+        "source": [str(source)],
+        "tokenizer": str(reference / "tokenizer"),
+        "eval_fraction": 0.1,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(data)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def complete(folder: Path) -> list[Path]:
@@ -66,7 +84,9 @@ def wait_for_pieces(folder: Path, process: subprocess.Popen, *, more_than: int) 
 
 
 def tokens(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npy")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npy")
+    }
 
 
 def finish(folder: Path, source: Path, reference: Path) -> None:
@@ -105,12 +125,16 @@ def test_only_the_starting_process_is_killed(tmp_path, source, reference):
 def test_one_worker_is_killed(tmp_path, source, reference):
     process = start(tmp_path / "data", source, reference)
     wait_for_pieces(tmp_path / "data", process, more_than=3)
-    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = [
+        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
     assert len(workers) == 2
     workers[0].kill()
     said = process.communicate()[1]
     assert process.returncode == 1
-    assert re.search(rf"UserError: prepare\.workers=2: one of the processes ended by SIGKILL while it read {source}", said)
+    assert re.search(
+        rf"UserError: prepare\.workers=2: one of the processes ended by SIGKILL while it read {source}", said
+    )
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     finish(tmp_path / "data", source, reference)
 
@@ -140,9 +164,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, source, reference):
 
 def conversations(count: int) -> list[list[dict[str, str]]]:
     def turn(number: int) -> list[dict[str, str]]:
-        return [{"role": "user", "content": f"what is {number} and {number}?"}, {"role": "assistant", "content": f"it is {2 * number}. " * (number % 5 + 1)}]
+        return [
+            {"role": "user", "content": f"what is {number} and {number}?"},
+            {"role": "assistant", "content": f"it is {2 * number}. " * (number % 5 + 1)},
+        ]
 
-    return [[message for part in range(number % 3 + 1) for message in turn(number + part)] for number in range(count)]
+    return [
+        [message for part in range(number % 3 + 1) for message in turn(number + part)]
+        for number in range(count)
+    ]
 
 
 @pytest.fixture
@@ -154,7 +184,13 @@ def talk(tmp_path) -> Path:
 
 
 def chat_settings(folder: Path, source: Path, **fields: object) -> DataConfig:
-    values = {"format": "chat", "chat_template": "plain", "vocab_size": 320, "eval_fraction": 0.2, "seq_len": 64} | fields
+    values = {
+        "format": "chat",
+        "chat_template": "plain",
+        "vocab_size": 320,
+        "eval_fraction": 0.2,
+        "seq_len": 64,
+    } | fields
     return DataConfig(path=str(folder), source=[str(source)], **values)
 
 
@@ -165,7 +201,9 @@ def test_conversations_have_loss_masks_and_rows(tmp_path, talk, monkeypatch):
     made = tokenize.prepare(chat_settings(tmp_path / "data", talk), options=PrepareConfig())
     template = Template(AutoTokenizer.from_pretrained(made / "tokenizer"), name="")
     talks = [read({"messages": one}, key="messages") for one in conversations(90)]
-    expected = [sample for each in chat.encode(talks, template=template, turns="all") for sample in each.samples]
+    expected = [
+        sample for each in chat.encode(talks, template=template, turns="all") for sample in each.samples
+    ]
     found = []
     facts = json.loads((made / "corpus.json").read_text())
     assert (facts["kind"], facts["seq_len"]) == ("chat", 64)
@@ -175,13 +213,22 @@ def test_conversations_have_loss_masks_and_rows(tmp_path, talk, monkeypatch):
         for end, size in zip(np.cumsum(ids.sizes), ids.sizes, strict=True):
             found.append((ids.read(end - size, end).tolist(), mask.read(end - size, end).tolist()))
         figures = facts["splits"][split]
-        rows_of = [mask.read(end - size, end)[:65] for end, size in zip(np.cumsum(ids.sizes), ids.sizes, strict=True)]
-        assert (figures["loss_tokens"], figures["kept_tokens"]) == (sum(int(row[1:].sum()) for row in rows_of), sum(map(len, rows_of)))
+        rows_of = [
+            mask.read(end - size, end)[:65] for end, size in zip(np.cumsum(ids.sizes), ids.sizes, strict=True)
+        ]
+        assert (figures["loss_tokens"], figures["kept_tokens"]) == (
+            sum(int(row[1:].sum()) for row in rows_of),
+            sum(map(len, rows_of)),
+        )
         starts, rows = np.load(made / f"{split}.row_starts.npy"), np.load(made / f"{split}.rows.npy")
         assert figures["rows"] == len(starts) - 1
         assert sorted(rows.tolist()) == list(range(ids.documents))
     assert facts["notes"] == {"records without any message, left out": [1, f"{talk} line 5"]}
-    assert (facts["conversations"], facts["forms"], facts["unread"]) == (90, {"messages of role and content": 90}, {"source": 90})
+    assert (facts["conversations"], facts["forms"], facts["unread"]) == (
+        90,
+        {"messages of role and content": 90},
+        {"source": 90},
+    )
     assert sorted(found) == sorted((ids.tolist(), mask.tolist()) for ids, mask in expected)
     assert 5 < facts["splits"]["eval"]["documents"] < 35
 
@@ -198,7 +245,9 @@ def test_conversations_of_parquet_and_of_several_processes_are_the_same(tmp_path
         source, options = tmp_path / "talk.parquet", PrepareConfig()
         with_names = [[{**message, "name": None} for message in one] for one in conversations(90)]
         pyarrow.parquet.write_table(pyarrow.table({"messages": with_names}), source, row_group_size=9)
-    again = tokenize.prepare(chat_settings(tmp_path / "again", source, tokenizer=str(first / "tokenizer")), options=options)
+    again = tokenize.prepare(
+        chat_settings(tmp_path / "again", source, tokenizer=str(first / "tokenizer")), options=options
+    )
     assert tokens(again) == tokens(first)
 
 
@@ -234,9 +283,12 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     """A template that knows two roles; the record with a third is in the middle of a batch."""
     from transformers import AutoTokenizer
 
-    strict = AutoTokenizer.from_pretrained(tokenize.prepare(chat_settings(tmp_path / "first", talk), options=PrepareConfig()) / "tokenizer")
+    strict = AutoTokenizer.from_pretrained(
+        tokenize.prepare(chat_settings(tmp_path / "first", talk), options=PrepareConfig()) / "tokenizer"
+    )
     strict.chat_template = PLAIN.replace(
-        "{% for message in messages %}", "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for message in messages %}",
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
     )
     strict.save_pretrained(tmp_path / "strict")
     lines = talk.read_text().splitlines()
@@ -256,6 +308,13 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
 
 @pytest.mark.parametrize("kind", ["train", "folder"])
 def test_a_tokenizer_without_a_template_is_refused_for_conversations(tmp_path, talk, reference, kind):
-    data = chat_settings(tmp_path / "data", talk, chat_template="own", tokenizer="train" if kind == "train" else str(reference / "tokenizer"))
-    with pytest.raises(UserError, match=r"data\.tokenizer=.*no chat template[\s\S]*data\.chat_template=plain"):
+    data = chat_settings(
+        tmp_path / "data",
+        talk,
+        chat_template="own",
+        tokenizer="train" if kind == "train" else str(reference / "tokenizer"),
+    )
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer=.*no chat template[\s\S]*data\.chat_template=plain"
+    ):
         tokenize.prepare(data, options=PrepareConfig())

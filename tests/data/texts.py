@@ -5,7 +5,18 @@ from pathlib import Path
 
 from hybridtrain.config.schema import DataConfig
 
-WORDS = [f"word{number}" for number in range(500)] + ["naïve", "日本", "=", "(", "):", "\t", "  ", "\n", "\n\n", "\r\n"]
+WORDS = [f"word{number}" for number in range(500)] + [
+    "naïve",
+    "日本",
+    "=",
+    "(",
+    "):",
+    "\t",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+]
 
 
 def write_texts(folder: Path, *, documents: int, words: int) -> Path:
@@ -18,9 +29,17 @@ def write_texts(folder: Path, *, documents: int, words: int) -> Path:
 
 
 def settings(path: Path, *source: object, **fields: object) -> DataConfig:
-    return DataConfig(path=str(path), source=[str(entry) for entry in source], **{"vocab_size": 400, "eval_fraction": 0.2} | fields)
+    return DataConfig(
+        path=str(path),
+        source=[str(entry) for entry in source],
+        **{"vocab_size": 400, "eval_fraction": 0.2} | fields,
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files but the one that tells how fast it was."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "speed.json"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "speed.json"
+    }

@@ -1,6 +1,8 @@
-"""engine=deepspeed trains the same tokens to the same losses, gradient norms, gradients and parameters as one plain process.
+"""engine=deepspeed trains the same tokens to the same losses, gradient norms, gradients and
+parameters as one plain process.
 
-As tests/engine/test_parity.py: fp32, accumulation, clipping that bites, a different number of valid tokens in every row.
+As tests/engine/test_parity.py: fp32, accumulation, clipping that bites, a different number of
+valid tokens in every row.
 """
 
 from typing import Any
@@ -42,16 +44,30 @@ def test_every_layout(layout):
     assert_parity(deepspeed(layout))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero3", "pp2-tp2-nosp", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "tp2-nosp", "pp2"))])
 @pytest.mark.parametrize(
-    "fields", [model("qwen3", tie_word_embeddings=True), pytest.param(model("llama", tie_word_embeddings=True), marks=SLOW)], ids=["qwen3", "llama"]
+    "layout",
+    [
+        "dp_shard2-zero3",
+        "pp2-tp2-nosp",
+        *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "tp2-nosp", "pp2")),
+    ],
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        model("qwen3", tie_word_embeddings=True),
+        pytest.param(model("llama", tie_word_embeddings=True), marks=SLOW),
+    ],
+    ids=["qwen3", "llama"],
 )
 def test_tied_embeddings(layout, fields):
     assert_parity(deepspeed(layout, fields))
 
 
 @pytest.mark.parametrize("layout", ["dp_shard2-tp2-zero3-nosp", pytest.param("pp2-tp2-nosp", marks=SLOW)])
-@pytest.mark.parametrize("family", [pytest.param("mistral", marks=SLOW), "qwen2", pytest.param("qwen3", marks=SLOW)])
+@pytest.mark.parametrize(
+    "family", [pytest.param("mistral", marks=SLOW), "qwen2", pytest.param("qwen3", marks=SLOW)]
+)
 def test_every_family(layout, family):
     extra = {"sliding_window": 6} if family == "mistral" else {}
     assert_parity(deepspeed(layout, model(family, **extra)))
@@ -75,17 +91,31 @@ def test_without_clipping(layout):
     assert_parity(deepspeed(layout, overrides=(("optim.clip", 0.0),)))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", pytest.param("dp_shard2-zero2", marks=SLOW), "dp_shard2-zero3"])
+@pytest.mark.parametrize(
+    "layout", ["dp_shard2-zero1", pytest.param("dp_shard2-zero2", marks=SLOW), "dp_shard2-zero3"]
+)
 def test_optimizer_offloaded_to_the_cpu(layout):
     assert_parity(deepspeed(layout, overrides=(("engine.offload_optimizer", "cpu"),)))
 
 
 def test_parameters_offloaded_to_the_cpu():
-    assert_parity(deepspeed("dp_shard2-zero3", overrides=(("engine.offload_optimizer", "cpu"), ("engine.offload_parameters", "cpu"))))
+    assert_parity(
+        deepspeed(
+            "dp_shard2-zero3",
+            overrides=(("engine.offload_optimizer", "cpu"), ("engine.offload_parameters", "cpu")),
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    "layout", ["dp_shard2-zero3", *(pytest.param(name, marks=SLOW) for name in ("pp2-dp_shard2", "dp_shard2-zero1", "dp_shard2-zero2", "tp2-nosp"))]
+    "layout",
+    [
+        "dp_shard2-zero3",
+        *(
+            pytest.param(name, marks=SLOW)
+            for name in ("pp2-dp_shard2", "dp_shard2-zero1", "dp_shard2-zero2", "tp2-nosp")
+        ),
+    ],
 )
 def test_bf16_agrees_with_the_torch_engine(layout):
     """Nearer to each other than either is to the plain process, which casts at other places."""
@@ -119,13 +149,21 @@ def overflow(case: Case) -> list[tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero3", "pp2", *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "dp_shard2-zero2"))])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "dp_shard2-zero3",
+        "pp2",
+        *(pytest.param(name, marks=SLOW) for name in ("dp_shard2-zero1", "dp_shard2-zero2")),
+    ],
+)
 def test_fp16_skips_a_planted_overflow_on_every_rank_and_recovers(layout):
     scaled = (("precision.init_scale", 1024.0), ("precision.growth_interval", 2))
     ranks = run_ranks(2, overflow, deepspeed(layout, precision="fp16_mixed", overrides=scaled))
     assert all(found == ranks[0] for found in ranks)
     assert [skipped for _, skipped, _ in ranks[0]] == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert [scale for _, _, scale in ranks[0]] == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]  # DeepSpeed begins to count one step later
+    # DeepSpeed begins to count one step later
+    assert [scale for _, _, scale in ranks[0]] == [1024, 1024, 1024, 2048, 1024, 1024, 1024, 2048]
 
 
 @pytest.mark.parametrize("precision", ["bf16_mixed", pytest.param("fp32", marks=SLOW)])

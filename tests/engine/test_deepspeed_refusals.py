@@ -1,6 +1,8 @@
-"""What DeepSpeed cannot do, or would do wrongly without a word, is refused before processes meet, with what to do instead.
+"""What DeepSpeed cannot do, or would do wrongly without a word, is refused before processes meet,
+with what to do instead.
 
-One case for each row of the table in docs/support.md. As in tests/training/test_bad_input.py: the trainer answers, and must not import torch to do so.
+One case for each row of the table in docs/support.md. As in tests/training/test_bad_input.py: the trainer
+answers, and must not import torch to do so.
 """
 
 from __future__ import annotations
@@ -31,25 +33,79 @@ class Case(NamedTuple):
 
 CASES = {
     "ZeRO 2 with a pipeline": Case(
-        "parallel.zero_stage=2", "has no pipeline (pp=2)", TORCH, 4, {"parallel": "pp2", "parallel__dp_shard": 2, "parallel__zero_stage": 2}
+        "parallel.zero_stage=2",
+        "has no pipeline (pp=2)",
+        TORCH,
+        4,
+        {"parallel": "pp2", "parallel__dp_shard": 2, "parallel__zero_stage": 2},
     ),
     "ZeRO 3 with a pipeline": Case(
-        "parallel.zero_stage=3", "has no pipeline (pp=2)", TORCH, 4, {"parallel": "pp2", "parallel__dp_shard": 2, "parallel__zero_stage": 3}
+        "parallel.zero_stage=3",
+        "has no pipeline (pp=2)",
+        TORCH,
+        4,
+        {"parallel": "pp2", "parallel__dp_shard": 2, "parallel__zero_stage": 3},
     ),
-    "another schedule": Case("parallel.schedule=interleaved_1f1b", "does not run it", TORCH, 2, {"parallel": "pp2_interleaved"}),
-    "hybrid sharding": Case("parallel.dp_replicate=2", "does not replicate groups", TORCH, 4, {"parallel": "hsdp2_zero3"}),
-    "sequence parallelism": Case("parallel.sequence_parallel=True", "whole sequences", TORCH, 2, {"parallel": "tp2", "parallel__sequence_parallel": True}),
-    "fewer key/value heads than ranks": Case("parallel.tp=4", "does not share a key/value head", TORCH, 4, {"parallel": "tp4"}),
-    "bf16 without master weights": Case("precision.kind=bf16_pure", "does not run it", TORCH, 2, {"precision": "bf16_pure"}),
-    "compilation": Case("engine.compile=True", "not with engine=deepspeed", TORCH, 2, {"engine__compile": True}),
-    "frozen weights": Case("model.freeze=", "in 16 bits only", TORCH, 2, {"model__freeze": "[model.embed_tokens.*]"}),
-    "selective recomputation in ZeRO 3": Case("recompute.kind=selective", "does not allow", TORCH, 2, {"parallel": "zero3", "recompute": "selective"}),
-    "parameters offloaded without ZeRO 3": Case("engine.offload_parameters=cpu", "only ZeRO 3", "parallel=zero3", 2, {"engine__offload_parameters": "cpu"}),
-    "offload to NVMe": Case("engine.offload_optimizer=nvme", "not supported yet", "engine.offload_optimizer=cpu", 2, {"engine__offload_optimizer": "nvme"}),
+    "another schedule": Case(
+        "parallel.schedule=interleaved_1f1b", "does not run it", TORCH, 2, {"parallel": "pp2_interleaved"}
+    ),
+    "hybrid sharding": Case(
+        "parallel.dp_replicate=2", "does not replicate groups", TORCH, 4, {"parallel": "hsdp2_zero3"}
+    ),
+    "sequence parallelism": Case(
+        "parallel.sequence_parallel=True",
+        "whole sequences",
+        TORCH,
+        2,
+        {"parallel": "tp2", "parallel__sequence_parallel": True},
+    ),
+    "fewer key/value heads than ranks": Case(
+        "parallel.tp=4", "does not share a key/value head", TORCH, 4, {"parallel": "tp4"}
+    ),
+    "bf16 without master weights": Case(
+        "precision.kind=bf16_pure", "does not run it", TORCH, 2, {"precision": "bf16_pure"}
+    ),
+    "compilation": Case(
+        "engine.compile=True", "not with engine=deepspeed", TORCH, 2, {"engine__compile": True}
+    ),
+    "frozen weights": Case(
+        "model.freeze=", "in 16 bits only", TORCH, 2, {"model__freeze": "[model.embed_tokens.*]"}
+    ),
+    "selective recomputation in ZeRO 3": Case(
+        "recompute.kind=selective",
+        "does not allow",
+        TORCH,
+        2,
+        {"parallel": "zero3", "recompute": "selective"},
+    ),
+    "parameters offloaded without ZeRO 3": Case(
+        "engine.offload_parameters=cpu",
+        "only ZeRO 3",
+        "parallel=zero3",
+        2,
+        {"engine__offload_parameters": "cpu"},
+    ),
+    "offload to NVMe": Case(
+        "engine.offload_optimizer=nvme",
+        "not supported yet",
+        "engine.offload_optimizer=cpu",
+        2,
+        {"engine__offload_optimizer": "nvme"},
+    ),
     "a loss scale that is no power of two": Case(
-        "precision.init_scale=1000", "power of two", "65536", 2, {"precision": "fp16_mixed", "precision__init_scale": 1000}
+        "precision.init_scale=1000",
+        "power of two",
+        "65536",
+        2,
+        {"precision": "fp16_mixed", "precision__init_scale": 1000},
     ),
-    "a loss scale that does not double": Case("precision.growth_factor=4", "doubles", TORCH, 2, {"precision": "fp16_mixed", "precision__growth_factor": 4}),
+    "a loss scale that does not double": Case(
+        "precision.growth_factor=4",
+        "doubles",
+        TORCH,
+        2,
+        {"precision": "fp16_mixed", "precision__growth_factor": 4},
+    ),
     "an override of what the config decides": Case(
         "engine.config_overrides.zero_optimization.stage=3",
         "says 1",
@@ -58,9 +114,15 @@ CASES = {
         {"parallel": "zero1", "engine__config_overrides": "{zero_optimization:{stage:3}}"},
     ),
     "an override of another section": Case(
-        "engine.config_overrides.bf16.enabled=True", "precision decides this", "option precision", 2, {"engine__config_overrides__bf16__enabled": True}
+        "engine.config_overrides.bf16.enabled=True",
+        "precision decides this",
+        "option precision",
+        2,
+        {"engine__config_overrides__bf16__enabled": True},
     ),
-    "context parallelism": Case("parallel.cp=2", "does not run this axis yet", "parallel.cp=1", 2, {"parallel__cp": 2}),
+    "context parallelism": Case(
+        "parallel.cp=2", "does not run this axis yet", "parallel.cp=1", 2, {"parallel__cp": 2}
+    ),
 }
 
 
@@ -68,7 +130,12 @@ CASES = {
 def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("cases")
     data = corpus(folder / "corpus")
-    return answers([(name, case.world_size, arguments(folder / name, data, engine="deepspeed", **case.options)) for name, case in CASES.items()])
+    return answers(
+        [
+            (name, case.world_size, arguments(folder / name, data, engine="deepspeed", **case.options))
+            for name, case in CASES.items()
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,7 +170,14 @@ def test_not_installed_is_said_with_the_command_that_installs_it() -> None:
         "from hybridtrain.cli import commands\n"
         "sys.exit(commands.run_command('train', ['data.path=x', 'model=tiny', 'train.steps=1', 'engine=deepspeed']))"
     )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60, cwd=Path(__file__).parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
     assert ended.returncode == 2, ended.stderr
     assert "engine.kind=deepspeed: the package deepspeed is not installed here" in ended.stderr
     assert 'pip install "hybridtrain[deepspeed]"' in ended.stderr

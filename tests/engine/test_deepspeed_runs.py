@@ -1,4 +1,5 @@
-"""Whole runs with engine=deepspeed: the files, losses and exports of the torch engine's; killed, they go on; they say nothing that ours do not."""
+"""Whole runs with engine=deepspeed: the files, losses and exports of the torch engine's; killed, they go on;
+they say nothing that ours do not."""
 
 from __future__ import annotations
 
@@ -49,17 +50,35 @@ def logits(run: Path) -> torch.Tensor:
         return model(torch.arange(200, 232).unsqueeze(0)).logits
 
 
-@pytest.mark.parametrize("name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2", "pp2", "tp2_pp2", "zero3_tp2"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("zero1", "tp2", "pp2", "tp2_pp2", "zero3_tp2")
+        ),
+    ],
+)
 def test_a_run_like_any_other(name, data, with_torch, tmp_path):
     run, (processes, options) = tmp_path / "run", LAYOUTS[name]
-    ended = finished(processes, arguments(run, data, engine="deepspeed", train__eval_every=4, checkpoint__every=4, **options))
+    ended = finished(
+        processes,
+        arguments(run, data, engine="deepspeed", train__eval_every=4, checkpoint__every=4, **options),
+    )
     assert "deepspeed" in ended.out
     for ours, theirs in zip(rows(run), rows(with_torch), strict=True):
-        for key, rel in {"loss": 1e-5, "grad_norm": 1e-4, **({"eval_loss": 1e-5} if "eval_loss" in theirs else {})}.items():
+        for key, rel in {
+            "loss": 1e-5,
+            "grad_norm": 1e-4,
+            **({"eval_loss": 1e-5} if "eval_loss" in theirs else {}),
+        }.items():
             assert ours[key] == pytest.approx(theirs[key], rel=rel), key
     assert summary(run)["status"] == "finished"
     assert checkpoints(run) == ["step-00000004", "step-00000008"]
-    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == (3 if "zero3" in name else 1)
+    assert json.loads((run / "deepspeed.json").read_text())["zero_optimization"]["stage"] == (
+        3 if "zero3" in name else 1
+    )
     assert commands.run_command("export", [str(run)]) == 0
     torch.testing.assert_close(logits(run), logits(with_torch), rtol=1e-3, atol=1e-4)
 
@@ -77,7 +96,9 @@ def killed(argv: list[str], step: int) -> Ended:
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize("name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2_pp2"))])
+@pytest.mark.parametrize(
+    "name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2_pp2"))]
+)
 def test_killed_it_goes_on_with_the_same_losses(name, data, tmp_path):
     whole, run, (processes, options) = tmp_path / "whole", tmp_path / "run", LAYOUTS[name]
     settings = {"engine": "deepspeed", "checkpoint__every": 2, **options}
@@ -91,13 +112,20 @@ def test_killed_it_goes_on_with_the_same_losses(name, data, tmp_path):
 @pytest.mark.slow
 def test_it_says_nothing_of_its_own(data, tmp_path):
     """Not under torchrun either, where DeepSpeed logs, warns and prints on every rank."""
-    process = torchrun(2, arguments(tmp_path / "run", data, engine="deepspeed", parallel="zero3", train__steps=2))
+    process = torchrun(
+        2, arguments(tmp_path / "run", data, engine="deepspeed", parallel="zero3", train__steps=2)
+    )
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     beginnings = ("model", "layout", "batch", "precision", "backend", "run", "step", "finished")
     assert all(line.startswith(beginnings) for line in out.splitlines()), out
     noise = [
-        line for line in err.splitlines() if line.strip() and "OMP_NUM_THREADS" not in line and set(line) != {"*"} and "torch/distributed/run.py" not in line
+        line
+        for line in err.splitlines()
+        if line.strip()
+        and "OMP_NUM_THREADS" not in line
+        and set(line) != {"*"}
+        and "torch/distributed/run.py" not in line
     ]
     assert noise == []
 
@@ -131,7 +159,12 @@ def most_whole_at_once(case: Case) -> tuple[int, int]:
 
 
 def test_zero_3_never_holds_a_whole_model():
-    case = deepspeed("dp_shard2-zero3", overrides=(("engine.config_overrides", {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),))
+    case = deepspeed(
+        "dp_shard2-zero3",
+        overrides=(
+            ("engine.config_overrides", {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+        ),
+    )
     for most, whole in run_ranks(2, most_whole_at_once, case):
         assert 0 < most < whole / 4
 

@@ -1,4 +1,5 @@
-"""Checkpoints of the DeepSpeed engine: bit for bit under the same layout, the same state under another one and in the other engine."""
+"""Checkpoints of the DeepSpeed engine: bit for bit under the same layout, the same state under another one
+and in the other engine."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ PROGRESS = Progress(step=2, tokens_seen=256, fingerprints={})
 
 
 def step(engine: Any, case: Case, number: int) -> float:
-    return float(engine.train_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr).loss)
+    return float(
+        engine.train_step(
+            case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr
+        ).loss
+    )
 
 
 def weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -42,7 +47,9 @@ def both(saved: Case, loaded: Case, path: Path) -> tuple[list[float], list[float
     """Losses after the checkpoint, uninterrupted and resumed; the weights are compared here."""
     before = run_ranks(saved.world_size, save_and_go_on, saved, path)
     after = run_ranks(loaded.world_size, load_and_go_on, loaded, path)
-    was, now = ({name: weight for found, _ in ranks for name, weight in found.items()} for ranks in (before, after))
+    was, now = (
+        {name: weight for found, _ in ranks for name, weight in found.items()} for ranks in (before, after)
+    )
     assert was.keys() == now.keys()
     assert [name for name in was if not torch.equal(was[name], now[name])] == []
     return before[0][1], after[0][1]
@@ -87,8 +94,14 @@ def test_another_layout_has_the_same_state(before, after, tied, tmp_path):
     [
         (deepspeed("pp2-tp2-nosp"), Case("dp_shard2-zero3")),
         (Case("pp2-tp2"), deepspeed("dp_shard2-zero3")),
-        (deepspeed("dp_shard2-zero1", precision="bf16_mixed"), Case("dp_shard2-zero3", precision="bf16_mixed")),
-        (Case("dp_shard2-zero2", precision="bf16_mixed"), deepspeed("dp_shard2-zero2", precision="bf16_mixed")),
+        (
+            deepspeed("dp_shard2-zero1", precision="bf16_mixed"),
+            Case("dp_shard2-zero3", precision="bf16_mixed"),
+        ),
+        (
+            Case("dp_shard2-zero2", precision="bf16_mixed"),
+            deepspeed("dp_shard2-zero2", precision="bf16_mixed"),
+        ),
     ],
     ids=lambda case: f"{dict(case.overrides).get('engine.kind', 'torch')}-{case.layout}-{case.precision}",
 )

@@ -1,6 +1,8 @@
-"""Every layout trains the same tokens to the same losses, gradient norms, gradients and parameters as one plain process.
+"""Every layout trains the same tokens to the same losses, gradient norms, gradients and
+parameters as one plain process.
 
-fp32, three steps, gradient accumulation, clipping and a different number of valid tokens in every row, unless a case says otherwise.
+fp32, three steps, gradient accumulation, clipping and a different number of valid tokens in every row, unless
+a case says otherwise.
 """
 
 import shutil
@@ -9,13 +11,35 @@ import pytest
 
 from tests.cases import Case, assert_parity, model
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipev")
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv_zero_bubble",
+    "dualpipev",
+)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SYNCING = ("1f1b", "gpipe", "interleaved_1f1b", "looped_bfs")
 """The schedules that run with ZeRO 2 and 3: their backward is not split."""
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "tp4", "tp2-nosp", "pp2", "pp4", "dp_replicate2", "dp_shard2-zero1", "dp_shard2-zero2", "dp_shard2-zero3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "single",
+        "tp2",
+        "tp4",
+        "tp2-nosp",
+        "pp2",
+        "pp4",
+        "dp_replicate2",
+        "dp_shard2-zero1",
+        "dp_shard2-zero2",
+        "dp_shard2-zero3",
+    ],
+)
 def test_each_axis(layout):
     assert_parity(Case(layout))
 
@@ -86,7 +110,9 @@ def test_three_virtual_stages_of_uneven_size(schedule):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_on_four_pipeline_ranks(schedule, tied):
-    assert_parity(Case(f"pp4-{schedule}", model(num_hidden_layers=9, tie_word_embeddings=tied), micro_batch_size=1))
+    assert_parity(
+        Case(f"pp4-{schedule}", model(num_hidden_layers=9, tie_word_embeddings=tied), micro_batch_size=1)
+    )
 
 
 @pytest.mark.parametrize("schedule", SYNCING)
@@ -139,7 +165,9 @@ def test_fewer_key_value_heads_than_tensor_ranks(layout, fields):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("tp4", marks=pytest.mark.slow), "dp_shard2-zero3", "dp_shard2-tp2-zero3"])
+@pytest.mark.parametrize(
+    "layout", ["tp2", pytest.param("tp4", marks=pytest.mark.slow), "dp_shard2-zero3", "dp_shard2-tp2-zero3"]
+)
 def test_odd_vocabulary(layout, tied):
     assert_parity(Case(layout, model(vocab_size=257, tie_word_embeddings=tied)))
 
@@ -148,24 +176,57 @@ def test_odd_vocabulary(layout, tied):
     ("layout", "fields"),
     [
         ("tp2", model(hidden_size=72, num_attention_heads=6, num_key_value_heads=2, intermediate_size=90)),
-        ("dp_shard4-zero3", model(hidden_size=30, num_attention_heads=5, num_key_value_heads=1, intermediate_size=45, vocab_size=257)),
-        ("dp_shard4-zero1", model(hidden_size=30, num_attention_heads=5, num_key_value_heads=1, intermediate_size=45, vocab_size=257)),
-        # q_norm has two numbers for four ranks: two of them hold an empty shard. The larger eps: a norm over two numbers magnifies rounding
+        (
+            "dp_shard4-zero3",
+            model(
+                hidden_size=30,
+                num_attention_heads=5,
+                num_key_value_heads=1,
+                intermediate_size=45,
+                vocab_size=257,
+            ),
+        ),
+        (
+            "dp_shard4-zero1",
+            model(
+                hidden_size=30,
+                num_attention_heads=5,
+                num_key_value_heads=1,
+                intermediate_size=45,
+                vocab_size=257,
+            ),
+        ),
+        # q_norm has two numbers for four ranks: two of them hold an empty shard. The larger eps: a norm over
+        # two numbers magnifies rounding
         ("dp_shard4-zero3", model("qwen3", head_dim=2, rms_norm_eps=1e-1)),
-        ("dp_shard2-tp2-zero3", model(hidden_size=30, num_attention_heads=10, num_key_value_heads=2, head_dim=6, intermediate_size=50)),
+        (
+            "dp_shard2-tp2-zero3",
+            model(
+                hidden_size=30,
+                num_attention_heads=10,
+                num_key_value_heads=2,
+                head_dim=6,
+                intermediate_size=50,
+            ),
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_by_the_ranks(layout, fields):
     assert_parity(Case(layout, fields))
 
 
-@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("pp2", "dp_shard2-zero3"))])
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("pp2", "dp_shard2-zero3"))],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, layout):
     assert_parity(Case(layout, model(family)))
 
 
-@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "qwen2"))])
+@pytest.mark.parametrize(
+    "family", ["qwen3", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "qwen2"))]
+)
 def test_every_family_on_three_axes(family):
     assert_parity(Case("pp2-dp_shard2-tp2", model(family)))
 
@@ -204,7 +265,9 @@ def test_sizes_of_batches(layout, batch, micro):
     assert_parity(Case(layout, global_batch_size=batch, micro_batch_size=micro))
 
 
-@pytest.mark.parametrize("layout", ["dp_shard2-zero1", "dp_shard2-tp2-zero3", "dp_replicate2", "pp2-dp_shard2"])
+@pytest.mark.parametrize(
+    "layout", ["dp_shard2-zero1", "dp_shard2-tp2-zero3", "dp_replicate2", "pp2-dp_shard2"]
+)
 def test_a_data_rank_without_any_valid_token(layout):
     assert_parity(Case(layout, blank_rows=(4, 5, 6, 7)))
 
@@ -224,12 +287,16 @@ def test_clipping(clip):
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
-@pytest.mark.parametrize("layout", ["single", "tp2", "dp_shard2-tp2-zero3", "pp2", "pp2-dp_shard2-zero3", "pp2-zbv_zero_bubble"])
+@pytest.mark.parametrize(
+    "layout", ["single", "tp2", "dp_shard2-tp2-zero3", "pp2", "pp2-dp_shard2-zero3", "pp2-zbv_zero_bubble"]
+)
 def test_recomputation(layout, kind):
     assert_parity(Case(layout, overrides=(("recompute.kind", kind),)))
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", pytest.param("dp_shard2-tp2-zero3", marks=pytest.mark.slow), "pp2"])
+@pytest.mark.parametrize(
+    "layout", ["single", "tp2", pytest.param("dp_shard2-tp2-zero3", marks=pytest.mark.slow), "pp2"]
+)
 def test_compilation(layout):
     assert_parity(Case(layout, overrides=(("engine.compile", True), ("engine.compile_backend", "aot_eager"))))
 

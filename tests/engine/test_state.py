@@ -14,12 +14,19 @@ PROGRESS = Progress(step=2, tokens_seen=256, fingerprints={})
 
 
 def step(engine: Any, case: Case, number: int) -> float:
-    return float(engine.train_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr).loss)
+    return float(
+        engine.train_step(
+            case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr
+        ).loss
+    )
 
 
 def gathered(engine: Any) -> dict[str, torch.Tensor]:
     """The whole state, in its own dtypes."""
-    return {key: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone() for key, value in engine.state().items()}
+    return {
+        key: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        for key, value in engine.state().items()
+    }
 
 
 def save_and_go_on(case: Case, path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -40,7 +47,9 @@ def load_and_go_on(case: Case, path: Path) -> tuple[dict[str, torch.Tensor], lis
     return state, [step(engine, case, number) for number in (2, 3)]
 
 
-def merged(ranks: list[tuple[dict[str, torch.Tensor], list[float]]]) -> tuple[dict[str, torch.Tensor], list[float]]:
+def merged(
+    ranks: list[tuple[dict[str, torch.Tensor], list[float]]],
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     assert all(losses == ranks[0][1] for _, losses in ranks)
     return {key: value for state, _ in ranks for key, value in state.items()}, ranks[0][1]
 
@@ -55,10 +64,20 @@ def both(saved: Case, loaded: Case, path: Path) -> tuple[list[float], list[float
 
 
 @pytest.mark.parametrize(
-    "layout", ["single", "tp2", "pp2-zbv_zero_bubble", "dp_shard2-zero3", "dp_shard2-zero1", pytest.param("pp2-dp_shard2-tp2", marks=pytest.mark.slow)]
+    "layout",
+    [
+        "single",
+        "tp2",
+        "pp2-zbv_zero_bubble",
+        "dp_shard2-zero3",
+        "dp_shard2-zero1",
+        pytest.param("pp2-dp_shard2-tp2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_layout_continues_bit_for_bit(layout, tmp_path):
-    losses, resumed = both(Case(layout, model("qwen3")), Case(layout, model("qwen3")), tmp_path / "checkpoint")
+    losses, resumed = both(
+        Case(layout, model("qwen3")), Case(layout, model("qwen3")), tmp_path / "checkpoint"
+    )
     assert resumed == losses
 
 
@@ -82,8 +101,11 @@ def test_another_layout_has_the_same_state(before, after, tied, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp16_mixed", "bf16_mixed", "bf16_pure"])
 def test_masters_moments_and_the_loss_scale_are_restored(precision, tmp_path):
-    overrides = (("precision.init_scale", 512.0), ("precision.growth_interval", 3))  # the checkpoint lies between two growths
-    saved, loaded = (Case(layout, precision=precision, overrides=overrides) for layout in ("pp2", "dp_shard2-zero2"))
+    # the checkpoint lies between two growths
+    overrides = (("precision.init_scale", 512.0), ("precision.growth_interval", 3))
+    saved, loaded = (
+        Case(layout, precision=precision, overrides=overrides) for layout in ("pp2", "dp_shard2-zero2")
+    )
     losses, resumed = both(saved, loaded, tmp_path / "checkpoint")
     assert resumed[0] == pytest.approx(losses[0], rel=1e-3)
     if precision == "fp16_mixed":
@@ -93,5 +115,7 @@ def test_masters_moments_and_the_loss_scale_are_restored(precision, tmp_path):
 
 def test_frozen_parameters_are_saved_without_moments(tmp_path):
     freeze = ("model.embed_tokens.*", "model.layers.0.*")
-    losses, resumed = both(Case("pp2", freeze=freeze), Case("dp_shard2-zero3", freeze=freeze), tmp_path / "checkpoint")
+    losses, resumed = both(
+        Case("pp2", freeze=freeze), Case("dp_shard2-zero3", freeze=freeze), tmp_path / "checkpoint"
+    )
     assert resumed[0] == pytest.approx(losses[0], rel=1e-6)

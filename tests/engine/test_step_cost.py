@@ -1,4 +1,5 @@
-"""What a step costs besides arithmetic: nothing that waits for the device, so many collectives; what recomputation repeats; what schedules hold."""
+"""What a step costs besides arithmetic: nothing that waits for the device, so many collectives; what
+recomputation repeats; what schedules hold."""
 
 import itertools
 import shutil
@@ -14,11 +15,15 @@ from tests.ranks import run_ranks
 from tests.runs import arguments, on_this_rank
 
 COMPILED = (("engine.compile", True), ("engine.compile_backend", "inductor"))
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ on the CPU: install g++")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor compiles C++ on the CPU: install g++"
+)
 
 
 def step(engine: Any, case: Case, number: int) -> Any:
-    return engine.train_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr)
+    return engine.train_step(
+        case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr
+    )
 
 
 def watched_step(case: Case) -> Counter[str]:
@@ -37,7 +42,13 @@ COLLECTIVES = {
     "dp_shard2-zero1": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 5},
     "dp_shard2-zero2": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 10},  # two micro-batches
     "dp_shard2-zero3": {"allreduce": 3, "_allgather_base": 18, "alltoall_base": 10},
-    "tp2": {"allreduce": 6, "allgather": 4, "all_reduce": 9, "reduce_scatter_tensor": 72, "all_gather_into_tensor": 72},
+    "tp2": {
+        "allreduce": 6,
+        "allgather": 4,
+        "all_reduce": 9,
+        "reduce_scatter_tensor": 72,
+        "all_gather_into_tensor": 72,
+    },
     "tp2-nosp": {"allreduce": 6, "allgather": 4, "all_reduce": 80},
 }
 
@@ -48,7 +59,9 @@ def test_a_step_never_waits_for_the_device(layout):
     case = Case(layout)
     for found in run_ranks(case.world_size, watched_step, case):
         found.pop("_wrap_tensor_autograd", None)
-        assert {name: count for name, count in found.items() if count > COLLECTIVES[layout].get(name, 0)} == {}, found
+        assert {
+            name: count for name, count in found.items() if count > COLLECTIVES[layout].get(name, 0)
+        } == {}, found
 
 
 def collectives_of_a_run(argv: list[str]) -> Counter[str]:
@@ -58,16 +71,25 @@ def collectives_of_a_run(argv: list[str]) -> Counter[str]:
     return watch.collectives
 
 
-@pytest.mark.parametrize(("world_size", "layout", "expected"), [(1, "single", 0), (2, "pp2", 3), (2, "zero3", 3)])
+@pytest.mark.parametrize(
+    ("world_size", "layout", "expected"), [(1, "single", 0), (2, "pp2", 3), (2, "zero3", 3)]
+)
 def test_training_adds_no_collective_to_those_of_the_engine(world_size, layout, expected, data, tmp_path):
-    """Neither to agree on stopping nor to see that a checkpoint is complete: the ranks' flags are counted with the tokens."""
+    """Neither to agree on stopping nor to see that a checkpoint is complete: the ranks' flags are
+    counted with the tokens."""
     runs = []
     for steps in (4, 8):
         options = {"train__steps": steps, "train__log_every": 100, "checkpoint__every": 2, "parallel": layout}
-        runs.append(run_ranks(world_size, collectives_of_a_run, arguments(tmp_path / str(steps), data, **options)))
+        runs.append(
+            run_ranks(world_size, collectives_of_a_run, arguments(tmp_path / str(steps), data, **options))
+        )
     for shorter, longer in zip(*runs, strict=True):
-        added = {name: (longer[name] - shorter[name]) / 4 for name in ("allreduce", "gather", "broadcast", "allgather", "barrier")}
-        assert added == {"allreduce": expected, "gather": 0, "broadcast": 0, "allgather": 0, "barrier": 0}  # tokens, norm, loss
+        added = {
+            name: (longer[name] - shorter[name]) / 4
+            for name in ("allreduce", "gather", "broadcast", "allgather", "barrier")
+        }
+        # tokens, norm, loss
+        assert added == {"allreduce": expected, "gather": 0, "broadcast": 0, "allgather": 0, "barrier": 0}
 
 
 def refused(name: str) -> None:
@@ -110,7 +132,8 @@ def products(case: Case) -> int:
     ],
 )
 def test_selective_recomputation_repeats_no_product(layout, compiled):
-    """Of a layer's seven products and its attention, full repeats at least one per layer and micro-batch, selective none."""
+    """Of a layer's seven products and its attention, full repeats at least one per layer and
+    micro-batch, selective none."""
     counts = {}
     for kind in ("none", "selective", "full"):
         case = Case(layout, model(num_hidden_layers=2), overrides=(*compiled, ("recompute.kind", kind)))
@@ -123,7 +146,14 @@ def timeouts(case: Case) -> list[tuple[str, int, float]]:
     """(name, ranks, seconds) of every process group there is, once a step has been done."""
     step(start(case), case, 0)
     groups = torch.distributed.distributed_c10d._world.pg_map
-    return sorted((group.group_desc, group.size(), group._get_backend(torch.device("cpu")).options._timeout.total_seconds()) for group in groups)
+    return sorted(
+        (
+            group.group_desc,
+            group.size(),
+            group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
+        )
+        for group in groups
+    )
 
 
 WORLD = "default_pg"
@@ -142,13 +172,21 @@ GROUPS = {
 
 @pytest.mark.parametrize("layout", GROUPS)
 def test_every_group_has_a_purpose_a_name_and_the_timeout_that_was_asked_for(layout):
-    """Where an axis or a product has all ranks, their first group serves; the two ends of a pipeline add up tied weights."""
+    """Where an axis or a product has all ranks, their first group serves; the two ends of a pipeline
+    add up tied weights."""
     name, _, precision = layout.partition("-bf16")
-    case = Case(name, model(tie_word_embeddings=True), precision=f"bf16{precision}" if precision else "fp32", overrides=(("engine.timeout_s", 120),))
+    case = Case(
+        name,
+        model(tie_word_embeddings=True),
+        precision=f"bf16{precision}" if precision else "fp32",
+        overrides=(("engine.timeout_s", 120),),
+    )
     ranks = run_ranks(case.world_size, timeouts, case)
     expected = [(desc, size, 120.0) for desc, size in sorted(GROUPS[layout].items())]
     inner = [row for row in expected if row[0] != "ends"]
-    assert ranks == [expected if rank in (0, case.world_size - 1) else inner for rank in range(case.world_size)]
+    assert ranks == [
+        expected if rank in (0, case.world_size - 1) else inner for rank in range(case.world_size)
+    ]
 
 
 VOCABULARY, HIDDEN = 8192, 64
@@ -167,7 +205,12 @@ def peak_of_a_step(case: Case) -> int:
     ("schedule", "precision"),
     [
         ("gpipe", "fp32"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(["looped_bfs", "interleaved_zero_bubble", "1f1b"], ["fp32", "bf16_mixed"])),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(
+                ["looped_bfs", "interleaved_zero_bubble", "1f1b"], ["fp32", "bf16_mixed"]
+            )
+        ),
         pytest.param("gpipe", "bf16_mixed", marks=pytest.mark.slow),
     ],
 )
@@ -176,7 +219,14 @@ def test_one_gradient_of_the_head_whatever_is_in_flight(schedule, precision):
     peaks = []
     for micro_batches in (4, 8):
         fields = model(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64)
-        case = Case(f"pp2-{schedule}", fields, precision=precision, global_batch_size=micro_batches, micro_batch_size=1, steps=2)
+        case = Case(
+            f"pp2-{schedule}",
+            fields,
+            precision=precision,
+            global_batch_size=micro_batches,
+            micro_batch_size=1,
+            steps=2,
+        )
         peaks.append(max(run_ranks(case.world_size, peak_of_a_step, case)))
     grown = (peaks[1] - peaks[0]) / 4
     assert grown < 0.25 * 4 * VOCABULARY * HIDDEN, (peaks, grown)

@@ -1,4 +1,5 @@
-"""A step whose global batch has no token that carries loss: no loss, no update, and nothing else changes either. On both engines."""
+"""A step whose global batch has no token that carries loss: no loss, no update, and nothing else changes
+either. On both engines."""
 
 import dataclasses
 import math
@@ -19,7 +20,8 @@ SCALING = (("precision.init_scale", 1024.0), ("precision.growth_interval", 2))
 
 
 def local(tensor: Any) -> torch.Tensor:
-    tensor = tensor.values if isinstance(tensor, Fragment) else tensor  # a Fragment of DeepSpeed's flat memory
+    # a Fragment of DeepSpeed's flat memory
+    tensor = tensor.values if isinstance(tensor, Fragment) else tensor
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
 
 
@@ -30,18 +32,34 @@ def run_with_blanks(case: Case, blank: tuple[int, ...]) -> list[dict[str, Any]]:
     for number in range(case.steps):
         batches = case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp)
         if number in blank:
-            batches = [dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX)) for batch in batches]
+            batches = [
+                dataclasses.replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
+                for batch in batches
+            ]
         before = {key: local(value) for key, value in engine.state().items()}
         result = engine.train_step(batches, lr=case.lr)
         after = {key: local(value) for key, value in engine.state().items()}
         changed = sorted(key for key in before if not torch.equal(before[key], after[key]))
-        row = {name: float(getattr(result, name)) for name in ("loss", "tokens", "grad_norm", "skipped", "empty", "loss_scale")}
+        row = {
+            name: float(getattr(result, name))
+            for name in ("loss", "tokens", "grad_norm", "skipped", "empty", "loss_scale")
+        }
         found.append({**row, "changed": changed})
     return found
 
 
-TORCH = [Case("single", steps=3), Case("dp_shard2-zero3", steps=3), Case("pp2", steps=3), Case("single", precision="bf16_pure", steps=3)]
-DEEPSPEED = [deepspeed("dp_shard2-zero1"), deepspeed("pp2"), deepspeed("dp_shard2-zero3"), deepspeed("dp_shard2-zero2")]
+TORCH = [
+    Case("single", steps=3),
+    Case("dp_shard2-zero3", steps=3),
+    Case("pp2", steps=3),
+    Case("single", precision="bf16_pure", steps=3),
+]
+DEEPSPEED = [
+    deepspeed("dp_shard2-zero1"),
+    deepspeed("pp2"),
+    deepspeed("dp_shard2-zero3"),
+    deepspeed("dp_shard2-zero2"),
+]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +83,9 @@ def test_no_loss_and_no_update(case):
             assert step["changed"]
 
 
-@pytest.mark.parametrize("case", [Case("single", precision="fp16_mixed", steps=5, overrides=SCALING)], ids=["torch"])
+@pytest.mark.parametrize(
+    "case", [Case("single", precision="fp16_mixed", steps=5, overrides=SCALING)], ids=["torch"]
+)
 def test_the_loss_scale_waits(case):
     """It grows after two finite steps: the empty one between them is neither finite nor not."""
     (found,) = run_ranks(1, run_with_blanks, case, (1,))
@@ -79,11 +99,17 @@ def test_the_loss_scale_waits_under_deepspeed():
     plain = dataclasses.replace(case, steps=5)
     (found,), (without,) = run_ranks(1, run_with_blanks, case, (2,)), run_ranks(1, run_with_blanks, plain, ())
     assert found[2]["changed"] == []
-    assert [step["loss_scale"] for step in found if not step["empty"]] == [step["loss_scale"] for step in without]
+    assert [step["loss_scale"] for step in found if not step["empty"]] == [
+        step["loss_scale"] for step in without
+    ]
 
 
 def test_the_scaler_is_as_it_was_after_an_empty_step():
-    scaler = LossScaler(PrecisionConfig(kind="fp16_mixed", init_scale=4.0, growth_interval=2), enabled=True, device=torch.device("cpu"))
+    scaler = LossScaler(
+        PrecisionConfig(kind="fp16_mixed", init_scale=4.0, growth_interval=2),
+        enabled=True,
+        device=torch.device("cpu"),
+    )
     scales = []
     for nonfinite, empty in ((0, 0), (0, 1), (0, 1), (0, 0), (1, 0), (0, 1)):
         scaler.update(torch.tensor(float(nonfinite)), empty=torch.tensor(float(empty)))
@@ -91,7 +117,13 @@ def test_the_scaler_is_as_it_was_after_an_empty_step():
     assert scales == [4.0, 4.0, 4.0, 8.0, 4.0, 4.0]
 
 
-@pytest.mark.parametrize("case", [Case("dp_replicate2", steps=2), pytest.param(dataclasses.replace(deepspeed("dp_shard2-zero1"), steps=2), marks=SLOW)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("dp_replicate2", steps=2),
+        pytest.param(dataclasses.replace(deepspeed("dp_shard2-zero1"), steps=2), marks=SLOW),
+    ],
+)
 def test_one_rank_without_targets_is_no_reason_to_wait(case):
     """The other rank's rows alone decide, as they do in one process."""
     blanked = dataclasses.replace(case, blank_rows=(0, 1, 2, 3))

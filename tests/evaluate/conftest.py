@@ -18,7 +18,9 @@ def trained(tmp_path_factory) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     (root / "text").mkdir()
     for number in range(12):
-        (root / "text" / f"{number}.txt").write_text(" ".join(f"number {number * n} follows {n}," for n in range(60)))
+        (root / "text" / f"{number}.txt").write_text(
+            " ".join(f"number {number * n} follows {n}," for n in range(60))
+        )
     config = settings(root)
     prepare(config.data, options=schema.PrepareConfig())
     (root / "run").mkdir()

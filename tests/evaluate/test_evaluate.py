@@ -32,7 +32,10 @@ def test_evaluate_agrees_with_training_and_with_plain_transformers(trained, caps
     # transformers' own loss of whole rows: labels are the inputs, shifted inside the model
     model = transformers.AutoModelForCausalLM.from_pretrained(trained.run / "export")
     held_out = Corpus.open(trained.root / "data").rows("eval", seq_len=SEQ_LEN, documents=False, vocab=300)
-    rows = torch.from_numpy(held_out.gather(torch.arange(EVAL_ROWS).numpy() * len(held_out) // EVAL_ROWS).tokens)  # evenly spread
+    # evenly spread
+    rows = torch.from_numpy(
+        held_out.gather(torch.arange(EVAL_ROWS).numpy() * len(held_out) // EVAL_ROWS).tokens
+    )
     with torch.no_grad():
         assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["loss"], rel=1e-5)
 
@@ -45,7 +48,12 @@ def test_options_of_the_command_line_come_before_the_runs(trained, capsys):
 
 
 def test_evaluate_a_checkpoint_and_a_folder_that_is_no_run(trained, tmp_path, capsys):
-    data = ["data.path=" + str(trained.root / "data"), f"data.seq_len={SEQ_LEN}", f"train.eval_rows={EVAL_ROWS}", f"run.dir={tmp_path / 'none'}"]
+    data = [
+        "data.path=" + str(trained.root / "data"),
+        f"data.seq_len={SEQ_LEN}",
+        f"train.eval_rows={EVAL_ROWS}",
+        f"run.dir={tmp_path / 'none'}",
+    ]
     shown = []
     for source in (trained.checkpoint, trained.run / "export"):
         assert main(["evaluate", f"evaluate.source={source}", *data]) == 0
@@ -66,7 +74,12 @@ def test_perplexity_counts_valid_tokens_only(trained):
     assert sums.counts["loss"] == 3
     assert sums.values["loss"] / 3 == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UserError, match="no held-out token carries a loss"):
-        scores(model, [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)], device=torch.device("cpu"), task=CausalLM())
+        scores(
+            model,
+            [Batch(ids, torch.full_like(ids, IGNORE_INDEX), positions)],
+            device=torch.device("cpu"),
+            task=CausalLM(),
+        )
 
 
 def test_sources_that_cannot_be_loaded(trained, tmp_path, capsys):
@@ -80,7 +93,9 @@ def test_sources_that_cannot_be_loaded(trained, tmp_path, capsys):
     assert main(["evaluate", str(trained.run), "evaluate.source=nobody/nothing"]) == 2
     assert "evaluate.source=nobody/nothing: transformers cannot load its model" in capsys.readouterr().err
     bare = tmp_path / "bare"
-    shutil.copytree(trained.run / "export", bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    shutil.copytree(
+        trained.run / "export", bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*")
+    )
     assert main(["generate", f"generate.source={bare}"]) == 2
     assert f"generate.source={bare}: transformers cannot load its tokenizer" in capsys.readouterr().err
 
@@ -96,14 +111,17 @@ def test_evaluate_without_data_or_with_a_smaller_vocabulary_is_refused(trained, 
     assert "model.config.vocab_size=50" in capsys.readouterr().err
 
 
-# -- damaged and hostile folders -----------------------------------------------------------------------------------
+# -- damaged and hostile folders -----------------------------------------------------------------------------
 
 DAMAGE = {
     "weights cut": ("model.safetensors", lambda data: data[: len(data) // 2]),
     "weights pointer": ("model.safetensors", lambda _: b"version https://git-lfs.github.com/spec/v1\n"),
     "config no JSON": ("config.json", lambda _: b"{"),
     "config no object": ("config.json", lambda _: b"[1]"),
-    "config nonsense": ("config.json", lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": "wide"')),
+    "config nonsense": (
+        "config.json",
+        lambda data: data.replace(b'"hidden_size": 64', b'"hidden_size": "wide"'),
+    ),
     "tokenizer cut": ("tokenizer.json", lambda data: data[: len(data) // 2]),
     "tokenizer kind": ("tokenizer.json", lambda data: data.replace(b'"BPE"', b'"Unheard"')),
     "tokenizer pointer": ("tokenizer.json", lambda _: b"version https://git-lfs.github.com/spec/v1\n"),
@@ -117,7 +135,16 @@ def test_damaged_folders_are_refused_by_name(kind, trained, folder, capsys):
     (folder / name).write_bytes(change(before))
     assert (folder / name).read_bytes() != before
     for command in ("generate",) if name == "tokenizer.json" else ("generate", "evaluate"):
-        assert main([command, f"{command}.source={folder}", *([str(trained.run)] if command == "evaluate" else [])]) == 2
+        assert (
+            main(
+                [
+                    command,
+                    f"{command}.source={folder}",
+                    *([str(trained.run)] if command == "evaluate" else []),
+                ]
+            )
+            == 2
+        )
         refused = capsys.readouterr().err
         assert f"{command}.source=" in refused
         assert str(folder) in refused
@@ -143,7 +170,9 @@ def test_a_run_directory_grants_no_permission_to_run_its_code(trained, tmp_path,
     )
     config = json.loads((run / "export" / "config.json").read_text())
     auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilModel"}
-    (run / "export" / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": auto}))
+    (run / "export" / "config.json").write_text(
+        json.dumps({**config, "model_type": "evil", "auto_map": auto})
+    )
     for command in ("evaluate", "generate"):
         assert main([command, str(run)]) == 2
         assert "cannot load its" in capsys.readouterr().err

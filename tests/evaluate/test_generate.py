@@ -14,9 +14,17 @@ from hybridtrain.errors import UserError
 from hybridtrain.evaluate.generate import sample
 
 
-def draw(trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any) -> str:
+def draw(
+    trained, *, seed: int = 3, prompt: str = "number 4 follows", source: Path | None = None, **changes: Any
+) -> str:
     options = schema.GenerateConfig(**{"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.95, **changes})
-    [text] = sample(source or trained.run / "export", prompts=[prompt], options=options, seed=seed, trust_remote_code=False)
+    [text] = sample(
+        source or trained.run / "export",
+        prompts=[prompt],
+        options=options,
+        seed=seed,
+        trust_remote_code=False,
+    )
     return text
 
 
@@ -56,7 +64,10 @@ def test_an_empty_prompt_starts_a_text(trained):
 def test_generate_from_export_and_checkpoint_is_the_same(trained, capsys):
     texts = []
     for source in ([str(trained.run)], [f"generate.source={trained.checkpoint}"]):
-        assert main(["generate", *source, "generate.prompt=number", "generate.max_new_tokens=10", "run.seed=5"]) == 0
+        assert (
+            main(["generate", *source, "generate.prompt=number", "generate.max_new_tokens=10", "run.seed=5"])
+            == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith("number")
@@ -78,8 +89,18 @@ def generated(capsys, *argv: str) -> str:
 
 def test_a_chat_is_put_into_the_models_template(trained, folder, capsys):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    answer = generated(capsys, f"generate.source={folder}", "generate.prompt=number", "generate.chat=true", "generate.system=four")
-    whole = generated(capsys, f"generate.source={folder}", "generate.prompt='[system] four\\n[user] number\\n[assistant]'".replace("\\n", "\n"))
+    answer = generated(
+        capsys,
+        f"generate.source={folder}",
+        "generate.prompt=number",
+        "generate.chat=true",
+        "generate.system=four",
+    )
+    whole = generated(
+        capsys,
+        f"generate.source={folder}",
+        "generate.prompt='[system] four\\n[user] number\\n[assistant]'".replace("\\n", "\n"),
+    )
     assert whole == "[system] four\n[user] number\n[assistant]" + answer
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system messages') }}")
     assert main(["generate", f"generate.source={folder}", "generate.chat=true"]) == 2
@@ -91,7 +112,9 @@ def test_a_chat_is_put_into_the_models_template(trained, folder, capsys):
 
 
 def test_several_prompts_and_a_file_of_them(trained, tmp_path, capsys):
-    alone = [generated(capsys, str(trained.run), f"generate.prompt={prompt}") for prompt in ("number 4", "follows")]
+    alone = [
+        generated(capsys, str(trained.run), f"generate.prompt={prompt}") for prompt in ("number 4", "follows")
+    ]
     both = generated(capsys, str(trained.run), "generate.prompts=[number 4,follows]")
     assert both == f"[1]\n{alone[0]}\n[2]\n{alone[1]}"
     (tmp_path / "prompts.txt").write_text("number 4\n\nfollows\n")
@@ -117,17 +140,25 @@ def test_a_seed_of_its_own_goes_before_the_runs(trained, capsys):
     assert shown["run.seed=1"] == shown["generate.seed=1"] != shown["run.seed=2"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("bos_token_id", "text"), ("eos_token_id", [1, "x"]), ("eos_token_id", 0.5), ("pad_token_id", {})])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bos_token_id", "text"), ("eos_token_id", [1, "x"]), ("eos_token_id", 0.5), ("pad_token_id", {})],
+)
 def test_special_tokens_that_are_no_ids_are_refused(trained, folder, name, value):
     (folder / "generation_config.json").write_text(json.dumps({name: value}))
-    with pytest.raises(UserError, match=rf"generate\.source=.*the {name} of its generation_config\.json is .*|cannot load its"):
+    with pytest.raises(
+        UserError,
+        match=rf"generate\.source=.*the {name} of its generation_config\.json is .*|cannot load its",
+    ):
         draw(trained, temperature=0.0, source=folder)
 
 
 def test_end_tokens_of_generation_config_end_a_text(trained, folder):
     text = draw(trained, temperature=0.0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    second = tokenizer("number 4 follows" + text)["input_ids"][len(tokenizer("number 4 follows")["input_ids"]) + 1]
+    second = tokenizer("number 4 follows" + text)["input_ids"][
+        len(tokenizer("number 4 follows")["input_ids"]) + 1
+    ]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [second, 0]}))
     assert len(draw(trained, temperature=0.0, source=folder)) < len(text)
 
@@ -137,4 +168,7 @@ def test_a_prompt_beyond_the_vocabulary_is_refused(folder, capsys):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     assert main(["generate", f"generate.source={folder}", "generate.prompt='a <new>'"]) == 2
-    assert "generate.prompt=(token id 300): the tokenizer has a token for which the model, with 300 rows" in capsys.readouterr().err
+    assert (
+        "generate.prompt=(token id 300): the tokenizer has a token for which the model, with 300 rows"
+        in capsys.readouterr().err
+    )

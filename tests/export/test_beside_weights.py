@@ -17,10 +17,13 @@ from hybridtrain.models import tokens
 from hybridtrain.models.build import save_config
 from tests.export.runs import as_earlier, exporting, model_of, read_back, run_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+# pytest puts back what the module turns off
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_config_that_was_edited_after_training_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of(tmp_path, model_of(tied=False), tied=False)
     file = run / "model" / "config.json"
     config = json.loads(file.read_text())
@@ -28,7 +31,10 @@ def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, capl
     hf.run(exporting(run))
     exported = json.loads((run / "export" / "config.json").read_text())
     assert (exported["num_hidden_layers"], exported["rms_norm_eps"]) == (11, 1e-6)
-    assert "config.json has changed since the checkpoint was written (num_hidden_layers was 11 and is 1; rms_norm_eps was 1e-06 and is 0.001)" in caplog.text
+    assert (
+        "config.json has changed since the checkpoint was written (num_hidden_layers was 11 and is 1; rms_norm_eps was 1e-06 and is 0.001)"
+        in caplog.text
+    )
     as_earlier(run / "checkpoints" / "step-00000020")
     with pytest.raises(UserError, match=r"num_hidden_layers=1, the checkpoint's model has 11; was it edited"):
         hf.run(exporting(run))
@@ -36,13 +42,18 @@ def test_a_config_that_was_edited_after_training_is_noticed(tmp_path: Path, capl
     hf.run(exporting(run))
 
 
-def test_end_tokens_that_were_edited_after_training_are_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_end_tokens_that_were_edited_after_training_are_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     file = run / "model" / "generation_config.json"
     given = json.loads(file.read_text())
     file.write_text(json.dumps({**given, "temperature": 7.0}))
     hf.run(exporting(run))
-    assert "generation_config.json has changed since the checkpoint was written; the checkpoint's own is exported" in caplog.text
+    assert (
+        "generation_config.json has changed since the checkpoint was written; the checkpoint's own is exported"
+        in caplog.text
+    )
     assert "temperature" not in json.loads((run / "export" / "generation_config.json").read_text())
     as_earlier(run / "checkpoints" / "step-00000020")  # which took no copy along
     hf.run(exporting(run))
@@ -53,8 +64,11 @@ SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "r
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path, earlier: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """The file is taken over when training starts; of a run of an earlier release, which did not, from the source."""
+def test_the_sources_end_tokens_and_sampling_values_are_exported(
+    tmp_path: Path, earlier: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is taken over when training starts; of a run of an earlier release, which did
+    not, from the source."""
     given = {**SAMPLING, "eos_token_id": [5, 0], "pad_token_id": 0, "bos_token_id": 0}
     model = model_of(tied=True)
     run = run_of(tmp_path, model, tied=True)
@@ -70,7 +84,8 @@ def test_the_sources_end_tokens_and_sampling_values_are_exported(tmp_path: Path,
         shutil.rmtree(tmp_path / "source")
     hf.run(exporting(run))
     loaded = GenerationConfig.from_pretrained(run / "export").to_dict()
-    # the corpus's texts end with token 1, which the source did not know: training taught the model to end with it
+    # the corpus's texts end with token 1, which the source did not know: training taught
+    # the model to end with it
     assert {key: loaded[key] for key in given} == {**given, "eos_token_id": [5, 0, 1]}
     assert "generation_config.json: eos_token_id [5, 0] and 1, which ended what was trained on" in caplog.text
 
@@ -83,12 +98,17 @@ def test_new_weights_end_texts_as_their_corpus_does(tmp_path: Path) -> None:
     hf.run(exporting(run))
     for name in ("config.json", "generation_config.json"):
         assert json.loads((run / "export" / name).read_text())["eos_token_id"] == 1, name
-    assert "pad_token_id" not in {key for key, value in json.loads((run / "export" / "config.json").read_text()).items() if value is not None}
+    assert "pad_token_id" not in {
+        key
+        for key, value in json.loads((run / "export" / "config.json").read_text()).items()
+        if value is not None
+    }
 
 
 @pytest.mark.parametrize("new", [False, True])
 def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new: bool) -> None:
-    """Of conversations, training teaches the token of the chat template that ends an answer, which need not be the tokenizer's end of text."""
+    """Of conversations, training teaches the token of the chat template that ends an answer, which need not
+    be the tokenizer's end of text."""
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "data" / "tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
@@ -101,12 +121,17 @@ def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new:
         config.model.from_pretrained = str(tmp_path / "source")
         (run / "config.yaml").write_text(compose.to_yaml(config))
     hf.run(exporting(run))
-    assert GenerationConfig.from_pretrained(run / "export").eos_token_id == [1, tokenizer.convert_tokens_to_ids("<|turn|>")]
+    assert GenerationConfig.from_pretrained(run / "export").eos_token_id == [
+        1,
+        tokenizer.convert_tokens_to_ids("<|turn|>"),
+    ]
     assert json.loads((run / "export" / "config.json").read_text())["eos_token_id"] == 1
 
 
 @pytest.mark.parametrize("facts", ['{"kind": "cha', '{"kind": "chat"}'])
-def test_data_that_was_damaged_since_is_no_reason_not_to_export(tmp_path: Path, facts: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_that_was_damaged_since_is_no_reason_not_to_export(
+    tmp_path: Path, facts: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """corpus.json cut short; a tokenizer that has lost its chat template."""
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     (tmp_path / "data" / "corpus.json").write_text(facts)
@@ -117,19 +142,31 @@ def test_data_that_was_damaged_since_is_no_reason_not_to_export(tmp_path: Path, 
 
 def test_end_tokens_that_differ_are_named() -> None:
     ends = tokens.Ends(begin=None, end=7, pad=None, turn=9)
-    config, generation, lines = tokens.with_end_tokens({"eos_token_id": 2}, {"eos_token_id": [2, 7]}, of_tokenizer=ends, new=False)
+    config, generation, lines = tokens.with_end_tokens(
+        {"eos_token_id": 2}, {"eos_token_id": [2, 7]}, of_tokenizer=ends, new=False
+    )
     assert (config, generation) == ({"eos_token_id": 2}, {"eos_token_id": [2, 7, 9]})
     assert lines == [
         "config.json ends texts with [2], the tokenizer with 7",
         "the chat template ends answers with 9, the tokenizer ends texts with [7]",
         "generation_config.json: eos_token_id [2, 7] and 9, which ended what was trained on",
     ]
-    assert tokens.with_end_tokens({"eos_token_id": 7}, {}, of_tokenizer=tokens.Ends(None, 7, None, 7), new=False)[2] == []
+    assert (
+        tokens.with_end_tokens(
+            {"eos_token_id": 7}, {}, of_tokenizer=tokens.Ends(None, 7, None, 7), new=False
+        )[2]
+        == []
+    )
     assert len(tokens.with_end_tokens({"eos_token_id": 2}, {}, of_tokenizer=ends, new=True)[2]) == 2
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"version": "1.0", "trunc', b'{"version": "1.0", "model": {"type": "Unheard"}}', b"version https://git-lfs.github.com/spec/v1\n"]
+    "content",
+    [
+        b'{"version": "1.0", "trunc',
+        b'{"version": "1.0", "model": {"type": "Unheard"}}',
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ],
 )
 def test_a_tokenizer_that_does_not_load_is_not_exported(tmp_path: Path, content: bytes) -> None:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
@@ -157,7 +194,9 @@ def test_a_folder_that_holds_a_model_too_gives_its_tokenizer_alone(tmp_path: Pat
     assert AutoTokenizer.from_pretrained(run / "export").chat_template == "{{ messages }}"
 
 
-def test_a_tokenizer_that_changed_after_prepare_is_named_when_it_is_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_that_changed_after_prepare_is_named_when_it_is_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of(tmp_path, model_of(tied=False), tied=False)
     file = tmp_path / "data" / "tokenizer" / "tokenizer.json"
     record = {"tokenizer_files": {"tokenizer/tokenizer.json": digests.record(file)}}

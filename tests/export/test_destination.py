@@ -20,7 +20,8 @@ from hybridtrain.types import Progress
 from tests.export.runs import exporting, model_of, run_of
 from tests.runs import immutable
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+# pytest puts back what the module turns off
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def test_an_earlier_export_is_replaced_and_any_other_folder_is_not(tmp_path: Path) -> None:
@@ -57,7 +58,9 @@ def test_a_link_is_followed_and_leftovers_block_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "disk") == ["mine"]
 
 
-def test_an_earlier_export_that_cannot_be_removed_goes_with_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_earlier_export_that_cannot_be_removed_goes_with_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What stays of it still says whose it is: removed with its record first, it would lie there for ever."""
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     hf.run(exporting(run))
@@ -85,12 +88,17 @@ def test_files_of_others_in_an_export_stay(tmp_path: Path, earlier: bool) -> Non
     (out / "runs" / "one.txt").write_text("mine")
     for _ in range(2):
         hf.run(exporting(run))
-        assert [(out / "README.md").read_text(), (out / "runs" / "one.txt").read_text()] == ["my notes", "mine"]
+        assert [(out / "README.md").read_text(), (out / "runs" / "one.txt").read_text()] == [
+            "my notes",
+            "mine",
+        ]
         assert len(list(out.glob("*.safetensors*"))) == 1
     (out / "chat_template.jinja").write_text("mine")
     hf.run(exporting(run))
     (tmp_path / "data" / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(UserError, match=r"it has chat_template\.jinja, which no export wrote and this one would replace"):
+    with pytest.raises(
+        UserError, match=r"it has chat_template\.jinja, which no export wrote and this one would replace"
+    ):
         hf.run(exporting(run))
     assert (out / "chat_template.jinja").read_text() == "mine"
     assert not list(run.glob("export.*"))
@@ -120,7 +128,8 @@ def test_two_exports_at_once(tmp_path: Path) -> None:
 
 
 def test_exports_of_a_run_that_removes_its_checkpoints_meanwhile(tmp_path: Path) -> None:
-    """A thread saves a checkpoint and removes the one before, again and again, as checkpoint.every=1 keep_last=1 does."""
+    """A thread saves a checkpoint and removes the one before, again and again, as
+    checkpoint.every=1 keep_last=1 does."""
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     manager = Manager(run / "checkpoints", settings=CheckpointConfig(keep_last=1))
     ended = threading.Event()
@@ -131,7 +140,11 @@ def test_exports_of_a_run_that_removes_its_checkpoints_meanwhile(tmp_path: Path)
                 return
             aside = manager.folder / f"step-{step:08d}.partial"
             shutil.copytree(manager.path(step - 1), aside)
-            marker.write(aside, progress=Progress(step, step, {}), files={file.name: marker.measure(file) for file in aside.glob("*.distcp")})
+            marker.write(
+                aside,
+                progress=Progress(step, step, {}),
+                files={file.name: marker.measure(file) for file in aside.glob("*.distcp")},
+            )
             aside.rename(manager.path(step))
             manager.prune()
 

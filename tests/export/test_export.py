@@ -1,4 +1,5 @@
-"""Exports: the same values as the model's own state, files that safetensors and transformers read, memory of one tensor."""
+"""Exports: the same values as the model's own state, files that safetensors and transformers read,
+memory of one tensor."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from hybridtrain.types import Progress
 from tests.export.runs import as_earlier, exporting, model_of, read_back, run_of
 from tests.runs import four_parts
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # pytest puts back what the module turns off
+# pytest puts back what the module turns off
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -31,13 +33,25 @@ def test_an_export_holds_the_models_values_and_loads_in_transformers(tmp_path: P
     run = run_of(tmp_path, model, tied=tied)
     assert hf.run(exporting(run)) == 0
     out = run / "export"
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "hybridtrain.json"} <= set(os.listdir(out))
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "hybridtrain.json",
+    } <= set(os.listdir(out))
     stored, state = read_back(out), model.state_dict()
     assert set(stored) == set(state) - ({"lm_head.weight"} if tied else set())
     assert all(torch.equal(stored[name], state[name]) for name in stored)
     origin = json.loads((out / "hybridtrain.json").read_text())
     assert sorted(origin.pop("contents")) == sorted(set(os.listdir(out)) - {"hybridtrain.json"})
-    assert {**origin, "files": sorted(os.listdir(out))} == {"step": 20, "tokens_seen": 20, "dtype": "float32", "files": sorted(os.listdir(out))}
+    assert {**origin, "files": sorted(os.listdir(out))} == {
+        "step": 20,
+        "tokens_seen": 20,
+        "dtype": "float32",
+        "files": sorted(os.listdir(out)),
+    }
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.dtype == torch.float32
@@ -76,7 +90,9 @@ def test_other_dtypes(tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> N
     run = run_of(tmp_path, model, tied=False)
     hf.run(exporting(run, dtype=dtype))
     state = model.state_dict()
-    assert all(torch.equal(value, state[name].to(torch_dtype)) for name, value in read_back(run / "export").items())
+    assert all(
+        torch.equal(value, state[name].to(torch_dtype)) for name, value in read_back(run / "export").items()
+    )
     assert AutoModelForCausalLM.from_pretrained(run / "export").dtype == torch_dtype
 
 
@@ -85,7 +101,9 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = 70000.0
     run = run_of(tmp_path, model, tied=False)
-    with pytest.raises(UserError, match=r"export\.dtype=float16: model\.norm\.weight has values up to 7e\+04"):
+    with pytest.raises(
+        UserError, match=r"export\.dtype=float16: model\.norm\.weight has values up to 7e\+04"
+    ):
         hf.run(exporting(run, dtype="float16"))
     assert not list(run.glob("export*"))
     hf.run(exporting(run, dtype="bfloat16"))
@@ -115,16 +133,23 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     assert not list(run.glob("export*"))
 
 
-def test_a_checkpoint_that_is_none_is_refused_by_its_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_is_none_is_refused_by_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     monkeypatch.chdir(run)
     assert main(["export", "export.checkpoint=200"]) == 2
-    assert "export.checkpoint=200: there is no such folder" in four_parts(capsys.readouterr().err, "export.checkpoint")
+    assert "export.checkpoint=200: there is no such folder" in four_parts(
+        capsys.readouterr().err, "export.checkpoint"
+    )
     alone = shutil.copytree(run / "checkpoints" / "step-00000020", tmp_path / "a" / "b" / "mine")
     for command, option in (("export", "export.checkpoint"), ("generate", "generate.source")):
         assert main([command, f"{option}={alone}"]) == 2
         said = four_parts(capsys.readouterr().err, option)
-        assert f"{option}={alone}: it is not in the checkpoints folder of a run: {tmp_path / 'a'} has no config.yaml" in said
+        assert (
+            f"{option}={alone}: it is not in the checkpoints folder of a run: {tmp_path / 'a'} has no config.yaml"
+            in said
+        )
         assert "run.dir" not in said
 
 
@@ -138,7 +163,9 @@ def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_p
         "view": torch.randn(4, 6).t(),
         "long": torch.tensor([2**40]),
     }
-    entries = [safetensors.TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()]
+    entries = [
+        safetensors.TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()
+    ]
     safetensors.write(tmp_path / "x.safetensors", specs=entries, tensor=lambda entry: values[entry.name])
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -167,19 +194,35 @@ print(peak() - before)
 def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     for name, count, size in (("small", 1, 1000), ("large", 20, 2_000_000)):
         tensors = {f"model.layers.{n}.weight": torch.ones(size) for n in range(count)}
-        sharded.save(tensors, path=tmp_path / name / "step-1", progress=Progress(1, 1, {}), group=None, asynchronous=False).result()
+        sharded.save(
+            tensors,
+            path=tmp_path / name / "step-1",
+            progress=Progress(1, 1, {}),
+            group=None,
+            asynchronous=False,
+        ).result()
         (tmp_path / name / "model").mkdir()
         (tmp_path / name / "model" / "config.json").write_text('{"tie_word_embeddings": true}')
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(tmp_path / "small"), str(tmp_path / "large")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        MEASURED,
+        str(tmp_path / "small"),
+        str(tmp_path / "large"),
+    ]
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(list((tmp_path / "large" / "out").glob("*.safetensors"))) == 4
     assert 8 < grown < 90, f"{grown:.0f} MiB more for a model of 160 MB whose tensors have 8 MB"
 
 
-# -- an export is what was written ---------------------------------------------------------------------------------
+# -- an export is what was written ---------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of(tmp_path, model_of(tied=False), tied=False)
     hf.run(exporting(run))
     out = run / "export"
@@ -192,7 +235,10 @@ def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_p
     export_record.check(out, field="evaluate.source")  # may be meant
     assert "config.json holds other bytes than the export wrote" in caplog.text
     (out / "config.json").write_text(config)
-    for damaged, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than the export wrote"), (whole + b"0", "bytes, and")):
+    for damaged, words in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "holds other bytes than the export wrote"),
+        (whole + b"0", "bytes, and"),
+    ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{name}: {'holds' if 'holds' in words else 'has'}"):
             export_record.check(out, field="evaluate.source")
@@ -207,8 +253,13 @@ def test_weights_that_are_not_those_that_were_exported_are_refused_by_name(tmp_p
 
 
 @pytest.mark.parametrize("name", ["complete.json", "progress.json"])
-@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff\xfe", b"{}", b'{"format": 1, "files": {"a": {"size": 1e999, "crc32": "0"}}}'])
-def test_a_record_of_a_checkpoint_that_cannot_be_read_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 200_000, b"\xff\xfe", b"{}", b'{"format": 1, "files": {"a": {"size": 1e999, "crc32": "0"}}}'],
+)
+def test_a_record_of_a_checkpoint_that_cannot_be_read_is_refused(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     for file in ("complete.json", "progress.json"):
         (tmp_path / file).write_text("{}")
     (tmp_path / name).write_bytes(content)

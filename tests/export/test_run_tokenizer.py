@@ -1,4 +1,5 @@
-"""An export has the tokenizer of what its checkpoint was trained on, wherever the data lie and whatever they have become."""
+"""An export has the tokenizer of what its checkpoint was trained on, wherever the data lie and
+whatever they have become."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def corpus(folder: Path, *, words: str) -> bytes:
     text = folder.with_name(f"text of {words}")
     text.mkdir(parents=True, exist_ok=True)
     for number in range(12):
-        (text / f"{number}.txt").write_text(" ".join(f"number {number * n} {words} {n * n},\n" for n in range(60)))
+        (text / f"{number}.txt").write_text(
+            " ".join(f"number {number * n} {words} {n * n},\n" for n in range(60))
+        )
     config = schema.DataConfig(path=str(folder), source=[str(text)], vocab_size=300, eval_fraction=0.2)
     prepare(config, options=schema.PrepareConfig(overwrite=True))
     return (folder / "tokenizer" / "tokenizer.json").read_bytes()
@@ -59,7 +62,9 @@ def as_earlier(run: Path) -> None:
     for checkpoint in (run / "checkpoints").iterdir():
         shutil.rmtree(checkpoint / "tokenizer")
         listed = json.loads((checkpoint / "complete.json").read_text())
-        listed["files"] = {name: record for name, record in listed["files"].items() if not name.startswith("tokenizer/")}
+        listed["files"] = {
+            name: record for name, record in listed["files"].items() if not name.startswith("tokenizer/")
+        }
         (checkpoint / "complete.json").write_text(json.dumps(listed))
 
 
@@ -72,7 +77,9 @@ def test_an_export_has_the_tokenizer_that_the_run_kept(
     begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = begun.run / "checkpoints" / "step-00000002"
-    assert {"tokenizer/data.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(marker.read(newest))
+    assert {"tokenizer/data.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"} <= set(
+        marker.read(newest)
+    )
     assert begun.exported() == begun.tokenizer
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -111,10 +118,15 @@ def test_the_tokenizer_of_an_earlier_releases_run_is_that_of_its_data_or_none(
     assert now in said
     shutil.rmtree(begun.data)
     assert main(["export", str(begun.run)]) == 2
-    assert "the earlier export there has a tokenizer, and this one would have none" in four_parts(capsys.readouterr().err, "export.out")
+    assert "the earlier export there has a tokenizer, and this one would have none" in four_parts(
+        capsys.readouterr().err, "export.out"
+    )
     assert (begun.run / "export" / "tokenizer.json").read_bytes() == begun.tokenizer
     assert main(["export", str(begun.run), f"export.out={tmp_path / 'new'}"]) == 0
-    assert "no tokenizer is exported, there is none with the data (looked in data/mine)" in capsys.readouterr().out
+    assert (
+        "no tokenizer is exported, there is none with the data (looked in data/mine)"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "new" / "tokenizer.json").exists()
 
 
@@ -127,9 +139,14 @@ def test_each_checkpoint_has_the_tokenizer_of_the_data_it_came_to(begun: Begun) 
     assert (begun.run / "export" / "tokenizer.json").read_bytes() == begun.tokenizer
 
 
-def test_a_tokenizer_that_was_damaged_before_the_run_began_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_was_damaged_before_the_run_began_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, file = corpus(tmp_path / "data", words="follows"), tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    whole, file = (
+        corpus(tmp_path / "data", words="follows"),
+        tmp_path / "data" / "tokenizer" / "tokenizer.json",
+    )
     file.write_bytes(whole[:-1])
     said = finished(1, arguments(tmp_path / "run", tmp_path / "data", train__steps=1))
     assert "the tokenizer is not copied into the run, an export will look for it again" in said.out

@@ -1,10 +1,12 @@
-"""A file of a corpus, a run or an export is damaged or replaced: it is refused by name, or what comes out is what would have come out.
+"""A file of a corpus, a run or an export is damaged or replaced: it is refused by name, or what comes out is
+what would have come out.
 
     LD_PRELOAD=faults.so python -m tests.fuzz.corruption --work DIR --out ROWS.jsonl --count 200 --seed 0
 
-Of each case: one file, one mutation, one command that reads it. The oracle: no exception and no hang; exit code 2 with the file, its folder or its option
-in the message; or exit code 0 with the losses, the exported weights and config, or the evaluation of the undamaged folder, bit for bit. Files whose
-values are only shown (metrics, events, summary, statistics) may hold another legal value: they must not end a command, no more.
+Of each case: one file, one mutation, one command that reads it. The oracle: no exception and no hang; exit
+code 2 with the file, its folder or its option in the message; or exit code 0 with the losses, the exported
+weights and config, or the evaluation of the undamaged folder, bit for bit. Files whose values are only shown
+(metrics, events, summary, statistics) may hold another legal value: they must not end a command, no more.
 """
 
 from __future__ import annotations
@@ -23,18 +25,42 @@ from tests.fuzz.harness import PREPARE, TRAIN, Ended
 RESUME = [*TRAIN, "train.steps=3", "train.eval_every=3"]
 TUNE = [word for word in TRAIN if not word.startswith(("model", "run.dir"))]
 TUNE += ["model.from_pretrained=runs/x/export", "run.dir=tuned", "train.steps=1"]
-EVALUATE = ["evaluate", "evaluate.source=runs/x/export", "data.path=corpus", "data.seq_len=32", "train.eval_rows=4"]
-SHOWN = {"summary.json", "metrics.jsonl", "events.jsonl", "machine.json", "evaluation.json", "speed.json", "hybridtrain.json", "config.yaml", "lock"}
-"""Files whose values are shown, or compared with the command line: another legal value is no damage that could be told."""
+EVALUATE = [
+    "evaluate",
+    "evaluate.source=runs/x/export",
+    "data.path=corpus",
+    "data.seq_len=32",
+    "train.eval_rows=4",
+]
+SHOWN = {
+    "summary.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "machine.json",
+    "evaluation.json",
+    "speed.json",
+    "hybridtrain.json",
+    "config.yaml",
+    "lock",
+}
+"""Files whose values are shown, or compared with the command line: another legal value is no damage
+that could be told."""
 VALUES = [None, True, -1, 0, 10**400, 1e300, "text", [], {}, [1], "\u0000", "x" * 300, 0.5]
 
 
 def _losses(folder: Path) -> Any:
-    return [(row["step"], row["loss"], row["grad_norm"], row.get("eval_loss")) for row in harness.metrics(folder / "runs" / "x") if row["step"] == 3]
+    return [
+        (row["step"], row["loss"], row["grad_norm"], row.get("eval_loss"))
+        for row in harness.metrics(folder / "runs" / "x")
+        if row["step"] == 3
+    ]
 
 
 def _export(folder: Path) -> Any:
-    return harness.digests(folder / "runs" / "x" / "export", lambda name: name.endswith((".safetensors", "config.json", "tokenizer.json", "index.json")))
+    return harness.digests(
+        folder / "runs" / "x" / "export",
+        lambda name: name.endswith((".safetensors", "config.json", "tokenizer.json", "index.json")),
+    )
 
 
 def _tuned(folder: Path) -> Any:
@@ -45,13 +71,34 @@ def _evaluated(said: str) -> Any:
     return [line for line in said.splitlines() if line.startswith(("loss", "tokens"))]
 
 
-CHAT = ["prepare", "data=chat", "data.source=[talks]", "data.path=chat", "data.tokenizer=corpus/tokenizer", "data.chat_template=plain"]
+CHAT = [
+    "prepare",
+    "data=chat",
+    "data.source=[talks]",
+    "data.path=chat",
+    "data.tokenizer=corpus/tokenizer",
+    "data.chat_template=plain",
+]
 CHAT += ["data.eval_fraction=0.3", "data.seq_len=48"]
-SFT = [word for word in TRAIN if not word.startswith(("data.", "run.dir"))] + ["data.path=chat", "data.seq_len=48", "run.dir=sft", "train.steps=1"]
-MEGATRON = [word for word in TRAIN if not word.startswith(("data.path", "run.dir"))] + ["data.path=mega/train", "run.dir=mega_run", "train.steps=1"]
+SFT = [word for word in TRAIN if not word.startswith(("data.", "run.dir"))] + [
+    "data.path=chat",
+    "data.seq_len=48",
+    "run.dir=sft",
+    "train.steps=1",
+]
+MEGATRON = [word for word in TRAIN if not word.startswith(("data.path", "run.dir"))] + [
+    "data.path=mega/train",
+    "run.dir=mega_run",
+    "train.steps=1",
+]
 BRANCH = [word for word in TRAIN if not word.startswith("run.dir")]
 BRANCH += ["run.dir=branch", "run.branch_from=runs/x", "optim.lr=0.02", "train.steps=3", "train.eval_every=3"]
-GENERATE = ["generate", "generate.source=runs/x/export", "generate.prompt=number 7", "generate.max_new_tokens=4"]
+GENERATE = [
+    "generate",
+    "generate.source=runs/x/export",
+    "generate.prompt=number 7",
+    "generate.max_new_tokens=4",
+]
 
 
 def _rows(name: str) -> Callable[[Path, str], Any]:
@@ -63,7 +110,10 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path, str], Any]]] = {
     "export": (["export", "runs/x"], lambda folder, _: _export(folder)),
     "tune": (TUNE, lambda folder, _: _tuned(folder)),
     "evaluate": (EVALUATE, lambda _, said: _evaluated(said)),
-    "report": (["report", "runs/x"], lambda folder, _: (folder / "runs" / "x" / "report" / "index.html").is_file()),
+    "report": (
+        ["report", "runs/x"],
+        lambda folder, _: (folder / "runs" / "x" / "report" / "index.html").is_file(),
+    ),
     "runs": (["runs"], lambda *_: True),
     "branch": (BRANCH, _rows("branch")),
     "generate": (GENERATE, lambda _, said: said[-200:]),
@@ -72,8 +122,16 @@ COMMANDS: dict[str, tuple[list[str], Callable[[Path, str], Any]]] = {
     "verify_run": (["verify", "runs/x"], lambda *_: True),
     "verify_export": (["verify", "runs/x/export"], lambda *_: True),
     "verify_corpus": (["verify", "corpus"], lambda *_: True),
-    "prepare_chat": (CHAT, lambda folder, _: harness.digests(folder / "chat", lambda name: name.endswith((".bin", ".idx", ".npy")))),
-    "prepare": (PREPARE, lambda folder, _: harness.digests(folder / "corpus", lambda name: name.endswith((".bin", ".idx")))),
+    "prepare_chat": (
+        CHAT,
+        lambda folder, _: harness.digests(
+            folder / "chat", lambda name: name.endswith((".bin", ".idx", ".npy"))
+        ),
+    ),
+    "prepare": (
+        PREPARE,
+        lambda folder, _: harness.digests(folder / "corpus", lambda name: name.endswith((".bin", ".idx"))),
+    ),
 }
 
 
@@ -94,15 +152,30 @@ def reads(path: str) -> list[str]:
     return ["resume", "export", "report", "runs", "branch", "verify_run"]
 
 
-NOT_VERIFIED = {"machine.json", "evaluation.json", "generation_config.json", ".lock", "lock", "corpus.json", "speed.json", ".prepare.json", "config.yaml"}
-"""Files beside those that `verify` holds against a record: other legal values pass. corpus.json is the record itself."""
+NOT_VERIFIED = {
+    "machine.json",
+    "evaluation.json",
+    "generation_config.json",
+    ".lock",
+    "lock",
+    "corpus.json",
+    "speed.json",
+    ".prepare.json",
+    "config.yaml",
+}
+"""Files beside those that `verify` holds against a record: other legal values pass. corpus.json
+is the record itself."""
 
 
 def mutate(file: Path, chance: random.Random) -> str:
     """Damage a file; what was done to it."""
     text = file.suffix in (".json", ".jsonl", ".yaml", ".jinja", ".txt")
     kinds = ["flip", "truncate", "empty", "junk", "folder", "gone", "pointer", "duplicate"]
-    kinds += ["value", "value", "value", "key", "brackets", "latin", "root"] if text else ["flip", "flip", "zeros", "sevens"]
+    kinds += (
+        ["value", "value", "value", "key", "brackets", "latin", "root"]
+        if text
+        else ["flip", "flip", "zeros", "sevens"]
+    )
     kind = chance.choice(kinds)
     data = file.read_bytes()
     match kind:
@@ -159,7 +232,9 @@ def _altered(value: Any, chance: random.Random, *, drop: bool) -> Any:
     spots: list[tuple[Any, Any]] = []
 
     def walk(node: Any) -> None:
-        for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else []:
+        for key in (
+            list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else []
+        ):
             spots.append((node, key))
             walk(node[key])
 
@@ -196,7 +271,10 @@ def _more_sources(base: Path) -> None:
     """Conversations, and token files of another maker: the tokens of the text corpus under another name."""
     (base / "talks").mkdir()
     for n in range(8):
-        messages = [{"role": "user", "content": f"what is {n} + {n}?"}, {"role": "assistant", "content": f"it is {2 * n}"}]
+        messages = [
+            {"role": "user", "content": f"what is {n} + {n}?"},
+            {"role": "assistant", "content": f"it is {2 * n}"},
+        ]
         (base / "talks" / f"{n}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
 
 
@@ -229,8 +307,17 @@ def main() -> None:
     (base / "mega").mkdir()
     for ending in ("bin", "idx"):
         shutil.copy(base / "corpus" / f"train.{ending}", base / "mega" / f"train.{ending}")
-    files = [str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file() and path.stat().st_size]
-    files = [path for path in files if not path.startswith(("texts/", "talks/", "runs/x/logs/", "runs/x/failures/")) and not path.endswith(".lock")]
+    files = [
+        str(path.relative_to(base))
+        for path in sorted(base.rglob("*"))
+        if path.is_file() and path.stat().st_size
+    ]
+    files = [
+        path
+        for path in files
+        if not path.startswith(("texts/", "talks/", "runs/x/logs/", "runs/x/failures/"))
+        and not path.endswith(".lock")
+    ]
     fresh = harness.copies(base, options.work)
     expected: dict[str, Any] = {}
     with options.out.open("w") as out:
@@ -250,7 +337,19 @@ def main() -> None:
             if ended.code == 0:
                 found = result(folder, ended.said)
             wrong = verdict(ended, path, command=name, changed=changed, found=found, expected=expected[name])
-            out.write(json.dumps({"number": number, "file": path, "mutation": kind, "command": name, "code": ended.code, "wrong": wrong}) + "\n")
+            out.write(
+                json.dumps(
+                    {
+                        "number": number,
+                        "file": path,
+                        "mutation": kind,
+                        "command": name,
+                        "code": ended.code,
+                        "wrong": wrong,
+                    }
+                )
+                + "\n"
+            )
             out.flush()
     shutil.rmtree(options.work, ignore_errors=True)
 

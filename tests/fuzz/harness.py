@@ -1,6 +1,8 @@
-"""Commands of ours in forked children of a process that has imported everything and computed nothing: a tenth of a second each, not five.
+"""Commands of ours in forked children of a process that has imported everything and computed nothing: a tenth
+of a second each, not five.
 
-A child may be armed: one of its file operations then fails or kills it (faults.c). Run under LD_PRELOAD by `started`.
+A child may be armed: one of its file operations then fails or kills it (faults.c). Run under
+LD_PRELOAD by `started`.
 """
 
 from __future__ import annotations
@@ -20,15 +22,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 SAME = ("step", "tokens_seen", "loss", "grad_norm", "lr", "loss_scale", "skipped", "eval_loss")
-MODEL = ["model=tiny", *(f"model.config.{key}={value}" for key, value in {"vocab_size": 270, "hidden_size": 8, "intermediate_size": 16}.items())]
-MODEL += [f"model.config.{key}={value}" for key, value in {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}.items()]
-TRAIN = ["train", *MODEL, "data.path=corpus", "data.seq_len=32", "batch.global_batch_size=2", "batch.micro_batch_size=1", "run.dir=runs/x", "optim.lr=0.01"]
+MODEL = [
+    "model=tiny",
+    *(
+        f"model.config.{key}={value}"
+        for key, value in {"vocab_size": 270, "hidden_size": 8, "intermediate_size": 16}.items()
+    ),
+]
+MODEL += [
+    f"model.config.{key}={value}"
+    for key, value in {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}.items()
+]
+TRAIN = [
+    "train",
+    *MODEL,
+    "data.path=corpus",
+    "data.seq_len=32",
+    "batch.global_batch_size=2",
+    "batch.micro_batch_size=1",
+    "run.dir=runs/x",
+    "optim.lr=0.01",
+]
 TRAIN += ["schedule=constant", "train.log_every=1", "checkpoint.every=1", "checkpoint.keep_last=1"]
-PREPARE = ["prepare", "data=text", "data.source=[texts]", "data.path=corpus", "data.vocab_size=270", "data.eval_fraction=0.3"]
+PREPARE = [
+    "prepare",
+    "data=text",
+    "data.source=[texts]",
+    "data.path=corpus",
+    "data.vocab_size=270",
+    "data.eval_fraction=0.3",
+]
 
-PRELOAD = ("torch.distributed.checkpoint", "transformers.models.llama.modeling_llama", "hybridtrain.training.trainer", "hybridtrain.engine.torch_native")
+PRELOAD = (
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+    "hybridtrain.training.trainer",
+    "hybridtrain.engine.torch_native",
+)
 PRELOAD += (
     "hybridtrain.export.hf",
     "hybridtrain.data.prepare.tokenize",
@@ -43,7 +81,8 @@ class Ended:
     """How a command ended."""
 
     code: int
-    """Exit code; negative: the signal that killed it; 99: an exception came out of it; 98: it ran out of time."""
+    """Exit code; negative: the signal that killed it; 99: an exception came out of it; 98:
+    it ran out of time."""
     said: str
     where: str
     """The file operation that was made to fail."""
@@ -56,17 +95,42 @@ class Ended:
 def library(folder: Path) -> Path:
     """faults.c, compiled."""
     built = folder / "faults.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(built), str(Path(__file__).with_name("faults.c")), "-ldl"], check=True)
+    subprocess.run(
+        [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-o",
+            str(built),
+            str(Path(__file__).with_name("faults.c")),
+            "-ldl",
+        ],
+        check=True,
+    )
     return built
 
 
 def started(module: str, *arguments: str, folder: Path, timeout_s: float) -> list[dict[str, object]]:
     """Run a fuzzer of this package in a process of its own and return its rows."""
     rows = folder / "rows.jsonl"
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ENVIRONMENT
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    } | ENVIRONMENT
     environment["LD_PRELOAD"] = str(library(folder))
-    command = [sys.executable, "-m", f"tests.fuzz.{module}", "--work", str(folder / "work"), "--out", str(rows), *arguments]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        f"tests.fuzz.{module}",
+        "--work",
+        str(folder / "work"),
+        "--out",
+        str(rows),
+        *arguments,
+    ]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return [json.loads(line) for line in rows.read_text().splitlines()]
 
@@ -78,7 +142,8 @@ def preload() -> None:
 
 
 def run(argv: list[str], *, folder: Path, arm: tuple[int, int] | None, timeout_s: float) -> tuple[Ended, int]:
-    """`hybridtrain argv` in a forked child with `folder` as its working directory; with `arm` = (n, code) its n-th file operation fails.
+    """`hybridtrain argv` in a forked child with `folder` as its working directory; with `arm` = (n, code) its
+    n-th file operation fails.
 
     Returns how it ended, and how many file operations it made under the folder.
     """
@@ -136,7 +201,9 @@ def write_texts(folder: Path) -> None:
     """Sources for `PREPARE`."""
     (folder / "texts").mkdir(parents=True)
     for n in range(6):
-        (folder / "texts" / f"{n}.txt").write_text(" ".join(f"number {n * k} follows {k * k},\n" for k in range(60)))
+        (folder / "texts" / f"{n}.txt").write_text(
+            " ".join(f"number {n * k} follows {k * k},\n" for k in range(60))
+        )
 
 
 def must(argv: list[str], folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""The engine on NVIDIA GPUs, NCCL between them: parity with the plain process on the CPU, compilation, memory. Run: pytest -m gpu tests/gpu"""
+"""The engine on NVIDIA GPUs, NCCL between them: parity with the plain process on the CPU, compilation,
+memory. Run: pytest -m gpu tests/gpu"""
 
 import pytest
 import torch
@@ -12,12 +13,23 @@ BACKEND = "cpu:gloo,cuda:nccl"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="no NVIDIA GPU")]
 
 BOUNDS = {
-    "fp32": {"loss_rel": 1e-5, "grad_norm_rel": 1e-4, "grad_rel": 1e-4},  # other kernels, so other sums, than the CPU's
+    # other kernels, so other sums, than the CPU's
+    "fp32": {"loss_rel": 1e-5, "grad_norm_rel": 1e-4, "grad_rel": 1e-4},
     "bf16_mixed": {"loss_rel": 1e-3, "grad_norm_rel": 1e-2, "grad_rel": 5e-2},
     "fp16_mixed": {"loss_rel": 2e-4, "grad_norm_rel": 2e-3, "grad_rel": 1e-2},
     "bf16_pure": {"loss_rel": 3e-3, "grad_norm_rel": 2e-2, "grad_rel": 5e-2},
 }
-LAYOUTS = ("single", "tp2", "pp2", "dp_replicate2", "dp_shard2-zero3", "pp2-zbv_zero_bubble", "dp_shard2-tp2-zero3", "pp2-tp2", "pp2-dp_shard2-tp2")
+LAYOUTS = (
+    "single",
+    "tp2",
+    "pp2",
+    "dp_replicate2",
+    "dp_shard2-zero3",
+    "pp2-zbv_zero_bubble",
+    "dp_shard2-tp2-zero3",
+    "pp2-tp2",
+    "pp2-dp_shard2-tp2",
+)
 
 
 def world(layout: str) -> int:
@@ -62,7 +74,14 @@ def test_recomputation_saves_memory():
     fields = model(num_hidden_layers=8, hidden_size=256, intermediate_size=1024, max_position_embeddings=1024)
     peaks = {}
     for kind in ("none", "selective", "full"):
-        case = Case(fields=fields, seq_len=1024, global_batch_size=4, micro_batch_size=4, device="cuda", overrides=(("recompute.kind", kind),))
+        case = Case(
+            fields=fields,
+            seq_len=1024,
+            global_batch_size=4,
+            micro_batch_size=4,
+            device="cuda",
+            overrides=(("recompute.kind", kind),),
+        )
         (peaks[kind],) = run_ranks(1, peak_memory, case, backend=BACKEND)
     assert peaks["full"] < peaks["selective"] < peaks["none"], peaks
 
@@ -78,5 +97,10 @@ def scales_after_overflow(case: Case) -> list[tuple[float, float]]:
 
 def test_a_loss_scale_that_overflows_fp16_is_backed_off():
     overrides = (("precision.init_scale", 2.0**40), ("precision.backoff_factor", 2.0**-32))
-    (found,) = run_ranks(1, scales_after_overflow, Case(precision="fp16_mixed", device="cuda", overrides=overrides), backend=BACKEND)
+    (found,) = run_ranks(
+        1,
+        scales_after_overflow,
+        Case(precision="fp16_mixed", device="cuda", overrides=overrides),
+        backend=BACKEND,
+    )
     assert found == [(2.0**40, 1.0), (2.0**8, 0.0)]

@@ -1,4 +1,5 @@
-"""One GPU: a step that never waits for the device, what recomputation saves when compiled, packed rows, saving and going on.
+"""One GPU: a step that never waits for the device, what recomputation saves when compiled, packed
+rows, saving and going on.
 
 Run: pytest -m gpu tests/gpu. With REHEARSE=1 they run on the CPU, without what only a GPU can show.
 """
@@ -51,7 +52,12 @@ def step_under_watch(case: Case) -> tuple[float, float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "fp16_mixed", "bf16_pure"])
 def test_a_step_never_waits_for_the_device(precision):
-    (found,) = run_ranks(1, step_under_watch, Case(precision=precision, device=DEVICE, overrides=(("precision.init_scale", 1024.0),)), backend=BACKEND)
+    (found,) = run_ranks(
+        1,
+        step_under_watch,
+        Case(precision=precision, device=DEVICE, overrides=(("precision.init_scale", 1024.0),)),
+        backend=BACKEND,
+    )
     assert 4.0 < found[0] < 8.0
     assert 0.0 < found[1] < 100.0
 
@@ -64,7 +70,8 @@ def test_a_compiled_step_never_waits_for_the_device(kind):
 
 
 def peak_and_loss(case: Case) -> tuple[int, float]:
-    """Bytes above what weights and optimizer state take, at the peak of a step after compilation; and its loss."""
+    """Bytes above what weights and optimizer state take, at the peak of a step after
+    compilation; and its loss."""
     engine = start(case)
     for number in range(2):
         engine.train_step(on_device(case, number), lr=case.lr)
@@ -79,12 +86,29 @@ def peak_and_loss(case: Case) -> tuple[int, float]:
 
 
 def test_selective_recomputation_saves_memory_when_compiled():
-    large = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 1024} if GPU else {"num_hidden_layers": 2}
+    large = (
+        {
+            "num_hidden_layers": 8,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "max_position_embeddings": 1024,
+        }
+        if GPU
+        else {"num_hidden_layers": 2}
+    )
     rows = 1024 if GPU else 16
     found = {}
     for kind in ("none", "selective", "full"):
         overrides = (*COMPILED, ("recompute.kind", kind))
-        case = Case(fields=model(**large), precision="bf16_mixed", seq_len=rows, global_batch_size=4, micro_batch_size=4, device=DEVICE, overrides=overrides)
+        case = Case(
+            fields=model(**large),
+            precision="bf16_mixed",
+            seq_len=rows,
+            global_batch_size=4,
+            micro_batch_size=4,
+            device=DEVICE,
+            overrides=overrides,
+        )
         (found[kind],) = run_ranks(1, peak_and_loss, case, backend=BACKEND)
     assert found["selective"][1] == pytest.approx(found["none"][1], rel=1e-3)
     if GPU:
@@ -97,7 +121,12 @@ def packed_losses(case: Case) -> list[float]:
     for number in range(2):
         batches = on_device(case, number)
         positions = torch.cat([torch.arange(5), torch.arange(case.seq_len - 5)]).to(case.device)
-        packed = [dataclasses.replace(batch, position_ids_BT=positions.expand_as(batch.input_ids_BT).contiguous(), packed=True) for batch in batches]
+        packed = [
+            dataclasses.replace(
+                batch, position_ids_BT=positions.expand_as(batch.input_ids_BT).contiguous(), packed=True
+            )
+            for batch in batches
+        ]
         found.append(float(engine.train_step(packed, lr=case.lr).loss))
     return found
 
@@ -124,5 +153,7 @@ def saved_and_resumed(case: Case, path: Path) -> tuple[float, float]:
 
 @pytest.mark.parametrize("precision", ["bf16_mixed", "fp16_mixed"])
 def test_a_saved_state_goes_on_with_the_same_loss(tmp_path, precision):
-    ((went_on, resumed),) = run_ranks(1, saved_and_resumed, Case(precision=precision, device=DEVICE), tmp_path / "saved", backend=BACKEND)
+    ((went_on, resumed),) = run_ranks(
+        1, saved_and_resumed, Case(precision=precision, device=DEVICE), tmp_path / "saved", backend=BACKEND
+    )
     assert went_on == resumed

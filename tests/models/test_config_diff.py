@@ -1,4 +1,5 @@
-"""The model of a run stays what it was, down to fields that no size tells: an edited config.json is noticed by `verify`, by a resume and by a branch."""
+"""The model of a run stays what it was, down to fields that no size tells: an edited config.json is noticed
+by `verify`, by a resume and by a branch."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def test_a_resume_warns_of_an_edited_copy_and_writes_it_again(data: Path, made: 
 
 
 def test_a_source_that_was_edited_meanwhile_is_refused(data: Path, run: Path, source: Path) -> None:
-    edit(source / "config.json", bos_token_id=7, initializer_range=0.5)  # nothing that a trained model computes with
+    # nothing that a trained model computes with
+    edit(source / "config.json", bos_token_id=7, initializer_range=0.5)
     finished(1, begun_from(source, run, data))
     shutil.rmtree(run / "checkpoints" / "step-00000003")
     other_theta(source / "config.json")
@@ -92,27 +94,51 @@ def test_a_source_that_was_edited_meanwhile_is_refused(data: Path, run: Path, so
         assert ended.code == 2
         assert THETA in four_parts(ended.err, "model")
     assert (run / "metrics.jsonl").read_bytes() == before
-    branch = on_ranks(1, begun_from(source, run.parent / "branch", data, run__branch_from=run, optim__lr=0.001))
+    branch = on_ranks(
+        1, begun_from(source, run.parent / "branch", data, run__branch_from=run, optim__lr=0.001)
+    )
     assert branch.code == 2
     assert THETA in branch.err
     assert not (run.parent / "branch").exists()
 
 
-def test_without_its_source_a_run_goes_by_the_checkpoint_and_not_by_the_edited_copy(data: Path, made: Path, run: Path, source: Path) -> None:
+def test_without_its_source_a_run_goes_by_the_checkpoint_and_not_by_the_edited_copy(
+    data: Path, made: Path, run: Path, source: Path
+) -> None:
     (run / "model" / "generation_config.json").write_text('{"eos_token_id": [5, 0], "temperature": 0.6}')
     other_theta(run / "model" / "config.json")
     shutil.rmtree(source)
     finished(1, begun_from(source, run, data))
     assert rows(run) == rows(made / "run")
     assert json.loads((run / "model" / "config.json").read_text())["rope_parameters"]["rope_theta"] == 10000.0
-    assert json.loads((run / "model" / "generation_config.json").read_text()) == {"eos_token_id": [5, 0], "temperature": 0.6}, "taken from the source"
+    assert json.loads((run / "model" / "generation_config.json").read_text()) == {
+        "eos_token_id": [5, 0],
+        "temperature": 0.6,
+    }, "taken from the source"
 
 
 def test_fields_of_another_version_of_transformers_are_no_change() -> None:
-    old = {"transformers_version": "5.17.0", "hidden_size": 8, "gone": 1, "rope_parameters": {"rope_theta": 1e4, "old": 1}}
-    new = {"transformers_version": "5.23.0", "hidden_size": 8, "added": 2, "rope_parameters": {"rope_theta": 10000, "new": 1}}
+    old = {
+        "transformers_version": "5.17.0",
+        "hidden_size": 8,
+        "gone": 1,
+        "rope_parameters": {"rope_theta": 1e4, "old": 1},
+    }
+    new = {
+        "transformers_version": "5.23.0",
+        "hidden_size": 8,
+        "added": 2,
+        "rope_parameters": {"rope_theta": 10000, "new": 1},
+    }
     assert config_diff.changes(old, new) == {}
-    assert set(config_diff.changes(old, {**new, "transformers_version": "5.17.0"})) == {"gone", "added", "rope_parameters.old", "rope_parameters.new"}
-    assert config_diff.changes(old, {**new, "rope_parameters": {"rope_theta": 2e4}}) == {"rope_parameters.rope_theta": (1e4, 2e4)}
+    assert set(config_diff.changes(old, {**new, "transformers_version": "5.17.0"})) == {
+        "gone",
+        "added",
+        "rope_parameters.old",
+        "rope_parameters.new",
+    }
+    assert config_diff.changes(old, {**new, "rope_parameters": {"rope_theta": 2e4}}) == {
+        "rope_parameters.rope_theta": (1e4, 2e4)
+    }
     assert config_diff.changes({"a": True}, {"a": 1}) == {"a": (True, 1)}
     assert config_diff.model_changes({"use_cache": True}, {"use_cache": False}) == {}

@@ -28,7 +28,10 @@ class Packed(Case):
         share = self.global_batch_size // dp
         out = []
         for number, batch in enumerate(plain):
-            rows = range(dp_rank * share + number * self.micro_batch_size, dp_rank * share + (number + 1) * self.micro_batch_size)
+            rows = range(
+                dp_rank * share + number * self.micro_batch_size,
+                dp_rank * share + (number + 1) * self.micro_batch_size,
+            )
             places = torch.stack([positions(self.lengths(step, row)) for row in rows])
             labels = batch.labels_BT.clone()
             labels[:, :-1][places[:, 1:] == 0] = IGNORE_INDEX
@@ -49,7 +52,16 @@ class Packed(Case):
         ("single", {}),
         ("single", {"micro_batch_size": 2, "fields": WINDOWED}),
         ("single", {"overrides": (("model.attention", "eager"),), "fields": WINDOWED}),
-        ("single", {"overrides": (("recompute.kind", "selective"), ("engine.compile", True), ("engine.compile_backend", "aot_eager"))}),
+        (
+            "single",
+            {
+                "overrides": (
+                    ("recompute.kind", "selective"),
+                    ("engine.compile", True),
+                    ("engine.compile_backend", "aot_eager"),
+                )
+            },
+        ),
         ("tp2", {"micro_batch_size": 2, "fields": WINDOWED}),
         ("pp2", {"micro_batch_size": 2}),
         ("dp_shard2-zero3", {"overrides": (("recompute.kind", "full"),)}),
@@ -87,9 +99,13 @@ def loss_of_documents_alone(case: Case) -> float:
     rows, total = packed_rows(256), 0.0
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            parameter.copy_(source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape)))
+            parameter.copy_(
+                source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape))
+            )
         for row, lengths in enumerate(ROWS):
-            for ids, labels in zip(rows.input_ids_BT[row].split(lengths), rows.labels_BT[row].split(lengths), strict=True):
+            for ids, labels in zip(
+                rows.input_ids_BT[row].split(lengths), rows.labels_BT[row].split(lengths), strict=True
+            ):
                 logits = plain(input_ids=ids[None]).logits[0]
                 total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     return total
@@ -104,7 +120,9 @@ def test_the_loss_of_packed_rows_is_that_of_their_documents_alone(layout):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("fields", "reach"), [(model("llama"), 99), (model("mistral", sliding_window=3, num_hidden_layers=1), 3)])
+@pytest.mark.parametrize(
+    ("fields", "reach"), [(model("llama"), 99), (model("mistral", sliding_window=3, num_hidden_layers=1), 3)]
+)
 def test_a_token_changes_its_own_document_alone(fields, reach, attention):
     lengths = [6, 1, 7, 2]
     places = positions(lengths)[None]
@@ -115,5 +133,9 @@ def test_a_token_changes_its_own_document_alone(fields, reach, attention):
     for at in range(16):
         other = ids.clone()
         other[0, at] = (ids[0, at] + 1) % 256
-        changed = (before != at_the_head(fields, other, places, attention=attention, packed=True)[0]).any(-1)[0]
-        assert changed.tolist() == [bool(document[place] == document[at]) and at <= place < at + reach for place in range(16)]
+        changed = (before != at_the_head(fields, other, places, attention=attention, packed=True)[0]).any(-1)[
+            0
+        ]
+        assert changed.tolist() == [
+            bool(document[place] == document[at]) and at <= place < at + reach for place in range(16)
+        ]

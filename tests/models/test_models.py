@@ -1,4 +1,5 @@
-"""Models: facts against the real modules, attention windows, weights from Hugging Face folders, and what is refused."""
+"""Models: facts against the real modules, attention windows, weights from Hugging Face folders,
+and what is refused."""
 
 import json
 from pathlib import Path
@@ -20,11 +21,14 @@ from tests.ranks import run_ranks
 
 CONF = sorted((Path(__file__).resolve().parents[2] / "conf" / "model").glob("*.yaml"))
 
-# -- facts ---------------------------------------------------------------------------------------------------------
+# -- facts ---------------------------------------------------------------------------------------------------
 
 
 def count(fields: dict[str, Any]) -> int:
-    return sum(parameter.numel() for parameter in meta_model(hf_config(fields, chosen=fields, attention="sdpa")).parameters())
+    return sum(
+        parameter.numel()
+        for parameter in meta_model(hf_config(fields, chosen=fields, attention="sdpa")).parameters()
+    )
 
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
@@ -37,7 +41,11 @@ def test_the_published_models_have_the_counted_parameters(path):
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, {"attention_bias": True, "mlp_bias": True}])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_parameters_are_counted_as_transformers_makes_them(family, biases, tied):
-    biases = biases if family == "llama" else {key: value for key, value in biases.items() if family == "qwen3" and key == "attention_bias"}
+    biases = (
+        biases
+        if family == "llama"
+        else {key: value for key, value in biases.items() if family == "qwen3" and key == "attention_bias"}
+    )
     fields = model(family, tie_word_embeddings=tied, vocab_size=257, **biases)
     assert facts(fields).parameters == count(fields)
 
@@ -45,7 +53,10 @@ def test_parameters_are_counted_as_transformers_makes_them(family, biases, tied)
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_defaults_are_those_of_transformers(family):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 32, "intermediate_size": 96}
-    ours, theirs = facts({"model_type": family, **sizes}), hf_config({"model_type": family, **sizes}, chosen={}, attention="sdpa")
+    ours, theirs = (
+        facts({"model_type": family, **sizes}),
+        hf_config({"model_type": family, **sizes}, chosen={}, attention="sdpa"),
+    )
     assert ours.vocab == theirs.vocab_size
     assert ours.kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", None) or ours.hidden // ours.heads
@@ -55,7 +66,7 @@ def test_defaults_are_those_of_transformers(family):
     assert ours.parameters == count({"model_type": family, **sizes})
 
 
-# -- attention -----------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, attention: str) -> torch.Tensor:
@@ -69,7 +80,9 @@ def logits_of_transformers(fields: dict[str, Any], ids: torch.Tensor) -> torch.T
     plain = plain_model(config).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            parameter.copy_(source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape)))
+            parameter.copy_(
+                source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape))
+            )
         return plain(input_ids=ids).logits
 
 
@@ -89,7 +102,8 @@ WINDOWS = [
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("fields", "reach"), WINDOWS)
 def test_a_token_reaches_as_far_as_the_windows_say(fields, reach, attention):
-    """One token is changed; the logits that change are those at its position and up to the end of its reach."""
+    """One token is changed; the logits that change are those at its position and up to
+    the end of its reach."""
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, 0] = (ids[0, 0] + 1) % 256
@@ -104,15 +118,19 @@ def test_nothing_reaches_back():
     other = ids.clone()
     other[0, 9] = (ids[0, 9] + 1) % 256
     for attention in ("sdpa", "eager"):
-        before, after = (logits_of_stage(model("mistral", sliding_window=5), tokens, attention) for tokens in (ids, other))
+        before, after = (
+            logits_of_stage(model("mistral", sliding_window=5), tokens, attention) for tokens in (ids, other)
+        )
         assert torch.equal(before[0, :9], after[0, :9])
         assert not torch.equal(before[0, 9], after[0, 9])
 
 
-# -- from_pretrained -----------------------------------------------------------------------------------------------
+# -- from_pretrained -----------------------------------------------------------------------------------------
 
 
-def saved_model(folder: Path, fields: dict[str, Any], *, dtype: torch.dtype, shards: str) -> dict[str, torch.Tensor]:
+def saved_model(
+    folder: Path, fields: dict[str, Any], *, dtype: torch.dtype, shards: str
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     module = plain_model(hf_config(fields, chosen={}, attention="sdpa")).to(dtype)
     module.save_pretrained(folder, max_shard_size=shards)
@@ -128,11 +146,17 @@ def loaded_weights(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("dtype", "shards"), [(torch.float32, "100KB"), (torch.bfloat16, "5GB")])
 def test_weights_of_a_hugging_face_folder(tied, dtype, shards, tmp_path):
-    weights = saved_model(tmp_path, model("qwen3", vocab_size=257, tie_word_embeddings=tied), dtype=dtype, shards=shards)
+    weights = saved_model(
+        tmp_path, model("qwen3", vocab_size=257, tie_word_embeddings=tied), dtype=dtype, shards=shards
+    )
     assert (tmp_path / "model.safetensors.index.json").is_file() == (shards == "100KB")
     losses = []
     for layout in ("single", "tp2", "pp2", "dp_shard2-zero3"):
-        case = Case(layout, {"vocab_size": 257}, overrides=(("model.from_pretrained", str(tmp_path)), ("optim.weight_decay", 0.0)))
+        case = Case(
+            layout,
+            {"vocab_size": 257},
+            overrides=(("model.from_pretrained", str(tmp_path)), ("optim.weight_decay", 0.0)),
+        )
         ranks = run_ranks(case.world_size, loaded_weights, case)
         merged = {name: value for _, rank in ranks for name, value in rank.items()}
         assert merged.keys() == weights.keys()
@@ -153,9 +177,15 @@ def whole_box(shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def test_weights_that_are_not_there_or_of_another_shape(tmp_path):
     saved_model(tmp_path, model(), dtype=torch.float32, shards="5GB")
-    with pytest.raises(UserError, match=r"model\.from_pretrained=.*holds no 'model\.layers\.4\.self_attn\.q_proj\.weight' and 8 others"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.from_pretrained=.*holds no 'model\.layers\.4\.self_attn\.q_proj\.weight' and 8 others",
+    ):
         source_of(tmp_path, num_hidden_layers=5)
-    with pytest.raises(UserError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(96, 64\), the config needs \(32, 64\)"):
+    with pytest.raises(
+        UserError,
+        match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape \(96, 64\), the config needs \(32, 64\)",
+    ):
         source_of(tmp_path, intermediate_size=32)
 
 
@@ -191,12 +221,18 @@ def test_folders_without_weights_or_config(tmp_path):
 
 def test_fields_of_a_folder_can_be_changed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model()))
-    assert facts(read_config(ModelConfig(from_pretrained=str(tmp_path), config={"num_hidden_layers": 2}))).layers == 2
+    assert (
+        facts(read_config(ModelConfig(from_pretrained=str(tmp_path), config={"num_hidden_layers": 2}))).layers
+        == 2
+    )
 
 
 def test_a_value_that_cannot_be_names_the_file_it_stands_in_or_the_option(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**model(), "hidden_size": "wide"}))
-    with pytest.raises(UserError, match=rf"model\.config\.hidden_size=wide: not a whole number \(config\.json of {tmp_path}\)\n  allowed"):
+    with pytest.raises(
+        UserError,
+        match=rf"model\.config\.hidden_size=wide: not a whole number \(config\.json of {tmp_path}\)\n  allowed",
+    ):
         facts_of(ModelConfig(from_pretrained=str(tmp_path)))
     with pytest.raises(UserError, match=r"model\.config\.hidden_size=none: not a whole number\n  allowed"):
         facts_of(ModelConfig(from_pretrained=str(tmp_path), config={"hidden_size": "none"}))
@@ -209,14 +245,18 @@ def test_an_adapter_is_refused_by_name(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="LoRA"):
         read_config(ModelConfig(from_pretrained=str(tmp_path)))
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.layers.0.self_attn.q_proj.lora_A.weight": "one.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.layers.0.self_attn.q_proj.lora_A.weight": "one.safetensors"}})
+    )
     with pytest.raises(UserError, match="LoRA"):
         source_of(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mixtral", None])
 def test_architectures_that_are_not_supported(kind):
-    with pytest.raises(UserError, match=r"(?s)model\.config\.model_type.*not supported yet.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        UserError, match=r"(?s)model\.config\.model_type.*not supported yet.*llama, mistral, qwen2, qwen3"
+    ):
         facts({"model_type": kind, "hidden_size": 8})
 
 

@@ -1,4 +1,5 @@
-"""Fields of a model that the user changes: what was asked for is what the modules compute, whichever spelling config.json has."""
+"""Fields of a model that the user changes: what was asked for is what the modules compute, whichever
+spelling config.json has."""
 
 from __future__ import annotations
 
@@ -21,17 +22,38 @@ from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from tests.cases import at_the_head, model
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-QWEN = model("qwen3", layer_types=["full_attention"] * 4, sliding_window=None, use_sliding_window=False, max_window_layers=28)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+QWEN = model(
+    "qwen3",
+    layer_types=["full_attention"] * 4,
+    sliding_window=None,
+    use_sliding_window=False,
+    max_window_layers=28,
+)
 SOURCES: dict[str, dict[str, Any]] = {
     "v5": model(rope_parameters={"rope_theta": 500000.0, "rope_type": "default"}),
     "old": model(rope_theta=500000.0),
     "v5 llama3": model(rope_parameters={"rope_theta": 500000.0, **LLAMA3}),
     "old llama3": model(rope_theta=500000.0, rope_scaling=LLAMA3),
-    "older llama3": model(rope_theta=500000.0, rope_scaling={**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"}),
+    "older llama3": model(
+        rope_theta=500000.0,
+        rope_scaling={**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"},
+    ),
     "v5 qwen3": QWEN | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
-    "old qwen3": {k: v for k, v in QWEN.items() if k not in ("layer_types", "sliding_window")} | {"rope_theta": 1e6},
-    "own pattern": QWEN | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 3, "use_sliding_window": True},
+    "old qwen3": {k: v for k, v in QWEN.items() if k not in ("layer_types", "sliding_window")}
+    | {"rope_theta": 1e6},
+    "own pattern": QWEN
+    | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 3,
+        "use_sliding_window": True,
+    },
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
@@ -72,7 +94,9 @@ def loss_of_transformers(right: dict[str, Any]) -> float:
     plain = plain_model(config).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            parameter.copy_(source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape)))
+            parameter.copy_(
+                source(name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape))
+            )
         return _loss(plain(input_ids=ids).logits, ids)
 
 
@@ -86,8 +110,18 @@ def test_rotary_fields_are_in_force_and_the_others_stay(tmp_path, source, chosen
     config = hf_config(fields, chosen=chosen, attention="sdpa")
     assert config.rope_parameters == right
     plain = {key: value for key, value in SOURCES[source].items() if key not in overrides.ROPE}
-    assert loss_of_ours(fields) == pytest.approx(loss_of_transformers(plain | {"rope_parameters": right}), abs=1e-6)
-    assert abs(loss_of_ours(fields) - loss_of_transformers(plain | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}})) > 1e-5
+    assert loss_of_ours(fields) == pytest.approx(
+        loss_of_transformers(plain | {"rope_parameters": right}), abs=1e-6
+    )
+    assert (
+        abs(
+            loss_of_ours(fields)
+            - loss_of_transformers(
+                plain | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+            )
+        )
+        > 1e-5
+    )
 
 
 @pytest.mark.parametrize("source", ["v5 qwen3", "old qwen3"])
@@ -106,7 +140,12 @@ def test_a_window_is_in_force_where_layer_types_were_listed(tmp_path, source):
     [
         ("v5 qwen3", {"num_hidden_layers": 2}, "layer_types", ["full_attention"] * 2),
         ("v5 qwen3", {"num_hidden_layers": 6}, "layer_types", ["full_attention"] * 6),
-        ("own pattern", {"num_hidden_layers": 3}, "layer_types", ["sliding_attention", "full_attention", "sliding_attention"]),
+        (
+            "own pattern",
+            {"num_hidden_layers": 3},
+            "layer_types",
+            ["sliding_attention", "full_attention", "sliding_attention"],
+        ),
         ("own pattern", {"layer_types": ["full_attention"] * 4}, "layer_types", ["full_attention"] * 4),
         ("v5", {"num_attention_heads": 4}, "head_dim", 16),
         ("v5", {"head_dim": 32}, "head_dim", 32),
@@ -160,7 +199,8 @@ def test_what_would_not_be_in_force_is_refused_by_name(tmp_path, source, chosen,
 
 
 def test_a_value_that_transformers_would_drop_is_refused(monkeypatch):
-    """The check stands behind the merge: fields that reach transformers beside another spelling, as they did before there was one."""
+    """The check stands behind the merge: fields that reach transformers beside another spelling, as they did
+    before there was one."""
     fields = SOURCES["v5"] | {"rope_theta": 1e6}
     monkeypatch.setattr(overrides, "rope_of", lambda _: {"rope_theta": 1e6})
     with pytest.raises(UserError, match=r"rope_theta=500000.0 instead of 1000000.0"):
@@ -179,7 +219,12 @@ def test_the_table_of_rotary_kinds_is_that_of_transformers(caplog):
     for kind, (needs, may) in overrides.ROPE_TYPES.items():
         rope = {"rope_type": kind, "rope_theta": 10000.0, **{key: values[key] for key in (*needs, *may)}}
         caplog.clear()
-        assert hf_config(model(rope_parameters=rope), chosen={"rope_parameters": rope}, attention="sdpa").rope_parameters == rope
+        assert (
+            hf_config(
+                model(rope_parameters=rope), chosen={"rope_parameters": rope}, attention="sdpa"
+            ).rope_parameters
+            == rope
+        )
         assert "Unrecognized" not in caplog.text
         for key in needs:
             short = {name: value for name, value in rope.items() if name != key}
@@ -187,7 +232,7 @@ def test_the_table_of_rotary_kinds_is_that_of_transformers(caplog):
                 hf_config(model(rope_parameters=short), chosen={}, attention="sdpa")
 
 
-# -- patterns of parameter names -----------------------------------------------------------------------------------
+# -- patterns of parameter names -----------------------------------------------------------------------------
 
 
 def settings(**model_options: Any) -> schema.Config:
@@ -200,16 +245,23 @@ def settings(**model_options: Any) -> schema.Config:
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameter_names_are_those_of_the_model(family, tied):
     config = hf_config(model(family, tie_word_embeddings=tied), chosen={}, attention="sdpa")
-    assert sorted(build.parameter_names(config)) == sorted(name for name, _ in build.meta_model(config).named_parameters())
+    assert sorted(build.parameter_names(config)) == sorted(
+        name for name, _ in build.meta_model(config).named_parameters()
+    )
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_near_names():
-    for wrong, near in (("embed_tokens", "model.embed_tokens.weight"), ("model.layers.9.*", "model.layers.*"), ("*q_porj*", "q_proj")):
+    for wrong, near in (
+        ("embed_tokens", "model.embed_tokens.weight"),
+        ("model.layers.9.*", "model.layers.*"),
+        ("*q_porj*", "q_proj"),
+    ):
         with pytest.raises(UserError) as refused:
             build.check(settings(freeze=["model.embed_tokens.*", wrong]))
         assert str(refused.value).startswith(f"model.freeze=['{wrong}']")
         assert near in str(refused.value)
-    build.check(settings(freeze=["model.embed_tokens.*", "model.layers.3.*"]))  # also where it matches on one stage alone
+    # also where it matches on one stage alone
+    build.check(settings(freeze=["model.embed_tokens.*", "model.layers.3.*"]))
 
 
 def test_patterns_that_freeze_everything_are_refused():

@@ -1,4 +1,5 @@
-"""A user's optimizer: the same update under every layout as in a plain loop, its state bit for bit through a kill and another layout, and what is refused."""
+"""A user's optimizer: the same update under every layout as in a plain loop, its state bit for bit through a
+kill and another layout, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Whole(torch.optim.Optimizer):
 
 @ht.register("optimizer", "test_numbers")
 class Numbers(torch.optim.Optimizer):
-    """Keeps a tensor, one without dimensions, and a number of each of Python's kinds, all of which the update reads."""
+    """Keeps a tensor, one without dimensions, and a number of each of Python's kinds, all of
+    which the update reads."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(groups, {"lr": config.lr})
@@ -60,11 +62,24 @@ class Numbers(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state.update(steps=0, decay=1.0, odd=False, count=torch.zeros(()), mean=torch.zeros_like(p))
-                state["steps"], state["decay"], state["odd"] = state["steps"] + 1, state["decay"] * 0.7, not state["odd"]
+                    state.update(
+                        steps=0, decay=1.0, odd=False, count=torch.zeros(()), mean=torch.zeros_like(p)
+                    )
+                state["steps"], state["decay"], state["odd"] = (
+                    state["steps"] + 1,
+                    state["decay"] * 0.7,
+                    not state["odd"],
+                )
                 state["count"] += 1
                 state["mean"].lerp_(p.grad, 0.5)
-                p.sub_(state["mean"], alpha=group["lr"] * state["decay"] / float(state["count"]) / state["steps"] * (1 + state["odd"]))
+                p.sub_(
+                    state["mean"],
+                    alpha=group["lr"]
+                    * state["decay"]
+                    / float(state["count"])
+                    / state["steps"]
+                    * (1 + state["odd"]),
+                )
 
 
 class Killer(ht.Callback):
@@ -77,7 +92,14 @@ ht.register("callback", "test_killer")(Killer)
 
 
 def config_for(kind: str, run: Path, *words: str) -> Any:
-    given = ["model=tiny", "model.config.vocab_size=256", "data.seq_len=16", "batch.global_batch_size=8", "batch.micro_batch_size=2", f"run.dir={run}"]
+    given = [
+        "model=tiny",
+        "model.config.vocab_size=256",
+        "data.seq_len=16",
+        "batch.global_batch_size=8",
+        "batch.micro_batch_size=2",
+        f"run.dir={run}",
+    ]
     return ht.compose(*given, f"run.plugins=[{MODULE}]", f"optim.kind={kind}", "optim.lr=0.1", *words)
 
 
@@ -86,16 +108,28 @@ def config_for(kind: str, run: Path, *words: str) -> Any:
     [
         ("test_sgd", [], ["single", "tp2", "pp2", "dp_shard2-zero3"]),
         ("test_sgd", ["model.config.tie_word_embeddings=true"], ["pp2"]),
-        pytest.param("test_numbers", [], ["dp_shard2-tp2-zero3", "pp2-dp_shard2-zero1"], marks=pytest.mark.slow),
-        pytest.param("test_fused", ["precision=bf16_mixed"], ["single", "tp2", "pp2", "dp_shard2-zero3"], marks=pytest.mark.slow),
-        pytest.param("test_sgd", ["precision=fp16_mixed"], ["single", "dp_shard2-zero3"], marks=pytest.mark.slow),
+        pytest.param(
+            "test_numbers", [], ["dp_shard2-tp2-zero3", "pp2-dp_shard2-zero1"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "test_fused",
+            ["precision=bf16_mixed"],
+            ["single", "tp2", "pp2", "dp_shard2-zero3"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "test_sgd", ["precision=fp16_mixed"], ["single", "dp_shard2-zero3"], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_it_updates_as_in_a_plain_loop(kind: str, words: list[str], layouts: list[str], run_dir: Path) -> None:
+def test_it_updates_as_in_a_plain_loop(
+    kind: str, words: list[str], layouts: list[str], run_dir: Path
+) -> None:
     found = ht.parity(config_for(kind, run_dir, *words), layouts=layouts)
     assert found.passed, [(row.layout, row.measured, row.error) for row in found.rows]
     assert len(found.rows) == len(layouts)
-    assert all(row.tolerance["param_abs"] != pytest.approx(0.1 * 3 * 0.05) for row in found.rows)  # AdamW's: SGD moves elements less
+    # AdamW's: SGD moves elements less
+    assert all(row.tolerance["param_abs"] != pytest.approx(0.1 * 3 * 0.05) for row in found.rows)
 
 
 def test_one_that_looks_at_whole_matrices_is_found_out(run_dir: Path) -> None:
@@ -122,8 +156,17 @@ def saved_again(case: Case, source: Path, target: Path) -> None:
         pytest.param("test_numbers", "tp2", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(kind: str, parallel: str, world_size: int, data: Path, tmp_path: Path) -> None:
-    given = {"parallel": parallel, "train__steps": 6, "checkpoint__every": 3, "checkpoint__asynchronous": "false", "optim__kind": kind, "optim__lr": 0.1}
+def test_a_killed_run_goes_on_bit_for_bit(
+    kind: str, parallel: str, world_size: int, data: Path, tmp_path: Path
+) -> None:
+    given = {
+        "parallel": parallel,
+        "train__steps": 6,
+        "checkpoint__every": 3,
+        "checkpoint__asynchronous": "false",
+        "optim__kind": kind,
+        "optim__lr": 0.1,
+    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for ended in run_ranks(world_size, trained, arguments(whole, data, **given)):
         assert ended.code == 0, ended.err
@@ -144,16 +187,27 @@ def first_steps(case: Case, target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("dp_shard2-zero3", "tp2"), ("pp2", "single"), pytest.param("single", "dp_shard2-zero1", marks=pytest.mark.slow)]
+    ("before", "after"),
+    [
+        ("dp_shard2-zero3", "tp2"),
+        ("pp2", "single"),
+        pytest.param("single", "dp_shard2-zero1", marks=pytest.mark.slow),
+    ],
 )
 def test_its_state_comes_back_under_another_layout(before: str, after: str, tmp_path: Path) -> None:
     of = lambda layout: Case(layout, overrides=(("optim.kind", "test_numbers"), ("run.plugins", [MODULE])))  # noqa: E731
     run_ranks(of(before).world_size, first_steps, of(before), tmp_path / "step-00000002")
-    run_ranks(of(after).world_size, saved_again, of(after), tmp_path / "step-00000002", tmp_path / "again" / "step-00000002")
+    run_ranks(
+        of(after).world_size,
+        saved_again,
+        of(after),
+        tmp_path / "step-00000002",
+        tmp_path / "again" / "step-00000002",
+    )
     assert_equal_state(tmp_path / "again" / "step-00000002", tmp_path / "step-00000002")
 
 
-# -- one process, a model of three matrices ------------------------------------------------------------------------
+# -- one process, a model of three matrices ------------------------------------------------------------------
 
 
 def small_model() -> nn.Module:
@@ -178,7 +232,10 @@ def test_skipped_steps_change_nothing(kind: str, skipped: tuple[int, ...]) -> No
     """Also the first, in which torch's fused SGD would leave its momentum as it found the memory."""
     ours, theirs = small_model(), small_model()
     mine = own(kind, ours)
-    groups = [{"params": [theirs["proj"].weight], "weight_decay": 0.1}, {"params": [p for p in theirs.parameters() if p.dim() < 2]}]
+    groups = [
+        {"params": [theirs["proj"].weight], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2]},
+    ]
     plain = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
     for step in range(4):
         stepped(mine, ours, seed=step, skip=float(step in skipped))
@@ -192,7 +249,10 @@ def test_skipped_steps_change_nothing(kind: str, skipped: tuple[int, ...]) -> No
 
 
 def test_fused_kernels_never_wait_and_others_once() -> None:
-    for kind, waiting in (("test_fused", contextlib.nullcontext()), ("test_sgd", pytest.raises(AssertionError, match="waits for the device"))):
+    for kind, waiting in (
+        ("test_fused", contextlib.nullcontext()),
+        ("test_sgd", pytest.raises(AssertionError, match="waits for the device")),
+    ):
         module = small_model()
         optimizer = own(kind, module)
         stepped(optimizer, module, seed=0)
@@ -207,7 +267,10 @@ def test_groups_are_those_with_decay_and_without() -> None:
     module = small_model()
     optimizer = own("test_sgd", module)
     names = {id(item.shard): item.name for item in optimizer.shards}
-    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.optimizer.param_groups}
+    groups = {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]}
+        for group in optimizer.optimizer.param_groups
+    }
     assert groups == {0.1: {"proj.weight"}, 0.0: {"proj.bias", "norm.weight", "norm.bias"}}
 
 
@@ -228,13 +291,28 @@ class Odd(torch.optim.Optimizer):
 
 
 REFUSED = {
-    "rate": (lambda groups, _: torch.optim.SGD(groups, lr=1e-3), "one of its groups has the rate 0.001, optim.lr is 0.1"),
-    "some": (lambda groups, config: torch.optim.SGD(groups[:1], lr=config.lr), "it holds 1 parameters of the 4 that it was given"),
+    "rate": (
+        lambda groups, _: torch.optim.SGD(groups, lr=1e-3),
+        "one of its groups has the rate 0.001, optim.lr is 0.1",
+    ),
+    "some": (
+        lambda groups, config: torch.optim.SGD(groups[:1], lr=config.lr),
+        "it holds 1 parameters of the 4 that it was given",
+    ),
     "none": (lambda _groups, _config: None, "its factory returned NoneType"),
-    "factored": (lambda groups, config: torch.optim.Adafactor(groups, lr=config.lr), "of proj.weight has shape"),
+    "factored": (
+        lambda groups, config: torch.optim.Adafactor(groups, lr=config.lr),
+        "of proj.weight has shape",
+    ),
     "words": (lambda groups, config: Odd(groups, config, "words"), "its state 'a' of proj.weight is 'words'"),
-    "group": (lambda groups, config: Odd(groups, config, "group"), "its group setting 'k' changes from step to step"),
-    "nobodys": (lambda groups, config: Odd(groups, config, "nobody's"), "it keeps state that belongs to no parameter"),
+    "group": (
+        lambda groups, config: Odd(groups, config, "group"),
+        "its group setting 'k' changes from step to step",
+    ),
+    "nobodys": (
+        lambda groups, config: Odd(groups, config, "nobody's"),
+        "it keeps state that belongs to no parameter",
+    ),
 }
 for name, (factory, _) in REFUSED.items():
     ht.register("optimizer", f"test_{name}")(factory)

@@ -1,4 +1,5 @@
-"""parallel/apply.py: the order of transforms, and that none is dropped in silence: each drop is planted, on ranks, and must be caught by name."""
+"""parallel/apply.py: the order of transforms, and that none is dropped in silence: each drop is planted, on
+ranks, and must be caught by name."""
 
 from __future__ import annotations
 
@@ -58,7 +59,12 @@ def with_fault(case: Case, name: str, fault: Callable[..., None]) -> None:
     [
         ("tensor", left_out, Case("tp2"), "not done.*mlp.up_proj.weight"),
         ("freeze", left_out, Case(freeze=FREEZE), "not done.*layers.0.mlp.up_proj.weight"),
-        ("freeze", one_parameter_more, Case(freeze=FREEZE), r"not done \[\], not asked for \['model.norm.weight'\]"),
+        (
+            "freeze",
+            one_parameter_more,
+            Case(freeze=FREEZE),
+            r"not done \[\], not asked for \['model.norm.weight'\]",
+        ),
         ("recompute", left_out, Case(overrides=RECOMPUTE), "not done.*model.layers.3"),
         ("recompute", undone_on_a_layer, Case(overrides=RECOMPUTE), r"not done \['model.layers.1'\]"),
         ("recompute", left_out, deepspeed("single", overrides=RECOMPUTE), "not done.*model.layers.3"),
@@ -69,7 +75,9 @@ def with_fault(case: Case, name: str, fault: Callable[..., None]) -> None:
         ("materialize", left_out, Case(), "not done.*inv_freq"),
         ("materialize", not_tied_again, Case(fields=TIED), r"not asked for \['lm_head.weight'\]"),
     ],
-    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) and " " not in value else None),
+    ids=lambda value: getattr(
+        value, "__name__", value if isinstance(value, str) and " " not in value else None
+    ),
 )
 def test_a_transform_that_is_dropped_is_caught(name, fault, case, words):
     with pytest.raises(RankFailed, match=f"transform {name}: .*{words}"):
@@ -77,12 +85,18 @@ def test_a_transform_that_is_dropped_is_caught(name, fault, case, words):
 
 
 def wrapped(case: Case) -> set[tuple[str, ...]]:
-    return {tuple(recompute.wrappers(layer)) for stage in start(case).stages for _, layer in stage.layer_modules()}
+    return {
+        tuple(recompute.wrappers(layer)) for stage in start(case).stages for _, layer in stage.layer_modules()
+    }
 
 
 @pytest.mark.parametrize(
     ("layout", "kind", "outermost_first"),
-    [("single", "selective", ("compile", "recompute")), ("single", "none", ("compile",)), ("tp2", "full", ("recompute", "compile"))],
+    [
+        ("single", "selective", ("compile", "recompute")),
+        ("single", "none", ("compile",)),
+        ("tp2", "full", ("recompute", "compile")),
+    ],
 )
 def test_compilation_goes_around_recomputation(layout, kind, outermost_first):
     """Not where whole layers are recomputed under tensor parallelism."""
@@ -91,4 +105,11 @@ def test_compilation_goes_around_recomputation(layout, kind, outermost_first):
 
 
 def test_the_order():
-    assert [row.name for row in apply.ORDER] == ["tensor", "freeze", "recompute", "compile", "shard", "materialize"]
+    assert [row.name for row in apply.ORDER] == [
+        "tensor",
+        "freeze",
+        "recompute",
+        "compile",
+        "shard",
+        "materialize",
+    ]

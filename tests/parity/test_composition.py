@@ -1,4 +1,5 @@
-"""Silent faults of parallel composition that were found in other systems: planted in ours, `hybridtrain parity` finds each of them."""
+"""Silent faults of parallel composition that were found in other systems: planted in ours,
+`hybridtrain parity` finds each of them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ CASES = [
     (planted.repeated_heads_not_reduced, "llama", "tp2", {"num_key_value_heads": 1}, {"grad_rel"}),
     (planted.tied_gradients_not_added, "llama", "pp2", {"tie_word_embeddings": True}, {"grad_rel"}),
 ]
-DEFAULT = (planted.partial_gradients_of_a_replicated_norm, planted.a_sliced_parameter_counted_on_one_rank)  # the others are slow tests
+# the others are slow tests
+DEFAULT = (planted.partial_gradients_of_a_replicated_norm, planted.a_sliced_parameter_counted_on_one_rank)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,12 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [pytest.param(*case, id=case[0].__name__, marks=[] if case[0] in DEFAULT else [slow]) for case in CASES],
 )
 def test_a_fault_found_elsewhere_is_found_by_parity(
-    run_dir: Path, fault: Callable[..., Any], family: str, layout: str, fields: dict[str, object], columns: set[str]
+    run_dir: Path,
+    fault: Callable[..., Any],
+    family: str,
+    layout: str,
+    fields: dict[str, object],
+    columns: set[str],
 ) -> None:
     config = root(run_dir, layout, family=family)
     config.model.config |= fields
@@ -45,7 +52,11 @@ def test_a_fault_found_elsewhere_is_found_by_parity(
     written = json.loads((run_dir / "parity.json").read_text())
     [row] = written["layouts"]
     assert not written["errors"], "it is to be wrong, not to crash"
-    found = {name for name in verdict.MEASURES if row[name] is not None and row[name] > written["tolerances"][layout][name]}
+    found = {
+        name
+        for name in verdict.MEASURES
+        if row[name] is not None and row[name] > written["tolerances"][layout][name]
+    }
     assert columns <= found, row
 
 

@@ -1,4 +1,5 @@
-"""hybridtrain parity on real ranks: it passes where it should, fails where it must, and refuses before anything starts."""
+"""hybridtrain parity on real ranks: it passes where it should, fails where it must, and refuses
+before anything starts."""
 
 import json
 from pathlib import Path
@@ -46,15 +47,24 @@ def result(run_dir: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("family", "names"), [("llama", ["dp_shard2-zero3", "pp2-tp2"]), pytest.param("qwen3", ["tp2", "pp2-dp_shard2-zero1"], marks=pytest.mark.slow)]
+    ("family", "names"),
+    [
+        ("llama", ["dp_shard2-zero3", "pp2-tp2"]),
+        pytest.param("qwen3", ["tp2", "pp2-dp_shard2-zero1"], marks=pytest.mark.slow),
+    ],
 )
 def test_layouts_pass(run_dir, capsys, family, names):
     assert run(root(run_dir, *names, family=family)) == 0
     written = result(run_dir)
     assert [row["layout"] for row in written["layouts"]] == names
     assert all(set(row) == set(verdict.COLUMNS) for row in written["layouts"])
-    assert all(row["passed"] and row["engine"] == "torch" and row["precision"] == "fp32" for row in written["layouts"])
-    assert all(0 < row["grad_rel"] < 1e-5 and 0 < row["param_abs"] < 0.05 * 3e-3 for row in written["layouts"])
+    assert all(
+        row["passed"] and row["engine"] == "torch" and row["precision"] == "fp32"
+        for row in written["layouts"]
+    )
+    assert all(
+        0 < row["grad_rel"] < 1e-5 and 0 < row["param_abs"] < 0.05 * 3e-3 for row in written["layouts"]
+    )
     assert len(written["reference"]["losses"]) == 3
     shown = capsys.readouterr().out
     assert "random tokens from run.seed=3 (data.path is empty)" in shown
@@ -63,17 +73,32 @@ def test_layouts_pass(run_dir, capsys, family, names):
     assert "2 of 2 layouts pass" in shown
 
 
-@pytest.mark.parametrize("precision", ["bf16_mixed", pytest.param("bf16_pure", marks=pytest.mark.slow), pytest.param("fp16_mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16_mixed",
+        pytest.param("bf16_pure", marks=pytest.mark.slow),
+        pytest.param("fp16_mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision_passes(run_dir, precision):
     assert run(root(run_dir, "single", "dp_shard2-zero2", "pp2-tp2", precision=precision)) == 0
     single, _, cut = result(run_dir)["layouts"]
-    assert cut["grad_rel"] > 2 * single["grad_rel"], "a matrix product cut by tp rounds differently, a whole one does not"
+    assert cut["grad_rel"] > 2 * single["grad_rel"], (
+        "a matrix product cut by tp rounds differently, a whole one does not"
+    )
 
 
 def test_tokens_of_a_prepared_corpus(run_dir, tmp_path, capsys):
     config = root(run_dir, "dp_replicate2")
     (tmp_path / "text.txt").write_text("".join(f"line {number} of a small text\n" for number in range(400)))
-    config.data = schema.DataConfig(path=str(tmp_path / "data"), source=[str(tmp_path / "text.txt")], vocab_size=300, seq_len=16, eval_fraction=0.0)
+    config.data = schema.DataConfig(
+        path=str(tmp_path / "data"),
+        source=[str(tmp_path / "text.txt")],
+        vocab_size=300,
+        seq_len=16,
+        eval_fraction=0.0,
+    )
     config.model.config["vocab_size"] = 300
     with pytest.raises(UserError, match=r"data\.path=''"):
         run(config)
@@ -83,7 +108,7 @@ def test_tokens_of_a_prepared_corpus(run_dir, tmp_path, capsys):
     assert result(run_dir)["tokens"] == config.data.path
 
 
-# -- it can fail ---------------------------------------------------------------------------------------------------
+# -- it can fail ---------------------------------------------------------------------------------------------
 
 
 def one_rank_exaggerates(job: LayoutJob, reference_norm: float) -> Measurement:
@@ -159,11 +184,15 @@ def test_a_value_that_is_not_a_number_fails():
     good = dict.fromkeys(verdict.MEASURES, 0.0)
     row = verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "")
     assert row.passed
-    assert verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, "").exceeded == ["grad_rel"]
-    assert not verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "one step was skipped").passed
+    assert verdict.Row(
+        "single", "torch", 1, "fp32", tolerance, 0.0, {**good, "grad_rel": float("nan")}, {}, ""
+    ).exceeded == ["grad_rel"]
+    assert not verdict.Row(
+        "single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "one step was skipped"
+    ).passed
 
 
-# -- which layouts -------------------------------------------------------------------------------------------------
+# -- which layouts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +214,9 @@ def test_a_named_layout_that_cannot_run_is_refused_before_anything_starts(run_di
 def test_what_deepspeed_cannot_do_in_zero_3_is_refused_for_each_layout(run_dir):
     config = root(run_dir, "dp_shard2-zero1", "dp_shard2-zero3")
     config.engine.kind, config.recompute.kind = "deepspeed", "selective"
-    with pytest.raises(UserError, match=r"dp_shard2-zero3 cannot run with this model and batch:\nrecompute\.kind=selective"):
+    with pytest.raises(
+        UserError, match=r"dp_shard2-zero3 cannot run with this model and batch:\nrecompute\.kind=selective"
+    ):
         run(config)
     assert not (run_dir / "parity.json").exists()
 
@@ -208,20 +239,35 @@ def test_the_default_set_fits_model_and_machine(run_dir, processes, least):
     fewer = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
     assert all(case.layout.pp * schedules.stages_per_rank(case.parallel) <= 2 for case in fewer.cases)
     assert all("2 layers" in why for why in fewer.left_out.values())
-    assert [case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).cases] == ["single"]
+    assert [
+        case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=1).cases
+    ] == ["single"]
 
 
 def test_the_default_set_holds_the_users_own_layout(run_dir):
     config = root(run_dir)
-    config.parallel = schema.ParallelConfig(pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel=False)
-    assert "pp2-tp2-gpipe-nosp" in [case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).cases]
+    config.parallel = schema.ParallelConfig(
+        pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel=False
+    )
+    assert "pp2-tp2-gpipe-nosp" in [
+        case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).cases
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama3_1_70b", "qwen3_32b", "qwen2_5_7b", "mistral_7b", "llama3_2_1b"])
 def test_shrink_keeps_the_family_and_its_head_ratio(run_dir, name):
     from hybridtrain.config.compose import compose
 
-    config = compose("parity", [f"model={name}", "parity.shrink=true", "parity.max_processes=8", f"run.dir={run_dir}", "data.seq_len=64"])
+    config = compose(
+        "parity",
+        [
+            f"model={name}",
+            "parity.shrink=true",
+            "parity.max_processes=8",
+            f"run.dir={run_dir}",
+            "data.seq_len=64",
+        ],
+    )
     full = facts(config.model.config)
     chosen = plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None)
     small = chosen.facts
@@ -237,7 +283,17 @@ def test_shrink_keeps_the_family_and_its_head_ratio(run_dir, name):
 def test_a_shrunken_model_trains(run_dir):
     from hybridtrain.config.compose import compose
 
-    config = compose("parity", ["model=qwen2_5_7b", "parity.shrink=true", "parity.layouts=[pp2]", "parity.steps=1", f"run.dir={run_dir}", "data.seq_len=16"])
+    config = compose(
+        "parity",
+        [
+            "model=qwen2_5_7b",
+            "parity.shrink=true",
+            "parity.layouts=[pp2]",
+            "parity.steps=1",
+            f"run.dir={run_dir}",
+            "data.seq_len=16",
+        ],
+    )
     assert run(config) == 0
 
 
@@ -247,7 +303,12 @@ def test_both_engines_in_one_table(run_dir, capsys):
     config.parity.engines = ["torch", "deepspeed"]
     assert run(config) == 0
     rows = [(row["layout"], row["engine"], row["passed"]) for row in result(run_dir)["layouts"]]
-    assert rows == [("dp_shard2-zero3", "torch", True), ("tp2", "torch", True), ("dp_shard2-zero3", "deepspeed", True), ("tp2-nosp", "deepspeed", True)]
+    assert rows == [
+        ("dp_shard2-zero3", "torch", True),
+        ("tp2", "torch", True),
+        ("dp_shard2-zero3", "deepspeed", True),
+        ("tp2-nosp", "deepspeed", True),
+    ]
     assert "tp2-nosp (deepspeed)" in capsys.readouterr().out
 
 
@@ -262,8 +323,14 @@ OF_DEEPSPEED = [
 @pytest.mark.parametrize(
     ("family", "tied"),
     [
-        *(pytest.param(family, tied, marks=pytest.mark.slow) for family, tied in (("llama", False), ("qwen3", True))),
-        *(pytest.param(family, tied, marks=pytest.mark.table) for family, tied in (("llama", True), ("qwen3", False))),
+        *(
+            pytest.param(family, tied, marks=pytest.mark.slow)
+            for family, tied in (("llama", False), ("qwen3", True))
+        ),
+        *(
+            pytest.param(family, tied, marks=pytest.mark.table)
+            for family, tied in (("llama", True), ("qwen3", False))
+        ),
     ],
 )
 def test_every_layout_of_deepspeed(run_dir, family, tied):
@@ -278,20 +345,25 @@ def norm_of_a_large_gradient() -> tuple[float, float]:
     parameter = torch.nn.Parameter(torch.zeros(1 << 22))
     parameter.grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     mesh = Mesh(layouts.ParallelLayout(1, 1, 1, 1, 1), device=torch.device("cpu"), timeout_s=60)
-    return float(gradient_norm([parameter], mesh=mesh)), float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64))
+    return float(gradient_norm([parameter], mesh=mesh)), float(
+        torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+    )
 
 
 def test_the_norm_of_a_large_gradient_does_not_depend_on_how_it_is_cut():
-    """torch's own fp32 norm of 2^22 numbers is 8e-5 off on the CPU, so a sharded one would differ from a whole one."""
+    """torch's own fp32 norm of 2^22 numbers is 8e-5 off on the CPU, so a sharded one would
+    differ from a whole one."""
     [(ours, exact)] = run_ranks(1, norm_of_a_large_gradient)
     assert ours == pytest.approx(exact, rel=1e-6)
 
 
-# -- the whole table -----------------------------------------------------------------------------------------------
+# -- the whole table -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.table)])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.table)]
+)
 def test_sixteen_layouts_up_to_eight_processes(run_dir, family):
     config = root(run_dir, family=family)
     config.model.config["num_hidden_layers"] = 8

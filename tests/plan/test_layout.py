@@ -39,11 +39,25 @@ EVERYTHING = Capabilities(
 )
 
 
-def check(parallel: ParallelConfig, *, world_size: int, accum: int = 4, seq_len: int = 64, precision: str = "fp32", facts: ModelFacts = FACTS) -> None:
+def check(
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    accum: int = 4,
+    seq_len: int = 64,
+    precision: str = "fp32",
+    facts: ModelFacts = FACTS,
+) -> None:
     """resolve, plan and check in one go, with `accum` micro-batches of one row per data rank."""
     resolved = layout.resolve(parallel, world_size=world_size)
-    plan = plan_batch(BatchConfig(global_batch_size=accum * resolved.dp, micro_batch_size=1), layout=resolved, seq_len=seq_len)
-    rules.check(parallel, layout=resolved, plan=plan, precision=precision, facts=facts, capabilities=EVERYTHING)
+    plan = plan_batch(
+        BatchConfig(global_batch_size=accum * resolved.dp, micro_batch_size=1),
+        layout=resolved,
+        seq_len=seq_len,
+    )
+    rules.check(
+        parallel, layout=resolved, plan=plan, precision=precision, facts=facts, capabilities=EVERYTHING
+    )
 
 
 def refused(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -122,7 +136,10 @@ def test_plan_batch_refuses(batch, seq_len, words):
     assert words in refused(error)
 
 
-@pytest.mark.parametrize(("layers", "stages", "sizes"), [(8, 4, [2, 2, 2, 2]), (5, 2, [3, 2]), (7, 4, [2, 2, 2, 1]), (3, 3, [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("layers", "stages", "sizes"),
+    [(8, 4, [2, 2, 2, 2]), (5, 2, [3, 2]), (7, 4, [2, 2, 2, 1]), (3, 3, [1, 1, 1])],
+)
 def test_stage_layers_cover_every_layer_once(layers, stages, sizes):
     cut = layout.stage_layers(layers, stages)
     assert [len(part) for part in cut] == sizes
@@ -149,7 +166,8 @@ def test_stages_per_rank(fields, expected):
     [
         ({}, 1),
         ({"dp_replicate": 1, "dp_shard": -1, "zero_stage": 3}, 4),
-        ({"dp_replicate": 1, "dp_shard": -1, "zero_stage": 1}, 1),  # zero1 as such on one process shards nothing and is right
+        # zero1 as such on one process shards nothing and is right
+        ({"dp_replicate": 1, "dp_shard": -1, "zero_stage": 1}, 1),
         ({"dp_replicate": 2, "dp_shard": 2, "zero_stage": 2, "tp": 2}, 8),
         ({"tp": 4}, 4),  # 2 key/value heads, each held by two ranks
         ({"pp": 4}, 4),
@@ -174,7 +192,11 @@ REFUSALS = {
     "stage 0 with shards": ({"dp_replicate": 1, "dp_shard": 2}, {"world_size": 2}, "parallel.zero_stage=0"),
     "shards with nobody": ({"zero_stage": 2}, {"world_size": 2}, "parallel.zero_stage=2"),
     "more stages than layers": ({"pp": 16}, {"world_size": 16, "accum": 16}, "the model has 8 layers"),
-    "more looped stages than layers": ({"pp": 4, "schedule": "interleaved_1f1b", "virtual_stages": 3}, {"world_size": 4}, "12 stages (4 ranks x 3 each)"),
+    "more looped stages than layers": (
+        {"pp": 4, "schedule": "interleaved_1f1b", "virtual_stages": 3},
+        {"world_size": 4},
+        "12 stages (4 ranks x 3 each)",
+    ),
     "split backward and ZeRO 3": (
         {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "zero_stage": 3, "schedule": "zbv_zero_bubble"},
         {"world_size": 4},
@@ -185,16 +207,56 @@ REFUSALS = {
         {"world_size": 4},
         "parallel.zero_stage=2",
     ),
-    "two stages per rank in 1f1b": ({"pp": 2, "virtual_stages": 2}, {"world_size": 2}, "parallel.virtual_stages=2"),
-    "three stages per rank in a V": ({"pp": 2, "schedule": "dualpipev", "virtual_stages": 3}, {"world_size": 2}, "parallel.virtual_stages=3"),
-    "one stage per rank in a loop": ({"pp": 2, "schedule": "looped_bfs", "virtual_stages": 1}, {"world_size": 2}, "parallel.virtual_stages=1"),
-    "fewer micro-batches than stages": ({"pp": 4}, {"world_size": 4, "accum": 3}, "try:     batch.global_batch_size=4"),
-    "fewer micro-batches than stages, gpipe": ({"pp": 4, "schedule": "gpipe"}, {"world_size": 4, "accum": 2}, "wants at least 4, one for each stage"),
-    "interleaved wants a multiple": ({"pp": 2, "schedule": "interleaved_1f1b"}, {"world_size": 2, "accum": 3}, "try:     batch.global_batch_size=4"),
-    "zero bubble wants a multiple": ({"pp": 2, "schedule": "interleaved_zero_bubble"}, {"world_size": 2, "accum": 5}, "a multiple of pp=2"),
-    "looped_bfs wants the ranks": ({"pp": 4, "schedule": "looped_bfs"}, {"world_size": 4, "accum": 3}, "at least 4, one for each pipeline rank"),
-    "zbv wants the ranks": ({"pp": 4, "schedule": "zbv_zero_bubble"}, {"world_size": 4, "accum": 3}, "at least pp=4"),
-    "dualpipev wants the stages": ({"pp": 2, "schedule": "dualpipev"}, {"world_size": 2, "accum": 3}, "at least 4, one for each stage"),
+    "two stages per rank in 1f1b": (
+        {"pp": 2, "virtual_stages": 2},
+        {"world_size": 2},
+        "parallel.virtual_stages=2",
+    ),
+    "three stages per rank in a V": (
+        {"pp": 2, "schedule": "dualpipev", "virtual_stages": 3},
+        {"world_size": 2},
+        "parallel.virtual_stages=3",
+    ),
+    "one stage per rank in a loop": (
+        {"pp": 2, "schedule": "looped_bfs", "virtual_stages": 1},
+        {"world_size": 2},
+        "parallel.virtual_stages=1",
+    ),
+    "fewer micro-batches than stages": (
+        {"pp": 4},
+        {"world_size": 4, "accum": 3},
+        "try:     batch.global_batch_size=4",
+    ),
+    "fewer micro-batches than stages, gpipe": (
+        {"pp": 4, "schedule": "gpipe"},
+        {"world_size": 4, "accum": 2},
+        "wants at least 4, one for each stage",
+    ),
+    "interleaved wants a multiple": (
+        {"pp": 2, "schedule": "interleaved_1f1b"},
+        {"world_size": 2, "accum": 3},
+        "try:     batch.global_batch_size=4",
+    ),
+    "zero bubble wants a multiple": (
+        {"pp": 2, "schedule": "interleaved_zero_bubble"},
+        {"world_size": 2, "accum": 5},
+        "a multiple of pp=2",
+    ),
+    "looped_bfs wants the ranks": (
+        {"pp": 4, "schedule": "looped_bfs"},
+        {"world_size": 4, "accum": 3},
+        "at least 4, one for each pipeline rank",
+    ),
+    "zbv wants the ranks": (
+        {"pp": 4, "schedule": "zbv_zero_bubble"},
+        {"world_size": 4, "accum": 3},
+        "at least pp=4",
+    ),
+    "dualpipev wants the stages": (
+        {"pp": 2, "schedule": "dualpipev"},
+        {"world_size": 2, "accum": 3},
+        "at least 4, one for each stage",
+    ),
     "heads do not divide": ({"tp": 3}, {"world_size": 3}, "parallel.tp=3"),
     "sequence does not divide": ({"tp": 4}, {"world_size": 4, "seq_len": 66}, "try:     data.seq_len=64"),
     "longer than the positions": ({}, {"world_size": 1, "seq_len": 129}, "up to 128"),
@@ -216,7 +278,8 @@ def test_tp_beyond_kv_heads_needs_whole_copies():
     facts = dataclasses.replace(FACTS, heads=12, kv_heads=4, ffn=192)
     check(ParallelConfig(tp=4), world_size=4, facts=facts)
     with pytest.raises(UserError) as error:
-        check(ParallelConfig(tp=6), world_size=6, facts=facts)  # 12 heads divide by 6, but 4 key/value heads neither divide nor repeat
+        # 12 heads divide by 6, but 4 key/value heads neither divide nor repeat
+        check(ParallelConfig(tp=6), world_size=6, facts=facts)
     text = refused(error)
     assert "allowed: 1, 2, 4, 12" in text
     assert "try:     parallel.tp=4" in text
@@ -264,11 +327,21 @@ def test_parse_refuses(text):
 
 
 @pytest.mark.parametrize(
-    ("version", "refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False), ("2.14.0a0+git12", False), ("3.0", False), ("unknown", False)]
+    ("version", "refused"),
+    [
+        ("2.11.0+cu130", True),
+        ("2.12.1", True),
+        ("2.13.0+cpu", False),
+        ("2.14.0a0+git12", False),
+        ("3.0", False),
+        ("unknown", False),
+    ],
 )
 def test_an_older_torch_runs_no_split_backward_passes(monkeypatch, tmp_path, version, refused):
     (tmp_path / f"torch-{version}.dist-info").mkdir()
-    (tmp_path / f"torch-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (tmp_path / f"torch-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     found = capabilities.of_engine("torch")
     assert found.schedules == set(schedules.SCHEDULES) - (set(schedules.SPLIT_BACKWARD) if refused else set())
@@ -277,9 +350,12 @@ def test_an_older_torch_runs_no_split_backward_passes(monkeypatch, tmp_path, ver
 
 @pytest.mark.parametrize(("backend", "runs"), [("inductor", False), ("aot_eager", True)])
 def test_a_split_backward_does_not_go_through_inductor(backend, runs):
-    """Its kernels overwrite what the second part of the backward pass reads: gradients of torch 2.13 are wrong by their own size."""
+    """Its kernels overwrite what the second part of the backward pass reads: gradients of torch 2.13 are
+    wrong by their own size."""
     config = Config()
     config.engine.compile, config.engine.compile_backend = True, backend
     found = capabilities.with_options(config.engine, kind="torch")
     assert "1f1b" in found.schedules
-    assert set(schedules.SPLIT_BACKWARD) & found.schedules == (set(schedules.SPLIT_BACKWARD) & capabilities.of_engine("torch").schedules if runs else set())
+    assert set(schedules.SPLIT_BACKWARD) & found.schedules == (
+        set(schedules.SPLIT_BACKWARD) & capabilities.of_engine("torch").schedules if runs else set()
+    )

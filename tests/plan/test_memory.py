@@ -41,13 +41,19 @@ def held(case: Case) -> int:
     engine = start(case)
     engine.train_step(case.batches(0, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=case.lr)
     shards = [item.shard for item in engine.optimizer.shards]
-    moments = [engine.optimizer.optimizer.state[shard][name] for shard in shards for name in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        engine.optimizer.optimizer.state[shard][name]
+        for shard in shards
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*shards, *shards, *moments))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", ["single", "dp_replicate2", "dp_shard2-zero1", "dp_shard2-zero3", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "layout", ["single", "dp_replicate2", "dp_shard2-zero1", "dp_shard2-zero3", "tp2", "pp2"]
+)
 def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
     fields = model(tie_word_embeddings=tied)
     case = Case(layout, fields, precision=precision, micro_batch_size=1)
@@ -74,17 +80,23 @@ def kept_everywhere(cases: list[Case]) -> list[int]:
     return [kept(case) for case in cases]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("single", "fp32"), ("single", "bf16_mixed"), ("tp2", "bf16_mixed")])
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("single", "fp32"), ("single", "bf16_mixed"), ("tp2", "bf16_mixed")]
+)
 def test_the_estimate_of_activations_is_what_eager_layers_keep(layout, precision):
     """What four layers more keep of 96 tokens more: weights and ends drop out."""
 
     def case(layers: int, seq_len: int) -> Case:
         fields = model(num_hidden_layers=layers, intermediate_size=192)
-        return Case(layout, fields, precision=precision, micro_batch_size=2, global_batch_size=2, seq_len=seq_len)
+        return Case(
+            layout, fields, precision=precision, micro_batch_size=2, global_batch_size=2, seq_len=seq_len
+        )
 
     def estimate(case: Case) -> int:
         degrees = layouts.ParallelLayout(1, 1, 1, case.world_size, 1)
-        return memory.activations(case.config(), layout=degrees, plan=BatchPlan(2, case.seq_len, 1, 2), facts=facts(case.fields))
+        return memory.activations(
+            case.config(), layout=degrees, plan=BatchPlan(2, case.seq_len, 1, 2), facts=facts(case.fields)
+        )
 
     def difference(values: list[int]) -> int:
         return values[3] - values[2] - values[1] + values[0]
@@ -95,11 +107,21 @@ def test_the_estimate_of_activations_is_what_eager_layers_keep(layout, precision
 
 
 def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_less(caplog):
-    config, world = Config(), {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": BatchPlan(4, 8192, 1, 32), "facts": facts(LLAMA_8B)}
+    config, world = (
+        Config(),
+        {
+            "layout": layouts.ParallelLayout(1, 8, 1, 1, 1),
+            "plan": BatchPlan(4, 8192, 1, 32),
+            "facts": facts(LLAMA_8B),
+        },
+    )
     config.precision.kind, config.parallel = "bf16_mixed", ParallelConfig(**notation.parse("dp_shard8-zero3"))
     memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
     assert "activations of about 196.0 GiB come on top of 17.3 GiB" in caplog.text
-    assert "there are 80.0 GiB of GPU memory for each rank; batch.micro_batch_size=2 or recompute=selective or recompute=full takes less" in caplog.text
+    assert (
+        "there are 80.0 GiB of GPU memory for each rank; batch.micro_batch_size=2 or recompute=selective or recompute=full takes less"
+        in caplog.text
+    )
     caplog.clear()
     config.recompute.kind = "full"
     memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
@@ -108,7 +130,11 @@ def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_les
 
 @pytest.mark.parametrize(
     ("layout", "precision", "gib"),
-    [("single", "fp32", 8.03 * 16 / 1.0737), ("dp_shard8-zero3", "bf16_mixed", 8.03 * 16 / 8 / 1.0737), ("tp8", "bf16_pure", 8.03 * 8 / 8 / 1.0737)],
+    [
+        ("single", "fp32", 8.03 * 16 / 1.0737),
+        ("dp_shard8-zero3", "bf16_mixed", 8.03 * 16 / 8 / 1.0737),
+        ("tp8", "bf16_pure", 8.03 * 8 / 8 / 1.0737),
+    ],
 )
 def test_an_8b_model_holds_16_bytes_a_parameter(layout, precision, gib):
     config = Config()
@@ -133,7 +159,9 @@ def refused(available: int, **engine: Any) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would():
     text = refused(24 * memory.GIB)
-    assert text.startswith("parallel=single: a rank needs 119.7 GiB for weights, gradients and optimizer state")
+    assert text.startswith(
+        "parallel=single: a rank needs 119.7 GiB for weights, gradients and optimizer state"
+    )
     assert "dp_shard8-zero3 on 8 ranks" in text
     assert "engine.check_memory=false" in text
 
@@ -144,18 +172,31 @@ def test_offloading_is_not_the_gpus(monkeypatch):
     config.engine.kind, config.precision.kind = "deepspeed", "bf16_mixed"
     before = needs(config, "dp_shard8-zero3", LLAMA_8B).state
     config.engine.offload_optimizer = "cpu"
-    assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).state == pytest.approx(8.03e9 / 8 * 12, rel=0.01)
+    assert before - needs(config, "dp_shard8-zero3", LLAMA_8B).state == pytest.approx(
+        8.03e9 / 8 * 12, rel=0.01
+    )
 
 
 def test_what_is_offloaded_is_the_hosts(monkeypatch):
     monkeypatch.setattr(memory, "_on_gpu", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = Config()
-    config.engine.kind, config.precision.kind, config.engine.offload_optimizer = "deepspeed", "bf16_mixed", "cpu"
+    config.engine.kind, config.precision.kind, config.engine.offload_optimizer = (
+        "deepspeed",
+        "bf16_mixed",
+        "cpu",
+    )
     config.parallel = ParallelConfig(**notation.parse("dp_shard8-zero3"))
-    world = {"layout": layouts.ParallelLayout(1, 8, 1, 1, 1), "plan": BatchPlan(1, 16, 1, 8), "facts": facts(LLAMA_8B)}
+    world = {
+        "layout": layouts.ParallelLayout(1, 8, 1, 1, 1),
+        "plan": BatchPlan(1, 16, 1, 8),
+        "facts": facts(LLAMA_8B),
+    }
     monkeypatch.setattr(memory, "host_memory", lambda: 80 * memory.GIB)
-    with pytest.raises(UserError, match=r"a rank offloads 11\.2 GiB to the host's memory, of which there are 10\.0 GiB for each rank"):
+    with pytest.raises(
+        UserError,
+        match=r"a rank offloads 11\.2 GiB to the host's memory, of which there are 10\.0 GiB for each rank",
+    ):
         memory.check_host(config, **world)
     monkeypatch.setattr(memory, "host_memory", lambda: 96 * memory.GIB)
     memory.check_host(config, **world)
@@ -165,7 +206,19 @@ def test_what_is_offloaded_is_the_hosts(monkeypatch):
 def test_the_command_line_refuses_before_a_corpus_is_looked_for(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(memory, "_on_gpu", lambda: False)
     monkeypatch.setattr(memory, "host_memory", lambda: 24 * memory.GIB)
-    assert main([command, "model=llama3_1_8b", "parallel=single", "train.steps=1", f"data.path={tmp_path / 'none'}", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert (
+        main(
+            [
+                command,
+                "model=llama3_1_8b",
+                "parallel=single",
+                "train.steps=1",
+                f"data.path={tmp_path / 'none'}",
+                f"run.dir={tmp_path / 'run'}",
+            ]
+        )
+        == 2
+    )
     assert "parallel=single: a rank needs 119.7 GiB" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -174,11 +227,19 @@ def test_whoever_knows_better_is_not_stopped():
     config = Config()
     config.engine.check_memory = False
     single = layouts.ParallelLayout(1, 1, 1, 1, 1)
-    memory.check(config, layout=single, plan=BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B), available=1, place="host memory")
+    memory.check(
+        config,
+        layout=single,
+        plan=BatchPlan(1, 16, 1, 1),
+        facts=facts(LLAMA_8B),
+        available=1,
+        place="host memory",
+    )
 
 
 def test_training_and_benchmarks_on_a_cpu_ask_its_host_first(tmp_path, monkeypatch, capsys):
-    """Before torch is imported by a process alone, and before a run directory is there; a rank has its share of the host."""
+    """Before torch is imported by a process alone, and before a run directory is there; a rank has
+    its share of the host."""
     monkeypatch.setattr(memory, "host_memory", lambda: 2 << 20)
     argv = arguments(tmp_path / "run", corpus(tmp_path / "corpus"), train__steps=1)
     assert main(["train", *argv]) == 2
@@ -189,4 +250,9 @@ def test_training_and_benchmarks_on_a_cpu_ask_its_host_first(tmp_path, monkeypat
     monkeypatch.setattr(memory, "host_memory", lambda: 1 << 40)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 20))
     with pytest.raises(UserError, match=r"there are 0\.0 GiB of host memory for each rank"):
-        memory.check_host(Config(), layout=layouts.ParallelLayout(1, 1, 1, 1, 1), plan=BatchPlan(1, 16, 1, 1), facts=facts(LLAMA_8B))
+        memory.check_host(
+            Config(),
+            layout=layouts.ParallelLayout(1, 1, 1, 1, 1),
+            plan=BatchPlan(1, 16, 1, 1),
+            facts=facts(LLAMA_8B),
+        )

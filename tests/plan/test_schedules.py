@@ -1,6 +1,8 @@
-"""The pipeline schedules' own rules: what rules.check accepts torch can build, and what torch refuses we refuse.
+"""The pipeline schedules' own rules: what rules.check accepts torch can build, and what
+torch refuses we refuse.
 
-Each schedule is built by torch itself for every number of ranks, stages and micro-batches below, on torch's fake process group.
+Each schedule is built by torch itself for every number of ranks, stages and micro-batches below, on
+torch's fake process group.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from tests.plan import test_layout
 
 FACTS = dataclasses.replace(test_layout.FACTS, layers=16)
 MICRO_BATCHES = range(1, 13)
-# Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait, and interleaved
-# schedules are defined for whole rounds.
+# Where we are stricter than torch, and why: with fewer micro-batches than ranks some only wait, and
+# interleaved # schedules are defined for whole rounds.
 STRICTER = {
     "gpipe": lambda n, pp: n < pp,
     "looped_bfs": lambda n, pp: n < pp,
@@ -51,9 +53,18 @@ def fake_ranks(request: pytest.FixtureRequest) -> Iterator[int]:
 def accepts(parallel: ParallelConfig, *, micro_batches: int) -> bool:
     """Whether rules.check lets this number of micro-batches through."""
     resolved = layout.resolve(parallel, world_size=parallel.pp)
-    plan = plan_batch(BatchConfig(global_batch_size=micro_batches, micro_batch_size=1), layout=resolved, seq_len=64)
+    plan = plan_batch(
+        BatchConfig(global_batch_size=micro_batches, micro_batch_size=1), layout=resolved, seq_len=64
+    )
     try:
-        rules.check(parallel, layout=resolved, plan=plan, precision="fp32", facts=FACTS, capabilities=of_engine("torch"))
+        rules.check(
+            parallel,
+            layout=resolved,
+            plan=plan,
+            precision="fp32",
+            facts=FACTS,
+            capabilities=of_engine("torch"),
+        )
     except UserError as error:
         if not str(error).startswith("batch.global_batch_size="):
             raise
@@ -62,13 +73,27 @@ def accepts(parallel: ParallelConfig, *, micro_batches: int) -> bool:
 
 
 def theirs(schedule: str, *, pp: int, virtual: int, micro_batches: int) -> bool:
-    """Whether torch builds it. Where a rank has several stages, building goes through every rank's actions and the messages between them."""
+    """Whether torch builds it.
+
+    Where a rank has several stages, building goes through every rank's actions and the messages between them.
+    """
     stages = [
-        PipelineStage(torch.nn.Identity(), index, pp * virtual, torch.device("cpu"), input_args=(torch.empty(1),), output_args=(torch.empty(1),))
+        PipelineStage(
+            torch.nn.Identity(),
+            index,
+            pp * virtual,
+            torch.device("cpu"),
+            input_args=(torch.empty(1),),
+            output_args=(torch.empty(1),),
+        )
         for index in stage_ids(0, pp=pp, per_rank=virtual, schedule=schedule)
     ]
     try:
-        _SCHEDULES[schedule](stages[0] if schedule in schedules.SINGLE else stages, n_microbatches=micro_batches, loss_fn=torch.sum)
+        _SCHEDULES[schedule](
+            stages[0] if schedule in schedules.SINGLE else stages,
+            n_microbatches=micro_batches,
+            loss_fn=torch.sum,
+        )
     except ValueError:
         return False
     return True
@@ -81,9 +106,13 @@ def test_we_accept_nothing_that_torch_refuses(fake_ranks: int, schedule: str) ->
         accepted = {n for n in MICRO_BATCHES if accepts(parallel, micro_batches=n)}
         buildable = {n for n in MICRO_BATCHES if theirs(schedule, pp=pp, virtual=virtual, micro_batches=n)}
         assert accepted
-        assert accepted <= buildable, f"{schedule}, {virtual} stages on each of {pp} ranks: torch refuses {sorted(accepted - buildable)}"
+        assert accepted <= buildable, (
+            f"{schedule}, {virtual} stages on each of {pp} ranks: torch refuses {sorted(accepted - buildable)}"
+        )
         stricter = {n for n in buildable if schedule in STRICTER and STRICTER[schedule](n, pp)}
-        assert accepted == buildable - stricter, f"{schedule}, {virtual} stages on each of {pp} ranks: torch builds {sorted(buildable - accepted)} too"
+        assert accepted == buildable - stricter, (
+            f"{schedule}, {virtual} stages on each of {pp} ranks: torch builds {sorted(buildable - accepted)} too"
+        )
 
 
 @pytest.mark.parametrize("schedule", schedules.V)

@@ -31,7 +31,10 @@ def write(folder, rows, *, summary=None, config=None, events=(), torn=""):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in rows) + torn)
     if events:
-        lines = [json.dumps({"time": BEGIN + at, "step": step, "kind": kind, "detail": detail}) for at, step, kind, detail in events]
+        lines = [
+            json.dumps({"time": BEGIN + at, "step": step, "kind": kind, "detail": detail})
+            for at, step, kind, detail in events
+        ]
         (folder / "events.jsonl").write_text("\n".join(lines) + "\n" + torn)
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -43,16 +46,36 @@ def write(folder, rows, *, summary=None, config=None, events=(), torn=""):
 def finished(folder):
     config = schema.Config()
     config.run.name, config.train.steps = "demo", 200
-    summary = {"status": "finished", "wall_s": 203.4, "tokens_per_s": 20900.0, "layout": "pp2-dp_shard2", "world_size": 4, "exit_reason": "train.steps"}
+    summary = {
+        "status": "finished",
+        "wall_s": 203.4,
+        "tokens_per_s": 20900.0,
+        "layout": "pp2-dp_shard2",
+        "world_size": 4,
+        "exit_reason": "train.steps",
+    }
     rows = [row(step, **({"eval_loss": 4.25} if step % 50 == 0 else {})) for step in range(2, 201, 2)]
     return write(folder, rows, summary=summary, config=config)
 
 
 def eventful(folder):
-    """A run with everything: evaluations, MFU, a loss scale that falls, skipped updates, a failure with a resume an hour later, hosts, and markup in its words."""
+    """A run with everything: evaluations, MFU, a loss scale that falls, skipped updates, a failure with a
+    resume an hour later, hosts, and markup in its words."""
     config = schema.Config()
-    config.run.name, config.train.steps, config.tracker.project = "eventful <b>", 200, "<script>alert(1)</script>"
-    host = {"os": "Linux 6.1", "cpu": "EPYC & co", "cores": 96, "memory_gib": 1511.5, "gpu": "H200", "gpus": 4, "gpu_memory_gib": 139.8}
+    config.run.name, config.train.steps, config.tracker.project = (
+        "eventful <b>",
+        200,
+        "<script>alert(1)</script>",
+    )
+    host = {
+        "os": "Linux 6.1",
+        "cpu": "EPYC & co",
+        "cores": 96,
+        "memory_gib": 1511.5,
+        "gpu": "H200",
+        "gpus": 4,
+        "gpu_memory_gib": 139.8,
+    }
     machine = [{"host": f"node{n}", **host, "ranks": list(range(4 * n, 4 * n + 4))} for n in range(2)]
     summary = {
         "status": "finished",
@@ -62,8 +85,16 @@ def eventful(folder):
         "world_size": 8,
         "exit_reason": "reached the end",
     }
-    summary |= {"parameters": 7_000_000, "total_steps": 200, "machine": machine, "versions": {"torch": "2.13"}, "git_revision": "abc"}
-    rows = [row(step, mfu=0.4, time=BEGIN + 0.2 * step + (3600 if step > 100 else 0)) for step in range(1, 201)]
+    summary |= {
+        "parameters": 7_000_000,
+        "total_steps": 200,
+        "machine": machine,
+        "versions": {"torch": "2.13"},
+        "git_revision": "abc",
+    }
+    rows = [
+        row(step, mfu=0.4, time=BEGIN + 0.2 * step + (3600 if step > 100 else 0)) for step in range(1, 201)
+    ]
     for values in rows:
         values |= {"eval_loss": 4.25 - values["step"] / 1000} if values["step"] % 50 == 0 else {}
         values |= {
@@ -71,6 +102,11 @@ def eventful(folder):
             "skipped": int(values["step"] == 30),
             "grad_norm": 50.0 if values["step"] == 77 else 1.0,
         }
-    events = [(0.0, 0, "started", "pp2"), (6.0, 30, "skipped", "1 update"), (20.0, 100, "checkpoint", "step-00000100"), (21.0, 105, "failed", "<i>disk</i>")]
+    events = [
+        (0.0, 0, "started", "pp2"),
+        (6.0, 30, "skipped", "1 update"),
+        (20.0, 100, "checkpoint", "step-00000100"),
+        (21.0, 105, "failed", "<i>disk</i>"),
+    ]
     events += [(3620.0, 100, "resumed", "from step-00000100"), (3640.0, 200, "finished", "reached the end")]
     return write(folder, rows, summary=summary, config=config, events=events)

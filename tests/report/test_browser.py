@@ -1,4 +1,5 @@
-"""The page in a real browser: it renders, the plots are there, the read-out reads the right numbers, and nothing leaves the machine."""
+"""The page in a real browser: it renders, the plots are there, the read-out reads the right numbers, and
+nothing leaves the machine."""
 
 from __future__ import annotations
 
@@ -38,11 +39,23 @@ def test_the_page_of_a_run(pages: dict[str, Path], tmp_path: Path) -> None:
             tab.look(width=width, dark=dark)
             tab.open(pages["one"])
             sizes = {name: (w, h) for name, w, h in tab.evaluate(SIZES)}
-            assert set(sizes) == {"loss", "grad_norm", "lr", "throughput", "mfu", "memory", "loss_scale", "skipped", "layout"}
+            assert set(sizes) == {
+                "loss",
+                "grad_norm",
+                "lr",
+                "throughput",
+                "mfu",
+                "memory",
+                "loss_scale",
+                "skipped",
+                "layout",
+            }
             assert all(w > 300 and h > 80 for w, h in sizes.values()), sizes
             assert tab.evaluate(OVERFLOW) == 0, f"wider than {width} pixels"
             assert tab.evaluate("document.title") == "eventful <b> · finished"
-            assert tab.evaluate("document.querySelectorAll('h1 b').length") == 0, "a run's name is text, not markup"
+            assert tab.evaluate("document.querySelectorAll('h1 b').length") == 0, (
+                "a run's name is text, not markup"
+            )
             assert tab.requests() == [pages["one"].resolve().as_uri()]
             assert tab.complaints() == []
             bright[width, dark] = paper_of(tab.screenshot(tmp_path / f"{width}-{dark}.png"))
@@ -59,7 +72,8 @@ def test_tabs_and_read_out(pages: dict[str, Path], tmp_path: Path) -> None:
         assert tab.evaluate(shown) == [True, False, False]
         tab.evaluate("document.querySelector('label[for=loss-tokens]').click()")
         assert tab.evaluate(shown) == [False, True, False]
-        # The learning rate of this run is 1e-5 times the step: under the middle of the axis, which ends at 1.01 x 200, stands step 101 or 102.
+        # The learning rate of this run is 1e-5 times the step: under the middle of the axis, which ends at
+        # 1.01 x 200, stands step 101 or 102.
         x, y = tab.evaluate(
             "(() => { const s = document.querySelector('#lr svg'); s.scrollIntoView({block: 'center'}); const {box} = JSON.parse(s.dataset.scales);"
             " const p = new DOMPoint((box[0] + box[2]) / 2, (box[1] + box[3]) / 2).matrixTransform(s.getScreenCTM()); return [p.x, p.y]; })()"
@@ -91,7 +105,9 @@ def test_without_scripts_and_with_several_runs(pages: dict[str, Path], tmp_path:
 
 def test_a_page_that_asks_for_more_would_be_caught(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    page.write_text("<!doctype html><title>x</title><script src='http://198.51.100.1/x.js'></script><script>console.error('y')</script>")
+    page.write_text(
+        "<!doctype html><title>x</title><script src='http://198.51.100.1/x.js'></script><script>console.error('y')</script>"
+    )
     with browser.listener() as (proxy, heard), browser.browser(tmp_path / "profile", proxy=proxy) as tab:
         tab.open(page)
         assert tab.requests() == [page.as_uri(), "http://198.51.100.1/x.js"]

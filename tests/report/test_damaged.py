@@ -1,4 +1,5 @@
-"""`hybridtrain report` where a run directory is damaged, hostile, or of an earlier version, and where its own folder belongs to somebody else."""
+"""`hybridtrain report` where a run directory is damaged, hostile, or of an earlier version, and where its own
+folder belongs to somebody else."""
 
 from __future__ import annotations
 
@@ -21,9 +22,18 @@ from hybridtrain.run.record import write_machine
 from tests.report.folders import BEGIN, finished, row, write
 
 WRONG_SUMMARIES = {
-    "a text for a number": {"total_steps": "many", "parameters": "7B", "world_size": "two", "steps": [1], "wall_s": "long", "final_loss": "low"},
+    "a text for a number": {
+        "total_steps": "many",
+        "parameters": "7B",
+        "world_size": "two",
+        "steps": [1],
+        "wall_s": "long",
+        "final_loss": "low",
+    },
     "machine is a text": {"machine": "a laptop"},
-    "machine is a list of texts": {"machine": ["a laptop", 3, {"host": "n1", "ranks": "all"}, {"ranks": ["x", 0]}]},
+    "machine is a list of texts": {
+        "machine": ["a laptop", 3, {"host": "n1", "ranks": "all"}, {"ranks": ["x", 0]}]
+    },
     "versions is a list": {"versions": ["torch"]},
     "numbers without bounds": {"total_steps": 1e300, "parameters": 10**400, "world_size": -1, "tokens": True},
     "a layout of nobody": {"layout": "tp0"},
@@ -53,9 +63,24 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", [row(1), row(2)], torn='{"step": 3, "lo')
     bad = ["[" * 100_000, "7", '{"step": "x"}', '{"step": 1e999}', '{"step": ' + "9" * 400 + "}"]
     with (folder / "metrics.jsonl").open("r+") as stream:
-        stream.write("".join(line + "\n" for line in bad) + json.dumps(row(5, loss=1e300, grad_norm="big")) + "\n" + json.dumps(row(6)) + "\n" + '{"ste')
-    events = [{"time": at, "step": 1, "kind": "failed", "detail": "x"} for at in (BEGIN, 1e300, float("nan"), -1e9, "now")]
-    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*events, {"time": BEGIN, "step": 1e300, "kind": "x", "detail": ""}]))
+        stream.write(
+            "".join(line + "\n" for line in bad)
+            + json.dumps(row(5, loss=1e300, grad_norm="big"))
+            + "\n"
+            + json.dumps(row(6))
+            + "\n"
+            + '{"ste'
+        )
+    events = [
+        {"time": at, "step": 1, "kind": "failed", "detail": "x"}
+        for at in (BEGIN, 1e300, float("nan"), -1e9, "now")
+    ]
+    (folder / "events.jsonl").write_text(
+        "".join(
+            json.dumps(event) + "\n"
+            for event in [*events, {"time": BEGIN, "step": 1e300, "kind": "x", "detail": ""}]
+        )
+    )
     read = history.read(folder)
     assert read.columns["step"].tolist() == [5, 6]
     assert np.isnan(read.columns["loss"]).tolist() == [True, False]
@@ -64,7 +89,9 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     assert "5 lines of metrics.jsonl, 5 lines of events.jsonl" in single.document(read, report.of_run(read))
 
 
-def test_a_file_of_the_run_that_is_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_the_run_that_is_a_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write(tmp_path / "run", [], summary={"status": "running"})
     (folder / "metrics.jsonl").unlink()
     (folder / "metrics.jsonl").mkdir()
@@ -75,7 +102,11 @@ def test_a_file_of_the_run_that_is_a_folder_is_named(tmp_path: Path, capsys: pyt
 
 
 def test_an_older_summary_still_tells_the_machine(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", [row(1)], summary={"status": "finished", "machine": [{"host": "n1", "cpu": "EPYC", "ranks": [0, 1]}]})
+    folder = write(
+        tmp_path / "run",
+        [row(1)],
+        summary={"status": "finished", "machine": [{"host": "n1", "cpu": "EPYC", "ranks": [0, 1]}]},
+    )
     assert history.read(folder).hosts == [{"host": "n1", "cpu": "EPYC", "ranks": [0, 1]}]
     write_machine(folder, [{"host": "n2", "cpu": "Xeon", "ranks": [0]}])
     assert history.read(folder).hosts[0]["host"] == "n2"
@@ -83,7 +114,9 @@ def test_an_older_summary_still_tells_the_machine(tmp_path: Path) -> None:
 
 def test_a_clock_that_was_set_back_costs_no_training_time(tmp_path: Path) -> None:
     rows = [row(step, time=BEGIN + 0.2 * step - (3600 if step > 3 else 0)) for step in range(1, 7)]
-    read = history.read(write(tmp_path / "run", rows, summary={"status": "finished"}, events=[(0.0, 0, "started", "")]))
+    read = history.read(
+        write(tmp_path / "run", rows, summary={"status": "finished"}, events=[(0.0, 0, "started", "")])
+    )
     assert read.wall_s == pytest.approx(1.2)
     assert all(np.diff(read.seconds) > 0)
 
@@ -106,12 +139,19 @@ def test_a_name_with_line_breaks_and_halves_of_letters_is_one_line(tmp_path: Pat
     (folder / "config.yaml").unlink()
     read = history.read(folder)
     assert read.name == r"two lines \udcff"
-    report.write([layout_grid.plot(layout_grid.layout_of(read.summary), hosts=[])], single.document(read, []), name=read.name, out=tmp_path / "out")
+    report.write(
+        [layout_grid.plot(layout_grid.layout_of(read.summary), hosts=[])],
+        single.document(read, []),
+        name=read.name,
+        out=tmp_path / "out",
+    )
 
 
 @pytest.mark.filterwarnings("error")
 def test_many_runs_leave_room_for_their_curves(tmp_path: Path) -> None:
-    read = [history.read(write(tmp_path / f"run-{number}", [row(1), row(2, loss=number)])) for number in range(60)]
+    read = [
+        history.read(write(tmp_path / f"run-{number}", [row(1), row(2, loss=number)])) for number in range(60)
+    ]
     [loss, *_] = plots.of_runs(read, names=compare.names(read))
     axes = loss.figure.axes[0]
     assert "60 runs" in axes.get_title(loc="left")
@@ -121,10 +161,17 @@ def test_many_runs_leave_room_for_their_curves(tmp_path: Path) -> None:
     assert axes.get_position().width > 0.5
 
 
-OTHERS = {"index.html": "<p>my page</p>", "loss.png": "my picture", "eval_loss.png": "mine too", "notes.txt": "hands off"}
+OTHERS = {
+    "index.html": "<p>my page</p>",
+    "loss.png": "my picture",
+    "eval_loss.png": "mine too",
+    "notes.txt": "hands off",
+}
 
 
-def test_a_report_replaces_only_what_a_report_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_replaces_only_what_a_report_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, out = write(tmp_path / "run", [row(1), row(2)]), tmp_path / "site"
     out.mkdir()
     for name, text in OTHERS.items():
@@ -152,7 +199,9 @@ def test_the_folder_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
     assert main(["report", str(folder)]) == 2
 
 
-def test_comparisons_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparisons_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
         folder = write(tmp_path / "runs" / name, [row(1), row(2)])
@@ -160,7 +209,9 @@ def test_comparisons_have_folders_of_their_own(tmp_path: Path, monkeypatch: pyte
     made = []
     for names in (["a", "b"], ["a", "c"], ["a", "b"], ["a", "b", "c"]):
         assert main(["report", "--compare", *(f"runs/{name}" for name in names)]) == 0
-        made.append(next(line for line in capsys.readouterr().out.splitlines() if line.endswith("index.html")))
+        made.append(
+            next(line for line in capsys.readouterr().out.splitlines() if line.endswith("index.html"))
+        )
     assert len(set(made)) == 3
     assert made[0] == made[2]
     assert made[0].startswith("runs/compare/a+b-")
@@ -178,7 +229,9 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_without_space_is_refused_in_fitting_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_without_space_is_refused_in_fitting_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write(tmp_path / "run", [row(1), row(2)])
     with largest_file(10_000):
         assert main(["report", str(folder)]) == 2

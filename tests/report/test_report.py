@@ -1,4 +1,5 @@
-"""`hybridtrain report` on run directories as training leaves them: finished, still running, with nulls, empty."""
+"""`hybridtrain report` on run directories as training leaves them: finished, still
+running, with nulls, empty."""
 
 import json
 import math
@@ -41,7 +42,9 @@ def test_a_finished_run(tmp_path, capsys):
     names = ["loss", "loss_tokens", "loss_time", "grad_norm", "lr", "throughput", "memory", "layout"]
     files = [str(folder / "report" / name) for name in ("index.html", *(f"{name}.png" for name in names))]
     assert out.splitlines()[-len(files) :] == files
-    assert sorted(str(path) for path in (folder / "report").iterdir() if path.name != report.RECORD) == sorted(files)
+    assert sorted(
+        str(path) for path in (folder / "report").iterdir() if path.name != report.RECORD
+    ) == sorted(files)
     assert all(is_drawn(folder / "report" / f"{name}.png") for name in names if name != "layout")
     assert drawn_in(folder / "report" / "loss.png", plots.COLORS[1]) > 30  # evaluations
     lines = {line[:14].strip(): line[14:] for line in out.splitlines()}
@@ -67,12 +70,23 @@ def test_the_page_tells_everything_and_escapes_it(tmp_path):
         "node0, node1",
     ):
         assert told in page, told
-    for told in ("step-00000100", "reached the end", "40.0%", "7.00M parameters", "tracker.project", "git revision", "1 resume", "pp2-dp_shard2-tp2-zero1"):
+    for told in (
+        "step-00000100",
+        "reached the end",
+        "40.0%",
+        "7.00M parameters",
+        "tracker.project",
+        "git revision",
+        "1 resume",
+        "pp2-dp_shard2-tp2-zero1",
+    ):
         assert told in page, told
     assert "<i>disk" not in page
     assert page.count("<script>") == 1, "the page's own"
     assert page.count("<svg") == 11
-    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/", ""), "nothing to load from anywhere"
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/", ""), (
+        "nothing to load from anywhere"
+    )
     assert not [path for path in (folder / "report").iterdir() if path.suffix == ".partial"]
 
 
@@ -85,29 +99,52 @@ def test_time_spent_leaves_out_the_pause_before_a_resume(tmp_path):
 def test_marks_stand_where_things_happened(tmp_path):
     made, _ = drawn(eventful(tmp_path))
     axes = made["loss"].figure.axes[0]
-    marks = {line.get_label(): line.get_xdata().tolist() for line in axes.get_lines() if not line.get_label().startswith("_")}
+    marks = {
+        line.get_label(): line.get_xdata().tolist()
+        for line in axes.get_lines()
+        if not line.get_label().startswith("_")
+    }
     assert marks == {"1 checkpoint": [100.0], "resumed": [100.0], "skipped": [30.0], "failed": [105.0]}
     assert made["grad_norm"].figure.axes[0].get_yscale() == "log"
 
 
 def test_a_run_that_goes_on(tmp_path):
-    summary = {"status": "running", "wall_s": None, "tokens_per_s": None, "layout": None, "world_size": None, "total_steps": 10}
+    summary = {
+        "status": "running",
+        "wall_s": None,
+        "tokens_per_s": None,
+        "layout": None,
+        "world_size": None,
+        "total_steps": 10,
+    }
     now = time.time()
-    folder = write(tmp_path, [row(1, time=now - 0.2), row(2, time=now)], summary=summary, torn='{"step": 3, "lo')
+    folder = write(
+        tmp_path, [row(1, time=now - 0.2), row(2, time=now)], summary=summary, torn='{"step": 3, "lo'
+    )
     read = history.read(folder)
     assert read.columns["step"].tolist() == [1, 2]
     assert read.eta_s == pytest.approx(8 * 0.2)
     assert "step 2 of 10, about 2s to go" in single.about(read)
     assert "layout" not in single.lines(read)
-    assert report.write(report.of_run(read), single.document(read, report.of_run(read)), name=read.name, out=tmp_path / "out")[1].is_file()
+    assert report.write(
+        report.of_run(read), single.document(read, report.of_run(read)), name=read.name, out=tmp_path / "out"
+    )[1].is_file()
     assert is_drawn(tmp_path / "out" / "loss.png")
-    silent = history.read(write(tmp_path, [row(1, time=now - 7000), row(2, time=now - 6990)], summary=summary))
+    silent = history.read(
+        write(tmp_path, [row(1, time=now - 7000), row(2, time=now - 6990)], summary=summary)
+    )
     assert "nothing logged for 1h5" in single.about(silent)
 
 
 @pytest.mark.parametrize("files", [["summary.json"], ["config.yaml"], ["metrics.jsonl", "summary.json"]])
 def test_a_run_that_ended_before_its_first_step(tmp_path, files):
-    folder = write(tmp_path / "run", [], summary={"status": "failed", "exit_reason": "UserError: data.path=x"}, config=schema.Config(), torn='{"st')
+    folder = write(
+        tmp_path / "run",
+        [],
+        summary={"status": "failed", "exit_reason": "UserError: data.path=x"},
+        config=schema.Config(),
+        torn='{"st',
+    )
     for path in list(folder.iterdir()):
         if path.name not in files:
             path.unlink()
@@ -140,7 +177,13 @@ def test_nulls_leave_gaps(tmp_path):
     rows = [row(step, **({"loss": None, "grad_norm": None} if step == 3 else {})) for step in range(1, 6)]
     made, read = drawn(write(tmp_path, rows))
     assert np.isnan(read.columns["loss"]).tolist() == [False, False, True, False, False]
-    assert np.isnan(made["loss"].figure.axes[0].get_lines()[0].get_ydata()).tolist() == [False, False, True, False, False]
+    assert np.isnan(made["loss"].figure.axes[0].get_lines()[0].get_ydata()).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert "status        unknown" in single.lines(read)
 
 
@@ -150,7 +193,9 @@ def test_without_a_single_finite_loss(tmp_path):
 
 
 def test_loss_scale_is_drawn_when_it_varies_and_removed_when_not(tmp_path):
-    assert main(["report", str(write(tmp_path, [row(1, loss_scale=65536.0), row(2, loss_scale=32768.0)]))]) == 0
+    assert (
+        main(["report", str(write(tmp_path, [row(1, loss_scale=65536.0), row(2, loss_scale=32768.0)]))]) == 0
+    )
     assert is_drawn(tmp_path / "report" / "loss_scale.png")
     assert main(["report", str(write(tmp_path, [row(1), row(2)]))]) == 0
     assert not (tmp_path / "report" / "loss_scale.png").exists()
@@ -159,9 +204,13 @@ def test_loss_scale_is_drawn_when_it_varies_and_removed_when_not(tmp_path):
 @pytest.mark.slow
 def test_a_million_steps_are_read_and_thinned_with_their_spikes(tmp_path):
     count, spike = 1_000_000, 654_321
-    line = json.dumps(row(0, loss=5.0)).replace('"step": 0', '"step": %d').replace('"loss": 5.0', '"loss": %s')
+    line = (
+        json.dumps(row(0, loss=5.0)).replace('"step": 0', '"step": %d').replace('"loss": 5.0', '"loss": %s')
+    )
     with (tmp_path / "metrics.jsonl").open("w") as stream:
-        stream.writelines(line % (step, 900.5 if step == spike else 5.0) + "\n" for step in range(1, count + 1))
+        stream.writelines(
+            line % (step, 900.5 if step == spike else 5.0) + "\n" for step in range(1, count + 1)
+        )
     begin = time.monotonic()
     made, read = drawn(tmp_path)
     page = single.document(read, list(made.values()))
@@ -217,7 +266,10 @@ def test_several_runs(tmp_path, capsys):
 def test_names_of_compared_runs_are_their_own(tmp_path):
     folders = [write(tmp_path / parent / name, [row(1)]) for parent, name in (("x", "run"), ("y", "run"))]
     assert compare.names([history.read(folder) for folder in folders]) == ["x/run", "y/run"]
-    assert compare.names([history.read(finished(tmp_path / "f")), history.read(folders[0])]) == ["demo", "run"]
+    assert compare.names([history.read(finished(tmp_path / "f")), history.read(folders[0])]) == [
+        "demo",
+        "run",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,12 +294,16 @@ def test_running_mean_keeps_a_straight_line_and_flattens_noise():
     assert np.abs(series.smooth(noise)[20:]).max() < 0.1
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.00175, "1.75e-3"), (2e-3, "2e-3"), (5e-11, "5e-11")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.00175, "1.75e-3"), (2e-3, "2e-3"), (5e-11, "5e-11")]
+)
 def test_scientific(value, text):
     assert plots.scientific(value) == text
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1, 1, 1), (1, 2, 1, 2, 2), (2, 4, 1, 4, 2), (4, 8, 1, 8, 4), (1, 1000, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "layout", [(1, 1, 1, 1, 1), (1, 2, 1, 2, 2), (2, 4, 1, 4, 2), (4, 8, 1, 8, 4), (1, 1000, 1, 1, 1)]
+)
 def test_every_rank_has_one_cell_that_tells_its_place(layout):
     given = ParallelLayout(**dict(zip(("dp_replicate", "dp_shard", "cp", "tp", "pp"), layout, strict=True)))
     figure = layout_grid.plot(given, hosts=[]).figure

@@ -41,7 +41,14 @@ def opened(config: Config) -> directory.RunDir:
         checkpoint = newest(entry.path / "checkpoints") if entry.before else None
         if config.run.resume == "required" and checkpoint is None:
             raise identity.not_resumable(entry.path, words="")
-        return start.begin(entry, config, yaml_text=compose.to_yaml(config), versions={"torch": "2"}, checkpoint=checkpoint, step=0)
+        return start.begin(
+            entry,
+            config,
+            yaml_text=compose.to_yaml(config),
+            versions={"torch": "2"},
+            checkpoint=checkpoint,
+            step=0,
+        )
     finally:
         entry.leave()
 
@@ -54,7 +61,12 @@ def refusal_of(config: Config) -> str:
 
 def test_a_new_run_writes_its_config_and_a_running_summary(config: Config) -> None:
     run = opened(config)
-    assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (Path("runs/trial"), False, None, {})
+    assert (run.path, run.continued, run.checkpoint, dict(run.changed)) == (
+        Path("runs/trial"),
+        False,
+        None,
+        {},
+    )
     assert compose.read_run(run.path / "config.yaml") == config
     summary = json.loads((run.path / "summary.json").read_text())
     assert tuple(summary) == SUMMARY
@@ -82,10 +94,32 @@ def alter(config: Config, key: str, value: object) -> Config:
     return changed
 
 
-NOT_IDENTITY = [("parallel.tp", 2), ("engine.compile", True), ("precision.kind", "bf16_mixed"), ("train.steps", 20), ("checkpoint.every", 5)]
-NOT_IDENTITY += [("tracker.kinds", ["wandb"]), ("batch.micro_batch_size", 2), ("recompute.kind", "full"), ("model.name", "label")]
-IDENTITY = [("model.config", {"hidden_size": 128}), ("model.freeze", ["*"]), ("data.path", "data/b"), ("data.seq_len", 128), ("optim.lr", 1.0)]
-IDENTITY += [("schedule.kind", "linear"), ("run.seed", 1), ("batch.global_batch_size", 16), ("model.from_pretrained", "x")]
+NOT_IDENTITY = [
+    ("parallel.tp", 2),
+    ("engine.compile", True),
+    ("precision.kind", "bf16_mixed"),
+    ("train.steps", 20),
+    ("checkpoint.every", 5),
+]
+NOT_IDENTITY += [
+    ("tracker.kinds", ["wandb"]),
+    ("batch.micro_batch_size", 2),
+    ("recompute.kind", "full"),
+    ("model.name", "label"),
+]
+IDENTITY = [
+    ("model.config", {"hidden_size": 128}),
+    ("model.freeze", ["*"]),
+    ("data.path", "data/b"),
+    ("data.seq_len", 128),
+    ("optim.lr", 1.0),
+]
+IDENTITY += [
+    ("schedule.kind", "linear"),
+    ("run.seed", 1),
+    ("batch.global_batch_size", 16),
+    ("model.from_pretrained", "x"),
+]
 
 
 @pytest.mark.parametrize(("key", "value"), NOT_IDENTITY)
@@ -101,7 +135,9 @@ def test_what_is_not_identity_continues_the_run_and_is_told(config: Config, key:
 
 
 @pytest.mark.parametrize(("key", "value"), IDENTITY)
-def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(config: Config, key: str, value: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(
+    config: Config, key: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
     opened(config)
     other = alter(config, key, value)
     with caplog.at_level("INFO"):
@@ -115,7 +151,9 @@ def test_another_identity_is_a_new_run_with_a_number_which_it_finds_again(config
 
 
 @pytest.mark.parametrize(("key", "value"), IDENTITY)
-def test_an_explicit_directory_of_another_run_is_refused_naming_the_field(config: Config, key: str, value: object, tmp_path: Path) -> None:
+def test_an_explicit_directory_of_another_run_is_refused_naming_the_field(
+    config: Config, key: str, value: object, tmp_path: Path
+) -> None:
     config.run.dir = str(tmp_path / "mine")
     before = opened(config)
     text = (before.path / "config.yaml").read_text()
@@ -125,7 +163,9 @@ def test_an_explicit_directory_of_another_run_is_refused_naming_the_field(config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
-def test_other_data_goes_on_in_the_run_when_asked_for_but_not_another_length(config: Config, tmp_path: Path) -> None:
+def test_other_data_goes_on_in_the_run_when_asked_for_but_not_another_length(
+    config: Config, tmp_path: Path
+) -> None:
     config.run.dir = str(tmp_path / "mine")
     opened(config)
     other = alter(alter(config, "data.path", "data/b"), "run.allow_data_change", True)
@@ -192,8 +232,15 @@ def test_a_cut_takes_away_the_events_that_come_again_and_keeps_starts_and_ends(c
         stream.write('{"time": 1, "st')
     run.truncate(5)
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
-    assert [(event["kind"], event["step"], event["detail"]) for event in events] == [("started", 0, "at 0"), ("checkpoint", 5, "at 5"), ("failed", 9, "at 9")]
-    assert all(set(event) == {"time", "step", "kind", "detail"} and abs(event["time"] - time.time()) < 60 for event in events)
+    assert [(event["kind"], event["step"], event["detail"]) for event in events] == [
+        ("started", 0, "at 0"),
+        ("checkpoint", 5, "at 5"),
+        ("failed", 9, "at 9"),
+    ]
+    assert all(
+        set(event) == {"time", "step", "kind", "detail"} and abs(event["time"] - time.time()) < 60
+        for event in events
+    )
     with pytest.raises(AssertionError):
         run.append_event("lunch", step=5, detail="")
 
@@ -202,7 +249,12 @@ def test_the_summary_takes_the_keys_of_the_interface_only(config: Config) -> Non
     run = opened(config)
     run.update_summary(status="finished", steps=10, final_loss=float("nan"), layout="pp2")
     summary = json.loads((run.path / "summary.json").read_text())
-    assert (summary["status"], summary["steps"], summary["final_loss"], summary["layout"]) == ("finished", 10, None, "pp2")
+    assert (summary["status"], summary["steps"], summary["final_loss"], summary["layout"]) == (
+        "finished",
+        10,
+        None,
+        "pp2",
+    )
     for wrong in ({"state": "x"}, {"status": "done"}):
         with pytest.raises(AssertionError):
             run.update_summary(**wrong)
@@ -210,7 +262,9 @@ def test_the_summary_takes_the_keys_of_the_interface_only(config: Config) -> Non
 
 def test_fingerprints() -> None:
     progress = Progress(7, 0, {"model": "m", "data": "d"})
-    check: Callable[..., tuple[str, ...]] = functools.partial(identity.check_fingerprints, data=("data.path", "data/mine"), run=Path("runs/a"))
+    check: Callable[..., tuple[str, ...]] = functools.partial(
+        identity.check_fingerprints, data=("data.path", "data/mine"), run=Path("runs/a")
+    )
     assert check(progress, fingerprints={"model": "m", "data": "d"}, allow_data_change=False) == ()
     with pytest.raises(
         UserError,
@@ -220,27 +274,43 @@ def test_fingerprints() -> None:
     assert check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=True) == ("data",)
     for model in ("n", None):
         with pytest.raises(UserError, match="of another model"):
-            check(progress, fingerprints={"data": "d", **({"model": model} if model else {})}, allow_data_change=True)
+            check(
+                progress,
+                fingerprints={"data": "d", **({"model": model} if model else {})},
+                allow_data_change=True,
+            )
 
 
-@pytest.mark.parametrize("name", ["model/config.json", "events.jsonl", "machine.json", "trackers/mine", "logs/rank-0.log", "lock"])
-def test_a_folder_with_files_of_others_that_a_run_would_write_is_refused_and_stays(config: Config, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["model/config.json", "events.jsonl", "machine.json", "trackers/mine", "logs/rank-0.log", "lock"]
+)
+def test_a_folder_with_files_of_others_that_a_run_would_write_is_refused_and_stays(
+    config: Config, tmp_path: Path, name: str
+) -> None:
     mine = tmp_path / "project" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     message = refusal_of(alter(config, "run.dir", str(tmp_path / "project")))
     assert "but no config.yaml" in message
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [mine.relative_to(tmp_path)]
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [
+        mine.relative_to(tmp_path)
+    ]
 
 
-@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/step-00000004/new/run"])
-def test_a_run_among_the_checkpoints_of_another_would_be_removed_with_them(config: Config, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/step-00000004/new/run"]
+)
+def test_a_run_among_the_checkpoints_of_another_would_be_removed_with_them(
+    config: Config, tmp_path: Path, place: str
+) -> None:
     other = opened(alter(config, "run.dir", str(tmp_path / "other")))
     (other.path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert "among the checkpoints of" in refusal_of(alter(config, "run.dir", str(other.path / place)))
 
 
-def test_a_folder_with_other_files_and_with_logs_of_a_scheduler_is_taken(config: Config, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_and_with_logs_of_a_scheduler_is_taken(
+    config: Config, tmp_path: Path
+) -> None:
     (tmp_path / "project" / "logs").mkdir(parents=True)
     (tmp_path / "project" / "logs" / "slurm-7.out").write_text("mine")
     (tmp_path / "project" / "train.py").write_text("mine")
@@ -250,15 +320,29 @@ def test_a_folder_with_other_files_and_with_logs_of_a_scheduler_is_taken(config:
 def test_the_model_that_a_run_starts_from_is_not_written_over(config: Config) -> None:
     Path("runs/trial/model").mkdir(parents=True)
     Path("runs/trial/config.yaml").write_text(compose.to_yaml(config))
-    assert "the model that it starts from" in refusal_of(alter(config, "model.from_pretrained", "runs/trial/model"))
+    assert "the model that it starts from" in refusal_of(
+        alter(config, "model.from_pretrained", "runs/trial/model")
+    )
 
 
 def test_values_that_went_through_yaml_are_the_same_run(config: Config) -> None:
-    config.model.config = {"eps": 1e-6, "theta": 10000, "list": [1, 2.5], "deep": {"x": float("nan")}, "flag": True}
+    config.model.config = {
+        "eps": 1e-6,
+        "theta": 10000,
+        "list": [1, 2.5],
+        "deep": {"x": float("nan")},
+        "flag": True,
+    }
     opened(config)
-    same = alter(config, "model.config", {"eps": 0.000001, "theta": 10000.0, "list": (1, 2.5), "deep": {"x": float("nan")}, "flag": True})
+    same = alter(
+        config,
+        "model.config",
+        {"eps": 0.000001, "theta": 10000.0, "list": (1, 2.5), "deep": {"x": float("nan")}, "flag": True},
+    )
     assert opened(same).path == Path("runs/trial")
-    assert opened(alter(config, "model.config", {**config.model.config, "flag": 1})).path == Path("runs/trial-2")
+    assert opened(alter(config, "model.config", {**config.model.config, "flag": 1})).path == Path(
+        "runs/trial-2"
+    )
 
 
 def test_attempts_are_counted_by_events_not_by_words(config: Config) -> None:
@@ -270,12 +354,16 @@ def test_attempts_are_counted_by_events_not_by_words(config: Config) -> None:
         stream.write('{"kind": "started", "st')
     assert opened(config).attempt == 2
     run.append_event("finished", step=1, detail="")
-    assert json.loads(run.events.read_text().splitlines()[-1])["kind"] == "finished", "on a line of its own after a torn one"
+    assert json.loads(run.events.read_text().splitlines()[-1])["kind"] == "finished", (
+        "on a line of its own after a torn one"
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_not_said_to_be_gone(tmp_path: Path) -> None:
     for path in (Path("/proc/x"), Path("/proc/x/y")):
-        with pytest.raises(UserError, match=rf"run\.dir={path}: it cannot be written: nothing can be made in /proc"):
+        with pytest.raises(
+            UserError, match=rf"run\.dir={path}: it cannot be written: nothing can be made in /proc"
+        ):
             directory.make_folders(path)
     gone = tmp_path / "gone"
     with pytest.raises(FileNotFoundError) as error:

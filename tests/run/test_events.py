@@ -1,4 +1,5 @@
-"""events.jsonl and the machine facts of real runs: start, checkpoints, a resume under another layout, skipped updates between lines, a failure."""
+"""events.jsonl and the machine facts of real runs: start, checkpoints, a resume under another layout, skipped
+updates between lines, a failure."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ def events(run: Path) -> list[tuple[str, int, str]]:
 def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finished(2, arguments(run, data, train__steps=4, checkpoint__every=2))
-    assert [(kind, step) for kind, step, _ in events(run)] == [("started", 0), ("checkpoint", 2), ("checkpoint", 4), ("finished", 4)]
+    assert [(kind, step) for kind, step, _ in events(run)] == [
+        ("started", 0),
+        ("checkpoint", 2),
+        ("checkpoint", 4),
+        ("finished", 4),
+    ]
     assert events(run)[0][2] == "dp_replicate2 on 2 processes"
     assert events(run)[1][2] == "step-00000002"
     told = summary(run)
@@ -38,9 +44,16 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
 
 
 def test_updates_skipped_between_two_lines_are_counted(data: Path, tmp_path: Path) -> None:
-    """A loss scale that no fp16 gradient survives at first: each of four steps overflows, though only every third is logged."""
+    """A loss scale that no fp16 gradient survives at first: each of four steps overflows, though only
+    every third is logged."""
     run = tmp_path / "run"
-    options = {"precision": "fp16_mixed", "precision__init_scale": 2.0**40, "precision__backoff_factor": 2.0**-6, "train__steps": 9, "train__log_every": 3}
+    options = {
+        "precision": "fp16_mixed",
+        "precision__init_scale": 2.0**40,
+        "precision__backoff_factor": 2.0**-6,
+        "train__steps": 9,
+        "train__log_every": 3,
+    }
     finished(1, arguments(run, data, **options))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 1), (9, 0)]

@@ -1,4 +1,5 @@
-"""The lock of a run directory, between real processes: with flock and without, dead processes, other hosts, requeued jobs."""
+"""The lock of a run directory, between real processes: with flock and without, dead processes, other
+hosts, requeued jobs."""
 
 from __future__ import annotations
 
@@ -46,9 +47,13 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def start(folder: Path, *, flock: bool, machine: str = "", at: float = 0.0, **environment: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *, flock: bool, machine: str = "", at: float = 0.0, **environment: str
+) -> subprocess.Popen[str]:
     argv = [sys.executable, "-c", HOLD, str(folder), str(flock), machine, str(EVERY), str(at)]
-    return subprocess.Popen(argv, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        argv, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def answer(process: subprocess.Popen[str]) -> str:
@@ -57,7 +62,9 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 
 @contextlib.contextmanager
-def holding(folder: Path, *, flock: bool, machine: str = "", **environment: str) -> Iterator[subprocess.Popen[str]]:
+def holding(
+    folder: Path, *, flock: bool, machine: str = "", **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """Another process that has the lock; it is dead afterwards."""
     process = start(folder, flock=flock, machine=machine, **environment)
     try:
@@ -78,7 +85,9 @@ BOTH = pytest.mark.parametrize("flock", [True, False])
 
 
 @BOTH
-def test_a_second_process_is_refused_by_name_and_a_dead_one_is_followed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool) -> None:
+def test_a_second_process_is_refused_by_name_and_a_dead_one_is_followed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool
+) -> None:
     monkeypatch.setattr(lock, "FLOCK", flock)
     with holding(tmp_path, flock=flock) as process:
         words = refused(tmp_path)
@@ -115,23 +124,34 @@ def test_one_of_many_that_start_at_the_same_moment_has_it(tmp_path: Path, flock:
 
 
 @BOTH
-def test_another_host_is_refused_while_its_beat_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool) -> None:
-    monkeypatch.setattr(lock, "FLOCK", False)  # as where flock does not reach the other host, though both have it
-    with holding(tmp_path, flock=flock, machine="elsewhere", SLURM_JOB_ID="7", SLURMD_NODENAME="n2") as process:
+def test_another_host_is_refused_while_its_beat_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flock: bool
+) -> None:
+    # as where flock does not reach the other host, though both have it
+    monkeypatch.setattr(lock, "FLOCK", False)
+    with holding(
+        tmp_path, flock=flock, machine="elsewhere", SLURM_JOB_ID="7", SLURMD_NODENAME="n2"
+    ) as process:
         words = refused(tmp_path)
         assert f"process {process.pid} on n2 (job 7) trains here since" in words
         assert "scancel 7" in words
         assert process.poll() is None
 
 
-def test_another_host_that_is_silent_is_followed_after_three_beats_with_a_countdown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_host_that_is_silent_is_followed_after_three_beats_with_a_countdown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with holding(tmp_path, flock=True, machine="elsewhere"):
         pass
     begun = time.monotonic()
     with caplog.at_level("WARNING", logger="hybridtrain"):
         mine = lock.acquire(tmp_path, takeover=False)
     assert 3 * EVERY <= time.monotonic() - begun < 3 * EVERY + 1.5
-    lines = [record.getMessage() for record in caplog.records if "without a sign of life it is taken over in" in record.getMessage()]
+    lines = [
+        record.getMessage()
+        for record in caplog.records
+        if "without a sign of life it is taken over in" in record.getMessage()
+    ]
     assert len(lines) == 3, lines
     mine.release()
 
@@ -148,8 +168,11 @@ def test_with_takeover_it_is_had_at_once_and_the_one_before_learns_it(tmp_path: 
     mine.release()
 
 
-def test_the_same_job_requeued_has_it_at_once_and_another_job_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the job script finds it: Slurm has ended the attempt before, whatever the network file system believes."""
+def test_the_same_job_requeued_has_it_at_once_and_another_job_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the job script finds it: Slurm has ended the attempt before, whatever the network
+    file system believes."""
     with holding(tmp_path, flock=True, machine="elsewhere", SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0"):
         monkeypatch.setenv("SLURM_JOB_ID", "8")
         assert "scancel 7" in refused(tmp_path)
@@ -164,7 +187,9 @@ def test_the_same_job_requeued_has_it_at_once_and_another_job_does_not(tmp_path:
         mine.release()
 
 
-def test_the_job_that_takes_the_place_of_one_without_its_bad_node_has_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job_that_takes_the_place_of_one_without_its_bad_node_has_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with holding(tmp_path, flock=True, machine="elsewhere", SLURM_JOB_ID="7"):
         for name, value in {"SLURM_JOB_ID": "9", "HYBRIDTRAIN_CHAIN": "7"}.items():
             monkeypatch.setenv(name, value)
@@ -173,7 +198,10 @@ def test_the_job_that_takes_the_place_of_one_without_its_bad_node_has_it_at_once
 
 def test_a_child_that_outlives_a_dead_process_does_not_keep_its_lock(tmp_path: Path) -> None:
     """A forked child shares the flock of its parent."""
-    fork = HOLD.replace('print("have", flush=True)', 'child = os.fork()\n    child or time.sleep(60)\n    print("have", child, flush=True)')
+    fork = HOLD.replace(
+        'print("have", flush=True)',
+        'child = os.fork()\n    child or time.sleep(60)\n    print("have", child, flush=True)',
+    )
     argv = [sys.executable, "-c", fork, str(tmp_path), "True", "", str(EVERY), "0"]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child = int(answer(process).split()[1])
@@ -200,14 +228,30 @@ def test_what_is_no_file_is_refused_and_stays(tmp_path: Path, kind: str) -> None
     {"folder": file.mkdir, "link": lambda: file.symlink_to("thesis"), "pipe": lambda: os.mkfifo(file)}[kind]()
     assert lock.read(tmp_path) is None
     assert lock.alive(tmp_path) is None
-    words = {"folder": "a folder has this name", "link": "a link has this name", "pipe": "something else has this name"}
+    words = {
+        "folder": "a folder has this name",
+        "link": "a link has this name",
+        "pipe": "something else has this name",
+    }
     assert words[kind] in refused(tmp_path)
     assert (tmp_path / "thesis").read_text() == "mine"
     assert os.path.lexists(file)
 
 
-@pytest.mark.parametrize("fields", [{"every": 1e9}, {"every": -1.0}, {"every": float("nan")}, {"since": float("inf")}, {"since": -1.0}, {"pid": float("inf")}])
-def test_a_lock_with_numbers_that_no_process_wrote_is_no_lock(tmp_path: Path, fields: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"every": 1e9},
+        {"every": -1.0},
+        {"every": float("nan")},
+        {"since": float("inf")},
+        {"since": -1.0},
+        {"pid": float("inf")},
+    ],
+)
+def test_a_lock_with_numbers_that_no_process_wrote_is_no_lock(
+    tmp_path: Path, fields: dict[str, float]
+) -> None:
     other = {**dataclasses.asdict(holder.this_process()), "machine": "elsewhere", **fields}
     (tmp_path / lock.NAME).write_text(json.dumps(other, indent=1))
     lock.acquire(tmp_path, takeover=False).release()

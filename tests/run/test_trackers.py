@@ -1,4 +1,7 @@
-"""Trackers for real: files read back, servers that refuse or hang, a full disk. Each run has a process of its own."""
+"""Trackers for real: files read back, servers that refuse or hang, a full disk.
+
+Each run has a process of its own.
+"""
 
 import json
 import os
@@ -37,20 +40,41 @@ TRACK = """
 """
 
 
-def track(folder, *kinds, before="pass", setup="pass", between="pass", failed=False, first_step=0, **env) -> tuple[dict, list[str]]:
+def track(
+    folder, *kinds, before="pass", setup="pass", between="pass", failed=False, first_step=0, **env
+) -> tuple[dict, list[str]]:
     """Run TRACK; returns its timings and its warnings."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("WANDB_") and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
     environment = clean | {"NETRC": os.devnull, "OMP_NUM_THREADS": "1", "A_TOKEN": "S3CRET"} | env
-    script = textwrap.dedent(TRACK).replace("{before}", before).replace("{setup}", setup).replace("{between}", between)
+    script = (
+        textwrap.dedent(TRACK)
+        .replace("{before}", before)
+        .replace("{setup}", setup)
+        .replace("{between}", between)
+    )
     script = script.replace("{failed}", str(failed)).replace("{first_step}", str(first_step))
-    done = subprocess.run([sys.executable, "-c", script, str(folder), *kinds], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), *kinds],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    return json.loads(next(line for line in lines if line.startswith("{"))), [line for line in lines if line.startswith("LOG")]
+    return json.loads(next(line for line in lines if line.startswith("{"))), [
+        line for line in lines if line.startswith("LOG")
+    ]
 
 
 def wandb_records(folder) -> list:
-    """The records of the one offline run below `folder`: LevelDB's log format behind a header of 7 bytes, protobuf inside."""
+    """The records of the one offline run below `folder`: LevelDB's log format behind a header of 7
+    bytes, protobuf inside."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -72,8 +96,14 @@ def wandb_records(folder) -> list:
 
 
 def wandb_history(records) -> dict[int, dict]:
-    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item} for record in records if record.HasField("history")]
-    return {row["_step"]: {key: value for key, value in row.items() if not key.startswith("_")} for row in rows}
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    return {
+        row["_step"]: {key: value for key, value in row.items() if not key.startswith("_")} for row in rows
+    }
 
 
 @contextmanager
@@ -98,10 +128,21 @@ def test_wandb_offline_files_hold_the_values(both):
     assert warnings == []
     records = wandb_records(folder)
     history = wandb_history(records)
-    assert history == {step: {"loss": 1.0 / step} | ({"eval_loss": 9.5} if step == 5 else {}) for step in range(1, 6)}
+    assert history == {
+        step: {"loss": 1.0 / step} | ({"eval_loss": 9.5} if step == 5 else {}) for step in range(1, 6)
+    }
     (run,) = (record.run for record in records if record.HasField("run"))
-    assert (run.project, run.display_name, run.run_id) == ("proj", "demo", (folder / "wandb" / "run-id").read_text())
-    config = {item.key: item.value_json for record in records if record.HasField("config") for item in record.config.update}
+    assert (run.project, run.display_name, run.run_id) == (
+        "proj",
+        "demo",
+        (folder / "wandb" / "run-id").read_text(),
+    )
+    config = {
+        item.key: item.value_json
+        for record in records
+        if record.HasField("config")
+        for item in record.config.update
+    }
     assert json.loads(config["optim.lr"]) == 0.1
 
 
@@ -111,7 +152,9 @@ def test_tensorboard_files_hold_the_values(both):
     folder, _, _ = both
     events = EventAccumulator(str(folder / "tensorboard" / "proj" / "demo")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval_loss", "loss"]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, pytest.approx(1.0 / step)) for step in range(1, 6)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (step, pytest.approx(1.0 / step)) for step in range(1, 6)
+    ]
     assert [(event.step, event.value) for event in events.Scalars("eval_loss")] == [(5, 9.5)]
     (parameters,) = (folder / "tensorboard" / "proj" / "demo").glob("*/hparams.yml")
     assert "optim.lr: 0.1" in parameters.read_text()
@@ -140,8 +183,19 @@ def test_other_ranks_track_nothing(tmp_path):
 
 
 def test_a_launched_process_gets_no_process_group_from_a_tracker(tmp_path):
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    _, warnings = track(tmp_path, "tensorboard", setup="import torch.distributed as dist; assert not dist.is_initialized()", **launched)
+    launched = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    _, warnings = track(
+        tmp_path,
+        "tensorboard",
+        setup="import torch.distributed as dist; assert not dist.is_initialized()",
+        **launched,
+    )
     assert warnings == []
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -150,7 +204,15 @@ def test_an_existing_process_group_is_left_as_it_is(tmp_path):
     store = tmp_path / "store"
     group = f"import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://{store}', rank=0, world_size=1)"
     use = "assert dist.get_world_size() == 1 and dist.get_backend() == 'gloo'; dist.barrier()"
-    _, warnings = track(tmp_path / "trackers", "tensorboard", before=group, setup=use, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    _, warnings = track(
+        tmp_path / "trackers",
+        "tensorboard",
+        before=group,
+        setup=use,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+    )
     assert warnings == []
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -161,7 +223,15 @@ def test_an_unreachable_wandb_costs_one_warning(tmp_path, listens):
     begin = time.monotonic()
     with server(listens=listens) as url:
         limits = "from hybridtrain.run.trackers import kinds; kinds.INIT_S, trackers.FINISH_S = 3.0, 6.0"
-        timings, warnings = track(tmp_path, "wandb", "tensorboard", before=limits, WANDB_MODE="online", WANDB_API_KEY="a" * 40, WANDB_BASE_URL=url)
+        timings, warnings = track(
+            tmp_path,
+            "wandb",
+            "tensorboard",
+            before=limits,
+            WANDB_MODE="online",
+            WANDB_API_KEY="a" * 40,
+            WANDB_BASE_URL=url,
+        )
     assert len(warnings) == 1
     assert "tracker wandb gave up" in warnings[0]
     assert timings["logged_s"] < 0.5
@@ -199,7 +269,11 @@ def test_without_trackers_nothing_is_imported_or_written(tmp_path):
         ({"WANDB_API_KEY": "x"}, "", True),
         ({}, "machine api.wandb.ai login user password x\n", True),
         ({}, "machine elsewhere.example login user password x\n", False),
-        ({"WANDB_BASE_URL": "https://elsewhere.example"}, "machine elsewhere.example login user password x\n", True),
+        (
+            {"WANDB_BASE_URL": "https://elsewhere.example"},
+            "machine elsewhere.example login user password x\n",
+            True,
+        ),
         ({}, "not a netrc file", False),
     ],
 )
@@ -216,10 +290,29 @@ def test_logged_in(tmp_path, monkeypatch, env, netrc, expected):
 def test_public_hides_secrets_and_keeps_the_rest():
     config = {
         "model": {"config": {"eos_token_id": 2, "tie": True, "rope": {"theta": 1e4}}, "api_key": "x"},
-        "data": {"tokenizer": "train", "source": ["a", "b"], "url": "https://user:pw@host/x", "mirror": "https://host/x", "text_key": "text"},
+        "data": {
+            "tokenizer": "train",
+            "source": ["a", "b"],
+            "url": "https://user:pw@host/x",
+            "mirror": "https://host/x",
+            "text_key": "text",
+        },
         "train": {"tokens": 5, "note": None},
-        "hub": {"HF_TOKEN": "x", "password": "x", "value": "hf_abcdefghijkl", "hub_tokens": ["x", "y"], "apikey": "x", "pw": "x", "auth": {"user": "x"}},
-        "forms": {"a": "Bearer abcdef", "b": "AKIA" + "A" * 16, "c": "eyJhbGciOiJI.eyJzdWIi.x", "list": [{"token": "x", "size": 1}, {"plain": "y"}]},
+        "hub": {
+            "HF_TOKEN": "x",
+            "password": "x",
+            "value": "hf_abcdefghijkl",
+            "hub_tokens": ["x", "y"],
+            "apikey": "x",
+            "pw": "x",
+            "auth": {"user": "x"},
+        },
+        "forms": {
+            "a": "Bearer abcdef",
+            "b": "AKIA" + "A" * 16,
+            "c": "eyJhbGciOiJI.eyJzdWIi.x",
+            "list": [{"token": "x", "size": 1}, {"plain": "y"}],
+        },
         "env": {"token": "${oc.env:TOKEN}", "empty_key": ""},
     }
     hidden = trackers.HIDDEN

@@ -11,7 +11,8 @@ from hybridtrain.errors import UserError
 
 
 def settings(*, environment, **options) -> list[str]:
-    """threads, fp32 precision, relative error of a product: in a process of its own, with these options of `engine`."""
+    """threads, fp32 precision, relative error of a product: in a process of its own, with these
+    options of `engine`."""
     program = (
         "import torch\n"
         "from hybridtrain.runtime import cpu\n"
@@ -19,7 +20,13 @@ def settings(*, environment, **options) -> list[str]:
         f"cpu.apply(EngineConfig(**{options!r}), device=torch.device('cpu'))\n"
         "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), cpu._product_error())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
     return done.stdout.split()
 
 
@@ -55,7 +62,9 @@ def test_torchruns_one_thread_is_not_taken_for_the_users_choice():
 
 
 def test_refusals():
-    with pytest.raises(UserError, match=r"engine\.fp32_matmul=tf32.*\n  allowed: auto, highest, high, medium"):
+    with pytest.raises(
+        UserError, match=r"engine\.fp32_matmul=tf32.*\n  allowed: auto, highest, high, medium"
+    ):
         check(compose("train", ["experiment=smoke", "engine.fp32_matmul=tf32"]))
     with pytest.raises(UserError, match=r"engine\.threads=-1"):
         check(compose("train", ["experiment=smoke", "engine.threads=-1"]))

@@ -15,7 +15,9 @@ from hybridtrain.runtime import files
 from tests.runs import immutable
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "summary.json"
     files.write_atomically(file, "old")
 
@@ -73,8 +75,14 @@ def test_a_folder_or_nothing_in_the_place_of_a_file_is_refused(tmp_path: Path) -
 
 
 def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "a.json", {"a": float("inf"), "b": [float("nan"), 1.5], "c": (1, {"d": float("-inf")})})
-    assert files.read_object(tmp_path / "a.json", field="x") == {"a": None, "b": [None, 1.5], "c": [1, {"d": None}]}
+    files.write_json(
+        tmp_path / "a.json", {"a": float("inf"), "b": [float("nan"), 1.5], "c": (1, {"d": float("-inf")})}
+    )
+    assert files.read_object(tmp_path / "a.json", field="x") == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": [1, {"d": None}],
+    }
 
 
 def test_discarding_removes_links_not_what_they_point_to(tmp_path: Path) -> None:
@@ -87,7 +95,9 @@ def test_discarding_removes_links_not_what_they_point_to(tmp_path: Path) -> None
     assert (tmp_path / "elsewhere" / "file").read_text() == "kept"
 
 
-def test_what_cannot_be_removed_is_warned_of_and_left_and_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_removed_is_warned_of_and_left_and_the_rest_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old = tmp_path / "old"
     old.mkdir()
     for name in "abc":
@@ -112,7 +122,9 @@ def test_a_folder_with_files_of_others_is_refused_until_they_are_ours(tmp_path: 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004/mine"])
 @pytest.mark.parametrize("field", ["data.path", "export.out", "report.out"])
-def test_nothing_is_written_among_checkpoints_that_will_be_removed(tmp_path: Path, field: str, place: str) -> None:
+def test_nothing_is_written_among_checkpoints_that_will_be_removed(
+    tmp_path: Path, field: str, place: str
+) -> None:
     (tmp_path / "config.yaml").write_text("")
     out = tmp_path / place
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -121,7 +133,9 @@ def test_nothing_is_written_among_checkpoints_that_will_be_removed(tmp_path: Pat
         "export.out": lambda: destination.check(out),
         "report.out": lambda: report.write([], "", name="", out=out),
     }[field]
-    with pytest.raises(UserError, match=f"{field}=.*it lies among the checkpoints of .*, which that run removes"):
+    with pytest.raises(
+        UserError, match=f"{field}=.*it lies among the checkpoints of .*, which that run removes"
+    ):
         write()
     assert sorted(os.listdir(tmp_path / "checkpoints" / "step-00000004")) == []
 
@@ -133,12 +147,21 @@ def test_a_record_that_names_what_lies_outside_is_not_believed(tmp_path: Path) -
 
 
 def test_an_error_of_the_disk_is_told_in_words_that_fit(tmp_path: Path) -> None:
-    for code, words in ((errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.ENOENT, "moved or removed"), (errno.EIO, "Input/output")):
+    for code, words in (
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOENT, "moved or removed"),
+        (errno.EIO, "Input/output"),
+    ):
         assert words in str(files.unwritable("run.dir", tmp_path, OSError(code, os.strerror(code))))
 
 
 def test_what_a_killed_writer_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
-    old, new, theirs = tmp_path / ".summary.json.71-140.partial", tmp_path / ".index.html.72-140.partial", tmp_path / ".notes.partial"
+    old, new, theirs = (
+        tmp_path / ".summary.json.71-140.partial",
+        tmp_path / ".index.html.72-140.partial",
+        tmp_path / ".notes.partial",
+    )
     for file in (old, new, theirs):
         file.write_text("half")
     os.utime(old, (0, 0))

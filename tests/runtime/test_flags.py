@@ -14,13 +14,19 @@ from tests.ranks import run_ranks
 
 CASES = {
     "single": Case(),
-    **{layout: Case(layout) for layout in ("tp2", "pp2", "dp_replicate2", "dp_shard2-zero3", "pp2-dp_shard2-tp2")},
+    **{
+        layout: Case(layout)
+        for layout in ("tp2", "pp2", "dp_replicate2", "dp_shard2-zero3", "pp2-dp_shard2-tp2")
+    },
     **{f"deepspeed {layout}": deepspeed(layout) for layout in ("dp_shard2-zero2", "tp2-nosp", "pp2")},
 }
 
 
 def seen(case: Case) -> tuple[list[dict[str, int]], list[int]]:
-    """What is read after each of four steps, and their tokens. The last rank raises `up` before the second and takes it out before the fourth."""
+    """What is read after each of four steps, and their tokens.
+
+    The last rank raises `up` before the second and takes it out before the fourth.
+    """
     engine: Any = start(case)
     engine.flags = Flags(("up", "all"))
     engine.flags.raised.add("all")

@@ -1,4 +1,5 @@
-"""Ranks end with their launcher, and the same command goes on; a launcher may restart ranks; `hybridtrain train --nproc N`."""
+"""Ranks end with their launcher, and the same command goes on; a launcher may restart ranks;
+`hybridtrain train --nproc N`."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def wait_for(run: Path, *, lines: int, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < lines:
+    while (
+        not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < lines
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -41,7 +44,9 @@ def wait_for(run: Path, *, lines: int, process: subprocess.Popen[str]) -> None:
 def nproc(argv: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hybridtrain.cli", "train", "--nproc", "2", *argv]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.slow
@@ -64,9 +69,12 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_the_same_command_go
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.table)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.table)]
+)
 def test_kills_of_torchrun_alone_at_random_moments(data, tmp_path, kills):
-    """The same command each time at once: old ranks may be alive for a moment, and the lock is a dead process's by then."""
+    """The same command each time at once: old ranks may be alive for a moment, and the lock is a
+    dead process's by then."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 200, "checkpoint__every": 2}
     finished(2, arguments(straight, data, **options))
@@ -89,7 +97,16 @@ def test_a_process_that_no_launcher_started_outlives_its_parent(data, tmp_path):
     run = tmp_path / "run"
     argv = [*arguments(run, data, train__steps=6), "batch.micro_batch_size=8"]
     shell = subprocess.Popen(
-        ["bash", "-c", 'nohup "$@" >/dev/null 2>&1 & echo $!; sleep 60', "_", sys.executable, "-m", "hybridtrain.train", *argv],
+        [
+            "bash",
+            "-c",
+            'nohup "$@" >/dev/null 2>&1 & echo $!; sleep 60',
+            "_",
+            sys.executable,
+            "-m",
+            "hybridtrain.train",
+            *argv,
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -106,10 +123,21 @@ def test_torchrun_restarts_ranks(data, tmp_path):
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 24, "checkpoint__every": 3}
     finished(2, arguments(straight, data, **options))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "hybridtrain.train", *arguments(run, data, **options)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for lines in (8, 16):
         wait_for(run, lines=lines, process=process)
         ranks = {rank.environ().get("RANK"): rank for rank in ranks_of(process)}
@@ -121,7 +149,7 @@ def test_torchrun_restarts_ranks(data, tmp_path):
     assert rows(run) == rows(straight)
 
 
-# -- hybridtrain train --nproc N -----------------------------------------------------------------------------------
+# -- hybridtrain train --nproc N -----------------------------------------------------------------------------
 
 
 def test_a_refusal_is_the_last_thing_that_nproc_prints(data, tmp_path):
@@ -166,7 +194,9 @@ def test_a_rank_that_dies_is_named_by_nproc(data, tmp_path):
 def test_a_rank_that_ends_without_a_word_before_it_begins_is_named(data, tmp_path, monkeypatch):
     """A library, or a site's own start-up file, may end a process while Python imports."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os._exit(3)\n")
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    os._exit(3)\n"
+    )
     monkeypatch.setattr(spawn, "OTHERS_S", 0.0)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     said = io.StringIO()

@@ -1,4 +1,5 @@
-"""The runner of ranks: results by rank, the first failure told, and no process left behind however the caller goes."""
+"""The runner of ranks: results by rank, the first failure told, and no process left behind
+however the caller goes."""
 
 import os
 import signal
@@ -74,7 +75,10 @@ def test_results_come_by_rank():
 
 
 def test_the_first_failing_ranks_traceback_and_output_are_told():
-    with pytest.raises(RankFailed, match=r"(?s)rank 1 failed first:\nTraceback.*ValueError: planted.*last output of rank 1:\nrank 1 was here"):
+    with pytest.raises(
+        RankFailed,
+        match=r"(?s)rank 1 failed first:\nTraceback.*ValueError: planted.*last output of rank 1:\nrank 1 was here",
+    ):
         run_ranks(2, fail, 1)
     assert run_ranks(2, add, 1) == [(0, 3), (1, 3)], "the next call is not affected"
 
@@ -103,7 +107,13 @@ def test_a_server_that_is_gone_is_replaced():
 def test_no_process_is_left_behind(tmp_path, how):
     root = Path(__file__).resolve().parents[2]
     with (tmp_path.parent / f"{tmp_path.name}.log").open("wb") as log:
-        caller = subprocess.Popen([sys.executable, "-c", CALLER, tmp_path], cwd=root, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(root)})
+        caller = subprocess.Popen(
+            [sys.executable, "-c", CALLER, tmp_path],
+            cwd=root,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
     deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)

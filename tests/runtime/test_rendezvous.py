@@ -1,4 +1,5 @@
-"""Ranks meet, agree on what they do, and say who is missing or differs; launcher variables that make no sense are refused."""
+"""Ranks meet, agree on what they do, and say who is missing or differs; launcher variables that make
+no sense are refused."""
 
 from __future__ import annotations
 
@@ -34,11 +35,23 @@ def free_port() -> int:
 
 def start(argv: list[str], *, package: Path, **variables: object) -> subprocess.Popen[str]:
     """A training process with these variables, as somebody's own launcher would start it."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_")) and key not in (*FOUR, "LOCAL_RANK")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLURM_", "TORCHELASTIC_")) and key not in (*FOUR, "LOCAL_RANK")
+    }
     given = {key: str(value) for key, value in variables.items()}
-    environment = {**clean, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), **given}
+    environment = {
+        **clean,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(package),
+        **given,
+    }
     command = [sys.executable, "-m", "hybridtrain.train", *argv]
-    return subprocess.Popen(command, env=environment, cwd=package, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, cwd=package, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ends(processes: list[subprocess.Popen[str]], *, within_s: float) -> list[Ended]:
@@ -49,10 +62,12 @@ def ends(processes: list[subprocess.Popen[str]], *, within_s: float) -> list[End
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-    return [Ended(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
+    return [
+        Ended(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
 
 
-# -- launcher variables --------------------------------------------------------------------------------------------
+# -- launcher variables --------------------------------------------------------------------------------------
 
 GOOD = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
 WRONG: list[tuple[dict[str, str | None], list[str]]] = [
@@ -72,12 +87,24 @@ WRONG: list[tuple[dict[str, str | None], list[str]]] = [
     ({"LOCAL_RANK": "x"}, ["LOCAL_RANK=x"]),
     ({"RANK": None}, ["missing is RANK"]),
     ({"MASTER_ADDR": None, "MASTER_PORT": None}, ["missing are MASTER_ADDR, MASTER_PORT"]),
-    ({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None, "LOCAL_RANK": None}, ["WORLD_SIZE=2: set are WORLD_SIZE=2", "missing are RANK"]),
+    (
+        {"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None, "LOCAL_RANK": None},
+        ["WORLD_SIZE=2: set are WORLD_SIZE=2", "missing are RANK"],
+    ),
     ({"WORLD_SIZE": None, "MASTER_ADDR": None, "MASTER_PORT": None}, ["RANK=0", "missing are WORLD_SIZE"]),
     ({"GLOO_SOCKET_IFNAME": "nosuch0"}, ["GLOO_SOCKET_IFNAME=nosuch0", "no network interface nosuch0", "lo"]),
     ({"HYBRIDTRAIN_DEADLINE": "abc"}, ["HYBRIDTRAIN_DEADLINE=abc", "not a time"]),
     ({"HYBRIDTRAIN_DEADLINE": "1000"}, ["HYBRIDTRAIN_DEADLINE=1000", "ago", "unset HYBRIDTRAIN_DEADLINE"]),
-    ({"RANK": None, "WORLD_SIZE": None, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}, ["SLURM_LOCALID=", "not set"]),
+    (
+        {
+            "RANK": None,
+            "WORLD_SIZE": None,
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_JOB_ID": "7",
+        },
+        ["SLURM_LOCALID=", "not set"],
+    ),
 ]
 
 
@@ -108,7 +135,13 @@ def test_a_scontrol_that_fails_is_a_refusal(monkeypatch, tmp_path, capsys):
     fake = tmp_path / "scontrol"
     fake.write_text("#!/bin/sh\necho 'slurm_load: Unable to contact slurm controller' >&2\nexit 1\n")
     fake.chmod(0o755)
-    for name, value in {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "PATH": str(tmp_path)}.items():
+    for name, value in {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": "7",
+        "PATH": str(tmp_path),
+    }.items():
         monkeypatch.setenv(name, value)
     for name in (*GOOD,):
         monkeypatch.delenv(name, raising=False)
@@ -129,7 +162,7 @@ def test_a_working_directory_that_was_removed_is_a_refusal(command, tmp_path, ca
     four_parts(capsys.readouterr().err, "working directory")
 
 
-# -- rendezvous ----------------------------------------------------------------------------------------------------
+# -- rendezvous ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -139,7 +172,15 @@ def argv(data: Path, tmp_path: Path) -> list[str]:
 
 def test_rank_0_says_for_whom_it_waits_and_names_it_at_the_end(argv, tmp_path):
     port = free_port()
-    process = start([*argv, "engine.timeout_s=7"], package=ROOT, RANK=0, WORLD_SIZE=4, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    process = start(
+        [*argv, "engine.timeout_s=7"],
+        package=ROOT,
+        RANK=0,
+        WORLD_SIZE=4,
+        LOCAL_RANK=0,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
     [ended] = ends([process], within_s=120)
     assert ended.code == 2
     assert re.search(rf"waits for ranks 1, 2, 3 of 4 at 127\.0\.0\.1:{port}, at most [1-6] s more", ended.out)
@@ -149,9 +190,12 @@ def test_rank_0_says_for_whom_it_waits_and_names_it_at_the_end(argv, tmp_path):
 
 @pytest.mark.parametrize("local_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_without_a_rank_0_says_so(argv, local_rank):
-    """Of several ranks of a machine the first one says for whom they wait; at the end of the time each that is still there says what it waited for."""
+    """Of several ranks of a machine the first one says for whom they wait; at the end of the time each that
+    is still there says what it waited for."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    process = start([*argv, "engine.timeout_s=7"], package=ROOT, RANK=1, WORLD_SIZE=2, LOCAL_RANK=local_rank, **where)
+    process = start(
+        [*argv, "engine.timeout_s=7"], package=ROOT, RANK=1, WORLD_SIZE=2, LOCAL_RANK=local_rank, **where
+    )
     [ended] = ends([process], within_s=120)
     assert ended.code == 2
     assert ("waits for rank 0 (connection refused)" in ended.err) == (local_rank == 0)
@@ -164,7 +208,9 @@ def test_a_port_that_is_taken_is_a_refusal(argv, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start(argv, package=ROOT, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        process = start(
+            argv, package=ROOT, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         [ended] = ends([process], within_s=120)
     assert ended.code == 2
     assert "another process listens on it" in four_parts(ended.err, "MASTER_PORT")
@@ -174,8 +220,16 @@ def test_a_port_that_is_taken_is_a_refusal(argv, tmp_path):
 @pytest.mark.slow
 def test_two_jobs_on_one_port_stay_apart_and_the_foreign_ranks_are_named(data, tmp_path):
     port = free_port()
-    common: dict[str, Any] = {"package": ROOT, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    first, second = arguments(tmp_path / "a", data, train__steps=3), arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1)
+    common: dict[str, Any] = {
+        "package": ROOT,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    first, second = (
+        arguments(tmp_path / "a", data, train__steps=3),
+        arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1),
+    )
     strangers = [start(second, **common, RANK=1, LOCAL_RANK=1, HYBRIDTRAIN_JOB="job B")]
     ours = [start(first, **common, RANK=rank, LOCAL_RANK=rank, HYBRIDTRAIN_JOB="job A") for rank in range(2)]
     a0, a1, b1 = ends([*ours, *strangers], within_s=200)
@@ -189,8 +243,16 @@ def test_two_jobs_on_one_port_stay_apart_and_the_foreign_ranks_are_named(data, t
 def test_two_starts_without_a_name_on_one_port_never_mix(data, tmp_path):
     """Whoever comes second is refused, or both: none trains with a rank of the other."""
     port = free_port()
-    common: dict[str, Any] = {"package": ROOT, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    a, b = arguments(tmp_path / "a", data, train__steps=3), arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1)
+    common: dict[str, Any] = {
+        "package": ROOT,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    a, b = (
+        arguments(tmp_path / "a", data, train__steps=3),
+        arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1),
+    )
     processes = [start(argv, **common, RANK=rank, LOCAL_RANK=rank) for argv in (a, b) for rank in (1, 0)]
     ended = ends(processes, within_s=200)
     finished = [[process.code == 0 for process in ended[at : at + 2]] for at in (0, 2)]
@@ -199,7 +261,7 @@ def test_two_starts_without_a_name_on_one_port_never_mix(data, tmp_path):
     assert all("Traceback" not in process.err for process in ended)
 
 
-# -- agreement -----------------------------------------------------------------------------------------------------
+# -- agreement -----------------------------------------------------------------------------------------------
 
 DIFFERENT = {
     "optim.lr": "0.1",
@@ -238,10 +300,17 @@ def with_environment(argv: list[str], options: list[str]) -> list[Ended]:
 
 
 def test_references_to_the_environment_may_name_other_places_on_each_host_and_nothing_else(argv, data):
-    first, _ = run_ranks(2, with_environment, [str(data), *argv], ["data.path=${oc.env:CORPUS}", "tracker.project=${oc.env:MINE}"])
+    first, _ = run_ranks(
+        2,
+        with_environment,
+        [str(data), *argv],
+        ["data.path=${oc.env:CORPUS}", "tracker.project=${oc.env:MINE}"],
+    )
     assert first[0].code == 0, first[0].err
     assert first[1].code == 2
-    assert "tracker.project=${oc.env:MINE} here and ${oc.env:MINE}, whose value differs there" in four_parts(first[1].err, "tracker.project")
+    assert "tracker.project=${oc.env:MINE} here and ${oc.env:MINE}, whose value differs there" in four_parts(
+        first[1].err, "tracker.project"
+    )
 
 
 @pytest.mark.slow
@@ -252,7 +321,13 @@ def test_ranks_with_different_code_are_refused_by_file(argv, tmp_path):
     with (other / "hybridtrain" / "optim" / "optimizer.py").open("a") as file:
         file.write("\n# another version\n")
     common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ended = ends([start(argv, package=package, **common, RANK=rank, LOCAL_RANK=rank) for rank, package in enumerate((ROOT, other))], within_s=200)
+    ended = ends(
+        [
+            start(argv, package=package, **common, RANK=rank, LOCAL_RANK=rank)
+            for rank, package in enumerate((ROOT, other))
+        ],
+        within_s=200,
+    )
     assert [process.code for process in ended] == [2, 2]
     assert "rank 1 on" in four_parts(ended[0].err, "hybridtrain/optim/optimizer.py")
     assert ended[1].err == ""
@@ -260,14 +335,23 @@ def test_ranks_with_different_code_are_refused_by_file(argv, tmp_path):
 
 def test_secrets_are_not_in_what_ranks_compare(monkeypatch):
     monkeypatch.setenv("SECRET", "s3cr3t")
-    config = compose("train", ["data.path=x", "model=tiny", "train.steps=1", "tracker.project=${oc.env:SECRET}", "data.eval_path=${oc.env:SECRET}"])
+    config = compose(
+        "train",
+        [
+            "data.path=x",
+            "model=tiny",
+            "train.steps=1",
+            "tracker.project=${oc.env:SECRET}",
+            "data.eval_path=${oc.env:SECRET}",
+        ],
+    )
     told = agreement.options(config)
     assert "s3cr3t" not in str(told)
     assert told["data.eval_path"] == ["${oc.env:SECRET}", ""]
     assert told["tracker.project"][1]
 
 
-# -- the network ---------------------------------------------------------------------------------------------------
+# -- the network ---------------------------------------------------------------------------------------------
 
 
 def test_the_card_on_the_route_is_found(monkeypatch):
@@ -275,8 +359,15 @@ def test_the_card_on_the_route_is_found(monkeypatch):
 
     assert network.interface_to("127.0.0.1") == "lo"
     assert network.interface_to("no.such.name.invalid") == ""
-    own = [(card, entry.address) for card, entries in psutil.net_if_addrs().items() for entry in entries if entry.family == socket.AF_INET]
-    assert [network.interface_to(address) for _, address in own] == [card for card, _ in own], "also of this host's own addresses"
+    own = [
+        (card, entry.address)
+        for card, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    ]
+    assert [network.interface_to(address) for _, address in own] == [card for card, _ in own], (
+        "also of this host's own addresses"
+    )
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
     network.choose_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"

@@ -1,7 +1,9 @@
-"""Faults of parallel composition that were reported of other systems, planted in ours: each trains, converges, and is wrong.
+"""Faults of parallel composition that were reported of other systems, planted in ours: each trains,
+converges, and is wrong.
 
-Every function has the signature of `parity.measure.train_layout`, runs on each rank, plants its fault there and trains. The reports:
-NVIDIA/Megatron-LM#7452 (findings 1, 3, 8, 11), ROCm/TransformerEngine#715, pytorch/pytorch#190746, bigcode-project/Megatron-LM#35.
+Every function has the signature of `parity.measure.train_layout`, runs on each rank, plants its fault there
+and trains. The reports: NVIDIA/Megatron-LM#7452 (findings 1, 3, 8, 11), ROCm/TransformerEngine#715,
+pytorch/pytorch#190746, bigcode-project/Megatron-LM#35.
 """
 
 from __future__ import annotations
@@ -19,13 +21,17 @@ from hybridtrain.tasks import linear_cross_entropy as loss
 
 def _over_tp(grad: Any) -> bool:
     names = grad.device_mesh.mesh_dim_names or ()
-    return any(name == "tp" and not placement.is_replicate() for name, placement in zip(names, grad.placements, strict=True))
+    return any(
+        name == "tp" and not placement.is_replicate()
+        for name, placement in zip(names, grad.placements, strict=True)
+    )
 
 
 def softmax_over_the_local_vocabulary(job: LayoutJob, reference_norm: float) -> Measurement:
     """Each tp rank normalises over its rows of the vocabulary as if they were all."""
     whole = loss._log_probabilities
-    loss._log_probabilities = lambda logits, *, group: whole(logits, group=None)  # noqa: ARG005 - the group is what is forgotten
+    # the group is what is forgotten
+    loss._log_probabilities = lambda logits, *, group: whole(logits, group=None)  # noqa: ARG005
     return train_layout(job, reference_norm)
 
 
@@ -34,7 +40,8 @@ def local_token_counts(job: LayoutJob, reference_norm: float) -> Measurement:
     count = torch_native.global_counts
 
     def own(batches: Any, *, task: Any, mesh: Any, flags: Any) -> Any:
-        shares = torch.tensor([0.75, 1.25], device=mesh.device)  # of an even share: what uneven rows would give
+        # of an even share: what uneven rows would give
+        shares = torch.tensor([0.75, 1.25], device=mesh.device)
         return (count(batches, task=task, mesh=mesh, flags=flags) * shares[mesh.dp_rank % 2]).long()
 
     torch_native.global_counts = own
@@ -42,11 +49,14 @@ def local_token_counts(job: LayoutJob, reference_norm: float) -> Measurement:
 
 
 def a_sliced_parameter_counted_on_one_rank(job: LayoutJob, reference_norm: float) -> Measurement:
-    """Of one kind of parameter that is sliced over tp, only the first rank's slices enter the gradient norm."""
+    """Of one kind of parameter that is sliced over tp, only the first rank's slices
+    enter the gradient norm."""
     norm = torch_native.gradient_norm
 
     def without(parameters: Any, *, mesh: Any) -> Any:
-        sliced = sorted({tuple(p.shape) for p in parameters if isinstance(p.grad, DTensor) and _over_tp(p.grad)})
+        sliced = sorted(
+            {tuple(p.shape) for p in parameters if isinstance(p.grad, DTensor) and _over_tp(p.grad)}
+        )
         dropped = sliced[0] if mesh.coordinates["tp"] else None
         return norm([p for p in parameters if tuple(p.shape) != dropped], mesh=mesh)
 
@@ -68,7 +78,8 @@ def replicated_parameters_counted_on_every_rank(job: LayoutJob, reference_norm: 
 
 
 def partial_gradients_of_a_replicated_norm(job: LayoutJob, reference_norm: float) -> Measurement:
-    """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own heads, and not added up."""
+    """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own
+    heads, and not added up."""
     real = slicing.SequenceParallel
 
     class Unreduced(slicing.ReplicatedNorm):
@@ -77,7 +88,9 @@ def partial_gradients_of_a_replicated_norm(job: LayoutJob, reference_norm: float
             return slicing.distribute_module(module, device_mesh, slicing._replicate, self._input, output)
 
     slicing.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
-        Unreduced() if sequence_dim == 2 else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
+        Unreduced()
+        if sequence_dim == 2
+        else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
     )
     return train_layout(job, reference_norm)
 

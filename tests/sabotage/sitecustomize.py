@@ -1,8 +1,10 @@
-"""What goes wrong on clusters, planted in real runs: Python imports this at its start where this folder is on PYTHONPATH.
+"""What goes wrong on clusters, planted in real runs: Python imports this at its start where this
+folder is on PYTHONPATH.
 
-SABOTAGE is JSON: {"kind": raise | kill | hang | slow | slow_save, "rank": r, "step": s, "seconds": t, "once": file}. With `once`
-it happens in the first life only. `slow` delays every step of every rank, `slow_save` every checkpoint. With `witness`, a
-folder, every rank leaves the rows of each step there, and what it has loaded, saved again at once.
+SABOTAGE is JSON: {"kind": raise | kill | hang | slow | slow_save, "rank": r, "step": s, "seconds": t, "once":
+file}. With `once` it happens in the first life only. `slow` delays every step of every rank, `slow_save`
+every checkpoint. With `witness`, a folder, every rank leaves the rows of each step there, and what it has
+loaded, saved again at once.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def plant(plan: dict[str, Any]) -> None:
 
 
 def bear_witness(folder: Path) -> None:
-    """rows-STEP-RANK.json: where in the global batch its rows begin, and which they are. step-STEP-of-RANKS: a checkpoint of what was loaded."""
+    """rows-STEP-RANK.json: where in the global batch its rows begin, and which they are. step-STEP-of-RANKS:
+    a checkpoint of what was loaded."""
     import hybridtrain.engine as engines
     from hybridtrain.data.loader import Loader
 

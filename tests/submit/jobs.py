@@ -31,7 +31,9 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, **plan: object) -> None:
 
 def wait_for_lines(run: Path, number: int) -> None:
     end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < number:
+    while (
+        not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < number
+    ):
         assert time.monotonic() < end, output(run)
         time.sleep(0.05)
 

@@ -52,7 +52,9 @@ def test_a_run_that_is_queued_is_not_queued_a_second_time(slurm, data, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_second_job_in_a_run_that_trains_is_refused_and_the_first_goes_on(slurm, data, uninterrupted, tmp_path, monkeypatch):
+def test_a_second_job_in_a_run_that_trains_is_refused_and_the_first_goes_on(
+    slurm, data, uninterrupted, tmp_path, monkeypatch
+):
     """By plain sbatch, which asks nobody; submit refuses it at once."""
     run = tmp_path / "run"
     sabotage(monkeypatch, kind="slow", seconds=1.5)
@@ -60,7 +62,14 @@ def test_a_second_job_in_a_run_that_trains_is_refused_and_the_first_goes_on(slur
     wait_for_lines(run, 1)
     monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
     monkeypatch.setenv("HYBRIDTRAIN_RANKS", "2")
-    second = slurm.run("sbatch", "--parsable", "--nodes=2", "--no-requeue", str(ROOT / "slurm/train.sbatch"), *arguments(run, data, parallel="tp2_pp2"))
+    second = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--no-requeue",
+        str(ROOT / "slurm/train.sbatch"),
+        *arguments(run, data, parallel="tp2_pp2"),
+    )
     assert slurm.wait(second, timeout_s=120)["JobState"] == "FAILED", output(run)
     said = (tmp_path / f"slurm-{second}.out").read_text() + output(run)
     assert f"(job {first}) trains here since" in said
@@ -74,7 +83,13 @@ def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypat
     run = tmp_path / "run"
     monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
     monkeypatch.setenv("HYBRIDTRAIN_RANKS", "2")
-    job = slurm.run("sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm/train.sbatch"), *arguments(run, data, parallel="tp2_pp2"))
+    job = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        str(ROOT / "slurm/train.sbatch"),
+        *arguments(run, data, parallel="tp2_pp2"),
+    )
     ended = slurm.wait(job, timeout_s=180)
     assert ended["JobState"] == "COMPLETED", output(run) + (tmp_path / f"slurm-{job}.out").read_text()
     assert rows(run) == uninterrupted
@@ -82,7 +97,8 @@ def test_plain_sbatch_trains_too(slurm, data, uninterrupted, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_modules_of_the_user_reach_the_job_however_it_is_queued(slurm, data, tmp_path, monkeypatch):
-    """`submit` and a plain sbatch: the job's own command line permits them, the frozen configuration in the run does not name them."""
+    """`submit` and a plain sbatch: the job's own command line permits them, the frozen configuration in the
+    run does not name them."""
     (tmp_path / "mine.py").write_text(
         "import hybridtrain as ht\nprint('words on the standard output')\nht.register('schedule', 'halved')(lambda step, config, total_steps: 0.5)\n"
     )
@@ -91,7 +107,9 @@ def test_modules_of_the_user_reach_the_job_however_it_is_queued(slurm, data, tmp
     monkeypatch.setenv("HYBRIDTRAIN_PYTHON", sys.executable)
     monkeypatch.setenv("HYBRIDTRAIN_RANKS", "2")
     argv = [*arguments(tmp_path / "two", data, parallel="tp2_pp2"), *words]
-    jobs[tmp_path / "two"] = slurm.run("sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm/train.sbatch"), *argv)
+    jobs[tmp_path / "two"] = slurm.run(
+        "sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm/train.sbatch"), *argv
+    )
     for run, job in jobs.items():
         assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(run)
         assert {line["lr"] for line in rows(run)} == {0.0015}
@@ -102,9 +120,19 @@ def test_modules_of_the_user_reach_the_job_however_it_is_queued(slurm, data, tmp
 @pytest.mark.usefixtures("slurm")
 def test_an_array_of_runs(data, tmp_path, capfd):
     run = tmp_path / "runs/sweep"
-    given = [text for text in arguments(run, data, train__steps=3, parallel="tp2") if not text.startswith("run.dir")]
+    given = [
+        text
+        for text in arguments(run, data, train__steps=3, parallel="tp2")
+        if not text.startswith("run.dir")
+    ]
     sizes = ["cluster.ranks_per_node=2", "cluster.health_timeout_s=0", "cluster.array_at_once=2"]
-    assert commands.run_command("submit", [*given, *sizes, "run.name=sweep", "--multirun", "optim.lr=0.001,0.003,0.01", "run.seed=0,1"]) == 0
+    assert (
+        commands.run_command(
+            "submit",
+            [*given, *sizes, "run.name=sweep", "--multirun", "optim.lr=0.001,0.003,0.01", "run.seed=0,1"],
+        )
+        == 0
+    )
     runs = [tmp_path / f"runs/sweep-{number}" for number in range(6)]
     job = (runs[0] / "submit/job_id").read_text().strip().partition("_")[0]
     end = time.monotonic() + 300
@@ -117,7 +145,10 @@ def test_an_array_of_runs(data, tmp_path, capfd):
     listed = capfd.readouterr().out
     assert listed.count("finished") == 6
     assert f"{job}_0" in listed
-    assert commands.run_command("report", ["--compare", *map(str, runs), f"report.out={tmp_path / 'compare'}"]) == 0
+    assert (
+        commands.run_command("report", ["--compare", *map(str, runs), f"report.out={tmp_path / 'compare'}"])
+        == 0
+    )
     assert "sweep-5" in (tmp_path / "compare/index.html").read_text()
 
 
@@ -125,20 +156,41 @@ def test_an_array_of_runs(data, tmp_path, capfd):
 def test_plain_srun_starts_the_trainer(slurm, data, uninterrupted, tmp_path):
     """No torchrun: one process per task, ranks from Slurm's own variables."""
     run = tmp_path / "run"
-    slurm.run("srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", sys.executable, "-m", "hybridtrain.train", *arguments(run, data, parallel="tp2_pp2"))
+    slurm.run(
+        "srun",
+        "--nodes=2",
+        "--ntasks=4",
+        "--ntasks-per-node=2",
+        sys.executable,
+        "-m",
+        "hybridtrain.train",
+        *arguments(run, data, parallel="tp2_pp2"),
+    )
     assert rows(run) == uninterrupted
 
 
 @pytest.mark.slow
 def test_4_ranks_then_2_then_4(slurm, data, tmp_path, monkeypatch):
-    """One run on two nodes, on one, on two again: state and rows are the same bit for bit at each change, losses those of a whole run to 1e-5."""
+    """One run on two nodes, on one, on two again: state and rows are the same bit for bit at each change,
+    losses those of a whole run to 1e-5."""
     whole, run, witness = tmp_path / "whole", tmp_path / "run", tmp_path / "witness"
     witness.mkdir()
-    shard = {"parallel": "zero3", "parallel__dp_shard": -1, "train__steps": 12, "train__log_every": 1, "checkpoint__keep_last": 0}
+    shard = {
+        "parallel": "zero3",
+        "parallel__dp_shard": -1,
+        "train__steps": 12,
+        "train__log_every": 1,
+        "checkpoint__keep_last": 0,
+    }
     finished(4, arguments(whole, data, **shard))
     sabotage(monkeypatch, kind="slow", seconds=0.5, witness=str(witness))
     for nodes, stop_at in ((2, 3), (1, 7), (2, None)):
-        argv = [*arguments(run, data, **shard), "cluster.ranks_per_node=2", f"cluster.nodes={nodes}", "cluster.health_timeout_s=0"]
+        argv = [
+            *arguments(run, data, **shard),
+            "cluster.ranks_per_node=2",
+            f"cluster.nodes={nodes}",
+            "cluster.health_timeout_s=0",
+        ]
         assert commands.run_command("submit", argv) == 0
         job = (run / "submit" / "job_id").read_text().strip()
         if stop_at:
@@ -177,7 +229,10 @@ WRONG = {
     "degrees": (["parallel.tp=3"], "parallel="),
     "no data": (["data.path=/no/such/data"], "data.path=/no/such/data: there is no such folder"),
     "no partition": (["cluster.partition=nosuch"], "Slurm refuses the job: "),
-    "too many nodes": (["cluster.nodes=3", "cluster.ranks_per_node=4", "parallel=ddp", "batch.global_batch_size=12"], "cluster.nodes=3: there are 2 nodes"),
+    "too many nodes": (
+        ["cluster.nodes=3", "cluster.ranks_per_node=4", "parallel=ddp", "batch.global_batch_size=12"],
+        "cluster.nodes=3: there are 2 nodes",
+    ),
     "an option of sbatch that is ours": (["cluster.sbatch={nodes: 7}"], "cluster.sbatch.nodes=7"),
     "a value that sbatch would read": (["cluster.account='a\"; touch hacked'"], "cluster.account="),
     "a line break": (['cluster.qos="x\n#SBATCH --nodes=9"'], "cluster.qos="),
@@ -189,9 +244,15 @@ WRONG = {
 def test_refused_when_it_is_submitted(slurm, data, tmp_path, capfd, name):
     extra, words = WRONG[name]
     base = [
-        text for text in arguments(tmp_path / "run", data, parallel="tp2_pp2") if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}
+        text
+        for text in arguments(tmp_path / "run", data, parallel="tp2_pp2")
+        if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}
     ]
-    sizes = [text for text in TWO_BY_TWO if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}]
+    sizes = [
+        text
+        for text in TWO_BY_TWO
+        if text.partition("=")[0] not in {given.partition("=")[0] for given in extra}
+    ]
     assert commands.run_command("submit", [*base, *sizes, *extra]) == 2
     said = capfd.readouterr().err
     assert words in said, said
@@ -206,7 +267,12 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
     evil = "a\"b'c $(touch hacked) `touch hacked`; touch hacked & é \\ #"
     run = tmp_path / "run"
     quoted = "'" + evil.replace("'", "\\'") + "'"
-    given = [*arguments(run, data, train__steps=1), f"model.name={quoted}", f"cluster.environment={{EVIL: {quoted}}}", "cluster.health_timeout_s=0"]
+    given = [
+        *arguments(run, data, train__steps=1),
+        f"model.name={quoted}",
+        f"cluster.environment={{EVIL: {quoted}}}",
+        "cluster.health_timeout_s=0",
+    ]
     assert commands.run_command("submit", given) == 0
     job = (run / "submit" / "job_id").read_text().strip()
     assert slurm.wait(job, timeout_s=120)["JobState"] == "COMPLETED", output(run)
@@ -218,7 +284,12 @@ def test_values_that_mean_something_to_a_shell_reach_the_trainer(slurm, data, tm
 
 
 def test_a_dry_run_shows_the_script_and_queues_nothing(slurm, data, tmp_path, capfd):
-    assert commands.run_command("submit", [*arguments(tmp_path / "run", data, parallel="tp2_pp2"), *TWO_BY_TWO, "--dry-run"]) == 0
+    assert (
+        commands.run_command(
+            "submit", [*arguments(tmp_path / "run", data, parallel="tp2_pp2"), *TWO_BY_TWO, "--dry-run"]
+        )
+        == 0
+    )
     said = capfd.readouterr().out
     assert "#SBATCH --nodes=2" in said
     assert "to start at" in said
@@ -230,16 +301,25 @@ def test_a_dry_run_shows_the_script_and_queues_nothing(slurm, data, tmp_path, ca
 def test_the_commands_of_the_documentation(slurm, data, tmp_path, capfd):
     """In order, on this cluster's partition and data, with less work."""
     [block] = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), flags=re.DOTALL)
-    here = {"cluster=gpu8": "cluster.ranks_per_node=2", "cluster.partition=batch": "cluster.partition=main", "data.path=/shared/data": f"data.path={data}"}
+    here = {
+        "cluster=gpu8": "cluster.ranks_per_node=2",
+        "cluster.partition=batch": "cluster.partition=main",
+        "data.path=/shared/data": f"data.path={data}",
+    }
     smaller = ["data.seq_len=64", "train.steps=3", "train.eval_every=3", "checkpoint.every=0"]
     lines = [line.removeprefix("$ hybridtrain ") for line in block.splitlines()]
     assert [line.split()[0] for line in lines] == ["submit", "submit", "runs", "logs"]
     for line in lines:
         name, *argv = shlex.split(line)
-        argv = [here.pop(text) if text in here and "--dry-run" not in argv else here.get(text, text) for text in argv]
+        argv = [
+            here.pop(text) if text in here and "--dry-run" not in argv else here.get(text, text)
+            for text in argv
+        ]
         assert commands.run_command(name, [*argv, *(smaller if name == "submit" else [])]) == 0, line
         if name == "submit" and "--dry-run" not in argv:
             job = Path("runs/quickstart/submit/job_id").read_text().strip()
-            assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(tmp_path / "runs/quickstart")
+            assert slurm.wait(job, timeout_s=180)["JobState"] == "COMPLETED", output(
+                tmp_path / "runs/quickstart"
+            )
     assert not here, "a value that the document no longer has"
     assert "finished 3 steps" in capfd.readouterr().out

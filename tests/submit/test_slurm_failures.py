@@ -16,10 +16,15 @@ from tests.submit.jobs import ROOT, outcomes, output, sabotage, submit, wait_for
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slow_save", [False, True])
-def test_signalled_it_saves_requeues_and_ends_the_same(slurm, data, uninterrupted, tmp_path, monkeypatch, slow_save):
+def test_signalled_it_saves_requeues_and_ends_the_same(
+    slurm, data, uninterrupted, tmp_path, monkeypatch, slow_save
+):
     """As before its time limit. A checkpoint may take longer than Slurm's KillWait (5 s here)."""
     run = tmp_path / "run"
-    sabotage(monkeypatch, **({"kind": "slow_save", "seconds": 8} if slow_save else {"kind": "slow", "seconds": 0.5}))
+    sabotage(
+        monkeypatch,
+        **({"kind": "slow_save", "seconds": 8} if slow_save else {"kind": "slow", "seconds": 0.5}),
+    )
     job = submit(run, data)
     wait_for_lines(run, 1 if slow_save else 2)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -33,7 +38,14 @@ def test_signalled_it_saves_requeues_and_ends_the_same(slurm, data, uninterrupte
 def test_the_real_time_limit(slurm, data, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     sabotage(monkeypatch, kind="slow", seconds=6.0)
-    job = submit(run, data, "cluster.time=00:01:00", "cluster.signal_before_s=30", "run.stop_before_s=5", "cluster.max_restarts=0")
+    job = submit(
+        run,
+        data,
+        "cluster.time=00:01:00",
+        "cluster.signal_before_s=30",
+        "run.stop_before_s=5",
+        "cluster.max_restarts=0",
+    )
     ended = slurm.wait(job, timeout_s=420)
     assert ended["JobState"] == "COMPLETED", output(run)
     assert int(ended["Restarts"]) >= 1
@@ -62,7 +74,9 @@ def test_a_node_that_vanishes(slurm, data, uninterrupted, tmp_path, monkeypatch)
     job = submit(run, data, checkpoint__every=1)
     wait_for_lines(run, 3)
     for process in psutil.process_iter(["pid", "environ"]):
-        if (process.info["environ"] or {}).get("SLURMD_NODENAME") == "n2" and (process.info["environ"] or {}).get("SLURM_JOB_ID") == job:
+        if (process.info["environ"] or {}).get("SLURMD_NODENAME") == "n2" and (
+            process.info["environ"] or {}
+        ).get("SLURM_JOB_ID") == job:
             process.kill()
     daemon = slurm.node_daemons["n2"]
     daemon.send_signal(signal.SIGKILL)
@@ -134,7 +148,8 @@ def test_a_bad_node_is_named_and_left_out(slurm, data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_after_a_cancellation_the_log_ends_with_the_verdict(slurm, data, tmp_path, monkeypatch, capfd):
-    """Not with what the launcher says about the signal; and the list of runs has the states of all jobs from one question."""
+    """Not with what the launcher says about the signal; and the list of runs has the states of all
+    jobs from one question."""
     run = tmp_path / "runs/run"
     sabotage(monkeypatch, kind="slow", seconds=0.5)
     job = submit(run, data)
@@ -146,5 +161,8 @@ def test_after_a_cancellation_the_log_ends_with_the_verdict(slurm, data, tmp_pat
     slurm.wait(job, timeout_s=120)
     capfd.readouterr()
     assert commands.run_command("logs", [str(run), "logs.lines=1"]) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == "cancelled: the job was cancelled; the same command goes on"
+    assert (
+        capfd.readouterr().out.splitlines()[-1]
+        == "cancelled: the job was cancelled; the same command goes on"
+    )
     assert outcomes(run) == ["cancelled"]

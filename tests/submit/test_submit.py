@@ -1,4 +1,5 @@
-"""What becomes of a job, without a scheduler: verdicts, the script, the health check's words, the list of runs."""
+"""What becomes of a job, without a scheduler: verdicts, the script, the health check's
+words, the list of runs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def chain(*ends: tuple[str, int]) -> list[Attempt]:
     """Attempts of one chain: (outcome, newest checkpoint at the end)."""
     found, before = [], 0
     for number, (outcome, step) in enumerate(ends):
-        found.append(Attempt("7", "7", number, "n[1-2]", 0.0, before, ended=1.0, step_after=step, outcome=outcome))
+        found.append(
+            Attempt("7", "7", number, "n[1-2]", 0.0, before, ended=1.0, step_after=step, outcome=outcome)
+        )
         before = step
     return found
 
@@ -62,12 +65,27 @@ def test_a_new_chain_has_a_budget_of_its_own():
 def rendered(tmp_path: Path, *, runs: int = 1, **options: object) -> str:
     cluster = ClusterConfig(**options)  # type: ignore[arg-type]
     paths = [tmp_path / f"run-{number}" for number in range(runs)]
-    return script.render(cluster, name="a run", folder=tmp_path / "submit", work_dir=tmp_path, python="/opt/python", stop_signal="USR2", plugins=[], runs=paths)
+    return script.render(
+        cluster,
+        name="a run",
+        folder=tmp_path / "submit",
+        work_dir=tmp_path,
+        python="/opt/python",
+        stop_signal="USR2",
+        plugins=[],
+        runs=paths,
+    )
 
 
 def test_the_script_has_what_was_asked_for(tmp_path):
     text = rendered(
-        tmp_path, partition="batch", nodes=4, gpus_per_node=8, time="2-00:00:00", sbatch={"exclusive": "", "reservation": "night"}, modules=["cuda/13.0"]
+        tmp_path,
+        partition="batch",
+        nodes=4,
+        gpus_per_node=8,
+        time="2-00:00:00",
+        sbatch={"exclusive": "", "reservation": "night"},
+        modules=["cuda/13.0"],
     )
     head = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
     for option in (
@@ -95,10 +113,16 @@ def test_several_runs_are_an_array(tmp_path):
 
 def test_variables_are_quoted(tmp_path):
     evil = "a\"b'c $(touch hacked) `touch hacked`; touch hacked\n#SBATCH --nodes=99 é"
-    text = rendered(tmp_path, environment={"EVIL": evil}, container_image="x; touch hacked", modules=["m; touch hacked"])
+    text = rendered(
+        tmp_path, environment={"EVIL": evil}, container_image="x; touch hacked", modules=["m; touch hacked"]
+    )
     exports = text.partition("# --- job ---")[0]
-    (tmp_path / "head.sh").write_text("module() { printf '%s|' \"$@\"; }\n" + exports + '\nprintf "%s" "$EVIL"')
-    said = subprocess.run(["bash", "head.sh"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "head.sh").write_text(
+        "module() { printf '%s|' \"$@\"; }\n" + exports + '\nprintf "%s" "$EVIL"'
+    )
+    said = subprocess.run(
+        ["bash", "head.sh"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     assert said == "load|m; touch hacked|" + evil
     assert not (tmp_path / "hacked").exists()
     assert f"EVIL={shlex.quote(evil)}" in text
@@ -132,10 +156,14 @@ def test_the_health_check_names_the_node():
     names = ["n1", "n2", "n3"]
     assert health.compare({0: facts(), 1: facts(), 2: facts()}, names=names) == {}
     assert health.compare({0: facts(), 2: facts()}, names=names) == {"n2": "it did not report in time"}
-    [(node, why)] = health.compare({0: facts(), 1: facts(versions={"torch": "2.11.0"}), 2: facts()}, names=names).items()
+    [(node, why)] = health.compare(
+        {0: facts(), 1: facts(versions={"torch": "2.11.0"}), 2: facts()}, names=names
+    ).items()
     assert (node, "torch 2.11.0 (the first node: 2.13.0)" in why) == ("n2", True)
     assert "clock" in health.compare({0: facts(), 1: facts(), 2: facts(time=40.0)}, names=names)["n3"]
-    assert health.compare({0: facts(problem="7 GPUs instead of 8"), 1: facts(), 2: facts()}, names=names) == {"n1": "7 GPUs instead of 8"}
+    assert health.compare({0: facts(problem="7 GPUs instead of 8"), 1: facts(), 2: facts()}, names=names) == {
+        "n1": "7 GPUs instead of 8"
+    }
 
 
 def free_beside_a_taken_one() -> tuple[int, socket.socket]:
@@ -156,8 +184,18 @@ def test_the_health_check_leaves_the_port_of_the_next_job_alone(tmp_path, monkey
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
     (tmp_path / "scontrol").chmod(0o755)
     port, taken = free_beside_a_taken_one()
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_NODEID": 0, "SLURM_JOB_NUM_NODES": 1, "SLURM_JOB_NODELIST": "n1"}
-    place |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{tmp_path}:{os.environ['PATH']}", "HYBRIDTRAIN_HEALTH_S": 20}
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "SLURM_NODEID": 0,
+        "SLURM_JOB_NUM_NODES": 1,
+        "SLURM_JOB_NODELIST": "n1",
+    }
+    place |= {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HYBRIDTRAIN_HEALTH_S": 20,
+    }
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
     with taken:
@@ -167,7 +205,14 @@ def test_the_health_check_leaves_the_port_of_the_next_job_alone(tmp_path, monkey
 
 def report(folder: Path, rank: int, error: str, at: float) -> None:
     folder.mkdir(exist_ok=True)
-    told = {"time": at, "rank": rank, "node": f"n{rank}", "step": 3, "error": error, "traceback": f"Traceback: {error}"}
+    told = {
+        "time": at,
+        "rank": rank,
+        "node": f"n{rank}",
+        "step": 3,
+        "error": error,
+        "traceback": f"Traceback: {error}",
+    }
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
@@ -198,7 +243,13 @@ def test_runs_and_logs_of_this_machine(tmp_path, capfd):
 
 
 def test_a_dry_run_prepares_no_corpus(tmp_path, capfd):
-    line = ["experiment=quickstart", f"data.path={tmp_path / 'shared'}", f"run.dir={tmp_path / 'run'}", "cluster.ranks_per_node=4", "--dry-run"]
+    line = [
+        "experiment=quickstart",
+        f"data.path={tmp_path / 'shared'}",
+        f"run.dir={tmp_path / 'run'}",
+        "cluster.ranks_per_node=4",
+        "--dry-run",
+    ]
     assert commands.run_command("submit", line) == 2
     assert "the corpus is not there yet" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -211,7 +262,10 @@ def test_a_dry_run_prepares_no_corpus(tmp_path, capfd):
             "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source",
             "Slurm cannot be reached from here: ",
         ),
-        ("sbatch: error: invalid partition specified: x", "Slurm refuses the job: invalid partition specified: x"),
+        (
+            "sbatch: error: invalid partition specified: x",
+            "Slurm refuses the job: invalid partition specified: x",
+        ),
     ],
 )
 def test_a_slurm_that_is_not_there_is_told_from_one_that_refuses(said, answer, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Classification: texts with labels to rows, a head with a row for each class under every layout, accuracy, and the export in plain transformers."""
+"""Classification: texts with labels to rows, a head with a row for each class under every layout, accuracy,
+and the export in plain transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +33,14 @@ OPTIONS = {
     "train__eval_rows": 400,
     "optim__lr": 0.002,
 }
-SHORT = {"train__steps": 8, "train__log_every": 1, "train__eval_every": 8, "train__eval_rows": 64, "optim__lr": 3e-4, "optim__eps": 1e-6}
+SHORT = {
+    "train__steps": 8,
+    "train__log_every": 1,
+    "train__eval_every": 8,
+    "train__eval_rows": 64,
+    "optim__lr": 3e-4,
+    "optim__eps": 1e-6,
+}
 """Before Adam has magnified the rounding of other sums."""
 LAYOUTS = {
     "tp2": (2, {"parallel__tp": 2}),
@@ -62,7 +70,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-# -- data ----------------------------------------------------------------------------------------------------------
+# -- data ----------------------------------------------------------------------------------------------------
 
 
 def test_a_text_is_followed_by_the_number_of_its_class_which_alone_carries_loss(folder: Path) -> None:
@@ -71,7 +79,10 @@ def test_a_text_is_followed_by_the_number_of_its_class_which_alone_carries_loss(
     corpus, tokenizer = Corpus.open(folder), AutoTokenizer.from_pretrained(folder / "tokenizer")
     assert corpus.labels == LABELS
     loss = IndexedReader(folder / "train.loss")
-    by_ids = {tuple(tokenizer(each["text"])["input_ids"][:SEQ]): LABELS.index(str(each["label"])) for each in texts()}
+    by_ids = {
+        tuple(tokenizer(each["text"])["input_ids"][:SEQ]): LABELS.index(str(each["label"]))
+        for each in texts()
+    }
     reader = corpus.readers["train"]
     for number in range(0, reader.documents, 17):
         start, size = int(reader.pointers[number]) // reader.dtype.itemsize, int(reader.sizes[number])
@@ -92,10 +103,12 @@ def test_labels_that_the_model_has_no_class_for_are_refused() -> None:
         task.collate(Block(np.array([[5, 6, 7, 0]]), None, None), valid=1)
 
 
-# -- training ------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
-def test_real_texts_are_told_apart_and_plain_transformers_finds_the_same_classes(trained: Path, folder: Path) -> None:
+def test_real_texts_are_told_apart_and_plain_transformers_finds_the_same_classes(
+    trained: Path, folder: Path
+) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     assert evaluation(trained)["eval_accuracy"] > 0.9
@@ -105,7 +118,10 @@ def test_real_texts_are_told_apart_and_plain_transformers_finds_the_same_classes
     assert found["loss"] == pytest.approx(evaluation(trained)["eval_loss"], rel=1e-5)
 
     export = trained / "export"
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(export),
+        AutoTokenizer.from_pretrained(export),
+    )
     assert model.config.id2label == dict(enumerate(LABELS))
     corpus = Corpus.open(folder)
     reader, held_out = corpus.readers["eval"], []
@@ -117,7 +133,10 @@ def test_real_texts_are_told_apart_and_plain_transformers_finds_the_same_classes
     with torch.no_grad():
         classes = model(**batch).logits.argmax(-1).tolist()
     right = sum(found == label for found, (*_, label) in zip(classes, held_out, strict=True))
-    assert (right / len(held_out), len(held_out)) == (pytest.approx(found["accuracy"], abs=1e-9), found["documents"])
+    assert (right / len(held_out), len(held_out)) == (
+        pytest.approx(found["accuracy"], abs=1e-9),
+        found["documents"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +146,12 @@ def short(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2")])
-def test_a_layout_learns_what_one_process_learns(short: Path, folder: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "tp2")]
+)
+def test_a_layout_learns_what_one_process_learns(
+    short: Path, folder: Path, tmp_path: Path, name: str
+) -> None:
     ranks, options = LAYOUTS[name]
     runs.finished(ranks, runs.arguments(tmp_path / "run", folder, **OPTIONS | SHORT | options))
     for ours, theirs in zip(runs.rows(tmp_path / "run"), runs.rows(short), strict=True):
@@ -140,31 +163,71 @@ def test_a_layout_learns_what_one_process_learns(short: Path, folder: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_every_layout_computes_the_gradients_of_the_plain_classifier(folder: Path, tmp_path: Path, engine: str) -> None:
-    words = ["parity", "model=tiny", "task=classification", f"data.path={folder}", f"data.seq_len={SEQ}", "batch.global_batch_size=8", f"run.dir={tmp_path}"]
-    layouts = ["single", "tp2", "pp2", "dp_shard2-zero1", "dp_shard2-zero3", "pp2-tp2", *(["pp2-zbv_zero_bubble"] if engine == "torch" else [])]
-    assert main([*words, "batch.micro_batch_size=2", f"parity.layouts=[{','.join(layouts)}]", f"parity.engines=[{engine}]"]) == 0
+def test_every_layout_computes_the_gradients_of_the_plain_classifier(
+    folder: Path, tmp_path: Path, engine: str
+) -> None:
+    words = [
+        "parity",
+        "model=tiny",
+        "task=classification",
+        f"data.path={folder}",
+        f"data.seq_len={SEQ}",
+        "batch.global_batch_size=8",
+        f"run.dir={tmp_path}",
+    ]
+    layouts = [
+        "single",
+        "tp2",
+        "pp2",
+        "dp_shard2-zero1",
+        "dp_shard2-zero3",
+        "pp2-tp2",
+        *(["pp2-zbv_zero_bubble"] if engine == "torch" else []),
+    ]
+    assert (
+        main(
+            [
+                *words,
+                "batch.micro_batch_size=2",
+                f"parity.layouts=[{','.join(layouts)}]",
+                f"parity.engines=[{engine}]",
+            ]
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "parity.json").read_text())
     assert [row["passed"] for row in told["layouts"]] == [True] * len(layouts)
 
 
 def test_a_run_of_a_classifier_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "train__steps": 6, "train__log_every": 1, "train__eval_every": 3, "train__eval_rows": 16}
+    options = {
+        **OPTIONS,
+        "train__steps": 6,
+        "train__log_every": 1,
+        "train__eval_every": 3,
+        "train__eval_rows": 16,
+    }
     runs.finished(1, runs.arguments(tmp_path / "whole", folder, **options))
     runs.finished(1, runs.arguments(tmp_path / "cut", folder, **options | {"train__steps": 3}))
     runs.finished(1, runs.arguments(tmp_path / "cut", folder, **options))
     assert runs.rows(tmp_path / "cut") == runs.rows(tmp_path / "whole")
 
 
-# -- pretrained models, rows of one's own, refusals ----------------------------------------------------------------
+# -- pretrained models, rows of one's own, refusals ----------------------------------------------------------
 
 
-def test_a_classifier_begins_from_a_causal_model_and_goes_on_from_a_classifier(trained: Path, folder: Path, tmp_path: Path, data: Path, capsys) -> None:
+def test_a_classifier_begins_from_a_causal_model_and_goes_on_from_a_classifier(
+    trained: Path, folder: Path, tmp_path: Path, data: Path, capsys
+) -> None:
     lm = tmp_path / "lm"
     runs.finished(1, runs.arguments(lm, data, train__steps=1, model__config__vocab_size=512))
     assert main(["export", str(lm)]) == 0
     options = {**OPTIONS, "train__steps": 1, "train__eval_every": 0}
-    words = [word for word in runs.arguments(tmp_path / "run", folder, **options) if not word.startswith(("model=", "model.config"))]
+    words = [
+        word
+        for word in runs.arguments(tmp_path / "run", folder, **options)
+        if not word.startswith(("model=", "model.config"))
+    ]
     assert main(["train", *words, f"model.from_pretrained={lm / 'export'}"]) == 0
     said = capsys.readouterr()
     assert "score.weight: drawn as in a new model, a row for each class" in said.out + said.err
@@ -186,27 +249,61 @@ def test_rows_of_ones_own_have_one_label_each(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> dict[str, object]:
             return {"input_ids": [10 + index % 2] * (5 + index % 7), "label": index % 2}
 
-    options = ["model=tiny", "model.config.vocab_size=64", "task=classification", "model.labels=[even,odd]", "data.seq_len=16", "schedule=constant"]
+    options = [
+        "model=tiny",
+        "model.config.vocab_size=64",
+        "task=classification",
+        "model.labels=[even,odd]",
+        "data.seq_len=16",
+        "schedule=constant",
+    ]
     config = ht.compose(
-        *options, "train.steps=20", "train.eval_every=20", "optim.lr=0.01", f"run.dir={tmp_path}", "batch.global_batch_size=8", "parallel=single"
+        *options,
+        "train.steps=20",
+        "train.eval_every=20",
+        "optim.lr=0.01",
+        f"run.dir={tmp_path}",
+        "batch.global_batch_size=8",
+        "parallel=single",
     )
     assert ht.Trainer(config, data=Rows(), eval_data=Rows()).fit().status == "finished"
     assert evaluation(tmp_path)["eval_accuracy"] == 1.0
 
 
 REFUSED = {
-    "no classes": (["task=classification", "data.path={text}"], r"data.path={text}: its documents have no labels"),
-    "other classes": (["task=classification", "data.path={folder}", "model.labels=[a,b]"], r"model.labels=[a,b]: {folder} has the labels prose, code"),
-    "causal": (["data.path={folder}", "model.labels=[prose,code]"], r"task.kind=causal_lm: the model is a classifier of 2 classes"),
-    "task": (["task.kind=regression", "data.path={folder}"], r"task.kind=regression: not one of the kinds there are"),
+    "no classes": (
+        ["task=classification", "data.path={text}"],
+        r"data.path={text}: its documents have no labels",
+    ),
+    "other classes": (
+        ["task=classification", "data.path={folder}", "model.labels=[a,b]"],
+        r"model.labels=[a,b]: {folder} has the labels prose, code",
+    ),
+    "causal": (
+        ["data.path={folder}", "model.labels=[prose,code]"],
+        r"task.kind=causal_lm: the model is a classifier of 2 classes",
+    ),
+    "task": (
+        ["task.kind=regression", "data.path={folder}"],
+        r"task.kind=regression: not one of the kinds there are",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_go_together_is_refused_before_anything_is_written(folder: Path, data: Path, tmp_path: Path, capsys, name: str) -> None:
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    folder: Path, data: Path, tmp_path: Path, capsys, name: str
+) -> None:
     words, problem = REFUSED[name]
     fill = lambda text: text.replace("{text}", str(data)).replace("{folder}", str(folder))  # noqa: E731
-    base = ["train", "model=tiny", f"data.seq_len={SEQ}", "train.steps=1", f"run.dir={tmp_path / 'run'}", "parallel=single"]
+    base = [
+        "train",
+        "model=tiny",
+        f"data.seq_len={SEQ}",
+        "train.steps=1",
+        f"run.dir={tmp_path / 'run'}",
+        "parallel=single",
+    ]
     assert main([*base, *map(fill, words)]) == 2
     assert fill(problem) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

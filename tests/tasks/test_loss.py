@@ -1,4 +1,5 @@
-"""The fused head and loss against torch's cross-entropy over whole logits in fp64: losses and gradients, one rank and several."""
+"""The fused head and loss against torch's cross-entropy over whole logits in fp64: losses and gradients,
+one rank and several."""
 
 import pytest
 import torch
@@ -26,14 +27,19 @@ def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return hidden, weight, labels
 
 
-def expected(vocabulary: int, dtype: torch.dtype, factor: float = 1.0, terms: Terms = PLAIN) -> list[torch.Tensor]:
-    """Loss sum, gradient of hidden, gradient of weight: fp64, from logits rounded to `dtype` as a matrix product leaves them."""
+def expected(
+    vocabulary: int, dtype: torch.dtype, factor: float = 1.0, terms: Terms = PLAIN
+) -> list[torch.Tensor]:
+    """Loss sum, gradient of hidden, gradient of weight: fp64, from logits rounded to `dtype` as a matrix
+    product leaves them."""
     hidden, weight, labels = inputs(vocabulary, dtype)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     exact = hidden @ weight.t()
     rounded = exact + (exact.detach().to(dtype).double() - exact.detach())
     logits, targets = rounded.flatten(0, 1), labels.flatten()
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing)
+    loss = F.cross_entropy(
+        logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.smoothing
+    )
     loss = loss + terms.z_loss * torch.logsumexp(logits[targets != IGNORE_INDEX], dim=-1).square().sum()
     (loss * factor).backward()
     return [loss.detach(), hidden.grad, weight.grad]
@@ -44,7 +50,9 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 24, 100])
-@pytest.mark.parametrize(("dtype", "loss_limit", "limit"), [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "loss_limit", "limit"), [(torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-6, 4e-3)]
+)
 @pytest.mark.parametrize("terms", TERMS)
 def test_loss_and_gradients(terms, dtype, loss_limit, limit, chunk):
     hidden, weight, labels = inputs(1000, dtype)
@@ -61,12 +69,19 @@ def test_loss_and_gradients(terms, dtype, loss_limit, limit, chunk):
 
 def test_a_device_that_is_neither_cpu_nor_gpu_is_no_reason_to_fail():
     hidden, weight, labels = (tensor.to("meta") for tensor in inputs(1000, torch.float32))
-    assert linear_cross_entropy(hidden, weight.requires_grad_(), labels, terms=PLAIN, chunk=0, gradient=HeadGradient()).device.type == "meta"
+    assert (
+        linear_cross_entropy(
+            hidden, weight.requires_grad_(), labels, terms=PLAIN, chunk=0, gradient=HeadGradient()
+        ).device.type
+        == "meta"
+    )
 
 
 def test_no_logits_outlive_the_forward_pass():
     """Of N = 24 tokens and 1,000 words it keeps N x D and V x D numbers for backward, not N x V."""
-    hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32))
+    hidden, weight, labels = (
+        x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32)
+    )
     gradient = HeadGradient()
     loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=4, gradient=gradient)
     (of_loss, _), (of_weight, _) = loss.grad_fn.next_functions
@@ -77,17 +92,23 @@ def test_no_logits_outlive_the_forward_pass():
 
 def test_frozen_weights_and_evaluation_compute_no_gradients():
     hidden, weight, labels = inputs(50, torch.float32)
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(), weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient()
+    )
     loss.sum().backward()
     assert error(hidden.grad, expected(50, torch.float32)[1]) < 1e-6
     assert weight.grad is None
     with torch.no_grad():
-        assert float(linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())) == pytest.approx(float(loss))
+        assert float(
+            linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())
+        ) == pytest.approx(float(loss))
 
 
 def test_a_token_without_a_label_leaves_no_trace():
     hidden, weight, labels = inputs(50, torch.float32)
-    before = float(linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient()))
+    before = float(
+        linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient())
+    )
     hidden[:, ::3] = 1e3
     hidden.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient())
@@ -99,7 +120,9 @@ def test_a_token_without_a_label_leaves_no_trace():
 def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int, terms: Terms) -> list[torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     hidden, weight, labels = inputs(vocabulary, torch.float32)
-    hidden = distribute_tensor(hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]).requires_grad_()
+    hidden = distribute_tensor(
+        hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]
+    ).requires_grad_()
     weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
     loss = linear_cross_entropy(hidden, weight, labels, terms=terms, chunk=chunk, gradient=HeadGradient())
     (loss * 0.125).sum().backward()

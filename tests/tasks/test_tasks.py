@@ -1,4 +1,5 @@
-"""The seam of tasks: one with two sums of unlike weights and counts trains, in every kind of layout and on both engines, as the plain process does."""
+"""The seam of tasks: one with two sums of unlike weights and counts trains, in every kind of layout and on
+both engines, as the plain process does."""
 
 from __future__ import annotations
 
@@ -31,17 +32,29 @@ class Halves(CausalLM):
     weights = {"first": 1.0, "second": 0.25}  # noqa: RUF012
 
     def _labels(self, batch: Batch) -> dict[str, torch.Tensor]:
-        second = torch.arange(batch.labels_BT.shape[1], device=batch.labels_BT.device) >= batch.labels_BT.shape[1] // 2
-        return {"first": batch.labels_BT.masked_fill(second, IGNORE_INDEX), "second": batch.labels_BT.masked_fill(~second, IGNORE_INDEX)}
+        second = (
+            torch.arange(batch.labels_BT.shape[1], device=batch.labels_BT.device)
+            >= batch.labels_BT.shape[1] // 2
+        )
+        return {
+            "first": batch.labels_BT.masked_fill(second, IGNORE_INDEX),
+            "second": batch.labels_BT.masked_fill(~second, IGNORE_INDEX),
+        }
 
     def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: (labels != IGNORE_INDEX).sum() for name, labels in self._labels(batch).items()}
 
     def loss(self, hidden_BTD: torch.Tensor, batch: Batch, head: Any) -> dict[str, torch.Tensor]:
-        return {name: self.cross_entropy(hidden_BTD, labels, head, name=name) for name, labels in self._labels(batch).items()}
+        return {
+            name: self.cross_entropy(hidden_BTD, labels, head, name=name)
+            for name, labels in self._labels(batch).items()
+        }
 
     def loss_of_logits(self, logits_BTV: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return {name: self.cross_entropy_of_logits(logits_BTV, labels) for name, labels in self._labels(batch).items()}
+        return {
+            name: self.cross_entropy_of_logits(logits_BTV, labels)
+            for name, labels in self._labels(batch).items()
+        }
 
 
 def trained(case: Case) -> tuple[list[tuple[float, float]], Sums, dict[str, torch.Tensor]]:
@@ -56,9 +69,16 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Sums, dict[str, torc
     else:
         from hybridtrain.engine.torch_native import TorchEngine as Engine
     engine: Any = Engine(config, layout=layout, plan=plan, device=device, initial=True, task=Halves())
-    results = [engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=layout.dp), lr=case.lr) for step in range(case.steps)]
+    results = [
+        engine.train_step(case.batches(step, dp_rank=engine.mesh.dp_rank, dp=layout.dp), lr=case.lr)
+        for step in range(case.steps)
+    ]
     sums = engine.eval_step(case.batches(0, dp_rank=engine.mesh.dp_rank, dp=layout.dp))
-    return [(float(result.loss), float(result.grad_norm)) for result in results], sums, {name: whole(value) for name, value in engine.weights()}
+    return (
+        [(float(result.loss), float(result.grad_norm)) for result in results],
+        sums,
+        {name: whole(value) for name, value in engine.weights()},
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +101,9 @@ def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
     family = family_of(built.model_type)
     source, task = draw(built, family=family, seed=config.run.seed), Halves()
     fp32 = {"compute": torch.float32, "param": torch.float32}
-    plain = Reference(built, family=family, source=source, settings=config.optim, freeze=(), task=task, **fp32)
+    plain = Reference(
+        built, family=family, source=source, settings=config.optim, freeze=(), task=task, **fp32
+    )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     counts = [task.counts(batch) for batch in case.batches(0, dp_rank=0, dp=1)]
     for found, sums, parameters in run_ranks(case.world_size, trained, case):
@@ -111,7 +133,10 @@ def test_an_evaluation_is_a_mean_over_all_of_its_steps():
 
 @pytest.mark.parametrize(
     ("returned", "said"),
-    [({"first": torch.zeros(1)}, "'second' is missing"), ({"first": torch.zeros(()), "second": torch.zeros(1)}, r"'first' has shape \(\)")],
+    [
+        ({"first": torch.zeros(1)}, "'second' is missing"),
+        ({"first": torch.zeros(()), "second": torch.zeros(1)}, r"'first' has shape \(\)"),
+    ],
 )
 def test_sums_that_a_task_gets_wrong_are_named(returned, said, monkeypatch):
     task = Halves()

@@ -37,9 +37,24 @@ json.dump(answers, sys.stdout)
 
 
 def answers(cases: list[tuple[str, int, list[str]]], *, rank: int = 0) -> dict[str, dict[str, Any]]:
-    """What `hybridtrain train` answers to each (name, world size, argv), by name, from one process that must not import torch."""
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ended = subprocess.run([sys.executable, "-c", ANSWER], input=json.dumps(cases), env=environment, capture_output=True, text=True, check=False, timeout=120)
+    """What `hybridtrain train` answers to each (name, world size, argv), by name, from one process that
+    must not import torch."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", ANSWER],
+        input=json.dumps(cases),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
 

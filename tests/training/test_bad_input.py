@@ -1,8 +1,10 @@
-"""What a user can get wrong, as the trainer answers it: section.field, value, what is allowed, what to try; once, at once, without torch.
+"""What a user can get wrong, as the trainer answers it: section.field, value, what is allowed, what to try;
+once, at once, without torch.
 
 Mistakes in the command line alone are in tests/cli/test_mistakes.py, pure layout arithmetic in
 tests/plan/test_layout.py, what is wrong with a run in test_bad_run_dir.py; here the whole trainer decides,
-with real data and model folders. All cases run in one process that is told its rank and world size as by torchrun.
+with real data and model folders. All cases run in one process that is told its rank and
+world size as by torchrun.
 """
 
 from __future__ import annotations
@@ -43,15 +45,25 @@ PP2 = {"parallel__pp": 2}
 SHARD = {"parallel__dp_replicate": 1, "parallel__dp_shard": 2}
 CASES = {
     "degrees that do not multiply out": Case(
-        "parallel=pp=2 x dp_replicate=2 x tp=2", "take 8 processes, but 4 were started", 4, {**PP2, "parallel__dp_replicate": 2, "parallel__tp": 2}
+        "parallel=pp=2 x dp_replicate=2 x tp=2",
+        "take 8 processes, but 4 were started",
+        4,
+        {**PP2, "parallel__dp_replicate": 2, "parallel__tp": 2},
     ),
-    "a degree that does not divide": Case("parallel=", "take a multiple of 3 processes, but 4 were started", 4, {"parallel__tp": 3}),
+    "a degree that does not divide": Case(
+        "parallel=", "take a multiple of 3 processes, but 4 were started", 4, {"parallel__tp": 3}
+    ),
     "heads": Case("parallel.tp=3", "4 attention heads", 3, {"parallel__tp": 3}),
     "key/value heads that cannot be repeated": Case(
         "parallel.tp=4",
         "3 key/value heads",
         4,
-        {"parallel__tp": 4, "model__config__num_attention_heads": 12, "model__config__num_key_value_heads": 3, "model__config__head_dim": 8},
+        {
+            "parallel__tp": 4,
+            "model__config__num_attention_heads": 12,
+            "model__config__num_key_value_heads": 3,
+            "model__config__head_dim": 8,
+        },
     ),
     "fewer layers than stages": Case("parallel.pp=8", "the model has 4 layers", 8, {"parallel__pp": 8}),
     "fewer layers than virtual stages": Case(
@@ -60,9 +72,18 @@ CASES = {
         2,
         {**PP2, "parallel__schedule": "interleaved_1f1b", "parallel__virtual_stages": 3},
     ),
-    "fewer micro-batches than stages": Case("batch.global_batch_size=2", "2 micro-batches of 1 rows", 4, {"parallel__pp": 4, "batch__global_batch_size": 2}),
-    "a batch that does not divide": Case("batch.global_batch_size=7", "allowed: multiples of 2", 2, {"batch__global_batch_size": 7}),
-    "sequence parallel": Case("data.seq_len=33", "tp=2 equal parts", 2, {"parallel__tp": 2, "data__seq_len": 33}),
+    "fewer micro-batches than stages": Case(
+        "batch.global_batch_size=2",
+        "2 micro-batches of 1 rows",
+        4,
+        {"parallel__pp": 4, "batch__global_batch_size": 2},
+    ),
+    "a batch that does not divide": Case(
+        "batch.global_batch_size=7", "allowed: multiples of 2", 2, {"batch__global_batch_size": 7}
+    ),
+    "sequence parallel": Case(
+        "data.seq_len=33", "tp=2 equal parts", 2, {"parallel__tp": 2, "data__seq_len": 33}
+    ),
     "split backward with ZeRO-3": Case(
         "parallel.zero_stage=3",
         "zbv_zero_bubble splits the backward pass",
@@ -70,41 +91,93 @@ CASES = {
         {**PP2, **SHARD, "parallel__zero_stage": 3, "parallel__schedule": "zbv_zero_bubble"},
     ),
     "split backward with ZeRO-2": Case(
-        "parallel.zero_stage=2", "dualpipev splits the backward pass", 4, {**PP2, **SHARD, "parallel__zero_stage": 2, "parallel__schedule": "dualpipev"}
+        "parallel.zero_stage=2",
+        "dualpipev splits the backward pass",
+        4,
+        {**PP2, **SHARD, "parallel__zero_stage": 2, "parallel__schedule": "dualpipev"},
     ),
     "interleaved micro-batches": Case(
-        "batch.global_batch_size=3", "a multiple of pp=2", 2, {**PP2, "parallel__schedule": "interleaved_1f1b", "batch__global_batch_size": 3}
+        "batch.global_batch_size=3",
+        "a multiple of pp=2",
+        2,
+        {**PP2, "parallel__schedule": "interleaved_1f1b", "batch__global_batch_size": 3},
     ),
     "dualpipev micro-batches": Case(
-        "batch.global_batch_size=3", "at least 4, one for each stage", 2, {**PP2, "parallel__schedule": "dualpipev", "batch__global_batch_size": 3}
+        "batch.global_batch_size=3",
+        "at least 4, one for each stage",
+        2,
+        {**PP2, "parallel__schedule": "dualpipev", "batch__global_batch_size": 3},
     ),
     "stage 0 with shards": Case("parallel.zero_stage=0", "dp_shard=2 shards something", 2, SHARD),
-    "shards without anybody": Case("parallel.zero_stage=3", "nothing to shard over with dp_shard=1", 2, {"parallel__zero_stage": 3}),
+    "shards without anybody": Case(
+        "parallel.zero_stage=3", "nothing to shard over with dp_shard=1", 2, {"parallel__zero_stage": 3}
+    ),
     "context parallel": Case("parallel.cp=2", "does not run this axis yet", 2, {"parallel__cp": 2}),
     "LoRA": Case("lora.r=8", "not supported yet", 2, {"lora__r": 8}),
-    "another architecture": Case("model.config.model_type=mamba", "allowed: llama, mistral, qwen2, qwen3", 2, {"model__config__model_type": "mamba"}),
-    "dropout": Case("model.config.attention_dropout=0.1", "dropout is not supported yet", 2, {"model__config__attention_dropout": 0.1}),
+    "another architecture": Case(
+        "model.config.model_type=mamba",
+        "allowed: llama, mistral, qwen2, qwen3",
+        2,
+        {"model__config__model_type": "mamba"},
+    ),
+    "dropout": Case(
+        "model.config.attention_dropout=0.1",
+        "dropout is not supported yet",
+        2,
+        {"model__config__attention_dropout": 0.1},
+    ),
     "unknown key": Case("train.step=5", "try:     train.steps=VALUE", 2, {"train__step": 5}),
     "wrong type": Case("optim.lr=fast", "a value of type float", 2, {"optim__lr": "fast"}),
-    "longer rows than positions": Case("data.seq_len=1024", "the model has 512 positions", 2, {"data__seq_len": 1024}),
+    "longer rows than positions": Case(
+        "data.seq_len=1024", "the model has 512 positions", 2, {"data__seq_len": 1024}
+    ),
     "no such data": Case("data.path=", "there is no such folder", 2, {}, shutil.rmtree),
-    "unprepared data": Case("data.path=", "holds no prepared corpus", 2, {}, lambda p: [x.unlink() for x in p.iterdir() if x.is_file()]),
-    "missing data file": Case("data.path=", "train.bin: there is no such file", 2, {}, lambda p: (p / "train.bin").unlink()),
-    "empty data file": Case("data.path=", "train.bin: the file is empty", 2, {}, lambda p: os.truncate(p / "train.bin", 0)),
-    "truncated tokens": Case("data.path=", "it is truncated", 2, {}, lambda p: os.truncate(p / "train.bin", 1000)),
-    "truncated index": Case("data.path=", "train.idx: it is truncated", 2, {}, lambda p: os.truncate(p / "train.idx", 40)),
-    "token ids beyond the vocabulary": Case("model.config.vocab_size=256", "holds token id", 2, {"model__config__vocab_size": 256}),
+    "unprepared data": Case(
+        "data.path=",
+        "holds no prepared corpus",
+        2,
+        {},
+        lambda p: [x.unlink() for x in p.iterdir() if x.is_file()],
+    ),
+    "missing data file": Case(
+        "data.path=", "train.bin: there is no such file", 2, {}, lambda p: (p / "train.bin").unlink()
+    ),
+    "empty data file": Case(
+        "data.path=", "train.bin: the file is empty", 2, {}, lambda p: os.truncate(p / "train.bin", 0)
+    ),
+    "truncated tokens": Case(
+        "data.path=", "it is truncated", 2, {}, lambda p: os.truncate(p / "train.bin", 1000)
+    ),
+    "truncated index": Case(
+        "data.path=", "train.idx: it is truncated", 2, {}, lambda p: os.truncate(p / "train.idx", 40)
+    ),
+    "token ids beyond the vocabulary": Case(
+        "model.config.vocab_size=256", "holds token id", 2, {"model__config__vocab_size": 256}
+    ),
     "no whole row": Case(
-        "data.seq_len=100000", "no whole row of training tokens", 2, {"data__seq_len": 100000, "model__config__max_position_embeddings": 100000}
+        "data.seq_len=100000",
+        "no whole row of training tokens",
+        2,
+        {"data__seq_len": 100000, "model__config__max_position_embeddings": 100000},
     ),
     "no held-out row": Case(
-        "train.eval_every=1", "holds no held-out row", 2, {"train__eval_every": 1, "data__seq_len": 5000, "model__config__max_position_embeddings": 5000}
+        "train.eval_every=1",
+        "holds no held-out row",
+        2,
+        {"train__eval_every": 1, "data__seq_len": 5000, "model__config__max_position_embeddings": 5000},
     ),
     "phases longer than the epochs": Case(
-        "schedule.decay_steps=5000", "exceed the run's", 2, {"train__steps": 0, "train__epochs": 1, "schedule": "wsd", "schedule__decay_steps": 5000}
+        "schedule.decay_steps=5000",
+        "exceed the run's",
+        2,
+        {"train__steps": 0, "train__epochs": 1, "schedule": "wsd", "schedule__decay_steps": 5000},
     ),
-    "no checkpoint to go on from": Case("run.resume=required", "holds no complete checkpoint", 1, {"run__resume": "required"}),
-    "no such model folder": Case("model.from_pretrained=/no/such", "there is no such folder", 2, {"model__from_pretrained": "/no/such"}),
+    "no checkpoint to go on from": Case(
+        "run.resume=required", "holds no complete checkpoint", 1, {"run__resume": "required"}
+    ),
+    "no such model folder": Case(
+        "model.from_pretrained=/no/such", "there is no such folder", 2, {"model__from_pretrained": "/no/such"}
+    ),
 }
 
 
@@ -127,7 +200,9 @@ def answered(commands: list[tuple[str, int, list[str]]]) -> dict[str, dict[str, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused(answered: dict[str, dict[str, Any]], commands: list[tuple[str, int, list[str]]], name: str) -> None:
+def test_refused(
+    answered: dict[str, dict[str, Any]], commands: list[tuple[str, int, list[str]]], name: str
+) -> None:
     given, case = answered[name], CASES[name]
     assert given["code"] == 2, given
     assert given["out"] == ""
@@ -140,29 +215,50 @@ def test_refused(answered: dict[str, dict[str, Any]], commands: list[tuple[str, 
     assert not Path(run).exists(), "nothing is written for a run that never was"
 
 
-def test_other_ranks_keep_silent_about_what_every_rank_can_see(commands: list[tuple[str, int, list[str]]]) -> None:
+def test_other_ranks_keep_silent_about_what_every_rank_can_see(
+    commands: list[tuple[str, int, list[str]]],
+) -> None:
     chosen = [command for command in commands if command[0] in ("unknown key", "wrong type")]
-    assert {(given["code"], given["err"], given["out"]) for given in answers(chosen, rank=1).values()} == {(2, "", "")}
+    assert {(given["code"], given["err"], given["out"]) for given in answers(chosen, rank=1).values()} == {
+        (2, "", "")
+    }
 
 
 def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: Path) -> None:
     argv = arguments(tmp_path / "run", data, parallel__tp=2, data__seq_len=33)
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, "-m", "hybridtrain.train", *argv], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-m", "hybridtrain.train", *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert time.monotonic() - began < 5
     assert ended.returncode == 2
     process = torchrun(2, argv)
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out == ""
-    assert err.count("\nhybridtrain train: data.seq_len=33") == 1 - err.startswith("hybridtrain train: data.seq_len=33"), err
+    assert err.count("\nhybridtrain train: data.seq_len=33") == 1 - err.startswith(
+        "hybridtrain train: data.seq_len=33"
+    ), err
     assert err.count("Traceback") <= 1, err  # torchrun's own, about a child that failed
-    assert "  traceback : hybridtrain train: data.seq_len=33" in err[-1000:], "torchrun's last lines have it too"
+    assert "  traceback : hybridtrain train: data.seq_len=33" in err[-1000:], (
+        "torchrun's last lines have it too"
+    )
     assert "[rank" not in err
 
 
-# -- model folders -------------------------------------------------------------------------------------------------
+# -- model folders -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,17 +266,32 @@ def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: 
     [
         ({"model_type": "gpt2"}, "model.config.model_type=gpt2: this architecture is not supported yet"),
         ({"model_type": "llama", "attention_dropout": 0.1}, "dropout is not supported yet"),
-        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantized weights is not supported yet"),
+        (
+            {"model_type": "llama", "quantization_config": {"bits": 4}},
+            "quantized weights is not supported yet",
+        ),
         (None, "there is no config.json in it"),
     ],
 )
-def test_a_model_folder_that_cannot_be_trained(data: Path, tmp_path: Path, fields: dict[str, Any] | None, words: str) -> None:
+def test_a_model_folder_that_cannot_be_trained(
+    data: Path, tmp_path: Path, fields: dict[str, Any] | None, words: str
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 300}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 300,
+    }
     if fields is not None:
         (folder / "config.json").write_text(json.dumps(sizes | fields))
-    argv = [text for text in arguments(tmp_path / "run", data, model__from_pretrained=folder) if not text.startswith(("model=", "model.config"))]
+    argv = [
+        text
+        for text in arguments(tmp_path / "run", data, model__from_pretrained=folder)
+        if not text.startswith(("model=", "model.config"))
+    ]
     text = answer(argv)
     assert words in text
     assert "allowed: " in text

@@ -25,7 +25,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_where_nothing_differs_a_branch_is_the_run_bit_for_bit(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_where_nothing_differs_a_branch_is_the_run_bit_for_bit(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     source, run, before = whole / "checkpoints" / "step-00000004", tmp_path / "branch", content(whole)
     said = finished(1, arguments(run, data, run__branch_from=source, **KEEP)).out
     assert f"branched  from {source} at step 4, 1024 tokens" in said
@@ -39,7 +41,9 @@ def test_where_nothing_differs_a_branch_is_the_run_bit_for_bit(data: Path, whole
     assert content(whole) == before, "the source stays as it is"
 
 
-def test_a_branch_has_another_rate_and_layout_and_goes_on_from_its_own_checkpoints(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_branch_has_another_rate_and_layout_and_goes_on_from_its_own_checkpoints(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     """From a run: its newest checkpoint. What the run does later changes nothing for the branch."""
     run, source = tmp_path / "branch", tmp_path / "source"
     shutil.copytree(whole, source)
@@ -65,12 +69,18 @@ def refused(data: Path, run: Path, **options: object) -> str:
 
 def test_what_a_branch_cannot_begin_from_is_refused(data: Path, whole: Path, tmp_path: Path) -> None:
     new, source = tmp_path / "new", whole / "checkpoints" / "step-00000004"
-    assert "there is no such folder" in four_parts(refused(data, new, run__branch_from=tmp_path / "none"), "run.branch_from")
+    assert "there is no such folder" in four_parts(
+        refused(data, new, run__branch_from=tmp_path / "none"), "run.branch_from"
+    )
     (tmp_path / "empty").mkdir()
-    assert "no complete checkpoint in it" in four_parts(refused(data, new, run__branch_from=tmp_path / "empty"), "run.branch_from")
+    assert "no complete checkpoint in it" in four_parts(
+        refused(data, new, run__branch_from=tmp_path / "empty"), "run.branch_from"
+    )
     assert "has done 8 steps already" in four_parts(refused(data, new, run__branch_from=whole), "train")
     words = refused(data, new, run__branch_from=source, model__config__num_hidden_layers=1)
-    assert "of another model: model.config.num_hidden_layers was 4 and is 1" in four_parts(words, "run.branch_from")
+    assert "of another model: model.config.num_hidden_layers was 4 and is 1" in four_parts(
+        words, "run.branch_from"
+    )
     words = refused(data, new, run__branch_from=source, model__config__rope_theta=500.0)
     assert "of another model: model.config.rope_theta was" in four_parts(words, "run.branch_from")
     broken = tmp_path / "broken" / "step-00000004"
@@ -78,4 +88,6 @@ def test_what_a_branch_cannot_begin_from_is_refused(data: Path, whole: Path, tmp
     (broken / "__0_0.distcp").write_bytes(b"")
     assert "damaged: __0_0.distcp" in four_parts(refused(data, new, run__branch_from=broken), "checkpoint")
     assert not new.exists()
-    assert "run.branch_from was '' and is" in four_parts(refused(data, whole, run__branch_from=source), "run.dir")
+    assert "run.branch_from was '' and is" in four_parts(
+        refused(data, whole, run__branch_from=source), "run.dir"
+    )

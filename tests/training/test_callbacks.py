@@ -55,7 +55,15 @@ def of(*callbacks: Callback) -> Callbacks:
 
 def step() -> StepInfo:
     zero = torch.zeros(())
-    result = StepResult(loss=zero, sums=zero[None], counts=zero[None], grad_norm=zero, skipped=zero, empty=zero, loss_scale=zero)
+    result = StepResult(
+        loss=zero,
+        sums=zero[None],
+        counts=zero[None],
+        grad_norm=zero,
+        skipped=zero,
+        empty=zero,
+        loss_scale=zero,
+    )
     return StepInfo(step=1, last=False, stopping=False, tokens_seen=8, lr=0.1, result=result, flags={})
 
 
@@ -70,7 +78,10 @@ def test_each_sees_what_those_before_it_have_logged_and_the_last_ends_first() ->
 @pytest.mark.parametrize("method", ["start", "every", "end"])
 def test_whatever_one_raises_every_callback_is_told_of_it_at_the_end(method: str) -> None:
     calls: list[str] = []
-    with pytest.raises(ZeroDivisionError, match=f"b.{method}"), of(*(Named(name, calls, breaks=method if name == "b" else "") for name in "abc")) as callbacks:
+    with (
+        pytest.raises(ZeroDivisionError, match=f"b.{method}"),
+        of(*(Named(name, calls, breaks=method if name == "b" else "") for name in "abc")) as callbacks,
+    ):
         callbacks.after_step(step())
     ends = [call for call in calls if ".end" in call]
     known = "None" if method == "end" else f"b.{method}"
@@ -79,6 +90,9 @@ def test_whatever_one_raises_every_callback_is_told_of_it_at_the_end(method: str
 
 def test_an_error_at_the_end_does_not_hide_the_one_that_ended_the_run() -> None:
     calls: list[str] = []
-    with pytest.raises(ValueError, match="planted"), of(Named("a", calls, breaks="end"), Named("b", calls, breaks="end")):
+    with (
+        pytest.raises(ValueError, match="planted"),
+        of(Named("a", calls, breaks="end"), Named("b", calls, breaks="end")),
+    ):
         raise ValueError("planted")
     assert calls[-2:] == ["b.end planted", "a.end planted"]

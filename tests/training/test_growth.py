@@ -1,4 +1,5 @@
-"""A batch that grows with the step: rows of the global batch (ramp) and their length (warm-up), under every kind of layout."""
+"""A batch that grows with the step: rows of the global batch (ramp) and their length (warm-up), under
+every kind of layout."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from tests.ranks import run_ranks
 from tests.runs import assert_equal_state, rows
 
 VOCAB, SEQ = 64, 32
-GROWING = ["batch.ramp_start=4", "batch.ramp_increment=4", "batch.ramp_steps=4", "batch.seq_len_start=8", "batch.seq_len_steps=6"]
+GROWING = [
+    "batch.ramp_start=4",
+    "batch.ramp_increment=4",
+    "batch.ramp_steps=4",
+    "batch.seq_len_start=8",
+    "batch.seq_len_steps=6",
+]
 SIZES, LENGTHS = [4, 4, 8, 8, 12, 12, 12, 12], [8, 8, 8, 16, 16, 16, 32, 32]
 
 
@@ -43,7 +50,15 @@ def trained(run: Path, words: list[str]) -> str:
         "batch.global_batch_size=12",
         "batch.micro_batch_size=1",
     ]
-    config = ht.compose(*given, "train.steps=8", "train.log_every=1", "train.eval_every=3", "schedule=constant", "optim.lr=0.01", *words)
+    config = ht.compose(
+        *given,
+        "train.steps=8",
+        "train.log_every=1",
+        "train.eval_every=3",
+        "schedule=constant",
+        "optim.lr=0.01",
+        *words,
+    )
     try:
         return ht.Trainer(config, data=Numbers(500), eval_data=Numbers(12)).fit().status
     except ht.UserError as error:
@@ -58,7 +73,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokens_are_counted_as_the_batch_grows(alone: Path) -> None:
-    assert [line["tokens_seen"] for line in rows(alone)] == [SEQ * sum(SIZES[: step + 1]) for step in range(8)]
+    assert [line["tokens_seen"] for line in rows(alone)] == [
+        SEQ * sum(SIZES[: step + 1]) for step in range(8)
+    ]
     assert rows(alone)[-1]["loss"] < rows(alone)[0]["loss"]
 
 
@@ -68,8 +85,14 @@ def test_tokens_are_counted_as_the_batch_grows(alone: Path) -> None:
         ["parallel=pp2"],
         pytest.param(["parallel=tp2", "parallel.sequence_parallel=true"], marks=pytest.mark.slow),
         pytest.param(["parallel=zero3"], marks=pytest.mark.slow),
-        pytest.param(["parallel=pp2", "parallel.schedule=interleaved_1f1b", "model.config.num_hidden_layers=4"], marks=pytest.mark.slow),
-        pytest.param(["parallel=pp2", "parallel.schedule=zbv_zero_bubble", "model.config.num_hidden_layers=4"], marks=pytest.mark.slow),
+        pytest.param(
+            ["parallel=pp2", "parallel.schedule=interleaved_1f1b", "model.config.num_hidden_layers=4"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["parallel=pp2", "parallel.schedule=zbv_zero_bubble", "model.config.num_hidden_layers=4"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda words: " ".join(words[:2]),
 )
@@ -97,9 +120,17 @@ def test_a_run_that_stops_on_the_way_goes_on_bit_for_bit(alone: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_plain_process_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plain_process_sees_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    config = ht.compose("model=tiny", f"data.seq_len={SEQ}", "batch.global_batch_size=12", "batch.micro_batch_size=1", *GROWING)
+    config = ht.compose(
+        "model=tiny",
+        f"data.seq_len={SEQ}",
+        "batch.global_batch_size=12",
+        "batch.micro_batch_size=1",
+        *GROWING,
+    )
     done = ht.parity(config, layouts=["tp2", "pp2", "dp_shard2-zero3"], steps=7)
     assert done.passed, capsys.readouterr().out
 
@@ -108,7 +139,10 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
     tokens = np.arange(2 * 9).reshape(2, 9)
     begins = np.zeros((2, 9), dtype=bool)
     begins[0, [0, 3]] = begins[1, [0, 4]] = True
-    whole, cut = (CausalLM().collate(block, valid=len(block.tokens)) for block in (Block(tokens, begins, None), Block(tokens, begins, None).cut(2)))
+    whole, cut = (
+        CausalLM().collate(block, valid=len(block.tokens))
+        for block in (Block(tokens, begins, None), Block(tokens, begins, None).cut(2))
+    )
     assert cut.input_ids_BT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 12], [13, 14, 15, 16]]
     assert cut.labels_BT.flatten().tolist() == whole.labels_BT.flatten().tolist()
     assert cut.position_ids_BT.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
@@ -118,11 +152,19 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["engine=deepspeed", "parallel=single"], "batch.ramp_start=4: engine=deepspeed has one shape of batch"),
-        (["task=classification", "model.labels=[a,b]"], "batch.seq_len_start=8: task=classification: a piece of a row lacks what comes before it"),
+        (
+            ["engine=deepspeed", "parallel=single"],
+            "batch.ramp_start=4: engine=deepspeed has one shape of batch",
+        ),
+        (
+            ["task=classification", "model.labels=[a,b]"],
+            "batch.seq_len_start=8: task=classification: a piece of a row lacks what comes before it",
+        ),
     ],
 )
-def test_what_a_growing_batch_does_not_go_with_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
+def test_what_a_growing_batch_does_not_go_with_is_refused(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
     [refused] = run_ranks(1, trained, tmp_path / "run", [*GROWING, *words])
     assert message in refused
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""kill -9 of every rank at any moment, then the same command: the run ends with the losses of an uninterrupted one, bit for bit."""
+"""kill -9 of every rank at any moment, then the same command: the run ends with the losses of an
+uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def saved(run: Path) -> bool:
 
 
 def dies(argv: list[str], run: Path, lines: int | None, seconds: float) -> Ended:
-    """On each rank: the run, until metrics.jsonl has grown `lines` times (None: until a save is under way) and some more time; then kill -9."""
+    """On each rank: the run, until metrics.jsonl has grown `lines` times (None: until a save is under way)
+    and some more time; then kill -9."""
     started = {path.name for path in (run / "checkpoints").glob("*.partial")}
 
     def watch() -> None:
@@ -74,7 +76,9 @@ def test_two_kills_one_of_them_in_a_save(data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world_size", "kills", "options"), [(2, 20, {}), (4, 6, TP_PP)])
-def test_kills_at_random_moments(data: Path, tmp_path: Path, world_size: int, kills: int, options: dict[str, object]) -> None:
+def test_kills_at_random_moments(
+    data: Path, tmp_path: Path, world_size: int, kills: int, options: dict[str, object]
+) -> None:
     """While starting, computing, evaluating, logging, saving, pruning: wherever chance has it."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 10 * kills, "train__eval_every": 25, "train__eval_rows": 8, **options}
@@ -83,9 +87,17 @@ def test_kills_at_random_moments(data: Path, tmp_path: Path, world_size: int, ki
     in_save = 0
     for number in range(kills):
         lines = chance.randint(0, 9)
-        killed(world_size, argv, run, lines=lines, seconds=chance.uniform(0.0, 0.2) if lines else chance.uniform(0.0, 2.0))
+        killed(
+            world_size,
+            argv,
+            run,
+            lines=lines,
+            seconds=chance.uniform(0.0, 0.2) if lines else chance.uniform(0.0, 2.0),
+        )
         in_save += unfinished_save(run)
-        print(f"kill {number + 1}: {lines} lines later, {checkpoints(run) if (run / 'checkpoints').is_dir() else []}")
+        print(
+            f"kill {number + 1}: {lines} lines later, {checkpoints(run) if (run / 'checkpoints').is_dir() else []}"
+        )
     while in_save < 3:  # chance decides how many of those hit a save; these do for certain
         killed(world_size, argv, run, lines=None, seconds=chance.uniform(0.0, 0.01))
         in_save += unfinished_save(run)
@@ -112,10 +124,19 @@ def test_kills_under_torchrun(data: Path, tmp_path: Path) -> None:
     straight, run = tmp_path / "straight", tmp_path / "run"
     options = {"train__steps": 120, "parallel__tp": 2}
     finished(2, arguments(straight, data, **options))
-    argv, chance, metrics = arguments(run, data, checkpoint__every=5, **options), random.Random(1), run / "metrics.jsonl"
+    argv, chance, metrics = (
+        arguments(run, data, checkpoint__every=5, **options),
+        random.Random(1),
+        run / "metrics.jsonl",
+    )
     for _ in range(3):
         process, before = torchrun(2, argv), metrics.read_text() if metrics.exists() else ""
-        while not metrics.exists() or metrics.read_text() in ("", before) or len(metrics.read_text()) < len(before) or not saved(run):
+        while (
+            not metrics.exists()
+            or metrics.read_text() in ("", before)
+            or len(metrics.read_text()) < len(before)
+            or not saved(run)
+        ):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         time.sleep(chance.uniform(0.0, 2.0))

@@ -1,4 +1,5 @@
-"""What a line of metrics.jsonl says of the steps since the last one, in a whole run; and Python's garbage collection in it."""
+"""What a line of metrics.jsonl says of the steps since the last one, in a whole run; and Python's
+garbage collection in it."""
 
 import gc
 import json
@@ -33,17 +34,28 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last_one(tmp_path):
 
 
 def test_a_start_names_what_does_not_go_together(tmp_path):
-    """End tokens of model and tokenizer, a tokenizer with more tokens than the model has rows, a warm-up longer than the run."""
+    """End tokens of model and tokenizer, a tokenizer with more tokens than the model has rows, a warm-up
+    longer than the run."""
     data, tokenizer = runs.corpus(tmp_path), tmp_path / "tokenizer"
     added = AutoTokenizer.from_pretrained(data / "tokenizer")
     added.add_tokens(["<|new|>"])
     added.save_pretrained(tokenizer)
-    settings = schema.DataConfig(path=str(tmp_path / "more"), source=[str(tmp_path / "text")], tokenizer=str(tokenizer), eval_fraction=0.0)
+    settings = schema.DataConfig(
+        path=str(tmp_path / "more"),
+        source=[str(tmp_path / "text")],
+        tokenizer=str(tokenizer),
+        eval_fraction=0.0,
+    )
     options = {"train__steps": 1, "model__config__eos_token_id": 2, "schedule__warmup_steps": 5}
-    ended = runs.finished(1, runs.arguments(tmp_path / "run", prepare(settings, options=schema.PrepareConfig()), **options))
+    ended = runs.finished(
+        1, runs.arguments(tmp_path / "run", prepare(settings, options=schema.PrepareConfig()), **options)
+    )
     said = ended.out + ended.err
     assert "tokenizer config.json ends texts with [2], the tokenizer with 0" in said
-    assert "tokenizer it has 301 tokens, the model's embedding 300 rows: the model cannot read the other tokens" in said
+    assert (
+        "tokenizer it has 301 tokens, the model's embedding 300 rows: the model cannot read the other tokens"
+        in said
+    )
     assert "schedule.warmup_steps=5: the run ends before its warm-up does" in said
 
 

@@ -48,7 +48,9 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
 
 def record(step: StepResult, *, number=7, lr=1e-3, totals=None, sums=("loss",), **changes) -> dict:
     """The line of a step; of it alone unless `totals` says otherwise."""
-    info = StepInfo(step=number, last=False, stopping=False, tokens_seen=1000 * number, lr=lr, result=step, flags={})
+    info = StepInfo(
+        step=number, last=False, stopping=False, tokens_seen=1000 * number, lr=lr, result=step, flags={}
+    )
     added = metrics.totals(step) if totals is None else torch.tensor(totals, dtype=torch.float64)
     return metrics.record(info, totals=added, sums=sums, meter=meter(**changes), memory_gib=1.5)
 
@@ -107,7 +109,9 @@ def test_flops_per_token_is_what_torch_counts(tied):
     facts = facts_of(model)
     # Eager attention computes all length x length products; ours counts the causal half and the diagonal.
     unmasked = 12 * facts.layers * facts.heads * facts.head_dim * (length - (length + 1) / 2)
-    assert flops.flops_per_token(facts, seq_len=length) + unmasked == pytest.approx(counter.get_total_flops() / length, rel=5e-3)
+    assert flops.flops_per_token(facts, seq_len=length) + unmasked == pytest.approx(
+        counter.get_total_flops() / length, rel=5e-3
+    )
 
 
 def test_flops_of_a_window_are_a_count_of_visible_positions():
@@ -148,7 +152,8 @@ def test_cpu_has_no_peak():
 
 def test_memory_on_cpu_follows_what_is_allocated():
     before = metrics.max_memory_gib(torch.device("cpu"))
-    ballast = torch.ones(int((before + 0.125) * metrics.GIB) // 4)  # touches every page of more than the peak so far
+    # touches every page of more than the peak so far
+    ballast = torch.ones(int((before + 0.125) * metrics.GIB) // 4)
     after = metrics.max_memory_gib(torch.device("cpu"))
     assert after - before > 0.12
     assert after < before + ballast.numel() * 4 / metrics.GIB + 0.5
@@ -182,8 +187,16 @@ def test_record_has_the_keys_and_the_exact_loss():
     loss = torch.tensor(1 / 3)
     row = record(result(loss=1 / 3))
     assert list(row) == KEYS
-    assert row["loss"] == row["step_loss"] == loss.item()  # over one step the mean is the step's own, to the last bit
-    assert (row["step"], row["tokens_seen"], row["grad_norm"], row["lr"], row["skipped"], row["loss_scale"]) == (7, 7000, 0.75, 1e-3, 0, 1.0)
+    # over one step the mean is the step's own, to the last bit
+    assert row["loss"] == row["step_loss"] == loss.item()
+    assert (
+        row["step"],
+        row["tokens_seen"],
+        row["grad_norm"],
+        row["lr"],
+        row["skipped"],
+        row["loss_scale"],
+    ) == (7, 7000, 0.75, 1e-3, 0, 1.0)
     assert abs(row["time"] - time.time()) < 5
 
 
@@ -194,8 +207,11 @@ def test_the_loss_of_a_line_is_the_mean_over_its_tokens():
 
 
 def test_of_a_task_with_several_sums_a_line_has_the_mean_of_each():
-    """Two steps: 10 and 30 targets of the first sum, 4 and none of the second, whose mean over the line is that of its 4; a third sum without any."""
-    row = record(result(), totals=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none"))
+    """Two steps: 10 and 30 targets of the first sum, 4 and none of the second, whose mean over the line is
+    that of its 4; a third sum without any."""
+    row = record(
+        result(), totals=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none")
+    )
     assert list(row) == [*KEYS, "train_mlm", "train_nsp", "train_none"]
     assert (row["loss"], row["train_mlm"], row["train_nsp"], row["train_none"]) == (2.75, 2.75, 0.75, None)
 
@@ -218,28 +234,51 @@ def test_steps_without_targets_have_no_loss_and_are_counted():
     row = record(result(loss=math.nan, grad_norm=0.0, empty=1), totals=[0.0, 0.0, 0.0, 2.0, 0.0, 0.0])
     assert list(row) == [*KEYS, "steps_without_targets"]
     assert (row["loss"], row["skipped"], row["steps_without_targets"]) == (None, 0, 2)
-    assert "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |" in metrics.progress_line(row, total_steps=10, eta_s=1)
+    assert (
+        "| loss none | norm 0.000 | lr 1.0e-03 | 2 steps without a target, no update made |"
+        in metrics.progress_line(row, total_steps=10, eta_s=1)
+    )
 
 
 def test_progress_line():
     row = {"step": 120, "loss": 3.42171, "grad_norm": 0.8711, "lr": 3e-4, "loss_scale": 1.0, "skipped": 0}
     row |= {"tokens_per_s": 41234.5, "mfu": 0.3812, "max_memory_gib": 12.3}
     line = metrics.progress_line(row, total_steps=2000, eta_s=192)
-    assert line == "step  120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s"
-    assert "| loss 3.4217 | eval 3.5000 | norm" in metrics.progress_line({**row, "eval_loss": 3.5}, total_steps=2000, eta_s=192)
+    assert (
+        line
+        == "step  120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s"
+    )
+    assert "| loss 3.4217 | eval 3.5000 | norm" in metrics.progress_line(
+        {**row, "eval_loss": 3.5}, total_steps=2000, eta_s=192
+    )
     row |= {"loss": None, "grad_norm": None, "skipped": 1, "loss_scale": 32768.0, "mfu": None}
     line = metrics.progress_line(row, total_steps=2000, eta_s=5)
-    assert line == "step  120/2000 | loss not finite | norm not finite | lr 3.0e-04 | skipped, loss scale 32768 | 41.2k tok/s | 12.30 GiB | ETA 5s"
+    assert (
+        line
+        == "step  120/2000 | loss not finite | norm not finite | lr 3.0e-04 | skipped, loss scale 32768 | 41.2k tok/s | 12.30 GiB | ETA 5s"
+    )
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.4, "0"), (873, "873"), (999.7, "1.00k"), (41234, "41.2k"), (412345, "412k"), (1.05e6, "1.05M"), (2.5e9, "2.50G")]
+    ("value", "text"),
+    [
+        (0.4, "0"),
+        (873, "873"),
+        (999.7, "1.00k"),
+        (41234, "41.2k"),
+        (412345, "412k"),
+        (1.05e6, "1.05M"),
+        (2.5e9, "2.50G"),
+    ],
 )
 def test_quantity(value, text):
     assert metrics.quantity(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (187300, "2d04h"), (-3600, "0s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (187300, "2d04h"), (-3600, "0s")],
+)
 def test_duration(seconds, text):
     assert metrics.duration(seconds) == text
 

@@ -1,4 +1,5 @@
-"""An interrupted run goes on as if nothing had happened: the same losses, each step once, and what was resumed is said."""
+"""An interrupted run goes on as if nothing had happened: the same losses, each step once, and what
+was resumed is said."""
 
 from __future__ import annotations
 
@@ -28,9 +29,17 @@ LAYOUTS = {
     "pp2": {"parallel__pp": 2},
     "pp2-tp2": {"parallel__pp": 2, "parallel__tp": 2},
     "pp2-zbv_zero_bubble": {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble"},
-    "pp2-dp_shard2": {"parallel__pp": 2, "parallel__dp_replicate": 1, "parallel__dp_shard": 2, "parallel__zero_stage": 1},
+    "pp2-dp_shard2": {
+        "parallel__pp": 2,
+        "parallel__dp_replicate": 1,
+        "parallel__dp_shard": 2,
+        "parallel__zero_stage": 1,
+    },
 }
-RANKS = {name: notation.parse(name).get("pp", 1) * notation.parse(name).get("tp", 1) * 2 ** name.count("dp_") for name in LAYOUTS}
+RANKS = {
+    name: notation.parse(name).get("pp", 1) * notation.parse(name).get("tp", 1) * 2 ** name.count("dp_")
+    for name in LAYOUTS
+}
 LONG = pytest.mark.slow
 
 
@@ -43,7 +52,8 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut_off(whole: Path, run: Path, *, step: int) -> Path:
-    """A copy of the run as a crash after checkpoint `step` would leave it: later lines are there, later checkpoints are not."""
+    """A copy of the run as a crash after checkpoint `step` would leave it: later lines are there, later
+    checkpoints are not."""
     shutil.copytree(whole, run)
     for path in (run / "checkpoints").iterdir():
         if path.name > f"step-{step:08d}":
@@ -51,8 +61,12 @@ def cut_off(whole: Path, run: Path, *, step: int) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", ["pp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2")])
-def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["pp2", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "pp2")]
+)
+def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(
+    data: Path, tmp_path: Path, name: str
+) -> None:
     straight, paused = tmp_path / "straight", tmp_path / "paused"
     finished(RANKS[name], arguments(straight, data, **LAYOUTS[name]))
     finished(RANKS[name], arguments(paused, data, train__steps=5, **LAYOUTS[name]))
@@ -62,12 +76,19 @@ def test_a_run_that_stops_and_goes_on_is_bit_for_bit_the_uninterrupted_one(data:
     assert_equal_state(paused / "checkpoints" / "step-00000008", straight / "checkpoints" / "step-00000008")
     assert "resumed   step-00000005 at step 5, 1280 tokens" in said
     assert "changed   train.steps: 5 -> 8" in said
-    assert (summary(paused)["status"], summary(paused)["steps"], summary(paused)["tokens"]) == ("finished", 8, 2048)
+    assert (summary(paused)["status"], summary(paused)["steps"], summary(paused)["tokens"]) == (
+        "finished",
+        8,
+        2048,
+    )
 
 
-@pytest.mark.parametrize("precision", [pytest.param(kind, marks=LONG) for kind in ("bf16_mixed", "fp16_mixed")])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(kind, marks=LONG) for kind in ("bf16_mixed", "fp16_mixed")]
+)
 def test_mixed_precision_goes_on_too(data: Path, tmp_path: Path, precision: str) -> None:
-    options = {"precision": precision, "precision__init_scale": 2.0**18, "precision__growth_interval": 2}  # overflows first, then grows
+    # overflows first, then grows
+    options = {"precision": precision, "precision__init_scale": 2.0**18, "precision__growth_interval": 2}
     options |= {"train__eval_every": 5}  # checkpoints beside evaluations
     finished(2, arguments(tmp_path / "straight", data, train__steps=16, **options))
     for steps in (5, 10, 16):
@@ -77,8 +98,19 @@ def test_mixed_precision_goes_on_too(data: Path, tmp_path: Path, precision: str)
         assert len({row["loss_scale"] for row in rows(tmp_path / "straight")}) > 2
 
 
-@pytest.mark.parametrize("name", ["pp2-dp_shard2", *(pytest.param(name, marks=LONG) for name in ("tp2", "dp_shard2-zero3", "pp2", "pp2-zbv_zero_bubble"))])
-def test_another_layout_goes_on_with_the_same_losses(data: Path, whole: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pp2-dp_shard2",
+        *(
+            pytest.param(name, marks=LONG)
+            for name in ("tp2", "dp_shard2-zero3", "pp2", "pp2-zbv_zero_bubble")
+        ),
+    ],
+)
+def test_another_layout_goes_on_with_the_same_losses(
+    data: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
     run = cut_off(whole, tmp_path / "run", step=4)
     said = finished(RANKS[name], arguments(run, data, checkpoint__keep_last=0, **LAYOUTS[name])).out
     before, after = rows(whole), rows(run)
@@ -93,7 +125,10 @@ def test_another_layout_goes_on_with_the_same_losses(data: Path, whole: Path, tm
 
 
 def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]:
-    """On each rank: load a checkpoint under the layout of `argv` and save it again, nothing in between. Returns step and this rank's next rows."""
+    """On each rank: load a checkpoint under the layout of `argv` and save it again, nothing in between.
+
+    Returns step and this rank's next rows.
+    """
     from hybridtrain.data.blend import open_data
     from hybridtrain.data.loader import Loader
 
@@ -104,25 +139,50 @@ def resave(argv: list[str], source: Path, target: Path) -> tuple[int, list[int]]
     progress = engine.load(source)
     engine.save(target, progress).result()
     data = open_data(config.data, timeout_s=0)
-    loader = Loader(data, plan=plan, dp_rank=engine.mesh.dp_rank, dp_size=layout.dp, seed=config.run.seed, vocab=300, collate=CausalLM().collate)
+    loader = Loader(
+        data,
+        plan=plan,
+        dp_rank=engine.mesh.dp_rank,
+        dp_size=layout.dp,
+        seed=config.run.seed,
+        vocab=300,
+        collate=CausalLM().collate,
+    )
     return engine.mesh.dp_rank, loader.row_ids(progress.step)[:, 1].tolist()
 
 
-UNEVEN = {"parallel__dp_replicate": 1, "parallel__dp_shard": 3, "parallel__zero_stage": 3, "batch__global_batch_size": 12}  # 3 divides no dimension
+# 3 divides no dimension
+UNEVEN = {
+    "parallel__dp_replicate": 1,
+    "parallel__dp_shard": 3,
+    "parallel__zero_stage": 3,
+    "batch__global_batch_size": 12,
+}
 
 
-@pytest.mark.parametrize("name", ["pp2-tp2", *(pytest.param(name, marks=LONG) for name in ("uneven", *LAYOUTS) if name != "pp2-tp2")])
-def test_state_and_rows_under_another_layout_are_the_same_bit_for_bit(data: Path, whole: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["pp2-tp2", *(pytest.param(name, marks=LONG) for name in ("uneven", *LAYOUTS) if name != "pp2-tp2")],
+)
+def test_state_and_rows_under_another_layout_are_the_same_bit_for_bit(
+    data: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
     source, target = whole / "checkpoints" / "step-00000004", tmp_path / "step-00000004"
     options = UNEVEN if name == "uneven" else LAYOUTS[name]
-    found = run_ranks(3 if name == "uneven" else RANKS[name], resave, arguments(tmp_path, data, **options), source, target)
+    found = run_ranks(
+        3 if name == "uneven" else RANKS[name], resave, arguments(tmp_path, data, **options), source, target
+    )
     assert_equal_state(target, source)
     batch = {key: value for key, value in options.items() if key.startswith("batch")}
     single = run_ranks(1, resave, arguments(tmp_path, data, **batch), source, tmp_path / "single")
-    assert [row for _, share in sorted({(rank, tuple(share)) for rank, share in found}) for row in share] == single[0][1]
+    assert [
+        row for _, share in sorted({(rank, tuple(share)) for rank, share in found}) for row in share
+    ] == single[0][1]
 
 
-def test_a_crash_long_after_the_last_checkpoint_leaves_each_step_once(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_crash_long_after_the_last_checkpoint_leaves_each_step_once(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     run = cut_off(whole, tmp_path / "run", step=2)
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 9, "loss": 1.2')  # torn by the crash
@@ -132,7 +192,9 @@ def test_a_crash_long_after_the_last_checkpoint_leaves_each_step_once(data: Path
     assert checkpoints(run) == checkpoints(whole)
 
 
-def test_the_same_command_after_the_end_says_so_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_same_command_after_the_end_says_so_and_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     run = cut_off(whole, tmp_path / "run", step=8)
     before = content(run)
     said = finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0)).out
@@ -146,19 +208,25 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_could_not_say_that_it_had_finished_is_finished_by_the_next_command(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_could_not_say_that_it_had_finished_is_finished_by_the_next_command(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     """Killed between its last checkpoint and its last word. No engine is built for that, no torch loaded."""
     run = cut_off(whole, tmp_path / "run", step=8)
     (run / "summary.json").write_text(json.dumps({**summary(run), "status": "running", "steps": 7}))
     code = "import sys; from hybridtrain.cli.commands import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
     argv = arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0, parallel__dp_replicate=1)
-    ended = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60
+    )
     assert ended.stdout.endswith("0 False\n"), ended
     assert (summary(run)["status"], summary(run)["steps"], summary(run)["tokens"]) == ("finished", 8, 2048)
     assert summary(run)["final_loss"] == summary(whole)["final_loss"]
 
 
-def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_changes(data: Path, tmp_path: Path) -> None:
+def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_changes(
+    data: Path, tmp_path: Path
+) -> None:
     finished(1, arguments(tmp_path / "run", data, train__steps=2, schedule="cosine"))
     said = finished(1, arguments(tmp_path / "run", data, train__steps=4, schedule="cosine")).out
     assert "changed   train.steps: 2 -> 4" in said
@@ -166,7 +234,9 @@ def test_a_longer_run_under_a_decaying_schedule_says_that_the_learning_rate_chan
     assert len(rows(tmp_path / "run")) == 4
 
 
-def test_an_end_before_what_is_done_is_said_and_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_end_before_what_is_done_is_said_and_changes_nothing(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
     run = cut_off(whole, tmp_path / "run", step=8)
     said = finished(1, arguments(run, data, train__steps=5)).out
     assert f"warning: {run} has done 8 steps, and is asked to end after 5: nothing is left to do" in said
@@ -187,13 +257,17 @@ def test_a_failing_rank_that_is_not_0_is_named(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_rank_killed_by_the_system_ends_the_run_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_by_the_system_ends_the_run_and_the_same_command_goes_on(
+    data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     argv = arguments(run, data, train__steps=400, checkpoint__every=10)
     process = torchrun(2, argv)
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 30:
         assert process.poll() is None, process.communicate()
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+    ranks = {
+        child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)
+    }
     ranks["1"].kill()
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -202,10 +276,18 @@ def test_a_rank_killed_by_the_system_ends_the_run_and_the_same_command_goes_on(d
     assert [row["step"] for row in rows(run)] == list(range(1, 401))
 
 
-def test_the_decision_about_the_run_directory_is_made_without_torch(whole: Path, data: Path, tmp_path: Path) -> None:
+def test_the_decision_about_the_run_directory_is_made_without_torch(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
     """Here: another seed is another run."""
     code = "import sys; from hybridtrain.cli.commands import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
     run = cut_off(whole, tmp_path / "run", step=4)
-    ended = subprocess.run([sys.executable, "-c", code, *arguments(run, data, run__seed=5)], capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments(run, data, run__seed=5)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert ended.stdout == "2 False\n"
     assert "run.seed was 0 and is 5" in ended.stderr

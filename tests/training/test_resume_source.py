@@ -1,4 +1,5 @@
-"""A resumed run sets no initial weights: it needs neither the pretrained model it began from nor the time to draw them."""
+"""A resumed run sets no initial weights: it needs neither the pretrained model it began from nor
+the time to draw them."""
 
 import json
 import shutil
@@ -45,18 +46,28 @@ def saved_and_loaded(case: Case, path: Path) -> None:
     config = case.config()
     layout = layouts.resolve(config.parallel, world_size=case.world_size)
     plan = plan_batch(config.batch, layout=layout, seq_len=case.seq_len)
-    second = engines.build_for(None, config, layout=layout, plan=plan, device=torch.device("cpu"), initial=False)
+    second = engines.build_for(
+        None, config, layout=layout, plan=plan, device=torch.device("cpu"), initial=False
+    )
     second.load(path)
     second.save(path.with_name("again"), Progress(1, 0, {})).result()
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind"), [("pp2", "torch"), ("dp_shard2-zero3", "torch"), ("tp2", "torch"), pytest.param("dp_shard2-zero3", "deepspeed", marks=pytest.mark.slow)]
+    ("layout", "kind"),
+    [
+        ("pp2", "torch"),
+        ("dp_shard2-zero3", "torch"),
+        ("tp2", "torch"),
+        pytest.param("dp_shard2-zero3", "deepspeed", marks=pytest.mark.slow),
+    ],
 )
 def test_everything_a_run_has_comes_from_its_checkpoint(tmp_path, layout, kind):
     """Frozen parameters and both copies of a tied matrix too (pp2)."""
     pytest.importorskip("deepspeed") if kind == "deepspeed" else None
     freeze = ("model.layers.0.*",) if kind == "torch" else ()
-    case = Case(layout, model(tie_word_embeddings=layout == "pp2"), freeze=freeze, overrides=(("engine.kind", kind),))
+    case = Case(
+        layout, model(tie_word_embeddings=layout == "pp2"), freeze=freeze, overrides=(("engine.kind", kind),)
+    )
     run_ranks(case.world_size, saved_and_loaded, case, tmp_path / "one")
     runs.assert_equal_state(tmp_path / "again", tmp_path / "one")

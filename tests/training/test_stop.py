@@ -1,4 +1,5 @@
-"""A run stops when it is told to, keeps what it did, and goes on as if nothing had been; a run that fails says who failed first."""
+"""A run stops when it is told to, keeps what it did, and goes on as if nothing had been; a run that fails
+says who failed first."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ def told(argv: list[str], run: Path, number: int, plan: dict[str, Any]) -> Ended
         import threading
 
         def watch() -> None:
-            while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 2:
+            while (
+                not (run / "metrics.jsonl").exists()
+                or len((run / "metrics.jsonl").read_text().splitlines()) < 2
+            ):
                 time.sleep(0.01)
             os.kill(os.getpid(), number)
 
@@ -48,7 +52,9 @@ def told(argv: list[str], run: Path, number: int, plan: dict[str, Any]) -> Ended
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize("name", ["USR1", "INT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TERM", "USR2"))])
+@pytest.mark.parametrize(
+    "name", ["USR1", "INT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TERM", "USR2"))]
+)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(name, data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     argv = arguments(run, data, run__stop_signal=name if name.startswith("USR") else "USR1")
@@ -58,7 +64,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(name, data, uninterr
     stood = summary(run)
     status = "preempted" if name.startswith("USR") else "interrupted"
     assert stood["status"] == status
-    assert stood["exit_reason"] == ("stopped by Ctrl-C (SIGINT received)" if name == "INT" else f"SIG{name} received")
+    assert stood["exit_reason"] == (
+        "stopped by Ctrl-C (SIGINT received)" if name == "INT" else f"SIG{name} received"
+    )
     assert 2 <= stood["steps"] < 8
     assert checkpoints(run) == [f"step-{stood['steps']:08d}"]
     events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
@@ -83,7 +91,10 @@ def test_the_deadline_stops_a_run_in_time(data, uninterrupted, tmp_path, monkeyp
 
 def test_torchrun_told_to_end_leaves_a_checkpoint_and_goes_on(data, uninterrupted, tmp_path, monkeypatch):
     """As by Ctrl-C, or a container that is stopped: torchrun passes TERM on to its ranks."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "sabotage"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join([str(Path(__file__).parents[1] / "sabotage"), os.environ.get("PYTHONPATH", "")]),
+    )
     monkeypatch.setenv("SABOTAGE", json.dumps({"kind": "slow", "seconds": 0.5}))
     run = tmp_path / "run"
     argv = arguments(run, data)
@@ -99,7 +110,9 @@ def test_torchrun_told_to_end_leaves_a_checkpoint_and_goes_on(data, uninterrupte
 
 def wait_for(run: Path, *, lines: int, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < lines:
+    while (
+        not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < lines
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -114,7 +127,11 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments(run, data)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *arguments(run, data)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for(run, lines=2, process=process)
     process.send_signal(signal.SIGTERM)
@@ -142,7 +159,9 @@ def test_a_rank_that_raises_is_named_as_the_first(layout, data, tmp_path):
     assert "planted failure" in found.detail
     assert found.node == failure.node()
     assert summary(run)["exit_reason"] == str(found)
-    assert json.loads((run / "failures/life-0/rank-1.json").read_text())["step"] == 3, "steps done, on a rank that is not 0"
+    assert json.loads((run / "failures/life-0/rank-1.json").read_text())["step"] == 3, (
+        "steps done, on a rank that is not 0"
+    )
 
 
 def test_a_rank_that_was_killed_is_named(data, tmp_path):
@@ -155,22 +174,45 @@ def test_a_rank_that_was_killed_is_named(data, tmp_path):
     assert "killed from outside" in found.what
 
 
-@pytest.mark.parametrize("layout", [{}, *(pytest.param(layout, marks=pytest.mark.slow) for layout in ({"parallel__pp": 2}, {"parallel": "zero3"}))])
-def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_that_wait(layout, data, tmp_path):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in ({"parallel__pp": 2}, {"parallel": "zero3"})
+        ),
+    ],
+)
+def test_a_rank_that_hangs_ends_all_with_their_stacks_and_is_told_from_those_that_wait(
+    layout, data, tmp_path
+):
     run = tmp_path / "run"
     began = time.monotonic()
     with pytest.raises(RankFailed):
-        run_ranks(2, sabotaged, arguments(run, data, train__max_step_s=4, **layout), {"kind": "hang", "rank": 1, "step": 3})
+        run_ranks(
+            2,
+            sabotaged,
+            arguments(run, data, train__max_step_s=4, **layout),
+            {"kind": "hang", "rank": 1, "step": 3},
+        )
     assert time.monotonic() - began < 60
     found = failure.root_cause(run / "failures/life-0", world_size=2)
     assert found is not None
     assert found.rank == 1, found
     assert "max_step_s" in found.what
     assert "sitecustomize" in found.detail
-    assert not [child for child in psutil.Process().children(recursive=True) if child.status() == "zombie" and "hybridtrain.train" in child.name()]
+    assert not [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() == "zombie" and "hybridtrain.train" in child.name()
+    ]
 
 
-@pytest.mark.parametrize("text", ["run.stop_signal=KILL", "run.stop_signal=nonsense", "run.stop_before_s=-1", "train.max_step_s=nan"])
+@pytest.mark.parametrize(
+    "text",
+    ["run.stop_signal=KILL", "run.stop_signal=nonsense", "run.stop_before_s=-1", "train.max_step_s=nan"],
+)
 def test_what_cannot_be_obeyed_is_refused(text):
     with pytest.raises(UserError, match=re.escape(text.partition("=")[0])) as told:
         checks.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", text]))

@@ -42,7 +42,9 @@ def places(key: str, *, fraction: float, how: str) -> Iterator[tuple[int, int]]:
         room = stretch - size
         if number == 0 and how == SURELY:
             room = min(room, LEAST_BYTES // 2 - size)
-        at = start + int(share(hashlib.sha256(f"{key}\0{number}".encode("utf-8", "surrogateescape")).digest()) * room)
+        at = start + int(
+            share(hashlib.sha256(f"{key}\0{number}".encode("utf-8", "surrogateescape")).digest()) * room
+        )
         yield at, at + size
         start, size, number = start + stretch, min(2 * size, _LARGEST), number + 1
 
@@ -55,7 +57,11 @@ def cut(text: str, *, key: str, fraction: float, how: str) -> Iterator[tuple[str
             break
         first = max(done, _edge(text, start))
         last = max(first, _edge(text, stop))
-        yield from ((part, held_out) for part, held_out in ((text[done:first], False), (text[first:last], True)) if part)
+        yield from (
+            (part, held_out)
+            for part, held_out in ((text[done:first], False), (text[first:last], True))
+            if part
+        )
         done = last
     if done < len(text):
         yield text[done:], False
@@ -64,5 +70,7 @@ def cut(text: str, *, key: str, fraction: float, how: str) -> Iterator[tuple[str
 def _edge(text: str, at: int) -> int:
     if at >= len(text):
         return len(text)
-    found = next((place for mark in ("\n", " ") if (place := text.find(mark, at, at + _EDGE_CHARS)) >= 0), at - 1)
+    found = next(
+        (place for mark in ("\n", " ") if (place := text.find(mark, at, at + _EDGE_CHARS)) >= 0), at - 1
+    )
     return found + 1

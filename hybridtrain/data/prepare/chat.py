@@ -28,7 +28,8 @@ from hybridtrain.data.prepare.template import Span, Template, Unrendered
 
 Sample = tuple[np.ndarray, np.ndarray | None]
 _NOT_RENDERED = ("tool_calls", "tool_call_id", "id")
-"""Keys of messages that need not be rendered: tool calls are checked separately, the others only link messages."""
+"""Keys of messages that need not be rendered: tool calls are checked separately, the others
+only link messages."""
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _PROBE = "\u2063probe\u2063"
 
@@ -82,13 +83,27 @@ def encode(conversations: list[Conversation], *, template: Template, turns: str)
             samples, notes = _render(conversation, template=template, turns=turns)
             results.append((samples, notes, "", ""))
         except Unrendered as error:
-            results.append(([], [], str(error), "a tokenizer whose chat template supports such conversations, or data.chat_template=plain"))
+            results.append(
+                (
+                    [],
+                    [],
+                    str(error),
+                    "a tokenizer whose chat template supports such conversations, or data.chat_template=plain",
+                )
+            )
         except _Incompatible as error:
             results.append(([], [], str(error), error.instead))
     texts = [sample.text for samples, *_ in results for sample in samples]
-    tokens = template.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+    tokens = (
+        template.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        if texts
+        else {"input_ids": [], "offset_mapping": []}
+    )
     pairs = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    return [Encoded([_mask(*next(pairs), sample=sample) for sample in samples], notes, problem, instead) for samples, notes, problem, instead in results]
+    return [
+        Encoded([_mask(*next(pairs), sample=sample) for sample in samples], notes, problem, instead)
+        for samples, notes, problem, instead in results
+    ]
 
 
 def _mask(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +118,7 @@ def _mask(ids: list[int], offsets: list[Span], *, sample: _Sample) -> tuple[np.n
     return np.array(ids, dtype=np.int32), mask
 
 
-# -- a conversation and its template -------------------------------------------------------------------------------
+# -- a conversation and its template -------------------------------------------------------------------------
 
 
 def _render(conversation: Conversation, *, template: Template, turns: str) -> tuple[list[_Sample], list[str]]:
@@ -121,13 +136,22 @@ def _render(conversation: Conversation, *, template: Template, turns: str) -> tu
         except (Unrendered, _Incompatible) as error:
             failed = failed or error
             continue
-        dropped = [number for number, message in enumerate(messages) if message.get("tool_calls") and not one.shows_calls(samples, number)]
+        dropped = [
+            number
+            for number, message in enumerate(messages)
+            if message.get("tool_calls") and not one.shows_calls(samples, number)
+        ]
         if any(number in trained for number in dropped):
             number = next(number for number in dropped if number in trained)
             words = f"message {number} (assistant) has tool calls that the chat template of {template.name} does not render, so its target would be wrong"
-            failed = _Incompatible(words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message")
+            failed = _Incompatible(
+                words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message"
+            )
             continue
-        return samples, [*_notes(one, samples), *(["messages whose tool calls the template does not render"] if dropped else [])]
+        return samples, [
+            *_notes(one, samples),
+            *(["messages whose tool calls the template does not render"] if dropped else []),
+        ]
     assert failed is not None
     raise failed
 
@@ -149,9 +173,15 @@ def _ways(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _with_calls(message: Message, *, arguments: Callable[[Any], Any], empty: str | None) -> Message:
-    message = {"role": message["role"], "content": message.get("content") or empty, **{k: v for k, v in message.items() if k not in ("role", "content")}}
+    message = {
+        "role": message["role"],
+        "content": message.get("content") or empty,
+        **{k: v for k, v in message.items() if k not in ("role", "content")},
+    }
     if not message.get("tool_calls"):
-        return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": message["content"] or ""}
+        return {name: value for name, value in message.items() if name != "tool_calls"} | {
+            "content": message["content"] or ""
+        }
     calls = []
     for call in message["tool_calls"]:
         function = call.get("function", call)
@@ -180,15 +210,25 @@ class _View:
     template: Template
 
     def text(self, messages: list[Message], *, header: bool) -> str:
-        return self.template.render(messages, tools=self.conversation.tools, options=self.conversation.options, header=header)
+        return self.template.render(
+            messages, tools=self.conversation.tools, options=self.conversation.options, header=header
+        )
 
     def marked(self, trained: list[int]) -> list[_Sample]:
         """One sample, with the spans that the template marks."""
         messages = self.conversation.messages
-        text, spans = self.template.marked(messages, tools=self.conversation.tools, options=self.conversation.options)
+        text, spans = self.template.marked(
+            messages, tools=self.conversation.tools, options=self.conversation.options
+        )
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) == len(answers):
-            return [_Sample(len(messages), text, {number: span for number, span in zip(answers, spans, strict=True) if number in trained})]
+            return [
+                _Sample(
+                    len(messages),
+                    text,
+                    {number: span for number, span in zip(answers, spans, strict=True) if number in trained},
+                )
+            ]
         if trained == answers:
             return [_Sample(len(messages), text, dict(enumerate(spans)))]
         words = f"the chat template of {self.template.name} marks {len(spans)} spans for {len(answers)} answers, so single answers cannot be left out"
@@ -200,16 +240,30 @@ class _View:
         whole = self.text(messages, header=False)
         alone = []
         for number in trained:
-            before, through = self.text(messages[:number], header=True), self.text(messages[: number + 1], header=False)
+            before, through = (
+                self.text(messages[:number], header=True),
+                self.text(messages[: number + 1], header=False),
+            )
             if not through.startswith(before):
                 words = f"the chat template of {self.template.name} renders the header of message {number} differently before and with its answer"
-                raise _Incompatible(f"{words}, so the tokens of the answer are not known", "a template with {% generation %}, or data.chat_template=plain")
+                raise _Incompatible(
+                    f"{words}, so the tokens of the answer are not known",
+                    "a template with {% generation %}, or data.chat_template=plain",
+                )
             alone.append(_Sample(number + 1, through, {number: (len(before), self.template.end(through))}))
         if all(whole.startswith(sample.text) for sample in alone):
-            return [_Sample(len(messages), whole, {number: span for sample in alone for number, span in sample.spans.items()})]
+            return [
+                _Sample(
+                    len(messages),
+                    whole,
+                    {number: span for sample in alone for number, span in sample.spans.items()},
+                )
+            ]
         return alone
 
-    def changes(self, samples: list[_Sample], change: Callable[[int, Message], Message], *, tools: bool) -> bool:
+    def changes(
+        self, samples: list[_Sample], change: Callable[[int, Message], Message], *, tools: bool
+    ) -> bool:
         """Whether changing the messages (or removing the tools, with tools=False) changes any sample's text,
         or makes rendering fail.
         """
@@ -220,15 +274,24 @@ class _View:
             return True
 
     def _render_changed(self, sample: _Sample, change: Callable[[int, Message], Message]) -> str:
-        messages = [change(number, message) for number, message in enumerate(self.conversation.messages[: sample.messages])]
+        messages = [
+            change(number, message)
+            for number, message in enumerate(self.conversation.messages[: sample.messages])
+        ]
         return self.text(messages, header=False)
 
     def shows_calls(self, samples: list[_Sample], number: int) -> bool:
         """Whether the tool calls of a message are rendered, in the sample that has it as a target,
         if there is one.
         """
-        own = [sample for sample in samples if number in sample.spans] or [sample for sample in samples if sample.messages > number]
-        return self.changes(own, lambda place, message: _without(message, "tool_calls") if place == number else message, tools=True)
+        own = [sample for sample in samples if number in sample.spans] or [
+            sample for sample in samples if sample.messages > number
+        ]
+        return self.changes(
+            own,
+            lambda place, message: _without(message, "tool_calls") if place == number else message,
+            tools=True,
+        )
 
 
 def _dropping(key: str) -> Callable[[int, Message], Message]:
@@ -237,7 +300,9 @@ def _dropping(key: str) -> Callable[[int, Message], Message]:
 
 def _probed(number: int) -> Callable[[int, Message], Message]:
     """A change that appends a unique string to one message."""
-    return lambda place, message: {**message, "content": message["content"] + _PROBE} if place == number else message
+    return lambda place, message: (
+        {**message, "content": message["content"] + _PROBE} if place == number else message
+    )
 
 
 def _without(message: Message, key: str) -> Message:
@@ -253,19 +318,38 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
     conversation, template = view.conversation, view.template
     notes = []
     if len(samples) > 1:
-        notes.append("conversations with a sample for each answer, since the template renders earlier answers differently")
+        notes.append(
+            "conversations with a sample for each answer, since the template renders earlier answers differently"
+        )
     if conversation.tools and not view.changes(samples, lambda _, message: message, tools=False):
         notes.append("records whose tools the template does not render")
-    notes += [f"records whose chat_template_kwargs {name!r} the template does not know" for name in conversation.options if name not in template.source]
+    notes += [
+        f"records whose chat_template_kwargs {name!r} the template does not know"
+        for name in conversation.options
+        if name not in template.source
+    ]
     keys = {key for message in conversation.messages for key in message} - {"role", "content", *_NOT_RENDERED}
     for key in sorted(keys):
         if not view.changes(samples, _dropping(key), tools=True):
             notes.append(f"records whose messages have {key!r}, which the template does not render")
-    notes += sorted({f"records with a message of {role!r} that the template does not render" for role in _unseen(view, samples)})
-    notes += sorted({f"records with a message of the unusual role {message['role']!r}" for message in conversation.messages if message["role"] not in _ROLES})
+    notes += sorted(
+        {
+            f"records with a message of {role!r} that the template does not render"
+            for role in _unseen(view, samples)
+        }
+    )
+    notes += sorted(
+        {
+            f"records with a message of the unusual role {message['role']!r}"
+            for message in conversation.messages
+            if message["role"] not in _ROLES
+        }
+    )
     notes += _of_answers(view, samples)
     if any(template.literal.search(message.get("content") or "") for message in conversation.messages):
-        notes.append("conversations with a control token written out in a message, which becomes the token itself")
+        notes.append(
+            "conversations with a control token written out in a message, which becomes the token itself"
+        )
     return notes
 
 
@@ -282,10 +366,16 @@ def _unseen(view: _View, samples: list[_Sample]) -> Iterator[str]:
 
 def _of_answers(view: _View, samples: list[_Sample]) -> Iterator[str]:
     messages = view.conversation.messages
-    if view.template.marks and not all(messages[number]["role"] == "assistant" for sample in samples for number in sample.spans):
+    if view.template.marks and not all(
+        messages[number]["role"] == "assistant" for sample in samples for number in sample.spans
+    ):
         return  # the template's spans are not answers
     contents = [(message.get("content") or "", "tool_calls" in message) for message in messages]
-    trained = [(sample.text[start:end], *contents[number]) for sample in samples for number, (start, end) in sample.spans.items()]
+    trained = [
+        (sample.text[start:end], *contents[number])
+        for sample in samples
+        for number, (start, end) in sample.spans.items()
+    ]
     if any(not content.strip() and not calls for _, content, calls in trained):
         yield "conversations with an empty answer, of which only the end is trained"
     if any("".join(content.split()) not in "".join(text.split()) for text, content, _ in trained):

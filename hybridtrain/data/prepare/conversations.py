@@ -89,22 +89,34 @@ class Conversation:
 
 def fields(key: str) -> set[str]:
     """All fields of a record that may be used, with `data.messages_key=key`."""
-    forms = [name for names in (*_FORMS.values(), *_OPTIONAL.values()) for name in names] if key == DEFAULT_KEY else []
+    forms = (
+        [name for names in (*_FORMS.values(), *_OPTIONAL.values()) for name in names]
+        if key == DEFAULT_KEY
+        else []
+    )
     return {key, *forms, *_PAIR, *_BESIDE}
 
 
 def has_form(columns: Iterable[str], *, key: str) -> bool:
     """Whether records with these fields are in a known format (also preference pairs, which are refused)."""
     present = set(columns)
-    return key in present or (key == DEFAULT_KEY and any(present.issuperset(names) for names in (*_FORMS.values(), _PAIR)))
+    return key in present or (
+        key == DEFAULT_KEY and any(present.issuperset(names) for names in (*_FORMS.values(), _PAIR))
+    )
 
 
 def read(record: dict[str, Any], *, key: str) -> Conversation | None:
     """The conversation in a record; None if it has no messages. Raises Unreadable."""
     present = {name: value for name, value in record.items() if value is not None}
     if set(_PAIR) <= present.keys():
-        raise Unreadable(NOT_YET, instead="conversations with the chosen answer alone: messages, or prompt and completion")
-    form = next((name for name, names in _FORMS.items() if present.keys() >= set(names)), None) if key == DEFAULT_KEY and key not in present else key
+        raise Unreadable(
+            NOT_YET, instead="conversations with the chosen answer alone: messages, or prompt and completion"
+        )
+    form = (
+        next((name for name, names in _FORMS.items() if present.keys() >= set(names)), None)
+        if key == DEFAULT_KEY and key not in present
+        else key
+    )
     if form is None or (form == key and key not in present):
         shown = ", ".join(map(repr, list(record)[:8])) or "none"
         raise Unreadable(f"its field {key!r} is missing or null (its fields: {shown})", instead="")
@@ -112,7 +124,10 @@ def read(record: dict[str, Any], *, key: str) -> Conversation | None:
     if not messages:
         return None
     first_one: Any = messages[0]
-    before, shape = len(messages), "from and value" if isinstance(first_one, dict) and "from" in first_one else "role and content"
+    before, shape = (
+        len(messages),
+        "from and value" if isinstance(first_one, dict) and "from" in first_one else "role and content",
+    )
     messages = _with_system(messages, present.get("system"))
     first += len(messages) - before
     tools, options = _tools(present.get("tools")), _options(present.get("chat_template_kwargs"))
@@ -121,7 +136,9 @@ def read(record: dict[str, Any], *, key: str) -> Conversation | None:
     _check_roles(checked)
     used = {key, *_FORMS.get(form, ()), *_OPTIONAL.get(form, ()), *_BESIDE}
     return Conversation(
-        messages=[{name: value for name, value in message.items() if name not in _LOSS_KEYS} for message in checked],
+        messages=[
+            {name: value for name, value in message.items() if name not in _LOSS_KEYS} for message in checked
+        ],
         trains=trains,
         tools=tools,
         options=options,
@@ -147,7 +164,11 @@ def _messages(record: dict[str, Any], *, form: str) -> tuple[list[Any], int]:
                 raise _unreadable(f"its field {name!r} is {kind(record[name])}, not text")
         question = "\n\n".join(text for text in (record["instruction"], record.get("input", "")) if text)
         turns = [*_history(record.get("history", [])), (question, record["output"])]
-        return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)], 0
+        return [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ], 0
     value = record[form]
     if not isinstance(value, list):
         raise _unreadable(f"its field {form!r} is {kind(value)}, no list of messages")
@@ -155,7 +176,10 @@ def _messages(record: dict[str, Any], *, form: str) -> tuple[list[Any], int]:
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value):
+    if not isinstance(value, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in value
+    ):
         raise _unreadable("its field 'history' is no list of [question, answer]")
     return [(question, answer) for question, answer in value]
 
@@ -188,7 +212,10 @@ def _checked(number: int, message: Any) -> Message:
     content = _text(message.get("content"), place=f"message {number} ({role})")
     if content is None:
         if not calls:
-            raise _unreadable(f"message {number} ({role}) has no content" + (" and no tool_calls" if role == "assistant" else ""))
+            raise _unreadable(
+                f"message {number} ({role}) has no content"
+                + (" and no tool_calls" if role == "assistant" else "")
+            )
         return message
     return {**message, "content": content}
 
@@ -202,9 +229,14 @@ def _from_sharegpt(number: int, message: Message) -> Message:
         return {"role": _ROLES[source], "content": value, **rest}
     try:
         call: Any = json.loads(value) if isinstance(value, str) else value
-        calls = [{"type": "function", "function": {"name": one["name"], "arguments": one["arguments"]}} for one in (call if isinstance(call, list) else [call])]
+        calls = [
+            {"type": "function", "function": {"name": one["name"], "arguments": one["arguments"]}}
+            for one in (call if isinstance(call, list) else [call])
+        ]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _unreadable(f"message {number} is a function_call whose value is no JSON object with name and arguments") from None
+        raise _unreadable(
+            f"message {number} is a function_call whose value is no JSON object with name and arguments"
+        ) from None
     return {"role": "assistant", "tool_calls": calls, **rest}
 
 
@@ -226,9 +258,13 @@ def _text(content: Any, *, place: str) -> str | None:
     texts = []
     for part in content:
         if not isinstance(part, dict):
-            raise _unreadable(f"{place}: its content is a list with {kind(part)} in it; allowed are parts of type text")
+            raise _unreadable(
+                f"{place}: its content is a list with {kind(part)} in it; allowed are parts of type text"
+            )
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _unreadable(f"{place}: its content has a part of type {part.get('type')!r}, and only text is supported")
+            raise _unreadable(
+                f"{place}: its content has a part of type {part.get('type')!r}, and only text is supported"
+            )
         texts.append(part["text"])
     return "".join(texts) if texts else None
 
@@ -239,11 +275,17 @@ def _trains(number: int, message: Message) -> bool:
     flags = {name: message[name] for name in _LOSS_KEYS if name in message}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise _unreadable(f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported")
+            raise _unreadable(
+                f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported"
+            )
         if value and not answer:
-            raise _unreadable(f"message {number} ({message['role']}) asks for loss by {name}, which only answers of the assistant can have")
+            raise _unreadable(
+                f"message {number} ({message['role']}) asks for loss by {name}, which only answers of the assistant can have"
+            )
     if len({bool(value) for value in flags.values()}) > 1:
-        raise _unreadable(f"message {number} ({message['role']}): {' and '.join(flags)} contradict each other")
+        raise _unreadable(
+            f"message {number} ({message['role']}): {' and '.join(flags)} contradict each other"
+        )
     return answer and all(flags.values())
 
 
@@ -288,7 +330,9 @@ def _from_json(value: Any, *, name: str) -> Any:
 def _content(messages: list[Message], *, tools: Any, options: dict[str, Any]) -> bytes:
     beside = {**({"tools": tools} if tools else {}), **({"chat_template_kwargs": options} if options else {})}
     try:
-        return json.dumps({"messages": messages, **beside} if beside else messages, sort_keys=True, ensure_ascii=False).encode()
+        return json.dumps(
+            {"messages": messages, **beside} if beside else messages, sort_keys=True, ensure_ascii=False
+        ).encode()
     except (UnicodeEncodeError, TypeError, RecursionError) as error:
         raise _unreadable(f"it holds what no text can ({error})") from None
 
@@ -299,5 +343,13 @@ def _unreadable(problem: str) -> Unreadable:
 
 def kind(value: Any) -> str:
     """The type of a JSON value as text."""
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
     return names.get(type(value), f"a {type(value).__name__}")

@@ -22,10 +22,39 @@ _LETTER = r"[^\W\d_]"
 _MARKS = ",.;:!?\u3001\u3002\uff01\uff0c\uff0e\uff1a\uff1b\uff1f"  # Latin, Chinese and Japanese
 _KINDS: tuple[tuple[re.Pattern[str], int, tuple[tuple[str, str], ...]], ...] = (
     # (pattern, its characters before the cut, sample texts whose tokens must add up)
-    (re.compile(rf"{_LETTER} {_LETTER}"), 1, (("a", " b c"), ("x = 1)\ndef", " function():\n"), ("end. The", " end\n\n"), ("1  é", " ßx"), ("return", " x"))),
-    (re.compile(r"\S \S"), 1, (("a", " 12 b"), ("12", " 345,"), ("x)", " (y"), ("};", ' "a'), ("1.5e-3", " 7"), ("'", " 's x"))),
-    (re.compile(r"\S\n[^\W_]"), 2, (("a\n", "b c"), ("12\n", "x"), ("0.5\n", "12,3"), ("};\n", "def f"), ("é.\n", "ß"), ("x -\n", "日本"))),
-    (re.compile(rf"{_LETTER}[{_MARKS}]{_LETTER}"), 1, (("日本", "。字と"), ("a", ",b"), ("字", "、日 a"), ("x", ".y z"), ("ab", "!b"))),
+    (
+        re.compile(rf"{_LETTER} {_LETTER}"),
+        1,
+        (
+            ("a", " b c"),
+            ("x = 1)\ndef", " function():\n"),
+            ("end. The", " end\n\n"),
+            ("1  é", " ßx"),
+            ("return", " x"),
+        ),
+    ),
+    (
+        re.compile(r"\S \S"),
+        1,
+        (("a", " 12 b"), ("12", " 345,"), ("x)", " (y"), ("};", ' "a'), ("1.5e-3", " 7"), ("'", " 's x")),
+    ),
+    (
+        re.compile(r"\S\n[^\W_]"),
+        2,
+        (
+            ("a\n", "b c"),
+            ("12\n", "x"),
+            ("0.5\n", "12,3"),
+            ("};\n", "def f"),
+            ("é.\n", "ß"),
+            ("x -\n", "日本"),
+        ),
+    ),
+    (
+        re.compile(rf"{_LETTER}[{_MARKS}]{_LETTER}"),
+        1,
+        (("日本", "。字と"), ("a", ",b"), ("字", "、日 a"), ("x", ".y z"), ("ab", "!b")),
+    ),
     (re.compile(r"[0-9][,.;:][0-9]"), 1, (("1", ",2"), ("0.123", ".4567"), ("12", ":30;"), ("1234", ",5"))),
     (re.compile(r"[A-Za-z][0-9]"), 1, (("a", "1 b"), ("xyz", "123456"), ("Qm", "9Fk"), ("é a", "7"))),
     (re.compile(r"[0-9][A-Za-z]"), 1, (("1", "a b"), ("123", "xyz"), ("9", "Fk2"), ("2024", "Q"))),
@@ -44,7 +73,9 @@ class Cutter:
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         self._encode = encode
-        self.kinds = [(pattern, before) for pattern, before, samples in _KINDS if add_up(encode, samples=samples)]
+        self.kinds = [
+            (pattern, before) for pattern, before, samples in _KINDS if add_up(encode, samples=samples)
+        ]
 
     def parts(self, text: str) -> Iterator[str]:
         """The text in parts. Raises UserError if a part without a place to cut is too long."""
@@ -59,7 +90,10 @@ class Cutter:
             for pattern, before in self.kinds:
                 for tries, match in enumerate(pattern.finditer(text, at, min(len(text), at + CHUNK_CHARS))):
                     place = match.start() + before
-                    if add_up(self._encode, samples=((text[place - _AROUND_CHARS : place], text[place : place + _AROUND_CHARS]),)):
+                    if add_up(
+                        self._encode,
+                        samples=((text[place - _AROUND_CHARS : place], text[place : place + _AROUND_CHARS]),),
+                    ):
                         return place
                     if tries == _TRIES:
                         break
@@ -68,5 +102,11 @@ class Cutter:
     def _fitting(self, part: str) -> str:
         if len(part) > MOST_CHARS:
             words = f"it has {len(part):,} characters without an end of a word for this tokenizer; encoding them takes {len(part) * 160 >> 30} GiB"
-            raise refusal("data.source", "a document", words, allowed=f"{MOST_CHARS:,} such characters", instead="the document in several")
+            raise refusal(
+                "data.source",
+                "a document",
+                words,
+                allowed=f"{MOST_CHARS:,} such characters",
+                instead="the document in several",
+            )
         return part

@@ -71,7 +71,15 @@ class Counts:
             counts = json.loads((folder / "counts.json").read_text())
             for name, value in counts.items():
                 old = getattr(total, name)
-                setattr(total, name, _merge(old, value) if isinstance(value, dict) else old or value if isinstance(value, str) else old + value)
+                setattr(
+                    total,
+                    name,
+                    _merge(old, value)
+                    if isinstance(value, dict)
+                    else old or value
+                    if isinstance(value, str)
+                    else old + value,
+                )
         return total
 
     def note(self, text: str, unit: Unit, number: int) -> None:
@@ -103,21 +111,38 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
                 value, content, problem, instead = _conversation(value, unit, number, counts=counts)
             elif recipe.labels:
                 text, label = value
-                value, content, problem = labelled.document(_text(text), label, recipe=recipe.labels, forms=counts.forms)
+                value, content, problem = labelled.document(
+                    _text(text), label, recipe=recipe.labels, forms=counts.forms
+                )
             else:
                 value, content, problem = _text(value)
         if problem:
             bad_record(unit, number, problem, instead=instead, recipe=recipe, counts=counts)
         elif value:
-            digest = hashlib.blake2b(content, digest_size=16).digest() if source_held_out is None or recipe.deduplicate else b""
+            digest = (
+                hashlib.blake2b(content, digest_size=16).digest()
+                if source_held_out is None or recipe.deduplicate
+                else b""
+            )
             if "\ufffd".encode() in content:
                 counts.damaged += 1
                 counts.first_damaged = counts.first_damaged or readers.where(unit, number)
             size, content = len(content), b""  # frees memory while a long document is encoded
             if how := unit.source.blocks or _hold_out_blocks(digest, size=size, recipe=recipe, counts=counts):
-                yield from _cut(unit, number, value, key=unit.source.name if unit.source.blocks else digest.hex(), how=how, recipe=recipe)
+                yield from _cut(
+                    unit,
+                    number,
+                    value,
+                    key=unit.source.name if unit.source.blocks else digest.hex(),
+                    how=how,
+                    recipe=recipe,
+                )
             else:
-                held_out = blocks.share(digest) < recipe.eval_fraction if source_held_out is None else source_held_out
+                held_out = (
+                    blocks.share(digest) < recipe.eval_fraction
+                    if source_held_out is None
+                    else source_held_out
+                )
                 yield Document(unit, number, value, size, digest, held_out)
         elif not recipe.chat:
             counts.note(NO_TEXT, unit, number)
@@ -127,7 +152,9 @@ def _hold_out_blocks(digest: bytes, *, size: int, recipe: Recipe, counts: Counts
     """How blocks of a record are held out (blocks.py); "" for a record that is one document."""
     if not recipe.total_bytes or not digest:
         return ""
-    how = recipe.held_out_before.get(digest.hex()) or (BY_CHANCE if blocks.is_long(size, total=recipe.total_bytes) else "")
+    how = recipe.held_out_before.get(digest.hex()) or (
+        BY_CHANCE if blocks.is_long(size, total=recipe.total_bytes) else ""
+    )
     if how and size > recipe.total_bytes / 3:  # by chance, the eval split might get nothing of it
         how = SURELY
     if how:
@@ -138,7 +165,14 @@ def _hold_out_blocks(digest: bytes, *, size: int, recipe: Recipe, counts: Counts
 def _cut(unit: Unit, number: int, text: str, *, key: str, how: str, recipe: Recipe) -> Iterator[Document]:
     for part, held_out in blocks.cut(text, key=key, fraction=recipe.eval_fraction, how=how):
         content = part.encode()
-        yield Document(unit, number, part, len(content), hashlib.blake2b(content, digest_size=16).digest() if recipe.deduplicate else b"", held_out)
+        yield Document(
+            unit,
+            number,
+            part,
+            len(content),
+            hashlib.blake2b(content, digest_size=16).digest() if recipe.deduplicate else b"",
+            held_out,
+        )
 
 
 def _text(value: Any) -> tuple[str, bytes, str]:
@@ -155,7 +189,9 @@ def _text(value: Any) -> tuple[str, bytes, str]:
         return value, value.encode(), ""
 
 
-def _conversation(record: Any, unit: Unit, number: int, *, counts: Counts) -> tuple[Conversation | None, bytes, str, str]:
+def _conversation(
+    record: Any, unit: Unit, number: int, *, counts: Counts
+) -> tuple[Conversation | None, bytes, str, str]:
     """(conversation, its content for the digest, problem, what to try); the conversation
     is None without messages.
     """
@@ -195,12 +231,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def bad_record(unit: Unit, number: int, problem: str, *, instead: str, recipe: Recipe, counts: Counts) -> None:
+def bad_record(
+    unit: Unit, number: int, problem: str, *, instead: str, recipe: Recipe, counts: Counts
+) -> None:
     """Raise UserError for a record that cannot be read or encoded; with skip_bad, only count it."""
     if not recipe.skip_bad:
         option = unit.fields.option
-        good_records = f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
+        good_records = (
+            f"records with {'messages' if recipe.chat else 'text'} in the field that {option} names"
+        )
         allowed = f"text in {unit.fields.encoding}" if unit.source.format == "text" else good_records
-        raise refusal("data.source", readers.where(unit, number), problem, allowed=allowed, instead=instead or f"another {option}, or {readers.SKIP}")
+        raise refusal(
+            "data.source",
+            readers.where(unit, number),
+            problem,
+            allowed=allowed,
+            instead=instead or f"another {option}, or {readers.SKIP}",
+        )
     counts.bad += 1
     counts.first_bad = counts.first_bad or f"{readers.where(unit, number)}: {problem}"

@@ -15,7 +15,12 @@ from hybridtrain.data.corpus import Corpus
 
 def missing(data: DataConfig) -> bool:
     """Whether the corpus is the built-in one and is not prepared yet."""
-    return bool(data.path) and data.source == ["stdlib"] and data.tokenizer == "train" and not _marker(data).exists()
+    return (
+        bool(data.path)
+        and data.source == ["stdlib"]
+        and data.tokenizer == "train"
+        and not _marker(data).exists()
+    )
 
 
 def _marker(data: DataConfig) -> Path:

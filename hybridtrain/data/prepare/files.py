@@ -30,12 +30,18 @@ _PATTERNS = {
     "labelled": ("*.jsonl", "*.ndjson", "*.parquet"),
 }
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-ALLOWED = f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
+ALLOWED = (
+    f"files, folders, patterns such as 'texts/**/*.txt', or {STDLIB}; with data.format=datasets also hub ids"
+)
 
 
 def patterns(data: DataConfig) -> list[str]:
     """Patterns of the files to read in a folder: data.pattern, or those of data.format."""
-    return [data.pattern] if data.pattern else [pattern + outer for pattern in _PATTERNS[data.format] for outer in ("", *COMPRESSED)]
+    return (
+        [data.pattern]
+        if data.pattern
+        else [pattern + outer for pattern in _PATTERNS[data.format] for outer in ("", *COMPRESSED)]
+    )
 
 
 def format_of(file: Path) -> str | None:
@@ -44,7 +50,9 @@ def format_of(file: Path) -> str | None:
     return next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None)
 
 
-def files_of(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[str, Path]]:
+def files_of(
+    entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]
+) -> Iterator[tuple[str, Path]]:
     """(name, path) of every file of an entry of `data.source`, except in the folder that `prepare` writes.
 
     Counts files that are left out by reason. Raises UserError for an entry that does not exist.
@@ -73,7 +81,11 @@ def files_of(entry: str, *, path: Path, data: DataConfig, left_out: Counter[str]
         root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
         inside = out is not None and out not in (root.resolve(), *root.resolve().parents)
         files = (Path(name) for name in paths if Path(name).is_file())
-        yield from ((file.relative_to(root).as_posix(), file) for file in files if not (inside and out in file.resolve().parents))
+        yield from (
+            (file.relative_to(root).as_posix(), file)
+            for file in files
+            if not (inside and out in file.resolve().parents)
+        )
     else:
         raise _missing(entry)
 
@@ -103,8 +115,13 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _unreadable(error: OSError) -> None:
-    problem, instead = f"a folder in it cannot be read ({error.strerror})", "other permissions, or a pattern that leaves it out"
-    raise refusal("data.source", error.filename, problem, allowed="folders that you may read", instead=instead)
+    problem, instead = (
+        f"a folder in it cannot be read ({error.strerror})",
+        "other permissions, or a pattern that leaves it out",
+    )
+    raise refusal(
+        "data.source", error.filename, problem, allowed="folders that you may read", instead=instead
+    )
 
 
 def _matcher(patterns: list[str]) -> Callable[[str], bool]:
@@ -136,7 +153,11 @@ def _missing(entry: str) -> UserError:
     path = Path(entry)
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, [*siblings, STDLIB] if path.name == entry else siblings, n=1)
-    instead = f"data.source=[{path.with_name(near[0])}]" if near else "the path as it is from this folder, or an absolute one"
+    instead = (
+        f"data.source=[{path.with_name(near[0])}]"
+        if near
+        else "the path as it is from this folder, or an absolute one"
+    )
     return refusal("data.source", entry, problem, allowed=ALLOWED, instead=instead)
 
 

@@ -31,7 +31,14 @@ _LOCK = ".lock"
 _PARTS = ("bin", "idx", "loss.bin", "loss.idx", "rows.npy", "row_starts.npy")
 NAMES = (CORPUS, SPEED, *(f"{split}.{part}" for split in SPLITS for part in _PARTS))
 _TOKENIZER_NAMES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 """Files of a tokenizer that transformers saves."""
@@ -40,12 +47,20 @@ _WAIT_NOTICE_S = 3.0
 
 def is_ours(record: Any) -> bool:
     """Whether the content of a corpus.json is that of `prepare`."""
-    return isinstance(record, dict) and isinstance(record.get("fingerprint"), str) and isinstance(record.get("settings"), dict)
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("fingerprint"), str)
+        and isinstance(record.get("settings"), dict)
+    )
 
 
 def _own(folder: Path) -> set[str]:
     """Files of the folder that `prepare` wrote and may replace."""
-    own = {name for name in files.read_record(folder, record=RECORD) if name in NAMES or name.startswith(f"{TOKENIZER}/")}
+    own = {
+        name
+        for name in files.read_record(folder, record=RECORD)
+        if name in NAMES or name.startswith(f"{TOKENIZER}/")
+    }
     if not own and (folder / CORPUS).is_file():
         with suppress(UserError):
             if is_ours(files.read_json(folder / CORPUS, field=FIELD)):
@@ -63,7 +78,13 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
     inside = next((path for path in read if root in Path(path).resolve().parents), None)
     if inside is not None:
         allowed = "a folder apart from what is read"
-        raise refusal(FIELD, folder, f"{inside}, which is to be read, is in the folder to be written", allowed=allowed, instead="data.path=data/mine")
+        raise refusal(
+            FIELD,
+            folder,
+            f"{inside}, which is to be read, is in the folder to be written",
+            allowed=allowed,
+            instead="data.path=data/mine",
+        )
     own, tokenizer = _own(folder), folder / TOKENIZER
     names = (
         [path.relative_to(folder).as_posix() for path in tokenizer.rglob("*") if not path.is_dir()]
@@ -71,9 +92,18 @@ def check_free(folder: Path, *, read: Iterable[str]) -> None:
         else [TOKENIZER]
     )
     partial = folder / PARTIAL
-    strange = partial.exists() and not (partial / PLAN).is_file() and not all(files.is_temporary(path.name, of=PLAN) for path in partial.iterdir())
+    strange = (
+        partial.exists()
+        and not (partial / PLAN).is_file()
+        and not all(files.is_temporary(path.name, of=PLAN) for path in partial.iterdir())
+    )
     work = [PARTIAL] if strange else []
-    files.check_replaceable(folder, [name for name in (*NAMES, *sorted(names), *work) if name not in own], record=RECORD, field=FIELD)
+    files.check_replaceable(
+        folder,
+        [name for name in (*NAMES, *sorted(names), *work) if name not in own],
+        record=RECORD,
+        field=FIELD,
+    )
 
 
 @contextmanager
@@ -114,7 +144,9 @@ def _lock(folder: Path, *, wait_s: float) -> TextIO:
             if spent >= wait_s:
                 lock.close()
                 words, instead = "another prepare is writing here", "wait for it, or another data.path"
-                raise refusal(FIELD, folder, words, allowed="one prepare per folder", instead=instead) from None
+                raise refusal(
+                    FIELD, folder, words, allowed="one prepare per folder", instead=instead
+                ) from None
             if spent > _WAIT_NOTICE_S and not noticed:
                 say(f"waiting for the prepare that is writing {folder}")
                 noticed = True

@@ -1,4 +1,5 @@
-"""Joins the pieces of a corpus into a pair of token files per split, without duplicates, in bounded memory."""
+"""Joins the pieces of a corpus into a pair of token files per split, without
+duplicates, in bounded memory."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Joined:
 def first_of_each(folders: list[Path]) -> list[np.ndarray]:
     """For each piece a bool array (documents,): True for documents that are the first among identical ones.
 
-    Compares 128-bit digests, one bucket of equal leading bits at a time. Memory: one byte per document, and one bucket.
+    Compares 128-bit digests, one bucket of equal leading bits at a time. Memory: one byte per
+    document, and one bucket.
     """
     digests = [np.load(folder / "digests.npy", mmap_mode="r") for folder in folders]
     ends = np.cumsum([len(one) for one in digests])
@@ -44,7 +46,9 @@ def first_of_each(folders: list[Path]) -> list[np.ndarray]:
     for bucket in range(1 << bits):
         places, high, low = [], [], []
         for one, end in zip(digests, ends, strict=True):
-            chosen = np.flatnonzero(one["high"] >> np.uint64(64 - bits) == bucket) if bits else np.arange(len(one))
+            chosen = (
+                np.flatnonzero(one["high"] >> np.uint64(64 - bits) == bucket) if bits else np.arange(len(one))
+            )
             places.append(chosen + (int(end) - len(one)))
             high.append(one["high"][chosen])
             low.append(one["low"][chosen])
@@ -56,7 +60,15 @@ def first_of_each(folders: list[Path]) -> list[np.ndarray]:
     return np.split(keep, ends[:-1])
 
 
-def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: list[np.ndarray] | None, identity: hashlib._Hash) -> Joined:
+def join(
+    folders: list[Path],
+    *,
+    split: str,
+    out: Path,
+    recipe: Recipe,
+    keep: list[np.ndarray] | None,
+    identity: hashlib._Hash,
+) -> Joined:
     """Concatenate one split of all pieces into the pair `out`, and for packed corpora the
     loss masks into `<out>.loss`.
 
@@ -81,7 +93,12 @@ def join(folders: list[Path], *, split: str, out: Path, recipe: Recipe, keep: li
         _concatenate([folder / loss.name for folder in folders], kept=kept, out=loss, dtype=LOSS_DTYPE)
         for block in _blocks(loss, dtype=LOSS_DTYPE):
             identity.update(block.tobytes())
-    return Joined(documents=reader.documents, tokens=reader.tokens, largest_id=largest, lengths=_lengths(reader.sizes, tokens=reader.tokens))
+    return Joined(
+        documents=reader.documents,
+        tokens=reader.tokens,
+        largest_id=largest,
+        lengths=_lengths(reader.sizes, tokens=reader.tokens),
+    )
 
 
 def _of_split(folder: Path, flags: np.ndarray, *, split: str) -> np.ndarray:

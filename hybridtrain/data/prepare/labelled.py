@@ -42,9 +42,17 @@ def check(data: DataConfig) -> None:
     """Refuse fewer than two classes, and duplicate names (raises UserError)."""
     instead = "data.labels=[negative,positive]"
     if len(data.labels) < 2:
-        raise refusal("data.labels", data.labels, "fewer than two classes", allowed="the names of two classes or more", instead=instead)
+        raise refusal(
+            "data.labels",
+            data.labels,
+            "fewer than two classes",
+            allowed="the names of two classes or more",
+            instead=instead,
+        )
     if len(set(data.labels)) < len(data.labels):
-        raise refusal("data.labels", data.labels, "a name occurs twice", allowed="different names", instead=instead)
+        raise refusal(
+            "data.labels", data.labels, "a name occurs twice", allowed="different names", instead=instead
+        )
 
 
 def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
@@ -52,13 +60,24 @@ def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
     names = recipe.names
     if isinstance(value, str) and value in names:
         return names.index(value), ""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value == int(value) and 0 <= value < len(names):
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value == int(value)
+        and 0 <= value < len(names)
+    ):
         return int(value), ""
     text = repr(value)[:60]
-    return 0, f"its field {recipe.key!r} holds {text}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
+    return (
+        0,
+        f"its field {recipe.key!r} holds {text}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}",
+    )
 
 
-def document(read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, forms: dict[str, int]) -> tuple[Labelled | None, bytes, str]:
+def document(
+    read: tuple[str, bytes, str], label: Any, *, recipe: LabelRecipe, forms: dict[str, int]
+) -> tuple[Labelled | None, bytes, str]:
     """(document, its identity, problem) from `read`, (text, its bytes, problem), and a label.
 
     The document is None if there is a problem or no text. Counts documents per class in `forms`.
@@ -77,12 +96,21 @@ def encode(documents: list[Labelled], *, tokenizer: Any, recipe: LabelRecipe) ->
     all_ids = tokenizer([document.text for document in documents])["input_ids"]
     long = [number for number, ids in enumerate(all_ids) if len(ids) > recipe.seq_len]
     if long:  # the tokenizer truncates before its special tokens at the end
-        cut = tokenizer([documents[number].text for number in long], truncation=True, max_length=recipe.seq_len)["input_ids"]
+        cut = tokenizer(
+            [documents[number].text for number in long], truncation=True, max_length=recipe.seq_len
+        )["input_ids"]
         for number, ids in zip(long, cut, strict=True):
             all_ids[number] = ids
     encoded = []
     for number, (ids, document) in enumerate(zip(all_ids, documents, strict=True)):
         mask = np.zeros(len(ids) + 1, dtype=np.uint8)
         mask[-1] = bool(ids)  # no target without tokens
-        encoded.append(Encoded([(np.array([*ids, document.label], dtype=np.int32), mask)], [CUT] if number in long else [], "", ""))
+        encoded.append(
+            Encoded(
+                [(np.array([*ids, document.label], dtype=np.int32), mask)],
+                [CUT] if number in long else [],
+                "",
+                "",
+            )
+        )
     return encoded

@@ -3,7 +3,8 @@
 `prepare` does it once.
 
     <split>.idx -> <split>.rows.npy          int64, ids of conversations, row after row
-                   <split>.row_starts.npy    int64 (rows + 1,): row r has ids row_starts[r] to row_starts[r + 1]
+                   <split>.row_starts.npy    int64 (rows + 1,): row r has ids row_starts[r] to row_starts[r +
+                                             1]
 
 Conversations of equal length are placed together, so that Python loops over lengths and numpy over
 conversations. Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021.
@@ -56,7 +57,14 @@ def build(folder: Path, *, split: str, seq_len: int) -> PackedRows:
         np.save(path, array)
     rows, tokens = len(starts) - 1, int(lengths.sum(dtype=np.int64))
     loss_tokens = int(sum(part.sum() for part in targets(folder, split=split, seq_len=seq_len)))
-    return PackedRows(rows=rows, conversations=len(sizes), cut=int((sizes > length).sum()), fill=tokens / (rows * length), tokens=tokens, targets=loss_tokens)
+    return PackedRows(
+        rows=rows,
+        conversations=len(sizes),
+        cut=int((sizes > length).sum()),
+        fill=tokens / (rows * length),
+        tokens=tokens,
+        targets=loss_tokens,
+    )
 
 
 def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
@@ -70,7 +78,14 @@ def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
     first = 0
     while first < len(sizes):
         last = max(first + 1, int(np.searchsorted(starts, starts[first] + COPY_BYTES)))
-        sums = np.concatenate([[0], np.cumsum(reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])), dtype=np.int64)])
+        sums = np.concatenate(
+            [
+                [0],
+                np.cumsum(
+                    reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])), dtype=np.int64
+                ),
+            ]
+        )
         firsts = starts[first:last] - starts[first] + 1
         ends = firsts - 1 + np.minimum(sizes[first:last], seq_len + 1)
         yield sums[ends] - sums[np.minimum(firsts, ends)]
@@ -105,7 +120,10 @@ def pack(sizes: np.ndarray, *, capacity: int) -> np.ndarray:
                 left = sizes_left.pop(place)
                 rows = np.concatenate(room.pop(left))
             else:
-                left, rows = capacity, np.arange(opened, opened - (-len(items) // (capacity // size)), dtype=np.int64)
+                left, rows = (
+                    capacity,
+                    np.arange(opened, opened - (-len(items) // (capacity // size)), dtype=np.int64),
+                )
                 opened += len(rows)
             each = left // size
             full, rest = divmod(min(len(items), each * len(rows)), each)

@@ -2,7 +2,8 @@
 `prepare` can be restarted.
 
 pieces <- plan(sources)      depends on the sources only: any number of workers writes the same bytes
-piece-<n>/                   {train,eval}.{bin,idx}, the same with .loss for conversations; digests.npy; counts.json
+piece-<n>/                   {train,eval}.{bin,idx}, the same with .loss for conversations; digests.npy;
+                             counts.json
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ def plan(sources: list[Source], *, fields: Fields) -> list[Piece]:
 
 def check_first_records(pieces: list[Piece], *, recipe: Recipe) -> None:
     """Raise UserError if the first record of a source is bad, before the tokenizer is trained."""
-    first = {unit.source.path: unit for piece in reversed(pieces) for unit in reversed(piece.units) if unit.source.format != "text"}
+    first = {
+        unit.source.path: unit
+        for piece in reversed(pieces)
+        for unit in reversed(piece.units)
+        if unit.source.format != "text"
+    }
     for unit in first.values():
         next(documents(unit, recipe=recipe, counts=Counts.zero()), None)
 
@@ -84,8 +90,15 @@ def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, 
     counts, digests = Counts.zero(), bytearray()
     end = np.array(recipe.eos, dtype=np.int32)
     with ExitStack() as stack:
-        tokens = {name: stack.enter_context(IndexedWriter(temporary / name, dtype=recipe.dtype)) for name in ("train", "eval")}
-        masks = {name: stack.enter_context(IndexedWriter(temporary / f"{name}.loss", dtype=LOSS_DTYPE)) for name in tokens if recipe.packed}
+        tokens = {
+            name: stack.enter_context(IndexedWriter(temporary / name, dtype=recipe.dtype))
+            for name in ("train", "eval")
+        }
+        masks = {
+            name: stack.enter_context(IndexedWriter(temporary / f"{name}.loss", dtype=LOSS_DTYPE))
+            for name in tokens
+            if recipe.packed
+        }
         for batch in _batches(piece, recipe=recipe, counts=counts):
             before = counts.tokens
             for document, samples in _encode(batch, encode=encode, recipe=recipe, counts=counts):
@@ -110,14 +123,23 @@ def _digest_of(document: Document, *, sample: int) -> bytes:
     """Digest to find duplicates: different for the samples of one conversation, the same for
     those of identical conversations.
     """
-    return hashlib.blake2b(document.digest + bytes([sample % 256]), digest_size=16).digest() if sample else document.digest
+    return (
+        hashlib.blake2b(document.digest + bytes([sample % 256]), digest_size=16).digest()
+        if sample
+        else document.digest
+    )
 
 
 def _batches(piece: Piece, *, recipe: Recipe, counts: Counts) -> Iterator[list[Document]]:
-    yield from _group((document for unit in piece.units for document in documents(unit, recipe=recipe, counts=counts)), limit=BATCH_BYTES)
+    yield from _group(
+        (document for unit in piece.units for document in documents(unit, recipe=recipe, counts=counts)),
+        limit=BATCH_BYTES,
+    )
 
 
-def _encode(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Counts) -> Iterator[tuple[Document, list[Sample]]]:
+def _encode(
+    batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Counts
+) -> Iterator[tuple[Document, list[Sample]]]:
     """(document, samples) for each document.
 
     Leaves out samples without ids or targets; what the tokenizer refuses is a bad record.
@@ -129,22 +151,42 @@ def _encode(batch: list[Document], *, encode: Encode, recipe: Recipe, counts: Co
             for document in batch:
                 yield from _encode([document], encode=encode, recipe=recipe, counts=counts)
         else:
-            bad_record(batch[0].unit, batch[0].number, str(error).partition("\n")[0], instead="", recipe=recipe, counts=counts)
+            bad_record(
+                batch[0].unit,
+                batch[0].number,
+                str(error).partition("\n")[0],
+                instead="",
+                recipe=recipe,
+                counts=counts,
+            )
         return
     except Exception as error:
-        error.add_note(f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}")
+        error.add_note(
+            f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}"
+        )
         raise
     is_special = np.zeros(2 + max(recipe.special_ids, default=0), dtype=bool)  # last: all larger ids
     is_special[recipe.special_ids] = True
     for document, (samples, notes, problem, instead) in zip(batch, encoded, strict=True):
         if problem:
-            bad_record(document.unit, document.number, problem, instead=f"{instead}, or {readers.SKIP}", recipe=recipe, counts=counts)
+            bad_record(
+                document.unit,
+                document.number,
+                problem,
+                instead=f"{instead}, or {readers.SKIP}",
+                recipe=recipe,
+                counts=counts,
+            )
         for note in notes:
             counts.note(note, document.unit, document.number)
         if recipe.packed is None and any(is_special.take(ids, mode="clip").any() for ids, _ in samples):
             counts.controls += 1
             counts.first_control = counts.first_control or readers.where(document.unit, document.number)
-        kept = [(ids, mask) for ids, mask in samples if len(ids) and (recipe.packed is None or _has_targets(mask, seq_len=recipe.packed.seq_len))]
+        kept = [
+            (ids, mask)
+            for ids, mask in samples
+            if len(ids) and (recipe.packed is None or _has_targets(mask, seq_len=recipe.packed.seq_len))
+        ]
         if len(kept) < len(samples):
             counts.note(_reason_left_out(samples, recipe=recipe), document.unit, document.number)
         if kept:

@@ -15,8 +15,21 @@ from hybridtrain.runtime.files import read_json
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
     """The options that determine the token files, apart from the text itself."""
-    names = ["source", "format", "pattern", "tokenizer", "eval_fraction", "deduplicate", "dataset_config", "dataset_split", "encoding"]
-    of_format = {"chat": ["messages_key", "chat_template", "chat_turns", "seq_len"], "labelled": ["text_key", "label_key", "labels", "seq_len"]}
+    names = [
+        "source",
+        "format",
+        "pattern",
+        "tokenizer",
+        "eval_fraction",
+        "deduplicate",
+        "dataset_config",
+        "dataset_split",
+        "encoding",
+    ]
+    of_format = {
+        "chat": ["messages_key", "chat_template", "chat_turns", "seq_len"],
+        "labelled": ["text_key", "label_key", "labels", "seq_len"],
+    }
     names += of_format.get(data.format, ["text_key", "append_eos"])
     names += ["vocab_size"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}
@@ -47,7 +60,9 @@ def is_prepared(path: Path, *, data: DataConfig, settings: dict[str, Any]) -> bo
                 allowed="the settings it was prepared with",
                 instead="another data.path, or prepare.overwrite=true",
             )
-    notes = _check_sources(path, data=data, before=record.get("sources")) + _check_files(path, tokenizer_files=record.get("tokenizer_files"))
+    notes = _check_sources(path, data=data, before=record.get("sources")) + _check_files(
+        path, tokenizer_files=record.get("tokenizer_files")
+    )
     say(f"{path} is prepared already{notes} (prepare.overwrite=true writes it again)")
     return True
 
@@ -61,13 +76,16 @@ def _check_files(path: Path, *, tokenizer_files: Any) -> str:
     except UserError as error:
         problem = str(error).partition("\n")[0].partition("=")[2].removeprefix(f"{path}: ")
         instead = "prepare.overwrite=true, which writes it again"
-        raise refusal("data.path", path, problem, allowed="an unchanged folder of prepare", instead=instead) from error
+        raise refusal(
+            "data.path", path, problem, allowed="an unchanged folder of prepare", instead=instead
+        ) from error
     changed = changed_files(path, written=tokenizer_files)
     return f"; {', '.join(changed)}" if changed else ""
 
 
 def _check_sources(path: Path, *, data: DataConfig, before: Any) -> str:
-    """Raise UserError if the folder was prepared from other files; returns a note if they cannot be compared."""
+    """Raise UserError if the folder was prepared from other files; returns a note if they
+    cannot be compared."""
     if not isinstance(before, dict):  # earlier versions did not record it
         return ""
     try:
@@ -76,5 +94,11 @@ def _check_sources(path: Path, *, data: DataConfig, before: Any) -> str:
         return "; its source is missing, or cannot be read"
     if changes := listing.changes(before):
         instead = "prepare.overwrite=true to prepare it again, or another data.path"
-        raise refusal("data.source", data.source, f"{changes} since {path} was prepared", allowed="the files it was prepared from", instead=instead)
+        raise refusal(
+            "data.source",
+            data.source,
+            f"{changes} since {path} was prepared",
+            allowed="the files it was prepared from",
+            instead=instead,
+        )
     return ""

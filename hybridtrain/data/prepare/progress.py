@@ -52,7 +52,9 @@ class ProgressMeter:
         """Print the last line, with the actual number of bytes; earlier lines have estimates,
         e.g. for compressed files.
         """
-        line = f"tokenized {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (", the rest by an earlier call" if self._skipped else "")
+        line = f"tokenized {self.size / 1e6:.1f} MB of text in {self.seconds:.1f} s" + (
+            ", the rest by an earlier call" if self._skipped else ""
+        )
         print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
 
     def _show(self, *, end: str) -> None:

@@ -41,7 +41,13 @@ def open_source(source: Source, *, fields: Fields) -> Source:
     """
     if source.format in ("parquet", "datasets") and fields.encoding != UTF8:
         allowed = "text and JSONL, in any encoding"
-        raise refusal("data.encoding", fields.encoding, f"{source.path} is {source.format}, which has its own", allowed=allowed, instead="no data.encoding")
+        raise refusal(
+            "data.encoding",
+            fields.encoding,
+            f"{source.path} is {source.format}, which has its own",
+            allowed=allowed,
+            instead="no data.encoding",
+        )
     if source.format == "datasets":
         return tables.open_dataset(source, fields)
     if is_lfs_pointer(Path(source.path)):
@@ -58,7 +64,8 @@ def open_source(source: Source, *, fields: Fields) -> Source:
 
 
 def units_of(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
-    """Units of about `limit` bytes of text; one unit for a source that can only be read from its beginning."""
+    """Units of about `limit` bytes of text; one unit for a source that can only be read
+    from its beginning."""
 
     def unit(start: int, stop: int, size: int) -> Unit:
         return Unit(source=source, fields=fields, start=start, stop=stop, size=size)
@@ -66,7 +73,10 @@ def units_of(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
     if source.format == "datasets":
         rows = len(tables.dataset_of(source, fields))
         step = max(1, rows * limit // source.size)
-        yield from (unit(start, min(start + step, rows), source.size * min(step, rows - start) // rows) for start in range(0, rows, step))
+        yield from (
+            unit(start, min(start + step, rows), source.size * min(step, rows - start) // rows)
+            for start in range(0, rows, step)
+        )
     elif source.format == "parquet":
         metadata = tables.parquet_file(source).metadata
         start = size = 0
@@ -76,14 +86,23 @@ def units_of(source: Source, *, fields: Fields, limit: int) -> Iterator[Unit]:
                 yield unit(start, group + 1, size)
                 start, size = group + 1, 0
     elif source.format == "jsonl" and not source.compression and fields.encoding == UTF8:
-        yield from (unit(start, min(start + limit, source.size), min(limit, source.size - start)) for start in range(0, source.size, limit))
+        yield from (
+            unit(start, min(start + limit, source.size), min(limit, source.size - start))
+            for start in range(0, source.size, limit)
+        )
     else:
         yield unit(0, source.size, source.size)
 
 
 def records(unit: Unit) -> Iterator[Record]:
     """The records of a unit, in order. Raises UserError if the file is damaged."""
-    read = {"text": _text, "jsonl": _jsonl, "json": _json, "parquet": tables.parquet_rows, "datasets": tables.dataset_rows}[unit.source.format]
+    read = {
+        "text": _text,
+        "jsonl": _jsonl,
+        "json": _json,
+        "parquet": tables.parquet_rows,
+        "datasets": tables.dataset_rows,
+    }[unit.source.format]
     with _readable(unit.source, unit.fields):
         yield from read(unit)
 
@@ -96,8 +115,13 @@ def _readable(source: Source, fields: Fields) -> Iterator[None]:
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        problem, allowed = f"it has bytes that are no text in {fields.encoding} ({error.reason})", f"text in {fields.encoding}"
-        raise refusal("data.source", source.path, problem, allowed=allowed, instead=f"data.encoding=NAME, {ENCODINGS}") from error
+        problem, allowed = (
+            f"it has bytes that are no text in {fields.encoding} ({error.reason})",
+            f"text in {fields.encoding}",
+        )
+        raise refusal(
+            "data.source", source.path, problem, allowed=allowed, instead=f"data.encoding=NAME, {ENCODINGS}"
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise refusal(
             "data.source",
@@ -128,14 +152,18 @@ def _text(unit: Unit) -> Iterator[Record]:
 
     A few bytes that cannot be decoded become U+FFFD, which `prepare` counts and reports.
     """
-    content, problem = streams.text(unit.source.path, compression=unit.source.compression, encoding=unit.fields.encoding)
+    content, problem = streams.text(
+        unit.source.path, compression=unit.source.compression, encoding=unit.fields.encoding
+    )
     yield Record(0, content, problem, f"data.encoding=NAME, {ENCODINGS}; or {SKIP}")
 
 
 def _jsonl(unit: Unit) -> Iterator[Record]:
     source, encoding = unit.source, unit.fields.encoding
     if source.compression or encoding != UTF8:
-        yield from _parse(streams.lines(source.path, compression=source.compression, encoding=encoding), unit=unit)
+        yield from _parse(
+            streams.lines(source.path, compression=source.compression, encoding=encoding), unit=unit
+        )
     else:
         with streams.opened(source.path, compression="") as file:
             yield from _parse(_lines_from(file, start=unit.start, stop=unit.stop), unit=unit)
@@ -166,7 +194,12 @@ def _parse(lines: Iterable[bytes], *, unit: Unit) -> Iterator[Record]:
             except RecursionError:
                 yield Record(number, None, "it is not JSON (its brackets are nested too deeply)", SKIP)
             except ValueError as error:
-                yield Record(number, None, f"it is not JSON ({error})", _suggestion(line, first=unit.start == number == 0))
+                yield Record(
+                    number,
+                    None,
+                    f"it is not JSON ({error})",
+                    _suggestion(line, first=unit.start == number == 0),
+                )
             else:
                 yield _record(number, value, fields=unit.fields)
 
@@ -184,7 +217,9 @@ def _suggestion(line: bytes, *, first: bool) -> str:
         line.decode()
     except UnicodeDecodeError:
         return f"data.encoding=NAME of the file's encoding, or {SKIP}"
-    return "a whole JSON object on each line, without a comma after the last field" + ("" if first else f"; or {SKIP}")
+    return "a whole JSON object on each line, without a comma after the last field" + (
+        "" if first else f"; or {SKIP}"
+    )
 
 
 def _record(number: int, record: Any, *, fields: Fields) -> Record:
@@ -195,7 +230,11 @@ def _record(number: int, record: Any, *, fields: Fields) -> Record:
         return Record(number, record, "")
     for name in (key, *([fields.label] if fields.label else [])):
         if record.get(name) is None:
-            return Record(number, None, f"its field {name!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})")
+            return Record(
+                number,
+                None,
+                f"its field {name!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})",
+            )
     return Record(number, (record[key], record[fields.label]) if fields.label else record[key], "")
 
 

@@ -28,7 +28,15 @@ from hybridtrain.errors import refusal
 FORMAT = 2  # version of the layout of a prepared folder
 READABLE = (1, FORMAT)  # 1 had text files only, and no statistics
 LISTED = 1000  # corpus.json lists at most so many sources, to report which one has changed
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
 MAX_RATIO = 3  # the held-out part is at most so many times data.eval_fraction
 INFLATION = 4  # bytes of text per byte of a compressed file, approximately
 CHAT, LABELLED = "chat", "labelled"
@@ -78,7 +86,11 @@ class Listing:
         would not hold out.
         """
         texts = [source for source in self.sources if source.format == "text"]
-        forced = {source.name: WHOLE for source in texts if source.held_out and share(_name_digest(source)) >= fraction}
+        forced = {
+            source.name: WHOLE
+            for source in texts
+            if source.held_out and share(_name_digest(source)) >= fraction
+        }
         return forced | {source.name: source.blocks for source in texts if source.blocks}
 
     def check_share(self, *, fraction: float) -> None:
@@ -88,20 +100,36 @@ class Listing:
         """
         if all(source.format == "text" for source in self.sources):
             total = sum(source.size for source in self.sources)
-            check_share(sum(source.size * (fraction if source.blocks else bool(source.held_out)) for source in self.sources) / total, fraction=fraction)
+            check_share(
+                sum(
+                    source.size * (fraction if source.blocks else bool(source.held_out))
+                    for source in self.sources
+                )
+                / total,
+                fraction=fraction,
+            )
 
     @property
     def summary(self) -> str:
         """Numbers of sources and files left out, as a sentence."""
         count = len(self.sources)
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in self.left_out.items())
-        return f"reading {count:,} {'source' if count == 1 else 'sources'}" + (f"; left out: {left_out}" if left_out else "")
+        return f"reading {count:,} {'source' if count == 1 else 'sources'}" + (
+            f"; left out: {left_out}" if left_out else ""
+        )
 
     def record(self) -> dict[str, Any]:
         """To detect changes later: {digest, count, tokenizer, files}; files is None for more than LISTED."""
         files = {source.name: [source.size, source.version] for source in self.sources}
-        digest = hashlib.sha256(json.dumps([[name, *facts] for name, facts in sorted(files.items())]).encode()).hexdigest()
-        return {"digest": digest, "count": len(self.sources), "tokenizer": self.tokenizer, "files": files if len(files) <= LISTED else None}
+        digest = hashlib.sha256(
+            json.dumps([[name, *facts] for name, facts in sorted(files.items())]).encode()
+        ).hexdigest()
+        return {
+            "digest": digest,
+            "count": len(self.sources),
+            "tokenizer": self.tokenizer,
+            "files": files if len(files) <= LISTED else None,
+        }
 
     def changes(self, before: Mapping[str, Any]) -> str:
         """The differences from an earlier `record`, as text; "" for none."""
@@ -118,7 +146,11 @@ class Listing:
             "new": [n for n in new if n not in old],
             "removed": [n for n in old if n not in new],
         }
-        return "; ".join(f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})" for kind, names in kinds.items() if names)
+        return "; ".join(
+            f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+            for kind, names in kinds.items()
+            if names
+        )
 
 
 def check_share(held_out: float, *, fraction: float) -> None:
@@ -162,13 +194,22 @@ def listing(data: DataConfig) -> Listing:
             instead="another data.pattern or data.source",
         )
     before = _held_out_before(data)
-    return Listing(_split(list(by_path.values()), fraction=data.eval_fraction, before=before), dict(sorted(left_out.items())), _tokenizer_digest(data), before)
+    return Listing(
+        _split(list(by_path.values()), fraction=data.eval_fraction, before=before),
+        dict(sorted(left_out.items())),
+        _tokenizer_digest(data),
+        before,
+    )
 
 
 def _tokenizer_digest(data: DataConfig) -> str:
     path = Path(data.tokenizer)
     folder = path.parent if path.is_file() else path
-    if data.tokenizer == "train" or not folder.is_dir() or Path(data.path).resolve() in folder.resolve().parents:
+    if (
+        data.tokenizer == "train"
+        or not folder.is_dir()
+        or Path(data.path).resolve() in folder.resolve().parents
+    ):
         return ""
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
@@ -180,8 +221,15 @@ def _tokenizer_digest(data: DataConfig) -> str:
 def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[Source]:
     """The sources of one entry of `data.source`, sorted by name."""
     path = Path(entry)
-    is_saved = data.format in ("auto", *PACKED_FORMATS) and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    is_hub_id = data.format in PACKED_FORMATS and not path.exists() and not glob.has_magic(entry) and format_of(path) is None
+    is_saved = data.format in ("auto", *PACKED_FORMATS) and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+    is_hub_id = (
+        data.format in PACKED_FORMATS
+        and not path.exists()
+        and not glob.has_magic(entry)
+        and format_of(path) is None
+    )
     if data.format == "datasets" or is_saved or is_hub_id:
         yield Source(
             name=path.name,
@@ -195,7 +243,11 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
         )
         return
     for name, file in sorted(files_of(entry, path=path, data=data, left_out=left_out)):
-        kind = data.format if data.format in ENDINGS else format_of(file) or ("jsonl" if data.format in PACKED_FORMATS else "text")
+        kind = (
+            data.format
+            if data.format in ENDINGS
+            else format_of(file) or ("jsonl" if data.format in PACKED_FORMATS else "text")
+        )
         stat = file.stat()
         yield Source(
             name=name,
@@ -211,8 +263,12 @@ def _entry(entry: str, *, data: DataConfig, left_out: Counter[str]) -> Iterator[
 
 def _folder_version(folder: Path) -> str:
     """A hash that changes with any file in the folder."""
-    stats = sorted((name, os.stat(os.path.join(at, name))) for at, _, names in os.walk(folder) for name in names)
-    return hashlib.sha256(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]).encode()).hexdigest()
+    stats = sorted(
+        (name, os.stat(os.path.join(at, name))) for at, _, names in os.walk(folder) for name in names
+    )
+    return hashlib.sha256(
+        json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]).encode()
+    ).hexdigest()
 
 
 def _split(sources: list[Source], *, fraction: float, before: Mapping[str, str]) -> list[Source]:
@@ -235,14 +291,18 @@ def _split(sources: list[Source], *, fraction: float, before: Mapping[str, str])
         elif places[source.path] < fraction or old == WHOLE:
             how[source.path] = WHOLE
     long = [source for source in texts if how.get(source.path, WHOLE) != WHOLE]
-    none = not any(kind != BY_CHANCE for kind in how.values()) and not any(_has_block(source, fraction=fraction) for source in long)
+    none = not any(kind != BY_CHANCE for kind in how.values()) and not any(
+        _has_block(source, fraction=fraction) for source in long
+    )
     if none and (long or len(texts) > 1):
         chosen = min(long or texts, key=lambda source: places[source.path]).path
         how[chosen] = SURELY if long else WHOLE
     if not long and len(how) == len(texts):
         how.pop(max(places, key=places.__getitem__))
     return [
-        replace(source, held_out=how.get(source.path) == WHOLE, blocks=_blocks(how.get(source.path))) if source.format == "text" else source
+        replace(source, held_out=how.get(source.path) == WHOLE, blocks=_blocks(how.get(source.path)))
+        if source.format == "text"
+        else source
         for source in sources
     ]
 
@@ -260,6 +320,10 @@ def _held_out_before(data: DataConfig) -> dict[str, str]:
     try:
         record = json.loads((Path(data.path) / "corpus.json").read_bytes())
         same = record["settings"]["eval_fraction"] == data.eval_fraction
-        return {name: how for name, how in record["held_out"].items() if how in (BY_CHANCE, SURELY, WHOLE)} if same else {}
+        return (
+            {name: how for name, how in record["held_out"].items() if how in (BY_CHANCE, SURELY, WHOLE)}
+            if same
+            else {}
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -22,9 +22,19 @@ SPEED = "speed.json"  # of the call that completed the folder; not in corpus.jso
 
 def of_split(joined: Joined, *, rows: PackedRows | None) -> dict[str, Any]:
     """Statistics of one split; with `rows` (packed corpora) also targets and packing."""
-    figures: dict[str, Any] = {"documents": joined.documents, "tokens": joined.tokens, "lengths": joined.lengths}
+    figures: dict[str, Any] = {
+        "documents": joined.documents,
+        "tokens": joined.tokens,
+        "lengths": joined.lengths,
+    }
     if rows:
-        figures |= {"loss_tokens": rows.targets, "kept_tokens": rows.tokens, "rows": rows.rows, "cut": rows.cut, "fill": round(rows.fill, 4)}
+        figures |= {
+            "loss_tokens": rows.targets,
+            "kept_tokens": rows.tokens,
+            "rows": rows.rows,
+            "cut": rows.cut,
+            "fill": round(rows.fill, 4),
+        }
     return figures
 
 
@@ -75,18 +85,39 @@ def _speed(folder: Path) -> list[str]:
         return []
     try:
         speed = read_object(folder / SPEED, field="data.path")
-        return [f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s"] if speed["tokens"] else []
+        return (
+            [f"speed      {speed['tokens_per_s']:,} tokens/s, {speed['mb_per_s']:,} MB/s"]
+            if speed["tokens"]
+            else []
+        )
     except (UserError, KeyError, TypeError, ValueError) as error:
         return [f"speed      cannot be shown, {SPEED} is damaged ({one_line(str(error))[:80]})"]
 
 
 def _lines(facts: Mapping[str, Any]) -> list[str]:
-    splits = {split: [f"{value:,}" for value in (one["documents"], one["tokens"], *one.get("lengths", {}).values())] for split, one in facts["splits"].items()}
-    names = ["documents", "tokens", *next((one["lengths"] for one in facts["splits"].values() if one.get("lengths")), {})]
-    widths = [max(least, *(len(row[place]) + 2 for row in splits.values() if place < len(row)), 0) for place, least in enumerate([13, 17] + [9] * 6)]
-    lines = [f"{'':11}" + "".join(name.rjust(width) for name, width in zip(names, widths, strict=False)) + "   tokens per document"]
+    splits = {
+        split: [f"{value:,}" for value in (one["documents"], one["tokens"], *one.get("lengths", {}).values())]
+        for split, one in facts["splits"].items()
+    }
+    names = [
+        "documents",
+        "tokens",
+        *next((one["lengths"] for one in facts["splits"].values() if one.get("lengths")), {}),
+    ]
+    widths = [
+        max(least, *(len(row[place]) + 2 for row in splits.values() if place < len(row)), 0)
+        for place, least in enumerate([13, 17] + [9] * 6)
+    ]
+    lines = [
+        f"{'':11}"
+        + "".join(name.rjust(width) for name, width in zip(names, widths, strict=False))
+        + "   tokens per document"
+    ]
     for split, figures in facts["splits"].items():
-        lines.append(f"{split:11}" + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False)))
+        lines.append(
+            f"{split:11}"
+            + "".join(value.rjust(width) for value, width in zip(splits[split], widths, strict=False))
+        )
         if "rows" in figures:
             share = figures["loss_tokens"] / figures.get("kept_tokens", figures["tokens"])
             packed = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} documents cut"
@@ -101,12 +132,20 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         ("duplicates", "", "identical documents left out"),
         ("bad_records", "first_bad", "records left out"),
         ("damaged_documents", "first_damaged", "documents with U+FFFD or bytes that are no text"),
-        ("documents_with_control_tokens", "first_with_control_tokens", "documents that spell out special tokens, and now contain them"),
+        (
+            "documents_with_control_tokens",
+            "first_with_control_tokens",
+            "documents that spell out special tokens, and now contain them",
+        ),
     ):
         if count := facts.get(name):
-            lines.append(f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else ""))
+            lines.append(
+                f"{'':11}{count:,} {words}" + (f", first {facts[first]}" if facts.get(first) else "")
+            )
     if left_out := facts.get("left_out"):
-        lines.append(f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items()))
+        lines.append(
+            f"{'':11}left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        )
     return lines + _records(facts)
 
 
@@ -115,13 +154,21 @@ def _records(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if unread := facts.get("unread"):
         most = sorted(unread.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name} ({count:,})" for name, count in most[:MOST_FIELDS]) + (" ..." if most[MOST_FIELDS:] else "")
+        shown = ", ".join(f"{name} ({count:,})" for name, count in most[:MOST_FIELDS]) + (
+            " ..." if most[MOST_FIELDS:] else ""
+        )
         lines.append(f"{'':11}fields that are not read: {shown}")
-    lines += [f"{'':11}{count:,} {words}, first {first}" for words, (count, first) in facts.get("notes", {}).items()]
+    lines += [
+        f"{'':11}{count:,} {words}, first {first}" for words, (count, first) in facts.get("notes", {}).items()
+    ]
     template = facts.get("template", {})
     if (end := template.get("end_of_turn")) != (eos := template.get("eos")):
         turns = f"answers end with {end}" if end else "answers end with text, not with a control token"
-        stop = "exports end a text with either" if end else "text generation must stop at the end of an answer by itself"
+        stop = (
+            "exports end a text with either"
+            if end
+            else "text generation must stop at the end of an answer by itself"
+        )
         lines.append(f"{'':11}{turns}; the tokenizer's end of text is {eos}: {stop}")
     if template.get("dated"):
         lines.append(f"{'':11}the chat template writes the date, which is that of this preparation")

@@ -70,10 +70,22 @@ def check_beginning(path: str, start: bytes, *, encoding: str) -> None:
     other = next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
     if other is not None:
         words, instead = other
-        raise refusal("data.source", path, f"it is {words}, not text", allowed="text and JSONL, also gz or zstd", instead=instead.replace("FILE", path))
+        raise refusal(
+            "data.source",
+            path,
+            f"it is {words}, not text",
+            allowed="text and JSONL, also gz or zstd",
+            instead=instead.replace("FILE", path),
+        )
     wide = next((name for mark, name in _WIDE.items() if start.startswith(mark)), "")
     if wide and encoding == UTF8:
-        raise refusal("data.source", path, f"it is {wide}, not UTF-8", allowed="text in the encoding that data.encoding names", instead=f"data.encoding={wide}")
+        raise refusal(
+            "data.source",
+            path,
+            f"it is {wide}, not UTF-8",
+            allowed="text in the encoding that data.encoding names",
+            instead=f"data.encoding={wide}",
+        )
 
 
 def text(path: str, *, compression: str, encoding: str) -> tuple[str, str]:
@@ -95,7 +107,10 @@ def lines(path: str, *, compression: str, encoding: str) -> Iterator[bytes]:
         if encoding == UTF8:
             yield from file
         else:
-            yield from (line.encode("utf-8", "surrogatepass") for line in io.TextIOWrapper(file, encoding=encoding, newline="\n"))
+            yield from (
+                line.encode("utf-8", "surrogatepass")
+                for line in io.TextIOWrapper(file, encoding=encoding, newline="\n")
+            )
 
 
 def holds_values(start: bytes, *, encoding: str) -> bool:
@@ -168,7 +183,11 @@ class _Values:
                     raise self._problem(error.msg) from None
             else:
                 # A number at the end of the window may continue.
-                if isinstance(value, dict | list | str) or self._window[end : end + 1] in _AFTER_NUMBER or self._ended:
+                if (
+                    isinstance(value, dict | list | str)
+                    or self._window[end : end + 1] in _AFTER_NUMBER
+                    or self._ended
+                ):
                     self._at = end
                     return value
             left = len(self._window) - self._at

@@ -20,7 +20,16 @@ def open_parquet(source: Source, fields: Fields) -> Source:
     """The source with its size. Raises UserError if it lacks a column to read."""
     file = parquet_file(source)
     _check_column(source, fields, columns=file.schema_arrow.names)
-    return replace(source, size=max(1, sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))))
+    return replace(
+        source,
+        size=max(
+            1,
+            sum(
+                file.metadata.row_group(group).total_byte_size
+                for group in range(file.metadata.num_row_groups)
+            ),
+        ),
+    )
 
 
 def open_dataset(source: Source, fields: Fields) -> Source:
@@ -34,7 +43,9 @@ def parquet_rows(unit: Unit) -> Iterator[Record]:
     """The records of a unit of row groups."""
     groups, file = range(unit.start, unit.stop), parquet_file(unit.source)
     names = file.schema_arrow.names
-    batches = file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=unit.fields.columns(names))
+    batches = file.iter_batches(
+        batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=unit.fields.columns(names)
+    )
     yield from _rows((row for batch in batches for row in batch.to_pylist()), fields=unit.fields, names=names)
 
 
@@ -44,7 +55,11 @@ def dataset_rows(unit: Unit) -> Iterator[Record]:
     chosen = dataset.select_columns(unit.fields.columns(dataset.column_names))
     starts = range(unit.start, unit.stop, ROWS_AT_ONCE)
     blocks = (chosen[start : min(start + ROWS_AT_ONCE, unit.stop)] for start in starts)
-    rows = (dict(zip(block, values, strict=True)) for block in blocks for values in zip(*block.values(), strict=True))
+    rows = (
+        dict(zip(block, values, strict=True))
+        for block in blocks
+        for values in zip(*block.values(), strict=True)
+    )
     yield from _rows(rows, fields=unit.fields, names=dataset.column_names)
 
 
@@ -53,9 +68,18 @@ def _rows(rows: Iterable[dict[str, Any]], *, fields: Fields, names: list[str]) -
 
     Full records also contain the other columns' names, with ... for values.
     """
-    others = dict.fromkeys(name for name in names if fields.full_records and name not in fields.columns(names))
+    others = dict.fromkeys(
+        name for name in names if fields.full_records and name not in fields.columns(names)
+    )
     for number, row in enumerate(rows):
-        missing = next((name for name in (fields.key, fields.label) if name and not fields.full_records and row[name] is None), None)
+        missing = next(
+            (
+                name
+                for name in (fields.key, fields.label)
+                if name and not fields.full_records and row[name] is None
+            ),
+            None,
+        )
         if fields.full_records:
             value: Any = {**row, **dict.fromkeys(others, ...)}
         else:
@@ -71,7 +95,11 @@ def parquet_file(source: Source) -> Any:
         return parquet.ParquetFile(source.path)
     except (OSError, pyarrow.ArrowException) as error:
         raise refusal(
-            "data.source", source.path, f"it cannot be read as Parquet ({error})", allowed="complete Parquet files", instead="another data.format"
+            "data.source",
+            source.path,
+            f"it cannot be read as Parquet ({error})",
+            allowed="complete Parquet files",
+            instead="another data.format",
         ) from error
 
 
@@ -110,10 +138,25 @@ def dataset_of(source: Source, fields: Fields) -> Any:
 
 def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None:
     if columns.count(fields.key) > 1:
-        allowed, instead = "columns with names of their own", f"the file with one of them renamed, or another {fields.option}"
-        raise refusal(fields.option, fields.key, f"{source.path} has {columns.count(fields.key)} columns of this name", allowed=allowed, instead=instead)
+        allowed, instead = (
+            "columns with names of their own",
+            f"the file with one of them renamed, or another {fields.option}",
+        )
+        raise refusal(
+            fields.option,
+            fields.key,
+            f"{source.path} has {columns.count(fields.key)} columns of this name",
+            allowed=allowed,
+            instead=instead,
+        )
     if fields.full_records and conversations.has_form(columns, key=fields.key):
         return
     for option, name in ((fields.option, fields.key), ("data.label_key", fields.label)):
         if name and name not in columns:
-            raise refusal(option, name, f"{source.path} has no such column", allowed=", ".join(columns), instead=f"{option}={columns[0]}")
+            raise refusal(
+                option,
+                name,
+                f"{source.path} has no such column",
+                allowed=", ".join(columns),
+                instead=f"{option}={columns[0]}",
+            )

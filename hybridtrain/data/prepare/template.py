@@ -79,7 +79,13 @@ class Template:
         self._with_tools = tokenizer.get_chat_template(tools=[{}])  # some have a second template for tools
         if _has_powers(self.source) or _has_powers(self._with_tools):
             words = "its chat template raises numbers to powers, which may take for ever"
-            raise refusal("data.tokenizer", name, words, allowed="templates without **", instead="another data.tokenizer, or data.chat_template=plain")
+            raise refusal(
+                "data.tokenizer",
+                name,
+                words,
+                allowed="templates without **",
+                instead="another data.tokenizer, or data.chat_template=plain",
+            )
         if not tokenizer.is_fast:
             raise refusal(
                 "data.tokenizer",
@@ -91,7 +97,9 @@ class Template:
         self.marks = bool(_MARKED.search(self.source))
         """Whether it marks the assistant's text with {% generation %}."""
         self.special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.literal = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
+        self.literal = re.compile(
+            "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)"
+        )
         """Matches control tokens written as text."""
 
     @property
@@ -99,14 +107,18 @@ class Template:
         """Whether it writes the current date."""
         return "strftime_now" in self.source
 
-    def render(self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any], header: bool) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any], header: bool
+    ) -> str:
         """The text of a conversation, with `header` followed by the header of an answer.
 
         Raises Unrendered.
         """
         return self._run(messages, tools=tools, add_generation_prompt=header, **options)[0][0]
 
-    def marked(self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any]) -> tuple[str, list[Span]]:
+    def marked(
+        self, messages: list[dict[str, Any]], *, tools: Any, options: dict[str, Any]
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans that the template marks. Raises Unrendered."""
         (text,), (spans,) = self._run(messages, tools=tools, return_assistant_tokens_mask=True, **options)
         return text, spans
@@ -128,11 +140,20 @@ class Template:
         source = self._with_tools if tools else self.source
         try:
             with _limited(LIMIT_S):
-                return render_jinja_template([messages], tools=tools, chat_template=source, **{**self.tokenizer.special_tokens_map, **options})
+                return render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=source,
+                    **{**self.tokenizer.special_tokens_map, **options},
+                )
         except _OutOfTime:
-            raise Unrendered(f"the chat template of {self.name} took more than {LIMIT_S:g} s {_words(messages)}") from None
+            raise Unrendered(
+                f"the chat template of {self.name} took more than {LIMIT_S:g} s {_words(messages)}"
+            ) from None
         except Exception as error:  # a template can raise anything
-            raise Unrendered(f"the chat template of {self.name} fails {_words(messages)}: {type(error).__name__}: {error}") from error
+            raise Unrendered(
+                f"the chat template of {self.name} fails {_words(messages)}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -163,7 +184,12 @@ def facts(tokenizer: Any) -> dict[str, Any]:
     """
     end = end_of_turn(tokenizer)
     token = None if end is None else str(tokenizer.convert_ids_to_tokens(end))
-    return {"end_of_turn_id": end, "end_of_turn": token, "eos": tokenizer.eos_token, "dated": Template(tokenizer, name=tokenizer.name_or_path).dated}
+    return {
+        "end_of_turn_id": end,
+        "end_of_turn": token,
+        "eos": tokenizer.eos_token,
+        "dated": Template(tokenizer, name=tokenizer.name_or_path).dated,
+    }
 
 
 def _words(messages: list[dict[str, Any]]) -> str:
@@ -180,7 +206,7 @@ def _has_powers(source: str) -> bool:
         return False  # rendering it reports the error
 
 
-# -- the limit -----------------------------------------------------------------------------------------------------
+# -- the limit -----------------------------------------------------------------------------------------------
 
 
 class _Watch:
@@ -211,7 +237,9 @@ class _Watch:
             with self.lock:
                 for thread in [thread for thread, end in self.ends.items() if _clock(thread) > end]:
                     del self.ends[thread]
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_OutOfTime))
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(thread), ctypes.py_object(_OutOfTime)
+                    )
 
 
 _watch = _Watch()

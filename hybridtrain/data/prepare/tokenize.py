@@ -24,7 +24,17 @@ from typing import Any
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data import digests
-from hybridtrain.data.prepare import folder, join, labelled, packing, pieces, sources, statistics, tokenizer, workers
+from hybridtrain.data.prepare import (
+    folder,
+    join,
+    labelled,
+    packing,
+    pieces,
+    sources,
+    statistics,
+    tokenizer,
+    workers,
+)
 from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
@@ -94,16 +104,38 @@ def prepare_after(data: DataConfig, *, options: PrepareConfig, wait_s: float) ->
 
 def _check(data: DataConfig) -> None:
     if not data.path:
-        raise refusal("data.path", "''", "no folder for the token files", allowed="a folder", instead="data.path=data/mine")
+        raise refusal(
+            "data.path",
+            "''",
+            "no folder for the token files",
+            allowed="a folder",
+            instead="data.path=data/mine",
+        )
     if not data.source:
-        raise refusal("data.source", "[]", "nothing to read", allowed=f"files, folders, patterns or {STDLIB}", instead="data.source=[YOUR TEXT]")
+        raise refusal(
+            "data.source",
+            "[]",
+            "nothing to read",
+            allowed=f"files, folders, patterns or {STDLIB}",
+            instead="data.source=[YOUR TEXT]",
+        )
     if not 0 <= data.eval_fraction < 1:
-        raise refusal("data.eval_fraction", data.eval_fraction, "out of range", allowed="0 or more, below 1", instead="data.eval_fraction=0.02")
+        raise refusal(
+            "data.eval_fraction",
+            data.eval_fraction,
+            "out of range",
+            allowed="0 or more, below 1",
+            instead="data.eval_fraction=0.02",
+        )
     if data.format == "labelled":
         labelled.check(data)
     if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
         raise refusal(
-            "data.vocab_size", data.vocab_size, "too small for a byte-level tokenizer", allowed=f"{tokenizer.MIN_VOCAB} or more", instead="data.vocab_size=4096"
+            "data.vocab_size",
+            data.vocab_size,
+            "too small for a byte-level tokenizer",
+            allowed=f"{tokenizer.MIN_VOCAB} or more",
+            instead="data.vocab_size=4096",
         )
     if data.format == "chat" and data.tokenizer == "train" and data.chat_template == "own":
         raise refusal(
@@ -115,7 +147,15 @@ def _check(data: DataConfig) -> None:
         )
 
 
-def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: list[Piece], listing: Listing, settings: dict[str, Any]) -> None:
+def _write(
+    data: DataConfig,
+    *,
+    options: PrepareConfig,
+    path: Path,
+    planned: list[Piece],
+    listing: Listing,
+    settings: dict[str, Any],
+) -> None:
     partial = path / PARTIAL
     recipe = Recipe(
         chat=_chat(data),
@@ -123,7 +163,9 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
-        total_bytes=sum(piece.size for piece in planned) if data.format not in sources.PACKED_FORMATS and data.eval_fraction else 0,
+        total_bytes=sum(piece.size for piece in planned)
+        if data.format not in sources.PACKED_FORMATS and data.eval_fraction
+        else 0,
         held_out_before=listing.before,
         eos=[],  # these three are set once the tokenizer is known
         special_ids=[],
@@ -140,10 +182,20 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
         eos = [facts["eos_id"]] if data.append_eos and not recipe.packed else []
         if None in eos:
             problem = f"{data.tokenizer} has no end-of-text token"
-            raise refusal("data.append_eos", True, problem, allowed="false with this tokenizer", instead="data.append_eos=false")
+            raise refusal(
+                "data.append_eos",
+                True,
+                problem,
+                allowed="false with this tokenizer",
+                instead="data.append_eos=false",
+            )
         special_ids = [] if recipe.packed else tokenizer.special_ids(partial)
         recipe = replace(recipe, eos=eos, vocab_size=facts["vocab_size"], special_ids=special_ids)
-        meter = workers.tokenize(planned, work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder), processes=options.workers)
+        meter = workers.tokenize(
+            planned,
+            work=workers.Work(partial=partial, recipe=recipe, encoder=tokenizer.encoder),
+            processes=options.workers,
+        )
     except UserError:
         if new and not any(piece.folder(partial).exists() for piece in planned):
             discard(partial)
@@ -154,7 +206,11 @@ def _write(data: DataConfig, *, options: PrepareConfig, path: Path, planned: lis
 
 def _chat(data: DataConfig) -> ChatRecipe | None:
     name = "data.chat_template=plain" if data.chat_template == "plain" else f"data.tokenizer={data.tokenizer}"
-    return ChatRecipe(tokenizer=name, turns=data.chat_turns, seq_len=data.seq_len) if data.format == "chat" else None
+    return (
+        ChatRecipe(tokenizer=name, turns=data.chat_turns, seq_len=data.seq_len)
+        if data.format == "chat"
+        else None
+    )
 
 
 def _open_partial(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
@@ -179,19 +235,40 @@ def _open_partial(partial: Path, *, settings: dict[str, Any], planned: list[Piec
     return True
 
 
-def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Listing, recipe: Recipe, facts: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Join the pieces, move everything into place, and write corpus.json, which marks the folder as complete."""
+def _publish(
+    data: DataConfig,
+    *,
+    path: Path,
+    planned: list[Piece],
+    listing: Listing,
+    recipe: Recipe,
+    facts: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Join the pieces, move everything into place, and write corpus.json, which marks the
+    folder as complete."""
     partial = path / PARTIAL
     chat = {"template": facts.pop("template")} if "template" in facts else {}  # not hashed
     folders = [piece.folder(partial) for piece in planned]
     keep = join.first_of_each(folders) if recipe.deduplicate else None
     identity = hashlib.sha256(json.dumps([facts, data.append_eos]).encode())
-    joined = {split: join.join(folders, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity) for split in SPLITS}
+    joined = {
+        split: join.join(
+            folders, split=split, out=partial / split, recipe=recipe, keep=keep, identity=identity
+        )
+        for split in SPLITS
+    }
     counts = Counts.load(folders)
     if not joined["train"].tokens:
         raise _nothing_to_train(data, counts=counts)
-    sources.check_share(joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction)
-    rows = {split: packing.build(partial, split=split, seq_len=data.seq_len) for split in SPLITS if recipe.packed and joined[split].tokens}
+    sources.check_share(
+        joined["eval"].tokens / sum(joined[split].tokens for split in SPLITS), fraction=data.eval_fraction
+    )
+    rows = {
+        split: packing.build(partial, split=split, seq_len=data.seq_len)
+        for split in SPLITS
+        if recipe.packed and joined[split].tokens
+    }
     file_digests = _digests(partial)
     folder.replace(path)
     record = {
@@ -204,7 +281,13 @@ def _publish(data: DataConfig, *, path: Path, planned: list[Piece], listing: Lis
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
         **statistics.of_text(counts),
-        **(statistics.of_conversations(counts) | chat if recipe.chat else {"forms": counts.forms} if recipe.labels else {}),
+        **(
+            statistics.of_conversations(counts) | chat
+            if recipe.chat
+            else {"forms": counts.forms}
+            if recipe.labels
+            else {}
+        ),
         "left_out": listing.left_out,
         "held_out": listing.held_out(fraction=data.eval_fraction) | counts.held_out,
         "fingerprint": identity.hexdigest(),
@@ -221,7 +304,9 @@ def _digests(partial: Path) -> dict[str, dict[str, Any]]:
     of_tokenizer = [file for file in sorted((partial / folder.TOKENIZER).rglob("*")) if file.is_file()]
     return {
         "digests": {file.name: digests.record(file) for file in tokens},
-        "tokenizer_files": {file.relative_to(partial).as_posix(): digests.record(file) for file in of_tokenizer},
+        "tokenizer_files": {
+            file.relative_to(partial).as_posix(): digests.record(file) for file in of_tokenizer
+        },
     }
 
 
@@ -233,20 +318,34 @@ def _nothing_to_train(data: DataConfig, *, counts: Counts) -> UserError:
 
 def _no_targets(data: DataConfig) -> UserError:
     problem = "no conversation of the train split has an answer that begins within so many tokens, so there is nothing to learn"
-    return refusal("data.seq_len", data.seq_len, problem, allowed="rows in which answers fit", instead="a larger data.seq_len")
+    return refusal(
+        "data.seq_len",
+        data.seq_len,
+        problem,
+        allowed="rows in which answers fit",
+        instead="a larger data.seq_len",
+    )
 
 
 def _no_loss(data: DataConfig) -> UserError:
-    problem = "every answer of the train split is excluded from the loss, by a field weight, train or loss of 0"
+    problem = (
+        "every answer of the train split is excluded from the loss, by a field weight, train or loss of 0"
+    )
     allowed = "conversations with an answer that has loss"
-    return refusal("data.source", data.source, problem, allowed=allowed, instead="messages without these fields")
+    return refusal(
+        "data.source", data.source, problem, allowed=allowed, instead="messages without these fields"
+    )
 
 
 def _no_tokens(data: DataConfig, *, counts: Counts) -> UserError:
     problem, instead = "no tokens to train on", "another data.source, or a smaller data.eval_fraction"
     if counts.bad:
         field = "messages_key" if data.format == "chat" else "text_key"
-        problem += f": {counts.bad:,} records were left out (prepare.skip_bad=true), the first {counts.first_bad}"
-        instead = f"data.{field}=FIELD, the one that holds the {'messages' if data.format == 'chat' else 'text'}"
+        problem += (
+            f": {counts.bad:,} records were left out (prepare.skip_bad=true), the first {counts.first_bad}"
+        )
+        instead = (
+            f"data.{field}=FIELD, the one that holds the {'messages' if data.format == 'chat' else 'text'}"
+        )
     problem += "".join(f"; {count:,} {note}" for note, (count, _) in counts.notes.items())
     return refusal("data.source", data.source, problem, allowed="documents with text", instead=instead)

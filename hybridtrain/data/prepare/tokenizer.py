@@ -48,12 +48,16 @@ def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str
     folder, record = partial / FOLDER, partial / "tokenizer.json"
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        tokenizer = _train(data, sample=sample) if data.tokenizer == "train" else load(data.tokenizer, field=FIELD)
+        tokenizer = (
+            _train(data, sample=sample) if data.tokenizer == "train" else load(data.tokenizer, field=FIELD)
+        )
         if data.format == "chat":
             template.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
         chat_facts = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
-        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **chat_facts}))
+        write_atomically(
+            record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **chat_facts})
+        )
     return json.loads(record.read_text())
 
 
@@ -88,12 +92,25 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)
-        return _refusing(functools.partial(chat.encode, template=template.Template(tokenizer, name=recipe.chat.tokenizer), turns=recipe.chat.turns))
+        return _refusing(
+            functools.partial(
+                chat.encode,
+                template=template.Template(tokenizer, name=recipe.chat.tokenizer),
+                turns=recipe.chat.turns,
+            )
+        )
     if recipe.labels:
-        return _refusing(functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels))
+        return _refusing(
+            functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels)
+        )
     if not (folder / "tokenizer.json").exists():  # a slow tokenizer, which is written in Python
         slow = load(str(folder), field=FIELD)
-        return _refusing(lambda texts: [Encoded.text(np.array(ids, dtype=np.int32)) for ids in slow(texts, add_special_tokens=False)["input_ids"]])
+        return _refusing(
+            lambda texts: [
+                Encoded.text(np.array(ids, dtype=np.int32))
+                for ids in slow(texts, add_special_tokens=False)["input_ids"]
+            ]
+        )
     from tokenizers import Tokenizer
 
     with _loading(FIELD, str(folder), instead="prepare.overwrite=true"):
@@ -155,7 +172,9 @@ def _refusing(encode: Encode) -> Encode:
                 raise
             problem = f"it fails on a document ({type(error).__name__}: {str(error).strip()[:200]})"
             allowed = "a tokenizer that takes every text"
-            raise refusal(FIELD, "of the corpus", problem, allowed=allowed, instead="another data.tokenizer") from error
+            raise refusal(
+                FIELD, "of the corpus", problem, allowed=allowed, instead="another data.tokenizer"
+            ) from error
 
     return checked
 
@@ -184,7 +203,12 @@ def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(sample, trainer=trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def load(name: str, *, field: str) -> Any:
@@ -199,8 +223,13 @@ def load(name: str, *, field: str) -> Any:
         if is_lfs_pointer(file):
             raise lfs_pointer(field, file)
     if path.is_file() and path.suffix != ".json":
-        allowed, instead = "a folder with tokenizer files, a tokenizer.json, or a hub id", f"{field}={path.parent}"
-        raise refusal(field, name, "it is one file of a tokenizer, not all of it", allowed=allowed, instead=instead)
+        allowed, instead = (
+            "a folder with tokenizer files, a tokenizer.json, or a hub id",
+            f"{field}={path.parent}",
+        )
+        raise refusal(
+            field, name, "it is one file of a tokenizer, not all of it", allowed=allowed, instead=instead
+        )
     with _loading(field, name, instead=f"{field}=FOLDER of a complete tokenizer"):
         if path.is_file() and path.name != "tokenizer.json":
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -208,7 +237,9 @@ def load(name: str, *, field: str) -> Any:
             folder = path.parent if path.is_file() else path
             exists = folder.exists()
             offline = not (exists or network.hub_resolves())
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if exists else name, trust_remote_code=False, local_files_only=offline)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if exists else name, trust_remote_code=False, local_files_only=offline
+            )
         len(tokenizer)  # raises for a damaged vocabulary
     if tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ == "BPE":
         # BPE decodes spaces exactly; transformers warns about the option.
@@ -219,7 +250,17 @@ def load(name: str, *, field: str) -> Any:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return [path / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")]
+        return [
+            path / name
+            for name in (
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "tokenizer.model",
+                "spiece.model",
+                "vocab.json",
+                "merges.txt",
+            )
+        ]
     return [path]
 
 
@@ -235,11 +276,18 @@ def _loading(field: str, name: str, *, instead: str) -> Iterator[None]:
     except BaseException as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         allowed = "'train', a folder with tokenizer files, a tokenizer.json, or a hub id that can be reached"
-        raise refusal(field, name, f"it cannot be loaded ({type(error).__name__}: {reason})", allowed=allowed, instead=instead) from error
+        raise refusal(
+            field,
+            name,
+            f"it cannot be loaded ({type(error).__name__}: {reason})",
+            allowed=allowed,
+            instead=instead,
+        ) from error
 
 
 def _chunks(text: str) -> list[str]:
-    """A text to train a tokenizer on, split before a space between two words: a long text takes much memory."""
+    """A text to train a tokenizer on, split before a space between two words: a long
+    text takes much memory."""
     chunks, start = [], 0
     while gap := _GAP.search(text, start + CHUNK_CHARS):
         chunks.append(text[start : gap.start() + 1])

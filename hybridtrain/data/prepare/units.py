@@ -27,7 +27,11 @@ class Fields:
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
-        key, option = (data.messages_key, "data.messages_key") if data.format == "chat" else (data.text_key, "data.text_key")
+        key, option = (
+            (data.messages_key, "data.messages_key")
+            if data.format == "chat"
+            else (data.text_key, "data.text_key")
+        )
         label = data.label_key if data.format == "labelled" else ""
         return cls(
             key=key,

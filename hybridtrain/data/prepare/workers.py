@@ -70,7 +70,13 @@ def tokenize(pieces: list[Piece], *, work: Work, processes: int) -> ProgressMete
 def _in_this_process(pieces: list[Piece], *, work: Work, meter: ProgressMeter) -> None:
     encode = work.encoder(work.partial, work.recipe)
     for piece in pieces:
-        write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=partial(meter.advance, piece.number))
+        write_piece(
+            piece,
+            partial=work.partial,
+            recipe=work.recipe,
+            encode=encode,
+            report=partial(meter.advance, piece.number),
+        )
         meter.complete(piece.number, piece.size)
 
 
@@ -141,7 +147,8 @@ def _lost_worker(worker: _Worker, *, processes: int) -> UserError:
     return refusal(
         "prepare.workers",
         processes,
-        f"one of the processes ended {how} while it read {units[0].source.path}" + (f" to {units[-1].source.path}" if len(units) > 1 else ""),
+        f"one of the processes ended {how} while it read {units[0].source.path}"
+        + (f" to {units[-1].source.path}" if len(units) > 1 else ""),
         allowed="processes with enough memory for their text",
         instead="the same command again, which continues from here; with fewer prepare.workers if memory ran out",
     )
@@ -156,7 +163,13 @@ def _serve(pipe: Connection, work: Work) -> None:
             encode = work.encoder(work.partial, work.recipe)
             while True:
                 piece = pipe.recv()
-                write_piece(piece, partial=work.partial, recipe=work.recipe, encode=encode, report=lambda size, tokens: pipe.send((size, tokens)))
+                write_piece(
+                    piece,
+                    partial=work.partial,
+                    recipe=work.recipe,
+                    encode=encode,
+                    report=lambda size, tokens: pipe.send((size, tokens)),
+                )
                 pipe.send(PieceDone())
         except (BrokenPipeError, EOFError):
             raise

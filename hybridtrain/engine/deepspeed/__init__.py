@@ -50,7 +50,16 @@ from hybridtrain.types import Batch, Progress, Saving, StepResult, Sums
 class DeepSpeedEngine:
     """See types.Engine. Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device, initial: bool, task: Task):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        layout: ParallelLayout,
+        plan: BatchPlan,
+        device: torch.device,
+        initial: bool,
+        task: Task,
+    ):
         self.capabilities = of_engine("deepspeed")
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
@@ -69,13 +78,18 @@ class DeepSpeedEngine:
         self.stage, self.parts = self._stage()
         self.named = list(self.stage.named_parameters())  # ZeRO keeps these objects, and changes their data
         self.owner: Callable[[str], str] = self.stage.owner  # before DeepSpeed wraps it
-        self.optimizer = adamw([(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named], config.optim)
+        self.optimizer = adamw(
+            [(self.owner(name), len(self.parts[name].shape), parameter) for name, parameter in self.named],
+            config.optim,
+        )
         self.pipe, self.engine = self._initialize()
         reset_buffers(self.stage, device=device)  # DeepSpeed casts them to 16 bits: an error of 0.4 % in RoPE
         self._init_loss_scale()
         self.shards = state.flat_shards(self.zero, self.named, parts=self.parts)
         if initial:
-            source = initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed)
+            source = initial_weights(
+                config.model, self.model_config, family=self.family, seed=config.run.seed
+            )
             state.fill(self.shards, source, owner=self.owner)
             state.update_model(self.zero)
 
@@ -92,10 +106,23 @@ class DeepSpeedEngine:
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
         context = apply.Context(
-            self.mesh, self.config.parallel, self.config.engine, self.precision, self.config.recompute.kind, self.config.model.freeze, self.task
+            self.mesh,
+            self.config.parallel,
+            self.config.engine,
+            self.precision,
+            self.config.recompute.kind,
+            self.config.model.freeze,
+            self.task,
         )
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
-        stage = Stage(config, family=self.family, layers=layers, first=index == 0, last=index == layout.pp - 1, head=head)
+        stage = Stage(
+            config,
+            family=self.family,
+            layers=layers,
+            first=index == 0,
+            last=index == layout.pp - 1,
+            head=head,
+        )
         parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
         if group is not None:
             with quiet():
@@ -104,7 +131,9 @@ class DeepSpeedEngine:
         apply.transform(stage, context, order=transforms)
         if deepspeed_config.zero_stage(self.config) == 3:
             with quiet():
-                state.allocate_sharded(stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid)
+                state.allocate_sharded(
+                    stage, dtype=self.precision.compute, settings=self.settings, mpu=self.grid
+                )
         else:
             stage.to(self.precision.compute).to_empty(device=self.device)
         stage.tie()
@@ -131,11 +160,17 @@ class DeepSpeedEngine:
         with quiet():
             from hybridtrain.engine.deepspeed import pipe
 
-            options: dict[str, Any] = {"config": self.settings, "optimizer": self.optimizer, "model_parameters": [p for _, p in self.named]}
+            options: dict[str, Any] = {
+                "config": self.settings,
+                "optimizer": self.optimizer,
+                "model_parameters": [p for _, p in self.named],
+            }
             if self.layout.pp > 1:
                 layer = pipe.StageLayer(self.stage)
                 group = self.mesh.embedding_group()
-                module = pipe.TiedPipelineModule(layer, layout=self.layout, embedding_group=group, tied=self._tied())
+                module = pipe.TiedPipelineModule(
+                    layer, layout=self.layout, embedding_group=group, tied=self._tied()
+                )
                 return layer, self.deepspeed.initialize(model=module, **options)[0]
             options["mpu"] = self.grid
             return None, self.deepspeed.initialize(model=self.stage, **options)[0]
@@ -157,8 +192,12 @@ class DeepSpeedEngine:
             head.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
-        factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)  # x dp: DeepSpeed averages over data ranks
-        scale = torch.tensor(float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0, device=self.device)
+        # x dp: DeepSpeed averages over data ranks
+        factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)
+        scale = torch.tensor(
+            float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0,
+            device=self.device,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         empty = (counts.sum() == 0).float()
@@ -170,7 +209,11 @@ class DeepSpeedEngine:
         after, self._after_step = self._after_step, _nothing
         after()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
-        norm = torch.as_tensor(float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(
+            float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(),
+            dtype=torch.float32,
+            device=self.device,
+        )
         if scaler and not int(counts.sum()):
             self._set_scaler(scaler)
         loss = loss_of(sums, counts, weights=self.loss_weights)
@@ -195,7 +238,13 @@ class DeepSpeedEngine:
 
     def save(self, path: Path, progress: Progress) -> Saving:
         """Start writing a complete checkpoint in the format of the torch engine (collective)."""
-        return sharded.save(self.state(), path=path, progress=progress, group=self.mesh.checkpoint_group, asynchronous=self.config.checkpoint.asynchronous)
+        return sharded.save(
+            self.state(),
+            path=path,
+            progress=progress,
+            group=self.mesh.checkpoint_group,
+            asynchronous=self.config.checkpoint.asynchronous,
+        )
 
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint of any layout and engine (collective)."""
@@ -206,7 +255,9 @@ class DeepSpeedEngine:
             **self._scaler_state(),
             **({OLDER: older} if self.precision.loss_scale else {}),
         }
-        loaded = {key: value for key, value in loaded.items() if key in stored or not key.startswith("scaler.")}
+        loaded = {
+            key: value for key, value in loaded.items() if key in stored or not key.startswith("scaler.")
+        }
         progress = sharded.load(loaded, path=path, group=self.mesh.checkpoint_group)
         if OLDER in loaded:
             loaded[STORED] = older * origin.data_ranks(path)
@@ -228,7 +279,14 @@ class DeepSpeedEngine:
         def copy(optimizer: torch.optim.Optimizer, *_: object) -> None:
             norm, clip = float(self.zero._global_grad_norm), self.config.optim.clip
             excess = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0  # undoes the clipping
-            gradients.update({p: p.grad.detach() * excess for group in optimizer.param_groups for p in group["params"] if p.grad is not None})
+            gradients.update(
+                {
+                    p: p.grad.detach() * excess
+                    for group in optimizer.param_groups
+                    for p in group["params"]
+                    if p.grad is not None
+                }
+            )
 
         handle = self.optimizer.register_step_pre_hook(copy)
 
@@ -243,7 +301,7 @@ class DeepSpeedEngine:
         with quiet():
             self.engine.destroy()
 
-    # -- state -------------------------------------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor | Fragment]:
         """Everything in a checkpoint, as fragments that share memory with the training."""
@@ -257,7 +315,9 @@ class DeepSpeedEngine:
     def _sharded(self, values: Callable[[FlatShard], Tensor]) -> Iterator[tuple[str, ShardedTensor]]:
         named = [(name, self.parts[name]) for name, _ in self.named]
         contributes = lambda part: part.sharded or self.mesh.coordinates["tp"] == 0  # noqa: E731
-        for name, value in state.sharded_tensors(self.shards, named, values=values, contributes=contributes, group=self.stage_group):
+        for name, value in state.sharded_tensors(
+            self.shards, named, values=values, contributes=contributes, group=self.stage_group
+        ):
             yield self.owner(name), value
 
     def _scaler_state(self) -> dict[str, Tensor]:
@@ -271,7 +331,10 @@ class DeepSpeedEngine:
         scaler = self.zero.loss_scaler
         stable = scaler.cur_iter - scaler.last_overflow_iter - 1
         finite = (stable - 1) % scaler.scale_window if stable else -1
-        return {STORED: torch.tensor(float(scaler.cur_scale) * self.layout.dp), TRACKER: torch.tensor(finite, dtype=torch.int32)}
+        return {
+            STORED: torch.tensor(float(scaler.cur_scale) * self.layout.dp),
+            TRACKER: torch.tensor(finite, dtype=torch.int32),
+        }
 
     def _set_scaler(self, loaded: dict[str, Any]) -> None:
         if STORED in loaded:
@@ -285,9 +348,12 @@ class DeepSpeedEngine:
         """
         if self.precision.loss_scale:
             scaler, settings = self.zero.loss_scaler, self.config.precision
-            scaler.cur_scale, scaler.min_scale = settings.init_scale / self.layout.dp, settings.min_scale / self.layout.dp
+            scaler.cur_scale, scaler.min_scale = (
+                settings.init_scale / self.layout.dp,
+                settings.min_scale / self.layout.dp,
+            )
 
-    # -- the step ----------------------------------------------------------------------------------------------
+    # -- the step --------------------------------------------------------------------------------------------
 
     def _forward(self, batch: Batch) -> Tensor:
         return self.engine(batch.input_ids_BT, batch=batch)
@@ -308,7 +374,11 @@ class DeepSpeedEngine:
 
     def _inputs(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """The (ids, labels) that DeepSpeed loads on the first and the last stage; the labels are not used."""
-        return zip([batch.input_ids_BT for batch in batches], itertools.repeat(torch.zeros(1, device=self.device)), strict=False)
+        return zip(
+            [batch.input_ids_BT for batch in batches],
+            itertools.repeat(torch.zeros(1, device=self.device)),
+            strict=False,
+        )
 
     def _sum(self, losses: Sequence[Tensor]) -> Tensor:
         total = torch.zeros_like(self.loss_weights)

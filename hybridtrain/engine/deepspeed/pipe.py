@@ -50,8 +50,17 @@ class StageLayer(nn.Module):
 class TiedPipelineModule(PipelineModule):
     """A PipelineModule of our stages, which sums the gradients of a tied embedding and head itself."""
 
-    def __init__(self, layer: StageLayer, *, layout: ParallelLayout, embedding_group: dist.ProcessGroup | None, tied: nn.Parameter | None):
-        super().__init__([layer] * layout.pp, topology=topology(layout), loss_fn=None, partition_method="uniform")
+    def __init__(
+        self,
+        layer: StageLayer,
+        *,
+        layout: ParallelLayout,
+        embedding_group: dist.ProcessGroup | None,
+        tied: nn.Parameter | None,
+    ):
+        super().__init__(
+            [layer] * layout.pp, topology=topology(layout), loss_fn=None, partition_method="uniform"
+        )
         self.embedding_group = embedding_group
         self.tied = [tied]  # in a list, so that nn.Module does not register it again
         if tied is not None:

@@ -20,7 +20,11 @@ def quiet() -> Iterator[None]:
     """Suppress output, logs and warnings of Python code; show the output after an exception."""
     output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     except BaseException:
@@ -31,15 +35,23 @@ def quiet() -> Iterator[None]:
 def start(device: torch.device) -> Any:
     """Import DeepSpeed and initialize it with this process group (collective); returns the module."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    for name, value in {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": device.index or 0}.items():
+    for name, value in {
+        "RANK": dist.get_rank(),
+        "WORLD_SIZE": dist.get_world_size(),
+        "LOCAL_RANK": device.index or 0,
+    }.items():
         os.environ.setdefault(name, str(value))
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # DeepSpeed calls them in every step
-        warnings.filterwarnings("ignore", message=f".torch.distributed.{name}. is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=f".torch.distributed.{name}. is deprecated", category=FutureWarning
+        )
     with quiet():
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # An op that would be compiled at start-up, for a collective that only inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
     return deepspeed

@@ -27,7 +27,9 @@ class _LazyParameters(nn.Module):
 
     def __init__(self, module: nn.Module, *, dtype: torch.dtype):
         super().__init__()
-        self.owners = [(owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)]
+        self.owners = [
+            (owner, name) for owner in module.modules() for name, _ in owner.named_parameters(recurse=False)
+        ]
         self.allocated: dict[nn.Parameter, nn.Parameter] = {}
         self.dtype_of_all = dtype
 
@@ -70,12 +72,22 @@ class FlatShard:
 
     def fragment(self, flat: Tensor) -> Fragment:
         """The shard's fragment of a tensor with the layout of `self.flat`."""
-        return Fragment(self.part.shape, self.part.offsets, self.part.sizes, self.start, flat.detach().narrow(0, self.offset, self.count))
+        return Fragment(
+            self.part.shape,
+            self.part.offsets,
+            self.part.sizes,
+            self.start,
+            flat.detach().narrow(0, self.offset, self.count),
+        )
 
 
-def flat_shards(zero: Any, named: list[tuple[str, nn.Parameter]], *, parts: dict[str, Part]) -> list[FlatShard]:
+def flat_shards(
+    zero: Any, named: list[tuple[str, nn.Parameter]], *, parts: dict[str, Part]
+) -> list[FlatShard]:
     """The shards of the named parameters in this rank's ZeRO optimizer `zero`."""
-    find: Callable[[Any, nn.Parameter], tuple[int, int, Tensor, int] | None] = _of_stage3 if hasattr(zero, "fp32_partitioned_groups_flat") else _of_stage1
+    find: Callable[[Any, nn.Parameter], tuple[int, int, Tensor, int] | None] = (
+        _of_stage3 if hasattr(zero, "fp32_partitioned_groups_flat") else _of_stage1
+    )
     result = []
     for name, parameter in named:
         shard = find(zero, parameter)
@@ -92,7 +104,11 @@ def _of_stage1(zero: Any, parameter: nn.Parameter) -> tuple[int, int, Tensor, in
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
-    groups = zero.single_partition_of_fp32_groups if hasattr(zero, "single_partition_of_fp32_groups") else zero.fp32_groups_flat_partition
+    groups = (
+        zero.single_partition_of_fp32_groups
+        if hasattr(zero, "single_partition_of_fp32_groups")
+        else zero.fp32_groups_flat_partition
+    )
     of_parameter, of_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
     return of_parameter.start, of_parameter.numel, groups[mapping.param_group_index], of_flat.start
 
@@ -103,7 +119,12 @@ def _of_stage3(zero: Any, parameter: Any) -> tuple[int, int, Tensor, int] | None
     """
     group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
     start = torch.distributed.get_rank(zero._get_param_partition_group(parameter)) * share
-    return start, max(0, min(share, parameter.ds_numel - start)), zero.fp32_partitioned_groups_flat[group], offset
+    return (
+        start,
+        max(0, min(share, parameter.ds_numel - start)),
+        zero.fp32_partitioned_groups_flat[group],
+        offset,
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: nn.Parameter) -> dict[str, Tensor]:
@@ -115,7 +136,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, flat: nn.Parameter) -> dic
     return state
 
 
-def tensors(shards: list[FlatShard], optimizer: torch.optim.Optimizer, *, owner: Callable[[str], str]) -> dict[str, Tensor | Fragment]:
+def tensors(
+    shards: list[FlatShard], optimizer: torch.optim.Optimizer, *, owner: Callable[[str], str]
+) -> dict[str, Tensor | Fragment]:
     """Weights, moments and step of these shards by their names in checkpoints, sharing
     memory with the training.
     """
@@ -174,7 +197,12 @@ class ShardedTensor:
 
 
 def sharded_tensors(
-    shards: list[FlatShard], named: list[tuple[str, Part]], *, values: Callable[[FlatShard], Tensor], contributes: Callable[[Part], bool], group: Any
+    shards: list[FlatShard],
+    named: list[tuple[str, Part]],
+    *,
+    values: Callable[[FlatShard], Tensor],
+    contributes: Callable[[Part], bool],
+    group: Any,
 ) -> Iterator[tuple[str, ShardedTensor]]:
     """Every named parameter.
 
@@ -183,4 +211,9 @@ def sharded_tensors(
     by_name = {shard.name: shard for shard in shards}
     for name, part in named:
         shard = by_name.get(name)
-        yield name, ShardedTensor(part.shape, shard.fragment(values(shard)) if shard and contributes(part) else None, group)
+        yield (
+            name,
+            ShardedTensor(
+                part.shape, shard.fragment(values(shard)) if shard and contributes(part) else None, group
+            ),
+        )

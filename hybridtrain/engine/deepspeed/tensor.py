@@ -30,7 +30,11 @@ class Part:
 
 def parts_of(stage: Stage, *, rank: int, size: int) -> dict[str, Part]:
     """Name -> part, for the parameters of an unsharded stage, on tensor-parallel rank `rank` of `size`."""
-    dims = {**_dims(stage, "colwise", {"weight": 0, "bias": 0}), **_dims(stage, "rowwise", {"weight": 1})} if size > 1 else {}
+    dims = (
+        {**_dims(stage, "colwise", {"weight": 0, "bias": 0}), **_dims(stage, "rowwise", {"weight": 1})}
+        if size > 1
+        else {}
+    )
     result = {}
     for name, parameter in stage.named_parameters():
         shape = tuple(parameter.shape)
@@ -44,7 +48,12 @@ def parts_of(stage: Stage, *, rank: int, size: int) -> dict[str, Part]:
 
 def _dims(stage: Stage, style: str, dims: dict[str, int]) -> dict[str, int]:
     """Parameter name -> sharded dimension, for the modules of a style."""
-    paths = [f"{stage.family.layers}.{index}.{path}" for index, _ in stage.layer_modules() for path, kind in stage.family.tp_plan.items() if kind == style]
+    paths = [
+        f"{stage.family.layers}.{index}.{path}"
+        for index, _ in stage.layer_modules()
+        for path, kind in stage.family.tp_plan.items()
+        if kind == style
+    ]
     return {f"{path}.{name}": dim for path in paths for name, dim in dims.items()}
 
 

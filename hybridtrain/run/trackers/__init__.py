@@ -2,7 +2,8 @@
 
 A tracker never stops, slows or fails a run.
 
-    training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker ──> wandb, TensorBoard ...
+    training thread ── start, log, finish ──> one queue per tracker ──> one daemon thread per tracker
+        ──> wandb, TensorBoard ...
 
 Calls that may raise or hang run in the tracker's own thread; an error there is logged as one warning. Only
 rank 0 tracks. A new tracker is a row in kinds.py.
@@ -54,7 +55,9 @@ class Trackers:
     def __init__(self) -> None:
         self._workers: list[_TrackerThread] = []
 
-    def start(self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int) -> None:
+    def start(
+        self, kinds: Sequence[str], *, config: Mapping[str, Mapping[str, Any]], folder: Path, first_step: int
+    ) -> None:
         """Open the trackers `kinds` in the background; their files are in `folder`/<kind>.
 
         `config`: the run's config without secrets from the environment (compose.public). It gives project and
@@ -80,11 +83,22 @@ class Trackers:
             except Exception as error:
                 _warn(kind, error)
                 continue
-            self._workers.append(_TrackerThread(kind, row, Place(project=project, name=name, folder=place, first_step=first_step), config=values))
+            self._workers.append(
+                _TrackerThread(
+                    kind,
+                    row,
+                    Place(project=project, name=name, folder=place, first_step=first_step),
+                    config=values,
+                )
+            )
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Send the finite numbers in `values` to every tracker; returns at once."""
-        numbers = {key: value for key, value in values.items() if key not in _NOT_PLOTTED and isinstance(value, int | float) and math.isfinite(value)}
+        numbers = {
+            key: value
+            for key, value in values.items()
+            if key not in _NOT_PLOTTED and isinstance(value, int | float) and math.isfinite(value)
+        }
         for worker in self._workers:
             worker.log(numbers, step)
 
@@ -108,7 +122,9 @@ class _TrackerThread:
         self._kind = kind
         self._queue: SimpleQueue[tuple[dict[str, Any], int] | bool] = SimpleQueue()
         self._failed = False
-        self._thread = threading.Thread(target=self._work, args=(row, place, config), name=f"tracker-{kind}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(row, place, config), name=f"tracker-{kind}", daemon=True
+        )
         self._thread.start()
 
     def _work(self, row: Kind, place: Place, config: dict[str, Any]) -> None:
@@ -153,13 +169,23 @@ def _public_name(text: str, field: str) -> str:
     if "${" not in text:
         return text
     name = re.sub(r"[^\w.-]+", "-", text).strip("-") or "run"
-    _log.warning("%s=%s: sent to trackers as %s, since values from the environment may be secrets; write it out to have it sent", field, text, name)
+    _log.warning(
+        "%s=%s: sent to trackers as %s, since values from the environment may be secrets; write it out to have it sent",
+        field,
+        text,
+        name,
+    )
     return name
 
 
 def _warn(kind: str, error: Exception) -> None:
     cause = " ".join(str(error).split()) or "no message"
-    _log.warning("tracker %s gave up (%s: %s); training goes on, metrics.jsonl has every value", kind, type(error).__name__, cause[:300])
+    _log.warning(
+        "tracker %s gave up (%s: %s); training goes on, metrics.jsonl has every value",
+        kind,
+        type(error).__name__,
+        cause[:300],
+    )
 
 
 def _accelerate_state() -> None:
@@ -202,9 +228,16 @@ def public(config: Mapping[str, Any]) -> dict[str, Any]:
 def _mask(key: str, value: Any) -> Any:
     """`value` with HIDDEN in place of text that looks like a secret or whose key does; numbers are kept."""
     if isinstance(value, Mapping):
-        return {name: _mask(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()}
+        return {
+            name: _mask(key if _SECRET_NAME.search(key) else str(name), item) for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_mask(key, item) for item in value]
-    if isinstance(value, str) and value and not _REFERENCE.fullmatch(value) and (_SECRET_NAME.search(key) or _SECRET_VALUE.search(value)):
+    if (
+        isinstance(value, str)
+        and value
+        and not _REFERENCE.fullmatch(value)
+        and (_SECRET_NAME.search(key) or _SECRET_VALUE.search(value))
+    ):
         return HIDDEN
     return value

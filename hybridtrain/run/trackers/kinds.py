@@ -89,7 +89,9 @@ def _tensorboard(place: Place) -> Any:
             if not list(Path(self.logging_dir).glob("*/hparams.yml")):
                 super().store_init_configuration(values)
 
-    name = "/".join(part for part in f"{place.project}/{place.name}".split("/") if part not in ("", ".", ".."))
+    name = "/".join(
+        part for part in f"{place.project}/{place.name}".split("/") if part not in ("", ".", "..")
+    )
     # From this step on TensorBoard drops what an earlier attempt has logged.
     return OneRun(name, place.folder, purge_step=place.first_step + 1)
 
@@ -101,14 +103,28 @@ def _wandb(place: Place) -> Any:
 
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in_to_wandb() else "offline")
     online = mode == "online"  # then wandb prints the address of the run
-    settings = wandb.Settings(init_timeout=INIT_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True, silent=not online, console="off")
+    settings = wandb.Settings(
+        init_timeout=INIT_S,
+        finish_timeout=UPLOAD_S,
+        finish_timeout_raises=True,
+        silent=not online,
+        console="off",
+    )
     # The id is kept in the run directory, so that a resumed run continues the same wandb run.
     id_file = folder / "run-id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
     run_id = id_file.read_text(encoding="utf-8")
     # wandb creates a folder `wandb` in `dir`.
-    return WandBTracker(project, name=name, dir=str(folder.parent), id=run_id, resume="allow" if online else None, mode=mode, settings=settings)
+    return WandBTracker(
+        project,
+        name=name,
+        dir=str(folder.parent),
+        id=run_id,
+        resume="allow" if online else None,
+        mode=mode,
+        settings=settings,
+    )
 
 
 def logged_in_to_wandb() -> bool:
@@ -117,7 +133,10 @@ def logged_in_to_wandb() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host)) is not None
+        return (
+            netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host))
+            is not None
+        )
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -150,13 +169,19 @@ def _clearml_failed(tracker: Any) -> None:
 def _mlflow_environment(folder: Path) -> dict[str, str]:
     # The defaults are 7 retries and 120 s.
     patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true", **patience}
+    return {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        **patience,
+    }
 
 
 def _trackio(place: Place) -> Any:
     from accelerate.tracking import TrackioTracker
 
-    return TrackioTracker(place.project, name=place.name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    return TrackioTracker(
+        place.project, name=place.name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+    )
 
 
 def _dvclive(place: Place) -> Any:
@@ -164,7 +189,13 @@ def _dvclive(place: Place) -> Any:
 
     # Without `resume` DVCLive empties the folder; by default dvc.yaml is in the working directory.
     folder, name = place.folder, place.name  # a folder instead of a project
-    return DVCLiveTracker(dir=str(folder), resume=(folder / "metrics.json").exists(), save_dvc_exp=False, dvcyaml=str(folder / "dvc.yaml"), exp_name=name)
+    return DVCLiveTracker(
+        dir=str(folder),
+        resume=(folder / "metrics.json").exists(),
+        save_dvc_exp=False,
+        dvcyaml=str(folder / "dvc.yaml"),
+        exp_name=name,
+    )
 
 
 def _swanlab(place: Place) -> Any:
@@ -174,8 +205,12 @@ def _swanlab(place: Place) -> Any:
 
     # Upload only numbers and options: no console output, and nothing about the machine, packages or command
     # line. Never ask for a login.
-    probe = swanlab.Settings.Probe(hardware=False, runtime=False, requirements=False, git=False, monitor=False)
-    settings = swanlab.Settings(probe=probe, terminal=swanlab.Settings.Terminal(proxy_type="none"), interactive=False)
+    probe = swanlab.Settings.Probe(
+        hardware=False, runtime=False, requirements=False, git=False, monitor=False
+    )
+    settings = swanlab.Settings(
+        probe=probe, terminal=swanlab.Settings.Terminal(proxy_type="none"), interactive=False
+    )
     mode = os.environ.get("SWANLAB_MODE") or ("online" if os.environ.get("SWANLAB_API_KEY") else "offline")
     return SwanLabTracker(project, name=name, log_dir=str(folder), mode=mode, settings=settings)
 
@@ -187,7 +222,14 @@ def _comet_ml(place: Place) -> Any:
 
     online = bool(os.environ.get("COMET_API_KEY")) or Path("~/.comet.config").expanduser().exists()
     # Upload only numbers and options: neither source code nor console output.
-    config = comet_ml.ExperimentConfig(name=name, offline_directory=str(folder), log_code=False, log_git_patch=False, auto_output_logging="", parse_args=False)
+    config = comet_ml.ExperimentConfig(
+        name=name,
+        offline_directory=str(folder),
+        log_code=False,
+        log_git_patch=False,
+        auto_output_logging="",
+        parse_args=False,
+    )
     return CometMLTracker(project, online=online, experiment_config=config)
 
 
@@ -195,12 +237,35 @@ def _clearml(place: Place) -> Any:
     from accelerate.tracking import ClearMLTracker
     from clearml import Task
 
-    if not (os.environ.get("CLEARML_API_ACCESS_KEY") or Path(os.environ.get("CLEARML_CONFIG_FILE", "~/clearml.conf")).expanduser().exists()):
+    if not (
+        os.environ.get("CLEARML_API_ACCESS_KEY")
+        or Path(os.environ.get("CLEARML_CONFIG_FILE", "~/clearml.conf")).expanduser().exists()
+    ):
         Task.set_offline(True)
     # Upload only numbers and options: no patched frameworks, no console output, no uncommitted changes.
-    patched = ("matplotlib", "tensorflow", "tensorboard", "pytorch", "scikit", "joblib", "hydra", "detect_repository")
-    quiet = {"auto_connect_frameworks": dict.fromkeys(patched, False), "auto_connect_arg_parser": False, "auto_connect_streams": False}
-    return ClearMLTracker(place.name, project_name=place.project, task_name=place.name, reuse_last_task_id=False, auto_resource_monitoring=False, **quiet)
+    patched = (
+        "matplotlib",
+        "tensorflow",
+        "tensorboard",
+        "pytorch",
+        "scikit",
+        "joblib",
+        "hydra",
+        "detect_repository",
+    )
+    quiet = {
+        "auto_connect_frameworks": dict.fromkeys(patched, False),
+        "auto_connect_arg_parser": False,
+        "auto_connect_streams": False,
+    }
+    return ClearMLTracker(
+        place.name,
+        project_name=place.project,
+        task_name=place.name,
+        reuse_last_task_id=False,
+        auto_resource_monitoring=False,
+        **quiet,
+    )
 
 
 _ACCELERATE = ("accelerate.tracking",)
@@ -208,11 +273,18 @@ KINDS: dict[str, Kind] = {
     "tensorboard": Kind((*_ACCELERATE, "torch.utils.tensorboard"), _no_variables, _tensorboard, _finish),
     "wandb": Kind((*_ACCELERATE, "wandb"), _no_variables, _wandb, _wandb_failed),
     "mlflow": Kind((*_ACCELERATE, "mlflow"), _mlflow_environment, _mlflow, _mlflow_failed),
-    "trackio": Kind((*_ACCELERATE, "trackio"), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finish),
+    "trackio": Kind(
+        (*_ACCELERATE, "trackio"), lambda folder: {"TRACKIO_DIR": str(folder)}, _trackio, _finish
+    ),
     "dvclive": Kind((*_ACCELERATE, "dvclive", "dvclive.plots"), _no_variables, _dvclive, _finish),
     "swanlab": Kind((*_ACCELERATE, "swanlab"), _no_variables, _swanlab, _finish),
     "comet_ml": Kind((*_ACCELERATE, "comet_ml"), _no_variables, _comet_ml, _finish),
-    "clearml": Kind((*_ACCELERATE, "clearml"), lambda folder: {"CLEARML_CACHE_DIR": str(folder)}, _clearml, _clearml_failed),
+    "clearml": Kind(
+        (*_ACCELERATE, "clearml"),
+        lambda folder: {"CLEARML_CACHE_DIR": str(folder)},
+        _clearml,
+        _clearml_failed,
+    ),
 }
 
 

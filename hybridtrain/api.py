@@ -106,7 +106,10 @@ def _check_travels(field: str, value: object, *, option: str) -> None:
         _Elsewhere(io.BytesIO(pickle.dumps(value))).load()
     except Exception as error:
         problem = f"it cannot be given to the processes of the layouts: {error}"
-        instead = f"run.plugins=[MODULE] {option}=NAME, with a module that registers it; or its class in a module that the program imports"
+        instead = (
+            f"run.plugins=[MODULE] {option}=NAME, with a module that registers it; "
+            "or its class in a module that the program imports"
+        )
         raise refusal(
             field,
             type(value).__name__,

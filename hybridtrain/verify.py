@@ -105,7 +105,11 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
                 yield f"{file}: it describes a different model than that of the checkpoints"
         for older, fields in held[:-1]:
             if found := config_diff.model_changes(fields, newest_fields):
-                yield f"{path / 'checkpoints' / older}: its config.json is of another model than that of {newest} ({config_diff.describe(found)})"
+                yield (
+                    f"{path / 'checkpoints' / older}: "
+                    f"its config.json is of another model than that of {newest} "
+                    f"({config_diff.describe(found)})"
+                )
     except UserError as error:
         yield _line(error)
 

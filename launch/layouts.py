@@ -85,7 +85,8 @@ def main(picture: str, *words: str) -> None:
     draw(losses, control, Path(picture))
     for name, values in {**losses, CONTROL: control}.items():
         print(
-            f"{name:34} last loss {values[-1]:.6f}, at most {max(apart(values, losses['single'])):.1e} from parallel=single"
+            f"{name:34} last loss {values[-1]:.6f}, "
+            f"at most {max(apart(values, losses['single'])):.1e} from parallel=single"
         )
 
 

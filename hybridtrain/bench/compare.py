@@ -262,16 +262,24 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     )
     compiled = f", compiled per layer by {config.engine.compile_backend}" if config.engine.compile else ""
     lines = [
-        f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, {config.precision.kind}{compiled}, recompute {config.recompute.kind}",
-        f"{notation.write(config.parallel, settled.layout)} on {rules.processes(settled.layout.world_size)} ({device.type}); a step is {plan.global_batch_size} rows x "
-        f"{plan.seq_len} tokens in micro-batches of {plan.micro_batch_size}, {tokens}",
+        (
+            f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, "
+            f"{config.precision.kind}{compiled}, recompute {config.recompute.kind}"
+        ),
+        (
+            f"{notation.write(config.parallel, settled.layout)} "
+            f"on {rules.processes(settled.layout.world_size)} ({device.type}); "
+            f"a step is {plan.global_batch_size} rows x {plan.seq_len} tokens "
+            f"in micro-batches of {plan.micro_batch_size}, {tokens}"
+        ),
         f"{bench.warmup} steps of warm-up, then {bench.rounds} rounds of {bench.steps} steps",
     ]
     if bench.plain:
         compiled = f", compiled by {bench.plain_compile}" if config.engine.compile else ""
         recompute = "full" if config.recompute.kind == "full" else "none"
         lines.append(
-            f"compared with: a plain PyTorch loop over Hugging Face's model in one process{compiled}, recompute {recompute}"
+            "compared with: a plain PyTorch loop over Hugging Face's model in one process"
+            f"{compiled}, recompute {recompute}"
         )
     return lines
 

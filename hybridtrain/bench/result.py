@@ -199,7 +199,8 @@ def noise_warning(timings: Sequence[Timing]) -> list[str]:
     if not wide:
         return []
     return [
-        f"THE MACHINE WAS NOT QUIET: half of the steps lie in {', '.join(wide)}; other work on it does not slow both sides alike, so that ratio says little"
+        f"THE MACHINE WAS NOT QUIET: half of the steps lie in {', '.join(wide)}; "
+        "other work on it does not slow both sides alike, so that ratio says little"
     ]
 
 
@@ -222,8 +223,9 @@ def summary_lines(timings: Sequence[Timing], *, precision: str, corpus: bool) ->
         lines += noise_warning(timings)
         verdict = "the same work" if same.holds else "NOT THE SAME WORK"
         lines.append(
-            f"{verdict}: first losses {ours.losses[0]:.6f} and {theirs.losses[0]:.6f}, relative difference {same.difference:.1e}, "
-            f"at most {same.tolerance:.0e}; after {len(ours.losses)} steps {ours.losses[-1]:.6f} and {theirs.losses[-1]:.6f}"
+            f"{verdict}: first losses {ours.losses[0]:.6f} and {theirs.losses[0]:.6f}, "
+            f"relative difference {same.difference:.1e}, at most {same.tolerance:.0e}; "
+            f"after {len(ours.losses)} steps {ours.losses[-1]:.6f} and {theirs.losses[-1]:.6f}"
         )
     return lines
 

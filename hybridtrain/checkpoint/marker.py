@@ -200,7 +200,9 @@ def damaged(path: Path, name: str, problem: str) -> UserError:
         path,
         f"damaged: {name}: {problem}",
         allowed="a checkpoint as it was written",
-        instead="restore the file, or remove this folder: resuming then uses the newest complete one that is left",
+        instead=(
+            "restore the file, or remove this folder: resuming then uses the newest complete one that is left"
+        ),
     )
 
 

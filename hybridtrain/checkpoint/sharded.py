@@ -373,5 +373,8 @@ def _disk_error(path: Path, *, rank: int, doing: str, error: OSError) -> UserErr
         path,
         f"rank {rank} could not {doing} it: {error}",
         allowed="a folder that every rank can write and that has space for the checkpoint",
-        instead="free some space, then give the same command again: the run continues from its newest complete checkpoint",
+        instead=(
+            "free some space, then give the same command again: "
+            "the run continues from its newest complete checkpoint"
+        ),
     )

@@ -145,9 +145,15 @@ def of_checkpoint(checkpoint: Path, *, run: Path, config: Config) -> CheckpointT
         raise refusal(
             "data.path",
             folder.parent,
-            f"{checkpoint.name} was trained on other data ({written}) than are there now ({now or 'unknown'}), so this is not its tokenizer",
+            (
+                f"{checkpoint.name} was trained on other data ({written}) "
+                f"than are there now ({now or 'unknown'}), so this is not its tokenizer"
+            ),
             allowed="the corpus that the run was trained on, or none",
-            instead=f"prepare the same text there again, or hybridtrain export where {folder.parent} is the run's corpus; without a tokenizer: move it away",
+            instead=(
+                "prepare the same text there again, or hybridtrain export where "
+                f"{folder.parent} is the run's corpus; without a tokenizer: move it away"
+            ),
         )
     loose = current(config)
     return (

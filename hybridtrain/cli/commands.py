@@ -339,7 +339,9 @@ def _multirun(command: str, argv: list[str]) -> int:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             "every rank of torchrun would start the sweep for itself",
             allowed="sweeps outside torchrun",
-            instead="a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done",
+            instead=(
+                "a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done"
+            ),
         )
     from hybridtrain.config import checks, section_checks
     from hybridtrain.config.compose import train_config

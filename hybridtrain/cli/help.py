@@ -17,7 +17,10 @@ EXAMPLES = {
     "evaluate": "hybridtrain evaluate runs/quickstart",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
     "report": "hybridtrain report runs/quickstart",
-    "submit": "hybridtrain submit experiment=quickstart cluster=gpu8 cluster.nodes=2 parallel=zero3_tp2 batch.global_batch_size=16",
+    "submit": (
+        "hybridtrain submit experiment=quickstart cluster=gpu8 "
+        "cluster.nodes=2 parallel=zero3_tp2 batch.global_batch_size=16"
+    ),
     "runs": "hybridtrain runs",
     "logs": "hybridtrain logs runs/quickstart",
     "verify": "hybridtrain verify runs/quickstart",
@@ -51,7 +54,10 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
     if command in ("train", "bench"):
         lines += _entry(
             "--nproc N",
-            "run in N processes on this machine; auto: the product of the parallel degrees; a degree of -1 uses all GPUs",
+            (
+                "run in N processes on this machine; "
+                "auto: the product of the parallel degrees; a degree of -1 uses all GPUs"
+            ),
         )
     how = "as one job array" if command == "submit" else "one after the other (not under torchrun)"
     lines += _entry("--multirun, -m", f"run every combination of comma-separated values, {how}")

@@ -97,7 +97,10 @@ def check_stage(config: schema.Config, stage: int) -> None:
         instead="parallel=zero3",
     )
     recompute, instead = config.recompute.kind, "recompute=full, or engine=torch"
-    problem = "DeepSpeed's ZeRO 3 gathers parameters inside the recomputed layers, which torch's selective recomputation does not allow"
+    problem = (
+        "DeepSpeed's ZeRO 3 gathers parameters inside the recomputed layers, "
+        "which torch's selective recomputation does not allow"
+    )
     require(
         stage < 3 or recompute != "selective",
         "recompute.kind",

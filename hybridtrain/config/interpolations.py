@@ -110,6 +110,7 @@ def keep_calls(node: Any, root: DictConfig) -> None:
                 isinstance(child, ValueNode) and not isinstance(child, StringNode | AnyNode)
             ):
                 raise ValueError(
-                    f"has {child._get_full_key(None)}={source}, which is not looked up for a run that is only read"
+                    f"has {child._get_full_key(None)}={source}, "
+                    "which is not looked up for a run that is only read"
                 )
             child._set_value(words.escaped(source))

@@ -239,7 +239,10 @@ def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
                 f"{corpus.path}",
                 f"it was prepared with another tokenizer than {corpora[0].path}",
                 allowed="corpora of one tokenizer",
-                instead=f"hybridtrain prepare data.path={corpus.path} data.tokenizer={corpora[0].tokenizer_dir} prepare.overwrite=true data.source=...",
+                instead=(
+                    f"hybridtrain prepare data.path={corpus.path} "
+                    f"data.tokenizer={corpora[0].tokenizer_dir} prepare.overwrite=true data.source=..."
+                ),
             )
 
 

@@ -31,7 +31,10 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
                 vocab,
                 f"{corpus.path} holds token id {corpus.largest_id}",
                 allowed=f"{corpus.largest_id + 1} or more (its tokenizer has {corpus.vocab_size})",
-                instead=f"model.config.vocab_size={max(corpus.vocab_size, corpus.largest_id + 1)}, or text prepared with the model's own tokenizer",
+                instead=(
+                    f"model.config.vocab_size={max(corpus.vocab_size, corpus.largest_id + 1)}, "
+                    "or text prepared with the model's own tokenizer"
+                ),
             )
 
 
@@ -148,7 +151,10 @@ def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) ->
             value,
             f"{blend.name} holds no held-out row of {seq_len} tokens",
             allowed="a corpus with held-out documents",
-            instead="train.eval_every=0, a larger data.eval_fraction in prepare, or data.eval_path=PREFIX of held-out token files",
+            instead=(
+                "train.eval_every=0, a larger data.eval_fraction in prepare, "
+                "or data.eval_path=PREFIX of held-out token files"
+            ),
         )
     if not any(
         corpus.has_targets("eval", seq_len=seq_len)

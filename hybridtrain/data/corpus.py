@@ -183,7 +183,10 @@ class Corpus:
                 seq_len,
                 f"the conversations of {self.path} are packed into rows of {self.facts['seq_len']}",
                 allowed=f"{self.facts['seq_len']}",
-                instead=f"data.seq_len={self.facts['seq_len']}, or prepare again with data.seq_len={seq_len} prepare.overwrite=true",
+                instead=(
+                    f"data.seq_len={self.facts['seq_len']}, "
+                    f"or prepare again with data.seq_len={seq_len} prepare.overwrite=true"
+                ),
             )
         try:
             ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
@@ -203,7 +206,10 @@ class Corpus:
         if self.largest_id is not None and largest > self.largest_id:
             raise _unprepared(
                 self.path,
-                f"token id {largest} was read from it, but the largest that prepare wrote is {self.largest_id}; a file has changed",
+                (
+                    f"token id {largest} was read from it, "
+                    f"but the largest that prepare wrote is {self.largest_id}; a file has changed"
+                ),
             )
         if smallest < 0 or largest >= vocab:
             raise refusal(
@@ -226,7 +232,10 @@ def _row_problem(ids: np.ndarray, starts: np.ndarray, *, conversations: int) -> 
     ):
         return f"has arrays of {ids.dtype} {ids.shape} and {starts.dtype} {starts.shape}"
     if len(ids) > conversations or starts[0] != 0 or starts[-1] != len(ids):
-        return f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, but the corpus has {conversations}"
+        return (
+            f"is of {len(ids)} conversations, of which {starts[-1]} are in rows, "
+            f"but the corpus has {conversations}"
+        )
     if log.rank() == 0 and (
         (np.diff(starts) < 0).any() or ids.min(initial=0) < 0 or ids.max(initial=0) >= conversations
     ):
@@ -304,7 +313,10 @@ def _prepared(folder: Path) -> Corpus:
             counted = f"{reader.documents} documents and {reader.tokens} tokens"
             raise _unprepared(
                 folder,
-                f"{file_pair(folder / split)[0]} has {counted}, corpus.json says {counts[split][0]} and {counts[split][1]}",
+                (
+                    f"{file_pair(folder / split)[0]} has {counted}, "
+                    f"corpus.json says {counts[split][0]} and {counts[split][1]}"
+                ),
             )
     return Corpus(folder, readers, facts)
 
@@ -337,7 +349,10 @@ def _facts(folder: Path) -> dict[str, Any]:
         prefix = pairs[0].with_suffix("")
         raise _unprepared(
             folder,
-            f"it has token files but no corpus.json; token files from elsewhere are named by their prefix: data.path={prefix}",
+            (
+                "it has token files but no corpus.json; "
+                f"token files from elsewhere are named by their prefix: data.path={prefix}"
+            ),
         )
     raise _unprepared(folder, "it holds no prepared corpus")
 

@@ -167,7 +167,10 @@ class IndexedReader:
         if size != end:
             raise _bad(
                 self.bin_path,
-                f"it has {size} bytes but its index describes {end}; it is {'truncated' if size < end else 'of another index'}",
+                (
+                    f"it has {size} bytes but its index describes {end}; "
+                    f"it is {'truncated' if size < end else 'of another index'}"
+                ),
             )
         self.tokens = size // self.dtype.itemsize
         self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype)
@@ -208,7 +211,10 @@ class IndexedReader:
             wrong = np.flatnonzero((bytes_each < 0) | (self.pointers[part] != ends - bytes_each))
             if len(wrong):
                 place = first + int(wrong[0])
-                words = f"sequence {place} has {self.sizes[place]} tokens from byte {self.pointers[place]}, which does not follow the one before"
+                words = (
+                    f"sequence {place} has {self.sizes[place]} tokens "
+                    f"from byte {self.pointers[place]}, which does not follow the one before"
+                )
                 raise _bad(self.idx_path, words)
             pointer = int(ends[-1])
         last = 0
@@ -219,7 +225,10 @@ class IndexedReader:
                 place = first + (int(wrong[0]) if len(wrong) else 0)
                 raise _bad(
                     self.idx_path,
-                    f"document {place} begins at sequence {self.first_sequences[place]}, before the one before it",
+                    (
+                        f"document {place} begins at sequence {self.first_sequences[place]}, "
+                        "before the one before it"
+                    ),
                 )
             last = int(bounds[-1])
         if last != self.sequences:
@@ -234,7 +243,10 @@ class IndexedReader:
         if len(sample) > _SAMPLE_TOKENS and not sample.any():
             raise _bad(
                 self.bin_path,
-                f"all {len(sample)} tokens of a sample have the id 0: the copy is incomplete, or it is no text",
+                (
+                    f"all {len(sample)} tokens of a sample have the id 0: "
+                    "the copy is incomplete, or it is no text"
+                ),
             )
 
     def read(self, start: int, stop: int) -> np.ndarray:

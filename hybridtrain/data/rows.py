@@ -97,7 +97,10 @@ class TextRows:
             raise refusal(
                 "data.seq_len",
                 seq_len,
-                f"{reader.bin_path} has {reader.tokens} tokens, fewer than one row of {seq_len} and the token that follows",
+                (
+                    f"{reader.bin_path} has {reader.tokens} tokens, "
+                    f"fewer than one row of {seq_len} and the token that follows"
+                ),
                 allowed=f"1 to {max(1, reader.tokens - 1)}",
                 instead="a smaller data.seq_len, or more text",
             )

@@ -59,7 +59,10 @@ def compare(model: Path, data: Path | None) -> None:
     )
     if words:
         _log.warning(
-            "the model's tokenizer (%s) and that of the data (%s) are not the same: %s, so that the model reads another text",
+            (
+                "the model's tokenizer (%s) and that of the data (%s) are not the same: %s, "
+                "so that the model reads another text"
+            ),
             model,
             data,
             words,

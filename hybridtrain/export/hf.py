@@ -207,7 +207,10 @@ def _keep_earlier(out: Path, *, looked: str) -> None:
         return
     nowhere = f"the run has no copy of it, and there is none with its data ({looked or 'no path'})"
     problem = f"the earlier export there has a tokenizer, and this one would have none: {nowhere}"
-    instead = "export.out=FOLDER, or run hybridtrain export in the folder where the run was started, with its data in place"
+    instead = (
+        "export.out=FOLDER, or run hybridtrain export "
+        "in the folder where the run was started, with its data in place"
+    )
     raise refusal(
         destination.FIELD,
         out,
@@ -265,7 +268,10 @@ def _config(checkpoint: Path, *, run: SourceRun, stored: metadata.dcp_metadata.M
             now = read_object(of_run, field="run.dir")
             if changed := config_diff.changes(config, now):
                 log.warning(
-                    "export: %s has changed since the checkpoint was written (%s); the checkpoint's own is exported",
+                    (
+                        "export: %s has changed since the checkpoint was written (%s); "
+                        "the checkpoint's own is exported"
+                    ),
                     of_run,
                     config_diff.describe(changed),
                 )
@@ -339,7 +345,10 @@ def _generation(checkpoint: Path, *, run: SourceRun) -> dict[str, Any]:
         with contextlib.suppress(UserError):
             if read_object(of_run, field="run.dir") != generation:
                 log.warning(
-                    "export: %s has changed since the checkpoint was written; the checkpoint's own is exported",
+                    (
+                        "export: %s has changed since the checkpoint was written; "
+                        "the checkpoint's own is exported"
+                    ),
                     of_run,
                 )
     else:

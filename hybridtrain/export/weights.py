@@ -44,7 +44,10 @@ def write(
         raise refusal(
             "checkpoint",
             checkpoint,
-            f"it has no {head if specs else 'model weights'}, and the model's config.json does not tie the embeddings",
+            (
+                f"it has no {head if specs else 'model weights'}, "
+                "and the model's config.json does not tie the embeddings"
+            ),
             allowed="a checkpoint of the model in config.json",
             instead="a checkpoint of the same run",
         )

@@ -179,7 +179,10 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise _not_effective(named, chosen[named], f"windows {windows} instead of {expected}")
         asks = chosen.get("use_sliding_window") or "sliding_attention" in (chosen.get("layer_types") or [])
         if asks and getattr(config, "sliding_window", None) is None:
-            words = "without use_sliding_window and sliding_window no layer has a window, so it would have no effect"
+            words = (
+                "without use_sliding_window and sliding_window "
+                "no layer has a window, so it would have no effect"
+            )
             instead = "model.config.use_sliding_window=true model.config.sliding_window=4096"
             raise refusal(f"model.config.{named}", chosen[named], words, allowed="with both", instead=instead)
     if any(key in chosen for key in overrides.ROPE):

@@ -132,7 +132,8 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
             )
         weights.check_rows(stored_shape, rows=shape[0], model=model)
         lines.append(
-            f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, drawn as in a new model ({stored_shape[0]} -> {shape[0]})"
+            f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, "
+            f"drawn as in a new model ({stored_shape[0]} -> {shape[0]})"
         )
     return lines + _left_over(tensors, shapes=shapes, model=model, config=config, family=family)
 
@@ -188,7 +189,10 @@ def _left_over(
         raise refusal(
             FIELD,
             model.from_pretrained,
-            f"its files hold '{unused[0]}'{more}, which the model of its config.json does not have: training would lose it",
+            (
+                f"its files hold '{unused[0]}'{more}, "
+                "which the model of its config.json does not have: training would lose it"
+            ),
             allowed="files in which every tensor is a parameter of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
@@ -198,6 +202,7 @@ def _left_over(
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
         lines.append(
-            f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={config.num_hidden_layers}"
+            f"{len(cut)} layers of the files are left out: "
+            f"model.config.num_hidden_layers={config.num_hidden_layers}"
         )
     return lines

@@ -269,7 +269,10 @@ def _cut_layer_types(
         result["layer_types"] = listed[: _whole(layers)]
     else:
         field = sorted(changed & set(_LAYER_TYPES_FOLLOW))[0]
-        words = f"the model has its own pattern of attention in its {len(listed)} layers (layer_types), which does not follow from this field"
+        words = (
+            f"the model has its own pattern of attention in its {len(listed)} layers (layer_types), "
+            "which does not follow from this field"
+        )
         raise refusal(
             f"model.config.{field}",
             chosen[field],

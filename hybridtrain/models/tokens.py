@@ -146,7 +146,8 @@ def with_end_tokens(
         )
     if of_tokenizer.turn is not None and of_tokenizer.turn != of_tokenizer.end:
         lines.append(
-            f"the chat template ends answers with {of_tokenizer.turn}, the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}"
+            f"the chat template ends answers with {of_tokenizer.turn}, "
+            f"the tokenizer ends texts with {_listed(of_tokenizer.end) or 'no token'}"
         )
     if new:
         tokens = {"bos_token_id": of_tokenizer.begin, "eos_token_id": of_tokenizer.end}
@@ -164,7 +165,8 @@ def with_end_tokens(
     more = [token for token in trained_ends if token not in known]
     if more:
         lines.append(
-            f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, which ended what was trained on"
+            f"{GENERATION}: eos_token_id {known or 'none'} and {', '.join(map(str, more))}, "
+            "which ended what was trained on"
         )
         generation = {
             **generation,
@@ -185,5 +187,8 @@ def check_ids(ids: list[int], *, rows: int, field: str) -> None:
             f"(token id {max(ids)})",
             f"the tokenizer has a token for which the model, with {rows} rows, has no embedding",
             allowed=f"texts of tokens 0 to {rows - 1}",
-            instead="a text without that token, or a model trained with model.config.vocab_size of the whole tokenizer",
+            instead=(
+                "a text without that token, or a model trained "
+                "with model.config.vocab_size of the whole tokenizer"
+            ),
         )

@@ -180,7 +180,10 @@ def tie_refused(source: str) -> UserError:
 @functools.cache
 def _warn_untied(folder: str) -> None:
     _log.warning(
-        "%s: config.json ties the head to the embedding, but the two are stored with different values: they are not tied",
+        (
+            "%s: config.json ties the head to the embedding, "
+            "but the two are stored with different values: they are not tied"
+        ),
         folder,
     )
 

@@ -101,7 +101,8 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
     for each in order:
         expected, actual = each.expected(stage, context), each.actual(stage, context)
         assert expected == actual, (
-            f"transform {each.name}: not done {sorted(expected - actual)}, not asked for {sorted(actual - expected)}"
+            f"transform {each.name}: not done {sorted(expected - actual)}, "
+            f"not asked for {sorted(actual - expected)}"
         )
 
 

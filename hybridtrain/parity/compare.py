@@ -223,13 +223,17 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
     where = f"{devices} GPUs" if devices else "the CPU"
     kinds = ", ".join(dict.fromkeys(case.engine for case in comparison.cases))
     lines = [
-        f"{facts.model_type} with {facts.parameters:,} parameters, {config.precision.kind}, engine {kinds}, on {where}",
+        (
+            f"{facts.model_type} with {facts.parameters:,} parameters, "
+            f"{config.precision.kind}, engine {kinds}, on {where}"
+        ),
         f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {source}",
         *comparison.changes,
     ]
     if facts.parameters > LARGE:
         lines.append(
-            f"the reference trains all {facts.parameters:,} parameters in one process; parity.shrink=true cuts layers and width"
+            f"the reference trains all {facts.parameters:,} parameters in one process; "
+            "parity.shrink=true cuts layers and width"
         )
     if comparison.left_out:
         lines.append("left out of the default set:")

@@ -141,7 +141,8 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
     if config.optim.eps < MIN_EPS:
         changes.append(
-            f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: Adam magnifies rounding noise where gradients are below it"
+            f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: "
+            "Adam magnifies rounding noise where gradients are below it"
         )
         config.optim.eps = MIN_EPS
     if config.precision.kind == "fp16_mixed":

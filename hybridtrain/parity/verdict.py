@@ -127,7 +127,10 @@ def merge(
 
 def header(rows_tolerances: Mapping[str, Mapping[str, float]], *, width: int) -> str:
     """The first lines of the table: column names, and the tolerances with and without tp."""
-    names = f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  {'grad_rel':>9}  {'param_abs':>9}  seconds  result"
+    names = (
+        f"{'layout':<{width}}  procs  {'loss_rel':>9}  {'grad_norm_rel':>13}  "
+        f"{'grad_rel':>9}  {'param_abs':>9}  seconds  result"
+    )
     return "\n".join(
         [
             names,

@@ -77,7 +77,10 @@ def _of_ramp(batch: schema.BatchConfig, *, rows: int) -> Iterator[Rule]:
         f"batch.ramp_start={rows}, or 0 without a ramp",
     )
     fits = increment > 0 and increment % rows == 0 and (size - start) % increment == 0
-    problem = f"{size - start} rows between batch.ramp_start={start} and batch.global_batch_size={size} are not a multiple of it, or it is not one of {rows}"
+    problem = (
+        f"{size - start} rows between batch.ramp_start={start} and batch.global_batch_size={size} "
+        f"are not a multiple of it, or it is not one of {rows}"
+    )
     allowed = f"multiples of {rows} that divide {size - start}"
     yield Rule("batch.ramp_increment", increment, fits, problem, allowed, f"batch.ramp_increment={rows}")
     rises = (size - start) // increment

@@ -201,7 +201,10 @@ def warn(
         f"recompute={kind}"
         for kind in {"none": ["selective", "full"], "selective": ["full"], "full": []}[config.recompute.kind]
     ]
-    problem = f"activations of about {extra / GIB:.1f} GiB come on top of {need / GIB:.1f} GiB for weights, gradients, optimizer state and their copies"
+    problem = (
+        f"activations of about {extra / GIB:.1f} GiB come on top of {need / GIB:.1f} GiB for weights, "
+        "gradients, optimizer state and their copies"
+    )
     hint = f"; {' or '.join(ways)} takes less" if ways else ""
     _log.warning(
         "memory    %s: there are %.1f GiB of %s for each rank%s", problem, available / GIB, place, hint
@@ -242,8 +245,14 @@ def check_host(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts
         return
     need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
     if config.engine.check_memory and need.host > available:
-        problem = f"a rank offloads {need.host / GIB:.1f} GiB to the host's memory, of which there are {available / GIB:.1f} GiB for each rank"
-        instead = "more data ranks, offloading less (engine.offload_optimizer, engine.offload_parameters), or engine.check_memory=false"
+        problem = (
+            f"a rank offloads {need.host / GIB:.1f} GiB to the host's memory, "
+            f"of which there are {available / GIB:.1f} GiB for each rank"
+        )
+        instead = (
+            "more data ranks, offloading less (engine.offload_optimizer, "
+            "engine.offload_parameters), or engine.check_memory=false"
+        )
         raise refusal(
             "parallel",
             write(config.parallel, layout),
@@ -263,7 +272,10 @@ def check(
     need = needs(config, parallel=config.parallel, layout=layout, plan=plan, facts=facts)
     if need.total <= available:
         return
-    problem = f"a rank needs {need.state / GIB:.1f} GiB for weights, gradients and optimizer state and {need.step / GIB:.1f} GiB more in a step, before activations"
+    problem = (
+        f"a rank needs {need.state / GIB:.1f} GiB for weights, gradients and optimizer state "
+        f"and {need.step / GIB:.1f} GiB more in a step, before activations"
+    )
     problem += f"; there are {available / GIB:.1f} GiB of {place} for each rank"
     suggestions = list(_layouts_that_fit(config, plan=plan, facts=facts, available=available))
     instead = (

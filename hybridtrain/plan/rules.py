@@ -240,7 +240,10 @@ def _of_pipeline(case: _Case) -> Iterator[Rule]:
         f"at most {layers} stages",
         "fewer stages, or parallel.schedule=1f1b (one stage per rank)",
     )
-    problem = f"{schedule} splits the backward pass; with gradients reduced per micro-batch torch gives wrong gradients"
+    problem = (
+        f"{schedule} splits the backward pass; "
+        "with gradients reduced per micro-batch torch gives wrong gradients"
+    )
     allowed, zero = "0 or 1 with " + ", ".join(SPLIT_BACKWARD), case.parallel.zero_stage
     holds = schedule not in SPLIT_BACKWARD or zero < 2
     yield Rule(
@@ -259,8 +262,14 @@ def _of_micro_batches(case: _Case) -> Iterator[Rule]:
     holds, words = micro_batches(case.parallel.schedule, pp=case.layout.pp, stages=stages)
     for rows in plan.ramp.values if plan.ramp else ():
         number = rows // (plan.micro_batch_size * dp)
-        problem = f"at {rows} rows each of {dp} data ranks has {number} micro-batches; {case.parallel.schedule} wants {words}"
-        instead = "a larger batch.ramp_start and batch.ramp_increment, a smaller batch.micro_batch_size, or batch.ramp_start=0"
+        problem = (
+            f"at {rows} rows each of {dp} data ranks has {number} micro-batches; "
+            f"{case.parallel.schedule} wants {words}"
+        )
+        instead = (
+            "a larger batch.ramp_start and batch.ramp_increment, "
+            "a smaller batch.micro_batch_size, or batch.ramp_start=0"
+        )
         yield Rule(
             "batch.ramp_start",
             plan.ramp.values[0] if plan.ramp else 0,

@@ -85,7 +85,8 @@ def document(histories: Sequence[History], plots: Sequence[Plot]) -> str:
         "",
         *(
             page.Markup(
-                f'<span class="swatch" style="background:var(--c{n % len(COLORS)})"></span>{page.escape(name)}'
+                f'<span class="swatch" style="background:var(--c{n % len(COLORS)})"></span>'
+                f"{page.escape(name)}"
             )
             for n, name in enumerate(run_names)
         ),

@@ -52,7 +52,8 @@ def header(name: str, *, status: str, about: str) -> str:
 def tiles(values: Mapping[str, tuple[str, str]]) -> str:
     """Tiles from name -> (value, text below it); those without a value are left out."""
     items = [
-        f'<div class="tile"><dt>{escape(name)}</dt><dd{" class=long" if len(value) > LONG else ""}>{escape(value)}<small>{escape(below)}</small></dd></div>'
+        f'<div class="tile"><dt>{escape(name)}</dt><dd{" class=long" if len(value) > LONG else ""}>'
+        f"{escape(value)}<small>{escape(below)}</small></dd></div>"
         for name, (value, below) in values.items()
         if value
     ]
@@ -152,14 +153,21 @@ def options(config: Mapping[str, Mapping[str, Any]], *, defaults: Mapping[str, M
         rows = "".join(_option(key, value, marked=(name, key) in changed) for key, value in values.items())
         words = f"{count} of {len(values)} changed" if count else "defaults"
         sections.append(
-            f'<details><summary>{escape(name)} <small>{words}</small></summary><table class="code">{rows}</table></details>'
+            f"<details><summary>{escape(name)} <small>{words}</small></summary>"
+            f'<table class="code">{rows}</table></details>'
         )
     first = (
         f'<div class="card"><table class="code">{"".join(changed_rows)}</table></div>' if changed_rows else ""
     )
-    return f'<p class="note">Changed from the defaults:</p>{first}<p class="note">All options:</p><div class="card columns">{"".join(sections)}</div>'
+    return (
+        f'<p class="note">Changed from the defaults:</p>{first}'
+        f'<p class="note">All options:</p><div class="card columns">{"".join(sections)}</div>'
+    )
 
 
 def _option(name: str, value: Any, *, marked: bool) -> str:
     shown = "''" if value == "" else str(value)
-    return f'<tr{" class=changed" if marked else ""}><th scope="row">{escape(name)}</th><td class="wide">{escape(shown)}</td></tr>'
+    return (
+        f'<tr{" class=changed" if marked else ""}><th scope="row">{escape(name)}</th>'
+        f'<td class="wide">{escape(shown)}</td></tr>'
+    )

@@ -27,7 +27,8 @@ _SERIES = re.compile(r'<g id="series:([^"]*)">')
 _TIP = re.compile(r'<g id="tip:\d+:([^"]*)">')
 _NUMBER = re.compile(r"(\d\.\d{2})\d+")
 _IDS = re.compile(
-    r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend|LineCollection|PathCollection)_\d+">'
+    r'<g id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|legend'
+    r'|LineCollection|PathCollection)_\d+">'
 )
 
 

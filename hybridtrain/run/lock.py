@@ -274,7 +274,10 @@ def _heartbeat_stopped(folder: Path, *, holder: Holder) -> bool:
         if left <= logged - holder.every or logged > limit:
             logged = left
             _log.warning(
-                "%s is locked by %s: without a sign of life it is taken over in %.0f s (run.takeover=true: at once)",
+                (
+                    "%s is locked by %s: without a sign of life "
+                    "it is taken over in %.0f s (run.takeover=true: at once)"
+                ),
                 folder,
                 holder,
                 left,

@@ -40,7 +40,10 @@ def describe(engine: EngineConfig, *, device: torch.device) -> str:
     kernels = "oneDNN" if precision == "medium" and engine.fp32_matmul == "auto" else precision
     if device.type != "cpu":
         return f"fp32 products {kernels}"
-    return f"{torch.get_num_threads()} CPU threads a process, fp32 products {kernels}, freed memory {'kept' if engine.keep_freed_memory else 'returned'}"
+    return (
+        f"{torch.get_num_threads()} CPU threads a process, fp32 products {kernels}, "
+        f"freed memory {'kept' if engine.keep_freed_memory else 'returned'}"
+    )
 
 
 def _threads(environment: os._Environ[str]) -> int:

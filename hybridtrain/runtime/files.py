@@ -309,7 +309,10 @@ def check_replaceable(folder: Path, names: Iterable[str], *, record: str, field:
         if name not in ours and ((folder / name).exists() or (folder / name).is_symlink())
     )
     if foreign:
-        words = f"it has {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, which this command did not write and would replace"
+        words = (
+            f"it has {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, "
+            "which this command did not write and would replace"
+        )
         raise refusal(
             field,
             folder,

@@ -54,7 +54,8 @@ class Stop:
         self._handles_signals = threading.current_thread() is threading.main_thread()
         if not self._handles_signals:
             _log.warning(
-                "training runs in a thread of its own: Python gives signals to the main thread, and none stops this run with a checkpoint"
+                "training runs in a thread of its own: "
+                "Python gives signals to the main thread, and none stops this run with a checkpoint"
             )
             return self
         self._read_end, self._write_end = socket.socketpair()

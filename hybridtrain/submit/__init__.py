@@ -167,7 +167,10 @@ def _check_processes(parallel: schema.ParallelConfig, cluster: schema.ClusterCon
         f"{axis}={degree}" for axis, degree in zip(layouts.AXES, degrees, strict=True) if degree != 1
     )
     needs = f"{'a multiple of ' if -1 in degrees else ''}{rules.processes(fixed)}"
-    problem = f"these degrees take {needs}, and {cluster.nodes} x {per_node} (cluster.nodes x ranks on each) are {world}"
+    problem = (
+        f"these degrees take {needs}, "
+        f"and {cluster.nodes} x {per_node} (cluster.nodes x ranks on each) are {world}"
+    )
     nodes, rest = divmod(fixed, per_node)
     options = (
         [f"cluster.nodes={nodes}"]

@@ -103,7 +103,10 @@ def close_job(run: Path, *, code: int, stopped: str) -> int:
     decision, why = attempts.decide(all_attempts, max_restarts=most)
     if decision == attempts.REQUEUE and not saved and restart >= most:  # failures cannot be counted
         decision, limit = attempts.FAILED, f"cluster.max_restarts={most}"
-        why = f"lives.json cannot be written, and after {restart} restarts ({limit}) the number of failures is not known"
+        why = (
+            f"lives.json cannot be written, and after {restart} restarts ({limit}) "
+            "the number of failures is not known"
+        )
     _print(f"{outcome}: {why}")
     if decision == attempts.DONE:
         return 0

@@ -64,7 +64,8 @@ def queued_id(result: subprocess.CompletedProcess[str]) -> str:
     match = _ID.fullmatch(result.stdout.strip())
     if match is None:
         raise UserError(
-            f"sbatch answers {result.stdout.strip()[:200]!r}, which is no job id: whether the job is queued is not known\n"
+            f"sbatch answers {result.stdout.strip()[:200]!r}, which is no job id: "
+            "whether the job is queued is not known\n"
             "  allowed: a number, as `sbatch --parsable` prints it\n"
             "  try:     squeue --me, and scancel what should not run"
         )
@@ -86,7 +87,8 @@ def _refusal(stderr: str) -> UserError:
 
 def _unreachable(reason: str) -> UserError:
     return UserError(
-        f"Slurm cannot be reached from here: {reason}\n  allowed: a machine where `sinfo` answers\n  try:     the login node of the cluster"
+        f"Slurm cannot be reached from here: {reason}\n"
+        "  allowed: a machine where `sinfo` answers\n  try:     the login node of the cluster"
     )
 
 

@@ -43,7 +43,8 @@ class Head(nn.Module):
         if name in self._used:
             problem = "cross_entropy is called a second time for the sum"
             raise TypeError(
-                f"{type(self.task).__name__}.loss: {problem} {name!r}; give each part a name of its own in `weights`"
+                f"{type(self.task).__name__}.loss: {problem} {name!r}; "
+                "give each part a name of its own in `weights`"
             )
         self._used.add(name)
         return self.gradients[name]
@@ -61,6 +62,7 @@ class Head(nn.Module):
             if shape != (1,):
                 problem = "is missing" if shape is None else f"has shape {shape}"
                 raise TypeError(
-                    f"{type(self.task).__name__}.loss: the sum {name!r} {problem}; return a tensor of shape (1,) for each name in `weights`"
+                    f"{type(self.task).__name__}.loss: the sum {name!r} {problem}; "
+                    "return a tensor of shape (1,) for each name in `weights`"
                 )
         return torch.cat([sums[name] for name in self.task.weights])

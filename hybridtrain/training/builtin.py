@@ -59,7 +59,10 @@ class Evaluate(Callback):
         for name, value in values.items():
             number = isinstance(value, int | float) or getattr(value, "ndim", None) == 0
             if not number or name in metrics.KEYS:
-                problem = f"evaluate returned {name}={value!r}: {'a line has this key itself' if number else 'not a number'}"
+                problem = (
+                    f"evaluate returned {name}={value!r}: "
+                    f"{'a line has this key itself' if number else 'not a number'}"
+                )
                 allowed, instead = "names of its own with numbers", f'{{"eval_{name}": float(...)}}'
                 raise refusal(
                     "task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead

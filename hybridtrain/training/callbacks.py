@@ -187,7 +187,10 @@ class Callbacks:
                 f"{type(callback).__name__}.{method}",
                 f"engine.timeout_s={self.run.config.engine.timeout_s}",
             )
-            problem = f"{name} waited for the other ranks until {limit} had passed: a callback must call a collective on every rank or on none"
+            problem = (
+                f"{name} waited for the other ranks until {limit} had passed: "
+                "a callback must call a collective on every rank or on none"
+            )
             raise CallbackTimeout(problem)  # noqa: B904 - with a cause, the report would name that
 
     def _end(self, error: BaseException | None) -> None:

@@ -134,11 +134,14 @@ class NonFiniteCheck:
             )
             if count < self.limit:
                 raise UserError(
-                    f"train.steps={self.steps}: the gradients of all {count} steps were not finite, so no update was made\n"
+                    f"train.steps={self.steps}: "
+                    f"the gradients of all {count} steps were not finite, so no update was made\n"
                     f"  allowed: a run with at least one update\n  try:     {advice}"
                 )
             raise UserError(
-                f"train.max_nonfinite={self.limit}: the gradients of {count} steps in a row, up to step {info.step}, were not finite "
+                f"train.max_nonfinite={self.limit}: "
+                f"the gradients of {count} steps in a row, up to step {info.step}, were not finite "
                 f"(loss {float(info.result.loss):.4g}); no update was made in them\n"
-                f"  allowed: fewer than {self.limit} such steps in a row\n  try:     {advice}; the last checkpoint is from before or within them"
+                f"  allowed: fewer than {self.limit} such steps in a row\n"
+                f"  try:     {advice}; the last checkpoint is from before or within them"
             )

@@ -237,7 +237,10 @@ def _check_model_config(config: Config, *, checkpoint: Path) -> None:
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     if changed := config_diff.model_changes(before, saved_fields(built)):
         problem = f"{file} is of another model: {config_diff.describe(changed)}"
-        instead = "the config.json that the run began with, or a new run with model.from_pretrained=<export of this run>"
+        instead = (
+            "the config.json that the run began with, "
+            "or a new run with model.from_pretrained=<export of this run>"
+        )
         raise refusal(
             "model",
             config.model.from_pretrained or built.model_type,

@@ -115,7 +115,10 @@ def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
         and any(field.startswith("train.") and field[6:] in _ENDS for field in run_dir.changed)
     ):
         _log.warning(
-            "the %s schedule now ends at step %d: from here on, learning rates differ from those of the run before",
+            (
+                "the %s schedule now ends at step %d: from here on, "
+                "learning rates differ from those of the run before"
+            ),
             job.config.schedule.kind,
             job.total_steps,
         )
@@ -124,17 +127,22 @@ def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
 def _batch_lines(job: Job) -> list[str]:
     """The batch of a step, and how it grows."""
     plan = job.plan
-    batch = f"{plan.global_batch_size} rows of {plan.seq_len} = {plan.micro_batch_size} x {job.layout.dp} data ranks x {plan.grad_accum} micro-batches"
+    batch = (
+        f"{plan.global_batch_size} rows of {plan.seq_len} = {plan.micro_batch_size} "
+        f"x {job.layout.dp} data ranks x {plan.grad_accum} micro-batches"
+    )
     lines = [f"{batch}; {job.total_steps} steps"]
     if plan.ramp:
         first, second, *_ = plan.ramp.values
         lines.append(
-            f"ramp: {first} rows at first, {second - first} more at a time, full size after {plan.ramp.steps} steps"
+            f"ramp: {first} rows at first, {second - first} more at a time, "
+            f"full size after {plan.ramp.steps} steps"
         )
     if plan.cuts:
         length = plan.seq_len // plan.cuts.values[0]
         lines.append(
-            f"warm-up: rows in pieces of {length} tokens at first, which double in length; whole after {plan.cuts.steps} steps"
+            f"warm-up: rows in pieces of {length} tokens at first, which double in length; "
+            f"whole after {plan.cuts.steps} steps"
         )
     return lines
 
@@ -196,6 +204,7 @@ def _tokenizer_notes(job: Job, *, model: Path) -> list[str]:
     )[2]
     if facts["vocab_size"] > job.facts.vocab:
         lines.append(
-            f"it has {facts['vocab_size']} tokens, the model's embedding {job.facts.vocab} rows: the model cannot read the other tokens"
+            f"it has {facts['vocab_size']} tokens, the model's embedding {job.facts.vocab} rows: "
+            "the model cannot read the other tokens"
         )
     return lines

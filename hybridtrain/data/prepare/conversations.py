@@ -276,11 +276,13 @@ def _trains(number: int, message: Message) -> bool:
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _unreadable(
-                f"message {number} ({message['role']}) has {name} {str(value)[:40]}; only 0, 1, true and false are supported"
+                f"message {number} ({message['role']}) has {name} {str(value)[:40]}; "
+                "only 0, 1, true and false are supported"
             )
         if value and not answer:
             raise _unreadable(
-                f"message {number} ({message['role']}) asks for loss by {name}, which only answers of the assistant can have"
+                f"message {number} ({message['role']}) asks for loss by {name}, "
+                "which only answers of the assistant can have"
             )
     if len({bool(value) for value in flags.values()}) > 1:
         raise _unreadable(

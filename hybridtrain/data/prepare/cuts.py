@@ -101,7 +101,10 @@ class Cutter:
 
     def _fitting(self, part: str) -> str:
         if len(part) > MOST_CHARS:
-            words = f"it has {len(part):,} characters without an end of a word for this tokenizer; encoding them takes {len(part) * 160 >> 30} GiB"
+            words = (
+                f"it has {len(part):,} characters without an end of a word for this tokenizer; "
+                f"encoding them takes {len(part) * 160 >> 30} GiB"
+            )
             raise refusal(
                 "data.source",
                 "a document",

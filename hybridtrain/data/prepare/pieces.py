@@ -162,7 +162,8 @@ def _encode(
         return
     except Exception as error:
         error.add_note(
-            f"while encoding {readers.where(batch[0].unit, batch[0].number)} to {readers.where(batch[-1].unit, batch[-1].number)}"
+            f"while encoding {readers.where(batch[0].unit, batch[0].number)} "
+            f"to {readers.where(batch[-1].unit, batch[-1].number)}"
         )
         raise
     is_special = np.zeros(2 + max(recipe.special_ids, default=0), dtype=bool)  # last: all larger ids

@@ -63,5 +63,9 @@ class ProgressMeter:
         fresh = min(self._done + sum(self._under_way.values()), self._total - self._skipped)
         have, rate = fresh + self._skipped, fresh / spent
         left = (self._total - have) / rate if rate else 0
-        line = f"tokenizing {100 * have / self._total:3.0f}%  {have / 1e6:.1f} of about {self._total / 1e6:.1f} MB  {self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
+        line = (
+            f"tokenizing {100 * have / self._total:3.0f}%  "
+            f"{have / 1e6:.1f} of about {self._total / 1e6:.1f} MB  "
+            f"{self.tokens / spent:,.0f} tokens/s  {left:.0f} s left"
+        )
         print(f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)

@@ -159,9 +159,15 @@ def check_share(held_out: float, *, fraction: float) -> None:
         raise refusal(
             "data.eval_fraction",
             fraction,
-            f"{held_out:.1%} of the corpus would be held out: it is too small for this split, or a few documents make up much of it",
+            (
+                f"{held_out:.1%} of the corpus would be held out: "
+                "it is too small for this split, or a few documents make up much of it"
+            ),
             allowed=f"a fraction for which the split comes out at most {MAX_RATIO} times as large",
-            instead=f"data.eval_fraction={min(0.5, math.ceil(100 * held_out) / 100):g}, data.eval_fraction=0 with data.eval_path for another corpus, or more text",
+            instead=(
+                f"data.eval_fraction={min(0.5, math.ceil(100 * held_out) / 100):g}, "
+                "data.eval_fraction=0 with data.eval_path for another corpus, or more text"
+            ),
         )
 
 

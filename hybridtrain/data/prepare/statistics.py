@@ -77,7 +77,10 @@ def table(folder: Path) -> str:
     try:
         return "\n".join([*_lines(read_object(folder / "corpus.json", field="data.path")), *_speed(folder)])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        return f"figures    cannot be shown, corpus.json is damaged ({type(error).__name__}: {one_line(str(error))[:80]})"
+        return (
+            "figures    cannot be shown, corpus.json is damaged "
+            f"({type(error).__name__}: {one_line(str(error))[:80]})"
+        )
 
 
 def _speed(folder: Path) -> list[str]:
@@ -120,7 +123,10 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         )
         if "rows" in figures:
             share = figures["loss_tokens"] / figures.get("kept_tokens", figures["tokens"])
-            packed = f"{figures['rows']:,} rows of {facts['seq_len']}, {figures['fill']:.1%} full, {figures['cut']:,} documents cut"
+            packed = (
+                f"{figures['rows']:,} rows of {facts['seq_len']}, "
+                f"{figures['fill']:.1%} full, {figures['cut']:,} documents cut"
+            )
             lines.append(f"{'':11}{packed}; {share:.1%} of the tokens carry loss")
     requested, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
     share = held_out / max(1, held_out + facts["splits"]["train"]["tokens"])

@@ -22,7 +22,8 @@ PLAIN = (
     "{% if tools %}{{ '<|tools|>\n' + (tools | tojson) + '\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] or '' }}"
-    "{% if message['tool_calls'] %}{{ '<|tool_calls|>' + (message['tool_calls'] | tojson) }}{% endif %}{{ eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% if message['tool_calls'] %}{{ '<|tool_calls|>' + (message['tool_calls'] | tojson) }}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )

@@ -150,7 +150,9 @@ def _lost_worker(worker: _Worker, *, processes: int) -> UserError:
         f"one of the processes ended {how} while it read {units[0].source.path}"
         + (f" to {units[-1].source.path}" if len(units) > 1 else ""),
         allowed="processes with enough memory for their text",
-        instead="the same command again, which continues from here; with fewer prepare.workers if memory ran out",
+        instead=(
+            "the same command again, which continues from here; with fewer prepare.workers if memory ran out"
+        ),
     )
 
 

@@ -170,7 +170,10 @@ def _public_name(text: str, field: str) -> str:
         return text
     name = re.sub(r"[^\w.-]+", "-", text).strip("-") or "run"
     _log.warning(
-        "%s=%s: sent to trackers as %s, since values from the environment may be secrets; write it out to have it sent",
+        (
+            "%s=%s: sent to trackers as %s, since values from the environment may be secrets; "
+            "write it out to have it sent"
+        ),
         field,
         text,
         name,

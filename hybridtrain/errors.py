@@ -32,9 +32,8 @@ def refusal(field: str, value: object, problem: str, *, allowed: str, instead: s
     A value from the environment (config.interpolations.Interpolated) is shown as its reference: it may be a
     secret, and logs must not hold secrets.
     """
-    return UserError(
-        f"{field}={getattr(value, 'source', value) if isinstance(value, str) else value}: {problem}\n  allowed: {allowed}\n  try:     {instead}"
-    )
+    shown = getattr(value, "source", value) if isinstance(value, str) else value
+    return UserError(f"{field}={shown}: {problem}\n  allowed: {allowed}\n  try:     {instead}")
 
 
 def install(extra: str) -> str:

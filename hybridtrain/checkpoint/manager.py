@@ -49,12 +49,13 @@ class Manager:
         newest = self.path(steps[-1])
         marker.check_sizes(newest, files=[(marker.PROGRESS, marker.read(newest)[marker.PROGRESS])])
         if (actual := marker.read_progress(newest).step) != steps[-1]:
+            its_own = self.path(actual)
             raise refusal(
                 "checkpoint",
                 newest,
                 f"it holds step {actual}: it was renamed",
                 allowed=f"the checkpoint of step {steps[-1]} under this name",
-                instead=f"mv {newest} {self.path(actual) if not self.path(actual).exists() else 'ELSEWHERE'}, or remove it",
+                instead=f"mv {newest} {'ELSEWHERE' if its_own.exists() else its_own}, or remove it",
             )
         return newest
 

@@ -29,10 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.3)
-        print(
-            f"hybridtrain: no command {command!r}\n  allowed: {', '.join(COMMANDS)}\n  try:     hybridtrain {near[0] if near else '--help'}",
-            file=sys.stderr,
-        )
+        problem = f"no command {command!r}\n  allowed: {', '.join(COMMANDS)}"
+        suggestion = f"  try:     hybridtrain {near[0] if near else '--help'}"
+        print(f"hybridtrain: {problem}\n{suggestion}", file=sys.stderr)
         return 2
     return run_command(command, rest)
 
@@ -48,7 +47,10 @@ def _help() -> str:
         lines.append(f"  {name + (' RUN' if name in TAKES_RUN else ''):<14}{does}")
     lines += [
         "",
-        "In several processes:  hybridtrain train --nproc N [key=value ...]   (or torchrun, srun, accelerate, deepspeed: -m hybridtrain.train)",
+        (
+            "In several processes:  hybridtrain train --nproc N [key=value ...]   "
+            "(or torchrun, srun, accelerate, deepspeed: -m hybridtrain.train)"
+        ),
         "Options of a command:  hybridtrain <command> --help",
         "Show the full config:  hybridtrain <command> [key=value ...] --cfg job",
     ]

@@ -33,7 +33,8 @@ class Options:
     __hash__ = None  # type: ignore[assignment]  # options change
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
+        values = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
+        return f"{type(self).__name__}({values})"
 
 
 @dataclass_transform()

@@ -87,9 +87,8 @@ def _check_tokens(reader: IndexedReader, *, largest_id: int | None) -> None:
     for block in _blocks(reader):
         smallest, largest = int(block.min()), int(block.max())
         if smallest < 0 or (largest_id is not None and largest > largest_id):
-            raise UserError(
-                f"{reader.bin_path.name} holds token id {smallest if smallest < 0 else largest}; the largest that prepare wrote is {largest_id}"
-            )
+            wrong, name = smallest if smallest < 0 else largest, reader.bin_path.name
+            raise UserError(f"{name} holds token id {wrong}; the largest that prepare wrote is {largest_id}")
 
 
 def _check_rows(corpus: Corpus, *, split: str) -> None:

@@ -275,21 +275,25 @@ def check_fingerprints(
     its value), for messages. `tokens`, a hash of a sample of files that no other fingerprint covers, is
     compared only if both have it: version 0.1 had none.
     """
+    step, before = progress.step, progress.fingerprints
     names = sorted(
-        (set(progress.fingerprints) | set(fingerprints))
-        - (set() if "tokens" in progress.fingerprints and "tokens" in fingerprints else {"tokens"})
+        (set(before) | set(fingerprints))
+        - (set() if "tokens" in before and "tokens" in fingerprints else {"tokens"})
     )
-    differing = tuple(name for name in names if progress.fingerprints.get(name) != fingerprints.get(name))
+    differing = tuple(name for name in names if before.get(name) != fingerprints.get(name))
     if "model" in differing:
         raise refusal(
             "model",
             fingerprints.get("model"),
-            f"the checkpoint of step {progress.step} is of another model ({progress.fingerprints.get('model')})",
+            f"the checkpoint of step {step} is of another model ({before.get('model')})",
             allowed="the model that the run began with",
-            instead="the run's own model section, or a new run.dir with model.from_pretrained=<export of this run>",
+            instead=(
+                "the run's own model section, or a new run.dir "
+                "with model.from_pretrained=<export of this run>"
+            ),
         )
     if "task" in differing:
-        problem = f"the checkpoint of step {progress.step} was trained with {progress.fingerprints.get('task', _TASK)}"
+        problem = f"the checkpoint of step {step} was trained with {before.get('task', _TASK)}"
         instead = "Trainer(config, task=...) with that one, or a new run.dir with run.branch_from"
         raise refusal(
             "task",
@@ -300,15 +304,18 @@ def check_fingerprints(
         )
     if differing and not allow_data_change:
         name = next((name for name in ("data", "tokens") if name in differing), differing[0])
-        was, now = progress.fingerprints.get(name), fingerprints.get(name)
+        was, now = before.get(name), fingerprints.get(name)
         what = {
             "data": "other data: they were prepared again since, or replaced",
             "tokens": "other token files: they have changed since",
-        }
+        }.get(name, f"another {name}")
         raise refusal(
             *data,
-            f"the checkpoint of step {progress.step} was trained on {what.get(name, f'another {name}')} ({was} then, {now} now)",
+            f"the checkpoint of step {step} was trained on {what} ({was} then, {now} now)",
             allowed="the data and the order that the run began with",
-            instead=f"the run's own text, prepared there again; or, to go on with what is there, run.allow_data_change=true, or a new run.dir with run.branch_from={run}",
+            instead=(
+                "the run's own text, prepared there again; or, to go on with what is there, "
+                f"run.allow_data_change=true, or a new run.dir with run.branch_from={run}"
+            ),
         )
     return differing

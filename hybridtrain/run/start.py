@@ -136,7 +136,8 @@ def lost_attempt(path: Path, *, holder: Holder | None) -> str:
     first = failure.root_cause(
         path / "failures" / f"life-{attempt}", world_size=size if isinstance(size, int) else 0
     )
-    return f"the attempt before{f' ({holder}, since {holder.when})' if holder else ''} {NO_REPORT}{f'; {first}' if first else ''}"
+    by = f" ({holder}, since {holder.when})" if holder else ""
+    return f"the attempt before{by} {NO_REPORT}{f'; {first}' if first else ''}"
 
 
 def _git_revision() -> str | None:

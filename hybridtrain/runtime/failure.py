@@ -23,7 +23,8 @@ from pathlib import Path
 
 _SECONDARY = re.compile(
     r"(RuntimeError|Dist\w+Error|Connection\w*Error|BrokenPipeError|TimeoutError): .*"
-    r"(connection (closed|reset|refused|was)|broken pipe|tim(ed|e) ?out|remote process exited|recv(Value|Vector)|nccl|gloo|TCPStore|socket)",
+    r"(connection (closed|reset|refused|was)|broken pipe|tim(ed|e) ?out|remote process exited"
+    r"|recv(Value|Vector)|nccl|gloo|TCPStore|socket)",
     re.IGNORECASE,
 )
 """Errors of a rank that has lost a peer."""
@@ -45,7 +46,9 @@ class Failure:
     """Traceback or stacks; may be empty."""
 
     def __str__(self) -> str:
-        return f"{'all ranks' if self.rank is None else f'rank {self.rank}'}{f' on {self.node}' if self.node else ''}: {self.what}"
+        who = "all ranks" if self.rank is None else f"rank {self.rank}"
+        where = f" on {self.node}" if self.node else ""
+        return f"{who}{where}: {self.what}"
 
 
 def node() -> str:
@@ -87,7 +90,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _line(error: BaseException) -> str:
     """Type and first line."""
-    return f"{type(error).__name__}: {next((line.strip() for line in str(error).splitlines() if line.strip()), '')}"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"
 
 
 def root_cause(folder: Path, *, world_size: int) -> Failure | None:
@@ -107,14 +111,20 @@ def root_cause(folder: Path, *, world_size: int) -> Failure | None:
     ]
     busy = [rank for rank, text in hung.items() if not _is_waiting(text)]
     if hung and not busy and not silent and len(hung) > 1:
-        what = "they waited for each other longer than train.max_step_s: the network between them is cut, or they wait for different things"
+        what = (
+            "they waited for each other longer than train.max_step_s: "
+            "the network between them is cut, or they wait for different things"
+        )
         return Failure(None, "", what, _by_place(hung))
     if busy or (hung and not silent):
         rank = busy[0] if busy else min(hung)
         return Failure(rank, "", "its step took longer than train.max_step_s", hung[rank])
     others = f" (as did {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
     if hung:
-        what = f"it gave no sign of life{others} while the others waited for it longer than train.max_step_s: frozen, killed, or cut off from them"
+        what = (
+            f"it gave no sign of life{others} while the others waited for it longer than train.max_step_s: "
+            "frozen, killed, or cut off from them"
+        )
         return Failure(silent[0], "", what, f"rank {min(hung)} waited here:\n{hung[min(hung)]}")
     if reports and silent:
         return Failure(

@@ -119,8 +119,9 @@ def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        words = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        problem = f"`{' '.join(command)}`, which tells where ranks meet, failed: {words[0] if words else type(error).__name__}"
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        why = lines[0] if lines else type(error).__name__
+        problem = f"`{' '.join(command)}`, which tells where ranks meet, failed: {why}"
         raise refusal(
             "MASTER_ADDR",
             "(not set)",
@@ -161,7 +162,9 @@ def check() -> None:
             problem = [f"set are {present}"]
             problem += [f"missing {'are' if missing[1:] else 'is'} {', '.join(missing)}"] if missing else []
             problem += [f"{key} {why}" for key, why in wrong.items()]
-            several = f"hybridtrain train --nproc {env.get('WORLD_SIZE') if env.get('WORLD_SIZE', '').strip('0').isdecimal() else 'N'} ..., or torchrun"
+            world = env.get("WORLD_SIZE", "")
+            number = world if world.strip("0").isdecimal() else "N"
+            several = f"hybridtrain train --nproc {number} ..., or torchrun"
             allowed = f"all of {', '.join(_ADDRESS)}, as a launcher sets them, or none"
             raise refusal(
                 name,

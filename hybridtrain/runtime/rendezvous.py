@@ -119,7 +119,8 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
     def missing() -> str:
         absent = [rank for rank in range(1, world) if not keys.check([_of(rank)])]
         more = f" and {len(absent) - _MOST_NAMED} more" if absent[_MOST_NAMED:] else ""
-        return f"{'ranks' if absent[1:] else 'rank'} {', '.join(map(str, absent[:_MOST_NAMED]))}{more} of {world}"
+        named = ", ".join(map(str, absent[:_MOST_NAMED]))
+        return f"{'ranks' if absent[1:] else 'rank'} {named}{more} of {world}"
 
     try:
         _wait(all_arrived, waiting_for=missing, report=True, until=until, timeout_s=timeout_s)
@@ -150,7 +151,10 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
     if first["job"] != mine["job"] and first["job"] and mine["job"]:
         raise _foreign(mine, first)
     if first["world_size"] != mine["world_size"]:
-        problem = f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, rank 0 on {first['host']} has {first['world_size']}"
+        problem = (
+            f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, "
+            f"rank 0 on {first['host']} has {first['world_size']}"
+        )
         refused = refusal(
             "WORLD_SIZE",
             mine["world_size"],
@@ -182,7 +186,10 @@ def _claim(mine: dict[str, Any], keys: dist.Store) -> None:
     if before == text:
         return
     other = json.loads(before)
-    problem = f"process {other['process']} on {other['host']} has joined as rank {mine['rank']} already ({_where()})"
+    problem = (
+        f"process {other['process']} on {other['host']} "
+        f"has joined as rank {mine['rank']} already ({_where()})"
+    )
     raise refusal(
         "RANK",
         mine["rank"],
@@ -193,7 +200,10 @@ def _claim(mine: dict[str, Any], keys: dist.Store) -> None:
 
 
 def _foreign(mine: dict[str, Any], first: dict[str, Any]) -> UserError:
-    problem = f"{first['job']} meets there (rank 0 on {first['host']}, process {first['process']}), and rank {mine['rank']} on {mine['host']} is of {mine['job']}"
+    problem = (
+        f"{first['job']} meets there (rank 0 on {first['host']}, process {first['process']}), "
+        f"and rank {mine['rank']} on {mine['host']} is of {mine['job']}"
+    )
     return refusal(
         "MASTER_PORT",
         os.environ["MASTER_PORT"],
@@ -208,17 +218,18 @@ def _check_devices(present: list[dict[str, Any]]) -> None:
     for entry in present:
         if not entry["gpu"]:
             continue
-        first = seen.setdefault((entry["host"], entry["gpu"]), entry["rank"])
-        if first != entry["rank"]:
-            on_host = [rank["rank"] for rank in present if rank["host"] == entry["host"]]
-            gpus = len({rank["gpu"] for rank in present if rank["host"] == entry["host"]})
-            problem = f"ranks {first} and {entry['rank']} on {entry['host']} have the same GPU: {len(on_host)} processes share {gpus}"
+        rank, host = entry["rank"], entry["host"]
+        first = seen.setdefault((host, entry["gpu"]), rank)
+        if first != rank:
+            on_host = [other["gpu"] for other in present if other["host"] == host]
+            gpus = len(set(on_host))
+            same = f"ranks {first} and {rank} on {host} have the same GPU"
             raise refusal(
                 "WORLD_SIZE",
                 entry["world_size"],
-                problem,
+                f"{same}: {len(on_host)} processes share {gpus}",
                 allowed="one process for each GPU",
-                instead=f"{gpus} processes on {entry['host']}",
+                instead=f"{gpus} processes on {host}",
             )
 
 
@@ -249,23 +260,17 @@ def _wait(
         now = time.monotonic()
         if now > until:
             problem = f"{waiting_for()} did not come within {timeout_s:g} s ({_where()})"
-            raise _TooLate(
-                str(
-                    refusal(
-                        "engine.timeout_s",
-                        f"{timeout_s:g}",
-                        problem,
-                        allowed="as long as all processes take to start",
-                        instead=_alone(),
-                    )
-                )
+            refused = refusal(
+                "engine.timeout_s",
+                f"{timeout_s:g}",
+                problem,
+                allowed="as long as all processes take to start",
+                instead=_alone(),
             )
+            raise _TooLate(str(refused))
         if report and now > notice_at:
-            left = (
-                f"{until - now:.0f} s"
-                if until - now < _MINUTES_FROM_S
-                else f"{(until - now) / 60:.0f} minutes"
-            )
+            left_s = until - now
+            left = f"{left_s:.0f} s" if left_s < _MINUTES_FROM_S else f"{left_s / 60:.0f} minutes"
             _notice(f"{_who()} waits for {waiting_for()} at {_where()}, at most {left} more")
             notice_at = now + _NOTICE_EVERY_S
         time.sleep(pause)
@@ -321,11 +326,10 @@ def _open(rank: int, *, until: float, timeout_s: float) -> tuple[dist.Store, str
         thread.join(0.2)
     if not answer:
         raise _no_store("what listens there does not answer as rank 0 would")
-    if isinstance(answer[0], Exception):
-        raise (
-            _port_in_use(answer[0]) if "EADDRINUSE" in str(answer[0]) else _no_store(str(answer[0]))
-        ) from answer[0]
     store = answer[0]
+    if isinstance(store, Exception):
+        in_use = "EADDRINUSE" in str(store)
+        raise (_port_in_use(store) if in_use else _no_store(str(store))) from store
     store.set_timeout(timedelta(seconds=timeout_s))
     return store, peer
 

@@ -1,8 +1,7 @@
 """Output head and cross-entropy in one function, in chunks of tokens, so that all logits never exist at once.
 
-    hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss
-    sum, and d(loss sum)/d(logits)
-                                                  -> gradients of hidden (N, D) and of the head's weight (V, D)
+    hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss sum
+                  d(loss sum)/d(logits) (n, V) -> gradients of hidden (N, D) and of the head's weight (V, D)
 
 The forward pass computes the gradients too, and the backward pass only scales them, because the loss is
 linear in the sum. The weight's gradient is accumulated in one buffer (`HeadGradient`) for all micro-batches

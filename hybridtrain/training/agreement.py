@@ -109,15 +109,16 @@ def _refusal(differences: dict[int, tuple[str, list[tuple[str, str, str]]]]) -> 
     (name, value, _), others = entries[0], ", ".join(map(str, list(differences)[1:]))
     examples = "; ".join(f"{key}={first} here and {there} there" for key, first, there in entries[:_SHOWN])
     more = f" and {len(entries) - _SHOWN} more" if entries[_SHOWN:] else ""
-    also = (
-        f"; so {'do' if len(differences) > 2 else 'does'} {'ranks' if len(differences) > 2 else 'rank'} {others}"
-        if others
-        else ""
-    )
+    also = f"; so {'do ranks' if len(differences) > 2 else 'does rank'} {others}" if others else ""
     return refusal(
         name,
         value,
         f"rank {rank} on {node} differs from rank 0 on {failure.node()}: {examples}{more}{also}",
-        allowed="the same options, code and data on all ranks; paths may be ${oc.env:NAME}, which each host sets",
-        instead="the same command and the same checkout on every machine; another MASTER_PORT, if these are two runs",
+        allowed=(
+            "the same options, code and data on all ranks; paths may be ${oc.env:NAME}, which each host sets"
+        ),
+        instead=(
+            "the same command and the same checkout on every machine; "
+            "another MASTER_PORT, if these are two runs"
+        ),
     )

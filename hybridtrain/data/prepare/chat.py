@@ -83,14 +83,10 @@ def encode(conversations: list[Conversation], *, template: Template, turns: str)
             samples, notes = _render(conversation, template=template, turns=turns)
             results.append((samples, notes, "", ""))
         except Unrendered as error:
-            results.append(
-                (
-                    [],
-                    [],
-                    str(error),
-                    "a tokenizer whose chat template supports such conversations, or data.chat_template=plain",
-                )
+            instead = (
+                "a tokenizer whose chat template supports such conversations, or data.chat_template=plain"
             )
+            results.append(([], [], str(error), instead))
         except _Incompatible as error:
             results.append(([], [], str(error), error.instead))
     texts = [sample.text for samples, *_ in results for sample in samples]
@@ -143,7 +139,10 @@ def _render(conversation: Conversation, *, template: Template, turns: str) -> tu
         ]
         if any(number in trained for number in dropped):
             number = next(number for number in dropped if number in trained)
-            words = f"message {number} (assistant) has tool calls that the chat template of {template.name} does not render, so its target would be wrong"
+            words = (
+                f"message {number} (assistant) has tool calls that the chat template "
+                f"of {template.name} does not render, so its target would be wrong"
+            )
             failed = _Incompatible(
                 words, "a tokenizer whose chat template knows tool calls, or weight 0 on this message"
             )
@@ -231,7 +230,10 @@ class _View:
             ]
         if trained == answers:
             return [_Sample(len(messages), text, dict(enumerate(spans)))]
-        words = f"the chat template of {self.template.name} marks {len(spans)} spans for {len(answers)} answers, so single answers cannot be left out"
+        words = (
+            f"the chat template of {self.template.name} marks {len(spans)} spans "
+            f"for {len(answers)} answers, so single answers cannot be left out"
+        )
         raise _Incompatible(words, "data.chat_turns=all, and conversations without weights")
 
     def differences(self, trained: list[int]) -> list[_Sample]:
@@ -245,7 +247,10 @@ class _View:
                 self.text(messages[: number + 1], header=False),
             )
             if not through.startswith(before):
-                words = f"the chat template of {self.template.name} renders the header of message {number} differently before and with its answer"
+                words = (
+                    f"the chat template of {self.template.name} renders the header "
+                    f"of message {number} differently before and with its answer"
+                )
                 raise _Incompatible(
                     f"{words}, so the tokens of the answer are not known",
                     "a template with {% generation %}, or data.chat_template=plain",
@@ -319,7 +324,8 @@ def _notes(view: _View, samples: list[_Sample]) -> list[str]:
     notes = []
     if len(samples) > 1:
         notes.append(
-            "conversations with a sample for each answer, since the template renders earlier answers differently"
+            "conversations with a sample for each answer, "
+            "since the template renders earlier answers differently"
         )
     if conversation.tools and not view.changes(samples, lambda _, message: message, tools=False):
         notes.append("records whose tools the template does not render")

@@ -68,11 +68,8 @@ def number_of(value: Any, *, recipe: LabelRecipe) -> tuple[int, str]:
         and 0 <= value < len(names)
     ):
         return int(value), ""
-    text = repr(value)[:60]
-    return (
-        0,
-        f"its field {recipe.key!r} holds {text}, which is none of {', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}",
-    )
+    known = f"{', '.join(names[:8])}{' ...' if names[8:] else ''}, nor a number below {len(names)}"
+    return 0, f"its field {recipe.key!r} holds {repr(value)[:60]}, which is none of {known}"
 
 
 def document(

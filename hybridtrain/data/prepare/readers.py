@@ -212,7 +212,10 @@ def _suggestion(line: bytes, *, first: bool) -> str:
     if b"}\r{" in line:
         return "line ends of LF, not CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl"
     if first and not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
-        return "data.format=text for plain text; a CSV file becomes Parquet by pandas: read_csv(FILE).to_parquet('FILE.parquet')"
+        return (
+            "data.format=text for plain text; "
+            "a CSV file becomes Parquet by pandas: read_csv(FILE).to_parquet('FILE.parquet')"
+        )
     try:
         line.decode()
     except UnicodeDecodeError:
@@ -230,11 +233,8 @@ def _record(number: int, record: Any, *, fields: Fields) -> Record:
         return Record(number, record, "")
     for name in (key, *([fields.label] if fields.label else [])):
         if record.get(name) is None:
-            return Record(
-                number,
-                None,
-                f"its field {name!r} is missing or null (its fields: {', '.join(map(repr, itertools.islice(record, 8))) or 'none'})",
-            )
+            names = ", ".join(map(repr, itertools.islice(record, 8))) or "none"
+            return Record(number, None, f"its field {name!r} is missing or null (its fields: {names})")
     return Record(number, (record[key], record[fields.label]) if fields.label else record[key], "")
 
 

@@ -118,10 +118,11 @@ def dataset_of(source: Source, fields: Fields) -> Any:
             return datasets.load_dataset(source.path, name=fields.config or None, split=fields.split)
         splits = datasets.load_from_disk(source.path)
     except Exception as error:  # the library raises exceptions of many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise refusal(
             "data.source",
             source.path,
-            f"datasets cannot load it ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})",
+            f"datasets cannot load it ({type(error).__name__}: {reason})",
             allowed="a folder that save_to_disk wrote or load_dataset reads, or a hub id that can be reached",
             instead="the folder of a local copy, or another data.dataset_config or data.dataset_split",
         ) from error

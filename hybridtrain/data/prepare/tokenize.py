@@ -220,7 +220,10 @@ def _open_partial(partial: Path, *, settings: dict[str, Any], planned: list[Piec
     listing = hashlib.sha256()
     for piece in planned:
         for unit in piece.units:
-            line = f"{piece.number}\0{unit.source.name}\0{unit.start}\0{unit.stop}\0{unit.source.size}\0{unit.source.version}\n"
+            source = unit.source
+            line = (
+                f"{piece.number}\0{source.name}\0{unit.start}\0{unit.stop}\0{source.size}\0{source.version}\n"
+            )
             listing.update(line.encode("utf-8", "surrogateescape"))
     plan = json.dumps({"format": sources.FORMAT, "settings": settings, "units": listing.hexdigest()})
     plan_file = partial / folder.PLAN
@@ -281,13 +284,8 @@ def _publish(
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},
         "duplicates": sum(int((~flags).sum()) for flags in keep or []),
         **statistics.of_text(counts),
-        **(
-            statistics.of_conversations(counts) | chat
-            if recipe.chat
-            else {"forms": counts.forms}
-            if recipe.labels
-            else {}
-        ),
+        **(statistics.of_conversations(counts) | chat if recipe.chat else {}),
+        **({"forms": counts.forms} if recipe.labels and not recipe.chat else {}),
         "left_out": listing.left_out,
         "held_out": listing.held_out(fraction=data.eval_fraction) | counts.held_out,
         "fingerprint": identity.hexdigest(),
@@ -317,7 +315,10 @@ def _nothing_to_train(data: DataConfig, *, counts: Counts) -> UserError:
 
 
 def _no_targets(data: DataConfig) -> UserError:
-    problem = "no conversation of the train split has an answer that begins within so many tokens, so there is nothing to learn"
+    problem = (
+        "no conversation of the train split has an answer "
+        "that begins within so many tokens, so there is nothing to learn"
+    )
     return refusal(
         "data.seq_len",
         data.seq_len,

@@ -123,7 +123,10 @@ def test_a_module_that_rank_0_has_and_another_lacks_is_said_by_the_other(tmp_pat
 
 def test_showing_a_configuration_imports_neither_torch_nor_a_module(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
-    code = "import sys; from hybridtrain.cli.main import main; code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    code = (
+        "import sys; from hybridtrain.cli.main import main; "
+        "code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    )
     argv = ["train", "model=tiny", "run.plugins=[planted]", "schedule.kind=planted", "--cfg", "job"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False 0"

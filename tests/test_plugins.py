@@ -171,7 +171,10 @@ def test_a_module_is_imported_once_and_a_package_may_register_in_its_parts(tmp_p
         (["data.path=''", "data.kind=mine"], "data.kind=mine: not one"),
         (
             ["run.callbacks=[stopper]"],
-            "run.callbacks=stopper: not one of the kinds there are\n  allowed: a registered callback; there is none",
+            (
+                "run.callbacks=stopper: not one of the kinds there are\n"
+                "  allowed: a registered callback; there is none"
+            ),
         ),
         (["tracker.kinds=[table]"], "no tracker 'table'"),
         (["schedule.options.a=1"], "schedule.kind=cosine reads none"),
@@ -224,7 +227,10 @@ ht.register("schedule", "n")(lambda step, config, total_steps: None)
     [
         (
             ["task.kind=t"],
-            "task.kind=t: its factory returned object, which has no collate, counts, loss, loss_of_logits, evaluate, weights",
+            (
+                "task.kind=t: its factory returned object, which has no collate, "
+                "counts, loss, loss_of_logits, evaluate, weights"
+            ),
         ),
         (["data.kind=d"], "data.kind=d: it has no __len__"),
         (["data.kind=long"], "data.kind=long, row"),

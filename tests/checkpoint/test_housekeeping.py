@@ -203,7 +203,10 @@ def test_whoever_reads_the_first_line_of_a_log_ends_it_quietly(tmp_path: Path) -
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-0.log").write_text("a line\n" * 100_000)
     (tmp_path / "summary.json").write_text('{"status": "finished"}')
-    shell = f"{sys.executable} -m hybridtrain.cli logs {tmp_path} logs.lines=100000 | head -n 1; echo ${{PIPESTATUS[0]}}"
+    shell = (
+        f"{sys.executable} -m hybridtrain.cli logs {tmp_path} logs.lines=100000 "
+        f"| head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     assert done.stdout == "a line\n0\n"
     assert done.stderr == ""

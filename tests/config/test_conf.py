@@ -210,7 +210,11 @@ def test_every_option_is_read():
 
 
 def test_the_scan_for_options_can_tell():
-    source = "def f(config, *, scale: schema.PrecisionConfig):\n    chosen, x = config.export, 1\n    return config.train.steps, scale.min_scale, chosen.out, x.dtype"
+    source = (
+        "def f(config, *, scale: schema.PrecisionConfig):\n"
+        "    chosen, x = config.export, 1\n"
+        "    return config.train.steps, scale.min_scale, chosen.out, x.dtype"
+    )
     assert options_read(ast.parse(source)) >= {"train.steps", "precision.min_scale", "export.out"}
     assert not options_read(ast.parse(source)) & {"export.dtype", "train.tokens", "precision.init_scale"}
 

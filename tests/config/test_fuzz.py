@@ -61,9 +61,13 @@ TEXTS: list[Any] = [
     "torch",
     "/dev/null",
 ]
-FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size", "layer_types",
-          "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings", "initializer_range",
-          "sliding_window", "use_sliding_window", "max_window_layers", "pad_token_id", "eos_token_id", "model_type", "attention_dropout", "attention_bias")  # fmt: skip
+FIELDS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "layer_types", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings",
+    "initializer_range", "sliding_window", "use_sliding_window", "max_window_layers", "pad_token_id",
+    "eos_token_id", "model_type", "attention_dropout", "attention_bias",
+)  # fmt: skip
 ANY: list[Any] = [
     *NUMBERS,
     *TEXTS[:6],

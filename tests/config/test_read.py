@@ -23,7 +23,12 @@ def test_the_run_of_another_resolves_nothing_and_permits_nothing(tmp_path, monke
         "run": {"name": "${oc.env:SECRET}", "dir": "${..run.name}"},
         "tracker": {"project": "${run[name]}", "kinds": ["${oc.env:SECRET}"]},
     }
-    texts["model"] = {"trust_remote_code": True, "name": "${${model.revision}:SECRET}", "revision": "oc.env", "config": {"a": "${oc.env:SECRET}", "b": "${model.config.a}"}}  # fmt: skip
+    texts["model"] = {
+        "trust_remote_code": True,
+        "name": "${${model.revision}:SECRET}",
+        "revision": "oc.env",
+        "config": {"a": "${oc.env:SECRET}", "b": "${model.config.a}"},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(texts))
     config = read_run(tmp_path / "config.yaml")
     assert "hunter2" not in str(dataclasses.asdict(config))

@@ -40,7 +40,10 @@ TEXTS = [
     "%d",
     "-1",
 ]
-PROMPTS = [*TEXTS, "a, b: {c} $x = 'y'", " def ", "[1, 2]", "{a: 1}", "choice(a,b)", "null", "two\nlines", "${HOME}", "echo ${x[@]} \\", "\\", "'", "'''", "\\'", "a\\\\'b"]  # fmt: skip
+PROMPTS = [
+    *TEXTS, "a, b: {c} $x = 'y'", " def ", "[1, 2]", "{a: 1}", "choice(a,b)", "null", "two\nlines", "${HOME}",
+    "echo ${x[@]} \\", "\\", "'", "'''", "\\'", "a\\\\'b",
+]  # fmt: skip
 TEXT_OPTIONS = [
     field
     for root in schema.ROOTS

@@ -166,7 +166,10 @@ def test_a_share_far_from_what_was_asked_is_refused_with_advice(tmp_path):
     data = settings(tmp_path / "data", tmp_path)
     with pytest.raises(
         UserError,
-        match=r"data\.eval_fraction=0\.02: 3\d\.\d% of the corpus would be held out[\s\S]*data\.eval_fraction=0\.3[34]",
+        match=(
+            r"data\.eval_fraction=0\.02: 3\d\.\d% of the corpus "
+            r"would be held out[\s\S]*data\.eval_fraction=0\.3[34]"
+        ),
     ) as error:
         tokenize.prepare(data, options=PrepareConfig())
     assert not (tmp_path / "data").exists(), error

@@ -14,36 +14,49 @@ from hybridtrain.data.prepare.template import PLAIN, Template, end_of_turn, set_
 from hybridtrain.errors import UserError
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-BARE = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+BARE = (
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 THINKING = (
-    "{% set asked = namespace(at=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set asked.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set asked = namespace(at=0) %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{% set asked.at = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.index0 > asked.at %}{{ '<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if m['role'] == 'assistant' and loop.index0 > asked.at %}"
+    "{{ '<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Shows thinking, be it empty, in answers to the last question alone."""
 TOOLED = (
     "{% if tools %}{{ '<tools>' + tools|tojson + '</tools>' }}{% endif %}{% if shout %}!{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
-    "{% for call in m['tool_calls'] %}{{ '<call>' + call['function']['name'] + ' ' + call['function']['arguments']|tojson + '</call>' }}{% endfor %}"
+    "{% for call in m['tool_calls'] %}"
+    "{{ '<call>' + call['function']['name'] + ' ' + call['function']['arguments']|tojson + '</call>' }}"
+    "{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEXT_TOOLED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is none %}"
-    "{% for call in m['tool_calls'] %}{{ '<call>' + call['function']['name'] + ' ' + call['function']['arguments'] + '</call>' }}{% endfor %}"
-    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for call in m['tool_calls'] %}"
+    "{{ '<call>' + call['function']['name'] + ' ' + call['function']['arguments'] + '</call>' }}{% endfor %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """Tool calls only where the content is None, and their arguments as text."""
 DEAF = (
-    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TALK = [
@@ -287,9 +300,9 @@ def test_a_tool_call_that_the_template_does_not_render_is_no_empty_answer(tokeni
     ]
     one = encoded(tokenizer, talk, CHATML)
     assert one.samples == []
-    assert (
-        one.problem
-        == "message 1 (assistant) has tool calls that the chat template of TOK does not render, so its target would be wrong"
+    assert one.problem == (
+        "message 1 (assistant) has tool calls that the chat template "
+        "of TOK does not render, so its target would be wrong"
     )
     one = encoded(tokenizer, [talk[0], {**talk[1], "weight": 0}, *talk[2:]], CHATML)
     assert [spans(tokenizer, sample) for sample in one.samples] == [["Deep.<|im_end|>"]]
@@ -309,9 +322,9 @@ def test_a_tokenizer_without_template_is_refused_and_may_get_a_plain_one(tokeniz
 
 def test_a_template_that_fails_is_named(tokenizer):
     one = encoded(tokenizer, TALK, "{{ raise_exception('roles must alternate') }}")
-    assert (
-        one.problem
-        == "the chat template of TOK fails on a conversation of system, user, assistant, user, assistant: TemplateError: roles must alternate"
+    assert one.problem == (
+        "the chat template of TOK fails on a conversation of system, user, "
+        "assistant, user, assistant: TemplateError: roles must alternate"
     )
 
 

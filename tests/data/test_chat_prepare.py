@@ -111,7 +111,10 @@ def test_bad_content_is_refused_with_its_line_and_never_trained_on(folder):
     assert (facts["bad_records"], facts["splits"]["train"]["documents"]) == (1, 2)
     with pytest.raises(
         UserError,
-        match=r"line 1: it is a preference pair[\s\S]*not supported yet[\s\S]*try: +conversations with the chosen answer alone",
+        match=(
+            r"line 1: it is a preference pair[\s\S]*not supported yet[\s\S]*"
+            "try: +conversations with the chosen answer alone"
+        ),
     ):
         made(settings(folder, [{"chosen": "a", "rejected": "b"}]), overwrite=True)
 
@@ -120,7 +123,10 @@ def test_a_tool_call_that_is_not_rendered_is_refused_with_its_line(folder):
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(
         UserError,
-        match=r"line 2: message 1 \(assistant\) has tool calls that the chat template of data\.tokenizer=\S*/tok does not render",
+        match=(
+            r"line 2: message 1 \(assistant\) has tool calls that the "
+            r"chat template of data\.tokenizer=\S*/tok does not render"
+        ),
     ) as caught:
         made(settings(folder, [{"messages": PLAIN}, {"messages": [ASK, call]}]))
     assert ".partial" not in str(caught.value)
@@ -174,13 +180,13 @@ def test_the_summary_says_what_was_read_and_where_answers_end(folder):
     assert "records    prompt and completion: 1" in lines
     assert "fields that are not read: id (1)" in lines
     assert (
-        f"1 conversations with an empty answer, of which only the end is trained, first {folder}/talk.jsonl line 2"
-        in lines
-    )
+        "1 conversations with an empty answer, "
+        f"of which only the end is trained, first {folder}/talk.jsonl line 2"
+    ) in lines
     assert (
-        "answers end with <|im_end|>; the tokenizer's end of text is <|endoftext|>: exports end a text with either"
-        in lines
-    )
+        "answers end with <|im_end|>; the tokenizer's end of text is <|endoftext|>: "
+        "exports end a text with either"
+    ) in lines
 
 
 # -- nothing to learn ----------------------------------------------------------------------------------------
@@ -216,7 +222,10 @@ def test_conversations_whose_answers_are_cut_off_are_left_out_and_counted(folder
     assert f"{share:.1%} of the tokens carry loss" in statistics.table(folder / "data")
     with pytest.raises(
         UserError,
-        match=r"data\.seq_len=64: no conversation of the train split has an answer that begins within so many tokens",
+        match=(
+            r"data\.seq_len=64: no conversation of the train "
+            "split has an answer that begins within so many tokens"
+        ),
     ):
         made(settings(folder, [LONG] * 8, seq_len=64), overwrite=True)
     with pytest.raises(

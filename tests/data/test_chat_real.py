@@ -101,7 +101,10 @@ def test_llama_and_gemma_answers_stand_side_by_side():
     assert texts[0].endswith("assistant<|end_header_id|>\n\n[[A2<|eot_id|>]]")
     assert texts[0].count("[[") == 2
     (text,), _ = marked("gemma3", {"messages": TALK}, turns="all")
-    turns = "<start_of_turn>user\nQ1<end_of_turn>\n<start_of_turn>model\n[[A1<end_of_turn>]]\n<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\n"
+    turns = (
+        "<start_of_turn>user\nQ1<end_of_turn>\n<start_of_turn>model\n[[A1<end_of_turn>]]\n"
+        "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\n"
+    )
     assert text == f"<bos>{turns}[[A2<end_of_turn>]]\n"
 
 
@@ -117,7 +120,10 @@ def test_a_template_without_tool_calls_refuses_them():
 
 def test_deepseek_wants_content_that_is_none_and_arguments_as_text():
     (text,), one = marked("deepseek_v3", {"messages": CALLED, "tools": TOOLS}, turns="all")
-    call = '[[<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>]]'
+    call = (
+        "[[<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n"
+        '```json\n{"a": 1}\n```<｜tool▁call▁end｜>]]'
+    )
     assert f"<｜Assistant｜>{call}" in text
     assert text.endswith("[[A<｜end▁of▁sentence｜>]]")
     assert one.notes == ["records whose tools the template does not render"]

@@ -317,7 +317,10 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, reference, monkey
     monkeypatch.setattr(tables, "parquet_file", tables.parquet_file.__wrapped__)
     with pytest.raises(
         UserError,
-        match=rf'data\.format={package}: the package {package} is not installed[\s\S]*pip install "hybridtrain\[data\]"',
+        match=(
+            rf"data\.format={package}: the package {package} is not installed[\s\S]*"
+            r'pip install "hybridtrain\[data\]"'
+        ),
     ):
         tokenize.prepare(settings(tmp_path / "data", source, reference), options=PrepareConfig())
 

@@ -207,7 +207,10 @@ def test_vocabulary_of_the_model(corpus, data):
     check_vocab(data, vocab=corpus.largest_id + 1)
     with pytest.raises(
         UserError,
-        match=rf"model\.config\.vocab_size={corpus.largest_id}: .*token id {corpus.largest_id}[\s\S]*vocab_size=300",
+        match=(
+            rf"model\.config\.vocab_size={corpus.largest_id}: .*"
+            rf"token id {corpus.largest_id}[\s\S]*vocab_size=300"
+        ),
     ):
         check_vocab(data, vocab=corpus.largest_id)
 

@@ -146,7 +146,10 @@ def test_a_folder_that_is_not_there_is_looked_for_from_here(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError,
-        match=rf"data\.path=mine: there is no such folder, .*\(looked in {tmp_path}\)[\s\S]*data\.source=\[YOUR TEXT\]$",
+        match=(
+            r"data\.path=mine: there is no such folder, "
+            rf".*\(looked in {tmp_path}\)[\s\S]*data\.source=\[YOUR TEXT\]$"
+        ),
     ):
         Corpus.open("mine")
 

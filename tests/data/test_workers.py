@@ -288,7 +288,10 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     )
     strict.chat_template = PLAIN.replace(
         "{% for message in messages %}",
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+        (
+            "{% for message in messages %}{% if message['role'] == 'system' %}"
+            "{{ raise_exception('no system') }}{% endif %}"
+        ),
     )
     strict.save_pretrained(tmp_path / "strict")
     lines = talk.read_text().splitlines()
@@ -297,7 +300,10 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, talk):
     data = chat_settings(tmp_path / "data", talk, tokenizer=str(tmp_path / "strict"), chat_template="own")
     with pytest.raises(
         UserError,
-        match=r"talk\.jsonl line 31: the chat template of data\.tokenizer=\S*/strict fails on a conversation of system, user, assistant: TemplateError: no system",
+        match=(
+            r"talk\.jsonl line 31: the chat template of data\.tokenizer=\S*/strict fails "
+            "on a conversation of system, user, assistant: TemplateError: no system"
+        ),
     ):
         tokenize.prepare(data, options=PrepareConfig())
     made = tokenize.prepare(data, options=PrepareConfig(skip_bad=True))

@@ -168,7 +168,8 @@ def test_not_installed_is_said_with_the_command_that_installs_it() -> None:
         "import importlib.util, sys; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'deepspeed' else found(name, *rest)\n"
         "from hybridtrain.cli import commands\n"
-        "sys.exit(commands.run_command('train', ['data.path=x', 'model=tiny', 'train.steps=1', 'engine=deepspeed']))"
+        "sys.exit(commands.run_command('train', "
+        "['data.path=x', 'model=tiny', 'train.steps=1', 'engine=deepspeed']))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script],

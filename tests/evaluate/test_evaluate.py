@@ -166,7 +166,8 @@ def test_a_run_directory_grants_no_permission_to_run_its_code(trained, tmp_path,
     assert (run / "config.yaml").read_text() != text
     victim = tmp_path / "victim"
     (run / "export" / "evil.py").write_text(
-        f"open({str(victim)!r}, 'w').close()\nfrom transformers import LlamaConfig as Evil, LlamaForCausalLM as EvilModel\n"
+        f"open({str(victim)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as Evil, LlamaForCausalLM as EvilModel\n"
     )
     config = json.loads((run / "export" / "config.json").read_text())
     auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilModel"}

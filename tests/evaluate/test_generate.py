@@ -79,7 +79,10 @@ def test_too_many_tokens_are_refused(trained):
         draw(trained, max_new_tokens=64)
 
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def generated(capsys, *argv: str) -> str:

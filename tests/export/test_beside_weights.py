@@ -32,9 +32,9 @@ def test_a_config_that_was_edited_after_training_is_noticed(
     exported = json.loads((run / "export" / "config.json").read_text())
     assert (exported["num_hidden_layers"], exported["rms_norm_eps"]) == (11, 1e-6)
     assert (
-        "config.json has changed since the checkpoint was written (num_hidden_layers was 11 and is 1; rms_norm_eps was 1e-06 and is 0.001)"
-        in caplog.text
-    )
+        "config.json has changed since the checkpoint was written (num_hidden_layers was 11 and is 1; "
+        "rms_norm_eps was 1e-06 and is 0.001)"
+    ) in caplog.text
     as_earlier(run / "checkpoints" / "step-00000020")
     with pytest.raises(UserError, match=r"num_hidden_layers=1, the checkpoint's model has 11; was it edited"):
         hf.run(exporting(run))
@@ -51,9 +51,9 @@ def test_end_tokens_that_were_edited_after_training_are_noticed(
     file.write_text(json.dumps({**given, "temperature": 7.0}))
     hf.run(exporting(run))
     assert (
-        "generation_config.json has changed since the checkpoint was written; the checkpoint's own is exported"
-        in caplog.text
-    )
+        "generation_config.json has changed since the checkpoint was written; "
+        "the checkpoint's own is exported"
+    ) in caplog.text
     assert "temperature" not in json.loads((run / "export" / "generation_config.json").read_text())
     as_earlier(run / "checkpoints" / "step-00000020")  # which took no copy along
     hf.run(exporting(run))
@@ -112,7 +112,10 @@ def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "data" / "tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + '<|turn|>' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{{ message['role'] + ' ' + message['content'] + '<|turn|>' }}{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path / "data" / "tokenizer")
     (tmp_path / "data" / "corpus.json").write_text(json.dumps({"kind": "chat"}))
     if not new:

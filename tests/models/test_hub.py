@@ -141,7 +141,10 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]
 def test_what_the_hub_does_not_give_is_refused_with_the_reason(repository: str, words: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"model\.from_pretrained={repository}: neither a local folder nor available on the hub: .*({words})",
+        match=(
+            rf"model\.from_pretrained={repository}: "
+            f"neither a local folder nor available on the hub: .*({words})"
+        ),
     ):
         read_config(ModelConfig(from_pretrained=repository))
 
@@ -159,9 +162,9 @@ def test_a_file_that_need_not_be_there_and_one_that_cannot_be_had(
     other = ModelConfig(from_pretrained="me/other")
     assert tokens.source_generation(other) is None
     assert (
-        "me/other goes on without generation_config.json: generation_config.json is not in the local cache, and the hub cannot be reached"
-        in caplog.text
-    )
+        "me/other goes on without generation_config.json: "
+        "generation_config.json is not in the local cache, and the hub cannot be reached"
+    ) in caplog.text
     with pytest.raises(
         UserError, match=r"config\.json is not in the local cache, and the hub cannot be reached"
     ):

@@ -231,7 +231,9 @@ def test_a_value_that_cannot_be_names_the_file_it_stands_in_or_the_option(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({**model(), "hidden_size": "wide"}))
     with pytest.raises(
         UserError,
-        match=rf"model\.config\.hidden_size=wide: not a whole number \(config\.json of {tmp_path}\)\n  allowed",
+        match=(
+            rf"model\.config\.hidden_size=wide: not a whole number \(config\.json of {tmp_path}\)\n  allowed"
+        ),
     ):
         facts_of(ModelConfig(from_pretrained=str(tmp_path)))
     with pytest.raises(UserError, match=r"model\.config\.hidden_size=none: not a whole number\n  allowed"):

@@ -183,14 +183,20 @@ def test_a_vocabulary_is_not_cut_and_grows_only_when_asked_for(tmp_path):
     folder_of(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"(?s)model\.config\.vocab_size=200: its embedding has 257 rows, and tokens cannot be removed.*vocab_size=257",
+        match=(
+            r"(?s)model\.config\.vocab_size=200: its embedding has 257 rows, "
+            "and tokens cannot be removed.*vocab_size=257"
+        ),
     ):
         source_of(tmp_path, vocab_size=200)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "vocab_size": 300}))
     with pytest.raises(
         UserError,
-        match=r"(?s)model\.from_pretrained=.*its embedding has 257 rows, its config\.json says vocab_size 300.*vocab_size=300",
+        match=(
+            r"(?s)model\.from_pretrained=.*its embedding has 257 rows, "
+            r"its config\.json says vocab_size 300.*vocab_size=300"
+        ),
     ):
         source_of(tmp_path)
 
@@ -247,7 +253,10 @@ def test_weights_that_no_parameter_takes_are_refused_or_counted(tmp_path, caplog
     )
     with pytest.raises(
         UserError,
-        match=rf"(?s)its files hold '{bias}', which the model of its config\.json does not have.*attention_bias=true",
+        match=(
+            f"(?s)its files hold '{bias}', which the model of "
+            r"its config\.json does not have.*attention_bias=true"
+        ),
     ):
         source_of(tmp_path)
     changed(tmp_path, model__layers__0__self_attn__q_proj__bias=None)

@@ -119,9 +119,9 @@ def test_a_layout_whose_activations_may_not_fit_is_warned_of_with_what_takes_les
     memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")
     assert "activations of about 196.0 GiB come on top of 17.3 GiB" in caplog.text
     assert (
-        "there are 80.0 GiB of GPU memory for each rank; batch.micro_batch_size=2 or recompute=selective or recompute=full takes less"
-        in caplog.text
-    )
+        "there are 80.0 GiB of GPU memory for each rank; "
+        "batch.micro_batch_size=2 or recompute=selective or recompute=full takes less"
+    ) in caplog.text
     caplog.clear()
     config.recompute.kind = "full"
     memory.warn(config, **world, available=80 * memory.GIB, place="GPU memory")

@@ -107,11 +107,13 @@ def test_we_accept_nothing_that_torch_refuses(fake_ranks: int, schedule: str) ->
         buildable = {n for n in MICRO_BATCHES if theirs(schedule, pp=pp, virtual=virtual, micro_batches=n)}
         assert accepted
         assert accepted <= buildable, (
-            f"{schedule}, {virtual} stages on each of {pp} ranks: torch refuses {sorted(accepted - buildable)}"
+            f"{schedule}, {virtual} stages on each of {pp} ranks: "
+            f"torch refuses {sorted(accepted - buildable)}"
         )
         stricter = {n for n in buildable if schedule in STRICTER and STRICTER[schedule](n, pp)}
         assert accepted == buildable - stricter, (
-            f"{schedule}, {virtual} stages on each of {pp} ranks: torch builds {sorted(buildable - accepted)} too"
+            f"{schedule}, {virtual} stages on each of {pp} ranks: "
+            f"torch builds {sorted(buildable - accepted)} too"
         )
 
 

@@ -13,7 +13,10 @@ from hybridtrain.cli.main import main
 from tests import browser
 from tests.report.folders import eventful, finished
 
-SIZES = "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility()).map(s => [s.closest('figure').id, s.clientWidth, s.clientHeight])"
+SIZES = (
+    "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility())"
+    ".map(s => [s.closest('figure').id, s.clientWidth, s.clientHeight])"
+)
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -75,8 +78,10 @@ def test_tabs_and_read_out(pages: dict[str, Path], tmp_path: Path) -> None:
         # The learning rate of this run is 1e-5 times the step: under the middle of the axis, which ends at
         # 1.01 x 200, stands step 101 or 102.
         x, y = tab.evaluate(
-            "(() => { const s = document.querySelector('#lr svg'); s.scrollIntoView({block: 'center'}); const {box} = JSON.parse(s.dataset.scales);"
-            " const p = new DOMPoint((box[0] + box[2]) / 2, (box[1] + box[3]) / 2).matrixTransform(s.getScreenCTM()); return [p.x, p.y]; })()"
+            "(() => { const s = document.querySelector('#lr svg'); s.scrollIntoView({block: 'center'}); "
+            "const {box} = JSON.parse(s.dataset.scales);"
+            " const p = new DOMPoint((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)"
+            ".matrixTransform(s.getScreenCTM()); return [p.x, p.y]; })()"
         )
         assert tab.evaluate("document.getElementById('tip').hidden")
         tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -268,7 +268,10 @@ def test_fingerprints() -> None:
     assert check(progress, fingerprints={"model": "m", "data": "d"}, allow_data_change=False) == ()
     with pytest.raises(
         UserError,
-        match=r"data\.path=data/mine: the checkpoint of step 7 .*prepared again since.*\(d then, e now\)[^$]*allow_data_change=true.*branch_from=runs/a",
+        match=(
+            r"data\.path=data/mine: the checkpoint of step 7 .*prepared again since.*"
+            r"\(d then, e now\)[^$]*allow_data_change=true.*branch_from=runs/a"
+        ),
     ):
         check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=False)
     assert check(progress, fingerprints={"model": "m", "data": "e"}, allow_data_change=True) == ("data",)

@@ -61,7 +61,10 @@ def mlflow(folder: Path) -> tuple[dict[int, float], str]:
 
 
 def trackio(folder: Path) -> tuple[dict[int, float], str]:
-    script = "import json; from trackio.sqlite_storage import SQLiteStorage as S; print(json.dumps([S.get_logs('proj', 'demo'), S.get_run_config('proj', 'demo')]))"
+    script = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
+        "print(json.dumps([S.get_logs('proj', 'demo'), S.get_run_config('proj', 'demo')]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "TRACKIO_DIR": str(folder)},

@@ -100,7 +100,8 @@ def test_modules_of_the_user_reach_the_job_however_it_is_queued(slurm, data, tmp
     """`submit` and a plain sbatch: the job's own command line permits them, the frozen configuration in the
     run does not name them."""
     (tmp_path / "mine.py").write_text(
-        "import hybridtrain as ht\nprint('words on the standard output')\nht.register('schedule', 'halved')(lambda step, config, total_steps: 0.5)\n"
+        "import hybridtrain as ht\nprint('words on the standard output')\n"
+        "ht.register('schedule', 'halved')(lambda step, config, total_steps: 0.5)\n"
     )
     words = ["run.plugins=[mine]", "schedule.kind=halved"]
     jobs = {tmp_path / "one": submit(tmp_path / "one", data, *words)}

@@ -259,7 +259,10 @@ def test_a_dry_run_prepares_no_corpus(tmp_path, capfd):
     ("said", "answer"),
     [
         (
-            "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source",
+            (
+                "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+                "sbatch: fatal: Could not establish a configuration source"
+            ),
             "Slurm cannot be reached from here: ",
         ),
         (

@@ -316,7 +316,8 @@ def test_the_model_learns_the_answers(folder, tmp_path):
         ]
         right += tokenizer.decode(answer) == conversation[-1]["content"] + "<|endoftext|>"
     print(
-        f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.4f}, held out {rows[-1]['eval_loss']:.4f}; {right} of {len(seen)} answers"
+        f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.4f}, "
+        f"held out {rows[-1]['eval_loss']:.4f}; {right} of {len(seen)} answers"
     )
     assert right == len(seen) > 15
     assert main(["evaluate", str(tmp_path / "run")]) == 0

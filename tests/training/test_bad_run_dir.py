@@ -155,9 +155,9 @@ def test_other_data_in_the_same_folder_goes_on_only_when_asked_for(
         before = contents(copy)
         text = four_parts(answer(argv), "data.path")
         assert (
-            f"data.path={trained / 'data'}: the checkpoint of step 4 was trained on other data: they were prepared again since, or replaced"
-            in text
-        )
+            f"data.path={trained / 'data'}: the checkpoint of step 4 was trained on other data: "
+            "they were prepared again since, or replaced"
+        ) in text
         assert "run.allow_data_change=true" in text
         assert contents(copy) == before
         said = finished(2, [*argv, "run.allow_data_change=true"]).out

@@ -244,18 +244,18 @@ def test_progress_line():
     row = {"step": 120, "loss": 3.42171, "grad_norm": 0.8711, "lr": 3e-4, "loss_scale": 1.0, "skipped": 0}
     row |= {"tokens_per_s": 41234.5, "mfu": 0.3812, "max_memory_gib": 12.3}
     line = metrics.progress_line(row, total_steps=2000, eta_s=192)
-    assert (
-        line
-        == "step  120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | 41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s"
+    assert line == (
+        "step  120/2000 | loss 3.4217 | norm 0.871 | lr 3.0e-04 | "
+        "41.2k tok/s | MFU 38.1% | 12.30 GiB | ETA 3m12s"
     )
     assert "| loss 3.4217 | eval 3.5000 | norm" in metrics.progress_line(
         {**row, "eval_loss": 3.5}, total_steps=2000, eta_s=192
     )
     row |= {"loss": None, "grad_norm": None, "skipped": 1, "loss_scale": 32768.0, "mfu": None}
     line = metrics.progress_line(row, total_steps=2000, eta_s=5)
-    assert (
-        line
-        == "step  120/2000 | loss not finite | norm not finite | lr 3.0e-04 | skipped, loss scale 32768 | 41.2k tok/s | 12.30 GiB | ETA 5s"
+    assert line == (
+        "step  120/2000 | loss not finite | norm not finite | lr 3.0e-04 | "
+        "skipped, loss scale 32768 | 41.2k tok/s | 12.30 GiB | ETA 5s"
     )
 
 

@@ -40,7 +40,10 @@ def test_training_and_evaluation_say_that_the_data_are_of_another_tokenizer(
     ]
     number = apart(run / "export", other / "tokenizer")
     assert 20 < number < 300
-    told = f"warning: {WORDS} ({run}/export) and that of the data ({other}/tokenizer) are not the same: {number} of 300 tokens differ"
+    told = (
+        f"warning: {WORDS} ({run}/export) and that of the data ({other}/tokenizer) "
+        f"are not the same: {number} of 300 tokens differ"
+    )
     assert told in finished(1, begun).out
     said = finished(1, arguments(tmp_path / "branch", other, run__branch_from=run, train__steps=2)).out
     kept = run / "checkpoints" / "step-00000001" / "tokenizer"

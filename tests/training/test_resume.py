@@ -214,7 +214,10 @@ def test_a_run_that_could_not_say_that_it_had_finished_is_finished_by_the_next_c
     """Killed between its last checkpoint and its last word. No engine is built for that, no torch loaded."""
     run = cut_off(whole, tmp_path / "run", step=8)
     (run / "summary.json").write_text(json.dumps({**summary(run), "status": "running", "steps": 7}))
-    code = "import sys; from hybridtrain.cli.commands import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    code = (
+        "import sys; from hybridtrain.cli.commands import run_command; "
+        "print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    )
     argv = arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0, parallel__dp_replicate=1)
     ended = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60
@@ -280,7 +283,10 @@ def test_the_decision_about_the_run_directory_is_made_without_torch(
     whole: Path, data: Path, tmp_path: Path
 ) -> None:
     """Here: another seed is another run."""
-    code = "import sys; from hybridtrain.cli.commands import run_command; print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    code = (
+        "import sys; from hybridtrain.cli.commands import run_command; "
+        "print(run_command('train', sys.argv[1:]), 'torch' in sys.modules)"
+    )
     run = cut_off(whole, tmp_path / "run", step=4)
     ended = subprocess.run(
         [sys.executable, "-c", code, *arguments(run, data, run__seed=5)],

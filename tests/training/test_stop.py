@@ -122,7 +122,8 @@ def test_a_second_signal_ends_it_at_once(data, tmp_path):
     """Also while the main thread sleeps, or waits in a collective, where no Python handler runs."""
     run = tmp_path / "run"
     script = (
-        "import sys, json; from tests.sabotage.sitecustomize import plant; from hybridtrain.cli.commands import run_command\n"
+        "import sys, json; from tests.sabotage.sitecustomize import plant; "
+        "from hybridtrain.cli.commands import run_command\n"
         "plant({'kind': 'hang', 'rank': 0, 'step': 2}); sys.exit(run_command('train', sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

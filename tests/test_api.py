@@ -224,7 +224,10 @@ def test_an_own_loss_is_trained_under_every_layout_and_is_part_of_what_the_run_i
         assert {key: here[key] for key in ("train_first", "train_second")} == pytest.approx(
             {key: there[key] for key in ("train_first", "train_second")}, rel=1e-5
         )
-    refused = "task=next-token prediction: the checkpoint of step 6 was trained with Halves {'first': 1.0, 'second': 0.25}"
+    refused = (
+        "task=next-token prediction: the checkpoint of step 6 "
+        "was trained with Halves {'first': 1.0, 'second': 0.25}"
+    )
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], False) == [refused]
     assert run_ranks(1, trained_in_halves, one, ["optim.lr=0.001", "train.steps=8"], True) == ["finished"]
 
@@ -273,7 +276,10 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
 
 
 def test_importing_it_takes_no_torch() -> None:
-    code = "import sys, hybridtrain as ht; ht.compose('model=tiny'); ht.UserError; print('torch' in sys.modules, sorted(ht.__all__) == ht.__all__)"
+    code = (
+        "import sys, hybridtrain as ht; ht.compose('model=tiny'); ht.UserError; "
+        "print('torch' in sys.modules, sorted(ht.__all__) == ht.__all__)"
+    )
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split() == ["False", "True"]
@@ -294,9 +300,12 @@ class Stopper(ht.Callback):
         if metrics["loss"] < 5.6: run.stop("good enough")
 
 if __name__ == "__main__":
-    config = ht.compose("model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "batch.micro_batch_size=1", "train.steps=50", "train.log_every=1",
-                        "schedule=constant", "optim.lr=0.01", *sys.argv[1:])
-    sys.stdout.write(ht.Trainer(config, data=Rows(), callbacks=[Stopper()]).fit().status + "\\n")  # in one piece: the ranks share a pipe
+    config = ht.compose(
+        "model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "batch.micro_batch_size=1",
+        "train.steps=50", "train.log_every=1", "schedule=constant", "optim.lr=0.01", *sys.argv[1:]
+    )
+    result = ht.Trainer(config, data=Rows(), callbacks=[Stopper()]).fit()
+    sys.stdout.write(result.status + "\\n")  # in one piece: the ranks share a pipe
 """
 
 

@@ -36,16 +36,19 @@ class Weighted(ht.CausalLM):
 
     def labels(self, batch):
         odd = batch.labels_BT % 2 == 1
-        return {"even": batch.labels_BT.masked_fill(odd, IGNORE_INDEX), "odd": batch.labels_BT.masked_fill(~odd, IGNORE_INDEX)}
+        even_BT = batch.labels_BT.masked_fill(odd, IGNORE_INDEX)
+        return {"even": even_BT, "odd": batch.labels_BT.masked_fill(~odd, IGNORE_INDEX)}
 
     def counts(self, batch):
         return {name: (labels != IGNORE_INDEX).sum() for name, labels in self.labels(batch).items()}
 
     def loss(self, hidden_BTD, batch, head):
-        return {name: self.cross_entropy(hidden_BTD, labels, head, name=name) for name, labels in self.labels(batch).items()}
+        labels = self.labels(batch)
+        return {name: self.cross_entropy(hidden_BTD, labels[name], head, name=name) for name in labels}
 
     def loss_of_logits(self, logits_BTV, batch):
-        return {name: self.cross_entropy_of_logits(logits_BTV, labels) for name, labels in self.labels(batch).items()}
+        labels = self.labels(batch)
+        return {name: self.cross_entropy_of_logits(logits_BTV, labels[name]) for name in labels}
 
     def evaluate(self, sums):
         means = {name: sums.values[name] / sums.counts[name] for name in self.weights}
@@ -72,10 +75,13 @@ class Watch(ht.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    words = ["model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "batch.micro_batch_size=1", "train.steps=40", "train.log_every=1",
-             "train.eval_every=4", "schedule=constant", "optim.lr=0.004", "run.plugins=[own]", "optim.kind=nadam", "checkpoint.every=3", "run.dir=run"]
-    config = ht.compose(*words, *sys.argv[1:])
-    result = ht.Trainer(config, task=own.Weighted(), data=own.Rows(200), eval_data=own.Rows(9), callbacks=[Watch()]).fit()
+    config = ht.compose(
+        "model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "batch.micro_batch_size=1",
+        "train.steps=40", "train.log_every=1", "train.eval_every=4", "schedule=constant", "optim.lr=0.004",
+        "run.plugins=[own]", "optim.kind=nadam", "checkpoint.every=3", "run.dir=run", *sys.argv[1:]
+    )
+    data = {"data": own.Rows(200), "eval_data": own.Rows(9)}
+    result = ht.Trainer(config, task=own.Weighted(), callbacks=[Watch()], **data).fit()
     sys.stdout.write(f"{result.status} {result.step}\\n")
 '''
 PROOF = """
@@ -83,8 +89,12 @@ import hybridtrain as ht
 import own
 
 if __name__ == "__main__":
-    config = ht.compose("model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "optim.lr=0.004", "run.plugins=[own]", "optim.kind=nadam")
-    found = ht.parity(config, task=own.Weighted(), data=own.Rows(200), layouts=["tp2-pp2", "dp_shard2-zero3"], steps=2)
+    config = ht.compose(
+        "model=tiny", "data.seq_len=32", "batch.global_batch_size=8", "optim.lr=0.004",
+        "run.plugins=[own]", "optim.kind=nadam"
+    )
+    layouts = ["tp2-pp2", "dp_shard2-zero3"]
+    found = ht.parity(config, task=own.Weighted(), data=own.Rows(200), layouts=layouts, steps=2)
     print("proven", found.passed)
 """
 

@@ -234,7 +234,9 @@ def refused_then_trained(run: Path) -> str:
     try:
         ht.Trainer(config_of(run, *words), data=[list(range(40))] * 8).fit()
     except ht.UserError as error:
-        return f"{error}\n{sorted(path.name for path in run.parent.iterdir())} {ht.Trainer(config_of(run, *words), data=Numbers(100, first=0)).fit().status}"
+        left = sorted(path.name for path in run.parent.iterdir())
+        result = ht.Trainer(config_of(run, *words), data=Numbers(100, first=0)).fit()
+        return f"{error}\n{left} {result.status}"
     return "not refused"
 
 

@@ -288,7 +288,8 @@ print("ready", flush=True)
 while True:
     tensors = {f"model.{i}": torch.full((200_000,), float(step)) for i in range(8)}
     path = folder / f"step-{step:08d}"
-    sharded.save(tensors, path=path, progress=Progress(step, step, {}), group=None, asynchronous=True).result()
+    progress = Progress(step, step, {})
+    sharded.save(tensors, path=path, progress=progress, group=None, asynchronous=True).result()
     print(step, flush=True)
     step += 1
 """

@@ -38,8 +38,13 @@ TEXTS = {
 # marks with line ends, spaces.
 SPLITS = {
     "byte level": None,
-    "three digits": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s",
-    "one digit": r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "three digits": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "one digit": (
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -124,8 +129,11 @@ PROGRAM = """
 import resource, sys
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.prepare import tokenize
-tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], tokenizer=sys.argv[3], eval_fraction=float(sys.argv[4])), options=PrepareConfig(workers=int(sys.argv[5])))
-print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) >> 10)
+path, source, tokenizer, fraction, workers = sys.argv[1:]
+data = DataConfig(path=path, source=[source], tokenizer=tokenizer, eval_fraction=float(fraction))
+tokenize.prepare(data, options=PrepareConfig(workers=int(workers)))
+both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+print(max(resource.getrusage(who).ru_maxrss for who in both) >> 10)
 """
 
 

@@ -225,7 +225,8 @@ EMBEDDED = """
 import sys
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.prepare.embedded import open_or_prepare
-print(open_or_prepare(DataConfig(path=sys.argv[1], source=["stdlib"], vocab_size=300), timeout_s=300).fingerprint)
+data = DataConfig(path=sys.argv[1], source=["stdlib"], vocab_size=300)
+print(open_or_prepare(data, timeout_s=300).fingerprint)
 """
 
 
@@ -293,7 +294,7 @@ def test_records_that_all_lack_the_field_are_named(tmp_path):
         settings(tmp_path / "data", source, text_key="contents"), options=PrepareConfig(skip_bad=True)
     )
     assert (
-        f"8 records were left out (prepare.skip_bad=true), the first {source} line 1: its field 'contents' is missing or null (its fields: 'text')"
-        in said
-    )
+        f"8 records were left out (prepare.skip_bad=true), the first {source} line 1: "
+        "its field 'contents' is missing or null (its fields: 'text')"
+    ) in said
     assert "try:     data.text_key=FIELD" in said

@@ -25,7 +25,8 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.prepare import pieces, tokenize
 pieces.MIN_PIECE_BYTES = 20_000
 pieces.MAX_PIECES = 10**6
-tokenize.prepare(DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=600, eval_fraction=0.1), options=PrepareConfig())
+data = DataConfig(path=sys.argv[1], source=[sys.argv[2]], vocab_size=600, eval_fraction=0.1)
+tokenize.prepare(data, options=PrepareConfig())
 """
 
 

@@ -147,9 +147,9 @@ def test_a_checkpoint_that_is_none_is_refused_by_its_option(
         assert main([command, f"{option}={alone}"]) == 2
         said = four_parts(capsys.readouterr().err, option)
         assert (
-            f"{option}={alone}: it is not in the checkpoints folder of a run: {tmp_path / 'a'} has no config.yaml"
-            in said
-        )
+            f"{option}={alone}: it is not in the checkpoints folder of a run: "
+            f"{tmp_path / 'a'} has no config.yaml"
+        ) in said
         assert "run.dir" not in said
 
 
@@ -180,8 +180,9 @@ from pathlib import Path
 from hybridtrain.export import hf
 from hybridtrain.config.schema import Config
 def export(run):
-    its = hf.SourceRun(Path(run), Config())
-    hf.export(Path(run) / "step-1", run=its, out=Path(run) / "out", dtype="float32", max_shard_bytes=50_000_000)
+    run = Path(run)
+    its = hf.SourceRun(run, Config())
+    hf.export(run / "step-1", run=its, out=run / "out", dtype="float32", max_shard_bytes=50_000_000)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 export(sys.argv[1])

@@ -57,19 +57,31 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+THETA = {"rope_theta": 500000.0}
+"""That of the sources."""
+MILLION = {"rope_theta": 1e6}
+LLAMAS = ("v5", "old", "v5 llama3", "old llama3")
+OF_LLAMA3 = ("v5 llama3", "old llama3", "older llama3")
 Rope = dict[str, Any]
 ROPE_CASES: list[tuple[str, dict[str, Any], Rope]] = [
-    *[(source, {"rope_theta": 1e6}, {"rope_theta": 1e6, "rope_type": "default"}) for source in ("v5", "old")],
-    *[(source, {"rope_scaling": LINEAR}, {"rope_theta": 500000.0, **LINEAR}) for source in ("v5", "old", "v5 llama3", "old llama3")],
-    *[(source, {"rope_parameters": LINEAR}, {"rope_theta": 500000.0, **LINEAR}) for source in ("v5", "old", "v5 llama3", "old llama3", "older llama3")],
-    *[(source, {"rope_parameters": {"rope_theta": 1e6}}, {**LLAMA3, "rope_theta": 1e6}) for source in ("v5 llama3", "old llama3", "older llama3")],
-    *[(source, {"rope_theta": 1e6}, {**LLAMA3, "rope_theta": 1e6}) for source in ("v5 llama3", "old llama3")],
-    *[(source, {"rope_scaling": {"factor": 16.0}}, {**LLAMA3, "factor": 16.0, "rope_theta": 500000.0}) for source in ("v5 llama3", "old llama3", "older llama3")],
-    *[(source, {"rope_scaling": None}, {"rope_theta": 500000.0, "rope_type": "default"}) for source in ("v5 llama3", "old llama3")],
-    ("v5", {"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_theta": 500000.0, **LINEAR}),
-    ("old", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}, {"rope_theta": 500000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
-    ("v5", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6, **LINEAR}}, {"rope_theta": 1e6, **LINEAR}),
-]  # fmt: skip
+    *[(source, {"rope_theta": 1e6}, MILLION | {"rope_type": "default"}) for source in ("v5", "old")],
+    *[(source, {"rope_scaling": LINEAR}, THETA | LINEAR) for source in LLAMAS],
+    *[(source, {"rope_parameters": LINEAR}, THETA | LINEAR) for source in (*LLAMAS, "older llama3")],
+    *[(source, {"rope_parameters": {"rope_theta": 1e6}}, LLAMA3 | MILLION) for source in OF_LLAMA3],
+    *[(source, {"rope_theta": 1e6}, LLAMA3 | MILLION) for source in ("v5 llama3", "old llama3")],
+    *[
+        (source, {"rope_scaling": {"factor": 16.0}}, LLAMA3 | THETA | {"factor": 16.0})
+        for source in OF_LLAMA3
+    ],
+    *[
+        (source, {"rope_scaling": None}, THETA | {"rope_type": "default"})
+        for source in ("v5 llama3", "old llama3")
+    ],
+    ("v5", {"rope_scaling": {"type": "linear", "factor": 4.0}}, THETA | LINEAR),
+    ("old", {"rope_scaling": YARN}, THETA | YARN),
+    ("v5", MILLION | {"rope_parameters": LINEAR | MILLION}, LINEAR | MILLION),
+]
 
 
 def chosen_over(folder: Path, source: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -170,18 +182,25 @@ def test_without_choices_config_json_is_taken_as_it_is(tmp_path):
 
 
 NO_EFFECT = [
-    ("v5", {"rope_scaling": {"rope_typ": "linear", "factor": 4.0}}, "model.config.rope_scaling.rope_typ=linear", "try:     model.config.rope_scaling.rope_type=linear"),
-    ("v5", {"rope_parameters": {"rope_type": "liner", "factor": 4.0}}, "model.config.rope_parameters.rope_type=liner", "rope_type=linear"),
-    ("v5", {"rope_scaling": {"rope_type": "linear"}}, "model.config.rope_scaling.factor=(missing)", "needs factor"),
-    ("v5", {"rope_scaling": {**LINEAR, "low_freq_factor": 1.0}}, "model.config.rope_scaling.low_freq_factor=1.0", "rope_type=linear does not take it"),
-    ("v5", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 2e6}}, "model.config.rope_parameters.rope_theta=2000000.0", "says otherwise"),
+    ("v5", {"rope_scaling": {"rope_typ": "linear", "factor": 4.0}},
+     "model.config.rope_scaling.rope_typ=linear",
+     "try:     model.config.rope_scaling.rope_type=linear"),
+    ("v5", {"rope_parameters": {"rope_type": "liner", "factor": 4.0}},
+     "model.config.rope_parameters.rope_type=liner", "rope_type=linear"),
+    ("v5", {"rope_scaling": {"rope_type": "linear"}},
+     "model.config.rope_scaling.factor=(missing)", "needs factor"),
+    ("v5", {"rope_scaling": {**LINEAR, "low_freq_factor": 1.0}},
+     "model.config.rope_scaling.low_freq_factor=1.0", "rope_type=linear does not take it"),
+    ("v5", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 2e6}},
+     "model.config.rope_parameters.rope_theta=2000000.0", "says otherwise"),
     ("v5", {"rope_scaling": "linear"}, "model.config.rope_scaling=linear", "not a mapping"),
     ("v5", {"partial_rotary_factor": 0.5}, "model.config.partial_rotary_factor=0.5", "would have no effect"),
     ("v5 qwen3", {"sliding_window": 4}, "model.config.sliding_window=4", "use_sliding_window=true"),
     ("v5 qwen3", {"use_sliding_window": True}, "model.config.use_sliding_window=True", "sliding_window=4096"),
     ("v5 qwen3", {"layer_types": ["sliding_attention"] * 4}, "model.config.layer_types=", "no effect"),
     ("own pattern", {"num_hidden_layers": 6}, "model.config.num_hidden_layers=6", "its own pattern"),
-    ("own pattern", {"sliding_window": 5, "max_window_layers": 1}, "model.config.max_window_layers=1", "its own pattern"),
+    ("own pattern", {"sliding_window": 5, "max_window_layers": 1},
+     "model.config.max_window_layers=1", "its own pattern"),
     ("v5", {"dtype": "bfloat16"}, "model.config.dtype=bfloat16", "precision=bf16_mixed"),
     ("old", {"torch_dtype": "bfloat16"}, "model.config.torch_dtype=bfloat16", "precision=bf16_mixed"),
     ("v5", {"hidden_act": "sillu"}, "model.config.hidden_act=sillu", "hidden_act=silu"),
@@ -212,8 +231,9 @@ def test_the_table_of_rotary_kinds_is_that_of_transformers(caplog):
 
     assert set(overrides.ROPE_TYPES) - {"default"} <= set(ROPE_INIT_FUNCTIONS)
     values: dict[str, Any] = {
-        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.5, "beta_fast": 32.0,
-        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "attention_factor": 1.5,
+        "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "truncate": True, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
     }  # fmt: skip
     logging.getLogger("transformers").propagate = True
     for kind, (needs, may) in overrides.ROPE_TYPES.items():

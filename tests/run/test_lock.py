@@ -24,7 +24,8 @@ import os, sys, time
 from pathlib import Path
 from hybridtrain.run import holder, lock
 from hybridtrain.errors import UserError
-folder, flock, machine, every, start = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3], float(sys.argv[4]), float(sys.argv[5])
+folder, flock, machine = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3]
+every, start = float(sys.argv[4]), float(sys.argv[5])
 lock.FLOCK, holder.BEAT_S = flock, every
 if machine:
     holder._machine = lambda: machine

@@ -26,12 +26,14 @@ TRACK = """
     {before}
     start = time.monotonic()
     tracking = Trackers()
-    config = {"tracker": {"project": "proj"}, "run": {"name": "demo"}, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub": {"token": os.environ["A_TOKEN"]}}
+    config = {"tracker": {"project": "proj"}, "run": {"name": "demo"}}
+    config |= {"optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "hub": {"token": os.environ["A_TOKEN"]}}
     tracking.start(sys.argv[2:], config=config, folder=Path(sys.argv[1]), first_step={first_step})
     {setup}
     begin = time.monotonic()
     for step in range(1, 6):
-        tracking.log({"step": step, "loss": 1.0 / step, "grad_norm": None, "mfu": float("nan"), "time": 5.0}, step)
+        row = {"step": step, "loss": 1.0 / step, "grad_norm": None, "mfu": float("nan"), "time": 5.0}
+        tracking.log(row, step)
         {between}
     tracking.log({"eval_loss": 9.5}, 5)
     logged = time.monotonic() - begin
@@ -202,7 +204,10 @@ def test_a_launched_process_gets_no_process_group_from_a_tracker(tmp_path):
 
 def test_an_existing_process_group_is_left_as_it_is(tmp_path):
     store = tmp_path / "store"
-    group = f"import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://{store}', rank=0, world_size=1)"
+    group = (
+        "import torch.distributed as dist; "
+        f"dist.init_process_group('gloo', init_method='file://{store}', rank=0, world_size=1)"
+    )
     use = "assert dist.get_world_size() == 1 and dist.get_backend() == 'gloo'; dist.barrier()"
     _, warnings = track(
         tmp_path / "trackers",
@@ -249,7 +254,10 @@ def test_a_tracker_that_cannot_start_costs_one_warning(tmp_path):
 
 
 def test_a_tracker_that_fails_while_logging_costs_one_warning(tmp_path):
-    full = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); time.sleep(1); resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))"
+    full = (
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "time.sleep(1); resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))"
+    )
     _, warnings = track(tmp_path, "tensorboard", setup=full, between="time.sleep(0.2)")
     assert len(warnings) == 1
     assert "tracker tensorboard gave up (OSError: [Errno 27] File too large)" in warnings[0]
@@ -361,7 +369,10 @@ def test_what_a_resume_logs_again_is_once_in_tensorboard(tmp_path):
     track(
         tmp_path,
         "tensorboard",
-        before="trackers.Trackers.log = (lambda log: lambda self, row, step: log(self, row, step) if step > 2 else None)(Trackers.log)",
+        before=(
+            "trackers.Trackers.log = (lambda log: lambda self, row, step: "
+            "log(self, row, step) if step > 2 else None)(Trackers.log)"
+        ),
         first_step=2,
     )
     assert sorted(place.glob("*/hparams.yml")) == entries

@@ -17,7 +17,8 @@ from tests.ranks import RankFailed, run_ranks
 
 CALLER = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if whoever started the tests did it in the background
+# the signal is ignored, if whoever started the tests did it in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from hybridtrain.runtime.ranks import run_ranks
 from tests.runtime import test_ranks
 run_ranks(2, test_ranks.sleep, sys.argv[1], preload=("torch",), backend="gloo", timeout_s=100)
@@ -77,7 +78,10 @@ def test_results_come_by_rank():
 def test_the_first_failing_ranks_traceback_and_output_are_told():
     with pytest.raises(
         RankFailed,
-        match=r"(?s)rank 1 failed first:\nTraceback.*ValueError: planted.*last output of rank 1:\nrank 1 was here",
+        match=(
+            r"(?s)rank 1 failed first:\nTraceback.*ValueError: planted.*"
+            r"last output of rank 1:\nrank 1 was here"
+        ),
     ):
         run_ranks(2, fail, 1)
     assert run_ranks(2, add, 1) == [(0, 3), (1, 3)], "the next call is not affected"

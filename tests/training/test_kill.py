@@ -95,9 +95,8 @@ def test_kills_at_random_moments(
             seconds=chance.uniform(0.0, 0.2) if lines else chance.uniform(0.0, 2.0),
         )
         in_save += unfinished_save(run)
-        print(
-            f"kill {number + 1}: {lines} lines later, {checkpoints(run) if (run / 'checkpoints').is_dir() else []}"
-        )
+        kept = checkpoints(run) if (run / "checkpoints").is_dir() else []
+        print(f"kill {number + 1}: {lines} lines later, {kept}")
     while in_save < 3:  # chance decides how many of those hit a save; these do for certain
         killed(world_size, argv, run, lines=None, seconds=chance.uniform(0.0, 0.01))
         in_save += unfinished_save(run)

@@ -140,7 +140,7 @@ def test_data_that_was_damaged_since_is_no_reason_not_to_export(
     (tmp_path / "data" / "corpus.json").write_text(facts)
     hf.run(exporting(run))
     assert GenerationConfig.from_pretrained(run / "export").eos_token_id == 1
-    assert "is not known: data." in caplog.text
+    assert "cannot tell which token ends an answer: data." in caplog.text
 
 
 def test_end_tokens_that_differ_are_named() -> None:

@@ -37,7 +37,7 @@ def seen(case: Case) -> tuple[list[dict[str, int]], list[int]]:
         if number == 3:
             engine.flags.forget("up")
         batches = case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp)
-        tokens.append(int(engine.train_step(batches, lr=case.lr).tokens))
+        tokens.append(int(engine.train_step(batches, lr=case.lr).counts[0]))
         engine.eval_step(batches)  # between two steps: carries no flags
         found.append(dict(engine.flags.read()))
     return found, tokens

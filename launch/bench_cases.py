@@ -36,8 +36,8 @@ from hybridtrain import engine as engines  # noqa: E402
 from hybridtrain.bench import plain as plain_module  # noqa: E402
 from hybridtrain.config import schema  # noqa: E402
 from hybridtrain.data.synthetic import Synthetic  # noqa: E402
-from hybridtrain.engine import torch_native  # noqa: E402
 from hybridtrain.models import facts as facts_module  # noqa: E402
+from hybridtrain.models import load  # noqa: E402
 from hybridtrain.parallel import mesh  # noqa: E402
 from hybridtrain.plan import flops as flops_module  # noqa: E402
 from hybridtrain.plan import layout as layouts  # noqa: E402
@@ -348,7 +348,7 @@ def main() -> None:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     device = mesh.device()
     mesh.connect(device, timeout_s=600)
-    torch_native.draw = plain_module.draw = draw_on_device(device)
+    load.draw = draw_on_device(device)
     fields = model_fields(options.tiny)
     for name in options.cases or CASES:
         case, began = CASES[name], time.monotonic()

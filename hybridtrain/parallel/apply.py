@@ -23,7 +23,7 @@ from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.fsdp import apply_shard, embedding_and_head, pad_shards, wrapped_modules
+from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
@@ -188,16 +188,14 @@ def _shard(stage: Stage, context: Context) -> None:
 
 
 def _to_shard(stage: Stage, context: Context) -> set[str]:
-    """Wrapped modules: all layers, embedding, head and the stage ("").
+    """Wrapped modules: all layers and the stage ("").
 
     Sharded parameters, from ZeRO 1 on: all.
     """
     layout, precision = context.mesh.layout, context.precision
     wrap = layout.dp > 1 or layout.tp > 1 or {precision.compute, precision.reduce} != {precision.param}
-    others = {path for paths in embedding_and_head(stage) for path in paths}
-    return ({*_layers(stage), *others, ""} if wrap else set()) | (
-        set(_parameters(stage)) if layout.dp_shard > 1 else set()
-    )
+    wrapped = {*_layers(stage), ""} if wrap else set()
+    return wrapped | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
 
 
 def _sharded(stage: Stage, context: Context) -> set[str]:

@@ -24,7 +24,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
-    """Wrap layers, embedding and head, then the stage, with fully_shard.
+    """Wrap layers, then the stage with embedding, final norm and head, with fully_shard.
 
     Gradients become means over data ranks. Does nothing without sharding and casting, where fully_shard
     would only copy parameters and gradients, unless there is tensor parallelism: fully_shard sums the
@@ -40,34 +40,16 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     }
     for _, layer in stage.layer_modules():
         fully_shard(layer, **options)
-    used_last = {**options, "reshard_after_forward": False}  # the backward pass starts with it
-    for paths in embedding_and_head(stage):
-        fully_shard(
-            [stage.part(path) for path in paths], **(used_last if stage.family.head in paths else options)
-        )
-    fully_shard(stage, **used_last)
-    reduce_scatter = (
-        _NoReduceScatter
-        if mesh.layout.dp_shard == 1
-        else _AllToAllReduceScatter
-        if mesh.device.type == "cpu"
-        else None
-    )
+    # One group: embedding and head in groups of their own are a collective more in each step. The backward
+    # pass starts with the head, so gathering it again would only cost time.
+    fully_shard(stage, **{**options, "reshard_after_forward": False})
+    on_cpu = _AllToAllReduceScatter if mesh.device.type == "cpu" else None
+    reduce_scatter = _NoReduceScatter if mesh.layout.dp_shard == 1 else on_cpu
     if reduce_scatter is not None:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
                 # private protocol
                 module.set_custom_reduce_scatter(reduce_scatter())  # type: ignore[arg-type]
-
-
-def embedding_and_head(stage: Stage) -> list[list[str]]:
-    """Paths of the modules outside the layers, in groups to wrap: [embedding], [final norm, head].
-
-    Empty if embedding and head of this stage are tied: then the stage itself wraps them.
-    """
-    if stage.tied and stage.first and stage.last:
-        return []
-    return [[stage.family.embed]] * stage.first + [[stage.family.norm, stage.family.head]] * stage.last
 
 
 def wrapped_modules(stage: Stage) -> set[str]:

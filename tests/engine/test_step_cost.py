@@ -166,7 +166,7 @@ GROUPS = {
     "dp_shard2-zero3": {WORLD: 2, "checkpoint": 2},
     "dp_replicate2-dp_shard2-zero2": {WORLD: 4, "checkpoint": 4, "dp_replicate": 2, "dp_shard": 2},
     "pp2-tp2": {WORLD: 4, "checkpoint": 4, "pp": 2, "tp": 2, "dp_shard": 1},
-    "pp4": {WORLD: 4, "checkpoint": 4, "ends": 2},
+    "pp4": {WORLD: 4, "checkpoint": 4, "embedding": 2},
 }
 
 
@@ -183,7 +183,7 @@ def test_every_group_has_a_purpose_a_name_and_the_timeout_that_was_asked_for(lay
     )
     ranks = run_ranks(case.world_size, timeouts, case)
     expected = [(desc, size, 120.0) for desc, size in sorted(GROUPS[layout].items())]
-    inner = [row for row in expected if row[0] != "ends"]
+    inner = [row for row in expected if row[0] != "embedding"]
     assert ranks == [
         expected if rank in (0, case.world_size - 1) else inner for rank in range(case.world_size)
     ]

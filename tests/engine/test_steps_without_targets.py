@@ -42,8 +42,9 @@ def run_with_blanks(case: Case, blank: tuple[int, ...]) -> list[dict[str, Any]]:
         changed = sorted(key for key in before if not torch.equal(before[key], after[key]))
         row = {
             name: float(getattr(result, name))
-            for name in ("loss", "tokens", "grad_norm", "skipped", "empty", "loss_scale")
+            for name in ("loss", "grad_norm", "skipped", "empty", "loss_scale")
         }
+        row["tokens"] = float(result.counts[0])
         found.append({**row, "changed": changed})
     return found
 

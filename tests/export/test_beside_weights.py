@@ -131,16 +131,22 @@ def test_the_end_of_an_answer_ends_what_an_export_generates(tmp_path: Path, new:
     assert json.loads((run / "export" / "config.json").read_text())["eos_token_id"] == 1
 
 
-@pytest.mark.parametrize("facts", ['{"kind": "cha', '{"kind": "chat"}'])
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ('{"kind": "cha', "whether the run was trained on conversations is not known: data."),
+        ('{"kind": "chat"}', "cannot tell which token ends an answer: data."),
+    ],
+)
 def test_data_that_was_damaged_since_is_no_reason_not_to_export(
-    tmp_path: Path, facts: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, facts: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """corpus.json cut short; a tokenizer that has lost its chat template."""
     run = run_of(tmp_path, model_of(tied=True), tied=True)
     (tmp_path / "data" / "corpus.json").write_text(facts)
     hf.run(exporting(run))
     assert GenerationConfig.from_pretrained(run / "export").eos_token_id == 1
-    assert "cannot tell which token ends an answer: data." in caplog.text
+    assert words in caplog.text
 
 
 def test_end_tokens_that_differ_are_named() -> None:

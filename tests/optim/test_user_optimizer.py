@@ -23,7 +23,7 @@ from tests.dispatch import NoWait
 from tests.ranks import RankFailed, run_ranks
 from tests.runs import arguments, assert_equal_state, checkpoints, on_this_rank, rows
 
-MODULE = "tests.optim.test_own"
+MODULE = "tests.optim.test_user_optimizer"
 
 
 @ht.register("optimizer", "test_sgd")

@@ -162,8 +162,8 @@ def _choose(
     cases: list[LayoutCase] = []
     left_out: dict[str, str] = {}
     for engine, supported in capabilities.items():
-        cases, missing = _choose_for(engine, config, model, supported, devices)
-        cases += cases
+        chosen, missing = _choose_for(engine, config, model, supported, devices)
+        cases += chosen
         left_out |= {
             f"{engine} {name}" if len(capabilities) > 1 else name: why for name, why in missing.items()
         }

@@ -39,6 +39,15 @@ FIELDS = {
     "tracker": "tracker.kinds",
 }
 """Kind -> the option that selects one by name."""
+SIGNATURES = {
+    "task": "a class that is made without arguments, or a function (config) that returns a task",
+    "data": "a function (config) that returns rows, or (rows, evaluation rows)",
+    "callback": "a class that is made without arguments, or a function (config) that returns a callback",
+    "optimizer": "a function (parameter groups, config.optim) that returns an optimizer",
+    "schedule": "a function (step, config.schedule, total_steps) that returns a factor of optim.lr",
+    "tracker": "a subclass of ht.Tracker",
+}
+"""Kind -> what is registered."""
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "classification"),
     "data": ("prepared",),
@@ -217,11 +226,11 @@ def lookup(kind: str, name: str) -> Callable[..., Any] | None:
     return entry.factory if entry else None
 
 
-def make(kind: str, name: str, *arguments: Any) -> Any:
-    """What the factory registered under a name returns for `arguments`; a class that is no function of the
-    config is made without any.
+def call(kind: str, name: str, *arguments: Any) -> Any:
+    """What the function registered under a name returns for `arguments`; a class of callbacks or tasks is
+    made without any.
 
-    Raises UserError for what the factory raises, with its place.
+    Raises UserError for what the function raises, with its place.
     """
     factory = lookup(kind, name)
     assert factory is not None
@@ -232,14 +241,11 @@ def make(kind: str, name: str, *arguments: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
-        problem = f"its factory raised {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
-        raise refusal(
-            FIELDS[kind],
-            name,
-            problem,
-            allowed="a factory that returns",
-            instead=f"the settings that it reads, or another {FIELDS[kind]}",
-        ) from error
+        problem = f"it raised {traceback.format_exception_only(error)[-1].strip()}{_place(error)}"
+        option = f"{FIELDS[kind].partition('.')[0]}.options.{error.args[0]}=VALUE, or a default for it"
+        missing = isinstance(error, KeyError) and kind in ("optimizer", "schedule")
+        instead = option if missing else "a default for what it lacks, or a function that passes it"
+        raise refusal(FIELDS[kind], name, problem, allowed=SIGNATURES[kind], instead=instead) from error
 
 
 def check(kind: str, name: str) -> None:

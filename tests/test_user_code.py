@@ -4,6 +4,7 @@ or cannot go wrong."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -17,10 +18,12 @@ import torch
 import hybridtrain as ht
 from hybridtrain import registry
 from hybridtrain.data.user_rows import UserRows
+from hybridtrain.engine.common import global_counts
 from hybridtrain.optim import user_optimizer
 from hybridtrain.parity.measure import Differences
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.linear_cross_entropy import HeadGradient
+from hybridtrain.training.callbacks import check_callbacks
 from hybridtrain.types import Batch
 from tests.ranks import run_ranks
 from tests.runs import summary
@@ -242,7 +245,7 @@ def refused_then_trained(run: Path) -> str:
 
 def test_a_refused_run_takes_its_trackers_files_back(tmp_path: Path) -> None:
     [found] = run_ranks(1, refused_then_trained, tmp_path / "run")
-    assert "row 0: it has 40 tokens" in found
+    assert "it has 40 tokens" in found
     assert found.endswith("[] finished")
 
 
@@ -278,7 +281,7 @@ def test_what_a_factory_raises_is_a_refusal_with_its_place() -> None:
     settings.kind = "mine"
     with pytest.raises(
         ht.UserError,
-        match=r"optim.kind=mine: its factory raised KeyError: 'momentum' \(.*test_user_code.py:\d+\)",
+        match=r"optim.kind=mine: it raised KeyError: 'momentum' \(.*test_user_code.py:\d+\)",
     ):
         user_optimizer.build([{"params": [torch.nn.Parameter(torch.zeros(2))]}], settings)
 
@@ -309,3 +312,44 @@ def test_one_layout_may_be_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert [row.layout for row in found.rows] == ["single"]
     assert json.loads(found.path.read_text())
+
+
+# -- arguments of the Trainer -----------------------------------------------------------------------------
+
+
+class Loss(ht.Callback):
+    def on_evaluation(self, run: ht.Run, metrics: Any) -> None:
+        """A method that no run calls."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"callbacks": [Loss]}, "callbacks[0]=Loss: it is a class"),
+        ({"callbacks": [Loss(), Table()]}, "callbacks[1]=Table: it does not inherit ht.Callback"),
+        ({"task": ht.CausalLM}, "task=CausalLM: it is a class"),
+        ({"data": [{"text": "a"}]}, "row 0: it has text, and no input_ids"),
+        ({"data": [{"input_ids": [1, 2], "label": 1}]}, "rows of list have a class number as `label`"),
+    ],
+)
+def test_what_is_no_argument_is_refused_at_once(tmp_path: Path, arguments: Any, message: str) -> None:
+    with pytest.raises(ht.UserError) as refused:
+        ht.Trainer(config_of(tmp_path / "run"), **{"data": [[1, 2]], **arguments}).fit()
+    assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_no_run_calls_is_warned_of(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("hybridtrain"), "propagate", True)
+    check_callbacks([Loss()])
+    assert "no run calls Loss.on_evaluation; there is on_evaluate" in caplog.text
+
+
+class Uncounted(ht.CausalLM):
+    weights = {"lm": 1.0}  # noqa: RUF012
+
+
+def test_a_task_without_a_count_for_a_sum_is_named() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"Uncounted.counts: the sum 'lm' is missing"):
+        global_counts([Batch(ids, ids, ids)], task=Uncounted(), mesh=None, flags=None)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -148,11 +149,14 @@ def check_sizes(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
     Raises UserError for the first that does not.
     """
     for name, record in files:
-        file = path / name
-        if not file.is_file():
+        try:
+            status = (path / name).stat()
+        except OSError:
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise damaged(path, name, "it is missing")
-        if file.stat().st_size != record.size:
-            raise damaged(path, name, f"it has {file.stat().st_size} bytes instead of {record.size}")
+        if status.st_size != record.size:
+            raise damaged(path, name, f"it has {status.st_size} bytes instead of {record.size}")
 
 
 def verify(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:

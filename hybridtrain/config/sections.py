@@ -57,9 +57,9 @@ class RunFolder(Options):
     """The `run` section of commands that read a run."""
 
     dir: str = ""
-    """Run directory; empty: runs/<experiment>."""
+    """Run directory; empty: runs/<run.name>."""
     name: str = ""
-    """Name of the run for trackers; empty: the experiment's name."""
+    """Name of the run, of its directory and in trackers; empty: the experiment's name."""
 
 
 @options

@@ -99,7 +99,7 @@ def data_of(config: Config, *, timeout_s: float) -> Blend:
     """
     if registry.lookup("data", config.data.kind) is None:
         return open_data(config.data, timeout_s=timeout_s)
-    result = registry.make("data", config.data.kind, config)
+    result = registry.call("data", config.data.kind, config)
     rows, held_out = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     return of_rows(
         rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask

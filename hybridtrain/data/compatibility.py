@@ -8,6 +8,7 @@ from typing import TypeVar
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
@@ -117,6 +118,15 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
             raise _no_targets(
                 corpus.path, field="data.path" if len(blend.corpora) == 1 else "data.blend", value=corpus.path
             )
+
+
+def check_labels(blend: Blend, config: Config) -> None:
+    """Refuse next-token prediction on a user's rows that have a class number: only that would be learned."""
+    for corpus in blend.corpora:
+        if config.task.kind == "causal_lm" and isinstance(corpus, UserRows) and corpus.labelled:
+            problem = f"rows of {corpus.path} have a class number as `label`"
+            allowed, instead = "classification, or rows without it", "task=classification model.labels=[...]"
+            raise refusal("task.kind", "causal_lm", problem, allowed=allowed, instead=instead)
 
 
 def check_cuts(blend: Blend, config: Config) -> None:

@@ -94,6 +94,13 @@ class UserRows:
     def count(self, split: str, *, seq_len: int) -> int:  # noqa: ARG002 - not needed
         return len(self.table) if split in self.readers else 0
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its first row has a class number, which is the target of that row alone."""
+        row = self.table.row(0) if hasattr(self.table, "row") else self._item(0)
+        label = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+        return label is not None and np.ndim(label) == 0
+
     def has_targets(self, split: str, *, seq_len: int) -> bool:  # noqa: ARG002 - assumed
         return True
 
@@ -120,6 +127,11 @@ class UserRows:
             if mask is None and labels is not None:
                 mask = np.asarray(labels) != IGNORE_INDEX
         ids = _array(tokens)
+        if isinstance(row, Mapping) and tokens is None:
+            allowed = "input_ids: the token ids, which a tokenizer makes of text"
+            raise self._refusal(
+                index, f"it has {', '.join(map(str, row))}, and no input_ids", allowed=allowed
+            )
         if ids is None or len(ids) < 2:
             raise self._refusal(
                 index, f"it is {_short(tokens)}", allowed="a sequence of two token ids or more"
@@ -168,7 +180,7 @@ class UserRows:
 
     def _refusal(self, index: int, problem: str, *, allowed: str) -> Exception:
         return refusal(
-            self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="another row(index)"
+            self.field, f"{self.path}, row {index}", problem, allowed=allowed, instead="other rows"
         )
 
 

@@ -19,6 +19,9 @@ def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Fl
     Exchanges the ranks' flags too.
     """
     counts = [task.counts(batch) for batch in batches]
+    if missing := [name for name in task.weights if any(name not in count for count in counts)]:
+        words = "is missing; return one for each name in `weights`"
+        raise TypeError(f"{type(task).__name__}.counts: the sum {missing[0]!r} {words}")
     total = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in task.weights])
     if mesh.coordinates["pp"] or mesh.coordinates["tp"]:
         total = torch.zeros_like(total)  # they have the rows of pp 0, tp 0

@@ -17,17 +17,16 @@ def lr_at(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int)
     warmup = schedule.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    user_schedule = registry.lookup("schedule", schedule.kind)
-    if user_schedule is not None:
-        factor = user_schedule(step, schedule, total_steps)
+    if registry.lookup("schedule", schedule.kind) is not None:
+        factor = registry.call("schedule", schedule.kind, step, schedule, total_steps)
         if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
             problem = f"it returned {factor!r} for step {step} of {total_steps}"
             raise refusal(
                 "schedule.kind",
                 schedule.kind,
                 problem,
-                allowed="a number of 0 or more, the factor of optim.lr",
-                instead="min(1.0, ...)",
+                allowed="a Python number of 0 or more, the factor of optim.lr",
+                instead="float(...), max(0.0, ...)",
             )
         return peak * factor
     floor = schedule.min_lr_ratio

@@ -34,7 +34,7 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
 
     Raises UserError unless it has all parameters, each with the learning rate optim.lr.
     """
-    optimizer = registry.make("optimizer", settings.kind, parameters, settings)
+    optimizer = registry.call("optimizer", settings.kind, parameters, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
         problem, allowed = f"its factory returned {type(optimizer).__name__}", "a torch.optim.Optimizer"
         raise refusal(

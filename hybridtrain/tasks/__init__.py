@@ -34,7 +34,7 @@ def user_task(config: Config) -> Task | None:
     """
     if registry.lookup("task", config.task.kind) is None:
         return None
-    task = registry.make("task", config.task.kind, config)
+    task = registry.call("task", config.task.kind, config)
     if missing := _missing(task):
         problem = f"its factory returned {type(task).__name__}, which has no {missing}"
         raise refusal(
@@ -52,6 +52,9 @@ def check_given(task: object, config: Config) -> None:
 
     Raises UserError if it is no task, or if options are set that it does not read.
     """
+    if isinstance(task, type):
+        instead = f"task={task.__name__}(...)"
+        raise refusal("task", task.__name__, "it is a class", allowed="an object of it", instead=instead)
     if missing := _missing(task):
         allowed, instead = (
             "what hybridtrain/tasks/task.py lists",

@@ -67,6 +67,10 @@ class Evaluate(Callback):
                 raise refusal(
                     "task", type(self.engine.task).__name__, problem, allowed=allowed, instead=instead
                 )
+        if "eval_loss" not in values:
+            problem, instead = f"evaluate returned {', '.join(values) or 'nothing'}", '{"eval_loss": ...}'
+            name, allowed = type(self.engine.task).__name__, "eval_loss, and other metrics"
+            raise refusal("task", name, problem, allowed=allowed, instead=instead)
         return {name: float(value) for name, value in values.items()}
 
 
@@ -84,7 +88,7 @@ class Log(Callback):
         trackers: Trackers,
         device: torch.device,
     ):
-        self.folder, self.every, self.sums = folder, every, tuple(task.weights)
+        self.folder, self.every, self.weights = folder, every, task.weights
         self.meter, self.trackers, self.device = meter, trackers, device
         self.totals: torch.Tensor | None = None
         """metrics.totals, summed over the steps since the last line, in fp64 on the device."""
@@ -101,7 +105,7 @@ class Log(Callback):
             key: metrics.max_over_ranks(value) for key, value in metrics.allocator_stats(self.device).items()
         }
         totals, self.totals = self.totals, None
-        row = metrics.record(info, totals=totals, sums=self.sums, meter=self.meter, memory_gib=memory)
+        row = metrics.record(info, totals=totals, weights=self.weights, meter=self.meter, memory_gib=memory)
         info.row = row | info.evaluated | allocator
         if dist.get_rank() == 0:
             self._write(info.row, step=info.step, total_steps=run.total_steps)

@@ -12,7 +12,8 @@ a callback ends the run, and the error report names the rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +114,7 @@ def from_config(config: Config) -> tuple[Callback, ...]:
     """
     result = []
     for name in config.run.callbacks:
-        callback = registry.make("callback", name, config)
+        callback = registry.call("callback", name, config)
         if not isinstance(callback, Callback):
             problem, instead = (
                 f"its factory returned {type(callback).__name__}",
@@ -122,6 +123,24 @@ def from_config(config: Config) -> tuple[Callback, ...]:
             raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)
         result.append(callback)
     return tuple(result)
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Refuse what is no callback (raises UserError), and warn of methods that no run calls."""
+    for index, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            made = isinstance(callback, type) and issubclass(callback, Callback)
+            problem = "it is a class" if made else "it does not inherit ht.Callback"
+            instead = f"{name}(...)" if made else f"class {name}(ht.Callback)"
+            raise refusal(
+                f"callbacks[{index}]", name, problem, allowed="ht.Callback objects", instead=instead
+            )
+        known = [name for name in dir(Callback) if name.startswith("on_")]
+        for name in dir(callback):
+            if name.startswith("on_") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                _log.warning("no run calls %s.%s; there is %s", type(callback).__name__, name, near)
 
 
 class CallbackTimeout(RuntimeError):

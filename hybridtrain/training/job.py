@@ -85,6 +85,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         layout, plan, model = settled.layout, settled.plan, settled.facts
     if task is None:
         engines.check_task(config, facts=model)
+        compatibility.check_labels(data, config)
     compatibility.check_vocab(data, vocab=model.vocab)
     compatibility.check_train_rows(data, seq_len=plan.seq_len)
     compatibility.check_cuts(data, config)

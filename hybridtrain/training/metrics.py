@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,24 +194,29 @@ def totals(result: StepResult) -> torch.Tensor:
 
 
 def record(
-    info: StepInfo, *, totals: torch.Tensor, sums: Sequence[str], meter: Meter, memory_gib: float
+    info: StepInfo,
+    *,
+    totals: torch.Tensor,
+    weights: Mapping[str, float],
+    meter: Meter,
+    memory_gib: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl; non-finite and unknown values are None.
 
     `totals`: of `totals()`, summed over the steps since the last line. `loss` is the mean over their
-    targets, `step_loss` that of the last step. `sums`: names of the task's sums; if there are several, the
-    mean of each is added as `train_<name>`. Reads all scalars in one transfer, which waits for the device,
-    before it takes the time.
+    targets, `step_loss` that of the last step. `weights`: of the task's sums; if there are several, `loss` is
+    the weighted sum of their means, and the mean of each is added as `train_<name>`. Reads all scalars in one
+    transfer, which waits for the device, before it takes the time.
     """
     result = info.result
     scalars = (result.loss, result.grad_norm, result.loss_scale)
     numbers = torch.cat([torch.stack([scalar.detach().double() for scalar in scalars]), totals]).tolist()
     step_loss, grad_norm, loss_scale, loss_sum, targets, skipped, empty, *each = numbers
     loss = loss_sum / targets if targets else math.nan
-    means = {
-        f"train_{name}": finite(value / count if count else math.nan)
-        for name, value, count in zip(sums, each, each[len(sums) :], strict=False)
-    }
+    counted = zip(weights, each, each[len(weights) :], strict=False)
+    means = {name: value / count for name, value, count in counted if count}
+    if len(weights) > 1:
+        loss = sum(weights[name] * mean for name, mean in means.items()) if means else math.nan
     rates = meter.measure(info.step)
     return {
         "step": info.step,
@@ -229,7 +234,7 @@ def record(
         "max_memory_gib": finite(memory_gib),
         "time": time.time(),
         **({"steps_without_targets": int(empty)} if empty else {}),
-        **(means if len(sums) > 1 else {}),
+        **({f"train_{name}": finite(means.get(name, math.nan)) for name in weights if len(weights) > 1}),
     }
 
 

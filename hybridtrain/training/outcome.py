@@ -81,8 +81,10 @@ def record_end(end: Progress, *, status: str, reason: str, run_dir: RunDir, seco
         status=status, steps=end.step, tokens=end.tokens_seen, exit_reason=reason, wall_s=seconds
     )
     run_dir.append_event(status, step=end.step, detail=reason)
-    hint = "" if status == "finished" else f" ({reason}); the same command goes on from there"
-    verb = "finished" if not hint else "stopped after"
+    whole = status == "finished" and reason == "reached the end"
+    again = "" if status == "finished" else "; the same command goes on from there"
+    hint = "" if whole else f" ({reason}){again}"
+    verb = "finished" if status == "finished" else "stopped after"
     _log.info(
         "%s %d step%s in %s; run directory %s%s",
         verb,

@@ -25,6 +25,7 @@ from hybridtrain.run import identity
 from hybridtrain.run.record import read_summary
 from hybridtrain.runtime import launch, log
 from hybridtrain.training import outcome, resume
+from hybridtrain.training.callbacks import Callback, check_callbacks
 from hybridtrain.training.job import Job, resolve
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from hybridtrain.run.directory import RunDir
     from hybridtrain.runtime.watchdog import Watchdog
     from hybridtrain.tasks.task import Task
-    from hybridtrain.training.callbacks import Callback
     from hybridtrain.training.loop import StepCounter
 
 
@@ -102,6 +102,7 @@ class Trainer:
         """The checked config, and the rows to use instead of its data. Raises UserError."""
         if self.task is not None:
             tasks.check_given(self.task, self.config)
+        check_callbacks(self.callbacks)
         if self.data is None:
             if self.eval_data is not None:
                 raise refusal(

@@ -46,13 +46,15 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
     )
 
 
-def record(step: StepResult, *, number=7, lr=1e-3, totals=None, sums=("loss",), **changes) -> dict:
+def record(step: StepResult, *, number=7, lr=1e-3, totals=None, weights=None, **changes) -> dict:
     """The line of a step; of it alone unless `totals` says otherwise."""
     info = StepInfo(
         step=number, last=False, stopping=False, tokens_seen=1000 * number, lr=lr, result=step, flags={}
     )
     added = metrics.totals(step) if totals is None else torch.tensor(totals, dtype=torch.float64)
-    return metrics.record(info, totals=added, sums=sums, meter=meter(**changes), memory_gib=1.5)
+    return metrics.record(
+        info, totals=added, weights=weights or {"loss": 1.0}, meter=meter(**changes), memory_gib=1.5
+    )
 
 
 def meter(**changes) -> metrics.Meter:
@@ -210,10 +212,12 @@ def test_of_a_task_with_several_sums_a_line_has_the_mean_of_each():
     """Two steps: 10 and 30 targets of the first sum, 4 and none of the second, whose mean over the line is
     that of its 4; a third sum without any."""
     row = record(
-        result(), totals=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0], sums=("mlm", "nsp", "none")
+        result(),
+        totals=[110.0, 40.0, 0.0, 0.0, 110.0, 3.0, 0.0, 40.0, 4.0, 0.0],
+        weights={"mlm": 1.0, "nsp": 0.5, "none": 1.0},
     )
     assert list(row) == [*KEYS, "train_mlm", "train_nsp", "train_none"]
-    assert (row["loss"], row["train_mlm"], row["train_nsp"], row["train_none"]) == (2.75, 2.75, 0.75, None)
+    assert (row["loss"], row["train_mlm"], row["train_nsp"], row["train_none"]) == (3.125, 2.75, 0.75, None)
 
 
 def test_the_allocator_is_one_of_gpus():

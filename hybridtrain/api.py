@@ -72,7 +72,7 @@ def parity(
         raise refusal(
             "data.kind",
             config.data.kind,
-            "rows are given as `data`, too",
+            "rows are given as `data` too",
             allowed="one of the two",
             instead="data.kind=prepared, or no `data`",
         )

@@ -301,5 +301,5 @@ def test_rows_come_from_one_place(run_dir: Path, tmp_path: Path) -> None:
         lambda: ht.Trainer(config, data=[[1, 2, 3]]).fit(),
         lambda: ht.parity(config, data=[[1, 2, 3]]),
     ):
-        with pytest.raises(ht.UserError, match=r"data\.kind=multiples: rows are given as `data`, too"):
+        with pytest.raises(ht.UserError, match=r"data\.kind=multiples: rows are given as `data` too"):
             call()

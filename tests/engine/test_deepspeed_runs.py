@@ -96,9 +96,8 @@ def killed(argv: list[str], step: int) -> Ended:
     return on_this_rank(argv)
 
 
-@pytest.mark.parametrize(
-    "name", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "tp2_pp2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "tp2_pp2"])
 def test_killed_it_goes_on_with_the_same_losses(name, data, tmp_path):
     whole, run, (processes, options) = tmp_path / "whole", tmp_path / "run", LAYOUTS[name]
     settings = {"engine": "deepspeed", "checkpoint__every": 2, **options}

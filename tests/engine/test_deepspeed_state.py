@@ -60,7 +60,7 @@ def both(saved: Case, loaded: Case, path: Path) -> tuple[list[float], list[float
     [
         "dp_shard2-zero1",
         pytest.param("dp_shard2-zero2", marks=pytest.mark.slow),
-        "dp_shard2-zero3",
+        pytest.param("dp_shard2-zero3", marks=pytest.mark.slow),
         pytest.param("dp_shard2-tp2-zero3-nosp", marks=pytest.mark.slow),
         pytest.param("pp2-tp2-nosp", marks=pytest.mark.slow),
     ],
@@ -98,9 +98,10 @@ def test_another_layout_has_the_same_state(before, after, tied, tmp_path):
             deepspeed("dp_shard2-zero1", precision="bf16_mixed"),
             Case("dp_shard2-zero3", precision="bf16_mixed"),
         ),
-        (
+        pytest.param(
             Case("dp_shard2-zero2", precision="bf16_mixed"),
             deepspeed("dp_shard2-zero2", precision="bf16_mixed"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda case: f"{dict(case.overrides).get('engine.kind', 'torch')}-{case.layout}-{case.precision}",

@@ -50,7 +50,7 @@ def test_the_fingerprint_is_the_datas_own_and_its_length_or_a_sample_of_it() -> 
         ([[1, 2], [0.5, 1.5]], "it is list [0.5, 1.5]", "data=list, row 1"),
         ([[1, 2], [3]], "it is list [3]", "data=list, row 1"),
         ([[1, 2], [[1, 2], [3, 4]]], "it is list [[1, 2], [3, 4]]", "data=list, row 1"),
-        ([{"tokens": [1, 2]}], "it is NoneType None", "data=list, row 0"),
+        ([{"tokens": [1, 2]}], "it has tokens, and no input_ids", "data=list, row 0"),
         ([([1, 2], [1])], "it has 2 tokens, and its mask is list [1]", "data=list, row 0"),
         ([list(range(SEQ + 2))], f"it has {SEQ + 2} tokens, data.seq_len is {SEQ}", "data=list, row 0"),
         ([[1, VOCAB]], f"it holds token id {VOCAB}", "data=list, row 0"),

@@ -70,6 +70,16 @@ class BatchPlan:
         """Tokens of an optimizer step at its full size."""
         return self.global_batch_size * self.seq_len
 
+    @property
+    def first_rows(self) -> int:
+        """Rows of the first step's global batch."""
+        return self.rows_at(0)
+
+    @property
+    def first_length(self) -> int:
+        """Tokens of a piece of a row in the first step; seq_len if rows stay whole."""
+        return self.seq_len // self.pieces_at(0)
+
     def rows_at(self, step: int) -> int:
         """Rows of the global batch of `step`, counted from 0."""
         return self.ramp.at(step) if self.ramp else self.global_batch_size

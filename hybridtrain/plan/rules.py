@@ -125,11 +125,14 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
         ("parallel.schedule", parallel.schedule, able.schedules),
         ("precision.kind", case.precision, able.precisions),
     ]
-    for field, growing in (("batch.ramp_start", case.plan.ramp), ("batch.seq_len_start", case.plan.cuts)):
+    for field, value, growing in (
+        ("batch.ramp_start", case.plan.first_rows, case.plan.ramp),
+        ("batch.seq_len_start", case.plan.first_length, case.plan.cuts),
+    ):
         holds = growing is None or able.growing_batches
         yield Rule(
             field,
-            growing.values[0] if growing else 0,
+            value,
             holds,
             f"engine={engine} has one shape of batch",
             "0",
@@ -272,7 +275,7 @@ def _of_micro_batches(case: _Case) -> Iterator[Rule]:
         )
         yield Rule(
             "batch.ramp_start",
-            plan.ramp.values[0] if plan.ramp else 0,
+            plan.first_rows,
             holds(number),
             problem,
             f"micro-batches: {words}",
@@ -321,7 +324,7 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
         f"multiples of {tp}",
         instead,
     )
-    shortest = seq_len // max(case.plan.cuts.values) if case.plan.cuts else seq_len
+    shortest = case.plan.first_length
     holds = not case.parallel.sequence_parallel or shortest % tp == 0
     problem, instead = (
         f"sequence parallel cuts pieces into tp={tp} equal parts",

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from hybridtrain.plan import hardware
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.run.record import METRICS
 from hybridtrain.runtime.files import finite
 from hybridtrain.types import StepResult
 
@@ -29,29 +30,7 @@ if TYPE_CHECKING:
     from hybridtrain.training.callbacks import StepInfo
 
 GIB = 1024**3
-KEYS = (
-    *(
-        "step",
-        "tokens_seen",
-        "loss",
-        "step_loss",
-        "grad_norm",
-        "lr",
-        "loss_scale",
-        "skipped",
-        "tokens_per_s",
-        "tokens_per_s_per_device",
-    ),
-    *(
-        "step_time_s",
-        "mfu",
-        "max_memory_gib",
-        "time",
-        "steps_without_targets",
-        "reserved_memory_gib",
-        "alloc_retries",
-    ),
-)
+KEYS = (*METRICS, "step_loss", "steps_without_targets", "reserved_memory_gib", "alloc_retries")
 """Keys of a line of metrics.jsonl, besides those of the task."""
 
 

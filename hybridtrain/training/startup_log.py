@@ -139,7 +139,7 @@ def _batch_lines(job: Job) -> list[str]:
             f"full size after {plan.ramp.steps} steps"
         )
     if plan.cuts:
-        length = plan.seq_len // plan.cuts.values[0]
+        length = plan.first_length
         lines.append(
             f"warm-up: rows in pieces of {length} tokens at first, which double in length; "
             f"whole after {plan.cuts.steps} steps"

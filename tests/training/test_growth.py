@@ -157,6 +157,14 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
             "batch.ramp_start=4: engine=deepspeed has one shape of batch",
         ),
         (
+            [
+                "engine=deepspeed",
+                "parallel=single",
+                *(f"batch.ramp_{name}=0" for name in ("start", "increment", "steps")),
+            ],
+            "batch.seq_len_start=8: engine=deepspeed has one shape of batch",
+        ),
+        (
             ["task=classification", "model.labels=[a,b]"],
             "batch.seq_len_start=8: task=classification: a piece of a row lacks what comes before it",
         ),

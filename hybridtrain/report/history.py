@@ -96,7 +96,8 @@ class History:
 
     @property
     def silent_s(self) -> float | None:
-        """Seconds since the last log line of a running run, if so many that it may have been killed."""
+        """Seconds since the last log line of a running run, if it has been silent so long that it may
+        have been killed; else None."""
         times = self.known("time")
         if self.status != "running" or not len(times):
             return None

@@ -26,8 +26,8 @@ from hybridtrain.runtime import launch, log
 _log = log.get("train")
 
 TOGETHER_S = 2.0
-"""Signals within so many seconds count as one: a scheduler signals every process, and the launcher forwards
-it once more."""
+"""Seconds within which several signals count as one: a scheduler signals every process, and the launcher
+forwards it once more."""
 _DEADLINE, _REQUESTED = "deadline", "requested"
 
 

@@ -27,7 +27,7 @@ from hybridtrain.errors import refusal
 
 FORMAT = 2  # version of the layout of a prepared folder
 READABLE = (1, FORMAT)  # 1 had text files only, and no statistics
-LISTED = 1000  # corpus.json lists at most so many sources, to report which one has changed
+LISTED = 1000  # most sources that corpus.json lists, to report which one has changed
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
-MAX_RATIO = 3  # the held-out part is at most so many times data.eval_fraction
+MAX_RATIO = 3  # largest allowed ratio of the held-out part to data.eval_fraction
 INFLATION = 4  # bytes of text per byte of a compressed file, approximately
 CHAT, LABELLED = "chat", "labelled"
 PACKED_FORMATS = (CHAT, LABELLED)

@@ -22,7 +22,7 @@ UTF8 = "utf-8"
 MOST_VALUE_CHARS = 256 << 20  # largest element of a JSON array
 _HEAD_BYTES = 1 << 16
 _LEAST_BAD = 3  # fewer undecodable bytes are tolerated, and counted
-_BAD_SHARE = 1000  # more than one undecodable byte in so many: another encoding, or no text
+_BAD_SHARE = 1000  # more than 1 undecodable byte in 1000: another encoding, or no text
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 _OTHERS = {
     b"\xfd7zXZ": ("compressed by xz", "xz -d FILE"),

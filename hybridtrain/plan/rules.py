@@ -125,14 +125,14 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
         ("parallel.schedule", parallel.schedule, able.schedules),
         ("precision.kind", case.precision, able.precisions),
     ]
-    for field, value, growing in (
+    for field, first, growing in (
         ("batch.ramp_start", case.plan.first_rows, case.plan.ramp),
         ("batch.seq_len_start", case.plan.first_length, case.plan.cuts),
     ):
         holds = growing is None or able.growing_batches
         yield Rule(
             field,
-            value,
+            first,
             holds,
             f"engine={engine} has one shape of batch",
             "0",

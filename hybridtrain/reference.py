@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.build import logits, plain_model
-from hybridtrain.models.family import Family
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.patterns import matches
 from hybridtrain.optim import user_optimizer
@@ -42,7 +41,6 @@ class Reference:
         self,
         config: Any,
         *,
-        family: Family,
         source: WeightSource,
         settings: OptimConfig,
         compute: torch.dtype,
@@ -54,9 +52,7 @@ class Reference:
         self.loss_scale = 1.0
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
-        self.master: nn.Module = build_model(
-            config, family=family, source=source, param=param, device=torch.device("cpu")
-        )
+        self.master: nn.Module = build_model(config, source=source, param=param, device=torch.device("cpu"))
         for name, parameter in self.master.named_parameters():
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
@@ -125,14 +121,11 @@ class Reference:
 
 
 @torch.no_grad()
-def build_model(
-    config: Any, *, family: Family, source: WeightSource, param: torch.dtype, device: torch.device
-) -> nn.Module:
+def build_model(config: Any, *, source: WeightSource, param: torch.dtype, device: torch.device) -> nn.Module:
     """Hugging Face's model of `config` on `device`, with parameters from `source` in dtype `param`."""
     with device:
         model = _in_dtype(plain_model(config), param)
     for name, parameter in model.named_parameters():
-        assert not (config.tie_word_embeddings and name == f"{family.head}.weight")
         shape = tuple(parameter.shape)
         parameter.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
     return model

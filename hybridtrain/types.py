@@ -122,6 +122,9 @@ class ModelFacts:
     max_positions: int
     parameters: int
     """Number of parameters, tied weights counted once."""
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
+    attend to each other)."""
 
     @property
     def outputs(self) -> int:

@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.checkpoint import export_record, marker
 from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.errors import UserError
 from hybridtrain.models import config_diff
-from hybridtrain.models.facts import facts_of
 from hybridtrain.run import identity
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime import log

@@ -33,10 +33,10 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from hybridtrain import engine as engines  # noqa: E402
+from hybridtrain.analysis import facts as facts_module  # noqa: E402
 from hybridtrain.bench import plain as plain_module  # noqa: E402
 from hybridtrain.config import schema  # noqa: E402
 from hybridtrain.data.synthetic import Synthetic  # noqa: E402
-from hybridtrain.models import facts as facts_module  # noqa: E402
 from hybridtrain.models import load  # noqa: E402
 from hybridtrain.parallel import mesh  # noqa: E402
 from hybridtrain.plan import flops as flops_module  # noqa: E402

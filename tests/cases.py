@@ -14,7 +14,6 @@ import torch
 from hybridtrain import engine as engines
 from hybridtrain.config import schema
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.mesh import connect
@@ -142,12 +141,10 @@ class Outcome:
 def reference(case: Case) -> Outcome:
     config = case.config()
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
-    family = family_of(built.model_type)
     precision = policy(case.precision)
-    source, task = draw(built, family=family, seed=config.run.seed), CausalLM()
+    source, task = draw(built, seed=config.run.seed), CausalLM()
     plain = Reference(
         built,
-        family=family,
         source=source,
         settings=config.optim,
         compute=precision.compute,
@@ -267,16 +264,16 @@ def at_the_head(
     """Of a whole model as one stage: what its head is given (its own logits exist in chunks only),
     and the head's weight."""
     config = hf_config(fields, chosen={}, attention=attention)
-    family, head = family_of(config.model_type), functools.partial(Head, task=CausalLM(), loss_chunk=0)
+    head = functools.partial(Head, task=CausalLM(), loss_chunk=0)
     stage = (
-        Stage(config, family=family, layers=range(config.num_hidden_layers), first=True, last=True, head=head)
+        Stage(config, layers=range(config.num_hidden_layers), first=True, last=True, head=head)
         .to_empty(device="cpu")
         .eval()
     )
     reset_buffers(stage, device=torch.device("cpu"))
-    fill([stage], draw(config, family=family, seed=0))
+    fill([stage], draw(config, seed=0))
     seen: list[torch.Tensor] = []
-    stage.part(family.norm).register_forward_hook(lambda *call: seen.append(call[2]))
+    stage.part(stage.structure.after[-1]).register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():
         stage(ids, batch=Batch(ids, torch.zeros_like(ids), places, packed=packed))
-    return seen[0], stage.part(family.head).weight.detach()
+    return seen[0], stage.part(stage.structure.head).weight.detach()

@@ -41,7 +41,7 @@ class Twice(ht.CausalLM):
 
 
 def test_a_sum_takes_one_loss_alone() -> None:
-    head = Head(torch.nn.Linear(4, 8, bias=False), task=Twice(), loss_chunk=0)
+    head = Head(torch.nn.Linear(4, 8, bias=False), scale=1.0, cap=None, task=Twice(), loss_chunk=0)
     ids = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(
         TypeError,

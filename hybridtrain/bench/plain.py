@@ -28,10 +28,10 @@ from hybridtrain.bench.rounds import Memory, ProfiledOp, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_for
 from hybridtrain.models.load import initial
 from hybridtrain.models.patterns import matches
+from hybridtrain.models.source import read_config
+from hybridtrain.models.structure import structure_of
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.precision.policy import policy
 from hybridtrain.training import metrics
@@ -71,11 +71,8 @@ class PlainLoop:
         built = hf_config(
             read_config(config.model), chosen=config.model.config, attention=config.model.attention
         )
-        family = family_for(built)
-        source = initial(config.model, built, family=family, seed=config.run.seed)
-        self.model = reference.build_model(
-            built, family=family, source=source, param=precision.param, device=device
-        )
+        source = initial(config.model, built, seed=config.run.seed)
+        self.model = reference.build_model(built, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not matches(name, config.model.freeze))
         if config.recompute.kind == "full":  # Hugging Face has no `selective`, which here is `none`
@@ -87,7 +84,7 @@ class PlainLoop:
             recompute({"use_reentrant": False})
         if config.engine.compile:
             layers = (
-                self.model.get_submodule(family.layers).children()
+                self.model.get_submodule(structure_of(built).layers).children()
                 if config.bench.plain_compile == "layer"
                 else [self.model]
             )

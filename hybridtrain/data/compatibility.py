@@ -150,6 +150,20 @@ def check_cuts(blend: Blend, config: Config) -> None:
         )
 
 
+def check_documents(blend: Blend, *, facts: ModelFacts) -> None:
+    """Refuse documents that do not attend to each other where the model cannot keep them apart."""
+    why = facts.refused.get("documents")
+    if why and blend.documents:
+        problem = f"a {facts.model_type} model does not keep the documents of a row apart: {why}"
+        raise refusal(
+            "data.document_mask",
+            True,
+            problem,
+            allowed="false, and a corpus of text",
+            instead="data.document_mask=false",
+        )
+
+
 def check_eval_rows(blend: Blend, *, seq_len: int, field: str, value: object) -> None:
     """Refuse an evaluation without held-out rows (raises UserError).
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridtrain import tasks
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.errors import refusal
 from hybridtrain.models import weights
-from hybridtrain.models.facts import facts_of
 from hybridtrain.plan import capabilities, memory, rules
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import BatchPlan, plan_batch

@@ -19,10 +19,10 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_for
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
+from hybridtrain.models.source import read_config
+from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Context, build_stages
 from hybridtrain.parallel.fsdp import before_backward, reshard
@@ -62,7 +62,6 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.family = family_for(self.model_config)
         context = Context(
             self.mesh,
             config.parallel,
@@ -72,12 +71,9 @@ class TorchEngine:
             config.model.freeze,
             task,
         )
-        self.ids, self.stages = build_stages(self.model_config, family=self.family, context=context)
+        self.ids, self.stages = build_stages(self.model_config, context=context)
         if initial:
-            fill(
-                self.stages,
-                initial_weights(config.model, self.model_config, family=self.family, seed=config.run.seed),
-            )
+            fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
@@ -251,7 +247,7 @@ class TorchEngine:
         """The head module, on the rank that has it."""
         for stage in self.stages:
             if stage.last:
-                head = stage.part(self.family.head)
+                head = stage.part(stage.structure.head)
                 assert isinstance(head, Head)
                 yield head
 
@@ -259,7 +255,7 @@ class TorchEngine:
         """Copy a tied matrix and its moments from the embedding to the head if this rank has both
         copies: checkpoints have one.
         """
-        copies = [item for item in self.optimizer.shards if item.name == f"{self.family.embed}.weight"]
+        copies = [item for item in self.optimizer.shards if item.name == f"{self.structure.embed}.weight"]
         embed, head = self._tied_copies()
         if embed is None or head is None or embed is head:
             return
@@ -272,9 +268,13 @@ class TorchEngine:
         """(embedding, head) of a tied matrix, each None if it is not on this rank."""
         if not self.model_config.tie_word_embeddings:
             return None, None
-        embed = next((stage.part(self.family.embed).weight for stage in self.stages if stage.first), None)
+        embed = next((stage.part(self.structure.embed).weight for stage in self.stages if stage.first), None)
         head = next((head.weight for head in self._heads()), None)
         return embed, head  # type: ignore[return-value]
+
+    @property
+    def structure(self) -> Structure:
+        return self.stages[0].structure
 
     # -- the step --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from hybridtrain.checkpoint import metadata
 from hybridtrain.errors import refusal
 from hybridtrain.export import safetensors
 from hybridtrain.export.safetensors import TensorSpec
-from hybridtrain.models import classifier
+from hybridtrain.models import build, classifier, conversion
+from hybridtrain.models.family import SUPPORTED
 
 PREFIX = "model."
 _HEAD = "lm_head.weight"
@@ -40,7 +41,8 @@ def write(
     tied = bool(config.get("tie_word_embeddings", False))
     head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
     specs = _specs(stored, dtype=dtype, tied=tied)
-    if not specs or not (tied or any(spec.name == head for spec in specs)):
+    known = config.get("model_type") in SUPPORTED
+    if not specs or (known and not (tied or any(spec.name == head for spec in specs))):
         raise refusal(
             "checkpoint",
             checkpoint,
@@ -51,15 +53,21 @@ def write(
             allowed="a checkpoint of the model in config.json",
             instead="a checkpoint of the same run",
         )
-    report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
 
-    def tensor(spec: TensorSpec) -> torch.Tensor:
+    def read(spec: TensorSpec) -> torch.Tensor:
         key = PREFIX + spec.name
         dtype = stored.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
         full = {key: torch.empty(spec.shape, dtype=dtype)}
         metadata.load_into(full, path=checkpoint, metadata=stored, group=None)
-        report(spec)
         return _cast(full[key], spec=spec)
+
+    if config.get("model_type") not in SUPPORTED:
+        specs, read = _converted(specs, read, config=config)
+    report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
+
+    def tensor(spec: TensorSpec) -> torch.Tensor:
+        report(spec)
+        return read(spec)
 
     by_name = {spec.name: spec for spec in specs}
     shards = split_state_dict_into_shards_factory(
@@ -73,6 +81,34 @@ def write(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _converted(
+    specs: list[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], *, config: dict[str, Any]
+) -> tuple[list[TensorSpec], Callable[[TensorSpec], torch.Tensor]]:
+    """The weights as transformers stores them, and what reads one; a layer at a time is in memory."""
+    model = build.meta_model(build.hf_config(config, chosen={}, attention="sdpa"))
+    units: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        layer = re.search(r"\.\d+\.", spec.name)
+        units.setdefault(spec.name[: layer.end()] if layer else "", []).append(spec)
+    unit_of: dict[str, str] = {}
+    result: list[TensorSpec] = []
+    for unit, members in units.items():
+        empty = {each.name: torch.empty(each.shape, dtype=each.dtype, device="meta") for each in members}
+        for name, tensor in conversion.as_stored(model, empty).items():
+            unit_of[name] = unit
+            result.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype))
+    last: dict[str, dict[str, torch.Tensor]] = {}
+
+    def converted(spec: TensorSpec) -> torch.Tensor:
+        unit = unit_of[spec.name]
+        if unit not in last:
+            last.clear()
+            last[unit] = conversion.as_stored(model, {each.name: read(each) for each in units[unit]})
+        return last[unit][spec.name].contiguous()
+
+    return result, converted
 
 
 def _specs(stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: bool) -> list[TensorSpec]:

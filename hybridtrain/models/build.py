@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, overrides, patterns, tokens
-from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_for
+from hybridtrain.models.family import SUPPORTED, family_for
+from hybridtrain.models.source import read_config
 from hybridtrain.runtime.files import read_object, write_json
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
@@ -112,8 +113,10 @@ def check(config: Config) -> None:
 def parameter_names(config: Any) -> list[str]:
     """Names of all parameters of the model, tied ones once.
 
-    Built from one layer: all layers have the same parameters.
+    Built from one layer, where all layers have the same parameters.
     """
+    if config.model_type not in SUPPORTED:
+        return [name for name, _ in meta_model(config).named_parameters()]
     family = family_for(config)
     prefix = f"{family.layers}.0."
     names: list[str] = []
@@ -154,6 +157,9 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         effective = getattr(config, key)
         if effective != value:
             raise _not_effective(key, value, effective)
+    if config.model_type not in SUPPORTED:
+        _built(lambda: meta_model(config), fields, chosen=chosen)
+        return
     family = family_for(config)
     if any(
         key in chosen
@@ -187,10 +193,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise refusal(f"model.config.{named}", chosen[named], words, allowed="with both", instead=instead)
     if any(key in chosen for key in overrides.ROPE):
         _check_rotary(config, overrides.rope_of(fields), chosen=chosen)
-    try:
-        model = _one_layer(config)
-    except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-        raise _invalid(error, fields, chosen=chosen) from error
+    model = _built(lambda: _one_layer(config), fields, chosen=chosen)
     embed, attention = (
         model.get_submodule(family.embed),
         model.get_submodule(f"{family.layers}.0.{family.attention}"),
@@ -202,6 +205,16 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     ):
         if chosen.get(key) is not None and chosen[key] != effective:
             raise _not_effective(key, chosen[key], effective)
+
+
+def _built(
+    build: Callable[[], nn.Module], fields: Mapping[str, Any], *, chosen: Mapping[str, Any]
+) -> nn.Module:
+    """The model that `build` makes. Raises UserError for fields that it does not accept."""
+    try:
+        return build()
+    except (KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+        raise _invalid(error, fields, chosen=chosen) from error
 
 
 def _head_dim(config: Any) -> int:
@@ -258,25 +271,59 @@ def meta_model(config: Any) -> nn.Module:
         return plain_model(config)
 
 
+def empty_model(config: Any, *, initializing: AbstractContextManager[Any]) -> nn.Module:
+    """The model of `config` with its buffers, and with parameters on meta.
+
+    `initializing` is entered while the model's own rules initialize its weights, which only changes buffers.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: Any = plain_model(config)
+    with initializing:
+        model.initialize_weights()
+    model.tie_weights()
+    return model
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class of the model."""
+    found = _auto_class(config)._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _auto_class(config: Any) -> Any:
+    """Where transformers looks for a causal LM or a classifier."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    classifies = classifier.is_classifier(config.architectures)
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+
+
+def attention_of(config: Any) -> str:
+    """The attention implementation that the model uses: what the config asks for, but eager for one without
+    SDPA.
+    """
+    wanted = config._attn_implementation
+    return "eager" if wanted == "sdpa" and not model_class(config)._supports_sdpa else wanted
+
+
 def plain_model(config: Any) -> nn.Module:
     """Hugging Face's causal LM (or classifier) of `config`, fp32, in training mode,
     on torch's default device.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kind = (
-        AutoModelForSequenceClassification
-        if classifier.is_classifier(config.architectures)
-        else AutoModelForCausalLM
-    )
-    return kind.from_config(config, attn_implementation=config._attn_implementation).to(torch.float32).train()
+    model = _auto_class(config).from_config(config, attn_implementation=attention_of(config))
+    return model.to(torch.float32).train()
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
     """The head's output at every position, (B, T, outputs), also of a classifier, whose own forward returns
     only the last token's.
     """
-    given = {"input_ids": input_ids_BT, "position_ids": position_ids_BT, "use_cache": False}
+    given = {"position_ids": position_ids_BT, "use_cache": False}
+    taken = inspect.signature(model.forward).parameters
+    given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
     return model(**given).logits

@@ -35,6 +35,10 @@ class Family:
     norms, zeros for biases."""
 
 
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types in the table."""
+
+
 def family_of(model_type: str) -> Family:
     """The family of a model type. Raises UserError if it is not supported."""
     table = _table()

@@ -1,46 +1,181 @@
-"""Initial weights that do not depend on the layout.
+"""Initial weights by the model's own rules, independent of the layout.
 
-Each parameter is drawn whole from a generator with the key (seed, Hugging Face name), then sliced:
-each element has the same value under every layout, engine and world size. One whole parameter is in
-memory at a time.
+The model is built without memory for its parameters, and its `_init_weights` is called while `Recorder` notes
+what is done to each parameter: `normal_(0, 0.02)`, `ones_`, a row set to zero. The notes are then replayed on
+the slices that a rank holds. Random numbers come from generators with the key (seed, name, block of rows), so
+that each element has the same value under every layout, engine and world size, and a rank draws little more
+than its own part.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.models.family import Family
+from hybridtrain.errors import refusal
 from hybridtrain.models.stage import Stage
 
 Slices = tuple[slice, ...]
 WeightSource = Callable[[str, tuple[int, ...], Slices], Tensor]
 """(parameter name, whole shape, slices) -> the values in these slices of the parameter."""
 
+_BLOCK = 1 << 20
+"""Elements that are drawn from one generator, about: whole rows."""
+_RANDOM = ("normal_", "uniform_")
+_OVERWRITE = (*_RANDOM, "fill_", "zero_")
+_ELEMENTWISE = {
+    "fill_",
+    "zero_",
+    "mul_",
+    "add_",
+    "sub_",
+    "div_",
+    "clamp_",
+    "erfinv_",
+    "exp_",
+    "log_",
+    "neg_",
+    "pow_",
+}
+_MOST_WHOLE = 10**9
+"""Parameters of the largest model that is initialized whole, where a rule cannot be replayed on slices."""
 
-def draw(config: Any, *, family: Family, seed: int) -> WeightSource:
-    """Random initial weights, distributed as `family.initial` defines."""
+
+@dataclass(frozen=True)
+class Step:
+    """One operation on a parameter, or on some of its rows."""
+
+    operation: str
+    arguments: tuple[float, ...]
+    options: tuple[tuple[str, float], ...]
+    first: int
+    """First element in the parameter's memory."""
+    elements: int
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operations that change tensors on meta in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, list[Step | None]] = {}
+        """Memory of a tensor -> operations on it; None: one that cannot be replayed on a slice."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        changes = name.endswith("_") and not name.endswith("__")
+        if changes and isinstance(args[0], Tensor) and args[0].device.type == "meta":
+            self.steps.setdefault(_memory(args[0]), []).append(_step(name, args, kwargs or {}))
+        return result
+
+    def of(self, parameter: Tensor) -> list[Step] | None:
+        """The operations that make up a parameter's values; None if they cannot be replayed on a slice."""
+        steps: list[Step] = []
+        overwritten = False
+        for step in self.steps.get(_memory(parameter), []):
+            if step is None:
+                return None
+            if step.elements == parameter.numel() and step.operation in _OVERWRITE:
+                steps, overwritten = [], True
+            steps.append(step)
+        row = math.prod(parameter.shape[1:])
+        aligned = not row or all(step.first % row == step.elements % row == 0 for step in steps)
+        return steps if overwritten and aligned else None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _step(name: str, args: Any, options: Mapping[str, Any]) -> Step | None:
+    tensor, arguments = args[0], args[1:]
+    given = {key: value for key, value in options.items() if value is not None and key != "generator"}
+    numbers = all(isinstance(value, int | float) for value in (*arguments, *given.values()))
+    if name not in {*_RANDOM, *_ELEMENTWISE} or not numbers or not tensor.is_contiguous():
+        return None
+    return Step(name, tuple(arguments), tuple(given.items()), tensor.storage_offset(), tensor.numel())
+
+
+def draw(config: Any, *, seed: int) -> WeightSource:
+    """Random initial weights as the model's own rules make them. `config`: a transformers config."""
+    from hybridtrain.models.build import empty_model
+
+    @functools.cache
+    def recorded() -> tuple[Mapping[str, list[Step] | None], int]:
+        recorder = Recorder()
+        model = empty_model(config, initializing=recorder)
+        parameters = dict(model.named_parameters())
+        return {name: recorder.of(p) for name, p in parameters.items()}, sum(
+            p.numel() for p in parameters.values()
+        )
+
+    @functools.cache
+    def real() -> Mapping[str, Tensor]:
+        return _whole(config, seed=seed, parameters=recorded()[1])
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
-        std = family.initial(config, name)
-        if std is None:
-            return torch.full(shape, 0.0 if name.endswith(".bias") else 1.0)[slices]
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        whole = torch.randn(shape, generator=generator).mul_(std)
-        padding = config.pad_token_id
-        if name == f"{family.embed}.weight" and padding is not None and 0 <= padding < shape[0]:
-            whole[padding] = 0.0
-        return whole[slices]
+        steps = recorded()[0][name]
+        return real()[name][slices] if steps is None else _replay(steps, shape, slices, key=f"{seed}:{name}")
 
     return values
+
+
+def _replay(steps: list[Step], shape: tuple[int, ...], slices: Slices, *, key: str) -> Tensor:
+    """The values that `steps` give to the slices of a parameter."""
+    if not shape:
+        return _rows(steps, (1,), 0, 1, key=key)[0]
+    row = math.prod(shape[1:])
+    size = max(1, _BLOCK // max(1, row))
+    wanted = range(shape[0])[slices[0]]
+    parts = []
+    for block in range(wanted.start // size, -(-wanted.stop // size)) if wanted else ():
+        start, stop = block * size, min(shape[0], (block + 1) * size)
+        drawn = _rows(steps, shape, start, stop, key=f"{key}:{block}")
+        parts.append(drawn[(slice(max(0, wanted.start - start), wanted.stop - start), *slices[1:])].clone())
+    return torch.cat(parts) if parts else torch.empty(0, *shape[1:])[(slice(None), *slices[1:])]
+
+
+def _rows(steps: list[Step], shape: tuple[int, ...], start: int, stop: int, *, key: str) -> Tensor:
+    """Rows `start` to `stop` - 1 of a parameter."""
+    rows, row = torch.empty(stop - start, *shape[1:]), math.prod(shape[1:])
+    for number, step in enumerate(steps):
+        first, last = (step.first // row, (step.first + step.elements) // row) if row else (0, 0)
+        part = rows[max(0, first - start) : max(0, last - start)]
+        options: dict[str, Any] = dict(step.options)
+        if step.operation in _RANDOM:
+            digest = hashlib.sha256(f"{key}:{number}".encode()).digest()
+            options["generator"] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        getattr(part, step.operation)(*step.arguments, **options)
+    return rows
+
+
+def _whole(config: Any, *, seed: int, parameters: int) -> Mapping[str, Tensor]:
+    """All weights, from the model built in memory."""
+    from hybridtrain.models.build import plain_model
+
+    if parameters > _MOST_WHOLE:
+        problem = f"its initial weights cannot be drawn in parts, and {parameters:,} parameters are too many"
+        raise refusal(
+            "model.config.model_type",
+            config.model_type,
+            problem,
+            allowed=f"up to {_MOST_WHOLE:,} parameters",
+            instead="model.from_pretrained=FOLDER",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {name: parameter.detach() for name, parameter in plain_model(config).named_parameters()}
 
 
 @torch.no_grad()
@@ -68,8 +203,10 @@ def local_slices(parameter: Tensor) -> Slices:
 
 
 def reset_buffers(stage: Stage, *, device: torch.device) -> None:
-    """Recompute the rotary frequencies: `to_empty` leaves them uninitialized, and no checkpoint has them."""
-    module = stage.part(stage.family.rotary)
-    fresh = type(module)(config=stage.config)
-    for name, buffer in fresh.named_buffers():
-        setattr(module, name, nn.Buffer(buffer.to(device), persistent=False))
+    """Set buffers such as rotary frequencies to the values that the model was built with.
+
+    `to_empty` leaves them uninitialized, and no checkpoint has them.
+    """
+    for name, value in stage.initial_buffers.items():
+        path, _, key = name.rpartition(".")
+        setattr(stage.get_submodule(path), key, nn.Buffer(value.to(device), persistent=False))

@@ -7,6 +7,7 @@ or logged if they are harmless. Rows of added tokens are random, as in a new mod
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, hub, tokens, weights
 from hybridtrain.models.build import meta_model
-from hybridtrain.models.family import Family, family_of
+from hybridtrain.models.conversion import Converted, as_parameters
+from hybridtrain.models.family import SUPPORTED
 from hybridtrain.models.init import Slices, WeightSource, draw
+from hybridtrain.models.structure import structure_of
 from hybridtrain.models.weights import FIELD, Stored
 from hybridtrain.runtime import log
 
@@ -28,25 +31,26 @@ _log = log.get("model")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-def initial(model: ModelConfig, config: Any, *, family: Family, seed: int) -> WeightSource:
+def initial(model: ModelConfig, config: Any, *, seed: int) -> WeightSource:
     """The initial weights of a run: those of `model.from_pretrained`, else random ones.
 
     `config`: a transformers config.
     """
-    fresh = draw(config, family=family, seed=seed)
-    return pretrained(model, config, family=family, fresh=fresh) if model.from_pretrained else fresh
+    fresh = draw(config, seed=seed)
+    return pretrained(model, config, fresh=fresh) if model.from_pretrained else fresh
 
 
-def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: WeightSource) -> WeightSource:
+def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> WeightSource:
     """The weights of `model.from_pretrained` (safetensors only).
 
     `fresh`: weights for the rows of added tokens. Raises UserError for missing, misshapen,
     quantized or additional weights.
     """
-    tensors = weights.stored(_folder(model))
-    for line in _checked(tensors, model=model, config=config, family=family):
+    tensors = _parameters(model, config)
+    for line in _checked(tensors, model=model, config=config):
         _log.info("weights   %s", line)
-    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+    structure = structure_of(config)
+    embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
         if name == head and name not in tensors:
@@ -54,14 +58,11 @@ def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Weight
         key = head if name == embed and embed not in tensors else name
         rows = tensors[key].shape[0] if shape else 0
         if rows == (shape[0] if shape else 0):
-            return _read(tensors[key], key, slices)
+            return _read(tensors[key], slices)
         rows_here, parts = slices[0], []
         if rows_here.start < rows:
-            parts.append(
-                _read(
-                    tensors[key], key, (slice(rows_here.start, min(rows_here.stop, rows)), *slices[1:])
-                ).float()
-            )
+            there = slice(rows_here.start, min(rows_here.stop, rows))
+            parts.append(_read(tensors[key], (there, *slices[1:])).float())
         if rows_here.stop > rows:
             parts.append(fresh(name, shape, (slice(max(rows_here.start, rows), rows_here.stop), *slices[1:])))
         return torch.cat(parts)
@@ -69,22 +70,39 @@ def pretrained(model: ModelConfig, config: Any, *, family: Family, fresh: Weight
     return values
 
 
-def check(model: ModelConfig, config: Any, *, family: Family) -> None:
+def check(model: ModelConfig, config: Any) -> None:
     """Refuse what `pretrained` refuses, before a run directory is opened.
 
     Only of local folders: a hub id is checked later.
     """
     if model.from_pretrained and Path(model.from_pretrained).is_dir():
-        _checked(weights.stored(_folder(model)), model=model, config=config, family=family)
+        _checked(_parameters(model, config), model=model, config=config)
         tokens.source_generation(model)
 
 
-def _read(tensor: Stored, name: str, slices: Slices) -> Tensor:
+def _parameters(model: ModelConfig, config: Any) -> Mapping[str, Stored | Converted]:
+    """The tensors of the folder by the names of parameters.
+
+    Raises UserError for adapters and quantized weights.
+    """
+    tensors = weights.stored(_folder(model))
+    if any(".lora_" in name for name in tensors):
+        raise weights.adapter_refused(model.from_pretrained)
+    weights.check_dtypes(tensors, source=model.from_pretrained)
+    if config.model_type in SUPPORTED:
+        return tensors
+    return as_parameters(meta_model(config), tensors, read=lambda stored: _read(stored, ()))
+
+
+def _read(tensor: Stored | Converted, slices: Slices) -> Tensor:
+    """The values in `slices`; all of them for ()."""
     from safetensors import SafetensorError, safe_open
 
+    if isinstance(tensor, Converted):
+        return tensor.value()[slices]
     try:
         with safe_open(tensor.file, framework="pt") as file:
-            return file.get_slice(name)[slices]
+            return file.get_slice(tensor.name)[slices] if slices else file.get_tensor(tensor.name)
     except (SafetensorError, OSError) as error:
         raise weights.unreadable(tensor.file, error) from error
 
@@ -94,16 +112,14 @@ def _folder(model: ModelConfig) -> Path:
     return folder if folder.is_dir() else hub.folder(model)
 
 
-def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, family: Family) -> list[str]:
+def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, config: Any) -> list[str]:
     """Log lines on added and ignored weights.
 
     Raises UserError if the weights are not those of the model in `config`.
     """
-    if any(".lora_" in name for name in tensors):
-        raise weights.adapter_refused(model.from_pretrained)
-    weights.check_dtypes(tensors, source=model.from_pretrained)
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
-    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+    structure = structure_of(config)
+    embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     # Of a tied pair only the head may be stored, as transformers allows.
     swapped = config.tie_word_embeddings and embed not in tensors and head in tensors
     classes = classifier.is_classifier(config.architectures)
@@ -135,7 +151,7 @@ def _checked(tensors: Mapping[str, Stored], *, model: ModelConfig, config: Any, 
             f"{name}: {shape[0] - stored_shape[0]} rows for added tokens, "
             f"drawn as in a new model ({stored_shape[0]} -> {shape[0]})"
         )
-    return lines + _left_over(tensors, shapes=shapes, model=model, config=config, family=family)
+    return lines + _left_over(tensors, shapes=shapes, model=model, config=config)
 
 
 def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) -> UserError:
@@ -150,27 +166,31 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
     )
 
 
+def _language_head(config: Any) -> str:
+    """Path of the head that a classifier's architecture has as a language model."""
+    config = copy.deepcopy(config)
+    config.architectures = None
+    return structure_of(config).head
+
+
 def _left_over(
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, Stored | Converted],
     *,
     shapes: Mapping[str, object],
     model: ModelConfig,
     config: Any,
-    family: Family,
 ) -> list[str]:
     """Log lines on stored tensors that are no parameters. Raises UserError for one that would be lost."""
-    embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+    structure = structure_of(config)
+    embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     tables, cut, unused, of_tokens = 0, set(), [], []
     for name in tensors:
         if name in shapes:
             continue
-        layer = _LAYER.search(name) if name.startswith(f"{family.layers}.") else None
+        layer = _LAYER.search(name) if name.startswith(f"{structure.layers}.") else None
         if weights.is_rotary_table(name):
             tables += 1
-        elif (
-            classifier.is_classifier(config.architectures)
-            and name == f"{family_of(config.model_type).head}.weight"
-        ):
+        elif classifier.is_classifier(config.architectures) and name == f"{_language_head(config)}.weight":
             of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(tensors, embed=embed, head=head):

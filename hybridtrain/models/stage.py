@@ -1,67 +1,105 @@
-"""One pipeline stage: consecutive layers of a Hugging Face model, with every module under its original name.
+"""One pipeline stage: consecutive layers of a Hugging Face model, run by the model's own forward.
 
-    embed (first stage) -> layers[a:b] -> norm -> head, which computes the loss (last stage)
+    embedding -> layers[a:b] -> norm -> head, which computes the loss        every module under its own name
+    (first stage)               (last stage)
 
-With pp=1 the only stage is the whole model.
+On each stage the own forward runs from its start: it makes masks, positions and whatever else its layers
+take. Layers of other stages are stubs: those before return the hidden states that the stage received, the
+first one after ends the forward; the last stage ends it at the head. With pp=1 the only stage is the whole
+model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.models.build import meta_model
-from hybridtrain.models.family import Family
+from hybridtrain.models import attention
+from hybridtrain.models.build import empty_model
+from hybridtrain.models.family import Family, family_for
+from hybridtrain.models.structure import Stop, hidden_of, structure_of, stub
 from hybridtrain.types import Batch
 
 
 class Stage(nn.Module):
     """Layers `layers` of the model; `first` adds the embedding, `last` the final norm and the head.
 
-    `head` makes a module from the model's own head that replaces it and is called with (hidden, batch); see
-    tasks/head.py. forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden (B, T, D), or on the last
-    stage what the head returns: the task's sums of losses, fp32. Under sequence parallelism hidden states
-    have this rank's T / tp positions.
+    `head` makes a module from (the model's own head, scale=, cap=) that replaces it and is called with
+    (hidden, batch); see tasks/head.py. forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden
+    (B, T, D), or on the last stage what the head returns: the task's sums of losses, fp32. Under sequence
+    parallelism hidden states have this rank's T / tp positions.
     """
 
     def __init__(
         self,
         config: Any,
         *,
-        family: Family,
         layers: range,
         first: bool,
         last: bool,
-        head: Callable[[nn.Module], nn.Module],
+        head: Callable[..., nn.Module],
     ):
         super().__init__()
-        self.config, self.family, self.layers, self.first, self.last = config, family, layers, first, last
-        whole = meta_model(config)
-        paths = [family.rotary, *(f"{family.layers}.{i}" for i in layers)]
-        paths += [family.embed] * first + [family.norm] * last
-        for path in paths:
-            _place(self, path, whole.get_submodule(path))
+        self.config, self.layers, self.first, self.last = config, layers, first, last
+        structure = structure_of(config)
+        own = copy.deepcopy(config)
+        own._attn_implementation = structure.attention
+        model = empty_model(own, initializing=nullcontext())
+        # One table for both: a module that is replaced in the stage is replaced in the model.
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self.__dict__["_model"] = model  # not registered: its modules are the stage's
+        self.structure = structure
+        self._received: Tensor | None = None
+        self._ids_BT: Tensor | None = None
+        listed = self.part(structure.layers)
+        for index, layer in enumerate(listed):
+            if index not in layers:
+                listed[index] = stub(layer, self._inject if index < layers.start else _stop)
+        if not first:
+            for path, shape in _outermost(structure.before):
+                _replace(
+                    self, path, stub(self.part(path), partial(self._zeros, shape) if shape else _unchanged)
+                )
         if last:
-            _place(self, family.head, head(whole.get_submodule(family.head)))
+            _replace(
+                self,
+                structure.head,
+                head(self.part(structure.head), scale=structure.scale, cap=structure.cap),
+            )
+            self.part(structure.head).register_forward_pre_hook(_stop_without_batch)
+        else:
+            for path in (*structure.after, structure.head):
+                _replace(self, path, stub(self.part(path), _unchanged))
+        self.initial_buffers = dict(self.named_buffers())
+        """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
+
+    @property
+    def family(self) -> Family:
+        """What tensor parallelism knows of the architecture."""
+        return family_for(self.config)
 
     @property
     def tied(self) -> bool:
         """Whether the model shares one matrix between embedding and head."""
-        return bool(self.config.tie_word_embeddings)
+        return bool(getattr(self.config, "tie_word_embeddings", False))
 
     def tie(self) -> None:
         """Let embedding and head share one parameter, if the model ties them and this stage has both."""
         if self.tied and self.first and self.last:
-            self.part(self.family.head).weight = self.part(self.family.embed).weight
+            self.part(self.structure.head).weight = self.part(self.structure.embed).weight
 
     def owner(self, name: str) -> str:
         """The name under which a parameter is initialized, frozen and saved: that of the embedding
         for a tied head.
         """
-        return f"{self.family.embed}.weight" if self.tied and name == f"{self.family.head}.weight" else name
+        structure = self.structure
+        return f"{structure.embed}.weight" if self.tied and name == f"{structure.head}.weight" else name
 
     def part(self, path: str) -> nn.Module:
         return self.get_submodule(path)
@@ -69,64 +107,75 @@ class Stage(nn.Module):
     def layer_modules(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index in the whole model, layer)."""
         for index in self.layers:
-            yield index, self.part(f"{self.family.layers}.{index}")
+            yield index, self.part(f"{self.structure.layers}.{index}")
 
     def forward(self, x: Tensor, *, batch: Batch) -> Tensor:
-        positions_BT, packed = batch.position_ids_BT, batch.packed
-        hidden = self.part(self.family.embed)(x) if self.first else x
-        rotary = self.part(self.family.rotary)(hidden, positions_BT)
-        windows = {index: self.family.window(self.config, index) for index in self.layers}
-        masks = {
-            window: attention_mask(
-                self.config, window=window, position_ids_BT=positions_BT, packed=packed, like=hidden
-            )
-            for window in set(windows.values())
+        ids_BT = batch.input_ids_BT
+        self._received, self._ids_BT = None if self.first else x, ids_BT
+        if not self.first:  # models read the device of their embedding
+            self.part(self.structure.embed).__dict__["weight"] = x
+        try:
+            with attention.documents_of(batch):
+                self._model(input_ids=ids_BT, **self._arguments(batch))
+        except Stop as stop:
+            hidden = stop.hidden
+        finally:
+            self._received = self._ids_BT = None
+        return self.part(self.structure.head)(hidden, batch) if self.last else hidden.contiguous()
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """Those of the model's forward besides the tokens, as far as it has them."""
+        arguments = {
+            "position_ids": batch.position_ids_BT,
+            # With it, transformers looks for no documents of its own in the positions.
+            "attention_mask": torch.ones_like(batch.input_ids_BT),
+            "use_cache": False,
         }
-        for index, layer in self.layer_modules():
-            hidden = layer(
-                hidden,
-                attention_mask=masks[windows[index]],
-                position_ids=positions_BT,
-                position_embeddings=rotary,
-            )
-        return (
-            self.part(self.family.head)(self.part(self.family.norm)(hidden), batch) if self.last else hidden
-        )
+        return {name: value for name, value in arguments.items() if name in self.structure.arguments}
+
+    def train(self, mode: bool = True) -> Stage:
+        """As nn.Module.train, also for the model, which is not registered."""
+        self._model.training = mode
+        return super().train(mode)
+
+    def _inject(self, *_: Any, **__: Any) -> Any:
+        """A layer of an earlier stage: returns what this stage received, in the form of a layer's result."""
+        structure = self.structure
+        if structure.items == 0:
+            return self._received
+        return structure.returns((self._received, *[None] * (structure.items - 1)))
+
+    def _zeros(self, shape: str, *_: Any, **__: Any) -> Tensor:
+        """An embedding of an earlier stage: of its result only shape and dtype are used."""
+        assert self._received is not None
+        assert self._ids_BT is not None
+        rows, positions = self._ids_BT.shape
+        sizes = {"B": rows, "T": positions, "D": self._received.shape[-1], "1": 1}
+        return self._received.new_zeros([sizes[name] for name in shape])
 
 
-def attention_mask(
-    config: Any, *, window: int | None, position_ids_BT: Tensor, packed: bool, like: Tensor
-) -> Tensor | None:
-    """The mask of a layer: None for full causal SDPA, else (1 or B, 1, T, T); bool for
-    sdpa, additive for eager.
-
-    With `packed`, each position 0 starts a document, and documents do not attend to each other.
-
-    Without a mask, transformers' SDPA path ignores a window that is shorter than the row, and its eager
-    path is not causal.
-    """
-    sdpa, positions = config._attn_implementation == "sdpa", position_ids_BT.shape[1]
-    if sdpa and not packed and (window is None or window >= positions):
-        return None
-    index = torch.arange(positions, device=like.device)
-    distance = index[:, None] - index[None, :]
-    allowed = ((distance >= 0) & (distance < (window or positions)))[None]
-    if packed:
-        document_BT = (position_ids_BT == 0).cumsum(1)
-        allowed = allowed & (document_BT[:, :, None] == document_BT[:, None, :])
-    if sdpa:
-        return allowed[:, None]
-    dtype = like.dtype
-    return torch.zeros((), dtype=dtype, device=like.device).masked_fill(~allowed, torch.finfo(dtype).min)[
-        :, None
+def _outermost(modules: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those that are not inside another."""
+    paths = [path for path, _ in modules]
+    return [
+        (path, shape) for path, shape in modules if not any(path.startswith(f"{other}.") for other in paths)
     ]
 
 
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` under the dotted `path`, inside empty modules."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)
+def _stop_without_batch(head: nn.Module, given: tuple[Any, ...]) -> None:  # noqa: ARG001 - a hook's signature
+    """Ends the model's own forward, which calls the head with hidden states alone."""
+    if len(given) == 1:
+        raise Stop(given[0])
+
+
+def _stop(*given: Any, **options: Any) -> Any:
+    raise Stop(hidden_of(given, options))
+
+
+def _unchanged(x: Any, *_: Any, **__: Any) -> Any:
+    return x
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

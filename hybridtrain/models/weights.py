@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.family import family_of
+from hybridtrain.models.family import SUPPORTED, family_of
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
 from hybridtrain.types import ModelFacts
@@ -34,6 +34,7 @@ class Stored:
     """One tensor of a weight file."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
     """In safetensors' notation: F32, BF16, I8 ..."""
@@ -103,7 +104,8 @@ def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001
             # safe_open is no mapping
             views = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: Stored(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()
+                name: Stored(file, name, tuple(view.get_shape()), view.get_dtype())
+                for name, view in views.items()
             }
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
@@ -188,25 +190,23 @@ def _warn_untied(folder: str) -> None:
     )
 
 
-def heads_differ(tensors: Mapping[str, Stored], *, embed: str, head: str) -> bool:
+def heads_differ(tensors: Mapping[str, object], *, embed: str, head: str) -> bool:
     """Whether both matrices are stored and differ."""
-    if embed not in tensors or head not in tensors:
+    first, second = tensors.get(embed), tensors.get(head)
+    if not (isinstance(first, Stored) and isinstance(second, Stored)):
         return False
-    first, second = tensors[embed], tensors[head]
     return first.shape != second.shape or _differ(
-        embed, first, first.file.stat().st_mtime_ns, head, second, second.file.stat().st_mtime_ns
+        first, first.file.stat().st_mtime_ns, second, second.file.stat().st_mtime_ns
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _differ(
-    embed: str, first: Stored, _first_time: int, head: str, second: Stored, _second_time: int
-) -> bool:
+def _differ(first: Stored, _first_time: int, second: Stored, _second_time: int) -> bool:
     import torch
     from safetensors import safe_open
 
     with safe_open(first.file, framework="pt") as one, safe_open(second.file, framework="pt") as other:
-        left, right = one.get_slice(embed), other.get_slice(head)
+        left, right = one.get_slice(first.name), other.get_slice(second.name)
         blocks = (slice(start, start + _ROWS) for start in range(0, first.shape[0], _ROWS))
         return any(not torch.equal(left[rows].float(), right[rows].float()) for rows in blocks)
 
@@ -219,8 +219,10 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
     folder = Path(model.from_pretrained)
     if model.from_pretrained and folder.is_dir() and has_weights(folder):
         tensors = stored(folder)
-        family = family_of(facts.model_type)
         check_dtypes(tensors, source=model.from_pretrained)
+        if facts.model_type not in SUPPORTED:
+            return
+        family = family_of(facts.model_type)
         for name in (f"{family.embed}.weight", *([] if facts.labels else [f"{family.head}.weight"])):
             if name in tensors and tensors[name].shape[:1] != (facts.vocab,):
                 check_rows(tensors[name].shape, rows=facts.vocab, model=model)

@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from hybridtrain.config.schema import EngineConfig, ParallelConfig
-from hybridtrain.models.family import Family
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.stage import Stage
@@ -63,18 +62,18 @@ class Transform:
     """From the stage after all transforms."""
 
 
-def build_stages(config: Any, *, family: Family, context: Context) -> tuple[list[int], list[Stage]]:
+def build_stages(config: Any, *, context: Context) -> tuple[list[int], list[Stage]]:
     """(numbers, stages) of this rank, transformed and allocated, with uninitialized weights."""
     mesh, parallel = context.mesh, context.parallel
     pp, per_rank = mesh.layout.pp, stages_per_rank(parallel)
-    layers = stage_layers(config.num_hidden_layers, pp * per_rank)
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    layers = stage_layers(count, pp * per_rank)
     ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=parallel.schedule)
     stages = []
     for index in ids:
         head = partial(Head, task=context.task, loss_chunk=context.engine.loss_chunk)
         stage = Stage(
             config,
-            family=family,
             layers=layers[index],
             first=index == 0,
             last=index == len(layers) - 1,
@@ -216,7 +215,7 @@ def _materialize(stage: Stage, context: Context) -> None:
 def _to_materialize(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
     """All parameters and buffers; a tied matrix once."""
     return {*_parameters(stage), *dict(stage.named_buffers())} - (
-        {f"{stage.family.head}.weight"} if stage.tied and stage.first else set()
+        {f"{stage.structure.head}.weight"} if stage.tied and stage.first else set()
     )
 
 
@@ -230,7 +229,7 @@ def _parameters(stage: Stage) -> dict[str, nn.Parameter]:
 
 
 def _layers(stage: Stage) -> set[str]:
-    return {f"{stage.family.layers}.{index}" for index in stage.layers}
+    return {f"{stage.structure.layers}.{index}" for index in stage.layers}
 
 
 def _over(stage: Stage, axis: str) -> set[str]:

@@ -168,7 +168,12 @@ class Pipeline:
         Passes the shapes to torch, which would otherwise run a forward and backward pass to find them.
         """
         hidden = torch.empty(
-            rows, positions, stage.config.hidden_size, dtype=dtype, device="meta", requires_grad=True
+            rows,
+            positions,
+            stage.config.get_text_config(decoder=True).hidden_size,
+            dtype=dtype,
+            device="meta",
+            requires_grad=True,
         )
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import tasks
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config import schema
 from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.facts import facts_of
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, LayoutCase
@@ -100,6 +100,7 @@ def compare_layouts(
             compatibility.check_vocab(data, vocab=comparison.facts.vocab)
             compatibility.check_train_rows(data, seq_len=config.data.seq_len)
             compatibility.check_cuts(data, config)
+            compatibility.check_documents(data, facts=comparison.facts)
     config = comparison.config
     path = _result_path(config)
     tokens = data.name if data else ""

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 
 from hybridtrain import engine as engines
 from hybridtrain import reference, registry, tasks
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, data_of
 from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.facts import facts_of, read_config
-from hybridtrain.models.family import family_for
 from hybridtrain.models.load import initial
+from hybridtrain.models.source import read_config
 from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
@@ -103,14 +103,12 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
     device, config = mesh.device(), job.config
     registry.load(config.run.plugins)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    family = family_for(built)
     precision = policy(config.precision.kind)
-    source = initial(config.model, built, family=family, seed=config.run.seed)
+    source = initial(config.model, built, seed=config.run.seed)
     task = job.task or tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
     plain = reference.Reference(
         built,
-        family=family,
         source=source,
         settings=config.optim,
         freeze=config.model.freeze,

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybridtrain.analysis.facts import facts, facts_of
 from hybridtrain.config import deepspeed_checks, schema
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.facts import facts, facts_of, read_config
+from hybridtrain.models.source import read_config
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation, rules, schedules
 from hybridtrain.plan.batch import BatchPlan, plan_batch

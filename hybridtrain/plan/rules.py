@@ -64,7 +64,15 @@ def check(
 ) -> None:
     """Refuse what cannot run (raises UserError)."""
     case = _Case(parallel, layout, plan, precision, facts, capabilities)
-    for table in (_of_engine, _of_engine_together, _of_zero, _of_pipeline, _of_tensor, _of_positions):
+    for table in (
+        _of_model,
+        _of_engine,
+        _of_engine_together,
+        _of_zero,
+        _of_pipeline,
+        _of_tensor,
+        _of_positions,
+    ):
         require(table(case))
 
 
@@ -149,6 +157,14 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
             ", ".join(names),
             f"{other}{field}={names[0]}",
         )
+
+
+def _of_model(case: _Case) -> Iterator[Rule]:
+    """Axes that the model's analysis (analysis/) has not shown to be exact."""
+    for axis, degree in case.layout.axes():
+        why = case.facts.refused.get(axis, "")
+        problem = f"a {case.facts.model_type} model cannot be run so: {why}"
+        yield Rule(f"parallel.{axis}", degree, degree == 1 or not why, problem, "1", f"parallel.{axis}=1")
 
 
 def _of_engine_together(case: _Case) -> Iterator[Rule]:

@@ -254,9 +254,10 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    `labels` is left out if empty, as version 0.1 had no labels.
+    `labels` is left out if empty, as version 0.1 had no labels; `refused` is, because it is not of the model.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
+    del known["refused"]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -70,11 +70,13 @@ class CausalLM:
         terms = self.terms if head.training else CausalLM.terms
         return linear_cross_entropy(
             hidden_BTD,
-            head.weight,
             labels_BT,
+            weight_VD=head.weight,
+            bias_V=head.bias,
+            transform=head.transform,
             terms=terms,
             chunk=head.loss_chunk,
-            gradient=head.gradient_of(name),
+            gradients=head.gradients_of(name),
         )
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

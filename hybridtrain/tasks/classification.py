@@ -79,7 +79,8 @@ class Classification(CausalLM):
         sums = super().loss(hidden_BTD, batch, head)
         with torch.no_grad():
             hidden, weight = (_full(tensor.detach()) for tensor in (hidden_BTD, head.weight))
-            return {**sums, "correct": _correct(hidden @ weight.t(), batch).view(1)}
+            logits = hidden @ weight.t() + (0 if head.bias is None else _full(head.bias.detach()))
+            return {**sums, "correct": _correct(logits, batch).view(1)}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
         """`logits_BTV`: the head's output at every position, (B, T, C)."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.tasks.linear_cross_entropy import HeadGradient
+from hybridtrain.tasks.linear_cross_entropy import HeadGradient, Transform
 
 if TYPE_CHECKING:
     from hybridtrain.tasks.task import Task
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module):
-    """Replaces `model_head`, a linear layer, and has its weight (V, D). `loss_chunk`: engine.loss_chunk.
+    """Replaces `model_head`, a linear layer, and has its weight (V, D) and bias (V,). `scale`, `cap`: how
+    the model makes logits of its output (Transform). `loss_chunk`: engine.loss_chunk.
 
     forward: (hidden (B, T, D), batch) -> the task's sums in the order of its weights, fp32,
     shape (number of sums,).
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
-    def __init__(self, model_head: Any, *, task: Task, loss_chunk: int):
+    def __init__(self, model_head: Any, *, scale: float, cap: float | None, task: Task, loss_chunk: int):
         super().__init__()
-        assert model_head.bias is None, "linear_cross_entropy.py does not support a bias"
-        self.weight = model_head.weight
-        self.task, self.loss_chunk = task, loss_chunk
+        self.weight, self.bias = model_head.weight, model_head.bias
+        self.transform, self.task, self.loss_chunk = Transform(scale, cap), task, loss_chunk
         self._used: set[str] = set()
-        self.gradients = {name: HeadGradient() for name in task.weights}
-        """Name of a sum -> gradient of the weight from it, over all micro-batches in flight."""
+        self.gradients = {name: (HeadGradient(), HeadGradient()) for name in task.weights}
+        """Name of a sum -> gradients of weight and bias from it, over all micro-batches in flight."""
 
-    def gradient_of(self, name: str) -> HeadGradient:
-        """The gradient of the weight from one of the task's sums.
+    def gradients_of(self, name: str) -> tuple[HeadGradient, HeadGradient]:
+        """The gradients of weight and bias from one of the task's sums.
 
         Raises TypeError for a second use in a forward pass.
         """
@@ -51,8 +52,9 @@ class Head(nn.Module):
 
     def clear(self) -> None:
         """Discard the gradients of forward passes without a backward pass."""
-        for gradient in self.gradients.values():
-            gradient.clear()
+        for of_sum in self.gradients.values():
+            for gradient in of_sum:
+                gradient.clear()
 
     def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         self._used.clear()

@@ -36,6 +36,33 @@ _MIN_ROWS = 256  # with fewer, adding up the weight's gradient for each chunk wo
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What a model makes of its head's output z: logits c tanh(a z / c), with `scale` a and `cap` c, or a z
+    without a cap. Gemma 2 caps (arXiv 2408.00118), Cohere and Granite scale."""
+
+    scale: float
+    cap: float | None
+
+    @property
+    def identity(self) -> bool:
+        return self.scale == 1.0 and self.cap is None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Logits, fp32."""
+        logits = z.float() * self.scale
+        return logits if self.cap is None else torch.tanh_(logits.div_(self.cap)).mul_(self.cap)
+
+    def backward(self, d_logits: Tensor, *, logits: Tensor) -> Tensor:
+        """The gradient of z, in place, from that of `logits`."""
+        if self.cap is not None:
+            d_logits.mul_(1 - (logits / self.cap).square())
+        return d_logits.mul_(self.scale)
+
+
+IDENTITY = Transform(scale=1.0, cap=None)
+
+
+@dataclass(frozen=True)
 class Terms:
     """Coefficients of the terms added to cross-entropy: s and z above."""
 
@@ -44,7 +71,7 @@ class Terms:
 
 
 class HeadGradient:
-    """The gradient of the head's weight over all micro-batches in flight.
+    """The gradient of a parameter of the head, its weight or its bias, over all micro-batches in flight.
 
     Forward passes add to it, backward passes take it. A backward pass takes everything that is there: its own
     micro-batch's part, and with schedules that run several forward passes first, also those of other
@@ -99,18 +126,20 @@ class HeadGradient:
 
 def linear_cross_entropy(
     hidden_BTD: Tensor,
-    weight_VD: Tensor,
     labels_BT: Tensor,
     *,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    transform: Transform,
     terms: Terms,
     chunk: int,
-    gradient: HeadGradient,
+    gradients: tuple[HeadGradient, HeadGradient],
 ) -> Tensor:
     """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
-    `hidden_BTD` may be a DTensor, sharded over T or replicated; then `weight_VD` is one sharded over V.
-    `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256. `gradient`:
-    of the weight, for this sum.
+    `hidden_BTD` may be a DTensor, sharded over T or replicated; then weight and bias are sharded over V.
+    `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256.
+    `gradients`: of the weight and of the bias, for this sum.
     """
     group, first, entries = None, 0, weight_VD.shape[0]
     if isinstance(weight_VD, DTensor):
@@ -120,23 +149,32 @@ def linear_cross_entropy(
         assert isinstance(hidden_BTD, DTensor)
         hidden_BTD = hidden_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         weight_VD = weight_VD.to_local()
+        bias_V = bias_V.to_local() if isinstance(bias_V, DTensor) else bias_V
     chunk_bytes = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
     rows = chunk or max(_MIN_ROWS, chunk_bytes // (4 * max(1, weight_VD.shape[0])))
-    into = gradient if torch.is_grad_enabled() and weight_VD.requires_grad else None
+    into, into_bias = (
+        gradient if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad else None
+        for gradient, parameter in zip(gradients, (weight_VD, bias_V), strict=True)
+    )
     total = _LinearCrossEntropy.apply(
         hidden_BTD.flatten(0, 1),
-        weight_VD.detach(),
         labels_BT.flatten(),
+        weight_VD.detach(),
+        None if bias_V is None else bias_V.detach(),
+        transform,
         terms,
         entries,
         rows,
         group,
         first,
         into,
+        into_bias,
     )
-    # A node of its own for the weight: a split backward pass goes once to the hidden states and once to the
-    # weights.
-    return total if into is None else total + _WeightGradient.apply(weight_VD, into)
+    # Nodes of their own for the parameters: a split backward pass goes once to the hidden states and once to
+    # the parameters.
+    if into is not None:
+        total = total + _ParameterGradient.apply(weight_VD, into)
+    return total if into_bias is None else total + _ParameterGradient.apply(bias_V, into_bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -146,20 +184,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
         labels_N: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        transform: Transform,
         terms: Terms,
         entries: int,
         rows: int,
         group: dist.ProcessGroup | None,
         first: int,
         into: HeadGradient | None,
+        into_bias: HeadGradient | None,
     ) -> Tensor:
         total = hidden_ND.new_zeros(1, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        alone = rows >= len(hidden_ND)
         for start in range(0, len(hidden_ND), rows):
             hidden, labels = hidden_ND[start : start + rows], labels_N[start : start + rows]
-            log_p, log_z = _log_probabilities(hidden @ weight_VD.t(), group=group)
+            logits = hidden @ weight_VD.t()
+            if bias_V is not None:
+                logits = logits.float().add_(bias_V)
+            if not transform.identity:
+                logits = transform(logits)
+            log_p, log_z = _log_probabilities(logits, group=group)
             valid, mine, index = _targets(labels, first=first, vocabulary=len(weight_VD))
             mine = mine * (1 - terms.smoothing)
             total -= (log_p.gather(1, index) * mine).sum() if len(weight_VD) else 0
@@ -167,18 +214,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total -= (log_p * valid).sum() * (terms.smoothing / entries)
             if terms.z_loss and (group is None or group.rank() == 0):
                 total += (log_z.square() * valid).sum() * terms.z_loss
-            if d_hidden is None and into is None:
+            if d_hidden is None and into is None and into_bias is None:
                 continue
             d_logits = log_p.exp_().mul_(valid * (1 + 2 * terms.z_loss * log_z) if terms.z_loss else valid)
             if terms.smoothing:
                 d_logits -= valid * (terms.smoothing / entries)
             if len(weight_VD):
                 d_logits.scatter_add_(1, index, -mine)
+            if not transform.identity:
+                d_logits = transform.backward(d_logits, logits=logits)
+            if into_bias is not None:
+                into_bias.add(d_logits.sum(0), alone=False)
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight_VD, out=d_hidden[start : start + rows])
             if into is not None:
-                into.add(d_logits.t() @ hidden, alone=rows >= len(hidden_ND))
+                into.add(d_logits.t() @ hidden, alone=alone)
         if group is not None:
             dist.all_reduce(total, group=group)
         ctx.gradient = d_hidden
@@ -186,17 +237,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 8
+        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 11
 
 
-class _WeightGradient(torch.autograd.Function):
-    """Returns zero, (1,); its backward pass gives the head's weight its gradient."""
+class _ParameterGradient(torch.autograd.Function):
+    """Returns zero, (1,); its backward pass gives a parameter of the head its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, gradient: HeadGradient) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, gradient: HeadGradient) -> Tensor:
         gradient.in_flight += 1
-        ctx.gradient, ctx.shape, ctx.dtype = gradient, weight_VD.shape, weight_VD.dtype
-        return weight_VD.new_zeros(1, dtype=torch.float32)
+        ctx.gradient, ctx.shape, ctx.dtype = gradient, parameter.shape, parameter.dtype
+        return parameter.new_zeros(1, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

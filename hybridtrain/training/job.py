@@ -89,6 +89,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     compatibility.check_vocab(data, vocab=model.vocab)
     compatibility.check_train_rows(data, seq_len=plan.seq_len)
     compatibility.check_cuts(data, config)
+    compatibility.check_documents(data, facts=model)
     if config.train.eval_every:
         compatibility.check_eval_rows(
             data, seq_len=plan.seq_len, field="train.eval_every", value=config.train.eval_every

@@ -180,12 +180,11 @@ def _check_weights(config: Config) -> None:
         return
     from hybridtrain.models import load
     from hybridtrain.models.build import hf_config
-    from hybridtrain.models.facts import read_config
-    from hybridtrain.models.family import family_for
+    from hybridtrain.models.source import read_config
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     export_record.check(Path(config.model.from_pretrained), field="model.from_pretrained")
-    load.check(config.model, built, family=family_for(built))
+    load.check(config.model, built)
 
 
 def with_available_source(config: Config) -> Config:
@@ -232,7 +231,7 @@ def _check_model_config(config: Config, *, checkpoint: Path) -> None:
         _log.warning("cannot check whether the model is the same as before: %s", str(error).splitlines()[0])
         return
     from hybridtrain.models.build import hf_config, saved_fields
-    from hybridtrain.models.facts import read_config
+    from hybridtrain.models.source import read_config
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     if changed := config_diff.model_changes(before, saved_fields(built)):

@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.bench import result
 from hybridtrain.bench.result import StepWork, Timing
 from hybridtrain.config.compose import compose
-from hybridtrain.models.facts import facts
 from hybridtrain.plan import flops
 
 

@@ -17,7 +17,7 @@ from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import hub as files
 from hybridtrain.models import tokens
-from hybridtrain.models.facts import read_config
+from hybridtrain.models.source import read_config
 from tests import hub
 from tests.runs import arguments, corpus, finished, rows
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
+from hybridtrain.analysis.facts import BY_FIELDS, facts, facts_of
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models.build import hf_config, meta_model, plain_model
-from hybridtrain.models.facts import SUPPORTED, facts, facts_of, read_config
-from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
+from hybridtrain.models.source import read_config
 from tests.cases import Case, at_the_head, model, start, whole
 from tests.ranks import run_ranks
 
@@ -39,7 +39,7 @@ def test_the_published_models_have_the_counted_parameters(path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, {"attention_bias": True, "mlp_bias": True}])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", BY_FIELDS)
 def test_parameters_are_counted_as_transformers_makes_them(family, biases, tied):
     biases = (
         biases
@@ -50,7 +50,7 @@ def test_parameters_are_counted_as_transformers_makes_them(family, biases, tied)
     assert facts(fields).parameters == count(fields)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", BY_FIELDS)
 def test_defaults_are_those_of_transformers(family):
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 32, "intermediate_size": 96}
     ours, theirs = (
@@ -76,7 +76,7 @@ def logits_of_stage(fields: dict[str, Any], ids: torch.Tensor, attention: str) -
 
 def logits_of_transformers(fields: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     config = hf_config(fields, chosen={}, attention="sdpa")
-    source = draw(config, family=family_of(config.model_type), seed=0)
+    source = draw(config, seed=0)
     plain = plain_model(config).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -168,7 +168,7 @@ def test_weights_of_a_hugging_face_folder(tied, dtype, shards, tmp_path):
 def source_of(folder: Path, fields: dict[str, Any] | None = None, **changes: Any) -> Any:
     chosen = ModelConfig(from_pretrained=str(folder), config=changes)
     config = hf_config({**(fields or model()), **changes}, chosen=changes, attention="sdpa")
-    return initial(chosen, config, family=family_of(config.model_type), seed=0)
+    return initial(chosen, config, seed=0)
 
 
 def whole_box(shape: tuple[int, ...]) -> tuple[slice, ...]:

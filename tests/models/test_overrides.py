@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import build, overrides
 from hybridtrain.models.build import hf_config, plain_model
-from hybridtrain.models.facts import facts, read_config
-from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
+from hybridtrain.models.source import read_config
 from tests.cases import at_the_head, model
 
 LLAMA3 = {
@@ -102,7 +102,7 @@ def loss_of_transformers(right: dict[str, Any]) -> float:
     """What plain transformers computes from a config that says the right thing in one spelling."""
     ids = torch.arange(24)[None] * 7 % 256
     config = hf_config(right, chosen={}, attention="eager")
-    source = draw(config, family=family_of(config.model_type), seed=0)
+    source = draw(config, seed=0)
     plain = plain_model(config).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import weights
 from hybridtrain.models.build import hf_config, plain_model
-from hybridtrain.models.facts import facts, read_config
-from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.models.load import initial
+from hybridtrain.models.source import read_config
 from hybridtrain.training import job
 from tests.cases import Case, model
 from tests.models.test_models import loaded_weights, whole_box
@@ -55,7 +55,7 @@ def source_of(path: Path, **config: Any) -> Any:
     fields = read_config(chosen)
     weights.check(chosen, facts=facts(fields))
     built = hf_config(fields, chosen=config, attention="sdpa")
-    return initial(chosen, built, family=family_of(built.model_type), seed=0)
+    return initial(chosen, built, seed=0)
 
 
 def test_a_single_file_goes_before_an_index_as_in_transformers(tmp_path):
@@ -110,19 +110,14 @@ def test_a_head_of_its_own_on_the_hub_is_refused_by_name(tmp_path, monkeypatch):
         built = hf_config(read_config(it), chosen=chosen, attention="sdpa")
         if chosen:
             assert not torch.equal(
-                *(
-                    initial(it, built, family=family_of("qwen3"), seed=0)(
-                        name, (257, 64), whole_box((257, 64))
-                    )
-                    for name in (EMBED, HEAD)
-                )
+                *(initial(it, built, seed=0)(name, (257, 64), whole_box((257, 64))) for name in (EMBED, HEAD))
             )
         else:
             with pytest.raises(
                 UserError,
                 match=r"me/tied stores a head that differs.*\n.*\n.*model\.config\.tie_word_embeddings=false",
             ):
-                initial(it, built, family=family_of("qwen3"), seed=0)
+                initial(it, built, seed=0)
 
 
 def test_a_tied_model_of_which_only_the_head_is_stored(tmp_path):
@@ -154,7 +149,7 @@ def test_rows_of_added_tokens_are_those_of_a_new_model_under_any_layout(layout, 
         chosen={},
         attention="sdpa",
     )
-    new = draw(built, family=family_of("qwen3"), seed=7)
+    new = draw(built, seed=7)
     for name in {EMBED, HEAD} & set(held):
         drawn = new(name, (263, 64), whole_box((263, 64)))
         held[name] = torch.cat([held[name], drawn[257:]])

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.config import schema
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.errors import UserError
-from hybridtrain.models.facts import facts
 from hybridtrain.parallel.grad_norm import gradient_norm
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parity import compare, plan, run, verdict

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.cli.main import main
 from hybridtrain.config.schema import Config, ParallelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.models.facts import facts
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import memory, notation
 from hybridtrain.plan.batch import BatchPlan

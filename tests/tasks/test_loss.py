@@ -8,7 +8,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from hybridtrain.tasks.linear_cross_entropy import HeadGradient, Terms, linear_cross_entropy
+from hybridtrain.tasks.linear_cross_entropy import (
+    IDENTITY,
+    HeadGradient,
+    Terms,
+    Transform,
+    linear_cross_entropy,
+)
 from hybridtrain.types import IGNORE_INDEX
 from tests.ranks import run_ranks
 
@@ -25,6 +31,19 @@ def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     labels = torch.randint(vocabulary, (ROWS, POSITIONS), generator=generator)
     labels[:, ::3] = IGNORE_INDEX
     return hidden, weight, labels
+
+
+def loss_of(hidden, weight, labels, *, bias=None, transform=IDENTITY, terms=PLAIN, chunk=0, gradient=None):
+    return linear_cross_entropy(
+        hidden,
+        labels,
+        weight_VD=weight,
+        bias_V=bias,
+        transform=transform,
+        terms=terms,
+        chunk=chunk,
+        gradients=(gradient or HeadGradient(), HeadGradient()),
+    )
 
 
 def expected(
@@ -58,7 +77,7 @@ def test_loss_and_gradients(terms, dtype, loss_limit, limit, chunk):
     hidden, weight, labels = inputs(1000, dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, terms=terms, chunk=chunk, gradient=HeadGradient())
+    loss = loss_of(hidden, weight, labels, terms=terms, chunk=chunk)
     assert (loss.shape, loss.dtype) == ((1,), torch.float32)
     (loss * 0.125).sum().backward()
     wanted = expected(1000, dtype, factor=0.125, terms=terms)
@@ -69,12 +88,7 @@ def test_loss_and_gradients(terms, dtype, loss_limit, limit, chunk):
 
 def test_a_device_that_is_neither_cpu_nor_gpu_is_no_reason_to_fail():
     hidden, weight, labels = (tensor.to("meta") for tensor in inputs(1000, torch.float32))
-    assert (
-        linear_cross_entropy(
-            hidden, weight.requires_grad_(), labels, terms=PLAIN, chunk=0, gradient=HeadGradient()
-        ).device.type
-        == "meta"
-    )
+    assert loss_of(hidden, weight.requires_grad_(), labels).device.type == "meta"
 
 
 def test_no_logits_outlive_the_forward_pass():
@@ -83,7 +97,7 @@ def test_no_logits_outlive_the_forward_pass():
         x.requires_grad_() if x.is_floating_point() else x for x in inputs(1000, torch.float32)
     )
     gradient = HeadGradient()
-    loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=4, gradient=gradient)
+    loss = loss_of(hidden, weight, labels, chunk=4, gradient=gradient)
     (of_loss, _), (of_weight, _) = loss.grad_fn.next_functions
     assert (of_loss.gradient.numel(), gradient.total.numel()) == (ROWS * POSITIONS * HIDDEN, 1000 * HIDDEN)
     assert not of_loss.saved_tensors
@@ -92,29 +106,46 @@ def test_no_logits_outlive_the_forward_pass():
 
 def test_frozen_weights_and_evaluation_compute_no_gradients():
     hidden, weight, labels = inputs(50, torch.float32)
-    loss = linear_cross_entropy(
-        hidden.requires_grad_(), weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient()
-    )
+    loss = loss_of(hidden.requires_grad_(), weight, labels, chunk=5)
     loss.sum().backward()
     assert error(hidden.grad, expected(50, torch.float32)[1]) < 1e-6
     assert weight.grad is None
     with torch.no_grad():
-        assert float(
-            linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=5, gradient=HeadGradient())
-        ) == pytest.approx(float(loss))
+        assert float(loss_of(hidden, weight, labels, chunk=5)) == pytest.approx(float(loss))
 
 
 def test_a_token_without_a_label_leaves_no_trace():
     hidden, weight, labels = inputs(50, torch.float32)
-    before = float(
-        linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient())
-    )
+    before = float(loss_of(hidden, weight, labels))
     hidden[:, ::3] = 1e3
     hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, terms=PLAIN, chunk=0, gradient=HeadGradient())
+    loss = loss_of(hidden, weight, labels)
     loss.sum().backward()
     assert float(loss.detach()) == before
     assert not hidden.grad[:, ::3].any()
+
+
+@pytest.mark.parametrize("transform", [Transform(0.0625, None), Transform(1.0, 5.0), Transform(3.0, 2.0)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_bias_a_scale_and_a_soft_cap(biased, transform):
+    hidden, weight, labels = inputs(100, torch.float32)
+    bias = torch.randn(100, generator=torch.Generator().manual_seed(2)) if biased else None
+    given = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    z = exact[0] @ exact[1].t() + (exact[2] if biased else 0)
+    cap = transform.cap
+    logits = z * transform.scale if cap is None else cap * torch.tanh(z * transform.scale / cap)
+    wanted = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    wanted.backward()
+    for tensor in given:
+        tensor.requires_grad_()
+    found = loss_of(hidden, weight, labels, bias=bias, transform=transform, chunk=7)
+    found.sum().backward()
+    assert error(found[0], wanted.detach()) < 1e-6
+    for tensor, other in zip(given, exact, strict=True):
+        assert error(tensor.grad, other.grad) < 1e-6
 
 
 def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int, terms: Terms) -> list[torch.Tensor]:
@@ -124,7 +155,7 @@ def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int, terms: Terms) 
         hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]
     ).requires_grad_()
     weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels, terms=terms, chunk=chunk, gradient=HeadGradient())
+    loss = loss_of(hidden, weight, labels, terms=terms, chunk=chunk)
     (loss * 0.125).sum().backward()
     return [loss.detach()[0], hidden.grad.full_tensor(), weight.grad.full_tensor()]
 

@@ -11,7 +11,6 @@ import torch
 
 from hybridtrain.data.rows import Block
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.family import family_of
 from hybridtrain.models.init import draw
 from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
@@ -98,12 +97,9 @@ def trained(case: Case) -> tuple[list[tuple[float, float]], Sums, dict[str, torc
 def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
     config = case.config()
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
-    family = family_of(built.model_type)
-    source, task = draw(built, family=family, seed=config.run.seed), Halves()
+    source, task = draw(built, seed=config.run.seed), Halves()
     fp32 = {"compute": torch.float32, "param": torch.float32}
-    plain = Reference(
-        built, family=family, source=source, settings=config.optim, freeze=(), task=task, **fp32
-    )
+    plain = Reference(built, source=source, settings=config.optim, freeze=(), task=task, **fp32)
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     counts = [task.counts(batch) for batch in case.batches(0, dp_rank=0, dp=1)]
     for found, sums, parameters in run_ranks(case.world_size, trained, case):
@@ -142,4 +138,4 @@ def test_sums_that_a_task_gets_wrong_are_named(returned, said, monkeypatch):
     task = Halves()
     monkeypatch.setattr(task, "loss", lambda *_: returned)
     with pytest.raises(TypeError, match=rf"Halves\.loss: the sum {said}"):
-        Head(torch.nn.Linear(4, 8, bias=False), task=task, loss_chunk=0)(None, None)
+        Head(torch.nn.Linear(4, 8, bias=False), scale=1.0, cap=None, task=task, loss_chunk=0)(None, None)

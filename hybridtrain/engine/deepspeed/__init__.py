@@ -28,10 +28,9 @@ from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config
-from hybridtrain.models.facts import read_config
-from hybridtrain.models.family import family_for
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.load import initial as initial_weights
+from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
@@ -71,11 +70,11 @@ class DeepSpeedEngine:
         self.stage_group = self.mesh.group("stage")
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.family = family_for(self.model_config)
         self.deepspeed = start(device)
         with quiet():
             self.grid = self._grid()
         self.stage, self.parts = self._stage()
+        self.structure = self.stage.structure  # before DeepSpeed wraps it
         self.named = list(self.stage.named_parameters())  # ZeRO keeps these objects, and changes their data
         self.owner: Callable[[str], str] = self.stage.owner  # before DeepSpeed wraps it
         self.optimizer = adamw(
@@ -87,9 +86,7 @@ class DeepSpeedEngine:
         self._init_loss_scale()
         self.shards = state.flat_shards(self.zero, self.named, parts=self.parts)
         if initial:
-            source = initial_weights(
-                config.model, self.model_config, family=self.family, seed=config.run.seed
-            )
+            source = initial_weights(config.model, self.model_config, seed=config.run.seed)
             state.fill(self.shards, source, owner=self.owner)
             state.update_model(self.zero)
 
@@ -104,7 +101,8 @@ class DeepSpeedEngine:
         """
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
-        layers = stage_layers(config.num_hidden_layers, layout.pp)[index]
+        count = config.get_text_config(decoder=True).num_hidden_layers
+        layers = stage_layers(count, layout.pp)[index]
         context = apply.Context(
             self.mesh,
             self.config.parallel,
@@ -117,7 +115,6 @@ class DeepSpeedEngine:
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
         stage = Stage(
             config,
-            family=self.family,
             layers=layers,
             first=index == 0,
             last=index == layout.pp - 1,
@@ -179,7 +176,7 @@ class DeepSpeedEngine:
         """This rank's copy of a tied matrix, on the first and the last stage."""
         if not self.stage.tied or not (self.stage.first or self.stage.last):
             return None
-        module: Any = self.stage.part(self.family.embed if self.stage.first else self.family.head)
+        module: Any = self.stage.part(self.structure.embed if self.stage.first else self.structure.head)
         return module.weight
 
     # -- the Engine protocol
@@ -188,7 +185,7 @@ class DeepSpeedEngine:
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
         if self.stage.last:
-            head: Any = self.stage.part(self.family.head)
+            head: Any = self.stage.part(self.structure.head)
             head.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)

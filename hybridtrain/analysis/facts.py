@@ -9,15 +9,13 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, hub, overrides
+from hybridtrain.models import classifier
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
-from hybridtrain.models.weights import adapter_refused, checked_tie
-from hybridtrain.runtime.files import read_object
+from hybridtrain.models.source import read_config
 from hybridtrain.types import ModelFacts
 
 # The defaults of transformers for fields that are missing in config.json, as far as planning needs them.
@@ -44,7 +42,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-SUPPORTED = tuple(_DEFAULTS)
+BY_FIELDS = tuple(_DEFAULTS)
+"""Model types whose facts follow from their config.json."""
 _NOT_YET = (
     ("attention_dropout", "dropout", "model.config.attention_dropout=0"),
     (
@@ -71,50 +70,6 @@ _ENCODERS = (
 _OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
 
 
-def read_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json fields: those of from_pretrained,
-    overridden by `model.config` (overrides.merge).
-
-    If the folder's head weights differ from its embedding, tie_word_embeddings is false
-    (weights.checked_tie). With `model.labels`, the fields of a classifier. Raises UserError.
-    """
-    source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
-    fields = overrides.merge(source, model.config)
-    if model.labels:
-        return classifier.with_labels(fields, model.labels)
-    return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields
-
-
-def _config_json(model: ModelConfig) -> Path:
-    folder = Path(model.from_pretrained)
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return folder / "config.json"
-        if (folder / "adapter_config.json").is_file():
-            raise adapter_refused(model.from_pretrained)
-        hint = (
-            "hybridtrain export run.dir=RUN, then its export folder"
-            if (folder / "checkpoints").is_dir() or (folder / "complete.json").is_file()
-            else "the folder that holds config.json"
-        )
-        raise refusal(
-            "model.from_pretrained",
-            model.from_pretrained,
-            "there is no config.json in it",
-            allowed="a Hugging Face model folder or hub id",
-            instead=hint,
-        )
-    if folder.is_absolute() or model.from_pretrained.startswith("."):
-        raise refusal(
-            "model.from_pretrained",
-            model.from_pretrained,
-            "there is no such folder",
-            allowed="a Hugging Face model folder or hub id",
-            instead="an existing folder",
-        )
-    return hub.file(model, "config.json")
-
-
 def facts_of(model: ModelConfig) -> ModelFacts:
     """`facts` of `read_config`. Errors about a field of from_pretrained's config.json name that file."""
     try:
@@ -133,8 +88,8 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     Raises UserError for families and features that are not supported.
     """
     kind = fields.get("model_type")
-    if kind not in SUPPORTED:
-        raise _unsupported(kind)
+    if kind not in BY_FIELDS:
+        return _of_any(fields)
     for field, feature, instead in _NOT_YET:
         if fields.get(field):
             raise refusal(
@@ -185,6 +140,20 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     return counted
 
 
+def _of_any(fields: Mapping[str, Any]) -> ModelFacts:
+    """The facts of another model type; loads torch."""
+    kind = fields.get("model_type")
+    if kind in _ENCODERS or kind in _OTHERS or fields.get("num_labels"):
+        raise _unsupported(kind)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise _unsupported(kind)
+    from hybridtrain.analysis.of_any import facts_of_any
+
+    return facts_of_any(fields)
+
+
 def _head_sizes(fields: Mapping[str, Any]) -> tuple[int, int]:
     """(head_dim, number of key-value heads).
 
@@ -220,13 +189,13 @@ def _unsupported(kind: object) -> UserError:
         )
     else:
         problem = "this architecture is not supported yet"
-    near = difflib.get_close_matches(str(kind), SUPPORTED, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
     instead = (
         f"model.config.model_type={near[0]}"
         if near
         else "a model of these families; CONTRIBUTING.md says what a new one takes"
     )
-    return refusal("model.config.model_type", kind, problem, allowed=", ".join(SUPPORTED), instead=instead)
+    return refusal("model.config.model_type", kind, problem, allowed=", ".join(BY_FIELDS), instead=instead)
 
 
 def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:

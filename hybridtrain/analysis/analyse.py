@@ -1,0 +1,242 @@
+"""Claims about a model, proven on a reduced copy of it in one process:
+
+    causal      a token does not change what comes before it
+    stages      stages of consecutive layers, one after the other, give loss and gradients of the whole model
+    documents   documents packed into a row give the loss and gradients of each document alone
+
+The stages are those that train (models/stage.py); the reference is Hugging Face's own model, called plainly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.models import build
+from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.reduced import HIDDEN, VOCABULARY, reduced
+from hybridtrain.models.stage import Stage
+from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.tasks.head import Head
+from hybridtrain.types import IGNORE_INDEX, Batch
+
+ROWS, LENGTH = 2, 12
+DOCUMENTS = ((5, 4, 3), (2, 10))
+"""Lengths of the documents in each packed row."""
+TOLERANCE = 1e-5
+"""Largest relative difference of the loss, and of a gradient by its norm."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The largest differences that were found."""
+
+    loss: float
+    gradient: float
+    where: str
+    """The parameter with the largest difference."""
+
+    def __str__(self) -> str:
+        return f"loss differs by {self.loss:.1e}, the gradient of {self.where} by {self.gradient:.1e}"
+
+    @property
+    def passed(self) -> bool:
+        return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A reduced copy: its transformers config, and Hugging Face's own model of it."""
+
+    config: Any
+    model: Any
+
+
+def copy_of(config: Any) -> Copy:
+    """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
+    start at zero count.
+    """
+    return _copy(reduced(config, random=False), config)
+
+
+def _copy(small: Any, config: Any) -> Copy:
+    small._attn_implementation = config._attn_implementation
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build.plain_model(small)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return Copy(small, model)
+
+
+def is_random(config: Any) -> bool:
+    """Whether two forward passes of the model in training differ."""
+    model = _copy(reduced(config, random=True), config).model.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return not torch.equal(_logits(model, _tokens()), _logits(model, _tokens()))
+
+
+def is_causal(copy: Copy) -> bool:
+    """Whether tokens do not change the logits of those before them."""
+    ids = _tokens()
+    other = ids.clone()
+    other[:, LENGTH - 2 :] = (other[:, LENGTH - 2 :] + 7) % VOCABULARY
+    with torch.no_grad():
+        first, second = (_logits(copy.model, each)[:, : LENGTH - 2] for each in (ids, other))
+    return torch.allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def stages(copy: Copy, *, cuts: Sequence[int]) -> Result:
+    """Stages that begin at the layers `cuts` against the whole model."""
+    ids = _tokens()
+    batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
+    reference = _plain(copy.model, [ids], [batch.labels_BT])
+    return _difference(reference, _chained(copy, batch, cuts=cuts))
+
+
+def documents(copy: Copy) -> Result:
+    """Documents in packed rows against each of them alone."""
+    ids = _tokens()
+    batch = batch_of(ids, DOCUMENTS, packed=True)
+    alone, labels = [], []
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for length in lengths:
+            alone.append(ids[row : row + 1, start : start + length])
+            labels.append(batch.labels_BT[row : row + 1, start : start + length])
+            start += length
+    return _difference(_plain(copy.model, alone, labels), _chained(copy, batch, cuts=()))
+
+
+def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> Batch:
+    """Next-token prediction within documents of these lengths."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    labels = torch.cat([ids[:, 1:], torch.full((len(ids), 1), IGNORE_INDEX)], dim=1)
+    ends = torch.cat([positions[:, 1:] == 0, torch.ones(len(ids), 1, dtype=torch.bool)], dim=1)
+    return Batch(ids, labels.masked_fill(ends, IGNORE_INDEX), positions, packed=packed)
+
+
+def _tokens() -> Tensor:
+    return torch.randint(3, VOCABULARY - 1, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits
+
+
+Found = tuple[float, Mapping[str, Tensor]]
+"""(loss, parameter -> gradient)."""
+
+
+def _plain(model: Any, rows: Sequence[Tensor], labels: Sequence[Tensor]) -> Found:
+    model.zero_grad()
+    total = 0.0
+    for ids, targets in zip(rows, labels, strict=True):
+        logits = _logits(model, ids)
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):
+            loss.backward()
+            total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
+    count = copy.config.get_text_config(decoder=True).num_hidden_layers
+    bounds = [0, *cuts, count]
+    weights = dict(copy.model.named_parameters())
+    x: Tensor = batch.input_ids_BT
+    made = []
+    for first, last in itertools.pairwise(bounds):
+        stage = Stage(
+            copy.config,
+            layers=range(first, last),
+            first=first == 0,
+            last=last == count,
+            head=partial(Head, task=CausalLM(), loss_chunk=0),
+        )
+        stage.to_empty(device="cpu")
+        stage.tie()
+        reset_buffers(stage, device=torch.device("cpu"))
+        with torch.no_grad():
+            for name, parameter in stage.named_parameters():
+                parameter.copy_(weights[stage.owner(name)])
+        made.append(stage)
+        x = stage(x, batch=batch)
+        if last != count and x.shape != (*batch.input_ids_BT.shape, HIDDEN):
+            raise ValueError(f"hidden states between its layers have the shape {tuple(x.shape)}")
+    x.sum().backward()
+    gradients: dict[str, Tensor] = {}
+    for stage in made:
+        for name, parameter in stage.named_parameters():
+            if parameter.grad is not None:
+                owner = stage.owner(name)
+                gradients[owner] = gradients.get(owner, 0) + parameter.grad
+    return x.item(), gradients
+
+
+def _difference(expected: Found, actual: Found) -> Result:
+    loss = abs(expected[0] - actual[0]) / max(abs(expected[0]), 1e-9)
+    total = torch.stack([g.norm() for g in expected[1].values()]).norm().item()
+    worst, where = 0.0, ""
+    for name in {**expected[1], **actual[1]}:
+        one, other = expected[1].get(name), actual[1].get(name)
+        if one is None or other is None:
+            size = (one if one is not None else other).norm().item()  # type: ignore[union-attr]
+            difference = size / total
+        else:
+            difference = ((one - other).norm() / max(one.norm().item(), 1e-3 * total)).item()
+        if not difference <= worst:
+            worst, where = difference, name
+    return Result(loss, worst, where)
+
+
+def refused(config: Any) -> dict[str, str]:
+    """What cannot be done with the model of a transformers config: capability -> why.
+
+    Raises UserError for one that cannot be trained at all.
+    """
+    copy = copy_of(config)
+    if not is_causal(copy):
+        raise _cannot_train(config, "its tokens see those that follow, so it is no causal language model")
+    if not (whole := stages(copy, cuts=())).passed:
+        raise _cannot_train(config, f"a reduced copy does not train as transformers' own model does: {whole}")
+    found = {"tp": "its layers cannot be sliced yet"}
+    if why := _why_not(lambda: documents(copy)):
+        found["documents"] = why
+    count = copy.config.get_text_config(decoder=True).num_hidden_layers
+    for cut in range(1, count):
+        if why := _why_not(lambda cut=cut: stages(copy, cuts=(cut,))):  # type: ignore[misc]
+            found["pp"] = f"a stage that begins at layer {cut} of the reduced copy: {why}"
+            break
+    return found
+
+
+def _why_not(claim: Callable[[], Result]) -> str:
+    """Empty for a claim that holds."""
+    try:
+        result = claim()
+    except UserError as error:
+        return str(error).splitlines()[0]
+    except Exception as error:  # a model's own code, with whatever it raises
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "" if result.passed else str(result)
+
+
+def _cannot_train(config: Any, problem: str) -> UserError:
+    return refusal(
+        "model.config.model_type",
+        config.model_type,
+        problem,
+        allowed="causal language models that pass `hybridtrain inspect`",
+        instead="a model of another architecture",
+    )

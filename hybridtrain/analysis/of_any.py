@@ -1,0 +1,94 @@
+"""ModelFacts of a model type whose config.json alone does not tell them.
+
+The model is built without memory for its weights, and a reduced copy of it is examined (analyse.py). The
+result is kept in the user's cache folder, by every field of the config and the versions of what computed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.analysis import analyse
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.models import build, reduced
+from hybridtrain.runtime import log
+from hybridtrain.runtime.files import read_object, write_json
+from hybridtrain.types import ModelFacts
+
+_log = log.get("model")
+SEARCH = 1
+"""Version of what is examined, and how."""
+_UNBOUNDED = 1 << 40
+
+
+def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
+    """The facts of a causal LM with config.json `fields`. Raises UserError for one that cannot be trained."""
+    file = _cache(fields)
+    if file.is_file():
+        try:
+            return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
+        except (UserError, TypeError):
+            file.unlink(missing_ok=True)
+    began = time.monotonic()
+    facts = _examined(fields)
+    _log.info("analysis  %s, %.1f s", "; ".join(_lines(facts)) or "all claims hold", time.monotonic() - began)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, dataclasses.asdict(facts))
+    except OSError as error:
+        _log.warning("the analysis of the model is not kept in %s: %s", file, error)
+    return facts
+
+
+def _lines(facts: ModelFacts) -> list[str]:
+    return [f"no {capability}: {why}" for capability, why in facts.refused.items()]
+
+
+def _cache(fields: Mapping[str, Any]) -> Path:
+    versions = [version(name) for name in ("torch", "transformers")]
+    content = json.dumps([SEARCH, versions, fields], sort_keys=True, default=str)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "hybridtrain" / "analysis" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+
+
+def _examined(fields: Mapping[str, Any]) -> ModelFacts:
+    config = build.hf_config(fields, chosen={}, attention="sdpa")
+    _check_random(config)
+    text = config.get_text_config(decoder=True)
+    model: Any = build.meta_model(config)
+    heads = text.num_attention_heads
+    return ModelFacts(
+        model_type=config.model_type,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab=model.get_input_embeddings().weight.shape[0],
+        labels=(),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        window=getattr(text, "sliding_window", None),
+        max_positions=getattr(text, "max_position_embeddings", None) or _UNBOUNDED,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        refused=analyse.refused(config),
+    )
+
+
+def _check_random(config: Any) -> None:
+    """Refuse dropout and jitter that act: a step must not depend on random numbers of the layout."""
+    fields = config.get_text_config(decoder=True).to_dict()
+    nonzero = {name: value for name, value in fields.items() if reduced.is_random(name, value) and value > 0}
+    if nonzero and analyse.is_random(config):
+        name = next(iter(nonzero))
+        problem = "random forward passes are not supported yet"
+        instead = " ".join(f"model.config.{each}=0" for each in nonzero)
+        raise refusal(f"model.config.{name}", nonzero[name], problem, allowed="0", instead=instead)

@@ -1,0 +1,182 @@
+"""The reduced copy of a model: its config with all its switches, types of layers and ratios, and small sizes.
+
+Sizes differ from one another (hidden, attention width, MLP), so that a mistaken dimension does not fit. There
+are as many layers as cuts and layer types need, in the order in which the model first has them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY, POSITIONS, EXPERTS, WINDOW = 48, 6, 8, 80, 131, 64, 4, 5
+LAYERS = 4
+
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
+)
+_HIDDEN = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "embedding_size",
+    "word_embed_proj_dim",
+    "attention_hidden_size",
+)
+_HEADS = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+    "attention_heads",
+    "swa_num_attention_heads",
+)
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads")
+_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("head_dim", "kv_channels", "dim_head", "attention_head_dim", "swa_head_dim"), HEAD_DIM),
+    **dict.fromkeys(
+        ("global_head_dim", "linear_head_dim", "v_head_dim", "qk_nope_head_dim", "head_k_dim"), HEAD_DIM
+    ),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "index_head_dim"), HEAD_DIM // 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff", "dim_ff", "decoder_ffn_dim"), FFN),
+    **dict.fromkeys(
+        ("encoder_ffn_dim", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), FFN
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), FFN // 2
+    ),
+    **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), FFN // 2),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCABULARY),
+    "unpadded_vocab_size": VOCABULARY,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), POSITIONS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
+    **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "num_expert_groups"), 1),
+    **dict.fromkeys(("num_shared_experts", "n_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "sliding_window_size"), WINDOW),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "laurel_rank", "gated_norm_rank", "hc_lowrank"), 12),
+    **dict.fromkeys(("o_lora_rank", "hidden_size_per_layer_input", "ple_embed_dim", "d_rel"), 12),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_chunk_len"), 8),
+    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_heads"), 2),
+    "linear_num_value_heads": 4,
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("index_n_heads",), 2),
+    **dict.fromkeys(("index_topk",), 4),
+    **dict.fromkeys(("moe_latent_size",), 24),
+}
+_RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
+"""Parts of names of fields."""
+
+
+def is_random(name: str, value: object) -> bool:
+    """Whether a field is a probability of dropout or jitter."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and any(word in name for word in _RANDOM)
+
+
+def reduced(config: Any, *, random: bool) -> Any:
+    """The reduced copy of a transformers config, with LAYERS layers, or as many as it has types of layers.
+
+    `random`: with the model's dropout and jitter; else without.
+    """
+    fields = config.to_dict()
+    known = type(config)().to_dict()
+    fields = {key: value for key, value in fields.items() if value is not None or known.get(key) is not None}
+    text = config.get_text_config(decoder=True)
+    own_heads = getattr(text, "num_attention_heads", None) or HEADS
+    own_kv = getattr(text, "num_key_value_heads", None) or own_heads
+    heads, kv_heads = _ratio(own_heads, own_kv)
+    small = _reduced(fields, chosen=_layers_to_keep(config), heads=heads, kv_heads=kv_heads)
+    if random:
+        small |= {name: value for name, value in fields.items() if is_random(name, value)}
+    result = type(config)(**small)
+    result.architectures = config.architectures
+    result.use_cache = False
+    return result
+
+
+def _ratio(heads: int, kv_heads: int) -> tuple[int, int]:
+    """(heads, key/value heads) of the reduced copy: as many heads for a key/value head, within reason."""
+    if kv_heads == heads:
+        return HEADS, HEADS
+    return (HEADS, 1) if kv_heads == 1 else (HEADS, 2)
+
+
+def _layers_to_keep(config: Any) -> list[int]:
+    """The first layer of each type, and as many of the following as make LAYERS, in order."""
+    text = config.get_text_config(decoder=True)
+    count, fields = text.num_hidden_layers, text.to_dict()
+    if count < LAYERS:
+        return list(range(count))
+    lists = [value for value in fields.values() if isinstance(value, list) and len(value) == count]
+    sharing = count - (
+        fields.get("num_kv_shared_layers") or 0
+    )  # the last layers use keys and values of others
+    kinds = [(index >= sharing, *(str(values[index]) for values in lists)) for index in range(count)]
+    first = {kinds.index(kind) for kind in set(kinds)}
+    rest = [index for index in range(count) if index not in first]
+    return sorted([*first, *rest[: max(0, LAYERS - len(first))]])
+
+
+def _reduced(
+    fields: Mapping[str, Any], *, chosen: Sequence[int], heads: int, kv_heads: int
+) -> dict[str, Any]:
+    count = next((fields[key] for key in _LAYERS if isinstance(fields.get(key), int)), 0)
+    result: dict[str, Any] = {}
+    for key, value in fields.items():
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, Mapping) and key == "per_layer_config":
+            value = {place: value[index] for place, index in enumerate(chosen) if index in value}
+        elif isinstance(value, Mapping) and key.endswith("config"):
+            value = _reduced(value, chosen=chosen, heads=heads, kv_heads=kv_heads)
+        elif key in _LAYERS and number:
+            value = len(chosen)
+        elif key == "num_kv_shared_layers" and number:
+            value = sum(index >= count - value for index in chosen)
+        elif isinstance(value, list) and len(value) == count > 1 and max(chosen) < count:
+            value = [value[index] for index in chosen]
+        elif key in _HIDDEN and number:
+            value = HIDDEN
+        elif key in _HEADS and number:
+            value = heads
+        elif key in _KV_HEADS and number:
+            value = kv_heads
+        elif key in _SIZES and number and value > 0:
+            value = _SIZES[key]
+        elif is_random(key, value):
+            value = type(value)(0)
+        elif key.endswith("token_id") and number:
+            value = 1
+        result[key] = copy.deepcopy(value)
+    return _consistent(result)
+
+
+def _consistent(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields`, with sizes that follow from others."""
+    inner = HIDDEN * fields.get("mamba_expand", fields.get("expand", 2))
+    if "qk_rope_head_dim" in fields and fields.get("head_dim"):
+        fields["head_dim"] = fields["qk_rope_head_dim"]
+    if "qk_head_dim" in fields:
+        fields["qk_head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
+    for heads, width in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim")):
+        if fields.get(heads):
+            fields[heads], fields[width] = HEADS, inner // HEADS
+    if "state_size" in fields and "num_heads" in fields:  # Mamba 2
+        fields["num_heads"], fields["head_dim"] = HEADS, inner // HEADS
+    if fields.get("mamba_d_ssm"):
+        fields["mamba_d_ssm"] = inner
+    if fields.get("num_experts_per_tok") is None and "n_routed_experts" in fields:
+        fields["num_experts_per_tok"] = 2
+    return fields

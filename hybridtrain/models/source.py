@@ -1,0 +1,57 @@
+"""The config.json of the chosen model. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hybridtrain.config.schema import ModelConfig
+from hybridtrain.errors import refusal
+from hybridtrain.models import classifier, hub, overrides
+from hybridtrain.models.family import SUPPORTED
+from hybridtrain.models.weights import adapter_refused, checked_tie
+from hybridtrain.runtime.files import read_object
+
+
+def read_config(model: ModelConfig) -> dict[str, Any]:
+    """The model's config.json fields: those of from_pretrained,
+    overridden by `model.config` (overrides.merge).
+
+    If the folder's head weights differ from its embedding, tie_word_embeddings is false
+    (weights.checked_tie). With `model.labels`, the fields of a classifier. Raises UserError.
+    """
+    source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
+    fields = overrides.merge(source, model.config)
+    if model.labels:
+        return classifier.with_labels(fields, model.labels)
+    return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields
+
+
+def _config_json(model: ModelConfig) -> Path:
+    folder = Path(model.from_pretrained)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder / "config.json"
+        if (folder / "adapter_config.json").is_file():
+            raise adapter_refused(model.from_pretrained)
+        hint = (
+            "hybridtrain export run.dir=RUN, then its export folder"
+            if (folder / "checkpoints").is_dir() or (folder / "complete.json").is_file()
+            else "the folder that holds config.json"
+        )
+        raise refusal(
+            "model.from_pretrained",
+            model.from_pretrained,
+            "there is no config.json in it",
+            allowed="a Hugging Face model folder or hub id",
+            instead=hint,
+        )
+    if folder.is_absolute() or model.from_pretrained.startswith("."):
+        raise refusal(
+            "model.from_pretrained",
+            model.from_pretrained,
+            "there is no such folder",
+            allowed="a Hugging Face model folder or hub id",
+            instead="an existing folder",
+        )
+    return hub.file(model, "config.json")

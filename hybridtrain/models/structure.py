@@ -1,0 +1,279 @@
+"""Where a model's embedding, layers and head are, and what it does between them: found by looking at a
+reduced copy of the model (reduced.py) and calling it.
+
+    before -> layers[0] -> ... -> layers[n - 1] -> after -> head -> logits = transform(head's output)
+
+`before` and `after` name the modules that own parameters: embeddings of tokens and positions, norms.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.errors import refusal
+from hybridtrain.models import attention
+from hybridtrain.models.build import attention_of, plain_model
+from hybridtrain.models.reduced import HIDDEN, reduced
+
+ROWS, POSITIONS = 2, 7
+"""Size of the batch of a trace."""
+
+
+Before = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Paths of modules are those of Hugging Face's model."""
+
+    embed: str
+    layers: str
+    head: str
+    before: Before
+    """Modules that own parameters and are called before the first layer, and the shape of their result: B, T
+    and D for rows, positions and width of the hidden states, as in "BTD"; empty for one that keeps its shape,
+    such as a norm."""
+    after: tuple[str, ...]
+    """Modules that own parameters and are called after the last layer, without the head."""
+    returns: type
+    """What a layer returns: a Tensor, or a tuple or list whose first item is the hidden states."""
+    items: int
+    """Length of that tuple or list; 0 for a Tensor."""
+    scale: float
+    """Logits are cap * tanh(scale * z / cap), where z is the head's output; without a cap scale * z."""
+    cap: float | None
+    arguments: tuple[str, ...]
+    """Those of position_ids, attention_mask and use_cache that the model's forward has."""
+    attention: str
+    """Name of its attention implementation (attention.py)."""
+
+
+class Stop(Exception):
+    """Ends a model's forward, and carries the hidden states out of it."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+def structure_of(config: Any) -> Structure:
+    """The structure of the model of a transformers config.
+
+    Raises UserError for a model without an embedding, one list of layers and a linear head.
+    """
+    request = repr((type(config).__name__, config.architectures, config.to_json_string()))
+    if request not in _FOUND:
+        _FOUND[request] = _find(config)
+    return _FOUND[request]
+
+
+_FOUND: dict[str, Structure] = {}
+"""What this process has found: each of its stages asks for the same."""
+
+
+def stub(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A layer of the same class and attributes, without parameters, that calls `forward` instead of its own.
+
+    Models read attributes of their layers, such as the kind of attention.
+    """
+    result = copy.copy(layer)
+    result.__dict__ = {
+        **layer.__dict__,
+        "_modules": {},
+        "_parameters": {},
+        "_buffers": {},
+        "forward": forward,
+    }
+    return result
+
+
+def hidden_of(given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a layer."""
+    return given[0] if given else options["hidden_states"]
+
+
+@torch.no_grad()
+def _find(config: Any) -> Structure:
+    """The structure, with the attention that has our masks if the model computes the same with it."""
+    own, plain = attention.registered(config), attention_of(config)
+    model = _copy(config, own)
+    try:
+        same = torch.allclose(_call(model).logits, _call(_copy(config, plain)).logits, rtol=1e-4, atol=1e-5)
+    except Exception:
+        same = False
+    name = own if same else plain
+    return _structure(model if same else _copy(config, plain), attention=name)
+
+
+def _copy(config: Any, implementation: str) -> Any:
+    small = reduced(config, random=False)
+    small._attn_implementation = implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return plain_model(small).eval()
+
+
+def _structure(model: Any, *, attention: str) -> Structure:
+    head = model.get_output_embeddings()
+    head = head if head is not None else getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise _not_found(model, f"its head is no linear layer ({type(head).__name__})")
+    embed, head = _path_of(model, model.get_input_embeddings()), _path_of(model, head)
+    layers = _layers(model)
+    before, after, output = _trace(model, layers=layers, head=head)
+    scale, cap = _transform(model, head=head)
+    items = 0 if isinstance(output, Tensor) else len(output)
+    arguments = _arguments(model)
+    return Structure(
+        embed, layers, head, before, after, type(output), items, scale, cap, arguments, attention
+    )
+
+
+def _arguments(model: Any) -> tuple[str, ...]:
+    taken = inspect.signature(model.forward).parameters
+    return tuple(name for name in ("position_ids", "attention_mask", "use_cache") if name in taken)
+
+
+def _not_found(model: Any, problem: str) -> Exception:
+    return refusal(
+        "model.config.model_type",
+        model.config.model_type,
+        f"{problem}, so this architecture is not supported yet",
+        allowed="models of an embedding, one list of layers, and a linear head",
+        instead="a model of another architecture",
+    )
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+def _layers(model: Any) -> str:
+    """The list of as many modules with parameters as the config has layers: one of `_no_split_modules`, not
+    of an encoder, with the shortest path.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    unsplit = set(getattr(model, "_no_split_modules", None) or ())
+    found = [
+        (
+            not any(type(item).__name__ in unsplit for item in module),
+            "encoder" in path or "vision" in path,
+            len(path),
+            path,
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(any(True for _ in item.parameters()) for item in module)
+    ]
+    if not found:
+        raise _not_found(model, f"no list of {count} layers was found in it")
+    return min(found)[-1]
+
+
+@contextmanager
+def _hooked(*handles: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call(model: Any) -> Any:
+    ids = torch.arange(ROWS * POSITIONS).view(ROWS, POSITIONS) % model.get_input_embeddings().weight.shape[0]
+    given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    return model(input_ids=ids, **{name: given[name] for name in _arguments(model) if name in given})
+
+
+def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ...], Any]:
+    """`before`, `after`, and what a layer returns."""
+    called: list[str] = []
+    shapes: dict[str, str] = {}
+    outputs: list[Any] = []
+    handles = []
+    listed = model.get_submodule(layers)
+    for path, module in model.named_modules():
+        inside = path.startswith(f"{layers}.")
+        if not inside and any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: called.append(path)))
+            handles.append(module.register_forward_hook(partial(_shape, shapes, path)))
+    for layer in listed:
+        handles.append(layer.register_forward_pre_hook(lambda *_: called.append(layers)))
+        handles.append(layer.register_forward_hook(lambda module, given, result: outputs.append(result)))  # noqa: ARG005
+    with _hooked(*handles):
+        _call(model)
+    if len(outputs) != len(listed):
+        raise _not_found(model, f"its {len(listed)} layers are called {len(outputs)} times")
+    first, last = called.index(layers), len(called) - 1 - called[::-1].index(layers)
+    after = tuple(path for path in called[last + 1 :] if path != head)
+    before = tuple((path, shapes[path]) for path in dict.fromkeys(called[:first]))
+    if unknown := [path for path, shape in before if "?" in shape]:
+        raise _not_found(model, f"{unknown[0]}, called before its layers, is neither an embedding nor a norm")
+    return before, after, outputs[0]
+
+
+def _shape(shapes: dict[str, str], path: str, module: nn.Module, given: Any, result: Any) -> None:  # noqa: ARG001
+    """Note the shape of a module's result."""
+    names = {ROWS: "B", POSITIONS: "T", HIDDEN: "D", 1: "1"}
+    if not isinstance(result, Tensor):
+        shapes[path] = "?"
+    elif given and isinstance(given[0], Tensor) and given[0].shape == result.shape:
+        shapes[path] = ""
+    else:
+        shapes[path] = "".join(names.get(size, "?") for size in result.shape)
+
+
+def _transform(model: Any, *, head: str) -> tuple[float, float | None]:
+    """(scale, cap) of what the model makes of the head's output."""
+    module = model.get_submodule(head)
+    outputs: list[Tensor] = []
+
+    def numbers(module: nn.Module, given: Any, result: Tensor) -> Tensor:  # noqa: ARG001 - a hook's signature
+        outputs.append(torch.linspace(-40.0, 40.0, result.numel()).view_as(result))
+        return outputs[-1]
+
+    with _hooked(module.register_forward_hook(numbers)):
+        logits = _call(model).logits
+    z = outputs[-1].reshape(-1)[-logits.numel() :].view_as(logits)
+    scale = (logits[z.abs() < 0.5] / z[z.abs() < 0.5]).median().item() if logits.numel() > 8 else 1.0
+    for candidate in (1.0, *_scales(model)):
+        if torch.allclose(logits, z * candidate, rtol=1e-5, atol=1e-6):
+            return candidate, None
+    cap = logits.abs().max().item()
+    for candidate in (*_caps(model), cap):
+        if torch.allclose(logits, candidate * torch.tanh(z / candidate), rtol=1e-4, atol=1e-4):
+            return 1.0, candidate
+    if torch.allclose(logits, z * scale, rtol=1e-4, atol=1e-5):
+        return scale, None
+    raise _not_found(model, "what it makes of its head's output is neither a scale nor a soft cap")
+
+
+def _scales(model: Any) -> list[float]:
+    """Numbers in the config by which logits may be multiplied, exactly."""
+    values = _numbers(model, ("logit", "lm_head", "multiplier"))
+    return [*values, *(1.0 / value for value in values if value)]
+
+
+def _caps(model: Any) -> list[float]:
+    return [value for value in _numbers(model, ("cap",)) if value > 0]
+
+
+def _numbers(model: Any, words: tuple[str, ...]) -> list[float]:
+    fields = model.config.get_text_config(decoder=True).to_dict()
+    return [
+        float(value)
+        for key, value in fields.items()
+        if any(word in key for word in words)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ]

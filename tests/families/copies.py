@@ -1,0 +1,40 @@
+"""Reduced copies of model types, as config.json fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybridtrain.models.reduced import reduced
+
+NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "dropout")
+EIGHT: dict[str, dict[str, Any]] = {
+    "gemma2": {},  # two types of layers, soft caps, norms around blocks
+    "gpt2": dict.fromkeys(NO_DROPOUT[:4], 0.0),  # Conv1D, learned positions, tied
+    "granite": {  # multipliers other than 1
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0156,
+    },
+    "olmo2": {},  # norms over all heads together
+    "phi3": {},  # fused projections
+    "bloom": {"n_layer": 4},  # layers that return tuples, alibi
+    "mixtral": {},  # experts
+    "gpt_oss": {},  # experts, sinks, windows
+}
+"""Model types that between them have what is easily missed -> fields other than their defaults."""
+
+
+def config_of(model_type: str, **fields: Any) -> Any:
+    """A transformers config of a model type as it is published."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type](**{**EIGHT.get(model_type, {}), **fields})
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
+    """config.json fields of its reduced copy, in which initial weights are large enough to be seen."""
+    small = reduced(config_of(model_type, **fields), random=False).to_dict()
+    return {**small, "model_type": model_type, "initializer_range": 0.1}

@@ -28,6 +28,11 @@ def _no_launcher_is_left_behind() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _analyses_are_kept_for_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared corpus, for reading only."""

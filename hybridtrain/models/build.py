@@ -37,7 +37,12 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
         config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise _invalid(error, fields, chosen=chosen) from error
-    known = set(type(config)().to_dict()) | {*overrides.ROPE, *_NOT_OURS}
+    known = set(type(config)().to_dict()) | {
+        "head_dim",
+        *type(config).attribute_map,
+        *overrides.ROPE,
+        *_NOT_OURS,
+    }
     for key in chosen:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)

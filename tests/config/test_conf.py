@@ -32,6 +32,18 @@ PARAMETERS = {
     "qwen3_32b": 32_762_123_264,
     "qwen2_5_7b": 7_615_616_512,
     "mistral_7b": 7_248_023_552,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
+    "phi4_mini": 3_836_021_760,
+    "olmo2_7b": 7_298_617_344,
+    "granite3_2b": 2_533_525_504,
+    "smollm3_3b": 3_075_098_624,
+    "glm4_9b": 9_400_279_040,
+    "gpt2": 124_439_808,
+    "gpt2_xl": 1_557_611_200,
+    "pythia_1b": 1_011_781_632,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "mixtral_8x7b": 46_702_792_704,
 }
 
 
@@ -126,9 +138,10 @@ def test_models_are_the_published_ones(name):
 
     fields = compose("train", [f"model={name}"]).model.config
     config = AutoConfig.for_model(**fields)
-    for key in fields.keys() - {"model_type", "rope_theta", "rope_scaling"}:
+    for key in fields.keys() - {"model_type", "rope_theta", "rope_scaling", "partial_rotary_factor"}:
         assert hasattr(config, key), f"{key} is no field of {type(config).__name__}"
-    assert config.rope_parameters["rope_theta"] == fields["rope_theta"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        assert key not in fields or config.rope_parameters[key] == fields[key]
     for key, value in (fields.get("rope_scaling") or {}).items():
         assert config.rope_parameters[key] == value
     with torch.device("meta"):

@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "run",
         "train a model under any parallel layout; resumes the run if its directory exists",
     ),
+    "inspect": (
+        "hybridtrain.analysis.inspect",
+        "run",
+        "show what a model is made of, and which parallelism it has been shown to work with",
+    ),
     "prepare": ("hybridtrain.data.prepare.tokenize", "run", "turn text into token files"),
     "parity": (
         "hybridtrain.parity",

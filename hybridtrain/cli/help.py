@@ -10,6 +10,7 @@ from hybridtrain.config import keys
 
 EXAMPLES = {
     "train": "hybridtrain train --nproc 4 experiment=quickstart parallel=tp2_pp2 train.steps=100",
+    "inspect": "hybridtrain inspect model=gemma2_2b",
     "prepare": "hybridtrain prepare data.source=[books/] data.path=data/books data.vocab_size=8192",
     "parity": "hybridtrain parity experiment=smoke parity.layouts=[tp2,pp2-dp_shard2-zero1]",
     "bench": "hybridtrain bench --nproc 2 experiment=smoke parallel=tp2 bench.rounds=15 bench.out=bench.json",

@@ -91,6 +91,13 @@ class BenchRoot(Config):
 
 
 @options
+class InspectRoot(Root):
+    """`hybridtrain inspect`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@options
 class PrepareRoot(Root):
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
@@ -135,6 +142,7 @@ class LogsRoot(Root):
 
 ROOTS: dict[str, type[Root]] = {
     "train": Config,
+    "inspect": InspectRoot,
     "prepare": PrepareRoot,
     "parity": ParityRoot,
     "bench": BenchRoot,

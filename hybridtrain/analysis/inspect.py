@@ -1,0 +1,60 @@
+"""`hybridtrain inspect`: what a model is made of, and what can be done with it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hybridtrain.analysis.facts import facts_of
+from hybridtrain.config.schema import InspectRoot
+from hybridtrain.models.structure import Structure, structure_of
+from hybridtrain.types import ModelFacts
+
+CAPABILITIES = {
+    "pp": "pipeline parallelism",
+    "tp": "tensor parallelism",
+    "documents": "packed documents",
+}
+
+
+def run(config: InspectRoot) -> int:
+    """Print the model of `config`. Raises UserError for one that cannot be trained."""
+    from hybridtrain.models.build import attention_of, hf_config
+    from hybridtrain.models.source import read_config
+
+    began = time.monotonic()
+    facts = facts_of(config.model)
+    fields = read_config(config.model)
+    built = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
+    structure = structure_of(built)
+    wanted, used = config.model.attention, attention_of(built)
+    attention = used if used == wanted else f"{used} (this architecture has no {wanted})"
+    for name, value in (*_parts(built, structure, facts), ("attention", attention), *_claims(facts)):
+        print(f"{name:<22}{value}")
+    print(f"{'took':<22}{time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _parts(config: Any, structure: Structure, facts: ModelFacts) -> list[tuple[str, str]]:
+    tied = ", embedding and head are one matrix" if facts.tied else ""
+    layers = f"{structure.layers}, {facts.layers}"
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    if kinds:
+        layers += ": " + ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    scaled = "z" if structure.scale == 1.0 else f"{structure.scale:g} z"
+    logits = scaled if structure.cap is None else f"{structure.cap:g} tanh({scaled} / {structure.cap:g})"
+    return [
+        ("model", f"{facts.model_type}, {facts.parameters:,} parameters{tied}"),
+        ("before the layers", ", ".join(path for path, _ in structure.before)),
+        ("layers", layers),
+        ("after the layers", ", ".join((*structure.after, structure.head))),
+        ("logits", logits if logits == "z" else f"{logits}, z: what the head returns"),
+    ]
+
+
+def _claims(facts: ModelFacts) -> list[tuple[str, str]]:
+    """What holds is trained as in one plain process; what does not is refused."""
+    lines = [("data parallelism, ZeRO", "exact")]
+    for key, name in CAPABILITIES.items():
+        lines.append((name, f"refused: {facts.refused[key]}" if key in facts.refused else "exact"))
+    return lines

@@ -122,6 +122,10 @@ class ModelFacts:
     max_positions: int
     parameters: int
     """Number of parameters, tied weights counted once."""
+    full_layers: int = 0
+    """Layers without a window, if others have one."""
+    inactive: int = 0
+    """Of these, parameters of experts that a token does not use, on average."""
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
     attend to each other)."""

@@ -64,7 +64,8 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
     _check_random(config)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
-    heads = text.num_attention_heads
+    heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+    full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
     return ModelFacts(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
@@ -76,11 +77,29 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        window=getattr(text, "sliding_window", None),
+        window=window,
         max_positions=getattr(text, "max_position_embeddings", None) or _UNBOUNDED,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        full_layers=full_layers,
+        inactive=_inactive(model, text),
         refused=analyse.refused(config),
     )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+
+
+def _inactive(model: Any, text: Any) -> int:
+    """Parameters of experts that a token does not use: each token uses `_CHOSEN` of `_EXPERTS`."""
+    experts, chosen = (
+        next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
+        for names in (_EXPERTS, _CHOSEN)
+    )
+    if not experts or not chosen:
+        return 0
+    stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == experts)
+    return stacked * (experts - chosen) // experts
 
 
 def _check_random(config: Any) -> None:

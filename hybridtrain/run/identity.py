@@ -254,10 +254,11 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    `labels` is left out if empty, as version 0.1 had no labels; `refused` is, because it is not of the model.
+    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
-    del known["refused"]
+    for name in ("full_layers", "inactive", "refused"):
+        del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -92,18 +92,9 @@ def compare(config: BenchRoot) -> int:
 def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot
     be, and for a batch that grows)."""
-    for field, growing in (
-        ("batch.ramp_start", settled.plan.ramp),
-        ("batch.seq_len_start", settled.plan.cuts),
-    ):
-        if growing:
-            raise refusal(
-                field,
-                getattr(config.batch, field[6:]),
-                "bench times steps of the full size",
-                allowed="0",
-                instead=f"bench with {field}=0",
-            )
+    for field, first in settled.plan.growing.items():
+        problem, instead = "bench times steps of the full size", f"bench with {field}=0"
+        raise refusal(field, first, problem, allowed="0", instead=instead)
     if not config.bench.corpus:
         return config
     data = blends.open_data(config.data, timeout_s=config.engine.timeout_s)

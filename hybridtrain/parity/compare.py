@@ -210,7 +210,11 @@ def _result_path(config: schema.ParityRoot) -> Path:
             allowed="a folder that you can write",
             instead="run.dir=FOLDER",
         ) from error
-    return folder / "parity.json"
+    path = folder / "parity.json"
+    if path.exists() and not verdict.is_result(path):
+        problem, allowed = "parity.json there is not of this command and would be replaced", "another folder"
+        raise refusal("run.dir", folder, problem, allowed=allowed, instead="run.dir=FOLDER")
+    return path
 
 
 def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridtrain.runtime.files import write_json
+from hybridtrain.errors import UserError
+from hybridtrain.runtime.files import read_object, write_json
 
 if TYPE_CHECKING:
     from hybridtrain.parity.measure import Measurement, ReferenceResult
@@ -156,6 +157,14 @@ def _cells(values: Mapping[str, float]) -> str:
         f"{format(values[name], '.1e') if name in values else '-':>{size}}"
         for name, size in zip(MEASURES, (9, 13, 9, 9), strict=True)
     )
+
+
+def is_result(path: Path) -> bool:
+    """Whether `write` wrote this file."""
+    try:
+        return {"reference", "layouts", "tolerances"} <= read_object(path, field="run.dir").keys()
+    except UserError:
+        return False
 
 
 def write(path: Path, *, rows: list[Row], reference: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -71,6 +71,12 @@ class BatchPlan:
         return self.global_batch_size * self.seq_len
 
     @property
+    def growing(self) -> dict[str, int]:
+        """The options by which this batch grows -> their values; empty for a batch of one size."""
+        ramp = {"batch.ramp_start": self.first_rows} if self.ramp else {}
+        return ramp | ({"batch.seq_len_start": self.first_length} if self.cuts else {})
+
+    @property
     def first_rows(self) -> int:
         """Rows of the first step's global batch."""
         return self.rows_at(0)

@@ -36,8 +36,12 @@ def parse(text: str) -> dict[str, Any]:
                 + "), zero0 to zero3, a schedule, v2 (virtual stages), nosp, or single",
                 instead="pp2-dp_shard2-tp2-zero3",
             )
+    sharded = fields.get("dp_shard", 1) > 1
     if fields["zero_stage"] is None:
-        fields["zero_stage"] = 1 if fields.get("dp_shard", 1) > 1 else 0
+        fields["zero_stage"] = int(sharded)
+    if fields["zero_stage"] and not sharded:
+        problem, allowed = "it has no dp_shard to shard over", "zero1 to zero3 beside dp_shard2 or more"
+        raise refusal("layout", text, problem, allowed=allowed, instead=f"dp_shard2-{text.strip()}")
     return fields
 
 

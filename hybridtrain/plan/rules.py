@@ -133,19 +133,9 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
         ("parallel.schedule", parallel.schedule, able.schedules),
         ("precision.kind", case.precision, able.precisions),
     ]
-    for field, first, growing in (
-        ("batch.ramp_start", case.plan.first_rows, case.plan.ramp),
-        ("batch.seq_len_start", case.plan.first_length, case.plan.cuts),
-    ):
-        holds = growing is None or able.growing_batches
-        yield Rule(
-            field,
-            first,
-            holds,
-            f"engine={engine} has one shape of batch",
-            "0",
-            f"engine=torch, or {field}=0",
-        )
+    for field, first in case.plan.growing.items():
+        problem, instead = f"engine={engine} has one size of batch", f"engine=torch, or {field}=0"
+        yield Rule(field, first, able.growing_batches, problem, "0", instead)
     other = "" if engine.startswith("torch") else "engine=torch, or "
     for field, value, allowed in wanted:
         names = sorted(map(str, allowed))

@@ -76,6 +76,12 @@ def parse(data: bytes) -> Holder | None:
     return holder if 0 <= holder.since < _LAST_TIME and 0 < holder.every <= _LONGEST_BEAT_S else None
 
 
+def requeues() -> int:
+    """How often Slurm has started this job again; 0 outside of Slurm."""
+    given = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(given) if given.isascii() and given.isdecimal() else 0
+
+
 def this_process() -> Holder:
     """This process, as the holder of a new lock."""
     job = os.environ.get("SLURM_JOB_ID", "")
@@ -86,7 +92,7 @@ def this_process() -> Holder:
         born=_born(os.getpid()) or "",
         job=job,
         chain=os.environ.get("HYBRIDTRAIN_CHAIN") or job,
-        attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        attempt=requeues(),
         since=time.time(),
         every=BEAT_S,
         token=uuid.uuid4().hex,

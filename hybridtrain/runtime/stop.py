@@ -28,17 +28,22 @@ _log = log.get("train")
 TOGETHER_S = 2.0
 """Seconds within which several signals count as one: a scheduler signals every process, and the launcher
 forwards it once more."""
+STOPPED = "HYBRIDTRAIN_STOPPED"
+"""Variable with a file that the job script creates when it is told to stop: the signal may come before ranks
+take signals."""
 _DEADLINE, _REQUESTED = "deadline", "requested"
 
 
 class Stop:
     """A context manager that installs the handlers.
 
-    `signals`: names such as "USR1"; `before_s`: seconds before the deadline to stop.
+    `signals`: names such as "USR1", first that of a scheduler; `before_s`: seconds before the deadline to
+    stop.
     """
 
     def __init__(self, signals: list[str], *, before_s: float):
-        self.numbers = sorted({getattr(signal, f"SIG{name}") for name in signals}, reverse=True)
+        numbers = [getattr(signal, f"SIG{name}") for name in signals]
+        self.first, self.numbers = numbers[0], sorted(set(numbers), reverse=True)
         self.flags = (_DEADLINE, *(number.name for number in self.numbers), _REQUESTED)
         """Reasons to stop, in the order of their priority where ranks have different ones."""
         self.deadline = launch.deadline() - before_s
@@ -64,6 +69,8 @@ class Stop:
         for number in self.numbers:
             self._before[number] = signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._read, name="signals", daemon=True).start()
+        if (file := os.environ.get(STOPPED)) and os.path.exists(file):
+            self._signal = self._signal or self.first
         return self
 
     def __exit__(

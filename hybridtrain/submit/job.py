@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.run import lock, start
+from hybridtrain.run.holder import requeues
 from hybridtrain.run.record import read_summary, record_lost
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import read_object, unwritable, write_json
@@ -70,7 +71,7 @@ def _print(text: object) -> None:
 
 def _this_attempt() -> tuple[str, int]:
     """Job id, and how often Slurm has requeued the job."""
-    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return os.environ["SLURM_JOB_ID"], requeues()
 
 
 def _submitted_run() -> Path | None:

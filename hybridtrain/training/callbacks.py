@@ -121,6 +121,7 @@ def from_config(config: Config) -> tuple[Callback, ...]:
                 f'@ht.register("callback", "{name}") above a class that inherits ht.Callback',
             )
             raise refusal("run.callbacks", f"[{name}]", problem, allowed="an ht.Callback", instead=instead)
+        _warn_of_unknown_methods(callback)
         result.append(callback)
     return tuple(result)
 
@@ -136,11 +137,15 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
             raise refusal(
                 f"callbacks[{index}]", name, problem, allowed="ht.Callback objects", instead=instead
             )
-        known = [name for name in dir(Callback) if name.startswith("on_")]
-        for name in dir(callback):
-            if name.startswith("on_") and name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                _log.warning("no run calls %s.%s; there is %s", type(callback).__name__, name, near)
+        _warn_of_unknown_methods(callback)
+
+
+def _warn_of_unknown_methods(callback: Callback) -> None:
+    known = [name for name in dir(Callback) if name.startswith("on_")]
+    for name in dir(callback):
+        if name.startswith("on_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            _log.warning("no run calls %s.%s; there is %s", type(callback).__name__, name, near)
 
 
 class CallbackTimeout(RuntimeError):

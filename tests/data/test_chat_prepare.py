@@ -223,8 +223,8 @@ def test_conversations_whose_answers_are_cut_off_are_left_out_and_counted(folder
     with pytest.raises(
         UserError,
         match=(
-            r"data\.seq_len=64: no conversation of the train "
-            "split has an answer that begins within so many tokens"
+            r"data\.seq_len=64: in no conversation of the train "
+            "split does an answer begin within this many tokens"
         ),
     ):
         made(settings(folder, [LONG] * 8, seq_len=64), overwrite=True)

@@ -203,12 +203,23 @@ def test_a_value_that_is_not_a_number_fails():
         ("dp_replicate16", "batch.global_batch_size=8"),
         ("pp2-dp_shard2-zero3-zbv_zero_bubble", "parallel.zero_stage=3"),
         ("pp2-dq2", "is no part of a layout"),
+        ("pp2-zero3", "try:     dp_shard2-pp2-zero3"),
     ],
 )
 def test_a_named_layout_that_cannot_run_is_refused_before_anything_starts(run_dir, name, words):
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
         run(root(run_dir, "single", name))
     assert not (run_dir / "parity.json").exists()
+
+
+def test_a_file_of_the_same_name_is_not_replaced(run_dir):
+    run_dir.mkdir(exist_ok=True)
+    file = run_dir / "parity.json"
+    for content in ("[1, 2]", '{"layouts": 3}', "mine"):
+        file.write_text(content)
+        with pytest.raises(UserError, match="not of this command"):
+            run(root(run_dir, "single"))
+        assert file.read_text() == content
 
 
 def test_what_deepspeed_cannot_do_in_zero_3_is_refused_for_each_layout(run_dir):

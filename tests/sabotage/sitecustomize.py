@@ -73,7 +73,9 @@ def bear_witness(folder: Path) -> None:
 
     def micro_batches(loader: Any, step: int) -> Any:
         ids = loader.row_ids(step).tolist()
-        (folder / f"rows-{step}-{os.environ['RANK']}.json").write_text(json.dumps([loader._offset, ids]))
+        (folder / f"rows-{step}-{os.environ['RANK']}.json").write_text(
+            json.dumps([loader._dp_rank * len(ids), ids])
+        )
         return batches(loader, step)
 
     def built(*args: Any, **rest: Any) -> Any:

@@ -154,7 +154,7 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
     [
         (
             ["engine=deepspeed", "parallel=single"],
-            "batch.ramp_start=4: engine=deepspeed has one shape of batch",
+            "batch.ramp_start=4: engine=deepspeed has one size of batch",
         ),
         (
             [
@@ -162,7 +162,7 @@ def test_pieces_of_a_row_have_all_its_targets_and_restart_positions() -> None:
                 "parallel=single",
                 *(f"batch.ramp_{name}=0" for name in ("start", "increment", "steps")),
             ],
-            "batch.seq_len_start=8: engine=deepspeed has one shape of batch",
+            "batch.seq_len_start=8: engine=deepspeed has one size of batch",
         ),
         (
             ["task=classification", "model.labels=[a,b]"],

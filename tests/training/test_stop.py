@@ -89,6 +89,20 @@ def test_the_deadline_stops_a_run_in_time(data, uninterrupted, tmp_path, monkeyp
     assert rows(run) == uninterrupted
 
 
+def test_told_to_stop_before_the_ranks_take_signals(data, uninterrupted, tmp_path, monkeypatch):
+    """Slurm may signal a job a minute early, while its ranks start: the job script leaves a file for them."""
+    run, file = tmp_path / "run", tmp_path / "stopped"
+    monkeypatch.setenv("HYBRIDTRAIN_STOPPED", str(file))
+    file.touch()
+    argv = arguments(run, data)
+    finished(2, argv)
+    assert (summary(run)["status"], summary(run)["exit_reason"]) == ("preempted", "SIGUSR1 received")
+    assert summary(run)["steps"] == 1
+    file.unlink()
+    finished(2, argv)
+    assert rows(run) == uninterrupted
+
+
 def test_torchrun_told_to_end_leaves_a_checkpoint_and_goes_on(data, uninterrupted, tmp_path, monkeypatch):
     """As by Ctrl-C, or a container that is stopped: torchrun passes TERM on to its ranks."""
     monkeypatch.setenv(

@@ -316,8 +316,8 @@ def _nothing_to_train(data: DataConfig, *, counts: Counts) -> UserError:
 
 def _no_targets(data: DataConfig) -> UserError:
     problem = (
-        "no conversation of the train split has an answer "
-        "that begins within so many tokens, so there is nothing to learn"
+        "in no conversation of the train split does an answer begin within this many tokens: "
+        "nothing can be learned"
     )
     return refusal(
         "data.seq_len",

@@ -6,6 +6,7 @@ Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,9 +116,23 @@ class Reference:
                 ours.copy_(theirs)
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
+        whole = _of_documents if batch.packed else logits
         return self.task.loss_of_logits(
-            logits(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch
+            whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch
         )
+
+
+def _of_documents(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
+    """The head's output of packed rows, (B, T, outputs): each document is a row of its own."""
+    rows = []
+    for ids, places in zip(input_ids_BT, position_ids_BT, strict=True):
+        bounds = [*(places == 0).nonzero().flatten().tolist(), len(ids)]
+        alone = [
+            logits(model, ids[None, start:stop], position_ids_BT=places[None, start:stop])[0]
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        rows.append(torch.cat(alone))
+    return torch.stack(rows)
 
 
 @torch.no_grad()

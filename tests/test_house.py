@@ -29,7 +29,7 @@ DOORS = {
     "deepspeed": ("engine/deepspeed/",),
     "jinja2": ("data/prepare/template.py",),
     **dict.fromkeys(TRACKERS, ("run/trackers/",)),
-    "accelerate": ("run/trackers/", "parallel/mesh.py", "evaluate/"),
+    "accelerate": ("run/trackers/", "parallel/mesh.py", "evaluate/", "models/build.py"),
     "transformers": ("models/", "data/prepare/tokenizer.py", "data/prepare/template.py", "evaluate/"),
     "tokenizers": ("data/prepare/tokenizer.py",),
     "datasets": ("data/prepare/tables.py",),
@@ -41,6 +41,7 @@ DOORS = {
 PRIVATE = {
     "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
     "torch.distributed.tensor._utils": ("models/init.py",),
+    **dict.fromkeys(("torch.utils._python_dispatch", "_cdata"), ("models/init.py",)),
     "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),
@@ -51,8 +52,9 @@ PRIVATE = {
     "_step_supports_amp_scaling": ("optim/user_optimizer.py",),
     "_amp_update_scale_": ("precision/loss_scale.py",),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
-    "_attn_implementation": ("models/build.py", "models/stage.py"),
-    "_modules": ("models/stage.py",),
+    "_attn_implementation": ("models/", "analysis/analyse.py"),
+    **dict.fromkeys(("_model_mapping", "_supports_sdpa"), ("models/build.py",)),
+    "_no_split_modules": ("models/structure.py",),
     "_fingerprint": ("data/prepare/tables.py",),
     **dict.fromkeys(
         ("_get_param_partition_group", "_hp_mapping", "_partition_all_parameters"), ("engine/deepspeed/",)

@@ -145,12 +145,11 @@ def _of_any(fields: Mapping[str, Any]) -> ModelFacts:
     kind = fields.get("model_type")
     if kind in _ENCODERS or kind in _OTHERS or fields.get("num_labels"):
         raise _unsupported(kind)
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise _unsupported(kind)
     from hybridtrain.analysis.of_any import facts_of_any
+    from hybridtrain.models.build import is_causal_lm
 
+    if not is_causal_lm(kind):
+        raise _unsupported(kind)
     return facts_of_any(fields)
 
 
@@ -191,11 +190,10 @@ def _unsupported(kind: object) -> UserError:
         problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
     instead = (
-        f"model.config.model_type={near[0]}"
-        if near
-        else "a model of these families; CONTRIBUTING.md says what a new one takes"
+        f"model.config.model_type={near[0]}" if near else "another model; `hybridtrain inspect` shows it"
     )
-    return refusal("model.config.model_type", kind, problem, allowed=", ".join(BY_FIELDS), instead=instead)
+    allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}"
+    return refusal("model.config.model_type", kind, problem, allowed=allowed, instead=instead)
 
 
 def _count(facts: ModelFacts, *, biases: Mapping[str, bool]) -> ModelFacts:

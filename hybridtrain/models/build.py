@@ -292,6 +292,13 @@ def empty_model(config: Any, *, initializing: AbstractContextManager[Any]) -> nn
     return model
 
 
+def is_causal_lm(model_type: object) -> bool:
+    """Whether transformers has a causal LM of this type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def model_class(config: Any) -> Any:
     """transformers' class of the model."""
     found = _auto_class(config)._model_mapping[type(config)]

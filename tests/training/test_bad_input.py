@@ -264,7 +264,8 @@ def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "gpt2"}, "model.config.model_type=gpt2: this architecture is not supported yet"),
+        ({"model_type": "dit"}, "model.config.model_type=dit: this architecture is not supported yet"),
+        ({"model_type": "hrm_text"}, "model.config.model_type=hrm_text: no list of"),
         ({"model_type": "llama", "attention_dropout": 0.1}, "dropout is not supported yet"),
         (
             {"model_type": "llama", "quantization_config": {"bits": 4}},

@@ -1,7 +1,7 @@
-"""The Family record: what parallelism needs to know of an architecture; and the table of supported families.
+"""The Family record: what tensor parallelism needs to know of an architecture; and the table of supported families.
 
 Every family has the structure embed -> layers -> norm -> head. Paths are those of Hugging Face's model.
-A new family is one file with a FAMILY record, a row in `_table`, and a row in facts.py.
+A new family is one file with a FAMILY record and a row in `_table`.
 """
 
 from __future__ import annotations

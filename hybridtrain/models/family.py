@@ -1,4 +1,4 @@
-"""The Family record: what tensor parallelism needs to know of an architecture; and the table of supported families.
+"""The Family record: what tensor parallelism needs to know of an architecture; and the table of families.
 
 Every family has the structure embed -> layers -> norm -> head. Paths are those of Hugging Face's model.
 A new family is one file with a FAMILY record and a row in `_table`.

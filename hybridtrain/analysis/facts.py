@@ -189,9 +189,7 @@ def _unsupported(kind: object) -> UserError:
     else:
         problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
-    instead = (
-        f"model.config.model_type={near[0]}" if near else "another model (see hybridtrain inspect)"
-    )
+    instead = f"model.config.model_type={near[0]}" if near else "another model (see hybridtrain inspect)"
     allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}"
     return refusal("model.config.model_type", kind, problem, allowed=allowed, instead=instead)
 

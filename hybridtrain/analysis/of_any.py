@@ -7,11 +7,13 @@ result is kept in the user's cache folder, by every field of the config and the 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,24 +34,36 @@ _UNBOUNDED = 1 << 40
 def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
     """The facts of a causal LM with config.json `fields`. Raises UserError for one that cannot be trained."""
     file = _cache(fields)
-    if file.is_file():
+    with _alone(file):  # the ranks of a host ask at the same time
+        if (known := _read(file)) is not None:
+            return known
+        began = time.monotonic()
+        facts = _examined(fields)
+        _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
         try:
-            return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
-        except (UserError, TypeError):
-            file.unlink(missing_ok=True)
-    began = time.monotonic()
-    facts = _examined(fields)
-    _log.info("analysis  %s, %.1f s", "; ".join(_lines(facts)) or "all claims hold", time.monotonic() - began)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dataclasses.asdict(facts))
-    except OSError as error:
-        _log.warning("the analysis of the model is not kept in %s: %s", file, error)
+            write_json(file, dataclasses.asdict(facts))
+        except OSError as error:
+            _log.warning("the analysis of the model is not kept in %s: %s", file, error)
     return facts
 
 
-def _lines(facts: ModelFacts) -> list[str]:
-    return [f"no {capability}: {why}" for capability, why in facts.refused.items()]
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """One process at a time; without a folder that can be written, each for itself."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(file: Path) -> ModelFacts | None:
+    """What is kept; None for nothing, and for what another version wrote."""
+    try:
+        return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
+    except (UserError, TypeError):
+        return None
 
 
 def _cache(fields: Mapping[str, Any]) -> Path:

@@ -61,6 +61,8 @@ def _log_job(job: Job, *, engine: Any) -> None:
         public["model"]["from_pretrained"] or "new weights",
     )
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
+    for capability, why in job.facts.refused.items():
+        _log.info("analysis  no %s: %s", capability, why)
     world, device = layout.world_size, engine.device.type
     _log.info(
         "layout    %s on %d %s process%s, %s",

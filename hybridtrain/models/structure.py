@@ -92,6 +92,7 @@ def stub(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
         "_parameters": {},
         "_buffers": {},
         "forward": forward,
+        "extra_repr": str,
     }
     return result
 

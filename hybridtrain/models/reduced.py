@@ -14,68 +14,41 @@ HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY, POSITIONS, EXPERTS, WINDOW = 48, 6, 8,
 LAYERS = 4
 
 _LAYERS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "encoder_layers",
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
     "num_blocks",
 )
-_HIDDEN = (
-    "hidden_size",
-    "n_embd",
-    "d_model",
-    "embedding_size",
-    "word_embed_proj_dim",
-    "attention_hidden_size",
+_ROLES: tuple[tuple[int, str], ...] = (
+    (HIDDEN, "hidden_size n_embd d_model embedding_size embedding_dim word_embed_proj_dim lru_width"),
+    (HEAD_DIM, "head_dim kv_channels dim_head d_head swa_head_dim global_head_dim linear_head_dim"),
+    (HEAD_DIM, "v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim swa_v_head_dim"),
+    (HEAD_DIM // 2, "qk_rope_head_dim rotary_dim index_head_dim"),
+    (FFN, "intermediate_size ffn_dim n_inner dff dim_ff d_inner decoder_ffn_dim encoder_ffn_dim"),
+    (FFN, "ffn_hidden_size intermediate_size_mlp dense_intermediate_size"),
+    (FFN // 2, "moe_intermediate_size expert_ffn_hidden_size shared_intermediate_size"),
+    (FFN // 2, "shared_expert_intermediate_size shared_experts_intermediate_size"),
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
+    (POSITIONS, "max_position_embeddings n_positions max_seq_len n_ctx"),
+    (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (1, "n_group num_expert_group topk_group num_expert_groups"),
+    (1, "num_shared_experts n_shared_experts moe_num_shared_experts"),
+    (WINDOW, "sliding_window window_size attention_chunk_size sliding_window_size attention_window_size"),
+    (12, "q_lora_rank kv_lora_rank o_lora_rank laurel_rank gated_norm_rank hc_lowrank"),
+    (12, "hidden_size_per_layer_input ple_embed_dim d_rel"),
+    (24, "moe_latent_size"),
+    (8, "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size"),
+    (1, "mamba_n_groups n_groups"),
+    (4, "time_step_rank mamba_dt_rank linear_num_value_heads index_topk"),
+    (2, "linear_num_key_heads linear_num_heads index_n_heads"),
 )
+"""(size, names of fields that get it)."""
+_SIZES = {name: size for size, names in _ROLES for name in names.split()}
 _HEADS = (
-    "num_attention_heads",
-    "n_head",
-    "n_heads",
-    "num_heads",
-    "decoder_attention_heads",
-    "encoder_attention_heads",
-    "attention_heads",
-    "swa_num_attention_heads",
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    *("encoder_attention_heads", "attention_heads", "swa_num_attention_heads"),
 )
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads")
-_SIZES: Mapping[str, int] = {
-    **dict.fromkeys(("head_dim", "kv_channels", "dim_head", "attention_head_dim", "swa_head_dim"), HEAD_DIM),
-    **dict.fromkeys(
-        ("global_head_dim", "linear_head_dim", "v_head_dim", "qk_nope_head_dim", "head_k_dim"), HEAD_DIM
-    ),
-    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "index_head_dim"), HEAD_DIM // 2),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff", "dim_ff", "decoder_ffn_dim"), FFN),
-    **dict.fromkeys(
-        ("encoder_ffn_dim", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), FFN
-    ),
-    **dict.fromkeys(
-        ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"), FFN // 2
-    ),
-    **dict.fromkeys(("shared_expert_intermediate_size", "shared_experts_intermediate_size"), FFN // 2),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCABULARY),
-    "unpadded_vocab_size": VOCABULARY,
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), POSITIONS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 2),
-    **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "num_expert_groups"), 1),
-    **dict.fromkeys(("num_shared_experts", "n_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "sliding_window_size"), WINDOW),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "laurel_rank", "gated_norm_rank", "hc_lowrank"), 12),
-    **dict.fromkeys(("o_lora_rank", "hidden_size_per_layer_input", "ple_embed_dim", "d_rel"), 12),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
-    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "mamba_chunk_len"), 8),
-    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 4),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_heads"), 2),
-    "linear_num_value_heads": 4,
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD_DIM),
-    **dict.fromkeys(("index_n_heads",), 2),
-    **dict.fromkeys(("index_topk",), 4),
-    **dict.fromkeys(("moe_latent_size",), 24),
-}
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+"""Experts that a token uses: two, or one."""
 _RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
 """Parts of names of fields."""
 
@@ -147,27 +120,27 @@ def _reduced(
             value = sum(index >= count - value for index in chosen)
         elif isinstance(value, list) and len(value) == count > 1 and max(chosen) < count:
             value = [value[index] for index in chosen]
-        elif key in _HIDDEN and number:
-            value = HIDDEN
         elif key in _HEADS and number:
             value = heads
         elif key in _KV_HEADS and number:
             value = kv_heads
         elif key in _SIZES and number and value > 0:
             value = _SIZES[key]
+        elif key in _CHOSEN and number:
+            value = min(value, 2)
         elif is_random(key, value):
             value = type(value)(0)
         elif key.endswith("token_id") and number:
             value = 1
         result[key] = copy.deepcopy(value)
+    if "qk_rope_head_dim" in fields and fields.get("head_dim") == fields["qk_rope_head_dim"]:
+        result["head_dim"] = result["qk_rope_head_dim"]
     return _consistent(result)
 
 
 def _consistent(fields: dict[str, Any]) -> dict[str, Any]:
     """`fields`, with sizes that follow from others."""
     inner = HIDDEN * fields.get("mamba_expand", fields.get("expand", 2))
-    if "qk_rope_head_dim" in fields and fields.get("head_dim"):
-        fields["head_dim"] = fields["qk_rope_head_dim"]
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
     for heads, width in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim")):
@@ -175,6 +148,9 @@ def _consistent(fields: dict[str, Any]) -> dict[str, Any]:
             fields[heads], fields[width] = HEADS, inner // HEADS
     if "state_size" in fields and "num_heads" in fields:  # Mamba 2
         fields["num_heads"], fields["head_dim"] = HEADS, inner // HEADS
+    if fields.get("attention_head_dim") and fields.get("attention_hidden_size"):  # Zamba: twice as wide
+        fields["attention_hidden_size"] = 2 * HIDDEN
+        fields["attention_head_dim"] = 2 * HIDDEN // HEADS
     if fields.get("mamba_d_ssm"):
         fields["mamba_d_ssm"] = inner
     if fields.get("num_experts_per_tok") is None and "n_routed_experts" in fields:

@@ -63,6 +63,8 @@ class Stage(nn.Module):
                 listed[index] = stub(layer, self._inject if index < layers.start else _stop)
         if not first:
             for path, shape in _outermost(structure.before):
+                if "?" in shape:
+                    raise ValueError(f"{path}, called before the layers, is neither an embedding nor a norm")
                 _replace(
                     self, path, stub(self.part(path), partial(self._zeros, shape) if shape else _unchanged)
                 )

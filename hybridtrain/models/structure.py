@@ -40,8 +40,8 @@ class Structure:
     head: str
     before: Before
     """Modules that own parameters and are called before the first layer, and the shape of their result: B, T
-    and D for rows, positions and width of the hidden states, as in "BTD"; empty for one that keeps its shape,
-    such as a norm."""
+    and D for rows, positions and width of the hidden states, as in "BTD", "?" for something else; empty for
+    one that keeps its shape, such as a norm."""
     after: tuple[str, ...]
     """Modules that own parameters and are called after the last layer, without the head."""
     returns: type
@@ -218,8 +218,6 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
     first, last = called.index(layers), len(called) - 1 - called[::-1].index(layers)
     after = tuple(path for path in called[last + 1 :] if path != head)
     before = tuple((path, shapes[path]) for path in dict.fromkeys(called[:first]))
-    if unknown := [path for path, shape in before if "?" in shape]:
-        raise _not_found(model, f"{unknown[0]}, called before its layers, is neither an embedding nor a norm")
     return before, after, outputs[0]
 
 

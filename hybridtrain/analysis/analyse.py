@@ -207,9 +207,13 @@ def refused(config: Any) -> dict[str, str]:
     """
     copy = copy_of(config)
     if not is_causal(copy):
-        raise _cannot_train(config, "its tokens see those that follow, so it is no causal language model")
+        raise cannot_train(
+            config.model_type, "its tokens see those that follow, so it is no causal language model"
+        )
     if not (whole := stages(copy, cuts=())).passed:
-        raise _cannot_train(config, f"a reduced copy does not train as transformers' own model does: {whole}")
+        raise cannot_train(
+            config.model_type, f"a reduced copy does not train as transformers' own model does: {whole}"
+        )
     found = {"tp": "its layers cannot be sliced yet"}
     if why := _why_not(lambda: documents(copy)):
         found["documents"] = why
@@ -232,10 +236,11 @@ def _why_not(claim: Callable[[], Result]) -> str:
     return "" if result.passed else str(result)
 
 
-def _cannot_train(config: Any, problem: str) -> UserError:
+def cannot_train(model_type: object, problem: str) -> UserError:
+    """The refusal of a model."""
     return refusal(
         "model.config.model_type",
-        config.model_type,
+        model_type,
         problem,
         allowed="causal language models that pass `hybridtrain inspect`",
         instead="a model of another architecture",

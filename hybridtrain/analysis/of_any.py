@@ -38,7 +38,15 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
         if (known := _read(file)) is not None:
             return known
         began = time.monotonic()
-        facts = _examined(fields)
+        try:
+            facts = _examined(fields)
+        except UserError:
+            raise
+        except Exception as error:  # a model's own code, with whatever it raises
+            first = str(error).strip().splitlines() or [""]
+            raise analyse.cannot_train(
+                fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
+            ) from error
         _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
         try:
             write_json(file, dataclasses.asdict(facts))
@@ -75,6 +83,7 @@ def _cache(fields: Mapping[str, Any]) -> Path:
 
 def _examined(fields: Mapping[str, Any]) -> ModelFacts:
     config = build.hf_config(fields, chosen={}, attention="sdpa")
+    refused = analyse.refused(config)
     _check_random(config)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
@@ -96,7 +105,7 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         full_layers=full_layers,
         inactive=_inactive(model, text),
-        refused=analyse.refused(config),
+        refused=refused,
     )
 
 

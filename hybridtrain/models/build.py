@@ -296,7 +296,7 @@ def is_causal_lm(model_type: object) -> bool:
     """Whether transformers has a causal LM of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def model_class(config: Any) -> Any:

@@ -202,7 +202,7 @@ SLIPS = [
     (["parallel.schedule=1f1bb"], "try:     parallel.schedule=1f1b"),
     (["precision=bf16"], "try:     precision=bf16_mixed"),
     (["parallel=tp3"], "try:     parallel=tp2, or parallel.tp=3"),
-    (["model=gemma2"], "model.from_pretrained=FOLDER"),
+    (["model=falcon_7b"], "model.from_pretrained=FOLDER"),
     (["~optim.clip"], "cannot be removed"),
     (["schedule=wsd", "schedule.warmup_steps=95"], "overlap in a run of 100"),
     (["parallel.virtual_stages=-5"], "parallel.virtual_stages=-5: out of range"),
@@ -232,7 +232,8 @@ def test_advice_that_fits(words, expected):
     [
         ("bert", "an encoder"),
         ("t5", "encoder-decoder"),
-        ("gemma2", "CONTRIBUTING.md"),
+        ("dit", "see hybridtrain inspect"),
+        ("roberta-prelayernorm", "see those that follow"),
         ("lama", "model_type=llama"),
     ],
 )

@@ -61,13 +61,14 @@ def write(
         metadata.load_into(full, path=checkpoint, metadata=stored, group=None)
         return _cast(full[key], spec=spec)
 
+    values: Callable[[TensorSpec], torch.Tensor] = read
     if config.get("model_type") not in SUPPORTED:
-        specs, read = _converted(specs, read, config=config)
+        specs, values = _converted(specs, read, config=config)
     report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
 
     def tensor(spec: TensorSpec) -> torch.Tensor:
         report(spec)
-        return read(spec)
+        return values(spec)
 
     by_name = {spec.name: spec for spec in specs}
     shards = split_state_dict_into_shards_factory(

@@ -36,6 +36,10 @@ class Stage(nn.Module):
     parallelism hidden states have this rank's T / tp positions.
     """
 
+    _model: Any
+    _received: Tensor | None
+    _ids_BT: Tensor | None
+
     def __init__(
         self,
         config: Any,
@@ -55,9 +59,8 @@ class Stage(nn.Module):
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
         self.__dict__["_model"] = model  # not registered: its modules are the stage's
         self.structure = structure
-        self._received: Tensor | None = None
-        self._ids_BT: Tensor | None = None
-        listed = self.part(structure.layers)
+        self._received = self._ids_BT = None
+        listed: Any = self.part(structure.layers)
         for index, layer in enumerate(listed):
             if index not in layers:
                 listed[index] = stub(layer, self._inject if index < layers.start else _stop)

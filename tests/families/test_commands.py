@@ -1,4 +1,4 @@
-"""The commands on architectures without code of their own: train, resume, export, and start from the export."""
+"""The commands on architectures without code of their own: train, resume, export, start from the export."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from hybridtrain import engine as engines
 from hybridtrain.config import schema
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.init import draw, fill, reset_buffers
+from hybridtrain.models.load import initial
+from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
@@ -140,9 +142,9 @@ class Outcome:
 
 def reference(case: Case) -> Outcome:
     config = case.config()
-    built = hf_config(case.fields, chosen={}, attention=config.model.attention)
+    built = hf_config(read_config(config.model), chosen={}, attention=config.model.attention)
     precision = policy(case.precision)
-    source, task = draw(built, seed=config.run.seed), CausalLM()
+    source, task = initial(config.model, built, seed=config.run.seed), CausalLM()
     plain = Reference(
         built,
         source=source,

@@ -203,7 +203,9 @@ def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
             asynchronous=False,
         ).result()
         (tmp_path / name / "model").mkdir()
-        (tmp_path / name / "model" / "config.json").write_text('{"tie_word_embeddings": true}')
+        (tmp_path / name / "model" / "config.json").write_text(
+            '{"model_type": "llama", "tie_word_embeddings": true}'
+        )
     command = [
         sys.executable,
         "-W",

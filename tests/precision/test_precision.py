@@ -17,7 +17,7 @@ TOLERANCE = {
     # is many roundings in another order, most of all under tp, where # partial products are
     # rounded before they are added
     "bf16_mixed": {"loss_rel": 1e-3, "grad_norm_rel": 1e-2, "grad_rel": 5e-2},
-    "fp16_mixed": {"loss_rel": 2e-4, "grad_norm_rel": 2e-3, "grad_rel": 5e-3},
+    "fp16_mixed": {"loss_rel": 2e-4, "grad_norm_rel": 2e-3, "grad_rel": 1e-2},  # tp2, six seeds: 4e-3 to 8e-3
     # each update is rounded to bf16 too
     "bf16_pure": {"loss_rel": 3e-3, "grad_norm_rel": 2e-2, "grad_rel": 5e-2},
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import refusal
-from hybridtrain.models import attention
+from hybridtrain.models import attention, classifier
 from hybridtrain.models.build import attention_of, plain_model
 from hybridtrain.models.reduced import HIDDEN, reduced
 
@@ -118,6 +118,8 @@ def _find(config: Any) -> Structure:
 def _copy(config: Any, implementation: str) -> Any:
     small = reduced(config, random=False)
     small._attn_implementation = implementation
+    if small.pad_token_id is None:
+        small.pad_token_id = 1  # a classifier takes several rows only with one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return plain_model(small).eval()
@@ -131,7 +133,9 @@ def _structure(model: Any, *, attention: str) -> Structure:
     embed, head = _path_of(model, model.get_input_embeddings()), _path_of(model, head)
     layers = _layers(model)
     before, after, output = _trace(model, layers=layers, head=head)
-    scale, cap = _transform(model, head=head)
+    # A classifier's logits are those of one token for each row.
+    classifies = classifier.is_classifier(model.config.architectures)
+    scale, cap = (1.0, None) if classifies else _transform(model, head=head)
     items = 0 if isinstance(output, Tensor) else len(output)
     arguments = _arguments(model)
     return Structure(

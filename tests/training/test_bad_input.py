@@ -115,10 +115,10 @@ CASES = {
     "context parallel": Case("parallel.cp=2", "does not run this axis yet", 2, {"parallel__cp": 2}),
     "LoRA": Case("lora.r=8", "not supported yet", 2, {"lora__r": 8}),
     "another architecture": Case(
-        "model.config.model_type=mamba",
-        "allowed: llama, mistral, qwen2, qwen3",
+        "model.config.model_type=bert",
+        "an encoder",
         2,
-        {"model__config__model_type": "mamba"},
+        {"model__config__model_type": "bert"},
     ),
     "dropout": Case(
         "model.config.attention_dropout=0.1",

@@ -109,15 +109,11 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
-
-
 def _inactive(model: Any, text: Any) -> int:
-    """Parameters of experts that a token does not use: each token uses `_CHOSEN` of `_EXPERTS`."""
+    """Parameters of experts that a token does not use."""
     experts, chosen = (
         next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
-        for names in (_EXPERTS, _CHOSEN)
+        for names in (reduced.EXPERT_COUNTS, reduced.EXPERTS_USED)
     )
     if not experts or not chosen:
         return 0

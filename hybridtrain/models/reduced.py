@@ -28,7 +28,6 @@ _ROLES: tuple[tuple[int, str], ...] = (
     (FFN // 2, "shared_expert_intermediate_size shared_experts_intermediate_size"),
     (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
     (POSITIONS, "max_position_embeddings n_positions max_seq_len n_ctx"),
-    (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (1, "n_group num_expert_group topk_group num_expert_groups"),
     (1, "num_shared_experts n_shared_experts moe_num_shared_experts"),
     (WINDOW, "sliding_window window_size attention_chunk_size sliding_window_size attention_window_size"),
@@ -41,14 +40,19 @@ _ROLES: tuple[tuple[int, str], ...] = (
     (2, "linear_num_key_heads linear_num_heads index_n_heads"),
 )
 """(size, names of fields that get it)."""
-_SIZES = {name: size for size, names in _ROLES for name in names.split()}
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields for the number of experts of a layer."""
+EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
+"""Fields for the number of experts that a token uses."""
+_SIZES = {
+    **{name: size for size, names in _ROLES for name in names.split()},
+    **dict.fromkeys(EXPERT_COUNTS, EXPERTS),
+}
 _HEADS = (
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     *("encoder_attention_heads", "attention_heads", "swa_num_attention_heads"),
 )
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k")
-"""Experts that a token uses: two, or one."""
 _RANDOM = ("dropout", "pdrop", "jitter", "layerdrop")
 """Parts of names of fields."""
 
@@ -126,7 +130,7 @@ def _reduced(
             value = kv_heads
         elif key in _SIZES and number and value > 0:
             value = _SIZES[key]
-        elif key in _CHOSEN and number:
+        elif key in EXPERTS_USED and number:
             value = min(value, 2)
         elif is_random(key, value):
             value = type(value)(0)

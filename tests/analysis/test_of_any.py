@@ -1,0 +1,53 @@
+"""Facts of model types that config.json alone does not tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hybridtrain.analysis import of_any
+from hybridtrain.analysis.facts import facts_of
+from hybridtrain.config.compose import train_config
+from hybridtrain.errors import UserError
+from hybridtrain.types import ModelFacts
+
+
+def facts_of_file(name: str, *words: str) -> ModelFacts:
+    return facts_of(train_config([f"model={name}", *words]).model)
+
+
+def test_experts_that_a_token_does_not_use_and_layers_without_a_window_are_counted() -> None:
+    """Published: 46.7 billion parameters, 12.9 of them for a token; 26 layers, every second with a window."""
+    mixtral, gemma = facts_of_file("mixtral_8x7b"), facts_of_file("gemma2_2b")
+    assert (mixtral.parameters, mixtral.parameters - mixtral.inactive) == (46_702_792_704, 12_879_925_248)
+    assert (gemma.window, gemma.full_layers, gemma.inactive) == (4096, 13, 0)
+
+
+def test_an_analysis_is_kept_for_the_same_config_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = facts_of_file("gpt2")
+    monkeypatch.setattr(of_any, "_examined", lambda fields: pytest.fail(f"examined again: {fields}"))
+    assert facts_of_file("gpt2") == first
+    [kept] = (tmp_path / "hybridtrain" / "analysis").glob("*.json")
+    kept.write_text("{}")  # of another version, or damaged
+    with pytest.raises(pytest.fail.Exception):
+        facts_of_file("gpt2")
+
+
+def test_a_model_whose_own_code_fails_is_refused_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(of_any, "_examined", fails)
+    with pytest.raises(
+        UserError, match=r"model_type=gpt2: a reduced copy of it fails \(IndexError: list index"
+    ):
+        facts_of_file("gpt2", "model.config.n_layer=5")
+
+
+def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:
+    with pytest.raises(UserError, match=r"model.config.resid_pdrop=0.1: random forward passes"):
+        facts_of_file("gpt2", "model.config.resid_pdrop=0.1")

@@ -293,7 +293,8 @@ def check(
 def _layouts_that_fit(config: Config, *, plan: BatchPlan, facts: ModelFacts, available: int) -> Iterator[str]:
     """The smallest layouts that fit with fully sharded data parallelism, alone and with tp=8."""
     for tp in (1, 8):
-        if tp > 1 and (facts.heads % tp or facts.ffn % tp or facts.kv_heads % tp):
+        uneven = facts.heads % tp or facts.ffn % tp or facts.kv_heads % tp
+        if tp > 1 and (uneven or "tp" in facts.refused):
             continue
         for shards in (2**power for power in range(1, int(math.log2(_MAX_SHARDS)) + 1)):
             parallel = replace(config.parallel, pp=1, dp_replicate=1, dp_shard=shards, tp=tp, zero_stage=3)

@@ -10,6 +10,9 @@ from hybridtrain.analysis import of_any
 from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config.compose import train_config
 from hybridtrain.errors import UserError
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import memory
+from hybridtrain.plan.batch import plan_batch
 from hybridtrain.types import ModelFacts
 
 
@@ -46,6 +49,16 @@ def test_a_model_whose_own_code_fails_is_refused_with_its_words(monkeypatch: pyt
         UserError, match=r"model_type=gpt2: a reduced copy of it fails \(IndexError: list index"
     ):
         facts_of_file("gpt2", "model.config.n_layer=5")
+
+
+def test_a_layout_that_is_advised_can_be_run() -> None:
+    config = train_config(["model=mixtral_8x7b", "train.steps=1", "data.path=there"])
+    facts, parallel = facts_of(config.model), config.parallel
+    layout = layouts.resolve(parallel, world_size=1)
+    plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
+    with pytest.raises(UserError, match="dp_shard") as refused:
+        memory.check(config, layout=layout, plan=plan, facts=facts, available=16 << 30, place="GPU memory")
+    assert "tp8" not in str(refused.value)
 
 
 def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:

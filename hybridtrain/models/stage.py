@@ -126,6 +126,8 @@ class Stage(nn.Module):
             hidden = stop.hidden
         finally:
             self._received = self._ids_BT = None
+            if not self.first:  # kept, it would hold the last micro-batch's hidden states
+                del self.part(self.structure.embed).__dict__["weight"]
         return self.part(self.structure.head)(hidden, batch) if self.last else hidden.contiguous()
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:

@@ -109,10 +109,9 @@ def _find(config: Any) -> Structure:
     model = _copy(config, own)
     try:
         same = torch.allclose(_call(model).logits, _call(_copy(config, plain)).logits, rtol=1e-4, atol=1e-5)
-    except Exception:
+    except Exception:  # a model's own code, for a name that it does not know; the model's own masks remain
         same = False
-    name = own if same else plain
-    return _structure(model if same else _copy(config, plain), attention=name)
+    return _structure(model, attention=own) if same else _structure(_copy(config, plain), attention=plain)
 
 
 def _copy(config: Any, implementation: str) -> Any:

@@ -59,11 +59,11 @@ class Copy:
     model: Any
 
 
-def copy_of(config: Any) -> Copy:
+def copy_of(config: Any, *, tp: int) -> Copy:
     """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
-    start at zero count.
+    start at zero count. `tp`: see reduced.
     """
-    return _copy(reduced(config, random=False), config)
+    return _copy(reduced(config, random=False, tp=tp), config)
 
 
 def _copy(small: Any, config: Any) -> Copy:
@@ -78,15 +78,15 @@ def _copy(small: Any, config: Any) -> Copy:
 
 def is_random(config: Any) -> bool:
     """Whether two forward passes of the model in training differ."""
-    model = _copy(reduced(config, random=True), config).model.train()
+    model = _copy(reduced(config, random=True, tp=1), config).model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return not torch.equal(_logits(model, _tokens()), _logits(model, _tokens()))
+        return not torch.equal(_logits(model, tokens(length=LENGTH)), _logits(model, tokens(length=LENGTH)))
 
 
 def is_causal(copy: Copy) -> bool:
     """Whether tokens do not change the logits of those before them."""
-    ids = _tokens()
+    ids = tokens(length=LENGTH)
     other = ids.clone()
     other[:, LENGTH - 2 :] = (other[:, LENGTH - 2 :] + 7) % VOCABULARY
     with torch.no_grad():
@@ -96,15 +96,15 @@ def is_causal(copy: Copy) -> bool:
 
 def stages(copy: Copy, *, cuts: Sequence[int]) -> Result:
     """Stages that begin at the layers `cuts` against the whole model."""
-    ids = _tokens()
+    ids = tokens(length=LENGTH)
     batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
-    reference = _plain(copy.model, [ids], [batch.labels_BT])
+    reference = plain(copy.model, [ids], [batch.labels_BT])
     return _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
 def documents(copy: Copy) -> Result:
     """Documents in packed rows against each of them alone."""
-    ids = _tokens()
+    ids = tokens(length=LENGTH)
     batch = batch_of(ids, DOCUMENTS, packed=True)
     alone, labels = [], []
     for row, lengths in enumerate(DOCUMENTS):
@@ -113,7 +113,7 @@ def documents(copy: Copy) -> Result:
             alone.append(ids[row : row + 1, start : start + length])
             labels.append(batch.labels_BT[row : row + 1, start : start + length])
             start += length
-    return _difference(_plain(copy.model, alone, labels), _chained(copy, batch, cuts=()))
+    return _difference(plain(copy.model, alone, labels), _chained(copy, batch, cuts=()))
 
 
 def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> Batch:
@@ -124,8 +124,9 @@ def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> 
     return Batch(ids, labels.masked_fill(ends, IGNORE_INDEX), positions, packed=packed)
 
 
-def _tokens() -> Tensor:
-    return torch.randint(3, VOCABULARY - 1, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+def tokens(*, length: int) -> Tensor:
+    """ROWS rows of random tokens."""
+    return torch.randint(3, VOCABULARY - 1, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ Found = tuple[float, Mapping[str, Tensor]]
 """(loss, parameter -> gradient)."""
 
 
-def _plain(model: Any, rows: Sequence[Tensor], labels: Sequence[Tensor]) -> Found:
+def plain(model: Any, rows: Sequence[Tensor], labels: Sequence[Tensor]) -> Found:
+    """Of Hugging Face's own model."""
     model.zero_grad()
     total = 0.0
     for ids, targets in zip(rows, labels, strict=True):
@@ -205,7 +207,7 @@ def refused(config: Any) -> dict[str, str]:
 
     Raises UserError for one that cannot be trained at all.
     """
-    copy = copy_of(config)
+    copy = copy_of(config, tp=1)
     if not is_causal(copy):
         raise cannot_train(
             config.model_type, "its tokens see those that follow, so it is no causal language model"

@@ -7,78 +7,54 @@ result is kept in the user's cache folder, by every field of the config and the 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from hybridtrain.analysis import analyse
+from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build, reduced
 from hybridtrain.runtime import log
-from hybridtrain.runtime.files import read_object, write_json
 from hybridtrain.types import ModelFacts
 
 _log = log.get("model")
-SEARCH = 1
-"""Version of what is examined, and how."""
 _UNBOUNDED = 1 << 40
 
 
 def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
     """The facts of a causal LM with config.json `fields`. Raises UserError for one that cannot be trained."""
-    file = _cache(fields)
-    with _alone(file):  # the ranks of a host ask at the same time
-        if (known := _read(file)) is not None:
-            return known
-        began = time.monotonic()
-        try:
-            facts = _examined(fields)
-        except UserError:
-            raise
-        except Exception as error:  # a model's own code, with whatever it raises
-            first = str(error).strip().splitlines() or [""]
-            raise analyse.cannot_train(
-                fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
-            ) from error
-        _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
-        try:
-            write_json(file, dataclasses.asdict(facts))
-        except OSError as error:
-            _log.warning("the analysis of the model is not kept in %s: %s", file, error)
+    answer = cached(
+        ["facts", fields],
+        compute=lambda: dataclasses.asdict(_facts(fields)),
+        valid=lambda known: bool(_read(known)),
+    )
+    facts = _read(answer)
+    assert facts is not None
     return facts
 
 
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """One process at a time; without a folder that can be written, each for itself."""
-    with ExitStack() as stack:
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(file.with_suffix(".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _read(file: Path) -> ModelFacts | None:
-    """What is kept; None for nothing, and for what another version wrote."""
+def _facts(fields: Mapping[str, Any]) -> ModelFacts:
+    began = time.monotonic()
     try:
-        return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
-    except (UserError, TypeError):
+        facts = _examined(fields)
+    except UserError:
+        raise
+    except Exception as error:  # a model's own code, with whatever it raises
+        first = str(error).strip().splitlines() or [""]
+        raise analyse.cannot_train(
+            fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
+        ) from error
+    _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
+    return facts
+
+
+def _read(known: Mapping[str, Any]) -> ModelFacts | None:
+    """What is kept; None for what another version wrote."""
+    try:
+        return ModelFacts(**{**known, "labels": ()})
+    except TypeError:
         return None
-
-
-def _cache(fields: Mapping[str, Any]) -> Path:
-    versions = [version(name) for name in ("torch", "transformers")]
-    content = json.dumps([SEARCH, versions, fields], sort_keys=True, default=str)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "hybridtrain" / "analysis" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
 
 
 def _examined(fields: Mapping[str, Any]) -> ModelFacts:

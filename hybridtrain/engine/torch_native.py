@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
@@ -29,6 +30,7 @@ from hybridtrain.parallel.fsdp import before_backward, reshard
 from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
+from hybridtrain.parallel.slicing import add_partial_gradients
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -62,6 +64,7 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
+        self.slicing = slicing_of_layout(self.model_config, config.parallel, tp=layout.tp)
         context = Context(
             self.mesh,
             config.parallel,
@@ -70,6 +73,7 @@ class TorchEngine:
             config.recompute.kind,
             config.model.freeze,
             task,
+            self.slicing,
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
         if initial:
@@ -105,7 +109,7 @@ class TorchEngine:
             dtype=self.precision.compute,
             rows=rows,
             length=length,
-            positions=length // layout.tp if parallel.sequence_parallel else length,
+            positions=length // layout.tp if self.slicing.sequence else length,
             sums=len(self.task.weights),
         )
         return self.pipelines[shape]
@@ -131,6 +135,8 @@ class TorchEngine:
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )
         scale = self.scaler.scale.clone()
+        if self.layout.tp > 1:
+            add_partial_gradients(self.stages, group=self.mesh.group("tp"))
         embed, head = self._tied_copies()
         if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
             add_tied_gradients(embed, head, group=self.embedding_group)

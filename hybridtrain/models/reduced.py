@@ -63,10 +63,11 @@ def is_random(name: str, value: object) -> bool:
     return number and any(word in name for word in _RANDOM)
 
 
-def reduced(config: Any, *, random: bool) -> Any:
+def reduced(config: Any, *, random: bool, tp: int) -> Any:
     """The reduced copy of a transformers config, with LAYERS layers, or as many as it has types of layers.
 
-    `random`: with the model's dropout and jitter; else without.
+    `random`: with the model's dropout and jitter; else without. `tp`: with as many heads as so many
+    tensor-parallel ranks need.
     """
     fields = config.to_dict()
     known = type(config)().to_dict()
@@ -74,8 +75,8 @@ def reduced(config: Any, *, random: bool) -> Any:
     text = config.get_text_config(decoder=True)
     own_heads = getattr(text, "num_attention_heads", None) or HEADS
     own_kv = getattr(text, "num_key_value_heads", None) or own_heads
-    heads, kv_heads = _ratio(own_heads, own_kv)
-    small = _reduced(fields, chosen=_layers_to_keep(config), heads=heads, kv_heads=kv_heads)
+    heads, kv_heads = _ratio(own_heads, own_kv, tp=tp)
+    small = _reduced(fields, chosen=_layers_to_keep(config), heads=heads, kv_heads=kv_heads, tp=tp)
     if random:
         small |= {name: value for name, value in fields.items() if is_random(name, value)}
     result = type(config)(**small)
@@ -84,11 +85,15 @@ def reduced(config: Any, *, random: bool) -> Any:
     return result
 
 
-def _ratio(heads: int, kv_heads: int) -> tuple[int, int]:
-    """(heads, key/value heads) of the reduced copy: as many heads for a key/value head, within reason."""
+def _ratio(heads: int, kv_heads: int, *, tp: int) -> tuple[int, int]:
+    """(heads, key/value heads) of the reduced copy: as many heads for a key/value head, within reason, and as
+    many ranks for one, or heads for a rank, as in the model.
+    """
+    wanted = next(HEADS * n for n in range(1, tp + 1) if HEADS * n % tp == 0)
     if kv_heads == heads:
-        return HEADS, HEADS
-    return (HEADS, 1) if kv_heads == 1 else (HEADS, 2)
+        return wanted, wanted
+    few = kv_heads if kv_heads < tp else tp if tp > 1 and kv_heads % tp == 0 else min(kv_heads, 2)
+    return (wanted if few < wanted else 2 * wanted), few
 
 
 def _layers_to_keep(config: Any) -> list[int]:
@@ -108,7 +113,7 @@ def _layers_to_keep(config: Any) -> list[int]:
 
 
 def _reduced(
-    fields: Mapping[str, Any], *, chosen: Sequence[int], heads: int, kv_heads: int
+    fields: Mapping[str, Any], *, chosen: Sequence[int], heads: int, kv_heads: int, tp: int
 ) -> dict[str, Any]:
     count = next((fields[key] for key in _LAYERS if isinstance(fields.get(key), int)), 0)
     result: dict[str, Any] = {}
@@ -117,7 +122,7 @@ def _reduced(
         if isinstance(value, Mapping) and key == "per_layer_config":
             value = {place: value[index] for place, index in enumerate(chosen) if index in value}
         elif isinstance(value, Mapping) and key.endswith("config"):
-            value = _reduced(value, chosen=chosen, heads=heads, kv_heads=kv_heads)
+            value = _reduced(value, chosen=chosen, heads=heads, kv_heads=kv_heads, tp=tp)
         elif key in _LAYERS and number:
             value = len(chosen)
         elif key == "num_kv_shared_layers" and number:
@@ -129,7 +134,7 @@ def _reduced(
         elif key in _KV_HEADS and number:
             value = kv_heads
         elif key in _SIZES and number and value > 0:
-            value = _SIZES[key]
+            value = _width(_SIZES[key], heads=heads, tp=tp)
         elif key in EXPERTS_USED and number:
             value = min(value, 2)
         elif is_random(key, value):
@@ -139,12 +144,20 @@ def _reduced(
         result[key] = copy.deepcopy(value)
     if "qk_rope_head_dim" in fields and fields.get("head_dim") == fields["qk_rope_head_dim"]:
         result["head_dim"] = result["qk_rope_head_dim"]
-    return _consistent(result)
+    return _consistent(result, hidden=_width(HIDDEN, heads=heads, tp=tp))
 
 
-def _consistent(fields: dict[str, Any]) -> dict[str, Any]:
+def _width(size: int, *, heads: int, tp: int) -> int:
+    """A size of _SIZES; widths grow with the number of heads, and are shared out evenly."""
+    if size not in (HIDDEN, FFN, FFN // 2):
+        return size
+    size *= heads // HEADS
+    return size if size == HIDDEN * (heads // HEADS) else -(-size // (2 * tp)) * 2 * tp
+
+
+def _consistent(fields: dict[str, Any], *, hidden: int) -> dict[str, Any]:
     """`fields`, with sizes that follow from others."""
-    inner = HIDDEN * fields.get("mamba_expand", fields.get("expand", 2))
+    inner = hidden * fields.get("mamba_expand", fields.get("expand", 2))
     if "qk_head_dim" in fields:
         fields["qk_head_dim"] = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
     for heads, width in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim")):
@@ -153,8 +166,8 @@ def _consistent(fields: dict[str, Any]) -> dict[str, Any]:
     if "state_size" in fields and "num_heads" in fields:  # Mamba 2
         fields["num_heads"], fields["head_dim"] = HEADS, inner // HEADS
     if fields.get("attention_head_dim") and fields.get("attention_hidden_size"):  # Zamba: twice as wide
-        fields["attention_hidden_size"] = 2 * HIDDEN
-        fields["attention_head_dim"] = 2 * HIDDEN // HEADS
+        fields["attention_hidden_size"] = 2 * hidden
+        fields["attention_head_dim"] = 2 * hidden // HEADS
     if fields.get("mamba_d_ssm"):
         fields["mamba_d_ssm"] = inner
     if fields.get("num_experts_per_tok") is None and "n_routed_experts" in fields:

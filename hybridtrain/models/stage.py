@@ -12,7 +12,7 @@ model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -60,6 +60,10 @@ class Stage(nn.Module):
         self.__dict__["_model"] = model  # not registered: its modules are the stage's
         self.structure = structure
         self._received = self._ids_BT = None
+        self.partial: set[str] = set()
+        """Parameters of which each tensor-parallel rank computes a part of the gradient."""
+        self.pieces: Mapping[str, Any] = {}
+        """Parameter -> what this tensor-parallel rank uses of it (models/slicing.py)."""
         listed: Any = self.part(structure.layers)
         for index, layer in enumerate(listed):
             if index not in layers:

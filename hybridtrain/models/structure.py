@@ -115,7 +115,7 @@ def _find(config: Any) -> Structure:
 
 
 def _copy(config: Any, implementation: str) -> Any:
-    small = reduced(config, random=False)
+    small = reduced(config, random=False, tp=1)
     small._attn_implementation = implementation
     if small.pad_token_id is None:
         small.pad_token_id = 1  # a classifier takes several rows only with one

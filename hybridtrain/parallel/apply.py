@@ -2,7 +2,7 @@
 
 `ORDER` lists the transforms in the order in which they are applied.
 
-    stage on meta -> tensor -> freeze -> recompute -> compile -> shard -> materialize -> check
+    stage on meta -> tensor -> freeze -> recompute -> compile -> local -> shard -> materialize -> check
 
 A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
 modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
@@ -12,7 +12,7 @@ no transform is skipped silently.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import nn
 from hybridtrain.config.schema import EngineConfig, ParallelConfig
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
+from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
-from hybridtrain.parallel.slicing import apply_tensor_parallel, parameters_to_slice, wait_for_embedding
+from hybridtrain.parallel.slicing import apply_tensor_parallel, localize, parameters_to_cut
 from hybridtrain.plan.layout import stage_layers
 from hybridtrain.plan.schedules import SPLIT_BACKWARD, stages_per_rank
 from hybridtrain.precision.policy import PrecisionPolicy
@@ -36,7 +37,9 @@ from hybridtrain.tasks.task import Task
 
 @dataclass(frozen=True)
 class Context:
-    """What the transforms depend on besides the model: this rank's mesh, sections of the config, the task."""
+    """What the transforms depend on besides the model: this rank's mesh, sections of the config, the task,
+    and how tensor parallelism cuts the layers.
+    """
 
     mesh: Mesh
     parallel: ParallelConfig
@@ -45,6 +48,7 @@ class Context:
     recompute: str
     freeze: list[str]
     task: Task
+    slicing: Slicing
 
 
 Names = Callable[[Stage, Context], set[str]]
@@ -109,11 +113,13 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
 
 
 def _slice(stage: Stage, context: Context) -> None:
-    apply_tensor_parallel(stage, mesh=context.mesh, sequence_parallel=context.parallel.sequence_parallel)
+    if context.mesh.layout.tp > 1:
+        apply_tensor_parallel(stage, context.slicing, mesh=context.mesh)
 
 
 def _to_slice(stage: Stage, context: Context) -> set[str]:
-    return parameters_to_slice(stage, tp=context.mesh.layout.tp)
+    tp = context.mesh.layout.tp
+    return parameters_to_cut(stage, context.slicing, size=tp) if tp > 1 else set()
 
 
 def _sliced(stage: Stage, context: Context) -> set[str]:
@@ -143,28 +149,38 @@ def _frozen(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the s
 # -- recompute, compile --------------------------------------------------------------------------------------
 
 
-def _recompute_last(context: Context) -> bool:
-    """With tensor parallelism, full recomputation wraps the compiled layer instead of being compiled with it.
-
-    torch 2.13 cannot save a DeviceMesh from the compiled forward for its backward. Memory is the
-    same in both orders.
-    """
-    return context.engine.compile and context.recompute == "full" and context.mesh.layout.tp > 1
-
-
 def _recompute(stage: Stage, context: Context) -> None:
-    if not _recompute_last(context):
-        split = context.parallel.schedule in SPLIT_BACKWARD and not context.engine.compile
-        apply_recompute(stage, kind=context.recompute, split_backward=split)
+    split = context.parallel.schedule in SPLIT_BACKWARD and not context.engine.compile
+    apply_recompute(stage, kind=context.recompute, split_backward=split)
+
+
+def _recompute_first(context: Context) -> bool:
+    """With tensor parallelism, only selective recomputation of compiled layers is inside, see recompute.py.
+    Else it repeats what gives a layer its local tensors, which is outside of compiled code.
+    """
+    selective = context.engine.compile and context.recompute == "selective"
+    return selective or context.mesh.layout.tp == 1
+
+
+def _recompute_inside(stage: Stage, context: Context) -> None:
+    if _recompute_first(context):
+        _recompute(stage, context)
 
 
 def _compile(stage: Stage, context: Context) -> None:
     if context.engine.compile:
-        if context.mesh.layout.tp > 1:
-            wait_for_embedding(stage)
         apply_compile(stage, backend=context.engine.compile_backend)
-    if _recompute_last(context):
-        apply_recompute(stage, kind=context.recompute, split_backward=False)
+
+
+def _localize(stage: Stage, context: Context) -> None:
+    if context.mesh.layout.tp > 1:
+        localize(stage)
+    if not _recompute_first(context):
+        _recompute(stage, context)
+
+
+def _to_localize(stage: Stage, context: Context) -> set[str]:
+    return _layers(stage) if context.mesh.layout.tp > 1 else set()
 
 
 def _to_recompute(stage: Stage, context: Context) -> set[str]:
@@ -192,7 +208,7 @@ def _to_shard(stage: Stage, context: Context) -> set[str]:
     Sharded parameters, from ZeRO 1 on: all.
     """
     layout, precision = context.mesh.layout, context.precision
-    wrap = layout.dp > 1 or layout.tp > 1 or {precision.compute, precision.reduce} != {precision.param}
+    wrap = layout.dp > 1 or {precision.compute, precision.reduce} != {precision.param}
     wrapped = {*_layers(stage), ""} if wrap else set()
     return wrapped | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
 
@@ -242,8 +258,9 @@ RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recom
 ORDER = (
     Transform("tensor", _slice, _to_slice, _sliced),
     Transform("freeze", _freeze, _to_freeze, _frozen),  # after tensor, which creates trainable parameters
-    RECOMPUTE,
+    replace(RECOMPUTE, apply=_recompute_inside),
     Transform("compile", _compile, _to_compile, _wrapped_by("compile")),  # around recompute, see recompute.py
+    Transform("local", _localize, _to_localize, _wrapped_by("local")),
     Transform("shard", _shard, _to_shard, _sharded),
     Transform("materialize", _materialize, _to_materialize, _materialized),
 )

@@ -27,11 +27,10 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     """Wrap layers, then the stage with embedding, final norm and head, with fully_shard.
 
     Gradients become means over data ranks. Does nothing without sharding and casting, where fully_shard
-    would only copy parameters and gradients, unless there is tensor parallelism: fully_shard sums the
-    partial gradients of norms.
+    would only copy parameters and gradients.
     """
     same_dtype = precision.compute == precision.param == precision.reduce
-    if mesh.layout.dp == mesh.layout.tp == 1 and same_dtype:
+    if mesh.layout.dp == 1 and same_dtype:
         return
     options: dict[str, Any] = {
         "mesh": mesh.data,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hybridtrain.models.slicing import Local
 from hybridtrain.models.stage import Stage
 
 _SAVED = {
@@ -88,13 +89,16 @@ def apply_compile(stage: Stage, *, backend: str) -> None:
 
 
 def wrappers(layer: nn.Module) -> list[str]:
-    """The wrappers around a layer's forward, outermost first: "compile", "recompute"."""
+    """The wrappers around a layer's forward, outermost first: "compile", "recompute", "local"."""
     result: list[str] = []
     forward: Any = layer.forward
     while True:
         if isinstance(forward, partial) and forward.func is checkpoint:
             result.append("recompute")
             forward = forward.args[0]
+        elif isinstance(forward, Local):
+            result.append("local")
+            forward = forward.forward
         elif hasattr(forward, "compiled_from"):
             result.append("compile")
             forward = forward.compiled_from

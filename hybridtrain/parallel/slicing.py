@@ -1,170 +1,137 @@
-"""Tensor parallelism of one stage, with sequence parallelism and a vocabulary-parallel head.
+"""Tensor parallelism of one stage: the parameters become DTensors over the tp axis, and its modules compute
+with this rank's local tensors (models/slicing.py).
 
-    embed (rows of the vocabulary) -> [norm -> attention (heads) -> norm -> MLP (columns, rows)] -> norm
-        -> head (vocabulary)
-    hidden states between the blocks: Shard(1) over positions with sequence parallelism, else Replicate
+    parameter             stored          gradient of a micro-batch
+    cut into equal parts  Shard(dim)      its own
+    cut otherwise         Replicate       partial: added over tp ranks once a step
+    whole                 Replicate       the same on all ranks, or partial
 
-All parameters become DTensors of one mesh, including those of norms, so that the gradient norm needs no
-special case. Megatron-LM: arXiv 1909.08053; sequence parallelism: arXiv 2205.05198.
+DTensors, so that gradient norm, optimizer, checkpoints and initial weights need no special case.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from hybridtrain.models.slicing import (
+    WHOLE,
+    Local,
+    Piece,
+    Slicing,
+    head_is_cut,
+    partial_gradients,
+    pieces,
+    rewire,
+    rows_of_vocabulary,
 )
-from torch.distributed.tensor.parallel.style import ParallelStyle
-
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.runtime.collectives import GroupRanks
+
+_COALESCED = 1 << 20
+"""Elements up to which gradients are added together in one collective."""
 
 
-def apply_tensor_parallel(stage: Stage, *, mesh: Mesh, sequence_parallel: bool) -> None:
-    """Shard a stage on meta over the tp axis, in place. Call before fully_shard."""
-    if mesh.layout.tp == 1:
-        return
-    parallelize_module(stage, mesh.tp, _plan(stage, tp=mesh.layout.tp, sequence_parallel=sequence_parallel))
-    stage.tie()  # parallelize_module unties the weights
-    missing = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
-    assert not missing, f"no tensor-parallel style for {missing}"
+def apply_tensor_parallel(stage: Stage, slicing: Slicing, *, mesh: Mesh) -> None:
+    """Cut a stage on meta over the tp axis, in place, but for `localize`. Call before fully_shard."""
+    group = mesh.group("tp")
+    assert group is not None
+    ranks = GroupRanks(group)
+    cut = pieces(stage, slicing, rank=ranks.rank, size=ranks.size)
+    stage.partial = partial_gradients(stage, slicing) | {
+        name for name, each in cut.items() if not each.stored
+    }
+    rewire(stage, slicing, ranks)
+    rows = _vocabulary(stage, slicing)
+    for name, parameter in list(stage.named_parameters()):
+        each = cut.get(name, WHOLE)
+        if name in rows:
+            _, count = rows_of_vocabulary(parameter.shape[0], rank=ranks.rank, size=ranks.size)
+            _distribute(stage, name, Shard(0), count, mesh=mesh)
+        elif each.stored:
+            _distribute(stage, name, Shard(each.dim), each.ranges[0][1], mesh=mesh)
+        else:
+            _distribute(stage, name, Replicate(), 0, mesh=mesh)
+    stage.tie()
+    stage.pieces = cut
 
 
-def parameters_to_slice(stage: Stage, *, tp: int) -> set[str]:
-    """Names of the parameters that are sharded over tp, according to the family's plan."""
-    if tp == 1:
-        return set()
-    family = stage.family
-    replicated = family.kv_projections if tp > stage.config.num_key_value_heads else ()
-    kinds = {"colwise": ("weight", "bias"), "rowwise": ("weight",)}
-    in_layer = [
-        f"{path}.{kind}"
-        for path, style in family.tp_plan.items()
-        if path not in replicated
-        for kind in kinds.get(style, ())
-    ]
-    names = {f"{family.layers}.{index}.{name}" for index in stage.layers for name in in_layer}
-    names |= {f"{family.embed}.weight", f"{family.head}.weight"}
+def parameters_to_cut(stage: Stage, slicing: Slicing, *, size: int) -> set[str]:
+    """Names of the parameters of which a rank stores a part."""
+    cut = pieces(stage, slicing, rank=0, size=size)
+    return {name for name, each in cut.items() if each.stored} | _vocabulary(stage, slicing)
+
+
+def localize(stage: Stage) -> None:
+    """Let layers, and the stage around them, compute with local tensors. Under recomputation, which repeats
+    it, and outside of compiled code.
+    """
+    inside: set[int] = set()
+    for index, layer in stage.layer_modules():
+        prefix = f"{stage.structure.layers}.{index}."
+        inside |= {id(module) for module in layer.modules()}
+        layer.forward = Local(layer.forward, _slots(stage, layer.named_modules(prefix=prefix[:-1])))
+    outside = ((path, module) for path, module in stage.named_modules() if id(module) not in inside)
+    stage.forward = Local(stage.forward, _slots(stage, outside))  # type: ignore[method-assign]
+
+
+def add_partial_gradients(stages: Iterable[Stage], *, group: dist.ProcessGroup | None) -> None:
+    """Complete the gradients of which each tp rank has a part. Once a step: small ones in one collective."""
+    small: list[Tensor] = []
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if name in stage.partial and parameter.grad is not None:
+                gradient = local_part(parameter.grad)
+                if gradient.numel() > _COALESCED:
+                    dist.all_reduce(gradient, group=group)
+                else:
+                    small.append(gradient)
+    if small:
+        total = torch.cat([gradient.flatten() for gradient in small])
+        dist.all_reduce(total, group=group)
+        for gradient, part in zip(small, total.split([g.numel() for g in small]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _vocabulary(stage: Stage, slicing: Slicing) -> set[str]:
+    structure = stage.structure
+    names = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
+    if head_is_cut(stage, slicing):
+        names |= {f"{structure.head}.weight", f"{structure.head}.bias"}
     return names & {name for name, _ in stage.named_parameters()}
 
 
-def _plan(stage: Stage, *, tp: int, sequence_parallel: bool) -> dict[str, ParallelStyle]:
-    family, config = stage.family, stage.config
-    between = Shard(1) if sequence_parallel else Replicate()
-    norm = SequenceParallel(use_local_output=False) if sequence_parallel else ReplicatedNorm()
-    styles: dict[str, ParallelStyle] = {
-        "colwise": ColwiseParallel(),
-        "rowwise": RowwiseParallel(output_layouts=between),
-        "norm": norm,
-        "head_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-        "attention_input": PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": between},
-            desired_input_kwarg_layouts={"hidden_states": Replicate()},
-        ),
-        "mlp_input": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
-    }
-    plan: dict[str, ParallelStyle] = {}
-    kv_heads = config.num_key_value_heads
-    for index, layer in stage.layer_modules():
-        path = f"{family.layers}.{index}"
-        plan |= {f"{path}.{name}": styles[style] for name, style in family.tp_plan.items()}
-        if tp > kv_heads:
-            plan |= {
-                f"{path}.{name}": RepeatedHeads(heads=kv_heads, repeats=tp // kv_heads)
-                for name in family.kv_projections
-            }
-            layer.get_submodule(family.attention).num_key_value_groups = config.num_attention_heads // tp
-    if stage.first:
-        plan[family.embed] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-    if stage.last:
-        plan[family.norm] = norm
-        plan[family.head] = VocabularyParallelHead()
-    return plan
+def _distribute(stage: Stage, name: str, placement: Placement, length: int, *, mesh: Mesh) -> None:
+    """Replace a parameter on meta by a DTensor of the same shape. `length`: of this rank's part."""
+    path, _, key = name.rpartition(".")
+    module = stage.part(path)
+    parameter: Any = module._parameters[key]
+    local = parameter.data
+    if isinstance(placement, Shard):
+        local = local.narrow(placement.dim, 0, length).clone(memory_format=torch.contiguous_format)
+    whole = DTensor.from_local(
+        local, mesh.tp, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    module.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
-# the signature distribute_module calls
-def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:  # noqa: ARG001
-    for key, parameter in list(module.named_parameters(recurse=False)):
-        replicated = DTensor.from_local(parameter.data, mesh, [Replicate()], run_check=False)
-        module.register_parameter(key, nn.Parameter(replicated, requires_grad=parameter.requires_grad))
+def _slots(stage: Stage, modules: Iterable[tuple[str, nn.Module]]) -> list[Any]:
+    return [
+        (module._parameters, key, functools.partial(_local, stage.pieces.get(f"{path}.{key}", WHOLE)))
+        for path, module in modules
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
-class VocabularyParallelHead(ParallelStyle):
-    """A head sharded over rows of the vocabulary.
-
-    The loss does the communication (tasks/linear_cross_entropy.py).
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        weight: Any = module.weight
-        module.register_parameter(
-            "weight",
-            nn.Parameter(
-                distribute_tensor(weight, device_mesh, [Shard(0)]), requires_grad=weight.requires_grad
-            ),
-        )
-        return module
-
-
-class ReplicatedNorm(ParallelStyle):
-    """A norm with a replicated DTensor weight, on replicated hidden states; converts
-    local inputs to DTensors.
-    """
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, _replicate, self._input, None)
-
-    @staticmethod
-    def _input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:  # noqa: ARG004
-        x = inputs[0]
-        return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-
-
-class RepeatedHeads(ParallelStyle):
-    """A replicated key or value projection with fewer heads than tp ranks: each head is
-    used by `repeats` ranks.
-    """
-
-    def __init__(self, *, heads: int, repeats: int):
-        super().__init__()
-        self.heads, self.repeats = heads, repeats
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        # an output hook may return
-        return distribute_module(module, device_mesh, _replicate, None, self._output)  # type: ignore[arg-type]
-
-    def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:  # noqa: ARG002
-        heads = output.unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2).flatten(-2)
-        return heads.redistribute(placements=[Shard(-1)]).to_local()
-
-
-class _WaitForCollective(torch.autograd.Function):
-    """Waits for an asynchronous collective, and returns a plain tensor; the gradient is unchanged.
-
-    With an AsyncCollectiveTensor as its input, a compiled layer computes a wrong gradient
-    of the embedding, silently.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return (x.wait() if hasattr(x, "wait") else x).clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
-        return grad
-
-
-def wait_for_embedding(stage: Stage) -> None:
-    """Keep asynchronous tensors out of compiled layers. For tensor parallelism with compilation."""
-    if stage.first:
-        embed = stage.part(stage.family.embed)
-        embed.register_forward_hook(lambda module, inputs, output: _WaitForCollective.apply(output))  # noqa: ARG005
+def _local(each: Piece, parameter: Any) -> Tensor:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local if each.stored else each.of(local)

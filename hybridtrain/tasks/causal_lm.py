@@ -77,6 +77,8 @@ class CausalLM:
             terms=terms,
             chunk=head.loss_chunk,
             gradients=head.gradients_of(name),
+            ranks=head.ranks,
+            entries=head.entries,
         )
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ attend to each other. C classes; B rows, T positions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hybridtrain.errors import refusal
 from hybridtrain.tasks.causal_lm import CausalLM
@@ -78,8 +77,7 @@ class Classification(CausalLM):
         """The losses, and the number of right predictions from all logits, which are few."""
         sums = super().loss(hidden_BTD, batch, head)
         with torch.no_grad():
-            hidden, weight = (_full(tensor.detach()) for tensor in (hidden_BTD, head.weight))
-            logits = hidden @ weight.t() + (0 if head.bias is None else _full(head.bias.detach()))
+            logits = hidden_BTD @ head.weight.t() + (0 if head.bias is None else head.bias)
             return {**sums, "correct": _correct(logits, batch).view(1)}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -89,10 +87,6 @@ class Classification(CausalLM):
     def evaluate(self, sums: Sums) -> dict[str, float]:
         """The mean loss per document, and the accuracy."""
         return {**super().evaluate(sums), "eval_accuracy": sums.values["correct"] / sums.counts["correct"]}
-
-
-def _full(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _correct(logits_BTC: Tensor, batch: Batch) -> Tensor:

@@ -5,11 +5,14 @@ Its output is the loss, so that all logits never exist at once in any layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.runtime.collectives import Ranks, collective
 from hybridtrain.tasks.linear_cross_entropy import HeadGradient, Transform
 
 if TYPE_CHECKING:
@@ -32,9 +35,23 @@ class Head(nn.Module):
         super().__init__()
         self.weight, self.bias = model_head.weight, model_head.bias
         self.transform, self.task, self.loss_chunk = Transform(scale, cap), task, loss_chunk
+        self.ranks: Ranks | None = None
+        """Those that share the head: `weight` and `bias` are this rank's rows."""
+        self.entries = model_head.weight.shape[0]
+        """Rows of the whole head."""
+        self._whole: Callable[[Tensor], Tensor] = _unchanged
         self._used: set[str] = set()
         self.gradients = {name: (HeadGradient(), HeadGradient()) for name in task.weights}
         """Name of a sum -> gradients of weight and bias from it, over all micro-batches in flight."""
+
+    def share(self, ranks: Ranks, *, rows: bool, positions: bool) -> None:
+        """With tensor parallelism: each rank has a part of the `rows`, and of the `positions` of the hidden
+        states.
+        """
+        if rows:
+            self.ranks = ranks
+        if positions:
+            self._whole = partial(collective, "whole", ranks=ranks)
 
     def gradients_of(self, name: str) -> tuple[HeadGradient, HeadGradient]:
         """The gradients of weight and bias from one of the task's sums.
@@ -58,7 +75,7 @@ class Head(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
         self._used.clear()
-        sums = self.task.loss(hidden_BTD, batch, self)
+        sums = self.task.loss(self._whole(hidden_BTD), batch, self)
         for name in self.task.weights:
             shape = tuple(sums[name].shape) if name in sums else None
             if shape != (1,):
@@ -68,3 +85,7 @@ class Head(nn.Module):
                     "return a tensor of shape (1,) for each name in `weights`"
                 )
         return torch.cat([sums[name] for name in self.task.weights])
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden

@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from hybridtrain.runtime.collectives import Ranks, collective
 from hybridtrain.types import IGNORE_INDEX
 
 _CHUNK_BYTES = 256 << 20  # of fp32 logits
@@ -134,22 +133,19 @@ def linear_cross_entropy(
     terms: Terms,
     chunk: int,
     gradients: tuple[HeadGradient, HeadGradient],
+    ranks: Ranks | None,
+    entries: int,
 ) -> Tensor:
     """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
-    `hidden_BTD` may be a DTensor, sharded over T or replicated; then weight and bias are sharded over V.
+    `ranks`: those of which each has a part of the rows of weight and bias, `entries` in all.
     `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256.
     `gradients`: of the weight and of the bias, for this sum.
     """
-    group, first, entries = None, 0, weight_VD.shape[0]
-    if isinstance(weight_VD, DTensor):
-        mesh = weight_VD.device_mesh
-        group = mesh.get_group()
-        first = mesh.get_local_rank() * -(-weight_VD.shape[0] // mesh.size())  # as torch.chunk
-        assert isinstance(hidden_BTD, DTensor)
-        hidden_BTD = hidden_BTD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        weight_VD = weight_VD.to_local()
-        bias_V = bias_V.to_local() if isinstance(bias_V, DTensor) else bias_V
+    first = 0
+    if ranks is not None:
+        first = ranks.rank * -(-entries // ranks.size)  # as torch.chunk
+        hidden_BTD = collective("copy", hidden_BTD, ranks)
     chunk_bytes = _CHUNK_BYTES_CPU if hidden_BTD.device.type == "cpu" else _CHUNK_BYTES
     rows = chunk or max(_MIN_ROWS, chunk_bytes // (4 * max(1, weight_VD.shape[0])))
     into, into_bias = (
@@ -165,7 +161,7 @@ def linear_cross_entropy(
         terms,
         entries,
         rows,
-        group,
+        ranks,
         first,
         into,
         into_bias,
@@ -191,7 +187,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         terms: Terms,
         entries: int,
         rows: int,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks | None,
         first: int,
         into: HeadGradient | None,
         into_bias: HeadGradient | None,
@@ -206,13 +202,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = logits.float().add_(bias_V)
             if not transform.identity:
                 logits = transform(logits)
-            log_p, log_z = _log_probabilities(logits, group=group)
+            log_p, log_z = _log_probabilities(logits, ranks=ranks)
             valid, mine, index = _targets(labels, first=first, vocabulary=len(weight_VD))
             mine = mine * (1 - terms.smoothing)
             total -= (log_p.gather(1, index) * mine).sum() if len(weight_VD) else 0
             if terms.smoothing:
                 total -= (log_p * valid).sum() * (terms.smoothing / entries)
-            if terms.z_loss and (group is None or group.rank() == 0):
+            if terms.z_loss and (ranks is None or ranks.rank == 0):
                 total += (log_z.square() * valid).sum() * terms.z_loss
             if d_hidden is None and into is None and into_bias is None:
                 continue
@@ -230,8 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, weight_VD, out=d_hidden[start : start + rows])
             if into is not None:
                 into.add(d_logits.t() @ hidden, alone=alone)
-        if group is not None:
-            dist.all_reduce(total, group=group)
+        if ranks is not None:
+            total = ranks.sum(total)
         ctx.gradient = d_hidden
         return total
 
@@ -254,18 +250,16 @@ class _ParameterGradient(torch.autograd.Function):
         return ctx.gradient.take(grad.squeeze(0), shape=ctx.shape, dtype=ctx.dtype), None
 
 
-def _log_probabilities(logits_nV: Tensor, *, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _log_probabilities(logits_nV: Tensor, *, ranks: Ranks | None) -> tuple[Tensor, Tensor]:
     """(log-probabilities of this rank's part of the vocabulary (n, V), log of the sum of exp(logits) over all
     of it (n, 1)), fp32.
     """
     logits = logits_nV.float()
     log_p = torch.log_softmax(logits, dim=1)
-    if group is None:
+    if ranks is None:
         return log_p, logits[:, :1] - log_p[:, :1]
     mine = torch.logsumexp(logits, dim=1)
-    of_ranks = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(of_ranks, mine, group=group)
-    log_z = torch.logsumexp(torch.stack(of_ranks), dim=0)
+    log_z = torch.logsumexp(ranks.gather(mine[None]).view(ranks.size, -1), dim=0)
     return log_p.add_((mine - log_z)[:, None]), log_z[:, None]
 
 

@@ -43,7 +43,7 @@ class Task(Protocol):
     def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
         """Sums of losses, fp32, (1,), the same on all tp ranks.
 
-        `hidden_BTD`: output of the final norm, may be a DTensor.
+        `hidden_BTD`: output of the final norm.
         """
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,213 @@
+"""Proof of a slicing (models/slicing.py) on a reduced copy: ranks are threads of this process, and a
+collective is a barrier between them.
+
+Loss and gradients of all ranks together are compared with one plain forward and backward pass of Hugging
+Face's own model. A gradient that is not cut must be the whole one on each rank, or have it as its sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.analysis.analyse import ROWS, TOLERANCE, Copy, Found, batch_of, plain, tokens
+from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.slicing import (
+    WHOLE,
+    Local,
+    Slicing,
+    head_is_cut,
+    pieces,
+    rewire,
+    rows_of_vocabulary,
+)
+from hybridtrain.models.stage import Stage
+from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.tasks.head import Head
+
+_LIMIT_S = 60
+
+
+class ThreadRanks:
+    """Ranks that are threads. See runtime.collectives.Ranks."""
+
+    def __init__(self, rank: int, size: int, *, slots: list[Any], barrier: threading.Barrier):
+        self.rank, self.size, self.slots, self.barrier = rank, size, slots, barrier
+
+    def sum(self, x: Tensor) -> Tensor:
+        return torch.stack(self._exchange(x)).sum(0)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._exchange(x), dim=1)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        return self.sum(x).chunk(self.size, dim=1)[self.rank].contiguous()
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        self.slots[self.rank] = x.detach().clone()
+        self.barrier.wait(_LIMIT_S)
+        found = list(self.slots)
+        self.barrier.wait(_LIMIT_S)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure(Exception):
+    """Why a slicing is not the model."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+class Probe:
+    """Slicings of a reduced copy for `size` ranks, against one plain process."""
+
+    def __init__(self, copy: Copy, *, size: int):
+        self.copy, self.size = copy, size
+        ids = tokens(length=-(-12 // size) * size)
+        self.batch = batch_of(ids, [[ids.shape[1]]] * ROWS, packed=False)
+        self.expected: Found = plain(copy.model, [ids], [self.batch.labels_BT])
+        self.total = torch.stack([g.norm() for g in self.expected[1].values()]).norm().item()
+
+    def prove(self, slicing: Slicing) -> Slicing:
+        """The slicing, with the parameters whose gradients are partial. Raises Failure."""
+        found = self._run(slicing, backward=True)
+        prefix = f"{found[0].stage.structure.layers}."
+        verdicts: dict[str, bool] = {}
+        for name in {name for rank in found for name in rank.gradients}:
+            if (is_partial := self._is_partial(name, found)) is None:
+                continue
+            key = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else name
+            if verdicts.setdefault(key, is_partial) != is_partial:
+                raise Failure(f"the gradient of {key} is partial in some layers")
+        partial_ones = frozenset(key for key, is_partial in verdicts.items() if is_partial)
+        return dataclasses.replace(slicing, partial=partial_ones)
+
+    def forward(self, slicing: Slicing) -> None:
+        """Compare the loss alone. Raises Failure."""
+        self._run(slicing, backward=False)
+
+    def _run(self, slicing: Slicing, *, backward: bool) -> list[_Rank]:
+        """The ranks after a forward pass, and a backward pass."""
+        barrier, slots = threading.Barrier(self.size), [None] * self.size
+
+        try:
+            ranks = [
+                _Rank(self, slicing, ThreadRanks(rank, self.size, slots=slots, barrier=barrier))
+                for rank in range(self.size)
+            ]
+        except ValueError as error:  # what cannot be shared out evenly
+            raise Failure(str(error)) from error
+
+        def run(rank: _Rank) -> None:
+            try:
+                rank.run(backward=backward)
+            except BaseException:
+                barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(run, rank) for rank in ranks]
+            errors = [error for future in futures if (error := future.exception())]
+        causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if causes or errors:
+            first = (causes or errors)[0]
+            raise Failure(f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}") from first
+        for rank in ranks:
+            off = abs(rank.loss - self.expected[0]) / abs(self.expected[0])
+            if not off <= TOLERANCE:
+                raise Failure(f"loss differs by {off:.1e}")
+        return ranks
+
+    def _is_partial(self, name: str, ranks: list[_Rank]) -> bool | None:
+        """Whether the ranks' gradients of a parameter add up to the whole one; None where they are zero, or
+        of different parts of the parameter. Raises Failure.
+        """
+        one = ranks[0]
+        owner = one.stage.owner(name)
+        whole = self.expected[1].get(owner)
+        parts = [rank.gradients.get(name) for rank in ranks]
+        if whole is None:
+            whole = torch.zeros_like(one.whole[name])
+        if (name in one.cut and one.cut[name].stored) or name in one.rows:
+            for rank, part in zip(ranks, parts, strict=True):
+                self._compare(name, part, rank.part_of(name, whole))
+            return None
+        if all(part is None or not part.any() for part in (whole, *parts)):
+            return None
+        same = [self._difference(part, whole) <= TOLERANCE for part in parts]
+        if all(same):
+            return False
+        present = [part for part in parts if part is not None]
+        self._compare(name, torch.stack(present).sum(0) if present else None, whole)
+        return True
+
+    def _compare(self, name: str, actual: Tensor | None, expected: Tensor) -> None:
+        off = self._difference(actual, expected)
+        if not off <= TOLERANCE:
+            raise Failure(f"the gradient of {name} differs by {off:.1e}")
+
+    def _difference(self, actual: Tensor | None, expected: Tensor) -> float:
+        actual = torch.zeros_like(expected) if actual is None else actual
+        return ((actual - expected).norm() / max(expected.norm().item(), 1e-3 * self.total)).item()
+
+
+class _Rank:
+    """One thread's part of the model."""
+
+    def __init__(self, probe: Probe, slicing: Slicing, ranks: ThreadRanks):
+        self.probe, self.ranks = probe, ranks
+        config = probe.copy.config
+        count = config.get_text_config(decoder=True).num_hidden_layers
+        head: Callable[..., nn.Module] = partial(Head, task=CausalLM(), loss_chunk=0)
+        self.stage = stage = Stage(config, layers=range(count), first=True, last=True, head=head)
+        stage.to_empty(device="cpu")
+        stage.tie()
+        reset_buffers(stage, device=torch.device("cpu"))
+        self.cut = pieces(stage, slicing, rank=ranks.rank, size=ranks.size)
+        rewire(stage, slicing, ranks)
+        structure = stage.structure
+        self.rows = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
+        if head_is_cut(stage, slicing):
+            self.rows |= {f"{structure.head}.weight", f"{structure.head}.bias"}
+        weights = dict(probe.copy.model.named_parameters())
+        self.whole = {name: weights[stage.owner(name)] for name, _ in stage.named_parameters()}
+        for name, value in self.whole.items():
+            path, _, key = name.rpartition(".")
+            part = self.part_of(name, value.detach()).clone()
+            stage.part(path).register_parameter(key, nn.Parameter(part, requires_grad=value.requires_grad))
+        stage.tie()
+        self.loss = 0.0
+        self.gradients: dict[str, Tensor] = {}
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank stores of a parameter."""
+        if name in self.rows:
+            first, count = rows_of_vocabulary(whole.shape[0], rank=self.ranks.rank, size=self.ranks.size)
+            return whole[first : first + count]
+        each = self.cut.get(name, WHOLE)
+        return each.of(whole) if each.stored else whole
+
+    def run(self, *, backward: bool) -> None:
+        stage = self.stage
+        used = [
+            (stage.part(path)._parameters, key, each.of)
+            for name, each in self.cut.items()
+            if not each.stored
+            for path, _, key in [name.rpartition(".")]
+        ]
+        with torch.set_grad_enabled(backward):
+            loss = Local(stage.forward, used)(self.probe.batch.input_ids_BT, batch=self.probe.batch)
+            self.loss = loss.item()
+            if backward:
+                loss.sum().backward()
+        self.gradients = {n: p.grad for n, p in stage.named_parameters() if p.grad is not None}

@@ -105,8 +105,8 @@ class Probe:
                 _Rank(self, slicing, ThreadRanks(rank, self.size, slots=slots, barrier=barrier))
                 for rank in range(self.size)
             ]
-        except ValueError as error:  # what cannot be shared out evenly
-            raise Failure(str(error)) from error
+        except Exception as error:  # a part of the model that cannot be shared out, or is not as expected
+            raise Failure(f"{type(error).__name__}: {error}") from error
 
         def run(rank: _Rank) -> None:
             try:

@@ -21,7 +21,8 @@ _QUERY = {"q_proj", "query", "q", "wq", "q_b_proj", "q_lin", "query_proj"}
 _KEY_VALUE = {"k_proj", "v_proj", "key", "value", "k", "v", "wk", "wv", "k_lin", "v_lin"}
 _BOTH = {"kv_b_proj"}
 _FUSED = {"qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack", "qkv_lin"}
-_OUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "o", "out", "out_lin", "o_b_proj"}
+_OUT = {"o_proj", "out_proj", "dense", "c_proj", "wo", "o", "out", "out_lin", "o_b_proj", "Wo"}
+_GATES = {"gate_proj", "g_proj", "gate", "attn_gate", "output_gate"}
 _HIDDEN_IN = {"gate", "router"}
 _EXPERT_IN = ("gate_up", "gate", "up", "w1", "w3", "input", "fc1", "wi")
 
@@ -133,19 +134,30 @@ def _oriented(matrix: Matrix, *, hidden: int) -> Matrix:
     return dataclasses.replace(matrix, dim_in=matrix.dim_out, dim_out=matrix.dim_in)
 
 
-def _paired(block: Block, *, hidden: int) -> tuple[list[Matrix], list[Matrix]] | None:
-    """(columns, rows): matrices from the hidden states to a width, or twice the width, and back from it."""
-    inside = [_oriented(matrix, hidden=hidden) for matrix in block.matrices]
-    rows = [m for m in inside if m.size_out == hidden and m.leaf not in _HIDDEN_IN]
-    widths = {m.size_in for m in rows}
-    columns = [
-        m
-        for m in inside
-        if m.size_in == hidden and m.leaf not in _HIDDEN_IN and {m.size_out, m.size_out / 2} & widths
-    ]
-    wide = {m.size_out for m in columns} | {m.size_out / 2 for m in columns}
-    rows = [m for m in rows if m.size_in in wide and m not in columns]
-    return (columns, rows) if columns and rows else None
+def _owner(matrix: Matrix) -> str:
+    """The module that calls a matrix: that of a module's weight is the module around it."""
+    path = matrix.name.rpartition(".")[0]
+    return path.rpartition(".")[0] if matrix.name.endswith(".weight") else path
+
+
+def _paired(block: Block, *, hidden: int) -> tuple[list[Matrix], list[Matrix], list[Matrix]] | None:
+    """(columns, those of them that are two in one, rows): matrices from the hidden states to a width, or
+    twice the width, and back from it. They belong to one module, or else only to one block.
+    """
+    inside = [_oriented(m, hidden=hidden) for m in block.matrices if m.leaf not in _HIDDEN_IN]
+    backs = [m for m in inside if m.size_out == hidden]
+    columns, double, rows = [], [], []
+    for matrix in inside:
+        near = [m for m in backs if _owner(m) == _owner(matrix) and m is not matrix]
+        widths = {m.size_in for m in near or backs if m is not matrix}
+        if matrix.size_in != hidden or matrix in rows or not {matrix.size_out, matrix.size_out / 2} & widths:
+            continue
+        columns.append(matrix)
+        twice = matrix.size_out not in widths
+        double += [matrix] if twice else []
+        width = matrix.size_out // 2 if twice else matrix.size_out
+        rows += [m for m in near or backs if m.size_in == width and m not in rows]
+    return (columns, double, rows) if columns and rows else None
 
 
 # -- proposals -----------------------------------------------------------------------------------------------
@@ -170,44 +182,44 @@ Proposal = tuple[Slicing, list[Matrix], list[Matrix]]
 def _attention(block: Block, copy: Copy) -> Iterator[Proposal]:
     heads = heads_of(copy.config)
     out = [m for m in block.matrices if m.leaf in _OUT]
+    homes = {_owner(m) for m in out}
+    inside = [m for m in block.matrices if _owner(m) in homes]
+    named = _QUERY | _KEY_VALUE | _BOTH | _FUSED
+    if not any(m.leaf in named for m in inside):
+        inside = list(block.matrices)  # the way out is in a module of its own
     width = {m.size_in for m in out}
-    fused = [m for m in block.matrices if m.leaf in _FUSED]
+    fused = [m for m in inside if m.leaf in _FUSED]
     ways = ("q", "q kv kv", "e e e") if fused else ("q",)
     for way, divided in itertools.product(ways, ("", "heads", "widths", "config")):
         cuts: dict[str, str] = {}
         columns = []
-        for matrix in block.matrices:
+        for matrix in inside:
             kinds = way if matrix in fused else "kv" if matrix.leaf in _KEY_VALUE else "q"
-            column = matrix in fused or matrix.leaf in _QUERY | _KEY_VALUE | _BOTH
+            gate = matrix.leaf in _GATES and matrix.size_out in {*width, heads[0]}
             if matrix in out:
                 _cut(cuts, matrix, dim=matrix.dim_in, kinds="q", block=block)
-            elif column or (matrix.size_out in width and matrix.size_in not in width):
+            elif gate or matrix.leaf in named:
                 columns.append(matrix)
                 _cut(cuts, matrix, dim=matrix.dim_out, kinds=kinds, block=block)
         norms = _per_head(cuts, block, columns=columns, heads=heads)
         if columns and out:
-            slicing = dataclasses.replace(
-                NOTHING, cuts=cuts, norms=norms, **_attributes(block, divided, copy, columns=columns)
-            )
-            yield slicing, columns, out
+            attributes = _attributes(block, divided, copy, columns=columns, rows=out)
+            yield dataclasses.replace(NOTHING, cuts=cuts, norms=norms, **attributes), columns, out
 
 
 def _mlp(block: Block, copy: Copy, *, hidden: int) -> Iterator[Proposal]:
     if (pair := _paired(block, hidden=hidden)) is None:
         return
-    columns, rows = pair
-    widths = {m.size_in for m in rows}
-    double = [m for m in columns if m.size_out not in widths]
+    columns, double, rows = pair
     for way, divided in itertools.product(["e e", ""] if double else [""], ("", "widths")):
         cuts: dict[str, str] = {}
         for matrix in columns:
             _cut(cuts, matrix, dim=matrix.dim_out, kinds=way if matrix in double else "", block=block)
         for matrix in rows:
             _cut(cuts, matrix, dim=matrix.dim_in, kinds="", block=block)
-        slicing = dataclasses.replace(
-            NOTHING, cuts=cuts, **_attributes(block, divided, copy, columns=columns)
-        )
-        yield slicing, columns, rows
+        norms = _per_head(cuts, block, columns=columns, heads=None)
+        attributes = _attributes(block, divided, copy, columns=columns, rows=rows)
+        yield dataclasses.replace(NOTHING, cuts=cuts, norms=norms, **attributes), columns, rows
 
 
 def _cut(cuts: dict[str, str], matrix: Matrix, *, dim: int, kinds: str, block: Block) -> None:
@@ -223,7 +235,7 @@ def _cut(cuts: dict[str, str], matrix: Matrix, *, dim: int, kinds: str, block: B
 
 
 def _per_head(
-    cuts: dict[str, str], block: Block, *, columns: list[Matrix], heads: tuple[int, int]
+    cuts: dict[str, str], block: Block, *, columns: list[Matrix], heads: tuple[int, int] | None
 ) -> tuple[str, ...]:
     """Cut vectors with a value for each head, or for each element of all heads: those are norms, returned."""
     wide = {matrix.size_out: cuts[matrix.name].partition(":")[2] for matrix in columns}
@@ -231,15 +243,18 @@ def _per_head(
     for name, parameter in block.parameters().items():
         if parameter.dim() != 1 or name in cuts:
             continue
-        if parameter.shape[0] == heads[0]:
+        if heads is not None and parameter.shape[0] == heads[0]:
             cuts[name] = "0:q"
         elif parameter.shape[0] in wide and "norm" in name:
-            cuts[name] = f"0:{wide[parameter.shape[0]]}"
+            kinds = wide[parameter.shape[0]]
+            cuts[name] = f"0:{kinds}" if kinds else "0"
             norms.append(name.rpartition(".")[0])
     return tuple(norms)
 
 
-def _attributes(block: Block, divided: str, copy: Copy, *, columns: list[Matrix]) -> dict[str, Any]:
+def _attributes(
+    block: Block, divided: str, copy: Copy, *, columns: list[Matrix], rows: list[Matrix]
+) -> dict[str, Any]:
     """Fields of a Slicing for numbers that modules of the block keep."""
     named = block.parts()
     owners = {m.name.rpartition(".")[0] for m in block.matrices if m.name.endswith("weight")}
@@ -252,7 +267,7 @@ def _attributes(block: Block, divided: str, copy: Copy, *, columns: list[Matrix]
     if not divided:
         return {"divided": found}
     heads = heads_of(copy.config)
-    widths = {size for m in block.matrices for size in (m.size_in, m.size_out)}
+    widths = {m.size_out for m in columns} | {m.size_in for m in rows}
     if block.kind == "mlp":
         numbers = widths - {copy.model.get_input_embeddings().weight.shape[-1], *heads}
     else:

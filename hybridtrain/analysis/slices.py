@@ -8,31 +8,43 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
+
 from hybridtrain.analysis import analyse
 from hybridtrain.analysis.cache import cached
 from hybridtrain.analysis.probe import Failure, Probe
-from hybridtrain.analysis.proposals import blocks, proposals
+from hybridtrain.analysis.proposals import Block, blocks, proposals
 from hybridtrain.config.schema import ParallelConfig
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.slicing import NOTHING, Slicing, heads_of, piece
 from hybridtrain.models.structure import structure_of
 
+WITH_SEQUENCE, WITHOUT_SEQUENCE, LINEARS = "sequence", "plain", "linears"
+"""Kinds of slicings: with sequence parallelism where that is proven; without; of linear layers alone, each
+with collectives of its own, as the layers of DeepSpeed's AutoTP."""
 
-def slicing_of(config: Any, *, size: int, sequence: bool) -> Found:
-    """The proven slicing of the model of a transformers config for `size` ranks; `sequence`: with sequence
-    parallelism, if that is proven. Kept in the user's cache folder.
+
+def slicing_of(config: Any, *, size: int, kind: str) -> Found:
+    """The proven slicing of the model of a transformers config for `size` ranks. Kept in the user's cache
+    folder.
     """
-    question = ["slicing", config.to_json_string(), config._attn_implementation, size, sequence]
+    question = ["slicing", config.to_json_string(), config._attn_implementation, size, kind]
     key = repr(question)
     if key not in _FOUND:
-        answer = cached(question, compute=lambda: _written(_examined(config, size, sequence)), valid=_valid)
+        answer = cached(question, compute=lambda: _written(_examined(config, size, kind)), valid=_valid)
         _FOUND[key] = _read(answer)
     return _FOUND[key]
 
 
 def slicing_of_layout(config: Any, parallel: ParallelConfig, *, tp: int) -> Slicing:
     """The slicing of a layout of `tp` tensor-parallel ranks."""
-    return slicing_of(config, size=tp, sequence=parallel.sequence_parallel).slicing if tp > 1 else NOTHING
+    kind = WITH_SEQUENCE if parallel.sequence_parallel else WITHOUT_SEQUENCE
+    return slicing_of(config, size=tp, kind=kind).slicing if tp > 1 else NOTHING
+
+
+def slicing_for_linears(config: Any, *, tp: int) -> Slicing:
+    """The slicing of `tp` ranks with AutoTP's layers."""
+    return slicing_of(config, size=tp, kind=LINEARS).slicing if tp > 1 else NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +83,13 @@ def _valid(answer: Mapping[str, Any]) -> bool:
     return True
 
 
-def _examined(config: Any, size: int, sequence: bool) -> Found:
+def _examined(config: Any, size: int, kind: str) -> Found:
     """Search on a reduced copy, without blocks that the model's own sizes do not allow to cut."""
     copy = analyse.copy_of(config, tp=size)
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:
-        slicing, whole = search(copy, size=size, sequence=sequence, without=without)
+        slicing, whole = search(copy, size=size, kind=kind, without=without)
         problems = _too_uneven(model, slicing, layers=layers, heads=heads_of(config), size=size)
         if not problems:
             return Found(slicing, share_of_products(model, slicing, layers=layers), {**whole, **without})
@@ -105,7 +117,7 @@ def _too_uneven(
 
 
 def search(
-    copy: analyse.Copy, *, size: int, sequence: bool, without: Mapping[str, str]
+    copy: analyse.Copy, *, size: int, kind: str, without: Mapping[str, str]
 ) -> tuple[Slicing, dict[str, str]]:
     """(the slicing of a reduced copy that is proven for `size` ranks, block -> why it is not cut)."""
     probe = Probe(copy, size=size)
@@ -114,52 +126,65 @@ def search(
         if block.name in without:
             continue
         try:
-            found.append(_first_proven(probe, proposals(block, copy)))
+            found.append(_first_proven(probe, _candidates(block, copy, kind=kind)))
         except Failure as failure:
             whole[block.name] = str(failure)
-    slicing = _joined(found)
-    try:
-        slicing = probe.prove(slicing)
-    except Failure as failure:
-        whole["all"] = str(failure)
-        slicing = probe.prove(found[0]) if found else NOTHING
-    try:
-        slicing = probe.prove(dataclasses.replace(slicing, vocabulary=True))
-    except Failure as failure:
-        whole["vocabulary"] = str(failure)
-    if not sequence:
-        return slicing, whole
-    for where in ("embedding", "layers"):
+    slicing = NOTHING
+    for each in found:  # blocks that are right alone are right together, or the later one stays whole
         try:
-            return probe.prove(dataclasses.replace(slicing, sequence=where)), whole
+            slicing = probe.prove(joined(slicing, each))
         except Failure as failure:
-            whole["sequence"] = str(failure)
+            whole[", ".join(each.cuts)] = str(failure)
+    if kind == LINEARS:
+        return slicing, whole
+    wanted = [dataclasses.replace(slicing, vocabulary=True)]
+    if kind == WITH_SEQUENCE:
+        wanted = [
+            dataclasses.replace(slicing, vocabulary=vocabulary, sequence=sequence)
+            for sequence in ("embedding", "layers", "")
+            for vocabulary in (True, False)
+        ]
+    for each in wanted:
+        try:
+            return probe.prove(each), whole
+        except Failure as failure:
+            whole.setdefault("sequence" if each.sequence else "vocabulary", str(failure))
     return slicing, whole
+
+
+def _candidates(block: Block, copy: analyse.Copy, *, kind: str) -> Iterator[Slicing]:
+    """The proposals for a block that are of a kind."""
+    linear = {name for name, module in block.parts().items() if isinstance(module, nn.Linear)}
+    for slicing in proposals(block, copy):
+        owners = {name.rpartition(".")[0] for name in slicing.cuts}
+        alone = set(slicing.inputs) | set(slicing.outputs) <= linear and owners <= linear
+        other = slicing.norms or slicing.divided or slicing.configs
+        parts = any(" " in cut for cut in slicing.cuts.values())
+        if kind != LINEARS or (alone and not other and not parts):
+            yield slicing
 
 
 def _first_proven(probe: Probe, candidates: Iterator[Slicing]) -> Slicing:
     """Raises Failure with the reason of the first that failed."""
-    first, computes = Failure("no columns and rows were found"), {}
-    tried = False
+    first: Failure | None = None
+    forward: dict[str, bool] = {}
     for slicing in candidates:
-        forward = dataclasses.replace(slicing, inputs=())  # inputs change gradients alone
-        key = repr(forward)
+        alike = repr(dataclasses.replace(slicing, inputs=()))  # inputs change gradients alone
+        if forward.get(alike) is False:
+            continue
         try:
-            if key not in computes:
-                computes[key] = None
-                probe.forward(forward)
-            elif computes[key] is not None:
-                continue
+            if alike not in forward:
+                forward[alike] = False
+                probe.forward(slicing)
+                forward[alike] = True
             return probe.prove(slicing)
         except Failure as failure:
-            if key in computes and computes[key] is None:
-                computes[key] = failure
-            first = first if tried else failure
-            tried = True
-    raise first
+            first = first or failure
+    raise first or Failure("no columns and rows were found")
 
 
-def _joined(slicings: list[Slicing]) -> Slicing:
+def joined(*slicings: Slicing) -> Slicing:
+    """The slicing of several blocks."""
     return Slicing(
         {name: cut for each in slicings for name, cut in each.cuts.items()},
         tuple(dict.fromkeys(path for each in slicings for path in each.inputs)),

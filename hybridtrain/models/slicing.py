@@ -46,7 +46,8 @@ class Slicing:
     vocabulary: bool
     """Whether embedding and head are cut, by rows."""
     sequence: str
-    """Where sequence parallelism cuts hidden states by positions: "embedding" or "layers"; "" for none."""
+    """Where sequence parallelism has hidden states cut by positions: from "embedding" to head, or in the
+    "layers"; "" for none."""
     partial: frozenset[str]
     """Parameters that are not cut, of which each rank computes a part of the gradient; those outside layers
     by their whole path."""
@@ -158,11 +159,14 @@ def rewire(stage: Stage, slicing: Slicing, ranks: Ranks) -> None:
         elif scatters:
             embed.register_forward_hook(partial(_leave, "split", ranks), with_kwargs=True)
         if slicing.sequence == "layers":
-            first = stage.part(f"{stage.structure.layers}.0")
+            first = stage.part(f"{stage.structure.layers}.{stage.layers[0]}")
             first.register_forward_pre_hook(partial(_enter, "split", ranks), with_kwargs=True)
     if stage.last:
+        if slicing.sequence == "layers":
+            last = stage.part(f"{stage.structure.layers}.{stage.layers[-1]}")
+            last.register_forward_hook(partial(_leave, "whole", ranks), with_kwargs=True)
         head: Any = stage.part(stage.structure.head)
-        head.share(ranks, rows=head_is_cut(stage, slicing), positions=bool(slicing.sequence))
+        head.share(ranks, rows=head_is_cut(stage, slicing), positions=slicing.sequence == "embedding")
 
 
 def head_is_cut(stage: Stage, slicing: Slicing) -> bool:
@@ -190,7 +194,8 @@ def _rewire_layer(
         if used(path):
             module: Any = layer.get_submodule(path)
             for name in names:
-                setattr(module, name, max(1, getattr(module, name) // ranks.size))
+                if name in vars(module):
+                    setattr(module, name, max(1, getattr(module, name) // ranks.size))
     for path in filter(used, slicing.configs):
         module = layer.get_submodule(path)
         module.config = copy.copy(module.config)

@@ -117,7 +117,7 @@ def _find(config: Any) -> Structure:
 def _copy(config: Any, implementation: str) -> Any:
     small = reduced(config, random=False, tp=1)
     small._attn_implementation = implementation
-    if small.pad_token_id is None:
+    if getattr(small, "pad_token_id", 1) is None:
         small.pad_token_id = 1  # a classifier takes several rows only with one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -36,5 +36,5 @@ def config_of(model_type: str, **fields: Any) -> Any:
 
 def fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
     """config.json fields of its reduced copy, in which initial weights are large enough to be seen."""
-    small = reduced(config_of(model_type, **fields), random=False).to_dict()
+    small = reduced(config_of(model_type, **fields), random=False, tp=1).to_dict()
     return {**small, "model_type": model_type, "initializer_range": 0.1}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.analysis.slices import slicing_for_linears
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
@@ -103,6 +104,7 @@ class DeepSpeedEngine:
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         count = config.get_text_config(decoder=True).num_hidden_layers
         layers = stage_layers(count, layout.pp)[index]
+        slicing = slicing_for_linears(config, tp=layout.tp)
         context = apply.Context(
             self.mesh,
             self.config.parallel,
@@ -111,6 +113,7 @@ class DeepSpeedEngine:
             self.config.recompute.kind,
             self.config.model.freeze,
             self.task,
+            slicing,
         )
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
         stage = Stage(
@@ -120,10 +123,10 @@ class DeepSpeedEngine:
             last=index == layout.pp - 1,
             head=head,
         )
-        parts = tensor.parts_of(stage, rank=self.mesh.coordinates["tp"], size=layout.tp)
+        parts = tensor.parts_of(stage, slicing, rank=self.mesh.coordinates["tp"], size=layout.tp)
         if group is not None:
             with quiet():
-                tensor.replace_linears(stage, group=group)
+                tensor.replace_linears(stage, slicing, group=group)
         transforms = (apply.RECOMPUTE,)
         apply.transform(stage, context, order=transforms)
         if deepspeed_config.zero_stage(self.config) == 3:
@@ -136,7 +139,7 @@ class DeepSpeedEngine:
         stage.tie()
         reset_buffers(stage, device=self.device)
         if group is not None:
-            tensor.mark(stage, parts, group=group)
+            tensor.mark(stage, slicing, parts, group=group)
         apply.check(stage, context, order=transforms)
         return stage, parts
 

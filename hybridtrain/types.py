@@ -129,6 +129,12 @@ class ModelFacts:
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
     attend to each other)."""
+    sliced: float | None = None
+    """Part of the layers' matrix products that tensor parallelism cuts; None: all, by their sizes."""
+    sequence: bool = True
+    """Whether it can be cut along the sequence too."""
+    whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What tensor parallelism leaves whole on every rank -> why."""
 
     @property
     def outputs(self) -> int:

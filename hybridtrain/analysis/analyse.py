@@ -216,7 +216,7 @@ def refused(config: Any) -> dict[str, str]:
         raise cannot_train(
             config.model_type, f"a reduced copy does not train as transformers' own model does: {whole}"
         )
-    found = {"tp": "its layers cannot be sliced yet"}
+    found: dict[str, str] = {}
     if why := _why_not(lambda: documents(copy)):
         found["documents"] = why
     count = copy.config.get_text_config(decoder=True).num_hidden_layers

@@ -6,15 +6,12 @@ import time
 from typing import Any
 
 from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.slices import WITH_SEQUENCE, slicing_of
 from hybridtrain.config.schema import InspectRoot
 from hybridtrain.models.structure import Structure, structure_of
 from hybridtrain.types import ModelFacts
 
-CAPABILITIES = {
-    "pp": "pipeline parallelism",
-    "tp": "tensor parallelism",
-    "documents": "packed documents",
-}
+CAPABILITIES = {"pp": "pipeline parallelism", "documents": "packed documents"}
 
 
 def run(config: InspectRoot) -> int:
@@ -29,7 +26,8 @@ def run(config: InspectRoot) -> int:
     structure = structure_of(built)
     wanted, used = config.model.attention, attention_of(built)
     attention = used if used == wanted else f"{used} (this architecture has no {wanted})"
-    for name, value in (*_parts(built, structure, facts), ("attention", attention), *_claims(facts)):
+    lines = [*_parts(built, structure, facts), ("attention", attention), *_claims(facts)]
+    for name, value in (*lines, *_tensor(built, tp=config.inspect.tp)):
         print(f"{name:<22}{value}")
     print(f"{'took':<22}{time.monotonic() - began:.1f} s")
     return 0
@@ -58,3 +56,17 @@ def _claims(facts: ModelFacts) -> list[tuple[str, str]]:
     for key, name in CAPABILITIES.items():
         lines.append((name, f"refused: {facts.refused[key]}" if key in facts.refused else "exact"))
     return lines
+
+
+def _tensor(config: Any, *, tp: int) -> list[tuple[str, str]]:
+    """What tensor parallelism cuts, and what is computed on every rank."""
+    if tp == 1:
+        return []
+    found = slicing_of(config, size=tp, kind=WITH_SEQUENCE)
+    sequence = "exact" if found.slicing.sequence else f"refused: {found.whole.get('sequence')}"
+    whole = [(name, why) for name, why in found.whole.items() if name != "sequence"]
+    return [
+        ("tensor parallelism", f"exact, {tp} ranks cut {found.share:.0%} of the layers' matrix products"),
+        *(("  on every rank", f"{name}: {why}") for name, why in whole),
+        ("  along the sequence", sequence),
+    ]

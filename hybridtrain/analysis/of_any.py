@@ -87,10 +87,7 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
 
 def _inactive(model: Any, text: Any) -> int:
     """Parameters of experts that a token does not use."""
-    experts, chosen = (
-        next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
-        for names in (reduced.EXPERT_COUNTS, reduced.EXPERTS_USED)
-    )
+    experts, chosen = reduced.experts_of(text)
     if not experts or not chosen:
         return 0
     stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == experts)

@@ -117,8 +117,8 @@ class Probe:
 
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(run, rank) for rank in ranks]
-            errors = [error for future in futures if (error := future.exception())]
-        causes = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+            errors = [raised for future in futures if (raised := future.exception())]
+        causes = [each for each in errors if not isinstance(each, threading.BrokenBarrierError)]
         if causes or errors:
             first = (causes or errors)[0]
             raise Failure(f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}") from first

@@ -14,8 +14,8 @@ from hybridtrain.analysis import analyse
 from hybridtrain.analysis.cache import cached
 from hybridtrain.analysis.probe import Failure, Probe
 from hybridtrain.analysis.proposals import Block, blocks, proposals
-from hybridtrain.config.schema import ParallelConfig
 from hybridtrain.models.build import meta_model
+from hybridtrain.models.reduced import experts_of
 from hybridtrain.models.slicing import NOTHING, Slicing, heads_of, piece
 from hybridtrain.models.structure import structure_of
 
@@ -36,9 +36,11 @@ def slicing_of(config: Any, *, size: int, kind: str) -> Found:
     return _FOUND[key]
 
 
-def slicing_of_layout(config: Any, parallel: ParallelConfig, *, tp: int) -> Slicing:
-    """The slicing of a layout of `tp` tensor-parallel ranks."""
-    kind = WITH_SEQUENCE if parallel.sequence_parallel else WITHOUT_SEQUENCE
+def slicing_of_layout(config: Any, *, tp: int, sequence: bool) -> Slicing:
+    """The slicing of a layout of `tp` tensor-parallel ranks; `sequence`: along the sequence too, if that is
+    proven.
+    """
+    kind = WITH_SEQUENCE if sequence else WITHOUT_SEQUENCE
     return slicing_of(config, size=tp, kind=kind).slicing if tp > 1 else NOTHING
 
 
@@ -144,12 +146,15 @@ def search(
             for sequence in ("embedding", "layers", "")
             for vocabulary in (True, False)
         ]
+    reasons: dict[str, str] = {}
     for each in wanted:
         try:
-            return probe.prove(each), whole
+            proven = probe.prove(each)
+            done = {"sequence": bool(each.sequence), "vocabulary": each.vocabulary}
+            return proven, whole | {name: why for name, why in reasons.items() if not done[name]}
         except Failure as failure:
-            whole.setdefault("sequence" if each.sequence else "vocabulary", str(failure))
-    return slicing, whole
+            reasons.setdefault("sequence" if each.sequence else "vocabulary", str(failure))
+    return slicing, whole | reasons
 
 
 def _candidates(block: Block, copy: analyse.Copy, *, kind: str) -> Iterator[Slicing]:
@@ -199,12 +204,15 @@ def joined(*slicings: Slicing) -> Slicing:
 
 
 def share_of_products(model: Any, slicing: Slicing, *, layers: str) -> float:
-    """The part of the matrix products of a forward pass that is cut, of a model on meta."""
-    total = cut = 0
-    counted: Mapping[str, Any] = dict(model.named_parameters())
-    for name, parameter in counted.items():
+    """The part of the matrix products of a token in the layers that is cut, of a model on meta."""
+    text = model.config.get_text_config(decoder=True)
+    experts, used = experts_of(text)
+    total = cut = 0.0
+    for name, parameter in model.named_parameters():
         if not name.startswith(f"{layers}.") or parameter.dim() < 2:
             continue
-        total += parameter.numel()
-        cut += parameter.numel() if name.removeprefix(f"{layers}.").partition(".")[2] in slicing.cuts else 0
+        stacked = parameter.dim() == 3 and experts and parameter.shape[0] == experts
+        products = parameter.numel() * (used / experts if stacked else 1.0)
+        total += products
+        cut += products if name.removeprefix(f"{layers}.").partition(".")[2] in slicing.cuts else 0.0
     return cut / total if total else 0.0

@@ -27,6 +27,7 @@ COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 STOP_SIGNALS = ("USR1", "USR2")
 FP32_MATMUL = ("auto", "highest", "high", "medium")
 OFFLOAD = ("none", "cpu")
+SEQUENCE_PARALLEL = ("auto", "true", "false")
 RECOMPUTE = ("none", "selective", "full")
 TRACKERS = registry.BUILT_IN["tracker"]
 """Also the names of their packages."""
@@ -49,6 +50,7 @@ _KINDS = {
     "run.resume": RESUME,
     "model.attention": ATTENTION,
     "parallel.schedule": PIPELINE_SCHEDULES,
+    "parallel.sequence_parallel": SEQUENCE_PARALLEL,
     "data.chat_template": CHAT_TEMPLATES,
     "data.chat_turns": CHAT_TURNS,
     "data.format": DATA_FORMATS,

@@ -94,6 +94,12 @@ class BenchConfig(Options):
 
 
 @options
+class InspectConfig(Options):
+    tp: int = 2
+    """Tensor-parallel ranks for which the model is examined; 1: not at all."""
+
+
+@options
 class PrepareConfig(Options):
     overwrite: bool = False
     """Prepare again, replacing an existing corpus."""

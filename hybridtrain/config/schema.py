@@ -14,6 +14,7 @@ from hybridtrain.config.commands import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InspectConfig,
     LogsConfig,
     ParityConfig,
     PrepareConfig,
@@ -95,6 +96,7 @@ class InspectRoot(Root):
     """`hybridtrain inspect`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
 
 
 @options

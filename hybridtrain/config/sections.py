@@ -263,13 +263,20 @@ class ParallelConfig(Options):
     """Tensor-parallel ranks."""
     zero_stage: int = 0
     """What is sharded over dp_shard: 0 nothing; 1 optimizer state; 2 also gradients; 3 also parameters."""
-    sequence_parallel: bool = True
-    """With tp > 1: also shard the activations outside attention and MLP, along the sequence."""
+    sequence_parallel: str = "auto"
+    """With tp > 1: also shard the activations outside attention and MLP, along the sequence; auto: if engine,
+    model and rows allow it; true; false."""
+    allow_replicated: bool = False
+    """Run with tp > 1 although less than half of the layers' matrix products are cut; the rest is computed on
+    every rank."""
     schedule: str = "1f1b"
     """Pipeline schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, interleaved_zero_bubble,
     zbv_zero_bubble, dualpipev."""
     virtual_stages: int = 0
     """Stages per pipeline rank; 0: the smallest number that the schedule allows."""
+
+    def __post_init__(self) -> None:
+        self.sequence_parallel = str(self.sequence_parallel).lower()  # YAML has a true and false of its own
 
 
 @options

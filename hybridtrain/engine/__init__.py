@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybridtrain import tasks
 from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.errors import refusal
@@ -38,11 +39,12 @@ class Settled:
 def settle(config: Config, *, world_size: int) -> Settled:
     """Layout, batch plan and model facts of a config for `world_size` processes. Raises UserError.
 
-    Without torch.
+    Without torch, but for a model type that has to be analysed.
     """
     model = facts_of(config.model)
     weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=world_size)
+    model = facts_of_layout(model, config.model, config.parallel, tp=layout.tp, engine=config.engine.kind)
     plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     supported = capabilities.with_options(config.engine, kind=config.engine.kind)
     rules.check(
@@ -121,6 +123,7 @@ def build_for(
 
     check(config)
     model = facts_of(config.model)
+    model = facts_of_layout(model, config.model, config.parallel, tp=layout.tp, engine=config.engine.kind)
     if task is None:
         check_task(config, facts=model)
     if device.type == "cuda":

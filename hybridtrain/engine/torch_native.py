@@ -35,6 +35,7 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.schedules import stages_per_rank
+from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
@@ -64,7 +65,11 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.slicing = slicing_of_layout(self.model_config, config.parallel, tp=layout.tp)
+        self.slicing = slicing_of_layout(
+            self.model_config,
+            tp=layout.tp,
+            sequence=sequence_parallel(config.parallel, plan=plan, tp=layout.tp),
+        )
         context = Context(
             self.mesh,
             config.parallel,

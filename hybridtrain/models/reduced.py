@@ -85,6 +85,15 @@ def reduced(config: Any, *, random: bool, tp: int) -> Any:
     return result
 
 
+def experts_of(text: Any) -> tuple[int, int]:
+    """(experts of a layer, those that a token uses) in a config; 0 for none."""
+    experts, used = (
+        next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
+        for names in (EXPERT_COUNTS, EXPERTS_USED)
+    )
+    return experts, used
+
+
 def _ratio(heads: int, kv_heads: int, *, tp: int) -> tuple[int, int]:
     """(heads, key/value heads) of the reduced copy: as many heads for a key/value head, within reason, and as
     many ranks for one, or heads for a rank, as in the model.

@@ -12,7 +12,7 @@ A parameter inside a block that is not cut, such as a norm of heads, has a part 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -227,7 +227,7 @@ def _leave(name: str, ranks: Ranks, module: nn.Module, given: Any, options: Any,
 
 def _whole_width(ranks: Ranks, module: Any, given: Any, result: Tensor) -> Tensor:
     """A hook after a norm by the root mean square, which saw this rank's part of the width."""
-    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
+    epsilon: float = getattr(module, "variance_epsilon", None) or module.eps
     mine = given[0].float().square().mean(-1, keepdim=True)
     mean = collective("both", mine, ranks) / ranks.size
     return (result.float() * ((mine + epsilon).sqrt() * (mean + epsilon).rsqrt())).to(result.dtype)
@@ -262,7 +262,7 @@ class Local:
     """
 
     def __init__(
-        self, forward: Callable[..., Any], slots: list[tuple[dict[str, Any], str, Callable[[Any], Tensor]]]
+        self, forward: Callable[..., Any], slots: Sequence[tuple[Any, str, Callable[[Any], Tensor]]]
     ):
         self.forward, self.slots = forward, slots
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridtrain.analysis.facts import facts, facts_of
+from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config import deepspeed_checks, schema
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.source import read_config
@@ -192,7 +193,7 @@ def _choose_for(
                 layout=layout,
                 plan=plan,
                 precision=config.precision.kind,
-                facts=model,
+                facts=facts_of_layout(model, config.model, parallel, tp=layout.tp, engine=engine),
                 capabilities=supported,
             )
             if engine == "deepspeed":
@@ -217,7 +218,7 @@ def _without_unsupported(parallel: schema.ParallelConfig, supported: Capabilitie
     return (
         parallel
         if supported.sequence_parallel or parallel.tp == 1
-        else dataclasses.replace(parallel, sequence_parallel=False)
+        else dataclasses.replace(parallel, sequence_parallel="false")
     )
 
 

@@ -20,6 +20,7 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout, stage_layers
 from hybridtrain.plan.notation import write
 from hybridtrain.plan.schedules import stages_per_rank
+from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 
@@ -167,7 +168,8 @@ def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, fact
     of one recomputed layer.
     """
     compute, pp, tp = widths(config.precision.kind).compute, layout.pp, layout.tp
-    hidden = facts.hidden // (tp if config.parallel.sequence_parallel else 1)
+    sequence = facts.sequence and sequence_parallel(config.parallel, plan=plan, tp=tp)
+    hidden = facts.hidden // (tp if sequence and config.engine.kind == "torch" else 1)
     attention, ffn = 2 * (facts.heads + facts.kv_heads) * facts.head_dim // tp, facts.ffn // tp
     # Attention and MLP gather their input, so 2 x hidden is not divided by tp.
     layer = 4 * ffn + (4 if compute == 4 else 6) * hidden + 2 * facts.hidden + attention

@@ -23,7 +23,7 @@ def parse(text: str) -> dict[str, Any]:
         if part in SCHEDULES:
             fields["schedule"] = part
         elif part == "nosp":
-            fields["sequence_parallel"] = False
+            fields["sequence_parallel"] = "false"
         elif name in _NUMBERED and number:
             fields[_NUMBERED[name]] = int(number)
         elif part != "single":
@@ -54,6 +54,6 @@ def write(parallel: schema.ParallelConfig, layout: ParallelLayout) -> str:
         parts.append(parallel.schedule)
     if layout.pp > 1 and parallel.virtual_stages > 2:
         parts.append(f"v{parallel.virtual_stages}")
-    if layout.tp > 1 and not parallel.sequence_parallel:
+    if layout.tp > 1 and parallel.sequence_parallel == "false":
         parts.append("nosp")
     return "-".join(parts)

@@ -154,7 +154,8 @@ def _of_model(case: _Case) -> Iterator[Rule]:
     for axis, degree in case.layout.axes():
         why = case.facts.refused.get(axis, "")
         problem = f"a {case.facts.model_type} model cannot be run so: {why}"
-        yield Rule(f"parallel.{axis}", degree, degree == 1 or not why, problem, "1", f"parallel.{axis}=1")
+        instead = f"parallel.{axis}=1" + (", or parallel.allow_replicated=true" if axis == "tp" else "")
+        yield Rule(f"parallel.{axis}", degree, degree == 1 or not why, problem, "1", instead)
 
 
 def _of_engine_together(case: _Case) -> Iterator[Rule]:
@@ -177,12 +178,13 @@ def _of_engine_together(case: _Case) -> Iterator[Rule]:
     problem = f"{engine} does not replicate groups of sharded copies (dp_shard={layout.dp_shard})"
     holds = replicas == 1 or layout.dp_shard == 1 or able.hybrid_sharding
     yield Rule("parallel.dp_replicate", replicas, holds, problem, "1 with dp_shard > 1", instead)
-    holds = layout.tp == 1 or not parallel.sequence_parallel or able.sequence_parallel
+    wanted = parallel.sequence_parallel == "true"
+    holds = layout.tp == 1 or not wanted or able.sequence_parallel
     problem, instead = (
         f"{engine} keeps whole sequences on every tp rank",
         "parallel.sequence_parallel=false, or engine=torch",
     )
-    yield Rule("parallel.sequence_parallel", True, holds, problem, "false", instead)
+    yield Rule("parallel.sequence_parallel", "true", holds, problem, "auto, false", instead)
     problem = f"{engine} does not share a key/value head among ranks"
     yield Rule(
         "parallel.tp",
@@ -312,31 +314,27 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
     problem = (
         f"{heads} attention heads, {kv} key/value heads and an MLP of {facts.ffn} cannot be shared out evenly"
     )
+    # A model that was analysed at this degree is cut as far as it can be (analysis/slices.py).
+    holds = tp in degrees or facts.sliced is not None
+    instead = f"parallel.tp={max(n for n in degrees if n <= tp)}"
+    yield Rule("parallel.tp", tp, holds, problem, ", ".join(map(str, degrees)), instead)
+    wanted = case.parallel.sequence_parallel == "true"
     yield Rule(
-        "parallel.tp",
-        tp,
-        tp in degrees,
-        problem,
-        ", ".join(map(str, degrees)),
-        f"parallel.tp={max(n for n in degrees if n <= tp)}",
-    )
-    holds = not case.parallel.sequence_parallel or seq_len % tp == 0
-    instead = f"data.seq_len={max(1, seq_len // tp) * tp}, or parallel.sequence_parallel=false"
-    yield Rule(
-        "data.seq_len",
-        seq_len,
-        holds,
-        f"sequence parallel cuts rows into tp={tp} equal parts",
-        f"multiples of {tp}",
-        instead,
+        "parallel.sequence_parallel",
+        "true",
+        not wanted or facts.sequence,
+        f"a {facts.model_type} model does not compute the same with sequence parallelism",
+        "auto, false",
+        "parallel.sequence_parallel=false",
     )
     shortest = case.plan.first_length
-    holds = not case.parallel.sequence_parallel or shortest % tp == 0
-    problem, instead = (
-        f"sequence parallel cuts pieces into tp={tp} equal parts",
-        "a larger batch.seq_len_start, or parallel.sequence_parallel=false",
-    )
-    yield Rule("batch.seq_len_start", shortest, holds, problem, f"multiples of {tp}", instead)
+    for field, value, instead in (
+        ("data.seq_len", seq_len, f"data.seq_len={max(1, seq_len // tp) * tp}"),
+        ("batch.seq_len_start", shortest, "a larger batch.seq_len_start"),
+    ):
+        problem = f"sequence parallel cuts rows into tp={tp} equal parts"
+        instead = f"{instead}, or parallel.sequence_parallel=false"
+        yield Rule(field, value, not wanted or value % tp == 0, problem, f"multiples of {tp}", instead)
 
 
 def _of_positions(case: _Case) -> Iterator[Rule]:

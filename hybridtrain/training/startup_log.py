@@ -13,6 +13,7 @@ from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import notation
+from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 from hybridtrain.types import Progress
@@ -72,6 +73,8 @@ def _log_job(job: Job, *, engine: Any) -> None:
         "es" if world > 1 else "",
         config.engine.kind,
     )
+    if (line := _tensor_line(job)) is not None:
+        _log.info("tensor    %s", line)
     for line in _batch_lines(job):
         _log.info("batch     %s", line)
     short = {
@@ -84,6 +87,21 @@ def _log_job(job: Job, *, engine: Any) -> None:
         short["compute"],
         short["reduce"],
     )
+
+
+def _tensor_line(job: Job) -> str | None:
+    """What tensor parallelism cuts, where that is not everything."""
+    facts, tp = job.facts, job.layout.tp
+    if tp == 1:
+        return None
+    parts = []
+    if facts.sliced is not None:
+        parts.append(f"{facts.sliced:.0%} of the layers' matrix products cut over {tp} ranks")
+        parts += [f"whole on every rank: {name} ({why})" for name, why in facts.whole.items()]
+    parallel = job.config.parallel
+    if not sequence_parallel(parallel, plan=job.plan, tp=tp) and parallel.sequence_parallel == "auto":
+        parts.append(f"no sequence parallelism: rows are not cut evenly into {tp}")
+    return "; ".join(parts) or None
 
 
 def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:

@@ -53,11 +53,11 @@ CASES = {
         "parallel.dp_replicate=2", "does not replicate groups", TORCH, 4, {"parallel": "hsdp2_zero3"}
     ),
     "sequence parallelism": Case(
-        "parallel.sequence_parallel=True",
+        "parallel.sequence_parallel=true",
         "whole sequences",
         TORCH,
         2,
-        {"parallel": "tp2", "parallel__sequence_parallel": True},
+        {"parallel": "tp2", "parallel__sequence_parallel": "true"},
     ),
     "fewer key/value heads than ranks": Case(
         "parallel.tp=4", "does not share a key/value head", TORCH, 4, {"parallel": "tp4"}

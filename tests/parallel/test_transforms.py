@@ -25,7 +25,7 @@ def plant(name: str, fault: Callable[..., None]) -> None:
     (row,) = (row for row in apply.ORDER if row.name == name)
     planted = dataclasses.replace(row, apply=lambda stage, context: fault(row.apply, stage, context))
     apply.ORDER = tuple(planted if each is row else each for each in apply.ORDER)
-    apply.RECOMPUTE = planted if row is apply.RECOMPUTE else apply.RECOMPUTE
+    apply.RECOMPUTE = planted if name == apply.RECOMPUTE.name else apply.RECOMPUTE
 
 
 def left_out(real: Any, stage: Stage, context: apply.Context) -> None:
@@ -33,7 +33,7 @@ def left_out(real: Any, stage: Stage, context: apply.Context) -> None:
 
 
 def undone_on_a_layer(real: Any, stage: Stage, context: apply.Context) -> None:
-    layer = stage.part(f"{stage.family.layers}.1")
+    layer = stage.part(f"{stage.structure.layers}.1")
     before = layer.forward
     real(stage, context)
     layer.forward = before

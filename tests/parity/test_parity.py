@@ -258,7 +258,7 @@ def test_the_default_set_fits_model_and_machine(run_dir, processes, least):
 def test_the_default_set_holds_the_users_own_layout(run_dir):
     config = root(run_dir)
     config.parallel = schema.ParallelConfig(
-        pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel=False
+        pp=2, dp_replicate=1, tp=2, schedule="gpipe", sequence_parallel="false"
     )
     assert "pp2-tp2-gpipe-nosp" in [
         case.name for case in plan.prepare(config, capabilities={"torch": CAPABILITIES}, devices=None).cases

@@ -14,7 +14,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.engine import torch_native
-from hybridtrain.parallel import slicing
 from hybridtrain.parity.measure import LayoutJob, Measurement, train_layout
 from hybridtrain.tasks import linear_cross_entropy as loss
 
@@ -30,8 +29,8 @@ def _over_tp(grad: Any) -> bool:
 def softmax_over_the_local_vocabulary(job: LayoutJob, reference_norm: float) -> Measurement:
     """Each tp rank normalises over its rows of the vocabulary as if they were all."""
     whole = loss._log_probabilities
-    # the group is what is forgotten
-    loss._log_probabilities = lambda logits, *, group: whole(logits, group=None)  # noqa: ARG005
+    # the other ranks are what is forgotten
+    loss._log_probabilities = lambda logits, *, ranks: whole(logits, ranks=None)  # noqa: ARG005
     return train_layout(job, reference_norm)
 
 
@@ -80,19 +79,20 @@ def replicated_parameters_counted_on_every_rank(job: LayoutJob, reference_norm: 
 def partial_gradients_of_a_replicated_norm(job: LayoutJob, reference_norm: float) -> Measurement:
     """Norms of query and key heads are whole on every tp rank, their gradients the sum over a rank's own
     heads, and not added up."""
-    real = slicing.SequenceParallel
-
-    class Unreduced(slicing.ReplicatedNorm):
-        def _apply(self, module: Any, device_mesh: Any) -> Any:
-            output = lambda module, output, mesh: output.to_local()  # noqa: E731, ARG005
-            return slicing.distribute_module(module, device_mesh, slicing._replicate, self._input, output)
-
-    slicing.SequenceParallel = lambda *, sequence_dim=1, use_local_output=False: (
-        Unreduced()
-        if sequence_dim == 2
-        else real(sequence_dim=sequence_dim, use_local_output=use_local_output)
-    )
+    _forget_partial("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     return train_layout(job, reference_norm)
+
+
+def _forget_partial(*endings: str) -> None:
+    """Gradients of parameters with these names are not added over tp ranks."""
+    add = torch_native.add_partial_gradients
+
+    def without(stages: Any, *, group: Any) -> None:
+        for stage in stages:
+            stage.partial = {name for name in stage.partial if not name.endswith(endings)}
+        add(stages, group=group)
+
+    torch_native.add_partial_gradients = without
 
 
 def identity_gradient_of_log_softmax(job: LayoutJob, reference_norm: float) -> Measurement:
@@ -103,12 +103,7 @@ def identity_gradient_of_log_softmax(job: LayoutJob, reference_norm: float) -> M
 
 def repeated_heads_not_reduced(job: LayoutJob, reference_norm: float) -> Measurement:
     """A key/value head that several tp ranks use gets the gradient of one of them."""
-
-    def output(self: Any, module: Any, output: Any, mesh: Any) -> Any:  # noqa: ARG001
-        heads = output.to_local().unflatten(-1, (self.heads, -1)).repeat_interleave(self.repeats, dim=-2)
-        return heads.chunk(mesh.size(), dim=-2)[mesh.get_local_rank()].flatten(-2)
-
-    slicing.RepeatedHeads._output = output
+    _forget_partial("self_attn.k_proj.weight", "self_attn.v_proj.weight")
     return train_layout(job, reference_norm)
 
 

@@ -4,10 +4,9 @@ one rank and several."""
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from hybridtrain.runtime.collectives import GroupRanks
 from hybridtrain.tasks.linear_cross_entropy import (
     IDENTITY,
     HeadGradient,
@@ -33,7 +32,19 @@ def inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return hidden, weight, labels
 
 
-def loss_of(hidden, weight, labels, *, bias=None, transform=IDENTITY, terms=PLAIN, chunk=0, gradient=None):
+def loss_of(
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    transform=IDENTITY,
+    terms=PLAIN,
+    chunk=0,
+    gradient=None,
+    ranks=None,
+    entries=0,
+):
     return linear_cross_entropy(
         hidden,
         labels,
@@ -43,6 +54,8 @@ def loss_of(hidden, weight, labels, *, bias=None, transform=IDENTITY, terms=PLAI
         terms=terms,
         chunk=chunk,
         gradients=(gradient or HeadGradient(), HeadGradient()),
+        ranks=ranks,
+        entries=entries or len(weight),
     )
 
 
@@ -148,32 +161,33 @@ def test_a_bias_a_scale_and_a_soft_cap(biased, transform):
         assert error(tensor.grad, other.grad) < 1e-6
 
 
-def on_rank(vocabulary: int, sequence_parallel: bool, chunk: int, terms: Terms) -> list[torch.Tensor]:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    hidden, weight, labels = inputs(vocabulary, torch.float32)
-    hidden = distribute_tensor(
-        hidden, mesh, [Shard(1) if sequence_parallel else Replicate()]
-    ).requires_grad_()
-    weight = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
-    loss = loss_of(hidden, weight, labels, terms=terms, chunk=chunk)
+def on_rank(vocabulary: int, chunk: int, terms: Terms) -> list[torch.Tensor]:
+    ranks = GroupRanks(dist.group.WORLD)
+    hidden, whole, labels = inputs(vocabulary, torch.float32)
+    parts = torch.chunk(whole, ranks.size)
+    weight = parts[ranks.rank].clone() if ranks.rank < len(parts) else whole[:0].clone()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    loss = loss_of(hidden, weight, labels, terms=terms, chunk=chunk, ranks=ranks, entries=vocabulary)
     (loss * 0.125).sum().backward()
-    return [loss.detach()[0], hidden.grad.full_tensor(), weight.grad.full_tensor()]
+    gradients = [torch.empty(0)] * ranks.size
+    dist.all_gather_object(gradients, weight.grad)
+    return [loss.detach()[0], hidden.grad, torch.cat(gradients)]
 
 
 SHARED = [
-    (1000, True, 0, PLAIN),
-    (1000, False, 5, PLAIN),
-    (7, True, 7, PLAIN),
-    (5, False, 0, PLAIN),
-    (1000, True, 5, Terms(0.1, 0.01)),
-    (5, False, 0, Terms(0.1, 0.01)),
+    (1000, 0, PLAIN),
+    (1000, 5, PLAIN),
+    (7, 7, PLAIN),
+    (5, 0, PLAIN),
+    (1000, 5, Terms(0.1, 0.01)),
+    (5, 0, Terms(0.1, 0.01)),
 ]
 
 
-@pytest.mark.parametrize(("vocabulary", "sequence_parallel", "chunk", "terms"), SHARED)
-def test_a_vocabulary_shared_by_ranks(vocabulary, sequence_parallel, chunk, terms):
+@pytest.mark.parametrize(("vocabulary", "chunk", "terms"), SHARED)
+def test_a_vocabulary_shared_by_ranks(vocabulary, chunk, terms):
     """Odd sizes too: of 7 words the fourth rank has one, of 5 it has none."""
     wanted = expected(vocabulary, torch.float32, factor=0.125, terms=terms)
-    for found in run_ranks(4, on_rank, vocabulary, sequence_parallel, chunk, terms):
+    for found in run_ranks(4, on_rank, vocabulary, chunk, terms):
         for ours, theirs in zip(found, wanted, strict=True):
             assert error(ours, theirs) < 1e-6

@@ -8,6 +8,7 @@ import pytest
 
 from hybridtrain.analysis import of_any
 from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.compose import train_config
 from hybridtrain.errors import UserError
 from hybridtrain.plan import layout as layouts
@@ -58,7 +59,10 @@ def test_a_layout_that_is_advised_can_be_run() -> None:
     plan = plan_batch(config.batch, layout=layout, seq_len=config.data.seq_len)
     with pytest.raises(UserError, match="dp_shard") as refused:
         memory.check(config, layout=layout, plan=plan, facts=facts, available=16 << 30, place="GPU memory")
-    assert "tp8" not in str(refused.value)
+    assert "tp8" in str(refused.value)
+    cut = facts_of_layout(facts, config.model, parallel, tp=8, engine="torch")
+    assert cut.sliced > 0.99
+    assert not cut.refused
 
 
 def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:

@@ -110,6 +110,7 @@ def test_the_order():
         "freeze",
         "recompute",
         "compile",
+        "local",
         "shard",
         "materialize",
     ]

@@ -259,7 +259,11 @@ REFUSALS = {
         "at least 4, one for each stage",
     ),
     "heads do not divide": ({"tp": 3}, {"world_size": 3}, "parallel.tp=3"),
-    "sequence does not divide": ({"tp": 4}, {"world_size": 4, "seq_len": 66}, "try:     data.seq_len=64"),
+    "sequence does not divide": (
+        {"tp": 4, "sequence_parallel": "true"},
+        {"world_size": 4, "seq_len": 66},
+        "try:     data.seq_len=64",
+    ),
     "longer than the positions": ({}, {"world_size": 1, "seq_len": 129}, "up to 128"),
 }
 

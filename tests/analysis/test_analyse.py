@@ -8,6 +8,7 @@ import pytest
 
 from hybridtrain.analysis import analyse
 from hybridtrain.errors import UserError
+from hybridtrain.models.stage import Stage
 from tests.families.copies import EIGHT, config_of
 
 
@@ -40,3 +41,21 @@ def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, 
 def test_what_cannot_be_trained_is_refused(model_type: str, fields: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=f"model.config.model_type={model_type}: .*{why}"):
         analyse.refused(config_of(model_type, **fields))
+
+
+def test_layers_numbered_anew_are_seen_where_an_even_cut_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second layer of Gemma 2 has a window: a stage that counts its layers from 0 has them wrong if it
+    begins with the second, and right if it begins with the third.
+    """
+    real = Stage.__init__
+
+    def counted_from_zero(stage: Any, config: Any, *, layers: range, **options: Any) -> None:
+        real(stage, config, layers=layers, **options)
+        own = stage._model.config
+        own.layer_types = [*own.layer_types[-layers.start :], *own.layer_types[: -layers.start or None]]
+
+    copy = analyse.copy_of(config_of("gemma2"), tp=1)
+    assert analyse.stages(copy, cuts=(1,)).passed
+    monkeypatch.setattr(Stage, "__init__", counted_from_zero)
+    assert analyse.stages(copy, cuts=(2,)).passed
+    assert not analyse.stages(copy, cuts=(1,)).passed

@@ -26,7 +26,7 @@ from hybridtrain.runtime.files import read_object, write_json
 from hybridtrain.types import ModelFacts
 
 _log = log.get("model")
-SEARCH = 1
+SEARCH = 2
 """Version of what is examined, and how."""
 _UNBOUNDED = 1 << 40
 
@@ -43,10 +43,8 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
         except UserError:
             raise
         except Exception as error:  # a model's own code, with whatever it raises
-            first = str(error).strip().splitlines() or [""]
-            raise analyse.cannot_train(
-                fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
-            ) from error
+            problem = f"a reduced copy of it fails ({analyse.words(error)})"
+            raise analyse.cannot_train(fields["model_type"], problem, instead=analyse.OTHER) from error
         _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
         try:
             write_json(file, dataclasses.asdict(facts))

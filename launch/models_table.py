@@ -13,20 +13,23 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.analysis import analyse
+from hybridtrain.analysis import analyse, of_any
 from hybridtrain.errors import UserError
+from hybridtrain.models import reduced
 
 COLUMNS = ("pp", "documents", "tp")
 LIMIT_S = 120
 TEXT = """# Model types
 
 What `hybridtrain inspect` finds for each causal language model of transformers {transformers} (torch
-{torch}), in the config that transformers has as its default, or, where that is no causal model or none that
-can be built, with the fields listed below. `python launch/models_table.py docs/models.md` writes this page.
+{torch}), in the config that transformers has as its default, without dropout, or, where that is no causal
+model or none that can be built, with the fields listed below. `python launch/models_table.py docs/models.md`
+writes this page.
 
 *exact*: loss and every gradient of a reduced copy of the model are those of transformers' own model, in fp32.
 *pp*: cut into pipeline stages, before each layer. *documents*: documents that are packed into rows do not
@@ -60,10 +63,11 @@ _INDEXER = {
 _HEAD_DIM = {"head_dim": 128}
 FIELDS: dict[str, dict[str, Any]] = {
     # Encoders, which are causal as decoders.
-    **dict.fromkeys(("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie"), _DECODER),
-    **dict.fromkeys(("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _DECODER),
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie"), _DECODER),
+    **dict.fromkeys(
+        ("electra", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _DECODER
+    ),
     **dict.fromkeys(("megatron-bert", "reformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
-    "big_bird": {**_DECODER, "attention_type": "original_full"},
     "xmod": {**_DECODER, "default_language": "en_XX"},
     "xlm": {"causal": True},
     # Models of which transformers' default cannot be built, or is another than its config says.
@@ -82,18 +86,30 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Model type -> fields other than transformers' defaults."""
 
 
-def examined(model_type: str) -> dict[str, str] | str:
+def examined(model_type: str) -> Mapping[str, str] | str:
     """Capability -> why not, or why the model cannot be trained at all."""
     from transformers import CONFIG_MAPPING
 
     try:
         config: Any = CONFIG_MAPPING[model_type](**copy.deepcopy(FIELDS.get(model_type, {})))
-        config._attn_implementation = "sdpa"
-        return analyse.refused(config)
+        fields = without_dropout(json.loads(config.to_json_string(use_diff=False)))
+        return of_any.examined({**fields, "model_type": model_type}).refused
     except UserError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     except Exception as error:
         return analyse.words(error)
+
+
+def without_dropout(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json fields with which forward passes are not random."""
+    return {
+        key: without_dropout(value)
+        if isinstance(value, dict)
+        else type(value)(0)
+        if reduced.is_random(key, value)
+        else value
+        for key, value in fields.items()
+    }
 
 
 def _fields() -> str:

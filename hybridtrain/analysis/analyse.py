@@ -25,6 +25,7 @@ from hybridtrain.models import build
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.reduced import HIDDEN, VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
+from hybridtrain.models.structure import structure_of
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -209,7 +210,7 @@ def refused(config: Any) -> dict[str, str]:
     Raises UserError for one that cannot be trained at all.
     """
     copy = _copied(config)
-    if problem := parameters.problem_of(config, copy.model):
+    if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
     if not is_causal(copy):
         problem = "its tokens see those that follow, so it is no causal language model"
@@ -251,7 +252,11 @@ def _copied(config: Any) -> Copy:
 def _ties_in_name_only(copy: Copy) -> bool:
     """Whether head and embedding are two matrices, which its config calls one."""
     embed, head = copy.model.get_input_embeddings(), copy.model.get_output_embeddings()
-    return copy.config.tie_word_embeddings and head is not None and head.weight is not embed.weight
+    return (
+        getattr(copy.config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight is not embed.weight
+    )
 
 
 def _causal_with(config: Any) -> str:

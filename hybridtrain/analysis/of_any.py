@@ -39,7 +39,7 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
             return known
         began = time.monotonic()
         try:
-            facts = _examined(fields)
+            facts = examined(fields)
         except UserError:
             raise
         except Exception as error:  # a model's own code, with whatever it raises
@@ -79,22 +79,24 @@ def _cache(fields: Mapping[str, Any]) -> Path:
     return base / "hybridtrain" / "analysis" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
 
 
-def _examined(fields: Mapping[str, Any]) -> ModelFacts:
+def examined(fields: Mapping[str, Any]) -> ModelFacts:
+    """The facts, each time anew."""
     config = build.hf_config(fields, chosen={}, attention="sdpa")
     refused = analyse.refused(config)
     _check_random(config)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
-    heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+    first = reduced.first_layer(text)
+    heads, window = getattr(first, "num_attention_heads", None) or 1, getattr(first, "sliding_window", None)
     full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
     return ModelFacts(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_heads=getattr(first, "num_key_value_heads", None) or heads,
+        head_dim=getattr(first, "head_dim", None) or text.hidden_size // heads,
+        ffn=getattr(first, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),

@@ -10,24 +10,27 @@ from typing import Any
 from torch import nn
 
 from hybridtrain.models import build
-from hybridtrain.models.structure import structure_of
+from hybridtrain.models.structure import Structure
 
 
-def problem_of(config: Any, small: Any) -> str:
+def problem_of(config: Any, small: Any, *, structure: Structure) -> str:
     """What is wrong with `small`, the reduced copy of the model of `config`; empty if nothing is."""
-    if name := other_than_in(build.meta_model(config), small):
+    model, count = build.meta_model(config), config.get_text_config(decoder=True).num_hidden_layers
+    listed: Any = model.get_submodule(structure.layers)
+    if len(listed) != count:
+        return f"its config has {count} layers, and {structure.layers} {len(listed)}"
+    if name := other_than_in(model, small, layers=structure.layers):
         return f"{name} is not in both the model and its reduced copy"
-    if same := shared(small):
+    if same := shared(small, structure=structure):
         return f"{same[0]} and {same[1]} are one parameter, which is not supported yet"
     return ""
 
 
-def other_than_in(model: Any, small: Any) -> str:
+def other_than_in(model: nn.Module, small: nn.Module, *, layers: str) -> str:
     """A parameter that either the model or its reduced copy lacks; empty if there is none.
 
     The copy has fewer layers: both have to have the same kinds of layers.
     """
-    layers = structure_of(small.config).layers
     theirs, ours = (_parts(each, layers) for each in (model, small))
     if different := theirs.pop("") ^ ours.pop(""):
         return min(different)
@@ -51,9 +54,8 @@ def _parts(model: nn.Module, layers: str) -> dict[str, set[str]]:
     return found
 
 
-def shared(model: Any) -> list[str]:
+def shared(model: nn.Module, *, structure: Structure) -> list[str]:
     """Names of one parameter, other than a head's that is tied to the embedding; empty if there is none."""
-    structure = structure_of(model.config)
     tied = sorted([f"{structure.embed}.weight", f"{structure.head}.weight"])
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -34,7 +34,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
 
     rest = {key: value for key, value in fields.items() if key not in _NOT_OURS}
     try:
-        config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
+        config = AutoConfig.for_model(fields["model_type"], **overrides.numbers(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise _invalid(error, fields, chosen=chosen) from error
     known = set(type(config)().to_dict()) | {
@@ -56,6 +56,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
         # A classifier's head is never tied.

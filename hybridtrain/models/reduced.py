@@ -101,10 +101,15 @@ def reduced(config: Any, *, random: bool) -> Any:
     return result
 
 
-def _heads(text: Any) -> tuple[int, int]:
-    """(heads, key/value heads) of the config; of those that differ between layers the first layer's."""
+def first_layer(text: Any) -> Any:
+    """The config of the first layer, in which fields that differ between layers can be read."""
     layers = getattr(text, "per_layer_config", None)
-    first = layers[0] if layers else text
+    return layers[0] if layers else text
+
+
+def _heads(text: Any) -> tuple[int, int]:
+    """(heads, key/value heads) of the first layer."""
+    first = first_layer(text)
     heads = getattr(first, "num_attention_heads", None) or HEADS
     return heads, getattr(first, "num_key_value_heads", None) or heads
 

@@ -84,11 +84,13 @@ _FOUND: dict[str, Structure] = {}
 def stub(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """A layer of the same class and attributes, without parameters, that calls `forward` instead of its own.
 
-    Models read attributes of their layers, such as the kind of attention.
+    Models read attributes of their layers, such as the kind of attention, and of the modules in them, which
+    are not registered here.
     """
     result = copy.copy(layer)
     result.__dict__ = {
         **layer.__dict__,
+        **layer._modules,
         "_modules": {},
         "_parameters": {},
         "_buffers": {},

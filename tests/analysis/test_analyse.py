@@ -8,12 +8,29 @@ import pytest
 
 from hybridtrain.analysis import analyse
 from hybridtrain.errors import UserError
+from hybridtrain.models import reduced
 from tests.families.copies import EIGHT, config_of
 
 
 @pytest.mark.parametrize("model_type", EIGHT)
 def test_eight_model_types_can_be_cut_and_keep_documents_apart(model_type: str) -> None:
     assert list(analyse.refused(config_of(model_type))) == ["tp"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "refused"),
+    [
+        ("bert", {"is_decoder": True}, ["tp"]),  # a bias with two names
+        ("roberta", {"is_decoder": True}, ["tp", "documents"]),  # positions that do not begin at 0
+        ("mimo_v2_flash", {}, ["tp"]),  # twice as many key/value heads in some layers
+        ("mllama", {}, ["tp"]),  # layers that are not called
+        ("recurrent_gemma", {}, ["tp", "documents"]),  # a buffer in bfloat16
+    ],
+)
+def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
+    model_type: str, fields: dict[str, Any], refused: list[str]
+) -> None:
+    assert list(analyse.refused(config_of(model_type, **fields))) == refused
 
 
 @pytest.mark.parametrize(
@@ -35,8 +52,29 @@ def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, 
         ("bert", {}, "tokens see those that follow"),
         ("roberta", {}, "tokens see those that follow"),
         ("hrm_text", {}, "no list of"),
+        ("zamba2", {}, "are one parameter"),
+        ("blt", {}, "its config has no number of layers"),
+        ("ministral", {}, "transformers does not build it from this config"),  # without head_dim
+        ("bigbird_pegasus", {}, "ties the head to the embedding, but transformers' model does not"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model_type: str, fields: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=f"model.config.model_type={model_type}: .*{why}"):
         analyse.refused(config_of(model_type, **fields))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "instead"), [("bert", "model.config.is_decoder=true"), ("xlm", "model.config.causal=true")]
+)
+def test_the_field_that_makes_a_model_causal_is_named(model_type: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"try: *{instead}"):
+        analyse.refused(config_of(model_type))
+
+
+def test_a_copy_without_a_type_of_layer_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jamba's attention layers are counted: the first is the fifth."""
+    monkeypatch.setattr(reduced, "_counted", lambda _: 0)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.4\..* is not in both the model and its reduced copy"
+    ):
+        analyse.refused(config_of("jamba"))

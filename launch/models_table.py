@@ -8,22 +8,27 @@ on a reduced copy, in this process. About a second each.
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.analysis import analyse
+from hybridtrain.analysis import analyse, of_any
 from hybridtrain.errors import UserError
+from hybridtrain.models import reduced
 
 COLUMNS = ("pp", "documents", "tp")
 LIMIT_S = 120
 TEXT = """# Model types
 
 What `hybridtrain inspect` finds for each causal language model of transformers {transformers} (torch
-{torch}), in the config that transformers has as its default. `python launch/models_table.py docs/models.md`
+{torch}), in the config that transformers has as its default, without dropout, or, where that is no causal
+model or none that can be built, with the fields listed below. `python launch/models_table.py docs/models.md`
 writes this page.
 
 *exact*: loss and every gradient of a reduced copy of the model are those of transformers' own model, in fp32.
@@ -35,6 +40,12 @@ attend to each other. Data parallelism and ZeRO work with every model that has a
 |---|{rule}|
 {rows}
 
+## Fields
+
+| model types | fields (`model.config.`) other than the default's |
+|---|---|
+{fields}
+
 ## Refused
 
 | model type | why |
@@ -43,18 +54,70 @@ attend to each other. Data parallelism and ZeRO work with every model that has a
 """
 
 
-def examined(model_type: str) -> dict[str, str] | str:
+_DECODER = {"is_decoder": True}
+_INDEXER = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 2048},
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+}
+_HEAD_DIM = {"head_dim": 128}
+FIELDS: dict[str, dict[str, Any]] = {
+    # Encoders, which are causal as decoders.
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie"), _DECODER),
+    **dict.fromkeys(
+        ("electra", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _DECODER
+    ),
+    **dict.fromkeys(("megatron-bert", "reformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
+    "xmod": {**_DECODER, "default_language": "en_XX"},
+    "xlm": {"causal": True},
+    # Models of which transformers' default cannot be built, or is another than its config says.
+    "bigbird_pegasus": {"tie_word_embeddings": False},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0}},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _HEAD_DIM),
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+}
+"""Model type -> fields other than transformers' defaults."""
+
+
+def examined(model_type: str) -> Mapping[str, str] | str:
     """Capability -> why not, or why the model cannot be trained at all."""
     from transformers import CONFIG_MAPPING
 
     try:
-        config: Any = CONFIG_MAPPING[model_type]()
-        config._attn_implementation = "sdpa"
-        return analyse.refused(config)
+        config: Any = CONFIG_MAPPING[model_type](**copy.deepcopy(FIELDS.get(model_type, {})))
+        fields = without_dropout(json.loads(config.to_json_string(use_diff=False)))
+        return of_any.examined({**fields, "model_type": model_type}).refused
     except UserError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return analyse.words(error)
+
+
+def without_dropout(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json fields with which forward passes are not random."""
+    return {
+        key: without_dropout(value)
+        if isinstance(value, dict)
+        else type(value)(0)
+        if reduced.is_random(key, value)
+        else value
+        for key, value in fields.items()
+    }
+
+
+def _fields() -> str:
+    """Rows of model types with the same fields."""
+    types: dict[str, list[str]] = {}
+    for model_type, fields in FIELDS.items():
+        types.setdefault(json.dumps(fields), []).append(model_type)
+    return "\n".join(f"| {', '.join(sorted(same))} | `{fields}` |" for fields, same in types.items())
 
 
 def _too_long(*_: object) -> None:
@@ -76,7 +139,7 @@ def main() -> None:
         found = examined(name)
         signal.alarm(0)
         if isinstance(found, str):
-            refused.append(f"| {name} | {found[:160].replace('|', ' ')} |")
+            refused.append(f"| {name} | {found[:200].replace('|', ' ')} |")
             continue
         cells = ["refused" if column in found else "exact" for column in COLUMNS]
         for column in COLUMNS:
@@ -92,6 +155,7 @@ def main() -> None:
         header=" | ".join(COLUMNS),
         rule="|".join("---" for _ in COLUMNS),
         rows="\n".join(rows),
+        fields=_fields(),
         refused="\n".join(refused),
     )
     Path(sys.argv[1]).write_text(text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.analysis import parameters
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.reduced import HIDDEN, VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
+from hybridtrain.models.structure import structure_of
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -30,6 +33,7 @@ from hybridtrain.types import IGNORE_INDEX, Batch
 ROWS, LENGTH = 2, 12
 DOCUMENTS = ((5, 4, 3), (2, 10))
 """Lengths of the documents in each packed row."""
+OTHER = "a model of another architecture"
 TOLERANCE = 1e-5
 """Largest relative difference of the loss, and of a gradient by its norm."""
 
@@ -207,15 +211,18 @@ def refused(config: Any) -> dict[str, str]:
 
     Raises UserError for one that cannot be trained at all.
     """
-    copy = copy_of(config, tp=1)
+    copy = _copied(config)
+    if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
+        raise cannot_train(config.model_type, problem, instead=OTHER)
     if not is_causal(copy):
-        raise cannot_train(
-            config.model_type, "its tokens see those that follow, so it is no causal language model"
-        )
+        problem = "its tokens see those that follow, so it is no causal language model"
+        raise cannot_train(config.model_type, problem, instead=_causal_with(config) or OTHER)
+    if _ties_in_name_only(copy):
+        problem = "its config ties the head to the embedding, but transformers' model does not"
+        raise cannot_train(config.model_type, problem, instead="model.config.tie_word_embeddings=false")
     if not (whole := stages(copy, cuts=())).passed:
-        raise cannot_train(
-            config.model_type, f"a reduced copy does not train as transformers' own model does: {whole}"
-        )
+        problem = f"a reduced copy does not train as transformers' own model does: {whole}"
+        raise cannot_train(config.model_type, problem, instead=OTHER)
     found: dict[str, str] = {}
     if why := _why_not(lambda: documents(copy)):
         found["documents"] = why
@@ -227,6 +234,44 @@ def refused(config: Any) -> dict[str, str]:
     return found
 
 
+def _copied(config: Any) -> Copy:
+    """The reduced copy. Raises UserError for a model that transformers does not build either."""
+    if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
+        problem = "its config has no number of layers (num_hidden_layers)"
+        raise cannot_train(config.model_type, problem, instead=OTHER)
+    try:
+        return copy_of(config)
+    except Exception as error:  # a model's own code, with whatever it raises
+        try:
+            build.meta_model(config)
+        except Exception as own:
+            problem = f"transformers does not build it from this config ({words(own)})"
+            instead = "the fields of a published model of this architecture"
+            raise cannot_train(config.model_type, problem, instead=instead) from error
+        raise
+
+
+def _ties_in_name_only(copy: Copy) -> bool:
+    """Whether head and embedding are two matrices, which its config calls one."""
+    embed, head = copy.model.get_input_embeddings(), copy.model.get_output_embeddings()
+    return (
+        getattr(copy.config, "tie_word_embeddings", False)
+        and head is not None
+        and head.weight is not embed.weight
+    )
+
+
+def _causal_with(config: Any) -> str:
+    """The field with which the model is causal; empty if there is none."""
+    for field in ("is_decoder", "causal"):
+        if getattr(config, field, None) is False:
+            changed = deepcopy(config)
+            setattr(changed, field, True)
+            if is_causal(copy_of(changed)):
+                return f"model.config.{field}=true"
+    return ""
+
+
 def _why_not(claim: Callable[[], Result]) -> str:
     """Empty for a claim that holds."""
     try:
@@ -234,16 +279,22 @@ def _why_not(claim: Callable[[], Result]) -> str:
     except UserError as error:
         return str(error).splitlines()[0]
     except Exception as error:  # a model's own code, with whatever it raises
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return words(error)
     return "" if result.passed else str(result)
 
 
-def cannot_train(model_type: object, problem: str) -> UserError:
+def words(error: Exception) -> str:
+    """The type and the first line of an error of other code."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def cannot_train(model_type: object, problem: str, *, instead: str) -> UserError:
     """The refusal of a model."""
     return refusal(
         "model.config.model_type",
         model_type,
         problem,
         allowed="causal language models that pass `hybridtrain inspect`",
-        instead="a model of another architecture",
+        instead=instead,
     )

@@ -67,7 +67,9 @@ _ENCODERS = (
     "vit",
     "clip",
 )
-_OTHERS = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper", "marian")
+_DECODERS = ("bert", "roberta", "xlm-roberta", "electra")
+"""Encoders that are causal language models with is_decoder."""
+_OTHERS = ("t5", "mt5")
 
 
 def facts_of(model: ModelConfig) -> ModelFacts:
@@ -143,7 +145,8 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
 def _of_any(fields: Mapping[str, Any]) -> ModelFacts:
     """The facts of another model type; loads torch."""
     kind = fields.get("model_type")
-    if kind in _ENCODERS or kind in _OTHERS or fields.get("num_labels"):
+    decoder = kind in _DECODERS and fields.get("is_decoder")
+    if (kind in _ENCODERS and not decoder) or kind in _OTHERS or fields.get("num_labels"):
         raise _unsupported(kind)
     from hybridtrain.analysis.of_any import facts_of_any
     from hybridtrain.models.build import is_causal_lm
@@ -190,6 +193,8 @@ def _unsupported(kind: object) -> UserError:
         problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
     instead = f"model.config.model_type={near[0]}" if near else "another model (see hybridtrain inspect)"
+    if kind in _DECODERS:
+        instead = "model.config.is_decoder=true"
     allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}"
     return refusal("model.config.model_type", kind, problem, allowed=allowed, instead=instead)
 

@@ -37,14 +37,12 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
 def _facts(fields: Mapping[str, Any]) -> ModelFacts:
     began = time.monotonic()
     try:
-        facts = _examined(fields)
+        facts = examined(fields)
     except UserError:
         raise
     except Exception as error:  # a model's own code, with whatever it raises
-        first = str(error).strip().splitlines() or [""]
-        raise analyse.cannot_train(
-            fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
-        ) from error
+        problem = f"a reduced copy of it fails ({analyse.words(error)})"
+        raise analyse.cannot_train(fields["model_type"], problem, instead=analyse.OTHER) from error
     _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
     return facts
 
@@ -57,22 +55,24 @@ def _read(known: Mapping[str, Any]) -> ModelFacts | None:
         return None
 
 
-def _examined(fields: Mapping[str, Any]) -> ModelFacts:
+def examined(fields: Mapping[str, Any]) -> ModelFacts:
+    """The facts, each time anew."""
     config = build.hf_config(fields, chosen={}, attention="sdpa")
     refused = analyse.refused(config)
     _check_random(config)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
-    heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
+    first = reduced.first_layer(text)
+    heads, window = getattr(first, "num_attention_heads", None) or 1, getattr(first, "sliding_window", None)
     full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
     return ModelFacts(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_heads=getattr(first, "num_key_value_heads", None) or heads,
+        head_dim=getattr(first, "head_dim", None) or text.hidden_size // heads,
+        ffn=getattr(first, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),

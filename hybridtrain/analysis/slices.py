@@ -87,7 +87,10 @@ def _valid(answer: Mapping[str, Any]) -> bool:
 
 def _examined(config: Any, size: int, kind: str) -> Found:
     """Search on a reduced copy, without blocks that the model's own sizes do not allow to cut."""
-    copy = analyse.copy_of(config, tp=size)
+    try:
+        copy = analyse.copy_of(config, tp=size)
+    except Exception as error:  # sizes that this architecture does not accept
+        return Found(NOTHING, 0.0, {"all": analyse.words(error)})
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:

@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, overrides, patterns, tokens
+from hybridtrain.models import classifier, names, overrides, patterns, tokens
 from hybridtrain.models.family import SUPPORTED, family_for
 from hybridtrain.models.source import read_config
 from hybridtrain.runtime.files import read_object, write_json
@@ -34,7 +34,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
 
     rest = {key: value for key, value in fields.items() if key not in _NOT_OURS}
     try:
-        config = AutoConfig.for_model(fields["model_type"], **copy.deepcopy(rest))
+        config = AutoConfig.for_model(fields["model_type"], **overrides.numbers(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise _invalid(error, fields, chosen=chosen) from error
     known = set(type(config)().to_dict()) | {
@@ -56,6 +56,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
         # A classifier's head is never tied.
@@ -124,9 +125,9 @@ def parameter_names(config: Any) -> list[str]:
         return [name for name, _ in meta_model(config).named_parameters()]
     family = family_for(config)
     prefix = f"{family.layers}.0."
-    names: list[str] = []
+    found: list[str] = []
     for name, _ in _one_layer(config).named_parameters():
-        names += (
+        found += (
             [
                 f"{family.layers}.{index}.{name.removeprefix(prefix)}"
                 for index in range(config.num_hidden_layers)
@@ -134,7 +135,7 @@ def parameter_names(config: Any) -> list[str]:
             if name.startswith(prefix)
             else [name]
         )
-    return names
+    return found
 
 
 def _one_layer(config: Any) -> nn.Module:
@@ -285,11 +286,11 @@ def empty_model(config: Any, *, initializing: AbstractContextManager[Any]) -> nn
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model: Any = plain_model(config)
-    with initializing:
+        model: Any = _own_model(config)
+    with initializing:  # buffers have their own dtype while they are set: one in bfloat16 is rounded
         model.initialize_weights()
     model.tie_weights()
-    return model
+    return names.single(model.to(torch.float32).train())
 
 
 def is_causal_lm(model_type: object) -> bool:
@@ -325,16 +326,24 @@ def plain_model(config: Any) -> nn.Module:
     """Hugging Face's causal LM (or classifier) of `config`, fp32, in training mode,
     on torch's default device.
     """
-    model = _auto_class(config).from_config(config, attn_implementation=attention_of(config))
-    return model.to(torch.float32).train()
+    return names.single(_own_model(config).to(torch.float32).train())
+
+
+def _own_model(config: Any) -> Any:
+    return _auto_class(config).from_config(config, attn_implementation=attention_of(config))
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
     """The head's output at every position, (B, T, outputs), also of a classifier, whose own forward returns
     only the last token's.
     """
+    from hybridtrain.models.structure import structure_of
+
     given = {"position_ids": position_ids_BT, "use_cache": False}
-    taken = inspect.signature(model.forward).parameters
+    if model.config.model_type in SUPPORTED:
+        taken: Collection[str] = inspect.signature(model.forward).parameters
+    else:
+        taken = structure_of(model.config).arguments
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)

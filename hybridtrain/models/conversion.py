@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.models import names
 from hybridtrain.models.weights import Stored
 
 
@@ -53,6 +54,9 @@ def as_parameters(
         for each, empty in made.values(lambda stored: torch.empty(stored.shape, device="meta")).items():
             value = partial(_value, each, made=made, read=read, last=last)
             result[each] = Converted(tuple(empty.shape), tensors[keys[0][0]].dtype, value)
+    for name, other in names.stored(model).items():
+        if other in result:
+            result[name] = result.pop(other)
     return result
 
 
@@ -107,4 +111,6 @@ def as_stored(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, T
     """Parameters of one layer, or of all that is in no layer, as transformers stores them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, dict(parameters))  # type: ignore[arg-type]
+    stored = names.stored(model)
+    renamed = {stored.get(name, name): value for name, value in parameters.items()}
+    return revert_weight_conversion(model, renamed)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ config.json has rotary fields in one of two notations (`rope_theta` and `rope_sc
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -225,6 +226,17 @@ def _no_mapping(field: str, value: Any) -> UserError:
         allowed="{rope_type: linear, factor: 4.0} and the like, or null",
         instead="null",
     )
+
+
+def numbers(value: Any) -> Any:
+    """A copy of config.json fields in which infinities are numbers: transformers writes them as
+    {"__float__": "Infinity"}.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:
+            return float(value["__float__"])
+        return {key: numbers(each) for key, each in value.items()}
+    return [numbers(each) for each in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 # -- derived fields

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.models import classifier
+from hybridtrain.models.reduced import first_layer
 from hybridtrain.models.stage import Stage
 from hybridtrain.runtime.collectives import Ranks, collective
 
@@ -106,10 +107,10 @@ def piece(cut: str, shape: tuple[int, ...], *, heads: tuple[int, int], rank: int
 
 
 def heads_of(config: Any) -> tuple[int, int]:
-    """Numbers of query and of key/value heads."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 1
-    return heads, getattr(text, "num_key_value_heads", None) or heads
+    """Numbers of query and of key/value heads, of the first layer."""
+    first = first_layer(config.get_text_config(decoder=True))
+    heads = getattr(first, "num_attention_heads", None) or 1
+    return heads, getattr(first, "num_key_value_heads", None) or heads
 
 
 def pieces(stage: Stage, slicing: Slicing, *, rank: int, size: int) -> dict[str, Piece]:

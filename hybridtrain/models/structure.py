@@ -52,7 +52,8 @@ class Structure:
     """Logits are cap * tanh(scale * z / cap), where z is the head's output; without a cap scale * z."""
     cap: float | None
     arguments: tuple[str, ...]
-    """Those of position_ids, attention_mask and use_cache that the model's forward has."""
+    """Those of position_ids, attention_mask and use_cache that the model's forward has and that do not change
+    its result."""
     attention: str
     """Name of its attention implementation (attention.py)."""
 
@@ -83,11 +84,13 @@ _FOUND: dict[str, Structure] = {}
 def stub(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """A layer of the same class and attributes, without parameters, that calls `forward` instead of its own.
 
-    Models read attributes of their layers, such as the kind of attention.
+    Models read attributes of their layers, such as the kind of attention, and of the modules in them, which
+    are not registered here.
     """
     result = copy.copy(layer)
     result.__dict__ = {
         **layer.__dict__,
+        **layer._modules,
         "_modules": {},
         "_parameters": {},
         "_buffers": {},
@@ -117,7 +120,7 @@ def _find(config: Any) -> Structure:
 def _copy(config: Any, implementation: str) -> Any:
     small = reduced(config, random=False, tp=1)
     small._attn_implementation = implementation
-    if getattr(small, "pad_token_id", 1) is None:
+    if getattr(small, "pad_token_id", None) is None:
         small.pad_token_id = 1  # a classifier takes several rows only with one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -136,7 +139,9 @@ def _structure(model: Any, *, attention: str) -> Structure:
     classifies = classifier.is_classifier(model.config.architectures)
     scale, cap = (1.0, None) if classifies else _transform(model, head=head)
     items = 0 if isinstance(output, Tensor) else len(output)
-    arguments = _arguments(model)
+    arguments = tuple(
+        name for name in _arguments(model) if name != "position_ids" or _counts_from_zero(model)
+    )
     return Structure(
         embed, layers, head, before, after, type(output), items, scale, cap, arguments, attention
     )
@@ -145,6 +150,13 @@ def _structure(model: Any, *, attention: str) -> Structure:
 def _arguments(model: Any) -> tuple[str, ...]:
     taken = inspect.signature(model.forward).parameters
     return tuple(name for name in ("position_ids", "attention_mask", "use_cache") if name in taken)
+
+
+def _counts_from_zero(model: Any) -> bool:
+    """Whether the positions of a row are 0, 1, ... by default. RoBERTa and its like have others."""
+    positions = torch.arange(POSITIONS).expand(ROWS, -1)
+    default, explicit = _call(model).logits, _call(model, position_ids=positions).logits
+    return torch.allclose(default, explicit, rtol=1e-4, atol=1e-5)
 
 
 def _not_found(model: Any, problem: str) -> Exception:
@@ -170,7 +182,7 @@ def _layers(model: Any) -> str:
     found = [
         (
             not any(type(item).__name__ in unsplit for item in module),
-            "encoder" in path or "vision" in path,
+            any(word in path for word in ("encoder", "vision", "audio")),
             len(path),
             path,
         )
@@ -193,10 +205,11 @@ def _hooked(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _call(model: Any) -> Any:
+def _call(model: Any, **more: Tensor) -> Any:
     ids = torch.arange(ROWS * POSITIONS).view(ROWS, POSITIONS) % model.get_input_embeddings().weight.shape[0]
     given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    return model(input_ids=ids, **{name: given[name] for name in _arguments(model) if name in given})
+    given = {name: given[name] for name in _arguments(model) if name in given}
+    return model(input_ids=ids, **given, **more)
 
 
 def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ...], Any]:
@@ -204,6 +217,7 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
     called: list[str] = []
     shapes: dict[str, str] = {}
     outputs: list[Any] = []
+    order: list[int] = []
     handles = []
     listed = model.get_submodule(layers)
     for path, module in model.named_modules():
@@ -211,12 +225,13 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
         if not inside and any(True for _ in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(lambda *_, path=path: called.append(path)))
             handles.append(module.register_forward_hook(partial(_shape, shapes, path)))
-    for layer in listed:
+    for index, layer in enumerate(listed):
         handles.append(layer.register_forward_pre_hook(lambda *_: called.append(layers)))
+        handles.append(layer.register_forward_pre_hook(lambda *_, index=index: order.append(index)))
         handles.append(layer.register_forward_hook(lambda module, given, result: outputs.append(result)))  # noqa: ARG005
     with _hooked(*handles):
         _call(model)
-    if len(outputs) != len(listed):
+    if not order or sorted(set(order)) != order:  # a layer for images is not called for text
         raise _not_found(model, f"its {len(listed)} layers are called {len(outputs)} times")
     first, last = called.index(layers), len(called) - 1 - called[::-1].index(layers)
     after = tuple(path for path in called[last + 1 :] if path != head)

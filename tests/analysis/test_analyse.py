@@ -8,6 +8,7 @@ import pytest
 
 from hybridtrain.analysis import analyse
 from hybridtrain.errors import UserError
+from hybridtrain.models import reduced
 from hybridtrain.models.stage import Stage
 from tests.families.copies import EIGHT, config_of
 
@@ -15,6 +16,22 @@ from tests.families.copies import EIGHT, config_of
 @pytest.mark.parametrize("model_type", EIGHT)
 def test_eight_model_types_can_be_cut_and_keep_documents_apart(model_type: str) -> None:
     assert analyse.refused(config_of(model_type)) == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "refused"),
+    [
+        ("bert", {"is_decoder": True}, []),  # a bias with two names
+        ("roberta", {"is_decoder": True}, ["documents"]),  # positions that do not begin at 0
+        ("mimo_v2_flash", {}, []),  # twice as many key/value heads in some layers
+        ("mllama", {}, []),  # layers that are not called
+        ("recurrent_gemma", {}, ["documents"]),  # a buffer in bfloat16
+    ],
+)
+def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
+    model_type: str, fields: dict[str, Any], refused: list[str]
+) -> None:
+    assert list(analyse.refused(config_of(model_type, **fields))) == refused
 
 
 @pytest.mark.parametrize(
@@ -36,6 +53,10 @@ def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, 
         ("bert", {}, "tokens see those that follow"),
         ("roberta", {}, "tokens see those that follow"),
         ("hrm_text", {}, "no list of"),
+        ("zamba2", {}, "are one parameter"),
+        ("blt", {}, "its config has no number of layers"),
+        ("ministral", {}, "transformers does not build it from this config"),  # without head_dim
+        ("bigbird_pegasus", {}, "ties the head to the embedding, but transformers' model does not"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model_type: str, fields: dict[str, Any], why: str) -> None:
@@ -59,3 +80,20 @@ def test_layers_numbered_anew_are_seen_where_an_even_cut_would_not(monkeypatch: 
     monkeypatch.setattr(Stage, "__init__", counted_from_zero)
     assert analyse.stages(copy, cuts=(2,)).passed
     assert not analyse.stages(copy, cuts=(1,)).passed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "instead"), [("bert", "model.config.is_decoder=true"), ("xlm", "model.config.causal=true")]
+)
+def test_the_field_that_makes_a_model_causal_is_named(model_type: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"try: *{instead}"):
+        analyse.refused(config_of(model_type))
+
+
+def test_a_copy_without_a_type_of_layer_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jamba's attention layers are counted: the first is the fifth."""
+    monkeypatch.setattr(reduced, "_counted", lambda _: 0)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.4\..* is not in both the model and its reduced copy"
+    ):
+        analyse.refused(config_of("jamba"))

@@ -33,7 +33,7 @@ def test_an_analysis_is_kept_for_the_same_config_alone(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = facts_of_file("gpt2")
-    monkeypatch.setattr(of_any, "_examined", lambda fields: pytest.fail(f"examined again: {fields}"))
+    monkeypatch.setattr(of_any, "examined", lambda fields: pytest.fail(f"examined again: {fields}"))
     assert facts_of_file("gpt2") == first
     [kept] = (tmp_path / "hybridtrain" / "analysis").glob("*.json")
     kept.write_text("{}")  # of another version, or damaged
@@ -45,7 +45,7 @@ def test_a_model_whose_own_code_fails_is_refused_with_its_words(monkeypatch: pyt
     def fails(_: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(of_any, "_examined", fails)
+    monkeypatch.setattr(of_any, "examined", fails)
     with pytest.raises(
         UserError, match=r"model_type=gpt2: a reduced copy of it fails \(IndexError: list index"
     ):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import OrderedDict
 
-from hybridtrain.models.structure import structure_of
+import pytest
+from torch import nn
+
+from hybridtrain.models.structure import structure_of, stub
 from tests.families.copies import config_of
 
 
@@ -33,3 +36,17 @@ def test_what_stands_between_is_found() -> None:
     assert bloom.before[1] == ("transformer.word_embeddings_layernorm", "")
     assert (bloom.returns, bloom.items) == (tuple, 2)
     assert "position_ids" not in bloom.arguments
+
+
+def test_positions_are_left_to_a_model_that_does_not_count_them_from_zero() -> None:
+    bert, roberta = (structure_of(config_of(name, is_decoder=True)) for name in ("bert", "roberta"))
+    assert "position_ids" in bert.arguments
+    assert "position_ids" not in roberta.arguments
+
+
+def test_a_stub_has_the_modules_of_its_layer_as_attributes() -> None:
+    layer = nn.Sequential(OrderedDict(inner=nn.Linear(2, 2)))
+    found = stub(layer, lambda x: x)
+    assert found.inner is layer.inner
+    assert not list(found.parameters())
+    assert found(3) == 3

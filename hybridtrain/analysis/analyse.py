@@ -240,7 +240,7 @@ def _copied(config: Any) -> Copy:
         problem = "its config has no number of layers (num_hidden_layers)"
         raise cannot_train(config.model_type, problem, instead=OTHER)
     try:
-        return copy_of(config)
+        return copy_of(config, tp=1)
     except Exception as error:  # a model's own code, with whatever it raises
         try:
             build.meta_model(config)
@@ -267,7 +267,7 @@ def _causal_with(config: Any) -> str:
         if getattr(config, field, None) is False:
             changed = deepcopy(config)
             setattr(changed, field, True)
-            if is_causal(copy_of(changed)):
+            if is_causal(copy_of(changed, tp=1)):
                 return f"model.config.{field}=true"
     return ""
 

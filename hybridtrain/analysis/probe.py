@@ -179,7 +179,7 @@ class _Rank:
         self.rows = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
         if head_is_cut(stage, slicing):
             self.rows |= {f"{structure.head}.weight", f"{structure.head}.bias"}
-        weights = dict(probe.copy.model.named_parameters())
+        weights = dict(probe.copy.model.named_parameters(remove_duplicate=False))
         self.whole = {name: weights[stage.owner(name)] for name, _ in stage.named_parameters()}
         for name, value in self.whole.items():
             path, _, key = name.rpartition(".")

@@ -19,7 +19,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.export import safetensors
 from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import build, classifier, conversion
-from hybridtrain.models.family import SUPPORTED
+from hybridtrain.models.plain import TYPES
 
 PREFIX = "model."
 _HEAD = "lm_head.weight"
@@ -41,7 +41,7 @@ def write(
     tied = bool(config.get("tie_word_embeddings", False))
     head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
     specs = _specs(stored, dtype=dtype, tied=tied)
-    known = config.get("model_type") in SUPPORTED
+    known = config.get("model_type") in TYPES
     if not specs or (known and not (tied or any(spec.name == head for spec in specs))):
         raise refusal(
             "checkpoint",
@@ -62,7 +62,7 @@ def write(
         return _cast(full[key], spec=spec)
 
     values: Callable[[TensorSpec], torch.Tensor] = read
-    if config.get("model_type") not in SUPPORTED:
+    if config.get("model_type") not in TYPES:
         specs, values = _converted(specs, read, config=config)
     report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
 

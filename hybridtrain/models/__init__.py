@@ -1,2 +1,2 @@
-"""Models: what planning knows of them (facts), how a family is built (family), initial
-weights, loading, stages."""
+"""Models of transformers: their structure, stages of their layers, initial weights, loading, and a reduced
+copy of them."""

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, names, overrides, patterns, tokens
-from hybridtrain.models.family import SUPPORTED, family_for
+from hybridtrain.models import classifier, names, overrides, patterns, plain, tokens
 from hybridtrain.models.source import read_config
 from hybridtrain.runtime.files import read_object, write_json
 
@@ -121,15 +120,14 @@ def parameter_names(config: Any) -> list[str]:
 
     Built from one layer, where all layers have the same parameters.
     """
-    if config.model_type not in SUPPORTED:
+    if config.model_type not in plain.TYPES:
         return [name for name, _ in meta_model(config).named_parameters()]
-    family = family_for(config)
-    prefix = f"{family.layers}.0."
+    prefix = f"{plain.LAYERS}.0."
     found: list[str] = []
     for name, _ in _one_layer(config).named_parameters():
         found += (
             [
-                f"{family.layers}.{index}.{name.removeprefix(prefix)}"
+                f"{plain.LAYERS}.{index}.{name.removeprefix(prefix)}"
                 for index in range(config.num_hidden_layers)
             ]
             if name.startswith(prefix)
@@ -163,10 +161,9 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         effective = getattr(config, key)
         if effective != value:
             raise _not_effective(key, value, effective)
-    if config.model_type not in SUPPORTED:
+    if config.model_type not in plain.TYPES:
         _built(lambda: meta_model(config), fields, chosen=chosen)
         return
-    family = family_for(config)
     if any(
         key in chosen
         for key in (
@@ -178,7 +175,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         )
     ):
         expected = overrides.windows(fields, layers=config.num_hidden_layers)
-        windows = [family.window(config, index) for index in range(config.num_hidden_layers)]
+        windows = [plain.window(config, index) for index in range(config.num_hidden_layers)]
         named = next(
             (
                 key
@@ -201,8 +198,8 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
         _check_rotary(config, overrides.rope_of(fields), chosen=chosen)
     model = _built(lambda: _one_layer(config), fields, chosen=chosen)
     embed, attention = (
-        model.get_submodule(family.embed),
-        model.get_submodule(f"{family.layers}.0.{family.attention}"),
+        model.get_submodule(plain.EMBED),
+        model.get_submodule(f"{plain.LAYERS}.0.{plain.ATTENTION}"),
     )
     for key, effective in (
         ("vocab_size", embed.num_embeddings),
@@ -244,7 +241,7 @@ def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Ma
                 key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}"
             )
     try:
-        rotary: Any = type(_one_layer(config).get_submodule(family_for(config).rotary))(config=config)
+        rotary: Any = type(_one_layer(config).get_submodule(plain.ROTARY))(config=config)
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refusal(
             f"model.config.{key}",
@@ -340,7 +337,7 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     from hybridtrain.models.structure import structure_of
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
-    if model.config.model_type in SUPPORTED:
+    if model.config.model_type in plain.TYPES:
         taken: Collection[str] = inspect.signature(model.forward).parameters
     else:
         taken = structure_of(model.config).arguments

@@ -21,8 +21,8 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, hub, tokens, weights
 from hybridtrain.models.build import meta_model
 from hybridtrain.models.conversion import Converted, as_parameters
-from hybridtrain.models.family import SUPPORTED
 from hybridtrain.models.init import Slices, WeightSource, draw
+from hybridtrain.models.plain import TYPES
 from hybridtrain.models.structure import structure_of
 from hybridtrain.models.weights import FIELD, Stored
 from hybridtrain.runtime import log
@@ -89,7 +89,7 @@ def _parameters(model: ModelConfig, config: Any) -> Mapping[str, Stored | Conver
     if any(".lora_" in name for name in tensors):
         raise weights.adapter_refused(model.from_pretrained)
     weights.check_dtypes(tensors, source=model.from_pretrained)
-    if config.model_type in SUPPORTED:
+    if config.model_type in TYPES:
         return tensors
     return as_parameters(meta_model(config), tensors, read=lambda stored: _read(stored, ()))
 

@@ -8,7 +8,7 @@ from typing import Any
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier, hub, overrides
-from hybridtrain.models.family import SUPPORTED
+from hybridtrain.models.plain import TYPES
 from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.runtime.files import read_object
 
@@ -24,7 +24,7 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
     fields = overrides.merge(source, model.config)
     if model.labels:
         return classifier.with_labels(fields, model.labels)
-    return checked_tie(fields, model=model) if fields.get("model_type") in SUPPORTED else fields
+    return checked_tie(fields, model=model) if fields.get("model_type") in TYPES else fields
 
 
 def _config_json(model: ModelConfig) -> Path:

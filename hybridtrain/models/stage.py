@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from hybridtrain.models import attention
 from hybridtrain.models.build import empty_model
-from hybridtrain.models.family import Family, family_for
 from hybridtrain.models.structure import Stop, hidden_of, structure_of, stub
 from hybridtrain.types import Batch
 
@@ -87,11 +86,6 @@ class Stage(nn.Module):
                 _replace(self, path, stub(self.part(path), _unchanged))
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
-
-    @property
-    def family(self) -> Family:
-        """What tensor parallelism knows of the architecture."""
-        return family_for(self.config)
 
     @property
     def tied(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.family import SUPPORTED, family_of
+from hybridtrain.models import plain
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object
 from hybridtrain.types import ModelFacts
@@ -158,9 +158,8 @@ def checked_tie(fields: dict[str, Any], *, model: ModelConfig) -> dict[str, Any]
         and has_weights(folder)
     ):
         return fields
-    family = family_of(fields["model_type"])
     tensors = stored(folder)
-    if not heads_differ(tensors, embed=f"{family.embed}.weight", head=f"{family.head}.weight"):
+    if not heads_differ(tensors, embed=f"{plain.EMBED}.weight", head=f"{plain.HEAD}.weight"):
         return fields
     if model.config.get("tie_word_embeddings"):
         raise tie_refused(model.from_pretrained)
@@ -220,10 +219,10 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
     if model.from_pretrained and folder.is_dir() and has_weights(folder):
         tensors = stored(folder)
         check_dtypes(tensors, source=model.from_pretrained)
-        if facts.model_type not in SUPPORTED:
+        if facts.model_type not in plain.TYPES:
             return
-        family = family_of(facts.model_type)
-        for name in (f"{family.embed}.weight", *([] if facts.labels else [f"{family.head}.weight"])):
+        head = [] if facts.labels else [f"{plain.HEAD}.weight"]
+        for name in (f"{plain.EMBED}.weight", *head):
             if name in tensors and tensors[name].shape[:1] != (facts.vocab,):
                 check_rows(tensors[name].shape, rows=facts.vocab, model=model)
 

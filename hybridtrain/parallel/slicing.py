@@ -71,10 +71,10 @@ def parameters_to_cut(stage: Stage, slicing: Slicing, *, size: int) -> set[str]:
 
 
 def localize(stage: Stage) -> None:
-    """Let layers, and the stage around them, compute with local tensors. Under recomputation, which repeats
-    it, and outside of compiled code.
+    """Let layers, and the stage around them, compute with local tensors; the head takes its own. Under
+    recomputation, which repeats it, and outside of compiled code.
     """
-    inside: set[int] = set()
+    inside = {id(stage.part(stage.structure.head))}
     for index, layer in stage.layer_modules():
         prefix = f"{stage.structure.layers}.{index}."
         inside |= {id(module) for module in layer.modules()}

@@ -71,8 +71,8 @@ class CausalLM:
         return linear_cross_entropy(
             hidden_BTD,
             labels_BT,
-            weight_VD=head.weight,
-            bias_V=head.bias,
+            weight_VD=head.local("weight"),
+            bias_V=head.local("bias"),
             transform=head.transform,
             terms=terms,
             chunk=head.loss_chunk,

@@ -77,8 +77,7 @@ class Classification(CausalLM):
         """The losses, and the number of right predictions from all logits, which are few."""
         sums = super().loss(hidden_BTD, batch, head)
         with torch.no_grad():
-            logits = hidden_BTD @ head.weight.t() + (0 if head.bias is None else head.bias)
-            return {**sums, "correct": _correct(logits, batch).view(1)}
+            return {**sums, "correct": _correct(head.logits(hidden_BTD), batch).view(1)}
 
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
         """`logits_BTV`: the head's output at every position, (B, T, C)."""

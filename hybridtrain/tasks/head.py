@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear, pad
 
 from hybridtrain.runtime.collectives import Ranks, collective
 from hybridtrain.tasks.linear_cross_entropy import HeadGradient, Transform
@@ -52,6 +54,24 @@ class Head(nn.Module):
             self.ranks = ranks
         if positions:
             self._whole = partial(collective, "whole", ranks=ranks)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """All logits, (B, T, V), fp32, for losses that are no cross-entropy, and for counting. They take much
+        memory.
+        """
+        if self.ranks is None:
+            return self.transform.of(linear(hidden_BTD, self.local("weight"), self.local("bias")))
+        hidden_BTD = collective("copy", hidden_BTD, self.ranks)
+        mine_BTv = linear(hidden_BTD, self.local("weight"), self.local("bias"))
+        most = -(-self.entries // self.ranks.size)
+        mine_BvT = pad(mine_BTv, (0, most - mine_BTv.shape[-1])).transpose(1, 2)
+        whole_BTV = collective("whole", mine_BvT, self.ranks).transpose(1, 2)[..., : self.entries]
+        return self.transform.of(whole_BTV)
+
+    def local(self, name: str) -> Any:
+        """This rank's part of weight or bias, or None."""
+        parameter = getattr(self, name)
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def gradients_of(self, name: str) -> tuple[HeadGradient, HeadGradient]:
         """The gradients of weight and bias from one of the task's sums.

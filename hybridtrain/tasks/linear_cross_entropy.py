@@ -46,6 +46,11 @@ class Transform:
     def identity(self) -> bool:
         return self.scale == 1.0 and self.cap is None
 
+    def of(self, z: Tensor) -> Tensor:
+        """Logits, fp32, differentiable."""
+        logits = z.float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
     def __call__(self, z: Tensor) -> Tensor:
         """Logits, fp32."""
         logits = z.float() * self.scale

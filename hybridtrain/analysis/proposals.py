@@ -73,9 +73,14 @@ class Block:
         return {n: m for module in self.modules for n, m in module.named_modules(prefix=self.path)}
 
 
+def _hidden(copy: Copy) -> int:
+    """Width of the hidden states; an embedding may be narrower."""
+    return copy.config.get_text_config(decoder=True).hidden_size
+
+
 def blocks(copy: Copy) -> list[Block]:
     """The blocks of all layers; the same path in several layers is one block."""
-    hidden = copy.model.get_input_embeddings().weight.shape[-1]
+    hidden = _hidden(copy)
     listed = copy.model.get_submodule(structure_of(copy.config).layers)
     found: dict[tuple[str, str], Block] = {}
     for layer in listed:
@@ -165,7 +170,7 @@ def _paired(block: Block, *, hidden: int) -> tuple[list[Matrix], list[Matrix], l
 
 def proposals(block: Block, copy: Copy) -> Iterator[Slicing]:
     """Slicings of one block, the likely and fast ones first."""
-    hidden = copy.model.get_input_embeddings().weight.shape[-1]
+    hidden = _hidden(copy)
     found = _attention(block, copy) if block.kind == "attention" else _mlp(block, copy, hidden=hidden)
     for slicing, columns, rows in found:
         inner = tuple(dict.fromkeys(m.name.rpartition(".")[0] for m in rows))
@@ -269,7 +274,7 @@ def _attributes(
     heads = heads_of(copy.config)
     widths = {m.size_out for m in columns} | {m.size_in for m in rows}
     if block.kind == "mlp":
-        numbers = widths - {copy.model.get_input_embeddings().weight.shape[-1], *heads}
+        numbers = widths - {_hidden(copy), *heads}
     else:
         numbers = {*heads, *(widths if divided == "widths" else ())}
     for path, module in named.items():

@@ -89,12 +89,13 @@ def _examined(config: Any, size: int, kind: str) -> Found:
     """Search on a reduced copy, without blocks that the model's own sizes do not allow to cut."""
     try:
         copy = analyse.copy_of(config, tp=size)
+        probe = Probe(copy, size=size)
     except Exception as error:  # sizes that this architecture does not accept
         return Found(NOTHING, 0.0, {"all": analyse.words(error)})
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:
-        slicing, whole = search(copy, size=size, kind=kind, without=without)
+        slicing, whole = search(probe, kind=kind, without=without)
         problems = _too_uneven(model, slicing, layers=layers, heads=heads_of(config), size=size)
         if not problems:
             return Found(slicing, share_of_products(model, slicing, layers=layers), {**whole, **without})
@@ -121,12 +122,9 @@ def _too_uneven(
     return problems
 
 
-def search(
-    copy: analyse.Copy, *, size: int, kind: str, without: Mapping[str, str]
-) -> tuple[Slicing, dict[str, str]]:
-    """(the slicing of a reduced copy that is proven for `size` ranks, block -> why it is not cut)."""
-    probe = Probe(copy, size=size)
-    found, whole = [], {}
+def search(probe: Probe, *, kind: str, without: Mapping[str, str]) -> tuple[Slicing, dict[str, str]]:
+    """(the proven slicing of a reduced copy, block -> why it is not cut)."""
+    copy, found, whole = probe.copy, [], {}
     for block in blocks(copy):
         if block.name in without:
             continue

@@ -92,8 +92,7 @@ def reduced(config: Any, *, random: bool, tp: int) -> Any:
     known = type(config)().to_dict()
     fields = {key: value for key, value in fields.items() if value is not None or known.get(key) is not None}
     text = config.get_text_config(decoder=True)
-    counts = _COUNTS.get(text.model_type)
-    heads, kv_heads = counts if counts and tp == 1 else _ratio(*_heads(text), tp=tp)
+    heads, kv_heads = _COUNTS.get(text.model_type) or _ratio(*_heads(text), tp=tp)
     small = _reduced(fields, chosen=_layers_to_keep(config), heads=heads, kv_heads=kv_heads, tp=tp)
     if random:
         small |= {name: value for name, value in fields.items() if is_random(name, value)}
@@ -263,8 +262,9 @@ def _width(size: int, *, heads: int, tp: int) -> int:
     """A size of _SIZES; widths grow with the number of heads, and are shared out evenly."""
     if size not in (HIDDEN, FFN, FFN // 2):
         return size
-    size *= heads // HEADS
-    return size if size == HIDDEN * (heads // HEADS) else -(-size // (2 * tp)) * 2 * tp
+    factor = max(1, heads // HEADS)
+    size *= factor
+    return size if size == HIDDEN * factor else -(-size // (2 * tp)) * 2 * tp
 
 
 def _consistent(fields: dict[str, Any], *, hidden: int) -> dict[str, Any]:

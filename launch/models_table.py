@@ -86,6 +86,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Model type -> fields other than transformers' defaults."""
 
 
+def types() -> list[str]:
+    """All model types."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
 def examined(model_type: str) -> Mapping[str, str] | str:
     """Capability -> why not, or why the model cannot be trained at all."""
     from transformers import CONFIG_MAPPING
@@ -125,15 +132,13 @@ def _too_long(*_: object) -> None:
 
 
 def main() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     logging.disable(logging.WARNING)
     signal.signal(
         signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"no end within {LIMIT_S} s"))
     )
     rows, refused = [], []
     exact = dict.fromkeys(COLUMNS, 0)
-    names = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = types()
     for name in names:
         signal.alarm(LIMIT_S)
         found = examined(name)

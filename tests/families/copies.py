@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hybridtrain.models.reduced import reduced
@@ -37,4 +38,15 @@ def config_of(model_type: str, **fields: Any) -> Any:
 def fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
     """config.json fields of its reduced copy, in which initial weights are large enough to be seen."""
     small = reduced(config_of(model_type, **fields), random=False, tp=1).to_dict()
-    return {**small, "model_type": model_type, "initializer_range": 0.1}
+    return {**_with_large_weights(small), "model_type": model_type}
+
+
+def _with_large_weights(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: 0.1
+        if key == "initializer_range"
+        else _with_large_weights(value)
+        if key.endswith("config") and isinstance(value, Mapping)
+        else value
+        for key, value in fields.items()
+    }

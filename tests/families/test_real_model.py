@@ -112,7 +112,7 @@ def norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("layout", ["pp2", "dp_shard2-zero3"])
+@pytest.mark.parametrize("layout", ["pp2", "dp_shard2-zero3", "tp2"])
 def test_three_steps_equal_the_plain_process(folder: Path, layout: str) -> None:
     given = case(folder, layout)
     plain = reference(given)

@@ -40,7 +40,7 @@ MORE = ("llama", "cohere2", "gemma3_text", "qwen3_moe", "deepseek_v3", "gpt_neox
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", (*EIGHT, *MORE))
+@pytest.mark.parametrize("model_type", [*EIGHT, *MORE])
 def test_eight_processes(model_type: str) -> None:
     assert_parity(Case("pp2-dp_shard2-tp2-zero3", fields_of(model_type)))
 

@@ -21,12 +21,13 @@ from typing import Any
 from hybridtrain.analysis import analyse
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build, reduced
+from hybridtrain.models.structure import structure_of
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object, write_json
 from hybridtrain.types import ModelFacts
 
 _log = log.get("model")
-SEARCH = 1
+SEARCH = 2
 """Version of what is examined, and how."""
 _UNBOUNDED = 1 << 40
 
@@ -69,7 +70,9 @@ def _alone(file: Path) -> Iterator[None]:
 def _read(file: Path) -> ModelFacts | None:
     """What is kept; None for nothing, and for what another version wrote."""
     try:
-        return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
+        kept = read_object(file, field="XDG_CACHE_HOME")
+        lists = {key: tuple(value) for key, value in kept.items() if isinstance(value, list)}
+        return ModelFacts(**{**kept, **lists})
     except (UserError, TypeError):
         return None
 
@@ -88,7 +91,8 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
     heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
-    full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
+    kinds = (getattr(text, "layer_types", None) or []) if window else []
+    sizes, inactive = _of_layers(model, config)
     return ModelFacts(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
@@ -103,22 +107,26 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
         window=window,
         max_positions=getattr(text, "max_position_embeddings", None) or _UNBOUNDED,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        full_layers=full_layers,
-        inactive=_inactive(model, text),
+        full_layers=tuple(index for index, kind in enumerate(kinds) if kind == "full_attention"),
+        layer_parameters=sizes,
+        layer_inactive=inactive,
         refused=refused,
     )
 
 
-def _inactive(model: Any, text: Any) -> int:
-    """Parameters of experts that a token does not use."""
+def _of_layers(model: Any, config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(parameters of each layer, those among them of experts that a token does not use)."""
+    text = config.get_text_config(decoder=True)
     experts, chosen = (
         next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
         for names in (reduced.EXPERT_COUNTS, reduced.EXPERTS_USED)
     )
-    if not experts or not chosen:
-        return 0
-    stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == experts)
-    return stacked * (experts - chosen) // experts
+    sizes, inactive = [], []
+    for layer in model.get_submodule(structure_of(config).layers):
+        stacked = [p.numel() for p in layer.parameters() if p.dim() == 3 and p.shape[0] == experts]
+        sizes.append(sum(p.numel() for p in layer.parameters()))
+        inactive.append(sum(stacked) * (experts - chosen) // experts if experts and chosen else 0)
+    return tuple(sizes), tuple(inactive)
 
 
 def _check_random(config: Any) -> None:

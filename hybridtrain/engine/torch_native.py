@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
@@ -29,6 +30,7 @@ from hybridtrain.parallel.fsdp import before_backward, reshard
 from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
 from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
+from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -62,6 +64,7 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
+        facts = facts_of(config.model)
         context = Context(
             self.mesh,
             config.parallel,
@@ -70,6 +73,7 @@ class TorchEngine:
             config.recompute.kind,
             config.model.freeze,
             task,
+            stages.cut(config, parallel=config.parallel, pp=layout.pp, plan=plan, facts=facts),
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
         if initial:

@@ -32,7 +32,8 @@ SLOW = pytest.mark.slow
         pytest.param("dp_shard2-tp2-zero1-nosp", marks=SLOW),
         pytest.param("dp_shard2-tp2-zero2-nosp", marks=SLOW),
         pytest.param("dp_shard2-tp2-zero3-nosp", marks=SLOW),  # by default with biases: qwen2
-        "pp2",
+        "pp2-cut1",
+        pytest.param("pp2", marks=SLOW),
         pytest.param("pp4", marks=SLOW),
         "pp2-dp_shard2",
         pytest.param("pp2-dp_replicate2", marks=SLOW),

@@ -138,6 +138,12 @@ def test_layers_that_do_not_divide_by_the_stages(layers, schedule):
     assert_parity(Case(f"pp2-{schedule}", model(num_hidden_layers=layers), micro_batch_size=1))
 
 
+@pytest.mark.parametrize("layout", ["pp2-cut1", "pp2-zbv_zero_bubble"])
+def test_stages_cut_by_weight_or_where_the_user_wants(layout):
+    """The head weighs as much as two layers of six."""
+    assert_parity(Case(layout, model(num_hidden_layers=6, vocab_size=1024), micro_batch_size=1))
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -88,6 +88,7 @@ def test_the_same_layout_continues_bit_for_bit(layout, tmp_path):
         ("pp2-tp2", "dp_shard2-zero3"),
         ("dp_shard2-zero3", "pp2-zbv_zero_bubble"),
         ("pp2-zbv_zero_bubble", "single"),
+        ("pp2-cut1", "pp2-cut3"),
         pytest.param("pp2", "dp_shard2-tp2-zero3", marks=pytest.mark.slow),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
@@ -35,9 +36,10 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
-from hybridtrain.plan.layout import ParallelLayout, stage_layers
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
@@ -101,8 +103,13 @@ class DeepSpeedEngine:
         """
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
-        count = config.get_text_config(decoder=True).num_hidden_layers
-        layers = stage_layers(count, layout.pp)[index]
+        cut = stages.cut(
+            self.config,
+            parallel=self.config.parallel,
+            pp=layout.pp,
+            plan=self.plan,
+            facts=facts_of(self.config.model),
+        )
         context = apply.Context(
             self.mesh,
             self.config.parallel,
@@ -111,11 +118,12 @@ class DeepSpeedEngine:
             self.config.recompute.kind,
             self.config.model.freeze,
             self.task,
+            cut,
         )
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
         stage = Stage(
             config,
-            layers=layers,
+            layers=cut.layers[index],
             first=index == 0,
             last=index == layout.pp - 1,
             head=head,

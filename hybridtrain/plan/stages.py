@@ -75,6 +75,7 @@ def cut(config: Config, *, parallel: ParallelConfig, pp: int, plan: BatchPlan, f
     ranks = tuple(
         tuple(stage_ids(rank, pp=pp, per_rank=per_rank, schedule=parallel.schedule)) for rank in range(pp)
     )
+    assert pp * per_rank <= facts.layers, "rules.check comes first"
     given = (0, *parallel.cut, facts.layers)
     bounds = given if parallel.cut else _best(work, ranks, plan.grad_accum)
     layers = tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))

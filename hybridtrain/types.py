@@ -122,10 +122,12 @@ class ModelFacts:
     max_positions: int
     parameters: int
     """Number of parameters, tied weights counted once."""
-    full_layers: int = 0
+    full_layers: tuple[int, ...] = ()
     """Layers without a window, if others have one."""
-    inactive: int = 0
-    """Of these, parameters of experts that a token does not use, on average."""
+    layer_parameters: tuple[int, ...] = ()
+    """Parameters of each layer; empty: all layers have as many."""
+    layer_inactive: tuple[int, ...] = ()
+    """Of these, those of experts that a token does not use, on average; empty: none."""
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
     attend to each other)."""
@@ -140,6 +142,18 @@ class ModelFacts:
     def outputs(self) -> int:
         """Rows of the head."""
         return len(self.labels) or self.vocab
+
+    @property
+    def inactive(self) -> int:
+        """Parameters of experts that a token does not use, on average."""
+        return sum(self.layer_inactive)
+
+    @property
+    def parameters_of_layers(self) -> tuple[int, ...]:
+        """Parameters of each layer."""
+        ends = self.vocab + (0 if self.tied else self.outputs)  # rows of the embedding and of the head
+        equal = (self.parameters - self.hidden * (1 + ends)) // self.layers
+        return self.layer_parameters or (equal,) * self.layers
 
 
 @dataclass(frozen=True)

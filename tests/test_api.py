@@ -357,6 +357,7 @@ def test_a_script_outside_the_checkout_under_torchrun(tmp_path: Path, layout: st
     assert refused.stderr.count("UserError: train=all 0: the run has no end") == 1
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_documentation_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2

@@ -19,7 +19,7 @@ from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object, write_json
 
 _log = log.get("model")
-SEARCH = 2
+SEARCH = 3
 """Version of what is examined, and how."""
 
 

@@ -15,6 +15,7 @@ from hybridtrain.analysis import analyse
 from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build, reduced
+from hybridtrain.models.structure import structure_of
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 
@@ -50,7 +51,8 @@ def _facts(fields: Mapping[str, Any]) -> ModelFacts:
 def _read(known: Mapping[str, Any]) -> ModelFacts | None:
     """What is kept; None for what another version wrote."""
     try:
-        return ModelFacts(**{**known, "labels": ()})
+        lists = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+        return ModelFacts(**{**known, **lists})
     except TypeError:
         return None
 
@@ -64,7 +66,8 @@ def examined(fields: Mapping[str, Any]) -> ModelFacts:
     model: Any = build.meta_model(config)
     first = reduced.first_layer(text)
     heads, window = getattr(first, "num_attention_heads", None) or 1, getattr(first, "sliding_window", None)
-    full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
+    kinds = (getattr(text, "layer_types", None) or []) if window else []
+    sizes, inactive = _of_layers(model, config)
     return ModelFacts(
         model_type=config.model_type,
         layers=text.num_hidden_layers,
@@ -79,19 +82,23 @@ def examined(fields: Mapping[str, Any]) -> ModelFacts:
         window=window,
         max_positions=getattr(text, "max_position_embeddings", None) or _UNBOUNDED,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        full_layers=full_layers,
-        inactive=_inactive(model, text),
+        full_layers=tuple(index for index, kind in enumerate(kinds) if kind == "full_attention"),
+        layer_parameters=sizes,
+        layer_inactive=inactive,
         refused=refused,
     )
 
 
-def _inactive(model: Any, text: Any) -> int:
-    """Parameters of experts that a token does not use."""
+def _of_layers(model: Any, config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(parameters of each layer, those among them of experts that a token does not use)."""
+    text = config.get_text_config(decoder=True)
     experts, chosen = reduced.experts_of(text)
-    if not experts or not chosen:
-        return 0
-    stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3 and p.shape[0] == experts)
-    return stacked * (experts - chosen) // experts
+    sizes, inactive = [], []
+    for layer in model.get_submodule(structure_of(config).layers):
+        stacked = [p.numel() for p in layer.parameters() if p.dim() == 3 and p.shape[0] == experts]
+        sizes.append(sum(p.numel() for p in layer.parameters()))
+        inactive.append(sum(stacked) * (experts - chosen) // experts if experts and chosen else 0)
+    return tuple(sizes), tuple(inactive)
 
 
 def _check_random(config: Any) -> None:

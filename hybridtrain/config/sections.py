@@ -274,6 +274,9 @@ class ParallelConfig(Options):
     zbv_zero_bubble, dualpipev."""
     virtual_stages: int = 0
     """Stages per pipeline rank; 0: the smallest number that the schedule allows."""
+    cut: list[int] = field(default_factory=list)
+    """Layers, counted from 0, at which the second and later pipeline stages begin: [9, 17] for three stages;
+    empty: the cut that takes the least time."""
 
     def __post_init__(self) -> None:
         self.sequence_parallel = str(self.sequence_parallel).lower()  # YAML has a true and false of its own

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
@@ -31,6 +32,7 @@ from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, lo
 from hybridtrain.parallel.mesh import Mesh, any_rank
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.slicing import add_partial_gradients
+from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -70,6 +72,7 @@ class TorchEngine:
             tp=layout.tp,
             sequence=sequence_parallel(config.parallel, plan=plan, tp=layout.tp),
         )
+        facts = facts_of(config.model)
         context = Context(
             self.mesh,
             config.parallel,
@@ -79,6 +82,7 @@ class TorchEngine:
             config.model.freeze,
             task,
             self.slicing,
+            stages.cut(config, parallel=config.parallel, pp=layout.pp, plan=plan, facts=facts),
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
         if initial:

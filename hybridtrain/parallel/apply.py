@@ -25,11 +25,10 @@ from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
-from hybridtrain.parallel.pipeline import stage_ids
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
 from hybridtrain.parallel.slicing import apply_tensor_parallel, localize, parameters_to_cut
-from hybridtrain.plan.layout import stage_layers
-from hybridtrain.plan.schedules import SPLIT_BACKWARD, stages_per_rank
+from hybridtrain.plan.schedules import SPLIT_BACKWARD
+from hybridtrain.plan.stages import Cut
 from hybridtrain.precision.policy import PrecisionPolicy
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.task import Task
@@ -49,6 +48,7 @@ class Context:
     freeze: list[str]
     task: Task
     slicing: Slicing
+    cut: Cut
 
 
 Names = Callable[[Stage, Context], set[str]]
@@ -68,11 +68,7 @@ class Transform:
 
 def build_stages(config: Any, *, context: Context) -> tuple[list[int], list[Stage]]:
     """(numbers, stages) of this rank, transformed and allocated, with uninitialized weights."""
-    mesh, parallel = context.mesh, context.parallel
-    pp, per_rank = mesh.layout.pp, stages_per_rank(parallel)
-    count = config.get_text_config(decoder=True).num_hidden_layers
-    layers = stage_layers(count, pp * per_rank)
-    ids = stage_ids(mesh.coordinates["pp"], pp=pp, per_rank=per_rank, schedule=parallel.schedule)
+    layers, ids = context.cut.layers, list(context.cut.ranks[context.mesh.coordinates["pp"]])
     stages = []
     for index in ids:
         head = partial(Head, task=context.task, loss_chunk=context.engine.loss_chunk)

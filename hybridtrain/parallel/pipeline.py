@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.fsdp import before_backward
-from hybridtrain.plan.schedules import SINGLE, V
+from hybridtrain.plan.schedules import SINGLE
 from hybridtrain.types import Batch
 
 _SCHEDULES: dict[str, type] = {
@@ -32,13 +32,6 @@ _SCHEDULES: dict[str, type] = {
 }
 
 _FORWARD = {schedules.FORWARD, schedules.SEND_F, schedules.RECV_F, schedules.UNSHARD, schedules.RESHARD}
-
-
-def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
-    """Numbers of the stages of pipeline rank `rank`, ascending."""
-    if schedule in V and pp > 1:
-        return sorted((rank, 2 * pp - 1 - rank))
-    return [rank + loop * pp for loop in range(per_rank)]
 
 
 class ZeroStage(PipelineStage):

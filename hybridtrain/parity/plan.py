@@ -116,7 +116,7 @@ def prepare(
             read_config(config.model),
             model=model,
             layouts=[case.layout for case in cases],
-            stages=_stages(cases),
+            layers=_layers_needed(cases),
             vocab=not config.data.named,
         )
         changes.append(_shrink_note(config, read_config(config.model), small))
@@ -243,8 +243,10 @@ def _too_few(name: str, processes: int, devices: int) -> UserError:
     )
 
 
-def _stages(cases: Sequence[LayoutCase]) -> int:
-    return max((case.layout.pp * schedules.stages_per_rank(case.parallel) for case in cases), default=1)
+def _layers_needed(cases: Sequence[LayoutCase]) -> int:
+    """One for each stage, and those at which stages begin."""
+    stages = (case.layout.pp * schedules.stages_per_rank(case.parallel) for case in cases)
+    return max((*stages, *(layer + 1 for case in cases for layer in case.parallel.cut)), default=1)
 
 
 def shrunk(
@@ -252,13 +254,13 @@ def shrunk(
     *,
     model: ModelFacts,
     layouts: Sequence[ParallelLayout],
-    stages: int,
+    layers: int,
     vocab: bool,
 ) -> dict[str, Any]:
     """config.json fields of a smaller model of the same family: fewer layers and heads, smaller width,
     same ratio of heads.
 
-    `layouts`, `stages`: what the model must still be divisible into; `vocab`: whether the
+    `layouts`: what the model must still be divisible into; `layers`: how many it needs; `vocab`: whether the
     vocabulary may shrink, too.
     """
     degrees = {layout.tp for layout in layouts}
@@ -274,7 +276,7 @@ def shrunk(
     head_dim = model.head_dim
     while head_dim > 16 and heads * head_dim > _SMALL_WIDTH:
         head_dim //= 2
-    layers = min(model.layers, max(_SMALL_LAYERS, stages))
+    layers = min(model.layers, max(_SMALL_LAYERS, layers))
     width = model.hidden * heads * head_dim // (model.heads * model.head_dim)
     ffn = max(1, round(model.ffn / model.hidden * width / 64)) * 64
     small = {key: value for key, value in fields.items() if not key.startswith("_") and key not in _NOT_MODEL}

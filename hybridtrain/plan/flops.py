@@ -19,8 +19,26 @@ def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
     FLOPs).
     """
     embedding = 0 if facts.tied else facts.vocab * facts.hidden
+    used = facts.parameters - facts.inactive - embedding
+    return 6 * used + sum(_of_attention(facts, seq_len=seq_len))
+
+
+def of_layers(facts: ModelFacts, *, seq_len: int) -> list[float]:
+    """Those of each layer."""
+    inactive = facts.layer_inactive or (0,) * facts.layers
+    attention = _of_attention(facts, seq_len=seq_len)
+    sizes = zip(facts.parameters_of_layers, inactive, attention, strict=True)
+    return [6 * (parameters - unused) + products for parameters, unused, products in sizes]
+
+
+def of_head(facts: ModelFacts) -> float:
+    """Those of the matrix product with the head."""
+    return 6 * facts.outputs * facts.hidden
+
+
+def _of_attention(facts: ModelFacts, *, seq_len: int) -> list[float]:
+    """FLOPs per token of the two matrix products of attention in each layer."""
     window = min(facts.window or seq_len, seq_len)
     full, windowed = ((n * (n + 1) / 2 + (seq_len - n) * n) / seq_len for n in (seq_len, window))
-    context = facts.full_layers * full + (facts.layers - facts.full_layers) * windowed
-    used = facts.parameters - facts.inactive - embedding
-    return 6 * used + 12 * facts.heads * facts.head_dim * context
+    contexts = [full if layer in facts.full_layers else windowed for layer in range(facts.layers)]
+    return [12 * facts.heads * facts.head_dim * context for context in contexts]

@@ -8,7 +8,6 @@ before the processes connect.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -68,16 +67,3 @@ def resolve(parallel: schema.ParallelConfig, *, world_size: int) -> ParallelLayo
     return ParallelLayout(
         **{axis: world_size // fixed if degree == -1 else degree for axis, degree in degrees.items()}
     )
-
-
-def stage_layers(layers: int, stages: int) -> list[range]:
-    """Split `layers` into `stages` ranges.
-
-    The first `layers % stages` stages have one more; embedding and head do not count. >>> stage_layers(5, 2)
-    [range(0, 3), range(3, 5)]
-    """
-    base, extra = divmod(layers, stages)
-    bounds = [0]
-    for stage in range(stages):
-        bounds.append(bounds[-1] + base + (stage < extra))
-    return [range(a, b) for a, b in itertools.pairwise(bounds)]

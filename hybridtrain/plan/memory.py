@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import refusal
+from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
-from hybridtrain.plan.layout import ParallelLayout, stage_layers
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.notation import write
-from hybridtrain.plan.schedules import stages_per_rank
+from hybridtrain.plan.schedules import SINGLE
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
@@ -65,46 +66,45 @@ def widths(precision: str) -> Widths:
     }[precision]
 
 
-def parameters_of_stage(
-    facts: ModelFacts, *, layers: int, first: bool, last: bool, tp: int
-) -> tuple[int, int]:
-    """(parameters of a stage on one tensor-parallel rank, those of one layer).
+def parameters_of_stage(facts: ModelFacts, *, layers: range, tp: int) -> tuple[int, int]:
+    """(parameters of a stage on one tensor-parallel rank, those of its largest layer).
 
     Biases and small norms count as sharded, an error below 0.1 %.
     """
-    ends = facts.vocab + (0 if facts.tied else facts.outputs)  # rows of the embedding and of the head
-    layer = (facts.parameters - facts.hidden * (1 + ends)) // facts.layers
+    first, last = layers.start == 0, layers.stop == facts.layers
     # Key and value projections with fewer heads than ranks are full on every rank.
     repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0
     norms = 2 * facts.hidden if tp > 1 else 0
-    per_layer = math.ceil((layer - repeated - norms) / tp) + repeated + norms
+    sizes = [
+        math.ceil((size - repeated - norms) / tp) + repeated + norms
+        for size in facts.parameters_of_layers[layers.start : layers.stop]
+    ]
     embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
     both = first and last and facts.tied
-    return layers * per_layer + first * embedding + (
-        last and not both
-    ) * head + last * facts.hidden, per_layer
+    ends = first * (embedding + _others(facts)) + (last and not both) * head + last * facts.hidden
+    return sum(sizes) + ends, max(sizes)
+
+
+def _others(facts: ModelFacts) -> int:
+    """Parameters outside layers, embedding, head and final norm, such as those of positions: they are used
+    before the layers."""
+    if not facts.layer_parameters:
+        return 0
+    ends = facts.vocab + (0 if facts.tied else facts.outputs)
+    return facts.parameters - sum(facts.layer_parameters) - facts.hidden * (1 + ends)
 
 
 def needs(
     config: Config, *, parallel: ParallelConfig, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts
 ) -> MemoryNeed:
     """Memory of the rank that needs the most."""
-    per_rank, of_ranks = stages_per_rank(parallel), []
-    stages = stage_layers(facts.layers, layout.pp * per_rank)
-    for rank in range(layout.pp):
-        total = largest = 0
-        for index in range(rank, len(stages), layout.pp):
-            stage, layer = parameters_of_stage(
-                facts,
-                layers=len(stages[index]),
-                first=index == 0,
-                last=index == len(stages) - 1,
-                tp=layout.tp,
-            )
-            total, largest = total + stage, max(largest, layer)
-        head = (
-            4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * (rank == (len(stages) - 1) % layout.pp)
-        )
+    of_ranks = []
+    cut = stages.cut(config, parallel=parallel, pp=layout.pp, plan=plan, facts=facts)
+    for numbers in cut.ranks:
+        sizes = [parameters_of_stage(facts, layers=cut.layers[index], tp=layout.tp) for index in numbers]
+        total, largest = sum(stage for stage, _ in sizes), max(layer for _, layer in sizes)
+        last = len(cut.layers) - 1 in numbers
+        head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
         of_ranks.append(
             of_rank(
@@ -164,10 +164,10 @@ def _of_deepspeed(
 
 
 def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> int:
-    """Approximate bytes of activations of the first stage: of all micro-batches in flight, and
+    """Approximate bytes of activations of the rank that holds most: of all micro-batches in flight, and
     of one recomputed layer.
     """
-    compute, pp, tp = widths(config.precision.kind).compute, layout.pp, layout.tp
+    compute, tp = widths(config.precision.kind).compute, layout.tp
     sequence = facts.sequence and sequence_parallel(config.parallel, plan=plan, tp=tp)
     hidden = facts.hidden // (tp if sequence and config.engine.kind == "torch" else 1)
     attention, ffn = 2 * (facts.heads + facts.kv_heads) * facts.head_dim // tp, facts.ffn // tp
@@ -177,17 +177,20 @@ def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, fact
         layer = layer * 2 // 3  # measured: inductor recomputes cheap operations
     kind = config.recompute.kind
     saved = {"none": layer, "selective": 2 * ffn + 2 * hidden + attention, "full": hidden}[kind]
-    per_rank = stages_per_rank(config.parallel)
-    layers = len(stage_layers(facts.layers, pp * per_rank)[0]) * per_rank
-    in_flight = (
-        plan.grad_accum if pp > 1 and config.parallel.schedule == "gpipe" else min(pp, plan.grad_accum)
-    )
-    return (
-        compute
-        * plan.micro_batch_size
-        * plan.seq_len
-        * (saved * layers * in_flight + (layer if kind != "none" else 0))
-    )
+    held = _layers_held(config, layout=layout, plan=plan, facts=facts)
+    return compute * plan.micro_batch_size * plan.seq_len * (saved * held + (layer if kind != "none" else 0))
+
+
+def _layers_held(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> int:
+    """Most layers of a rank times micro-batches in flight."""
+    pp, schedule = layout.pp, config.parallel.schedule
+    cut = stages.cut(config, parallel=config.parallel, pp=pp, plan=plan, facts=facts)
+    held = []
+    for rank, numbers in enumerate(cut.ranks):
+        # With 1F1B, a rank has begun as many micro-batches as there are stages from its own on.
+        begun = plan.grad_accum if schedule == "gpipe" and pp > 1 else pp - rank if schedule in SINGLE else pp
+        held.append(sum(len(cut.layers[index]) for index in numbers) * min(begun, plan.grad_accum))
+    return max(held)
 
 
 def warn(
@@ -299,7 +302,9 @@ def _layouts_that_fit(config: Config, *, plan: BatchPlan, facts: ModelFacts, ava
         if tp > 1 and (uneven or "tp" in facts.refused):
             continue
         for shards in (2**power for power in range(1, int(math.log2(_MAX_SHARDS)) + 1)):
-            parallel = replace(config.parallel, pp=1, dp_replicate=1, dp_shard=shards, tp=tp, zero_stage=3)
+            parallel = replace(
+                config.parallel, pp=1, cut=[], dp_replicate=1, dp_shard=shards, tp=tp, zero_stage=3
+            )
             layout = ParallelLayout(dp_replicate=1, dp_shard=shards, cp=1, tp=tp, pp=1)
             if needs(config, parallel=parallel, layout=layout, plan=plan, facts=facts).total <= available:
                 yield f"{write(parallel, layout)} on {shards * tp} ranks with as much memory"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hybridtrain.config import schema
 
 _NUMBERED = {axis: axis for axis in AXES} | {"zero": "zero_stage", "v": "virtual_stages"}
+_CUT = "cut"
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def parse(text: str) -> dict[str, Any]:
             fields["schedule"] = part
         elif part == "nosp":
             fields["sequence_parallel"] = "false"
+        elif part.startswith(_CUT) and all(text.isdecimal() for text in part.removeprefix(_CUT).split(".")):
+            fields["cut"] = [int(text) for text in part.removeprefix(_CUT).split(".")]
         elif name in _NUMBERED and number:
             fields[_NUMBERED[name]] = int(number)
         elif part != "single":
@@ -33,7 +36,8 @@ def parse(text: str) -> dict[str, Any]:
                 f"'{part}' is no part of a layout",
                 allowed="an axis and its degree ("
                 + ", ".join(AXES)
-                + "), zero0 to zero3, a schedule, v2 (virtual stages), nosp, or single",
+                + "), zero0 to zero3, a schedule, v2 (virtual stages), cut9.17 (layers at which stages "
+                "begin), nosp, or single",
                 instead="pp2-dp_shard2-tp2-zero3",
             )
     sharded = fields.get("dp_shard", 1) > 1
@@ -54,6 +58,8 @@ def write(parallel: schema.ParallelConfig, layout: ParallelLayout) -> str:
         parts.append(parallel.schedule)
     if layout.pp > 1 and parallel.virtual_stages > 2:
         parts.append(f"v{parallel.virtual_stages}")
+    if layout.pp > 1 and parallel.cut:
+        parts.append(_CUT + ".".join(map(str, parallel.cut)))
     if layout.tp > 1 and parallel.sequence_parallel == "false":
         parts.append("nosp")
     return "-".join(parts)

@@ -218,6 +218,7 @@ def _of_zero(case: _Case) -> Iterator[Rule]:
 def _of_pipeline(case: _Case) -> Iterator[Rule]:
     schedule, pp, virtual = case.parallel.schedule, case.layout.pp, case.parallel.virtual_stages
     if pp == 1:
+        yield from _of_cut(case, stages=1)
         return
     field = "parallel.virtual_stages"
     yield Rule(
@@ -251,6 +252,7 @@ def _of_pipeline(case: _Case) -> Iterator[Rule]:
         f"at most {layers} stages",
         "fewer stages, or parallel.schedule=1f1b (one stage per rank)",
     )
+    yield from _of_cut(case, stages=stages)
     problem = (
         f"{schedule} splits the backward pass; "
         "with gradients reduced per micro-batch torch gives wrong gradients"
@@ -265,6 +267,23 @@ def _of_pipeline(case: _Case) -> Iterator[Rule]:
         allowed,
         "parallel.zero_stage=1, or parallel.schedule=1f1b",
     )
+
+
+def _of_cut(case: _Case, *, stages: int) -> Iterator[Rule]:
+    """The layers at which stages begin, if they are given."""
+    cut, layers = case.parallel.cut, case.facts.layers
+    if not cut:
+        return
+    number = f"{stages} stages begin at {stages - 1}" if stages > 1 else "with pp=1 there is one stage"
+    allowed = f"{stages - 1} ascending, from 1 to {layers - 1}" if stages > 1 else "[]"
+    for holds, problem in (
+        (len(cut) == stages - 1, f"it names {len(cut)} layers, but after layer 0 {number}"),
+        (len(set(cut)) == len(cut), "of two stages that begin at the same layer, one is empty"),
+        (cut == sorted(cut), "the layers are not in ascending order"),
+        (min(cut) > 0, "the first stage, which begins at layer 0, would be empty"),
+        (max(cut) < layers, f"the model has {layers} layers, 0 to {layers - 1}"),
+    ):
+        yield Rule("parallel.cut", cut, holds, problem, allowed, "parallel.cut=[], which balances the stages")
 
 
 def _of_micro_batches(case: _Case) -> Iterator[Rule]:

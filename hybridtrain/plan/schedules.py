@@ -26,6 +26,13 @@ def stages_per_rank(parallel: ParallelConfig) -> int:
     return parallel.virtual_stages or 2
 
 
+def stage_ids(rank: int, *, pp: int, per_rank: int, schedule: str) -> list[int]:
+    """Numbers of the stages of pipeline rank `rank`, ascending."""
+    if schedule in V and pp > 1:
+        return sorted((rank, 2 * pp - 1 - rank))
+    return [rank + loop * pp for loop in range(per_rank)]
+
+
 def micro_batches(schedule: str, *, pp: int, stages: int) -> tuple[Callable[[int], bool], str]:
     """(whether a schedule allows a number of micro-batches, the allowed numbers as text), from
     torch 2.13's source code.

@@ -12,7 +12,7 @@ from hybridtrain.config import compose
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
-from hybridtrain.plan import notation
+from hybridtrain.plan import notation, stages
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
+_WORTH_SAYING = 0.02
+"""Share of a step's time; the estimate is no more accurate."""
 
 
 def write(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
@@ -75,6 +77,8 @@ def _log_job(job: Job, *, engine: Any) -> None:
     )
     if (line := _tensor_line(job)) is not None:
         _log.info("tensor    %s", line)
+    for line in _stage_lines(job, schedules=engine.capabilities.schedules):
+        _log.info("stages    %s", line)
     for line in _batch_lines(job):
         _log.info("batch     %s", line)
     short = {
@@ -142,6 +146,24 @@ def _log_start(job: Job, *, run_dir: RunDir, start: Progress) -> None:
             job.config.schedule.kind,
             job.total_steps,
         )
+
+
+def _stage_lines(job: Job, *, schedules: frozenset[str]) -> list[str]:
+    """The layers of each pipeline rank, how even their work is, and whether more stages would save time."""
+    config, pp, plan = job.config, job.layout.pp, job.plan
+    if pp == 1:
+        return []
+    cut = stages.cut(config, parallel=config.parallel, pp=pp, plan=plan, facts=job.facts)
+    names = [f"{part.start}-{part[-1]}" if len(part) > 1 else str(part.start) for part in cut.layers]
+    ranks = ", ".join(" + ".join(names[index] for index in numbers) for numbers in cut.ranks)
+    lines = [f"layers {ranks}; with the head, the heaviest rank is {cut.imbalance:.1%} above the mean"]
+    number, saved = stages.virtual(config, pp=pp, plan=plan, facts=job.facts)
+    if saved >= _WORTH_SAYING and "interleaved_1f1b" in schedules:
+        lines.append(
+            f"parallel.schedule=interleaved_1f1b parallel.virtual_stages={number} would take about "
+            f"{saved:.0%} less time, if sending hidden states takes none"
+        )
+    return lines
 
 
 def _batch_lines(job: Job) -> list[str]:

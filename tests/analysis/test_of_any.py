@@ -11,6 +11,8 @@ from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.compose import train_config
 from hybridtrain.errors import UserError
+from hybridtrain.models import build
+from hybridtrain.models.source import read_config
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import memory
 from hybridtrain.plan.batch import plan_batch
@@ -25,7 +27,26 @@ def test_experts_that_a_token_does_not_use_and_layers_without_a_window_are_count
     """Published: 46.7 billion parameters, 12.9 of them for a token; 26 layers, every second with a window."""
     mixtral, gemma = facts_of_file("mixtral_8x7b"), facts_of_file("gemma2_2b")
     assert (mixtral.parameters, mixtral.parameters - mixtral.inactive) == (46_702_792_704, 12_879_925_248)
-    assert (gemma.window, gemma.full_layers, gemma.inactive) == (4096, 13, 0)
+    assert (gemma.window, gemma.full_layers, gemma.inactive) == (4096, tuple(range(1, 26, 2)), 0)
+
+
+def test_layers_may_differ() -> None:
+    """Qwen3-MoE with two dense layers first; a token uses 8 of 128 experts of the others."""
+    words = ("model.config.mlp_only_layers=[0,1]", "model.config.num_hidden_layers=4")
+    fields = read_config(train_config(["model=qwen3_30b_a3b", *words]).model)
+    config = build.hf_config(fields, chosen={}, attention="sdpa")
+    attention, expert = 2048 * 128 * (2 * 32 + 2 * 4) + 2 * 128 + 2 * 2048, 3 * 2048 * 768
+    dense, sparse = attention + 3 * 2048 * 6144, attention + 2048 * 128 + 128 * expert
+    expected = (dense, dense, sparse, sparse), (0, 0, 120 * expert, 120 * expert)
+    assert of_any._of_layers(build.meta_model(config), config) == expected
+
+
+def test_stages_have_every_parameter_of_unequal_layers() -> None:
+    """GPT-2 has positions before its layers, and embedding and head are one matrix: both ends hold it."""
+    gpt2 = facts_of_file("gpt2")
+    parts = [range(5), range(5, 11), range(11, 12)]
+    sizes = [memory.parameters_of_stage(gpt2, layers=part, tp=1)[0] for part in parts]
+    assert sum(sizes) - gpt2.vocab * gpt2.hidden == gpt2.parameters
 
 
 def test_an_analysis_is_kept_for_the_same_config_alone(

@@ -142,7 +142,11 @@ def both_copies(case: Case) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "layout", ["single", "tp2", "pp2", "pp2-zbv_zero_bubble", "pp2-dualpipev", "pp2-dp_shard2-tp2"]
+    "layout",
+    [
+        *("single", "pp2", "pp2-zbv_zero_bubble", "pp2-dp_shard2-tp2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "pp2-dualpipev")),
+    ],
 )
 def test_the_copies_of_a_tied_matrix_stay_bitwise_equal(layout):
     copies = [
@@ -245,9 +249,10 @@ def reference_loss_sum(case: Case, number: int) -> tuple[float, int]:
         *LAYOUTS,
         "pp2-gpipe",
         "pp2-interleaved_1f1b",
-        "pp2-looped_bfs",
-        "pp2-dualpipev",
-        "pp2-interleaved_zero_bubble",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("pp2-looped_bfs", "pp2-dualpipev", "pp2-interleaved_zero_bubble")
+        ),
         "pp2-dp_shard2-zero3",
     ],
 )
@@ -270,7 +275,7 @@ def train_with_evaluations(case: Case, between: bool) -> list[float]:
     return losses
 
 
-OFTEN = ("dp_shard2-zero3", "tp2", "pp2-dp_shard2-dualpipev")
+OFTEN = ("dp_shard2-zero3", "pp2-dp_shard2-dualpipev")
 SELDOM = [
     pytest.param(layout, marks=pytest.mark.slow)
     for layout in [*LAYOUTS, "pp2-dp_shard2-zero2"]
@@ -354,7 +359,13 @@ def memory_between_micro_batches(case: Case) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize(
     "layout",
-    ["dp_shard2", "dp_shard2-tp2", "pp2-dp_shard2", "pp2-dp_shard2-gpipe", "pp2-dp_shard2-interleaved_1f1b"],
+    [
+        *("dp_shard2", "pp2-dp_shard2", "pp2-dp_shard2-gpipe"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("dp_shard2-tp2", "pp2-dp_shard2-interleaved_1f1b")
+        ),
+    ],
 )
 def test_every_zero_stage_saves_what_it_says(layout):
     """Before the last micro-batch of a step: which whole parameters and gradients are still in memory."""

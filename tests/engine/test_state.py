@@ -66,11 +66,10 @@ def both(saved: Case, loaded: Case, path: Path) -> tuple[list[float], list[float
 @pytest.mark.parametrize(
     "layout",
     [
-        "single",
         "tp2",
         "pp2-zbv_zero_bubble",
         "dp_shard2-zero3",
-        "dp_shard2-zero1",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "dp_shard2-zero1")),
         pytest.param("pp2-dp_shard2-tp2", marks=pytest.mark.slow),
     ],
 )
@@ -89,6 +88,7 @@ def test_the_same_layout_continues_bit_for_bit(layout, tmp_path):
         ("pp2-tp2", "dp_shard2-zero3"),
         ("dp_shard2-zero3", "pp2-zbv_zero_bubble"),
         ("pp2-zbv_zero_bubble", "single"),
+        ("pp2-cut1", "pp2-cut3"),
         pytest.param("pp2", "dp_shard2-tp2-zero3", marks=pytest.mark.slow),
     ],
 )
@@ -99,7 +99,9 @@ def test_another_layout_has_the_same_state(before, after, tied, tmp_path):
     assert resumed[1] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp16_mixed", "bf16_mixed", "bf16_pure"])
+@pytest.mark.parametrize(
+    "precision", ["fp16_mixed", pytest.param("bf16_mixed", marks=pytest.mark.slow), "bf16_pure"]
+)
 def test_masters_moments_and_the_loss_scale_are_restored(precision, tmp_path):
     # the checkpoint lies between two growths
     overrides = (("precision.init_scale", 512.0), ("precision.growth_interval", 3))

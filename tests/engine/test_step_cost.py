@@ -72,7 +72,8 @@ def collectives_of_a_run(argv: list[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout", "expected"), [(1, "single", 0), (2, "pp2", 3), (2, "zero3", 3)]
+    ("world_size", "layout", "expected"),
+    [(1, "single", 0), (2, "pp2", 3), pytest.param(2, "zero3", 3, marks=pytest.mark.slow)],
 )
 def test_training_adds_no_collective_to_those_of_the_engine(world_size, layout, expected, data, tmp_path):
     """Neither to agree on stopping nor to see that a checkpoint is complete: the ranks' flags are

@@ -1,4 +1,4 @@
-"""plan/: degrees, batch plans, stages, the written form, and every refusal with its four parts."""
+"""plan/: degrees, batch plans, the written form, and every refusal with its four parts."""
 
 import dataclasses
 
@@ -135,16 +135,6 @@ def test_plan_batch_refuses(batch, seq_len, words):
     with pytest.raises(UserError) as error:
         plan_batch(batch, layout=ParallelLayout(2, 1, 1, 1, 1), seq_len=seq_len)
     assert words in refused(error)
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "sizes"),
-    [(8, 4, [2, 2, 2, 2]), (5, 2, [3, 2]), (7, 4, [2, 2, 2, 1]), (3, 3, [1, 1, 1])],
-)
-def test_stage_layers_cover_every_layer_once(layers, stages, sizes):
-    cut = layout.stage_layers(layers, stages)
-    assert [len(part) for part in cut] == sizes
-    assert [layer for part in cut for layer in part] == list(range(layers))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +299,7 @@ def test_the_suggested_value_is_accepted():
         "dp_replicate2-dp_shard2-zero1",
         "pp2-zbv_zero_bubble",
         "pp2-dp_replicate2-interleaved_1f1b-v3",
+        "pp3-tp2-cut9.17",
     ],
 )
 def test_written_form_round_trip(text):

@@ -32,7 +32,7 @@ LLAMA_8B = {
 def needs(config: Config, layout: str, fields: dict[str, Any]) -> memory.MemoryNeed:
     parallel = ParallelConfig(**notation.parse(layout))
     degrees = layouts.ParallelLayout(parallel.dp_replicate, parallel.dp_shard, 1, parallel.tp, parallel.pp)
-    plan = BatchPlan(1, 16, 4, 4 * degrees.dp)
+    plan = BatchPlan(1, 16, 8 // degrees.dp, 8)
     return memory.needs(config, parallel=parallel, layout=degrees, plan=plan, facts=facts(fields))
 
 
@@ -59,6 +59,13 @@ def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
     case = Case(layout, fields, precision=precision, micro_batch_size=1)
     config = case.config()
     assert needs(config, layout, fields).state == max(run_ranks(case.world_size, held, case))
+
+
+@pytest.mark.parametrize("layout", ["pp2-cut1", "pp2-cut3", "pp2-zbv_zero_bubble"])
+def test_the_formula_follows_the_cut(layout):
+    """The rank with the embedding, that with the head, and with a V schedule the one with both."""
+    case = Case(layout, model(num_hidden_layers=6, vocab_size=1024), micro_batch_size=1)
+    assert needs(case.config(), layout, case.fields).state == max(run_ranks(2, held, case))
 
 
 def kept(case: Case) -> int:

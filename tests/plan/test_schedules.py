@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridtrain.config.schema import BatchConfig, ParallelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.parallel.pipeline import _SCHEDULES, stage_ids
+from hybridtrain.parallel.pipeline import _SCHEDULES
 from hybridtrain.plan import layout, rules, schedules
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.plan.capabilities import of_engine
@@ -86,7 +86,7 @@ def theirs(schedule: str, *, pp: int, virtual: int, micro_batches: int) -> bool:
             input_args=(torch.empty(1),),
             output_args=(torch.empty(1),),
         )
-        for index in stage_ids(0, pp=pp, per_rank=virtual, schedule=schedule)
+        for index in schedules.stage_ids(0, pp=pp, per_rank=virtual, schedule=schedule)
     ]
     try:
         _SCHEDULES[schedule](

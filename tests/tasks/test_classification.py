@@ -199,6 +199,7 @@ def test_every_layout_computes_the_gradients_of_the_plain_classifier(
     assert [row["passed"] for row in told["layouts"]] == [True] * len(layouts)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_classifier_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     options = {
         **OPTIONS,

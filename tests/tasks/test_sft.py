@@ -274,6 +274,7 @@ def trained_on(folder: Path, text: str) -> bool:
     return ids.tobytes() in (folder / "train.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_model_learns_the_answers(folder, tmp_path):
     """Trained, exported, and asked greedily through the chat template, it gives the answers of the
     conversations it saw."""

@@ -4,12 +4,18 @@ garbage collection in it."""
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config import schema
+from hybridtrain.config.compose import train_config
 from hybridtrain.data.prepare.tokenize import prepare
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.training import startup_log
 from hybridtrain.training.loop import GarbageCollection
 from tests import runs
 
@@ -57,6 +63,28 @@ def test_a_start_names_what_does_not_go_together(tmp_path):
         in said
     )
     assert "schedule.warmup_steps=5: the run ends before its warm-up does" in said
+
+
+def stage_lines(*words: str, micro_batches: int, can: tuple[str, ...]) -> list[str]:
+    config = train_config(
+        ["model=qwen3_0_6b", "data.path=there", "train.steps=1", "data.seq_len=1024", *words]
+    )
+    layout = layouts.resolve(config.parallel, world_size=config.parallel.pp)
+    plan = BatchPlan(1, 1024, micro_batches, micro_batches)
+    job = SimpleNamespace(config=config, layout=layout, plan=plan, facts=facts_of(config.model))
+    return startup_log._stage_lines(job, schedules=frozenset(can))
+
+
+def test_a_start_tells_the_layers_of_each_rank_and_what_more_stages_would_save():
+    words, both = ("parallel=pp2", "parallel.pp=4"), ("1f1b", "interleaved_1f1b")
+    told = "layers 0-8, 9-17, 18-26, 27; with the head, the heaviest rank is 5.1% above the mean"
+    assert stage_lines(*words, micro_batches=16, can=both) == [told]
+    [_, saved] = stage_lines("parallel=pp2", micro_batches=2, can=both)
+    assert "parallel.virtual_stages=2 would take about 16% less time" in saved
+    assert len(stage_lines("parallel=pp2", micro_batches=2, can=("1f1b",))) == 1
+    [told] = stage_lines("parallel=pp2_zbv", "parallel.cut=[7,14,21]", micro_batches=4, can=both)
+    assert told.startswith("layers 0-6 + 21-27, 7-13 + 14-20; with the head, the heaviest rank is ")
+    assert stage_lines("parallel=single", micro_batches=4, can=both) == []
 
 
 def test_garbage_is_collected_at_certain_steps_only():

@@ -103,6 +103,7 @@ def test_told_to_stop_before_the_ranks_take_signals(data, uninterrupted, tmp_pat
     assert rows(run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_torchrun_told_to_end_leaves_a_checkpoint_and_goes_on(data, uninterrupted, tmp_path, monkeypatch):
     """As by Ctrl-C, or a container that is stopped: torchrun passes TERM on to its ranks."""
     monkeypatch.setenv(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.slices import slicing_for_linears
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
@@ -36,9 +37,10 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
-from hybridtrain.plan.layout import ParallelLayout, stage_layers
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
@@ -102,8 +104,13 @@ class DeepSpeedEngine:
         """
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
-        count = config.get_text_config(decoder=True).num_hidden_layers
-        layers = stage_layers(count, layout.pp)[index]
+        cut = stages.cut(
+            self.config,
+            parallel=self.config.parallel,
+            pp=layout.pp,
+            plan=self.plan,
+            facts=facts_of(self.config.model),
+        )
         slicing = slicing_for_linears(config, tp=layout.tp)
         context = apply.Context(
             self.mesh,
@@ -114,11 +121,12 @@ class DeepSpeedEngine:
             self.config.model.freeze,
             self.task,
             slicing,
+            cut,
         )
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
         stage = Stage(
             config,
-            layers=layers,
+            layers=cut.layers[index],
             first=index == 0,
             last=index == layout.pp - 1,
             head=head,

@@ -68,6 +68,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_every": (0, _STEPS),
     "prepare.workers": (0, 1 << 12),
     "parity.max_processes": (1, 1 << 10),
+    "inspect.tp": (1, 1 << 10),
     "parity.steps": (1, 10**6),
     "bench.warmup": (1, 10**6),
     "bench.steps": (1, 10**6),

@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.analysis import analyse
+from hybridtrain.analysis import analyse, cuts
 from hybridtrain.errors import UserError
+from hybridtrain.plan.cuts import as_text
 
 COLUMNS = ("pp", "documents", "tp")
 LIMIT_S = 120
@@ -27,9 +28,9 @@ What `hybridtrain inspect` finds for each causal language model of transformers 
 writes this page.
 
 *exact*: loss and every gradient of a reduced copy of the model are those of transformers' own model, in fp32.
-*pp*: cut into pipeline stages, before each layer. *documents*: documents that are packed into rows do not
-attend to each other. Data parallelism and ZeRO work with every model that has a row. Of {types} model types
-{whole} can be trained: {counts}.
+*pp*: cut into pipeline stages, before each layer; *from 1-6*: before these layers. *documents*: documents
+that are packed into rows do not attend to each other. Data parallelism and ZeRO work with every model that
+has a row. Of {types} model types {whole} can be trained: {counts}.
 
 | model type | {header} |
 |---|{rule}|
@@ -50,11 +51,22 @@ def examined(model_type: str) -> dict[str, str] | str:
     try:
         config: Any = CONFIG_MAPPING[model_type]()
         config._attn_implementation = "sdpa"
-        return analyse.refused(config)
+        found = analyse.refused(config)
+        begins = cuts.allowed(config, holds="pp" not in found)
+        if begins is None:
+            found.pop("pp", None)
+        elif begins:
+            found["pp"] = f"from {as_text(begins)}"
+        return found
     except UserError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _cell(why: str | None) -> str:
+    """What the table says of a capability."""
+    return "exact" if why is None else why if why.startswith("from ") else "refused"
 
 
 def _too_long(*_: object) -> None:
@@ -78,9 +90,9 @@ def main() -> None:
         if isinstance(found, str):
             refused.append(f"| {name} | {found[:160].replace('|', ' ')} |")
             continue
-        cells = ["refused" if column in found else "exact" for column in COLUMNS]
+        cells = [_cell(found.get(column)) for column in COLUMNS]
         for column in COLUMNS:
-            exact[column] += column not in found
+            exact[column] += _cell(found.get(column)) != "refused"
         rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     text = TEXT.format(

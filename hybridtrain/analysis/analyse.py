@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.errors import UserError, refusal
+from hybridtrain.errors import UserError
 from hybridtrain.models import build
 from hybridtrain.models.init import reset_buffers
-from hybridtrain.models.reduced import HIDDEN, VOCABULARY, reduced
+from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
+from hybridtrain.models.structure import cannot_train
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -63,10 +64,11 @@ def copy_of(config: Any) -> Copy:
     """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
     start at zero count.
     """
-    return _copy(reduced(config, random=False), config)
+    return perturbed(reduced(config, random=False), config)
 
 
-def _copy(small: Any, config: Any) -> Copy:
+def perturbed(small: Any, config: Any) -> Copy:
+    """A copy of a transformers config with the sizes of `small`."""
     small._attn_implementation = config._attn_implementation
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -78,7 +80,7 @@ def _copy(small: Any, config: Any) -> Copy:
 
 def is_random(config: Any) -> bool:
     """Whether two forward passes of the model in training differ."""
-    model = _copy(reduced(config, random=True), config).model.train()
+    model = perturbed(reduced(config, random=True), config).model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return not torch.equal(_logits(model, _tokens()), _logits(model, _tokens()))
@@ -96,10 +98,20 @@ def is_causal(copy: Copy) -> bool:
 
 def stages(copy: Copy, *, cuts: Sequence[int]) -> Result:
     """Stages that begin at the layers `cuts` against the whole model."""
+    return _of_stages(copy)(cuts)
+
+
+def comparison(copy: Copy) -> Callable[[Sequence[int]], bool]:
+    """What tells whether stages that begin at given layers hold, with one plain pass for all."""
+    claim = _of_stages(copy)
+    return lambda cuts: not _why_not(lambda: claim(cuts))
+
+
+def _of_stages(copy: Copy) -> Callable[[Sequence[int]], Result]:
     ids = _tokens()
     batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
     reference = _plain(copy.model, [ids], [batch.labels_BT])
-    return _difference(reference, _chained(copy, batch, cuts=cuts))
+    return lambda cuts: _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
 def documents(copy: Copy) -> Result:
@@ -172,7 +184,7 @@ def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
                 parameter.copy_(weights[stage.owner(name)])
         made.append(stage)
         x = stage(x, batch=batch)
-        if last != count and x.shape != (*batch.input_ids_BT.shape, HIDDEN):
+        if last != count and x.shape != stage.hidden_shape(rows=ROWS, positions=LENGTH):
             raise ValueError(f"hidden states between its layers have the shape {tuple(x.shape)}")
     x.sum().backward()
     gradients: dict[str, Tensor] = {}
@@ -234,14 +246,3 @@ def _why_not(claim: Callable[[], Result]) -> str:
     except Exception as error:  # a model's own code, with whatever it raises
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return "" if result.passed else str(result)
-
-
-def cannot_train(model_type: object, problem: str) -> UserError:
-    """The refusal of a model."""
-    return refusal(
-        "model.config.model_type",
-        model_type,
-        problem,
-        allowed="causal language models that pass `hybridtrain inspect`",
-        instead="a model of another architecture",
-    )

@@ -18,15 +18,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.analysis import analyse
+from hybridtrain.analysis import analyse, cuts
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build, reduced
+from hybridtrain.models.structure import cannot_train, structure_of
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object, write_json
 from hybridtrain.types import ModelFacts
 
 _log = log.get("model")
-SEARCH = 1
+SEARCH = 2
 """Version of what is examined, and how."""
 _UNBOUNDED = 1 << 40
 
@@ -44,7 +45,7 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
             raise
         except Exception as error:  # a model's own code, with whatever it raises
             first = str(error).strip().splitlines() or [""]
-            raise analyse.cannot_train(
+            raise cannot_train(
                 fields["model_type"], f"a reduced copy of it fails ({type(error).__name__}: {first[0][:200]})"
             ) from error
         _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
@@ -69,8 +70,10 @@ def _alone(file: Path) -> Iterator[None]:
 def _read(file: Path) -> ModelFacts | None:
     """What is kept; None for nothing, and for what another version wrote."""
     try:
-        return ModelFacts(**{**read_object(file, field="XDG_CACHE_HOME"), "labels": ()})
-    except (UserError, TypeError):
+        known = read_object(file, field="XDG_CACHE_HOME")
+        begins = known["cuts"] if known["cuts"] is None else tuple(known["cuts"])
+        return ModelFacts(**{**known, "labels": (), "cuts": begins})
+    except (UserError, TypeError, KeyError):
         return None
 
 
@@ -85,8 +88,14 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
     config = build.hf_config(fields, chosen={}, attention="sdpa")
     refused = analyse.refused(config)
     _check_random(config)
+    begins = cuts.allowed(config, holds="pp" not in refused)
+    if begins == ():
+        refused.setdefault("pp", "its layers use more of each other than hidden states")
+    else:
+        refused.pop("pp", None)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
+    shared = structure_of(config).shared if "pp" not in refused else ()
     heads, window = text.num_attention_heads, getattr(text, "sliding_window", None)
     full_layers = (getattr(text, "layer_types", None) or []).count("full_attention") if window else 0
     return ModelFacts(
@@ -96,7 +105,7 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        ffn=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        ffn=_ffn(text),
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
@@ -106,7 +115,18 @@ def _examined(fields: Mapping[str, Any]) -> ModelFacts:
         full_layers=full_layers,
         inactive=_inactive(model, text),
         refused=refused,
+        shared={
+            path: sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+            for path in shared
+        },
+        cuts=begins or None,
     )
+
+
+def _ffn(text: Any) -> int:
+    """The MLP's width, or of layers that differ the largest."""
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def _inactive(model: Any, text: Any) -> int:

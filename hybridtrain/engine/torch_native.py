@@ -1,8 +1,8 @@
 """The torch-native engine: implements the Engine protocol with DTensor, FSDP2 and torch pipelining.
 
-One step:  count targets -> forward and backward of all micro-batches -> tied gradients -> global norm
-           -> update with clipping, unscaling and skipping (non-finite, no targets) inside the fused
-           optimizer -> loss scale
+One step:  count targets -> forward and backward of all micro-batches -> gradients of shared parameters
+           -> global norm -> update with clipping, unscaling and skipping (non-finite, no targets) inside
+           the fused optimizer -> loss scale
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridtrain.checkpoint import origin, sharded
@@ -26,9 +25,10 @@ from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Context, build_stages
 from hybridtrain.parallel.fsdp import before_backward, reshard
-from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
-from hybridtrain.parallel.mesh import Mesh, any_rank
+from hybridtrain.parallel.grad_norm import gradient_norm
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
+from hybridtrain.parallel.shared import Shared, add_shared_gradients
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -80,7 +80,12 @@ class TorchEngine:
         """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
         if layout.pp > 1:
             self._pipeline(plan.grad_accum, plan.micro_batch_size, plan.seq_len)
-        self.embedding_group = self._embedding_group()
+        self.shared = Shared(
+            self.stages,
+            count=layout.pp * stages_per_rank(config.parallel),
+            schedule=config.parallel.schedule,
+            mesh=self.mesh,
+        )
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
         shape, full = (
@@ -110,13 +115,6 @@ class TorchEngine:
         )
         return self.pipelines[shape]
 
-    def _embedding_group(self) -> dist.ProcessGroup | None:
-        """The group that sums tied gradients if embedding and head are on different ranks (collective)."""
-        embed, head = self._tied_copies()
-        separate = self.layout.pp > 1 and (embed is None) != (head is None)
-        (needed,) = any_rank([separate])
-        return self.mesh.embedding_group() if needed else None
-
     # -- the Engine protocol
     # -----------------------------------------------------------------------------------
 
@@ -131,16 +129,8 @@ class TorchEngine:
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )
         scale = self.scaler.scale.clone()
-        embed, head = self._tied_copies()
-        if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
-            add_tied_gradients(embed, head, group=self.embedding_group)
-        # A separate copy of a tied head has the embedding's gradient, and must not count twice.
-        counted = [
-            parameter
-            for _, parameter in self._named()
-            if parameter.requires_grad and (embed is head or parameter is not head)
-        ]
-        scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp  # grads are means
+        add_shared_gradients(self.shared)
+        scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh) * self.layout.dp  # grads are means
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
@@ -194,12 +184,12 @@ class TorchEngine:
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
-        self._copy_tied()
+        self.shared.copy(self.optimizer)
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Hugging Face name, parameter) of this rank's stages; a tied head has the embedding's
-        name, and occurs once.
+        name, and each name occurs once.
         """
         seen = set()
         for stage in self.stages:
@@ -251,27 +241,6 @@ class TorchEngine:
                 assert isinstance(head, Head)
                 yield head
 
-    def _copy_tied(self) -> None:
-        """Copy a tied matrix and its moments from the embedding to the head if this rank has both
-        copies: checkpoints have one.
-        """
-        copies = [item for item in self.optimizer.shards if item.name == f"{self.structure.embed}.weight"]
-        embed, head = self._tied_copies()
-        if embed is None or head is None or embed is head:
-            return
-        with torch.no_grad():
-            local_part(head).copy_(local_part(embed))
-            if len(copies) == 2:
-                self.optimizer.copy_state(copies[0], copies[1])
-
-    def _tied_copies(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """(embedding, head) of a tied matrix, each None if it is not on this rank."""
-        if not self.model_config.tie_word_embeddings:
-            return None, None
-        embed = next((stage.part(self.structure.embed).weight for stage in self.stages if stage.first), None)
-        head = next((head.weight for head in self._heads()), None)
-        return embed, head  # type: ignore[return-value]
-
     @property
     def structure(self) -> Structure:
         return self.stages[0].structure
@@ -301,7 +270,3 @@ class TorchEngine:
         for sums in self._pipeline_for(batches).step(batches, factor=factor):
             total += sums
         return total
-
-
-def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
-    return any(copy is not None and copy.requires_grad for copy in (embed, head))

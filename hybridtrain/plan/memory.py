@@ -72,16 +72,20 @@ def parameters_of_stage(
     Biases and small norms count as sharded, an error below 0.1 %.
     """
     ends = facts.vocab + (0 if facts.tied else facts.outputs)  # rows of the embedding and of the head
-    layer = (facts.parameters - facts.hidden * (1 + ends)) // facts.layers
+    rows_of_embedding = facts.vocab * facts.hidden
+    shared = sum(facts.shared.values())
+    shared -= rows_of_embedding if rows_of_embedding in facts.shared.values() else 0
+    layer = (facts.parameters - facts.hidden * (1 + ends) - shared) // facts.layers
     # Key and value projections with fewer heads than ranks are full on every rank.
     repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0
     norms = 2 * facts.hidden if tp > 1 else 0
     per_layer = math.ceil((layer - repeated - norms) / tp) + repeated + norms
     embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
-    both = first and last and facts.tied
-    return layers * per_layer + first * embedding + (
+    embeds = first or rows_of_embedding in facts.shared.values()
+    both = embeds and last and facts.tied
+    return layers * per_layer + embeds * embedding + (
         last and not both
-    ) * head + last * facts.hidden, per_layer
+    ) * head + last * facts.hidden + shared, per_layer
 
 
 def needs(

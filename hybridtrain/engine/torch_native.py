@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
-from hybridtrain.models.build import hf_config
+from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
@@ -180,7 +180,13 @@ class TorchEngine:
         stored = sharded.stored(path)
         self.optimizer.prepare(stored)
         state = {**self.state(), **self.scaler.older_state()}
-        state = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
+        # Checkpoints of fp32 runs have no scaler, and older ones no buffers.
+        missing = {f"model.{name}" for name in self._buffers()} - stored.keys()
+        state = {
+            key: value
+            for key, value in state.items()
+            if key in stored or not (key in missing or key.startswith("scaler."))
+        }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
@@ -225,6 +231,7 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
+        model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
         return {**model, **self.optimizer.state(), **self.scaler.state()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -232,6 +239,10 @@ class TorchEngine:
         for stage in self.stages:
             for name, parameter in stage.named_parameters():
                 yield stage.owner(name), parameter
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Of this rank's stages, the buffers that are saved with the model."""
+        return {name: buffer for stage in self.stages for name, buffer in saved_buffers(stage).items()}
 
     def _heads(self) -> Iterator[Head]:
         """The head module, on the rank that has it."""

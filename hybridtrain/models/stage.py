@@ -61,6 +61,7 @@ class Stage(nn.Module):
         model = empty_model(own, initializing=_BuffersAlone())
         # One table for both: a module that is replaced in the stage is replaced in the model.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.__dict__["_model"] = model  # not registered: its modules are the stage's
         self.structure = structure
         self._received = self._ids_BT = None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from hybridtrain.analysis import analyse
+from hybridtrain.models.build import saved_buffers
 from hybridtrain.models.reduced import reduced
 
 NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "dropout")
@@ -38,3 +43,27 @@ def fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
     """config.json fields of its reduced copy, in which initial weights are large enough to be seen."""
     small = reduced(config_of(model_type, **fields), random=False).to_dict()
     return {**small, "model_type": model_type, "initializer_range": 0.1}
+
+
+def folder_of(model_type: str, folder: Path, **fields: Any) -> dict[str, torch.Tensor]:
+    """Save a reduced copy of it as transformers does, with a vocabulary of 300 tokens and saved buffers other
+    than those of a new model; returns what is saved."""
+    config = config_of(model_type, **fields)
+    small = reduced(config, random=False)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(small, name):
+            setattr(small, name, 300)
+    if hasattr(small, "layer_numbers"):
+        del small.layer_numbers
+    model = analyse.perturbed(small, config).model
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.1)
+        for buffer in saved_buffers(model).values():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=random), alpha=0.5)
+            else:
+                buffer.add_(1)
+    model.save_pretrained(folder)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

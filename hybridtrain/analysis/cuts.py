@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridtrain.analysis import analyse
 from hybridtrain.models.reduced import FFN, reduced
-from hybridtrain.models.structure import structure_of
+from hybridtrain.models.structure import outermost, structure_of
 
 
 def allowed(config: Any, *, holds: bool) -> tuple[int, ...] | None:
@@ -21,10 +21,11 @@ def allowed(config: Any, *, holds: bool) -> tuple[int, ...] | None:
     `holds`: the reduced copy can be cut everywhere. This is enough if layers take nothing but hidden states
     that layers compute (Structure.chained).
     """
-    if holds and structure_of(config).chained:
+    structure = structure_of(config)
+    if holds and structure.chained:
         return None
-    if not holds and not _any(analyse.copy_of(config)):
-        return ()
+    if any("?" in shape for path, shape in outermost(structure.before) if path not in structure.shared):
+        return ()  # see Stage
     whole, count = deep(config), _layers(config)
     if _layers(whole.config) != count:  # a config that does not let it have all layers
         return ()
@@ -33,12 +34,6 @@ def allowed(config: Any, *, holds: bool) -> tuple[int, ...] | None:
         return None
     found = tuple(cut for cut in range(1, count) if passes([cut]))
     return found if passes(found) else ()
-
-
-def _any(small: analyse.Copy) -> bool:
-    """Whether a reduced copy can be cut at all."""
-    passes = analyse.comparison(small)
-    return any(passes([cut]) for cut in range(1, _layers(small.config)))
 
 
 def deep(config: Any) -> analyse.Copy:

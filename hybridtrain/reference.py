@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.models.build import logits, plain_model
+from hybridtrain.models.build import logits, plain_model, saved_buffers
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.patterns import matches
 from hybridtrain.optim import user_optimizer
@@ -58,7 +58,7 @@ class Reference:
             parameter.requires_grad_(not matches(name, freeze))
         self.worker: nn.Module = self.master
         if compute != param:
-            self.worker = _in_dtype(plain_model(config), compute)
+            self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -140,9 +140,9 @@ def build_model(config: Any, *, source: WeightSource, param: torch.dtype, device
     """Hugging Face's model of `config` on `device`, with parameters from `source` in dtype `param`."""
     with device:
         model = _in_dtype(plain_model(config), param)
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        parameter.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
+    for name, tensor in {**dict(model.named_parameters()), **saved_buffers(model)}.items():
+        shape = tuple(tensor.shape)
+        tensor.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))
     return model
 
 

@@ -137,6 +137,10 @@ class ModelFacts:
     """Whether it can be cut along the sequence too."""
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What tensor parallelism leaves whole on every rank -> why."""
+    shared: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Modules that every pipeline stage has, besides a tied head, and their parameters."""
+    cuts: tuple[int, ...] | None = None
+    """Layers at which a pipeline stage may begin; None: every layer."""
 
     @property
     def outputs(self) -> int:
@@ -173,6 +177,8 @@ class Capabilities:
     """dp_replicate and dp_shard both above 1."""
     repeated_heads: bool
     """More tp ranks than key/value heads."""
+    shared_modules: bool
+    """Pipelines of models with modules that every stage has (ModelFacts.shared)."""
     growing_batches: bool
     """A batch-size ramp and sequence-length warm-up."""
 

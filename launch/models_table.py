@@ -21,6 +21,7 @@ from typing import Any
 from hybridtrain.analysis import analyse, of_any
 from hybridtrain.errors import UserError
 from hybridtrain.models import reduced
+from hybridtrain.plan.cuts import as_text
 
 COLUMNS = ("pp", "documents", "tp")
 LIMIT_S = 120
@@ -32,9 +33,9 @@ model or none that can be built, with the fields listed below. `python launch/mo
 writes this page.
 
 *exact*: loss and every gradient of a reduced copy of the model are those of transformers' own model, in fp32.
-*pp*: cut into pipeline stages, before each layer. *documents*: documents that are packed into rows do not
-attend to each other. Data parallelism and ZeRO work with every model that has a row. Of {types} model types
-{whole} can be trained: {counts}.
+*pp*: cut into pipeline stages, before each layer; *from 1-6*: before these layers. *documents*: documents
+that are packed into rows do not attend to each other. Data parallelism and ZeRO work with every model that
+has a row. Of {types} model types {whole} can be trained: {counts}.
 
 | model type | {header} |
 |---|{rule}|
@@ -100,7 +101,11 @@ def examined(model_type: str) -> Mapping[str, str] | str:
     try:
         config: Any = CONFIG_MAPPING[model_type](**copy.deepcopy(FIELDS.get(model_type, {})))
         fields = without_dropout(json.loads(config.to_json_string(use_diff=False)))
-        return of_any.examined({**fields, "model_type": model_type}).refused
+        facts = of_any.examined({**fields, "model_type": model_type})
+        found = dict(facts.refused)
+        if facts.cuts is not None:
+            found["pp"] = f"from {as_text(facts.cuts)}"
+        return found
     except UserError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     except Exception as error:
@@ -127,6 +132,11 @@ def _fields() -> str:
     return "\n".join(f"| {', '.join(sorted(same))} | `{fields}` |" for fields, same in types.items())
 
 
+def _cell(why: str | None) -> str:
+    """What the table says of a capability."""
+    return "exact" if why is None else why if why.startswith("from ") else "refused"
+
+
 def _too_long(*_: object) -> None:
     raise TimeoutError(f"no end within {LIMIT_S} s")
 
@@ -146,9 +156,9 @@ def main() -> None:
         if isinstance(found, str):
             refused.append(f"| {name} | {found[:200].replace('|', ' ')} |")
             continue
-        cells = ["refused" if column in found else "exact" for column in COLUMNS]
+        cells = [_cell(found.get(column)) for column in COLUMNS]
         for column in COLUMNS:
-            exact[column] += column not in found
+            exact[column] += _cell(found.get(column)) != "refused"
         rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     text = TEXT.format(

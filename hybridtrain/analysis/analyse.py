@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.analysis import parameters
-from hybridtrain.errors import UserError, refusal
+from hybridtrain.errors import UserError
 from hybridtrain.models import build
 from hybridtrain.models.init import reset_buffers
-from hybridtrain.models.reduced import HIDDEN, VOCABULARY, reduced
+from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
-from hybridtrain.models.structure import structure_of
+from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -33,7 +33,6 @@ from hybridtrain.types import IGNORE_INDEX, Batch
 ROWS, LENGTH = 2, 12
 DOCUMENTS = ((5, 4, 3), (2, 10))
 """Lengths of the documents in each packed row."""
-OTHER = "a model of another architecture"
 TOLERANCE = 1e-5
 """Largest relative difference of the loss, and of a gradient by its norm."""
 
@@ -67,10 +66,11 @@ def copy_of(config: Any, *, tp: int) -> Copy:
     """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
     start at zero count. `tp`: see reduced.
     """
-    return _copy(reduced(config, random=False, tp=tp), config)
+    return perturbed(reduced(config, random=False, tp=tp), config)
 
 
-def _copy(small: Any, config: Any) -> Copy:
+def perturbed(small: Any, config: Any) -> Copy:
+    """A copy of a transformers config with the sizes of `small`."""
     small._attn_implementation = config._attn_implementation
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ def _copy(small: Any, config: Any) -> Copy:
 
 def is_random(config: Any) -> bool:
     """Whether two forward passes of the model in training differ."""
-    model = _copy(reduced(config, random=True, tp=1), config).model.train()
+    model = perturbed(reduced(config, random=True, tp=1), config).model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return not torch.equal(_logits(model, tokens(length=LENGTH)), _logits(model, tokens(length=LENGTH)))
@@ -100,10 +100,20 @@ def is_causal(copy: Copy) -> bool:
 
 def stages(copy: Copy, *, cuts: Sequence[int]) -> Result:
     """Stages that begin at the layers `cuts` against the whole model."""
+    return _of_stages(copy)(cuts)
+
+
+def comparison(copy: Copy) -> Callable[[Sequence[int]], bool]:
+    """What tells whether stages that begin at given layers hold, with one plain pass for all."""
+    claim = _of_stages(copy)
+    return lambda cuts: not _why_not(lambda: claim(cuts))
+
+
+def _of_stages(copy: Copy) -> Callable[[Sequence[int]], Result]:
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
     reference = plain(copy.model, [ids], [batch.labels_BT])
-    return _difference(reference, _chained(copy, batch, cuts=cuts))
+    return lambda cuts: _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
 def documents(copy: Copy) -> Result:
@@ -178,7 +188,7 @@ def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
                 parameter.copy_(weights[stage.owner(name)])
         made.append(stage)
         x = stage(x, batch=batch)
-        if last != count and x.shape != (*batch.input_ids_BT.shape, HIDDEN):
+        if last != count and x.shape != stage.hidden_shape(rows=ROWS, positions=LENGTH):
             raise ValueError(f"hidden states between its layers have the shape {tuple(x.shape)}")
     x.sum().backward()
     gradients: dict[str, Tensor] = {}
@@ -287,14 +297,3 @@ def words(error: Exception) -> str:
     """The type and the first line of an error of other code."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def cannot_train(model_type: object, problem: str, *, instead: str) -> UserError:
-    """The refusal of a model."""
-    return refusal(
-        "model.config.model_type",
-        model_type,
-        problem,
-        allowed="causal language models that pass `hybridtrain inspect`",
-        instead=instead,
-    )

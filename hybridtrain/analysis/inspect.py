@@ -9,6 +9,7 @@ from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.slices import WITH_SEQUENCE, slicing_of
 from hybridtrain.config.schema import InspectRoot
 from hybridtrain.models.structure import Structure, structure_of
+from hybridtrain.plan.cuts import as_text
 from hybridtrain.types import ModelFacts
 
 CAPABILITIES = {"pp": "pipeline parallelism", "documents": "packed documents"}
@@ -44,6 +45,7 @@ def _parts(config: Any, structure: Structure, facts: ModelFacts) -> list[tuple[s
     return [
         ("model", f"{facts.model_type}, {facts.parameters:,} parameters{tied}"),
         ("before the layers", ", ".join(path for path, _ in structure.before)),
+        *([("on every stage", ", ".join(structure.shared))] if structure.shared else []),
         ("layers", layers),
         ("after the layers", ", ".join((*structure.after, structure.head))),
         ("logits", logits if logits == "z" else f"{logits}, z: what the head returns"),
@@ -53,8 +55,10 @@ def _parts(config: Any, structure: Structure, facts: ModelFacts) -> list[tuple[s
 def _claims(facts: ModelFacts) -> list[tuple[str, str]]:
     """What holds is trained as in one plain process; what does not is refused."""
     lines = [("data parallelism, ZeRO", "exact")]
+    begins = "exact" if facts.cuts is None else f"exact, of stages that begin at layers {as_text(facts.cuts)}"
     for key, name in CAPABILITIES.items():
-        lines.append((name, f"refused: {facts.refused[key]}" if key in facts.refused else "exact"))
+        exact = begins if key == "pp" else "exact"
+        lines.append((name, f"refused: {facts.refused[key]}" if key in facts.refused else exact))
     return lines
 
 

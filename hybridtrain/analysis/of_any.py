@@ -11,11 +11,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from hybridtrain.analysis import analyse
+from hybridtrain.analysis import analyse, cuts
 from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import build, reduced
-from hybridtrain.models.structure import structure_of
+from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 
@@ -43,7 +43,7 @@ def _facts(fields: Mapping[str, Any]) -> ModelFacts:
         raise
     except Exception as error:  # a model's own code, with whatever it raises
         problem = f"a reduced copy of it fails ({analyse.words(error)})"
-        raise analyse.cannot_train(fields["model_type"], problem, instead=analyse.OTHER) from error
+        raise cannot_train(fields["model_type"], problem, instead=OTHER) from error
     _log.info("analysis  of a reduced copy of the model, in %.1f s", time.monotonic() - began)
     return facts
 
@@ -62,8 +62,14 @@ def examined(fields: Mapping[str, Any]) -> ModelFacts:
     config = build.hf_config(fields, chosen={}, attention="sdpa")
     refused = analyse.refused(config)
     _check_random(config)
+    begins = cuts.allowed(config, holds="pp" not in refused)
+    if begins == ():
+        refused.setdefault("pp", "its layers use more of each other than hidden states")
+    else:
+        refused.pop("pp", None)
     text = config.get_text_config(decoder=True)
     model: Any = build.meta_model(config)
+    shared = structure_of(config).shared if "pp" not in refused else ()
     first = reduced.first_layer(text)
     heads, window = getattr(first, "num_attention_heads", None) or 1, getattr(first, "sliding_window", None)
     kinds = (getattr(text, "layer_types", None) or []) if window else []
@@ -75,7 +81,7 @@ def examined(fields: Mapping[str, Any]) -> ModelFacts:
         heads=heads,
         kv_heads=getattr(first, "num_key_value_heads", None) or heads,
         head_dim=getattr(first, "head_dim", None) or text.hidden_size // heads,
-        ffn=getattr(first, "intermediate_size", None) or 4 * text.hidden_size,
+        ffn=_ffn(first, hidden=text.hidden_size),
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
@@ -86,6 +92,11 @@ def examined(fields: Mapping[str, Any]) -> ModelFacts:
         layer_parameters=sizes,
         layer_inactive=inactive,
         refused=refused,
+        shared={
+            path: sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+            for path in shared
+        },
+        cuts=begins or None,
     )
 
 
@@ -99,6 +110,12 @@ def _of_layers(model: Any, config: Any) -> tuple[tuple[int, ...], tuple[int, ...
         sizes.append(sum(p.numel() for p in layer.parameters()))
         inactive.append(sum(stacked) * (experts - chosen) // experts if experts and chosen else 0)
     return tuple(sizes), tuple(inactive)
+
+
+def _ffn(first: Any, *, hidden: int) -> int:
+    """The MLP's width, or of layers that differ the largest."""
+    width = getattr(first, "intermediate_size", None) or 4 * hidden
+    return max(width) if isinstance(width, list | tuple) else width
 
 
 def _check_random(config: Any) -> None:

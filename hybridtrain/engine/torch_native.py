@@ -1,8 +1,8 @@
 """The torch-native engine: implements the Engine protocol with DTensor, FSDP2 and torch pipelining.
 
-One step:  count targets -> forward and backward of all micro-batches -> tied gradients -> global norm
-           -> update with clipping, unscaling and skipping (non-finite, no targets) inside the fused
-           optimizer -> loss scale
+One step:  count targets -> forward and backward of all micro-batches -> gradients of shared parameters
+           -> global norm -> update with clipping, unscaling and skipping (non-finite, no targets) inside
+           the fused optimizer -> loss scale
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hybridtrain.analysis.facts import facts_of
@@ -20,7 +19,7 @@ from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
-from hybridtrain.models.build import hf_config
+from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
@@ -28,9 +27,10 @@ from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Context, build_stages
 from hybridtrain.parallel.fsdp import before_backward, reshard
-from hybridtrain.parallel.grad_norm import add_tied_gradients, gradient_norm, local_part
-from hybridtrain.parallel.mesh import Mesh, any_rank
+from hybridtrain.parallel.grad_norm import gradient_norm
+from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
+from hybridtrain.parallel.shared import Shared, add_shared_gradients
 from hybridtrain.parallel.slicing import add_partial_gradients
 from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
@@ -93,7 +93,12 @@ class TorchEngine:
         """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
         if layout.pp > 1:
             self._pipeline(plan.grad_accum, plan.micro_batch_size, plan.seq_len)
-        self.embedding_group = self._embedding_group()
+        self.shared = Shared(
+            self.stages,
+            count=layout.pp * stages_per_rank(config.parallel),
+            schedule=config.parallel.schedule,
+            mesh=self.mesh,
+        )
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
         shape, full = (
@@ -123,13 +128,6 @@ class TorchEngine:
         )
         return self.pipelines[shape]
 
-    def _embedding_group(self) -> dist.ProcessGroup | None:
-        """The group that sums tied gradients if embedding and head are on different ranks (collective)."""
-        embed, head = self._tied_copies()
-        separate = self.layout.pp > 1 and (embed is None) != (head is None)
-        (needed,) = any_rank([separate])
-        return self.mesh.embedding_group() if needed else None
-
     # -- the Engine protocol
     # -----------------------------------------------------------------------------------
 
@@ -146,16 +144,8 @@ class TorchEngine:
         scale = self.scaler.scale.clone()
         if self.layout.tp > 1:
             add_partial_gradients(self.stages, group=self.mesh.group("tp"))
-        embed, head = self._tied_copies()
-        if self.layout.pp > 1 and self.model_config.tie_word_embeddings and _trains(embed, head):
-            add_tied_gradients(embed, head, group=self.embedding_group)
-        # A separate copy of a tied head has the embedding's gradient, and must not count twice.
-        counted = [
-            parameter
-            for _, parameter in self._named()
-            if parameter.requires_grad and (embed is head or parameter is not head)
-        ]
-        scaled_norm = gradient_norm(counted, mesh=self.mesh) * self.layout.dp  # grads are means
+        add_shared_gradients(self.shared)
+        scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh) * self.layout.dp  # grads are means
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
@@ -205,16 +195,22 @@ class TorchEngine:
         stored = sharded.stored(path)
         self.optimizer.prepare(stored)
         state = {**self.state(), **self.scaler.older_state()}
-        state = {key: value for key, value in state.items() if key in stored or not key.startswith("scaler.")}
+        # Checkpoints of fp32 runs have no scaler, and older ones no buffers.
+        missing = {f"model.{name}" for name in self._buffers()} - stored.keys()
+        state = {
+            key: value
+            for key, value in state.items()
+            if key in stored or not (key in missing or key.startswith("scaler."))
+        }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
-        self._copy_tied()
+        self.shared.copy(self.optimizer)
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Hugging Face name, parameter) of this rank's stages; a tied head has the embedding's
-        name, and occurs once.
+        name, and each name occurs once.
         """
         seen = set()
         for stage in self.stages:
@@ -250,6 +246,7 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
+        model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
         return {**model, **self.optimizer.state(), **self.scaler.state()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -258,6 +255,10 @@ class TorchEngine:
             for name, parameter in stage.named_parameters():
                 yield stage.owner(name), parameter
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """Of this rank's stages, the buffers that are saved with the model."""
+        return {name: buffer for stage in self.stages for name, buffer in saved_buffers(stage).items()}
+
     def _heads(self) -> Iterator[Head]:
         """The head module, on the rank that has it."""
         for stage in self.stages:
@@ -265,27 +266,6 @@ class TorchEngine:
                 head = stage.part(stage.structure.head)
                 assert isinstance(head, Head)
                 yield head
-
-    def _copy_tied(self) -> None:
-        """Copy a tied matrix and its moments from the embedding to the head if this rank has both
-        copies: checkpoints have one.
-        """
-        copies = [item for item in self.optimizer.shards if item.name == f"{self.structure.embed}.weight"]
-        embed, head = self._tied_copies()
-        if embed is None or head is None or embed is head:
-            return
-        with torch.no_grad():
-            local_part(head).copy_(local_part(embed))
-            if len(copies) == 2:
-                self.optimizer.copy_state(copies[0], copies[1])
-
-    def _tied_copies(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """(embedding, head) of a tied matrix, each None if it is not on this rank."""
-        if not self.model_config.tie_word_embeddings:
-            return None, None
-        embed = next((stage.part(self.structure.embed).weight for stage in self.stages if stage.first), None)
-        head = next((head.weight for head in self._heads()), None)
-        return embed, head  # type: ignore[return-value]
 
     @property
     def structure(self) -> Structure:
@@ -316,7 +296,3 @@ class TorchEngine:
         for sums in self._pipeline_for(batches).step(batches, factor=factor):
             total += sums
         return total
-
-
-def _trains(embed: nn.Parameter | None, head: nn.Parameter | None) -> bool:
-    return any(copy is not None and copy.requires_grad for copy in (embed, head))

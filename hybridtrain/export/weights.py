@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ def write(
     """Write the safetensors files to `partial` and, if there are several, their index. Raises UserError."""
     tied = bool(config.get("tie_word_embeddings", False))
     head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
-    specs = _specs(stored, dtype=dtype, tied=tied)
     known = config.get("model_type") in TYPES
+    model = None if known else build.meta_model(build.hf_config(config, chosen={}, attention="sdpa"))
+    kept = set(build.saved_buffers(model)) if model is not None else set()
+    specs = _specs(stored, dtype=dtype, tied=tied, kept=kept)
     if not specs or (known and not (tied or any(spec.name == head for spec in specs))):
         raise refusal(
             "checkpoint",
@@ -62,8 +64,8 @@ def write(
         return _cast(full[key], spec=spec)
 
     values: Callable[[TensorSpec], torch.Tensor] = read
-    if config.get("model_type") not in TYPES:
-        specs, values = _converted(specs, read, config=config)
+    if model is not None:
+        specs, values = _converted(specs, read, model=model)
     report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
 
     def tensor(spec: TensorSpec) -> torch.Tensor:
@@ -85,10 +87,9 @@ def write(
 
 
 def _converted(
-    specs: list[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], *, config: dict[str, Any]
+    specs: list[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], *, model: torch.nn.Module
 ) -> tuple[list[TensorSpec], Callable[[TensorSpec], torch.Tensor]]:
     """The weights as transformers stores them, and what reads one; a layer at a time is in memory."""
-    model = build.meta_model(build.hf_config(config, chosen={}, attention="sdpa"))
     units: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         layer = re.search(r"\.\d+\.", spec.name)
@@ -112,15 +113,21 @@ def _converted(
     return result, converted
 
 
-def _specs(stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: bool) -> list[TensorSpec]:
-    """The weights to export, in layer order. A tied head is left out, as is the Hugging Face convention."""
+def _specs(
+    stored: metadata.dcp_metadata.Metadata, *, dtype: torch.dtype, tied: bool, kept: Collection[str]
+) -> list[TensorSpec]:
+    """The weights to export, in layer order. A tied head is left out, as is the Hugging Face convention.
+
+    `kept`: those that are not cast. transformers computes with them in fp32.
+    """
     specs = []
     for key, entry in stored.state_dict_metadata.items():
         assert isinstance(entry, metadata.dcp_metadata.TensorStorageMetadata)  # see metadata.read
         name = key.removeprefix(PREFIX)
         if key.startswith(PREFIX) and not (tied and name == _HEAD):
             was = entry.properties.dtype
-            specs.append(TensorSpec(name, tuple(entry.size), dtype if was.is_floating_point else was))
+            cast = was.is_floating_point and name not in kept
+            specs.append(TensorSpec(name, tuple(entry.size), dtype if cast else was))
     return sorted(
         specs,
         key=lambda spec: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", spec.name)],

@@ -290,6 +290,19 @@ def empty_model(config: Any, *, initializing: AbstractContextManager[Any]) -> nn
     return names.single(model.to(torch.float32).train())
 
 
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer, of those that are saved with the model, such as the bias of a router's scores.
+
+    Training uses and does not change them.
+    """
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
 def is_causal_lm(model_type: object) -> bool:
     """Whether transformers has a causal LM of this type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -23,11 +23,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.errors import refusal
+from hybridtrain.models.build import saved_buffers
 from hybridtrain.models.stage import Stage
 
 Slices = tuple[slice, ...]
 WeightSource = Callable[[str, tuple[int, ...], Slices], Tensor]
-"""(parameter name, whole shape, slices) -> the values in these slices of the parameter."""
+"""(name of a parameter or saved buffer, whole shape, slices) -> the values in these slices."""
 
 _BLOCK = 1 << 20
 """Elements that are drawn from one generator, about: whole rows."""
@@ -112,19 +113,20 @@ def draw(config: Any, *, seed: int) -> WeightSource:
     from hybridtrain.models.build import empty_model
 
     @functools.cache
-    def recorded() -> tuple[Mapping[str, list[Step] | None], int]:
+    def recorded() -> tuple[Mapping[str, list[Step] | None], int, Mapping[str, Tensor]]:
         recorder = Recorder()
         model = empty_model(config, initializing=recorder)
         parameters = dict(model.named_parameters())
-        return {name: recorder.of(p) for name, p in parameters.items()}, sum(
-            p.numel() for p in parameters.values()
-        )
+        count = sum(p.numel() for p in parameters.values())
+        return {name: recorder.of(p) for name, p in parameters.items()}, count, saved_buffers(model)
 
     @functools.cache
     def real() -> Mapping[str, Tensor]:
         return _whole(config, seed=seed, parameters=recorded()[1])
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
+        if name in recorded()[2]:
+            return recorded()[2][name][slices]
         steps = recorded()[0][name]
         return real()[name][slices] if steps is None else _replay(steps, shape, slices, key=f"{seed}:{name}")
 
@@ -180,7 +182,7 @@ def _whole(config: Any, *, seed: int, parameters: int) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def fill(stages: Iterable[Stage], source: WeightSource) -> None:
-    """Set this rank's part of every parameter.
+    """Set this rank's part of every parameter, and the buffers that are saved with the model.
 
     A tied head has the embedding's values, also on another stage.
     """
@@ -190,6 +192,14 @@ def fill(stages: Iterable[Stage], source: WeightSource) -> None:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if math.prod(local.shape):
                 local.copy_(source(stage.owner(name), tuple(parameter.shape), slices))
+        fill_buffers(saved_buffers(stage), source)
+
+
+@torch.no_grad()
+def fill_buffers(buffers: Mapping[str, Tensor], source: WeightSource) -> None:
+    """Set saved buffers: every rank of a stage has them whole."""
+    for name, buffer in buffers.items():
+        buffer.copy_(source(name, tuple(buffer.shape), local_slices(buffer)))
 
 
 def local_slices(parameter: Tensor) -> Slices:
@@ -205,8 +215,10 @@ def local_slices(parameter: Tensor) -> Slices:
 def reset_buffers(stage: Stage, *, device: torch.device) -> None:
     """Set buffers such as rotary frequencies to the values that the model was built with.
 
-    `to_empty` leaves them uninitialized, and no checkpoint has them.
+    `to_empty` leaves them uninitialized. Few are in checkpoints (build.saved_buffers).
     """
     for name, value in stage.initial_buffers.items():
         path, _, key = name.rpartition(".")
-        setattr(stage.get_submodule(path), key, nn.Buffer(value.to(device), persistent=False))
+        module = stage.get_submodule(path)
+        saved = key not in module._non_persistent_buffers_set
+        setattr(module, key, nn.Buffer(value.to(device, copy=True), persistent=saved))

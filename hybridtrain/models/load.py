@@ -1,8 +1,9 @@
 """Initial weights: random, or from a Hugging Face folder or hub id, of which each rank reads
 only its own slices.
 
-Every parameter must be in the files, and every tensor in the files must be a parameter: others are refused,
-or logged if they are harmless. Rows of added tokens are random, as in a new model.
+Every parameter must be in the files, and every tensor in the files must be a parameter, or a buffer that is
+saved with the model: others are refused, or logged if they are harmless. Rows of added tokens are random, as
+in a new model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, hub, tokens, weights
-from hybridtrain.models.build import meta_model
+from hybridtrain.models.build import meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
 from hybridtrain.models.plain import TYPES
@@ -51,9 +52,10 @@ def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> Weigh
         _log.info("weights   %s", line)
     structure = structure_of(config)
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
+    buffers = saved_buffers(meta_model(config))
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
-        if name == head and name not in tensors:
+        if name not in tensors and (name == head or name in buffers):
             return fresh(name, shape, slices)
         key = head if name == embed and embed not in tensors else name
         rows = tensors[key].shape[0] if shape else 0
@@ -117,7 +119,9 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
 
     Raises UserError if the weights are not those of the model in `config`.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    empty = meta_model(config)
+    buffers = {name: tuple(buffer.shape) for name, buffer in saved_buffers(empty).items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
     structure = structure_of(config)
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     # Of a tied pair only the head may be stored, as transformers allows.
@@ -132,6 +136,10 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
     lines = [f"{name}: drawn as in a new model, a row for each class" for name in drawn]
+    if added := [name for name in buffers if name not in tensors]:
+        more = f" and {len(added) - 1} others" if len(added) > 1 else ""
+        lines.append(f"{added[0]}{more}: not in the files, as in a new model")
+    shapes |= {name: shape for name, shape in buffers.items() if name in tensors}
     for name, shape in shapes.items():
         if name in drawn:
             continue
@@ -213,7 +221,7 @@ def _left_over(
                 f"its files hold '{unused[0]}'{more}, "
                 "which the model of its config.json does not have: training would lose it"
             ),
-            allowed="files in which every tensor is a parameter of the model",
+            allowed="files in which every tensor is a parameter or a saved buffer of the model",
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
     lines = [

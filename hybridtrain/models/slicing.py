@@ -152,14 +152,15 @@ def rewire(stage: Stage, slicing: Slicing, ranks: Ranks) -> None:
     for _, layer in stage.layer_modules():
         cut = {name for name, _ in layer.named_parameters() if name in slicing.cuts}
         _rewire_layer(layer, slicing, ranks, cut=cut, heads=heads_of(stage.config))
-    if stage.first:
-        embed: Any = stage.part(stage.structure.embed)
+    structure = stage.structure
+    if stage.first or structure.embed in structure.shared:
+        embed: Any = stage.part(structure.embed)
         scatters = slicing.sequence == "embedding"
         if slicing.vocabulary:
             _embed_rows(embed, ranks, entries=embed.weight.shape[0], scatters=scatters)
         elif scatters:
             embed.register_forward_hook(partial(_leave, "split", ranks), with_kwargs=True)
-        if slicing.sequence == "layers":
+        if slicing.sequence == "layers" and stage.first:
             first = stage.part(f"{stage.structure.layers}.{stage.layers[0]}")
             first.register_forward_pre_hook(partial(_enter, "split", ranks), with_kwargs=True)
     if stage.last:

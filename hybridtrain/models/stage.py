@@ -7,22 +7,25 @@ On each stage the own forward runs from its start: it makes masks, positions and
 take. Layers of other stages are stubs: those before return the hidden states that the stage received, the
 first one after ends the forward; the last stage ends it at the head. With pp=1 the only stage is the whole
 model.
+
+Modules before the layers are stubs on later stages, but for those that give layers more than hidden states,
+such as embeddings for each layer: every stage has and runs them (Structure.shared).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.models import attention
 from hybridtrain.models.build import empty_model
-from hybridtrain.models.structure import Stop, hidden_of, structure_of, stub
+from hybridtrain.models.structure import Stop, hidden_of, outermost, structure_of, stub
 from hybridtrain.types import Batch
 
 
@@ -31,8 +34,9 @@ class Stage(nn.Module):
 
     `head` makes a module from (the model's own head, scale=, cap=) that replaces it and is called with
     (hidden, batch); see tasks/head.py. forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden
-    (B, T, D), or on the last stage what the head returns: the task's sums of losses, fp32. Under sequence
-    parallelism hidden states have this rank's T / tp positions.
+    (B, T, D), or on the last stage what the head returns: the task's sums of losses, fp32. Hidden states of
+    some models have another shape (Structure.boundary). Under sequence parallelism they have this rank's
+    T / tp positions.
     """
 
     _model: Any
@@ -53,9 +57,10 @@ class Stage(nn.Module):
         structure = structure_of(config)
         own = copy.deepcopy(config)
         own._attn_implementation = structure.attention
-        model = empty_model(own, initializing=nullcontext())
+        model = empty_model(own, initializing=_BuffersAlone())
         # One table for both: a module that is replaced in the stage is replaced in the model.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.__dict__["_model"] = model  # not registered: its modules are the stage's
         self.structure = structure
         self._received = self._ids_BT = None
@@ -68,12 +73,7 @@ class Stage(nn.Module):
             if index not in layers:
                 listed[index] = stub(layer, self._inject if index < layers.start else _stop)
         if not first:
-            for path, shape in _outermost(structure.before):
-                if "?" in shape:
-                    raise ValueError(f"{path}, called before the layers, is neither an embedding nor a norm")
-                _replace(
-                    self, path, stub(self.part(path), partial(self._zeros, shape) if shape else _unchanged)
-                )
+            self._replace_before()
         if last:
             _replace(
                 self,
@@ -87,14 +87,29 @@ class Stage(nn.Module):
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
 
+    def _replace_before(self) -> None:
+        """Make stubs of what is called before the layers and belongs to the first stage alone."""
+        structure = self.structure
+        for path, shape in outermost(structure.before):
+            if path in structure.shared:
+                continue
+            if "?" in shape:
+                raise ValueError(f"{path}, called before the layers, is neither an embedding nor a norm")
+            _replace(self, path, stub(self.part(path), partial(self._zeros, shape) if shape else _unchanged))
+
     @property
     def tied(self) -> bool:
         """Whether the model shares one matrix between embedding and head."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
+    @property
+    def embeds(self) -> bool:
+        """Whether this stage has the embedding."""
+        return self.first or self.structure.embed in self.structure.shared
+
     def tie(self) -> None:
         """Let embedding and head share one parameter, if the model ties them and this stage has both."""
-        if self.tied and self.first and self.last:
+        if self.tied and self.embeds and self.last:
             self.part(self.structure.head).weight = self.part(self.structure.embed).weight
 
     def owner(self, name: str) -> str:
@@ -107,6 +122,11 @@ class Stage(nn.Module):
     def part(self, path: str) -> nn.Module:
         return self.get_submodule(path)
 
+    def hidden_shape(self, *, rows: int, positions: int) -> tuple[int, ...]:
+        """The shape of what a stage hands to the next."""
+        width = self.config.get_text_config(decoder=True).hidden_size
+        return _sizes(self.structure.boundary, rows, positions, width)
+
     def layer_modules(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index in the whole model, layer)."""
         for index in self.layers:
@@ -115,7 +135,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, *, batch: Batch) -> Tensor:
         ids_BT = batch.input_ids_BT
         self._received, self._ids_BT = None if self.first else x, ids_BT
-        if not self.first:  # models read the device of their embedding
+        if not self.embeds:  # models read the device of their embedding
             self.part(self.structure.embed).__dict__["weight"] = x
         try:
             with attention.documents_of(batch):
@@ -124,7 +144,7 @@ class Stage(nn.Module):
             hidden = stop.hidden
         finally:
             self._received = self._ids_BT = None
-            if not self.first:  # kept, it would hold the last micro-batch's hidden states
+            if not self.embeds:  # kept, it would hold the last micro-batch's hidden states
                 del self.part(self.structure.embed).__dict__["weight"]
         return self.part(self.structure.head)(hidden, batch) if self.last else hidden.contiguous()
 
@@ -155,16 +175,23 @@ class Stage(nn.Module):
         assert self._received is not None
         assert self._ids_BT is not None
         rows, positions = self._ids_BT.shape
-        sizes = {"B": rows, "T": positions, "D": self._received.shape[-1], "1": 1}
-        return self._received.new_zeros([sizes[name] for name in shape])
+        return self._received.new_zeros(_sizes(shape, rows, positions, self._received.shape[-1]))
 
 
-def _outermost(modules: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those that are not inside another."""
-    paths = [path for path, _ in modules]
-    return [
-        (path, shape) for path, shape in modules if not any(path.startswith(f"{other}.") for other in paths)
-    ]
+class _BuffersAlone(TorchDispatchMode):
+    """Leaves out the initial values of parameters, which are on meta: torch takes a millisecond for each."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("normal_", "uniform_", "fill_", "zero_", "copy_") and args[0].device.type == "meta":
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _sizes(shape: str, rows: int, positions: int, width: int) -> tuple[int, ...]:
+    """The sizes of a shape such as "BTD" (Structure.boundary)."""
+    named = {"B": rows, "T": positions, "D": width}
+    return tuple(named[size] if size in named else int(size) for size in shape)
 
 
 def _stop_without_batch(head: nn.Module, given: tuple[Any, ...]) -> None:  # noqa: ARG001 - a hook's signature

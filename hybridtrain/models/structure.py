@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.errors import refusal
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import attention, classifier
 from hybridtrain.models.build import attention_of, plain_model
 from hybridtrain.models.reduced import HIDDEN, reduced
 
-ROWS, POSITIONS = 2, 7
-"""Size of the batch of a trace."""
+ROWS, POSITIONS = 3, 7
+"""Size of the batch of a trace. Sizes of the model's own, such as four streams of hidden states, should
+differ from them.
+"""
 
 
 Before = tuple[tuple[str, str], ...]
@@ -42,6 +44,14 @@ class Structure:
     """Modules that own parameters and are called before the first layer, and the shape of their result: B, T
     and D for rows, positions and width of the hidden states, as in "BTD", "?" for something else; empty for
     one that keeps its shape, such as a norm."""
+    shared: tuple[str, ...]
+    """Of `before`, the outermost modules on which layers depend by more than the hidden states, such as
+    embeddings for each layer: every pipeline stage has and runs them."""
+    chained: bool
+    """Whether layers take the hidden states of the layer before and nothing else that layers compute or that
+    is trained, as far as the reduced copy shows."""
+    boundary: str
+    """Shape of the hidden states between layers, as in "BTD"; digits are sizes of the model's own: "4BTD"."""
     after: tuple[str, ...]
     """Modules that own parameters and are called after the last layer, without the head."""
     returns: type
@@ -71,7 +81,8 @@ def structure_of(config: Any) -> Structure:
 
     Raises UserError for a model without an embedding, one list of layers and a linear head.
     """
-    request = repr((type(config).__name__, config.architectures, config.to_json_string()))
+    kind = (type(config).__name__, config.architectures, config._attn_implementation)
+    request = repr((*kind, config.to_json_string()))
     if request not in _FOUND:
         _FOUND[request] = _find(config)
     return _FOUND[request]
@@ -131,10 +142,12 @@ def _structure(model: Any, *, attention: str) -> Structure:
     head = model.get_output_embeddings()
     head = head if head is not None else getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        raise _not_found(model, f"its head is no linear layer ({type(head).__name__})")
+        problem = f"its head is no linear layer ({type(head).__name__})"
+        raise cannot_train(model.config.model_type, problem, instead=OTHER)
     embed, head = _path_of(model, model.get_input_embeddings()), _path_of(model, head)
     layers = _layers(model)
     before, after, output = _trace(model, layers=layers, head=head)
+    shared, chained = _shared(model, layers=layers, before=outermost(before))
     # A classifier's logits are those of one token for each row.
     classifies = classifier.is_classifier(model.config.architectures)
     scale, cap = (1.0, None) if classifies else _transform(model, head=head)
@@ -143,7 +156,20 @@ def _structure(model: Any, *, attention: str) -> Structure:
         name for name in _arguments(model) if name != "position_ids" or _counts_from_zero(model)
     )
     return Structure(
-        embed, layers, head, before, after, type(output), items, scale, cap, arguments, attention
+        embed=embed,
+        layers=layers,
+        head=head,
+        before=before,
+        shared=shared,
+        chained=chained,
+        boundary=_named(output if isinstance(output, Tensor) else output[0]),
+        after=after,
+        returns=type(output),
+        items=items,
+        scale=scale,
+        cap=cap,
+        arguments=arguments,
+        attention=attention,
     )
 
 
@@ -159,13 +185,26 @@ def _counts_from_zero(model: Any) -> bool:
     return torch.allclose(default, explicit, rtol=1e-4, atol=1e-5)
 
 
-def _not_found(model: Any, problem: str) -> Exception:
+def outermost(modules: Before) -> Before:
+    """Those that are not inside another."""
+    paths = [path for path, _ in modules]
+    return tuple(
+        (path, shape) for path, shape in modules if not any(path.startswith(f"{other}.") for other in paths)
+    )
+
+
+OTHER = "a model of another architecture"
+
+
+def cannot_train(model_type: object, problem: str, *, instead: str) -> UserError:
+    """The refusal of a model."""
     return refusal(
         "model.config.model_type",
-        model.config.model_type,
-        f"{problem}, so this architecture is not supported yet",
-        allowed="models of an embedding, one list of layers, and a linear head",
-        instead="a model of another architecture",
+        model_type,
+        problem,
+        allowed="causal language models of an embedding, one list of layers and a linear head "
+        "that pass `hybridtrain inspect`",
+        instead=instead,
     )
 
 
@@ -192,7 +231,8 @@ def _layers(model: Any) -> str:
         and all(any(True for _ in item.parameters()) for item in module)
     ]
     if not found:
-        raise _not_found(model, f"no list of {count} layers was found in it")
+        problem = f"no list of {count} layers was found in it"
+        raise cannot_train(model.config.model_type, problem, instead=OTHER)
     return min(found)[-1]
 
 
@@ -232,7 +272,8 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
     with _hooked(*handles):
         _call(model)
     if not order or sorted(set(order)) != order:  # a layer for images is not called for text
-        raise _not_found(model, f"its {len(listed)} layers are called {len(outputs)} times")
+        problem = f"its {len(listed)} layers are called {len(outputs)} times"
+        raise cannot_train(model.config.model_type, problem, instead=OTHER)
     first, last = called.index(layers), len(called) - 1 - called[::-1].index(layers)
     after = tuple(path for path in called[last + 1 :] if path != head)
     before = tuple((path, shapes[path]) for path in dict.fromkeys(called[:first]))
@@ -241,13 +282,66 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
 
 def _shape(shapes: dict[str, str], path: str, module: nn.Module, given: Any, result: Any) -> None:  # noqa: ARG001
     """Note the shape of a module's result."""
-    names = {ROWS: "B", POSITIONS: "T", HIDDEN: "D", 1: "1"}
     if not isinstance(result, Tensor):
         shapes[path] = "?"
     elif given and isinstance(given[0], Tensor) and given[0].shape == result.shape:
         shapes[path] = ""
     else:
-        shapes[path] = "".join(names.get(size, "?") for size in result.shape)
+        shapes[path] = _named(result)
+
+
+def _named(tensor: Tensor) -> str:
+    """The shape of a tensor of a trace."""
+    names = {ROWS: "B", POSITIONS: "T", HIDDEN: "D"}
+    return "".join(names.get(size, str(size) if size < 10 else "?") for size in tensor.shape)
+
+
+@torch.enable_grad()
+def _shared(model: Any, *, layers: str, before: Before) -> tuple[tuple[str, ...], bool]:
+    """(modules before the layers on which tensors with gradients depend that layers take besides the hidden
+    states, and that no layer has made; Structure.chained).
+    """
+    taken: list[Tensor] = []
+    chained = True
+
+    def note(layer: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:  # noqa: ARG001
+        nonlocal chained
+        rest = tuple(value for key, value in options.items() if given or key != "hidden_states")
+        values = list(_flat((given[1:], rest)))
+        # A dict or list may be filled by one layer for another, and hidden states be added to others later.
+        chained = chained and not any(_is_state(value) for value in values)
+        taken.extend(value for value in values if isinstance(value, Tensor) and value.requires_grad)
+
+    listed: Any = model.get_submodule(layers)
+    with _hooked(*(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in listed)):
+        _call(model)
+    of_layers = list(listed.parameters())
+    owned = [(path, each) for path, _ in before for each in model.get_submodule(path).parameters()]
+    found = set()
+    for tensor in taken:
+        wanted = [*of_layers, *(each for _, each in owned)]
+        gradients = torch.autograd.grad(
+            tensor, wanted, torch.ones_like(tensor), retain_graph=True, allow_unused=True
+        )
+        if all(gradient is None for gradient in gradients[: len(of_layers)]):
+            reached = gradients[len(of_layers) :]
+            found |= {path for (path, _), got in zip(owned, reached, strict=True) if got is not None}
+    return tuple(path for path, _ in before if path in found), chained
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dicts, with the lists and dicts."""
+    if not isinstance(values, tuple):
+        yield values
+    parts = values.values() if isinstance(values, dict) else values
+    for value in parts if isinstance(values, tuple | list | dict) else ():
+        yield from _flat(value)
+
+
+def _is_state(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad or (value.is_floating_point() and value.shape[-1:] == (HIDDEN,))
+    return isinstance(value, dict | list)
 
 
 def _transform(model: Any, *, head: str) -> tuple[float, float | None]:
@@ -272,7 +366,8 @@ def _transform(model: Any, *, head: str) -> tuple[float, float | None]:
             return 1.0, candidate
     if torch.allclose(logits, z * scale, rtol=1e-4, atol=1e-5):
         return scale, None
-    raise _not_found(model, "what it makes of its head's output is neither a scale nor a soft cap")
+    problem = "what it makes of its head's output is neither a scale nor a soft cap"
+    raise cannot_train(model.config.model_type, problem, instead=OTHER)
 
 
 def _scales(model: Any) -> list[float]:

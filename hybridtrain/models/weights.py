@@ -24,6 +24,8 @@ from hybridtrain.types import ModelFacts
 FIELD = "model.from_pretrained"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_OF_BUFFERS = ("I64", "BOOL")
+"""Dtypes of tables of numbers, such as the experts of each token, and of no quantized weight."""
 _ROWS = 4096  # rows of two matrices that are compared at a time
 
 _log = log.get("model")
@@ -228,12 +230,12 @@ def check(model: ModelConfig, *, facts: ModelFacts) -> None:
 
 
 def check_dtypes(tensors: Mapping[str, Stored], *, source: str) -> None:
-    """Refuse integers and 8-bit floats: quantized weights need their scales (raises UserError)."""
+    """Refuse small integers and 8-bit floats: quantized weights need their scales (raises UserError)."""
     other = next(
         (
             name
             for name, tensor in tensors.items()
-            if tensor.dtype not in _FLOATS and not is_rotary_table(name)
+            if tensor.dtype not in (*_FLOATS, *_OF_BUFFERS) and not is_rotary_table(name)
         ),
         None,
     )

@@ -1,7 +1,8 @@
 """The gradient norm of the whole model in every layout, without gathering gradients.
 
 Squares of local shards are summed per set of axes over which the gradients are sharded, then over the ranks
-of those axes, and finally over pipeline stages. Replicated gradients and tied weights count once.
+of those axes, and finally over pipeline stages. Replicated gradients count once;
+so do parameters that several stages hold (shared.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -53,21 +53,6 @@ def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:
     if isinstance(grad, DTensor):
         assert not any(placement.is_partial() for placement in grad.placements)
     return frozenset(sharded_over(grad)), local_part(grad)
-
-
-def add_tied_gradients(
-    embed: nn.Parameter | None, head: nn.Parameter | None, *, group: dist.ProcessGroup | None
-) -> None:
-    """Replace the gradients of both copies of a tied matrix by their sum.
-
-    A copy on the other rank of `group` is None here.
-    """
-    if embed is not None and head is not None:
-        total = local_part(embed.grad) + local_part(head.grad)
-        for copy in (embed, head):
-            local_part(copy.grad).copy_(total)
-    elif embed is not None or head is not None:
-        dist.all_reduce(local_part((embed if embed is not None else head).grad), group=group)  # type: ignore[union-attr]
 
 
 def local_part(tensor: Tensor | None) -> Tensor:

@@ -156,18 +156,12 @@ class Pipeline:
         positions: int,
         sums: int,
     ) -> ZeroStage:
-        """A stage for micro-batches of `rows` x `length` tokens and hidden states of `rows` x `positions`.
+        """A stage for micro-batches of `rows` x `length` tokens and hidden states of `positions` of them.
 
         Passes the shapes to torch, which would otherwise run a forward and backward pass to find them.
         """
-        hidden = torch.empty(
-            rows,
-            positions,
-            stage.config.get_text_config(decoder=True).hidden_size,
-            dtype=dtype,
-            device="meta",
-            requires_grad=True,
-        )
+        shape = stage.hidden_shape(rows=rows, positions=positions)
+        hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
         wrapped = ZeroStage(

@@ -37,6 +37,7 @@ def of_engine(kind: str) -> Capabilities:
         sequence_parallel=True,
         hybrid_sharding=True,
         repeated_heads=True,
+        shared_modules=True,
         growing_batches=True,
     )
 
@@ -65,6 +66,7 @@ def _of_deepspeed() -> Capabilities:
         sequence_parallel=False,
         hybrid_sharding=False,
         repeated_heads=False,
+        shared_modules=False,
         growing_batches=False,
     )
 

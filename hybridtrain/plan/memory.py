@@ -80,9 +80,13 @@ def parameters_of_stage(facts: ModelFacts, *, layers: range, tp: int) -> tuple[i
         for size in facts.parameters_of_layers[layers.start : layers.stop]
     ]
     embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
-    both = first and last and facts.tied
-    ends = first * (embedding + _others(facts)) + (last and not both) * head + last * facts.hidden
-    return sum(sizes) + ends, max(sizes)
+    rows = facts.vocab * facts.hidden
+    shared = sum(facts.shared.values())
+    embeds = first or rows in facts.shared.values()
+    shared -= rows if rows in facts.shared.values() else 0
+    both = embeds and last and facts.tied
+    ends = embeds * embedding + shared + first * (_others(facts) - shared) + last * facts.hidden
+    return sum(sizes) + ends + (last and not both) * head, max(sizes)
 
 
 def _others(facts: ModelFacts) -> int:

@@ -267,6 +267,9 @@ def _of_pipeline(case: _Case) -> Iterator[Rule]:
         allowed,
         "parallel.zero_stage=1, or parallel.schedule=1f1b",
     )
+    from hybridtrain.plan import cuts  # it takes Rule from here
+
+    yield from cuts.rules(case.parallel, layout=case.layout, facts=case.facts, capabilities=case.capabilities)
 
 
 def _of_cut(case: _Case, *, stages: int) -> Iterator[Rule]:

@@ -76,8 +76,11 @@ def cut(config: Config, *, parallel: ParallelConfig, pp: int, plan: BatchPlan, f
         tuple(stage_ids(rank, pp=pp, per_rank=per_rank, schedule=parallel.schedule)) for rank in range(pp)
     )
     assert pp * per_rank <= facts.layers, "rules.check comes first"
-    given = (0, *parallel.cut, facts.layers)
-    bounds = given if parallel.cut else _best(work, ranks, plan.grad_accum)
+    bounds = (0, *parallel.cut, facts.layers)
+    if not parallel.cut:
+        begins = (0, *(range(1, facts.layers) if facts.cuts is None else facts.cuts), facts.layers)
+        units = tuple(sum(work[start:stop]) for start, stop in itertools.pairwise(begins))
+        bounds = tuple(begins[index] for index in _best(units, ranks, plan.grad_accum))
     layers = tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))
     return Cut(layers, tuple(sum(work[part.start : part.stop]) for part in layers), ranks)
 

@@ -39,12 +39,27 @@ def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
     [
         ("qwen3_next", "documents", "the gradient of"),  # a state that crosses documents
         ("falcon", "documents", "the gradient of"),  # its attention takes no masks of ours
-        ("hy_v4", "pp", "hidden states between its layers have the shape"),
-        ("gemma4_text", "pp", "the gradient of"),  # an input of all layers that requires a gradient
+        ("zaya", "pp", "is neither an embedding nor a norm"),
+        ("inkling2_text", "pp", "the gradient of"),  # layers that take the results of several others
     ],
 )
 def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, why: str) -> None:
     assert why in analyse.refused(config_of(model_type))[capability]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("gemma4_text", {}),  # inputs of all layers that require gradients
+        ("gemma4", {}),  # the same, in a part of the model
+        ("gemma3n_text", {"num_kv_shared_layers": 0}),  # and hidden states in four streams
+        ("deepseek_v4", {}),  # hidden states in four streams
+    ],
+)
+def test_what_layers_take_besides_hidden_states_is_computed_on_every_stage(
+    model_type: str, fields: dict[str, Any]
+) -> None:
+    assert "pp" not in analyse.refused(config_of(model_type, **fields))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from hybridtrain.analysis import analyse
+from hybridtrain.models.build import saved_buffers
 from hybridtrain.models.reduced import reduced
 
 NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "dropout")
@@ -50,3 +55,27 @@ def _with_large_weights(fields: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for key, value in fields.items()
     }
+
+
+def folder_of(model_type: str, folder: Path, **fields: Any) -> dict[str, torch.Tensor]:
+    """Save a reduced copy of it as transformers does, with a vocabulary of 300 tokens and saved buffers other
+    than those of a new model; returns what is saved."""
+    config = config_of(model_type, **fields)
+    small = reduced(config, random=False, tp=1)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(small, name):
+            setattr(small, name, 300)
+    if hasattr(small, "layer_numbers"):
+        del small.layer_numbers
+    model = analyse.perturbed(small, config).model
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.1)
+        for buffer in saved_buffers(model).values():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand(buffer.shape, generator=random), alpha=0.5)
+            else:
+                buffer.add_(1)
+    model.save_pretrained(folder)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -36,6 +36,7 @@ EVERYTHING = Capabilities(
     sequence_parallel=True,
     hybrid_sharding=True,
     repeated_heads=True,
+    shared_modules=True,
     growing_batches=True,
 )
 

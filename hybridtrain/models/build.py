@@ -155,13 +155,16 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     """Compare each chosen value with the built config and its modules (raises UserError for
     the first that differs).
     """
+    built = config.to_dict()  # the config itself refuses to say what differs between its layers
     for key, value in chosen.items():
-        if key in (*overrides.ROPE, *_NOT_OURS) or (value is None and key != "sliding_window"):
+        if key in (*overrides.ROPE, *_NOT_OURS, "per_layer_config") or (
+            value is None and key != "sliding_window"
+        ):
             continue
         if key == "sliding_window" and chosen.get("use_sliding_window") is False:
             continue  # published Qwen configs have a window that is switched off
-        effective = getattr(config, key)
-        if effective != value:
+        effective = built[key] if key in built else getattr(config, key)
+        if not _same(effective, value):
             raise _not_effective(key, value, effective)
     if config.model_type not in SUPPORTED:
         _built(lambda: meta_model(config), fields, chosen=chosen)
@@ -211,6 +214,13 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     ):
         if chosen.get(key) is not None and chosen[key] != effective:
             raise _not_effective(key, chosen[key], effective)
+
+
+def _same(effective: Any, value: Any) -> bool:
+    """Whether a field of a transformers config is what was chosen; of a config in it, the fields chosen."""
+    if isinstance(value, Mapping) and isinstance(effective, Mapping):
+        return all(key in effective and _same(effective[key], each) for key, each in value.items())
+    return bool((list(effective) if isinstance(effective, tuple) else effective) == value)
 
 
 def _built(
@@ -340,10 +350,11 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     from hybridtrain.models.structure import structure_of
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
-    if model.config.model_type in SUPPORTED:
+    config = model.config  # of a model for images, too, that of its language model, which has no class here
+    if config.model_type in SUPPORTED or type(config) not in _auto_class(config)._model_mapping:
         taken: Collection[str] = inspect.signature(model.forward).parameters
     else:
-        taken = structure_of(model.config).arguments
+        taken = structure_of(config).arguments
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)

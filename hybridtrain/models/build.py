@@ -155,17 +155,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     """Compare each chosen value with the built config and its modules (raises UserError for
     the first that differs).
     """
-    built = config.to_dict()  # the config itself refuses to say what differs between its layers
-    for key, value in chosen.items():
-        if key in (*overrides.ROPE, *_NOT_OURS, "per_layer_config") or (
-            value is None and key != "sliding_window"
-        ):
-            continue
-        if key == "sliding_window" and chosen.get("use_sliding_window") is False:
-            continue  # published Qwen configs have a window that is switched off
-        effective = built[key] if key in built else getattr(config, key)
-        if not _same(effective, value):
-            raise _not_effective(key, value, effective)
+    _check_fields(config, chosen=chosen)
     if config.model_type not in SUPPORTED:
         _built(lambda: meta_model(config), fields, chosen=chosen)
         return
@@ -216,11 +206,19 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise _not_effective(key, chosen[key], effective)
 
 
-def _same(effective: Any, value: Any) -> bool:
-    """Whether a field of a transformers config is what was chosen; of a config in it, the fields chosen."""
-    if isinstance(value, Mapping) and isinstance(effective, Mapping):
-        return all(key in effective and _same(effective[key], each) for key, each in value.items())
-    return bool((list(effective) if isinstance(effective, tuple) else effective) == value)
+def _check_fields(config: Any, *, chosen: Mapping[str, Any]) -> None:
+    """Compare each chosen value with the built config."""
+    built = config.to_dict()  # the config itself refuses to say what differs between its layers
+    for key, value in chosen.items():
+        if key in (*overrides.ROPE, *_NOT_OURS, "per_layer_config") or (
+            value is None and key != "sliding_window"
+        ):
+            continue
+        if key == "sliding_window" and chosen.get("use_sliding_window") is False:
+            continue  # published Qwen configs have a window that is switched off
+        effective = built[key] if key in built else getattr(config, key)
+        if not overrides.same(effective, value):
+            raise _not_effective(key, value, effective)
 
 
 def _built(
@@ -340,7 +338,8 @@ def plain_model(config: Any) -> nn.Module:
 
 
 def _own_model(config: Any) -> Any:
-    return _auto_class(config).from_config(config, attn_implementation=attention_of(config))
+    """Of a copy of the config, which models of decoders of encoder-decoder models change."""
+    return _auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:

@@ -251,6 +251,13 @@ def numbers(value: Any) -> Any:
     return [numbers(each) for each in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
+def same(effective: Any, value: Any) -> bool:
+    """Whether a field of a transformers config is what was chosen; of a config in it, the fields chosen."""
+    if isinstance(value, Mapping) and isinstance(effective, Mapping):
+        return all(key in effective and same(effective[key], each) for key, each in value.items())
+    return bool((list(effective) if isinstance(effective, tuple) else effective) == value)
+
+
 # -- derived fields
 # ------------------------------------------------------------------------------------------------
 

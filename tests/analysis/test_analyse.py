@@ -38,6 +38,7 @@ def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
     [
         ("qwen3_next", "documents", "the gradient of"),  # a state that crosses documents
         ("falcon", "documents", "the gradient of"),  # its attention takes no masks of ours
+        ("llama4_text", "documents", "the gradient of"),  # a scale that depends on places in the row
         ("hy_v4", "pp", "hidden states between its layers have the shape"),
         ("gemma4_text", "pp", "the gradient of"),  # an input of all layers that requires a gradient
     ],
@@ -64,7 +65,12 @@ def test_what_cannot_be_trained_is_refused(model_type: str, fields: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("model_type", "instead"), [("bert", "model.config.is_decoder=true"), ("xlm", "model.config.causal=true")]
+    ("model_type", "instead"),
+    [
+        ("bert", "model.config.is_decoder=true"),
+        ("big_bird", "model.config.is_decoder=true model.config.attention_type=original_full"),
+        ("xlm", "model.config.causal=true"),
+    ],
 )
 def test_the_field_that_makes_a_model_causal_is_named(model_type: str, instead: str) -> None:
     with pytest.raises(UserError, match=f"try: *{instead}"):

@@ -64,11 +64,12 @@ _INDEXER = {
 _HEAD_DIM = {"head_dim": 128}
 FIELDS: dict[str, dict[str, Any]] = {
     # Encoders, which are causal as decoders.
-    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "ernie"), _DECODER),
+    **dict.fromkeys(("bert", "bert-generation", "camembert", "data2vec-text", "ernie"), _DECODER),
     **dict.fromkeys(
         ("electra", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _DECODER
     ),
     **dict.fromkeys(("megatron-bert", "reformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
+    "big_bird": {**_DECODER, "attention_type": "original_full"},
     "xmod": {**_DECODER, "default_language": "en_XX"},
     "xlm": {"causal": True},
     # Models of which transformers' default cannot be built, or is another than its config says.

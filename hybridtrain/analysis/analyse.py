@@ -33,6 +33,12 @@ from hybridtrain.types import IGNORE_INDEX, Batch
 ROWS, LENGTH = 2, 12
 DOCUMENTS = ((5, 4, 3), (2, 10))
 """Lengths of the documents in each packed row."""
+_CAUSAL: tuple[dict[str, Any], ...] = (
+    {"is_decoder": True},
+    {"is_decoder": True, "attention_type": "original_full"},
+    {"causal": True},
+)
+"""Fields of encoders that may make them causal."""
 TOLERANCE = 1e-5
 """Largest relative difference of the loss, and of a gradient by its norm."""
 
@@ -272,13 +278,14 @@ def _ties_in_name_only(copy: Copy) -> bool:
 
 
 def _causal_with(config: Any) -> str:
-    """The field with which the model is causal; empty if there is none."""
-    for field in ("is_decoder", "causal"):
-        if getattr(config, field, None) is False:
+    """The fields with which the model is causal; empty if there are none."""
+    for fields in _CAUSAL:
+        if all(hasattr(config, field) for field in fields):
             changed = deepcopy(config)
-            setattr(changed, field, True)
+            for field, value in fields.items():
+                setattr(changed, field, value)
             if is_causal(copy_of(changed, tp=1)):
-                return f"model.config.{field}=true"
+                return " ".join(f"model.config.{field}={str(fields[field]).lower()}" for field in fields)
     return ""
 
 

@@ -153,14 +153,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     """Compare each chosen value with the built config and its modules (raises UserError for
     the first that differs).
     """
-    for key, value in chosen.items():
-        if key in (*overrides.ROPE, *_NOT_OURS) or (value is None and key != "sliding_window"):
-            continue
-        if key == "sliding_window" and chosen.get("use_sliding_window") is False:
-            continue  # published Qwen configs have a window that is switched off
-        effective = getattr(config, key)
-        if effective != value:
-            raise _not_effective(key, value, effective)
+    _check_fields(config, chosen=chosen)
     if config.model_type not in plain.TYPES:
         _built(lambda: meta_model(config), fields, chosen=chosen)
         return
@@ -208,6 +201,21 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
     ):
         if chosen.get(key) is not None and chosen[key] != effective:
             raise _not_effective(key, chosen[key], effective)
+
+
+def _check_fields(config: Any, *, chosen: Mapping[str, Any]) -> None:
+    """Compare each chosen value with the built config."""
+    built = config.to_dict()  # the config itself refuses to say what differs between its layers
+    for key, value in chosen.items():
+        if key in (*overrides.ROPE, *_NOT_OURS, "per_layer_config") or (
+            value is None and key != "sliding_window"
+        ):
+            continue
+        if key == "sliding_window" and chosen.get("use_sliding_window") is False:
+            continue  # published Qwen configs have a window that is switched off
+        effective = built[key] if key in built else getattr(config, key)
+        if not overrides.same(effective, value):
+            raise _not_effective(key, value, effective)
 
 
 def _built(
@@ -340,7 +348,8 @@ def plain_model(config: Any) -> nn.Module:
 
 
 def _own_model(config: Any) -> Any:
-    return _auto_class(config).from_config(config, attn_implementation=attention_of(config))
+    """Of a copy of the config, which models of decoders of encoder-decoder models change."""
+    return _auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
@@ -350,10 +359,11 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     from hybridtrain.models.structure import structure_of
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
-    if model.config.model_type in plain.TYPES:
+    config = model.config  # of a model for images, too, that of its language model, which has no class here
+    if config.model_type in plain.TYPES or type(config) not in _auto_class(config)._model_mapping:
         taken: Collection[str] = inspect.signature(model.forward).parameters
     else:
-        taken = structure_of(model.config).arguments
+        taken = structure_of(config).arguments
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)

@@ -94,6 +94,9 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     """The merged rotary fields in the new notation; None if the user chose none."""
     if not any(key in chosen for key in ROPE):
         return None
+    if _of_layer_types(chosen.get("rope_parameters")):
+        before = source.get("rope_parameters") if _of_layer_types(source.get("rope_parameters")) else None
+        return {**(before or {}), **chosen["rope_parameters"]}
     rope_chosen, base = _chosen_rope(chosen), rope_of(source)
     kind = rope_chosen.get("rope_type") or base.get("rope_type") or "default"
     if kind not in ROPE_TYPES:
@@ -125,6 +128,15 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
             instead=f"{_where(chosen, missing[0])}=VALUE",
         )
     return rope
+
+
+def _of_layer_types(rope: Any) -> bool:
+    """Whether rotary fields are those of each type of layers, as {full_attention: {rope_type: ...}}."""
+    return (
+        isinstance(rope, Mapping)
+        and bool(rope)
+        and all(key.endswith("_attention") and isinstance(value, Mapping) for key, value in rope.items())
+    )
 
 
 def rope_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +249,13 @@ def numbers(value: Any) -> Any:
             return float(value["__float__"])
         return {key: numbers(each) for key, each in value.items()}
     return [numbers(each) for each in value] if isinstance(value, list) else copy.deepcopy(value)
+
+
+def same(effective: Any, value: Any) -> bool:
+    """Whether a field of a transformers config is what was chosen; of a config in it, the fields chosen."""
+    if isinstance(value, Mapping) and isinstance(effective, Mapping):
+        return all(key in effective and same(effective[key], each) for key, each in value.items())
+    return bool((list(effective) if isinstance(effective, tuple) else effective) == value)
 
 
 # -- derived fields

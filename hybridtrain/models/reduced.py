@@ -22,7 +22,7 @@ _ROLES: tuple[tuple[int, str], ...] = (
     (HIDDEN, "adapter_in_dim adapter_out_dim adapter_input_size"),
     (HEAD_DIM, "head_dim kv_channels dim_head d_head swa_head_dim global_head_dim linear_head_dim"),
     (HEAD_DIM, "v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim swa_v_head_dim"),
-    (HEAD_DIM // 2, "qk_rope_head_dim rotary_dim index_head_dim"),
+    (HEAD_DIM // 2, "qk_rope_head_dim rotary_dim index_head_dim indexer_head_dim"),
     (FFN, "intermediate_size ffn_dim n_inner dff dim_ff d_inner decoder_ffn_dim encoder_ffn_dim"),
     (FFN, "ffn_hidden_size intermediate_size_mlp dense_intermediate_size"),
     (FFN // 2, "moe_intermediate_size expert_ffn_hidden_size shared_intermediate_size"),
@@ -32,13 +32,19 @@ _ROLES: tuple[tuple[int, str], ...] = (
     (1, "n_group num_expert_group topk_group num_expert_groups"),
     (1, "num_shared_experts n_shared_experts moe_num_shared_experts"),
     (WINDOW, "sliding_window window_size attention_chunk_size sliding_window_size attention_window_size"),
+    (WINDOW, "keep_window_size"),
+    (2 * WINDOW, "local_attention"),
+    (4, "block_size index_block_size indexer_budget rel_extent"),
+    (4, "lsh_attn_chunk_length local_attn_chunk_length"),
+    (3, "floor_scale log_scaling_n_floor"),
+    (2, "indexer_compress_ratio index_topk_blocks"),
     (12, "q_lora_rank kv_lora_rank o_lora_rank laurel_rank gated_norm_rank hc_lowrank adapter_rank"),
     (12, "hidden_size_per_layer_input ple_embed_dim d_rel"),
     (24, "moe_latent_size"),
     (8, "mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size"),
     (1, "mamba_n_groups n_groups"),
     (4, "time_step_rank mamba_dt_rank linear_num_value_heads index_topk"),
-    (2, "linear_num_key_heads linear_num_heads index_n_heads"),
+    (2, "linear_num_key_heads linear_num_heads index_n_heads indexer_n_heads"),
 )
 """(size, names of fields that get it)."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -284,6 +290,8 @@ def _consistent(fields: dict[str, Any], *, hidden: int) -> dict[str, Any]:
     if fields.get("attention_head_dim") and fields.get("attention_hidden_size"):  # Zamba: twice as wide
         fields["attention_hidden_size"] = 2 * hidden
         fields["attention_head_dim"] = 2 * hidden // HEADS
+    if fields.get("num_random_blocks"):  # BigBird: rows of eleven blocks have full attention
+        fields["block_size"] = 1
     if fields.get("axial_pos_embds_dim"):  # Reformer: widths of the factors of positions
         fields["axial_pos_embds_dim"] = [hidden // 4, hidden - hidden // 4]
     if fields.get("mamba_d_ssm"):

@@ -41,6 +41,7 @@ def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
         ("falcon", "documents", "the gradient of"),  # its attention takes no masks of ours
         ("zaya", "pp", "is neither an embedding nor a norm"),
         ("inkling2_text", "pp", "the gradient of"),  # layers that take the results of several others
+        ("llama4_text", "documents", "the gradient of"),  # a scale that depends on places in the row
     ],
 )
 def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, why: str) -> None:
@@ -98,7 +99,12 @@ def test_layers_numbered_anew_are_seen_where_an_even_cut_would_not(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "instead"), [("bert", "model.config.is_decoder=true"), ("xlm", "model.config.causal=true")]
+    ("model_type", "instead"),
+    [
+        ("bert", "model.config.is_decoder=true"),
+        ("big_bird", "model.config.is_decoder=true model.config.attention_type=original_full"),
+        ("xlm", "model.config.causal=true"),
+    ],
 )
 def test_the_field_that_makes_a_model_causal_is_named(model_type: str, instead: str) -> None:
     with pytest.raises(UserError, match=f"try: *{instead}"):

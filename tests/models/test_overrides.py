@@ -297,3 +297,30 @@ def test_no_decay_patterns_match_something_too_but_for_the_default():
     config.optim.no_decay = ["*norm*", "*embeding*"]
     with pytest.raises(UserError, match=r"optim\.no_decay=\['\*embeding\*'\]"):
         build.check(config)
+
+
+def test_infinities_of_config_json_are_numbers():
+    fields = {"limit": [0.0, {"__float__": "Infinity"}], "of": {"it": {"__float__": "-Infinity"}}}
+    assert overrides.numbers(fields) == {"limit": [0.0, float("inf")], "of": {"it": float("-inf")}}
+
+
+def test_rotary_fields_of_each_type_of_layers_are_merged():
+    source = {
+        "rope_parameters": {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {"rope_theta": 2.0}}
+    }
+    chosen = {"rope_parameters": {"sliding_attention": {"rope_theta": 3.0}}}
+    merged = overrides.merge({"model_type": "gemma3_text", **source}, chosen)["rope_parameters"]
+    assert merged == {"full_attention": {"rope_theta": 1.0}, "sliding_attention": {"rope_theta": 3.0}}
+
+
+@pytest.mark.parametrize(
+    ("effective", "chosen", "same"),
+    [
+        ((0.0, 1.0), [0.0, 1.0], True),
+        ({"size": 3, "other": 1}, {"size": 3}, True),
+        ({"size": 4, "other": 1}, {"size": 3}, False),
+        ({"other": 1}, {"size": None}, False),
+    ],
+)
+def test_of_a_config_in_a_config_what_was_chosen_is_compared(effective, chosen, same):
+    assert overrides.same(effective, chosen) is same

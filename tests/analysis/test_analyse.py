@@ -22,7 +22,8 @@ def test_eight_model_types_can_be_cut_and_keep_documents_apart(model_type: str) 
     [
         ("bert", {"is_decoder": True}, ["tp"]),  # a bias with two names
         ("roberta", {"is_decoder": True}, ["tp", "documents"]),  # positions that do not begin at 0
-        ("mimo_v2_flash", {}, ["tp"]),  # twice as many key/value heads in some layers
+        # twice as many key/value heads in some layers
+        pytest.param("mimo_v2_flash", {}, ["tp"], marks=pytest.mark.slow),
         ("mllama", {}, ["tp"]),  # layers that are not called
         ("recurrent_gemma", {}, ["tp", "documents"]),  # a buffer in bfloat16
     ],

@@ -68,7 +68,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("electra", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _DECODER
     ),
-    **dict.fromkeys(("megatron-bert", "reformer", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
+    **dict.fromkeys(("megatron-bert", "xlm-roberta", "xlm-roberta-xl"), _DECODER),
     "big_bird": {**_DECODER, "attention_type": "original_full"},
     "xmod": {**_DECODER, "default_language": "en_XX"},
     "xlm": {"causal": True},

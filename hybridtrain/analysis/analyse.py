@@ -301,6 +301,7 @@ def _why_not(claim: Callable[[], Result]) -> str:
 
 
 def words(error: Exception) -> str:
-    """The type and the first line of an error of other code."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """The type and the first line of an error of other code, or two lines if the first ends with a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {first[:200]}"

@@ -23,7 +23,8 @@ def test_eight_model_types_can_be_cut_and_keep_documents_apart(model_type: str) 
     [
         ("bert", {"is_decoder": True}, []),  # a bias with two names
         ("roberta", {"is_decoder": True}, ["documents"]),  # positions that do not begin at 0
-        ("mimo_v2_flash", {}, []),  # twice as many key/value heads in some layers
+        # twice as many key/value heads in some layers
+        pytest.param("mimo_v2_flash", {}, [], marks=pytest.mark.slow),
         ("mllama", {}, []),  # layers that are not called
         ("recurrent_gemma", {}, ["documents"]),  # a buffer in bfloat16
     ],

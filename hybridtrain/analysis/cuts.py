@@ -41,7 +41,7 @@ def deep(config: Any) -> analyse.Copy:
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     # A reduced copy keeps one layer of each type: with a field of its own value, each is a type.
-    text.layer_numbers = list(range(_layers(config)))
+    text.kinds_of_layers = [str(index) for index in range(_layers(config))]
     if isinstance(getattr(text, "intermediate_size", None), list):
         text.intermediate_size = [FFN] * _layers(config)
     return analyse.perturbed(reduced(config, random=False, tp=1), config)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
@@ -32,7 +31,6 @@ from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shared import Shared, add_shared_gradients
 from hybridtrain.parallel.slicing import add_partial_gradients
-from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -72,17 +70,8 @@ class TorchEngine:
             tp=layout.tp,
             sequence=sequence_parallel(config.parallel, plan=plan, tp=layout.tp),
         )
-        facts = facts_of(config.model)
-        context = Context(
-            self.mesh,
-            config.parallel,
-            config.engine,
-            self.precision,
-            config.recompute.kind,
-            config.model.freeze,
-            task,
-            self.slicing,
-            stages.cut(config, parallel=config.parallel, pp=layout.pp, plan=plan, facts=facts),
+        context = Context.of(
+            config, mesh=self.mesh, plan=plan, precision=self.precision, task=task, slicing=self.slicing
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
         if initial:

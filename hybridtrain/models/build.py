@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.config.schema import Config, ModelConfig
+from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, names, overrides, patterns, plain, tokens
+from hybridtrain.models import classifier, names, overrides, patterns, plain
 from hybridtrain.models.source import read_config
-from hybridtrain.runtime.files import read_object, write_json
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of config.json that are labels, or that precision, training and export decide."""
@@ -368,40 +365,3 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
     return model(**given).logits
-
-
-def save_config(config: Any, folder: Path, *, model: ModelConfig) -> None:
-    """Write config.json and generation_config.json for exports; the latter is that of model.from_pretrained
-    if it has one.
-
-    An existing generation_config.json from a hub repository, or from a folder that is gone, is kept.
-    """
-    from transformers import GenerationConfig
-
-    config = _as_saved(config)
-    config.save_pretrained(folder)
-    generation = None
-    if model.from_pretrained and not Path(model.from_pretrained).is_dir():
-        with suppress(UserError):
-            generation = read_object(folder / tokens.GENERATION, field="run.dir")
-    if generation is None:
-        generation = tokens.source_generation(model)
-    if generation is None:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-    else:
-        write_json(folder / tokens.GENERATION, generation)
-
-
-def saved_fields(config: Any) -> dict[str, Any]:
-    """The fields of config.json that `save_config` writes."""
-    return json.loads(_as_saved(config).to_json_string())
-
-
-def _as_saved(config: Any) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = copy.deepcopy(config)
-    config.use_cache = True
-    if not classifier.is_classifier(config.architectures):
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    return config

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from hybridtrain.config.schema import EngineConfig, ParallelConfig
+from hybridtrain.analysis.facts import facts_of
+from hybridtrain.config.schema import Config, EngineConfig, ParallelConfig
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.slicing import Slicing
@@ -27,6 +28,8 @@ from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
 from hybridtrain.parallel.slicing import apply_tensor_parallel, localize, parameters_to_cut
+from hybridtrain.plan import stages
+from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.schedules import SPLIT_BACKWARD
 from hybridtrain.plan.stages import Cut
 from hybridtrain.precision.policy import PrecisionPolicy
@@ -49,6 +52,23 @@ class Context:
     task: Task
     slicing: Slicing
     cut: Cut
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        *,
+        mesh: Mesh,
+        plan: BatchPlan,
+        precision: PrecisionPolicy,
+        task: Task,
+        slicing: Slicing,
+    ) -> Context:
+        """That of a run's config."""
+        parallel, facts = config.parallel, facts_of(config.model)
+        cut = stages.cut(config, parallel=parallel, pp=mesh.layout.pp, plan=plan, facts=facts)
+        recompute, freeze = config.recompute.kind, config.model.freeze
+        return cls(mesh, parallel, config.engine, precision, recompute, freeze, task, slicing, cut)
 
 
 Names = Callable[[Stage, Context], set[str]]

@@ -13,7 +13,7 @@ from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import refusal
-from hybridtrain.models.build import save_config
+from hybridtrain.models.saved_config import save_config
 from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.plan import flops
 from hybridtrain.run.directory import RunDir

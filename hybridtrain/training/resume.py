@@ -230,7 +230,8 @@ def _check_model_config(config: Config, *, checkpoint: Path) -> None:
             raise
         _log.warning("cannot check whether the model is the same as before: %s", str(error).splitlines()[0])
         return
-    from hybridtrain.models.build import hf_config, saved_fields
+    from hybridtrain.models.build import hf_config
+    from hybridtrain.models.saved_config import saved_fields
     from hybridtrain.models.source import read_config
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)

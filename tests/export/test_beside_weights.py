@@ -14,7 +14,7 @@ from hybridtrain.data import digests
 from hybridtrain.errors import UserError
 from hybridtrain.export import hf
 from hybridtrain.models import tokens
-from hybridtrain.models.build import save_config
+from hybridtrain.models.saved_config import save_config
 from tests.export.runs import as_earlier, exporting, model_of, read_back, run_of
 
 # pytest puts back what the module turns off

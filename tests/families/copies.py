@@ -65,8 +65,8 @@ def folder_of(model_type: str, folder: Path, **fields: Any) -> dict[str, torch.T
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if hasattr(small, name):
             setattr(small, name, 300)
-    if hasattr(small, "layer_numbers"):
-        del small.layer_numbers
+    if hasattr(small, "kinds_of_layers"):
+        del small.kinds_of_layers
     model = analyse.perturbed(small, config).model
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -25,7 +25,7 @@ def test_a_bias_that_is_stored_under_another_name_is_read_and_written(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = reduced(config_of(model_type, is_decoder=True), random=False)
+    config = reduced(config_of(model_type, is_decoder=True), random=False, tp=1)
     own = AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(own.get_output_embeddings().bias)
     own.save_pretrained(tmp_path)

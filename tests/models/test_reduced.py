@@ -11,7 +11,7 @@ from tests.families.copies import config_of
 
 
 def small(model_type: str, **fields: Any) -> Any:
-    return reduced(config_of(model_type, **fields), random=False)
+    return reduced(config_of(model_type, **fields), random=False, tp=1)
 
 
 @pytest.mark.parametrize("dense", [0, 1, 3, 5])

@@ -95,7 +95,7 @@ def wrapped(case: Case) -> set[tuple[str, ...]]:
     [
         ("single", "selective", ("compile", "recompute")),
         ("single", "none", ("compile",)),
-        ("tp2", "full", ("recompute", "compile")),
+        ("tp2", "full", ("recompute", "local", "compile")),
     ],
 )
 def test_compilation_goes_around_recomputation(layout, kind, outermost_first):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.slices import slicing_for_linears
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
@@ -37,7 +36,6 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -106,29 +104,19 @@ class DeepSpeedEngine:
         """
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
-        cut = stages.cut(
-            self.config,
-            parallel=self.config.parallel,
-            pp=layout.pp,
-            plan=self.plan,
-            facts=facts_of(self.config.model),
-        )
         slicing = slicing_for_linears(config, tp=layout.tp)
-        context = apply.Context(
-            self.mesh,
-            self.config.parallel,
-            self.config.engine,
-            self.precision,
-            self.config.recompute.kind,
-            self.config.model.freeze,
-            self.task,
-            slicing,
-            cut,
+        context = apply.Context.of(
+            self.config,
+            mesh=self.mesh,
+            plan=self.plan,
+            precision=self.precision,
+            task=self.task,
+            slicing=slicing,
         )
         head = partial(Head, task=self.task, loss_chunk=self.config.engine.loss_chunk)
         stage = Stage(
             config,
-            layers=cut.layers[index],
+            layers=context.cut.layers[index],
             first=index == 0,
             last=index == layout.pp - 1,
             head=head,

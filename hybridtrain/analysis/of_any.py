@@ -1,7 +1,8 @@
 """ModelFacts of a model type whose config.json alone does not tell them.
 
 The model is built without memory for its weights, and a reduced copy of it is examined (analyse.py). The
-result is kept in the user's cache folder, by every field of the config and the versions of what computed it.
+result is kept in the user's cache folder, by every field of the config, the attention implementation and the
+versions of what computed it.
 """
 
 from __future__ import annotations
@@ -32,15 +33,18 @@ SEARCH = 2
 _UNBOUNDED = 1 << 40
 
 
-def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
-    """The facts of a causal LM with config.json `fields`. Raises UserError for one that cannot be trained."""
-    file = _cache(fields)
+def facts_of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
+    """The facts of a causal LM with config.json `fields` and an attention implementation.
+
+    Raises UserError for one that cannot be trained.
+    """
+    file = _cache(fields, attention=attention)
     with _alone(file):  # the ranks of a host ask at the same time
         if (known := _read(file)) is not None:
             return known
         began = time.monotonic()
         try:
-            facts = _examined(fields)
+            facts = _examined(fields, attention=attention)
         except UserError:
             raise
         except Exception as error:  # a model's own code, with whatever it raises
@@ -77,15 +81,15 @@ def _read(file: Path) -> ModelFacts | None:
         return None
 
 
-def _cache(fields: Mapping[str, Any]) -> Path:
+def _cache(fields: Mapping[str, Any], *, attention: str) -> Path:
     versions = [version(name) for name in ("torch", "transformers")]
-    content = json.dumps([SEARCH, versions, fields], sort_keys=True, default=str)
+    content = json.dumps([SEARCH, versions, attention, fields], sort_keys=True, default=str)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "hybridtrain" / "analysis" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
 
 
-def _examined(fields: Mapping[str, Any]) -> ModelFacts:
-    config = build.hf_config(fields, chosen={}, attention="sdpa")
+def _examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
+    config = build.hf_config(fields, chosen={}, attention=attention)
     refused = analyse.refused(config)
     _check_random(config)
     begins = cuts.allowed(config, holds="pp" not in refused)

@@ -257,7 +257,7 @@ def model_fingerprint(facts: ModelFacts) -> str:
     `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
-    for name in ("full_layers", "inactive", "refused"):
+    for name in ("full_layers", "inactive", "refused", "shared", "cuts"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

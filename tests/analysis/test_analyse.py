@@ -22,7 +22,6 @@ def test_eight_model_types_can_be_cut_and_keep_documents_apart(model_type: str) 
         ("qwen3_next", "documents", "the gradient of"),  # a state that crosses documents
         ("falcon", "documents", "the gradient of"),  # its attention takes no masks of ours
         ("zaya", "pp", "is neither an embedding nor a norm"),
-        ("inkling2_text", "pp", "the gradient of"),  # layers that take the results of several others
     ],
 )
 def test_what_a_model_type_cannot_do_is_found(model_type: str, capability: str, why: str) -> None:

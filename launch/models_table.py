@@ -102,7 +102,7 @@ def examined(model_type: str) -> Mapping[str, str] | str:
     try:
         config: Any = CONFIG_MAPPING[model_type](**copy.deepcopy(FIELDS.get(model_type, {})))
         fields = without_dropout(json.loads(config.to_json_string(use_diff=False)))
-        facts = of_any.examined({**fields, "model_type": model_type})
+        facts = of_any.examined({**fields, "model_type": model_type}, attention="sdpa")
         found = dict(facts.refused)
         if facts.cuts is not None:
             found["pp"] = f"from {as_text(facts.cuts)}"

@@ -41,7 +41,8 @@ DOORS = {
 PRIVATE = {
     "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
     "torch.distributed.tensor._utils": ("models/init.py",),
-    **dict.fromkeys(("torch.utils._python_dispatch", "_cdata"), ("models/init.py", "models/stage.py")),
+    "torch.utils._python_dispatch": ("models/init.py", "models/stage.py"),
+    "_cdata": ("models/init.py",),
     "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),

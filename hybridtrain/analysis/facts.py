@@ -75,7 +75,7 @@ _OTHERS = ("t5", "mt5")
 def facts_of(model: ModelConfig) -> ModelFacts:
     """`facts` of `read_config`. Errors about a field of from_pretrained's config.json name that file."""
     try:
-        return facts(read_config(model))
+        return _facts(read_config(model), attention=model.attention)
     except UserError as error:
         first, line, rest = str(error).partition("\n")
         field = re.match(r"model\.config\.(\w+)", first)
@@ -89,9 +89,14 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
 
     Raises UserError for families and features that are not supported.
     """
+    return _facts(fields, attention="sdpa")
+
+
+def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
+    """`attention`: implementation with which a model is examined."""
     kind = fields.get("model_type")
     if kind not in BY_FIELDS:
-        return _of_any(fields)
+        return _of_any(fields, attention=attention)
     for field, feature, instead in _NOT_YET:
         if fields.get(field):
             raise refusal(
@@ -142,18 +147,31 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
     return counted
 
 
-def _of_any(fields: Mapping[str, Any]) -> ModelFacts:
+def no_classifier(kind: object) -> UserError:
+    """The refusal of a classifier of this model type."""
+    return refusal(
+        "model.config.model_type",
+        kind,
+        "classifiers of this architecture are not trained yet",
+        allowed=f"classifiers of {', '.join(BY_FIELDS)}",
+        instead="a model of one of these, or task=causal_lm and no model.labels",
+    )
+
+
+def _of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts of another model type; loads torch."""
     kind = fields.get("model_type")
     decoder = kind in _DECODERS and fields.get("is_decoder")
     if (kind in _ENCODERS and not decoder) or kind in _OTHERS or fields.get("num_labels"):
         raise _unsupported(kind)
+    if classifier.is_classifier(fields.get("architectures")):
+        raise no_classifier(kind)
     from hybridtrain.analysis.of_any import facts_of_any
     from hybridtrain.models.build import is_causal_lm
 
     if not is_causal_lm(kind):
         raise _unsupported(kind)
-    return facts_of_any(fields)
+    return facts_of_any(fields, attention=attention)
 
 
 def _head_sizes(fields: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """ModelFacts of a model type whose config.json alone does not tell them.
 
 The model is built without memory for its weights, and a reduced copy of it is examined (analyse.py). The
-result is kept in the user's cache folder, by every field of the config and the versions of what computed it.
+result is kept in the user's cache folder, by every field of the config, the attention implementation and the
+versions of what computed it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ _log = log.get("model")
 _UNBOUNDED = 1 << 40
 
 
-def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
-    """The facts of a causal LM with config.json `fields`. Raises UserError for one that cannot be trained."""
+def facts_of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
+    """The facts of a causal LM with config.json `fields` and an attention implementation.
+
+    Raises UserError for one that cannot be trained.
+    """
     answer = cached(
-        ["facts", fields],
-        compute=lambda: dataclasses.asdict(_facts(fields)),
+        ["facts", attention, fields],
+        compute=lambda: dataclasses.asdict(_facts(fields, attention=attention)),
         valid=lambda known: bool(_read(known)),
     )
     facts = _read(answer)
@@ -35,10 +39,10 @@ def facts_of_any(fields: Mapping[str, Any]) -> ModelFacts:
     return facts
 
 
-def _facts(fields: Mapping[str, Any]) -> ModelFacts:
+def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     began = time.monotonic()
     try:
-        facts = examined(fields)
+        facts = examined(fields, attention=attention)
     except UserError:
         raise
     except Exception as error:  # a model's own code, with whatever it raises
@@ -57,9 +61,9 @@ def _read(known: Mapping[str, Any]) -> ModelFacts | None:
         return None
 
 
-def examined(fields: Mapping[str, Any]) -> ModelFacts:
+def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts, each time anew."""
-    config = build.hf_config(fields, chosen={}, attention="sdpa")
+    config = build.hf_config(fields, chosen={}, attention=attention)
     refused = analyse.refused(config)
     _check_random(config)
     begins = cuts.allowed(config, holds="pp" not in refused)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridtrain import tasks
-from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.facts import BY_FIELDS, facts_of, no_classifier
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
@@ -66,6 +66,8 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
 
     `config` has the labels of the data (data.blend.adapt_model).
     """
+    if config.task.kind == "classification" and facts.model_type not in BY_FIELDS:
+        raise no_classifier(facts.model_type)
     if config.task.kind == "classification" and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal(

@@ -257,8 +257,8 @@ def model_fingerprint(facts: ModelFacts) -> str:
     `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
-    later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "sliced", "sequence", "whole")
-    for name in later:
+    later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
+    for name in (*later, "sliced", "sequence", "whole"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -41,7 +41,6 @@ def test_what_is_peculiar_to_a_model_type_is_no_obstacle(
         ("qwen3_next", "documents", "the gradient of"),  # a state that crosses documents
         ("falcon", "documents", "the gradient of"),  # its attention takes no masks of ours
         ("zaya", "pp", "is neither an embedding nor a norm"),
-        ("inkling2_text", "pp", "the gradient of"),  # layers that take the results of several others
         ("llama4_text", "documents", "the gradient of"),  # a scale that depends on places in the row
     ],
 )

@@ -10,6 +10,7 @@ from hybridtrain.analysis import of_any
 from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.compose import train_config
+from hybridtrain.engine import check_task
 from hybridtrain.errors import UserError
 from hybridtrain.models import build
 from hybridtrain.models.source import read_config
@@ -49,13 +50,19 @@ def test_stages_have_every_parameter_of_unequal_layers() -> None:
     assert sum(sizes) - gpt2.vocab * gpt2.hidden == gpt2.parameters
 
 
+def examined_again(fields: object, *, attention: str) -> None:
+    pytest.fail(f"examined again with {attention}: {fields}")
+
+
 def test_an_analysis_is_kept_for_the_same_config_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = facts_of_file("gpt2")
-    monkeypatch.setattr(of_any, "examined", lambda fields: pytest.fail(f"examined again: {fields}"))
+    monkeypatch.setattr(of_any, "examined", examined_again)
     assert facts_of_file("gpt2") == first
+    with pytest.raises(pytest.fail.Exception, match="again with eager"):
+        facts_of_file("gpt2", "model.attention=eager")
     [kept] = (tmp_path / "hybridtrain" / "analysis").glob("*.json")
     kept.write_text("{}")  # of another version, or damaged
     with pytest.raises(pytest.fail.Exception):
@@ -63,7 +70,7 @@ def test_an_analysis_is_kept_for_the_same_config_alone(
 
 
 def test_a_model_whose_own_code_fails_is_refused_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: object) -> None:
+    def fails(_: object, *, attention: str) -> None:  # noqa: ARG001 - the signature of _examined
         raise IndexError("list index out of range")
 
     monkeypatch.setattr(of_any, "examined", fails)
@@ -89,3 +96,11 @@ def test_a_layout_that_is_advised_can_be_run() -> None:
 def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:
     with pytest.raises(UserError, match=r"model.config.resid_pdrop=0.1: random forward passes"):
         facts_of_file("gpt2", "model.config.resid_pdrop=0.1")
+
+
+@pytest.mark.parametrize("words", [("model.labels=[good,bad]",), ("task=classification",)])
+def test_a_classifier_of_another_architecture_is_refused_by_name(words: tuple[str, ...]) -> None:
+    config = train_config(["model=gpt2", "data.path=there", "train.steps=1", *words])
+    with pytest.raises(UserError, match="model_type=gpt2: classifiers of this architecture") as refused:
+        check_task(config, facts=facts_of(config.model))
+    assert "allowed: classifiers of llama, mistral, qwen2, qwen3" in str(refused.value)

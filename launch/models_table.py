@@ -18,13 +18,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.analysis import analyse, of_any
+from hybridtrain.analysis import analyse, of_any, slices
+from hybridtrain.analysis.of_layout import LEAST
 from hybridtrain.errors import UserError
 from hybridtrain.models import reduced
+from hybridtrain.models.build import hf_config
 from hybridtrain.plan.cuts import as_text
 
-COLUMNS = ("pp", "documents", "tp")
+COLUMNS = ("pp", "documents", "tp", "sequence")
 LIMIT_S = 120
+ROWS = Path(__file__).resolve().parents[1] / "docs" / "models.jsonl"
 TEXT = """# Model types
 
 What `hybridtrain inspect` finds for each causal language model of transformers {transformers} (torch
@@ -34,8 +37,12 @@ writes this page.
 
 *exact*: loss and every gradient of a reduced copy of the model are those of transformers' own model, in fp32.
 *pp*: cut into pipeline stages, before each layer; *from 1-6*: before these layers. *documents*: documents
-that are packed into rows do not attend to each other. Data parallelism and ZeRO work with every model that
-has a row. Of {types} model types {whole} can be trained: {counts}.
+that are packed into rows do not attend to each other. *tp*: attention and MLP (or experts) cut over two
+tensor-parallel ranks, or this part of the layers' matrix products, the rest whole on every rank; refused
+below a half. *sequence*: sequence parallelism. Data parallelism and ZeRO work with every model that has a
+row. Of {types} model types {whole} can be trained: {counts}.
+
+{ranks}
 
 | model type | {header} |
 |---|{rule}|
@@ -106,11 +113,22 @@ def examined(model_type: str) -> Mapping[str, str] | str:
         found = dict(facts.refused)
         if facts.cuts is not None:
             found["pp"] = f"from {as_text(facts.cuts)}"
-        return found
+        return found | _tensor(model_type, fields)
     except UserError as error:
         return str(error).splitlines()[0].partition(": ")[2]
     except Exception as error:
         return analyse.words(error)
+
+
+def _tensor(model_type: str, fields: Mapping[str, Any]) -> dict[str, str]:
+    """What two tensor-parallel ranks do not cut."""
+    config = hf_config({**fields, "model_type": model_type}, chosen={}, attention="sdpa")
+    found = slices.slicing_of(config, size=2, kind=slices.WITH_SEQUENCE)
+    kinds = {name.partition(" ")[0] for name in found.cut}
+    result = {} if found.slicing.sequence else {"sequence": found.whole["sequence"]}
+    if kinds != {"attention", "mlp"}:
+        result["tp"] = f"{found.share:.0%}" if found.share >= LEAST else "too little is cut"
+    return result
 
 
 def without_dropout(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +143,21 @@ def without_dropout(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _on_ranks() -> str:
+    """What tests/families/test_table.py has measured."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    if not rows:
+        return ""
+    parts = []
+    for layout in dict.fromkeys(row["layout"] for row in rows):
+        found = [row for row in rows if row["layout"] == layout]
+        exact = sum(row["result"] == "exact" for row in found)
+        wrong = sum(row["result"] == "wrong" for row in found)
+        parts.append(f"{layout}: {exact} exact, {len(found) - exact - wrong} refused, {wrong} wrong")
+    text = "Trained on two processes over gloo (`pytest -m table tests/families/test_table.py`, rows in"
+    return f"{text}\n[models.jsonl](models.jsonl)): {'; '.join(parts)}."
+
+
 def _fields() -> str:
     """Rows of model types with the same fields."""
     types: dict[str, list[str]] = {}
@@ -135,7 +168,7 @@ def _fields() -> str:
 
 def _cell(why: str | None) -> str:
     """What the table says of a capability."""
-    return "exact" if why is None else why if why.startswith("from ") else "refused"
+    return "exact" if why is None else why if why.startswith("from ") or why.endswith("%") else "refused"
 
 
 def _too_long(*_: object) -> None:
@@ -148,7 +181,7 @@ def main() -> None:
         signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"no end within {LIMIT_S} s"))
     )
     rows, refused = [], []
-    exact = dict.fromkeys(COLUMNS, 0)
+    exact = dict.fromkeys((*COLUMNS, "tp in part"), 0)
     names = types()
     for name in names:
         signal.alarm(LIMIT_S)
@@ -159,7 +192,8 @@ def main() -> None:
             continue
         cells = [_cell(found.get(column)) for column in COLUMNS]
         for column in COLUMNS:
-            exact[column] += _cell(found.get(column)) != "refused"
+            cell = _cell(found.get(column))
+            exact[f"{column} in part" if cell.endswith("%") else column] += cell != "refused"
         rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     text = TEXT.format(
@@ -172,6 +206,7 @@ def main() -> None:
         rule="|".join("---" for _ in COLUMNS),
         rows="\n".join(rows),
         fields=_fields(),
+        ranks=_on_ranks(),
         refused="\n".join(refused),
     )
     Path(sys.argv[1]).write_text(text)

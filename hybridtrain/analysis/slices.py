@@ -51,11 +51,15 @@ def slicing_for_linears(config: Any, *, tp: int) -> Slicing:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A slicing, the share of the layers' matrix products that it cuts, and what is not cut -> why."""
+    """A slicing that is proven."""
 
     slicing: Slicing
     share: float
+    """Of the layers' matrix products."""
+    cut: tuple[str, ...]
+    """Names of the blocks that are cut."""
     whole: Mapping[str, str]
+    """What is not cut -> why: blocks, vocabulary, sequence."""
 
 
 _FOUND: dict[str, Found] = {}
@@ -74,7 +78,7 @@ def _read(answer: Mapping[str, Any]) -> Found:
         fields[name] = tuple(fields[name])
     fields["divided"] = {path: tuple(names) for path, names in fields["divided"].items()}
     fields["partial"] = frozenset(fields["partial"])
-    return Found(Slicing(**fields), answer["share"], answer["whole"])
+    return Found(Slicing(**fields), answer["share"], tuple(answer["cut"]), answer["whole"])
 
 
 def _valid(answer: Mapping[str, Any]) -> bool:
@@ -91,14 +95,15 @@ def _examined(config: Any, size: int, kind: str) -> Found:
         copy = analyse.copy_of(config, tp=size)
         probe = Probe(copy, size=size)
     except Exception as error:  # sizes that this architecture does not accept
-        return Found(NOTHING, 0.0, {"all": analyse.words(error)})
+        return Found(NOTHING, 0.0, (), {"all": analyse.words(error)})
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:
-        slicing, whole = search(probe, kind=kind, without=without)
+        slicing, cut, whole = search(probe, kind=kind, without=without)
         problems = _too_uneven(model, slicing, layers=layers, heads=heads_of(config), size=size)
         if not problems:
-            return Found(slicing, share_of_products(model, slicing, layers=layers), {**whole, **without})
+            share = share_of_products(model, slicing, layers=layers)
+            return Found(slicing, share, cut, {**whole, **without})
         without |= {
             block.name: problems[path]
             for block in blocks(copy)
@@ -122,24 +127,23 @@ def _too_uneven(
     return problems
 
 
-def search(probe: Probe, *, kind: str, without: Mapping[str, str]) -> tuple[Slicing, dict[str, str]]:
-    """(the proven slicing of a reduced copy, block -> why it is not cut)."""
-    copy, found, whole = probe.copy, [], {}
+def search(
+    probe: Probe, *, kind: str, without: Mapping[str, str]
+) -> tuple[Slicing, tuple[str, ...], dict[str, str]]:
+    """(the proven slicing of a reduced copy, names of its blocks, what is not cut -> why)."""
+    copy, slicing, names, whole = probe.copy, NOTHING, [], {}
     for block in blocks(copy):
         if block.name in without:
             continue
         try:
-            found.append(_first_proven(probe, _candidates(block, copy, kind=kind)))
+            alone = _first_proven(probe, _candidates(block, copy, kind=kind))
+            # Blocks that are right alone are right together, or the later one stays whole.
+            slicing = probe.prove(joined(slicing, alone)) if names else alone
+            names.append(block.name)
         except Failure as failure:
             whole[block.name] = str(failure)
-    slicing = NOTHING
-    for each in found:  # blocks that are right alone are right together, or the later one stays whole
-        try:
-            slicing = probe.prove(joined(slicing, each))
-        except Failure as failure:
-            whole[", ".join(each.cuts)] = str(failure)
     if kind == LINEARS:
-        return slicing, whole
+        return slicing, tuple(names), whole
     wanted = [dataclasses.replace(slicing, vocabulary=True)]
     if kind == WITH_SEQUENCE:
         wanted = [
@@ -152,10 +156,11 @@ def search(probe: Probe, *, kind: str, without: Mapping[str, str]) -> tuple[Slic
         try:
             proven = probe.prove(each)
             done = {"sequence": bool(each.sequence), "vocabulary": each.vocabulary}
-            return proven, whole | {name: why for name, why in reasons.items() if not done[name]}
+            whole |= {name: why for name, why in reasons.items() if not done[name]}
+            return proven, tuple(names), whole
         except Failure as failure:
             reasons.setdefault("sequence" if each.sequence else "vocabulary", str(failure))
-    return slicing, whole | reasons
+    return slicing, tuple(names), whole | reasons
 
 
 def _candidates(block: Block, copy: analyse.Copy, *, kind: str) -> Iterator[Slicing]:

@@ -69,7 +69,7 @@ def result(case: Case) -> dict[str, Any]:
     except UserError as error:
         return {"result": "refused", "why": str(error).splitlines()[0]}
     difference = largest_difference(on_ranks(case), reference(case))
-    row = {"result": "exact" if difference <= 1e-5 else "wrong", "difference": difference}
+    row: dict[str, Any] = {"result": "exact" if difference <= 1e-5 else "wrong", "difference": difference}
     if case.layout.startswith("tp"):
         cut = settled.facts.sliced
         row |= {"cut": 1.0 if cut is None else cut, "sequence": settled.facts.sequence}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import attention, classifier
+from hybridtrain.models import attention, classifier, known
 from hybridtrain.models.build import attention_of, plain_model
 from hybridtrain.models.reduced import HIDDEN, reduced
 
@@ -216,6 +216,8 @@ def _layers(model: Any) -> str:
     """The list of as many modules with parameters as the config has layers: one of `_no_split_modules`, not
     of an encoder, with the shortest path.
     """
+    if (known_path := known.LAYERS.get(model.config.model_type)) is not None:
+        return known_path
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     unsplit = set(getattr(model, "_no_split_modules", None) or ())
     found = [

@@ -33,7 +33,8 @@ def gemma3n(layers: int, *, sharing: int) -> dict[str, Any]:
         "activation_sparsity_pattern": None,
     }
     sizes = {"num_hidden_layers": layers, "num_kv_shared_layers": sharing}
-    return {**sizes, **per_layer, "layer_numbers": list(range(layers))}  # so that its copy keeps all layers
+    different = [str(index) for index in range(layers)]  # so that its copy keeps all layers
+    return {**sizes, **per_layer, "kinds_of_layers": different}
 
 
 @pytest.mark.parametrize(

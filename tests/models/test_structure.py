@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 from torch import nn
 
+from hybridtrain.errors import UserError
+from hybridtrain.models import known, structure
 from hybridtrain.models.structure import structure_of, stub
 from tests.families.copies import config_of
 
@@ -50,3 +53,21 @@ def test_a_stub_has_the_modules_of_its_layer_as_attributes() -> None:
     assert found.inner is layer.inner
     assert not list(found.parameters())
     assert found(3) == 3
+
+
+def test_a_list_of_layers_that_is_not_found_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if GPT-2's config said another number of layers than the model has."""
+    config, real = config_of("gpt2"), structure._copy
+    expected = structure_of(config)
+
+    def copied(*given: Any) -> Any:
+        model = real(*given)
+        model.config.n_layer += 1
+        return model
+
+    monkeypatch.setattr(structure, "_copy", copied)
+    monkeypatch.setattr(structure, "_FOUND", {})
+    with pytest.raises(UserError, match="no list of 5 layers was found"):
+        structure_of(config)
+    monkeypatch.setitem(known.LAYERS, "gpt2", "transformer.h")
+    assert structure_of(config) == expected

@@ -133,8 +133,10 @@ class ModelFacts:
     attend to each other)."""
     sliced: float | None = None
     """Part of the layers' matrix products that tensor parallelism cuts; None: all, by their sizes."""
+    stored: float | None = None
+    """Part of the layers' parameters of which a tensor-parallel rank stores only its own; None: as above."""
     sequence: bool = True
-    """Whether it can be cut along the sequence too."""
+    """Whether activations can be cut along the sequence too."""
     whole: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What tensor parallelism leaves whole on every rank -> why."""
     shared: Mapping[str, int] = dataclasses.field(default_factory=dict)

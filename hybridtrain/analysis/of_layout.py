@@ -33,5 +33,10 @@ def facts_of_layout(
         why = "; ".join(f"{name}: {reason}" for name, reason in found.whole.items() if name != "sequence")
         refused["tp"] = f"{found.share:.0%} of its layers' matrix products would be cut ({why or 'no more'})"
     return replace(
-        facts, refused=refused, sliced=found.share, sequence=bool(found.slicing.sequence), whole=found.whole
+        facts,
+        refused=refused,
+        sliced=found.share,
+        stored=found.stored,
+        sequence=bool(found.slicing.sequence),
+        whole=found.whole,
     )

@@ -5,7 +5,7 @@ copy (probe.py) before it is used. What is not proven stays whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,8 @@ class Found:
     slicing: Slicing
     share: float
     """Of the layers' matrix products."""
+    stored: float
+    """The part of the layers' parameters of which a rank stores only its own."""
     cut: tuple[str, ...]
     """Names of the blocks that are cut."""
     whole: Mapping[str, str]
@@ -78,7 +80,7 @@ def _read(answer: Mapping[str, Any]) -> Found:
         fields[name] = tuple(fields[name])
     fields["divided"] = {path: tuple(names) for path, names in fields["divided"].items()}
     fields["partial"] = frozenset(fields["partial"])
-    return Found(Slicing(**fields), answer["share"], tuple(answer["cut"]), answer["whole"])
+    return Found(Slicing(**fields), answer["share"], answer["stored"], tuple(answer["cut"]), answer["whole"])
 
 
 def _valid(answer: Mapping[str, Any]) -> bool:
@@ -95,7 +97,7 @@ def _examined(config: Any, size: int, kind: str) -> Found:
         copy = analyse.copy_of(config, tp=size)
         probe = Probe(copy, size=size)
     except Exception as error:  # sizes that this architecture does not accept
-        return Found(NOTHING, 0.0, (), {"all": analyse.words(error)})
+        return Found(NOTHING, 0.0, 0.0, (), {"all": analyse.words(error)})
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:
@@ -103,7 +105,8 @@ def _examined(config: Any, size: int, kind: str) -> Found:
         problems = _too_uneven(model, slicing, layers=layers, heads=heads_of(config), size=size)
         if not problems:
             share = share_of_products(model, slicing, layers=layers)
-            return Found(slicing, share, cut, {**whole, **without})
+            stored = share_of_storage(model, slicing, layers=layers, size=size)
+            return Found(slicing, share, stored, cut, {**whole, **without})
         without |= {
             block.name: problems[path]
             for block in blocks(copy)
@@ -131,7 +134,8 @@ def search(
     probe: Probe, *, kind: str, without: Mapping[str, str]
 ) -> tuple[Slicing, tuple[str, ...], dict[str, str]]:
     """(the proven slicing of a reduced copy, names of its blocks, what is not cut -> why)."""
-    copy, slicing, names, whole = probe.copy, NOTHING, [], {}
+    copy, slicing, whole = probe.copy, NOTHING, {}
+    names: list[str] = []
     for block in blocks(copy):
         if block.name in without:
             continue
@@ -213,12 +217,33 @@ def share_of_products(model: Any, slicing: Slicing, *, layers: str) -> float:
     """The part of the matrix products of a token in the layers that is cut, of a model on meta."""
     text = model.config.get_text_config(decoder=True)
     experts, used = experts_of(text)
-    total = cut = 0.0
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{layers}.") or parameter.dim() < 2:
-            continue
+
+    def products(path: str, parameter: Any) -> float:  # noqa: ARG001 - the signature of a weight
         stacked = parameter.dim() == 3 and experts and parameter.shape[0] == experts
-        products = parameter.numel() * (used / experts if stacked else 1.0)
-        total += products
-        cut += products if name.removeprefix(f"{layers}.").partition(".")[2] in slicing.cuts else 0.0
-    return cut / total if total else 0.0
+        return parameter.numel() * (used / experts if stacked else 1.0) * (parameter.dim() > 1)
+
+    return _share(model, products, cut=lambda path, parameter: path in slicing.cuts, layers=layers)  # noqa: ARG005
+
+
+def share_of_storage(model: Any, slicing: Slicing, *, layers: str, size: int) -> float:
+    """The part of the layers' parameters of which a rank stores only its own, of a model on meta."""
+    heads = heads_of(model.config)
+
+    def stored(path: str, parameter: Any) -> bool:
+        cut, shape = slicing.cuts.get(path), tuple(parameter.shape)
+        return cut is not None and piece(cut, shape, heads=heads, rank=0, size=size).stored
+
+    return _share(model, lambda path, parameter: parameter.numel(), cut=stored, layers=layers)  # noqa: ARG005
+
+
+def _share(
+    model: Any, weight: Callable[[str, Any], float], *, cut: Callable[[str, Any], bool], layers: str
+) -> float:
+    """The part of the weight of all parameters of the layers that those with a `cut` have."""
+    total = part = 0.0
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{layers}."):
+            path = name.removeprefix(f"{layers}.").partition(".")[2]
+            total += weight(path, parameter)
+            part += weight(path, parameter) * cut(path, parameter)
+    return part / total if total else 0.0

@@ -72,13 +72,7 @@ def parameters_of_stage(facts: ModelFacts, *, layers: range, tp: int) -> tuple[i
     Biases and small norms count as sharded, an error below 0.1 %.
     """
     first, last = layers.start == 0, layers.stop == facts.layers
-    # Key and value projections with fewer heads than ranks are full on every rank.
-    repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0
-    norms = 2 * facts.hidden if tp > 1 else 0
-    sizes = [
-        math.ceil((size - repeated - norms) / tp) + repeated + norms
-        for size in facts.parameters_of_layers[layers.start : layers.stop]
-    ]
+    sizes = [_on_rank(facts, size, tp=tp) for size in facts.parameters_of_layers[layers.start : layers.stop]]
     embedding, head = (math.ceil(rows / tp) * facts.hidden for rows in (facts.vocab, facts.outputs))
     rows = facts.vocab * facts.hidden
     shared = sum(facts.shared.values())
@@ -87,6 +81,16 @@ def parameters_of_stage(facts: ModelFacts, *, layers: range, tp: int) -> tuple[i
     both = embeds and last and facts.tied
     ends = embeds * embedding + shared + first * (_others(facts) - shared) + last * facts.hidden
     return sum(sizes) + ends + (last and not both) * head, max(sizes)
+
+
+def _on_rank(facts: ModelFacts, size: int, *, tp: int) -> int:
+    """Of a layer with `size` parameters those that a tensor-parallel rank stores."""
+    if facts.stored is not None:
+        return math.ceil(size * (1 - facts.stored + facts.stored / tp))
+    # Key and value projections with fewer heads than ranks are full on every rank.
+    repeated = 2 * facts.hidden * facts.kv_heads * facts.head_dim if tp > facts.kv_heads else 0
+    whole = repeated + (2 * facts.hidden if tp > 1 else 0)
+    return math.ceil((size - whole) / tp) + whole
 
 
 def _others(facts: ModelFacts) -> int:
@@ -135,7 +139,7 @@ def _of_torch(
     share = math.ceil(total / layout.dp_shard)
     # Weight, gradient and two moments; the state of a registered optimizer is unknown.
     state = share * w.stored * (4 if config.optim.kind == "adamw" else 2)
-    wrapped = layout.dp > 1 or layout.tp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
+    wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
         return MemoryNeed(state, head, 0)
     gathered = (largest if zero == 3 else total) * w.compute

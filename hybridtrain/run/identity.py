@@ -258,7 +258,7 @@ def model_fingerprint(facts: ModelFacts) -> str:
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
-    for name in (*later, "sliced", "sequence", "whole"):
+    for name in (*later, "sliced", "stored", "sequence", "whole"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

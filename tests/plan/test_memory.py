@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from hybridtrain import engine as engines
 from hybridtrain.analysis.facts import facts
 from hybridtrain.cli.main import main
 from hybridtrain.config.schema import Config, ParallelConfig
@@ -15,6 +16,7 @@ from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import memory, notation
 from hybridtrain.plan.batch import BatchPlan
 from tests.cases import Case, model, start
+from tests.families.copies import fields_of
 from tests.ranks import run_ranks
 from tests.runs import arguments, corpus
 
@@ -59,6 +61,21 @@ def test_the_formula_is_what_an_engine_holds(layout, tied, precision):
     case = Case(layout, fields, precision=precision, micro_batch_size=1)
     config = case.config()
     assert needs(config, layout, fields).state == max(run_ranks(case.world_size, held, case))
+
+
+@pytest.mark.parametrize("model_type", ["phi3", pytest.param("bloom", marks=pytest.mark.slow)])
+def test_what_tensor_parallel_ranks_store_whole_is_counted(model_type):
+    """Matrices of which a rank uses two parts; attention that is not cut."""
+    case = Case("tp2", fields_of(model_type), micro_batch_size=1)
+    settled = engines.settle(case.config(), world_size=2)
+    need = memory.needs(
+        case.config(),
+        parallel=case.config().parallel,
+        layout=settled.layout,
+        plan=settled.plan,
+        facts=settled.facts,
+    )
+    assert need.state == pytest.approx(max(run_ranks(2, held, case)), rel=0.01)
 
 
 @pytest.mark.parametrize("layout", ["pp2-cut1", "pp2-cut3", "pp2-zbv_zero_bubble"])

@@ -70,12 +70,13 @@ class Reference:
             name: sum(int(self.task.counts(batch)[name]) for batch in micro_batches)
             for name in self.task.weights
         }
-        gradients = {
-            name: torch.zeros(p.shape) for name, p in self.master.named_parameters() if p.requires_grad
-        }
+        trained = {name: p for name, p in self.master.named_parameters() if p.requires_grad}
         totals = dict.fromkeys(counts, 0.0)
         if not any(counts.values()):  # no targets: no loss and no update
-            return ReferenceStep(math.nan, 0.0, gradients)
+            return ReferenceStep(math.nan, 0.0, {name: torch.zeros(p.shape) for name, p in trained.items()})
+        gradients: dict[
+            str, Tensor
+        ] = {}  # not of what the model does not use: that gets no weight decay either
         self._refresh()
         for batch in micro_batches:
             sums = self._sums(batch)
@@ -84,22 +85,23 @@ class Reference:
             means = [weight * sums[name] / max(1, counts[name]) for name, weight in self.task.weights.items()]
             (torch.stack(means).sum() * self.loss_scale).backward()
             for name, parameter in self.worker.named_parameters():
-                if name in gradients and parameter.grad is not None:
-                    gradients[name] += parameter.grad.float() / self.loss_scale
+                if name in trained and parameter.grad is not None:
+                    part = parameter.grad.float() / self.loss_scale
+                    gradients[name] = gradients[name] + part if name in gradients else part
                 parameter.grad = None
         for name, parameter in self.master.named_parameters():
             parameter.grad = gradients[name].to(parameter.dtype, copy=True) if name in gradients else None
-        trained = [p for p in self.master.parameters() if p.grad is not None]
+        updated = [p for p in self.master.parameters() if p.grad is not None]
         # fp64: on the CPU torch's fp32 norm is one running sum, with errors of 1e-5 at 2^20 elements and 8e-4
         # at 2^24
         squares = [
             torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-            for gradient in (p.grad for p in trained)
+            for gradient in (p.grad for p in updated)
             if gradient is not None
         ]
         norm = torch.stack(squares).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(
-            trained, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float()
+            updated, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float()
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -101,6 +101,9 @@ def hostile(kind: str, rng: random.Random) -> Any:
             return rng.choice(TEXTS)
         case "list[str]":
             return [rng.choice(TEXTS) for _ in range(rng.randint(0, 3))]
+        case "list[int]":
+            numbers = [number for number in NUMBERS if number == number and abs(number) < 1e40]
+            return [int(rng.choice(numbers)) for _ in range(rng.randint(0, 3))]
         case "list[float]":
             return [float(rng.choice(NUMBERS)) for _ in range(rng.randint(0, 3))]
         case "dict[str, float]":

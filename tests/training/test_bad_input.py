@@ -82,7 +82,10 @@ CASES = {
         "batch.global_batch_size=7", "allowed: multiples of 2", 2, {"batch__global_batch_size": 7}
     ),
     "sequence parallel": Case(
-        "data.seq_len=33", "tp=2 equal parts", 2, {"parallel__tp": 2, "data__seq_len": 33}
+        "data.seq_len=33",
+        "tp=2 equal parts",
+        2,
+        {"parallel__tp": 2, "data__seq_len": 33, "parallel__sequence_parallel": "true"},
     ),
     "split backward with ZeRO-3": Case(
         "parallel.zero_stage=3",
@@ -225,7 +228,8 @@ def test_other_ranks_keep_silent_about_what_every_rank_can_see(
 
 
 def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: Path) -> None:
-    argv = arguments(tmp_path / "run", data, parallel__tp=2, data__seq_len=33)
+    options = {"parallel__tp": 2, "parallel__sequence_parallel": "true", "data__seq_len": 33}
+    argv = arguments(tmp_path / "run", data, **options)
     environment = {
         **os.environ,
         "RANK": "0",

@@ -74,9 +74,8 @@ class Reference:
         totals = dict.fromkeys(counts, 0.0)
         if not any(counts.values()):  # no targets: no loss and no update
             return ReferenceStep(math.nan, 0.0, {name: torch.zeros(p.shape) for name, p in trained.items()})
-        gradients: dict[
-            str, Tensor
-        ] = {}  # not of what the model does not use: that gets no weight decay either
+        gradients: dict[str, Tensor] = {}
+        """Of what the model uses; the rest gets no weight decay either."""
         self._refresh()
         for batch in micro_batches:
             sums = self._sums(batch)

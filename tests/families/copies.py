@@ -42,8 +42,13 @@ def config_of(model_type: str, **fields: Any) -> Any:
 
 def fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
     """config.json fields of its reduced copy, in which initial weights are large enough to be seen."""
+    return _with_large_weights(own_fields_of(model_type, **fields))
+
+
+def own_fields_of(model_type: str, **fields: Any) -> dict[str, Any]:
+    """config.json fields of its reduced copy."""
     small = reduced(config_of(model_type, **fields), random=False, tp=1).to_dict()
-    return {**_with_large_weights(small), "model_type": model_type}
+    return {**small, "model_type": model_type}
 
 
 def _with_large_weights(fields: Mapping[str, Any]) -> dict[str, Any]:

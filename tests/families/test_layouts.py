@@ -36,7 +36,7 @@ def test_layouts_equal_the_plain_process(model_type: str, layout: str) -> None:
     assert_parity(Case(layout, fields_of(model_type)))
 
 
-MORE = ("llama", "cohere2", "gemma3_text", "qwen3_moe", "deepseek_v3", "gpt_neox", "falcon", "opt")
+MORE = ("llama", "cohere2", "gemma3_text", "qwen3_moe", "deepseek_v3", "gpt_neox", "falcon", "stablelm")
 
 
 @pytest.mark.slow
@@ -56,7 +56,8 @@ def test_more_ranks_than_key_value_heads(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "phi3", "olmo2", "mixtral", "granite"])
 def test_in_sixteen_bits(model_type: str, precision: str) -> None:
     """Compared with the plain process in the same precision: the order of additions differs."""
-    case = Case("dp_shard2-tp2-zero3", fields_of(model_type), precision=precision)
+    small = (("precision.init_scale", 64.0),)  # no step is skipped
+    case = Case("dp_shard2-tp2-zero3", fields_of(model_type), precision=precision, overrides=small)
     found = differences(on_ranks(case), reference(case))
     assert found["loss_rel"] < 2e-2, found
     assert found["grad_norm_rel"] < 5e-2, found

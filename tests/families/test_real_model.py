@@ -117,13 +117,16 @@ def test_three_steps_equal_the_plain_process(folder: Path, layout: str) -> None:
     given = case(folder, layout)
     plain = reference(given)
     found = run_ranks(given.world_size, measured, given)
+    # The first norm is 42.4975 in fp64, 42.5002 in one process in fp32, and 42.4987 with tp2, whose sums are
+    # in another order: what fp32 can tell of this model.
+    near = 1e-4 if layout == "tp2" else 1e-5
     for steps, norms, peak in found:
         print(f"{layout}: {peak:.1f} GiB")
         assert steps == [
-            pytest.approx(pair, rel=1e-5) for pair in zip(plain.losses, plain.grad_norms, strict=True)
+            pytest.approx(pair, rel=near) for pair in zip(plain.losses, plain.grad_norms, strict=True)
         ]
         for name, value in norms.items():
-            assert value == pytest.approx(norm(plain.parameters[name]), rel=1e-6), name
+            assert value == pytest.approx(norm(plain.parameters[name]), rel=near / 10), name
     assert {name for _, norms, _ in found for name in norms} == plain.parameters.keys()
 
 

@@ -52,17 +52,22 @@ def rows() -> list[dict[str, Any]]:
 
 
 def largest_difference(ours: Outcome, theirs: Outcome) -> float:
-    """Relative, of losses, norms and gradients; of a gradient that is less than a thousandth of all, to
-    that."""
-    pairs = [*zip(ours.losses, theirs.losses, strict=True)]
-    pairs += zip(ours.grad_norms, theirs.grad_norms, strict=True)
+    """Relative, of the first step's loss, gradient norm and gradients; of a gradient that is less than a
+    thousandth of all, to that.
+
+    The second step divides by the size of gradients that may be nothing but rounding.
+    """
     total = theirs.grad_norms[0]
     gradients = [
         float((ours.gradients.get(name, torch.zeros(())) - gradient).norm())
         / max(float(gradient.norm()), 1e-3 * total)
         for name, gradient in theirs.gradients.items()
     ]
-    return max(*gradients, *(abs(a - b) / abs(b) for a, b in pairs))
+    return max(
+        *gradients,
+        abs(ours.losses[0] / theirs.losses[0] - 1),
+        abs(ours.grad_norms[0] / theirs.grad_norms[0] - 1),
+    )
 
 
 def result(case: Case) -> dict[str, Any]:
@@ -70,12 +75,15 @@ def result(case: Case) -> dict[str, Any]:
         settled = engines.settle(case.config(), world_size=case.world_size)
     except UserError as error:
         return {"result": "refused", "why": str(error).splitlines()[0]}
-    ours, theirs = on_ranks(case), reference(case)
-    difference = largest_difference(ours, theirs)
-    after = max(float((ours.parameters[n] - p).abs().max()) for n, p in theirs.parameters.items())
-    exact = difference <= 1e-5 and after <= 0.05 * case.lr * case.steps
-    row: dict[str, Any] = {"result": "exact" if exact else "wrong"}
-    row |= {"difference": difference, "parameters": after}
+    theirs = reference(case)
+    ours = on_ranks(case)
+    row: dict[str, Any] = {"difference": largest_difference(ours, theirs)}
+    row["second_loss"] = abs(ours.losses[1] / theirs.losses[1] - 1)
+    row["result"] = "exact" if max(row.values()) <= 1e-5 else "wrong"
+    if row["result"] == "wrong":  # thresholds and choices in a model amplify rounding, in one process as well
+        row["one_process"] = largest_difference(on_ranks(dataclasses.replace(case, layout="single")), theirs)
+        limit = max(1e-5, 2 * row["one_process"])
+        row["result"] = "rounding" if row["difference"] <= limit and row["second_loss"] < 1e-3 else "wrong"
     if case.layout.startswith("tp"):
         cut = settled.facts.sliced
         row |= {"cut": 1.0 if cut is None else cut, "sequence": settled.facts.sequence}

@@ -55,7 +55,7 @@ class Reference:
         divided by it again."""
         self.master: nn.Module = build_model(config, source=source, param=param, device=torch.device("cpu"))
         for name, parameter in self.master.named_parameters():
-            parameter.requires_grad_(not matches(name, freeze))
+            parameter.requires_grad_(parameter.requires_grad and not matches(name, freeze))
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))

@@ -74,7 +74,8 @@ class PlainLoop:
         source = initial(config.model, built, seed=config.run.seed)
         self.model = reference.build_model(built, source=source, param=precision.param, device=device)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not matches(name, config.model.freeze))
+            frozen = matches(name, config.model.freeze)
+            parameter.requires_grad_(parameter.requires_grad and not frozen)
         if config.recompute.kind == "full":  # Hugging Face has no `selective`, which here is `none`
             # its older name
             recompute: Any = (

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.models.plain import TYPES
 
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Rotary fields of config.json."""
@@ -97,6 +98,9 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     if _of_layer_types(chosen.get("rope_parameters")):
         before = source.get("rope_parameters") if _of_layer_types(source.get("rope_parameters")) else None
         return {**(before or {}), **chosen["rope_parameters"]}
+    if chosen.get("model_type", source.get("model_type")) not in TYPES and "rope_parameters" in chosen:
+        # Keys of its own: that they are in the built config is checked later (build.py).
+        return {**rope_of(source), **chosen["rope_parameters"]}
     rope_chosen, base = _chosen_rope(chosen), rope_of(source)
     kind = rope_chosen.get("rope_type") or base.get("rope_type") or "default"
     if kind not in ROPE_TYPES:
@@ -134,8 +138,8 @@ def _of_layer_types(rope: Any) -> bool:
     """Whether rotary fields are those of each type of layers, as {full_attention: {rope_type: ...}}."""
     return (
         isinstance(rope, Mapping)
-        and bool(rope)
-        and all(key.endswith("_attention") and isinstance(value, Mapping) for key, value in rope.items())
+        and any(isinstance(value, Mapping) for value in rope.values())
+        and all(value is None or isinstance(value, Mapping) for value in rope.values())
     )
 
 

@@ -86,6 +86,8 @@ class Stage(nn.Module):
                 _replace(self, path, stub(self.part(path), _unchanged))
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
+        self.untrained = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        """Parameters that the model itself does not train, such as fixed positions."""
 
     def _replace_before(self) -> None:
         """Make stubs of what is called before the layers and belongs to the first stage alone."""

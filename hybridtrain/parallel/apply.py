@@ -155,7 +155,8 @@ def _to_freeze(stage: Stage, context: Context) -> set[str]:
     """A pattern may match nothing on this stage; one that matches on no stage
     is refused by models/patterns.py.
     """
-    return {name for name in _parameters(stage) if matches(stage.owner(name), context.freeze)}
+    frozen = {name for name in _parameters(stage) if matches(stage.owner(name), context.freeze)}
+    return frozen | stage.untrained
 
 
 def _frozen(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names

@@ -63,6 +63,12 @@ def test_in_sixteen_bits(model_type: str, precision: str) -> None:
     assert found["grad_norm_rel"] < 5e-2, found
 
 
+@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=SLOW), "dp_shard2-zero3"])
+def test_what_a_model_does_not_train_stays(layout: str) -> None:
+    """AFMoE's biases of experts are parameters without a gradient, which are neither updated nor decayed."""
+    assert_parity(Case(layout, fields_of("afmoe")))
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", pytest.param("gpt2", marks=SLOW)])
 def test_compiled_and_recomputed(model_type: str) -> None:
     overrides: tuple[tuple[str, Any], ...] = (

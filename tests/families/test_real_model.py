@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from hybridtrain.cli import commands
 from hybridtrain.types import IGNORE_INDEX, Batch
 from tests.cases import Case, reference, start, whole
+from tests.families.test_shared import command
 from tests.ranks import run_ranks
+from tests.runs import finished
 
 pytestmark = pytest.mark.table
 BEGIN = 2
@@ -128,6 +131,25 @@ def test_three_steps_equal_the_plain_process(folder: Path, layout: str) -> None:
         for name, value in norms.items():
             assert value == pytest.approx(norm(plain.parameters[name]), rel=near / 10), name
     assert {name for _, norms, _ in found for name in norms} == plain.parameters.keys()
+
+
+def test_trained_and_exported_it_still_answers(folder: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = {"parallel": "tp2", "train__steps": 3, "optim__lr": 1e-7, "engine__check_memory": False}
+    finished(2, command(run, data, folder, **options))
+    assert commands.run_command("export", [str(run), "export.dtype=bfloat16"]) == 0
+    assert "Paris" in answer(folder, weights=folder)
+    assert "Paris" in answer(folder, weights=run / "export")
+
+
+def answer(folder: Path, *, weights: Path) -> str:
+    """Greedy continuation of a question, with the tokenizer of `folder`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    return tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0])
 
 
 def test_a_batch_is_text(folder: Path) -> None:

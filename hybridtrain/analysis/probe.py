@@ -33,6 +33,8 @@ from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 
 _LIMIT_S = 60
+_ROUNDING = 1e-6
+"""Part of the whole gradient's norm below which that of a parameter may be nothing but rounding."""
 
 
 class ThreadRanks:
@@ -83,12 +85,17 @@ class Probe:
         found = self._run(slicing, backward=True)
         prefix = f"{found[0].stage.structure.layers}."
         verdicts: dict[str, bool] = {}
+        unknown: dict[str, bool] = {}
         for name in {name for rank in found for name in rank.gradients}:
-            if (is_partial := self._is_partial(name, found)) is None:
+            inside = name.startswith(prefix)
+            key = name.removeprefix(prefix).partition(".")[2] if inside else name
+            if self._is_cut(name, found):
                 continue
-            key = name.removeprefix(prefix).partition(".")[2] if name.startswith(prefix) else name
-            if verdicts.setdefault(key, is_partial) != is_partial:
+            if (is_partial := self._is_partial(name, found)) is None:
+                unknown[key] = inside
+            elif verdicts.setdefault(key, is_partial) != is_partial:
                 raise Failure(f"the gradient of {key} is partial in some layers")
+        verdicts = {key: inside and _between(key, slicing) for key, inside in unknown.items()} | verdicts
         partial_ones = frozenset(key for key, is_partial in verdicts.items() if is_partial)
         return dataclasses.replace(slicing, partial=partial_ones)
 
@@ -128,28 +135,36 @@ class Probe:
                 raise Failure(f"loss differs by {off:.1e}")
         return ranks
 
-    def _is_partial(self, name: str, ranks: list[_Rank]) -> bool | None:
-        """Whether the ranks' gradients of a parameter add up to the whole one; None where they are zero, or
-        of different parts of the parameter. Raises Failure.
-        """
+    def _is_cut(self, name: str, ranks: list[_Rank]) -> bool:
+        """Whether ranks store different parts of a parameter, and have their gradients. Raises Failure."""
         one = ranks[0]
-        owner = one.stage.owner(name)
-        whole = self.expected[1].get(owner)
-        parts = [rank.gradients.get(name) for rank in ranks]
-        if whole is None:
-            whole = torch.zeros_like(one.whole[name])
-        if (name in one.cut and one.cut[name].stored) or name in one.rows:
-            for rank, part in zip(ranks, parts, strict=True):
-                self._compare(name, part, rank.part_of(name, whole))
-            return None
-        if all(part is None or not part.any() for part in (whole, *parts)):
-            return None
-        same = [self._difference(part, whole) <= TOLERANCE for part in parts]
-        if all(same):
+        if not ((name in one.cut and one.cut[name].stored) or name in one.rows):
             return False
-        present = [part for part in parts if part is not None]
-        self._compare(name, torch.stack(present).sum(0) if present else None, whole)
+        whole = self._whole(name, one)
+        for rank in ranks:
+            self._compare(name, rank.gradients.get(name), rank.part_of(name, whole))
         return True
+
+    def _is_partial(self, name: str, ranks: list[_Rank]) -> bool | None:
+        """Whether the ranks' gradients of a parameter add up to the whole one; None where that is nothing but
+        rounding. Raises Failure.
+        """
+        whole = self._whole(name, ranks[0])
+        parts = [torch.zeros_like(whole) if p is None else p for p in (r.gradients.get(name) for r in ranks)]
+        size = whole.norm().item()
+        if max(size, *(part.norm().item() for part in parts)) <= _ROUNDING * self.total:
+            return None
+        # Of two ranks or more, not all have nearly the whole.
+        if all((part - whole).norm().item() <= 0.25 * size for part in parts):
+            for part in parts:
+                self._compare(name, part, whole)
+            return False
+        self._compare(name, torch.stack(parts).sum(0), whole)
+        return True
+
+    def _whole(self, name: str, rank: _Rank) -> Tensor:
+        whole = self.expected[1].get(rank.stage.owner(name))
+        return torch.zeros_like(rank.whole[name]) if whole is None else whole
 
     def _compare(self, name: str, actual: Tensor | None, expected: Tensor) -> None:
         off = self._difference(actual, expected)
@@ -159,6 +174,16 @@ class Probe:
     def _difference(self, actual: Tensor | None, expected: Tensor) -> float:
         actual = torch.zeros_like(expected) if actual is None else actual
         return ((actual - expected).norm() / max(expected.norm().item(), 1e-3 * self.total)).item()
+
+
+def _between(key: str, slicing: Slicing) -> bool:
+    """Whether a parameter of a layer is where gradients are partial: inside a block, or anywhere if ranks
+    have other positions.
+
+    For those whose gradient does not tell, such as that of a router that always chooses one expert: what is
+    rounding must be added too, or the ranks' copies of the parameter drift apart.
+    """
+    return bool(slicing.sequence) or any(key.startswith(f"{path}.") for path in slicing.inputs)
 
 
 class _Rank:

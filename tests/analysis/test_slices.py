@@ -37,6 +37,15 @@ def test_more_ranks_than_key_value_heads() -> None:
     assert shared == {"self_attn.k_proj.weight", "self_attn.v_proj.weight"}
 
 
+def test_a_gradient_that_is_nothing_but_rounding_is_added() -> None:
+    """Of a router that gives all weight to the one expert it chooses; else the ranks' copies drift apart."""
+    config = config_of("hunyuan_v1_moe", head_dim=128, moe_topk=1)
+    for kind in (slices.WITH_SEQUENCE, slices.WITHOUT_SEQUENCE):
+        found = slices.slicing_of(config, size=2, kind=kind).slicing
+        assert "mlp.gate.wg.weight" in found.partial
+        assert "mlp.experts.down_proj" in found.cuts
+
+
 @pytest.mark.parametrize(
     ("fields", "left"),
     [

@@ -81,7 +81,8 @@ def result(case: Case) -> dict[str, Any]:
     row["second_loss"] = abs(ours.losses[1] / theirs.losses[1] - 1)
     row["result"] = "exact" if max(row.values()) <= 1e-5 else "wrong"
     if row["result"] == "wrong":  # thresholds and choices in a model amplify rounding, in one process as well
-        row["one_process"] = largest_difference(on_ranks(dataclasses.replace(case, layout="single")), theirs)
+        alone = dataclasses.replace(case, layout="single", overrides=())
+        row["one_process"] = largest_difference(on_ranks(alone), theirs)
         limit = max(1e-5, 2 * row["one_process"])
         row["result"] = "rounding" if row["difference"] <= limit and row["second_loss"] < 1e-3 else "wrong"
     if case.layout.startswith("tp"):

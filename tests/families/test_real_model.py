@@ -136,7 +136,8 @@ def test_three_steps_equal_the_plain_process(folder: Path, layout: str) -> None:
 def test_trained_and_exported_it_still_answers(folder: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = {"parallel": "tp2", "train__steps": 3, "optim__lr": 1e-7, "engine__check_memory": False}
-    finished(2, command(run, data, folder, **options))
+    words = command(run, data, folder, **options)
+    finished(2, [word for word in words if not word.startswith("model.config.vocab_size")])
     assert commands.run_command("export", [str(run), "export.dtype=bfloat16"]) == 0
     assert "Paris" in answer(folder, weights=folder)
     assert "Paris" in answer(folder, weights=run / "export")

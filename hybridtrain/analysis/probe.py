@@ -23,10 +23,8 @@ from hybridtrain.models.slicing import (
     WHOLE,
     Local,
     Slicing,
-    head_is_cut,
     pieces,
     rewire,
-    rows_of_vocabulary,
 )
 from hybridtrain.models.stage import Stage
 from hybridtrain.tasks.causal_lm import CausalLM
@@ -60,14 +58,8 @@ class ThreadRanks:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
 class Failure(Exception):
     """Why a slicing is not the model."""
-
-    why: str
-
-    def __str__(self) -> str:
-        return self.why
 
 
 class Probe:
@@ -126,7 +118,7 @@ class Probe:
             futures = [pool.submit(run, rank) for rank in ranks]
             errors = [raised for future in futures if (raised := future.exception())]
         causes = [each for each in errors if not isinstance(each, threading.BrokenBarrierError)]
-        if causes or errors:
+        if errors:
             first = (causes or errors)[0]
             raise Failure(f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}") from first
         for rank in ranks:
@@ -138,7 +130,7 @@ class Probe:
     def _is_cut(self, name: str, ranks: list[_Rank]) -> bool:
         """Whether ranks store different parts of a parameter, and have their gradients. Raises Failure."""
         one = ranks[0]
-        if not ((name in one.cut and one.cut[name].stored) or name in one.rows):
+        if not one.cut.get(name, WHOLE).stored:
             return False
         whole = self._whole(name, one)
         for rank in ranks:
@@ -190,7 +182,7 @@ class _Rank:
     """One thread's part of the model."""
 
     def __init__(self, probe: Probe, slicing: Slicing, ranks: ThreadRanks):
-        self.probe, self.ranks = probe, ranks
+        self.probe = probe
         config = probe.copy.config
         count = config.get_text_config(decoder=True).num_hidden_layers
         head: Callable[..., nn.Module] = partial(Head, task=CausalLM(), loss_chunk=0)
@@ -200,10 +192,6 @@ class _Rank:
         reset_buffers(stage, device=torch.device("cpu"))
         self.cut = pieces(stage, slicing, rank=ranks.rank, size=ranks.size)
         rewire(stage, slicing, ranks)
-        structure = stage.structure
-        self.rows = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
-        if head_is_cut(stage, slicing):
-            self.rows |= {f"{structure.head}.weight", f"{structure.head}.bias"}
         weights = dict(probe.copy.model.named_parameters(remove_duplicate=False))
         self.whole = {name: weights[stage.owner(name)] for name, _ in stage.named_parameters()}
         for name, value in self.whole.items():
@@ -216,9 +204,6 @@ class _Rank:
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """What this rank stores of a parameter."""
-        if name in self.rows:
-            first, count = rows_of_vocabulary(whole.shape[0], rank=self.ranks.rank, size=self.ranks.size)
-            return whole[first : first + count]
         each = self.cut.get(name, WHOLE)
         return each.of(whole) if each.stored else whole
 

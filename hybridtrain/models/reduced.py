@@ -91,8 +91,8 @@ def is_random(name: str, value: object) -> bool:
 def reduced(config: Any, *, random: bool, tp: int) -> Any:
     """The reduced copy of a transformers config, with LAYERS layers, or as many as it has types of layers.
 
-    `random`: with the model's dropout and jitter; else without. `tp`: with as many heads as so many
-    tensor-parallel ranks need.
+    `random`: with the model's dropout and jitter; else without. `tp`: number of
+    tensor-parallel ranks that must be able to share out its heads.
     """
     fields = config.to_dict()
     known = type(config)().to_dict()

@@ -65,7 +65,8 @@ class Piece:
     ranges: tuple[tuple[int, int], ...]
     """(first, length) along `dim`; none: the whole parameter."""
     stored: bool
-    """Whether the rank also stores only that: the pieces of all ranks are equal and follow each other."""
+    """Whether the rank also stores only that; the pieces of all ranks then follow each other, as torch.chunk
+    cuts."""
     divisor: int
 
     def of(self, whole: Tensor) -> Tensor:
@@ -114,8 +115,12 @@ def heads_of(config: Any) -> tuple[int, int]:
 
 
 def pieces(stage: Stage, slicing: Slicing, *, rank: int, size: int) -> dict[str, Piece]:
-    """Parameter of the stage's layers -> this rank's piece, for those that are cut. Raises ValueError."""
+    """Parameter of the stage -> this rank's piece, for those that are cut. Raises ValueError."""
     heads, found = heads_of(stage.config), {}
+    parameters = dict(stage.named_parameters())
+    for name in _vocabulary(stage, slicing) & parameters.keys():
+        rows = rows_of_vocabulary(parameters[name].shape[0], rank=rank, size=size)
+        found[name] = Piece(0, (rows,), True, 1)
     for index, layer in stage.layer_modules():
         for name, parameter in layer.named_parameters():
             if name in slicing.cuts:
@@ -126,6 +131,15 @@ def pieces(stage: Stage, slicing: Slicing, *, rank: int, size: int) -> dict[str,
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
     return found
+
+
+def _vocabulary(stage: Stage, slicing: Slicing) -> set[str]:
+    """Names of the parameters that are cut by rows of the vocabulary."""
+    structure = stage.structure
+    names = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
+    if head_is_cut(stage, slicing):
+        names |= {f"{structure.head}.weight", f"{structure.head}.bias"}
+    return names
 
 
 def rows_of_vocabulary(entries: int, *, rank: int, size: int) -> tuple[int, int]:

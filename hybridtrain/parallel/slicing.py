@@ -25,11 +25,9 @@ from hybridtrain.models.slicing import (
     Local,
     Piece,
     Slicing,
-    head_is_cut,
     partial_gradients,
     pieces,
     rewire,
-    rows_of_vocabulary,
 )
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.grad_norm import local_part
@@ -50,13 +48,9 @@ def apply_tensor_parallel(stage: Stage, slicing: Slicing, *, mesh: Mesh) -> None
         name for name, each in cut.items() if not each.stored
     }
     rewire(stage, slicing, ranks)
-    rows = _vocabulary(stage, slicing)
-    for name, parameter in list(stage.named_parameters()):
+    for name, _ in list(stage.named_parameters()):
         each = cut.get(name, WHOLE)
-        if name in rows:
-            _, count = rows_of_vocabulary(parameter.shape[0], rank=ranks.rank, size=ranks.size)
-            _distribute(stage, name, Shard(0), count, mesh=mesh)
-        elif each.stored:
+        if each.stored:
             _distribute(stage, name, Shard(each.dim), each.ranges[0][1], mesh=mesh)
         else:
             _distribute(stage, name, Replicate(), 0, mesh=mesh)
@@ -67,7 +61,7 @@ def apply_tensor_parallel(stage: Stage, slicing: Slicing, *, mesh: Mesh) -> None
 def parameters_to_cut(stage: Stage, slicing: Slicing, *, size: int) -> set[str]:
     """Names of the parameters of which a rank stores a part."""
     cut = pieces(stage, slicing, rank=0, size=size)
-    return {name for name, each in cut.items() if each.stored} | _vocabulary(stage, slicing)
+    return {name for name, each in cut.items() if each.stored}
 
 
 def localize(stage: Stage) -> None:
@@ -99,14 +93,6 @@ def add_partial_gradients(stages: Iterable[Stage], *, group: dist.ProcessGroup |
         dist.all_reduce(total, group=group)
         for gradient, part in zip(small, total.split([g.numel() for g in small]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _vocabulary(stage: Stage, slicing: Slicing) -> set[str]:
-    structure = stage.structure
-    names = {f"{structure.embed}.weight"} if slicing.vocabulary else set()
-    if head_is_cut(stage, slicing):
-        names |= {f"{structure.head}.weight", f"{structure.head}.bias"}
-    return names & {name for name, _ in stage.named_parameters()}
 
 
 def _distribute(stage: Stage, name: str, placement: Placement, length: int, *, mesh: Mesh) -> None:

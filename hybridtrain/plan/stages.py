@@ -33,7 +33,7 @@ _EMBEDDING = 32
 """The embedding's look-up and its gradient take 1 to 5 % of the time of the head's matrix products (measured
 on a CPU, with micro-batches of 2048 and of 512 tokens)."""
 _MOST_CUTS = 5000
-"""Up to so many cuts each one is tried; this takes 30 ms."""
+"""Up to this number of possible cuts all are tried, which takes 30 ms."""
 _MOST_PAIRS = 12
 """Stages up to which moves of two layers at a time are tried."""
 _MOST_VIRTUAL = 4

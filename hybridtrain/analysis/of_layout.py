@@ -26,7 +26,9 @@ def facts_of_layout(
     from hybridtrain.models.build import hf_config
 
     config = hf_config(read_config(model), chosen=model.config, attention=model.attention)
-    kind = slices.LINEARS if engine == "deepspeed" else slices.WITH_SEQUENCE
+    kind = slices.WITHOUT_SEQUENCE if parallel.sequence_parallel == "false" else slices.WITH_SEQUENCE
+    if engine == "deepspeed":
+        kind = slices.LINEARS
     found = slices.slicing_of(config, size=tp, kind=kind)
     refused = dict(facts.refused)
     if found.share < LEAST and not parallel.allow_replicated:

@@ -43,6 +43,7 @@ PRIVATE = {
     "torch.distributed.tensor._utils": ("models/init.py",),
     "torch.utils._python_dispatch": ("models/init.py", "models/stage.py"),
     "_cdata": ("models/init.py",),
+    **dict.fromkeys(("_C", "_current_graph_task_id"), ("parallel/watch.py",)),
     "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),

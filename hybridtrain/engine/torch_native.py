@@ -8,6 +8,7 @@ One step:  count targets -> forward and backward of all micro-batches -> gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shared import Shared, add_shared_gradients
 from hybridtrain.parallel.slicing import add_partial_gradients
+from hybridtrain.parallel.watch import Watcher, watching
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -224,6 +226,10 @@ class TorchEngine:
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:
             yield from stage.named_modules()
+
+    def watching(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """Show `watcher` what the modules of this rank compute in the steps inside (parallel/watch.py)."""
+        return watching(self.stages, self.ids, watcher)
 
     def close(self) -> None:
         """Free everything that holds process groups; the caller leaves the process group."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -44,6 +44,23 @@ def registered(config: Any) -> str:
         if variable.endswith("ATTENTION_CLASSES"):  # models of the older kind: a class for each name
             classes.setdefault(name, classes[implementation])
     return name
+
+
+@contextlib.contextmanager
+def observed(config: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Models called inside use the attention function that `wrap` makes of theirs; those that have no such
+    function are not affected.
+    """
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = registered(config)
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    AttentionInterface.register(name, wrap(function))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, function)
 
 
 @contextlib.contextmanager

@@ -107,8 +107,14 @@ def stub(layer: nn.Module, forward: Callable[..., Any]) -> nn.Module:
         "_buffers": {},
         "forward": forward,
         "extra_repr": str,
+        "stub": True,
     }
     return result
+
+
+def is_stub(module: nn.Module) -> bool:
+    """Whether `stub` made it: it stands for a module of another stage."""
+    return "stub" in module.__dict__
 
 
 def hidden_of(given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

@@ -9,6 +9,8 @@ Wrapping `forward` instead of the module preserves the parameter names.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -86,6 +88,27 @@ def apply_compile(stage: Stage, *, backend: str) -> None:
         compiled: Any = torch.compile(layer.forward, backend=backend)
         compiled.compiled_from = layer.forward
         layer.forward = compiled
+
+
+@contextlib.contextmanager
+def uncompiled(stage: Stage) -> Iterator[None]:
+    """The stage with its layers as they were before `apply_compile`, meanwhile; other wrappers stay."""
+    compiled = [(layer, layer.forward) for _, layer in stage.layer_modules() if "compile" in wrappers(layer)]
+    for layer, forward in compiled:
+        layer.forward = _uncompiled(forward)
+    try:
+        yield
+    finally:
+        for layer, forward in compiled:
+            layer.forward = forward
+
+
+def _uncompiled(forward: Any) -> Any:
+    if isinstance(forward, partial) and forward.func is checkpoint:
+        return partial(checkpoint, _uncompiled(forward.args[0]), **forward.keywords)
+    if isinstance(forward, Local):
+        return Local(_uncompiled(forward.forward), forward.slots)
+    return getattr(forward, "compiled_from", forward)
 
 
 def wrappers(layer: nn.Module) -> list[str]:

@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.config.schema import OptimConfig
+from hybridtrain.config.schema import OptimConfig, PrecisionConfig
 from hybridtrain.models.build import logits, plain_model, saved_buffers
 from hybridtrain.models.init import WeightSource
+from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
+from hybridtrain.models.structure import structure_of
 from hybridtrain.optim import user_optimizer
+from hybridtrain.plan.formats import FORMATS, HIGH
+from hybridtrain.precision.qlinear import Product, convert
+from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch
 
@@ -46,6 +51,7 @@ class Reference:
         settings: OptimConfig,
         compute: torch.dtype,
         param: torch.dtype,
+        formats: PrecisionConfig,
         freeze: Sequence[str],
         task: Task,
     ):
@@ -59,6 +65,12 @@ class Reference:
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))
+        structure, layers = structure_of(config), config.get_text_config(decoder=True).num_hidden_layers
+        for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
+            path = f"{structure.layers}.{number}"
+            for linear, module in linears_in(layer, path=path, number=number, config=config):
+                if (name := format_of(linear, formats, layers=layers)) != HIGH:
+                    convert(module, Product(FORMATS[name], "", None))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class Outcome:
 def reference(case: Case) -> Outcome:
     config = case.config()
     built = hf_config(read_config(config.model), chosen={}, attention=config.model.attention)
-    precision = policy(case.precision)
+    precision = policy(config.precision)
     source, task = initial(config.model, built, seed=config.run.seed), CausalLM()
     plain = Reference(
         built,
@@ -151,9 +151,11 @@ def reference(case: Case) -> Outcome:
         settings=config.optim,
         compute=precision.compute,
         param=precision.param,
+        formats=config.precision,
         freeze=case.freeze,
         task=task,
     )
+    plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     return Outcome(
         [s.loss for s in steps],

@@ -44,6 +44,9 @@ class ThreadRanks:
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack(self._exchange(x)).sum(0)
 
+    def max(self, x: Tensor) -> Tensor:
+        return torch.stack(self._exchange(x)).amax(0)
+
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._exchange(x), dim=1)
 

@@ -67,7 +67,7 @@ class PlainLoop:
 
     def __init__(self, config: BenchRoot, *, device: torch.device) -> None:
         settings, self._device = config.optim, device
-        precision = policy(config.precision.kind)
+        precision = policy(config.precision)
         built = hf_config(
             read_config(config.model), chosen=config.model.config, attention=config.model.attention
         )

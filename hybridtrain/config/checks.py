@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridtrain import registry
-from hybridtrain.config import ranges, schema
+from hybridtrain.config import precision_checks, ranges, schema
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
 from hybridtrain.config.sections import PRECISIONS
 from hybridtrain.errors import install, refusal
@@ -81,6 +81,8 @@ def check(config: schema.Root) -> None:
     for name, rule in RULES.items():
         if name in sections:
             rule(sections[name])
+    if "precision" in sections:
+        precision_checks.check(sections["precision"])
     ranges.check(config)
     if isinstance(config, schema.Config):
         _engine(config)

@@ -63,7 +63,7 @@ class TorchEngine:
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
-        self.precision = policy(config.precision.kind)
+        self.precision = policy(config.precision)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)

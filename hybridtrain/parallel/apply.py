@@ -2,7 +2,7 @@
 
 `ORDER` lists the transforms in the order in which they are applied.
 
-    stage on meta -> tensor -> freeze -> recompute -> compile -> local -> shard -> materialize -> check
+    stage on meta -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard -> materialize -> check
 
 A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
 modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
@@ -19,20 +19,23 @@ from typing import Any
 from torch import nn
 
 from hybridtrain.analysis.facts import facts_of
-from hybridtrain.config.schema import Config, EngineConfig, ParallelConfig
+from hybridtrain.config.schema import Config, EngineConfig, ParallelConfig, PrecisionConfig
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
+from hybridtrain.parallel import convert
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
 from hybridtrain.parallel.slicing import apply_tensor_parallel, localize, parameters_to_cut
 from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.plan.formats import HIGH
 from hybridtrain.plan.schedules import SPLIT_BACKWARD
 from hybridtrain.plan.stages import Cut
 from hybridtrain.precision.policy import PrecisionPolicy
+from hybridtrain.runtime.collectives import GroupRanks
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.task import Task
 
@@ -47,6 +50,7 @@ class Context:
     parallel: ParallelConfig
     engine: EngineConfig
     precision: PrecisionPolicy
+    formats: PrecisionConfig
     recompute: str
     freeze: list[str]
     task: Task
@@ -68,7 +72,8 @@ class Context:
         parallel, facts = config.parallel, facts_of(config.model)
         cut = stages.cut(config, parallel=parallel, pp=mesh.layout.pp, plan=plan, facts=facts)
         recompute, freeze = config.recompute.kind, config.model.freeze
-        return cls(mesh, parallel, config.engine, precision, recompute, freeze, task, slicing, cut)
+        formats = config.precision
+        return cls(mesh, parallel, config.engine, precision, formats, recompute, freeze, task, slicing, cut)
 
 
 Names = Callable[[Stage, Context], set[str]]
@@ -140,6 +145,23 @@ def _to_slice(stage: Stage, context: Context) -> set[str]:
 
 def _sliced(stage: Stage, context: Context) -> set[str]:
     return _over(stage, "tp") if context.mesh.layout.tp > 1 else set()
+
+
+# -- convert -------------------------------------------------------------------------------------------------
+
+
+def _convert(stage: Stage, context: Context) -> None:
+    group = context.mesh.group("tp")
+    ranks = None if group is None else GroupRanks(group)
+    convert.apply_formats(stage, context.formats, slicing=context.slicing, ranks=ranks)
+
+
+def _to_convert(stage: Stage, context: Context) -> set[str]:
+    return {path for path, name in convert.formats(stage, context.formats).items() if name != HIGH}
+
+
+def _converted(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
+    return convert.converted(stage)
 
 
 # -- freeze --------------------------------------------------------------------------------------------------
@@ -274,6 +296,7 @@ RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recom
 
 ORDER = (
     Transform("tensor", _slice, _to_slice, _sliced),
+    Transform("convert", _convert, _to_convert, _converted),  # which needs to know how weights are cut
     Transform("freeze", _freeze, _to_freeze, _frozen),  # after tensor, which creates trainable parameters
     replace(RECOMPUTE, apply=_recompute_inside),
     Transform("compile", _compile, _to_compile, _wrapped_by("compile")),  # around recompute, see recompute.py

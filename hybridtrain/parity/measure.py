@@ -103,7 +103,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
     device, config = mesh.device(), job.config
     registry.load(config.run.plugins)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    precision = policy(config.precision.kind)
+    precision = policy(config.precision)
     source = initial(config.model, built, seed=config.run.seed)
     task = job.task or tasks.of(config, labels=len(facts_of(config.model).labels))
     dtypes = {"compute": precision.compute, "param": precision.param}
@@ -111,6 +111,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
         built,
         source=source,
         settings=config.optim,
+        formats=config.precision,
         freeze=config.model.freeze,
         task=task,
         **dtypes,

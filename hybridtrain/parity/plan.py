@@ -21,6 +21,7 @@ from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation, rules, schedules
 from hybridtrain.plan.batch import BatchPlan, plan_batch
 from hybridtrain.plan.layout import ParallelLayout
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.types import Capabilities, ModelFacts
 
 MIN_EPS = 1e-6
@@ -147,7 +148,7 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
             "Adam magnifies rounding noise where gradients are below it"
         )
         config.optim.eps = MIN_EPS
-    if config.precision.kind == "fp16_mixed":
+    if has_loss_scale(config.precision):
         scale = max(LOSS_SCALE, config.precision.min_scale)
         changes.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
         config.precision.init_scale, config.precision.growth_interval = scale, config.parity.steps + 1

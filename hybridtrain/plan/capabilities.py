@@ -32,7 +32,7 @@ def of_engine(kind: str) -> Capabilities:
         axes=frozenset({"pp", "dp_replicate", "dp_shard", "tp"}),
         zero_stages=frozenset({0, 1, 2, 3}),
         schedules=frozenset(SCHEDULES) if split else frozenset(SCHEDULES) - frozenset(SPLIT_BACKWARD),
-        precisions=frozenset({"fp32", "bf16_mixed", "bf16_pure", "fp16_mixed"}),
+        precisions=frozenset({"fp32", "fp64", "tf32", "bf16_mixed", "bf16_pure", "fp16_mixed"}),
         pipelined_zero_stages=frozenset({0, 1, 2, 3}),
         sequence_parallel=True,
         hybrid_sharding=True,

@@ -59,7 +59,9 @@ class Widths:
 def widths(precision: str) -> Widths:
     """The widths of a precision.kind."""
     return {
+        "fp64": Widths(8, 8),
         "fp32": Widths(4, 4),
+        "tf32": Widths(4, 4),
         "bf16_mixed": Widths(4, 2),
         "fp16_mixed": Widths(4, 2),
         "bf16_pure": Widths(2, 2),

@@ -1,21 +1,26 @@
-"""The dtypes of each precision recipe.
+"""The dtypes of each precision.kind.
 
-    recipe       parameters  compute  gradient reduction, accumulation   loss scale
-    fp32         fp32        fp32     fp32                               -
+    kind         parameters  compute  gradient reduction, accumulation   loss scale
+    fp64         fp64        fp64     fp64                               -
+    fp32, tf32   fp32        fp32     fp32                               -
     bf16_mixed   fp32        bf16     fp32                               -
     fp16_mixed   fp32        fp16     fp32                               dynamic
     bf16_pure    bf16        bf16     fp32, then cast to bf16            -
 
-Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 in every recipe (the
-models' own modules and the task's loss upcast). Mixed Precision Training: arXiv:1710.03740.
+Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 or fp64 with every kind (the
+models' own modules and the task's loss upcast). Linear layers may multiply in narrower formats (rules.py); one
+of them in fp16 needs a loss scale too. Mixed Precision Training: arXiv:1710.03740.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.precision.rules import has_loss_scale
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class PrecisionPolicy:
         )
 
 
-_RECIPES = {
+_KINDS = {
+    "fp64": PrecisionPolicy(torch.float64, torch.float64, torch.float64, loss_scale=False),
+    "tf32": PrecisionPolicy(torch.float32, torch.float32, torch.float32, loss_scale=False),
     "fp32": PrecisionPolicy(torch.float32, torch.float32, torch.float32, loss_scale=False),
     "bf16_mixed": PrecisionPolicy(torch.float32, torch.bfloat16, torch.float32, loss_scale=False),
     "fp16_mixed": PrecisionPolicy(torch.float32, torch.float16, torch.float32, loss_scale=True),
@@ -45,6 +52,6 @@ _RECIPES = {
 }
 
 
-def policy(kind: str) -> PrecisionPolicy:
-    """The policy of a recipe (config/checks.py refuses unknown names)."""
-    return _RECIPES[kind]
+def policy(precision: PrecisionConfig) -> PrecisionPolicy:
+    """The dtypes of a config (config/checks.py refuses unknown kinds)."""
+    return replace(_KINDS[precision.kind], loss_scale=has_loss_scale(precision))

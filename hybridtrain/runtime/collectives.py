@@ -41,6 +41,9 @@ class Ranks(Protocol):
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, the same on all."""
 
+    def max(self, x: Tensor) -> Tensor:
+        """The largest over ranks, the same on all."""
+
     def gather(self, x: Tensor) -> Tensor:
         """The positions of all ranks, in order: (B, size * T, ...)."""
 
@@ -58,6 +61,10 @@ class GroupRanks:
     def sum(self, x: Tensor) -> Tensor:
         ops = torch.ops._c10d_functional
         return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", self.name))
+
+    def max(self, x: Tensor) -> Tensor:
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(x.contiguous(), "max", self.name))
 
     def gather(self, x: Tensor) -> Tensor:
         ops = torch.ops._c10d_functional

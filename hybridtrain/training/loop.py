@@ -12,6 +12,7 @@ from hybridtrain.data.loader import Loader
 from hybridtrain.errors import UserError
 from hybridtrain.optim.schedule import lr_at
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
@@ -44,7 +45,7 @@ def train(
 
     Returns early if `stop` is requested.
     """
-    step, tokens_seen, scaled = start.step, start.tokens_seen, config.precision.kind == "fp16_mixed"
+    step, tokens_seen, scaled = start.step, start.tokens_seen, has_loss_scale(config.precision)
     check_finite = NonFiniteCheck(limit=config.train.max_nonfinite, scaled=scaled, new_run=start.step == 0)
     flags = engine.flags = Flags((*stop.flags, SAVED))
     with GarbageCollection() as garbage:

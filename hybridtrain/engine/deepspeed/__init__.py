@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
         self._after_step: Callable[[], None] = _nothing
-        self.precision = policy(config.precision.kind)
+        self.precision = policy(config.precision)
         self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         self.stage_group = self.mesh.group("stage")

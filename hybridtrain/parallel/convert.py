@@ -1,0 +1,87 @@
+"""Makes the linear layers of a stage multiply in the formats of precision.compute and precision.rules.
+
+After tensor parallelism has cut them: a scale is that of the whole operand, and the way a weight is cut says
+which operands ranks have parts of.
+
+    weight (N, K) cut along   input     output's gradient   example
+    N                         whole     cut                 q_proj, up_proj
+    K                         cut       whole               o_proj, down_proj
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.models.linears import Linear, is_transposed, linears_in
+from hybridtrain.models.slicing import Slicing, heads_of
+from hybridtrain.models.stage import Stage
+from hybridtrain.plan.formats import FORMATS, HIGH
+from hybridtrain.precision.qlinear import Product, convert
+from hybridtrain.precision.rules import format_of
+from hybridtrain.runtime.collectives import Ranks
+
+
+def linears(stage: Stage) -> list[tuple[Linear, Any]]:
+    """The linear layers in the stage's layers, and their modules."""
+    return [
+        found
+        for index, layer in stage.layer_modules()
+        for found in linears_in(
+            layer, path=f"{stage.structure.layers}.{index}", number=index, config=stage.config
+        )
+    ]
+
+
+def formats(stage: Stage, precision: PrecisionConfig) -> dict[str, str]:
+    """Path of a linear layer -> its format, or HIGH, as the config has it."""
+    layers = stage.config.get_text_config(decoder=True).num_hidden_layers
+    return {linear.path: format_of(linear, precision, layers=layers) for linear, _ in linears(stage)}
+
+
+def apply_formats(stage: Stage, precision: PrecisionConfig, *, slicing: Slicing, ranks: Ranks | None) -> None:
+    """Convert the linear layers that are not high, in place. `ranks`: of tensor parallelism, which has cut them
+    by `slicing`.
+
+    Raises UserError for a layer of which each rank computes a part of the gradient.
+    """
+    chosen = formats(stage, precision)
+    for linear, module in linears(stage):
+        if (name := chosen[linear.path]) == HIGH:
+            continue
+        if ranks is None:
+            convert(module, Product(FORMATS[name], "", None))
+            continue
+        key = f"{linear.path}.weight".removeprefix(f"{stage.structure.layers}.{linear.layer}.")
+        if FORMATS[name].scale and _has_parts(key, slicing, stage, ranks=ranks):
+            raise _refusal(linear, name)
+        piece = stage.pieces.get(f"{linear.path}.weight")
+        transposed = is_transposed(module)
+        cut = "" if piece is None else "NK"[1 - piece.dim if transposed else piece.dim]
+        convert(module, Product(FORMATS[name], cut, ranks))
+
+
+def _has_parts(key: str, slicing: Slicing, stage: Stage, *, ranks: Ranks) -> bool:
+    """Whether ranks that have the same weight compute parts of its gradient: a whole one inside a block, or key
+    and value heads that ranks share.
+    """
+    if key in slicing.cuts:
+        return "kv" in slicing.cuts[key] and heads_of(stage.config)[1] < ranks.size
+    return key in slicing.partial
+
+
+def converted(stage: Stage) -> set[str]:
+    """Paths of the linear layers that multiply in a format."""
+    return {linear.path for linear, module in linears(stage) if getattr(module, "product", None) is not None}
+
+
+def _refusal(linear: Linear, name: str) -> UserError:
+    return refusal(
+        "precision.compute",
+        name,
+        f"each tensor-parallel rank computes a part of the output gradient of {linear.path}, and its scale is "
+        "that of the sum",
+        allowed="fp16 or bf16 for this layer, or fewer tensor-parallel ranks",
+        instead=f"precision.rules=[{{match: '*.{linear.path.rpartition('.')[2]}', compute: high}}]",
+    )

@@ -1,0 +1,162 @@
+"""Linear layers that multiply in a format of plan/formats.py: `QLinear` and `product`.
+
+Without a GPU that has the format, its numbers are emulated exactly: operands are rounded to the format, and
+multiplied in the dtype that the layer's input has. Scales that are powers of two round nothing; where they
+do (int8), codes are multiplied in fp32.
+
+Under tensor parallelism a layer sees this rank's part of its operands; a scale is that of the whole: the
+largest value is found over the ranks that share it.
+
+M rows (tokens), K inputs, N outputs; o, k: the two dimensions of any operand, k the one that is added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.plan.formats import BLOCK, Format, Number
+from hybridtrain.precision.round import round_to
+from hybridtrain.runtime.collectives import Ranks
+
+_SMALLEST_AMAX = 1e-30
+"""A row of zeros has a scale too; smaller values become 0."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a layer multiplies."""
+
+    format: Format
+    cut: str
+    """Of the weight (N, K), under tensor parallelism: "N", "K", or "" for a layer that is whole."""
+    ranks: Ranks | None
+    """Those that share a layer that is cut."""
+
+
+class QLinear(nn.Linear):
+    """nn.Linear in a format; `product` None: as nn.Linear. Made by `convert`."""
+
+    product: Product | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        y = product(x, self.weight, self.product)
+        return y if self.bias is None else y + self.bias
+
+
+class QConv1D(nn.Module):
+    """transformers' Conv1D, a linear layer whose weight is (K, N), in a format. Made by `convert`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    product: Product | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t()
+        if self.product is None:
+            return nn.functional.linear(x, weight, self.bias)
+        return product(x, weight, self.product) + self.bias
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `convert` can make it multiply in a format."""
+    kind = type(module)
+    return (
+        kind in (nn.Linear, QLinear, QConv1D)
+        or kind.__name__ == "Conv1D"
+        or kind.forward is nn.Linear.forward
+    )
+
+
+def convert(module: Any, how: Product | None) -> None:
+    """Make a linear layer multiply in a format, in place: its class changes, parameters and hooks stay."""
+    assert is_linear(module), type(module)
+    module.__class__ = QLinear if isinstance(module, nn.Linear) else QConv1D
+    module.product = how
+
+
+def product(x: Tensor, weight: Tensor, how: Product) -> Tensor:
+    """x (..., K) times weight (N, K), both rounded to the format: (..., N), in the dtype of x."""
+    return _Product.apply(x.reshape(-1, x.shape[-1]), weight, how).view(*x.shape[:-1], weight.shape[0])
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, how: Product) -> Tensor:
+        ctx.save_for_backward(x_MK, w_NK)
+        ctx.how = how
+        shared = how.ranks if how.cut == "K" else None
+        x, w = _scaled("x", x_MK, how, added=shared), _scaled("w", w_NK, how, added=shared)
+        return _multiply(x, w, how, dtype=x_MK.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g_MN: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (x_MK, w_NK), how, dtype = ctx.saved_tensors, ctx.how, g_MN.dtype
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            shared = how.ranks if how.cut == "N" else None
+            g, w = _scaled("g", g_MN, how, added=shared), _scaled("w", w_NK.t(), how, added=shared)
+            dx = _multiply(g, w, how, dtype=dtype)
+        if ctx.needs_input_grad[1]:
+            g, x = _scaled("g", g_MN.t(), how, added=None), _scaled("x", x_MK.t(), how, added=None)
+            dw = _multiply(g, x, how, dtype=dtype)
+        return dx, dw, None
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """An operand (o, k) = codes / scale."""
+
+    codes: Tensor
+    """In the format's dtype."""
+    scale: Tensor | None
+    """fp32, 0-d, (o, 1) or (o, k / BLOCK, 1)."""
+
+
+def _scaled(role: str, operand: Tensor, how: Product, *, added: Ranks | None) -> _Scaled:
+    """Round an operand (o, k). `added`: the ranks that share the dimension k."""
+    number: Number = getattr(how.format, role)
+    kind = how.format.scale
+    if not kind:
+        return _Scaled(round_to(operand, number), None)
+    if kind == "tensor":
+        whole = how.cut and (role, how.cut) not in (("x", "N"), ("g", "K"))
+        amax, ranks = operand.abs().amax(), how.ranks if whole else None
+    elif kind == "row":
+        amax, ranks = operand.abs().amax(-1, keepdim=True), added
+    else:
+        operand = _blocks(operand)
+        amax, ranks = operand.abs().amax(-1, keepdim=True), None
+    amax = amax.float() if ranks is None else ranks.max(amax.float())
+    scale = number.largest / amax.clamp(min=_SMALLEST_AMAX)
+    if how.format.exact_scale:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    return _Scaled(round_to(operand.float() * scale, number), scale)
+
+
+def _blocks(operand: Tensor) -> Tensor:
+    """(o, k) in blocks: (o, k / BLOCK, BLOCK); the last is filled up with zeros."""
+    rest = -operand.shape[-1] % BLOCK
+    return nn.functional.pad(operand, (0, rest)).unflatten(-1, (-1, BLOCK))
+
+
+def _multiply(left: _Scaled, right: _Scaled, how: Product, *, dtype: torch.dtype) -> Tensor:
+    """The product (o, p) of two operands (o, k), (p, k), in `dtype`."""
+    if left.scale is None or right.scale is None:
+        return (left.codes @ right.codes.t()).to(dtype)
+    if how.format.exact_scale:
+        return _values(left, dtype) @ _values(right, dtype).t()
+    codes = left.codes.float() @ right.codes.float().t()
+    return (codes / left.scale / right.scale.view(1, -1)).to(dtype)
+
+
+def _values(scaled: _Scaled, dtype: torch.dtype) -> Tensor:
+    """The rounded operand (o, k), in `dtype`."""
+    assert scaled.scale is not None
+    values = (scaled.codes.float() / scaled.scale).to(dtype)
+    return values.flatten(1) if values.dim() == 3 else values

@@ -1,0 +1,118 @@
+"""Which linear layer multiplies in which format: precision.compute, and exceptions.
+
+In this order: the first of precision.rules that matches a layer's path; high for routers, and for the first
+and last layers that precision.high_first and high_last name; else precision.compute.
+
+Everything else is high, in the format of precision.kind: norms, softmax, head, loss, embeddings, experts whose
+weights are one tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.errors import refusal
+from hybridtrain.plan.formats import CARRIERS, HIGH
+
+
+class Linear(Protocol):
+    """A linear layer of the whole model (models/linears.py)."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def router(self) -> bool: ...
+
+
+def format_of(linear: Linear, precision: PrecisionConfig, *, layers: int) -> str:
+    """The name of a linear layer's format, or HIGH. `layers`: their number in the whole model."""
+    for rule in precision.rules:
+        if fnmatch.fnmatchcase(linear.path, rule["match"]):
+            return _high_if_same(rule["compute"], precision)
+    ends = linear.layer < precision.high_first or linear.layer >= layers - precision.high_last
+    return HIGH if linear.router or ends else _high_if_same(_default(precision), precision)
+
+
+def names_of(precision: PrecisionConfig) -> set[str]:
+    """All formats that a config names for linear layers, but HIGH."""
+    chosen = [_default(precision), *(rule["compute"] for rule in precision.rules)]
+    return {_high_if_same(name, precision) for name in chosen} - {HIGH}
+
+
+def has_loss_scale(precision: PrecisionConfig) -> bool:
+    """Whether gradients may be too small for their format, fp16."""
+    return precision.kind == "fp16_mixed" or "fp16" in names_of(precision)
+
+
+def _default(precision: PrecisionConfig) -> str:
+    emulated = precision.kind == "tf32" and precision.emulate
+    return precision.compute or ("tf32" if emulated else "")
+
+
+def _high_if_same(name: str, precision: PrecisionConfig) -> str:
+    return HIGH if name in ("", CARRIERS[precision.kind]) else name
+
+
+def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
+    """Refuse rules that match no linear layer of the model (raises UserError)."""
+    left = {linear.path for linear in linears}
+    for rule in precision.rules:
+        pattern = rule["match"]
+        found = {linear.path for linear in linears if fnmatch.fnmatchcase(linear.path, pattern)}
+        if not found:
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", linear.path) for linear in linears})
+            near = difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3) or kinds[:3]
+            raise refusal(
+                "precision.rules",
+                pattern,
+                "it matches no linear layer inside the model's layers; patterns must match whole paths, and head, "
+                "embedding and norms are high always",
+                allowed=", ".join(kinds),
+                instead=f"match: '{near[0]}'",
+            )
+        if not found & left:
+            raise refusal(
+                "precision.rules",
+                pattern,
+                "all that it matches is matched by rules before it, and the first match counts",
+                allowed="rules from the particular to the general",
+                instead="this rule before the others",
+            )
+        left -= found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of formats."""
+
+    format: str
+    modules: int
+    parameters: int
+    share: float
+    """Part of the matrix products with weights, of the whole model."""
+
+
+def table(formats: Iterable[tuple[str, int]], *, head: int) -> list[Row]:
+    """Rows by format, from (format, parameters) of each linear layer. `head`: parameters of the head, which
+    is high.
+    """
+    listed = [*formats, (HIGH, head)]
+    total = sum(size for _, size in listed)
+    names = sorted({name for name, _ in listed}, key=lambda name: (name == HIGH, name))
+    return [
+        Row(name, len(sizes), sum(sizes), sum(sizes) / total)
+        for name in names
+        for sizes in [[size for other, size in listed if other == name]]
+    ]

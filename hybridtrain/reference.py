@@ -70,7 +70,7 @@ class Reference:
             path = f"{structure.layers}.{number}"
             for linear, module in linears_in(layer, path=path, number=number, config=config):
                 if (name := format_of(linear, formats, layers=layers)) != HIGH:
-                    convert(module, Product(FORMATS[name], "", None))
+                    convert(module, Product(FORMATS[name], "", None, native=False))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -54,6 +54,15 @@ def check(config: schema.Config) -> None:
     )
     if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
         check_stage(config, config.parallel.zero_stage)
+    for field, given in (("compute", config.precision.compute), ("rules", config.precision.rules)):
+        require(
+            not given,
+            f"precision.{field}",
+            given,
+            "not with engine=deepspeed yet: its tensor parallelism has linear layers of its own",
+            allowed="the formats of precision.kind",
+            instead="engine=torch",
+        )
     if config.precision.kind == "fp16_mixed":
         _loss_scale(config.precision)
 

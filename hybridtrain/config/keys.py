@@ -68,6 +68,7 @@ SYNONYMS = {
         "fp16": "fp16_mixed",
         "float16": "fp16_mixed",
         "float32": "fp32",
+        "fp8": "fp8_tensorwise",
         "mixed": "bf16_mixed",
     },
 }

@@ -12,7 +12,7 @@ _RULE = {"match", "compute"}
 
 
 def check(precision: schema.PrecisionConfig) -> None:
-    """Raise UserError for formats that there are not, or that are wider than what precision.kind exchanges."""
+    """Raise UserError for formats that do not exist, or are wider than what precision.kind exchanges."""
     if precision.compute:
         _format("precision.compute", precision.compute, precision, also=())
     for number, rule in enumerate(precision.rules):
@@ -53,7 +53,7 @@ def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: t
         raise refusal(
             field,
             name,
-            f"it is wider than what linear layers exchange with precision.kind={precision.kind}, so inputs and "
+            f"it is wider than what linear layers exchange with precision.kind={precision.kind}: inputs and "
             f"weights would be rounded to {carrier} before",
             allowed=f"{carrier} and narrower formats",
             instead=f"precision.kind={kind} precision.compute={carrier}, with this rule",

@@ -320,22 +320,22 @@ class EngineConfig(Options):
 @options
 class PrecisionConfig(Options):
     kind: str = "fp32"
-    """Formats of master weights, computation and reductions: fp32, fp64, tf32 (fp32, whose products round their
-    operands to 10 bits), bf16_mixed, fp16_mixed, or bf16_pure, which has no fp32 master weights: updates
-    smaller than 2^-9 of a weight are lost."""
+    """Formats of master weights, computation and reductions: fp32, fp64, tf32 (fp32, whose products round
+    their operands to 10 bits), bf16_mixed, fp16_mixed, or bf16_pure, which has no fp32 master weights:
+    updates smaller than 2^-9 of a weight are lost."""
     compute: str = ""
-    """Format in which linear layers inside the layers multiply: fp8_tensorwise, fp8_rowwise, mxfp8, int8, fp16,
-    bf16, tf32, fp32; empty: that of `kind`."""
+    """Format in which linear layers inside the layers multiply: fp8_tensorwise, fp8_rowwise, mxfp8, int8,
+    fp16, bf16, tf32, fp32; empty: that of `kind`."""
     rules: list[dict[str, str]] = field(default_factory=list)
-    """Exceptions, e.g. [{match: "*.down_proj", compute: bf16}]: shell-style patterns of paths of linear layers,
-    each with a format as in `compute`, or high, that of `kind`. The first that matches counts."""
+    """Exceptions, e.g. [{match: "*.down_proj", compute: bf16}]: shell-style patterns of paths of linear
+    layers, each with a format as in `compute`, or high, that of `kind`. The first that matches counts."""
     high_first: int = 0
     """Number of first layers whose linear layers stay high, unless a rule names them."""
     high_last: int = 0
     """The same for the last layers."""
     emulate: bool = False
-    """Compute formats that the device does not have with rounded operands, slowly. On a CPU, 8-bit formats are
-    emulated always."""
+    """Compute formats that the device does not have with rounded operands, slowly. On a CPU, formats of 8
+    bits are emulated always."""
     init_scale: float = 65536.0
     """fp16_mixed: initial loss scale."""
     growth_factor: float = 2.0

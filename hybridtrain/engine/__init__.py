@@ -99,6 +99,22 @@ def check_device(engines: list[str], *, precision: str) -> None:
         raise refusal("precision.kind", precision, problem, allowed="fp32, bf16_mixed", instead=instead)
 
 
+def _check_formats(config: Config, *, device: torch.device, plan: BatchPlan) -> None:
+    """Raise UserError for formats that the device does not have, and rules that match nothing."""
+    from hybridtrain.models.build import hf_config
+    from hybridtrain.models.linears import linears_of
+    from hybridtrain.models.source import read_config
+    from hybridtrain.precision import device as devices
+    from hybridtrain.precision import rules
+
+    devices.check(config.precision, device=device, tokens=plan.micro_batch_size * plan.seq_len)
+    if config.precision.rules:
+        built = hf_config(
+            read_config(config.model), chosen=config.model.config, attention=config.model.attention
+        )
+        rules.check(linears_of(built), config.precision)
+
+
 def build(
     config: Config, *, layout: ParallelLayout, plan: BatchPlan, device: torch.device
 ) -> TorchEngine | DeepSpeedEngine:
@@ -126,6 +142,7 @@ def build_for(
     check(config)
     model = facts_of(config.model)
     model = facts_of_layout(model, config.model, config.parallel, tp=layout.tp, engine=config.engine.kind)
+    _check_formats(config, device=device, plan=plan)
     if task is None:
         check_task(config, facts=model)
     if device.type == "cuda":

@@ -2,7 +2,8 @@
 
 `ORDER` lists the transforms in the order in which they are applied.
 
-    stage on meta -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard -> materialize -> check
+    stage on meta -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard -> materialize
+                  -> check
 
 A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
 modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
@@ -153,7 +154,8 @@ def _sliced(stage: Stage, context: Context) -> set[str]:
 def _convert(stage: Stage, context: Context) -> None:
     group = context.mesh.group("tp")
     ranks = None if group is None else GroupRanks(group)
-    convert.apply_formats(stage, context.formats, slicing=context.slicing, ranks=ranks)
+    device = context.mesh.device
+    convert.apply_formats(stage, context.formats, slicing=context.slicing, ranks=ranks, device=device)
 
 
 def _to_convert(stage: Stage, context: Context) -> set[str]:

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.linears import Linear, is_transposed, linears_in
 from hybridtrain.models.slicing import Slicing, heads_of
 from hybridtrain.models.stage import Stage
-from hybridtrain.plan.formats import FORMATS, HIGH
+from hybridtrain.plan.formats import BLOCK, FORMATS, HIGH
+from hybridtrain.precision.device import KERNEL_MULTIPLE, check_sizes, is_native
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
 from hybridtrain.runtime.collectives import Ranks
@@ -40,9 +43,11 @@ def formats(stage: Stage, precision: PrecisionConfig) -> dict[str, str]:
     return {linear.path: format_of(linear, precision, layers=layers) for linear, _ in linears(stage)}
 
 
-def apply_formats(stage: Stage, precision: PrecisionConfig, *, slicing: Slicing, ranks: Ranks | None) -> None:
-    """Convert the linear layers that are not high, in place. `ranks`: of tensor parallelism, which has cut them
-    by `slicing`.
+def apply_formats(
+    stage: Stage, precision: PrecisionConfig, *, slicing: Slicing, ranks: Ranks | None, device: torch.device
+) -> None:
+    """Convert the linear layers that are not high, in place. `ranks`: of tensor parallelism, which has cut
+    them by `slicing`.
 
     Raises UserError for a layer of which each rank computes a part of the gradient.
     """
@@ -50,21 +55,29 @@ def apply_formats(stage: Stage, precision: PrecisionConfig, *, slicing: Slicing,
     for linear, module in linears(stage):
         if (name := chosen[linear.path]) == HIGH:
             continue
-        if ranks is None:
-            convert(module, Product(FORMATS[name], "", None))
-            continue
-        key = f"{linear.path}.weight".removeprefix(f"{stage.structure.layers}.{linear.layer}.")
-        if FORMATS[name].scale and _has_parts(key, slicing, stage, ranks=ranks):
-            raise _refusal(linear, name)
-        piece = stage.pieces.get(f"{linear.path}.weight")
-        transposed = is_transposed(module)
-        cut = "" if piece is None else "NK"[1 - piece.dim if transposed else piece.dim]
-        convert(module, Product(FORMATS[name], cut, ranks))
+        cut = ""
+        if ranks is not None:
+            key = f"{linear.path}.weight".removeprefix(f"{stage.structure.layers}.{linear.layer}.")
+            if FORMATS[name].scale and _has_parts(key, slicing, stage, ranks=ranks):
+                raise _refusal(linear, name)
+            if (piece := stage.pieces.get(f"{linear.path}.weight")) is not None:
+                cut = "NK"[1 - piece.dim if is_transposed(module) else piece.dim]
+        size = 1 if ranks is None else ranks.size
+        sizes = {
+            "inputs": linear.inputs // size if cut == "K" else linear.inputs,
+            "outputs": linear.outputs // size if cut == "N" else linear.outputs,
+        }
+        native = is_native(name, device) and not precision.emulate
+        if native:
+            check_sizes(linear.path, name, multiple=KERNEL_MULTIPLE, **sizes)
+        if cut and FORMATS[name].scale == "block":  # else a block would be on two ranks
+            check_sizes(linear.path, name, multiple=BLOCK, **sizes)
+        convert(module, Product(FORMATS[name], cut, ranks if cut else None, native=native))
 
 
 def _has_parts(key: str, slicing: Slicing, stage: Stage, *, ranks: Ranks) -> bool:
-    """Whether ranks that have the same weight compute parts of its gradient: a whole one inside a block, or key
-    and value heads that ranks share.
+    """Whether ranks that have the same weight compute parts of its gradient: a whole one inside a block, or
+    key and value heads that ranks share.
     """
     if key in slicing.cuts:
         return "kv" in slicing.cuts[key] and heads_of(stage.config)[1] < ranks.size
@@ -80,8 +93,8 @@ def _refusal(linear: Linear, name: str) -> UserError:
     return refusal(
         "precision.compute",
         name,
-        f"each tensor-parallel rank computes a part of the output gradient of {linear.path}, and its scale is "
-        "that of the sum",
+        f"each tensor-parallel rank computes a part of the output gradient of {linear.path}, and its scale "
+        "is that of the sum",
         allowed="fp16 or bf16 for this layer, or fewer tensor-parallel ranks",
         instead=f"precision.rules=[{{match: '*.{linear.path.rpartition('.')[2]}', compute: high}}]",
     )

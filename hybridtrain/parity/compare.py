@@ -25,6 +25,7 @@ from hybridtrain.parity.plan import Comparison, LayoutCase
 from hybridtrain.parity.verdict import Row
 from hybridtrain.plan import capabilities
 from hybridtrain.plan.layout import ParallelLayout
+from hybridtrain.precision.rules import described
 from hybridtrain.runtime import host, launch, ranks
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _tolerance(case: LayoutCase, comparison: Comparison, reference: ReferenceRes
     """
     config = comparison.config
     moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
-    return verdict.tolerances(config.precision.kind, tp=case.layout.tp, moved=moved)
+    return verdict.tolerances(config.precision, tp=case.layout.tp, moved=moved, noise=reference.noise)
 
 
 def _devices() -> int | None:
@@ -230,7 +231,7 @@ def _opening(comparison: Comparison, devices: int | None, *, tokens: str) -> str
     lines = [
         (
             f"{facts.model_type} with {facts.parameters:,} parameters, "
-            f"{config.precision.kind}, engine {kinds}, on {where}"
+            f"{described(config.precision)}, engine {kinds}, on {where}"
         ),
         f"{config.parity.steps} steps of {plan.global_batch_size} rows x {plan.seq_len} tokens from {source}",
         *comparison.changes,
@@ -348,7 +349,7 @@ def _layout(
         case.name,
         case.engine,
         processes,
-        config.precision.kind,
+        described(config.precision),
         _tolerance(case, comparison, reference),
         time.monotonic() - began,
         measured,

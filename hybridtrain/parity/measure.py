@@ -6,8 +6,9 @@ tensors whole, one at a time, and returns only the differences.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from hybridtrain import engine as engines
 from hybridtrain import reference, registry, tasks
 from hybridtrain.analysis.facts import facts_of
-from hybridtrain.config.schema import Config
+from hybridtrain.config.schema import Config, PrecisionConfig
 from hybridtrain.data.blend import Blend, data_of
 from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
@@ -31,8 +32,9 @@ from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision.policy import policy
+from hybridtrain.precision.rules import names_of
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import StepResult
+from hybridtrain.types import Batch, StepResult
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class ReferenceResult:
     moved: float
     """Largest change of an element of a parameter. Not measured (0) for AdamW: about the
     learning rate per step."""
+    noise: float
+    """Largest relative difference of a gradient to what it is without formats of linear layers."""
     gradients: set[str]
     parameters: set[str]
 
@@ -102,24 +106,8 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
     """
     device, config = mesh.device(), job.config
     registry.load(config.run.plugins)
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    precision = policy(config.precision)
-    source = initial(config.model, built, seed=config.run.seed)
-    task = job.task or tasks.of(config, labels=len(facts_of(config.model).labels))
-    dtypes = {"compute": precision.compute, "param": precision.param}
-    plain = reference.Reference(
-        built,
-        source=source,
-        settings=config.optim,
-        formats=config.precision,
-        freeze=config.model.freeze,
-        task=task,
-        **dtypes,
-    )
-    plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
-    for model in {plain.master, plain.worker}:
-        model.to(device)
-    tokens = _tokens(job, dp_rank=0, dp_size=1, collate=task.collate)
+    plain = _plain(job, config.precision, device=device)
+    tokens = _tokens(job, dp_rank=0, dp_size=1, collate=plain.task.collate)
     first = (
         {}
         if config.optim.kind == "adamw"
@@ -134,13 +122,56 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
         steps.grad_norms.append(result.grad_norm)
         if step == 0:
             gradients = _write(result.gradients, Path(job.folder) / "gradients.safetensors")
+            noise = _noise(job, result, batches=batches, device=device)
         del result
     moved = max(
         (float((value - first[name]).abs().max()) for name, value in plain.parameters().items() if first),
         default=0.0,
     )
     return ReferenceResult(
-        steps, moved, gradients, _write(plain.parameters(), Path(job.folder) / "parameters.safetensors")
+        steps,
+        moved,
+        noise,
+        gradients,
+        _write(plain.parameters(), Path(job.folder) / "parameters.safetensors"),
+    )
+
+
+def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) -> reference.Reference:
+    """The plain process, before its first step."""
+    config = job.config
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
+    dtypes = policy(precision)
+    plain = reference.Reference(
+        built,
+        source=initial(config.model, built, seed=config.run.seed),
+        settings=config.optim,
+        compute=dtypes.compute,
+        param=dtypes.param,
+        formats=precision,
+        freeze=config.model.freeze,
+        task=job.task or tasks.of(config, labels=len(facts_of(config.model).labels)),
+    )
+    plain.loss_scale = precision.init_scale if dtypes.loss_scale else 1.0
+    for model in {plain.master, plain.worker}:
+        model.to(device)
+    return plain
+
+
+def _noise(
+    job: LayoutJob, result: reference.ReferenceStep, *, batches: Sequence[Batch], device: torch.device
+) -> float:
+    """ReferenceResult.noise, of the first step."""
+    precision = job.config.precision
+    if not names_of(precision):
+        return 0.0
+    exact = _plain(job, dataclasses.replace(precision, compute="", rules=[]), device=device)
+    with device:
+        gradients = exact.step(batches, lr=job.config.optim.lr).gradients
+    floor = GRADIENT_FLOOR * result.grad_norm
+    return max(
+        float((value - gradients[name]).norm() / value.norm().clamp(min=floor))
+        for name, value in result.gradients.items()
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError
+from hybridtrain.precision.rules import names_of
 from hybridtrain.runtime.files import read_object, write_json
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ smaller ones are noise."""
 _TOLERANCES = {
     ("fp32", False): (1e-5, 1e-5, 1e-5, 0.05),
     ("fp32", True): (1e-5, 1e-5, 1e-5, 0.05),
+    ("tf32", False): (1e-5, 1e-5, 1e-5, 0.05),
+    ("tf32", True): (1e-5, 1e-5, 1e-5, 0.05),
     ("bf16_mixed", False): (1e-3, 2e-2, 1e-2, 2.0),
     ("bf16_mixed", True): (1e-3, 2e-2, 1e-1, 2.0),
     ("bf16_pure", False): (1e-3, 2e-2, 2e-2, 2.0),
@@ -34,6 +38,12 @@ _TOLERANCES = {
     ("fp16_mixed", False): (5e-4, 5e-3, 2e-3, 2.0),
     ("fp16_mixed", True): (5e-4, 5e-3, 2e-2, 2.0),
 }
+
+
+_FORMAT_LOSS = 5e-3
+_MORE_THAN_NOISE = 1.1
+"""Sums in another order round some values the other way, and each moves those after it, up to as much as the
+format itself changes."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,14 @@ class Row:
         return not self.error and not self.exceeded
 
 
-def tolerances(precision: str, *, tp: int, moved: float) -> dict[str, float]:
+def tolerances(precision: PrecisionConfig, *, tp: int, moved: float, noise: float) -> dict[str, float]:
     """The largest difference that passes, per measure.
 
-    `moved`: about how far the steps move an element of a parameter.
+    `moved`: about how far the steps move an element of a parameter. `noise`: ReferenceResult.noise.
     """
-    *relative, moves = _TOLERANCES[precision, tp > 1]
+    *relative, moves = _TOLERANCES[precision.kind, tp > 1]
+    if names_of(precision):
+        relative, moves = [_FORMAT_LOSS, 2 * noise, _MORE_THAN_NOISE * noise], 2.0
     return dict(zip(MEASURES, (*relative, moves * moved), strict=True))
 
 

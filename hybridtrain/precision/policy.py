@@ -7,9 +7,9 @@
     fp16_mixed   fp32        fp16     fp32                               dynamic
     bf16_pure    bf16        bf16     fp32, then cast to bf16            -
 
-Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 or fp64 with every kind (the
-models' own modules and the task's loss upcast). Linear layers may multiply in narrower formats (rules.py); one
-of them in fp16 needs a loss scale too. Mixed Precision Training: arXiv:1710.03740.
+Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 or fp64 with every kind
+(the models' own modules and the task's loss upcast). Linear layers may multiply in narrower formats
+(rules.py); one of them in fp16 needs a loss scale too. Mixed Precision Training: arXiv:1710.03740.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class Product:
     """Of the weight (N, K), under tensor parallelism: "N", "K", or "" for a layer that is whole."""
     ranks: Ranks | None
     """Those that share a layer that is cut."""
+    native: bool
+    """Whether torch's fp8 kernel multiplies; else the format is emulated."""
 
 
 class QLinear(nn.Linear):
@@ -149,10 +151,23 @@ def _multiply(left: _Scaled, right: _Scaled, how: Product, *, dtype: torch.dtype
     """The product (o, p) of two operands (o, k), (p, k), in `dtype`."""
     if left.scale is None or right.scale is None:
         return (left.codes @ right.codes.t()).to(dtype)
+    if how.native:
+        return _fp8(left, right, dtype)
     if how.format.exact_scale:
         return _values(left, dtype) @ _values(right, dtype).t()
     codes = left.codes.float() @ right.codes.float().t()
     return (codes / left.scale / right.scale.view(1, -1)).to(dtype)
+
+
+def _fp8(left: _Scaled, right: _Scaled, dtype: torch.dtype) -> Tensor:
+    """By torch's kernel, which takes a row-major and a column-major operand, and divides by the scales."""
+    assert left.scale is not None
+    assert right.scale is not None
+    a, b = left.codes.contiguous(), right.codes.contiguous().t()
+    divisor_a, divisor_b = left.scale.reciprocal(), right.scale.reciprocal()
+    return torch._scaled_mm(
+        a, b, divisor_a, divisor_b.t().contiguous() if divisor_b.dim() else divisor_b, out_dtype=dtype
+    )
 
 
 def _values(scaled: _Scaled, dtype: torch.dtype) -> Tensor:

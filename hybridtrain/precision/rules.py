@@ -3,8 +3,8 @@
 In this order: the first of precision.rules that matches a layer's path; high for routers, and for the first
 and last layers that precision.high_first and high_last name; else precision.compute.
 
-Everything else is high, in the format of precision.kind: norms, softmax, head, loss, embeddings, experts whose
-weights are one tensor.
+Everything else is high, in the format of precision.kind: norms, softmax, head, loss, embeddings, experts
+whose weights are one tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,11 @@ def names_of(precision: PrecisionConfig) -> set[str]:
     return {_high_if_same(name, precision) for name in chosen} - {HIGH}
 
 
+def described(precision: PrecisionConfig) -> str:
+    """A precision in one word or two, e.g. "bf16_mixed fp8_tensorwise"."""
+    return " ".join([precision.kind, *sorted(names_of(precision))])
+
+
 def has_loss_scale(precision: PrecisionConfig) -> bool:
     """Whether gradients may be too small for their format, fp16."""
     return precision.kind == "fp16_mixed" or "fp16" in names_of(precision)
@@ -77,8 +82,8 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
             raise refusal(
                 "precision.rules",
                 pattern,
-                "it matches no linear layer inside the model's layers; patterns must match whole paths, and head, "
-                "embedding and norms are high always",
+                "it matches no linear layer inside the model's layers; patterns must match whole paths, and "
+                "head, embedding and norms are high always",
                 allowed=", ".join(kinds),
                 instead=f"match: '{near[0]}'",
             )
@@ -104,15 +109,15 @@ class Row:
     """Part of the matrix products with weights, of the whole model."""
 
 
-def table(formats: Iterable[tuple[str, int]], *, head: int) -> list[Row]:
-    """Rows by format, from (format, parameters) of each linear layer. `head`: parameters of the head, which
-    is high.
-    """
-    listed = [*formats, (HIGH, head)]
-    total = sum(size for _, size in listed)
-    names = sorted({name for name, _ in listed}, key=lambda name: (name == HIGH, name))
+def table(linears: Sequence[Linear], precision: PrecisionConfig, *, layers: int, head: int) -> list[Row]:
+    """A row for each format of the whole model. `head`: parameters of the head, which is high."""
+    sizes: dict[str, list[int]] = {}
+    for linear in linears:
+        name = format_of(linear, precision, layers=layers)
+        sizes.setdefault(name, []).append(linear.inputs * linear.outputs)
+    high = sizes.pop(HIGH, [])
+    total = sum(map(sum, sizes.values())) + sum(high) + head
     return [
-        Row(name, len(sizes), sum(sizes), sum(sizes) / total)
-        for name in names
-        for sizes in [[size for other, size in listed if other == name]]
+        Row(name, len(of_name), sum(of_name), sum(of_name) / total)
+        for name, of_name in [*sizes.items(), (HIGH, [*high, head])]
     ]

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import registry
 from hybridtrain.config import compose
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import notation, stages
+from hybridtrain.plan.formats import CARRIERS, HIGH
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
+from hybridtrain.training import metrics
 from hybridtrain.types import Progress
 
 if TYPE_CHECKING:
@@ -91,6 +94,29 @@ def _log_job(job: Job, *, engine: Any) -> None:
         short["compute"],
         short["reduce"],
     )
+    for line in _format_lines(config.precision, engine=engine, head=job.facts.outputs * job.facts.hidden):
+        _log.info("precision %s", line)
+
+
+def _format_lines(precision: PrecisionConfig, *, engine: Any, head: int) -> list[str]:
+    """How many linear layers multiply in which format. `head`: parameters of the head."""
+    from hybridtrain.models.linears import linears_of
+    from hybridtrain.precision import device, rules
+
+    if not rules.names_of(precision):
+        return []
+    linears = linears_of(engine.model_config)
+    layers = max(linear.layer for linear in linears) + 1
+    lines = []
+    for row in rules.table(linears, precision, layers=layers, head=head):
+        native = row.format in CARRIERS.values() or device.is_native(row.format, engine.device)
+        how = ", emulated" if row.format != HIGH and (precision.emulate or not native) else ""
+        what = "linear layers" if row.format != HIGH else "linear layers with the head"
+        lines.append(
+            f"{row.format}: {row.modules} {what}, {metrics.quantity(row.parameters)} parameters, "
+            f"{row.share:.1%} of the products with weights{how}"
+        )
+    return lines
 
 
 def _tensor_line(job: Job) -> str | None:

@@ -1,9 +1,10 @@
 """Formats of linear layers under every layout, against one plain process that rounds alike.
 
-Pipeline stages and ZeRO change no operand: equal to a single rank of the engine. Against other code, and under
-tensor parallelism, sums are added up in another order. With one power-of-two scale a tensor that flips no
-rounding in fp32: the first step's gradients equal to 1e-5. With other formats some values are rounded the other
-way, and each moves the values after it: there the difference is to be no larger than that of the format itself.
+Pipeline stages and ZeRO change no operand: equal to a single rank of the engine. Against other code, and
+under tensor parallelism, sums are added up in another order. With one power-of-two scale a tensor that flips
+no rounding in fp32: the first step's gradients equal to 1e-5. With other formats some values are rounded the
+other way, and each moves the values after it: there the difference is to be no larger than that of the format
+itself.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Products in a format: against torch's own fp8 kernel, against arithmetic on whole numbers, and what rounding
-may not hide.
+"""Products in a format: against torch's own fp8 kernel, against whole numbers, and what rounding may not
+hide.
 """
 
 import threading
@@ -24,8 +24,10 @@ def operands(rows: int = 32, inputs: int = 32, outputs: int = 48) -> tuple[torch
     return x.requires_grad_(), torch.randn(outputs, inputs, generator=generator).requires_grad_()
 
 
-def gradients(name: str, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
-    y = product(x, w, Product(FORMATS[name], "", None))
+def gradients(
+    name: str, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor, native: bool = False
+) -> list[torch.Tensor]:
+    y = product(x, w, Product(FORMATS[name], "", None, native=native))
     return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
 
 
@@ -68,6 +70,8 @@ def test_fp8_products_are_those_of_torchs_kernel(name: str) -> None:
         ):
             assert torch.allclose(found, expected, rtol=2e-7, atol=1e-12)
         assert not torch.allclose(y, x @ w.t(), rtol=1e-3)
+    for emulated, native in zip((y, dx, dw), gradients(name, x, w, g, native=True), strict=True):
+        assert torch.allclose(emulated, native, rtol=2e-7, atol=1e-12)
 
 
 def test_int8_is_arithmetic_on_whole_numbers() -> None:
@@ -108,7 +112,7 @@ def test_what_is_not_finite_stays_so(name: str, value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zeros_and_a_bias(name: str, dtype: torch.dtype) -> None:
     layer = nn.Linear(32, 16, dtype=dtype)
-    convert(layer, Product(FORMATS[name], "", None))
+    convert(layer, Product(FORMATS[name], "", None, native=False))
     x = torch.zeros(2, 3, 32, dtype=dtype, requires_grad=True)
     y = layer(x)
     assert torch.equal(y, layer.bias.expand(2, 3, 16))
@@ -126,7 +130,7 @@ def test_gpt2s_linear_layer_is_the_same_product() -> None:
         theirs.bias.copy_(layer.bias)
     x, g = torch.randn(4, 32), torch.randn(4, 16)
     for module in (layer, theirs):
-        convert(module, Product(FORMATS["fp8_rowwise"], "", None))
+        convert(module, Product(FORMATS["fp8_rowwise"], "", None, native=False))
         module(x).backward(g)
     assert torch.equal(layer(x), theirs(x))
     assert torch.equal(layer.weight.grad, theirs.weight.grad.t())
@@ -134,9 +138,11 @@ def test_gpt2s_linear_layer_is_the_same_product() -> None:
 
 def test_fp16_overflows_and_underflows_as_fp16_does() -> None:
     x = torch.full((1, 4), 300.0, requires_grad=True)
-    y = product(x, torch.full((1, 4), 300.0), Product(FORMATS["fp16"], "", None))
+    y = product(x, torch.full((1, 4), 300.0), Product(FORMATS["fp16"], "", None, native=False))
     assert y.isinf().all()
-    small = product(torch.full((1, 4), 1e-9), torch.full((1, 4), 300.0), Product(FORMATS["fp16"], "", None))
+    small = product(
+        torch.full((1, 4), 1e-9), torch.full((1, 4), 300.0), Product(FORMATS["fp16"], "", None, native=False)
+    )
     assert not small.any()
 
 
@@ -184,7 +190,9 @@ def on_threads(name: str, cut: str, parts: list[tuple[torch.Tensor, ...]]) -> li
 
     def rank(number: int) -> list[torch.Tensor]:
         x, w, g = (part.detach().contiguous() for part in parts[number])
-        how = Product(FORMATS[name], cut, ThreadRanks(number, len(parts), slots=slots, barrier=barrier))
+        how = Product(
+            FORMATS[name], cut, ThreadRanks(number, len(parts), slots=slots, barrier=barrier), native=False
+        )
         y = product(x.requires_grad_(), w.requires_grad_(), how)
         return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
 

@@ -1,0 +1,82 @@
+"""Which formats a device computes, and which are emulated.
+
+format                          kernel                         on
+fp8_tensorwise, fp8_rowwise     torch._scaled_mm               GPUs of compute capability 8.9 (Ada, Hopper)
+fp16, bf16                      torch's own products           all; bf16 on GPUs from 8.0 (Ampere)
+tf32                            torch's own fp32 products      GPUs from 8.0
+mxfp8, int8                     none yet: emulated
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.errors import refusal
+from hybridtrain.plan.formats import CARRIERS, FORMATS
+from hybridtrain.precision.rules import names_of
+
+_FP8, _AMPERE = (8, 9), (8, 0)
+_KERNELS = ("fp8_tensorwise", "fp8_rowwise")
+KERNEL_MULTIPLE = 16
+"""Of which the sizes of an fp8 product have to be multiples."""
+
+
+def is_native(name: str, device: torch.device) -> bool:
+    """Whether the device has a kernel of its own for a format with scales."""
+    return name in _KERNELS and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8
+
+
+def check(precision: PrecisionConfig, *, device: torch.device, tokens: int) -> None:
+    """Refuse formats that the device does not have, unless they are to be emulated (raises UserError).
+    `tokens`: of a micro-batch.
+
+    On a CPU the formats of 8 bits are emulated always: it is where recipes are tried out.
+    """
+    gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if gpu else (0, 0)
+    kind, emulate = precision.kind, precision.emulate
+    if kind == "tf32" and not emulate and capability < _AMPERE:
+        where = "this GPU" if gpu else "a CPU"
+        raise refusal(
+            "precision.kind",
+            kind,
+            f"{where} has no TF32",
+            allowed="GPUs from compute capability 8.0",
+            instead="precision=fp32, or precision.emulate=true, which rounds the operands, slowly",
+        )
+    if gpu and CARRIERS[kind] == "bf16" and capability < _AMPERE:
+        raise refusal(
+            "precision.kind",
+            kind,
+            f"this GPU (compute capability {capability[0]}.{capability[1]}) has no bf16",
+            allowed="GPUs from compute capability 8.0",
+            instead="precision=fp16_mixed",
+        )
+    for name in sorted(names_of(precision)):
+        if is_native(name, device) and not emulate:
+            check_sizes("*", name, multiple=KERNEL_MULTIPLE, **{"tokens of a micro-batch": tokens})
+        if gpu and FORMATS[name].scale and not emulate and not is_native(name, device):
+            known = name in _KERNELS
+            raise refusal(
+                "precision.compute",
+                name,
+                f"this GPU (compute capability {capability[0]}.{capability[1]}) has no fp8"
+                if known
+                else "there is no kernel for it on GPUs yet",
+                allowed="fp8 on GPUs from compute capability 8.9" if known else ", ".join(_KERNELS),
+                instead="precision.emulate=true, which is slow, or precision=bf16_mixed",
+            )
+
+
+def check_sizes(path: str, name: str, *, multiple: int, **sizes: int) -> None:
+    """Refuse a layer whose sizes do not fit a format (raises UserError). `sizes`: of this rank."""
+    for what, size in sizes.items():
+        if size % multiple:
+            raise refusal(
+                "precision.compute",
+                name,
+                f"{path}: {size} {what} on a rank are no multiple of {multiple}",
+                allowed=f"multiples of {multiple}",
+                instead=f"precision.rules=[{{match: '{path}', compute: high}}]",
+            )

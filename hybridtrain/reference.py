@@ -6,6 +6,7 @@ Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from hybridtrain.models.patterns import matches
 from hybridtrain.models.structure import structure_of
 from hybridtrain.optim import user_optimizer
 from hybridtrain.plan.formats import FORMATS, HIGH
+from hybridtrain.precision.double import Double
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.task import Task
@@ -56,6 +58,8 @@ class Reference:
         task: Task,
     ):
         self.settings, self.compute, self.task = settings, compute, task
+        self.sums = torch.promote_types(torch.float32, compute)
+        """dtype of gradients over micro-batches, and of losses."""
         self.loss_scale = 1.0
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
@@ -97,7 +101,7 @@ class Reference:
             (torch.stack(means).sum() * self.loss_scale).backward()
             for name, parameter in self.worker.named_parameters():
                 if name in trained and parameter.grad is not None:
-                    part = parameter.grad.float() / self.loss_scale
+                    part = parameter.grad.to(self.sums) / self.loss_scale
                     gradients[name] = gradients[name] + part if name in gradients else part
                 parameter.grad = None
         for name, parameter in self.master.named_parameters():
@@ -112,7 +116,7 @@ class Reference:
         ]
         norm = torch.stack(squares).sum().sqrt()
         torch.nn.utils.clip_grads_with_norm_(
-            updated, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.float()
+            updated, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.to(self.sums)
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -130,9 +134,9 @@ class Reference:
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
         whole = _of_documents if batch.packed else logits
-        return self.task.loss_of_logits(
-            whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT), batch
-        )
+        with Double() if self.sums == torch.float64 else contextlib.nullcontext():
+            outputs = whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
+            return self.task.loss_of_logits(outputs, batch)
 
 
 def _of_documents(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def reference(case: Case) -> Outcome:
         [s.loss for s in steps],
         [s.grad_norm for s in steps],
         steps[0].gradients if steps else {},
-        {k: v.float() for k, v in plain.parameters().items()},
+        {k: wide(v) for k, v in plain.parameters().items()},
     )
 
 
@@ -214,7 +214,11 @@ def train(case: Case) -> Outcome:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().float().cpu().clone()
+    return wide(full.detach()).cpu().clone()
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(torch.float32, tensor.dtype))
 
 
 def on_ranks(case: Case) -> Outcome:

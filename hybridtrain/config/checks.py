@@ -86,6 +86,7 @@ def check(config: schema.Root) -> None:
     ranges.check(config)
     if isinstance(config, schema.Config):
         _engine(config)
+        precision_checks.check_compile(config)
         if "evaluate" not in sections:
             _trainable(config)
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit

@@ -11,6 +11,18 @@ from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH, is_wider
 _RULE = {"match", "compute"}
 
 
+def check_compile(config: schema.Config) -> None:
+    """Raise UserError for compiled layers in fp64, which computes under a mode of torch's functions."""
+    require(
+        not (config.engine.compile and config.precision.kind == "fp64"),
+        "engine.compile",
+        True,
+        "not with precision.kind=fp64",
+        allowed="false",
+        instead="engine.compile=false",
+    )
+
+
 def check(precision: schema.PrecisionConfig) -> None:
     """Raise UserError for formats that do not exist, or are wider than what precision.kind exchanges."""
     if precision.compute:

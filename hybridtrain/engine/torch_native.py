@@ -61,9 +61,10 @@ class TorchEngine:
     ):
         self.capabilities = of_engine("torch")
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
-        self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
         self.precision = policy(config.precision)
+        dtype = torch.promote_types(torch.float32, self.precision.compute)  # of losses and norms
+        self.loss_weights = torch.tensor(list(task.weights.values()), device=device, dtype=dtype)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
@@ -136,15 +137,15 @@ class TorchEngine:
         if self.layout.tp > 1:
             add_partial_gradients(self.stages, group=self.mesh.group("tp"))
         add_shared_gradients(self.shared)
-        scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh) * self.layout.dp  # grads are means
+        scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh, dtype=sums.dtype)
+        scaled_norm = scaled_norm * self.layout.dp  # grads are means
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        self.optimizer.step(
-            lr=lr, divide=scale * excess.clamp(min=1.0) / self.layout.dp, skip=torch.maximum(nonfinite, empty)
-        )
+        divide = (scale * excess.clamp(min=1.0) / self.layout.dp).float()
+        self.optimizer.step(lr=lr, divide=divide, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
         self.mesh.sum(sums, over="loss")
         return StepResult(
@@ -156,7 +157,7 @@ class TorchEngine:
         """Forward pass of grad_accum micro-batches; sums over all ranks (collective)."""
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=Flags(()))
-        total = torch.zeros(len(self.task.weights), device=self.device)
+        total = torch.zeros_like(self.loss_weights)
         for stage in self.stages:
             stage.eval()
         for sums in (

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from hybridtrain.analysis.facts import facts_of
@@ -35,6 +36,7 @@ from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.formats import HIGH
 from hybridtrain.plan.schedules import SPLIT_BACKWARD
 from hybridtrain.plan.stages import Cut
+from hybridtrain.precision.double import compute_in_double
 from hybridtrain.precision.policy import PrecisionPolicy
 from hybridtrain.runtime.collectives import GroupRanks
 from hybridtrain.tasks.head import Head
@@ -164,6 +166,25 @@ def _to_convert(stage: Stage, context: Context) -> set[str]:
 
 def _converted(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
     return convert.converted(stage)
+
+
+# -- double ------------------------------------------------------------------------------------------------
+
+
+def _double(stage: Stage, context: Context) -> None:
+    if context.precision.compute == torch.float64:
+        for module in (stage, *(layer for _, layer in stage.layer_modules())):
+            compute_in_double(module)
+
+
+def _to_double(stage: Stage, context: Context) -> set[str]:
+    return {"", *_layers(stage)} if context.precision.compute == torch.float64 else set()
+
+
+def _doubled(stage: Stage, context: Context) -> set[str]:
+    if context.precision.compute != torch.float64:
+        return set()
+    return {path for path in ("", *_layers(stage)) if "double" in wrappers(stage.part(path))}
 
 
 # -- freeze --------------------------------------------------------------------------------------------------
@@ -299,6 +320,7 @@ RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recom
 ORDER = (
     Transform("tensor", _slice, _to_slice, _sliced),
     Transform("convert", _convert, _to_convert, _converted),  # which needs to know how weights are cut
+    Transform("double", _double, _to_double, _doubled),  # inside recomputation, which repeats it
     Transform("freeze", _freeze, _to_freeze, _frozen),  # after tensor, which creates trainable parameters
     replace(RECOMPUTE, apply=_recompute_inside),
     Transform("compile", _compile, _to_compile, _wrapped_by("compile")),  # around recompute, see recompute.py

@@ -18,8 +18,8 @@ from hybridtrain.plan.layout import AXES
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
-    """L2 norm over all parameters of all stages, 0-d fp32, the same on every rank; does not wait
+def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh, dtype: torch.dtype) -> Tensor:
+    """L2 norm over all parameters of all stages, 0-d in `dtype`, the same on every rank; does not wait
     for the device (collective).
 
     Non-finite if any gradient is.
@@ -29,7 +29,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
         if parameter.grad is not None:
             axes, local = _sharded_over(parameter.grad)
             groups.setdefault(axes, []).append(local)
-    zero = torch.zeros((), dtype=torch.float32, device=mesh.device)
+    zero = torch.zeros((), dtype=dtype, device=mesh.device)
     sums = {axes: _sum_of_squares(locals_, zero=zero) for axes, locals_ in groups.items()}
     for axis in AXES:
         if sharded := [axes for axes in sums if axis in axes]:
@@ -44,8 +44,10 @@ def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh) -> Tensor:
 def _sum_of_squares(locals_: Sequence[Tensor], *, zero: Tensor) -> Tensor:
     tensors = [local for local in locals_ if local.numel()]
     # On the CPU, torch uses a single running sum, whose fp32 error is 1e-5 for 2^20 elements, 8e-4 for 2^24.
-    dtype = torch.float64 if zero.device.type == "cpu" else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).square().sum().float() if tensors else zero
+    dtype = torch.float64 if zero.device.type == "cpu" else zero.dtype
+    if not tensors:
+        return zero
+    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).square().sum().to(zero.dtype)
 
 
 def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:

@@ -163,7 +163,8 @@ class Pipeline:
         shape = stage.hidden_shape(rows=rows, positions=positions)
         hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
-        loss = torch.empty(sums, dtype=torch.float32, device="meta", requires_grad=True)
+        wide = torch.promote_types(torch.float32, dtype)
+        loss = torch.empty(sums, dtype=wide, device="meta", requires_grad=True)
         wrapped = ZeroStage(
             stage,
             index,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hybridtrain.models.slicing import Local
 from hybridtrain.models.stage import Stage
+from hybridtrain.precision.double import InDouble
 
 _SAVED = {
     torch.ops.aten.mm.default,
@@ -112,13 +113,16 @@ def _uncompiled(forward: Any) -> Any:
 
 
 def wrappers(layer: nn.Module) -> list[str]:
-    """The wrappers around a layer's forward, outermost first: "compile", "recompute", "local"."""
+    """The wrappers around a module's forward, outermost first: "compile", "recompute", "local", "double"."""
     result: list[str] = []
     forward: Any = layer.forward
     while True:
         if isinstance(forward, partial) and forward.func is checkpoint:
             result.append("recompute")
             forward = forward.args[0]
+        elif isinstance(forward, InDouble):
+            result.append("double")
+            forward = forward.forward
         elif isinstance(forward, Local):
             result.append("local")
             forward = forward.forward

@@ -27,6 +27,8 @@ smaller ones are noise."""
 # multiple of how far
 # the steps move them. docs/parity.md has the measurements behind these numbers.
 _TOLERANCES = {
+    ("fp64", False): (1e-11, 1e-11, 1e-10, 0.05),
+    ("fp64", True): (1e-11, 1e-11, 1e-10, 0.05),
     ("fp32", False): (1e-5, 1e-5, 1e-5, 0.05),
     ("fp32", True): (1e-5, 1e-5, 1e-5, 0.05),
     ("tf32", False): (1e-5, 1e-5, 1e-5, 0.05),

@@ -356,7 +356,7 @@ def norm_of_a_large_gradient() -> tuple[float, float]:
     parameter = torch.nn.Parameter(torch.zeros(1 << 22))
     parameter.grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     mesh = Mesh(layouts.ParallelLayout(1, 1, 1, 1, 1), device=torch.device("cpu"), timeout_s=60)
-    return float(gradient_norm([parameter], mesh=mesh)), float(
+    return float(gradient_norm([parameter], mesh=mesh, dtype=torch.float32)), float(
         torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
     )
 

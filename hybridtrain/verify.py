@@ -2,8 +2,8 @@
 its checksum. No torch.
 
 Of a run: each complete checkpoint (sizes, CRC32, the step in its name, the model), config.yaml,
-model/config.json, metrics.jsonl (each step once), events.jsonl and summary.json. Prints problems and exits
-with 1 if there are any.
+model/config.json, metrics.jsonl and numerics.jsonl (each step once), events.jsonl and summary.json. Prints
+problems and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hybridtrain.config.compose import read_run
 from hybridtrain.config.schema import ModelConfig, VerifyRoot
 from hybridtrain.errors import UserError
 from hybridtrain.models import config_diff
+from hybridtrain.precision.numerics import sample_of
 from hybridtrain.run import identity
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime import log
@@ -115,10 +116,10 @@ def _of_configs(path: Path, *, fingerprints: set[str], configs: list[Path]) -> I
 
 
 def _of_lines(path: Path) -> Iterator[str]:
-    """Problems of metrics.jsonl and events.jsonl: damaged lines, and in metrics.jsonl
-    repeated or unordered steps.
+    """Problems of metrics.jsonl, numerics.jsonl and events.jsonl: damaged lines, and repeated or unordered
+    steps, which only events may have.
     """
-    for name in ("metrics.jsonl", "events.jsonl"):
+    for name in ("metrics.jsonl", "numerics.jsonl", "events.jsonl"):
         file, last = path / name, 0
         if not file.exists():
             continue
@@ -129,13 +130,14 @@ def _of_lines(path: Path) -> Iterator[str]:
             continue
         for number, line in enumerate(lines, 1):
             try:
-                step = json.loads(line)["step"]
+                values = json.loads(line)
+                step = sample_of(values).step if name == "numerics.jsonl" else values["step"]
                 sound = isinstance(step, int)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 sound = False
             if not sound:
                 yield f"{file}: line {number} is damaged: {line[:60]!r}"
-            elif name == "metrics.jsonl":
+            elif name != "events.jsonl":
                 if step <= last:
                     yield f"{file}: line {number} has step {step} after step {last}"
                 last = max(last, step)

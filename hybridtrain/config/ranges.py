@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "precision.backoff_factor": (0, 1),
     "precision.growth_interval": (1, (1 << 31) - 1),
     "precision.min_scale": (2.0**-100, 2.0**100),
+    "precision.monitor_every": (0, _STEPS),
     "optim.lr": (0, 1e4),
     "optim.eps": (0, 1.0),
     "optim.weight_decay": (0, 1e4),

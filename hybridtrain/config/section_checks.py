@@ -112,6 +112,14 @@ def _precision(precision: schema.PrecisionConfig) -> None:
         allowed="above 0 and below 1",
         instead="0.5",
     )
+    require(
+        bool(precision.monitor_modules) or not precision.monitor_every,
+        "precision.monitor_modules",
+        "[]",
+        "the numerics monitor would watch nothing",
+        allowed="patterns of modules",
+        instead="precision.monitor_every=0, or precision.monitor_modules=['*']",
+    )
 
 
 def _model(model: schema.ModelConfig) -> None:

@@ -7,40 +7,10 @@ Literal, and converts enums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from dataclasses import field
+from typing import Any
 
-OptionsT = TypeVar("OptionsT")
-
-
-class Options:
-    """What every section is: options that are compared and printed one by one.
-
-    Written once: a dataclass would compile these two methods for each of 38 classes, which takes a fiftieth
-    of the start of a command.
-    """
-
-    def _values(self) -> dict[str, Any]:
-        return {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            self._values() == other._values()
-            if isinstance(other, Options) and type(self) is type(other)
-            else NotImplemented
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # options change
-
-    def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
-        return f"{type(self).__name__}({values})"
-
-
-@dataclass_transform()
-def options(section: type[OptionsT]) -> type[OptionsT]:
-    """`dataclass` for sections."""
-    return dataclass(section, repr=False, eq=False, match_args=False)
+from hybridtrain.config.options import Options, options
 
 
 class Suggested(int):
@@ -346,6 +316,12 @@ class PrecisionConfig(Options):
     """fp16_mixed: finite steps in a row before the scale grows."""
     min_scale: float = 1.0
     """fp16_mixed: smallest loss scale."""
+    monitor_every: int = 0
+    """Steps between samples of the numerics monitor, besides the first step: exponent histograms of what each
+    module computes, and figures of each update, into numerics.jsonl (docs/run-directory.md); 0: never."""
+    monitor_modules: list[str] = field(default_factory=lambda: ["*"])
+    """Shell-style patterns of the modules that the numerics monitor watches, of those with parameters, e.g.
+    '*.mlp.*'."""
 
 
 @options

@@ -57,6 +57,14 @@ def settle(config: Config, *, world_size: int) -> Settled:
     )
     if config.engine.kind == "deepspeed":
         deepspeed_config.build(config, plan=plan)  # raises UserError for contradictions
+        if config.precision.monitor_every and layout.tp > 1:
+            raise refusal(
+                "precision.monitor_every",
+                config.precision.monitor_every,
+                "the numerics monitor does not know what DeepSpeed's tensor parallelism cuts",
+                allowed="0 with engine=deepspeed and parallel.tp > 1",
+                instead="engine=torch, or precision.monitor_every=0",
+            )
     check_device([config.engine.kind], precision=config.precision.kind)
     return Settled(layout, plan, model)
 

@@ -19,6 +19,7 @@ from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
+from hybridtrain.engine.monitored import OfTorch
 from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
@@ -222,7 +223,7 @@ class TorchEngine:
                 if item.parameter.grad is not None
             )
 
-        self.optimizer.watch = before
+        self.optimizer.watch.append(before)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:
@@ -231,6 +232,9 @@ class TorchEngine:
     def watching(self, watcher: Watcher) -> AbstractContextManager[None]:
         """Show `watcher` what the modules of this rank compute in the steps inside (parallel/watch.py)."""
         return watching(self.stages, self.ids, watcher)
+
+    def monitored(self) -> OfTorch:
+        return OfTorch(self)
 
     def close(self) -> None:
         """Free everything that holds process groups; the caller leaves the process group."""

@@ -1,4 +1,6 @@
-"""Shell-style patterns of parameter names (model.freeze, optim.no_decay). No torch."""
+"""Shell-style patterns of parameter and module names (model.freeze, optim.no_decay,
+precision.monitor_modules). No torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str
     freeze all (raises UserError).
     """
     for pattern in freeze:
-        _check_one("model.freeze", pattern, names)
+        check_one("model.freeze", pattern, names, what="parameter")
     if freeze and all(matches(name, freeze) for name in names):
         words = "it freezes all parameters, so nothing would be trained"
         raise refusal(
@@ -32,10 +34,11 @@ def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str
         )
     for pattern in no_decay:
         if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
-            _check_one("optim.no_decay", pattern, names)
+            check_one("optim.no_decay", pattern, names, what="parameter")
 
 
-def _check_one(field: str, pattern: str, names: Sequence[str]) -> None:
+def check_one(field: str, pattern: str, names: Sequence[str], *, what: str) -> None:
+    """Refuse a pattern that matches none of the names of parameters or modules (`what`); raises UserError."""
     if any(fnmatch.fnmatchcase(name, pattern) for name in names):
         return
     kinds = sorted(
@@ -53,10 +56,10 @@ def _check_one(field: str, pattern: str, names: Sequence[str]) -> None:
     )
     tied = (
         " (a tied head is model.embed_tokens.weight)"
-        if "lm_head" in pattern and "lm_head.weight" not in names
+        if what == "parameter" and "lm_head" in pattern and "lm_head.weight" not in names
         else ""
     )
-    words = f"it matches no parameter of the model{tied}; patterns must match whole names"
+    words = f"it matches no {what} of the model{tied}; patterns must match whole names"
     raise refusal(
         field,
         [pattern],

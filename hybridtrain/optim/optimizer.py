@@ -41,6 +41,18 @@ class AdamW(Update):
         self.optimizer.step()
         self.free()
 
+    @torch.no_grad()
+    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
+        assert self.optimizer is not None
+        state = self.optimizer.state[item.shard]
+        (group,) = (
+            each for each in self.optimizer.param_groups if any(p is item.shard for p in each["params"])
+        )
+        first, second = group["betas"]
+        mean = state["exp_avg"].float() / (1 - first ** state["step"])
+        deviation = (state["exp_avg_sq"].float() / (1 - second ** state["step"])).sqrt()
+        return -group["lr"] * (mean / (deviation + group["eps"]) + group["weight_decay"] * before.float())
+
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one.
 

@@ -80,14 +80,14 @@ class Update:
 
     def __init__(self, shards: list[LocalShard]):
         self.shards = shards
-        self.watch: Callable[[], None] | None = None
+        self.watch: list[Callable[[], None]] = []
         """Called once, when the gradients of the next step are reduced; they are still scaled."""
 
     def begin(self) -> list[Tensor]:
         """Set the gradient of each shard; returns the gradients that exist."""
-        watch, self.watch = self.watch, None
-        if watch:
-            watch()
+        watch, self.watch = self.watch, []
+        for call in watch:
+            call()
         for item in self.shards:
             item.shard.grad = None if item.parameter.grad is None else local(item.parameter.grad)
         return [item.shard.grad for item in self.shards if item.shard.grad is not None]
@@ -98,6 +98,12 @@ class Update:
 
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
         raise NotImplementedError
+
+    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:  # noqa: ARG002
+        """What the last update would have added to a shard without rounding, fp32; None if not known.
+        `before`: its weights before.
+        """
+        return None
 
     def state(self) -> dict[str, Tensor]:
         raise NotImplementedError

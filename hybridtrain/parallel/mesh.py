@@ -136,6 +136,10 @@ class Mesh:
         if (group := self.group(over)) is not None:
             dist.all_reduce(tensor, group=group)
 
+    def is_first(self, axes: set[str]) -> bool:
+        """Whether this rank is the first of its stage with its part of a tensor sharded over `axes`."""
+        return all(self.coordinates[axis] == 0 for axis in PRODUCTS["stage"] if axis not in axes)
+
     def embedding_group(self) -> dist.ProcessGroup | None:
         """The first and the last pipeline rank of this rank's pipeline, for tied weights; None on
         the ranks between (collective).

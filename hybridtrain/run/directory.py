@@ -1,7 +1,7 @@
 """The run directory: its files, and the one process that may write them. Their contents are in record.py.
 
-    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  events.jsonl  lock  model/
-                  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  numerics.jsonl  events.jsonl
+                  lock  model/  checkpoints/  export/  report/  logs/
 
 Only rank 0 calls what reads or writes here, on behalf of all ranks; the other ranks use the paths alone.
 """
@@ -75,6 +75,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def numerics(self) -> Path:
+        return self.path / "numerics.jsonl"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -85,6 +89,11 @@ class RunDir:
         """
         self.check()
         append_line(self.metrics, {**dict.fromkeys(METRICS), **values})
+
+    def append_numerics(self, values: Mapping[str, object]) -> None:
+        """Append a line to numerics.jsonl (precision/numerics.py). Raises UserError on a full disk."""
+        self.check()
+        append_line(self.numerics, values)
 
     def append_event(self, kind: str, *, step: int, detail: str) -> None:
         """Append an event of now to events.jsonl: `kind` is one of EVENTS, `step` the steps done.
@@ -100,12 +109,13 @@ class RunDir:
             self.lock.check()
 
     def truncate(self, step: int) -> None:
-        """Remove metrics and events after `step`, atomically, so that no step occurs twice after a resume.
+        """Remove metrics, numerics and events after `step`, atomically, so that no step occurs twice after a
+        resume.
 
         An incomplete last line is removed too. Loss and speed of the last line kept go to the summary, where
         they would be missing if no step is left to train. Raises UserError.
         """
-        for file in (self.metrics, self.events):
+        for file in (self.metrics, self.numerics, self.events):
             try:
                 if not file.is_file():
                     continue
@@ -190,7 +200,7 @@ def remove_folders(new_folders: tuple[Path, ...]) -> None:
 
 
 def _is_current(line: str, *, step: int) -> bool:
-    """Whether a line of metrics.jsonl or events.jsonl is kept by a resume at `step`; an
+    """Whether a line of metrics.jsonl, numerics.jsonl or events.jsonl is kept by a resume at `step`; an
     incomplete one is not.
     """
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from hybridtrain.tasks.task import Task
 from hybridtrain.training import builtin, callbacks, loop, metrics, outcome, startup_log
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
+from hybridtrain.training.numerics import Numerics, monitor_of
 from hybridtrain.types import Batch, Progress
 
 
@@ -57,6 +59,8 @@ def train(
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
+    if (monitor := monitor_of(engine, config.precision)) is not None:
+        calls.add(Numerics(monitor, folder=run_dir, trackers=trackers), of_user=False)
     _add_callbacks(
         calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
     )
@@ -69,6 +73,7 @@ def train(
             start=start,
             total_steps=job.total_steps,
             callbacks=calls,
+            sampling=monitor.sampling if monitor else _nothing,
             stop=stop,
             watchdog=watchdog,
             counter=counter,
@@ -81,6 +86,11 @@ def train(
             end, status=status, reason=reason, run_dir=run_dir, seconds=time.monotonic() - start_s
         )
     return end, status
+
+
+def _nothing(step: int) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001
+    """No step is sampled."""
+    return contextlib.nullcontext()
 
 
 def _record_start(

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.errors import refusal
+from hybridtrain.precision.numerics import Sample
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
 from hybridtrain.runtime import log
@@ -146,6 +147,9 @@ class Barrier(Callback):
         self.group = group
 
     def on_start(self, run: Run) -> None:
+        dist.barrier(group=self.group)
+
+    def on_numerics(self, run: Run, sample: Sample) -> None:
         dist.barrier(group=self.group)
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@
                 run.stop("good enough")
 
 Every rank calls every callback, in the same order and after the same steps. In `on_start`, `on_evaluate`,
-`on_step` and `on_checkpoint` a callback may call torch.distributed collectives, on all ranks. An exception in
-a callback ends the run, and the error report names the rank.
+`on_numerics`, `on_step` and `on_checkpoint` a callback may call torch.distributed collectives, on all ranks.
+An exception in a callback ends the run, and the error report names the rank.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from hybridtrain import registry
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
+from hybridtrain.precision.numerics import Sample
 from hybridtrain.runtime import failure, log
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.types import Engine, StepResult
@@ -46,6 +47,8 @@ class StepInfo:
     """Flag -> number of ranks that have raised it (runtime/flags.py); the same on every rank."""
     evaluated: dict[str, float] = field(default_factory=dict)
     """Metrics of an evaluation after this step; empty without one."""
+    numerics: Sample | None = None
+    """What the numerics monitor has found, if this step was sampled; the same on every rank."""
     row: dict[str, Any] | None = None
     """The line of metrics.jsonl, if this step has one. Speed and memory are this rank's, the rest is the
     same on all ranks."""
@@ -84,6 +87,9 @@ class Callback:
 
         Reading a tensor of `info.result` waits for the device, which slows training down.
         """
+
+    def on_numerics(self, run: Run, sample: Sample) -> None:
+        """After a step that the numerics monitor has sampled (precision.monitor_every), before `on_step`."""
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
         """After each logged step (train.log_every).
@@ -189,6 +195,8 @@ class Callbacks:
         self.run.step, self.run.tokens_seen = info.step, info.tokens_seen
         for callback in self.callbacks:
             self._call(callback, "on_every_step", info)
+            if info.numerics is not None:
+                self._call(callback, "on_numerics", info.numerics)
             if info.row is None:
                 continue
             if info.evaluated:

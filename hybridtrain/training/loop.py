@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +39,14 @@ def train(
     start: Progress,
     total_steps: int,
     callbacks: Callbacks,
+    sampling: Callable[[int], AbstractContextManager[None]],
     stop: Stop,
     watchdog: Watchdog,
     counter: StepCounter,
 ) -> Progress:
     """Run optimizer steps start.step .. total_steps - 1, with the callbacks after each.
 
-    Returns early if `stop` is requested.
+    `sampling`: entered around each step, with its number, from 1. Returns early if `stop` is requested.
     """
     step, tokens_seen, scaled = start.step, start.tokens_seen, has_loss_scale(config.precision)
     check_finite = NonFiniteCheck(limit=config.train.max_nonfinite, scaled=scaled, new_run=start.step == 0)
@@ -54,7 +57,9 @@ def train(
             if reason := stop.reason_here():
                 flags.raised.add(reason)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
-            result = engine.train_step(loader.micro_batches(step), lr=lr)
+            batches = loader.micro_batches(step)
+            with sampling(step + 1):
+                result = engine.train_step(batches, lr=lr)
             step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len
             counter.step = step
             counts = flags.read()

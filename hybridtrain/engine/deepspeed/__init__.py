@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
+from hybridtrain.engine.deepspeed.monitored import OfDeepSpeed
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config, saved_buffers
@@ -36,6 +38,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.parallel.watch import Watcher, watching
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -64,7 +67,7 @@ class DeepSpeedEngine:
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
-        self._after_step: Callable[[], None] = _nothing
+        self._after_step: list[Callable[[], None]] = []
         self.precision = policy(config.precision)
         self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
@@ -204,8 +207,9 @@ class DeepSpeedEngine:
         scaler = self._scaler_state()
         sums = self._run_pipeline(batches, factor) if self.pipe else self._accumulate(batches, factor)
         self.mesh.sum(sums, over="loss")
-        after, self._after_step = self._after_step, _nothing
-        after()
+        after, self._after_step = self._after_step, []
+        for call in after:
+            call()
         skipped = torch.tensor(float(bool(self.zero.overflow)), device=self.device)
         norm = torch.as_tensor(
             float("inf") if self.zero.overflow else self.engine.get_global_grad_norm(),
@@ -275,25 +279,30 @@ class DeepSpeedEngine:
         """Call once in the next step with (name, gradient) pairs: reduced, unscaled, before clipping."""
         gradients: dict[nn.Parameter, Tensor] = {}
 
-        def copy(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        def copy(found: dict[nn.Parameter, Tensor], excess: float) -> None:
+            gradients.update({flat: gradient * excess for flat, gradient in found.items()})
+
+        self.on_update(copy)
+        self._after_step.append(lambda: call(self._sharded(lambda shard: gradients[shard.flat])))
+
+    def on_update(self, call: Callable[[dict[nn.Parameter, Tensor], float], None]) -> None:
+        """Call before updates of the next step with (clipped gradients, the factor that undoes clipping)."""
+
+        def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
             norm, clip = float(self.zero._global_grad_norm), self.config.optim.clip
-            excess = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0  # undoes the clipping
-            gradients.update(
-                {
-                    p: p.grad.detach() * excess
-                    for group in optimizer.param_groups
-                    for p in group["params"]
-                    if p.grad is not None
-                }
-            )
+            found = {
+                p: p.grad.detach() for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+            }
+            call(found, max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
 
-        handle = self.optimizer.register_step_pre_hook(copy)
+        self._after_step.append(self.optimizer.register_step_pre_hook(before).remove)
 
-        def after() -> None:
-            handle.remove()
-            call(self._sharded(lambda shard: gradients[shard.flat]))
+    def watching(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """Show `watcher` what the modules of this rank compute in the steps inside (parallel/watch.py)."""
+        return watching([self.stage], [self.mesh.coordinates["pp"]], watcher)
 
-        self._after_step = after
+    def monitored(self) -> OfDeepSpeed:
+        return OfDeepSpeed(self)
 
     def close(self) -> None:
         """Free what DeepSpeed holds; the caller leaves the process group."""
@@ -388,7 +397,3 @@ class DeepSpeedEngine:
         for sums in losses:
             total += sums
         return total
-
-
-def _nothing() -> None:
-    """The default of `_after_step`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hybridtrain.config import schema
 from hybridtrain.config.keys import nearest_name
 from hybridtrain.config.section_checks import require
@@ -38,6 +40,7 @@ def check(precision: schema.PrecisionConfig) -> None:
             instead="{match: '*.down_proj', compute: high}",
         )
         _format(f"{field}.compute", rule["compute"], precision, also=(HIGH,))
+    _adaptive(precision)
     for field, value in (("high_first", precision.high_first), ("high_last", precision.high_last)):
         require(
             not value or bool(precision.compute),
@@ -47,6 +50,63 @@ def check(precision: schema.PrecisionConfig) -> None:
             allowed="0 without precision.compute",
             instead="precision.compute=fp8_tensorwise",
         )
+
+
+def _adaptive(precision: schema.PrecisionConfig) -> None:
+    ladder = precision.ladder
+    if not precision.adaptive:
+        require(
+            not ladder,
+            "precision.ladder",
+            ladder,
+            "only adaptive precision has one",
+            allowed="[] without precision.adaptive",
+            instead="precision.adaptive=true",
+        )
+        return
+    require(
+        len(ladder) > 1,
+        "precision.ladder",
+        ladder,
+        "adaptive precision needs a format to start with, and one to go to",
+        allowed="two formats or more",
+        instead="precision.ladder=[fp8_tensorwise,bf16]",
+    )
+    for number, name in enumerate(ladder):
+        _format(f"precision.ladder[{number}]", name, precision, also=())
+    for lower, upper in itertools.pairwise(ladder):
+        require(
+            is_wider(upper, lower),
+            "precision.ladder",
+            ladder,
+            f"{upper} is no wider than {lower}",
+            allowed="each format wider than the one before",
+            instead="precision.ladder=[fp8_tensorwise,bf16,fp32]",
+        )
+    require(
+        precision.compute == ladder[0],
+        "precision.compute",
+        precision.compute,
+        "layers start on the lowest rung of precision.ladder",
+        allowed=ladder[0],
+        instead=f"precision.compute={ladder[0]}",
+    )
+    require(
+        precision.monitor_every > 0,
+        "precision.monitor_every",
+        precision.monitor_every,
+        "adaptive precision decides on what the monitor samples, and it samples never",
+        allowed="above 0 with precision.adaptive",
+        instead="precision.monitor_every=10",
+    )
+    require(
+        precision.monitor_modules == ["*"],
+        "precision.monitor_modules",
+        precision.monitor_modules,
+        "adaptive precision needs samples of all linear layers",
+        allowed="['*'] with precision.adaptive",
+        instead="precision.rules for the layers that are not to adapt",
+    )
 
 
 def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: tuple[str, ...]) -> None:

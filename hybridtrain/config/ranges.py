@@ -51,6 +51,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.timeout_s": (1, int(_SECONDS)),
     "engine.loss_chunk": (0, 1 << 40),
     "engine.threads": (0, 1 << 14),
+    "precision.adaptive_patience": (1, 10**6),
+    "precision.adaptive_budget": (0, 1),
     "precision.high_first": (0, 1 << 14),
     "precision.high_last": (0, 1 << 14),
     "precision.init_scale": (2.0**-100, 2.0**100),

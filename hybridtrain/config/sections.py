@@ -303,6 +303,15 @@ class PrecisionConfig(Options):
     """Number of first layers whose linear layers stay high, unless a rule names them."""
     high_last: int = 0
     """The same for the last layers."""
+    adaptive: bool = False
+    """Let each linear layer climb `ladder` where its numbers do not fit its format, and come down where they
+    would again. Decided on the samples of monitor_every; the first 8 steps are all sampled."""
+    ladder: list[str] = field(default_factory=list)
+    """adaptive: formats from the lowest, which is `compute`, to the highest, e.g. [fp8_tensorwise, bf16]."""
+    adaptive_patience: int = 2
+    """adaptive: samples in a row in which a layer's format does not fit, before it is promoted."""
+    adaptive_budget: float = 1.0
+    """adaptive: largest share of the linear layers' parameters that may leave the lowest format."""
     emulate: bool = False
     """Compute formats that the device does not have with rounded operands, slowly. On a CPU, formats of 8
     bits are emulated always."""

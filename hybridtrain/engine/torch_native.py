@@ -7,7 +7,7 @@ One step:  count targets -> forward and backward of all micro-batches -> gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
-from hybridtrain.parallel.apply import Context, build_stages
+from hybridtrain.parallel.apply import Context, build_stages, converter
+from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import before_backward, reshard
 from hybridtrain.parallel.grad_norm import gradient_norm
 from hybridtrain.parallel.mesh import Mesh
@@ -39,6 +40,7 @@ from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.plan.tensor import sequence_parallel
+from hybridtrain.precision.adaptive import ADAPTIVE
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
@@ -78,6 +80,8 @@ class TorchEngine:
             config, mesh=self.mesh, plan=plan, precision=self.precision, task=task, slicing=self.slicing
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
+        self.converter = converter(context)
+        self.adaptive = adaptive_of(config.precision, self.model_config)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
@@ -193,10 +197,13 @@ class TorchEngine:
         state = {
             key: value
             for key, value in state.items()
-            if key in stored or not (key in missing or key.startswith("scaler."))
+            if key in stored or not (key in missing or key == ADAPTIVE or key.startswith("scaler."))
         }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
+        if self.adaptive is not None and ADAPTIVE in state:
+            self.adaptive.adopt(state[ADAPTIVE].tolist())
+            self.change_formats(self.adaptive.formats())
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self.shared.copy(self.optimizer)
         return progress
@@ -229,6 +236,11 @@ class TorchEngine:
         for stage in self.stages:
             yield from stage.named_modules()
 
+    def change_formats(self, names: Mapping[str, str]) -> None:
+        """Let linear layers of this rank, by path, multiply in other formats from the next step on."""
+        for stage in self.stages:
+            self.converter.change(stage, names)
+
     def watching(self, watcher: Watcher) -> AbstractContextManager[None]:
         """Show `watcher` what the modules of this rank compute in the steps inside (parallel/watch.py)."""
         return watching(self.stages, self.ids, watcher)
@@ -247,7 +259,11 @@ class TorchEngine:
         """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
         model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
-        return {**model, **self.optimizer.state(), **self.scaler.state()}
+        return {**model, **self.optimizer.state(), **self.scaler.state(), **self._adaptive_state()}
+
+    def _adaptive_state(self) -> dict[str, Tensor]:
+        rows = [] if self.adaptive is None else self.adaptive.rows()
+        return {ADAPTIVE: torch.tensor(rows)} if rows else {}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in checkpoints, parameter) for every parameter object of this rank."""

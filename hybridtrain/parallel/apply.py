@@ -154,10 +154,16 @@ def _sliced(stage: Stage, context: Context) -> set[str]:
 
 
 def _convert(stage: Stage, context: Context) -> None:
+    converter(context).apply(stage)
+
+
+def converter(context: Context) -> convert.Converter:
+    """What converts the linear layers of stages."""
     group = context.mesh.group("tp")
     ranks = None if group is None else GroupRanks(group)
-    device = context.mesh.device
-    convert.apply_formats(stage, context.formats, slicing=context.slicing, ranks=ranks, device=device)
+    return convert.Converter(
+        context.formats, slicing=context.slicing, ranks=ranks, device=context.mesh.device
+    )
 
 
 def _to_convert(stage: Stage, context: Context) -> set[str]:

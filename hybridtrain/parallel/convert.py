@@ -10,19 +10,22 @@ which operands ranks have parts of.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.linears import Linear, is_transposed, linears_in
+from hybridtrain.models.linears import Linear, is_transposed, linears_in, linears_of
 from hybridtrain.models.slicing import Slicing, heads_of
 from hybridtrain.models.stage import Stage
 from hybridtrain.plan.formats import BLOCK, FORMATS, HIGH
+from hybridtrain.precision.adaptive import Controller
 from hybridtrain.precision.device import KERNEL_MULTIPLE, check_sizes, is_native
 from hybridtrain.precision.qlinear import Product, convert
-from hybridtrain.precision.rules import format_of
+from hybridtrain.precision.rules import adapts, format_of, high_if_same
 from hybridtrain.runtime.collectives import Ranks
 
 
@@ -43,22 +46,36 @@ def formats(stage: Stage, precision: PrecisionConfig) -> dict[str, str]:
     return {linear.path: format_of(linear, precision, layers=layers) for linear, _ in linears(stage)}
 
 
-def apply_formats(
-    stage: Stage, precision: PrecisionConfig, *, slicing: Slicing, ranks: Ranks | None, device: torch.device
-) -> None:
-    """Convert the linear layers that are not high, in place. `ranks`: of tensor parallelism, which has cut
-    them by `slicing`.
+class Converter:
+    """Converts linear layers, and changes their formats later."""
 
-    Raises UserError for a layer of which each rank computes a part of the gradient.
-    """
-    chosen = formats(stage, precision)
-    for linear, module in linears(stage):
-        if (name := chosen[linear.path]) == HIGH:
-            continue
-        cut = ""
+    def __init__(
+        self, precision: PrecisionConfig, *, slicing: Slicing, ranks: Ranks | None, device: torch.device
+    ):
+        """`ranks`: of tensor parallelism, which has cut the layers by `slicing`."""
+        self.precision, self.slicing, self.ranks, self.device = precision, slicing, ranks, device
+
+    def apply(self, stage: Stage) -> None:
+        """Convert the linear layers of a stage that are not high, in place. Raises UserError for one that a
+        format does not fit.
+        """
+        chosen = formats(stage, self.precision)
+        self.change(stage, {path: name for path, name in chosen.items() if name != HIGH})
+
+    def change(self, stage: Stage, names: Mapping[str, str]) -> None:
+        """Let linear layers, by path, multiply in other formats from now on. Those of other stages are left
+        out.
+        """
+        for linear, module in linears(stage):
+            if linear.path in names:
+                name = high_if_same(names[linear.path], self.precision)
+                convert(module, None if name == HIGH else self._product(stage, linear, module, name))
+
+    def _product(self, stage: Stage, linear: Linear, module: nn.Module, name: str) -> Product:
+        cut, ranks = "", self.ranks
         if ranks is not None:
             key = f"{linear.path}.weight".removeprefix(f"{stage.structure.layers}.{linear.layer}.")
-            if FORMATS[name].scale and _has_parts(key, slicing, stage, ranks=ranks):
+            if FORMATS[name].scale and _has_parts(key, self.slicing, stage, ranks=ranks):
                 raise _refusal(linear, name)
             if (piece := stage.pieces.get(f"{linear.path}.weight")) is not None:
                 cut = "NK"[1 - piece.dim if is_transposed(module) else piece.dim]
@@ -67,12 +84,12 @@ def apply_formats(
             "inputs": linear.inputs // size if cut == "K" else linear.inputs,
             "outputs": linear.outputs // size if cut == "N" else linear.outputs,
         }
-        native = is_native(name, device) and not precision.emulate
+        native = is_native(name, self.device) and not self.precision.emulate
         if native:
             check_sizes(linear.path, name, multiple=KERNEL_MULTIPLE, **sizes)
         if cut and FORMATS[name].scale == "block":  # else a block would be on two ranks
             check_sizes(linear.path, name, multiple=BLOCK, **sizes)
-        convert(module, Product(FORMATS[name], cut, ranks if cut else None, native=native))
+        return Product(FORMATS[name], cut, ranks if cut else None, native=native)
 
 
 def _has_parts(key: str, slicing: Slicing, stage: Stage, *, ranks: Ranks) -> bool:
@@ -97,4 +114,20 @@ def _refusal(linear: Linear, name: str) -> UserError:
         "is that of the sum",
         allowed="fp16 or bf16 for this layer, or fewer tensor-parallel ranks",
         instead=f"precision.rules=[{{match: '*.{linear.path.rpartition('.')[2]}', compute: high}}]",
+    )
+
+
+def adaptive_of(precision: PrecisionConfig, config: Any) -> Controller | None:
+    """The controller of adaptive precision for a whole model, if the config asks for it."""
+    if not precision.adaptive:
+        return None
+    listed = linears_of(config)
+    layers = max(linear.layer for linear in listed) + 1
+    sizes = {
+        linear.path: linear.inputs * linear.outputs
+        for linear in listed
+        if adapts(linear, precision, layers=layers)
+    }
+    return Controller(
+        sizes, precision.ladder, patience=precision.adaptive_patience, budget=precision.adaptive_budget
     )

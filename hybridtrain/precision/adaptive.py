@@ -1,16 +1,16 @@
-"""Adaptive precision: each linear layer climbs a ladder of formats where its numbers do not fit, and comes down
-where they would fit again.
+"""Adaptive precision: each linear layer climbs a ladder of formats where its numbers do not fit, and comes
+down where they would fit again.
 
-Decided on the reduced statistics of sampled steps (numerics.py), which are equal on all ranks and, but for a few
-counts, under every layout. The thresholds lie in a wide gap: shares of healthy layers are below 0.01, of broken
-ones near 1. So the decisions are the same under every layout, and after a resumption.
+Decided on the reduced statistics of sampled steps (numerics.py), which are equal on all ranks and, but for a
+few counts, under every layout. The thresholds lie in a wide gap: shares of healthy layers are below 0.01, of
+broken ones near 1. So decisions are the same under every layout, and after a resumption.
 
     broken   overflow, or too large a share lost to underflow, in the present format
-    healthy  neither in the format one rung below, with half the thresholds: probed on the same sample, not tried
+    healthy  neither in the format one rung below, with half the thresholds: probed on the same sample
 
 A layer is promoted after `patience` broken samples in a row, at once if its result is not finite, and demoted
-after `wait` healthy ones; `wait` doubles with each promotion, so that a layer changes a few times at most. What
-is not finite already when it reaches a layer is no fault of the layer.
+after `wait` healthy ones; `wait` doubles with each promotion, so that a layer changes a few times at most.
+What is not finite already when it reaches a layer is no fault of the layer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from hybridtrain.plan.formats import FORMATS, HIGH, Format
 from hybridtrain.precision.histogram import shares, tensorwise_scale
 from hybridtrain.precision.numerics import Sample, Statistics
 
+ADAPTIVE = "precision.adaptive"
+"""Key in a checkpoint: `Controller.rows`, int64, (1 + layers, 4)."""
 UNDERFLOW = 0.25
 """Share of the numbers that are not zero and become it. Healthy layers lose up to 0.005, broken ones 0.98."""
 OVERFLOW = 1e-6
@@ -73,35 +75,38 @@ class Controller:
     """Decides after each sampled step. Deterministic: state and sample in, decisions out."""
 
     def __init__(self, sizes: Mapping[str, int], ladder: Sequence[str], *, patience: int, budget: float):
-        """`sizes`: parameters of each layer that adapts, in the order of the model. `budget`: share of them that
-        may leave the lowest rung.
+        """`sizes`: parameters of each layer that adapts, in the order of the model. `budget`: share of them
+        that may leave the lowest rung.
         """
         self.sizes, self.ladder, self.patience = sizes, tuple(ladder), patience
         self.budget = budget * sum(sizes.values())
         self.states = dict.fromkeys(sizes, START)
+        self.again = True
+        """Whether the next step is to be sampled too: at the start, after a decision, and while steps are
+        skipped."""
 
     def decide(self, sample: Sample) -> list[Decision]:
-        """What changes after this sample."""
-        made = []
-        for module in self.sizes:
-            if (decision := self._of(module, sample.modules.get(module, {}))) is not None:
-                made.append(decision)
-        return made
+        """What changes after this sample, which is of step `sample.step`."""
+        made = [self._of(module, sample.modules.get(module, {})) for module in self.sizes]
+        found = [decision for decision in made if decision is not None]
+        self.again = bool(found) or sample.skipped or sample.step < FIRST_STEPS
+        return found
 
     def formats(self) -> dict[str, str]:
         """Layer -> its present format."""
         return {module: self.ladder[state.rung] for module, state in self.states.items()}
 
     def rows(self) -> list[list[int]]:
-        """The states, in the order of `sizes`, for a checkpoint."""
-        return [[state.rung, state.bad, state.ok, state.wait] for state in self.states.values()]
+        """`again`, and the states in the order of `sizes`, for a checkpoint."""
+        states = [[state.rung, state.bad, state.ok, state.wait] for state in self.states.values()]
+        return [[int(self.again), 0, 0, 0], *states]
 
     def adopt(self, rows: Sequence[Sequence[int]]) -> None:
         """Set the states from a checkpoint. A shorter ladder than that of the checkpoint ends earlier."""
-        top = len(self.ladder) - 1
+        top, self.again = len(self.ladder) - 1, bool(rows[0][0])
         self.states = {
             module: State(min(rung, top), bad, ok, wait)
-            for module, (rung, bad, ok, wait) in zip(self.sizes, rows, strict=True)
+            for module, (rung, bad, ok, wait) in zip(self.sizes, rows[1:], strict=True)
         }
 
     def _of(self, module: str, roles: Mapping[str, Statistics]) -> Decision | None:

@@ -40,15 +40,22 @@ def format_of(linear: Linear, precision: PrecisionConfig, *, layers: int) -> str
     """The name of a linear layer's format, or HIGH. `layers`: their number in the whole model."""
     for rule in precision.rules:
         if fnmatch.fnmatchcase(linear.path, rule["match"]):
-            return _high_if_same(rule["compute"], precision)
+            return high_if_same(rule["compute"], precision)
     ends = linear.layer < precision.high_first or linear.layer >= layers - precision.high_last
-    return HIGH if linear.router or ends else _high_if_same(_default(precision), precision)
+    return HIGH if linear.router or ends else high_if_same(_default(precision), precision)
+
+
+def adapts(linear: Linear, precision: PrecisionConfig, *, layers: int) -> bool:
+    """Whether adaptive precision changes a layer's format: not if a rule names it, or it is high."""
+    named = any(fnmatch.fnmatchcase(linear.path, rule["match"]) for rule in precision.rules)
+    at_start = format_of(linear, precision, layers=layers)
+    return precision.adaptive and not named and at_start == precision.compute
 
 
 def names_of(precision: PrecisionConfig) -> set[str]:
     """All formats that a config names for linear layers, but HIGH."""
-    chosen = [_default(precision), *(rule["compute"] for rule in precision.rules)]
-    return {_high_if_same(name, precision) for name in chosen} - {HIGH}
+    chosen = [_default(precision), *precision.ladder, *(rule["compute"] for rule in precision.rules)]
+    return {high_if_same(name, precision) for name in chosen} - {HIGH}
 
 
 def described(precision: PrecisionConfig) -> str:
@@ -66,7 +73,8 @@ def _default(precision: PrecisionConfig) -> str:
     return precision.compute or ("tf32" if emulated else "")
 
 
-def _high_if_same(name: str, precision: PrecisionConfig) -> str:
+def high_if_same(name: str, precision: PrecisionConfig) -> str:
+    """HIGH for the format that precision.kind has anyway."""
     return HIGH if name in ("", CARRIERS[precision.kind]) else name
 
 

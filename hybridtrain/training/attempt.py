@@ -26,6 +26,7 @@ from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.tasks.task import Task
 from hybridtrain.training import builtin, callbacks, loop, metrics, outcome, startup_log
+from hybridtrain.training.adapting import Adapt
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
@@ -61,6 +62,8 @@ def train(
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
     if (monitor := monitor_of(engine, config.precision)) is not None:
         calls.add(Numerics(monitor, folder=run_dir, trackers=trackers), of_user=False)
+        if (controller := engine.adaptive) is not None:
+            calls.add(Adapt(controller, engine=engine, monitor=monitor, folder=run_dir), of_user=False)
     _add_callbacks(
         calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
     )

@@ -69,6 +69,7 @@ class DeepSpeedEngine:
         self.flags = Flags(())
         self._after_step: list[Callable[[], None]] = []
         self.precision = policy(config.precision)
+        self.adaptive = None
         self.settings = deepspeed_config.build(config, plan=plan)
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         self.stage_group = self.mesh.group("stage")

@@ -115,7 +115,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
         task=task,
         **dtypes,
     )
-    plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
+    plain.loss_scale = config.precision.static_scale or 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
     tokens = _tokens(job, dp_rank=0, dp_size=1, collate=task.collate)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import tasks
-from hybridtrain.config import checks
+from hybridtrain.config import checks, migrate
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
 from hybridtrain.errors import LocalError, ReportedElsewhere, UserError, refusal
@@ -215,6 +215,7 @@ def _on_all_ranks(
             result = mesh.on_rank0(lambda: _finished_result(config))
             mesh.disconnect()
             return result
+        migrate.keep(config, run_dir.kept)
         counter.step = run_dir.step
         watchdog = _watchdog(job, run_dir=run_dir, counter=counter)
         log.setup(run_dir.logs)

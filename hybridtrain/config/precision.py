@@ -16,8 +16,7 @@ class PrecisionConfig(Options):
     """fp16_mixed: initial loss scale. Until a first step is finite, each step lowers it, above 2^16 to its
     square root: 2^100, 2^50, 2^25, 2^16."""
     static_scale: float | None = None
-    """fp16_mixed: a loss scale that never changes; null: the dynamic scale that the other options
-    describe."""
+    """fp16_mixed: a loss scale that never changes; null: a dynamic one, by the other options."""
     growth_factor: float = 2.0
     """fp16_mixed: factor on the loss scale after growth_interval finite steps in a row."""
     backoff_factor: float = 0.5
@@ -27,5 +26,5 @@ class PrecisionConfig(Options):
     min_scale: float = 1.0
     """fp16_mixed: smallest loss scale."""
     hysteresis: int = 2
-    """fp16_mixed: steps with a non-finite gradient, counted since the loss scale last grew, that lower it; so
-    does each later one. Those before are only skipped, so that a single bad batch costs no scale."""
+    """fp16_mixed: the loss scale falls at this many steps with a non-finite gradient since it last grew, and
+    at each further one. With 2, a single bad batch is skipped and costs no scale."""

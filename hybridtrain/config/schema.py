@@ -1,6 +1,6 @@
 """The sections of each command.
 
-Options, with type, default and documentation, are in sections.py and commands.py.
+Options, with type, default and documentation, are in sections.py, precision.py and commands.py.
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def saved(case: Case, path: Path, count: bool) -> None:
     """A finite step and one that overflows; without `count` as versions before hysteresis wrote it."""
     engine = start(case)
     if not count:
-        state = engine.scaler.state()
-        engine.scaler.state = lambda: {key: value for key, value in state.items() if key != NONFINITE}
+        state = engine.scaler.state
+        engine.scaler.state = lambda: {key: value for key, value in state().items() if key != NONFINITE}
     planted = plant(engine)
     for number in range(2):
         planted["now"] = number == 1

@@ -98,37 +98,36 @@ SETTINGS = (
 PLANTED = (6, 8, 9)
 
 
-def plant(engine: Any) -> dict[str, bool]:
-    """Makes one rank's gradients infinite in the steps in which `now` is set."""
-    now = {"now": False}
+class Plant:
+    """Makes rank 0's gradients infinite in the steps in which `now` is set, and sums up what they are inside
+    the backward pass: absolute values behind the first layer's gate, of this rank's rows."""
 
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG001
-        if now["now"] and output.requires_grad:
-            output.register_hook(lambda grad: grad * float("inf"))
-
-    if torch.distributed.get_rank() == 0:
+    def __init__(self, engine: Any):
+        self.now, self.total = False, 0.0
         stage = engine.stages[0] if hasattr(engine, "stages") else engine.stage
-        layer = next(layer for _, layer in stage.layer_modules())
-        layer.mlp.gate_proj.register_forward_hook(hook)
-    return now
+        if stage.first:
+            layer = next(layer for _, layer in stage.layer_modules())
+            layer.mlp.gate_proj.register_forward_hook(self.hook)
+
+    def hook(self, module: Any, inputs: Any, output: torch.Tensor) -> None:  # noqa: ARG002
+        if output.requires_grad:
+            output.register_hook(self.seen)
+
+    def seen(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        self.total += float(gradient.float().abs().sum())
+        return gradient * float("inf") if self.now and torch.distributed.get_rank() == 0 else None
 
 
-def steps(case: Case) -> list[tuple[float, float, float, float]]:
-    """(scale, skipped, next scale, loss) of each step."""
+def steps(case: Case) -> list[tuple[float, ...]]:
+    """(scale, skipped, next scale, loss, sum of Plant) of each step."""
     engine = start(case)
-    planted, found = plant(engine), []
+    plant, found = Plant(engine), []
     for number in range(case.steps):
-        planted["now"] = number in PLANTED
+        plant.now, plant.total = number in PLANTED, 0.0
         batches = case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp)
         result = engine.train_step(batches, lr=case.lr)
-        found.append(
-            (
-                float(result.loss_scale),
-                float(result.skipped),
-                float(result.next_scale),
-                float(result.loss),
-            )
-        )
+        numbers = (result.loss_scale, result.skipped, result.next_scale, result.loss, plant.total)
+        found.append(tuple(float(number) for number in numbers))
     return found
 
 
@@ -161,7 +160,7 @@ WIDE = (
 
 
 @pytest.fixture(scope="module")
-def single() -> list[tuple[float, float, float, float]]:
+def single() -> list[tuple[float, ...]]:
     return run_ranks(1, steps, fp16("single", "torch"))[0]
 
 
@@ -182,7 +181,9 @@ def test_what_is_planted_is_skipped_and_counted(single):
 def test_scales_skips_and_losses_agree_under_every_layout(engine, layout, single):
     pytest.importorskip("deepspeed") if engine == "deepspeed" else None
     case = fp16(layout, engine)
-    for found in run_ranks(case.world_size, steps, case):
+    ranks = run_ranks(case.world_size, steps, case)
+    assert sum(found[-1][4] for found in ranks) == pytest.approx(single[-1][4], rel=0.02)
+    for found in ranks:
         assert [step[:3] for step in found] == [step[:3] for step in single]
         assert [step[3] for step in found] == pytest.approx([step[3] for step in single], rel=1e-3)
 
@@ -207,9 +208,9 @@ def saved(case: Case, path: Path, count: bool) -> None:
     if not count:
         state = engine.scaler.state
         engine.scaler.state = lambda: {key: value for key, value in state().items() if key != NONFINITE}
-    planted = plant(engine)
+    plant = Plant(engine)
     for number in range(2):
-        planted["now"] = number == 1
+        plant.now = number == 1
         engine.train_step(case.batches(number, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp), lr=0.0)
     engine.save(path, Progress(0, 0, {})).result()
 
@@ -218,7 +219,7 @@ def loaded(case: Case, path: Path, overflow: bool) -> tuple[float, float]:
     """(scale, next scale) of a step after loading."""
     engine = start(case)
     engine.load(path)
-    plant(engine)["now"] = overflow
+    Plant(engine).now = overflow
     batches = case.batches(0, dp_rank=engine.mesh.dp_rank, dp=engine.layout.dp)
     result = engine.train_step(batches, lr=0.0)
     return float(result.loss_scale), float(result.next_scale)

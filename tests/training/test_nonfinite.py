@@ -13,6 +13,7 @@ from hybridtrain.errors import UserError
 from hybridtrain.training.callbacks import StepInfo
 from hybridtrain.training.nonfinite import NonFiniteCheck
 from hybridtrain.types import StepResult
+from tests.dispatch import NoWait
 
 FINE, BAD_GRADIENT, BAD_LOSS = (2.5, 0), (2.5, 1), (math.nan, 1)
 """(loss, skipped) of a step."""
@@ -76,6 +77,21 @@ def test_without_loss_scaling_each_step_counts(kind: str) -> None:
         said = ended(*[(*bad, 1.0)] * 3, kind=kind)
         assert what in said
         assert "loss scale" not in said
+
+
+def test_it_never_waits_between_lines() -> None:
+    config = schema.Config()
+    config.precision.kind = "fp16_mixed"
+    check = NonFiniteCheck(config, new_run=True)
+    steps = [
+        step(number, loss=math.nan, skipped=1, scale=1.0, last=False)
+        for number in range(1, config.train.max_nonfinite + 1)
+    ]
+    with NoWait():
+        for info in steps[:-1]:
+            check(info, wait=False)
+    with pytest.raises(UserError, match="the loss of 20 steps"):
+        check(steps[-1], wait=False)
 
 
 def test_a_run_without_an_update_ends_with_an_error() -> None:

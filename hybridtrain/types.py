@@ -76,6 +76,8 @@ class StepResult:
     step is not `skipped`."""
     loss_scale: torch.Tensor
     """The scale this step used; 1 without loss scaling."""
+    next_scale: torch.Tensor
+    """The scale of the next step."""
 
 
 @dataclass(frozen=True)

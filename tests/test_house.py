@@ -53,7 +53,6 @@ PRIVATE = {
     ),
     "_step_supports_amp_scaling": ("optim/user_optimizer.py",),
     "_scaled_mm": ("precision/qlinear.py",),
-    "_amp_update_scale_": ("precision/loss_scale.py",),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
     "_attn_implementation": ("models/", "analysis/analyse.py", "analysis/slices.py"),
     **dict.fromkeys(("_model_mapping", "_supports_sdpa"), ("models/build.py",)),

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybridtrain.cli.main import main
+from hybridtrain.config.compose import read_run
 from tests.ranks import run_ranks
 from tests.runs import Ended, on_this_rank, rows
 
@@ -58,6 +59,10 @@ def test_an_old_run_is_resumed_with_the_losses_it_would_have_had(old: Path, name
     shutil.copytree(old / "runs" / name, old / "more" / name)
     ended = run_ranks(RANKS[name], _resumed, old, ["--config-dir", "again", f"experiment={name}"])
     assert {rank.code for rank in ended} == {0}, ended[0].err + ended[0].out
+    # hysteresis is younger than these runs: they go on with one step, as they trained
+    assert read_run(old / "more" / name / "config.yaml").precision.hysteresis == 1
+    events = (old / "more" / name / "events.jsonl").read_text()
+    assert "hysteresis" not in events.splitlines()[-2]
     ours = rows(old / "more" / name)
     assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6]
     for row, theirs in zip(ours, EXPECTED[name], strict=True):

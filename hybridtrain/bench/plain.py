@@ -93,7 +93,9 @@ class PlainLoop:
                 module.compile(backend=config.engine.compile_backend)
         self._autocast = precision.compute if precision.compute != precision.param else None
         self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=config.precision.init_scale, enabled=precision.loss_scale
+            device.type,
+            init_scale=config.precision.static_scale or config.precision.init_scale,
+            enabled=precision.loss_scale,
         )
         first, second = settings.betas
         groups = reference.parameter_groups(self.model, settings)

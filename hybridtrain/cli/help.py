@@ -73,7 +73,7 @@ def text(command: str, *, does: str, takes_run: bool) -> str:
 
 
 def _default(default: object) -> str:
-    return {"": "''", "True": "true", "False": "false"}.get(str(default), str(default))
+    return {"": "''", "True": "true", "False": "false", "None": "null"}.get(str(default), str(default))
 
 
 def _entry(name: str, words: str) -> list[str]:

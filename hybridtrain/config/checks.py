@@ -15,8 +15,8 @@ from typing import Any
 
 from hybridtrain import registry
 from hybridtrain.config import precision_checks, ranges, schema
+from hybridtrain.config.precision import PRECISIONS
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
-from hybridtrain.config.sections import PRECISIONS
 from hybridtrain.errors import install, refusal
 from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
 

@@ -305,7 +305,12 @@ def _keep_calls(node: DictConfig, path: Path) -> None:
         raise limits.unfit(path, str(error)) from error
 
 
-_EXAMPLES = {"train.steps": 1000, "train.tokens": 1_000_000_000, "train.epochs": 1}
+_EXAMPLES = {
+    "train.steps": 1000,
+    "train.tokens": 1_000_000_000,
+    "train.epochs": 1,
+    "precision.static_scale": 1024,
+}
 
 
 def _suggestion(option: keys.Field, value: str) -> str:

@@ -6,7 +6,6 @@ Layouts are checked by plan.rules.
 from __future__ import annotations
 
 import importlib.util
-import math
 
 from hybridtrain import registry
 from hybridtrain.config import schema
@@ -62,34 +61,6 @@ def check(config: schema.Config) -> None:
             "not with engine=deepspeed yet: its tensor parallelism has linear layers of its own",
             allowed="the formats of precision.kind",
             instead="engine=torch",
-        )
-    if config.precision.kind == "fp16_mixed":
-        _loss_scale(config.precision)
-
-
-def _loss_scale(precision: schema.PrecisionConfig) -> None:
-    power = math.log2(precision.init_scale)
-    problem = "DeepSpeed's first loss scale is a power of two"
-    require(
-        power == int(power),
-        "precision.init_scale",
-        precision.init_scale,
-        problem,
-        allowed="powers of 2",
-        instead="precision.init_scale=65536",
-    )
-    for field, value, fixed in (
-        ("growth_factor", precision.growth_factor, 2.0),
-        ("backoff_factor", precision.backoff_factor, 0.5),
-    ):
-        problem = "DeepSpeed's loss scale doubles and halves"
-        require(
-            value == fixed,
-            f"precision.{field}",
-            value,
-            problem,
-            allowed=str(fixed),
-            instead=f"engine=torch, or precision.{field}={fixed}",
         )
 
 

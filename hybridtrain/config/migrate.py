@@ -1,20 +1,23 @@
 """Converts config.yaml of other versions to today's options, so that no other code depends on the version.
 
-An option that is missing in a file has the schema's default, unless `ABSENT` has its earlier default.
+An option that is missing in a file has the schema's default, unless `ABSENT` has its earlier default. A run
+that began with such a default keeps it when it is resumed, unless the command sets the option.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybridtrain import __version__
+from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import read_object
 
 RENAMED: dict[str, str] = {}
 """section.option of an earlier version -> today's name. Entries are never removed."""
-ABSENT: dict[str, Any] = {}
+ABSENT: dict[str, Any] = {"precision.hysteresis": 1}
 """section.option -> its value in files without it, if that is not today's default."""
 
 
@@ -32,6 +35,29 @@ def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
     for key, value in ABSENT.items():
         _set_default(sections, key, value)
     return sections
+
+
+def kept(before: Config, now: Config) -> dict[str, Any]:
+    """section.option -> value, of the earlier defaults with which a run began, whose config is `before`, and
+    which `now`, the config of the command that resumes it, does not set.
+    """
+    return {
+        key: value
+        for key, value in ABSENT.items()
+        if _value(before, key) == value and _value(now, key) == _value(Config(), key) and key not in now.given
+    }
+
+
+def keep(config: Config, values: Mapping[str, Any]) -> None:
+    """Set options: section.option -> value."""
+    for key, value in values.items():
+        section, _, option = key.partition(".")
+        setattr(getattr(config, section), option, value)
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, option = key.partition(".")
+    return getattr(getattr(config, section), option)
 
 
 def _set_default(sections: dict[Any, Any], key: str, value: Any) -> None:

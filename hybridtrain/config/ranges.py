@@ -61,6 +61,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "precision.growth_interval": (1, (1 << 31) - 1),
     "precision.min_scale": (2.0**-100, 2.0**100),
     "precision.monitor_every": (0, _STEPS),
+    "precision.static_scale": (2.0**-100, 2.0**100),
+    "precision.hysteresis": (1, (1 << 31) - 1),
     "optim.lr": (0, 1e4),
     "optim.eps": (0, 1.0),
     "optim.weight_decay": (0, 1e4),
@@ -104,7 +106,7 @@ def check(config: schema.Root) -> None:
         values = getattr(config, section.name)
         for option in dataclasses.fields(values):
             field, value = f"{section.name}.{option.name}", getattr(values, option.name)
-            if field in RANGES:
+            if field in RANGES and value is not None:
                 _number(field, value, *RANGES[field], default=option.default)
             for text in _texts(value):
                 _text(field, text)

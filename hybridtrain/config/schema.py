@@ -1,6 +1,6 @@
 """The sections of each command.
 
-Options, with type, default and documentation, are in sections.py and commands.py.
+Options, with type, default and documentation, are in sections.py, precision.py and commands.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hybridtrain.config.commands import (
     RunsConfig,
 )
 from hybridtrain.config.options import Options, options
+from hybridtrain.config.precision import PrecisionConfig
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -30,7 +31,6 @@ from hybridtrain.config.sections import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    PrecisionConfig,
     RecomputeConfig,
     RunConfig,
     RunFolder,

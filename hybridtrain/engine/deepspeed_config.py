@@ -72,7 +72,10 @@ def _offload(config: Config) -> dict[str, Any]:
 
 
 def _precision(config: Config) -> dict[str, Any]:
-    """Gradients are accumulated and reduced in fp32 in every precision."""
+    """Gradients are accumulated and reduced in fp32 in every precision.
+
+    Of `fp16`, only `enabled` has an effect: the scale is ours (deepspeed/scale.py).
+    """
     precision = config.precision
     fp32_gradients = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if precision.kind == "bf16_mixed":
@@ -80,10 +83,10 @@ def _precision(config: Config) -> dict[str, Any]:
     if precision.kind == "fp16_mixed":
         scaler = {
             "enabled": True,
-            "loss_scale": 0,
-            "initial_scale_power": round(math.log2(precision.init_scale)),
+            "loss_scale": precision.static_scale or 0,
+            "initial_scale_power": max(0, round(math.log2(precision.init_scale))),
             "loss_scale_window": precision.growth_interval,
-            "hysteresis": 1,
+            "hysteresis": precision.hysteresis,
             "min_loss_scale": precision.min_scale,
         }
         return {"fp16": scaler, **fp32_gradients}

@@ -134,28 +134,26 @@ class TorchEngine:
             head_module.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
-        factor = self.loss_weights * self.scaler.scale / counts.clamp(min=1)
+        scale = self.scaler.scale
+        factor = self.loss_weights * scale / counts.clamp(min=1)
         sums = (
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )
-        scale = self.scaler.scale.clone()
         if self.layout.tp > 1:
             add_partial_gradients(self.stages, group=self.mesh.group("tp"))
         add_shared_gradients(self.shared)
         scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh, dtype=sums.dtype)
-        scaled_norm = scaled_norm * self.layout.dp  # grads are means
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        divide = (scale * excess.clamp(min=1.0) / self.layout.dp).float()
+        divide = (scale * excess.clamp(min=1.0)).float()
         self.optimizer.step(lr=lr, divide=divide, skip=torch.maximum(nonfinite, empty))
         self.scaler.update(nonfinite, empty=empty)
         self.mesh.sum(sums, over="loss")
-        return StepResult(
-            loss_of(sums, counts, weights=self.loss_weights), sums, counts, norm, nonfinite, empty, scale
-        )
+        loss = loss_of(sums, counts, weights=self.loss_weights)
+        return StepResult(loss, sums, counts, norm, nonfinite, empty, scale, self.scaler.scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -223,7 +221,7 @@ class TorchEngine:
         """Call once in the next step with (name, gradient) pairs: reduced, unscaled, before clipping."""
 
         def before() -> None:
-            scale = float(self.scaler.scale) / self.layout.dp
+            scale = float(self.scaler.scale)
             call(
                 (item.name, item.parameter.grad / scale)
                 for item in self.optimizer.shards

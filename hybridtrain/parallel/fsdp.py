@@ -11,6 +11,7 @@ ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
     """Wrap layers, then the stage with embedding, final norm and head, with fully_shard.
 
-    Gradients become means over data ranks. Does nothing without sharding and casting, where fully_shard
+    Gradients become sums over data ranks. Does nothing without sharding and casting, where fully_shard
     would only copy parameters and gradients.
     """
     same_dtype = precision.compute == precision.param == precision.reduce
@@ -42,13 +43,29 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     # One group: embedding and head in groups of their own are a collective more in each step. The backward
     # pass starts with the head, so gathering it again would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})
-    on_cpu = _AllToAllReduceScatter if mesh.device.type == "cpu" else None
-    reduce_scatter = _NoReduceScatter if mesh.layout.dp_shard == 1 else on_cpu
-    if reduce_scatter is not None:
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                # private protocol
-                module.set_custom_reduce_scatter(reduce_scatter())  # type: ignore[arg-type]
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            _sum_gradients(module, mesh=mesh)
+
+
+def _sum_gradients(module: FSDPModule, *, mesh: Mesh) -> None:
+    """Let the reduction add gradients up, which fully_shard would average."""
+    layout = mesh.layout
+    if layout.dp_shard > 1:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # Gloo has no other reduction with a factor
+        if mesh.device.type == "cpu":
+            # private protocol
+            module.set_custom_reduce_scatter(_AllToAllReduceScatter())  # type: ignore[arg-type]
+        return
+    module.set_custom_reduce_scatter(_NoReduceScatter())  # type: ignore[arg-type]
+    if layout.dp_replicate > 1:
+        # In place: with dp_shard 1, fully_shard applies a factor, even of 1.0, by way of a copy.
+        module.set_all_reduce_hook(partial(_multiply, factor=layout.dp_replicate))
+
+
+def _multiply(gradients: Tensor, *, factor: int) -> None:
+    gradients.mul_(factor)
 
 
 def wrapped_modules(stage: Stage) -> set[str]:
@@ -65,14 +82,11 @@ class _AllToAllReduceScatter:
     def __call__(
         self, *, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any
     ) -> None:
-        """The sum or mean over ranks, added in rank order."""
+        """The sum over ranks, added in rank order."""
+        assert op == dist.ReduceOp.SUM
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
-        if op == dist.ReduceOp.AVG:
-            output_tensor.div_(group.size())
-        else:
-            assert op == dist.ReduceOp.SUM
 
 
 class _NoReduceScatter:

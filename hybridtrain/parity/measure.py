@@ -152,7 +152,7 @@ def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) 
         freeze=config.model.freeze,
         task=job.task or tasks.of(config, labels=len(facts_of(config.model).labels)),
     )
-    plain.loss_scale = precision.init_scale if dtypes.loss_scale else 1.0
+    plain.loss_scale = precision.static_scale or 1.0
     for model in {plain.master, plain.worker}:
         model.to(device)
     return plain

@@ -149,9 +149,9 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
         )
         config.optim.eps = MIN_EPS
     if has_loss_scale(config.precision):
-        scale = max(LOSS_SCALE, config.precision.min_scale)
+        scale = LOSS_SCALE
         changes.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
-        config.precision.init_scale, config.precision.growth_interval = scale, config.parity.steps + 1
+        config.precision.static_scale = scale
     return config, changes
 
 

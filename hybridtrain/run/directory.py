@@ -19,7 +19,8 @@ from hybridtrain.run import lock
 from hybridtrain.run.record import METRICS, STATUSES, SUMMARY, append_event, append_line
 from hybridtrain.runtime.files import discard, finite, unwritable, write_atomically, write_unsynced
 
-_REPEATED = ("checkpoint", "skipped", "empty")  # events that a resume repeats; starts and ends are kept
+# Events that a resume repeats; starts and ends are kept.
+_REPEATED = ("checkpoint", "skipped", "empty", "loss_scale")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class RunDir:
     changed: Mapping[str, tuple[object, object]]
     """section.field -> (old, new) of the options that differ in a continued run; none is
     part of its identity."""
+    kept: Mapping[str, object]
+    """section.field -> value: options that stay at an earlier version's default (migrate.kept)."""
     step: int
     """Steps done when this attempt begins."""
     lock: lock.Lock | None

@@ -62,6 +62,7 @@ EVENTS = (
     "checkpoint",
     "skipped",
     "empty",
+    "loss_scale",
     "preempted",
     "interrupted",
     "finished",

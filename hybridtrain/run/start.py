@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridtrain.config import migrate
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
 from hybridtrain.run import identity, lock
@@ -35,6 +36,8 @@ class LockedRun:
     path: Path
     before: Config | None
     """Config of the last attempt of the run in it; None: a new run."""
+    kept: Mapping[str, object]
+    """section.field -> value: options that stay at an earlier version's default (migrate.kept)."""
     lock: lock.Lock
     new_folders: tuple[Path, ...]
     """Folders that were created for the run, outermost first."""
@@ -48,7 +51,8 @@ class LockedRun:
 
 
 def lock_run(config: Config) -> LockedRun:
-    """Choose the directory of the run (identity.choose), create it if needed, and lock it.
+    """Choose the directory of the run (identity.choose), create it if needed, and lock it. Sets the options
+    of `config` that an earlier version's run keeps.
 
     Raises UserError for what `choose` refuses, if another process trains in the directory, or if
     it cannot be written.
@@ -79,9 +83,12 @@ def lock_run(config: Config) -> LockedRun:
         )
     if file := os.environ.get(launch.RUN_DIR_FILE):
         Path(file).write_text(str(second.path))
+    kept = migrate.kept(second.before, config) if second.before else {}
+    migrate.keep(config, kept)
     return LockedRun(
         second.path,
         second.before,
+        kept,
         run_lock,
         new_folders,
         lost_attempt(second.path, holder=holder) if second.before else "",
@@ -116,6 +123,7 @@ def begin(
         new_folders=locked.new_folders,
         lost=locked.lost,
         changed=identity.changes(before, config) if before else {},
+        kept=locked.kept,
         step=step,
         lock=locked.lock,
         summary={**dict.fromkeys(SUMMARY), "versions": dict(versions), "git_revision": _git_revision()},

@@ -17,6 +17,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.models.saved_config import save_config
 from hybridtrain.parallel.mesh import any_rank
 from hybridtrain.plan import flops
+from hybridtrain.precision.policy import policy
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.record import write_machine
 from hybridtrain.run.trackers import Trackers
@@ -30,6 +31,7 @@ from hybridtrain.training.adapting import Adapt
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
+from hybridtrain.training.scale_events import ScaleEvents
 from hybridtrain.types import Batch, Progress
 
 
@@ -175,6 +177,8 @@ def _add_callbacks(
         builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device),
         of_user=False,
     )
+    if policy(config.precision).loss_scale:
+        calls.add(ScaleEvents(run_dir), of_user=False)
     calls.add(*of_user, of_user=True)
     if of_user and job.layout.world_size > 1:
         calls.add(builtin.Barrier(engine.mesh.all_ranks(name="callbacks")), of_user=False)

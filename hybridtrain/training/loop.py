@@ -7,19 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
-
 from hybridtrain.config.schema import Config
 from hybridtrain.data.loader import Loader
-from hybridtrain.errors import UserError
 from hybridtrain.optim.schedule import lr_at
 from hybridtrain.plan.batch import BatchPlan
-from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.training.builtin import SAVED
 from hybridtrain.training.callbacks import Callbacks, StepInfo
+from hybridtrain.training.nonfinite import NonFiniteCheck
 from hybridtrain.types import Engine, Progress
 
 
@@ -48,8 +45,8 @@ def train(
 
     `sampling`: entered around each step, with its number, from 1. Returns early if `stop` is requested.
     """
-    step, tokens_seen, scaled = start.step, start.tokens_seen, has_loss_scale(config.precision)
-    check_finite = NonFiniteCheck(limit=config.train.max_nonfinite, scaled=scaled, new_run=start.step == 0)
+    step, tokens_seen = start.step, start.tokens_seen
+    check_finite = NonFiniteCheck(config, new_run=start.step == 0)
     flags = engine.flags = Flags((*stop.flags, SAVED))
     with GarbageCollection() as garbage:
         while step < total_steps and not stop.reason:
@@ -107,47 +104,3 @@ class GarbageCollection:
             gc.unfreeze()
             if self.enabled:
                 gc.enable()
-
-
-class NonFiniteCheck:
-    """Ends a run whose gradients stay non-finite.
-
-    Counts on the device, and reads the count only when the host waits anyway.
-    """
-
-    def __init__(self, *, limit: int, scaled: bool, new_run: bool):
-        """`scaled`: with loss scaling. `new_run`: starts at step 0."""
-        self.limit, self.scaled, self.new_run = limit, scaled, new_run
-        self.steps = 0
-        self.streak: torch.Tensor | None = None
-        self.unread = 0
-
-    def __call__(self, info: StepInfo, *, wait: bool) -> None:
-        """Count a step. Reads the count if `wait`, or if it may have reached the limit. Raises UserError."""
-        skipped = info.result.skipped
-        self.streak = skipped.clone() if self.streak is None else (self.streak + 1) * skipped
-        self.unread, self.steps = self.unread + 1, self.steps + 1
-        if not (wait or self.unread >= self.limit):
-            return
-        self.unread = 0
-        count = int(self.streak)
-        untrained = info.last and self.new_run and count == self.steps
-        if count >= self.limit or untrained:
-            advice = (
-                "precision=bf16_mixed, which has fp32's range and needs no loss scale, or a lower optim.lr"
-                if self.scaled
-                else "a lower optim.lr, optim.clip=1.0, a longer schedule.warmup_steps"
-            )
-            if count < self.limit:
-                raise UserError(
-                    f"train.steps={self.steps}: "
-                    f"the gradients of all {count} steps were not finite, so no update was made\n"
-                    f"  allowed: a run with at least one update\n  try:     {advice}"
-                )
-            raise UserError(
-                f"train.max_nonfinite={self.limit}: "
-                f"the gradients of {count} steps in a row, up to step {info.step}, were not finite "
-                f"(loss {float(info.result.loss):.4g}); no update was made in them\n"
-                f"  allowed: fewer than {self.limit} such steps in a row\n"
-                f"  try:     {advice}; the last checkpoint is from before or within them"
-            )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
 from hybridtrain import tasks
-from hybridtrain.config import checks
+from hybridtrain.config import checks, migrate
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend, of_rows
 from hybridtrain.errors import LocalError, ReportedElsewhere, UserError, refusal
@@ -220,7 +220,7 @@ def _on_all_ranks(
         log.setup(run_dir.logs)
         torch.manual_seed(config.run.seed)
         with Stop([config.run.stop_signal, "TERM", "INT"], before_s=config.run.stop_before_s) as stop:
-            engine = _engine(job, device=device, initial=not run_dir.checkpoint)
+            engine = _engine(job, device=device, run_dir=run_dir)
             end, status = attempt.train(
                 job,
                 engine=engine,
@@ -264,9 +264,12 @@ def _watchdog(job: Job, *, run_dir: RunDir, counter: StepCounter) -> Watchdog:
     )
 
 
-def _engine(job: Job, *, device: torch.device, initial: bool) -> Any:
-    """The engine of the job. `initial`: with initial weights."""
+def _engine(job: Job, *, device: torch.device, run_dir: RunDir) -> Any:
+    """The engine of the job, with initial weights unless there is a checkpoint. Sets the options that the run
+    keeps, which rank 0 alone has read.
+    """
+    migrate.keep(job.config, run_dir.kept)
     source = resume.with_available_source(job.config)
     return engines.build_for(
-        job.task, source, layout=job.layout, plan=job.plan, device=device, initial=initial
+        job.task, source, layout=job.layout, plan=job.plan, device=device, initial=not run_dir.checkpoint
     )

@@ -189,6 +189,11 @@ MISTAKES = {
     "growth": ([*TRAIN, "precision.growth_factor=1"], ["precision.growth_factor=1"]),
     "back-off": ([*TRAIN, "precision.backoff_factor=1"], ["precision.backoff_factor=1"]),
     "growth interval": ([*TRAIN, "precision.growth_interval=0"], ["precision.growth_interval=0"]),
+    "static loss scale": (
+        [*TRAIN, "precision=fp16_mixed", "precision.static_scale=0"],
+        ["precision.static_scale=0"],
+    ),
+    "hysteresis": ([*TRAIN, "precision.hysteresis=0"], ["precision.hysteresis=0"]),
     "loss scale floor": ([*TRAIN, "precision.min_scale=0"], ["precision.min_scale=0"]),
     "log_every": ([*TRAIN, "train.log_every=0"], ["train.log_every=0"]),
     "keep_last": ([*TRAIN, "checkpoint.keep_last=-1"], ["checkpoint.keep_last=-1"]),

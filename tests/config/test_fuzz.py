@@ -95,6 +95,8 @@ def hostile(kind: str, rng: random.Random) -> Any:
             return int(rng.choice([number for number in NUMBERS if number == number and abs(number) < 1e40]))
         case "float":
             return float(rng.choice(NUMBERS))
+        case "float | None":
+            return rng.choice([None, float(rng.choice(NUMBERS))])
         case "bool":
             return rng.random() < 0.5
         case "str":
@@ -184,18 +186,18 @@ def test_many_hostile_values(seed):
     [
         field.key
         for _, field in {field.key: (root, field) for root, field in OPTIONS}.values()
-        if field.type in ("int", "float")
+        if field.type in ("int", "float", "float | None")
     ],
 )
 def test_every_number_has_a_range_that_holds_its_default(key):
     least, most = RANGES[key]
     default = next(field.default for _, field in OPTIONS if field.key == key)
-    assert least <= default <= most
+    assert default is None or least <= default <= most
     command = next(root for root, field in OPTIONS if field.key == key)
     for beyond in (most * 4 + 2**70, -(2**70)):
         config = base(command)
         section, option = key.split(".")
-        setattr(getattr(config, section), option, type(default)(beyond))
+        setattr(getattr(config, section), option, (float if default is None else type(default))(beyond))
         with pytest.raises(UserError, match=key):
             checks.check(config)
 

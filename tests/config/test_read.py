@@ -151,3 +151,15 @@ def test_every_entry_of_the_table_of_earlier_names_leads_to_an_option_of_today()
     options = {field.key for fields in keys.all_sections().values() for field in fields}
     assert {*migrate.RENAMED.values(), *migrate.ABSENT} <= options
     assert not migrate.RENAMED.keys() & options
+
+
+def test_a_run_keeps_the_default_it_began_with_unless_the_command_sets_the_option():
+    before, now = schema.Config(), schema.Config()
+    before.precision.hysteresis = 1
+    assert migrate.kept(before, now) == {"precision.hysteresis": 1}
+    now.given = frozenset({"precision.hysteresis"})
+    assert migrate.kept(before, now) == {}
+    now.given, before.precision.hysteresis = frozenset(), 3
+    assert migrate.kept(before, now) == {}, "a value of its own is no earlier default"
+    before.precision.hysteresis, now.precision.hysteresis = 1, 4
+    assert migrate.kept(before, now) == {}

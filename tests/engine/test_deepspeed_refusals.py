@@ -92,20 +92,6 @@ CASES = {
         2,
         {"engine__offload_optimizer": "nvme"},
     ),
-    "a loss scale that is no power of two": Case(
-        "precision.init_scale=1000",
-        "power of two",
-        "65536",
-        2,
-        {"precision": "fp16_mixed", "precision__init_scale": 1000},
-    ),
-    "a loss scale that does not double": Case(
-        "precision.growth_factor=4",
-        "doubles",
-        TORCH,
-        2,
-        {"precision": "fp16_mixed", "precision__growth_factor": 4},
-    ),
     "an override of what the config decides": Case(
         "engine.config_overrides.zero_optimization.stage=3",
         "says 1",

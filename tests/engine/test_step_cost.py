@@ -60,6 +60,10 @@ def test_a_step_never_waits_for_the_device(layout):
         } == {}, found
 
 
+def test_a_step_with_a_loss_scale_never_waits_either():
+    assert run_ranks(1, watched_step, Case(precision="fp16_mixed")) == [{}]
+
+
 def collectives_of_a_run(argv: list[str]) -> Counter[str]:
     with Collectives() as watch:
         ended = on_this_rank(argv)

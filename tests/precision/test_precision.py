@@ -130,10 +130,7 @@ def gradients_of_equal_rows(case: Case) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
 
     def observe(**_: Any) -> None:
-        # `grad` is a mean over data ranks
-        gradients.update(
-            {name: whole(parameter.grad) * engine.layout.dp for name, parameter in engine._named()}
-        )
+        gradients.update({name: whole(parameter.grad) for name, parameter in engine._named()})
 
     engine.optimizer.step = observe
     ids, labels = case.rows(0)
@@ -239,7 +236,11 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-SCALING = (("precision.init_scale", 1024.0), ("precision.growth_interval", 2))
+SCALING = (
+    ("precision.init_scale", 1024.0),
+    ("precision.growth_interval", 2),
+    ("precision.hysteresis", 1),
+)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,7 @@ def test_the_scale_grows_backs_off_and_has_a_floor():
         backoff_factor=0.25,
         growth_interval=2,
         min_scale=0.5,
+        hysteresis=1,
     )
     scaler = LossScaler(settings, enabled=True, device=torch.device("cpu"))
     scales = []

@@ -43,35 +43,52 @@ def test_a_run_and_its_continuation_under_another_layout(data: Path, tmp_path: P
     assert "parallel.tp" in later[0][2]
 
 
-def test_updates_skipped_between_two_lines_are_counted(data: Path, tmp_path: Path) -> None:
-    """A loss scale that no fp16 gradient survives at first: each of four steps overflows, though only
-    every third is logged."""
+def test_updates_skipped_between_two_lines_are_counted_and_each_change_of_the_loss_scale_is_told(
+    data: Path, tmp_path: Path
+) -> None:
+    """A loss scale that no fp16 gradient survives, at first and whenever it grows; only every third step is
+    logged."""
     run = tmp_path / "run"
     options = {
         "precision": "fp16_mixed",
-        "precision__init_scale": 2.0**40,
-        "precision__backoff_factor": 2.0**-6,
+        "precision__init_scale": 2.0**100,
+        "precision__growth_factor": 2.0**14,
+        "precision__backoff_factor": 2.0**-14,
+        "precision__growth_interval": 2,
+        "precision__hysteresis": 1,
         "train__steps": 9,
         "train__log_every": 3,
     }
     finished(1, arguments(run, data, **options))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 1), (9, 0)]
+    assert [(row["step"], row["skipped"]) for row in rows] == [(1, 1), (3, 2), (6, 1), (9, 1)]
     skipped = [(step, detail) for kind, step, detail in events(run) if kind == "skipped"]
-    assert skipped == [
-        (1, "1 update skipped since the last line; loss scale 1,099,511,627,776"),
-        (3, "2 updates skipped since the last line; loss scale 268,435,456"),
-        (6, "1 update skipped since the last line; loss scale 65,536"),
+    assert skipped[1:] == [
+        (3, "2 updates skipped since the last line; loss scale 33,554,432"),
+        (6, "1 update skipped since the last line; loss scale 33,554,432"),
+        (9, "1 update skipped since the last line; loss scale 33,554,432"),
+    ]
+    low, high, highest = "2,048", "33,554,432", "1.12589990684262e+15"
+    assert [(step, detail) for kind, step, detail in events(run) if kind == "loss_scale"] == [
+        (1, f"1.26765060022823e+30 to {highest}"),
+        (2, f"{highest} to {high}"),
+        (3, f"{high} to {low}"),
+        (5, f"{low} to {high}"),
+        (6, f"{high} to {low}"),
+        (8, f"{low} to {high}"),
+        (9, f"{high} to {low}"),
     ]
 
 
 def test_a_failure_is_an_event_with_its_reason(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = {"precision": "fp16_mixed", "precision__init_scale": 2.0**40, "train__max_nonfinite": 2}
+    options = {"precision": "fp16_mixed", "precision__static_scale": 2.0**40, "train__max_nonfinite": 2}
     assert on_ranks(1, arguments(run, data, **options)).code == 2
     kind, step, detail = events(run)[-1]
     assert (kind, step) == ("failed", 2)
     assert "train.max_nonfinite=2" in detail
+    assert "the gradients of 2 steps in a row" in detail
+    assert "loss scale 1,099,511,627,776" in detail
     assert summary(run)["exit_reason"] == detail
 
 

@@ -63,6 +63,7 @@ def step() -> StepInfo:
         skipped=zero,
         empty=zero,
         loss_scale=zero,
+        next_scale=zero,
     )
     return StepInfo(step=1, last=False, stopping=False, tokens_seen=8, lr=0.1, result=result, flags={})
 

@@ -43,6 +43,7 @@ def result(loss=2.5, grad_norm=0.75, skipped=0, empty=0, loss_scale=1.0) -> Step
         skipped=torch.tensor(skipped),
         empty=torch.tensor(empty),
         loss_scale=torch.tensor(loss_scale),
+        next_scale=torch.tensor(loss_scale),
     )
 
 

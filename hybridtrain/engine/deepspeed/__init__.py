@@ -42,7 +42,7 @@ from hybridtrain.parallel.watch import Watcher, watching
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
-from hybridtrain.precision.loss_scale import OLDER, STORED, TRACKER
+from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.tasks.head import Head
@@ -89,7 +89,14 @@ class DeepSpeedEngine:
         self.pipe, self.engine = self._initialize()
         reset_buffers(self.stage, device=device)  # DeepSpeed casts them to 16 bits: an error of 0.4 % in RoPE
         self.buffers = saved_buffers(self.stage)
-        self._init_loss_scale()
+        # On the CPU: DeepSpeed waits for each step.
+        self.scaler = LossScaler(
+            config.precision, enabled=self.precision.loss_scale, device=torch.device("cpu")
+        )
+        if self.scaler.enabled:
+            with quiet():
+                from hybridtrain.engine.deepspeed.scale import Scaler
+            self.zero.loss_scaler = Scaler(self.scaler, dp=layout.dp)
         self.shards = state.flat_shards(self.zero, self.named, parts=self.parts)
         if initial:
             source = initial_weights(config.model, self.model_config, seed=config.run.seed)
@@ -196,16 +203,14 @@ class DeepSpeedEngine:
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         # x dp: DeepSpeed averages over data ranks
         factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)
-        scale = torch.tensor(
-            float(self.zero.loss_scale) * self.layout.dp if self.precision.loss_scale else 1.0,
-            device=self.device,
-        )
+        scale = self.scaler.scale.to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         empty = (counts.sum() == 0).float()
         # With found_inf = 1, torch's fused AdamW skips the update.
         self.optimizer.found_inf = empty  # type: ignore[attr-defined]
-        scaler = self._scaler_state()
+        if self.scaler.enabled:
+            self.zero.loss_scaler.empty = empty.cpu()
         sums = self._run_pipeline(batches, factor) if self.pipe else self._accumulate(batches, factor)
         self.mesh.sum(sums, over="loss")
         after, self._after_step = self._after_step, []
@@ -217,10 +222,9 @@ class DeepSpeedEngine:
             dtype=torch.float32,
             device=self.device,
         )
-        if scaler and not int(counts.sum()):
-            self._set_scaler(scaler)
         loss = loss_of(sums, counts, weights=self.loss_weights)
-        return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale)
+        next_scale = self.scaler.scale.to(self.device)
+        return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale, next_scale)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -252,20 +256,19 @@ class DeepSpeedEngine:
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint of any layout and engine (collective)."""
         stored = sharded.stored_keys(path)
-        older = torch.zeros(())
-        loaded = {
+        loaded: dict[str, Any] = {
             **state.tensors(self.shards, self.optimizer, owner=self.owner),
             **{key: buffer for key, buffer in self._saved_buffers().items() if key in stored},
-            **self._scaler_state(),
-            **({OLDER: older} if self.precision.loss_scale else {}),
+            **self.scaler.state(),
+            **self.scaler.older_state(),
         }
         loaded = {
             key: value for key, value in loaded.items() if key in stored or not key.startswith("scaler.")
         }
         progress = sharded.load(loaded, path=path, group=self.mesh.checkpoint_group)
-        if OLDER in loaded:
-            loaded[STORED] = older * origin.data_ranks(path)
-        self._set_scaler(loaded)
+        self.scaler.adopt(loaded, dp=origin.data_ranks(path) if OLDER in loaded else 1)
+        if self.scaler.enabled:
+            self.zero.loss_scaler.read()
         state.update_model(self.zero)
         return progress
 
@@ -316,7 +319,7 @@ class DeepSpeedEngine:
         """Everything in a checkpoint, as fragments that share memory with the training."""
         shards = [shard for shard in self.shards if not self._is_copy(shard.name)]
         weights = state.tensors(shards, self.optimizer, owner=self.owner)
-        return {**weights, **self._saved_buffers(), **self._scaler_state()}
+        return {**weights, **self._saved_buffers(), **self.scaler.state()}
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         return {f"model.{name}": buffer for name, buffer in self.buffers.items()}
@@ -332,39 +335,6 @@ class DeepSpeedEngine:
             self.shards, named, values=values, contributes=contributes, group=self.stage_group
         ):
             yield self.owner(name), value
-
-    def _scaler_state(self) -> dict[str, Tensor]:
-        """The state of the loss scaler in the format of the torch engine.
-
-        DeepSpeed's scale is smaller by a factor of dp, because its loss is larger (see _init_loss_scale), and
-        it counts finite steps from the second one on: -1 before.
-        """
-        if not self.precision.loss_scale:
-            return {}
-        scaler = self.zero.loss_scaler
-        stable = scaler.cur_iter - scaler.last_overflow_iter - 1
-        finite = (stable - 1) % scaler.scale_window if stable else -1
-        return {
-            STORED: torch.tensor(float(scaler.cur_scale) * self.layout.dp),
-            TRACKER: torch.tensor(finite, dtype=torch.int32),
-        }
-
-    def _set_scaler(self, loaded: dict[str, Any]) -> None:
-        if STORED in loaded:
-            scaler = self.zero.loss_scaler
-            scaler.cur_scale = float(loaded[STORED]) / self.layout.dp
-            scaler.last_overflow_iter = scaler.cur_iter - 2 - int(loaded[TRACKER])
-
-    def _init_loss_scale(self) -> None:
-        """Set DeepSpeed's loss scale to ours / dp: its loss is dp times as large, because it
-        averages over data ranks.
-        """
-        if self.precision.loss_scale:
-            scaler, settings = self.zero.loss_scaler, self.config.precision
-            scaler.cur_scale, scaler.min_scale = (
-                settings.init_scale / self.layout.dp,
-                settings.min_scale / self.layout.dp,
-            )
 
     # -- the step --------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
+from hybridtrain.optim.adam import Formats
 from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation
@@ -149,6 +150,7 @@ def reference(case: Case) -> Outcome:
         built,
         source=source,
         settings=config.optim,
+        formats=Formats.of(config.precision, seed=config.run.seed),
         compute=precision.compute,
         param=precision.param,
         freeze=case.freeze,

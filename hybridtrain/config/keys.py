@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.config import commands, migrate, schema
+from hybridtrain.config import commands, migrate, precision, schema
 from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import refusal
 
@@ -135,7 +135,9 @@ def _docstrings() -> dict[str, dict[str, str]]:
     """Class -> field -> the docstring below the field, from the source."""
     result: dict[str, dict[str, str]] = {}
     for node in [
-        node for module in (training_sections, commands) for node in ast.parse(inspect.getsource(module)).body
+        node
+        for module in (training_sections, precision, commands)
+        for node in ast.parse(inspect.getsource(module)).body
     ]:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -21,6 +21,7 @@ from hybridtrain.config.commands import (
     ReportConfig,
     RunsConfig,
 )
+from hybridtrain.config.precision import PrecisionConfig
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -30,7 +31,6 @@ from hybridtrain.config.sections import (
     OptimConfig,
     Options,
     ParallelConfig,
-    PrecisionConfig,
     RecomputeConfig,
     RunConfig,
     RunFolder,

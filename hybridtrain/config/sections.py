@@ -49,9 +49,6 @@ class Suggested(int):
     """
 
 
-PRECISIONS = ("fp32", "bf16_mixed", "bf16_pure", "fp16_mixed")
-
-
 @options
 class RunFolder(Options):
     """The `run` section of commands that read a run."""
@@ -315,23 +312,6 @@ class EngineConfig(Options):
     training device) or cpu."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """engine=deepspeed: keys added to the DeepSpeed config; keys that another option sets are refused."""
-
-
-@options
-class PrecisionConfig(Options):
-    kind: str = "fp32"
-    """fp32, bf16_mixed, bf16_pure or fp16_mixed. bf16_pure has no fp32 master weights: updates smaller than
-    2^-9 of a weight are lost."""
-    init_scale: float = 65536.0
-    """fp16_mixed: initial loss scale."""
-    growth_factor: float = 2.0
-    """fp16_mixed: factor on the loss scale after growth_interval finite steps in a row."""
-    backoff_factor: float = 0.5
-    """fp16_mixed: factor on the loss scale after a step with a non-finite gradient."""
-    growth_interval: int = 2000
-    """fp16_mixed: finite steps in a row before the scale grows."""
-    min_scale: float = 1.0
-    """fp16_mixed: smallest loss scale."""
 
 
 @options

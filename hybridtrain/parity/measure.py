@@ -26,6 +26,7 @@ from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
+from hybridtrain.optim.adam import Formats
 from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
@@ -111,6 +112,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
         built,
         source=source,
         settings=config.optim,
+        formats=Formats.of(config.precision, seed=config.run.seed),
         freeze=config.model.freeze,
         task=task,
         **dtypes,

@@ -12,6 +12,7 @@ import torch
 from hybridtrain.data.rows import Block
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.init import draw
+from hybridtrain.optim.adam import Formats
 from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan.batch import plan_batch
@@ -99,7 +100,15 @@ def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
     source, task = draw(built, seed=config.run.seed), Halves()
     fp32 = {"compute": torch.float32, "param": torch.float32}
-    plain = Reference(built, source=source, settings=config.optim, freeze=(), task=task, **fp32)
+    plain = Reference(
+        built,
+        source=source,
+        settings=config.optim,
+        formats=Formats("auto", "kahan", 0),
+        freeze=(),
+        task=task,
+        **fp32,
+    )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     counts = [task.counts(batch) for batch in case.batches(0, dp_rank=0, dp=1)]
     for found, sums, parameters in run_ranks(case.world_size, trained, case):

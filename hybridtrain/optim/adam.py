@@ -5,7 +5,7 @@
     exp_avg, exp_avg_sq               auto, fp32, bf16; with 8bit: of vectors and small matrices
     exp_avg_codes, exp_avg_scales,    8bit (precision/eight_bit.py); rms is the root of exp_avg_sq
     rms_codes, rms_scales
-    compensation                      precision.rounding=kahan; bf16, what the weight lacks
+    compensation                      precision.rounding=kahan; int16, what the weight lacks (rounding.py)
 
 The root is stored because the codes reach down to 3e-7 of a block's largest value. In exp_avg_sq that is a
 gradient of 6e-4 of the largest one; below it, exp_avg would be divided by eps alone.
@@ -89,7 +89,7 @@ def allocate(weight: Tensor, *, whole: torch.Size, formats: Formats) -> dict[str
         dtype = formats.moments(weight.dtype)
         state |= {field: torch.zeros_like(weight, dtype=dtype) for field in PLAIN}
     if formats.rounds(weight.dtype) == "kahan":
-        state[COMPENSATION] = torch.zeros_like(weight)
+        state[COMPENSATION] = torch.zeros_like(weight, dtype=torch.int16)
     return state
 
 
@@ -152,21 +152,22 @@ def update(
         first, second = moments_of(now)
         first = first.lerp(scaled, 1 - beta1)
         second = (second * beta2).addcmul_(scaled, scaled, value=1 - beta2)
-        change = first / (second.sqrt() / root + settings.eps) * -rate - now["weight"].float() * (lr * decay)
+        old = now["weight"].float()
+        if COMPENSATION in now:
+            old = rounding.joined(now["weight"], now[COMPENSATION])
+        value = old - (first / (second.sqrt() / root + settings.eps) * rate + old * (lr * decay))
         new = stored(first, second, like=now)
         match formats.rounds(weight.dtype):
             case "kahan":
-                new["weight"], new[COMPENSATION] = rounding.add_compensated(
-                    now["weight"], change, now[COMPENSATION]
-                )
+                new["weight"], new[COMPENSATION] = rounding.split(value)
             case "stochastic":
                 assert where is not None
                 columns = torch.arange(gradients.shape[1], dtype=torch.int32, device=weight.device)
                 index = where.first[start : start + size] + columns
                 bits = rounding.random_bits(index, key=where.key, step=step)
-                new["weight"] = rounding.round_stochastically(now["weight"].float() + change, bits)
+                new["weight"] = rounding.round_stochastically(value, bits)
             case _:
-                new["weight"] = (now["weight"].float() + change).to(weight.dtype)
+                new["weight"] = value.to(weight.dtype)
         for field, value in new.items():
             now[field].copy_(torch.where(keep, now[field], value))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hybridtrain.optim import adam
 from hybridtrain.optim.adam import CODED, COMPENSATION, PLAIN
 from hybridtrain.optim.shards import LocalShard, Update, like
+from hybridtrain.precision.rounding import joined
 
 Fields = dict[str, Tensor]
 
@@ -79,4 +80,4 @@ class Adam(Update):
             if COMPENSATION in own and COMPENSATION not in read:
                 own[COMPENSATION].zero_()
             elif COMPENSATION in read and COMPENSATION not in own:
-                item.shard.add_(read[COMPENSATION])  # changes weights in fp32 only
+                item.shard.copy_(joined(item.shard.bfloat16(), read[COMPENSATION]))

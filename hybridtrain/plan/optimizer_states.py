@@ -43,7 +43,7 @@ def check_rows(shapes: Mapping[str, Sequence[int]]) -> None:
 
 
 def compensated(config: Config) -> bool:
-    """Whether each bf16 weight has a second number, which keeps what rounding cuts off."""
+    """Whether each bf16 weight has 16 bits beside it, which keep what rounding cuts off."""
     precision = config.precision
     adamw = config.optim.kind == "adamw"
     return adamw and precision.kind == "bf16_pure" and precision.rounding == "kahan"

@@ -247,6 +247,7 @@ class DeepSpeedEngine:
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint of any layout and engine (collective)."""
         stored = sharded.stored_keys(path)
+        state.check_moments(stored, path=path)
         older = torch.zeros(())
         loaded = {
             **state.tensors(self.shards, self.optimizer, owner=self.owner),

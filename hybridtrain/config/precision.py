@@ -17,9 +17,9 @@ class PrecisionConfig(Options):
     """Format of Adam's two moments: fp32, bf16, 8bit (a byte each, and a scale per 128 elements of a row;
     vectors, small matrices and short rows stay in fp32), or auto: that of the master weights."""
     rounding: str = "kahan"
-    """bf16_pure: how adamw rounds a weight. kahan: 16 bits beside it keep what rounding cuts off; stochastic: up
-    or down at random, right on average, without more memory; nearest: updates smaller than 2^-9 of a weight
-    are lost. A registered optimizer rounds as it does."""
+    """bf16_pure: how adamw rounds weights. kahan: 16 bits beside each keep what rounding cuts off;
+    stochastic: up or down at random, right on average, without more memory; nearest: updates smaller than
+    2^-9 of a weight are lost. A registered optimizer rounds as it does."""
     init_scale: float = 65536.0
     """fp16_mixed: initial loss scale."""
     growth_factor: float = 2.0

@@ -48,7 +48,7 @@ def test_in_fp32_it_is_torchs_adamw(shape):
 
 
 @pytest.mark.parametrize(
-    ("rounding", "least", "most"), [("kahan", 0.99, 1.01), ("stochastic", 0.99, 1.01), ("nearest", 0.3, 0.5)]
+    ("rounding", "least", "most"), [("kahan", 0.99, 1.01), ("stochastic", 0.99, 1.01), ("nearest", 0.2, 0.4)]
 )
 def test_the_realised_share_of_an_update(rounding, least, most):
     """sum(actual * intended) / sum(intended^2) over 20 steps at a rate at which most updates are smaller than
@@ -88,7 +88,7 @@ def test_a_skipped_update_changes_nothing(formats, dtype):
 
 
 @pytest.mark.parametrize("formats", ALL, ids=lambda formats: f"{formats.state}-{formats.rounding}")
-@pytest.mark.parametrize("place", [(slice(0, 33), slice(0, 256)), (slice(0, 64), slice(128, 256))])
+@pytest.mark.parametrize("place", [(slice(0, 8), slice(0, 256)), (slice(33, 64), slice(128, 256))])
 def test_a_shard_is_updated_like_the_same_elements_of_the_whole(formats, place):
     whole = noise(64, 256)[0].bfloat16()
     part, gradients = whole[place].clone(), noise(64, 256, count=3, seed=1)

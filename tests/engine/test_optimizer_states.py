@@ -21,8 +21,12 @@ from tests.plan.test_memory import held, needs
 from tests.ranks import RankFailed, run_ranks
 
 SLOW = pytest.mark.slow
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02}
-"""Rows of two blocks, so that tp=2 leaves one to each rank."""
+WIDE = {
+    **{"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02},
+    **{"num_attention_heads": 16, "num_key_value_heads": 1},
+}
+"""Rows of two blocks, so that tp=2 leaves one to each rank; and key projections of 4,096 elements, of which a
+data rank has too few for 8 bits."""
 
 
 def case(layout: str, kind: str = "8bit", *, steps: int = 6, **fields: Any) -> Case:
@@ -81,6 +85,16 @@ def test_bf16_weights_train_alike_under_every_layout(layout, kind):
 
 
 # -- state ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "dp_shard2-zero3"])
+def test_experts(layout):
+    """Parameters of three dimensions."""
+    ours = case(layout, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    found = differences(on_ranks(ours), reference(ours))
+    assert found["loss_rel"] < 1e-5, found
+    assert found["param_abs"] < 0.1 * ours.lr * ours.steps, found
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=SLOW), True])

@@ -159,7 +159,9 @@ def _tolerance(case: LayoutCase, comparison: Comparison, reference: ReferenceRes
     """
     config = comparison.config
     moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
-    return verdict.tolerances(config.precision.kind, tp=case.layout.tp, moved=moved)
+    return verdict.tolerances(
+        config.precision.kind, tp=case.layout.tp, moved=moved, coded=config.precision.state != "auto"
+    )
 
 
 def _devices() -> int | None:

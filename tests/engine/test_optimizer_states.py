@@ -58,11 +58,12 @@ LAYOUTS = (
 )
 def test_moments_in_other_formats_train_alike_under_every_layout(layout, kind):
     """fp32 weights, 6 steps. Gradients differ in the last bits, which now and then gives an element another
-    code: 2e-6 on the loss were measured, and blocks along the shard instead of the row give 2e-4."""
+    code: 6e-7 on the loss and 5e-5 on the norm were measured; blocks along a shard instead of the row give
+    2e-4 on the loss."""
     ours = case(layout, kind)
     found = differences(on_ranks(ours), reference(ours))
-    assert found["loss_rel"] < 1e-5, found
-    assert found["grad_norm_rel"] < 2e-5, found
+    assert found["loss_rel"] < 5e-6, found
+    assert found["grad_norm_rel"] < 2e-4, found
     assert found["param_abs"] < 0.1 * ours.lr * ours.steps, found
 
 
@@ -169,6 +170,8 @@ def test_a_checkpoint_with_another_format_is_converted(before, after, layout, tm
         theirs, mine = stored[f"model.{name}"].float(), loaded[f"model.{name}"].float()
         if "kahan" in before and "+" not in after:
             theirs = joined(stored[f"model.{name}"], stored[f"optim.{name}.compensation"])
+        if "kahan" in after:
+            assert not loaded[f"optim.{name}.compensation"].any()  # there was some before
         assert torch.allclose(mine, theirs, rtol=2**-8 if "+" in after else 1e-6, atol=0)
         for ours_, theirs_ in zip(moments(loaded, name), moments(stored, name), strict=True):
             assert (ours_ - theirs_).norm() < 0.03 * theirs_.norm()
@@ -254,3 +257,12 @@ def test_a_degree_of_tensor_parallelism_that_cuts_a_block_is_refused():
     ours = case("tp2", hidden_size=128, intermediate_size=256)
     with pytest.raises(RankFailed, match=r"parallel\.tp=2 cuts the rows of model\.layers\.0\.self_attn"):
         run_ranks(2, start, ours)
+
+
+def test_deepspeed_refuses_a_checkpoint_in_8_bits_by_name():
+    pytest.importorskip("deepspeed")
+    from hybridtrain.engine.deepspeed import state
+
+    state.check_moments({"model.w", "optim.w.step", "optim.w.exp_avg", "optim.w.exp_avg_sq"}, path=Path("x"))
+    with pytest.raises(UserError, match=r"its optimizer state is in 8 bits.*engine=deepspeed does not read"):
+        state.check_moments({"model.w", "optim.w.exp_avg_codes", "optim.w.step"}, path=Path("x"))

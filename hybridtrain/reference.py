@@ -1,7 +1,8 @@
 """The plain single-process training loop that parallel layouts are compared with.
 
 It has the model config, initial weights, data and optimizer settings of the engines, but none of their code:
-Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping and AdamW.
+Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping and AdamW. Only
+the arithmetic of other formats of weights and moments is the engines' (optim/adam.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.structure import structure_of
-from hybridtrain.optim import user_optimizer
+from hybridtrain.optim import adam, user_optimizer
 from hybridtrain.plan.formats import FORMATS, HIGH
 from hybridtrain.precision.double import Double
+from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
+from hybridtrain.precision.rounding import key_of
 from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch
@@ -51,13 +54,15 @@ class Reference:
         *,
         source: WeightSource,
         settings: OptimConfig,
-        compute: torch.dtype,
-        param: torch.dtype,
-        formats: PrecisionConfig,
+        precision: PrecisionConfig,
+        seed: int,
         freeze: Sequence[str],
         task: Task,
     ):
+        dtypes = policy(precision)
+        param, compute = dtypes.param, dtypes.compute
         self.settings, self.compute, self.task = settings, compute, task
+        self.formats = adam.Formats.of(precision, seed=seed)
         self.sums = torch.promote_types(torch.float32, compute)
         """dtype of gradients over micro-batches, and of losses."""
         self.loss_scale = 1.0
@@ -73,9 +78,11 @@ class Reference:
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
             path = f"{structure.layers}.{number}"
             for linear, module in linears_in(layer, path=path, number=number, config=config):
-                if (name := format_of(linear, formats, layers=layers)) != HIGH:
+                if (name := format_of(linear, precision, layers=layers)) != HIGH:
                     convert(module, Product(FORMATS[name], "", None, native=False))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
+        self.states: dict[str, dict[str, Tensor]] = {}
+        """Name -> state of adam.py, where torch's optimizer does not have the formats of `formats`."""
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
@@ -118,13 +125,39 @@ class Reference:
         torch.nn.utils.clip_grads_with_norm_(
             updated, self.settings.clip if self.settings.clip > 0 else float("inf"), norm.to(self.sums)
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.no_grad():
-            self.optimizer.step()
+        self._update(lr=lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss = sum(weight * totals[name] / max(1, counts[name]) for name, weight in self.task.weights.items())
         return ReferenceStep(loss, float(norm), gradients)
+
+    @torch.no_grad()
+    def _update(self, *, lr: float) -> None:
+        groups = self.optimizer.param_groups
+        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        trained = {name: p for name, p in self.master.named_parameters() if p.grad is not None}
+        if self.settings.kind != "adamw" or all(self.formats.plain(p.dtype) for p in trained.values()):
+            for group in groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            return
+        for name, p in trained.items():
+            assert p.grad is not None
+            if name not in self.states:
+                self.states[name] = adam.allocate(p.data, whole=p.shape, formats=self.formats)
+            whole = [slice(0, size) for size in p.shape]
+            key = key_of(seed=self.formats.seed, name=name)
+            adam.update(
+                p.data,
+                p.grad,
+                self.states[name],
+                settings=self.settings,
+                formats=self.formats,
+                where=adam.place(p.shape, whole, key=key, device=p.device),
+                lr=lr,
+                decay=decays[id(p)],
+                divide=torch.ones((), device=p.device),
+                skip=torch.zeros((), device=p.device),
+            )
 
     @torch.no_grad()
     def _refresh(self) -> None:

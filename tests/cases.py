@@ -22,7 +22,7 @@ from hybridtrain.parallel.mesh import connect
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
-from hybridtrain.precision.policy import policy
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.reference import Reference
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
@@ -143,19 +143,17 @@ class Outcome:
 def reference(case: Case) -> Outcome:
     config = case.config()
     built = hf_config(read_config(config.model), chosen={}, attention=config.model.attention)
-    precision = policy(config.precision)
     source, task = initial(config.model, built, seed=config.run.seed), CausalLM()
     plain = Reference(
         built,
         source=source,
         settings=config.optim,
-        compute=precision.compute,
-        param=precision.param,
-        formats=config.precision,
+        precision=config.precision,
+        seed=config.run.seed,
         freeze=case.freeze,
         task=task,
     )
-    plain.loss_scale = config.precision.init_scale if precision.loss_scale else 1.0
+    plain.loss_scale = config.precision.init_scale if has_loss_scale(config.precision) else 1.0
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     return Outcome(
         [s.loss for s in steps],

@@ -15,7 +15,7 @@ from typing import Any
 
 from hybridtrain import registry
 from hybridtrain.config import precision_checks, ranges, schema
-from hybridtrain.config.precision import PRECISIONS
+from hybridtrain.config.precision import PRECISIONS, ROUNDINGS, STATES
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
 from hybridtrain.errors import install, refusal
 from hybridtrain.plan.schedules import SCHEDULES as PIPELINE_SCHEDULES
@@ -46,6 +46,8 @@ _KINDS = {
     "run.stop_signal": STOP_SIGNALS,
     "engine.fp32_matmul": FP32_MATMUL,
     "precision.kind": PRECISIONS,
+    "precision.state": STATES,
+    "precision.rounding": ROUNDINGS,
     "recompute.kind": RECOMPUTE,
     "run.resume": RESUME,
     "model.attention": ATTENTION,
@@ -85,6 +87,7 @@ def check(config: schema.Root) -> None:
         precision_checks.check(sections["precision"])
     ranges.check(config)
     if isinstance(config, schema.Config):
+        _optimizer_states(config)
         _engine(config)
         precision_checks.check_compile(config)
         if "evaluate" not in sections:
@@ -167,6 +170,18 @@ def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
                 allowed=", ".join(installed) or "none",
                 instead=command,
             )
+
+
+def _optimizer_states(config: schema.Config) -> None:
+    problem = f"optim.kind={config.optim.kind} decides on its own state"
+    require(
+        config.precision.state == "auto" or config.optim.kind in registry.BUILT_IN["optimizer"],
+        "precision.state",
+        config.precision.state,
+        problem,
+        allowed="auto with a registered optimizer",
+        instead="precision.state=auto, or optim=adamw",
+    )
 
 
 def _engine(config: schema.Config) -> None:

@@ -42,6 +42,15 @@ def check(config: schema.Config) -> None:
         allowed=allowed,
         instead="engine=torch",
     )
+    state = config.precision.state
+    require(
+        state in ("auto", "fp32"),
+        "precision.state",
+        state,
+        "engine=deepspeed keeps Adam's moments in fp32",
+        allowed="auto, fp32",
+        instead="engine=torch, or precision.state=auto",
+    )
     frozen = config.model.freeze
     require(
         not frozen,

@@ -1,7 +1,7 @@
 """Converts config.yaml of other versions to today's options, so that no other code depends on the version.
 
-An option that is missing in a file has the schema's default, unless `ABSENT` has its earlier default. A run
-that began with such a default keeps it when it is resumed, unless the command sets the option.
+An option that is missing in a file has the schema's default, unless `ABSENT` or `ABSENT_WITH` has its earlier
+default. A run that began with such a default keeps it when it is resumed, unless the command sets the option.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ RENAMED: dict[str, str] = {}
 """section.option of an earlier version -> today's name. Entries are never removed."""
 ABSENT: dict[str, Any] = {"precision.hysteresis": 1}
 """section.option -> its value in files without it, if that is not today's default."""
+ABSENT_WITH: dict[tuple[str, str], dict[str, Any]] = {
+    ("precision.kind", "bf16_pure"): {"precision.rounding": "nearest"}
+}
+"""(section.option, its value) -> what `ABSENT` is in files with that value."""
 
 
 def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
@@ -34,6 +38,12 @@ def migrated(content: dict[Any, Any]) -> dict[Any, Any]:
                 del sections[section]
     for key, value in ABSENT.items():
         _set_default(sections, key, value)
+    for (key, wanted), values in ABSENT_WITH.items():
+        section, _, option = key.partition(".")
+        holder = sections.get(section)
+        if isinstance(holder, dict) and holder.get(option) == wanted:
+            for absent, value in values.items():
+                _set_default(sections, absent, value)
     return sections
 
 

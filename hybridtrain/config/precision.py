@@ -7,14 +7,16 @@ from dataclasses import field
 from hybridtrain.config.options import Options, options
 
 PRECISIONS = ("fp32", "fp64", "tf32", "bf16_mixed", "bf16_pure", "fp16_mixed")
+STATES = ("auto", "fp32", "bf16", "8bit")
+ROUNDINGS = ("kahan", "stochastic", "nearest")
 
 
 @options
 class PrecisionConfig(Options):
     kind: str = "fp32"
     """Formats of master weights, computation and reductions: fp32, fp64, tf32 (fp32, whose products round
-    their operands to 10 bits), bf16_mixed, fp16_mixed, or bf16_pure, which has no fp32 master weights:
-    updates smaller than 2^-9 of a weight are lost."""
+    their operands to 10 bits), bf16_mixed, fp16_mixed, or bf16_pure, which has no fp32 master weights,
+    see `rounding`."""
     compute: str = ""
     """Format in which linear layers inside the layers multiply: fp8_tensorwise, fp8_rowwise, mxfp8, int8,
     fp16, bf16, tf32, fp32; empty: that of `kind`."""
@@ -37,6 +39,13 @@ class PrecisionConfig(Options):
     emulate: bool = False
     """Compute formats that the device does not have with rounded operands, slowly. On a CPU, formats of 8
     bits are emulated always."""
+    state: str = "auto"
+    """Format of Adam's two moments: fp32, bf16, 8bit (a byte each, and a scale per 128 elements of a row;
+    vectors, small matrices and short rows stay in fp32), or auto: that of the master weights."""
+    rounding: str = "kahan"
+    """bf16_pure: how adamw rounds weights. kahan: 16 bits beside each keep what rounding cuts off;
+    stochastic: up or down at random, right on average, without more memory; nearest: updates smaller than
+    2^-9 of a weight are lost. A registered optimizer rounds as it does."""
     init_scale: float = 65536.0
     """fp16_mixed: initial loss scale. Until a first step is finite, each step lowers it, above 2^16 to its
     square root: 2^100, 2^50, 2^25, 2^16."""

@@ -88,6 +88,15 @@ def _schedule(schedule: schema.ScheduleConfig) -> None:
 
 
 def _precision(precision: schema.PrecisionConfig) -> None:
+    default = schema.PrecisionConfig().rounding
+    require(
+        precision.kind == "bf16_pure" or precision.rounding == default,
+        "precision.rounding",
+        precision.rounding,
+        f"precision.kind={precision.kind} has master weights in fp32, which are not rounded",
+        allowed=f"{default} (the default, unused) unless precision.kind is bf16_pure",
+        instead="precision=bf16_pure, or without precision.rounding",
+    )
     in_range(
         "precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0"
     )

@@ -84,7 +84,8 @@ class TorchEngine:
         self.adaptive = adaptive_of(config.precision, self.model_config)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
-        self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim)
+        formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
+        self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim, formats=formats)
         self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
         """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, names, overrides, patterns, plain
 from hybridtrain.models.source import read_config
+from hybridtrain.plan import optimizer_states
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of config.json that are labels, or that precision, training and export decide."""
@@ -110,6 +111,17 @@ def check(config: Config) -> None:
     """
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     patterns.check(parameter_names(built), freeze=config.model.freeze, no_decay=config.optim.no_decay)
+    if config.precision.state == "8bit":
+        optimizer_states.check_rows(trained_shapes(built, freeze=config.model.freeze))
+
+
+def trained_shapes(config: Any, *, freeze: Sequence[str]) -> dict[str, torch.Size]:
+    """Name -> whole shape of the parameters that are trained, tied ones once."""
+    return {
+        name: parameter.shape
+        for name, parameter in meta_model(config).named_parameters()
+        if parameter.requires_grad and not patterns.matches(name, freeze)
+    }
 
 
 def parameter_names(config: Any) -> list[str]:

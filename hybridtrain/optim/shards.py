@@ -43,23 +43,26 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """`part` as a DTensor with the mesh and placements of `parameter`."""
+def like(part: Tensor, parameter: nn.Parameter, *, shape: Sequence[int]) -> Tensor:
+    """`part` of a tensor of the whole `shape` as a DTensor with the mesh and placements of `parameter`."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def decays(name: str, dimensions: int, *, settings: OptimConfig) -> bool:
+    """Whether a parameter has weight decay: a matrix that optim.no_decay does not match."""
+    return dimensions > 1 and not matches(name, settings.no_decay)
 
 
 def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups for torch's optimizers, with and without weight decay,
     from (name, dimensions, parameter).
     """
-    decays = [dimensions > 1 and not matches(name, settings.no_decay) for name, dimensions, _ in named]
     decayed, plain = (
-        [p for (_, _, p), decay in zip(named, decays, strict=True) if decay is with_decay]
+        [p for name, dimensions, p in named if decays(name, dimensions, settings=settings) is with_decay]
         for with_decay in (True, False)
     )
     return [

@@ -120,7 +120,9 @@ class UserOptimizer(Update):
                 if isinstance(value, Tensor):
                     result.setdefault(
                         f"optim.{item.name}.{field}",
-                        value if value.dim() == 0 else like(value, item.parameter),
+                        value
+                        if value.dim() == 0
+                        else like(value, item.parameter, shape=item.parameter.shape),
                     )
                 else:
                     name = type(value).__name__

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridtrain.errors import refusal
-from hybridtrain.plan import stages
+from hybridtrain.plan import optimizer_states, stages
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.notation import write
@@ -139,8 +139,10 @@ def _of_torch(
     """
     w, zero = widths(config.precision.kind), parallel.zero_stage
     share = math.ceil(total / layout.dp_shard)
-    # Weight, gradient and two moments; the state of a registered optimizer is unknown.
-    state = share * w.stored * (4 if config.optim.kind == "adamw" else 2)
+    # Weight, compensation, gradient and two moments; the state of a registered optimizer is unknown.
+    numbers = w.stored * (3 if optimizer_states.compensated(config) else 2)
+    moments = optimizer_states.bytes_of_moments(config.precision.state, stored=w.stored)
+    state = share * numbers + math.ceil(share * moments if config.optim.kind == "adamw" else 0)
     wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
         return MemoryNeed(state, head, 0)

@@ -7,6 +7,7 @@ run. Reads only; no torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.config import compose
+from hybridtrain.config import compose, migrate
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.run import lock
@@ -108,6 +109,36 @@ def choose(config: Config) -> Choice:
             return Choice(path, before, others)
         others = others or ", ".join(sorted(differing)[:3])
         number += 1
+
+
+def with_earlier_values(config: Config) -> Config:
+    """`config`, with the values of the run that it continues for options that an earlier version lacked
+    (migrate.ABSENT_WITH), unless the command sets them.
+    """
+    defaults = Config()
+    unset = [
+        option
+        for (key, value), values in migrate.ABSENT_WITH.items()
+        if _option(config, key) == value
+        for option in values
+        if option not in config.given and _option(config, option) == _option(defaults, option)
+    ]
+    try:
+        before = choose(config).before if unset else None
+    except UserError:  # raised again when the directory is opened
+        return config
+    if before is None:
+        return config
+    result = copy.deepcopy(config)
+    for key in unset:
+        section, _, name = key.partition(".")
+        setattr(getattr(result, section), name, _option(before, key))
+    return result
+
+
+def _option(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def not_resumable(path: Path, *, words: str) -> UserError:

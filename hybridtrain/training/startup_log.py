@@ -4,6 +4,7 @@ what it resumes from.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
-from hybridtrain.plan import notation, stages
+from hybridtrain.plan import notation, optimizer_states, stages
 from hybridtrain.plan.formats import CARRIERS, HIGH
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.runtime import log
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _log = log.get("train")
 _ENDS = ("steps", "tokens", "epochs")
+_BF16_BETA = 1 - 2**-9
 _WORTH_SAYING = 0.02
 """Share of a step's time; the estimate is no more accurate."""
 
@@ -88,9 +90,9 @@ def _log_job(job: Job, *, engine: Any) -> None:
         key: str(getattr(precision, key)).removeprefix("torch.") for key in ("param", "compute", "reduce")
     }
     _log.info(
-        "precision %s: master weights and optimizer state %s, compute %s, gradients %s",
+        "precision %s: %s, compute %s, gradients %s",
         config.precision.kind,
-        short["param"],
+        _stored(job, engine=engine, weights=short["param"]),
         short["compute"],
         short["reduce"],
     )
@@ -117,6 +119,34 @@ def _format_lines(precision: PrecisionConfig, *, engine: Any, head: int) -> list
             f"{row.share:.1%} of the products with weights{how}"
         )
     return lines
+
+
+def _stored(job: Job, *, engine: Any, weights: str) -> str:
+    """How weights and optimizer state are stored. `weights`: dtype of the master weights."""
+    from hybridtrain.models.build import trained_shapes
+
+    config = job.config
+    state, rounding = config.precision.state, config.precision.rounding
+    rounds = weights == "bfloat16" and config.optim.kind == "adamw"
+    if (state == "bf16" or (state == "auto" and rounds)) and config.optim.betas[1] > _BF16_BETA:
+        _log.warning(
+            "optim.betas=%s: a second moment in bf16 cannot decay by %.2g a step, less than half a step of "
+            "bf16 (2^-9); precision.state=fp32 or 8bit can, as can a second beta of at most %.3f",
+            config.optim.betas,
+            1 - config.optim.betas[1],
+            _BF16_BETA,
+        )
+    if state == "auto" and not rounds:
+        return f"master weights and optimizer state {weights}"
+    words = {"kahan": "compensated (kahan)", "stochastic": "rounded stochastically", "nearest": "rounded"}
+    line = f"master weights {weights}{f' {words[rounding]}' if rounds else ''}, optimizer state "
+    if state != "8bit":
+        return line + (weights if state == "auto" else state)
+    shapes = trained_shapes(engine.model_config, freeze=config.model.freeze).values()
+    coded = [math.prod(shape) for shape in shapes if optimizer_states.in_eight_bits(shape)]
+    share = sum(coded) / sum(math.prod(shape) for shape in shapes)
+    rest = len(shapes) - len(coded)
+    return line + f"8bit in {len(coded)} parameters ({share:.1%} of the elements), fp32 in {rest} small ones"
 
 
 def _tensor_line(job: Job) -> str | None:

@@ -163,6 +163,7 @@ def fit(config: Config, *, data: Blend | None, callbacks: Sequence[Callback], ta
         from hybridtrain.training.callbacks import from_config
 
         callbacks = (*callbacks, *from_config(config))
+    config = identity.with_earlier_values(config)
     job = resolve(config, world_size=launch.world_size(), here=True, data=data, task=task)
     run_dir = None
     if not launch.is_launched():  # opens the directory before it imports torch

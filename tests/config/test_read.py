@@ -149,7 +149,8 @@ def test_an_option_of_another_version_is_refused_with_the_version_that_wrote_it(
 
 def test_every_entry_of_the_table_of_earlier_names_leads_to_an_option_of_today():
     options = {field.key for fields in keys.all_sections().values() for field in fields}
-    assert {*migrate.RENAMED.values(), *migrate.ABSENT} <= options
+    earlier = {name for (key, _), values in migrate.ABSENT_WITH.items() for name in (key, *values)}
+    assert {*migrate.RENAMED.values(), *migrate.ABSENT, *earlier} <= options
     assert not migrate.RENAMED.keys() & options
 
 

@@ -22,10 +22,13 @@ def step(engine: Any, case: Case, number: int) -> float:
 
 
 def gathered(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole state, in its own dtypes."""
+    """The whole state, in its own dtypes, but for int16, which gloo does not gather: in int32."""
+    state = {
+        key: value.int() if value.dtype == torch.int16 else value for key, value in engine.state().items()
+    }
     return {
         key: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-        for key, value in engine.state().items()
+        for key, value in state.items()
     }
 
 

@@ -64,7 +64,9 @@ def dtypes(case: Case) -> dict[str, set[torch.dtype]]:
         **seen,
         "param": {parameter.dtype for _, parameter in engine.weights()},
         "optim": {
-            value.dtype for key, value in engine.optimizer.state().items() if not key.endswith(".step")
+            value.dtype
+            for key, value in engine.optimizer.state().items()
+            if not key.endswith((".step", ".compensation"))
         },
         "result": {result.loss.dtype, result.grad_norm.dtype},
     }

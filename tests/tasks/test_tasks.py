@@ -98,9 +98,14 @@ def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
     config = case.config()
     built = hf_config(case.fields, chosen={}, attention=config.model.attention)
     source, task = draw(built, seed=config.run.seed), Halves()
-    fp32 = {"compute": torch.float32, "param": torch.float32}
     plain = Reference(
-        built, source=source, settings=config.optim, formats=config.precision, freeze=(), task=task, **fp32
+        built,
+        source=source,
+        settings=config.optim,
+        precision=config.precision,
+        seed=0,
+        freeze=(),
+        task=task,
     )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]
     counts = [task.counts(batch) for batch in case.batches(0, dp_rank=0, dp=1)]

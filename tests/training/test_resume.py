@@ -20,7 +20,16 @@ from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.tasks.causal_lm import CausalLM
 from tests.ranks import run_ranks
-from tests.runs import arguments, assert_equal_state, checkpoints, finished, rows, summary, torchrun
+from tests.runs import (
+    arguments,
+    assert_equal_state,
+    checkpoints,
+    corpus,
+    finished,
+    rows,
+    summary,
+    torchrun,
+)
 
 LAYOUTS = {
     "dp_replicate2": {},
@@ -297,3 +306,24 @@ def test_the_decision_about_the_run_directory_is_made_without_torch(
     )
     assert ended.stdout == "2 False\n"
     assert "run.seed was 0 and is 5" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_bf16_run_of_an_earlier_version_goes_on_rounding_to_nearest(tmp_path):
+    """Its config.yaml has no precision.rounding; a command that sets one gets it."""
+    data, run = corpus(tmp_path), tmp_path / "run"
+    options = {"precision": "bf16_pure", "optim__lr": 1e-4}
+    nearest = {**options, "precision__rounding": "nearest"}
+    finished(1, arguments(tmp_path / "whole", data, train__steps=4, **nearest))
+    finished(1, arguments(run, data, train__steps=2, **nearest))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("  rounding: nearest\n", ""))
+    shutil.copytree(run, tmp_path / "changed")
+    ended = finished(1, arguments(run, data, train__steps=4, **options))
+    assert "precision.rounding" not in ended.out + ended.err
+    assert rows(run) == rows(tmp_path / "whole")
+    assert compose.read_run(run / "config.yaml").precision.rounding == "nearest"
+    words = {**options, "precision__rounding": "kahan"}
+    ended = finished(1, arguments(tmp_path / "changed", data, train__steps=4, **words))
+    assert "changed   precision.rounding: nearest -> kahan" in ended.out + ended.err
+    assert "master weights bfloat16 compensated (kahan), optimizer state bfloat16" in ended.out + ended.err

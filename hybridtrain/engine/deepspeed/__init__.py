@@ -256,6 +256,7 @@ class DeepSpeedEngine:
     def load(self, path: Path) -> Progress:
         """Load a complete checkpoint of any layout and engine (collective)."""
         stored = sharded.stored_keys(path)
+        state.check_moments(stored, path=path)
         loaded: dict[str, Any] = {
             **state.tensors(self.shards, self.optimizer, owner=self.owner),
             **{key: buffer for key, buffer in self._saved_buffers().items() if key in stored},

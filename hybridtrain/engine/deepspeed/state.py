@@ -7,8 +7,9 @@ one exporter reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.engine.deepspeed.tensor import Part
+from hybridtrain.errors import refusal
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -134,6 +136,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, flat: nn.Parameter) -> dic
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
         state.update({moment: torch.zeros_like(flat.data) for moment in MOMENTS})
     return state
+
+
+def check_moments(stored: Collection[str], *, path: Path) -> None:
+    """Raise UserError for a checkpoint (its keys) with moments in 8 bits."""
+    if any(key.startswith("optim.") and key.endswith("_codes") for key in stored):
+        raise refusal(
+            "checkpoint",
+            path,
+            "its optimizer state is in 8 bits (precision.state=8bit), which engine=deepspeed does not read",
+            allowed="moments in fp32 or bf16",
+            instead="engine=torch; with precision.state=fp32 its checkpoints can be continued here",
+        )
 
 
 def tensors(

@@ -1,0 +1,83 @@
+"""The state of our Adam optimizers in checkpoints, also in those that hold the moments in another format.
+
+prepare   moments in another format get tensors of their own, which `state` then returns
+adopt     after loading, they are converted, one parameter at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hybridtrain.optim import adam
+from hybridtrain.optim.adam import CODED, COMPENSATION, PLAIN
+from hybridtrain.optim.shards import LocalShard, Update, like
+from hybridtrain.precision.rounding import joined
+
+Fields = dict[str, Tensor]
+
+
+class Adam(Update):
+    """Base class of optimizers whose state of a parameter is that of adam.py."""
+
+    def __init__(self, shards: list[LocalShard]):
+        super().__init__(shards)
+        self._loading: dict[Tensor, Fields] = {}
+        """Shard -> the fields that a checkpoint holds, while it is loaded."""
+
+    def fields(self, item: LocalShard) -> Fields:
+        """The state of a parameter on this rank, allocated if need be."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one."""
+        result: dict[str, Tensor] = {}
+        for item in self.shards:
+            for field, value in (self._loading.get(item.shard) or self.fields(item)).items():
+                shape = adam.shape_of(field, item.parameter.shape)
+                # Of the two copies of a tied matrix the first is saved, as for the weight itself.
+                result.setdefault(
+                    f"optim.{item.name}.{field}",
+                    value if field == "step" else like(value, item.parameter, shape=shape),
+                )
+        return result
+
+    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
+        """Give `target` the same state as `source` (the two copies of a tied matrix)."""
+        for field, value in self.fields(source).items():
+            self.fields(target)[field].copy_(value)
+
+    def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Called before a checkpoint is loaded. `stored`: key -> dtype and whole shape."""
+        for item in self.shards:
+            own = self.fields(item)
+            dtypes = {
+                field: stored[key][0]
+                for field in ("step", *PLAIN, *CODED, COMPENSATION)
+                if (key := f"optim.{item.name}.{field}") in stored
+            }
+            known = dtypes.keys() >= set(PLAIN) or dtypes.keys() >= set(CODED)
+            if known and dtypes.keys() != own.keys():
+                self._loading[item.shard] = {
+                    field: own[field]
+                    if field in own
+                    else item.shard.new_zeros(adam.shape_of(field, item.shard.shape), dtype=dtype)
+                    for field, dtype in dtypes.items()
+                }
+
+    @torch.no_grad()
+    def adopt(self, loaded: Mapping[str, Tensor]) -> None:  # noqa: ARG002 - they were loaded in place
+        """Called after a checkpoint was loaded into the tensors of `state`."""
+        for item in self.shards:
+            if (read := self._loading.pop(item.shard, None)) is None:
+                continue
+            own = self.fields(item)
+            if own.keys().isdisjoint(read.keys() - {"step", COMPENSATION}):
+                for field, value in adam.stored(*adam.moments_of(read), like=own).items():
+                    own[field].copy_(value)
+            if COMPENSATION in own and COMPENSATION not in read:
+                own[COMPENSATION].zero_()
+            elif COMPENSATION in read and COMPENSATION not in own:
+                item.shard.copy_(joined(item.shard.bfloat16(), read[COMPENSATION]))

@@ -1,0 +1,58 @@
+"""Which of Adam's moments are stored in 8 bits with precision.state=8bit, and the bytes of moments. No torch.
+
+A parameter's *whole* shape decides, so that the state has the same format under every layout:
+
+    vectors, fewer than SMALLEST elements, rows shorter than BLOCK     fp32
+    rows that are a multiple of BLOCK                                  8 bits
+    other rows                                                         refused
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hybridtrain.config.schema import Config
+from hybridtrain.errors import refusal
+
+BLOCK = 128
+"""Elements of a row that share a scale."""
+SMALLEST = 4096
+"""Elements from which on a parameter has moments in 8 bits."""
+
+
+def in_eight_bits(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this whole shape has moments in 8 bits."""
+    return len(shape) > 1 and math.prod(shape) >= SMALLEST and shape[-1] >= BLOCK
+
+
+def check_rows(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError for trained parameters (name -> whole shape) that precision.state=8bit cannot store."""
+    chosen = {name: shape for name, shape in shapes.items() if in_eight_bits(shape)}
+    bad = [name for name, shape in chosen.items() if shape[-1] % BLOCK]
+    if bad:
+        more = f", nor are those of {len(bad) - 1} other parameters" if len(bad) > 1 else ""
+        row = shapes[bad[0]][-1]
+        problem = f"the rows of {bad[0]} have {row:,} elements, which is no multiple of {BLOCK}{more}"
+    elif not chosen:
+        problem = f"no trained parameter has {SMALLEST:,} elements or more in rows of {BLOCK} or more"
+    else:
+        return
+    allowed = f"models whose matrices have rows of a multiple of {BLOCK} elements"
+    raise refusal("precision.state", "8bit", problem, allowed=allowed, instead="precision.state=bf16")
+
+
+def compensated(config: Config) -> bool:
+    """Whether each bf16 weight has 16 bits beside it, which keep what rounding cuts off."""
+    precision = config.precision
+    adamw = config.optim.kind == "adamw"
+    return adamw and precision.kind == "bf16_pure" and precision.rounding == "kahan"
+
+
+def bytes_of_moments(state: str, *, stored: int) -> float:
+    """Bytes of the two moments of a parameter in format `state` (precision.state).
+
+    `stored`: those of a master weight. For 8 bits, as if all parameters had them: an error of a few
+    thousandths for large models.
+    """
+    return 2 * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[state]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from hybridtrain.config.sections import Options, options
+from hybridtrain.config.options import Options, options
 
 
 @options

@@ -21,6 +21,7 @@ from hybridtrain.config.commands import (
     ReportConfig,
     RunsConfig,
 )
+from hybridtrain.config.options import Options, options
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -28,7 +29,6 @@ from hybridtrain.config.sections import (
     EngineConfig,
     ModelConfig,
     OptimConfig,
-    Options,
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -38,7 +38,6 @@ from hybridtrain.config.sections import (
     TaskConfig,
     TrackerConfig,
     TrainConfig,
-    options,
 )
 
 

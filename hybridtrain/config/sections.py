@@ -7,40 +7,10 @@ Literal, and converts enums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from dataclasses import field
+from typing import Any
 
-OptionsT = TypeVar("OptionsT")
-
-
-class Options:
-    """What every section is: options that are compared and printed one by one.
-
-    Written once: a dataclass would compile these two methods for each of 38 classes, which takes a fiftieth
-    of the start of a command.
-    """
-
-    def _values(self) -> dict[str, Any]:
-        return {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            self._values() == other._values()
-            if isinstance(other, Options) and type(self) is type(other)
-            else NotImplemented
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # options change
-
-    def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._values().items())
-        return f"{type(self).__name__}({values})"
-
-
-@dataclass_transform()
-def options(section: type[OptionsT]) -> type[OptionsT]:
-    """`dataclass` for sections."""
-    return dataclass(section, repr=False, eq=False, match_args=False)
+from hybridtrain.config.options import Options, options
 
 
 class Suggested(int):
@@ -247,6 +217,25 @@ class TrainConfig(Options):
     its stack traces and exits (0: never)."""
     max_nonfinite: int = 20
     """Number of consecutive steps with a non-finite gradient after which training stops."""
+    on_nonfinite: str = "skip"
+    """When a loss or gradient is not finite, the step makes no update and is repeated to find where that
+    began, which is an event of the run. Then: skip: go on, up to train.max_nonfinite; stop; rollback: to the
+    last checkpoint, leaving out the data from there to this step, up to train.max_rollbacks. Gradients that
+    overflow under a loss scale above its minimum are always skipped, and not repeated."""
+    on_spike: str = "off"
+    """Steps whose loss is far above that of the last 64: off: train on them; skip: make no update, up to
+    train.max_spikes (on a GPU compared with the steps before the previous one); stop; rollback: as for
+    train.on_nonfinite."""
+    spike_threshold: float = 6.0
+    """Smallest z of a loss spike: (log of the loss - median) / (1.4826 x median absolute deviation + 0.001)
+    of the last 64 steps."""
+    spike_grad_threshold: float = 0.0
+    """z that the gradient norm of a spike must exceed too, which spares hard but sound batches: 3; 0: the
+    loss decides alone."""
+    max_spikes: int = 20
+    """train.on_spike=skip: number of consecutive spikes after which training stops."""
+    max_rollbacks: int = 3
+    """Number of times that a run may go back to a checkpoint before it stops."""
 
 
 @options

@@ -13,7 +13,7 @@ from hybridtrain.report.plots import Plot
 from hybridtrain.training.metrics import duration, quantity
 
 EVENTS_OPEN, MOST_EVENTS = 20, 1000
-ALARMING = ("skipped", "empty", "failed")
+ALARMING = ("skipped", "empty", "nonfinite", "spike", "rollback", "failed")
 
 
 def document(history: History, plots: Sequence[Plot]) -> str:

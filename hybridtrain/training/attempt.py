@@ -27,6 +27,7 @@ from hybridtrain.tasks.task import Task
 from hybridtrain.training import builtin, callbacks, loop, metrics, outcome, startup_log
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
+from hybridtrain.training.recovery import Recovery
 from hybridtrain.types import Batch, Progress
 
 
@@ -57,8 +58,11 @@ def train(
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
-    _add_callbacks(
+    saver = _add_callbacks(
         calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
+    )
+    recovery = Recovery(
+        job, engine=engine, start=start, loader=loader, folder=run_dir, saver=saver, callbacks=calls
     )
     with calls:
         end = loop.train(
@@ -69,6 +73,7 @@ def train(
             start=start,
             total_steps=job.total_steps,
             callbacks=calls,
+            recovery=recovery,
             stop=stop,
             watchdog=watchdog,
             counter=counter,
@@ -147,8 +152,10 @@ def _add_callbacks(
     meter: metrics.Meter,
     trackers: Trackers,
     of_user: Sequence[Callback],
-) -> None:
-    """Add the callbacks of every run and those of the user, in the order of builtin.py."""
+) -> builtin.Checkpoint:
+    """Add the callbacks of every run and those of the user, in the order of builtin.py; returns the one that
+    saves.
+    """
     config, device = job.config, engine.device
     if every := config.train.eval_every:
         rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
@@ -177,6 +184,7 @@ def _add_callbacks(
     calls.add(saver, of_user=False)
     if config.run.profile and log.rank() in config.run.profile_ranks:
         calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
+    return saver
 
 
 def _check_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> None:

@@ -24,7 +24,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
 from hybridtrain.runtime import failure, log
 from hybridtrain.runtime.stop import Stop
-from hybridtrain.types import Engine, StepResult
+from hybridtrain.types import Engine, Progress, StepResult
 
 _log = log.get("train")
 
@@ -64,6 +64,8 @@ class Run:
     """Optimizer steps done."""
     tokens_seen: int
     _stop: Stop
+    states: dict[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
+    """Name -> small state for a checkpoint, as JSON with a `version`; an empty one is not saved."""
 
     def stop(self, reason: str) -> None:
         """End the run after the next step, with a checkpoint. One rank is enough.
@@ -99,6 +101,11 @@ class Callback:
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """After a checkpoint is complete on disk; training may have continued in the meantime."""
+
+    def on_rollback(self, run: Run) -> None:
+        """After the run has gone back to a checkpoint (train.on_nonfinite, train.on_spike), that of
+        `run.step`.
+        """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """The last call, in reverse order of the callbacks.
@@ -199,6 +206,12 @@ class Callbacks:
         """Call `on_checkpoint` on each callback."""
         for callback in self.callbacks:
             self._call(callback, "on_checkpoint", path)
+
+    def after_rollback(self, back: Progress) -> None:
+        """Call `on_rollback` on each callback."""
+        self.run.step, self.run.tokens_seen = back.step, back.tokens_seen
+        for callback in self.callbacks:
+            self._call(callback, "on_rollback")
 
     def _call(self, callback: Callback, method: str, *arguments: Any) -> None:
         self._beat()

@@ -17,6 +17,7 @@ from hybridtrain.runtime.stop import Stop
 from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.training.builtin import SAVED
 from hybridtrain.training.callbacks import Callbacks, StepInfo
+from hybridtrain.training.recovery import Recovery
 from hybridtrain.types import Engine, Progress
 
 
@@ -36,6 +37,7 @@ def train(
     start: Progress,
     total_steps: int,
     callbacks: Callbacks,
+    recovery: Recovery,
     stop: Stop,
     watchdog: Watchdog,
     counter: StepCounter,
@@ -53,6 +55,7 @@ def train(
             if reason := stop.reason_here():
                 flags.raised.add(reason)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
+            recovery.before_step()
             result = engine.train_step(loader.micro_batches(step), lr=lr)
             step, tokens_seen = step + 1, tokens_seen + plan.rows_at(step) * plan.seq_len
             counter.step = step
@@ -66,8 +69,14 @@ def train(
                 result=result,
                 flags=counts,
             )
+            log_step = info.last or step % config.train.log_every == 0
+            saves = info.stopping or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0)
+            if (back := recovery.after_step(info, wait=log_step or saves)) is not None:
+                step, tokens_seen, counter.step = back.step, back.tokens_seen, back.step
+                continue
             callbacks.after_step(info)
-            check_finite(info, wait=info.last or step % config.train.log_every == 0)
+            with recovery.explained(info):
+                check_finite(info, wait=log_step)
             garbage.after(step)
     return Progress(step, tokens_seen, start.fingerprints)
 

@@ -26,6 +26,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
+from hybridtrain.engine.deepspeed.replay import replay
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config, saved_buffers
@@ -64,6 +65,8 @@ class DeepSpeedEngine:
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
+        self.spike_limits: tuple[float, float] | None = None  # always: config.checks refuses them
+        self.updates = True
         self._after_step: Callable[[], None] = _nothing
         self.precision = policy(config.precision.kind)
         self.settings = deepspeed_config.build(config, plan=plan)
@@ -180,8 +183,7 @@ class DeepSpeedEngine:
         module: Any = self.stage.part(self.structure.embed if self.stage.first else self.structure.head)
         return module.weight
 
-    # -- the Engine protocol
-    # -----------------------------------------------------------------------------------
+    # -- the Engine protocol ---------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
@@ -200,8 +202,9 @@ class DeepSpeedEngine:
             group["lr"] = lr
         empty = (counts.sum() == 0).float()
         # With found_inf = 1, torch's fused AdamW skips the update.
-        self.optimizer.found_inf = empty  # type: ignore[attr-defined]
-        scaler = self._scaler_state()
+        found_inf = empty if self.updates else torch.ones_like(empty)
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        scaler = self.scaler_state()
         sums = self._run_pipeline(batches, factor) if self.pipe else self._accumulate(batches, factor)
         self.mesh.sum(sums, over="loss")
         after, self._after_step = self._after_step, _nothing
@@ -213,9 +216,11 @@ class DeepSpeedEngine:
             device=self.device,
         )
         if scaler and not int(counts.sum()):
-            self._set_scaler(scaler)
+            self.set_scaler(scaler)
         loss = loss_of(sums, counts, weights=self.loss_weights)
         return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale)
+
+    replay = replay
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -251,7 +256,7 @@ class DeepSpeedEngine:
         loaded = {
             **state.tensors(self.shards, self.optimizer, owner=self.owner),
             **{key: buffer for key, buffer in self._saved_buffers().items() if key in stored},
-            **self._scaler_state(),
+            **self.scaler_state(),
             **({OLDER: older} if self.precision.loss_scale else {}),
         }
         loaded = {
@@ -260,7 +265,7 @@ class DeepSpeedEngine:
         progress = sharded.load(loaded, path=path, group=self.mesh.checkpoint_group)
         if OLDER in loaded:
             loaded[STORED] = older * origin.data_ranks(path)
-        self._set_scaler(loaded)
+        self.set_scaler(loaded)
         state.update_model(self.zero)
         return progress
 
@@ -306,7 +311,7 @@ class DeepSpeedEngine:
         """Everything in a checkpoint, as fragments that share memory with the training."""
         shards = [shard for shard in self.shards if not self._is_copy(shard.name)]
         weights = state.tensors(shards, self.optimizer, owner=self.owner)
-        return {**weights, **self._saved_buffers(), **self._scaler_state()}
+        return {**weights, **self._saved_buffers(), **self.scaler_state()}
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         return {f"model.{name}": buffer for name, buffer in self.buffers.items()}
@@ -323,7 +328,7 @@ class DeepSpeedEngine:
         ):
             yield self.owner(name), value
 
-    def _scaler_state(self) -> dict[str, Tensor]:
+    def scaler_state(self) -> dict[str, Tensor]:
         """The state of the loss scaler in the format of the torch engine.
 
         DeepSpeed's scale is smaller by a factor of dp, because its loss is larger (see _init_loss_scale), and
@@ -339,7 +344,7 @@ class DeepSpeedEngine:
             TRACKER: torch.tensor(finite, dtype=torch.int32),
         }
 
-    def _set_scaler(self, loaded: dict[str, Any]) -> None:
+    def set_scaler(self, loaded: dict[str, Any]) -> None:
         if STORED in loaded:
             scaler = self.zero.loss_scaler
             scaler.cur_scale = float(loaded[STORED]) / self.layout.dp

@@ -167,7 +167,7 @@ class Callbacks:
 
     def __init__(self, run: Run, *, beat: Callable[[], None]):
         """`beat` is called before each callback, so that the watchdog allows each the time of a step."""
-        self.run, self._beat = run, beat
+        self.run, self.beat = run, beat
         self.callbacks: list[Callback] = []
         self.of_user: tuple[Callback, ...] = ()
 
@@ -214,7 +214,7 @@ class Callbacks:
             self._call(callback, "on_rollback")
 
     def _call(self, callback: Callback, method: str, *arguments: Any) -> None:
-        self._beat()
+        self.beat()
         try:
             getattr(callback, method)(self.run, *arguments)
         except RuntimeError as error:

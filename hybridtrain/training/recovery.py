@@ -176,6 +176,7 @@ class Recovery:
 
     def _trace(self, info: StepInfo) -> Origin:
         """Repeat a step and find where its non-finite numbers began (collective)."""
+        self.callbacks.beat()
         engine, step, rank = self.engine, info.step - 1, dist.get_rank()
         batches = self.loader.micro_batches(step)
         recorder = Recorder([(len(batch.input_ids_BT), batch.input_ids_BT.shape[1]) for batch in batches])
@@ -214,6 +215,7 @@ class Recovery:
                 allowed="a checkpoint before the first such step",
                 instead=instead,
             )
+        self.callbacks.beat()
         back = self.engine.load(path)
         before, done = self.plan.rows_before(back.step), self.plan.rows_before(info.step)
         window = {

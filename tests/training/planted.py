@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 import hybridtrain as ht
+from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.errors import UserError
 from hybridtrain.models import attention
+from hybridtrain.models.structure import is_stub
 from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.runtime import launch
+from hybridtrain.training import recovery
 from hybridtrain.training.callbacks import Callback, Run
 from tests.ranks import run_ranks
 from tests.runs import arguments
@@ -67,7 +70,7 @@ class Planted(Callback):
         module: Any = modules.get(plant.module)
         if plant.kind == "attention":
             spoil_attention(run.engine, plant)
-        elif module is None or not any(True for _ in module.parameters()):
+        elif module is None or is_stub(module):
             return  # on another stage
         elif plant.kind == "weight":
             weight = module.weight.to_local() if hasattr(module.weight, "to_local") else module.weight
@@ -85,16 +88,24 @@ class Recorded(Callback):
         step, file = engine.train_step, run.dir / f"read-{dist.get_rank()}.jsonl"
 
         def train_step(batches: Any, **options: Any) -> Any:
-            before = [local_part(weight).detach().clone() for _, weight in engine.weights()]
+            if not getattr(engine, "updates", True):  # a replay of the DeepSpeed engine
+                return step(batches, **options)
+            before = weights(engine)
             result = step(batches, **options)
-            after = [local_part(weight) for _, weight in engine.weights()]
-            changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            changed = any(not torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
             rows = [row for batch in batches for row in batch.input_ids_BT.tolist()]
             with file.open("a") as stream:
                 stream.write(json.dumps({"rows": rows, "changed": changed}) + "\n")
             return result
 
         engine.train_step = train_step
+
+
+def weights(engine: Any) -> list[Tensor]:
+    """Copies of this rank's."""
+    parts = [value for key, value in engine.state().items() if key.startswith("model.")]
+    local = [part.values if isinstance(part, Fragment) else local_part(part) for part in parts]
+    return [part.detach().clone() for part in local]
 
 
 def steps_read(folder: Path, data: Path, *, world: int, steps: int) -> list[int]:
@@ -168,6 +179,22 @@ class Nan(torch.autograd.Function):
         return gradient + torch.nan
 
 
+def fit_late(argv: list[str], plant: Plant | None) -> str:
+    """As `fit`, with numbers of a step that are read as on a GPU, where an event says when they are there."""
+    own = recovery._to_host
+    recovery._to_host = lambda result: (own(result)[0], Passed())  # type: ignore[assignment,return-value]
+    try:
+        return fit(argv, plant)
+    finally:
+        recovery._to_host = own
+
+
+class Passed:
+    """An event that has passed."""
+
+    def synchronize(self) -> None: ...
+
+
 def fit(argv: list[str], plant: Plant | None) -> str:
     """Train on this rank; returns the message of a UserError, or ""."""
     launch.RANK_0_FIRST_S = launch.AFTER_RANK_0_S = 0.2
@@ -179,8 +206,10 @@ def fit(argv: list[str], plant: Plant | None) -> str:
     return ""
 
 
-def run(world_size: int, folder: Path, data: Path, plant: Plant | None, **options: object) -> str:
-    """A run with a fault; all ranks must end alike, with this message."""
+def run(
+    world_size: int, folder: Path, data: Path, plant: Plant | None, *, late: bool = False, **options: object
+) -> str:
+    """A run with a fault; all ranks must end alike, with this message. `late`: see fit_late."""
     given = {"batch__micro_batch_size": 2, "batch__global_batch_size": ROWS, **options}
-    [message] = set(run_ranks(world_size, fit, arguments(folder, data, **given), plant))
+    [message] = set(run_ranks(world_size, fit_late if late else fit, arguments(folder, data, **given), plant))
     return message

@@ -21,6 +21,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "zero3": (2, {"parallel__dp_shard": 2, "parallel__dp_replicate": 1, "parallel__zero_stage": 3}),
     "zbv": (2, {"parallel__pp": 2, "parallel__schedule": "zbv_zero_bubble"}),
 }
+LAYOUTS |= {
+    f"deepspeed {name}": (LAYOUTS[name][0], {**LAYOUTS[name][1], "engine": "deepspeed"})
+    for name in ("zero3", "pp2-tp2")
+}
+LAYOUTS["deepspeed pp2-tp2"][1]["precision"] = "bf16_mixed"
 BOTH_OF_STAGE_0, BOTH_OF_STAGE_1 = (
     "rank 0 (pp 0, tp 0), rank 1 (pp 0, tp 1)",
     "rank 2 (pp 1, tp 0), rank 3 (pp 1, tp 1)",
@@ -100,6 +105,22 @@ LONG = pytest.mark.slow
             marks=LONG,
         ),
         ("zero3", Plant("activation", OUT, (1,), 1, 2), FORWARD, "rank 1 (dp_shard 1)", [6, 7]),
+        pytest.param(
+            "deepspeed zero3",
+            Plant("activation", OUT, (1,), 1, 2),
+            FORWARD,
+            "rank 1 (dp_shard 1)",
+            [6, 7],
+            marks=LONG,
+        ),
+        pytest.param(
+            "deepspeed pp2-tp2",
+            Plant("backward", "model.layers.3.mlp.act_fn", (2,), 1),
+            BACKWARD,
+            "rank 2 (pp 1, tp 0)",
+            [2, 3],
+            marks=LONG,
+        ),
         ("zbv", Plant("backward", DOWN, None, 1), BACKWARD, "rank 1 (pp 1)", [2, 3]),
     ],
 )
@@ -114,6 +135,8 @@ def test_a_fault_is_traced(
     ("layout", "kind", "module", "micro_batch", "words", "ranks"),
     [
         ("zero3", "row", "model.embed_tokens", 0, FORWARD, "rank 1 (dp_shard 1)"),
+        ("deepspeed zero3", "row", "model.embed_tokens", 0, FORWARD, "rank 1 (dp_shard 1)"),
+        ("deepspeed pp2-tp2", "loss", "lm_head", 2, "the loss is not finite", BOTH_OF_STAGE_1),
         ("pp2-tp2", "row", "model.embed_tokens", 2, FORWARD, BOTH_OF_STAGE_0),
         ("pp2-tp2", "loss", "lm_head", 2, "the loss is not finite", BOTH_OF_STAGE_1),
         ("single", "loss", "lm_head", 2, "the loss is not finite", "rank 0"),

@@ -70,7 +70,7 @@ class StepResult:
     grad_norm: torch.Tensor
     """L2 norm over the whole model, unscaled, before clipping."""
     skipped: torch.Tensor
-    """1 if the update was skipped because a gradient was not finite, else 0."""
+    """1 if the update was skipped because a gradient or the loss was not finite, else 0."""
     empty: torch.Tensor
     """1 if the global batch has no targets, so that no update was made, else 0. Such a
     step is not `skipped`."""
@@ -78,6 +78,9 @@ class StepResult:
     """The scale this step used; 1 without loss scaling."""
     next_scale: torch.Tensor
     """The scale of the next step."""
+    spike: torch.Tensor | None = None
+    """1 if the update was not made because the step is above `Engine.spike_limits`, else 0; None: without
+    limits."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Progress:
     step: int
     tokens_seen: int
     fingerprints: Mapping[str, str]
+    states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Small states by name, as JSON, each with a `version`; only those that differ from a new run's."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +212,16 @@ class Engine(Protocol):
     flags: Flags
     """Flags that ranks exchange with each train_step; set by the training loop."""
     task: Task
+    spike_limits: tuple[float, float] | None
+    """(loss, gradient norm): a step above both makes no update; None: no limit. Set by the training loop."""
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
+
+    def replay(self, micro_batches: Sequence[Batch], *, loss_scale: torch.Tensor, watcher: Any) -> StepResult:
+        """Repeat a step without an update, at the loss scale that it had, and show the watcher
+        (parallel/watch.py) what it computes (collective). Changes no state.
+        """
 
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
         """Forward pass only. Every rank calls it with the same number of micro-batches (collective)."""

@@ -29,11 +29,11 @@ SAME = ("step", "tokens_seen", "loss", "grad_norm", "lr", "loss_scale", "skipped
 """What a step's line must repeat bit for bit; the others are times and memory."""
 
 
-def corpus(folder: Path, *, words: str = "follows") -> Path:
+def corpus(folder: Path, *, words: str = "follows", documents: int = 12) -> Path:
     """A small prepared corpus: some 20,000 tokens of a vocabulary of 300, with held-out documents."""
     text = folder / "text"
     text.mkdir(parents=True)
-    for number in range(12):
+    for number in range(documents):
         (text / f"{number}.txt").write_text(
             " ".join(f"number {number * n} {words} {n * n},\n" for n in range(120))
         )

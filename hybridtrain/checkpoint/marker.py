@@ -76,6 +76,7 @@ def write(path: Path, *, progress: Progress, files: Mapping[str, FileRecord]) ->
         "step": progress.step,
         "tokens_seen": progress.tokens_seen,
         "fingerprints": dict(progress.fingerprints),
+        **({"states": dict(progress.states)} if progress.states else {}),
     }
     _write_json(path / PROGRESS, content)
     own, model = [METADATA, PROGRESS], path.parent.parent / "model"
@@ -171,7 +172,7 @@ def verify(path: Path, *, files: Iterable[tuple[str, FileRecord]]) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Step, tokens seen and fingerprints of a complete checkpoint.
+    """Step, tokens seen, fingerprints and small states of a complete checkpoint.
 
     Raises UserError if progress.json cannot be read.
     """
@@ -181,6 +182,7 @@ def read_progress(path: Path) -> Progress:
             int(content["step"]),
             int(content["tokens_seen"]),
             {str(k): str(v) for k, v in content["fingerprints"].items()},
+            {str(k): dict(v) for k, v in content.get("states", {}).items()},
         )
     except (*_UNREADABLE, FileNotFoundError) as error:
         raise damaged(path, PROGRESS, f"it cannot be read ({error})") from error

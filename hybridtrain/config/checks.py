@@ -37,6 +37,8 @@ CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
 DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
 PLAIN_COMPILE = ("layer", "model")
+ON_NONFINITE = ("skip", "stop", "rollback")
+ON_SPIKE = ("off", *ON_NONFINITE)
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -58,6 +60,8 @@ _KINDS = {
     "data.format": DATA_FORMATS,
     "export.dtype": EXPORT_DTYPES,
     "bench.plain_compile": PLAIN_COMPILE,
+    "train.on_nonfinite": ON_NONFINITE,
+    "train.on_spike": ON_SPIKE,
 }
 """Option -> its allowed values."""
 
@@ -95,6 +99,7 @@ def check(config: schema.Root) -> None:
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
             _trackers(config.tracker, here="cluster" not in sections)
             _run_length(config)
+            _policies(config)
             _require_path(config.data.named)
     if isinstance(config, schema.BenchRoot):
         _bench(config)
@@ -265,6 +270,28 @@ def _trainable(config: schema.Config) -> None:
         "no model chosen",
         allowed="a file of conf/model, or model.from_pretrained",
         instead="model=nano, model.from_pretrained=FOLDER, or experiment=quickstart",
+    )
+
+
+def _policies(config: schema.Config) -> None:
+    """Check what a run does about non-finite numbers and loss spikes."""
+    for name in ("on_nonfinite", "on_spike"):
+        value = getattr(config.train, name)
+        require(
+            value != "rollback" or config.checkpoint.every > 0,
+            f"train.{name}",
+            value,
+            "there are no checkpoints to go back to (checkpoint.every=0)",
+            allowed="skip, stop",
+            instead="checkpoint.every=100",
+        )
+    require(
+        config.train.on_spike != "skip" or config.engine.kind == "torch",
+        "train.on_spike",
+        "skip",
+        "engine=deepspeed updates before the loss of all ranks is known",
+        allowed="off, stop, rollback",
+        instead="train.on_spike=rollback, or engine=torch",
     )
 
 

@@ -215,6 +215,25 @@ class TrainConfig(Options):
     max_nonfinite: int = 20
     """Number of consecutive steps with a non-finite loss or gradient after which training stops. Those whose
     loss is finite do not count while the loss scale can still fall to precision.min_scale."""
+    on_nonfinite: str = "skip"
+    """When a loss or gradient is not finite, the step makes no update and is repeated to find where that
+    began, which is an event of the run. Then: skip: go on, up to train.max_nonfinite; stop; rollback: to the
+    last checkpoint, leaving out the data from there to this step, up to train.max_rollbacks. Gradients that
+    overflow under a loss scale above its minimum are always skipped, and not repeated."""
+    on_spike: str = "off"
+    """Steps whose loss is far above that of the last 64: off: train on them; skip: make no update, up to
+    train.max_spikes (on a GPU compared with the steps before the previous one); stop; rollback: as for
+    train.on_nonfinite."""
+    spike_threshold: float = 6.0
+    """Smallest z of a loss spike: (log of the loss - median) / (1.4826 x median absolute deviation + 0.001)
+    of the last 64 steps."""
+    spike_grad_threshold: float = 0.0
+    """z that the gradient norm of a spike must exceed too, which spares hard but sound batches: 3; 0: the
+    loss decides alone."""
+    max_spikes: int = 20
+    """train.on_spike=skip: number of consecutive spikes after which training stops."""
+    max_rollbacks: int = 3
+    """Number of times that a run may go back to a checkpoint before it stops."""
 
 
 @options

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +267,12 @@ class IndexedReader:
         return np.unique(
             np.array([self._document_start(document) for document in range(first, last)], dtype=np.int64)
         )
+
+    def documents_in(self, start: int, stop: int) -> list[int]:
+        """Numbers of the documents that have tokens in [start, stop)."""
+        first = bisect_right(range(self.documents), start, key=self._document_start) - 1
+        last = bisect_left(range(self.documents), stop, lo=first, key=self._document_start)
+        return list(range(first, last))
 
     def _document_start(self, document: int) -> int:
         sequence = int(self.first_sequences[document])

@@ -8,7 +8,8 @@
 Where the batch grows with the step (plan.batch), the first sample is the sum of the batches before.
 
 Sample index to row is `blend.sample_to_row`, so a step's rows follow from (seed, step) alone and
-there is no state to save.
+there is no state to save, except the number of samples that a rollback has left out: later
+samples move up in their place.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ class Loader:
         self._documents = blend.documents
         self._plan, self._collate = plan, collate
         self._seed = seed
+        self.left_out = 0
+        """Samples that are left out before the next step."""
+        self._names = [str(corpus.path) for corpus, _ in blend.parts("train")]
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -64,7 +68,7 @@ class Loader:
     def row_ids(self, step: int) -> np.ndarray:
         """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (rows of the step / dp, 2)."""
         share = self._plan.rows_at(step) // self._dp_size
-        first = self._plan.rows_before(step) + self._dp_rank * share
+        first = self._plan.rows_before(step) + self.left_out + self._dp_rank * share
         samples = np.arange(first, first + share, dtype=np.int64)
         return sample_to_row(
             samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed
@@ -76,6 +80,24 @@ class Loader:
         batches = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._read(step)
         self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
+
+    def leave_out(self, samples: int) -> None:
+        """Let the steps from now on read the data that come `samples` samples later."""
+        if self._ahead:
+            self._ahead[1].result()
+        self._ahead, self.left_out = None, self.left_out + samples
+
+    def sources(
+        self, step: int, *, micro_batch: int, rows: Sequence[int]
+    ) -> list[tuple[str, int, list[int]]]:
+        """(corpus, row in it, its documents) of rows of one of this rank's micro-batches."""
+        pieces, chosen = self._plan.pieces_at(step), self.row_ids(step)
+        first = micro_batch * self._plan.micro_batch_size
+        found = []
+        for place in dict.fromkeys(first + row // pieces for row in rows):
+            corpus, row = (int(value) for value in chosen[place])
+            found.append((self._names[corpus], row, self._rows[corpus].documents(row)))
+        return found
 
     def _read(self, step: int) -> list[Batch]:
         plan, chosen = self._plan, self.row_ids(step)

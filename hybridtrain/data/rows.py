@@ -79,6 +79,9 @@ class Rows(Protocol):
     def gather(self, row_ids: np.ndarray) -> Block:
         """The rows `row_ids`, int64 (n,). Reads only these rows from the file."""
 
+    def documents(self, row: int) -> list[int]:
+        """Numbers of the documents in a row; empty if the rows are not made of documents."""
+
 
 def count_rows(tokens: int, *, seq_len: int) -> int:
     """Number of whole rows in a stream of `tokens` tokens; the rest is not used."""
@@ -118,6 +121,9 @@ class TextRows:
                 block.doc_start[place, self._reader.document_starts(start, stop) - start] = True
         self._check(block.tokens)
         return block
+
+    def documents(self, row: int) -> list[int]:
+        return self._reader.documents_in(row * self._seq_len, (row + 1) * self._seq_len + 1)
 
 
 class ChatRows:
@@ -168,3 +174,6 @@ class ChatRows:
             block.doc_start[place, at : at + 1] = True  # the padding
         self._check(block.tokens)
         return block
+
+    def documents(self, row: int) -> list[int]:
+        return [int(number) for number in self._ids[self._starts[row] : self._starts[row + 1]]]

@@ -209,6 +209,9 @@ class _Rows:
                 block.doc_start[place, [0, *([len(tokens)] if len(tokens) <= self._seq_len else [])]] = True
         return block
 
+    def documents(self, row: int) -> list[int]:  # noqa: ARG002 - a row is all that is known
+        return []
+
     def _check(self, tokens: np.ndarray, index: int) -> None:
         if len(tokens) > self._seq_len + 1:
             problem = f"it has {len(tokens)} tokens, data.seq_len is {self._seq_len}"

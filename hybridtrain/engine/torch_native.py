@@ -7,6 +7,7 @@ One step:  count targets -> forward and backward of all micro-batches -> gradien
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -65,6 +66,7 @@ class TorchEngine:
         self.capabilities = of_engine("torch")
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.flags = Flags(())
+        self.spike_limits: tuple[float, float] | None = None
         self.precision = policy(config.precision)
         dtype = torch.promote_types(torch.float32, self.precision.compute)  # of losses and norms
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device, dtype=dtype)
@@ -131,30 +133,51 @@ class TorchEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
+        return self._step(micro_batches, lr=lr, flags=self.flags, update=True)
+
+    def replay(self, micro_batches: Sequence[Batch], *, loss_scale: Tensor, watcher: Watcher) -> StepResult:
+        """Repeat a step without an update, and show `watcher` what it computes (collective).
+
+        `loss_scale`: that of the step. Weights, optimizer and loss scaler stay as they are.
+        """
+        kept, self.scaler = self.scaler, copy.copy(self.scaler)  # whose tensors are replaced, not changed
+        self.scaler.scale = loss_scale
+        with self.watching(watcher):
+            result = self._step(micro_batches, lr=0.0, flags=Flags(()), update=False)
+        self.scaler = kept
+        return result
+
+    def _step(self, micro_batches: Sequence[Batch], *, lr: float, flags: Flags, update: bool) -> StepResult:
         for head_module in self._heads():
             head_module.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
-        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
+        counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=flags)
         scale = self.scaler.scale
         factor = self.loss_weights * scale / counts.clamp(min=1)
         sums = (
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )
+        self.mesh.sum(sums, over="loss")
+        loss = loss_of(sums, counts, weights=self.loss_weights)
         if self.layout.tp > 1:
             add_partial_gradients(self.stages, group=self.mesh.group("tp"))
         add_shared_gradients(self.shared)
         scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh, dtype=sums.dtype)
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
-        nonfinite = (~torch.isfinite(scaled_norm)).float() * (1 - empty)
+        nonfinite = (~torch.isfinite(scaled_norm + loss)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
         divide = (scale * excess.clamp(min=1.0)).float()
-        self.optimizer.step(lr=lr, divide=divide, skip=torch.maximum(nonfinite, empty))
+        spike, held = None, nonfinite + empty
+        if self.spike_limits is not None:
+            most_loss, most_norm = self.spike_limits
+            spike = ((loss > most_loss) & (norm > most_norm)).float() * (1 - held)
+            held = held + spike
+        skip = held if update else torch.ones_like(held)
+        self.optimizer.step(lr=lr, divide=divide, skip=skip)
         self.scaler.update(nonfinite, empty=empty)
-        self.mesh.sum(sums, over="loss")
-        loss = loss_of(sums, counts, weights=self.loss_weights)
-        return StepResult(loss, sums, counts, norm, nonfinite, empty, scale, self.scaler.scale)
+        return StepResult(loss, sums, counts, norm, nonfinite, empty, scale, self.scaler.scale, spike)
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:

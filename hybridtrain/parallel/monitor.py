@@ -181,6 +181,8 @@ class Monitor:
     def input_gradient(self, call: Call, gradient: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("not asked for")
 
+    parameter_gradient = row_losses = input_gradient
+
     def _are_shared(self, heads: Tensor) -> bool:
         """Whether they are a result that other ranks have too."""
         memory = heads.untyped_storage().data_ptr()

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from hybridtrain.models import attention
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.structure import is_stub
+from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.parallel.recompute import uncompiled
+from hybridtrain.tasks.head import Head
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Watcher(Protocol):
     """
 
     inputs: bool
-    """Whether to watch gradients of inputs. Each module then gets views of its own: modules that share an
-    input would see the sum of their gradients."""
+    """Whether to watch also gradients of inputs and parameters, and the losses of rows. Each call then gets
+    views of its own: modules that share an input, and micro-batches that share a parameter, would see the
+    sum of their gradients."""
 
     def forward(self, call: Call, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """After a call, without autograd. The floating-point tensors among arguments and results."""
@@ -57,6 +60,12 @@ class Watcher(Protocol):
 
     def input_gradient(self, call: Call, gradient: Tensor) -> None:
         """The same for its inputs; after the module's own backward."""
+
+    def parameter_gradient(self, call: Call, gradient: Tensor) -> None:
+        """The same for its own parameters: the gradient of one micro-batch."""
+
+    def row_losses(self, call: Call, sums: Tensor) -> None:
+        """After a call of the head: the task's sums for each row alone, (B, number of sums)."""
 
 
 @contextlib.contextmanager
@@ -123,18 +132,25 @@ class _Watched:
 
     def __call__(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any, **options: Any) -> Any:
-            if self.watcher.inputs:
-                given, options = _views(given), dict(zip(options, _views(options.values()), strict=True))
+            parameters: list[Tensor] = []
+            with contextlib.ExitStack() as stack:
+                if self.watcher.inputs:
+                    given, options = _views(given), dict(zip(options, _views(options.values()), strict=True))
+                    parameters = stack.enter_context(_own_parameters(self.module))
+                result = forward(*given, **options)
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a recomputation
-                return forward(*given, **options)
-            result = forward(*given, **options)
+                return result
             place = self.position.next(self.name, self.module)  # after those of the modules inside
-            self._watch(place, _floats((*given, *options.values())), _floats(_flat(result)))
+            self._watch(place, _floats((*given, *options.values())), _floats(_flat(result)), parameters)
+            if self.watcher.inputs and isinstance(self.module, Head):
+                self._watch_rows(place, forward, *given)
             return result
 
         return call
 
-    def _watch(self, call: Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _watch(
+        self, call: Call, inputs: list[Tensor], outputs: list[Tensor], parameters: list[Tensor]
+    ) -> None:
         watcher = self.watcher
         with torch.no_grad():
             watcher.forward(call, [x.detach() for x in inputs], [y.detach() for y in outputs])
@@ -142,6 +158,15 @@ class _Watched:
             _once(y, lambda gradient: watcher.output_gradient(call, gradient))
         for x in inputs if watcher.inputs else ():
             _once(x, lambda gradient: watcher.input_gradient(call, gradient))
+        for p in parameters:
+            _once(p, lambda gradient: watcher.parameter_gradient(call, local_part(gradient)))
+
+    @torch.no_grad()
+    def _watch_rows(self, call: Call, forward: Callable[..., Any], hidden: Tensor, batch: Any) -> None:
+        """Repeat the loss for each row alone. Tensor-parallel ranks do so together."""
+        with contextlib.suppress(Exception):  # a user's loss may need several rows
+            rows = [forward(hidden[row : row + 1], batch.rows(row, row + 1)) for row in range(len(hidden))]
+            self.watcher.row_losses(call, torch.stack(rows))
 
 
 def _once(tensor: Tensor, show: Callable[[Tensor], None]) -> None:
@@ -170,6 +195,19 @@ def _views(values: Any) -> tuple[Any, ...]:
         value.view_as(value) if isinstance(value, Tensor) and value.requires_grad else value
         for value in values
     )
+
+
+@contextlib.contextmanager
+def _own_parameters(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Views in place of the parameters of a module that are trained, meanwhile."""
+    table: dict[str, Any] = module._parameters
+    kept = {name: p for name, p in table.items() if p is not None and p.requires_grad}
+    views: dict[str, Any] = {name: p.view_as(p) for name, p in kept.items()}
+    table.update(views)
+    try:
+        yield list(views.values())
+    finally:
+        table.update(kept)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from hybridtrain.report.plots import Plot
 from hybridtrain.training.metrics import duration, quantity
 
 EVENTS_OPEN, MOST_EVENTS = 20, 1000
-ALARMING = ("skipped", "empty", "failed")
+FINDINGS = ("nonfinite", "spike", "rollback")
+ALARMING = ("skipped", "empty", *FINDINGS, "failed")
 
 
 def document(history: History, plots: Sequence[Plot]) -> str:
@@ -24,6 +25,7 @@ def document(history: History, plots: Sequence[Plot]) -> str:
         f'<p class="note">{page.escape(unread(history))}</p>' if history.unread else "",
         page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
         page.section("Failure", f"<pre>{page.escape(history.failure)}</pre>" if history.failure else ""),
+        page.section("Non-finite steps and loss spikes", findings(history)),
         page.section("Events", events(history)),
         page.section("Machine", machine(history)),
         page.section("Config", config(history)),
@@ -101,6 +103,12 @@ def events(history: History) -> str:
     return page.table(head, rows[:EVENTS_OPEN], numbers=(1,)) + (
         f"<details><summary>{count:,} older</summary>{older}{beyond}</details>" if older else ""
     )
+
+
+def findings(history: History) -> str:
+    """A table of the newest findings, and of what was done about them; empty without any."""
+    rows = [_event(event) for event in reversed(history.events) if event["kind"] in FINDINGS]
+    return page.table(("time", "step", "event", ""), rows[:EVENTS_OPEN], numbers=(1,)) if rows else ""
 
 
 def _event(event: dict[str, Any]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from hybridtrain.training.adapting import Adapt
 from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
+from hybridtrain.training.recovery import Recovery
 from hybridtrain.training.scale_events import ScaleEvents
 from hybridtrain.types import Batch, Progress
 
@@ -66,8 +67,11 @@ def train(
         calls.add(Numerics(monitor, folder=run_dir, trackers=trackers), of_user=False)
         if (controller := engine.adaptive) is not None:
             calls.add(Adapt(controller, engine=engine, monitor=monitor, folder=run_dir), of_user=False)
-    _add_callbacks(
+    saver = _add_callbacks(
         calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
+    )
+    recovery = Recovery(
+        job, engine=engine, start=start, loader=loader, folder=run_dir, saver=saver, callbacks=calls
     )
     with calls:
         end = loop.train(
@@ -79,6 +83,7 @@ def train(
             total_steps=job.total_steps,
             callbacks=calls,
             sampling=monitor.sampling if monitor else _nothing,
+            recovery=recovery,
             stop=stop,
             watchdog=watchdog,
             counter=counter,
@@ -162,8 +167,10 @@ def _add_callbacks(
     meter: metrics.Meter,
     trackers: Trackers,
     of_user: Sequence[Callback],
-) -> None:
-    """Add the callbacks of every run and those of the user, in the order of builtin.py."""
+) -> builtin.Checkpoint:
+    """Add the callbacks of every run and those of the user, in the order of builtin.py; returns the one that
+    saves.
+    """
     config, device = job.config, engine.device
     if every := config.train.eval_every:
         rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
@@ -194,6 +201,7 @@ def _add_callbacks(
     calls.add(saver, of_user=False)
     if config.run.profile and log.rank() in config.run.profile_ranks:
         calls.add(builtin.Profile(run_dir.path / "profile", device=device), of_user=False)
+    return saver
 
 
 def _check_targets(steps: list[list[Batch]], *, job: Job, task: Task) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.errors import refusal
+from hybridtrain.parallel.mesh import on_rank0
 from hybridtrain.precision.numerics import Sample
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.trackers import Trackers
@@ -111,6 +112,13 @@ class Log(Callback):
         if dist.get_rank() == 0:
             self._write(info.row, step=info.step, total_steps=run.total_steps)
 
+    def on_rollback(self, run: Run) -> None:
+        """No step has two lines: those after the checkpoint are removed, as by a resume."""
+        self.totals = None
+        self.meter.restart(run.step)
+        if dist.get_rank() == 0:
+            self.folder.truncate(run.step)
+
     def _write(self, row: dict[str, Any], *, step: int, total_steps: int) -> None:
         self.folder.append_metrics(row)
         if row["skipped"]:
@@ -196,13 +204,21 @@ class Checkpoint(Callback):
             with self.meter.paused():
                 self._wait()
                 self.folder.check()
-                progress = Progress(info.step, info.tokens_seen, self.fingerprints)
+                states = {name: state for name, get in run.states.items() if (state := get())}
+                progress = Progress(info.step, info.tokens_seen, self.fingerprints, states)
                 self.saving, self.step = self.engine.save(self.manager.path(info.step), progress), info.step
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         if error is None:
             self._wait()
             self._wait_for_pruning()
+
+    def last_complete(self) -> Path | None:
+        """The run's newest checkpoint, once the current save has ended; None if there is none yet
+        (collective).
+        """
+        self._wait()
+        return on_rank0(self.manager.latest)
 
     def _poll(self, info: StepInfo) -> None:
         """Check whether the current save has ended on all ranks; if it failed, all ranks raise its error."""

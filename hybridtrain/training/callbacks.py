@@ -25,7 +25,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.precision.numerics import Sample
 from hybridtrain.runtime import failure, log
 from hybridtrain.runtime.stop import Stop
-from hybridtrain.types import Engine, StepResult
+from hybridtrain.types import Engine, Progress, StepResult
 
 _log = log.get("train")
 
@@ -67,6 +67,8 @@ class Run:
     """Optimizer steps done."""
     tokens_seen: int
     _stop: Stop
+    states: dict[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
+    """Name -> small state for a checkpoint, as JSON with a `version`; an empty one is not saved."""
 
     def stop(self, reason: str) -> None:
         """End the run after the next step, with a checkpoint. One rank is enough.
@@ -105,6 +107,11 @@ class Callback:
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """After a checkpoint is complete on disk; training may have continued in the meantime."""
+
+    def on_rollback(self, run: Run) -> None:
+        """After the run has gone back to a checkpoint (train.on_nonfinite, train.on_spike), that of
+        `run.step`.
+        """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """The last call, in reverse order of the callbacks.
@@ -166,7 +173,7 @@ class Callbacks:
 
     def __init__(self, run: Run, *, beat: Callable[[], None]):
         """`beat` is called before each callback, so that the watchdog allows each the time of a step."""
-        self.run, self._beat = run, beat
+        self.run, self.beat = run, beat
         self.callbacks: list[Callback] = []
         self.of_user: tuple[Callback, ...] = ()
 
@@ -208,8 +215,14 @@ class Callbacks:
         for callback in self.callbacks:
             self._call(callback, "on_checkpoint", path)
 
+    def after_rollback(self, back: Progress) -> None:
+        """Call `on_rollback` on each callback."""
+        self.run.step, self.run.tokens_seen = back.step, back.tokens_seen
+        for callback in self.callbacks:
+            self._call(callback, "on_rollback")
+
     def _call(self, callback: Callback, method: str, *arguments: Any) -> None:
-        self._beat()
+        self.beat()
         try:
             getattr(callback, method)(self.run, *arguments)
         except RuntimeError as error:

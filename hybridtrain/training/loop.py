@@ -17,6 +17,7 @@ from hybridtrain.runtime.watchdog import Watchdog
 from hybridtrain.training.builtin import SAVED
 from hybridtrain.training.callbacks import Callbacks, StepInfo
 from hybridtrain.training.nonfinite import NonFiniteCheck
+from hybridtrain.training.recovery import Recovery
 from hybridtrain.types import Engine, Progress
 
 
@@ -37,6 +38,7 @@ def train(
     total_steps: int,
     callbacks: Callbacks,
     sampling: Callable[[int], AbstractContextManager[None]],
+    recovery: Recovery,
     stop: Stop,
     watchdog: Watchdog,
     counter: StepCounter,
@@ -54,6 +56,7 @@ def train(
             if reason := stop.reason_here():
                 flags.raised.add(reason)
             lr = lr_at(step, peak=config.optim.lr, schedule=config.schedule, total_steps=total_steps)
+            recovery.before_step()
             batches = loader.micro_batches(step)
             with sampling(step + 1):
                 result = engine.train_step(batches, lr=lr)
@@ -69,8 +72,14 @@ def train(
                 result=result,
                 flags=counts,
             )
+            log_step = info.last or step % config.train.log_every == 0
+            saves = info.stopping or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0)
+            if (back := recovery.after_step(info, wait=log_step or saves)) is not None:
+                step, tokens_seen, counter.step = back.step, back.tokens_seen, back.step
+                continue
             callbacks.after_step(info)
-            check_finite(info, wait=info.last or step % config.train.log_every == 0)
+            with recovery.explained(info):
+                check_finite(info, wait=log_step)
             garbage.after(step)
     return Progress(step, tokens_seen, start.fingerprints)
 

@@ -126,6 +126,11 @@ class Meter:
         finally:
             self._paused += time.perf_counter() - start
 
+    def restart(self, step: int) -> None:
+        """Measure from `step` on, which may have been measured before."""
+        self._marks.clear()
+        self._marks.append((step, self._clock()))
+
     def measure(self, step: int) -> Rates:
         """Rates over the steps since the last call (or the start), up to and including `step`.
 

@@ -45,6 +45,12 @@ class Sums:
     def input_gradient(self, call: Call, gradient: torch.Tensor) -> None:
         self._add(call, "dx", [gradient])
 
+    def parameter_gradient(self, call: Call, gradient: torch.Tensor) -> None:
+        self._add(call, "dw", [gradient])
+
+    def row_losses(self, call: Call, sums: torch.Tensor) -> None:
+        self._add(call, "rows", [sums])
+
 
 def wrapped(engine: Any) -> list[tuple[str, Any]]:
     return [(name, vars(module).get("forward")) for name, module in engine.modules()]

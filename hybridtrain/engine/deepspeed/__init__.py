@@ -28,6 +28,7 @@ from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.monitored import OfDeepSpeed
+from hybridtrain.engine.deepspeed.replay import replay
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config, saved_buffers
@@ -67,6 +68,8 @@ class DeepSpeedEngine:
         self.config, self.layout, self.plan, self.device, self.task = config, layout, plan, device, task
         self.loss_weights = torch.tensor(list(task.weights.values()), device=device)
         self.flags = Flags(())
+        self.spike_limits: tuple[float, float] | None = None  # always: config.checks refuses them
+        self.updates = True
         self._after_step: list[Callable[[], None]] = []
         self.precision = policy(config.precision)
         self.adaptive = None
@@ -191,8 +194,7 @@ class DeepSpeedEngine:
         module: Any = self.stage.part(self.structure.embed if self.stage.first else self.structure.head)
         return module.weight
 
-    # -- the Engine protocol
-    # -----------------------------------------------------------------------------------
+    # -- the Engine protocol ---------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
@@ -208,7 +210,8 @@ class DeepSpeedEngine:
             group["lr"] = lr
         empty = (counts.sum() == 0).float()
         # With found_inf = 1, torch's fused AdamW skips the update.
-        self.optimizer.found_inf = empty  # type: ignore[attr-defined]
+        found_inf = empty if self.updates else torch.ones_like(empty)
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         if self.scaler.enabled:
             self.zero.loss_scaler.empty = empty.cpu()
         sums = self._run_pipeline(batches, factor) if self.pipe else self._accumulate(batches, factor)
@@ -225,6 +228,8 @@ class DeepSpeedEngine:
         loss = loss_of(sums, counts, weights=self.loss_weights)
         next_scale = self.scaler.scale.to(self.device)
         return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale, next_scale)
+
+    replay = replay
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -268,8 +273,7 @@ class DeepSpeedEngine:
         }
         progress = sharded.load(loaded, path=path, group=self.mesh.checkpoint_group)
         self.scaler.adopt(loaded, dp=origin.data_ranks(path) if OLDER in loaded else 1)
-        if self.scaler.enabled:
-            self.zero.loss_scaler.read()
+        self.read_scale()
         state.update_model(self.zero)
         return progress
 
@@ -321,6 +325,11 @@ class DeepSpeedEngine:
         shards = [shard for shard in self.shards if not self._is_copy(shard.name)]
         weights = state.tensors(shards, self.optimizer, owner=self.owner)
         return {**weights, **self._saved_buffers(), **self.scaler.state()}
+
+    def read_scale(self) -> None:
+        """Give DeepSpeed the scale of `scaler`, after it was set."""
+        if self.scaler.enabled:
+            self.zero.loss_scaler.read()
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         return {f"model.{name}": buffer for name, buffer in self.buffers.items()}

@@ -7,8 +7,8 @@ step, and of every update.
 
 Everything is a sum, or a maximum, over micro-batches and ranks: bit-equal histograms under pipelines, ZeRO
 and recomputation. Nothing waits for the device before `sample`. A tensor is read three times: for its
-histogram, its largest magnitude and its sum of squares; every 16th row once more, for the signal-to-noise
-ratio.
+histogram, its largest magnitude and its sum of squares; every 16th row of the first micro-batch once more,
+for the signal-to-noise ratio.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Monitor:
         if inputs and each.of_heads and self._are_shared(inputs[0]):
             self._repeated.add(call.name)
         if inputs and call.name not in self._repeated:
-            self._add(call.name, "x", own_part(inputs[0], each.x))
+            self._add(call.name, "x", own_part(inputs[0], each.x), snr=call.micro_batch == 0)
         if outputs and each.y:
             row = self.rows[call.name, "y"]
             torch.maximum(self.amax[row], _amax(outputs[0]), out=self.amax[row])
@@ -176,7 +176,7 @@ class Monitor:
         if each is not None and call.name not in self._repeated:
             if (factor := self.engine.backward_factor) != 1:
                 gradient = gradient / factor
-            self._add(call.name, "g", own_part(gradient, each.g))
+            self._add(call.name, "g", own_part(gradient, each.g), snr=call.micro_batch == 0)
 
     def input_gradient(self, call: Call, gradient: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("not asked for")
@@ -187,7 +187,7 @@ class Monitor:
         return any(each.untyped_storage().data_ptr() == memory for each in self._heads)
 
     @torch.no_grad()
-    def _add(self, name: str, role: str, parts: Sequence[Tensor]) -> None:
+    def _add(self, name: str, role: str, parts: Sequence[Tensor], *, snr: bool) -> None:
         row = self.rows[name, role]
         for part in parts:
             if not part.numel():
@@ -195,9 +195,8 @@ class Monitor:
             amax = _amax(part)
             torch.maximum(self.amax[row], amax, out=self.amax[row])
             self.sums[row, :BINS] += _histogram(part)
-            flat = part.reshape(-1).float()
-            self.sums[row, _SQUARES] += flat.dot(flat)
-            if part.dim() > 1:
+            self.sums[row, _SQUARES] += _norms([part])[0].square()
+            if snr:
                 matrix = part.reshape(-1, part.shape[-1])[::_ROWS].float()
                 # With a part of an operand, its scale is not known: that of the last sample will do.
                 cut = self.mesh.layout.tp > 1 or role == "w"
@@ -214,7 +213,7 @@ class Monitor:
         for each in self.shards:
             module = each.name.rpartition(".")[0]
             if each.first and (each.dims > 1 or module not in matrices):
-                self._add(module, "w", [each.weight])
+                self._add(module, "w", [each.weight], snr=each.weight.dim() > 1)
 
     @torch.no_grad()
     def _gradients(self, gradients: Mapping[str, Tensor], divide: Tensor | float) -> None:
@@ -361,7 +360,8 @@ def _histogram(part: Tensor) -> Tensor:
 
 def _amax(tensor: Tensor) -> Tensor:
     """The largest magnitude, fp32, 0-d; NaN if a number is."""
-    return torch.linalg.vector_norm(tensor.detach(), math.inf).float()
+    low, high = torch.aminmax(tensor)  # on a CPU 18 times as fast as the norm of that name
+    return torch.maximum(-low, high).float()
 
 
 def _snr(rows: Tensor, name: str, *, top: Tensor) -> Tensor:

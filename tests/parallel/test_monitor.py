@@ -62,8 +62,10 @@ def check_equal(layout: str, *overrides: tuple[str, Any], **fields: Any) -> None
             found = ours.modules[name][role]
             assert (found.histogram, found.amax) == (expected.histogram, expected.amax), (name, role)
             assert found.rms == (None if role == "y" else pytest.approx(expected.rms, rel=1e-5))
-            if expected.snr is not None and role != "w":
-                assert found.snr == pytest.approx(expected.snr, abs=0.5), (name, role)
+            if (
+                expected.snr is not None and "dp" not in layout
+            ):  # data ranks have first micro-batches of their own
+                assert found.snr == expected.snr, (name, role)
     check_updates(ours, theirs)
 
 

@@ -128,6 +128,8 @@ class Monitor:
         self.tops = torch.zeros_like(self.amax)
         """Largest magnitudes of the last sample, over all ranks."""
         self._before: list[tuple[WeightShard, Tensor]] = []
+        self._shapes: dict[tuple[int, str], torch.Size] = {}
+        """Of the first output of each module."""
         self._heads: list[Tensor] = []
         """The last key and value heads that other ranks have too."""
         self._repeated: set[str] = set()
@@ -165,6 +167,8 @@ class Monitor:
             self._repeated.add(call.name)
         if inputs and call.name not in self._repeated:
             self._add(call.name, "x", own_part(inputs[0], each.x), snr=call.micro_batch == 0)
+        if outputs:
+            self._shapes[call.stage, call.name] = outputs[0].shape
         if outputs and each.y:
             row = self.rows[call.name, "y"]
             torch.maximum(self.amax[row], _amax(outputs[0]), out=self.amax[row])
@@ -173,7 +177,8 @@ class Monitor:
 
     def output_gradient(self, call: Call, gradient: Tensor) -> None:
         each = self.counted.get((call.stage, call.name))
-        if each is not None and call.name not in self._repeated:
+        first = self._shapes.get((call.stage, call.name))  # others are by-products, such as attention scores
+        if each is not None and gradient.shape == first and call.name not in self._repeated:
             if (factor := self.engine.backward_factor) != 1:
                 gradient = gradient / factor
             self._add(call.name, "g", own_part(gradient, each.g), snr=call.micro_batch == 0)

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import engine as engines
-from hybridtrain.bench import result
+from hybridtrain.bench import result, sampled
 from hybridtrain.bench.result import StepWork, Timing
+from hybridtrain.bench.sampled import Pair, SampledStep
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
@@ -57,12 +58,14 @@ def compare(config: BenchRoot) -> int:
     mesh.connect(device, timeout_s=config.engine.timeout_s)
     agreement.agree(config, fingerprints={})
     torch.manual_seed(config.run.seed)
-    engine, ours = _ours(config, settled, device=device)
+    engine, step, ours = _ours(config, settled, device=device)
     group = engine.mesh.checkpoint_group  # not used otherwise here
     _log_lines(_opening(config, settled, device))
     with _plain(config, settled) as plain:
         rounds = _take_turns(config, ours, plain, group=group)
         parts = _profile(ours, plain, group=group) if config.bench.parts else {}
+        pairs = step.pairs(ours, steps=config.bench.steps, rounds=config.bench.rounds)
+        pairs = sampled.slowest(_all_gather(pairs))
         all_ranks = _all_gather((rounds["ours"], ours.memory()))
         timings = [
             _timing(
@@ -81,6 +84,7 @@ def compare(config: BenchRoot) -> int:
             settled,
             timings,
             parts=parts,
+            pairs=pairs,
             work=_work(settled, engine=engine, device=device),
             hosts=hosts,
         )
@@ -105,8 +109,8 @@ def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     return adapted
 
 
-def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, Side]:
-    """The engine, and the timed side that steps it."""
+def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple[Any, SampledStep, Side]:
+    """The engine, its step, and the timed side that calls it."""
     from hybridtrain.bench.rounds import Side, tokens_of
     from hybridtrain.training import metrics
 
@@ -120,12 +124,8 @@ def _ours(config: BenchRoot, settled: Settled, *, device: torch.device) -> tuple
         dp_rank=engine.mesh.dp_rank,
         dp_size=settled.layout.dp,
     )
-    return engine, Side(
-        lambda batches: engine.train_step(batches, lr=config.optim.lr).loss,
-        tokens=tokens,
-        device=device,
-        before_gib=before_gib,
-    )
+    step = SampledStep(config, engine=engine)
+    return engine, step, Side(step, tokens=tokens, device=device, before_gib=before_gib)
 
 
 @contextlib.contextmanager
@@ -281,6 +281,7 @@ def _conclude(
     timings: list[Timing],
     *,
     parts: dict[str, list[ProfiledOp]],
+    pairs: list[Pair],
     work: StepWork,
     hosts: list[Any],
 ) -> int:
@@ -294,6 +295,8 @@ def _conclude(
         "",
         *result.summary_lines(timings, precision=config.precision.kind, corpus=config.bench.corpus),
     ]
+    if pairs:
+        lines += ["", sampled.line(pairs, every=config.precision.monitor_every)]
     for side, ops in parts.items():
         lines += ["", f"{side}: self time of {_PROFILED} profiled steps"]
         lines += [
@@ -309,6 +312,7 @@ def _conclude(
             "versions": host.versions(),
             "config": public(config),
             "parts": {side: [asdict(part) for part in ops] for side, ops in parts.items()},
+            "sampled": [asdict(pair) for pair in pairs],
         }
         result.write(
             config.bench.out,

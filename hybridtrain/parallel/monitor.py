@@ -7,8 +7,8 @@ step, and of every update.
 
 Everything is a sum, or a maximum, over micro-batches and ranks: bit-equal histograms under pipelines, ZeRO
 and recomputation. Nothing waits for the device before `sample`. A tensor is read three times: for its
-histogram, its largest magnitude and its sum of squares; every 16th row once more, for the signal-to-noise
-ratio.
+histogram, its largest magnitude and its sum of squares; every 16th row of the first micro-batch once more,
+for the signal-to-noise ratio.
 """
 
 from __future__ import annotations
@@ -128,6 +128,8 @@ class Monitor:
         self.tops = torch.zeros_like(self.amax)
         """Largest magnitudes of the last sample, over all ranks."""
         self._before: list[tuple[WeightShard, Tensor]] = []
+        self._shapes: dict[tuple[int, str], torch.Size] = {}
+        """Of the first output of each module."""
         self._heads: list[Tensor] = []
         """The last key and value heads that other ranks have too."""
         self._repeated: set[str] = set()
@@ -164,7 +166,9 @@ class Monitor:
         if inputs and each.of_heads and self._are_shared(inputs[0]):
             self._repeated.add(call.name)
         if inputs and call.name not in self._repeated:
-            self._add(call.name, "x", own_part(inputs[0], each.x))
+            self._add(call.name, "x", own_part(inputs[0], each.x), snr=call.micro_batch == 0)
+        if outputs:
+            self._shapes[call.stage, call.name] = outputs[0].shape
         if outputs and each.y:
             row = self.rows[call.name, "y"]
             torch.maximum(self.amax[row], _amax(outputs[0]), out=self.amax[row])
@@ -173,10 +177,11 @@ class Monitor:
 
     def output_gradient(self, call: Call, gradient: Tensor) -> None:
         each = self.counted.get((call.stage, call.name))
-        if each is not None and call.name not in self._repeated:
+        first = self._shapes.get((call.stage, call.name))  # others are by-products, such as attention scores
+        if each is not None and gradient.shape == first and call.name not in self._repeated:
             if (factor := self.engine.backward_factor) != 1:
                 gradient = gradient / factor
-            self._add(call.name, "g", own_part(gradient, each.g))
+            self._add(call.name, "g", own_part(gradient, each.g), snr=call.micro_batch == 0)
 
     def input_gradient(self, call: Call, gradient: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("not asked for")
@@ -189,7 +194,7 @@ class Monitor:
         return any(each.untyped_storage().data_ptr() == memory for each in self._heads)
 
     @torch.no_grad()
-    def _add(self, name: str, role: str, parts: Sequence[Tensor]) -> None:
+    def _add(self, name: str, role: str, parts: Sequence[Tensor], *, snr: bool) -> None:
         row = self.rows[name, role]
         for part in parts:
             if not part.numel():
@@ -197,9 +202,8 @@ class Monitor:
             amax = _amax(part)
             torch.maximum(self.amax[row], amax, out=self.amax[row])
             self.sums[row, :BINS] += _histogram(part)
-            flat = part.reshape(-1).float()
-            self.sums[row, _SQUARES] += flat.dot(flat)
-            if part.dim() > 1:
+            self.sums[row, _SQUARES] += _norms([part])[0].square()
+            if snr:
                 matrix = part.reshape(-1, part.shape[-1])[::_ROWS].float()
                 # With a part of an operand, its scale is not known: that of the last sample will do.
                 cut = self.mesh.layout.tp > 1 or role == "w"
@@ -216,7 +220,7 @@ class Monitor:
         for each in self.shards:
             module = each.name.rpartition(".")[0]
             if each.first and (each.dims > 1 or module not in matrices):
-                self._add(module, "w", [each.weight])
+                self._add(module, "w", [each.weight], snr=each.weight.dim() > 1)
 
     @torch.no_grad()
     def _gradients(self, gradients: Mapping[str, Tensor], divide: Tensor | float) -> None:
@@ -363,7 +367,8 @@ def _histogram(part: Tensor) -> Tensor:
 
 def _amax(tensor: Tensor) -> Tensor:
     """The largest magnitude, fp32, 0-d; NaN if a number is."""
-    return torch.linalg.vector_norm(tensor.detach(), math.inf).float()
+    low, high = torch.aminmax(tensor)  # on a CPU 18 times as fast as the norm of that name
+    return torch.maximum(-low, high).float()
 
 
 def _snr(rows: Tensor, name: str, *, top: Tensor) -> Tensor:

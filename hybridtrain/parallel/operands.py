@@ -90,10 +90,11 @@ def _counted(
     piece, dims = stage.pieces[name], own[name]
     mine = _first_of(piece, [others[name] for others in lower])
     shared = mine is not None
+    holds_others = next(module.children(), None) is not None
+    if dims > 2 or holds_others:  # experts, attention with sinks: all hidden states in, a part of a sum out
+        return Counted(whole, whole, y=True, heads_shared=False, of_heads=False)
     if dims == 1 or inside in slicing.norms:
         return Counted(mine, mine, y=True, heads_shared=shared, of_heads=False)
-    if dims > 2:  # experts: all hidden states in, a part of a sum out
-        return Counted(whole, whole, y=True, heads_shared=False, of_heads=False)
     outputs = 1 if type(module).__name__ == "Conv1D" else 0  # GPT-2 stores matrices as (in, out)
     if piece.dim == outputs:
         return Counted(whole, mine, y=True, heads_shared=shared, of_heads=False)

@@ -143,12 +143,13 @@ def _of_torch(
     numbers = w.stored * (3 if optimizer_states.compensated(config) else 2)
     moments = optimizer_states.bytes_of_moments(config.precision.state, stored=w.stored)
     state = share * numbers + math.ceil(share * moments if config.optim.kind == "adamw" else 0)
+    before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
-        return MemoryNeed(state, head, 0)
+        return MemoryNeed(state, max(head, before), 0)
     gathered = (largest if zero == 3 else total) * w.compute
     accumulated = total * 4 if zero < 2 and plan.grad_accum > 1 and w.compute != 4 else 0
-    return MemoryNeed(state, gathered + accumulated + head, 0)
+    return MemoryNeed(state, max(gathered + accumulated + head, before), 0)
 
 
 def _of_deepspeed(
@@ -170,9 +171,9 @@ def _of_deepspeed(
     masters, copy = share * 12, (share if zero == 3 else total) * compute
     offloaded = masters * (config.engine.offload_optimizer == "cpu" and _on_gpu())
     offloaded += copy * (config.engine.offload_parameters == "cpu" and zero == 3 and _on_gpu())
-    return MemoryNeed(
-        masters + copy + share * 4 - offloaded, head + (largest * compute if zero == 3 else 0), offloaded
-    )
+    before = share * 4 * bool(config.precision.monitor_every)  # see _of_torch
+    step = max(head + (largest * compute if zero == 3 else 0), before)
+    return MemoryNeed(masters + copy + share * 4 - offloaded, step, offloaded)
 
 
 def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, facts: ModelFacts) -> int:

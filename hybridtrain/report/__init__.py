@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from hybridtrain.config.schema import ReportRoot
-from hybridtrain.report import compare, layout_grid, page, plots, single
+from hybridtrain.report import compare, heat_map, layout_grid, page, plots, single
 from hybridtrain.report.history import History, read
 from hybridtrain.runtime.files import (
     check_replaceable,
@@ -77,7 +77,11 @@ def comparison_folder(histories: Sequence[History]) -> Path:
 def of_run(history: History) -> list[plots.Plot]:
     """All plots of one run, the layout last."""
     layout = layout_grid.layout_of(history.summary)
-    return [*plots.of_run(history), *([layout_grid.plot(layout, hosts=history.hosts)] if layout else [])]
+    return [
+        *plots.of_run(history),
+        *(heat_map.plots(history.numerics) if history.numerics else ()),
+        *([layout_grid.plot(layout, hosts=history.hosts)] if layout else []),
+    ]
 
 
 def write(drawn: Sequence[plots.Plot], document: str, *, name: str, out: Path) -> list[Path]:

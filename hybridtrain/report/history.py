@@ -20,6 +20,7 @@ import numpy as np
 
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.report.numerics import Numerics, of_lines
 from hybridtrain.run.record import METRICS, read_machine, read_summary, require_run
 from hybridtrain.runtime import failure
 from hybridtrain.runtime.files import LARGEST, number, one_line
@@ -50,6 +51,8 @@ class History:
     """Root cause of the newest attempt of a failed run; else empty."""
     hosts: list[dict[str, Any]]
     """machine.json: one dict per host."""
+    numerics: Numerics | None
+    """numerics.jsonl; None without a sample."""
     unread: Mapping[str, int]
     """File -> number of its lines that could not be read and are left out."""
 
@@ -145,11 +148,9 @@ def read(folder: Path) -> History:
     run_name = compose.public(config)["run"]["name"] if config else ""
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
-    unread = {
-        name: count
-        for name, count in {"metrics.jsonl": bad_rows, "events.jsonl": bad_events}.items()
-        if count
-    }
+    numerics, bad_samples = of_lines(_lines(folder / "numerics.jsonl"))
+    bad = {"metrics.jsonl": bad_rows, "events.jsonl": bad_events, "numerics.jsonl": bad_samples}
+    unread = {name: count for name, count in bad.items() if count}
     if not summary and (folder / "summary.json").exists():
         unread["summary.json"] = 1
     return History(
@@ -161,6 +162,7 @@ def read(folder: Path) -> History:
         config=config,
         failure=_failure(folder) if summary.get("status") == "failed" else "",
         hosts=read_machine(folder),
+        numerics=numerics,
         unread=unread,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridtrain.report.plots import AXES, Plot
+from hybridtrain.report.plots import AXES, MAPS, Plot
 from hybridtrain.report.svg import inline
 
 FOLDER = Path(__file__).resolve().parent
@@ -63,27 +63,29 @@ def tiles(values: Mapping[str, tuple[str, str]]) -> str:
 def plots(drawn: Sequence[Plot]) -> str:
     """The plots in a grid.
 
-    Plots that differ only in their x axis share a place, with tabs that need no script.
+    Plots that differ only in their x axis, and heat maps, share a place, with tabs that need no script.
     """
     families: dict[str, list[Plot]] = {}
     for plot in drawn:
-        base = next(
-            (plot.name.removesuffix(f"_{axis.name}") for axis in AXES if plot.name.endswith(f"_{axis.name}")),
-            plot.name,
-        )
-        families.setdefault(base, []).append(plot)
+        families.setdefault(_tab(plot)[0], []).append(plot)
     return f'<div class="plots">{"".join(_figure(name, members) for name, members in families.items())}</div>'
+
+
+def _tab(plot: Plot) -> tuple[str, str]:
+    """(name of the place, of the tab) of a plot."""
+    if plot.name in MAPS:
+        return next(iter(MAPS)), MAPS[plot.name]
+    for axis in AXES:
+        if plot.name.endswith(f"_{axis.name}"):
+            return plot.name.removesuffix(f"_{axis.name}"), axis.name
+    return plot.name, AXES[0].name
 
 
 def _figure(name: str, members: Sequence[Plot]) -> str:
     pictures = [inline(plot) for plot in members]
     if len(members) == 1:
         return f'<figure id="{name}">{pictures[0]}</figure>'
-    words = [
-        axis.name
-        for axis in AXES
-        if any(plot.name in (name if axis is AXES[0] else "", f"{name}_{axis.name}") for plot in members)
-    ]
+    words = [_tab(plot)[1] for plot in members]
     inputs = "".join(
         f'<input type="radio" name="{name}" id="{name}-{word}"{" checked" if n == 0 else ""}>'
         for n, word in enumerate(words)

@@ -152,10 +152,13 @@ METERS = (
     ("memory", "Peak memory", "GiB per process, largest of all", "max_memory_gib"),
     ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
 )
+MAPS = {"numerics": "underflow", "numerics_amax": "amax", "numerics_rms": "rms"}
+"""Names of heat maps (heat_map.py), which share a place on the page -> their tabs."""
 NAMES = (
     *(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")),
     *(name for name, *_ in METERS),
     "skipped",
+    *MAPS,
     "layout",
 )
 """All names of plots."""

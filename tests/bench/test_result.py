@@ -7,8 +7,9 @@ import statistics
 import pytest
 
 from hybridtrain.analysis.facts import facts
-from hybridtrain.bench import result
+from hybridtrain.bench import result, sampled
 from hybridtrain.bench.result import StepWork, Timing
+from hybridtrain.bench.sampled import Pair
 from hybridtrain.config.compose import compose
 from hybridtrain.plan import flops
 
@@ -117,3 +118,15 @@ def test_flops_of_the_1_1b_llama_by_hand():
     assert flops.flops_per_token(facts(config.model.config), seq_len=2048) == pytest.approx(
         3 * forward, rel=1e-4
     )
+
+
+def test_what_a_sampled_step_costs():
+    """The median of the pairs' ratios, by the slowest rank."""
+    ranks = [
+        [Pair(0.1, 0.12), Pair(0.1, 0.2), Pair(0.1, 0.16)],
+        [Pair(0.1, 0.15), Pair(0.05, 0.1), Pair(0.1, 0.1)],
+    ]
+    pairs = sampled.slowest(ranks)
+    assert [pair.sampled_s for pair in pairs] == [0.15, 0.2, 0.16]
+    assert "takes 1.600 times as long (0.1600 s)" in sampled.line(pairs, every=50)
+    assert "training is 1.20% slower (3 pairs)" in sampled.line(pairs, every=50)

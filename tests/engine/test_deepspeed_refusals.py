@@ -65,6 +65,13 @@ CASES = {
     "bf16 without master weights": Case(
         "precision.kind=bf16_pure", "does not run it", TORCH, 2, {"precision": "bf16_pure"}
     ),
+    "the numerics monitor with tensor parallelism": Case(
+        "precision.monitor_every=50",
+        "does not know what DeepSpeed's tensor parallelism cuts",
+        TORCH,
+        2,
+        {"parallel": "tp2", "precision__monitor_every": 50},
+    ),
     "compilation": Case(
         "engine.compile=True", "not with engine=deepspeed", TORCH, 2, {"engine__compile": True}
     ),

@@ -14,6 +14,7 @@ from hybridtrain.precision.histogram import FORMATS, shares
 from hybridtrain.precision.numerics import Sample, Statistics
 from tests import cases
 from tests.cases import Case, model
+from tests.families.copies import fields_of
 from tests.ranks import run_ranks
 
 COMPILED = (("engine.compile", True), ("engine.compile_backend", "aot_eager"))
@@ -62,8 +63,9 @@ def check_equal(layout: str, *overrides: tuple[str, Any], **fields: Any) -> None
             found = ours.modules[name][role]
             assert (found.histogram, found.amax) == (expected.histogram, expected.amax), (name, role)
             assert found.rms == (None if role == "y" else pytest.approx(expected.rms, rel=1e-5))
-            if expected.snr is not None and role != "w":
-                assert found.snr == pytest.approx(expected.snr, abs=0.5), (name, role)
+            flat = role == "w" and ("engine.kind", "deepspeed") in overrides  # its shards have no rows
+            if not flat and "dp" not in layout:  # data ranks have first micro-batches of their own
+                assert found.snr == expected.snr, (name, role)
     check_updates(ours, theirs)
 
 
@@ -193,11 +195,12 @@ def test_sampled_steps_leave_no_hook_and_other_steps_have_none() -> None:
     seen: list[str] = []
     monitor.forward = lambda call, *_: seen.append(call.name)  # type: ignore[method-assign]
     hooks = {name: vars(module).copy() for name, module in engine.modules()}
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 5):
         before = len(seen)
+        monitor.again = step == 5
         with monitor.sampling(step):
             engine.train_step(case.batches(0, dp_rank=0, dp=1), lr=0.0)
-        assert (len(seen) > before) == (step in (1, 2))
+        assert (len(seen) > before) == (step != 3)
         assert {name: vars(module).keys() for name, module in engine.modules()} == {
             name: each.keys() for name, each in hooks.items()
         }
@@ -228,6 +231,38 @@ def test_what_bf16_weights_lose_of_their_update() -> None:
     assert small.lost is not None
     assert small.lost > 0.8
     assert samples_of(Case())[0].parameters[name].realised is None
+
+
+def test_gradients_are_counted_with_the_loss_scale_and_measured_without() -> None:
+    plain, scaled = (samples_of(Case(precision=precision))[0] for precision in ("fp32", "fp16_mixed"))
+    name = "model.layers.1.mlp.up_proj"
+    one, other = plain.modules[name], scaled.modules[name]
+    assert scaled.loss_scale == 65536
+    for role in ("x", "g"):
+        assert other[role].amax == pytest.approx(one[role].amax, rel=0.05)
+        assert other[role].rms == pytest.approx(one[role].rms, rel=0.05)
+    tops = [max(at for at, count in enumerate(each["g"].histogram) if count) for each in (one, other)]
+    assert abs(tops[1] - tops[0] - 16) <= 1
+    norms = [each.parameters[f"{name}.weight"].grad_norm for each in (plain, scaled)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert (plain.formats["x"], scaled.formats["x"]) == ("e4m3", "fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "phi3", "mixtral", "gpt_oss"])
+def test_other_architectures_count_each_number_once(model_type: str) -> None:
+    """Conv1D, norms around blocks, fused projections, experts, sinks. The gradient of a router is a part of a
+    sum on each rank.
+    """
+    layouts = [Case(layout, fields_of(model_type), seq_len=32) for layout in ("tp2", "single")]
+    ours, theirs = (run_ranks(case.world_size, samples_of, case)[0][0] for case in layouts)
+    assert list(ours.modules) == list(theirs.modules)
+    for name, roles in theirs.modules.items():
+        for role, expected in roles.items():
+            found = ours.modules[name][role]
+            assert sum(found.histogram) == sum(expected.histogram), (name, role)
+            if role in ("x", "w"):
+                assert found.rms == pytest.approx(expected.rms, rel=1e-3), (name, role)
 
 
 def test_a_dead_input_and_a_number_that_is_not_finite_do_not_look_healthy() -> None:

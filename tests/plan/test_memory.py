@@ -164,6 +164,14 @@ def test_an_8b_model_holds_16_bytes_a_parameter(layout, precision, gib):
     assert needs(config, layout, LLAMA_8B).state / memory.GIB == pytest.approx(gib, rel=0.01)
 
 
+def test_a_step_that_the_numerics_monitor_samples_holds_the_weights_twice():
+    config = Config()
+    config.precision.monitor_every = 50
+    assert needs(config, "single", LLAMA_8B).step == pytest.approx(8.03e9 * 4, rel=0.01)
+    config.precision.monitor_every = 0
+    assert needs(config, "single", LLAMA_8B).step < 3e9
+
+
 def refused(available: int, **engine: Any) -> str:
     config = Config()
     config.engine = dataclasses.replace(config.engine, **engine)

@@ -1,0 +1,96 @@
+"""Heat maps of the numerics monitor: module x sampled step, for underflow, largest magnitude and RMS.
+
+Cells are an image in one color, whose opacity is the value, so that it fits a light and a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from hybridtrain.report.numerics import Numerics
+from hybridtrain.report.plots import ALARM, COLORS, STYLE, Plot
+
+MOST_NAMES = 64
+"""Rows up to which each has its name; of more, only layers are named."""
+MOST_LAYERS = 40
+_TICKS = 7
+
+
+def plots(numerics: Numerics) -> Iterator[Plot]:
+    """The maps; one without a value is left out."""
+    formats = " and ".join(numerics.formats)
+    shares = np.sqrt(numerics.underflow)  # so that a share of 0.01 is visible
+    words = f"rounded to zero in {formats}; full color: all"
+    yield _plot("numerics", f"Underflow in {formats}", numerics, shares, words)
+    for key, title, values in (
+        ("amax", "Largest magnitude", numerics.amax),
+        ("rms", "Root mean square", numerics.rms),
+    ):
+        known = values[np.isfinite(values) & (values > 0)]
+        if len(known):
+            low, high = np.log2(known.min()), np.log2(known.max())
+            with np.errstate(divide="ignore", invalid="ignore"):
+                opacity = 0.08 + 0.92 * (np.log2(values) - low) / max(high - low, 1.0)
+            words = f"of inputs; from 2^{low:.0f}, pale, to 2^{high:.0f}"
+            yield _plot(f"numerics_{key}", f"{title} of inputs", numerics, opacity, words)
+
+
+def _plot(name: str, title: str, numerics: Numerics, opacity: np.ndarray, words: str) -> Plot:
+    rows, columns = opacity.shape
+    pixels = np.zeros((rows, columns, 4))
+    pixels[..., :3] = to_rgb(COLORS[0])
+    pixels[..., 3] = np.clip(np.nan_to_num(opacity, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+    pixels[numerics.broken] = (*to_rgb(ALARM), 1.0)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.8, float(np.clip(1.0 + 0.135 * rows, 2.2, 9.0))))
+        axes = figure.add_subplot()
+        axes.grid(visible=False)
+        axes.set_title(title)
+        axes.set_xlabel(f"sampled optimizer step\n{words}; red: not finite, or all zeros", fontsize=7.5)
+        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
+        shown = sorted({round(place) for place in np.linspace(0, columns - 1, min(columns, _TICKS))})
+        axes.set_xticks(shown, [f"{numerics.steps[place]:,}" for place in shown])
+        _name_rows(axes, numerics.modules)
+        for row, module in enumerate(numerics.modules):
+            tip = f"{module}: {_worst(numerics, row)}"
+            axes.add_patch(
+                Rectangle((-0.5, row - 0.5), columns, 1, alpha=0.01, linewidth=0, gid=f"tip:{row}:{tip}")
+            )
+        return Plot(name, f"{title}, {rows} modules", figure)
+
+
+def _name_rows(axes: Axes, modules: tuple[str, ...]) -> None:
+    """Names of all rows, or of layers at their first row."""
+    if len(modules) <= MOST_NAMES:
+        names = [module.removeprefix("model.").removeprefix("layers.") for module in modules]
+        size = 7.0 if len(modules) <= 30 else 5.0
+        axes.set_yticks(range(len(modules)), names, fontsize=size, parse_math=False)
+        return
+    layers: dict[str, int] = {}
+    for row, module in enumerate(modules):
+        number = next((part for part in module.split(".") if part.isdecimal()), None)
+        if number is not None:
+            layers.setdefault(f"layer {number}", row)
+    chosen = list(layers.items())[:: -(-len(layers) // MOST_LAYERS) or 1]
+    axes.set_yticks([row for _, row in chosen], [name for name, _ in chosen], fontsize=6.0)
+
+
+def _worst(numerics: Numerics, row: int) -> str:
+    shares = numerics.underflow[row]
+    if np.isnan(shares).all():
+        return "no numbers"
+    worst = int(np.nanargmax(shares))
+    broken = numerics.broken[row]
+    step = numerics.steps[int(np.argmax(broken))]
+    return (
+        f"underflow at most {shares[worst]:.2%} ({numerics.role[row, worst]}, step {numerics.steps[worst]})"
+        + (f"; not finite or all zeros at step {step}" if broken.any() else "")
+    )

@@ -24,26 +24,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.models.patterns import check_one, matches
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.operands import Counted, counted, own_part
 from hybridtrain.parallel.watch import Call, Watcher
-from hybridtrain.precision.histogram import BINS, FORMATS
+from hybridtrain.plan.formats import NUMBERS
+from hybridtrain.precision.histogram import BINS
 from hybridtrain.precision.numerics import ROLES, SNR_BINS, Sample, Statistics, Update, formats_of, median_snr
+from hybridtrain.precision.round import round_to
 from hybridtrain.types import StepResult
 
 _ROWS = 16
 """The signal-to-noise ratio is that of every 16th row: +4 % on a sampled step in bf16, all rows +346 %."""
 _SQUARES, _SNR = BINS, BINS + 1
 _WIDTH = BINS + 1 + SNR_BINS
-_DTYPES = {
-    "e4m3": torch.float8_e4m3fn,
-    "e5m2": torch.float8_e5m2,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 _FIGURES = ("gradient", "weight", "update", "wanted", "product", "unchanged", "count")
 """Sums of a parameter: squares of gradient, weights, update and the update before rounding; the product of
 those two; weights that the update should have changed, but did not; weights."""
@@ -97,16 +94,18 @@ class Monitor:
 
     inputs = False
 
-    def __init__(self, engine: Monitored, *, every: int, patterns: Sequence[str], kind: str):
-        """`every`: steps between samples; `patterns`: of the modules to watch; `kind`: of the recipe. Raises
-        UserError for a pattern that matches no module.
+    def __init__(
+        self, engine: Monitored, *, every: int, patterns: Sequence[str], precision: PrecisionConfig
+    ) -> None:
+        """`every`: steps between samples; `patterns`: of the modules to watch. Raises UserError for one that
+        matches no module.
         """
         self.engine, self.every, self.mesh = engine, every, engine.mesh
         self.again = False
         """Whether to sample the next step too."""
         self.step = 0
         """The step that was sampled last."""
-        self.formats = formats_of(kind)
+        self.formats = formats_of(precision)
         numbers, stages = engine.stages()
         every_one = {
             (number, path): each
@@ -376,13 +375,13 @@ def _snr(rows: Tensor, name: str, *, top: Tensor) -> Tensor:
     to a format, in fp8 with the power of two as a scale that brings `top` to its highest exponent. Columns of
     zeros do not count.
     """
-    form, dtype = FORMATS[name], _DTYPES[name]
+    form = NUMBERS[name]
     scale = torch.ones_like(top)
-    if dtype.itemsize == 1:
+    if form.bits == 8:
         highest = math.frexp(form.largest)[1]
         exponent = torch.frexp(torch.where(top.isfinite() & (top > 0), top, 1.0))[1]
         scale = torch.ldexp(scale, highest - exponent)
-    rounded = (rows * scale).clamp(-form.largest, form.largest).to(dtype).float() / scale
+    rounded = round_to((rows * scale).clamp(-form.largest, form.largest), form).float() / scale
     signal, noise = rows.square().sum(0), (rows - rounded).square().sum(0)
     decibels = torch.nan_to_num(10 * torch.log10(signal / noise), nan=0.0).clamp(0, SNR_BINS - 1)
     bins = torch.where(signal > 0, decibels, SNR_BINS).int()

@@ -15,32 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hybridtrain.plan.formats import Number
+
 BINS = 256
 NON_FINITE = 255
 _BIAS = 127
-
-
-@dataclass(frozen=True)
-class Format:
-    """A floating-point format."""
-
-    name: str
-    exponent_bits: int
-    mantissa_bits: int
-    largest: float
-    smallest_normal: float
-    smallest_subnormal: float
-
-
-FORMATS = {
-    each.name: each
-    for each in (
-        Format("e4m3", 4, 3, 448.0, 2.0**-6, 2.0**-9),
-        Format("e5m2", 5, 2, 57344.0, 2.0**-14, 2.0**-16),
-        Format("fp16", 5, 10, 65504.0, 2.0**-14, 2.0**-24),
-        Format("bf16", 8, 7, 255 * 2.0**120, 2.0**-126, 2.0**-133),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -54,8 +33,8 @@ class Shares:
     count."""
 
 
-def shares(histogram: Sequence[int], form: Format, *, scale: int) -> Shares:
-    """Of the numbers of a histogram, (256,), each multiplied by 2^`scale` and cast to a format.
+def shares(histogram: Sequence[int], number: Number, *, scale: int) -> Shares:
+    """Of the numbers of a histogram, (256,), each multiplied by 2^`scale` and cast to a number format.
 
     Exact for underflow: half of the least subnormal, below which a number is rounded to zero, is a power of
     two. Both are 0 without numbers.
@@ -63,19 +42,19 @@ def shares(histogram: Sequence[int], form: Format, *, scale: int) -> Shares:
     total = sum(histogram)
     if not total:
         return Shares(0.0, 0.0)
-    vanish = _exponent(form.smallest_subnormal) - 1 + _BIAS - scale  # the first bin that does not vanish
-    exceed = _exponent(form.largest) + 1 + _BIAS - scale
+    vanish = _exponent(number.smallest_subnormal) - 1 + _BIAS - scale  # the first bin that does not vanish
+    exceed = _exponent(number.largest) + 1 + _BIAS - scale
     lost = sum(histogram[1 : min(max(vanish, 1), NON_FINITE)])
     above = sum(histogram[min(max(exceed, 1), NON_FINITE) : NON_FINITE])
     return Shares(lost / total, above / total)
 
 
-def tensorwise_scale(histogram: Sequence[int], form: Format) -> int:
+def tensorwise_scale(histogram: Sequence[int], number: Number) -> int:
     """The k of the scale 2^k that brings the largest number to the highest exponent of the format; 0 without
     finite numbers that are not zero.
     """
     top = next((index for index in range(NON_FINITE - 1, 0, -1) if histogram[index]), None)
-    return 0 if top is None else _exponent(form.largest) - (top - _BIAS)
+    return 0 if top is None else _exponent(number.largest) - (top - _BIAS)
 
 
 def _exponent(value: float) -> int:

@@ -10,15 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain.precision.histogram import (
-    BINS,
-    FORMATS,
-    NON_FINITE,
-    Format,
-    Shares,
-    shares,
-    tensorwise_scale,
-)
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.plan.formats import FORMATS, NUMBERS
+from hybridtrain.precision.histogram import BINS, NON_FINITE, Shares, shares, tensorwise_scale
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.runtime.files import finite
 
 ROLES = ("x", "w", "g", "y")
@@ -26,14 +21,18 @@ SNR_BINS = 96
 """Bins of 1 dB, from 0 dB on, for the signal-to-noise ratios of channels."""
 _FP8 = {"x": "e4m3", "w": "e4m3", "g": "e5m2", "y": "e4m3"}
 _FP16 = dict.fromkeys(ROLES, "fp16")
-_SCALED = ("e4m3", "e5m2")
+_SCALED = ("e4m3", "e5m2", "int8")
 
 
-def formats_of(kind: str) -> Mapping[str, str]:
-    """Role -> the format in which a recipe's numbers are judged: fp16 where it computes in it; else fp8, the
-    next narrower one (in fp32 and bf16 nothing underflows).
+def formats_of(precision: PrecisionConfig) -> Mapping[str, str]:
+    """Role -> the number format in which a recipe's operands are judged: that in which linear layers multiply
+    if it has scales; fp16 where that is used; else fp8, the next narrower one (in fp32 and bf16 nothing
+    underflows).
     """
-    return _FP16 if kind == "fp16_mixed" else _FP8
+    chosen = FORMATS.get(precision.compute)
+    if chosen is not None and chosen.scale:
+        return {"x": chosen.x.name, "w": chosen.w.name, "g": chosen.g.name, "y": chosen.x.name}
+    return _FP16 if has_loss_scale(precision) else _FP8
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Statistics:
 
     def shares(self, name: str) -> Shares:
         """Shares that a format loses: fp8 with the scale that fits the largest number, others without."""
-        form: Format = FORMATS[name]
+        form = NUMBERS[name]
         scale = tensorwise_scale(self.histogram, form) if name in _SCALED and self.histogram else 0
         return shares(self.histogram, form, scale=scale)
 
@@ -140,7 +139,7 @@ def sample_of(line: Mapping[str, Any]) -> Sample:
         for name, values in line["parameters"].items()
     }
     formats = {role: str(line["formats"][role]) for role in ROLES}
-    if not set(formats.values()) <= FORMATS.keys():
+    if not set(formats.values()) <= NUMBERS.keys():
         raise ValueError(f"unknown formats {formats}")
     if not isinstance(line["step"], int):
         raise TypeError("the step is no integer")

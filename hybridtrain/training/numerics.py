@@ -23,7 +23,7 @@ def monitor_of(engine: Any, settings: PrecisionConfig) -> Monitor | None:
         engine.monitored(),
         every=settings.monitor_every,
         patterns=settings.monitor_modules,
-        kind=settings.kind,
+        precision=settings,
     )
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError
 from hybridtrain.parallel.monitor import Monitor
-from hybridtrain.precision.histogram import FORMATS, shares
+from hybridtrain.plan.formats import NUMBERS
+from hybridtrain.precision.histogram import shares
 from hybridtrain.precision.numerics import Sample, Statistics
 from tests import cases
 from tests.cases import Case, model
@@ -23,7 +25,7 @@ WATCHED = (("precision.monitor_every", 2),)
 
 def monitor_of(engine: Any, case: Case) -> Monitor:
     settings = case.config().precision
-    return Monitor(engine.monitored(), every=2, patterns=settings.monitor_modules, kind=settings.kind)
+    return Monitor(engine.monitored(), every=2, patterns=settings.monitor_modules, precision=settings)
 
 
 def samples_of(case: Case) -> list[Sample]:
@@ -98,8 +100,8 @@ def check_shares(layout: str, *overrides: tuple[str, Any], **fields: Any) -> Non
             assert sum(found.histogram) == sum(expected.histogram), (name, role)
             assert found.amax == pytest.approx(expected.amax, rel=1e-4), (name, role)
             assert found.rms == pytest.approx(expected.rms, rel=1e-4), (name, role)
-            for form in FORMATS:
-                mine, other = (shares(signal(each), FORMATS[form], scale=0) for each in (found, expected))
+            for form in ("e4m3", "e5m2", "fp16", "bf16"):
+                mine, other = (shares(signal(each), NUMBERS[form], scale=0) for each in (found, expected))
                 assert mine.underflow == pytest.approx(other.underflow, abs=1e-3), (name, role, form)
                 assert mine.overflow == pytest.approx(other.overflow, abs=1e-3), (name, role, form)
             moved = sum(abs(a - b) for a, b in zip(signal(found), signal(expected), strict=True)) / 2
@@ -211,8 +213,8 @@ def test_sampled_steps_leave_no_hook_and_other_steps_have_none() -> None:
 def test_a_pattern_that_matches_no_module_is_refused() -> None:
     engine = cases.start(Case())
     with pytest.raises(UserError, match="it matches no module of the model"):
-        Monitor(engine.monitored(), every=1, patterns=["*.mpl.*"], kind="fp32")
-    chosen = Monitor(engine.monitored(), every=1, patterns=["*.mlp.up_proj"], kind="fp32")
+        Monitor(engine.monitored(), every=1, patterns=["*.mpl.*"], precision=PrecisionConfig())
+    chosen = Monitor(engine.monitored(), every=1, patterns=["*.mlp.up_proj"], precision=PrecisionConfig())
     assert chosen.names == [f"model.layers.{n}.mlp.up_proj" for n in range(4)]
     assert list(chosen.parameters) == [f"{name}.weight" for name in chosen.names]
 

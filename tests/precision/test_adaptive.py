@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.precision.adaptive import WAIT, Controller
 from hybridtrain.precision.numerics import Sample, Statistics, formats_of
 
@@ -28,7 +29,7 @@ def largest(amax: float) -> Statistics:
 
 
 def sample(**modules: dict[str, Statistics]) -> Sample:
-    return Sample(1, 1.0, False, formats_of("fp32"), modules, {})
+    return Sample(1, 1.0, False, formats_of(PrecisionConfig()), modules, {})
 
 
 def controller(*ladder: str, budget: float = 1.0, **sizes: int) -> Controller:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hybridtrain import report
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.precision.numerics import Sample, Statistics, Update, formats_of
 from hybridtrain.report import heat_map, history, numerics, plots, single
 from tests.report.folders import finished
@@ -40,7 +41,12 @@ def write(folder, *, layers: int, steps: int):
                     x = statistics(120, 0.0, amax=math.inf, rms=None, histogram=(*[4] * 255, 3))
                 roles[name] = {"x": x, "w": statistics(122, 0.0), "g": statistics(90, 0.001)}
             sample = Sample(
-                50 * number + 1, 1.0, False, formats_of("fp32"), roles, {"w": Update(1.0, 1e-3, None, None)}
+                50 * number + 1,
+                1.0,
+                False,
+                formats_of(PrecisionConfig()),
+                roles,
+                {"w": Update(1.0, 1e-3, None, None)},
             )
             stream.write(json.dumps(sample.line()) + "\n")
         stream.write('{"step": 99')

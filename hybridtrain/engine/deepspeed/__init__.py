@@ -26,7 +26,7 @@ from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
-from hybridtrain.engine.deepspeed.replay import replay
+from hybridtrain.engine.deepspeed.replay import replay, watching
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config, saved_buffers
@@ -220,7 +220,7 @@ class DeepSpeedEngine:
         loss = loss_of(sums, counts, weights=self.loss_weights)
         return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale)
 
-    replay = replay
+    replay, watching = replay, watching
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:

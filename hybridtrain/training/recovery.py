@@ -112,7 +112,8 @@ class Recovery:
             found = self.found or self._trace(info)
             first, *others, advice = str(error).splitlines()
             kept = advice.partition(":")[2].strip()
-            lines = [f"{first}; {found.text}", *others, f"  try:     {found.advice}; or {kept}"]
+            more = "" if found.advice in kept else f"{found.advice}; or "
+            lines = [f"{first}; {found.text}", *others, f"  try:     {more}{kept}"]
             raise UserError("\n".join(lines)) from None
 
     def _look(

@@ -104,6 +104,22 @@ def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size
         assert np.array_equal(np.concatenate(parts), expected_rows(corpus, "train", ids))
 
 
+def test_what_is_left_out_is_left_out_from_the_next_step_on(corpus, data):
+    """Also of batches that are made ahead. A data rank's rows are known by their place in a micro-batch."""
+    shape, rows = plan(global_batch_size=8, micro_batch_size=2, dp=2), corpus.count("train", seq_len=SEQ)
+    loader = Loader(data, plan=shape, dp_rank=1, dp_size=2, seed=7, vocab=300, collate=CausalLM().collate)
+    loader.micro_batches(0)
+    loader.leave_out(8)
+    ids = order.row_ids(np.arange(2 * 8 + 4, 3 * 8), rows=rows, seed=7)
+    assert np.array_equal(rows_of(loader.micro_batches(1)), expected_rows(corpus, "train", ids))
+    sizes = corpus.readers["train"].sizes
+    starts = np.cumsum(sizes) - sizes
+    for place, (name, row, documents) in enumerate(loader.sources(1, micro_batch=1, rows=[0, 1])):
+        assert (name, row) == (str(corpus.path), ids[2 + place])
+        inside = (starts < (row + 1) * SEQ + 1) & (starts + sizes > row * SEQ)
+        assert documents == np.flatnonzero(inside).tolist()
+
+
 def test_an_epoch_predicts_every_token_once(corpus, data):
     rows = corpus.count("train", seq_len=SEQ)
     loader = Loader(

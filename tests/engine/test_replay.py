@@ -47,11 +47,12 @@ def replayed(case: Case) -> None:
 
 
 TORCH = [
-    pytest.param(Case("pp2")),
+    pytest.param(Case("single")),
     *(
         pytest.param(Case(layout, precision=precision), marks=pytest.mark.slow)
         for layout, precision in (
             ("pp2-dp_shard2", "fp32"),
+            ("pp2", "fp32"),
             ("single", "fp16_mixed"),
             ("tp2", "fp16_mixed"),
             ("dp_shard2-zero3", "bf16_mixed"),

@@ -90,6 +90,23 @@ def test_the_page_tells_everything_and_escapes_it(tmp_path):
     assert not [path for path in (folder / "report").iterdir() if path.suffix == ".partial"]
 
 
+def test_findings_have_a_section_of_their_own(tmp_path):
+    """However many events came after them."""
+    events = [
+        (1.0, 5, "nonfinite", "the loss is not finite in step 5: <m>"),
+        (2.0, 3, "rollback", "to step 3"),
+    ]
+    events += [(float(at), at, "checkpoint", "step") for at in range(10, 60)]
+    page = {}
+    for name, given in (("with", events), ("without", events[2:])):
+        run = history.read(write(tmp_path / name, [row(1)], summary={"status": "finished"}, events=given))
+        page[name] = single.document(run, report.of_run(run))
+    section = page["with"].partition('id="non-finite"')[2].partition("</section>")[0]
+    assert section.index("to step 3") < section.index("in step 5: &lt;m&gt;")
+    assert "checkpoint" not in section
+    assert 'id="non-finite"' not in page["without"]
+
+
 def test_time_spent_leaves_out_the_pause_before_a_resume(tmp_path):
     read = history.read(eventful(tmp_path))
     assert read.wall_s == pytest.approx(40.0)

@@ -121,7 +121,7 @@ LONG = pytest.mark.slow
             [2, 3],
             marks=LONG,
         ),
-        ("zbv", Plant("backward", DOWN, None, 1), BACKWARD, "rank 1 (pp 1)", [2, 3]),
+        pytest.param("zbv", Plant("backward", DOWN, None, 1), BACKWARD, "rank 1 (pp 1)", [2, 3], marks=LONG),
     ],
 )
 def test_a_fault_is_traced(
@@ -149,6 +149,7 @@ def test_one_bad_row_of_a_micro_batch_is_named_with_its_document(
     check(layout, plant, tmp_path / "run", data, words=words, ranks=ranks, places=[SPOILT])
 
 
+@pytest.mark.slow
 def test_a_fault_that_does_not_come_again_is_a_finding(data: Path, tmp_path: Path) -> None:
     finding, advice = stop("single", tmp_path / "run", data, Plant("once", UP))
     assert finding == "it did not come again when the step was repeated"
@@ -193,5 +194,5 @@ def test_the_error_at_the_limit_of_skipped_steps_says_where_it_began(data: Path,
     assert f"{OUT}: {FORWARD}" in first
     assert allowed.startswith("  allowed: ")
     assert advice.startswith("  try:     a lower optim.lr")
-    assert "; or a lower optim.lr" in advice
+    assert advice.count("a lower optim.lr") == 1
     assert [step for step, _ in events(tmp_path / "run", "nonfinite")] == [1]  # one replay for all three

@@ -161,11 +161,13 @@ def test_numbers_that_are_read_a_step_later_lead_to_the_same_window(data: Path, 
 
 
 def test_skip_goes_on(data: Path, tmp_path: Path) -> None:
-    assert run(1, tmp_path / "run", data, bad_row(data, 2), train__steps=4) == ""
+    """Of a loss that is not finite no update is made, although the gradients are finite."""
+    plant = Plant("loss", "lm_head", tokens=tuple(sample(data, 2, 5)[1]))
+    assert run(1, tmp_path / "run", data, plant, train__steps=4) == ""
     assert updates(tmp_path / "run") == [True, True, False, True]
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 1, 0]
     [(step, detail)] = events(tmp_path / "run", "nonfinite")
-    assert (step, "model.embed_tokens" in detail) == (3, True)
+    assert (step, "lm_head: the loss is not finite" in detail) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,8 @@ def test_a_spike_rolls_the_run_back(spiky: Path, tmp_path: Path, layout: str) ->
     assert all(updates(whole))
     window = marker.read_progress(whole / "checkpoints" / "step-00000080").states["loss_window"]
     assert (len(window["losses"]), window["frozen_until"]) == (64, SPIKE)
+    assert max(window["losses"]) < 5  # without the spike
+    assert not set(window["losses"]) & {row["loss"] for row in rows(whole)[60:SPIKE]}  # nor those done again
     first, again = (tmp_path / name for name in ("first", "again"))
     resumed = from_checkpoint(whole, first, 60)
     with_states(

@@ -28,7 +28,7 @@ from hybridtrain.engine import deepspeed_config
 from hybridtrain.engine.common import global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.monitored import OfDeepSpeed
-from hybridtrain.engine.deepspeed.replay import replay
+from hybridtrain.engine.deepspeed.replay import replay, watching
 from hybridtrain.engine.deepspeed.start import quiet, start
 from hybridtrain.engine.deepspeed.state import FlatShard, ShardedTensor
 from hybridtrain.models.build import hf_config, saved_buffers
@@ -39,7 +39,6 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.mesh import Mesh
-from hybridtrain.parallel.watch import Watcher, watching
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
@@ -229,7 +228,7 @@ class DeepSpeedEngine:
         next_scale = self.scaler.scale.to(self.device)
         return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale, next_scale)
 
-    replay = replay
+    replay, watching = replay, watching
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> Sums:
@@ -305,10 +304,6 @@ class DeepSpeedEngine:
             call(found, max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
 
         self._after_step.append(self.optimizer.register_step_pre_hook(before).remove)
-
-    def watching(self, watcher: Watcher) -> AbstractContextManager[None]:
-        """Show `watcher` what the modules of this rank compute in the steps inside (parallel/watch.py)."""
-        return watching([self.stage], [self.mesh.coordinates["pp"]], watcher)
 
     def monitored(self) -> OfDeepSpeed:
         return OfDeepSpeed(self)

@@ -53,7 +53,7 @@ def write(folder, *, layers: int, steps: int):
     return folder
 
 
-@pytest.mark.parametrize(("layers", "modules"), [(3, 30), (33, 300)])
+@pytest.mark.parametrize(("layers", "modules"), [(3, 30), pytest.param(33, 300, marks=pytest.mark.slow)])
 def test_heat_maps(tmp_path, layers, modules):
     folder = write(finished(tmp_path / "demo"), layers=layers, steps=12)
     read = history.read(folder)

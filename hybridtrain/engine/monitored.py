@@ -44,7 +44,7 @@ class OfTorch:
 
     def before_update(self, call: Gradients) -> None:
         def before() -> None:
-            divide = self.engine.scaler.scale / self.engine.layout.dp  # dp: until fully_shard sums
+            divide = self.engine.scaler.scale
             shards = self.engine.optimizer.shards
             call(
                 {each.name: local(each.parameter.grad) for each in shards if each.parameter.grad is not None},

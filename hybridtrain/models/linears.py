@@ -29,17 +29,17 @@ class Linear:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies its input by its weight, and does nothing else: torch's Linear, and Conv1D of
-    transformers, whose weight is transposed.
+    """Whether it multiplies its input by its weight, and does nothing else: torch's Linear, Conv1D of
+    transformers, whose weight is transposed, and what these are converted to (precision/qlinear.py).
     """
-    return is_transposed(module) or type(module).forward is nn.Linear.forward
+    return is_transposed(module) or type(module).forward is nn.Linear.forward or hasattr(module, "product")
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, whose weight is (inputs, outputs)."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, Conv1D)
+    return isinstance(module, Conv1D) or getattr(module, "transposed", False)
 
 
 def linears_in(

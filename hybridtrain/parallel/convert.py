@@ -103,7 +103,7 @@ def _has_parts(key: str, slicing: Slicing, stage: Stage, *, ranks: Ranks) -> boo
 
 def converted(stage: Stage) -> set[str]:
     """Paths of the linear layers that multiply in a format."""
-    return {linear.path for linear, module in linears(stage) if getattr(module, "product", None) is not None}
+    return {path for path, module in stage.named_modules() if getattr(module, "product", None) is not None}
 
 
 def _refusal(linear: Linear, name: str) -> UserError:

@@ -54,6 +54,7 @@ class QLinear(nn.Linear):
 class QConv1D(nn.Module):
     """transformers' Conv1D, a linear layer whose weight is (K, N), in a format. Made by `convert`."""
 
+    transposed = True
     weight: nn.Parameter
     bias: nn.Parameter
     product: Product | None
@@ -65,19 +66,8 @@ class QConv1D(nn.Module):
         return product(x, weight, self.product) + self.bias
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `convert` can make it multiply in a format."""
-    kind = type(module)
-    return (
-        kind in (nn.Linear, QLinear, QConv1D)
-        or kind.__name__ == "Conv1D"
-        or kind.forward is nn.Linear.forward
-    )
-
-
 def convert(module: Any, how: Product | None) -> None:
     """Make a linear layer multiply in a format, in place: its class changes, parameters and hooks stay."""
-    assert is_linear(module), type(module)
     module.__class__ = QLinear if isinstance(module, nn.Linear) else QConv1D
     module.product = how
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,14 +63,14 @@ class Recovery:
         self.folder, self.saver, self.callbacks = folder, saver, callbacks
         same_data = start.fingerprints.get("order") == job.fingerprints["order"]
         states = start.states if same_data else {}
-        self.windows: list[dict[str, int]] = list(states.get(LEFT_OUT, {}).get("windows", ()))
+        self.windows: list[dict[str, int]] = list(_stored(states, LEFT_OUT).get("windows", ()))
         """Samples that rollbacks have left out: {step: at which, first, stop}."""
         loader.leave_out(sum(window["stop"] - window["first"] for window in self.windows))
         train = job.config.train
         self.spikes = Spikes(
             threshold=train.spike_threshold,
             grad_threshold=train.spike_grad_threshold,
-            state=states.get(SPIKES, {}),
+            state=_stored(states, SPIKES),
         )
         self.found: Origin | None = None
         """Of the current run of non-finite steps."""
@@ -239,6 +239,20 @@ class Recovery:
         _log.warning("%s: %s", kind, detail)
         if dist.get_rank() == 0:
             self.folder.append_event(kind, step=step, detail=detail)
+
+
+def _stored(states: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A small state of a checkpoint; empty if it has none. Raises UserError for one of a later version."""
+    state: Mapping[str, Any] = states.get(name, {})
+    if state and state.get("version") != 1:
+        raise refusal(
+            "checkpoint",
+            name,
+            f"this state has version {state.get('version')}",
+            allowed="version 1",
+            instead="the release of hybridtrain that wrote the checkpoint",
+        )
+    return state
 
 
 def _to_host(result: StepResult) -> tuple[torch.Tensor, torch.cuda.Event | None]:

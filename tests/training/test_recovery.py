@@ -132,6 +132,14 @@ def test_a_crash_before_the_next_checkpoint_goes_back_again(data: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_state_of_a_later_version_is_refused(data: Path, tmp_path: Path) -> None:
+    finished(1, arguments(tmp_path / "run", data, train__steps=1))
+    with_states(tmp_path / "run" / "checkpoints" / "step-00000001", {"data_left_out": {"version": 2}})
+    text = run(1, tmp_path / "run", data, None, batch__micro_batch_size=1, train__steps=2)
+    assert "data_left_out: this state has version 2" in four_parts(text, "checkpoint")
+
+
+@pytest.mark.slow
 def test_rollbacks_have_a_budget(data: Path, tmp_path: Path) -> None:
     plant = Plant("activation", UP, micro_batch=1)
     options = {**BACK, "train__max_rollbacks": 2}

@@ -89,7 +89,7 @@ def plant(source: Path, target: Path) -> None:
     """A copy of a model that computes the same, with one outlier channel in each layer of PLANTED."""
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
-        if file.suffix != ".safetensors":
+        if file.suffix != ".safetensors" and file.name != "hybridtrain.json":  # which has their checksum
             (target / file.name).write_bytes(file.read_bytes())
     weights = load_file(source / "model.safetensors")
     for layer in (1, 2):

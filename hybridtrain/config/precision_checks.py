@@ -32,9 +32,11 @@ def check(precision: schema.PrecisionConfig) -> None:
     for number, rule in enumerate(precision.rules):
         field = f"precision.rules[{number}]"
         require(
-            rule.keys() == _RULE,
+            isinstance(rule, dict)
+            and rule.keys() == _RULE
+            and all(isinstance(v, str) for v in rule.values()),
             field,
-            dict(rule),
+            rule,
             "not a pattern and a format",
             allowed="{match: PATTERN, compute: FORMAT}",
             instead="{match: '*.down_proj', compute: high}",

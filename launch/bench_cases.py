@@ -95,6 +95,8 @@ class Case:
     global_batch_size: int = 16
     recompute: str = "none"
     precision: str = "bf16_mixed"
+    compute: str = ""
+    """precision.compute: the format of linear layers."""
     packed: bool = False
     profiled: bool = False
     """Also: the kernels that take longest, where the host waits for the device, and how long the
@@ -112,6 +114,12 @@ CASES = {
     "packed": Case(compiled=True, packed=True, profiled=True),
     "rows-of-4096": Case(compiled=True, rows=2, seq_len=4096, global_batch_size=8),
     "bf16-pure": Case(compiled=True, precision="bf16_pure"),
+    "fp16": Case(compiled=True, precision="fp16_mixed"),
+    "fp8-tensorwise": Case(compiled=True, compute="fp8_tensorwise", profiled=True),
+    "fp8-rowwise": Case(compiled=True, compute="fp8_rowwise"),
+    "fp8-tensorwise-4096": Case(
+        compiled=True, compute="fp8_tensorwise", rows=2, seq_len=4096, global_batch_size=8
+    ),
     "trainer": Case("trainer"),
     "trainer-compiled": Case("trainer", compiled=True),
 }
@@ -123,6 +131,7 @@ def settings(case: Case, *, fields: dict[str, Any], tiny: bool) -> schema.BenchR
     config.data.seq_len = 32 if tiny else case.seq_len
     config.batch = schema.BatchConfig(case.global_batch_size, case.rows)
     config.precision.kind, config.recompute.kind, config.optim.lr = case.precision, case.recompute, 1e-4
+    config.precision.compute = case.compute
     config.engine.compile = case.compiled
     if tiny:
         config.engine.compile_backend = "eager"

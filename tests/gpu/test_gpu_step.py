@@ -50,14 +50,23 @@ def step_under_watch(case: Case) -> tuple[float, float]:
     return float(result.loss), float(result.grad_norm)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "fp16_mixed", "bf16_pure"])
-def test_a_step_never_waits_for_the_device(precision):
-    (found,) = run_ranks(
-        1,
-        step_under_watch,
-        Case(precision=precision, device=DEVICE, overrides=(("precision.init_scale", 1024.0),)),
-        backend=BACKEND,
-    )
+@pytest.mark.parametrize(
+    ("precision", "compute"),
+    [
+        ("fp32", ""),
+        ("fp64", ""),
+        ("bf16_mixed", ""),
+        ("fp16_mixed", ""),
+        ("bf16_pure", ""),
+        ("bf16_mixed", "fp8_tensorwise"),
+        ("bf16_mixed", "fp8_rowwise"),
+        ("fp32", "bf16"),
+    ],
+)
+def test_a_step_never_waits_for_the_device(precision, compute):
+    overrides = (("precision.init_scale", 1024.0), ("precision.compute", compute))
+    case = Case(precision=precision, device=DEVICE, overrides=overrides)
+    (found,) = run_ranks(1, step_under_watch, case, backend=BACKEND)
     assert 4.0 < found[0] < 8.0
     assert 0.0 < found[1] < 100.0
 

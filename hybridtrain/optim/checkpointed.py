@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hybridtrain.config.schema import OptimConfig
 from hybridtrain.optim import adam
 from hybridtrain.optim.adam import CODED, COMPENSATION, PLAIN
-from hybridtrain.optim.shards import LocalShard, Update, like
+from hybridtrain.optim.shards import LocalShard, Update, decays, like
 from hybridtrain.precision.rounding import joined
 
 Fields = dict[str, Tensor]
@@ -22,14 +23,29 @@ Fields = dict[str, Tensor]
 class Adam(Update):
     """Base class of optimizers whose state of a parameter is that of adam.py."""
 
-    def __init__(self, shards: list[LocalShard]):
+    def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
+        self.settings, self.lr = settings, 0.0
+        """`lr`: of the last step."""
         self._loading: dict[Tensor, Fields] = {}
         """Shard -> the fields that a checkpoint holds, while it is loaded."""
 
     def fields(self, item: LocalShard) -> Fields:
         """The state of a parameter on this rank, allocated if need be."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
+        state, settings = self.fields(item), self.settings
+        if COMPENSATION in state:  # it keeps what rounding cuts off
+            return None
+        beta1, beta2 = settings.betas
+        first, second = adam.moments_of(state)
+        mean = first / (1 - beta1 ** state["step"])
+        deviation = (second / (1 - beta2 ** state["step"])).sqrt()
+        decayed = decays(item.name, item.parameter.dim(), settings=settings)
+        decay = settings.weight_decay if decayed else 0.0
+        return -self.lr * (mean / (deviation + settings.eps) + decay * before.float())
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one."""

@@ -25,7 +25,7 @@ class AdamW(Adam):
     """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv:1711.05101)."""
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
-        super().__init__(shards)
+        super().__init__(shards, settings)
         self.optimizer = (
             adamw([(item.name, item.parameter.dim(), item.shard) for item in shards], settings)
             if shards
@@ -41,24 +41,13 @@ class AdamW(Adam):
         if self.optimizer is None:
             return
         self.begin()
+        self.lr = lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # GradScaler sets these attributes, too.
         self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.free()
-
-    @torch.no_grad()
-    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
-        assert self.optimizer is not None
-        state = self.optimizer.state[item.shard]
-        (group,) = (
-            each for each in self.optimizer.param_groups if any(p is item.shard for p in each["params"])
-        )
-        first, second = group["betas"]
-        mean = state["exp_avg"].float() / (1 - first ** state["step"])
-        deviation = (state["exp_avg_sq"].float() / (1 - second ** state["step"])).sqrt()
-        return -group["lr"] * (mean / (deviation + group["eps"]) + group["weight_decay"] * before.float())
 
     def fields(self, item: LocalShard) -> Fields:
         assert self.optimizer is not None
@@ -75,8 +64,8 @@ class FormattedAdamW(Adam):
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig, formats: Formats):
         """Raises UserError if a shard cuts a block of 8 bits."""
-        super().__init__(shards)
-        self.settings, self.formats = settings, formats
+        super().__init__(shards, settings)
+        self.formats = formats
         if formats.state == "8bit":
             _check_shards(shards)
         self._fields = {
@@ -101,6 +90,7 @@ class FormattedAdamW(Adam):
         Both are 0-d tensors.
         """
         self.begin()
+        self.lr = lr
         for item in self.shards:
             decayed = decays(item.name, item.parameter.dim(), settings=self.settings)
             if item.shard.grad is not None:

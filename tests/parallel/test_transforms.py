@@ -107,6 +107,8 @@ def test_compilation_goes_around_recomputation(layout, kind, outermost_first):
 def test_the_order():
     assert [row.name for row in apply.ORDER] == [
         "tensor",
+        "convert",
+        "double",
         "freeze",
         "recompute",
         "compile",

@@ -180,7 +180,7 @@ def test_a_crash_is_a_failure_and_the_others_go_on(run_dir, capsys):
 
 
 def test_a_value_that_is_not_a_number_fails():
-    tolerance = verdict.tolerances("fp32", tp=1, moved=3e-3, coded=False)
+    tolerance = verdict.tolerances(schema.PrecisionConfig(), tp=1, moved=3e-3, noise=0.0)
     good = dict.fromkeys(verdict.MEASURES, 0.0)
     row = verdict.Row("single", "torch", 1, "fp32", tolerance, 0.0, good, {}, "")
     assert row.passed

@@ -52,12 +52,12 @@ def a_sliced_parameter_counted_on_one_rank(job: LayoutJob, reference_norm: float
     enter the gradient norm."""
     norm = torch_native.gradient_norm
 
-    def without(parameters: Any, *, mesh: Any) -> Any:
+    def without(parameters: Any, *, mesh: Any, dtype: Any) -> Any:
         sliced = sorted(
             {tuple(p.shape) for p in parameters if isinstance(p.grad, DTensor) and _over_tp(p.grad)}
         )
         dropped = sliced[0] if mesh.coordinates["tp"] else None
-        return norm([p for p in parameters if tuple(p.shape) != dropped], mesh=mesh)
+        return norm([p for p in parameters if tuple(p.shape) != dropped], mesh=mesh, dtype=dtype)
 
     torch_native.gradient_norm = without
     return train_layout(job, reference_norm)
@@ -67,10 +67,10 @@ def replicated_parameters_counted_on_every_rank(job: LayoutJob, reference_norm: 
     """Norm weights, whole on every tp rank, enter the gradient norm once for each."""
     norm = torch_native.gradient_norm
 
-    def twice(parameters: Any, *, mesh: Any) -> Any:
+    def twice(parameters: Any, *, mesh: Any, dtype: Any) -> Any:
         whole = [p for p in parameters if p.grad is not None and not _over_tp(p.grad)]
-        again = norm(whole, mesh=mesh).square() * (mesh.layout.tp - 1)
-        return (norm(parameters, mesh=mesh).square() + again).sqrt()
+        again = norm(whole, mesh=mesh, dtype=dtype).square() * (mesh.layout.tp - 1)
+        return (norm(parameters, mesh=mesh, dtype=dtype).square() + again).sqrt()
 
     torch_native.gradient_norm = twice
     return train_layout(job, reference_norm)

@@ -56,7 +56,7 @@ def trained(run: Path, words: list[str]) -> str:
         "train.log_every=1",
         "train.eval_every=3",
         "schedule=constant",
-        "optim.lr=0.01",
+        "optim.lr=0.001",  # at 0.01 the eighth norm of one process is 1.8e-3 from that in fp64
         *words,
     )
     try:

@@ -2,6 +2,7 @@
 directory of its own."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def _no_launcher_is_left_behind() -> Iterator[None]:
             os.environ[name] = before[name]
         else:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left_behind() -> Iterator[None]:
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test leaves a process group, in which later tests would fail")
 
 
 @pytest.fixture(scope="session", autouse=True)

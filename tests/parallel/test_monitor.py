@@ -3,12 +3,10 @@ tensor parallelism, equal totals and shares to 1e-3 with it."""
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError
@@ -20,15 +18,6 @@ from tests import cases
 from tests.cases import Case, model
 from tests.families.copies import fields_of
 from tests.ranks import run_ranks
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Engines of a single rank run in this process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 
 COMPILED = (("engine.compile", True), ("engine.compile_backend", "aot_eager"))
 WATCHED = (("precision.monitor_every", 2),)

@@ -14,6 +14,7 @@ import pytest
 
 from tests import cases
 from tests.cases import Case
+from tests.ranks import RankFailed
 
 
 def case(layout: str, compute: str, **given: Any) -> Case:
@@ -57,11 +58,33 @@ def test_pipelines_and_data_parallelism_change_nothing(layout: str, compute: str
 def test_the_difference_to_one_process_is_no_larger_than_that_of_the_format(
     layout: str, compute: str
 ) -> None:
-    of = dataclasses.replace(case(layout, compute), steps=1)
+    fields = cases.model(hidden_size=128, intermediate_size=128)  # whole blocks of 32 on each of two ranks
+    of = dataclasses.replace(case(layout, compute), steps=1, fields=fields)
     ours, one = cases.on_ranks(of), cases.reference(of)
-    exact = cases.reference(Case("tp2", steps=1))
+    exact = cases.reference(Case("tp2", fields, steps=1))
     assert ours.losses[0] == pytest.approx(one.losses[0], rel=5e-3)
     for name, gradient in one.gradients.items():
         noise = (gradient - exact.gradients[name]).norm()
         assert (ours.gradients[name] - gradient).norm() <= 1.1 * noise, name
         assert noise > 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "compute", "heads", "words"),
+    [
+        ("tp2", "mxfp8", 4, "no multiple of 32"),
+        (
+            "tp4",
+            "fp8_tensorwise",
+            2,
+            "computes a part of the output gradient of model.layers.0.self_attn.k_proj",
+        ),
+    ],
+)
+def test_a_scale_that_ranks_cannot_share_is_refused(
+    layout: str, compute: str, heads: int, words: str
+) -> None:
+    fields = cases.model(num_key_value_heads=heads)
+    with pytest.raises(RankFailed, match=words):
+        cases.on_ranks(case(layout, compute, fields=fields))

@@ -48,9 +48,10 @@ PRIVATE = {
     **dict.fromkeys(("_StorageInfo", "_get_layout"), ("checkpoint/metadata.py",)),
     "_set_pg_timeout": ("parallel/mesh.py",),
     **dict.fromkeys(
-        ("_state_ctx", "_fsdp_param_group", "_fsdp_param_groups", "_unsharded_param"),
+        ("_state_ctx", "_unsharded_param"),
         ("parallel/pipeline.py",),
     ),
+    **dict.fromkeys(("_fsdp_param_group", "_fsdp_param_groups"), ("parallel/fsdp.py",)),
     "_step_supports_amp_scaling": ("optim/user_optimizer.py",),
     "_scaled_mm": ("precision/qlinear.py",),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),

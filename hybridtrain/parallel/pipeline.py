@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.fsdp import before_backward
+from hybridtrain.parallel.fsdp import before_backward, groups_of
 from hybridtrain.plan.schedules import SINGLE
 from hybridtrain.types import Batch
 
@@ -103,12 +103,7 @@ def _forward_only(actions: list[Any]) -> list[Any]:
 
 
 def _parameter_groups(stage: FSDPModule) -> list[Any]:
-    states = fully_shard.state(stage)._state_ctx.all_states  # type: ignore[attr-defined]
-    groups: list[Any] = []
-    for state in states:
-        of_state = getattr(state, "_fsdp_param_groups", None)
-        groups += of_state if of_state is not None else [state._fsdp_param_group]  # torch 2.11
-    return [group for group in groups if group is not None]
+    return groups_of(fully_shard.state(stage)._state_ctx.all_states)  # type: ignore[attr-defined]
 
 
 class Pipeline:

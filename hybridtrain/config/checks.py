@@ -93,7 +93,7 @@ def check(config: schema.Root) -> None:
     if isinstance(config, schema.Config):
         _optimizer_states(config)
         _engine(config)
-        precision_checks.check_compile(config)
+        precision_checks.check_engine(config)
         if "evaluate" not in sections:
             _trainable(config)
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit

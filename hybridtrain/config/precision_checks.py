@@ -13,8 +13,19 @@ from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH, is_wider
 _RULE = {"match", "compute"}
 
 
-def check_compile(config: schema.Config) -> None:
-    """Raise UserError for compiled layers in fp64, which computes under a mode of torch's functions."""
+def check_engine(config: schema.Config) -> None:
+    """Raise UserError for compiled layers in fp64, which computes under a mode of torch's functions, and for
+    another precision of products than that of tf32.
+    """
+    matmul = config.engine.fp32_matmul
+    require(
+        config.precision.kind != "tf32" or matmul in ("auto", "high"),
+        "engine.fp32_matmul",
+        matmul,
+        "precision.kind=tf32 computes products in high",
+        allowed="auto, high",
+        instead="engine.fp32_matmul=auto",
+    )
     require(
         not (config.engine.compile and config.precision.kind == "fp64"),
         "engine.compile",

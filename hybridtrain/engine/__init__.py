@@ -162,7 +162,8 @@ def build_for(
         available, place = memory.host_share(), "host memory"
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
-    cpu.apply(config.engine, device=device)
+    tf32 = config.precision.kind == "tf32" and not config.precision.emulate
+    cpu.apply(config.engine, device=device, tf32=tf32)
     task = task or tasks.of(config, labels=len(model.labels))
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine

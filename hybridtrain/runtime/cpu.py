@@ -19,10 +19,11 @@ _EXACT_ENOUGH = 8
 in tf32, 1e4 in bf16."""
 
 
-def apply(engine: EngineConfig, *, device: torch.device) -> None:
-    """Apply the settings of `engine` to this process."""
+def apply(engine: EngineConfig, *, device: torch.device, tf32: bool) -> None:
+    """Apply the settings of `engine` to this process. `tf32`: products of a GPU round their operands."""
     # Always set it: a script or a library may have changed it, by either of torch's two settings.
-    torch.set_float32_matmul_precision("highest" if engine.fp32_matmul == "auto" else engine.fp32_matmul)
+    automatic = "high" if tf32 and device.type == "cuda" else "highest"
+    torch.set_float32_matmul_precision(automatic if engine.fp32_matmul == "auto" else engine.fp32_matmul)
     if device.type != "cpu":
         return
     threads = engine.threads or _threads(os.environ)

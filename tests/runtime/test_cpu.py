@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hybridtrain.config.checks import check
 from hybridtrain.config.compose import compose
+from hybridtrain.config.schema import EngineConfig
 from hybridtrain.errors import UserError
+from hybridtrain.runtime import cpu
 
 
 def settings(*, environment, **options) -> list[str]:
@@ -17,7 +20,7 @@ def settings(*, environment, **options) -> list[str]:
         "import torch\n"
         "from hybridtrain.runtime import cpu\n"
         "from hybridtrain.config.schema import EngineConfig\n"
-        f"cpu.apply(EngineConfig(**{options!r}), device=torch.device('cpu'))\n"
+        f"cpu.apply(EngineConfig(**{options!r}), device=torch.device('cpu'), tf32=False)\n"
         "print(torch.get_num_threads(), torch.get_float32_matmul_precision(), cpu._product_error())\n"
     )
     done = subprocess.run(
@@ -34,6 +37,16 @@ def test_automatic_products_are_as_exact_as_fp32():
     _, precision, error = settings(environment={})
     assert float(error) < 2e-6  # tf32 has 3e-4, bf16 3e-3
     assert precision in ("highest", "medium")
+
+
+@pytest.mark.parametrize(("tf32", "expected"), [(True, "high"), (False, "highest")])
+def test_tf32_is_how_a_gpu_multiplies(tf32, expected):
+    before = torch.get_float32_matmul_precision()
+    try:
+        cpu.apply(EngineConfig(), device=torch.device("cuda"), tf32=tf32)
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_named_precision_is_taken_as_it_is():

@@ -158,6 +158,7 @@ def test_what_overflows_in_fp16_is_promoted_in_the_order_of_execution(
         ({"precision__rules": "[{match: '*.nothing', compute: bf16}]"}, "matches no linear layer"),
         ({"precision__rules": "[{match: '*'}]"}, "not a pattern and a format"),
         ({"precision": "tf32"}, "a CPU has no TF32"),
+        ({"precision": "tf32", "engine__fp32_matmul": "highest"}, "computes products in high"),
         ({"precision": "fp64", "engine__compile": "true"}, "not with precision.kind=fp64"),
         ({"precision__compute": "fp8_tensorwise", "engine": "deepspeed"}, "not with engine=deepspeed"),
     ],

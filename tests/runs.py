@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -183,3 +184,14 @@ def four_parts(text: str, field: str) -> str:
     assert f"{field}=" in text, text
     assert "Traceback" not in text, text
     return text
+
+
+def cut_off(whole: Path, run: Path, *, step: int) -> Path:
+    """A copy of the run as a crash after checkpoint `step` would leave it: later lines are there, later
+    checkpoints are not; nor is what planted.py notes beside it.
+    """
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("read-*"))
+    for path in (run / "checkpoints").iterdir():
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    return run

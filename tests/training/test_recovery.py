@@ -15,7 +15,7 @@ from hybridtrain.checkpoint import marker
 from hybridtrain.config import checks, compose
 from hybridtrain.errors import UserError
 from hybridtrain.training import spikes
-from tests.runs import arguments, assert_equal_state, checkpoints, corpus, finished, four_parts, rows
+from tests.runs import arguments, assert_equal_state, checkpoints, corpus, cut_off, finished, four_parts, rows
 from tests.training.planted import ROWS, SEQ_LEN, Plant, run, sample, steps_read, updates
 from tests.training.test_origin import UP, events
 
@@ -58,15 +58,6 @@ def with_states(checkpoint: Path, states: dict[str, object]) -> None:
     (checkpoint / marker.MARKER).write_text(json.dumps(listed))
 
 
-def from_checkpoint(run_dir: Path, target: Path, step: int) -> Path:
-    """A copy of a run as a crash before its next checkpoint would leave it."""
-    shutil.copytree(run_dir, target, ignore=shutil.ignore_patterns("read-*"))
-    for path in (target / "checkpoints").iterdir():
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
-    return target
-
-
 @pytest.mark.parametrize(
     "layout", ["single", *(pytest.param(name, marks=LONG) for name in LAYOUTS if name != "single")]
 )
@@ -93,16 +84,14 @@ def test_a_rollback_leaves_out_exactly_the_window_and_goes_on_as_a_fresh_start_w
     assert states == {"data_left_out": {"version": 1, "windows": [window]}}
     assert marker.read_progress(whole / "checkpoints" / "step-00000003").states == {}
 
-    fresh = from_checkpoint(
-        whole, tmp_path / "fresh", 3
-    )  # which loads the same state and leaves out the same
+    fresh = cut_off(whole, tmp_path / "fresh", step=3)  # which loads the same state and leaves out the same
     with_states(fresh / "checkpoints" / "step-00000003", states)
     assert run(world, fresh, data, None, **options) == ""
     assert steps_read(fresh, data, world=world, steps=11) == [5, 6, 7, 8, 9, 10]
     assert_equal_state(fresh / "checkpoints" / "step-00000009", whole / "checkpoints" / "step-00000009")
     assert rows(fresh) == rows(whole)
 
-    resumed = from_checkpoint(whole, tmp_path / "resumed", 6)
+    resumed = cut_off(whole, tmp_path / "resumed", step=6)
     assert run(world, resumed, data, None, **options) == ""
     assert steps_read(resumed, data, world=world, steps=11) == [8, 9, 10]
     assert_equal_state(resumed / "checkpoints" / "step-00000009", whole / "checkpoints" / "step-00000009")
@@ -114,7 +103,7 @@ def test_another_layout_leaves_out_the_same(data: Path, tmp_path: Path) -> None:
     assert run(1, whole, data, bad_row(data, 4), **BACK) == ""
     for layout in ("zero3", "pp2"):
         world, axes = LAYOUTS[layout]
-        other = from_checkpoint(whole, tmp_path / layout, 6)
+        other = cut_off(whole, tmp_path / layout, step=6)
         assert run(world, other, data, None, **{**BACK, **axes}) == ""
         assert steps_read(other, data, world=world, steps=11) == [8, 9, 10]
         assert rows(other)[-1]["loss"] == pytest.approx(rows(whole)[-1]["loss"], rel=1e-5)
@@ -125,7 +114,7 @@ def test_a_crash_before_the_next_checkpoint_goes_back_again(data: Path, tmp_path
     """The window is not in that checkpoint; the same data make the run go back again."""
     whole = tmp_path / "whole"
     assert run(1, whole, data, bad_row(data, 4), **BACK) == ""
-    again = from_checkpoint(whole, tmp_path / "again", 3)
+    again = cut_off(whole, tmp_path / "again", step=3)
     assert run(1, again, data, bad_row(data, 4), **BACK) == ""
     assert steps_read(again, data, world=1, steps=11) == [3, 4, 5, 6, 7, 8, 9, 10]
     assert_equal_state(again / "checkpoints" / "step-00000009", whole / "checkpoints" / "step-00000009")
@@ -270,7 +259,7 @@ def test_a_spike_rolls_the_run_back(spiky: Path, tmp_path: Path, layout: str) ->
     assert max(window["losses"]) < 5  # without the spike
     assert not set(window["losses"]) & {row["loss"] for row in rows(whole)[60:SPIKE]}  # nor those done again
     first, again = (tmp_path / name for name in ("first", "again"))
-    resumed = from_checkpoint(whole, first, 60)
+    resumed = cut_off(whole, first, step=60)
     with_states(
         resumed / "checkpoints" / "step-00000060",
         {
@@ -283,7 +272,7 @@ def test_a_spike_rolls_the_run_back(spiky: Path, tmp_path: Path, layout: str) ->
     ours, theirs = (marker.read_progress(path / "checkpoints" / "step-00000080") for path in (resumed, whole))
     assert ours.states["data_left_out"] == theirs.states["data_left_out"]
     assert rows(resumed)[-1] == rows(whole)[-1]
-    other = from_checkpoint(whole, again, 80)
+    other = cut_off(whole, again, step=80)
     assert run(world, other, spiky, None, **{**options, "train__steps": 82}) == ""
     assert steps_read(other, spiky, world=world, steps=98) == [96, 97]
 

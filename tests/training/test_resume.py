@@ -25,6 +25,7 @@ from tests.runs import (
     assert_equal_state,
     checkpoints,
     corpus,
+    cut_off,
     finished,
     rows,
     summary,
@@ -57,16 +58,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps on two data ranks without a pause, every checkpoint kept."""
     run = tmp_path_factory.mktemp("whole") / "run"
     finished(2, arguments(run, data, checkpoint__every=2, checkpoint__keep_last=0))
-    return run
-
-
-def cut_off(whole: Path, run: Path, *, step: int) -> Path:
-    """A copy of the run as a crash after checkpoint `step` would leave it: later lines are there, later
-    checkpoints are not."""
-    shutil.copytree(whole, run)
-    for path in (run / "checkpoints").iterdir():
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
     return run
 
 

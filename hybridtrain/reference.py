@@ -74,11 +74,11 @@ class Reference:
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))
-        structure, layers = structure_of(config), config.get_text_config(decoder=True).num_hidden_layers
+        structure = structure_of(config)
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
             path = f"{structure.layers}.{number}"
             for linear, module in linears_in(layer, path=path, number=number, config=config):
-                if (name := format_of(linear, precision, layers=layers)) != HIGH:
+                if (name := format_of(linear, precision)) != HIGH:
                     convert(module, Product(FORMATS[name], "", None, native=False))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
         self.states: dict[str, dict[str, Tensor]] = {}

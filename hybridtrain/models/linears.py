@@ -22,6 +22,8 @@ class Linear:
     path: str
     layer: int
     """Number of the layer that it is in."""
+    layers: int
+    """Number of layers of the model."""
     inputs: int
     outputs: int
     router: bool
@@ -55,7 +57,8 @@ def linears_in(
             weight: Any = module.weight
             outputs, inputs = weight.shape[::-1] if is_transposed(module) else weight.shape
             where = f"{path}.{name}" if name else path
-            yield Linear(where, number, inputs, outputs, router=outputs in experts), module
+            router = outputs in experts
+            yield Linear(where, number, text.num_hidden_layers, inputs, outputs, router), module
 
 
 def linears_of(config: Any) -> list[Linear]:

@@ -42,8 +42,7 @@ def linears(stage: Stage) -> list[tuple[Linear, Any]]:
 
 def formats(stage: Stage, precision: PrecisionConfig) -> dict[str, str]:
     """Path of a linear layer -> its format, or HIGH, as the config has it."""
-    layers = stage.config.get_text_config(decoder=True).num_hidden_layers
-    return {linear.path: format_of(linear, precision, layers=layers) for linear, _ in linears(stage)}
+    return {linear.path: format_of(linear, precision) for linear, _ in linears(stage)}
 
 
 class Converter:
@@ -121,12 +120,10 @@ def adaptive_of(precision: PrecisionConfig, config: Any) -> Controller | None:
     """The controller of adaptive precision for a whole model, if the config asks for it."""
     if not precision.adaptive:
         return None
-    listed = linears_of(config)
-    layers = max(linear.layer for linear in listed) + 1
     sizes = {
         linear.path: linear.inputs * linear.outputs
-        for linear in listed
-        if adapts(linear, precision, layers=layers)
+        for linear in linears_of(config)
+        if adapts(linear, precision)
     }
     return Controller(
         sizes, precision.ladder, patience=precision.adaptive_patience, budget=precision.adaptive_budget

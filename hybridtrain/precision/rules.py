@@ -29,6 +29,8 @@ class Linear(Protocol):
     @property
     def layer(self) -> int: ...
     @property
+    def layers(self) -> int: ...
+    @property
     def inputs(self) -> int: ...
     @property
     def outputs(self) -> int: ...
@@ -36,20 +38,24 @@ class Linear(Protocol):
     def router(self) -> bool: ...
 
 
-def format_of(linear: Linear, precision: PrecisionConfig, *, layers: int) -> str:
-    """The name of a linear layer's format, or HIGH. `layers`: their number in the whole model."""
-    for rule in precision.rules:
-        if fnmatch.fnmatchcase(linear.path, rule["match"]):
-            return high_if_same(rule["compute"], precision)
-    ends = linear.layer < precision.high_first or linear.layer >= layers - precision.high_last
+def format_of(linear: Linear, precision: PrecisionConfig) -> str:
+    """The name of a linear layer's format, or HIGH."""
+    if (named := _named(linear, precision)) is not None:
+        return high_if_same(named, precision)
+    ends = linear.layer < precision.high_first or linear.layer >= linear.layers - precision.high_last
     return HIGH if linear.router or ends else high_if_same(_default(precision), precision)
 
 
-def adapts(linear: Linear, precision: PrecisionConfig, *, layers: int) -> bool:
+def adapts(linear: Linear, precision: PrecisionConfig) -> bool:
     """Whether adaptive precision changes a layer's format: not if a rule names it, or it is high."""
-    named = any(fnmatch.fnmatchcase(linear.path, rule["match"]) for rule in precision.rules)
-    at_start = format_of(linear, precision, layers=layers)
-    return precision.adaptive and not named and at_start == precision.compute
+    named = _named(linear, precision) is not None
+    return precision.adaptive and not named and format_of(linear, precision) == precision.compute
+
+
+def _named(linear: Linear, precision: PrecisionConfig) -> str | None:
+    """The format that the first rule which matches gives a layer."""
+    matching = (rule for rule in precision.rules if fnmatch.fnmatchcase(linear.path, rule["match"]))
+    return next((rule["compute"] for rule in matching), None)
 
 
 def names_of(precision: PrecisionConfig) -> set[str]:
@@ -117,11 +123,11 @@ class Row:
     """Part of the matrix products with weights, of the whole model."""
 
 
-def table(linears: Sequence[Linear], precision: PrecisionConfig, *, layers: int, head: int) -> list[Row]:
+def table(linears: Sequence[Linear], precision: PrecisionConfig, *, head: int) -> list[Row]:
     """A row for each format of the whole model. `head`: parameters of the head, which is high."""
     sizes: dict[str, list[int]] = {}
     for linear in linears:
-        name = format_of(linear, precision, layers=layers)
+        name = format_of(linear, precision)
         sizes.setdefault(name, []).append(linear.inputs * linear.outputs)
     high = sizes.pop(HIGH, [])
     total = sum(map(sum, sizes.values())) + sum(high) + head

@@ -108,9 +108,8 @@ def _format_lines(precision: PrecisionConfig, *, engine: Any, head: int) -> list
     if not rules.names_of(precision):
         return []
     linears = linears_of(engine.model_config)
-    layers = max(linear.layer for linear in linears) + 1
     lines = []
-    for row in rules.table(linears, precision, layers=layers, head=head):
+    for row in rules.table(linears, precision, head=head):
         native = row.format in CARRIERS.values() or device.is_native(row.format, engine.device)
         how = ", emulated" if row.format != HIGH and (precision.emulate or not native) else ""
         what = "linear layers" if row.format != HIGH else "linear layers with the head"

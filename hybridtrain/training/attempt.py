@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -98,6 +100,12 @@ def train(
     return end, status
 
 
+def _formats(job: Job, engine: Any) -> dict[str, Any]:
+    """The formats of linear layers, as a small state of a checkpoint; empty without any."""
+    rows = [dataclasses.asdict(row) for row in startup_log.formats(job, engine=engine)]
+    return {"version": 1, "formats": rows} if rows else {}
+
+
 def _nothing(step: int) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001
     """No step is sampled."""
     return contextlib.nullcontext()
@@ -189,6 +197,7 @@ def _add_callbacks(
     calls.add(*of_user, of_user=True)
     if of_user and job.layout.world_size > 1:
         calls.add(builtin.Barrier(engine.mesh.all_ranks(name="callbacks")), of_user=False)
+    calls.run.states["formats"] = functools.cache(functools.partial(_formats, job, engine))
     manager, fingerprints = Manager(run_dir.checkpoints, settings=config.checkpoint), job.fingerprints
     saver = builtin.Checkpoint(
         engine,

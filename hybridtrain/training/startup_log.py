@@ -5,6 +5,7 @@ what it resumes from.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import notation, optimizer_states, stages
 from hybridtrain.plan.formats import CARRIERS, HIGH
 from hybridtrain.plan.tensor import sequence_parallel
+from hybridtrain.precision import rules
 from hybridtrain.runtime import log
 from hybridtrain.runtime.files import read_object
 from hybridtrain.training import metrics
 from hybridtrain.types import Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from hybridtrain.run.directory import RunDir
     from hybridtrain.training.job import Job
 
@@ -96,21 +100,27 @@ def _log_job(job: Job, *, engine: Any) -> None:
         short["compute"],
         short["reduce"],
     )
-    for line in _format_lines(config.precision, engine=engine, head=job.facts.outputs * job.facts.hidden):
+    for line in _format_lines(formats(job, engine=engine), config.precision, on=engine.device):
         _log.info("precision %s", line)
 
 
-def _format_lines(precision: PrecisionConfig, *, engine: Any, head: int) -> list[str]:
-    """How many linear layers multiply in which format. `head`: parameters of the head."""
+def formats(job: Job, *, engine: Any) -> list[rules.Row]:
+    """In which formats the linear layers of the whole model multiply; empty if all are as precision.kind."""
     from hybridtrain.models.linears import linears_of
-    from hybridtrain.precision import device, rules
 
+    precision = job.config.precision
     if not rules.names_of(precision):
         return []
-    linears = linears_of(engine.model_config)
+    return rules.table(linears_of(engine.model_config), precision, head=job.facts.outputs * job.facts.hidden)
+
+
+def _format_lines(rows: Sequence[rules.Row], precision: PrecisionConfig, *, on: torch.device) -> list[str]:
+    """How many linear layers multiply in which format. `on`: the device that computes."""
+    from hybridtrain.precision import device
+
     lines = []
-    for row in rules.table(linears, precision, head=head):
-        native = row.format in CARRIERS.values() or device.is_native(row.format, engine.device)
+    for row in rows:
+        native = row.format in CARRIERS.values() or device.is_native(row.format, on)
         how = ", emulated" if row.format != HIGH and (precision.emulate or not native) else ""
         what = "linear layers" if row.format != HIGH else "linear layers with the head"
         lines.append(

@@ -80,23 +80,28 @@ def product(x: Tensor, weight: Tensor, how: Product) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, how: Product) -> Tensor:
-        ctx.save_for_backward(x_MK, w_NK)
-        ctx.how = how
         shared = how.ranks if how.cut == "K" else None
-        x, w = _scaled("x", x_MK, how, added=shared), _scaled("w", w_NK, how, added=shared)
-        return _multiply(x, w, how, dtype=x_MK.dtype)
+        x = _scaled("x", x_MK, how, added=shared, scale=None)
+        w = _scaled("w", w_NK, how, added=shared, scale=None)
+        one = how.format.scale == "tensor"  # the same scale in the backward pass
+        ctx.save_for_backward(x_MK, w_NK, x.scale if one else None, w.scale if one else None)
+        ctx.how = how
+        return _multiply(x, w, how, dtype=x_MK.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, g_MN: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (x_MK, w_NK), how, dtype = ctx.saved_tensors, ctx.how, g_MN.dtype
-        dx = dw = None
+        (x_MK, w_NK, x_scale, w_scale), how, dtype = ctx.saved_tensors, ctx.how, g_MN.dtype
+        dx = dw = g_scale = None
         if ctx.needs_input_grad[0]:
             shared = how.ranks if how.cut == "N" else None
-            g, w = _scaled("g", g_MN, how, added=shared), _scaled("w", w_NK.t(), how, added=shared)
-            dx = _multiply(g, w, how, dtype=dtype)
+            g = _scaled("g", g_MN, how, added=shared, scale=None)
+            w = _scaled("w", w_NK.t(), how, added=shared, scale=w_scale)
+            dx = _multiply(g, w, how, dtype=dtype, fast=False)
+            g_scale = g.scale if how.format.scale == "tensor" else None
         if ctx.needs_input_grad[1]:
-            g, x = _scaled("g", g_MN.t(), how, added=None), _scaled("x", x_MK.t(), how, added=None)
-            dw = _multiply(g, x, how, dtype=dtype)
+            g = _scaled("g", g_MN.t(), how, added=None, scale=g_scale)
+            x = _scaled("x", x_MK.t(), how, added=None, scale=x_scale)
+            dw = _multiply(g, x, how, dtype=dtype, fast=False)
         return dx, dw, None
 
 
@@ -110,12 +115,18 @@ class _Scaled:
     """fp32, 0-d, (o, 1) or (o, k / BLOCK, 1)."""
 
 
-def _scaled(role: str, operand: Tensor, how: Product, *, added: Ranks | None) -> _Scaled:
-    """Round an operand (o, k). `added`: the ranks that share the dimension k."""
+def _scaled(
+    role: str, operand: Tensor, how: Product, *, added: Ranks | None, scale: Tensor | None
+) -> _Scaled:
+    """Round an operand (o, k). `added`: the ranks that share the dimension k; `scale`: its scale, where that
+    is known.
+    """
     number: Number = getattr(how.format, role)
     kind = how.format.scale
     if not kind:
         return _Scaled(round_to(operand, number), None)
+    if scale is not None:
+        return _Scaled(round_to(operand.float() * scale, number), scale)
     if kind == "tensor":
         whole = how.cut and (role, how.cut) not in (("x", "N"), ("g", "K"))
         amax, ranks = operand.abs().amax(), how.ranks if whole else None
@@ -137,27 +148,28 @@ def _blocks(operand: Tensor) -> Tensor:
     return nn.functional.pad(operand, (0, rest)).unflatten(-1, (-1, BLOCK))
 
 
-def _multiply(left: _Scaled, right: _Scaled, how: Product, *, dtype: torch.dtype) -> Tensor:
-    """The product (o, p) of two operands (o, k), (p, k), in `dtype`."""
+def _multiply(left: _Scaled, right: _Scaled, how: Product, *, dtype: torch.dtype, fast: bool) -> Tensor:
+    """The product (o, p) of two operands (o, k), (p, k), in `dtype`. `fast`: a GPU may add up in less than
+    fp32, which is exact enough for activations, not for gradients.
+    """
     if left.scale is None or right.scale is None:
         return (left.codes @ right.codes.t()).to(dtype)
     if how.native:
-        return _fp8(left, right, dtype)
+        return _fp8(left, right, dtype, fast=fast)
     if how.format.exact_scale:
         return _values(left, dtype) @ _values(right, dtype).t()
     codes = left.codes.float() @ right.codes.float().t()
     return (codes / left.scale / right.scale.view(1, -1)).to(dtype)
 
 
-def _fp8(left: _Scaled, right: _Scaled, dtype: torch.dtype) -> Tensor:
+def _fp8(left: _Scaled, right: _Scaled, dtype: torch.dtype, *, fast: bool) -> Tensor:
     """By torch's kernel, which takes a row-major and a column-major operand, and divides by the scales."""
     assert left.scale is not None
     assert right.scale is not None
     a, b = left.codes.contiguous(), right.codes.contiguous().t()
     divisor_a, divisor_b = left.scale.reciprocal(), right.scale.reciprocal()
-    return torch._scaled_mm(
-        a, b, divisor_a, divisor_b.t().contiguous() if divisor_b.dim() else divisor_b, out_dtype=dtype
-    )
+    divisor_b = divisor_b.t().contiguous() if divisor_b.dim() else divisor_b
+    return torch._scaled_mm(a, b, divisor_a, divisor_b, out_dtype=dtype, use_fast_accum=fast)
 
 
 def _values(scaled: _Scaled, dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,14 @@
 """One GPU, one process, one case after the other: ours, a plain PyTorch loop and the Hugging Face Trainer on
 the same model and rows.
 
-    python3 launch/bench_cases.py [--out cases.jsonl] [--tiny] [case ...]       cases: see CASES; default: all
+    python3 launch/bench_cases.py [--out cases.jsonl] [--tiny | --warm] [case ...]    default: all CASES
 
 A Llama of 1.1 billion parameters, bf16_mixed, rows of 2048 tokens, 16 rows a step. Each case is built, warmed
 up (3 steps), timed by CUDA events (8 steps) and freed, so that no case shares memory with another. Needs
 torch, transformers, accelerate and PyYAML; hydra and torchrun are not used. --tiny runs every case on a model
-of a few thousand parameters, on a CPU too: it shows that the script works.
+of a few thousand parameters, on a CPU too: it shows that the script works. --warm compiles what the cases
+need on a model of two layers, and measures nothing: several such processes at once fill inductor's cache.
+The cases named torchao need torchao.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class Case:
     recompute: str = "none"
     precision: str = "bf16_mixed"
     compute: str = ""
-    """precision.compute: the format of linear layers."""
+    """precision.compute: the format of linear layers; of the plain loop's by torchao."""
     packed: bool = False
     profiled: bool = False
     """Also: the kernels that take longest, where the host waits for the device, and how long the
@@ -120,6 +122,9 @@ CASES = {
     "fp8-tensorwise-4096": Case(
         compiled=True, compute="fp8_tensorwise", rows=2, seq_len=4096, global_batch_size=8
     ),
+    "fp8-rowwise-4096": Case(compiled=True, compute="fp8_rowwise", rows=2, seq_len=4096, global_batch_size=8),
+    "torchao-tensorwise": Case("plain", compiled=True, compute="fp8_tensorwise"),
+    "torchao-rowwise": Case("plain", compiled=True, compute="fp8_rowwise"),
     "trainer": Case("trainer"),
     "trainer-compiled": Case("trainer", compiled=True),
 }
@@ -227,6 +232,14 @@ def kernels(step: Callable[[int], Any]) -> list[list[Any]]:
     ]
 
 
+def to_torchao(model: torch.nn.Module, *, recipe: str) -> None:
+    """Convert all linear layers but the head to torchao's float8."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    settings = Float8LinearConfig.from_recipe_name(recipe)
+    convert_to_float8_training(model, config=settings, module_filter_fn=lambda _, name: name != "lm_head")
+
+
 def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.device) -> dict[str, Any]:
     """One row: seconds a step, tokens/s, MFU, memory, first loss."""
     config = settings(case, fields=fields, tiny=tiny)
@@ -239,6 +252,8 @@ def measure(case: Case, *, fields: dict[str, Any], tiny: bool, device: torch.dev
         step = lambda number: engine.train_step(batches[number % 4], lr=1e-4).loss  # noqa: E731
     else:
         loop = plain_module.PlainLoop(config, device=device)
+        if case.compute:
+            to_torchao(loop.model, recipe=case.compute.removeprefix("fp8_"))
         step = lambda number: loop.step(batches[number % 4])  # noqa: E731
     row: dict[str, Any] = {"loss": float(step(0))}
     for number in range(2):
@@ -351,6 +366,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--out", type=Path, default=Path("cases.jsonl"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--warm", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -358,6 +374,8 @@ def main() -> None:
     mesh.connect(device, timeout_s=600)
     load.draw = draw_on_device(device)
     fields = model_fields(options.tiny)
+    if options.warm:
+        fields |= {"num_hidden_layers": 2}
     for name in options.cases or CASES:
         case, began = CASES[name], time.monotonic()
         torch._dynamo.reset()
@@ -384,8 +402,9 @@ def main() -> None:
         if CUDA:
             torch.cuda.empty_cache()
         row["wall_s"] = round(time.monotonic() - began, 1)
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if not options.warm:
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         print({key: value for key, value in row.items() if key != "kernels"}, flush=True)
         for kernel in row.get("kernels", [])[:12]:
             print("   ", *kernel, flush=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The benchmark of an NVIDIA machine, in one command of at most 10 minutes.
-#   bash launch/bench_gpu.sh [--rehearse] [--minutes M] [FOLDER] [key=value ...]
+#   bash launch/bench_gpu.sh [--formats] [--rehearse] [--minutes M] [FOLDER] [key=value ...]
 # FOLDER: where results go (default: bench-gpu); overrides hold for the parts on two GPUs.
 #
 # What it measures, in this order, each part within a time of its own:
@@ -9,6 +9,11 @@
 #   variants     packed documents, rows of 4096 tokens, selective recomputation, bf16_pure
 #   zero3 tp2 pp2    compiled, on two GPUs each, where there are two
 #   tests        tests/gpu: parity with the plain process on the GPU, compilation, memory (where pytest is installed)
+# --formats measures instead:
+#   formats      bf16_mixed, fp16_mixed and fp8, rows of 2048 and of 4096 tokens, compiled; beside them a plain loop, and one with torchao's fp8
+#                (where torchao is installed, or in the folder TORCHAO=FOLDER); all are compiled first, several at once, on models of two layers
+#   monitor      what precision.monitor_every=50 adds to a step
+#   tests        as above
 # For each: tokens/s, model FLOPs utilisation (of 989 TFLOP/s on H100 and H200), memory, lines that wait for the device.
 #
 # FOLDER gets cases.jsonl (a line for each case as soon as it is measured), <part>.json and <part>.log, table.md, and all of it as results.tar.gz.
@@ -19,6 +24,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 rehearse=
+formats=
 minutes=9.2
 folder=bench-gpu
 overrides=()
@@ -26,8 +32,9 @@ while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
         --rehearse) rehearse=yes ;;
+        --formats) formats=yes ;;
         --minutes) minutes=${2:?--minutes wants a number}; shift ;;
-        -*) echo "bench_gpu.sh: no flag $1; allowed: --rehearse, --minutes M, --help" >&2; exit 2 ;;
+        -*) echo "bench_gpu.sh: no flag $1; allowed: --formats, --rehearse, --minutes M, --help" >&2; exit 2 ;;
         *=*) overrides+=("$1") ;;
         *) folder=$1 ;;
     esac
@@ -78,18 +85,45 @@ cases() { # NAME SECONDS CASE...
     part "$name" "$limit" "$python" launch/bench_cases.py ${rehearse:+--tiny} --out "$folder/cases.jsonl" "$@"
 }
 
-cases headline 230 compiled plain-compiled eager plain compiled-8-rows
-cases trainer 160 trainer trainer-compiled
-cases variants 170 packed rows-of-4096 selective bf16-pure
-if has hydra; then
-    [ "$gpus" -ge 2 ] && for layout in zero3 tp2 pp2; do
+warm() { "$python" launch/bench_cases.py ${rehearse:+--tiny} --warm "$@" >>"$folder/warm.log" 2>&1; }
+tests() { # SECONDS
+    if has hydra && has pytest && [ -z "$rehearse" ]; then
+        part tests "$1" "$python" -m pytest -q -o addopts= -m gpu -p no:cacheprovider tests/gpu
+    else
+        echo "tests: left out, no pytest or hydra-core, or a rehearsal" | tee -a "$folder/missed.txt"
+    fi
+}
+two_gpus() {
+    if ! has hydra || [ "$gpus" -lt 2 ]; then
+        echo "two GPUs: left out, no hydra-core or one GPU" | tee -a "$folder/missed.txt"
+        return
+    fi
+    local layout shape
+    for layout in zero3 tp2 pp2; do
         if [ "$layout" = zero3 ]; then shape=(parallel=zero3 parallel.dp_shard=2); else shape=("parallel=$layout" parallel.dp_replicate=1); fi
         part "$layout" 90 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m hybridtrain.bench \
             "${work[@]}" "${shape[@]}" ${overrides[@]+"${overrides[@]}"} "bench.out=$folder/$layout.json"
     done
-    if [ -z "$rehearse" ] && has pytest; then part tests 600 "$python" -m pytest -q -o addopts= -m gpu -p no:cacheprovider tests/gpu; fi
+}
+
+if [ -n "$formats" ]; then
+    fp8=(fp8-tensorwise fp8-rowwise fp8-tensorwise-4096 fp8-rowwise-4096)
+    bf16=(compiled rows-of-4096 fp16 plain-compiled)
+    torchao=(torchao-tensorwise torchao-rowwise)
+    export PYTHONPATH="$PYTHONPATH${TORCHAO:+:$TORCHAO}"
+    has torchao || { torchao=(); echo "torchao: left out, not installed" | tee -a "$folder/missed.txt"; }
+    warm "${fp8[@]}" &
+    warm "${bf16[@]}" ${torchao[@]+"${torchao[@]}"} &
+    wait
+    cases formats 300 compiled fp8-tensorwise fp8-rowwise plain-compiled ${torchao[@]+"${torchao[@]}"} fp16 rows-of-4096 fp8-tensorwise-4096 fp8-rowwise-4096
+    has hydra && part monitor 90 "$python" -m hybridtrain.bench "${work[@]}" bench.rounds=3 precision.monitor_every=50 "bench.out=$folder/monitor.json"
+    tests 200
 else
-    echo "two GPUs, tests: left out, no hydra-core" | tee -a "$folder/missed.txt"
+    cases headline 230 compiled plain-compiled eager plain compiled-8-rows
+    cases trainer 160 trainer trainer-compiled
+    cases variants 170 packed rows-of-4096 selective bf16-pure
+    two_gpus
+    tests 600
 fi
 
 "$python" - "$folder" <<'PYTHON' | tee "$folder/table.md"

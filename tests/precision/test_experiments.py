@@ -1,0 +1,49 @@
+"""The experiments of docs/precision.md, short."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+
+
+def table(script: str, out: Path, *flags: str) -> dict[str, list[str]]:
+    """Rows of the table that a script writes, by their first cell."""
+    subprocess.run([sys.executable, LAUNCH / f"{script}.py", out, *flags], check=True, timeout=500)
+    lines = (out / f"{script}.md").read_text().splitlines()[2:]
+    return {
+        cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    }
+
+
+def test_losses_are_compared_seed_by_seed() -> None:
+    """Seeds differ far more than recipes."""
+    lines = runpy.run_path(str(LAUNCH / "recipes.py"))["lines"]
+    losses = {"bf16_mixed": [1.0, 2.0, 4.0], "other": [1.01, 2.0, 4.04]}
+    assert lines(losses)[2:] == [
+        "| bf16_mixed | 2.3333 |  |  |",
+        "| other | 2.3500 | +0.667% | 0.333% |",
+    ]
+
+
+@pytest.mark.slow
+def test_the_recipes_are_trained(tmp_path: Path) -> None:
+    found = table("recipes", tmp_path, "--seeds", "2", "--steps", "2")
+    assert len(found) == 9
+    assert all(5.4 < float(row[0]) < 5.7 for row in found.values())
+    others = [row for name, row in found.items() if name != "bf16_mixed"]
+    assert all(abs(float(row[1].rstrip("%"))) < 0.5 for row in others)
+    assert len({row[0] for row in found.values()}) > 1
+
+
+@pytest.mark.slow
+def test_adaptive_precision_finds_the_planted_layers(tmp_path: Path) -> None:
+    found = table("adaptive", tmp_path, "--steps", "12")
+    assert found["fp8_adaptive"][-1] == found["fp16_adaptive"][-1] == "7, 7 of the 7 planted"
+    worse = {name: float(found[name][1].rstrip("%")) for name in ("fp8", "fp8_adaptive", "fp16_adaptive")}
+    assert abs(worse["fp8_adaptive"]) < worse["fp8"]
+    assert found["fp16"][0] == "not finite"
+    assert (tmp_path / "adaptive.png").stat().st_size > 10_000

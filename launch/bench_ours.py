@@ -1,8 +1,8 @@
 """hybridtrain as a contestant of bench_peers.py: its optimizer step on the work that all contestants do, from
 whichever checkout PYTHONPATH names.
 
-The work: a Llama of --model's size, rows of --seq random tokens, --gbs rows a step in micro-batches of
---mbs, AdamW with clipping.
+The work: a model of --model's size, a Llama, or a Qwen3 or Mistral with "-qwen3" or "-mistral" after it, rows
+of --seq random tokens, --gbs rows a step in micro-batches of --mbs, AdamW with clipping.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SIZES = {  # hidden, layers, heads, key/value heads, ffn, vocabulary
     "tiny": (512, 8, 8, 4, 1408, 8192),
     "micro": (128, 4, 4, 2, 352, 1024),
 }
+FAMILIES = {"": "tiny", "qwen3": "nano", "mistral": "mistral_7b"}  # a file of conf/model
 LAYOUTS = {
     "1p": "single",
     "dp2": "ddp",
@@ -42,7 +43,8 @@ class Meter:
 
 def overrides(options: argparse.Namespace) -> list[str]:
     """The work in the words of the command line."""
-    hidden, layers, heads, kv_heads, ffn, vocab = SIZES[options.model]
+    size, _, family = options.model.partition("-")
+    hidden, layers, heads, kv_heads, ffn, vocab = SIZES[size]
     fields = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -54,8 +56,11 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "vocab_size": vocab,
         "max_position_embeddings": max(options.seq, 2048),
         "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
     }
-    words = ["model=tiny", *(f"model.config.{key}={value}" for key, value in fields.items())]
+    if family == "qwen3":
+        fields["head_dim"] = hidden // heads
+    words = [f"model={FAMILIES[family]}", *(f"model.config.{key}={value}" for key, value in fields.items())]
     words += [
         f"data.seq_len={options.seq}",
         f"batch.global_batch_size={options.gbs}",

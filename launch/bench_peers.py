@@ -333,7 +333,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mode", default="1p,dp2,zero3,tp2,pp2")
     parser.add_argument("--prec", default="fp32,bf16")
     parser.add_argument("--only", default="", help="names, comma-separated; ours always takes part")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", help="tiny or micro; with --checkouts also tiny-qwen3")
     for name, value in {
         "seq": 256,
         "gbs": 8,

@@ -267,7 +267,8 @@ class Monitor:
         if (group := self.mesh.group("world")) is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         self.tops = torch.where(largest.isfinite(), largest, 0.0)
-        skipped, scale = bool(result.skipped + result.empty), float(result.loss_scale)
+        held = result.skipped + result.empty + (0 if result.spike is None else result.spike)
+        skipped, scale = bool(held), float(result.loss_scale)
         sums, figures = totals.split([self.sums.numel(), self.figures.numel()])
         rows, tops = sums.view_as(self.sums).tolist(), largest.tolist()
         modules: dict[str, dict[str, Statistics]] = {name: {} for name in self.names}
@@ -350,7 +351,10 @@ def _update(row: Sequence[float], *, skipped: bool) -> Update:
 
 
 def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, dtype=torch.float32) if tensors else []
+    if not tensors:
+        return []
+    dtype = torch.promote_types(torch.float32, tensors[0].dtype)
+    return torch._foreach_norm(tensors, dtype=dtype)
 
 
 def _histogram(part: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class _Watched:
         self, call: Call, inputs: list[Tensor], outputs: list[Tensor], parameters: list[Tensor]
     ) -> None:
         watcher = self.watcher
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # without the mode of precision=fp64
             watcher.forward(call, [x.detach() for x in inputs], [y.detach() for y in outputs])
         for y in outputs:
             _once(y, lambda gradient: watcher.output_gradient(call, gradient))

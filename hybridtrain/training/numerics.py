@@ -40,3 +40,6 @@ class Numerics(Callback):
         if dist.get_rank() == 0:
             self.folder.append_numerics(info.numerics.line())
             self.trackers.log(info.numerics.aggregates(), info.step)
+
+    def on_rollback(self, run: Run) -> None:
+        self.monitor.step = 0  # what it has sampled is of a step that was undone

@@ -71,6 +71,36 @@ def check_equal(layout: str, *overrides: tuple[str, Any], **fields: Any) -> None
     check_updates(ours, theirs)
 
 
+def test_it_counts_the_numbers_of_fp64() -> None:
+    """Whose modules compute in a mode in which torch gives no fp32."""
+    (ours, *_), *_ = run_ranks(1, samples_of, Case(precision="fp64"))
+    theirs = single((), 16)[0]
+    for name, roles in theirs.modules.items():
+        for role, expected in roles.items():
+            found = ours.modules[name][role]
+            assert sum(found.histogram) == sum(expected.histogram), (name, role)
+            assert not found.non_finite
+            assert found.rms == (None if role == "y" else pytest.approx(expected.rms, rel=1e-4))
+
+
+def held(case: Case) -> Sample:
+    engine = cases.start(case)
+    monitor = monitor_of(engine, case)
+    engine.spike_limits = (0.0, 0.0)
+    with monitor.sampling(1):
+        result = engine.train_step(case.batches(0, dp_rank=0, dp=1), lr=case.lr)
+    return monitor.sample(result)
+
+
+def test_an_update_that_was_held_back_as_a_spike_is_none() -> None:
+    """In bf16, where no change would look like rounding."""
+    (sample,) = run_ranks(
+        1, held, Case(precision="bf16_pure", overrides=(("precision.rounding", "nearest"),))
+    )
+    assert sample.skipped
+    assert {each.ratio for each in sample.parameters.values()} == {None}
+
+
 def signal(each: Statistics) -> list[int]:
     """The histogram with what is below fp32's rounding errors as zeros: the queries of a row's first position
     have no gradient, but 1e-10 of one order of a sum.

@@ -294,3 +294,16 @@ def test_the_score_of_a_spike() -> None:
     assert again.losses == window.losses
     assert not again.is_spike(1e9, 1.0)
     assert again.is_spike(1e9, 1.1)
+
+
+def test_changes_of_the_loss_scale_are_those_of_the_steps_that_count(data: Path, tmp_path: Path) -> None:
+    """Whether they are written at each step, or after a rollback, at the end."""
+    found = []
+    for every in (1, 100):
+        folder = tmp_path / str(every)
+        fp16 = {"precision": "fp16_mixed", "precision__init_scale": 2.0**24, "train__log_every": every}
+        assert run(1, folder, data, bad_row(data, 4), **BACK, **fp16) == ""
+        assert [step for step, _ in events(folder, "rollback")] == [3]
+        found.append(events(folder, "loss_scale"))
+    assert found[0] == found[1]
+    assert found[0]

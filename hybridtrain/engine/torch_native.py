@@ -41,7 +41,6 @@ from hybridtrain.plan.capabilities import of_engine
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.plan.schedules import stages_per_rank
 from hybridtrain.plan.tensor import sequence_parallel
-from hybridtrain.precision.adaptive import ADAPTIVE
 from hybridtrain.precision.loss_scale import OLDER, LossScaler
 from hybridtrain.precision.policy import policy
 from hybridtrain.runtime.flags import Flags
@@ -88,7 +87,7 @@ class TorchEngine:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim, formats=formats)
-        self.scaler = LossScaler(config.precision, enabled=self.precision.loss_scale, device=device)
+        self.scaler = LossScaler(config.precision, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
         """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
         if layout.pp > 1:
@@ -219,13 +218,10 @@ class TorchEngine:
         state = {
             key: value
             for key, value in state.items()
-            if key in stored or not (key in missing or key == ADAPTIVE or key.startswith("scaler."))
+            if key in stored or not (key in missing or key.startswith("scaler."))
         }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
-        if self.adaptive is not None and ADAPTIVE in state:
-            self.adaptive.adopt(state[ADAPTIVE].tolist())
-            self.change_formats(self.adaptive.formats())
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self.shared.copy(self.optimizer)
         return progress
@@ -281,11 +277,7 @@ class TorchEngine:
         """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
         model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
-        return {**model, **self.optimizer.state(), **self.scaler.state(), **self._adaptive_state()}
-
-    def _adaptive_state(self) -> dict[str, Tensor]:
-        rows = [] if self.adaptive is None else self.adaptive.rows()
-        return {ADAPTIVE: torch.tensor(rows)} if rows else {}
+        return {**model, **self.optimizer.state(), **self.scaler.state()}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in checkpoints, parameter) for every parameter object of this rank."""

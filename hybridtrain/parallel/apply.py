@@ -29,7 +29,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.parallel import convert
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
-from hybridtrain.parallel.recompute import apply_compile, apply_recompute, wrappers
+from hybridtrain.parallel.recompute import allow_graphs, apply_compile, apply_recompute, wrappers
 from hybridtrain.parallel.slicing import apply_tensor_parallel, localize, parameters_to_cut
 from hybridtrain.plan import stages
 from hybridtrain.plan.batch import BatchPlan
@@ -80,6 +80,8 @@ class Context:
 
 
 Names = Callable[[Stage, Context], set[str]]
+_CHANGES = 8
+"""Formats that the layers of a model change in one run, for each layer; on average fewer."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ def _recompute_inside(stage: Stage, context: Context) -> None:
 def _compile(stage: Stage, context: Context) -> None:
     if context.engine.compile:
         apply_compile(stage, backend=context.engine.compile_backend)
+    if context.engine.compile and context.formats.adaptive:
+        allow_graphs(_CHANGES * sum(1 for _ in stage.layer_modules()))
 
 
 def _localize(stage: Stage, context: Context) -> None:

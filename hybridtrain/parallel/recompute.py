@@ -92,6 +92,13 @@ def apply_compile(stage: Stage, *, backend: str) -> None:
         layer.forward = compiled
 
 
+def allow_graphs(count: int) -> None:
+    """Let layers, which share their code, be compiled in as many ways: each combination of formats is one."""
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, count)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, count)
+
+
 @contextlib.contextmanager
 def uncompiled(stage: Stage) -> Iterator[None]:
     """The stage with its layers as they were before `apply_compile`, meanwhile; other wrappers stay."""

@@ -5,7 +5,8 @@ Decided on the reduced statistics of sampled steps (numerics.py), which are equa
 few counts, under every layout. The thresholds lie in a wide gap: shares of healthy layers are below 0.01, of
 broken ones near 1. So decisions are the same under every layout, and after a resumption.
 
-    broken   overflow, or too large a share lost to underflow, in the present format
+    broken   overflow, or too large a share lost to underflow, in the present format; with one scale for a
+             tensor, which is an upper bound of what fp8_rowwise loses
     healthy  neither in the format one rung below, with half the thresholds: probed on the same sample
 
 A layer is promoted after `patience` broken samples in a row, at once if its result is not finite, and demoted
@@ -15,21 +16,19 @@ What is not finite already when it reaches a layer is no fault of the layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hybridtrain.plan.formats import FORMATS, HIGH, Format
 from hybridtrain.precision.histogram import shares, tensorwise_scale
 from hybridtrain.precision.numerics import Sample, Statistics
 
-ADAPTIVE = "precision.adaptive"
-"""Key in a checkpoint: `Controller.rows`, int64, (1 + layers, 4)."""
 UNDERFLOW = 0.25
 """Share of the numbers that are not zero and become it. Healthy layers lose up to 0.005, broken ones 0.98."""
 OVERFLOW = 1e-6
 WAIT = 10
-"""Healthy samples before the first demotion."""
+"""Half of the healthy samples before the first demotion."""
 FIRST_STEPS = 8
 """Sampled all: most of what adapting loses is lost before the first decisions."""
 
@@ -96,18 +95,23 @@ class Controller:
         """Layer -> its present format."""
         return {module: self.ladder[state.rung] for module, state in self.states.items()}
 
-    def rows(self) -> list[list[int]]:
-        """`again`, and the states in the order of `sizes`, for a checkpoint."""
-        states = [[state.rung, state.bad, state.ok, state.wait] for state in self.states.values()]
-        return [[int(self.again), 0, 0, 0], *states]
-
-    def adopt(self, rows: Sequence[Sequence[int]]) -> None:
-        """Set the states from a checkpoint. A shorter ladder than that of the checkpoint ends earlier."""
-        top, self.again = len(self.ladder) - 1, bool(rows[0][0])
-        self.states = {
-            module: State(min(rung, top), bad, ok, wait)
-            for module, (rung, bad, ok, wait) in zip(self.sizes, rows[1:], strict=True)
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON; empty without a layer that adapts."""
+        layers = {
+            module: [self.ladder[state.rung], state.bad, state.ok, state.wait]
+            for module, state in self.states.items()
         }
+        return {"version": 1, "again": self.again, "layers": layers} if layers else {}
+
+    def adopt(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of a checkpoint: layers that it does not have, or whose format is not on the
+        ladder, begin anew.
+        """
+        self.again = state.get("again", True)
+        self.states = dict.fromkeys(self.sizes, START)
+        for module, (name, *counts) in state.get("layers", {}).items():
+            if module in self.sizes and name in self.ladder:
+                self.states[module] = State(self.ladder.index(name), *counts)
 
     def _of(self, module: str, roles: Mapping[str, Statistics]) -> Decision | None:
         state = self.states[module]
@@ -150,10 +154,9 @@ def _judge(roles: Mapping[str, Statistics], name: str, *, strictness: float) -> 
         return Verdict("", at_once=False)
     format_ = FORMATS[name]
     y = roles.get("y")
-    if y is not None and not format_.scale:
-        largest = format_.x.largest * (1.0 if strictness == 1.0 else strictness)
-        if not math.isfinite(y.amax) or y.amax > largest:
-            return Verdict(f"its output overflows {name}", at_once=True)
+    fits = y is None or bool(format_.scale) or y.amax <= format_.x.largest * strictness  # NaN does not
+    if not fits:
+        return Verdict(f"its output overflows {name}", at_once=True)
     for role in ("x", "w", "g"):
         each = roles.get(role)
         if each is None or (role == "g" and each.non_finite):

@@ -12,9 +12,11 @@ from hybridtrain.parallel.monitor import Monitor
 from hybridtrain.precision.adaptive import Controller
 from hybridtrain.run.directory import RunDir
 from hybridtrain.runtime import log
-from hybridtrain.training.callbacks import Callback, Run, StepInfo
+from hybridtrain.training.callbacks import Callback, Run, StepInfo, stored_state
 
 _log = log.get("train")
+STATE = "adaptive"
+"""Name of the small state in a checkpoint: formats and counts of the layers."""
 
 
 class Adapt(Callback):
@@ -24,6 +26,15 @@ class Adapt(Callback):
         self.controller, self.engine, self.monitor, self.folder = controller, engine, monitor, folder
 
     def on_start(self, run: Run) -> None:
+        run.states[STATE] = self.controller.state
+        self._adopt(run)
+
+    def on_rollback(self, run: Run) -> None:
+        self._adopt(run)
+
+    def _adopt(self, run: Run) -> None:
+        self.controller.adopt(stored_state(run.loaded, STATE))
+        self.engine.change_formats(self.controller.formats())
         self.monitor.again = self.controller.again
 
     def on_every_step(self, run: Run, info: StepInfo) -> None:

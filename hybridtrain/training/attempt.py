@@ -14,12 +14,14 @@ import torch
 from hybridtrain.checkpoint import tokenizer
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
+from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models.saved_config import save_config
 from hybridtrain.parallel.mesh import any_rank
+from hybridtrain.parallel.monitor import Monitor
 from hybridtrain.plan import flops
-from hybridtrain.precision.policy import policy
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.run.directory import RunDir
 from hybridtrain.run.record import write_machine
 from hybridtrain.run.trackers import Trackers
@@ -64,11 +66,9 @@ def train(
     loader = Loader(job.data, **_batch_options(job, engine=engine), seed=config.run.seed)
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
+    run.loaded = start.states
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
-    if (monitor := monitor_of(engine, config.precision)) is not None:
-        calls.add(Numerics(monitor, folder=run_dir, trackers=trackers), of_user=False)
-        if (controller := engine.adaptive) is not None:
-            calls.add(Adapt(controller, engine=engine, monitor=monitor, folder=run_dir), of_user=False)
+    monitor = _add_monitor(calls, config.precision, engine=engine, run_dir=run_dir, trackers=trackers)
     saver = _add_callbacks(
         calls, job, engine=engine, run_dir=run_dir, meter=meter, trackers=trackers, of_user=of_user
     )
@@ -98,6 +98,18 @@ def train(
             end, status=status, reason=reason, run_dir=run_dir, seconds=time.monotonic() - start_s
         )
     return end, status
+
+
+def _add_monitor(
+    calls: callbacks.Callbacks, settings: PrecisionConfig, *, engine: Any, run_dir: RunDir, trackers: Trackers
+) -> Monitor | None:
+    """The numerics monitor, if the config asks for it, with the callbacks that read it (collective)."""
+    monitor = monitor_of(engine, settings)
+    if monitor is not None:
+        calls.add(Numerics(monitor, folder=run_dir, trackers=trackers), of_user=False)
+        if (controller := engine.adaptive) is not None:
+            calls.add(Adapt(controller, engine=engine, monitor=monitor, folder=run_dir), of_user=False)
+    return monitor
 
 
 def _formats(job: Job, engine: Any) -> dict[str, Any]:
@@ -192,7 +204,7 @@ def _add_callbacks(
         builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device),
         of_user=False,
     )
-    if policy(config.precision).loss_scale:
+    if has_loss_scale(config.precision):
         calls.add(ScaleEvents(run_dir), of_user=False)
     calls.add(*of_user, of_user=True)
     if of_user and job.layout.world_size > 1:

@@ -69,6 +69,8 @@ class Run:
     _stop: Stop
     states: dict[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
     """Name -> small state for a checkpoint, as JSON with a `version`; an empty one is not saved."""
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    """The small states of the checkpoint from which the run goes on."""
 
     def stop(self, reason: str) -> None:
         """End the run after the next step, with a checkpoint. One rank is enough.
@@ -76,6 +78,20 @@ class Run:
         `reason` is written to summary.json.
         """
         self._stop.ask(reason)
+
+
+def stored_state(states: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A small state of a checkpoint; empty if it has none. Raises UserError for one of a later version."""
+    state: Mapping[str, Any] = states.get(name, {})
+    if state and state.get("version") != 1:
+        raise refusal(
+            "checkpoint",
+            name,
+            f"this state has version {state.get('version')}",
+            allowed="version 1",
+            instead="the release of hybridtrain that wrote the checkpoint",
+        )
+    return state
 
 
 class Callback:
@@ -217,7 +233,7 @@ class Callbacks:
 
     def after_rollback(self, back: Progress) -> None:
         """Call `on_rollback` on each callback."""
-        self.run.step, self.run.tokens_seen = back.step, back.tokens_seen
+        self.run.step, self.run.tokens_seen, self.run.loaded = back.step, back.tokens_seen, back.states
         for callback in self.callbacks:
             self._call(callback, "on_rollback")
 

@@ -8,7 +8,7 @@ import torch
 
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError
-from hybridtrain.precision.policy import policy
+from hybridtrain.precision.rules import has_dynamic_scale, has_loss_scale
 from hybridtrain.training.callbacks import StepInfo
 from hybridtrain.types import StepResult
 
@@ -19,8 +19,8 @@ class NonFiniteCheck:
     def __init__(self, config: Config, *, new_run: bool):
         """`new_run`: starts at step 0."""
         self.limit, self.new_run = config.train.max_nonfinite, new_run
-        self.precision, self.scaled = config.precision, policy(config.precision).loss_scale
-        self.dynamic = self.scaled and self.precision.static_scale is None
+        self.precision, self.scaled = config.precision, has_loss_scale(config.precision)
+        self.dynamic = has_dynamic_scale(config.precision)
         self.steps, self.unread = 0, 0
         self.counts: torch.Tensor | None = None
         """(non-finite steps in a row, those of them that a lower loss scale would not help), int64, (2,)."""
@@ -75,6 +75,8 @@ class NonFiniteCheck:
         if not self.scaled:
             return "a lower optim.lr, optim.clip=1.0, a longer schedule.warmup_steps"
         wider = "precision=bf16_mixed, which has fp32's range and needs no loss scale"
+        if self.precision.kind != "fp16_mixed":
+            wider = "a wider precision.compute than fp16, for the layer that it names in precision.rules"
         if what == "loss":  # an overflow in the forward pass
             return f"{wider}, or a lower optim.lr; no loss scale makes a loss finite"
         if not self.dynamic:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.parallel.mesh import from_rank0, gather_on_rank0
 from hybridtrain.plan.layout import AXES
 from hybridtrain.precision.provenance import Found, Origin, Recorder, Row, origin
-from hybridtrain.precision.rules import has_loss_scale
+from hybridtrain.precision.rules import has_dynamic_scale
 from hybridtrain.run.directory import RunDir
 from hybridtrain.runtime import log
 from hybridtrain.training.builtin import Checkpoint
-from hybridtrain.training.callbacks import Callbacks, StepInfo
+from hybridtrain.training.callbacks import Callbacks, StepInfo, stored_state
 from hybridtrain.training.job import Job
 from hybridtrain.training.spikes import Spikes
 from hybridtrain.types import Progress, StepResult
@@ -63,14 +63,14 @@ class Recovery:
         self.folder, self.saver, self.callbacks = folder, saver, callbacks
         same_data = start.fingerprints.get("order") == job.fingerprints["order"]
         states = start.states if same_data else {}
-        self.windows: list[dict[str, int]] = list(_stored(states, LEFT_OUT).get("windows", ()))
+        self.windows: list[dict[str, int]] = list(stored_state(states, LEFT_OUT).get("windows", ()))
         """Samples that rollbacks have left out: {step: at which, first, stop}."""
         loader.leave_out(sum(window["stop"] - window["first"] for window in self.windows))
         train = job.config.train
         self.spikes = Spikes(
             threshold=train.spike_threshold,
             grad_threshold=train.spike_grad_threshold,
-            state=_stored(states, SPIKES),
+            state=stored_state(states, SPIKES),
         )
         self.found: Origin | None = None
         """Of the current run of non-finite steps."""
@@ -141,8 +141,7 @@ class Recovery:
 
     def _nonfinite(self, info: StepInfo, *, loss: float, scale: float) -> Progress | None:
         precision, policy = self.config.precision, self.config.train.on_nonfinite
-        dynamic = has_loss_scale(precision) and precision.static_scale is None
-        if dynamic and math.isfinite(loss) and scale > precision.min_scale:
+        if has_dynamic_scale(precision) and math.isfinite(loss) and scale > precision.min_scale:
             return None  # how a loss scale finds its range; a smaller one follows
         if self.found is not None and policy == "skip":
             return None
@@ -239,20 +238,6 @@ class Recovery:
         _log.warning("%s: %s", kind, detail)
         if dist.get_rank() == 0:
             self.folder.append_event(kind, step=step, detail=detail)
-
-
-def _stored(states: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A small state of a checkpoint; empty if it has none. Raises UserError for one of a later version."""
-    state: Mapping[str, Any] = states.get(name, {})
-    if state and state.get("version") != 1:
-        raise refusal(
-            "checkpoint",
-            name,
-            f"this state has version {state.get('version')}",
-            allowed="version 1",
-            instead="the release of hybridtrain that wrote the checkpoint",
-        )
-    return state
 
 
 def _to_host(result: StepResult) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -1,6 +1,7 @@
 """The law of adaptive precision, on made-up samples: who is promoted, who is not, who comes down again."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -121,6 +122,25 @@ def test_decisions_go_on_after_a_resumption_in_the_middle_of_a_count() -> None:
     for cut in (1, 2, 3, 5):
         first, second = (controller("fp8_tensorwise", "bf16") for _ in range(2))
         made = [first.decide(step) for step in steps[:cut]]
-        second.adopt(first.rows())
+        second.adopt(first.state())
         assert made + [second.decide(step) for step in steps[cut:]] == expected
         assert dataclasses.asdict(second.states["a"]) == dataclasses.asdict(through.states["a"])
+
+
+def test_states_are_adopted_by_name_and_format() -> None:
+    """Under other rules and another ladder; what is not known begins anew."""
+    first = controller("fp8_rowwise", "bf16", a=10, b=10, c=10)
+    step = sample(a=roles(x=SPREAD), b=roles(), c=roles())
+    for _ in range(2):
+        first.decide(step)
+    state = json.loads(json.dumps(first.state()))
+    second = controller("fp16", "fp8_rowwise", "bf16", z=10, c=10, a=10)
+    second.adopt(state)
+    assert second.formats() == {"z": "fp16", "c": "fp8_rowwise", "a": "bf16"}
+    assert second.states["a"].wait == 2 * WAIT
+    assert second.again
+    third = controller("int8", "fp32", a=10)
+    third.adopt(state)
+    assert third.formats() == {"a": "int8"}
+    third.adopt({})
+    assert third.formats() == {"a": "int8"}

@@ -4,6 +4,7 @@ the same steps under every layout, and after a resumption.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hybridtrain.checkpoint import marker
+from tests import cases
+from tests.cases import Case
 from tests.cli.lines import refused
+from tests.ranks import run_ranks
 from tests.runs import arguments, corpus, finished
+from tests.training.planted import run as planted_run
+from tests.training.test_recovery import BACK, bad_row
 
 FACTOR = 1e8
+UPS = ("gate", "up", "down")
 PLANTED = {
     "model.layers.1.mlp.up_proj",
     "model.layers.1.mlp.down_proj",
@@ -158,6 +166,14 @@ def test_what_overflows_in_fp16_is_promoted_in_the_order_of_execution(
         ({"precision__rules": "[{match: '*.nothing', compute: bf16}]"}, "matches no linear layer"),
         ({"precision__rules": "[{match: '*'}]"}, "not a pattern and a format"),
         ({"precision": "tf32"}, "a CPU has no TF32"),
+        ({"precision": "tf32", "precision__compute": "fp32"}, "multiplies all fp32 operands in TF32"),
+        ({"precision": "fp64", "precision__state": "8bit"}, "has optimizer states in fp64"),
+        ({"precision__static_scale": 1024}, "has no loss scale"),
+        ({"precision__emulate": "true"}, "has no format to emulate"),
+        ({"precision__compute": "fp8_tensorwise", "precision__high_first": 9}, "no linear layer takes it"),
+        ({**FP8, "precision__rules": "[{match: '*', compute: fp8_rowwise}]"}, "no linear layer takes it"),
+        ({**FP8, "precision__compute": "mxfp8", "precision__ladder": "[mxfp8,bf16]"}, "blocks have scales"),
+        ({**FP16, "train__on_nonfinite": "rollback"}, "promotes a layer that overflows fp16"),
         ({"precision": "tf32", "engine__fp32_matmul": "highest"}, "computes products in high"),
         ({"precision": "fp64", "engine__compile": "true"}, "not with precision.kind=fp64"),
         ({"precision__compute": "fp8_tensorwise", "engine": "deepspeed"}, "not with engine=deepspeed"),
@@ -171,3 +187,50 @@ def test_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert words in refused(capsys, ["train", *arguments(tmp_path / "run", data, **given)])
+
+
+def test_a_rollback_samples_no_step_that_was_undone(data: Path, tmp_path: Path) -> None:
+    """Steps 4 and 5 of the rest are sampled again, as all of the first eight are."""
+    run = tmp_path / "run"
+    given = {**FP8, **BACK, "precision__monitor_every": 100}
+    assert planted_run(1, run, data, bad_row(data, 4), **given) == ""
+    lines = [json.loads(line) for line in (run / "numerics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not any(line["skipped"] for line in lines)
+    states = marker.read_progress(run / "checkpoints" / "step-00000003").states
+    assert set(states["adaptive"]["layers"]) == {
+        f"model.layers.{layer}.{name}"
+        for layer in range(4)
+        for name in (*(f"self_attn.{each}_proj" for each in "qkvo"), *(f"mlp.{each}_proj" for each in UPS))
+    }
+
+
+@pytest.mark.parametrize("command", ["bench", "parity"])
+def test_commands_that_adapt_nothing_say_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"{key.replace('__', '.')}={value}" for key, value in FP8.items()]
+    assert "in formats that do not change" in refused(capsys, [command, "model=tiny", *given])
+
+
+def changed_often(case: Case) -> list[float]:
+    """Losses of steps between which the formats of single layers change."""
+    engine = cases.start(case)
+    found = []
+    for step in range(10):
+        name = ("gate_proj", "up_proj", "down_proj")[step % 3]
+        engine.change_formats({f"model.layers.{step}.mlp.{name}": "bf16"})
+        found.append(float(engine.train_step(case.batches(step, dp_rank=0, dp=1), lr=case.lr).loss))
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_layers_follow_more_changes_than_torch_compiles_by_default() -> None:
+    """Ten layers of which each has been changed in another way or at another time."""
+    given = {name.replace("__", "."): value for name, value in FP8.items()}
+    given |= {"precision.adaptive": True, "precision.ladder": ["fp8_tensorwise", "bf16"]}
+    fields = cases.model(num_hidden_layers=10)
+    eager = Case(fields=fields, overrides=tuple(given.items()))
+    compiled = dataclasses.replace(
+        eager, overrides=(*eager.overrides, ("engine.compile", True), ("engine.compile_backend", "eager"))
+    )
+    (ours,), (theirs,) = (run_ranks(1, changed_often, case) for case in (compiled, eager))
+    assert ours == pytest.approx(theirs, rel=1e-6)

@@ -13,6 +13,7 @@ from hybridtrain import engine as engines
 from hybridtrain.bench import result, sampled
 from hybridtrain.bench.result import StepWork, Timing
 from hybridtrain.bench.sampled import Pair, SampledStep
+from hybridtrain.config import precision_checks
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
@@ -96,6 +97,7 @@ def compare(config: BenchRoot) -> int:
 def _checked_tokens(config: BenchRoot, settled: Settled) -> BenchRoot:
     """The config, with the vocabulary of the corpus that is to be read (raises UserError for one that cannot
     be, and for a batch that grows)."""
+    precision_checks.check_fixed(config.precision, command="bench")
     for field, first in settled.plan.growing.items():
         problem, instead = "bench times steps of the full size", f"bench with {field}=0"
         raise refusal(field, first, problem, allowed="0", instead=instead)

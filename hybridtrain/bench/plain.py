@@ -34,6 +34,7 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import structure_of
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.precision.policy import policy
+from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.training import metrics
 from hybridtrain.types import IGNORE_INDEX, Batch
 
@@ -95,7 +96,7 @@ class PlainLoop:
         self._scaler = torch.amp.GradScaler(
             device.type,
             init_scale=config.precision.static_scale or config.precision.init_scale,
-            enabled=precision.loss_scale,
+            enabled=has_loss_scale(config.precision),
         )
         first, second = settings.betas
         groups = reference.parameter_groups(self.model, settings)

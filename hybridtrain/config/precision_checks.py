@@ -14,9 +14,20 @@ _RULE = {"match", "compute"}
 
 
 def check_engine(config: schema.Config) -> None:
-    """Raise UserError for compiled layers in fp64, which computes under a mode of torch's functions, and for
-    another precision of products than that of tf32.
+    """Raise UserError for what another section does not allow: compiled layers in fp64, which computes under
+    a mode of torch's functions, another precision of products than that of tf32, ends of the run at numbers
+    that adaptive precision waits for.
     """
+    lower, policy = config.precision.ladder[:-1], config.train.on_nonfinite
+    require(
+        "fp16" not in lower or policy == "skip",
+        "train.on_nonfinite",
+        policy,
+        "adaptive precision promotes a layer that overflows fp16 after the step, which must not end the run, "
+        "nor undo the promotion",
+        allowed="skip with fp16 below the top of precision.ladder",
+        instead="train.on_nonfinite=skip",
+    )
     matmul = config.engine.fp32_matmul
     require(
         config.precision.kind != "tf32" or matmul in ("auto", "high"),
@@ -33,6 +44,18 @@ def check_engine(config: schema.Config) -> None:
         "not with precision.kind=fp64",
         allowed="false",
         instead="engine.compile=false",
+    )
+
+
+def check_fixed(precision: schema.PrecisionConfig, *, command: str) -> None:
+    """Raise UserError for adaptive precision in a command that repeats a few steps, and adapts nothing."""
+    require(
+        not precision.adaptive,
+        "precision.adaptive",
+        True,
+        f"{command} makes a few steps, in formats that do not change",
+        allowed="false",
+        instead="precision.adaptive=false precision.ladder=[]",
     )
 
 
@@ -77,25 +100,7 @@ def _adaptive(precision: schema.PrecisionConfig) -> None:
             instead="precision.adaptive=true",
         )
         return
-    require(
-        len(ladder) > 1,
-        "precision.ladder",
-        ladder,
-        "adaptive precision needs a format to start with, and one to go to",
-        allowed="two formats or more",
-        instead="precision.ladder=[fp8_tensorwise,bf16]",
-    )
-    for number, name in enumerate(ladder):
-        _format(f"precision.ladder[{number}]", name, precision, also=())
-    for lower, upper in itertools.pairwise(ladder):
-        require(
-            is_wider(upper, lower),
-            "precision.ladder",
-            ladder,
-            f"{upper} is no wider than {lower}",
-            allowed="each format wider than the one before",
-            instead="precision.ladder=[fp8_tensorwise,bf16,fp32]",
-        )
+    _ladder(ladder, precision)
     require(
         precision.compute == ladder[0],
         "precision.compute",
@@ -122,6 +127,38 @@ def _adaptive(precision: schema.PrecisionConfig) -> None:
     )
 
 
+def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
+    """Formats from narrow to wide, each of which a histogram of a tensor can judge."""
+    require(
+        len(ladder) > 1,
+        "precision.ladder",
+        ladder,
+        "adaptive precision needs a format to start with, and one to go to",
+        allowed="two formats or more",
+        instead="precision.ladder=[fp8_tensorwise,bf16]",
+    )
+    for number, name in enumerate(ladder):
+        _format(f"precision.ladder[{number}]", name, precision, also=())
+    for lower, upper in itertools.pairwise(ladder):
+        require(
+            FORMATS[lower].scale != "block",
+            "precision.ladder",
+            ladder,
+            f"a histogram of a whole tensor does not tell whether its numbers fit {lower}, whose blocks have "
+            "scales of their own",
+            allowed="formats with a scale for a tensor or a row, or without",
+            instead="precision.ladder=[fp8_tensorwise,bf16]",
+        )
+        require(
+            is_wider(upper, lower),
+            "precision.ladder",
+            ladder,
+            f"{upper} is no wider than {lower}",
+            allowed="each format wider than the one before",
+            instead="precision.ladder=[fp8_tensorwise,bf16,fp32]",
+        )
+
+
 def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: tuple[str, ...]) -> None:
     known = (*FORMATS, *also)
     require(
@@ -131,6 +168,14 @@ def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: t
         "no such format",
         allowed=", ".join(known),
         instead=f"{field}={nearest_name(name, known)}",
+    )
+    require(
+        name != "fp32" or precision.kind != "tf32" or precision.emulate,
+        field,
+        name,
+        "with precision.kind=tf32 a GPU multiplies all fp32 operands in TF32",
+        allowed="tf32 and narrower formats",
+        instead="precision.kind=fp32 precision.compute=tf32, with this rule",
     )
     carrier = CARRIERS[precision.kind]
     if name in FORMATS and name != carrier and is_wider(name, carrier):

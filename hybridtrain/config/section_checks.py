@@ -97,6 +97,14 @@ def _precision(precision: schema.PrecisionConfig) -> None:
         allowed=f"{default} (the default, unused) unless precision.kind is bf16_pure",
         instead="precision=bf16_pure, or without precision.rounding",
     )
+    require(
+        precision.kind != "fp64" or precision.state == "auto",
+        "precision.state",
+        precision.state,
+        "precision.kind=fp64 has optimizer states in fp64",
+        allowed="auto with precision.kind=fp64",
+        instead="precision.state=auto",
+    )
     in_range(
         "precision.min_scale", precision.min_scale, lambda scale: scale > 0, allowed="above 0", instead="1.0"
     )

@@ -108,7 +108,7 @@ def check_device(engines: list[str], *, precision: str) -> None:
 
 
 def _check_formats(config: Config, *, device: torch.device, plan: BatchPlan) -> None:
-    """Raise UserError for formats that the device does not have, and rules that match nothing."""
+    """Raise UserError for formats that the device does not have, and for options that nothing follows."""
     from hybridtrain.models.build import hf_config
     from hybridtrain.models.linears import linears_of
     from hybridtrain.models.source import read_config
@@ -116,7 +116,8 @@ def _check_formats(config: Config, *, device: torch.device, plan: BatchPlan) -> 
     from hybridtrain.precision import rules
 
     devices.check(config.precision, device=device, tokens=plan.micro_batch_size * plan.seq_len)
-    if config.precision.rules:
+    rules.check_options(config.precision)
+    if rules.names_of(config.precision) or config.precision.rules:
         built = hf_config(
             read_config(config.model), chosen=config.model.config, attention=config.model.attention
         )

@@ -57,7 +57,7 @@ def linears_in(
             weight: Any = module.weight
             outputs, inputs = weight.shape[::-1] if is_transposed(module) else weight.shape
             where = f"{path}.{name}" if name else path
-            router = outputs in experts
+            router = outputs in experts and not name.endswith("_proj")  # as wide by chance
             yield Linear(where, number, text.num_hidden_layers, inputs, outputs, router), module
 
 

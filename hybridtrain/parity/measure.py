@@ -166,7 +166,7 @@ def _noise(
     precision = job.config.precision
     if not names_of(precision):
         return 0.0
-    exact = _plain(job, dataclasses.replace(precision, compute="", rules=[]), device=device)
+    exact = _plain(job, dataclasses.replace(precision, compute="", rules=[], emulate=False), device=device)
     with device:
         gradients = exact.step(batches, lr=job.config.optim.lr).gradients
     floor = GRADIENT_FLOOR * result.grad_norm

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.of_layout import facts_of_layout
-from hybridtrain.config import deepspeed_checks, schema
+from hybridtrain.config import deepspeed_checks, precision_checks, schema
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.source import read_config
 from hybridtrain.plan import layout as layouts
@@ -140,6 +140,7 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
     """A copy of the config with a fixed loss scale and an epsilon of at least MIN_EPS; and
     the changes as text.
     """
+    precision_checks.check_fixed(config.precision, command="parity")
     config = copy.deepcopy(config)
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
     if config.optim.eps < MIN_EPS:

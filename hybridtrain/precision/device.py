@@ -16,7 +16,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.plan.formats import CARRIERS, FORMATS
 from hybridtrain.precision.rules import names_of
 
-_FP8, _AMPERE = (8, 9), (8, 0)
+_FP8, _AMPERE, _HOPPER = (8, 9), (8, 0), 9
 _KERNELS = ("fp8_tensorwise", "fp8_rowwise")
 KERNEL_MULTIPLE = 16
 """Of which the sizes of an fp8 product have to be multiples."""
@@ -53,6 +53,8 @@ def check(precision: PrecisionConfig, *, device: torch.device, tokens: int) -> N
             allowed="GPUs from compute capability 8.0",
             instead="precision=fp16_mixed",
         )
+    if gpu and capability[0] != _HOPPER and CARRIERS[kind] != "bf16" and not emulate:
+        _check_rowwise(precision)
     for name in sorted(names_of(precision)):
         if is_native(name, device) and not emulate:
             check_sizes("*", name, multiple=KERNEL_MULTIPLE, **{"tokens of a micro-batch": tokens})
@@ -67,6 +69,19 @@ def check(precision: PrecisionConfig, *, device: torch.device, tokens: int) -> N
                 allowed="fp8 on GPUs from compute capability 8.9" if known else ", ".join(_KERNELS),
                 instead="precision.emulate=true, which is slow, or precision=bf16_mixed",
             )
+
+
+def _check_rowwise(precision: PrecisionConfig) -> None:
+    """torch's row-wise kernel writes bf16 alone, but on Hopper."""
+    if "fp8_rowwise" in names_of(precision):
+        raise refusal(
+            "precision.compute",
+            "fp8_rowwise",
+            f"this GPU's kernel gives bf16, and precision.kind={precision.kind} exchanges "
+            f"{CARRIERS[precision.kind]}",
+            allowed="fp8_tensorwise, or a precision.kind with bf16",
+            instead="precision=fp8_rowwise, which has precision.kind=bf16_mixed",
+        )
 
 
 def check_sizes(path: str, name: str, *, multiple: int, **sizes: int) -> None:

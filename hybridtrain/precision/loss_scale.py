@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.precision.rules import has_dynamic_scale, has_loss_scale
 
 STORED, OLDER = "scaler.loss_scale", "scaler.scale"
 """Keys in a checkpoint. Version 0.1 wrote OLDER instead of STORED: the scale divided by the
@@ -38,10 +39,10 @@ class LossScaler:
     An update replaces the tensors, so that those taken before keep their values.
     """
 
-    def __init__(self, settings: PrecisionConfig, *, enabled: bool, device: torch.device):
-        self.enabled, self.settings = enabled, settings
-        self.dynamic = enabled and settings.static_scale is None
-        first = settings.init_scale if self.dynamic else settings.static_scale if enabled else 1.0
+    def __init__(self, settings: PrecisionConfig, *, device: torch.device):
+        self.enabled, self.settings = has_loss_scale(settings), settings
+        self.dynamic = has_dynamic_scale(settings)
+        first = settings.init_scale if self.dynamic else settings.static_scale if self.enabled else 1.0
         self.scale = torch.tensor(first, dtype=torch.float32, device=device)
         self.finite = torch.zeros((), dtype=torch.int32, device=device)
         """Finite steps in a row since the scale grew."""

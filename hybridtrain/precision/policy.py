@@ -1,26 +1,25 @@
 """The dtypes of each precision.kind.
 
-    kind         parameters  compute  gradient reduction, accumulation   loss scale
-    fp64         fp64        fp64     fp64                               -
-    fp32, tf32   fp32        fp32     fp32                               -
-    bf16_mixed   fp32        bf16     fp32                               -
-    fp16_mixed   fp32        fp16     fp32                               dynamic
-    bf16_pure    bf16        bf16     fp32, then cast to bf16            -
+    kind         parameters  compute  gradient reduction, accumulation
+    fp64         fp64        fp64     fp64
+    fp32, tf32   fp32        fp32     fp32
+    bf16_mixed   fp32        bf16     fp32
+    fp16_mixed   fp32        fp16     fp32
+    bf16_pure    bf16        bf16     fp32, then cast to bf16
 
 Parameters are the master weights. RMS norms, softmax and the loss compute in fp32 or fp64 with every kind
 (the models' own modules and the task's loss upcast). Linear layers may multiply in narrower formats
-(rules.py); one of them in fp16 needs a loss scale too. Mixed Precision Training: arXiv:1710.03740.
+(rules.py), which says too whether there is a loss scale. Mixed Precision Training: arXiv:1710.03740.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hybridtrain.config.schema import PrecisionConfig
-from hybridtrain.precision.rules import has_loss_scale
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,6 @@ class PrecisionPolicy:
     """dtype of forward and backward."""
     reduce: torch.dtype
     """dtype in which gradients are reduced over data ranks and accumulated over micro-batches."""
-    loss_scale: bool
-    """Whether the loss is scaled dynamically."""
 
     def fsdp(self) -> MixedPrecisionPolicy:
         """The FSDP2 policy, which does all casts on engine=torch."""
@@ -43,15 +40,15 @@ class PrecisionPolicy:
 
 
 _KINDS = {
-    "fp64": PrecisionPolicy(torch.float64, torch.float64, torch.float64, loss_scale=False),
-    "tf32": PrecisionPolicy(torch.float32, torch.float32, torch.float32, loss_scale=False),
-    "fp32": PrecisionPolicy(torch.float32, torch.float32, torch.float32, loss_scale=False),
-    "bf16_mixed": PrecisionPolicy(torch.float32, torch.bfloat16, torch.float32, loss_scale=False),
-    "fp16_mixed": PrecisionPolicy(torch.float32, torch.float16, torch.float32, loss_scale=True),
-    "bf16_pure": PrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.float32, loss_scale=False),
+    "fp64": PrecisionPolicy(torch.float64, torch.float64, torch.float64),
+    "tf32": PrecisionPolicy(torch.float32, torch.float32, torch.float32),
+    "fp32": PrecisionPolicy(torch.float32, torch.float32, torch.float32),
+    "bf16_mixed": PrecisionPolicy(torch.float32, torch.bfloat16, torch.float32),
+    "fp16_mixed": PrecisionPolicy(torch.float32, torch.float16, torch.float32),
+    "bf16_pure": PrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.float32),
 }
 
 
 def policy(precision: PrecisionConfig) -> PrecisionPolicy:
     """The dtypes of a config (config/checks.py refuses unknown kinds)."""
-    return replace(_KINDS[precision.kind], loss_scale=has_loss_scale(precision))
+    return _KINDS[precision.kind]

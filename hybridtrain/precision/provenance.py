@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hybridtrain.precision.round import dtype_of
+
 if TYPE_CHECKING:
     from hybridtrain.parallel.watch import Call
 
@@ -74,7 +76,9 @@ class Sign:
     """Largest finite magnitude of its inputs, or in the backward pass of its output gradient; None: it was
     given integers."""
     dtype: torch.dtype
-    """Of its output, or of its output gradient."""
+    """Of its output, or of its output gradient; of a linear layer's products, if they have their own."""
+    format: str
+    """The format of a linear layer's products, where precision.compute or a rule gives one; else empty."""
 
     @property
     def backward(self) -> bool:
@@ -151,6 +155,9 @@ class Origin:
             return "an earlier checkpoint (run.branch_from=CHECKPOINT): no step can repair a weight"
         few = any(found.rows for found in self.found) and (len(sign.rows) < sign.size or sign.size == 1)
         rows = "look at these rows (train.on_nonfinite=rollback leaves them out); " if few else ""
+        if sign.dtype == torch.float16 and sign.format and not sign.backward:
+            rule = f"precision.rules=[{{match: '{sign.module}', compute: high}}]"
+            return f"{rows}{rule}, or precision.adaptive=true: fp16 ends at 65504"
         if sign.dtype == torch.float16:
             return rows + (
                 "a lower precision.min_scale and precision.init_scale: the loss scale is too large"
@@ -307,10 +314,14 @@ class _Call:
         bad = {row for one in by_row for row in one.bad}
         c = self.call
         amax = max((one.amax for one in self.roles.get(given, ())), default=None)
-        dtype = (self.roles.get(of) or self.roles["y"])[0].seen.dtype
-        return Sign(
-            kind, c.micro_batch, c.stage, c.order, c.name, "", tuple(sorted(bad)), self.size, amax, dtype
-        )
+        dtype, name = (self.roles.get(of) or self.roles["y"])[0].seen.dtype, ""
+        product = getattr(c.module, "product", None)
+        if product is not None and kind in ("output", "gradient", "parameter"):
+            name = product.format.name
+            if not product.format.scale:  # with a scale, products are in the dtype of the output
+                dtype = dtype_of(product.format.x)
+        rows_ = tuple(sorted(bad))
+        return Sign(kind, c.micro_batch, c.stage, c.order, c.name, "", rows_, self.size, amax, dtype, name)
 
 
 def _first(calls: Sequence[_Call], begins: Callable[[_Call], Sign | None]) -> Sign | None:

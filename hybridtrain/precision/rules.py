@@ -14,28 +14,14 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import refusal
 from hybridtrain.plan.formats import CARRIERS, HIGH
 
-
-class Linear(Protocol):
-    """A linear layer of the whole model (models/linears.py)."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def inputs(self) -> int: ...
-    @property
-    def outputs(self) -> int: ...
-    @property
-    def router(self) -> bool: ...
+if TYPE_CHECKING:
+    from hybridtrain.models.linears import Linear
 
 
 def format_of(linear: Linear, precision: PrecisionConfig) -> str:
@@ -74,6 +60,11 @@ def has_loss_scale(precision: PrecisionConfig) -> bool:
     return precision.kind == "fp16_mixed" or "fp16" in names_of(precision)
 
 
+def has_dynamic_scale(precision: PrecisionConfig) -> bool:
+    """Whether the loss scale adapts."""
+    return has_loss_scale(precision) and precision.static_scale is None
+
+
 def _default(precision: PrecisionConfig) -> str:
     emulated = precision.kind == "tf32" and precision.emulate
     return precision.compute or ("tf32" if emulated else "")
@@ -85,7 +76,7 @@ def high_if_same(name: str, precision: PrecisionConfig) -> str:
 
 
 def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
-    """Refuse rules that match no linear layer of the model (raises UserError)."""
+    """Refuse rules that match no linear layer of the model, and formats that none takes (UserError)."""
     left = {linear.path for linear in linears}
     for rule in precision.rules:
         pattern = rule["match"]
@@ -110,6 +101,35 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
                 instead="this rule before the others",
             )
         left -= found
+    named = names_of(precision) and all(format_of(linear, precision) == HIGH for linear in linears)
+    if named or (precision.adaptive and not any(adapts(linear, precision) for linear in linears)):
+        raise refusal(
+            "precision.compute",
+            precision.compute,
+            "no linear layer takes it: all are high, by rules, precision.high_first and precision.high_last",
+            allowed="options that leave it a layer",
+            instead="smaller precision.high_first and precision.high_last",
+        )
+
+
+def check_options(precision: PrecisionConfig) -> None:
+    """Refuse options that would do nothing (raises UserError)."""
+    if precision.static_scale is not None and not has_loss_scale(precision):
+        raise refusal(
+            "precision.static_scale",
+            precision.static_scale,
+            f"precision.kind={precision.kind} has no loss scale",
+            allowed="null without products in fp16",
+            instead="precision=fp16_mixed, or without precision.static_scale",
+        )
+    if precision.emulate and not names_of(precision):
+        raise refusal(
+            "precision.emulate",
+            "true",
+            f"precision.kind={precision.kind} has no format to emulate",
+            allowed="false without precision.compute and precision.rules",
+            instead="precision=fp8_tensorwise precision.emulate=true",
+        )
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,6 @@ def test_the_loss_scale_waits_under_deepspeed():
 def test_the_scaler_is_as_it_was_after_an_empty_step():
     scaler = LossScaler(
         PrecisionConfig(kind="fp16_mixed", init_scale=4.0, growth_interval=2, hysteresis=1),
-        enabled=True,
         device=torch.device("cpu"),
     )
     scales = []

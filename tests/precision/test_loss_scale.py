@@ -25,9 +25,7 @@ SLOW = pytest.mark.slow
 
 
 def scaler(**settings: Any) -> LossScaler:
-    return LossScaler(
-        PrecisionConfig(kind="fp16_mixed", **settings), enabled=True, device=torch.device("cpu")
-    )
+    return LossScaler(PrecisionConfig(kind="fp16_mixed", **settings), device=torch.device("cpu"))
 
 
 def scales(of: LossScaler, nonfinite: str) -> list[float]:

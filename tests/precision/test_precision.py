@@ -293,7 +293,7 @@ def test_the_scale_grows_backs_off_and_has_a_floor():
         min_scale=0.5,
         hysteresis=1,
     )
-    scaler = LossScaler(settings, enabled=True, device=torch.device("cpu"))
+    scaler = LossScaler(settings, device=torch.device("cpu"))
     scales = []
     for nonfinite in (0, 0, 0, 1, 0, 0, 1, 1, 1, 0):
         scaler.update(torch.tensor(float(nonfinite)), empty=torch.tensor(0.0))
@@ -303,7 +303,7 @@ def test_the_scale_grows_backs_off_and_has_a_floor():
 
 
 def test_without_loss_scaling_the_scale_stays_one():
-    scaler = LossScaler(PrecisionConfig(), enabled=False, device=torch.device("cpu"))
+    scaler = LossScaler(PrecisionConfig(), device=torch.device("cpu"))
     scaler.update(torch.tensor(1.0), empty=torch.tensor(0.0))
     assert float(scaler.scale) == 1.0
     assert scaler.state() == {}

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.parallel.watch import Call
+from hybridtrain.plan.formats import FORMATS
 from hybridtrain.precision.provenance import Found, Origin, Recorder, Row, Sign, origin
+from hybridtrain.precision.qlinear import Product, convert
 
 GOOD = torch.ones(2, 3, 4)
 BAD = GOOD.clone()
@@ -104,7 +106,7 @@ def test_without_a_bad_number_there_is_no_sign() -> None:
 
 
 def found(kind: str, rank: int, *, micro_batch: int = 0, stage: int = 0, order: int = 0) -> Found:
-    sign = Sign(kind, micro_batch, stage, order, f"m{order}", "m", (0,), 2, 1.0, torch.float16)
+    sign = Sign(kind, micro_batch, stage, order, f"m{order}", "m", (0,), 2, 1.0, torch.float16, "")
     return Found(sign, rank, {"tp": rank}, (Row("corpus", 7, (3, 4)),))
 
 
@@ -143,3 +145,14 @@ def test_the_advice_fits_the_finding() -> None:
     assert advice("output").startswith("look at these rows")
     assert "bf16_mixed" in advice("output")
     assert "min_scale" in advice("gradient")
+
+
+def test_a_product_in_fp16_that_overflows_is_told_from_its_bf16_output() -> None:
+    layer = nn.Linear(4, 4)
+    convert(layer, Product(FORMATS["fp16"], cut="", ranks=None, native=False))
+    sign = sign_of([(call("model.layers.0.up_proj", order=0, module=layer), GOOD.bfloat16(), BAD.bfloat16())])
+    assert (sign.dtype, sign.format) == (torch.float16, "fp16")
+    found = origin([Found(sign, 0, {}, ())], again=True, exact=True)
+    assert "float16 ends at 65504" in found.text
+    assert "{match: 'model.layers.0.up_proj', compute: high}" in found.advice
+    assert "bf16_mixed" not in found.advice

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hybridtrain.checkpoint import marker
-from tests.runs import arguments, checkpoints, finished
+from tests.runs import arguments, checkpoints, finished, rows
 
 # of a layer with hidden size 64, 2 of 4 heads for keys and values, inner size 160
 ATTENTION, MLP, HEAD = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 160, 300 * 64
@@ -36,3 +36,22 @@ def test_the_table_is_said_and_kept(data: Path, run_dir: Path, layout: str) -> N
 def test_one_format_needs_no_table(data: Path, run_dir: Path) -> None:
     finished(1, arguments(run_dir, data, train__steps=1, checkpoint__every=1))
     assert marker.read_progress(run_dir / "checkpoints" / checkpoints(run_dir)[0]).states == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["fp8_tensorwise", "fp8_rowwise", "mxfp8", "int8", "fp16", "bf16"])
+def test_tensor_parallelism_trains_as_one_process_does(data: Path, tmp_path: Path, compute: str) -> None:
+    losses = []
+    for world, layout in ((1, "single"), (2, "tp2")):
+        options = {
+            "model__config__num_key_value_heads": 4,  # whole blocks of 32 on each of two ranks
+            "model__config__intermediate_size": 192,
+            "precision__compute": compute,
+            "optim__lr": 1e-3,
+        }
+        run = tmp_path / layout
+        finished(world, arguments(run, data, parallel=layout, train__steps=50, **options))
+        losses.append([float(str(row["loss"])) for row in rows(run)])
+    one, two = (sum(of_run[-10:]) / 10 for of_run in losses)
+    assert one < 0.75 * losses[0][0]
+    assert two == pytest.approx(one, rel=5e-3)

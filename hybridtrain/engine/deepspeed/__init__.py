@@ -91,9 +91,7 @@ class DeepSpeedEngine:
         reset_buffers(self.stage, device=device)  # DeepSpeed casts them to 16 bits: an error of 0.4 % in RoPE
         self.buffers = saved_buffers(self.stage)
         # On the CPU: DeepSpeed waits for each step.
-        self.scaler = LossScaler(
-            config.precision, enabled=self.precision.loss_scale, device=torch.device("cpu")
-        )
+        self.scaler = LossScaler(config.precision, device=torch.device("cpu"))
         if self.scaler.enabled:
             with quiet():
                 from hybridtrain.engine.deepspeed.scale import Scaler

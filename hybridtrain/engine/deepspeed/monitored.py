@@ -25,7 +25,7 @@ class OfDeepSpeed:
     def __init__(self, engine: DeepSpeedEngine):
         self.engine, self.mesh = engine, engine.mesh
         # The loss is dp times as large, because DeepSpeed averages; with loss scaling, the scale contains it.
-        self.backward_factor = 1 if engine.precision.loss_scale else engine.layout.dp
+        self.backward_factor = 1 if engine.scaler.enabled else engine.layout.dp
 
     def stages(self) -> tuple[Sequence[int], Sequence[Stage]]:
         return [self.mesh.coordinates["pp"]], [self.engine.stage]

@@ -1,10 +1,11 @@
-"""Results of analyses, kept in the user's cache folder: JSON objects by what they depend on and the versions
-of what computed them.
+"""Results of analyses, kept in the user's cache folder: JSON objects by what they depend on, the code and the
+versions of what computed them.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.errors import UserError
-from hybridtrain.runtime import log
+from hybridtrain.runtime import host, log
 from hybridtrain.runtime.files import read_object, write_json
 
 _log = log.get("model")
-SEARCH = 3
-"""Version of what is examined, and how."""
+_EXAMINERS = ("analysis", "models", "tasks")
+"""Packages whose code decides what is found."""
 
 
 def cached(
@@ -54,8 +55,15 @@ def _alone(file: Path) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _code() -> str:
+    """A digest of the code that examines models."""
+    files = sorted(file for name in _EXAMINERS for file in (host.PACKAGE / name).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _file(question: object) -> Path:
     versions = [version(name) for name in ("torch", "transformers")]
-    content = json.dumps([SEARCH, versions, question], sort_keys=True, default=str)
+    content = json.dumps([_code(), versions, question], sort_keys=True, default=str)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "hybridtrain" / "analysis" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"

@@ -95,10 +95,8 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
 def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """`attention`: implementation with which a model is examined."""
     kind = fields.get("model_type")
-    if kind not in BY_FIELDS:
-        return _of_any(fields, attention=attention)
     for field, feature, instead in _NOT_YET:
-        if fields.get(field):
+        if fields.get(field) and (kind in BY_FIELDS or field == "quantization_config"):
             raise refusal(
                 f"model.config.{field}",
                 fields[field],
@@ -106,6 +104,8 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
                 allowed="none",
                 instead=instead,
             )
+    if kind not in BY_FIELDS:
+        return _of_any(fields, attention=attention)
     complete: dict[str, Any] = {
         **_DEFAULTS[kind],
         **{key: value for key, value in fields.items() if value is not None or key == "sliding_window"},
@@ -132,6 +132,7 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         window=window or None,
         max_positions=get("max_position_embeddings"),
         parameters=0,
+        refused=_of_whole_rows(complete),
     )
     biases = {"attention": bool(get("attention_bias")), "mlp": bool(get("mlp_bias"))}
     counted = _count(result, biases=biases)
@@ -145,6 +146,15 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
             instead="the published sizes",
         )
     return counted
+
+
+def _of_whole_rows(fields: Mapping[str, Any]) -> dict[str, str]:
+    """What models cannot do whose rotary positions depend on the longest document of a micro-batch."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in ("longrope", "dynamic"):
+        return {}
+    return {"documents": f"its {kind} positions depend on the longest document of a micro-batch"}
 
 
 def no_classifier(kind: object) -> UserError:
@@ -162,9 +172,9 @@ def _of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts of another model type; loads torch."""
     kind = fields.get("model_type")
     decoder = kind in _DECODERS and fields.get("is_decoder")
-    if (kind in _ENCODERS and not decoder) or kind in _OTHERS or fields.get("num_labels"):
+    if (kind in _ENCODERS and not decoder) or kind in _OTHERS:
         raise _unsupported(kind)
-    if classifier.is_classifier(fields.get("architectures")):
+    if classifier.is_classifier(fields.get("architectures")) or fields.get("num_labels"):
         raise no_classifier(kind)
     from hybridtrain.analysis.of_any import facts_of_any
     from hybridtrain.models.build import is_causal_lm

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.of_layout import LEAST
 from hybridtrain.analysis.slices import WITH_SEQUENCE, slicing_of
 from hybridtrain.config.schema import InspectRoot
 from hybridtrain.models.structure import Structure, structure_of
@@ -69,8 +70,10 @@ def _tensor(config: Any, *, tp: int) -> list[tuple[str, str]]:
     found = slicing_of(config, size=tp, kind=WITH_SEQUENCE)
     sequence = "exact" if found.slicing.sequence else f"refused: {found.whole.get('sequence')}"
     whole = [(name, why) for name, why in found.whole.items() if name != "sequence"]
+    cut = f"{tp} ranks cut {found.share:.0%} of the layers' matrix products"
+    few = f"refused: {cut}; parallel.allow_replicated=true does it all the same"
     return [
-        ("tensor parallelism", f"exact, {tp} ranks cut {found.share:.0%} of the layers' matrix products"),
+        ("tensor parallelism", f"exact, {cut}" if found.share >= LEAST else few),
         *(("  on every rank", f"{name}: {why}") for name, why in whole),
         ("  along the sequence", sequence),
     ]

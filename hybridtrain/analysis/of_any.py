@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from hybridtrain.analysis import analyse, cuts
 from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError, refusal
@@ -90,7 +92,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         labels=(),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         window=window,
-        max_positions=getattr(text, "max_position_embeddings", None) or _UNBOUNDED,
+        max_positions=_positions(text, model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         full_layers=tuple(index for index, kind in enumerate(kinds) if kind == "full_attention"),
         layer_parameters=sizes,
@@ -102,6 +104,18 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         },
         cuts=begins or None,
     )
+
+
+def _positions(text: Any, model: Any) -> int:
+    """The longest row. A learned table with a place for padding has that many and one fewer."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions")
+    most = next((value for name in names if (value := getattr(text, name, None))), _UNBOUNDED)
+    padded = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+    )
+    return most - max(padded, default=0)
 
 
 def _of_layers(model: Any, config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -124,7 +138,9 @@ def _ffn(first: Any, *, hidden: int) -> int:
 
 def _check_random(config: Any) -> None:
     """Refuse dropout and jitter that act: a step must not depend on random numbers of the layout."""
-    fields = config.get_text_config(decoder=True).to_dict()
+    text = config.get_text_config(decoder=True)
+    inside = next((f"{name}." for name, value in vars(config).items() if value is text), "")
+    fields = {f"{inside}{name}": value for name, value in text.to_dict().items()}
     nonzero = {name: value for name, value in fields.items() if reduced.is_random(name, value) and value > 0}
     if nonzero and analyse.is_random(config):
         name = next(iter(nonzero))

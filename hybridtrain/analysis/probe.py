@@ -30,7 +30,7 @@ from hybridtrain.models.stage import Stage
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 
-_LIMIT_S = 60
+_LIMIT_S = 300
 _ROUNDING = 1e-6
 """Part of the whole gradient's norm below which that of a parameter may be nothing but rounding."""
 
@@ -121,8 +121,10 @@ class Probe:
             futures = [pool.submit(run, rank) for rank in ranks]
             errors = [raised for future in futures if (raised := future.exception())]
         causes = [each for each in errors if not isinstance(each, threading.BrokenBarrierError)]
-        if errors:
-            first = (causes or errors)[0]
+        if errors and not causes:  # says nothing of the model
+            raise TimeoutError(f"threads waited for each other for more than {_LIMIT_S} s; is the CPU busy?")
+        if causes:
+            first = causes[0]
             raise Failure(f"{type(first).__name__}: {(str(first).splitlines() or [''])[0]}") from first
         for rank in ranks:
             off = abs(rank.loss - self.expected[0]) / abs(self.expected[0])

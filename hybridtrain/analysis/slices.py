@@ -14,7 +14,7 @@ from hybridtrain.analysis import analyse
 from hybridtrain.analysis.cache import cached
 from hybridtrain.analysis.probe import Failure, Probe
 from hybridtrain.analysis.proposals import Block, blocks, proposals
-from hybridtrain.models.build import meta_model
+from hybridtrain.models.build import language_model, meta_model
 from hybridtrain.models.reduced import experts_of
 from hybridtrain.models.slicing import NOTHING, Slicing, heads_of, piece
 from hybridtrain.models.structure import structure_of
@@ -26,8 +26,9 @@ with collectives of its own, as the layers of DeepSpeed's AutoTP."""
 
 def slicing_of(config: Any, *, size: int, kind: str) -> Found:
     """The proven slicing of the model of a transformers config for `size` ranks. Kept in the user's cache
-    folder.
+    folder. A classifier is cut as the language model with its layers.
     """
+    config = language_model(config)
     question = ["slicing", config.to_json_string(), config._attn_implementation, size, kind]
     key = repr(question)
     if key not in _FOUND:
@@ -94,10 +95,10 @@ def _valid(answer: Mapping[str, Any]) -> bool:
 def _examined(config: Any, size: int, kind: str) -> Found:
     """Search on a reduced copy, without blocks that the model's own sizes do not allow to cut."""
     try:
-        copy = analyse.copy_of(config, tp=size)
-        probe = Probe(copy, size=size)
+        small = analyse.copy_of(config, tp=size)
     except Exception as error:  # sizes that this architecture does not accept
         return Found(NOTHING, 0.0, 0.0, (), {"all": analyse.words(error)})
+    probe = Probe(small, size=size)
     model, layers = meta_model(config), structure_of(config).layers
     without: dict[str, str] = {}
     while True:
@@ -109,7 +110,7 @@ def _examined(config: Any, size: int, kind: str) -> Found:
             return Found(slicing, share, stored, cut, {**whole, **without})
         without |= {
             block.name: problems[path]
-            for block in blocks(copy)
+            for block in blocks(small)
             for path in problems
             if path in block.parameters()
         }

@@ -1,4 +1,7 @@
-"""Sums over micro-batches and ranks, for both engines. K: number of the task's sums."""
+"""What both engines agree on with other ranks: how the model is cut, and sums over micro-batches.
+
+K: number of the task's sums.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridtrain.parallel.mesh import Mesh
+from hybridtrain.config.schema import ParallelConfig
+from hybridtrain.errors import refusal
+from hybridtrain.models.slicing import Slicing
+from hybridtrain.parallel.mesh import Mesh, from_rank0
 from hybridtrain.runtime.flags import Flags
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, Sums
+
+
+def agreed_slicing(slicing: Slicing, *, parallel: ParallelConfig, tp: int) -> Slicing:
+    """Rank 0's slicing: every host has searched for itself (collective). Raises UserError for one that cuts
+    nothing.
+    """
+    if tp == 1:
+        return slicing
+    agreed: Slicing = from_rank0(slicing)
+    if not agreed.cuts and not parallel.allow_replicated:
+        raise refusal(
+            "parallel.tp",
+            tp,
+            "no layer of this model could be cut: every rank would do the whole work",
+            allowed="1",
+            instead="parallel.tp=1, or parallel.allow_replicated=true",
+        )
+    return agreed
 
 
 def global_counts(batches: Sequence[Batch], *, task: Task, mesh: Mesh, flags: Flags) -> Tensor:

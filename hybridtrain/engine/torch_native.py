@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybridtrain.analysis.slices import slicing_of_layout
 from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
-from hybridtrain.engine.common import global_counts, loss_of, named_sums
+from hybridtrain.engine.common import agreed_slicing, global_counts, loss_of, named_sums
 from hybridtrain.engine.monitored import OfTorch
 from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
@@ -72,11 +72,9 @@ class TorchEngine:
         self.mesh = Mesh(layout, device=device, timeout_s=config.engine.timeout_s)
         fields = read_config(config.model)
         self.model_config = hf_config(fields, chosen=config.model.config, attention=config.model.attention)
-        self.slicing = slicing_of_layout(
-            self.model_config,
-            tp=layout.tp,
-            sequence=sequence_parallel(config.parallel, plan=plan, tp=layout.tp),
-        )
+        sequence = sequence_parallel(config.parallel, plan=plan, tp=layout.tp)
+        slicing = slicing_of_layout(self.model_config, tp=layout.tp, sequence=sequence)
+        self.slicing = agreed_slicing(slicing, parallel=config.parallel, tp=layout.tp)
         context = Context.of(
             config, mesh=self.mesh, plan=plan, precision=self.precision, task=task, slicing=self.slicing
         )

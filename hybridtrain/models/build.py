@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, names, overrides, patterns, plain
+from hybridtrain.models.reduced import HEAD_DIM, reduced
 from hybridtrain.models.source import read_config
 from hybridtrain.plan import optimizer_states
 
@@ -34,22 +35,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
         config = AutoConfig.for_model(fields["model_type"], **overrides.numbers(rest))
     except Exception as error:  # transformers validates with several libraries, each with its own exceptions
         raise _invalid(error, fields, chosen=chosen) from error
-    known = set(type(config)().to_dict()) | {
-        "head_dim",
-        *type(config).attribute_map,
-        *overrides.ROPE,
-        *_NOT_OURS,
-    }
-    for key in chosen:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            raise refusal(
-                f"model.config.{key}",
-                chosen[key],
-                f"a {fields['model_type']} config has no such field",
-                allowed="the fields of its config.json",
-                instead=f"model.config.{nearest[0]}={chosen[key]}" if nearest else "leave it out",
-            )
+    _check_names(config, chosen=chosen, inside="")
     _check_activation(config)
     config._attn_implementation = attention
     config.use_cache = False
@@ -212,6 +198,40 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise _not_effective(key, chosen[key], effective)
 
 
+def _check_names(config: Any, *, chosen: Mapping[str, Any], inside: str) -> None:
+    """Refuse chosen fields that a config, or one `inside` it, does not have (raises UserError)."""
+    defaults = type(config)().to_dict()
+    known = {*defaults, *type(config).attribute_map, *_NOT_OURS}
+    if config.model_type in plain.TYPES:
+        known |= {"head_dim", *overrides.ROPE}
+    elif "rope_parameters" in defaults and not overrides.of_layer_types(config.rope_parameters):
+        known |= set(overrides.ROPE)  # older names
+    if "head_dim" in chosen and "head_dim" not in known and _uses_head_dim(config):
+        known.add("head_dim")
+    for key, value in chosen.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            raise refusal(
+                f"model.config.{inside}{key}",
+                value,
+                f"a {config.model_type} config has no such field",
+                allowed="the fields of its config.json",
+                instead=f"model.config.{inside}{nearest[0]}={value}" if nearest else "leave it out",
+            )
+        if isinstance(value, Mapping) and hasattr(within := getattr(config, key, None), "to_dict"):
+            _check_names(within, chosen=value, inside=f"{inside}{key}.")
+
+
+def _uses_head_dim(config: Any) -> bool:
+    """Whether a model reads a field that its config does not declare."""
+    shapes = []
+    for size in (HEAD_DIM, 2 * HEAD_DIM):
+        small = reduced(config, random=False, tp=1)
+        small.head_dim = size
+        shapes.append([parameter.shape for parameter in meta_model(small).parameters()])
+    return shapes[0] != shapes[1]
+
+
 def _check_fields(config: Any, *, chosen: Mapping[str, Any]) -> None:
     """Compare each chosen value with the built config."""
     built = config.to_dict()  # the config itself refuses to say what differs between its layers
@@ -347,6 +367,14 @@ def attention_of(config: Any) -> str:
     """
     wanted = config._attn_implementation
     return "eager" if wanted == "sdpa" and not model_class(config)._supports_sdpa else wanted
+
+
+def language_model(config: Any) -> Any:
+    """The config of the language model with the layers of a classifier; of a language model itself."""
+    result = copy.deepcopy(config)
+    if classifier.is_classifier(config.architectures):
+        result.architectures = None
+    return result
 
 
 def plain_model(config: Any) -> nn.Module:

@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 
 from hybridtrain.models import build
+from hybridtrain.models.reduced import EXPERT_COUNTS
 from hybridtrain.models.structure import structure_of
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Fields of a config that say how many experts a router chooses from."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def linears_in(
     cut.
     """
     text = config.get_text_config(decoder=True)
-    experts = {getattr(text, name, None) for name in _EXPERTS} - {None, 0, 1}
+    experts = {getattr(text, name, None) for name in EXPERT_COUNTS} - {None, 0, 1}
     for name, module in layer.named_modules():
         if is_linear(module):
             weight: Any = module.weight

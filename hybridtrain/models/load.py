@@ -8,7 +8,6 @@ in a new model.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, hub, tokens, weights
-from hybridtrain.models.build import meta_model, saved_buffers
+from hybridtrain.models.build import language_model, meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
 from hybridtrain.models.plain import TYPES
@@ -174,11 +173,10 @@ def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) ->
     )
 
 
-def _language_head(config: Any) -> str:
-    """Path of the head that a classifier's architecture has as a language model."""
-    config = copy.deepcopy(config)
-    config.architectures = None
-    return structure_of(config).head
+def _chooses_layers(fields: Mapping[str, Any]) -> bool:
+    """Whether chosen fields, or those of a config inside, say how many layers there are."""
+    inside = (value for value in fields.values() if isinstance(value, Mapping))
+    return "num_hidden_layers" in fields or any(map(_chooses_layers, inside))
 
 
 def _left_over(
@@ -189,8 +187,10 @@ def _left_over(
     config: Any,
 ) -> list[str]:
     """Log lines on stored tensors that are no parameters. Raises UserError for one that would be lost."""
-    structure = structure_of(config)
+    structure, count = structure_of(config), config.get_text_config(decoder=True).num_hidden_layers
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
+    classes = classifier.is_classifier(config.architectures)
+    of_language = f"{structure_of(language_model(config)).head}.weight" if classes else ""
     tables, cut, unused, of_tokens = 0, set(), [], []
     for name in tensors:
         if name in shapes:
@@ -198,12 +198,12 @@ def _left_over(
         layer = _LAYER.search(name) if name.startswith(f"{structure.layers}.") else None
         if weights.is_rotary_table(name):
             tables += 1
-        elif classifier.is_classifier(config.architectures) and name == f"{_language_head(config)}.weight":
+        elif name == of_language:
             of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(tensors, embed=embed, head=head):
                 raise weights.tie_refused(model.from_pretrained)
-        elif layer and int(layer[1]) >= config.num_hidden_layers and "num_hidden_layers" in model.config:
+        elif layer and int(layer[1]) >= count and _chooses_layers(model.config):
             cut.add(int(layer[1]))
         else:
             unused.append(name)
@@ -230,7 +230,6 @@ def _left_over(
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
         lines.append(
-            f"{len(cut)} layers of the files are left out: "
-            f"model.config.num_hidden_layers={config.num_hidden_layers}"
+            f"{len(cut)} layers of the files are left out: the model has {count} (num_hidden_layers)"
         )
     return lines

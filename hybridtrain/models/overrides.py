@@ -95,8 +95,8 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     """The merged rotary fields in the new notation; None if the user chose none."""
     if not any(key in chosen for key in ROPE):
         return None
-    if _of_layer_types(chosen.get("rope_parameters")):
-        before = source.get("rope_parameters") if _of_layer_types(source.get("rope_parameters")) else None
+    if of_layer_types(chosen.get("rope_parameters")):
+        before = source.get("rope_parameters") if of_layer_types(source.get("rope_parameters")) else None
         return {**(before or {}), **chosen["rope_parameters"]}
     if chosen.get("model_type", source.get("model_type")) not in TYPES and "rope_parameters" in chosen:
         # Keys of its own: that they are in the built config is checked later (build.py).
@@ -134,7 +134,7 @@ def _rope(source: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     return rope
 
 
-def _of_layer_types(rope: Any) -> bool:
+def of_layer_types(rope: Any) -> bool:
     """Whether rotary fields are those of each type of layers, as {full_attention: {rope_type: ...}}."""
     return (
         isinstance(rope, Mapping)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 HIDDEN, HEADS, HEAD_DIM, FFN, VOCABULARY, POSITIONS, EXPERTS, WINDOW = 48, 6, 8, 80, 131, 64, 4, 5
@@ -34,6 +35,7 @@ _ROLES: tuple[tuple[int, str], ...] = (
     (WINDOW, "sliding_window window_size attention_chunk_size sliding_window_size attention_window_size"),
     (WINDOW, "keep_window_size"),
     (2 * WINDOW, "local_attention"),
+    (8, "original_max_position_embeddings"),
     (4, "block_size index_block_size indexer_budget rel_extent"),
     (4, "lsh_attn_chunk_length local_attn_chunk_length"),
     (3, "floor_scale log_scaling_n_floor"),
@@ -99,9 +101,7 @@ def reduced(config: Any, *, random: bool, tp: int) -> Any:
     fields = {key: value for key, value in fields.items() if value is not None or known.get(key) is not None}
     text = config.get_text_config(decoder=True)
     heads, kv_heads = _COUNTS.get(text.model_type) or _ratio(*_heads(text), tp=tp)
-    small = _reduced(fields, chosen=_layers_to_keep(config), heads=heads, kv_heads=kv_heads, tp=tp)
-    if random:
-        small |= {name: value for name, value in fields.items() if is_random(name, value)}
+    small = _reduced(fields, _Copy(_layers_to_keep(config), heads, kv_heads, tp, random))
     result = type(config)(**small)
     result.architectures = config.architectures
     result.use_cache = False
@@ -200,44 +200,57 @@ def _own(fields: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     return {int(index): own for index, own in (fields.get("per_layer_config") or {}).items()}
 
 
-def _reduced(
-    fields: Mapping[str, Any], *, chosen: Sequence[int], heads: int, kv_heads: int, tp: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Copy:
+    """What a copy has."""
+
+    chosen: Sequence[int]
+    """Layers of the model."""
+    heads: int
+    kv_heads: int
+    tp: int
+    random: bool
+    """Whether it keeps dropout and jitter."""
+
+
+def _reduced(fields: Mapping[str, Any], to: _Copy) -> dict[str, Any]:
     count = next((fields[key] for key in _LAYERS if isinstance(fields.get(key), int)), 0)
     hidden = next((fields[key] for key in _ROLES[0][1].split() if isinstance(fields.get(key), int)), None)
     result: dict[str, Any] = {}
     for key, value in fields.items():
         number = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, Mapping) and key.endswith("config") and key != "per_layer_config":
-            value = _reduced(value, chosen=chosen, heads=heads, kv_heads=kv_heads, tp=tp)
+            value = _reduced(value, to)
         elif key in _LAYERS and number:
-            value = len(chosen)
+            value = len(to.chosen)
         elif key == "num_kv_shared_layers" and number:
-            value = sum(index >= count - value for index in chosen)
+            value = sum(index >= count - value for index in to.chosen)
         elif key in _DENSE and number:
-            value = sum(index < value for index in chosen)
-        elif isinstance(value, list) and count > 1 and max(chosen) < count:
-            value = _of_chosen(key, value, count=count, chosen=chosen)
+            value = sum(index < value for index in to.chosen)
+        elif isinstance(value, list) and count > 1 and max(to.chosen) < count:
+            value = _of_chosen(key, value, count=count, chosen=to.chosen)
         elif key in _HEADS and number:
-            value = heads
+            value = to.heads
         elif key in _KV_HEADS and number:
-            value = kv_heads
+            value = to.kv_heads
         elif key in _WIDTHS and number and hidden:
             value = HIDDEN + 8 * ((value > hidden) - (value < hidden))
         elif key in _SIZES and number and value > 0:
-            value = _width(_SIZES[key], heads=heads, tp=tp)
+            value = _width(_SIZES[key], heads=to.heads, tp=to.tp)
         elif key in EXPERTS_USED and number:
             value = min(value, 2)
-        elif is_random(key, value):
+        elif is_random(key, value) and not to.random:
             value = type(value)(0)
         elif key.endswith("token_id") and number:
             value = 1
+        elif key in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
+            value = _long_factors(value)
         result[key] = copy.deepcopy(value)
     if "qk_rope_head_dim" in fields and fields.get("head_dim") == fields["qk_rope_head_dim"]:
         result["head_dim"] = result["qk_rope_head_dim"]
-    result = _consistent(result, hidden=_width(HIDDEN, heads=heads, tp=tp))
+    result = _consistent(result, hidden=_width(HIDDEN, heads=to.heads, tp=to.tp))
     if own := _own(fields):
-        places = {place: own[index] for place, index in enumerate(chosen) if index in own}
+        places = {place: own[index] for place, index in enumerate(to.chosen) if index in own}
         result["per_layer_config"] = {
             place: {key: _in_ratio(value, fields.get(key), result.get(key)) for key, value in each.items()}
             for place, each in places.items()
@@ -248,6 +261,21 @@ def _reduced(
                 small = result["per_layer_config"][place]["qk_nope_head_dim"]
                 result["head_dim"] = small + result["qk_rope_head_dim"]
     return result
+
+
+def _long_factors(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters with as many factors as a head of the copy has frequencies, and an original length
+    that its rows exceed.
+    """
+    original = "original_max_position_embeddings"
+    return {
+        key: value[: HEAD_DIM // 2]
+        if key in ("short_factor", "long_factor")
+        else _SIZES[original]
+        if key == original and "long_factor" in rope
+        else value
+        for key, value in rope.items()
+    }
 
 
 def _of_chosen(key: str, value: list[Any], *, count: int, chosen: Sequence[int]) -> list[Any]:

@@ -129,6 +129,11 @@ class Stage(nn.Module):
         width = self.config.get_text_config(decoder=True).hidden_size
         return _sizes(self.structure.boundary, rows, positions, width)
 
+    def hidden_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The dtype of what a layer hands to the next, where it computes in another."""
+        wide = getattr(self.config.get_text_config(decoder=True), "residual_in_fp32", False)
+        return torch.promote_types(torch.float32, compute) if wide else compute
+
     def layer_modules(self) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index in the whole model, layer)."""
         for index in self.layers:

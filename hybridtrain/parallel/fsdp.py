@@ -11,6 +11,7 @@ ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -39,8 +40,10 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
         "mp_policy": precision.fsdp(),
         "reshard_after_forward": zero_stage == 3,
     }
+    carried = stage.hidden_dtype(precision.compute) == precision.compute  # else layers cast it themselves
+    own = dataclasses.replace(precision.fsdp(), cast_forward_inputs=carried)
     for _, layer in stage.layer_modules():
-        fully_shard(layer, **options)
+        fully_shard(layer, **{**options, "mp_policy": own})
     # One group: embedding and head in groups of their own are a collective more in each step. The backward
     # pass starts with the head, so gathering it again would only cost time.
     fully_shard(stage, **{**options, "reshard_after_forward": False})

@@ -156,7 +156,8 @@ class Pipeline:
         Passes the shapes to torch, which would otherwise run a forward and backward pass to find them.
         """
         shape = stage.hidden_shape(rows=rows, positions=positions)
-        hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        carried = stage.hidden_dtype(dtype)
+        hidden = torch.empty(shape, dtype=carried, device="meta", requires_grad=True)
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         wide = torch.promote_types(torch.float32, dtype)
         loss = torch.empty(sums, dtype=wide, device="meta", requires_grad=True)

@@ -24,7 +24,7 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.checkpoint.fragments import Fragment
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
-from hybridtrain.engine.common import global_counts, loss_of, named_sums
+from hybridtrain.engine.common import agreed_slicing, global_counts, loss_of, named_sums
 from hybridtrain.engine.deepspeed import state, tensor
 from hybridtrain.engine.deepspeed.monitored import OfDeepSpeed
 from hybridtrain.engine.deepspeed.replay import replay, watching
@@ -115,6 +115,7 @@ class DeepSpeedEngine:
         layout, config = self.layout, self.model_config
         index, group = self.mesh.coordinates["pp"], self.mesh.group("tp")
         slicing = slicing_for_linears(config, tp=layout.tp)
+        slicing = agreed_slicing(slicing, parallel=self.config.parallel, tp=layout.tp)
         context = apply.Context.of(
             self.config,
             mesh=self.mesh,

@@ -230,6 +230,6 @@ def _left_over(
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
         lines.append(
-            f"{len(cut)} layers of the files are left out: the model has {count} (num_hidden_layers)"
+            f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={count}"
         )
     return lines

@@ -57,13 +57,14 @@ class Rendezvous:
         """On rank 0, once all ranks have read the verdict: delete the keys, since some launchers restart
         ranks without a new attempt number.
         """
+        self.keys.set(_STARTED, self.keys.get(_of(0)).decode())  # for those who come too late
         for rank in range(int(os.environ["WORLD_SIZE"])):
             self.keys.delete_key(_of(rank))
         for key in (_ARRIVED, _MISMATCH, _VERDICT):
             self.keys.delete_key(key)
 
 
-_ARRIVED, _MISMATCH, _VERDICT = "arrived", "mismatch", "verdict"
+_ARRIVED, _MISMATCH, _VERDICT, _STARTED = "arrived", "mismatch", "verdict", "started"
 
 
 def _of(rank: int) -> str:
@@ -140,16 +141,22 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
 
 def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
+    def rank0_is_there() -> bool:
+        for key in (_of(0), _STARTED):
+            if keys.check([key]):
+                first = json.loads(keys.get(key))
+                if first["job"] != mine["job"] and first["job"] and mine["job"]:
+                    raise _foreign(mine, first)
+        return keys.check([_of(0)])
+
     _wait(
-        lambda: keys.check([_of(0)]),
+        rank0_is_there,
         waiting_for=lambda: "rank 0",
         report=_is_reporter(),
         until=until,
         timeout_s=timeout_s,
     )
     first = json.loads(keys.get(_of(0)))
-    if first["job"] != mine["job"] and first["job"] and mine["job"]:
-        raise _foreign(mine, first)
     if first["world_size"] != mine["world_size"]:
         problem = (
             f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, "

@@ -229,7 +229,5 @@ def _left_over(
     ]
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
-        lines.append(
-            f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={count}"
-        )
+        lines.append(f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={count}")
     return lines

@@ -36,6 +36,8 @@ _CONNECT_S = 120.0
 """Seconds that a store may take to answer after it has accepted a connection."""
 _GONE_S = 15.0
 """Seconds that the launcher's store may refuse connections; it starts before the ranks."""
+_READ_S = 2.0
+"""Seconds that a store may take to hand out what it has."""
 _MOST_NAMED = 8
 """Missing ranks that a message names."""
 
@@ -141,12 +143,13 @@ def _rank0(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
 
 def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
     def rank0_is_there() -> bool:
-        for key in (_of(0), _STARTED):
-            if keys.check([key]):
-                first = json.loads(keys.get(key))
-                if first["job"] != mine["job"] and first["job"] and mine["job"]:
-                    raise _foreign(mine, first)
+        for key in (_STARTED, _of(0)):
+            found.update(_read(keys, key))
+            if found and found["job"] != mine["job"] and found["job"] and mine["job"]:
+                raise _foreign(mine, found)
         return keys.check([_of(0)])
 
     _wait(
@@ -156,11 +159,10 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
         until=until,
         timeout_s=timeout_s,
     )
-    first = json.loads(keys.get(_of(0)))
-    if first["world_size"] != mine["world_size"]:
+    if found["world_size"] != mine["world_size"]:
         problem = (
             f"rank {mine['rank']} on {mine['host']} (process {mine['process']}) has it, "
-            f"rank 0 on {first['host']} has {first['world_size']}"
+            f"rank 0 on {found['host']} has {found['world_size']}"
         )
         refused = refusal(
             "WORLD_SIZE",
@@ -184,6 +186,19 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
     if verdict["refused"]:
         raise ReportedElsewhere(2)
     return verdict
+
+
+def _read(keys: dist.Store, key: str) -> dict[str, Any]:
+    """An entry; empty if it is not there: rank 0 deletes it once all have joined, maybe at this moment."""
+    if not keys.check([key]):
+        return {}
+    keys.set_timeout(timedelta(seconds=_READ_S))
+    try:
+        return json.loads(keys.get(key))
+    except dist.DistStoreError:
+        return {}
+    finally:
+        keys.set_timeout(timedelta(seconds=_CONNECT_S))
 
 
 def _claim(mine: dict[str, Any], keys: dist.Store) -> None:

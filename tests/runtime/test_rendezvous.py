@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from hybridtrain.cli.commands import run_command
 from hybridtrain.config.compose import compose
-from hybridtrain.runtime import launch, network
+from hybridtrain.runtime import launch, network, rendezvous
 from hybridtrain.training import agreement
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, four_parts, on_this_rank
@@ -215,6 +216,28 @@ def test_a_port_that_is_taken_is_a_refusal(argv, tmp_path):
     assert ended.code == 2
     assert "another process listens on it" in four_parts(ended.err, "MASTER_PORT")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_entry_that_is_deleted_while_it_is_read_is_none() -> None:
+    """As rank 0's, once all ranks have joined."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    keys = Deleting("start", store)
+    keys.set("rank/0", "{}")
+    began = time.monotonic()
+    assert rendezvous._read(keys, "rank/0") == {}
+    assert time.monotonic() - began < 30
+    keys.set("rank/0", '{"job": "job A"}')
+    assert dist.PrefixStore("start", store).get("rank/0") == b'{"job": "job A"}'
+
+
+class Deleting(dist.PrefixStore):
+    """Says that a key is there, and deletes it."""
+
+    def check(self, keys: list[str]) -> bool:
+        there = super().check(keys)
+        for key in keys:
+            self.delete_key(key)
+        return there
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def build_for(
     `initial`: set initial weights. Not needed before a checkpoint is loaded: it takes time, and their
     source may be missing.
     """
-    from hybridtrain.models.build import check
+    from hybridtrain.models.parameters import check
     from hybridtrain.runtime import cpu
 
     check(config)

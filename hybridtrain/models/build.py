@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.config.schema import Config
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, names, overrides, patterns, plain
+from hybridtrain.models import classifier, names, overrides, plain
 from hybridtrain.models.reduced import HEAD_DIM, reduced
-from hybridtrain.models.source import read_config
-from hybridtrain.plan import optimizer_states
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of config.json that are labels, or that precision, training and export decide."""
@@ -90,48 +87,7 @@ def _check_activation(config: Any) -> None:
         )
 
 
-def check(config: Config) -> None:
-    """Check that the chosen model fields take effect and that patterns match parameters; needs no weights.
-
-    Raises UserError.
-    """
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    patterns.check(parameter_names(built), freeze=config.model.freeze, no_decay=config.optim.no_decay)
-    if config.precision.state == "8bit":
-        optimizer_states.check_rows(trained_shapes(built, freeze=config.model.freeze))
-
-
-def trained_shapes(config: Any, *, freeze: Sequence[str]) -> dict[str, torch.Size]:
-    """Name -> whole shape of the parameters that are trained, tied ones once."""
-    return {
-        name: parameter.shape
-        for name, parameter in meta_model(config).named_parameters()
-        if parameter.requires_grad and not patterns.matches(name, freeze)
-    }
-
-
-def parameter_names(config: Any) -> list[str]:
-    """Names of all parameters of the model, tied ones once.
-
-    Built from one layer, where all layers have the same parameters.
-    """
-    if config.model_type not in plain.TYPES:
-        return [name for name, _ in meta_model(config).named_parameters()]
-    prefix = f"{plain.LAYERS}.0."
-    found: list[str] = []
-    for name, _ in _one_layer(config).named_parameters():
-        found += (
-            [
-                f"{plain.LAYERS}.{index}.{name.removeprefix(prefix)}"
-                for index in range(config.num_hidden_layers)
-            ]
-            if name.startswith(prefix)
-            else [name]
-        )
-    return found
-
-
-def _one_layer(config: Any) -> nn.Module:
+def one_layer(config: Any) -> nn.Module:
     """The model with only its first layer, on the meta device."""
     one = copy.deepcopy(config)
     if getattr(one, "layer_types", None) is not None:
@@ -184,7 +140,7 @@ def _check_effective(config: Any, fields: Mapping[str, Any], *, chosen: Mapping[
             raise refusal(f"model.config.{named}", chosen[named], words, allowed="with both", instead=instead)
     if any(key in chosen for key in overrides.ROPE):
         _check_rotary(config, overrides.rope_of(fields), chosen=chosen)
-    model = _built(lambda: _one_layer(config), fields, chosen=chosen)
+    model = _built(lambda: one_layer(config), fields, chosen=chosen)
     embed, attention = (
         model.get_submodule(plain.EMBED),
         model.get_submodule(f"{plain.LAYERS}.0.{plain.ATTENTION}"),
@@ -278,7 +234,7 @@ def _check_rotary(config: Any, expected_fields: Mapping[str, Any], *, chosen: Ma
                 key, chosen[key], f"{name}={config.rope_parameters.get(name)} instead of {value}"
             )
     try:
-        rotary: Any = type(_one_layer(config).get_submodule(plain.ROTARY))(config=config)
+        rotary: Any = type(one_layer(config).get_submodule(plain.ROTARY))(config=config)
     except (KeyError, ValueError, RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise refusal(
             f"model.config.{key}",

@@ -132,7 +132,7 @@ def _format_lines(rows: Sequence[rules.Row], precision: PrecisionConfig, *, on: 
 
 def _stored(job: Job, *, engine: Any, weights: str) -> str:
     """How weights and optimizer state are stored. `weights`: dtype of the master weights."""
-    from hybridtrain.models.build import trained_shapes
+    from hybridtrain.models.parameters import trained_shapes
 
     config = job.config
     state, rounding = config.precision.state, config.precision.rounding

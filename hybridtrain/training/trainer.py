@@ -185,7 +185,7 @@ def _open(job: Job) -> RunDir | None:
     step is left to train."""
     config = job.config
     if config.run.resume != "required" and not (Path(config.run.dir) / "config.yaml").is_file():
-        from hybridtrain.models.build import check as check_model
+        from hybridtrain.models.parameters import check as check_model
 
         check_model(config)  # before the folder of a new run is created
     return resume.open_run(job)

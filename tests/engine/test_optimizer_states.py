@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybridtrain.errors import UserError
-from hybridtrain.models.build import check
+from hybridtrain.models.parameters import check
 from hybridtrain.plan import memory
 from hybridtrain.plan import optimizer_states as states
 from hybridtrain.precision.rounding import joined

@@ -16,7 +16,7 @@ from hybridtrain.analysis.facts import facts
 from hybridtrain.config import schema
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.models import build, overrides
+from hybridtrain.models import build, overrides, parameters
 from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.models.init import draw
 from hybridtrain.models.source import read_config
@@ -265,7 +265,7 @@ def settings(**model_options: Any) -> schema.Config:
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameter_names_are_those_of_the_model(family, tied):
     config = hf_config(model(family, tie_word_embeddings=tied), chosen={}, attention="sdpa")
-    assert sorted(build.parameter_names(config)) == sorted(
+    assert sorted(parameters.parameter_names(config)) == sorted(
         name for name, _ in build.meta_model(config).named_parameters()
     )
 
@@ -277,26 +277,26 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_names():
         ("*q_porj*", "q_proj"),
     ):
         with pytest.raises(UserError) as refused:
-            build.check(settings(freeze=["model.embed_tokens.*", wrong]))
+            parameters.check(settings(freeze=["model.embed_tokens.*", wrong]))
         assert str(refused.value).startswith(f"model.freeze=['{wrong}']")
         assert near in str(refused.value)
     # also where it matches on one stage alone
-    build.check(settings(freeze=["model.embed_tokens.*", "model.layers.3.*"]))
+    parameters.check(settings(freeze=["model.embed_tokens.*", "model.layers.3.*"]))
 
 
 def test_patterns_that_freeze_everything_are_refused():
     with pytest.raises(UserError, match="it freezes all parameters"):
-        build.check(settings(freeze=["model.*", "lm_head.*"]))
+        parameters.check(settings(freeze=["model.*", "lm_head.*"]))
 
 
 def test_no_decay_patterns_match_something_too_but_for_the_default():
-    build.check(settings())  # "*.bias" of the default, in a model without biases
+    parameters.check(settings())  # "*.bias" of the default, in a model without biases
     config = settings()
     config.optim.no_decay = ["*norm*", "*embed_tokens*"]
-    build.check(config)
+    parameters.check(config)
     config.optim.no_decay = ["*norm*", "*embeding*"]
     with pytest.raises(UserError, match=r"optim\.no_decay=\['\*embeding\*'\]"):
-        build.check(config)
+        parameters.check(config)
 
 
 def test_infinities_of_config_json_are_numbers():

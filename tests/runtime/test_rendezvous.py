@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hybridtrain.cli.commands import run_command
 from hybridtrain.config.compose import compose
-from hybridtrain.runtime import launch, network, rendezvous
+from hybridtrain.runtime import launch, network
+from hybridtrain.runtime import store as store_
 from hybridtrain.training import agreement
 from tests.ranks import run_ranks
 from tests.runs import Ended, arguments, four_parts, on_this_rank
@@ -224,7 +225,7 @@ def test_an_entry_that_is_deleted_while_it_is_read_is_none() -> None:
     keys = Deleting("start", store)
     keys.set("rank/0", "{}")
     began = time.monotonic()
-    assert rendezvous._read(keys, "rank/0") == {}
+    assert store_.read(keys, "rank/0", timeout_s=60) == {}
     assert time.monotonic() - began < 30
     keys.set("rank/0", '{"job": "job A"}')
     assert dist.PrefixStore("start", store).get("rank/0") == b'{"job": "job A"}'

@@ -107,7 +107,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
 
 
 def _positions(text: Any, model: Any) -> int:
-    """The longest row. A learned table with a place for padding has that many and one fewer."""
+    """The longest row: of a learned table, without the rows up to that for padding."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions")
     most = next((value for name in names if (value := getattr(text, name, None))), _UNBOUNDED)
     padded = (

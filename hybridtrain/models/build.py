@@ -160,8 +160,10 @@ def _check_names(config: Any, *, chosen: Mapping[str, Any], inside: str) -> None
     known = {*defaults, *type(config).attribute_map, *_NOT_OURS}
     if config.model_type in plain.TYPES:
         known |= {"head_dim", *overrides.ROPE}
-    elif "rope_parameters" in defaults and not overrides.of_layer_types(config.rope_parameters):
-        known |= set(overrides.ROPE)  # older names
+    elif (inside or "rope_parameters" in defaults) and not overrides.of_layer_types(
+        getattr(config, "rope_parameters", None)
+    ):
+        known |= set(overrides.ROPE)  # older names, which configs inside read without declaring them
     if "head_dim" in chosen and "head_dim" not in known and _uses_head_dim(config):
         known.add("head_dim")
     for key, value in chosen.items():

@@ -92,6 +92,12 @@ def test_a_field_that_would_do_nothing_is_refused(
         hf_config(fields, chosen=chosen, attention="sdpa")
 
 
+def test_a_field_that_a_config_inside_reads_undeclared_is_taken() -> None:
+    fields = own_fields_of("dbrx", attn_config={"rope_theta": 5e5})
+    config = hf_config(fields, chosen=fields, attention="sdpa")
+    assert config.attn_config.rope_theta == fields["attn_config"]["rope_theta"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "longest"),
     [

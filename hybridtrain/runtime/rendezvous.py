@@ -140,10 +140,11 @@ def _other(mine: dict[str, Any], keys: dist.Store, *, until: float, timeout_s: f
 
     def rank0_is_there() -> bool:
         for key in (_STARTED, _of(0)):
-            found.update(read(keys, key, timeout_s=timeout_s))
-            if found and found["job"] != mine["job"] and found["job"] and mine["job"]:
-                raise _foreign(mine, found)
-        return keys.check([_of(0)])
+            entry = read(keys, key, timeout_s=timeout_s)
+            if entry and entry["job"] != mine["job"] and entry["job"] and mine["job"]:
+                raise _foreign(mine, entry)
+        found.update(entry)
+        return bool(entry)
 
     wait(
         rank0_is_there,

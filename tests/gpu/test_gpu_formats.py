@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from hybridtrain.plan.formats import FORMATS, NUMBERS
-from hybridtrain.precision.histogram import shares
+from hybridtrain.plan.formats import FORMATS
 from hybridtrain.precision.numerics import Sample
 from hybridtrain.precision.qlinear import Product, product
 from tests.cases import Case, differences, model, on_ranks
 from tests.gpu.test_gpu_step import BACKEND, COMPILED, DEVICE, GPU, REHEARSE, packed_losses
-from tests.parallel.test_monitor import samples_of, signal
+from tests.parallel.test_monitor import check_alike, samples_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (GPU or REHEARSE), reason="no NVIDIA GPU")]
@@ -87,19 +86,7 @@ def test_the_monitor_sees_what_it_sees_on_the_cpu(compiled: bool) -> None:
     given = {"seq_len": 64, "overrides": (("precision.monitor_every", 2),)}
     theirs = sample(Case(**given))
     ours = sample(Case(device=DEVICE, **(given | {"overrides": given["overrides"] + COMPILED * compiled})))
-    assert list(ours.modules) == list(theirs.modules)
-    for name, roles in theirs.modules.items():
-        for role, expected in roles.items():
-            if role == "y":
-                continue
-            found = ours.modules[name][role]
-            assert sum(found.histogram) == sum(expected.histogram), (name, role)
-            assert found.amax == pytest.approx(expected.amax, rel=1e-3), (name, role)
-            moved = sum(abs(a - b) for a, b in zip(signal(found), signal(expected), strict=True)) / 2
-            assert moved <= 2e-3 * sum(expected.histogram), (name, role)
-            for form in ("e4m3", "fp16"):
-                mine, other = (shares(signal(each), NUMBERS[form], scale=0) for each in (found, expected))
-                assert mine.underflow == pytest.approx(other.underflow, abs=2e-3), (name, role, form)
+    check_alike(ours, theirs, rel=1e-3, share=2e-3)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

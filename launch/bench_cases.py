@@ -2,7 +2,7 @@
 """One GPU, one process, one case after the other: ours, a plain PyTorch loop and the Hugging Face Trainer on
 the same model and rows.
 
-    python3 launch/bench_cases.py [--out cases.jsonl] [--tiny | --warm] [case ...]    default: all CASES
+    python3 launch/bench_cases.py [--out runs/cases.jsonl] [--tiny | --warm] [case ...]    default: all CASES
 
 A Llama of 1.1 billion parameters, bf16_mixed, rows of 2048 tokens, 16 rows a step. Each case is built, warmed
 up (3 steps), timed by CUDA events (8 steps) and freed, so that no case shares memory with another. Needs
@@ -364,7 +364,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
-    parser.add_argument("--out", type=Path, default=Path("cases.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cases.jsonl"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--warm", action="store_true")
     options = parser.parse_args()
@@ -373,6 +373,7 @@ def main() -> None:
     device = mesh.device()
     mesh.connect(device, timeout_s=600)
     load.draw = draw_on_device(device)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     fields = model_fields(options.tiny)
     if options.warm:
         fields |= {"num_hidden_layers": 2}

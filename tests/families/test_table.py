@@ -1,6 +1,6 @@
 """Every causal language model of transformers, trained on real ranks as by one process, or refused.
 
-    pytest -m table tests/families/test_table.py          hours; goes on where it was stopped
+    pytest -m table tests/families/test_table.py          a quarter of an hour; goes on where it was stopped
 
 Each case adds a row to docs/models.jsonl, by the versions of torch, transformers and the analysis; a row that
 is there is not measured again. launch/models_table.py writes docs/models.md from them.
@@ -30,7 +30,7 @@ LAYOUTS = {"pp2": (("parallel.cut", [1]),), "dp_shard2-zero3": (), "tp2": ()}
 VERSIONS = {
     "torch": version("torch").partition("+")[0],
     "transformers": version("transformers"),
-    "search": 3,
+    "search": 4,
 }
 VOCABULARY, FIRST = 131, 3
 """Tokens begin at FIRST: those below have a meaning, such as padding, in some models."""

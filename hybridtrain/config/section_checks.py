@@ -158,7 +158,7 @@ def _model(model: schema.ModelConfig) -> None:
             "model.config.model_type",
             "(missing)",
             "the fields belong to no architecture",
-            allowed="llama, mistral, qwen2, qwen3",
+            allowed="llama, gpt2, gemma2, or another that docs/models.md lists",
             instead="model=nano, or model.config.model_type=llama",
         )
 

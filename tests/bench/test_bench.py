@@ -328,3 +328,25 @@ def test_the_gpu_script_rehearses_on_the_cpu(tmp_path):
     late = script("--rehearse", "--minutes", "0.01", str(tmp_path))
     assert late.returncode == 1
     assert "headline: no time left" in late.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_formats_of_the_gpu_script_rehearse_on_the_cpu(tmp_path):
+    """torchao's cases are rows that say that it is not installed."""
+    done = script("--formats", "--rehearse", "--minutes", "12", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows if not row["case"].startswith("torchao")] == [
+        "compiled",
+        "fp8-tensorwise",
+        "fp8-rowwise",
+        "plain-compiled",
+        "fp16",
+        "rows-of-4096",
+        "fp8-tensorwise-4096",
+        "fp8-rowwise-4096",
+    ]
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert "torchao: left out" in (tmp_path / "missed.txt").read_text()
+    assert json.loads((tmp_path / "monitor.json").read_text())

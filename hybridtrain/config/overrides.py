@@ -233,7 +233,9 @@ def _suggest_file(group: str, value: str, names: list[str]) -> str:
         return _suggest_layout(value, names)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.3 if group != "model" else 0.6)
     if group == "model" and not near:
-        return "a file of yours with --config-dir, or model.from_pretrained=FOLDER (any that docs/models.md lists)"
+        return (
+            "a file of yours with --config-dir, or model.from_pretrained=FOLDER (docs/models.md lists which)"
+        )
     instead = f"{group}={near[0] if near else names[0]}"
     if group in ("task", "schedule", "optim") and not difflib.get_close_matches(
         value, names, n=1, cutoff=0.7

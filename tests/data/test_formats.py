@@ -1,6 +1,7 @@
 """Every format that `prepare` reads: the same texts give the same tokens, whatever the file, the pieces and
 the number of processes."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -12,7 +13,6 @@ import pytest
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig
 from hybridtrain.data.prepare import join, pieces, readers, statistics, tables, tokenize, tokenizer
-from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.sources import listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
@@ -28,6 +28,7 @@ from tests.data.formats import (
     write_parquet,
     write_zst,
 )
+from tests.data.texts import RECIPE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -360,18 +361,7 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_from_all_over(tmp_path, monk
     numbered = [f"{number:05d} {text}" for number, text in enumerate(make_texts(400))]
     source = write_jsonl(tmp_path / "a.jsonl", numbered)
     planned = pieces.plan(listing(DataConfig(source=[str(source)])).sources, fields=Fields.of(DataConfig()))
-    recipe = Recipe(
-        chat=None,
-        labels=None,
-        eval_fraction=0.2,
-        deduplicate=False,
-        skip_bad=False,
-        total_bytes=0,
-        held_out_before={},
-        eos=[],
-        special_ids=[],
-        vocab_size=0,
-    )
+    recipe = dataclasses.replace(RECIPE, eval_fraction=0.2)
     whole = list(tokenizer.sample(planned, recipe=recipe))
     assert 300 < len(whole) < 340
     assert set(whole) < set(numbered)

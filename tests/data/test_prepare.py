@@ -15,22 +15,8 @@ from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare import cuts, sources, statistics, tokenize, tokenizer
-from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.errors import UserError
-from tests.data.texts import settings, write_texts
-
-TEXT = Recipe(
-    chat=None,
-    labels=None,
-    eval_fraction=0.0,
-    deduplicate=False,
-    skip_bad=False,
-    total_bytes=0,
-    held_out_before={},
-    eos=[],
-    special_ids=[],
-    vocab_size=400,
-)
+from tests.data.texts import RECIPE, settings, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +149,9 @@ def test_long_documents_are_cut_where_it_changes_no_token(prepared, monkeypatch)
     assert len(parts) > 50
     assert "".join(parts) == text
     monkeypatch.setattr(tokenizer, "GROUP_CHARS", 3000)
-    short, long, empty = (one.samples[0][0] for one in tokenizer.encoder(prepared, TEXT)(["short", text, ""]))
+    short, long, empty = (
+        one.samples[0][0] for one in tokenizer.encoder(prepared, RECIPE)(["short", text, ""])
+    )
     assert long.tolist() == whole
     assert 0 < len(short) < 6
     assert empty.size == 0

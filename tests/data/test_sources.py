@@ -13,10 +13,10 @@ from hybridtrain.config.checks import check
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
 from hybridtrain.data.prepare import pieces, streams, tokenize
 from hybridtrain.data.prepare.documents import Counts, documents
-from hybridtrain.data.prepare.recipe import Recipe
 from hybridtrain.data.prepare.sources import listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError
+from tests.data.texts import RECIPE
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 20
 
@@ -31,22 +31,10 @@ def data(path: Path, **fields: object) -> DataConfig:
 
 def texts(config: DataConfig) -> list[str]:
     """The documents that `prepare` would encode."""
-    recipe = Recipe(
-        chat=None,
-        labels=None,
-        eval_fraction=0.0,
-        deduplicate=False,
-        skip_bad=False,
-        total_bytes=0,
-        held_out_before={},
-        eos=[],
-        special_ids=[],
-        vocab_size=300,
-    )
     planned = pieces.plan(listing(config).sources, fields=Fields.of(config))
     units = [unit for piece in planned for unit in piece.units]
     return [
-        document.value for unit in units for document in documents(unit, recipe=recipe, counts=Counts.zero())
+        document.value for unit in units for document in documents(unit, recipe=RECIPE, counts=Counts.zero())
     ]
 
 

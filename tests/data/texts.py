@@ -4,6 +4,21 @@ import random
 from pathlib import Path
 
 from hybridtrain.config.schema import DataConfig
+from hybridtrain.data.prepare.recipe import Recipe
+
+RECIPE = Recipe(
+    chat=None,
+    labels=None,
+    eval_fraction=0.0,
+    deduplicate=False,
+    skip_bad=False,
+    total_bytes=0,
+    held_out_before={},
+    eos=[],
+    special_ids=[],
+    vocab_size=400,
+)
+"""How plain text is prepared."""
 
 WORDS = [f"word{number}" for number in range(500)] + [
     "naïve",

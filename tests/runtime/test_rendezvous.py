@@ -241,19 +241,21 @@ class Deleting(dist.PrefixStore):
         return there
 
 
-@pytest.mark.slow
-def test_two_jobs_on_one_port_stay_apart_and_the_foreign_ranks_are_named(data, tmp_path):
-    port = free_port()
+def two_jobs(folder: Path, data: Path) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Two command lines, and what the environment of ranks of both has: one port, two ranks."""
     common: dict[str, Any] = {
         "package": ROOT,
         "WORLD_SIZE": 2,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": free_port(),
     }
-    first, second = (
-        arguments(tmp_path / "a", data, train__steps=3),
-        arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1),
-    )
+    first = arguments(folder / "a", data, train__steps=3)
+    return first, arguments(folder / "b", data, train__steps=3, optim__lr=0.1), common
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_port_stay_apart_and_the_foreign_ranks_are_named(data, tmp_path):
+    first, second, common = two_jobs(tmp_path, data)
     strangers = [start(second, **common, RANK=1, LOCAL_RANK=1, HYBRIDTRAIN_JOB="job B")]
     ours = [start(first, **common, RANK=rank, LOCAL_RANK=rank, HYBRIDTRAIN_JOB="job A") for rank in range(2)]
     a0, a1, b1 = ends([*ours, *strangers], within_s=200)
@@ -266,17 +268,7 @@ def test_two_jobs_on_one_port_stay_apart_and_the_foreign_ranks_are_named(data, t
 @pytest.mark.slow
 def test_two_starts_without_a_name_on_one_port_never_mix(data, tmp_path):
     """Whoever comes second is refused, or both: none trains with a rank of the other."""
-    port = free_port()
-    common: dict[str, Any] = {
-        "package": ROOT,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    a, b = (
-        arguments(tmp_path / "a", data, train__steps=3),
-        arguments(tmp_path / "b", data, train__steps=3, optim__lr=0.1),
-    )
+    a, b, common = two_jobs(tmp_path, data)
     processes = [start(argv, **common, RANK=rank, LOCAL_RANK=rank) for argv in (a, b) for rank in (1, 0)]
     ended = ends(processes, within_s=200)
     finished = [[process.code == 0 for process in ended[at : at + 2]] for at in (0, 2)]

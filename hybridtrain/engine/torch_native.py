@@ -29,8 +29,8 @@ from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
 from hybridtrain.parallel.apply import Context, build_stages, converter
 from hybridtrain.parallel.convert import adaptive_of
-from hybridtrain.parallel.fsdp import before_backward, reshard
-from hybridtrain.parallel.grad_norm import gradient_norm
+from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
+from hybridtrain.parallel.grad_norm import agreed, gradient_norm
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.parallel.pipeline import Pipeline
 from hybridtrain.parallel.shared import Shared, add_shared_gradients
@@ -85,6 +85,8 @@ class TorchEngine:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim, formats=formats)
+        in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce
+        self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
         """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
@@ -154,18 +156,20 @@ class TorchEngine:
         sums = (
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )
+        self.reduced.finish()
         self.mesh.sum(sums, over="loss")
         loss = loss_of(sums, counts, weights=self.loss_weights)
         if self.layout.tp > 1:
             add_partial_gradients(self.stages, group=self.mesh.group("tp"))
         add_shared_gradients(self.shared)
         scaled_norm = gradient_norm(self.shared.counted(), mesh=self.mesh, dtype=sums.dtype)
+        loss, scaled_norm = agreed(torch.stack([loss, scaled_norm]), mesh=self.mesh).unbind()
         empty = (counts.sum() == 0).float()  # without targets: no update, and the loss scale stays
         nonfinite = (~torch.isfinite(scaled_norm + loss)).float() * (1 - empty)
         norm = scaled_norm / scale
         clip = self.config.optim.clip
         excess = (norm + 1e-6) / clip if clip > 0 else norm.new_zeros(())
-        divide = (scale * excess.clamp(min=1.0)).float()
+        divide = scale * excess.clamp(min=1.0)
         spike, held = None, nonfinite + empty
         if self.spike_limits is not None:
             most_loss, most_norm = self.spike_limits

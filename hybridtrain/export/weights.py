@@ -20,6 +20,8 @@ from hybridtrain.export import safetensors
 from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import build, classifier, conversion
 from hybridtrain.models.plain import TYPES
+from hybridtrain.optim.adam import COMPENSATION
+from hybridtrain.precision.rounding import joined
 
 PREFIX = "model."
 _HEAD = "lm_head.weight"
@@ -57,11 +59,16 @@ def write(
         )
 
     def read(spec: TensorSpec) -> torch.Tensor:
-        key = PREFIX + spec.name
+        weight, rest = loaded(PREFIX + spec.name, spec), f"optim.{spec.name}.{COMPENSATION}"
+        if spec.dtype != weight.dtype and rest in stored.state_dict_metadata:  # what bf16 lacks
+            weight = joined(weight, loaded(rest, spec))
+        return _cast(weight, spec=spec)
+
+    def loaded(key: str, spec: TensorSpec) -> torch.Tensor:
         dtype = stored.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
         full = {key: torch.empty(spec.shape, dtype=dtype)}
         metadata.load_into(full, path=checkpoint, metadata=stored, group=None)
-        return _cast(full[key], spec=spec)
+        return full[key]
 
     values: Callable[[TensorSpec], torch.Tensor] = read
     if model is not None:

@@ -15,9 +15,11 @@ from hybridtrain.config.schema import OptimConfig
 from hybridtrain.optim import adam
 from hybridtrain.optim.adam import CODED, COMPENSATION, PLAIN
 from hybridtrain.optim.shards import LocalShard, Update, decays, like
-from hybridtrain.precision.rounding import joined
+from hybridtrain.precision.rounding import joined, split
 
 Fields = dict[str, Tensor]
+_WEIGHT = "weight"
+"""Among the fields of a parameter while it is loaded: fp32, of which bf16 and compensation are made."""
 
 
 class Adam(Update):
@@ -55,7 +57,7 @@ class Adam(Update):
                 shape = adam.shape_of(field, item.parameter.shape)
                 # Of the two copies of a tied matrix the first is saved, as for the weight itself.
                 result.setdefault(
-                    f"optim.{item.name}.{field}",
+                    f"model.{item.name}" if field == _WEIGHT else f"optim.{item.name}.{field}",
                     value if field == "step" else like(value, item.parameter, shape=shape),
                 )
         return result
@@ -82,6 +84,11 @@ class Adam(Update):
                     else item.shard.new_zeros(adam.shape_of(field, item.shard.shape), dtype=dtype)
                     for field, dtype in dtypes.items()
                 }
+                of_weight = stored.get(f"model.{item.name}", (item.shard.dtype,))[0]
+                if COMPENSATION in own and COMPENSATION not in dtypes and of_weight == torch.float32:
+                    self._loading[item.shard][_WEIGHT] = item.shard.new_zeros(
+                        item.shard.shape, dtype=of_weight
+                    )
 
     @torch.no_grad()
     def adopt(self, loaded: Mapping[str, Tensor]) -> None:  # noqa: ARG002 - they were loaded in place
@@ -90,10 +97,13 @@ class Adam(Update):
             if (read := self._loading.pop(item.shard, None)) is None:
                 continue
             own = self.fields(item)
-            if own.keys().isdisjoint(read.keys() - {"step", COMPENSATION}):
+            if own.keys().isdisjoint(read.keys() - {"step", COMPENSATION, _WEIGHT}):
                 for field, value in adam.stored(*adam.moments_of(read), like=own).items():
                     own[field].copy_(value)
-            if COMPENSATION in own and COMPENSATION not in read:
+            if _WEIGHT in read:
+                for target, part in zip((item.shard, own[COMPENSATION]), split(read[_WEIGHT]), strict=True):
+                    target.copy_(part)
+            elif COMPENSATION in own and COMPENSATION not in read:
                 own[COMPENSATION].zero_()
             elif COMPENSATION in read and COMPENSATION not in own:
                 item.shard.copy_(joined(item.shard.bfloat16(), read[COMPENSATION]))

@@ -13,7 +13,7 @@ from hybridtrain.models.init import local_slices
 from hybridtrain.optim import adam
 from hybridtrain.optim.adam import Formats
 from hybridtrain.optim.checkpointed import Adam, Fields
-from hybridtrain.optim.shards import LocalShard, Update, decays, groups, local_shards
+from hybridtrain.optim.shards import LocalShard, Update, decays, groups, local_shards, rest_of_division
 from hybridtrain.optim.user_optimizer import UserOptimizer
 from hybridtrain.plan.optimizer_states import BLOCK, in_eight_bits
 from hybridtrain.precision.rounding import key_of
@@ -40,11 +40,12 @@ class AdamW(Adam):
         """
         if self.optimizer is None:
             return
-        self.begin()
+        gradients = self.begin()
         self.lr = lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # GradScaler sets these attributes, too.
+        divide = rest_of_division(gradients, divide)
         self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.free()

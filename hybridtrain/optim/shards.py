@@ -52,6 +52,14 @@ def like(part: Tensor, parameter: nn.Parameter, *, shape: Sequence[int]) -> Tens
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
+def rest_of_division(gradients: Sequence[Tensor], divide: Tensor) -> Tensor:
+    """What torch's kernels are to divide by, in fp32, as they want it; divides by an fp64 number at once."""
+    if divide.dtype != torch.float64:
+        return divide
+    torch._foreach_div_(list(gradients), divide)
+    return torch.ones_like(divide, dtype=torch.float32)
+
+
 def decays(name: str, dimensions: int, *, settings: OptimConfig) -> bool:
     """Whether a parameter has weight decay: a matrix that optim.no_decay does not match."""
     return dimensions > 1 and not matches(name, settings.no_decay)

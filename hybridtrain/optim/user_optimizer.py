@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.optim.shards import LocalShard, Update, groups, like
+from hybridtrain.optim.shards import LocalShard, Update, groups, like, rest_of_division
 
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool),
@@ -103,6 +103,7 @@ class UserOptimizer(Update):
             group["lr"] = lr
         # Not in the first step: torch's fused SGD leaves momentum unset if it skips that.
         if self._inside and self.optimizer.state:
+            divide = rest_of_division(gradients, divide)
             self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not skip:  # the host waits

@@ -56,9 +56,13 @@ class Converter:
 
     def apply(self, stage: Stage) -> None:
         """Convert the linear layers of a stage that are not high, in place. Raises UserError for one that a
-        format does not fit.
+        format does not fit, or, with adaptive precision, one that it may come to have.
         """
         chosen = formats(stage, self.precision)
+        for linear, module in linears(stage):
+            for name in self.precision.ladder if adapts(linear, self.precision) else ():
+                if high_if_same(name, self.precision) != HIGH:
+                    self._product(stage, linear, module, name)
         self.change(stage, {path: name for path, name in chosen.items() if name != HIGH})
 
     def change(self, stage: Stage, names: Mapping[str, str]) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hybridtrain.models.stage import Stage
+from hybridtrain.optim.shards import like
+from hybridtrain.parallel.grad_norm import local_part, wide
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.precision.policy import PrecisionPolicy
 
@@ -116,6 +118,33 @@ def before_backward(stage: nn.Module, *, zero_stage: int, last: bool) -> None:
     stage.set_requires_gradient_sync(last or zero_stage >= 2)
     stage.set_reshard_after_backward(last or zero_stage == 3)
     stage.set_is_last_backward(last or zero_stage >= 2)
+
+
+class ReducedSums:
+    """Gradients of micro-batches, added up in fp32 where each is reduced (ZeRO 2 and 3) and the parameters
+    have fewer bits: fully_shard would add them in the dtype of the parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.of: dict[nn.Parameter, Tensor] = {}
+        """Parameter -> this rank's part of the sum."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, parameter: Any) -> None:
+        """Called by fully_shard after a reduction."""
+        gradient, parameter.grad = local_part(parameter.grad), None
+        if parameter in self.of:
+            self.of[parameter] += gradient
+        else:
+            self.of[parameter] = wide(gradient)
+
+    def finish(self) -> None:
+        """Give each parameter its sum as the gradient. Called after the last backward pass of a step."""
+        for parameter, total in self.of.items():
+            parameter.grad = like(total.to(parameter.dtype), parameter, shape=parameter.shape)
+        self.of.clear()
 
 
 def reshard(stage: Stage) -> None:

@@ -41,6 +41,20 @@ def gradient_norm(parameters: Sequence[nn.Parameter], *, mesh: Mesh, dtype: torc
     return norm.sqrt()
 
 
+def agreed(values: Tensor, *, mesh: Mesh) -> Tensor:
+    """`values`, not finite where they are not on any tensor-parallel rank (collective).
+
+    These ranks compute the same, so that only a fault of the hardware tells them apart. Then they would
+    decide differently about the step, and wait for each other.
+    """
+    if mesh.layout.tp == 1:
+        return values
+    finite = values.isfinite()
+    elsewhere = torch.where(finite, torch.zeros_like(values), torch.nan)
+    mesh.sum(elsewhere, over="tp")
+    return torch.where(finite, values + elsewhere, values)
+
+
 def _sum_of_squares(locals_: Sequence[Tensor], *, zero: Tensor) -> Tensor:
     tensors = [local for local in locals_ if local.numel()]
     # On the CPU, torch uses a single running sum, whose fp32 error is 1e-5 for 2^20 elements, 8e-4 for 2^24.
@@ -55,6 +69,11 @@ def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:
     if isinstance(grad, DTensor):
         assert not any(placement.is_partial() for placement in grad.placements)
     return frozenset(sharded_over(grad)), local_part(grad)
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """A gradient in which others are added up: in fp32 at least; the same memory if it is that."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def local_part(tensor: Tensor | None) -> Tensor:

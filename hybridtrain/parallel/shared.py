@@ -15,7 +15,7 @@ from torch import nn
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.shards import Update
-from hybridtrain.parallel.grad_norm import local_part
+from hybridtrain.parallel.grad_norm import local_part, wide
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.plan.schedules import stage_ids
 
@@ -104,10 +104,11 @@ def add_shared_gradients(shared: Shared) -> None:
         for copy in copies:
             if copy.grad is None:  # no layer of its stage depends on it
                 copy.grad = torch.zeros_like(copy)
-        first, *others = (local_part(copy.grad) for copy in copies)
-        for other in others:
-            first += other
+        gradients = [local_part(copy.grad) for copy in copies]
+        total = wide(gradients[0])
+        for other in gradients[1:]:
+            total += other
         if (group := shared.groups[name]) is not None:
-            dist.all_reduce(first, group=group)
-        for other in others:
-            other.copy_(first)
+            dist.all_reduce(total, group=group)
+        for gradient in gradients:
+            gradient.copy_(total)

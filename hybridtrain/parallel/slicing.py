@@ -30,7 +30,7 @@ from hybridtrain.models.slicing import (
     rewire,
 )
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.grad_norm import local_part
+from hybridtrain.parallel.grad_norm import local_part, wide
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.runtime.collectives import GroupRanks
 
@@ -85,11 +85,13 @@ def add_partial_gradients(stages: Iterable[Stage], *, group: dist.ProcessGroup |
             if name in stage.partial and parameter.grad is not None:
                 gradient = local_part(parameter.grad)
                 if gradient.numel() > _COALESCED:
-                    dist.all_reduce(gradient, group=group)
+                    total = wide(gradient)
+                    dist.all_reduce(total, group=group)
+                    gradient.copy_(total)
                 else:
                     small.append(gradient)
     if small:
-        total = torch.cat([gradient.flatten() for gradient in small])
+        total = wide(torch.cat([gradient.flatten() for gradient in small]))
         dist.all_reduce(total, group=group)
         for gradient, part in zip(small, total.split([g.numel() for g in small]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -28,6 +28,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
 from hybridtrain.parallel import mesh
+from hybridtrain.parallel.grad_norm import wide
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
@@ -232,14 +233,14 @@ def _compare(
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a tensor or DTensor, fp32, on the CPU (collective over its mesh)."""
+    """The full tensor of a tensor or DTensor, in fp32 or fp64, on the CPU (collective over its mesh)."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().float().cpu()
+    return wide(full.detach()).cpu()
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> set[str]:
-    """Write tensors to a file in fp32; returns their names."""
-    save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors to a file in fp32 or fp64; returns their names."""
+    save_file({name: wide(tensor).cpu().contiguous() for name, tensor in tensors.items()}, path)
     return set(tensors)
 
 

@@ -148,7 +148,8 @@ def _of_torch(
     if not wrapped:
         return MemoryNeed(state, max(head, before), 0)
     gathered = (largest if zero == 3 else total) * w.compute
-    accumulated = total * 4 if zero < 2 and plan.grad_accum > 1 and w.compute != 4 else 0
+    sums = total if zero < 2 else share * (w.stored == 2)  # in fp32
+    accumulated = sums * 4 if plan.grad_accum > 1 and w.compute != 4 else 0
     return MemoryNeed(state, max(gathered + accumulated + head, before), 0)
 
 

@@ -1,8 +1,8 @@
 """Linear layers that multiply in a format of plan/formats.py: `QLinear` and `product`.
 
 Without a GPU that has the format, its numbers are emulated exactly: operands are rounded to the format, and
-multiplied in the dtype that the layer's input has. Scales that are powers of two round nothing; where they
-do (int8), codes are multiplied in fp32.
+multiplied in the dtype that the layer's input has, fp16 in fp32. Scales that are powers of two round nothing;
+where they do (int8), codes are multiplied in fp32.
 
 Under tensor parallelism a layer sees this rank's part of its operands; a scale is that of the whole: the
 largest value is found over the ranks that share it.
@@ -135,11 +135,16 @@ def _scaled(
     else:
         operand = _blocks(operand)
         amax, ranks = operand.abs().amax(-1, keepdim=True), None
-    amax = amax.float() if ranks is None else ranks.max(amax.float())
+    amax = amax.float() if ranks is None else ranks.max(_nan_as_inf(amax.float()))
     scale = number.largest / amax.clamp(min=_SMALLEST_AMAX)
     if how.format.exact_scale:
         scale = torch.exp2(torch.floor(torch.log2(scale)))
     return _Scaled(round_to(operand.float() * scale, number), scale)
+
+
+def _nan_as_inf(x: Tensor) -> Tensor:
+    """A maximum over ranks leaves out NaN; the scale of an infinite value gives nothing finite, either."""
+    return torch.where(x.isnan(), torch.inf, x)
 
 
 def _blocks(operand: Tensor) -> Tensor:
@@ -157,7 +162,8 @@ def _multiply(left: _Scaled, right: _Scaled, how: Product, *, dtype: torch.dtype
     if how.native:
         return _fp8(left, right, dtype, fast=fast)
     if how.format.exact_scale:
-        return _values(left, dtype) @ _values(right, dtype).t()
+        wide = torch.promote_types(dtype, torch.bfloat16)  # fp16 does not have all values of the formats
+        return (_values(left, wide) @ _values(right, wide).t()).to(dtype)
     codes = left.codes.float() @ right.codes.float().t()
     return (codes / left.scale / right.scale.view(1, -1)).to(dtype)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,8 +112,30 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
         )
 
 
+_SCALE = ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale", "hysteresis")
+_READ_WITH: tuple[tuple[Callable[[PrecisionConfig], bool], tuple[str, ...], str, str], ...] = (
+    (has_dynamic_scale, _SCALE, "no loss scale adapts", "precision=fp16_mixed, without static_scale"),
+    (
+        lambda p: p.adaptive,
+        ("adaptive_patience", "adaptive_budget"),
+        "nothing adapts",
+        "precision.adaptive=true",
+    ),
+    (lambda p: p.monitor_every > 0, ("monitor_modules",), "the monitor is off", "precision.monitor_every=50"),
+)
+"""(when they are read, options, what is so otherwise, what to set)"""
+
+
 def check_options(precision: PrecisionConfig) -> None:
     """Refuse options that would do nothing (raises UserError)."""
+    default = PrecisionConfig()
+    for is_read, names, problem, instead in _READ_WITH:
+        for name in names if not is_read(precision) else ():
+            value, usual = getattr(precision, name), getattr(default, name)
+            if value != usual:
+                option = f"precision.{name}"
+                problem = f"it would do nothing: {problem}"
+                raise refusal(option, value, problem, allowed=f"{usual} here", instead=instead)
     if precision.static_scale is not None and not has_loss_scale(precision):
         raise refusal(
             "precision.static_scale",

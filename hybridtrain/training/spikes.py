@@ -10,6 +10,7 @@ that are spikes stay out of the window, so that the next one is compared with th
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -18,6 +19,7 @@ from typing import Any
 WINDOW, LEAST = 64, 20
 _NORMAL, _FLOOR = 1.4826, 1e-3
 """The floor keeps a loss that hardly changes from making spikes of its noise."""
+_LARGEST = math.log(sys.float_info.max)
 
 
 class Spikes:
@@ -74,9 +76,10 @@ def score(values: Sequence[float], value: float) -> float:
 
 
 def limit(values: Sequence[float], *, z: float) -> float:
-    """The value with this z."""
+    """The value with this z; infinite above the largest number."""
     middle, width = _centre(values)
-    return math.exp(middle + z * width)
+    exponent = middle + z * width
+    return math.exp(exponent) if exponent < _LARGEST else math.inf
 
 
 def _centre(values: Sequence[float]) -> tuple[float, float]:

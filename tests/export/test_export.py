@@ -19,6 +19,7 @@ from hybridtrain.checkpoint import export_record, marker, sharded
 from hybridtrain.cli.main import main
 from hybridtrain.errors import UserError
 from hybridtrain.export import hf, safetensors
+from hybridtrain.precision.rounding import split
 from hybridtrain.types import Progress
 from tests.export.runs import as_earlier, exporting, model_of, read_back, run_of
 from tests.runs import four_parts
@@ -94,6 +95,20 @@ def test_other_dtypes(tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> N
         torch.equal(value, state[name].to(torch_dtype)) for name, value in read_back(run / "export").items()
     )
     assert AutoModelForCausalLM.from_pretrained(run / "export").dtype == torch_dtype
+
+
+def test_what_bf16_weights_lack_is_exported_in_fp32(tmp_path: Path) -> None:
+    """precision=bf16_pure keeps it in the optimizer's state."""
+    model = model_of(tied=False)
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    run = run_of(tmp_path, model.to(torch.bfloat16), tied=False)
+    parts = {name: split(value) for name, value in wanted.items()}
+    tensors = {f"model.{name}": weight for name, (weight, _) in parts.items()}
+    tensors |= {f"optim.{name}.compensation": rest for name, (_, rest) in parts.items()}
+    path = run / "checkpoints" / "step-00000030"
+    sharded.save(tensors, path=path, progress=Progress(30, 30, {}), group=None, asynchronous=False).result()
+    hf.run(exporting(run, dtype="float32"))
+    assert all(torch.equal(value, wanted[name]) for name, value in read_back(run / "export").items())
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -28,4 +28,4 @@ def test_a_layout_differs_by_the_rounding_of_fp64(case: Case) -> None:
     assert found["loss_rel"] < 1e-12, found
     assert found["grad_norm_rel"] < 1e-11, found
     assert found["grad_rel"] < 1e-10, found
-    assert found["param_abs"] < 1e-6 * case.lr, found  # Adam's kernel divides gradients by a number in fp32
+    assert found["param_abs"] < 1e-9 * case.lr, found  # clipping divides in fp64, too

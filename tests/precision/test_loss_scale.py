@@ -1,6 +1,7 @@
 """One loss scale for every layout and engine: what a step scales, skips and saves does not depend on the
 number of data ranks."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -88,6 +89,7 @@ def test_the_scale_is_that_of_megatrons_scaler(seed):
 
 # -- under every layout --------------------------------------------------------------------------------------
 
+STATIC = ("precision.static_scale", 512.0)
 SETTINGS = (
     ("precision.init_scale", 2.0**40),  # fp16 overflows at first
     ("precision.growth_interval", 3),
@@ -191,7 +193,7 @@ def test_scales_skips_and_losses_agree_under_every_layout(engine, layout, single
 )
 def test_a_static_scale_stays_though_steps_are_skipped(engine, layout):
     pytest.importorskip("deepspeed") if engine == "deepspeed" else None
-    case = fp16(layout, engine, ("precision.static_scale", 512.0))
+    case = dataclasses.replace(fp16(layout, engine), overrides=(("engine.kind", engine), STATIC))
     for found in run_ranks(case.world_size, steps, case):
         assert {(step[0], step[2]) for step in found} == {(512.0, 512.0)}
         assert [number for number, step in enumerate(found) if step[1]] == list(PLANTED)

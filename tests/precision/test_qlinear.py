@@ -146,6 +146,16 @@ def test_fp16_overflows_and_underflows_as_fp16_does() -> None:
     assert not small.any()
 
 
+@pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_rowwise", "mxfp8"])
+def test_large_numbers_in_fp16_are_emulated_as_the_kernel_multiplies_them(name: str) -> None:
+    """Rounded up to 65536, which fp16 does not have; the products are finite."""
+    x = torch.full((4, 32), 64000.0, dtype=torch.float16)
+    w = torch.full((8, 32), 1e-3, dtype=torch.float16)
+    y = product(x, w, Product(FORMATS[name], "", None, native=False))
+    assert y.dtype == torch.float16
+    assert (y / (32 * 64) - 1).abs().max() < 0.1
+
+
 def test_rounding() -> None:
     assert round_to(torch.tensor([449.0, 1e6, 2.0**-10, 2.0**-11]), E4M3).float().tolist() == [448, 448, 0, 0]
     assert round_to(torch.tensor([6e4]), E5M2).float().item() == 57344

@@ -290,6 +290,8 @@ def test_the_score_of_a_spike() -> None:
     assert limits[0] == pytest.approx(math.exp(1 + 6 * (1.4826 * 0.5 + 1e-3)))
     assert not window.is_spike(limits[0], 1.0)
     assert window.is_spike(limits[0] * 1.001, 1.0)
+    never = spikes.Spikes(threshold=1e6, grad_threshold=0.0, state=window.state())
+    assert not never.is_spike(1e300, 1.0)
     again = spikes.Spikes(threshold=6.0, grad_threshold=3.0, state=window.state())
     assert again.losses == window.losses
     assert not again.is_spike(1e9, 1.0)

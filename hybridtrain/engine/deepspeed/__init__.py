@@ -37,6 +37,7 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
 from hybridtrain.parallel import apply
+from hybridtrain.parallel.grad_norm import agreed
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.capabilities import of_engine
@@ -223,6 +224,7 @@ class DeepSpeedEngine:
             device=self.device,
         )
         loss = loss_of(sums, counts, weights=self.loss_weights)
+        loss, norm = agreed(torch.stack([loss, norm]), mesh=self.mesh).unbind()
         next_scale = self.scaler.scale.to(self.device)
         return StepResult(loss, sums, counts, norm, skipped * (1 - empty), empty, scale, next_scale)
 

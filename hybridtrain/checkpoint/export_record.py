@@ -35,6 +35,15 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     return result
 
 
+def step_of(folder: Path) -> int | None:
+    """The step of the checkpoint that the export in `folder` is of; None for a folder without a record."""
+    try:
+        step = read_object(folder / ORIGIN, field="source").get("step")
+    except UserError:
+        return None
+    return step if isinstance(step, int) else None
+
+
 def check(folder: Path, *, field: str) -> None:
     """Refuse weights that have changed since the export (raises UserError); warn of other files that have.
 

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.checkpoint import export_record
+from hybridtrain.checkpoint.manager import Manager
+from hybridtrain.config.schema import CheckpointConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier
 from hybridtrain.run.record import require_run
-from hybridtrain.runtime import network
+from hybridtrain.runtime import log, network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
+_log = log.get("model")
 _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub id"
 
 
@@ -31,7 +34,8 @@ _ALLOWED = "a Hugging Face folder, the folder of a complete checkpoint, or a hub
 def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     """Yield a folder or hub id that transformers can load. `field`: the option, for error messages.
 
-    An empty `source` is the run's export. A checkpoint is exported in float32 to a temporary folder.
+    An empty `source` is the run's export; a warning tells of a later checkpoint. A checkpoint is exported in
+    float32 to a temporary folder.
     Raises UserError if there is nothing to load.
     """
     if not source:
@@ -45,6 +49,7 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
                 allowed=_ALLOWED,
                 instead=f"hybridtrain export {run_dir}, or {field}=FOLDER",
             )
+        _warn_of_later(folder, run_dir=run_dir)
         yield str(folder)
         return
     folder = Path(source)
@@ -65,6 +70,19 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
             field, source, "there is no such folder", allowed=_ALLOWED, instead=f"{field}=<run>/export"
         )
     yield str(folder) if folder.is_dir() else source
+
+
+def _warn_of_later(export: Path, *, run_dir: Path) -> None:
+    step = export_record.step_of(export)
+    newest = max(Manager(run_dir / "checkpoints", settings=CheckpointConfig()).steps(), default=0)
+    if step is not None and newest > step:
+        _log.warning(
+            "the export is of step %d, the newest checkpoint is of step %d: "
+            "hybridtrain export %s writes that one",
+            step,
+            newest,
+            run_dir,
+        )
 
 
 def _export(checkpoint: Path, *, out: Path, field: str) -> Path:

@@ -3,6 +3,7 @@ Hugging Face causal LM."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from hybridtrain import evaluate
+from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import GenerateConfig, GenerateRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier
@@ -19,14 +21,16 @@ FIELD = "generate.source"
 
 
 def run(config: GenerateRoot) -> int:
-    """Print each prompt with its continuation (of a chat only the answer).
+    """Print each prompt with its continuation (of a chat only the answer); on stderr, of which step.
 
     The same seed gives the same texts.
     """
     options = config.generate
-    prompts = _prompts(options)
+    prompts, run_dir = _prompts(options), Path(config.run.dir)
     seed = config.run.seed if options.seed < 0 else options.seed
-    with evaluate.loadable(options.source, run_dir=Path(config.run.dir), field=FIELD) as source:
+    with evaluate.loadable(options.source, run_dir=run_dir, field=FIELD) as source:
+        if (step := export_record.step_of(Path(source))) is not None:
+            print(f"source {options.source or run_dir / 'export'}, step {step}", file=sys.stderr)
         texts = sample(
             source,
             prompts=prompts,

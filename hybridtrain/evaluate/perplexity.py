@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hybridtrain import evaluate, tasks
+from hybridtrain.checkpoint import export_record
 from hybridtrain.config import compose, schema
 from hybridtrain.config.schema import EvaluateRoot, TaskConfig
 from hybridtrain.data import vocabulary
@@ -70,9 +71,11 @@ def run(config: EvaluateRoot) -> int:
             vocab=vocab,
             collate=task.collate,
         )
+        step = export_record.step_of(Path(source))
         sums = scores(model, chain.from_iterable(steps), device=model.device, task=task)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
+        **({} if step is None else {"step": step}),
         "data": data.name,
         "seq_len": plan.seq_len,
         "rows": min(rows, data.count("eval", seq_len=plan.seq_len)),

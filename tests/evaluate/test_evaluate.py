@@ -26,7 +26,8 @@ def test_evaluate_agrees_with_training_and_with_plain_transformers(trained, caps
     assert result["tokens"] == trained.tokens == EVAL_ROWS * SEQ_LEN
     assert result["loss"] == pytest.approx(trained.loss, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(trained.loss), rel=1e-4)
-    assert (result["rows"], result["seq_len"]) == (EVAL_ROWS, SEQ_LEN)
+    assert (result["rows"], result["seq_len"], result["step"]) == (EVAL_ROWS, SEQ_LEN, 2)
+    assert "step        2\n" in out
     assert f"loss        {result['loss']:.6f}" in out
     assert f"perplexity  {result['perplexity']:.4f}" in out
     # transformers' own loss of whole rows: labels are the inputs, shifted inside the model
@@ -38,6 +39,17 @@ def test_evaluate_agrees_with_training_and_with_plain_transformers(trained, caps
     )
     with torch.no_grad():
         assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("newest", "warned"), [(2, False), (5, True)])
+def test_an_export_that_the_run_has_passed_is_named(newest, warned, trained, folder, caplog):
+    run = folder.parent
+    folder.rename(run / "export")
+    shutil.copytree(trained.checkpoint, run / "checkpoints" / f"step-{newest:08d}")
+    with evaluate.loadable("", run_dir=run, field="evaluate.source") as source:
+        assert source == str(run / "export")
+    told = f"the export is of step 2, the newest checkpoint is of step 5: hybridtrain export {run} writes"
+    assert (told in caplog.text) is warned
 
 
 def test_options_of_the_command_line_come_before_the_runs(trained, capsys):

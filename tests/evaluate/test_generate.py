@@ -68,7 +68,9 @@ def test_generate_from_export_and_checkpoint_is_the_same(trained, capsys):
             main(["generate", *source, "generate.prompt=number", "generate.max_new_tokens=10", "run.seed=5"])
             == 0
         )
-        texts.append(capsys.readouterr().out)
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert err.splitlines()[0].endswith(", step 2")
     assert texts[0] == texts[1]
     assert texts[0].startswith("number")
     assert len(texts[0]) > len("number\n")

@@ -21,7 +21,9 @@ from hybridtrain.engine import Settled
 from hybridtrain.errors import refusal
 from hybridtrain.plan import flops, memory, notation, rules
 from hybridtrain.plan.batch import plan_batch
+from hybridtrain.plan.formats import CARRIERS
 from hybridtrain.plan.layout import ParallelLayout
+from hybridtrain.precision import rules as formats
 from hybridtrain.runtime import launch, log
 
 if TYPE_CHECKING:
@@ -257,7 +259,7 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
     lines = [
         (
             f"{settled.facts.model_type} with {settled.facts.parameters:,} parameters, "
-            f"{config.precision.kind}{compiled}, recompute {config.recompute.kind}"
+            f"{_precision(config, device)}{compiled}, recompute {config.recompute.kind}"
         ),
         (
             f"{notation.write(config.parallel, settled.layout)} "
@@ -272,9 +274,22 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
         recompute = "full" if config.recompute.kind == "full" else "none"
         lines.append(
             "compared with: a plain PyTorch loop over Hugging Face's model in one process"
-            f"{compiled}, recompute {recompute}"
+            f", {config.precision.kind}{compiled}, recompute {recompute}"
         )
     return lines
+
+
+def _precision(config: BenchRoot, device: torch.device) -> str:
+    """The engine's precision, with the formats that are not the device's own; the plain loop has its kind."""
+    from hybridtrain.precision.device import is_native
+
+    precision = config.precision
+    emulated = [
+        name
+        for name in sorted(formats.names_of(precision))
+        if precision.emulate or not (name in CARRIERS.values() or is_native(name, device))
+    ]
+    return formats.described(precision) + (f" ({', '.join(emulated)} emulated)" if emulated else "")
 
 
 def _conclude(

@@ -173,7 +173,7 @@ def test_it_runs_where_there_is_little_besides_torch_and_transformers(tmp_path):
         == 1
     )
     done = subprocess.run(
-        [sys.executable, "-m", "hybridtrain.bench", *TINY],
+        [sys.executable, "-m", "hybridtrain.bench", *TINY, "precision=fp8_tensorwise"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -182,6 +182,8 @@ def test_it_runs_where_there_is_little_besides_torch_and_transformers(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for said in (
+        "parameters, bf16_mixed fp8_tensorwise (fp8_tensorwise emulated), recompute none",
+        "in one process, bf16_mixed, recompute none",
         "hybridtrain single",
         "plain loop",
         "times as fast as the plain loop: median of 2 paired rounds",

@@ -29,9 +29,10 @@ def run(config: InspectRoot) -> int:
     wanted, used = config.model.attention, attention_of(built)
     attention = used if used == wanted else f"{used} (this architecture has no {wanted})"
     lines = [*_parts(built, structure, facts), ("attention", attention), *_claims(facts)]
-    for name, value in (*lines, *_tensor(built, tp=config.inspect.tp)):
-        print(f"{name:<22}{value}")
-    print(f"{'took':<22}{time.monotonic() - began:.1f} s")
+    lines += _tensor(built, tp=config.inspect.tp)
+    lines.append(("took", f"{time.monotonic() - began:.1f} s"))
+    width = max(len(name) for name, _ in lines) + 2
+    print("\n".join(f"{name:<{width}}{value}" for name, value in lines))
     return 0
 
 

@@ -90,12 +90,14 @@ def check(config: schema.Root) -> None:
     if "precision" in sections:
         precision_checks.check(sections["precision"])
     ranges.check(config)
+    if isinstance(config, schema.InspectRoot):
+        _model_chosen(config.model)
     if isinstance(config, schema.Config):
         _optimizer_states(config)
         _engine(config)
         precision_checks.check_engine(config)
         if "evaluate" not in sections:
-            _trainable(config)
+            _model_chosen(config.model)
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
             _trackers(config.tracker, here="cluster" not in sections)
             _run_length(config)
@@ -262,9 +264,9 @@ def _require_path(holds: bool) -> None:
     )
 
 
-def _trainable(config: schema.Config) -> None:
+def _model_chosen(model: schema.ModelConfig) -> None:
     require(
-        bool(config.model.config or config.model.from_pretrained),
+        bool(model.config or model.from_pretrained),
         "model",
         "(none)",
         "no model chosen",

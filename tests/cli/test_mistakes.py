@@ -51,6 +51,7 @@ def test_a_file_or_a_run_in_place_of_options_is_told_where_it_goes(capsys, tmp_p
 
 
 MISTAKES = {
+    "no model to inspect": (["inspect"], ["model=(none): no model chosen", "try:     model=nano, "]),
     "unknown command": (["trian"], ["no command 'trian'", "try:     hybridtrain train"]),
     "unknown section": (
         ["train", "trian.steps=5"],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.facts import BY_FIELDS, facts_of
 from hybridtrain.analysis.of_layout import LEAST
 from hybridtrain.analysis.slices import WITH_SEQUENCE, slicing_of
 from hybridtrain.config.schema import InspectRoot
 from hybridtrain.models.structure import Structure, structure_of
 from hybridtrain.plan.cuts import as_text
+from hybridtrain.plan.rules import even_shares
 from hybridtrain.types import ModelFacts
 
 CAPABILITIES = {"pp": "pipeline parallelism", "documents": "packed documents"}
@@ -29,7 +30,7 @@ def run(config: InspectRoot) -> int:
     wanted, used = config.model.attention, attention_of(built)
     attention = used if used == wanted else f"{used} (this architecture has no {wanted})"
     lines = [*_parts(built, structure, facts), ("attention", attention), *_claims(facts)]
-    lines += _tensor(built, tp=config.inspect.tp)
+    lines += _tensor(built, facts, tp=config.inspect.tp)
     lines.append(("took", f"{time.monotonic() - began:.1f} s"))
     width = max(len(name) for name, _ in lines) + 2
     print("\n".join(f"{name:<{width}}{value}" for name, value in lines))
@@ -64,10 +65,13 @@ def _claims(facts: ModelFacts) -> list[tuple[str, str]]:
     return lines
 
 
-def _tensor(config: Any, *, tp: int) -> list[tuple[str, str]]:
+def _tensor(config: Any, facts: ModelFacts, *, tp: int) -> list[tuple[str, str]]:
     """What tensor parallelism cuts, and what is computed on every rank."""
     if tp == 1:
         return []
+    even = even_shares(facts, tp=tp)
+    if facts.model_type in BY_FIELDS and not even.holds:
+        return [("tensor parallelism", f"refused: {even.problem}; possible: {even.allowed}")]
     found = slicing_of(config, size=tp, kind=WITH_SEQUENCE)
     sequence = "exact" if found.slicing.sequence else f"refused: {found.whole.get('sequence')}"
     whole = [(name, why) for name, why in found.whole.items() if name != "sequence"]

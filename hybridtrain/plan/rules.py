@@ -323,10 +323,8 @@ def _of_micro_batches(case: _Case) -> Iterator[Rule]:
     yield Rule("batch.global_batch_size", plan.global_batch_size, holds(accum), problem, allowed, instead)
 
 
-def _of_tensor(case: _Case) -> Iterator[Rule]:
-    tp, facts, seq_len = case.layout.tp, case.facts, case.plan.seq_len
-    if tp == 1:
-        return
+def even_shares(facts: ModelFacts, *, tp: int) -> Rule:
+    """Heads and MLP of a model whose config.json tells how it is cut, for `tp` ranks."""
     heads, kv = facts.heads, facts.kv_heads
     degrees = [
         n
@@ -339,7 +337,14 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
     # A model that was analysed at this degree is cut as far as it can be (analysis/slices.py).
     holds = tp in degrees or facts.sliced is not None
     instead = f"parallel.tp={max(n for n in degrees if n <= tp)}"
-    yield Rule("parallel.tp", tp, holds, problem, ", ".join(map(str, degrees)), instead)
+    return Rule("parallel.tp", tp, holds, problem, ", ".join(map(str, degrees)), instead)
+
+
+def _of_tensor(case: _Case) -> Iterator[Rule]:
+    tp, facts, seq_len = case.layout.tp, case.facts, case.plan.seq_len
+    if tp == 1:
+        return
+    yield even_shares(facts, tp=tp)
     wanted = case.parallel.sequence_parallel == "true"
     yield Rule(
         "parallel.sequence_parallel",

@@ -1,4 +1,4 @@
-"""Heat maps of the numerics monitor: module x sampled step, for underflow, largest magnitude and RMS.
+"""Heat maps of the numerics monitor: module x sampled step, for what a module computes and its updates.
 
 Cells are an image in one color, whose opacity is the value, so that it fits a light and a dark page.
 """
@@ -21,6 +21,12 @@ MOST_NAMES = 64
 """Rows up to which each has its name; of more, only layers are named."""
 MOST_LAYERS = 40
 _TICKS = 7
+_LOGARITHMIC = {
+    "amax": "Largest magnitude of inputs",
+    "rms": "Root mean square of inputs",
+    "ratio": "Update by weight",
+}
+_LINEAR = {"snr": "Signal-to-noise ratio of inputs, dB", "realised": "Realised share of the update"}
 
 
 def plots(numerics: Numerics) -> Iterator[Plot]:
@@ -29,17 +35,21 @@ def plots(numerics: Numerics) -> Iterator[Plot]:
     shares = np.sqrt(numerics.underflow)  # so that a share of 0.01 is visible
     words = f"rounded to zero in {formats}; full color: all"
     yield _plot("numerics", f"Underflow in {formats}", numerics, shares, words)
-    for key, title, values in (
-        ("amax", "Largest magnitude", numerics.amax),
-        ("rms", "Root mean square", numerics.rms),
-    ):
-        known = values[np.isfinite(values) & (values > 0)]
-        if len(known):
-            low, high = np.log2(known.min()), np.log2(known.max())
-            with np.errstate(divide="ignore", invalid="ignore"):
-                opacity = 0.08 + 0.92 * (np.log2(values) - low) / max(high - low, 1.0)
-            words = f"of inputs; from 2^{low:.0f}, pale, to 2^{high:.0f}"
-            yield _plot(f"numerics_{key}", f"{title} of inputs", numerics, opacity, words)
+    for key, title in _LOGARITHMIC.items():
+        values = getattr(numerics, key)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            yield from _of_range(key, title, numerics, np.log2(values), "from 2^{:.0f}, pale, to 2^{:.0f}")
+    for key, title in _LINEAR.items():
+        yield from _of_range(key, title, numerics, getattr(numerics, key), "from {:.3g}, pale, to {:.3g}")
+
+
+def _of_range(key: str, title: str, numerics: Numerics, values: np.ndarray, words: str) -> Iterator[Plot]:
+    """The map of values between their smallest and their largest; none without a value."""
+    known = values[np.isfinite(values)]
+    if len(known):
+        low, high = known.min(), known.max()
+        opacity = 0.08 + 0.92 * (values - low) / max(high - low, 1.0)
+        yield _plot(f"numerics_{key}", title, numerics, opacity, words.format(low, high))
 
 
 def _plot(name: str, title: str, numerics: Numerics, opacity: np.ndarray, words: str) -> Plot:

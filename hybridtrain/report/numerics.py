@@ -29,6 +29,12 @@ class Numerics:
     amax: np.ndarray
     """Of the input; of a module without, of its weight."""
     rms: np.ndarray
+    snr: np.ndarray
+    """In dB; as amax."""
+    ratio: np.ndarray
+    """Update to weight, the largest of the module's parameters."""
+    realised: np.ndarray
+    """Share of the update that rounding has left, the smallest of the module's parameters."""
     broken: np.ndarray
     """Whether a number is not finite, or input or gradient are all zeros; bool."""
 
@@ -51,10 +57,15 @@ def of_lines(lines: Iterable[str]) -> tuple[Numerics | None, int]:
 def _arrays(samples: list[Sample]) -> Numerics:
     modules = tuple(dict.fromkeys(name for sample in samples for name in sample.modules))
     shape = (len(modules), len(samples))
-    underflow, amax, rms = (np.full(shape, np.nan) for _ in range(3))
+    underflow, amax, rms, snr, ratio, realised = (np.full(shape, np.nan) for _ in range(6))
     broken, role = np.zeros(shape, dtype=bool), np.full(shape, "", dtype="<U1")
+    rows = {name: row for row, name in enumerate(modules)}
     for column, sample in enumerate(samples):
-        for row, name in enumerate(modules):
+        for name, update in sample.parameters.items():
+            if (row := rows.get(name.rpartition(".")[0])) is not None:
+                ratio[row, column] = np.fmax(ratio[row, column], _or_nan(update.ratio))
+                realised[row, column] = np.fmin(realised[row, column], _or_nan(update.realised))
+        for name, row in rows.items():
             roles = sample.modules.get(name, {})
             judged = {
                 key: each.shares(sample.formats[key]).underflow
@@ -67,7 +78,7 @@ def _arrays(samples: list[Sample]) -> Numerics:
             shown = roles.get("x") or roles.get("w")
             if shown is not None:
                 amax[row, column] = shown.amax
-                rms[row, column] = np.nan if shown.rms is None else shown.rms
+                rms[row, column], snr[row, column] = _or_nan(shown.rms), _or_nan(shown.snr)
             broken[row, column] = any(
                 each.non_finite or (key in ("x", "g") and each.amax == 0) for key, each in roles.items()
             )
@@ -80,5 +91,12 @@ def _arrays(samples: list[Sample]) -> Numerics:
         role,
         amax,
         rms,
+        snr,
+        ratio,
+        realised,
         broken,
     )
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value

@@ -152,7 +152,14 @@ METERS = (
     ("memory", "Peak memory", "GiB per process, largest of all", "max_memory_gib"),
     ("loss_scale", "Loss scale", "loss scale", "loss_scale"),
 )
-MAPS = {"numerics": "underflow", "numerics_amax": "amax", "numerics_rms": "rms"}
+MAPS = {
+    "numerics": "underflow",
+    "numerics_amax": "amax",
+    "numerics_rms": "rms",
+    "numerics_ratio": "update",
+    "numerics_snr": "SNR",
+    "numerics_realised": "realised",
+}
 """Names of heat maps (heat_map.py), which share a place on the page -> their tabs."""
 NAMES = (
     *(f"{loss}{axis}" for loss in ("loss", "eval_loss") for axis in ("", "_tokens", "_time")),

@@ -46,7 +46,10 @@ def write(folder, *, layers: int, steps: int):
                 False,
                 formats_of(PrecisionConfig()),
                 roles,
-                {"w": Update(1.0, 1e-3, None, None)},
+                {
+                    "lm_head.weight": Update(1.0, 1e-3, 0.9, 0.1),
+                    "lm_head.bias": Update(1.0, 1e-2, 0.5, 0.1),
+                },
             )
             stream.write(json.dumps(sample.line()) + "\n")
         stream.write('{"step": 99')
@@ -71,7 +74,7 @@ def test_heat_maps(tmp_path, layers, modules):
     assert "model.layers.1.mlp.down_proj: underflow at most 90.00% (x, step 301)" in document
     assert "lm_head: underflow at most" in document
     assert "not finite or all zeros at step 551" in document
-    assert document.count('name="numerics"') == 3  # tabs
+    assert document.count('name="numerics"') == len(plots.MAPS)  # tabs
     files = report.write(list(maps.values()), document, name="demo", out=tmp_path / "report")
     picture = next(file for file in files if file.name == "numerics.png")
     assert drawn_in(picture, plots.ALARM) > 5  # the broken cell
@@ -83,6 +86,9 @@ def test_what_is_lost_and_what_is_broken(tmp_path):
     assert found.underflow[row].tolist() == pytest.approx([0.004, 0.004, 0.9, 0.9])
     assert found.broken.sum() == 1
     assert found.broken[found.modules.index("lm_head"), -1]
+    head = found.modules.index("lm_head")
+    assert (found.snr[head, 0], found.ratio[head, 0], found.realised[head, 0]) == (31.5, 1e-2, 0.5)
+    assert np.isnan(found.ratio[row]).all()
     assert np.isinf(found.amax[found.modules.index("lm_head"), -1])
 
 

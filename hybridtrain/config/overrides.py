@@ -108,6 +108,8 @@ def _suggest_for_word(text: str, command: str) -> str:
             "with `# @package _global_` as its first line; "
             f"--config-dir FOLDER experiment={name}"
         )
+    if path.is_dir() and command == "inspect":
+        return f"model.from_pretrained={path / 'export' if (path / 'config.yaml').is_file() else path}"
     if path.is_dir():
         return f"run.dir={text} after the options that the run was started with"
     return f"{text.strip('=')}=VALUE, or `hybridtrain {command} --help`"

@@ -62,7 +62,7 @@ def check_fixed(precision: schema.PrecisionConfig, *, command: str) -> None:
 def check(precision: schema.PrecisionConfig) -> None:
     """Raise UserError for formats that do not exist, or are wider than what precision.kind exchanges."""
     if precision.compute:
-        _format("precision.compute", precision.compute, precision, also=())
+        _format("precision.compute", precision.compute, precision, also=(), option="precision.compute={}")
     for number, rule in enumerate(precision.rules):
         field = f"precision.rules[{number}]"
         require(
@@ -75,7 +75,8 @@ def check(precision: schema.PrecisionConfig) -> None:
             allowed="{match: PATTERN, compute: FORMAT}",
             instead="{match: '*.down_proj', compute: high}",
         )
-        _format(f"{field}.compute", rule["compute"], precision, also=(HIGH,))
+        option = "compute: {} inside the rule"
+        _format(f"{field}.compute", rule["compute"], precision, also=(HIGH,), option=option)
     _adaptive(precision)
     for field, value in (("high_first", precision.high_first), ("high_last", precision.high_last)):
         require(
@@ -129,16 +130,22 @@ def _adaptive(precision: schema.PrecisionConfig) -> None:
 
 def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
     """Formats from narrow to wide, each of which a histogram of a tensor can judge."""
+    fitting = _sorted(ladder, precision)
+    instead = f"precision.ladder=[{','.join(fitting)}]"
+    if precision.compute != fitting[0]:
+        instead += f" precision.compute={fitting[0]}"
     require(
         len(ladder) > 1,
         "precision.ladder",
         ladder,
         "adaptive precision needs a format to start with, and one to go to",
         allowed="two formats or more",
-        instead="precision.ladder=[fp8_tensorwise,bf16]",
+        instead=instead,
     )
     for number, name in enumerate(ladder):
-        _format(f"precision.ladder[{number}]", name, precision, also=())
+        others = [*ladder[:number], "{}", *ladder[number + 1 :]]
+        option = f"precision.ladder=[{','.join(others)}]"
+        _format(f"precision.ladder[{number}]", name, precision, also=(), option=option)
     for lower, upper in itertools.pairwise(ladder):
         require(
             FORMATS[lower].scale != "block",
@@ -147,7 +154,7 @@ def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
             f"a histogram of a whole tensor does not tell whether its numbers fit {lower}, whose blocks have "
             "scales of their own",
             allowed="formats with a scale for a tensor or a row, or without",
-            instead="precision.ladder=[fp8_tensorwise,bf16]",
+            instead=instead,
         )
         require(
             is_wider(upper, lower),
@@ -155,11 +162,27 @@ def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
             ladder,
             f"{upper} is no wider than {lower}",
             allowed="each format wider than the one before",
-            instead="precision.ladder=[fp8_tensorwise,bf16,fp32]",
+            instead=instead,
         )
 
 
-def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: tuple[str, ...]) -> None:
+def _sorted(ladder: list[str], precision: schema.PrecisionConfig) -> list[str]:
+    """The formats of `ladder` that can be on one, from narrow to wide; of fewer than two, another ladder."""
+    wide = {
+        FORMATS[name].order: name for name in ladder if name in FORMATS and FORMATS[name].scale != "block"
+    }
+    return (
+        [wide[order] for order in sorted(wide)]
+        if len(wide) > 1
+        else ["fp8_tensorwise", CARRIERS[precision.kind]]
+    )
+
+
+def _format(
+    field: str, name: str, precision: schema.PrecisionConfig, *, also: tuple[str, ...], option: str
+) -> None:
+    """`option`: how a format is written there, for {}."""
+    carrier, in_rule = CARRIERS[precision.kind], field.startswith("precision.rules")
     known = (*FORMATS, *also)
     require(
         name in known,
@@ -167,7 +190,7 @@ def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: t
         name,
         "no such format",
         allowed=", ".join(known),
-        instead=f"{field}={nearest_name(name, known)}",
+        instead=option.replace("{}", nearest_name(name, known)),
     )
     require(
         name != "fp32" or precision.kind != "tf32" or precision.emulate,
@@ -175,9 +198,9 @@ def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: t
         name,
         "with precision.kind=tf32 a GPU multiplies all fp32 operands in TF32",
         allowed="tf32 and narrower formats",
-        instead="precision.kind=fp32 precision.compute=tf32, with this rule",
+        instead="precision.kind=fp32"
+        + (f" precision.compute={precision.compute or 'tf32'}, with this rule" if in_rule else ""),
     )
-    carrier = CARRIERS[precision.kind]
     if name in FORMATS and name != carrier and is_wider(name, carrier):
         kind = "fp64" if name == "fp64" else "fp32"
         raise refusal(
@@ -186,5 +209,6 @@ def _format(field: str, name: str, precision: schema.PrecisionConfig, *, also: t
             f"it is wider than what linear layers exchange with precision.kind={precision.kind}: inputs and "
             f"weights would be rounded to {carrier} before",
             allowed=f"{carrier} and narrower formats",
-            instead=f"precision.kind={kind} precision.compute={carrier}, with this rule",
+            instead=f"precision.kind={kind}"
+            + (f" precision.compute={precision.compute or carrier}, with this rule" if in_rule else ""),
         )

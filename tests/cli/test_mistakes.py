@@ -48,6 +48,11 @@ def test_a_file_or_a_run_in_place_of_options_is_told_where_it_goes(capsys, tmp_p
         capsys, ["train", "mine.yaml"]
     )
     assert f"try:     run.dir={tmp_path} after the options" in refused(capsys, ["train", str(tmp_path)])
+    assert f"try:     model.from_pretrained={tmp_path}\n" in refused(capsys, ["inspect", str(tmp_path)])
+    (tmp_path / "config.yaml").touch()
+    assert f"try:     model.from_pretrained={tmp_path / 'export'}\n" in refused(
+        capsys, ["inspect", str(tmp_path)]
+    )
 
 
 MISTAKES = {

@@ -31,6 +31,54 @@ def test_refused(words, refusal):
         checks.check(compose("train", [*ENOUGH, *words]))
 
 
+ADAPTIVE = ["precision.adaptive=true", "precision.monitor_every=10"]
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["precision.ladder=[bf16,fp8_tensorwise]"], "precision.ladder=[fp8_tensorwise,bf16]"),
+        (
+            ["precision.compute=bf16", "precision.ladder=[bf16,fp8_tensorwise]"],
+            "precision.ladder=[fp8_tensorwise,bf16] precision.compute=fp8_tensorwise",
+        ),
+        (["precision.ladder=[bf16,mxfp8]"], "precision.ladder=[fp8_tensorwise,bf16]"),
+        (
+            ["precision=fp16_mixed", "precision.ladder=[fp8_tensorwise]"],
+            "precision.ladder=[fp8_tensorwise,fp16]",
+        ),
+        (["precision.ladder=[fp8,bf16]"], "precision.ladder=[fp8_tensorwise,bf16]"),
+        (["precision.ladder=[fp8_tensorwise,bf16,fp32]"], "precision.kind=fp32"),
+        (["precision=fp32", "precision.ladder=[tf32,fp32]", "precision.kind=tf32"], "precision.kind=fp32"),
+    ],
+)
+def test_a_ladder_that_is_advised_is_taken(words, advice):
+    lowest = "tf32" if "tf32" in words[-1] else "fp8_tensorwise"
+    command = [*ENOUGH, "precision=bf16_mixed", *ADAPTIVE, f"precision.compute={lowest}", *words]
+    with pytest.raises(UserError) as error:
+        checks.check(compose("train", command))
+    assert str(error.value).endswith(f"try:     {advice}")
+    checks.check(compose("train", [*command, *advice.split()]))
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["precision.compute=fp8"], "precision.compute=fp8_tensorwise"),
+        (["precision.compute=fp32"], "precision.kind=fp32"),
+        (["precision.rules=[{match: '*', compute: fp8}]"], "compute: fp8_tensorwise inside the rule"),
+        (
+            ["precision.rules=[{match: '*', compute: fp32}]"],
+            "precision.kind=fp32 precision.compute=bf16, with this rule",
+        ),
+    ],
+)
+def test_a_format_that_does_not_fit_is_answered_where_it_is_written(words, advice):
+    with pytest.raises(UserError) as error:
+        checks.check(compose("train", [*ENOUGH, "precision=bf16_mixed", *words]))
+    assert str(error.value).endswith(f"try:     {advice}")
+
+
 @pytest.mark.parametrize("state", ["auto", "fp32", "bf16", "8bit"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16_mixed", "bf16_pure", "fp16_mixed"])
 def test_every_format_goes_with_every_recipe(kind, state):

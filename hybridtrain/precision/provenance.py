@@ -160,7 +160,8 @@ class Origin:
             return f"{rows}{rule}, or precision.adaptive=true: fp16 ends at 65504"
         if sign.dtype == torch.float16:
             return rows + (
-                "a lower precision.min_scale and precision.init_scale: the loss scale is too large"
+                "a lower loss scale: of a static one a lower precision.static_scale, or "
+                "precision.static_scale=null; else a lower precision.min_scale and precision.init_scale"
                 if sign.backward
                 else "precision=bf16_mixed: fp16 ends at 65504, and no loss scale changes the forward pass"
             )

@@ -144,7 +144,10 @@ def test_the_advice_fits_the_finding() -> None:
     assert "an earlier checkpoint" in advice("weight")
     assert advice("output").startswith("look at these rows")
     assert "bf16_mixed" in advice("output")
-    assert "min_scale" in advice("gradient")
+    assert "of a static one a lower precision.static_scale, or precision.static_scale=null" in advice(
+        "gradient"
+    )
+    assert "else a lower precision.min_scale" in advice("gradient")
 
 
 def test_a_product_in_fp16_that_overflows_is_told_from_its_bf16_output() -> None:

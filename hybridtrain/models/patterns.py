@@ -50,10 +50,13 @@ def check_one(field: str, pattern: str, names: Sequence[str], *, what: str) -> N
         word, {part for kind in kinds for part in kind.split(".")}, n=1, cutoff=0.6
     )
     near = (
-        inside[:3]
-        or [kind for kind in kinds if parts and parts[0] in kind.split(".")][:3]
-        or difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.3)
-    )
+        inside
+        or [kind for kind in kinds if parts and parts[0] in kind.split(".")]
+        or difflib.get_close_matches(pattern, kinds, n=1, cutoff=0.3)
+        or kinds
+    )[0]
+    # What layers share is named without the path to the layers.
+    short = dict.fromkeys(f"*.{kind.rpartition('.*.')[2]}" if ".*." in kind else kind for kind in kinds)
     tied = (
         " (a tied head is model.embed_tokens.weight)"
         if what == "parameter" and "lm_head" in pattern and "lm_head.weight" not in names
@@ -64,6 +67,6 @@ def check_one(field: str, pattern: str, names: Sequence[str], *, what: str) -> N
         field,
         [pattern],
         words,
-        allowed=", ".join(near or kinds[:4]),
-        instead=f"{field}=['{(near or kinds)[0]}']",
+        allowed=", ".join(short),
+        instead=f"{field}=['{near}']",
     )

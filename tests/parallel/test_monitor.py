@@ -247,8 +247,10 @@ def test_sampled_steps_leave_no_hook_and_other_steps_have_none() -> None:
 
 def test_a_pattern_that_matches_no_module_is_refused() -> None:
     engine = cases.start(Case())
-    with pytest.raises(UserError, match="it matches no module of the model"):
-        Monitor(engine.monitored(), every=1, patterns=["*.mpl.*"], precision=PrecisionConfig())
+    with pytest.raises(UserError, match="it matches no module of the model") as error:
+        Monitor(engine.monitored(), every=1, patterns=["*.up_prj"], precision=PrecisionConfig())
+    assert "allowed: lm_head, model.embed_tokens, *.input_layernorm, *.mlp.down_proj, " in str(error.value)
+    assert "try:     precision.monitor_modules=['model.layers.*.mlp.up_proj']" in str(error.value)
     chosen = Monitor(engine.monitored(), every=1, patterns=["*.mlp.up_proj"], precision=PrecisionConfig())
     assert chosen.names == [f"model.layers.{n}.mlp.up_proj" for n in range(4)]
     assert list(chosen.parameters) == [f"{name}.weight" for name in chosen.names]

@@ -58,18 +58,7 @@ def write(
             instead="a checkpoint of the same run",
         )
 
-    def read(spec: TensorSpec) -> torch.Tensor:
-        weight, rest = loaded(PREFIX + spec.name, spec), f"optim.{spec.name}.{COMPENSATION}"
-        if spec.dtype != weight.dtype and rest in stored.state_dict_metadata:  # what bf16 lacks
-            weight = joined(weight, loaded(rest, spec))
-        return _cast(weight, spec=spec)
-
-    def loaded(key: str, spec: TensorSpec) -> torch.Tensor:
-        dtype = stored.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
-        full = {key: torch.empty(spec.shape, dtype=dtype)}
-        metadata.load_into(full, path=checkpoint, metadata=stored, group=None)
-        return full[key]
-
+    read = _reader(checkpoint, stored)
     values: Callable[[TensorSpec], torch.Tensor] = read
     if model is not None:
         specs, values = _converted(specs, read, model=model)
@@ -91,6 +80,24 @@ def write(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _reader(checkpoint: Path, stored: metadata.dcp_metadata.Metadata) -> Callable[[TensorSpec], torch.Tensor]:
+    """What reads a weight of a checkpoint, and casts it."""
+
+    def loaded(key: str, spec: TensorSpec) -> torch.Tensor:
+        dtype = stored.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
+        full = {key: torch.empty(spec.shape, dtype=dtype)}
+        metadata.load_into(full, path=checkpoint, metadata=stored, group=None)
+        return full[key]
+
+    def read(spec: TensorSpec) -> torch.Tensor:
+        weight, rest = loaded(PREFIX + spec.name, spec), f"optim.{spec.name}.{COMPENSATION}"
+        if spec.dtype != weight.dtype and rest in stored.state_dict_metadata:  # what bf16 lacks
+            weight = joined(weight, loaded(rest, spec))
+        return _cast(weight, spec=spec)
+
+    return read
 
 
 def _converted(

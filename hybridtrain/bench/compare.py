@@ -21,7 +21,6 @@ from hybridtrain.engine import Settled
 from hybridtrain.errors import refusal
 from hybridtrain.plan import flops, memory, notation, rules
 from hybridtrain.plan.batch import plan_batch
-from hybridtrain.plan.formats import CARRIERS
 from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.precision import rules as formats
 from hybridtrain.runtime import launch, log
@@ -281,14 +280,11 @@ def _opening(config: BenchRoot, settled: Settled, device: torch.device) -> list[
 
 def _precision(config: BenchRoot, device: torch.device) -> str:
     """The engine's precision, with the formats that are not the device's own; the plain loop has its kind."""
-    from hybridtrain.precision.device import is_native
+    from hybridtrain.precision.device import is_emulated
 
     precision = config.precision
-    emulated = [
-        name
-        for name in sorted(formats.names_of(precision))
-        if precision.emulate or not (name in CARRIERS.values() or is_native(name, device))
-    ]
+    names = sorted(formats.names_of(precision))
+    emulated = [name for name in names if is_emulated(name, precision, device=device)]
     return formats.described(precision) + (f" ({', '.join(emulated)} emulated)" if emulated else "")
 
 

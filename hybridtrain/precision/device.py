@@ -13,7 +13,7 @@ import torch
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import refusal
-from hybridtrain.plan.formats import CARRIERS, FORMATS
+from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH
 from hybridtrain.precision.rules import names_of
 
 _FP8, _AMPERE, _HOPPER = (8, 9), (8, 0), 9
@@ -25,6 +25,12 @@ KERNEL_MULTIPLE = 16
 def is_native(name: str, device: torch.device) -> bool:
     """Whether the device has a kernel of its own for a format with scales."""
     return name in _KERNELS and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8
+
+
+def is_emulated(name: str, precision: PrecisionConfig, *, device: torch.device) -> bool:
+    """Whether a format is computed with rounded operands; never HIGH."""
+    native = name in CARRIERS.values() or is_native(name, device)
+    return name != HIGH and (precision.emulate or not native)
 
 
 def check(precision: PrecisionConfig, *, device: torch.device, tokens: int) -> None:

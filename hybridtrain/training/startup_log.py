@@ -16,7 +16,7 @@ from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import notation, optimizer_states, stages
-from hybridtrain.plan.formats import CARRIERS, HIGH
+from hybridtrain.plan.formats import HIGH
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.precision import rules
 from hybridtrain.runtime import log
@@ -120,8 +120,7 @@ def _format_lines(rows: Sequence[rules.Row], precision: PrecisionConfig, *, on: 
 
     lines = []
     for row in rows:
-        native = row.format in CARRIERS.values() or device.is_native(row.format, on)
-        how = ", emulated" if row.format != HIGH and (precision.emulate or not native) else ""
+        how = ", emulated" if device.is_emulated(row.format, precision, device=on) else ""
         what = "linear layers" if row.format != HIGH else "linear layers with the head"
         lines.append(
             f"{row.format}: {row.modules} {what}, {metrics.quantity(row.parameters)} parameters, "

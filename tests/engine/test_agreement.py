@@ -44,7 +44,7 @@ WHOLE = (("parallel.sequence_parallel", False),)
     ("case", "where"),
     [
         (Case("tp2", overrides=WHOLE), "gradient"),
-        (Case("tp2"), "loss"),
+        pytest.param(Case("tp2"), "loss", marks=pytest.mark.slow),
         pytest.param(Case("pp2-tp2", overrides=WHOLE), "gradient", marks=pytest.mark.slow),
         pytest.param(deepspeed("tp2", precision="bf16_mixed"), "loss", marks=pytest.mark.slow),
     ],
@@ -79,8 +79,13 @@ def product_of(name: str, faulty: int) -> bool:
     return bool(y[1].isfinite().any())
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("name", ["int8", "fp8_rowwise"])
+@pytest.mark.parametrize(
+    ("name", "faulty"),
+    [
+        ("int8", 1),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("int8", 0), ("fp8_rowwise", 1))),
+    ],
+)
 def test_nan_of_any_rank_stays(name: str, faulty: int) -> None:
     """The maximum of gloo, which finds the scale, leaves out a NaN that is not the first rank's."""
     assert not run_ranks(2, product_of, name, faulty)[faulty]

@@ -81,7 +81,9 @@ def test_the_cases_of_one_gpu_run_on_a_tiny_model(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    rows = {row["case"]: row for row in map(json.loads, (tmp_path / "cases.jsonl").read_text().splitlines())}
+    rows = {
+        row["case"]: row for row in map(json.loads, (tmp_path / "runs/cases.jsonl").read_text().splitlines())
+    }
     assert [row.get("error") for row in rows.values()] == [None] * 4
     # the same weights and rows
     assert rows["compiled"]["loss"] == pytest.approx(rows["plain"]["loss"], rel=1e-3)

@@ -112,30 +112,32 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
         )
 
 
-_SCALE = ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale", "hysteresis")
-_READ_WITH: tuple[tuple[Callable[[PrecisionConfig], bool], tuple[str, ...], str, str], ...] = (
-    (has_dynamic_scale, _SCALE, "no loss scale adapts", "precision=fp16_mixed, without static_scale"),
+_READ_WITH: tuple[tuple[Callable[[PrecisionConfig], bool], tuple[str, ...], str], ...] = (
     (
-        lambda p: p.adaptive,
-        ("adaptive_patience", "adaptive_budget"),
-        "nothing adapts",
-        "precision.adaptive=true",
+        has_dynamic_scale,
+        ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale"),
+        "no loss scale adapts",
     ),
-    (lambda p: p.monitor_every > 0, ("monitor_modules",), "the monitor is off", "precision.monitor_every=50"),
+    (lambda p: p.adaptive, ("adaptive_patience", "adaptive_budget"), "precision.adaptive is false"),
+    (lambda p: p.monitor_every > 0, ("monitor_modules",), "precision.monitor_every is 0"),
 )
-"""(when they are read, options, what is so otherwise, what to set)"""
+"""(when they are read, options, what is so otherwise). hysteresis is left out: it is in every older run."""
+
+
+def idle_options(precision: PrecisionConfig) -> list[str]:
+    """Lines about options that were set and do nothing. Not refused: runs of earlier versions go on."""
+    default = PrecisionConfig()
+    return [
+        f"precision.{name}={getattr(precision, name)} does nothing: {why}"
+        for is_read, names, why in _READ_WITH
+        if not is_read(precision)
+        for name in names
+        if getattr(precision, name) != getattr(default, name)
+    ]
 
 
 def check_options(precision: PrecisionConfig) -> None:
     """Refuse options that would do nothing (raises UserError)."""
-    default = PrecisionConfig()
-    for is_read, names, problem, instead in _READ_WITH:
-        for name in names if not is_read(precision) else ():
-            value, usual = getattr(precision, name), getattr(default, name)
-            if value != usual:
-                option = f"precision.{name}"
-                problem = f"it would do nothing: {problem}"
-                raise refusal(option, value, problem, allowed=f"{usual} here", instead=instead)
     if precision.static_scale is not None and not has_loss_scale(precision):
         raise refusal(
             "precision.static_scale",

@@ -61,6 +61,8 @@ def write(job: Job, *, run_dir: RunDir, engine: Any, start: Progress) -> None:
         _log.warning(
             "schedule.warmup_steps=%d: the run ends before its warm-up does", job.config.schedule.warmup_steps
         )
+    for line in rules.idle_options(job.config.precision):
+        _log.warning("%s", line)
     _log_start(job, run_dir=run_dir, start=start)
 
 

@@ -170,13 +170,6 @@ def test_what_overflows_in_fp16_is_promoted_in_the_order_of_execution(
         ({"precision": "fp64", "precision__state": "8bit"}, "has optimizer states in fp64"),
         ({"precision__static_scale": 1024}, "has no loss scale"),
         ({"precision__emulate": "true"}, "has no format to emulate"),
-        ({"precision": "bf16_mixed", "precision__init_scale": 8}, "no loss scale adapts"),
-        (
-            {"precision": "fp16_mixed", "precision__static_scale": 8, "precision__min_scale": 4},
-            "would do nothing",
-        ),
-        ({"precision__adaptive_patience": 9}, "would do nothing"),
-        ({"precision__monitor_modules": "['*.mpl.*']"}, "the monitor is off"),
         ({"precision__compute": "fp8_tensorwise", "precision__high_first": 9}, "no linear layer takes it"),
         ({**FP8, "precision__rules": "[{match: '*', compute: fp8_rowwise}]"}, "no linear layer takes it"),
         ({**FP8, "precision__compute": "mxfp8", "precision__ladder": "[mxfp8,bf16]"}, "blocks have scales"),

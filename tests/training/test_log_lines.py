@@ -41,7 +41,7 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last_one(tmp_path):
 
 def test_a_start_names_what_does_not_go_together(tmp_path):
     """End tokens of model and tokenizer, a tokenizer with more tokens than the model has rows, a warm-up
-    longer than the run."""
+    longer than the run, options that nothing reads."""
     data, tokenizer = runs.corpus(tmp_path), tmp_path / "tokenizer"
     added = AutoTokenizer.from_pretrained(data / "tokenizer")
     added.add_tokens(["<|new|>"])
@@ -53,11 +53,14 @@ def test_a_start_names_what_does_not_go_together(tmp_path):
         eval_fraction=0.0,
     )
     options = {"train__steps": 1, "model__config__eos_token_id": 2, "schedule__warmup_steps": 5}
+    options |= {"precision__min_scale": 4, "precision__monitor_modules": "['*.mpl.*']"}
     ended = runs.finished(
         1, runs.arguments(tmp_path / "run", prepare(settings, options=schema.PrepareConfig()), **options)
     )
     said = ended.out + ended.err
     assert "tokenizer config.json ends texts with [2], the tokenizer with 0" in said
+    assert "precision.min_scale=4.0 does nothing: no loss scale adapts" in said
+    assert "precision.monitor_modules=['*.mpl.*'] does nothing: precision.monitor_every is 0" in said
     assert (
         "tokenizer it has 301 tokens, the model's embedding 300 rows: the model cannot read the other tokens"
         in said

@@ -2,7 +2,7 @@
 
 It has the model config, initial weights, data and optimizer settings of the engines, but none of their code:
 Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping and AdamW. Only
-the arithmetic of other formats of weights and moments is the engines' (optim/adam.py).
+the arithmetic of other formats of weights and moments is the engines' (optim/stored.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
 from hybridtrain.models.build import logits, plain_model, saved_buffers
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.structure import structure_of
-from hybridtrain.optim import adam, user_optimizer
+from hybridtrain.optim import stored, user_optimizer
+from hybridtrain.optim.shards import groups, set_rate
+from hybridtrain.optim.updates import moments_of_kind
 from hybridtrain.plan.formats import FORMATS, HIGH
 from hybridtrain.precision.double import Double
 from hybridtrain.precision.policy import policy
@@ -62,7 +65,7 @@ class Reference:
         dtypes = policy(precision)
         param, compute = dtypes.param, dtypes.compute
         self.settings, self.compute, self.task = settings, compute, task
-        self.formats = adam.Formats.of(precision, seed=seed)
+        self.formats = stored.Formats.of(precision, seed=seed)
         self.sums = torch.promote_types(torch.float32, compute)
         """dtype of gradients over micro-batches, and of losses."""
         self.loss_scale = 1.0
@@ -82,7 +85,7 @@ class Reference:
                     convert(module, Product(FORMATS[name], "", None, native=False))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
         self.states: dict[str, dict[str, Tensor]] = {}
-        """Name -> state of adam.py, where torch's optimizer does not have the formats of `formats`."""
+        """Name -> state of stored.py, where torch's optimizer does not have the formats of `formats`."""
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
@@ -132,29 +135,31 @@ class Reference:
 
     @torch.no_grad()
     def _update(self, *, lr: float) -> None:
-        groups = self.optimizer.param_groups
-        decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        set_rate(self.optimizer, lr)
+        settings = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         trained = {name: p for name, p in self.master.named_parameters() if p.grad is not None}
-        if self.settings.kind != "adamw" or all(self.formats.plain(p.dtype) for p in trained.values()):
-            for group in groups:
-                group["lr"] = lr
+        kind, plain = self.settings.kind, all(self.formats.plain(p.dtype) for p in trained.values())
+        if kind not in registry.BUILT_IN["optimizer"] or (kind == "adamw" and plain):
             self.optimizer.step()
             return
         for name, p in trained.items():
             assert p.grad is not None
             if name not in self.states:
-                self.states[name] = adam.allocate(p.data, whole=p.shape, formats=self.formats)
+                moments = moments_of_kind(self.settings)
+                self.states[name] = stored.allocate(
+                    p.data, whole=p.shape, moments=moments, formats=self.formats
+                )
             whole = [slice(0, size) for size in p.shape]
             key = key_of(seed=self.formats.seed, name=name)
-            adam.update(
+            stored.update(
                 p.data,
                 p.grad,
                 self.states[name],
                 settings=self.settings,
                 formats=self.formats,
-                where=adam.place(p.shape, whole, key=key, device=p.device),
-                lr=lr,
-                decay=decays[id(p)],
+                where=stored.place(p.shape, whole, key=key, device=p.device),
+                lr=settings[id(p)]["lr"],
+                decay=settings[id(p)]["weight_decay"],
                 divide=torch.ones((), device=p.device),
                 skip=torch.zeros((), device=p.device),
             )
@@ -197,20 +202,14 @@ def build_model(config: Any, *, source: WeightSource, param: torch.dtype, device
 
 
 def parameter_groups(model: nn.Module, settings: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups for torch's optimizers: trained parameters with and without weight decay."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.dim() < 2 or matches(name, settings.no_decay)]
-    decayed = [p for name, p in trained if not (p.dim() < 2 or matches(name, settings.no_decay))]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    """Parameter groups for torch's optimizers: trained parameters by rate and weight decay."""
+    named = [(name, p.dim(), p) for name, p in model.named_parameters() if p.requires_grad]
+    return groups(named, settings)
 
 
 def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.optim.Optimizer:
-    """torch's AdamW or a user's optimizer over whole parameters."""
-    if settings.kind != "adamw":
+    """torch's AdamW or a user's optimizer over whole parameters; of others only the groups are used."""
+    if settings.kind not in registry.BUILT_IN["optimizer"]:
         return user_optimizer.build(groups, settings)
     first, second = settings.betas
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)

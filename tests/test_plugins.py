@@ -29,7 +29,7 @@ def test_each_kind_of_the_documentation_trains(tmp_path: Path) -> None:
         assert ended.code == 0, ended.err
     runs = {
         name: rows(tmp_path / "runs" / name)
-        for name in ("mine", "steps", "stopper", "halves", "focal", "sgd", "table")
+        for name in ("mine", "steps", "stopper", "halves", "focal", "rmsprop", "table")
     }
     plain = runs["mine"]
     assert plain[-1]["loss"] < plain[0]["loss"]
@@ -37,7 +37,12 @@ def test_each_kind_of_the_documentation_trains(tmp_path: Path) -> None:
     assert [line["lr"] for line in runs["steps"]] == pytest.approx([*[0.01] * 3, *[0.005] * 2, *[0.0025] * 2])
     assert summary(tmp_path / "runs/stopper")["exit_reason"] == "good enough"
     assert (
-        len({run[-1]["loss"] for run in (plain, runs["steps"], runs["halves"], runs["focal"], runs["sgd"])})
+        len(
+            {
+                run[-1]["loss"]
+                for run in (plain, runs["steps"], runs["halves"], runs["focal"], runs["rmsprop"])
+            }
+        )
         == 5
     )
     assert [f"{line['step']},{line['loss']}" for line in runs["table"]] == (
@@ -83,7 +88,7 @@ def test_another_name_is_another_run(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "one")[-1] == "step-00000004"
     for words in (
         ["task.kind=halves", "run.plugins=[rows,halves]"],
-        ["optim.kind=sgd", "run.plugins=[rows,sgd]", "optim.options.momentum=0.9"],
+        ["optim.kind=rmsprop", "run.plugins=[rows,rmsprop]", "optim.options.momentum=0.9"],
     ):
         [ended] = run_ranks(1, in_folder, tmp_path, "train", [*argv, "train.steps=6", *words])
         assert ended.code == 2
@@ -166,7 +171,7 @@ def test_a_module_is_imported_once_and_a_package_may_register_in_its_parts(tmp_p
     ("words", "said"),
     [
         (["run.plugins=[./mine.py]"], "run.plugins=./mine.py: not the name of a module"),
-        (["optim.kind=sgd"], "run.plugins=[MODULE], with the module that registers sgd"),
+        (["optim.kind=rmsprop"], "run.plugins=[MODULE], with the module that registers rmsprop"),
         (["task.kind=halves"], "task.kind=halves: not one of the kinds there are"),
         (["data.path=''", "data.kind=mine"], "data.kind=mine: not one"),
         (
@@ -200,11 +205,13 @@ def test_what_no_module_registers_is_refused(words: list[str], said: str, tmp_pa
 
 def test_a_registered_optimizer_is_for_our_own_engine_and_not_beside_the_plain_loop(tmp_path: Path) -> None:
     files_of_the_documentation(tmp_path)
-    sgd = ["run.plugins=[sgd,halves]", "optim.kind=sgd", "optim.options.momentum=0.9"]
-    assert "engine=deepspeed has only AdamW" in four_parts(refused(*sgd, "engine=deepspeed"), "optim.kind")
+    rmsprop = ["run.plugins=[rmsprop,halves]", "optim.kind=rmsprop", "optim.options.momentum=0.9"]
+    assert "engine=deepspeed has only AdamW" in four_parts(
+        refused(*rmsprop, "engine=deepspeed"), "optim.kind"
+    )
     with pytest.raises(ht.UserError, match="the plain loop that bench compares with trains with AdamW"):
-        checks.check(compose.compose("bench", ["model=tiny", *sgd]))
-    checks.check(compose.compose("bench", ["model=tiny", "bench.plain=false", *sgd]))
+        checks.check(compose.compose("bench", ["model=tiny", *rmsprop]))
+    checks.check(compose.compose("bench", ["model=tiny", "bench.plain=false", *rmsprop]))
     with pytest.raises(ht.UserError, match="bench times next-token prediction only"):
         checks.check(compose.compose("bench", ["model=tiny", "run.plugins=[halves]", "task.kind=halves"]))
 

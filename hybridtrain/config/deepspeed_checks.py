@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 
-from hybridtrain import registry
 from hybridtrain.config import schema
 from hybridtrain.config.section_checks import require
 from hybridtrain.errors import install
@@ -33,13 +32,13 @@ def check(config: schema.Config) -> None:
         allowed="false",
         instead="engine=torch, or engine.compile=false",
     )
-    kind, allowed = config.optim.kind, ", ".join(registry.BUILT_IN["optimizer"])
+    kind = config.optim.kind
     require(
-        kind in registry.BUILT_IN["optimizer"],
+        kind == "adamw",
         "optim.kind",
         kind,
         "engine=deepspeed has only AdamW",
-        allowed=allowed,
+        allowed="adamw",
         instead="engine=torch",
     )
     state = config.precision.state

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from hybridtrain import registry
 from hybridtrain.config import schema
 from hybridtrain.config.keys import ADAPTERS, nearest_name
 from hybridtrain.errors import install, refusal
@@ -74,6 +75,56 @@ def _optim(optim: schema.OptimConfig) -> None:
         allowed="two numbers of at least 0 and below 1",
         instead="optim.betas=[0.9,0.95]",
     )
+    _optimizer_options(optim)
+    for number, rule in enumerate(optim.rules):
+        _optimizer_rule(f"optim.rules[{number}]", rule)
+
+
+_READ_BY = {"betas": ("adamw", "lion"), "eps": ("adamw",), "momentum": ("sgd",), "nesterov": ("sgd",)}
+"""Option -> the built-in optimizers that read it."""
+
+
+def _optimizer_options(optim: schema.OptimConfig) -> None:
+    in_range("optim.momentum", optim.momentum, lambda m: 0 <= m < 1, allowed="0 to below 1", instead="0.9")
+    require(
+        not optim.nesterov or optim.momentum > 0,
+        "optim.nesterov",
+        "true",
+        "it looks ahead along the momentum, and optim.momentum is 0",
+        allowed="false without momentum",
+        instead="optim.momentum=0.9",
+    )
+    built_in = optim.kind in registry.BUILT_IN["optimizer"]
+    for name, kinds in _READ_BY.items():
+        value, usual = getattr(optim, name), getattr(schema.OptimConfig(), name)
+        require(
+            not built_in or optim.kind in kinds or value == usual,
+            f"optim.{name}",
+            value,
+            f"optim.kind={optim.kind} reads none",
+            allowed=f"{usual} here",
+            instead=f"optim={kinds[0]}",
+        )
+
+
+def _optimizer_rule(field: str, rule: object) -> None:
+    numbers = {"lr", "weight_decay"}
+    given = rule if isinstance(rule, dict) else {}
+    holds = isinstance(given.get("match"), str) and {"match"} < given.keys() <= {"match", *numbers}
+    problem = "not a pattern with a learning rate, a weight decay or both"
+    allowed, instead = "{match: PATTERN, lr: NUMBER, weight_decay: NUMBER}", "{match: '*.bias', lr: 1e-4}"
+    require(holds, field, rule, problem, allowed=allowed, instead=instead)
+    for name in sorted(numbers & given.keys()):
+        value = given[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        require(
+            number and (value > 0 if name == "lr" else value >= 0),
+            f"{field}.{name}",
+            value,
+            "not such a number",
+            allowed="above 0" if name == "lr" else "0 or more",
+            instead="model.freeze for what is not to be trained" if name == "lr" else "0",
+        )
 
 
 def _schedule(schedule: schema.ScheduleConfig) -> None:

@@ -307,17 +307,25 @@ class EngineConfig(Options):
 @options
 class OptimConfig(Options):
     kind: str = "adamw"
-    """Optimizer: adamw, or one that a module of run.plugins registers."""
+    """Optimizer: adamw, lion, sgd, or one that a module of run.plugins registers."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Adam's decay rates."""
+    """adamw, lion: decay rates of the moments; of lion, the first is that of the direction."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """adamw: epsilon."""
+    momentum: float = 0.9
+    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state."""
+    nesterov: bool = False
+    """sgd: look a step ahead (Nesterov's momentum)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, for matrices not matched by no_decay."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])
     """Shell-style patterns of parameter names without weight decay."""
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    """Exceptions, e.g. [{match: "*.embed_tokens.*", lr: 1e-4, weight_decay: 0}]: shell-style patterns of
+    parameter names, each with its own peak learning rate, weight decay or both. The first that matches
+    counts."""
     clip: float = 1.0
     """Clip the global gradient norm to this; 0: do not clip."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from hybridtrain.export import safetensors
 from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import build, classifier, conversion
 from hybridtrain.models.plain import TYPES
-from hybridtrain.optim.adam import COMPENSATION
+from hybridtrain.optim.stored import COMPENSATION
 from hybridtrain.precision.rounding import joined
 
 PREFIX = "model."

@@ -20,7 +20,7 @@ def check(config: Config) -> None:
     Raises UserError.
     """
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    patterns.check(parameter_names(built), freeze=config.model.freeze, no_decay=config.optim.no_decay)
+    patterns.check(parameter_names(built), freeze=config.model.freeze, optim=config.optim)
     if config.precision.state == "8bit":
         optimizer_states.check_rows(trained_shapes(built, freeze=config.model.freeze))
 

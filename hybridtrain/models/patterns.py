@@ -1,4 +1,4 @@
-"""Shell-style patterns of parameter and module names (model.freeze, optim.no_decay,
+"""Shell-style patterns of parameter and module names (model.freeze, optim.no_decay, optim.rules,
 precision.monitor_modules). No torch.
 """
 
@@ -17,9 +17,9 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str]) -> None:
-    """Refuse patterns that match no parameter of the whole model, and those that
-    freeze all (raises UserError).
+def check(names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig) -> None:
+    """Refuse patterns that match no parameter of the whole model, those that freeze all, and rules that come
+    too late (raises UserError).
     """
     for pattern in freeze:
         check_one("model.freeze", pattern, names, what="parameter")
@@ -32,9 +32,23 @@ def check(names: Sequence[str], *, freeze: Sequence[str], no_decay: Sequence[str
             allowed="patterns that do not match all",
             instead="model.freeze=['model.embed_tokens.*']",
         )
-    for pattern in no_decay:
+    for pattern in optim.no_decay:
         if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
             check_one("optim.no_decay", pattern, names, what="parameter")
+    left = set(names)
+    for number, rule in enumerate(optim.rules):
+        field, pattern = f"optim.rules[{number}]", rule["match"]
+        check_one(field, pattern, names, what="parameter")
+        now = {name for name in left if not matches(name, [pattern])}
+        if now == left:
+            raise refusal(
+                field,
+                pattern,
+                "all that it matches is matched by rules before it, and the first match counts",
+                allowed="rules from the particular to the general",
+                instead="this rule before the others",
+            )
+        left = now
 
 
 def check_one(field: str, pattern: str, names: Sequence[str], *, what: str) -> None:
@@ -68,5 +82,5 @@ def check_one(field: str, pattern: str, names: Sequence[str], *, what: str) -> N
         [pattern],
         words,
         allowed=", ".join(short),
-        instead=f"{field}=['{near}']",
+        instead=f"match: '{near}'" if field.endswith("]") else f"{field}=['{near}']",
     )

@@ -1,4 +1,4 @@
-"""The state of our Adam optimizers in checkpoints, also in those that hold the moments in another format.
+"""The state of built-in optimizers in checkpoints, also in those that hold the moments in another format.
 
 prepare   moments in another format get tensors of their own, which `state` then returns
 adopt     after loading, they are converted, one parameter at a time
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.optim import adam
-from hybridtrain.optim.adam import CODED, COMPENSATION, PLAIN
-from hybridtrain.optim.shards import LocalShard, Update, decays, like
+from hybridtrain.optim import stored as formats
+from hybridtrain.optim.shards import LocalShard, Update, decay_of, like, rate_of
+from hybridtrain.optim.stored import CODED, COMPENSATION
+from hybridtrain.optim.updates import moments_of_kind
 from hybridtrain.precision.rounding import joined, split
 
 Fields = dict[str, Tensor]
@@ -22,12 +23,13 @@ _WEIGHT = "weight"
 """Among the fields of a parameter while it is loaded: fp32, of which bf16 and compensation are made."""
 
 
-class Adam(Update):
-    """Base class of optimizers whose state of a parameter is that of adam.py."""
+class BuiltIn(Update):
+    """Base class of optimizers whose state of a parameter is that of stored.py."""
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
         super().__init__(shards)
         self.settings, self.lr = settings, 0.0
+        self.moments = moments_of_kind(settings)
         """`lr`: of the last step."""
         self._loading: dict[Tensor, Fields] = {}
         """Shard -> the fields that a checkpoint holds, while it is loaded."""
@@ -41,20 +43,22 @@ class Adam(Update):
         state, settings = self.fields(item), self.settings
         if COMPENSATION in state:  # it keeps what rounding cuts off
             return None
+        if settings.kind != "adamw":  # theirs follows from the gradient, which is gone
+            return None
         beta1, beta2 = settings.betas
-        first, second = adam.moments_of(state)
+        first, second = formats.moments_of(state, self.moments)
         mean = first / (1 - beta1 ** state["step"])
         deviation = (second / (1 - beta2 ** state["step"])).sqrt()
-        decayed = decays(item.name, item.parameter.dim(), settings=settings)
-        decay = settings.weight_decay if decayed else 0.0
-        return -self.lr * (mean / (deviation + settings.eps) + decay * before.float())
+        decay = decay_of(item.name, item.parameter.dim(), settings=settings)
+        lr = self.lr * rate_of(item.name, settings=settings)
+        return -lr * (mean / (deviation + settings.eps) + decay * before.float())
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one."""
         result: dict[str, Tensor] = {}
         for item in self.shards:
             for field, value in (self._loading.get(item.shard) or self.fields(item)).items():
-                shape = adam.shape_of(field, item.parameter.shape)
+                shape = formats.shape_of(field, item.parameter.shape)
                 # Of the two copies of a tied matrix the first is saved, as for the weight itself.
                 result.setdefault(
                     f"model.{item.name}" if field == _WEIGHT else f"optim.{item.name}.{field}",
@@ -73,15 +77,15 @@ class Adam(Update):
             own = self.fields(item)
             dtypes = {
                 field: stored[key][0]
-                for field in ("step", *PLAIN, *CODED, COMPENSATION)
+                for field in ("step", *self.moments, *CODED, COMPENSATION)
                 if (key := f"optim.{item.name}.{field}") in stored
             }
-            known = dtypes.keys() >= set(PLAIN) or dtypes.keys() >= set(CODED)
+            known = dtypes.keys() >= set(self.moments) or dtypes.keys() >= set(CODED)
             if known and dtypes.keys() != own.keys():
                 self._loading[item.shard] = {
                     field: own[field]
                     if field in own
-                    else item.shard.new_zeros(adam.shape_of(field, item.shard.shape), dtype=dtype)
+                    else item.shard.new_zeros(formats.shape_of(field, item.shard.shape), dtype=dtype)
                     for field, dtype in dtypes.items()
                 }
                 of_weight = stored.get(f"model.{item.name}", (item.shard.dtype,))[0]
@@ -98,7 +102,8 @@ class Adam(Update):
                 continue
             own = self.fields(item)
             if own.keys().isdisjoint(read.keys() - {"step", COMPENSATION, _WEIGHT}):
-                for field, value in adam.stored(*adam.moments_of(read), like=own).items():
+                values = formats.moments_of(read, self.moments)
+                for field, value in formats.stored(values, self.moments, like=own).items():
                     own[field].copy_(value)
             if _WEIGHT in read:
                 for target, part in zip((item.shard, own[COMPENSATION]), split(read[_WEIGHT]), strict=True):

@@ -1,5 +1,5 @@
-"""The optimizer of optim.kind: fused AdamW, which clips, unscales and skips inside its kernel; AdamW over
-weights and moments in other formats (adam.py); or a user's (user_optimizer.py).
+"""The optimizer of optim.kind: fused AdamW, which clips, unscales and skips inside its kernel; lion, sgd, and
+AdamW over weights and moments in other formats (stored.py); or a user's (user_optimizer.py).
 """
 
 from __future__ import annotations
@@ -7,21 +7,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import PossiblyLocalError, refusal
 from hybridtrain.models.init import local_slices
-from hybridtrain.optim import adam
-from hybridtrain.optim.adam import Formats
-from hybridtrain.optim.checkpointed import Adam, Fields
-from hybridtrain.optim.shards import LocalShard, Update, decays, groups, local_shards, rest_of_division
+from hybridtrain.optim import stored
+from hybridtrain.optim.checkpointed import BuiltIn, Fields
+from hybridtrain.optim.shards import (
+    LocalShard,
+    Update,
+    decay_of,
+    groups,
+    local_shards,
+    rate_of,
+    rest_of_division,
+    set_rate,
+)
+from hybridtrain.optim.stored import Formats
 from hybridtrain.optim.user_optimizer import UserOptimizer
 from hybridtrain.plan.optimizer_states import BLOCK, in_eight_bits
 from hybridtrain.precision.rounding import key_of
 
-__all__ = ["AdamW", "FormattedAdamW", "adamw", "build", "local_shards"]
+__all__ = ["AdamW", "Elementwise", "adamw", "build", "local_shards"]
 
 
-class AdamW(Adam):
+class AdamW(BuiltIn):
     """Fused AdamW over local shards (Decoupled Weight Decay Regularization, arXiv:1711.05101)."""
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig):
@@ -42,8 +52,7 @@ class AdamW(Adam):
             return
         gradients = self.begin()
         self.lr = lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         # GradScaler sets these attributes, too.
         divide = rest_of_division(gradients, divide)
         self.optimizer.grad_scale, self.optimizer.found_inf = divide, skip  # type: ignore[attr-defined]
@@ -60,8 +69,8 @@ class AdamW(Adam):
         return state
 
 
-class FormattedAdamW(Adam):
-    """AdamW over local shards with the formats of precision.state and precision.rounding (adam.py)."""
+class Elementwise(BuiltIn):
+    """adamw, lion or sgd over local shards with the formats of precision.state and precision.rounding."""
 
     def __init__(self, shards: list[LocalShard], settings: OptimConfig, formats: Formats):
         """Raises UserError if a shard cuts a block of 8 bits."""
@@ -70,11 +79,13 @@ class FormattedAdamW(Adam):
         if formats.state == "8bit":
             _check_shards(shards)
         self._fields = {
-            item.shard: adam.allocate(item.shard.data, whole=item.parameter.shape, formats=formats)
+            item.shard: stored.allocate(
+                item.shard.data, whole=item.parameter.shape, moments=self.moments, formats=formats
+            )
             for item in shards
         }
         self._places = {
-            item.shard: adam.place(
+            item.shard: stored.place(
                 item.parameter.shape,
                 local_slices(item.parameter),
                 key=key_of(seed=formats.seed, name=item.name),
@@ -93,17 +104,16 @@ class FormattedAdamW(Adam):
         self.begin()
         self.lr = lr
         for item in self.shards:
-            decayed = decays(item.name, item.parameter.dim(), settings=self.settings)
             if item.shard.grad is not None:
-                adam.update(
+                stored.update(
                     item.shard.data,
                     item.shard.grad,
                     self._fields[item.shard],
                     settings=self.settings,
                     formats=self.formats,
                     where=self._places.get(item.shard),
-                    lr=lr,
-                    decay=self.settings.weight_decay if decayed else 0.0,
+                    lr=lr * rate_of(item.name, settings=self.settings),
+                    decay=decay_of(item.name, item.parameter.dim(), settings=self.settings),
                     divide=divide,
                     skip=skip,
                 )
@@ -142,8 +152,8 @@ def adamw(named: list[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> 
 
 def build(shards: list[LocalShard], settings: OptimConfig, *, formats: Formats) -> Update:
     """The optimizer of optim.kind."""
-    if settings.kind != "adamw":
+    if settings.kind not in registry.BUILT_IN["optimizer"]:
         return UserOptimizer(shards, settings)
-    if all(formats.plain(item.shard.dtype) for item in shards):
+    if settings.kind == "adamw" and all(formats.plain(item.shard.dtype) for item in shards):
         return AdamW(shards, settings)
-    return FormattedAdamW(shards, settings, formats)
+    return Elementwise(shards, settings, formats)

@@ -60,27 +60,43 @@ def rest_of_division(gradients: Sequence[Tensor], divide: Tensor) -> Tensor:
     return torch.ones_like(divide, dtype=torch.float32)
 
 
-def decays(name: str, dimensions: int, *, settings: OptimConfig) -> bool:
-    """Whether a parameter has weight decay: a matrix that optim.no_decay does not match."""
-    return dimensions > 1 and not matches(name, settings.no_decay)
+def decay_of(name: str, dimensions: int, *, settings: OptimConfig) -> float:
+    """The weight decay of a parameter: of optim.rules, or optim.weight_decay for a matrix that optim.no_decay
+    does not match.
+    """
+    if (named := _rule(name, settings).get("weight_decay")) is not None:
+        return float(named)
+    return settings.weight_decay if dimensions > 1 and not matches(name, settings.no_decay) else 0.0
+
+
+def rate_of(name: str, *, settings: OptimConfig) -> float:
+    """The learning rate of a parameter, relative to optim.lr."""
+    return float(_rule(name, settings).get("lr", settings.lr)) / settings.lr
+
+
+def _rule(name: str, settings: OptimConfig) -> Mapping[str, Any]:
+    """The first of optim.rules that matches."""
+    return next((rule for rule in settings.rules if matches(name, [rule["match"]])), {})
 
 
 def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups for torch's optimizers, with and without weight decay,
-    from (name, dimensions, parameter).
+    """Parameter groups for torch's optimizers, one for each rate and weight decay, from (name, dimensions,
+    parameter). `factor`: of optim.lr.
     """
-    decayed, plain = (
-        [p for name, dimensions, p in named if decays(name, dimensions, settings=settings) is with_decay]
-        for with_decay in (True, False)
-    )
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, dimensions, parameter in named:
+        key = rate_of(name, settings=settings), decay_of(name, dimensions, settings=settings)
+        found.setdefault(key, []).append(parameter)
     return [
-        g
-        for g in (
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        )
-        if g["params"]
+        {"params": parameters, "lr": settings.lr * factor, "weight_decay": decay, "factor": factor}
+        for (factor, decay), parameters in sorted(found.items(), key=lambda each: each[0], reverse=True)
     ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of this step in all groups; each has a `factor`, or is a user's own."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("factor", 1.0)
 
 
 class Update:

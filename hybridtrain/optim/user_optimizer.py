@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.optim.shards import LocalShard, Update, groups, like, rest_of_division
+from hybridtrain.optim.shards import LocalShard, Update, groups, like, rest_of_division, set_rate
 
 _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
     "bool": (bool, torch.bool),
@@ -58,12 +58,13 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
             allowed=allowed,
             instead="model.freeze for what is not to be trained",
         )
-    for rate in (group.get("lr") for group in optimizer.param_groups):
+    for group in optimizer.param_groups:
+        rate, expected = group.get("lr"), settings.lr * group.get("factor", 1.0)
         # a tensor has it in fp32
-        if rate is None or not math.isclose(float(rate), settings.lr, rel_tol=1e-6):
+        if rate is None or not math.isclose(float(rate), expected, rel_tol=1e-6):
             problem, allowed = (
                 f"one of its groups has the rate {rate}, optim.lr is {settings.lr:g}",
-                "optim.lr in every group; the schedule multiplies it",
+                "optim.lr, or that of optim.rules, in every group; the schedule multiplies it",
             )
             raise refusal(
                 "optim.kind", settings.kind, problem, allowed=allowed, instead="lr=config.lr in its factory"
@@ -99,8 +100,7 @@ class UserOptimizer(Update):
         if self.optimizer is None:
             return
         gradients = self.begin()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         # Not in the first step: torch's fused SGD leaves momentum unset if it skips that.
         if self._inside and self.optimizer.state:
             divide = rest_of_division(gradients, divide)

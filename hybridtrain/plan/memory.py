@@ -141,8 +141,8 @@ def _of_torch(
     share = math.ceil(total / layout.dp_shard)
     # Weight, compensation, gradient and two moments; the state of a registered optimizer is unknown.
     numbers = w.stored * (3 if optimizer_states.compensated(config) else 2)
-    moments = optimizer_states.bytes_of_moments(config.precision.state, stored=w.stored)
-    state = share * numbers + math.ceil(share * moments if config.optim.kind == "adamw" else 0)
+    moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
+    state = share * numbers + math.ceil(share * moments)
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:

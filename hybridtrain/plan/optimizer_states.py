@@ -1,4 +1,5 @@
-"""Which of Adam's moments are stored in 8 bits with precision.state=8bit, and the bytes of moments. No torch.
+"""Which of Adam's moments are stored in 8 bits with precision.state=8bit, and the bytes of moments of each
+optimizer. No torch.
 
 A parameter's *whole* shape decides, so that the state has the same format under every layout:
 
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
+from hybridtrain.registry import BUILT_IN
 
 BLOCK = 128
 """Elements of a row that share a scale."""
@@ -45,14 +47,16 @@ def check_rows(shapes: Mapping[str, Sequence[int]]) -> None:
 def compensated(config: Config) -> bool:
     """Whether each bf16 weight has 16 bits beside it, which keep what rounding cuts off."""
     precision = config.precision
-    adamw = config.optim.kind == "adamw"
-    return adamw and precision.kind == "bf16_pure" and precision.rounding == "kahan"
+    ours = config.optim.kind in BUILT_IN["optimizer"]
+    return ours and precision.kind == "bf16_pure" and precision.rounding == "kahan"
 
 
-def bytes_of_moments(state: str, *, stored: int) -> float:
-    """Bytes of the two moments of a parameter in format `state` (precision.state).
+def bytes_of_moments(config: Config, *, stored: int) -> float:
+    """Bytes of the moments of a parameter in the format of precision.state; 0 for a registered optimizer,
+    whose state is unknown.
 
     `stored`: those of a master weight. For 8 bits, as if all parameters had them: an error of a few
     thousandths for large models.
     """
-    return 2 * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[state]
+    count = {"adamw": 2, "lion": 1, "sgd": int(config.optim.momentum > 0)}.get(config.optim.kind, 0)
+    return count * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[config.precision.state]

@@ -137,8 +137,11 @@ def _stored(job: Job, *, engine: Any, weights: str) -> str:
 
     config = job.config
     state, rounding = config.precision.state, config.precision.rounding
-    rounds = weights == "bfloat16" and config.optim.kind == "adamw"
-    if (state == "bf16" or (state == "auto" and rounds)) and config.optim.betas[1] > _BF16_BETA:
+    kind, rounds = config.optim.kind, False
+    if kind in registry.BUILT_IN["optimizer"]:
+        rounds = weights == "bfloat16"
+    in_bf16 = state == "bf16" or (state == "auto" and rounds)
+    if kind == "adamw" and in_bf16 and config.optim.betas[1] > _BF16_BETA:
         _log.warning(
             "optim.betas=%s: a second moment in bf16 cannot decay by %.2g a step, less than half a step of "
             "bf16 (2^-9); precision.state=fp32 or 8bit can, as can a second beta of at most %.3f",

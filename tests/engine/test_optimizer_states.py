@@ -11,6 +11,7 @@ import torch
 
 from hybridtrain.errors import UserError
 from hybridtrain.models.parameters import check
+from hybridtrain.optim.stored import moments_of
 from hybridtrain.plan import memory
 from hybridtrain.plan import optimizer_states as states
 from hybridtrain.precision.rounding import joined
@@ -180,12 +181,10 @@ def test_a_checkpoint_with_another_format_is_converted(before, after, layout, tm
 
 
 def moments(state: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    from hybridtrain.optim import adam
-
     prefix = f"optim.{name}."
-    return adam.moments_of(
-        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    )
+    fields = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    first, second = moments_of(fields, ("exp_avg", "exp_avg_sq"))
+    return first, second
 
 
 # -- cost ----------------------------------------------------------------------------------------------------

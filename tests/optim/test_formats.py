@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from hybridtrain.config.schema import OptimConfig
-from hybridtrain.optim import adam
-from hybridtrain.optim.adam import Formats
+from hybridtrain.optim import stored
+from hybridtrain.optim.stored import Formats
 from hybridtrain.precision import rounding
 
 SETTINGS = OptimConfig(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 
 
@@ -17,11 +18,11 @@ def trained(
     weight: torch.Tensor, formats: Formats, *, gradients: list[torch.Tensor], lr: float, decay: float = 0.0
 ) -> dict[str, torch.Tensor]:
     """Update `weight` in place; returns the state."""
-    state = adam.allocate(weight, whole=weight.shape, formats=formats)
+    state = stored.allocate(weight, whole=weight.shape, moments=MOMENTS, formats=formats)
     whole = [slice(0, size) for size in weight.shape]
-    where = adam.place(weight.shape, whole, key=3, device=weight.device)
+    where = stored.place(weight.shape, whole, key=3, device=weight.device)
     for gradient in gradients:
-        adam.update(
+        stored.update(
             weight, gradient, state, settings=SETTINGS, formats=formats, where=where, lr=lr, decay=decay,
             divide=ONE, skip=ZERO,
         )  # fmt: skip
@@ -43,7 +44,7 @@ def test_in_fp32_it_is_torchs_adamw(shape):
         theirs.grad = gradient.clone()
         other.step()
     torch.testing.assert_close(weight, theirs.detach(), rtol=1e-5, atol=1e-7)
-    for field in adam.PLAIN:
+    for field in MOMENTS:
         torch.testing.assert_close(state[field], other.state[theirs][field], rtol=1e-5, atol=1e-9)
 
 
@@ -78,12 +79,12 @@ def test_a_skipped_update_changes_nothing(formats, dtype):
     weight = noise(32, 256)[0].to(dtype)
     state = trained(weight, formats, gradients=noise(32, 256), lr=1e-3)
     before = {field: value.clone() for field, value in {**state, "weight": weight}.items()}
-    where = adam.place(weight.shape, [slice(0, size) for size in weight.shape], key=3, device=weight.device)
+    where = stored.place(weight.shape, [slice(0, size) for size in weight.shape], key=3, device=weight.device)
     options = {"settings": SETTINGS, "formats": formats, "where": where, "lr": 1e-3, "decay": 0.1}
     broken = torch.full_like(weight, float("inf"))
-    adam.update(weight, broken, state, **options, divide=ONE, skip=ONE)
+    stored.update(weight, broken, state, **options, divide=ONE, skip=ONE)
     assert all(torch.equal(value, before[field]) for field, value in {**state, "weight": weight}.items())
-    adam.update(weight, noise(32, 256, seed=5)[0], state, **options, divide=ONE, skip=ZERO)
+    stored.update(weight, noise(32, 256, seed=5)[0], state, **options, divide=ONE, skip=ZERO)
     assert not any(torch.equal(value, before[field]) for field, value in {**state, "weight": weight}.items())
 
 
@@ -93,10 +94,10 @@ def test_a_shard_is_updated_like_the_same_elements_of_the_whole(formats, place):
     whole = noise(64, 256)[0].bfloat16()
     part, gradients = whole[place].clone(), noise(64, 256, count=3, seed=1)
     state = trained(whole, formats, gradients=gradients, lr=1e-3, decay=0.1)
-    ours = adam.allocate(part, whole=whole.shape, formats=formats)
-    where = adam.place(whole.shape, place, key=3, device=part.device)
+    ours = stored.allocate(part, whole=whole.shape, moments=MOMENTS, formats=formats)
+    where = stored.place(whole.shape, place, key=3, device=part.device)
     for gradient in gradients:
-        adam.update(
+        stored.update(
             part, gradient[place], ours, settings=SETTINGS, formats=formats, where=where, lr=1e-3, decay=0.1,
             divide=ONE, skip=ZERO,
         )  # fmt: skip
@@ -106,13 +107,13 @@ def test_a_shard_is_updated_like_the_same_elements_of_the_whole(formats, place):
         scales = (rows, slice(columns.start // 128, columns.stop // 128))
         chosen = ... if field == "step" else scales if field.endswith("_scales") else place
         assert torch.equal(value, state[field][chosen]), field
-        assert value.shape == adam.shape_of(field, part.shape)
+        assert value.shape == stored.shape_of(field, part.shape)
 
 
 def test_the_place_of_a_shard_of_three_dimensions():
     index = torch.arange(2 * 3 * 8).view(2, 3, 8)
     slices = (slice(1, 2), slice(1, 3), slice(4, 8))
-    first = adam.place(index.shape, slices, key=0, device=index.device).first
+    first = stored.place(index.shape, slices, key=0, device=index.device).first
     assert torch.equal(first.long(), index[slices][..., :1].reshape(-1, 1))
 
 
@@ -140,5 +141,5 @@ def test_compensated_weights_are_fp32_masters_bit_for_bit():
     master, gradients = weight.float(), noise(32, 256, count=20, seed=1)
     state = trained(weight, Formats("fp32", "kahan", 0), gradients=gradients, lr=1e-6, decay=0.1)
     trained(master, Formats("fp32", "kahan", 0), gradients=gradients, lr=1e-6, decay=0.1)
-    assert torch.equal(rounding.joined(weight, state[adam.COMPENSATION]), master)
+    assert torch.equal(rounding.joined(weight, state[stored.COMPENSATION]), master)
     assert not torch.equal(weight.float(), master)

@@ -36,6 +36,7 @@ from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.optimizer import adamw
+from hybridtrain.optim.shards import set_rate
 from hybridtrain.parallel import apply
 from hybridtrain.parallel.grad_norm import agreed
 from hybridtrain.parallel.mesh import Mesh
@@ -204,8 +205,7 @@ class DeepSpeedEngine:
         # x dp: DeepSpeed averages over data ranks
         factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)
         scale = self.scaler.scale.to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         empty = (counts.sum() == 0).float()
         # With found_inf = 1, torch's fused AdamW skips the update.
         found_inf = empty if self.updates else torch.ones_like(empty)

@@ -1,8 +1,9 @@
-"""AdamW of one parameter in fp32 arithmetic, over weights and moments that are stored in other formats.
+"""The update of one parameter in fp32 arithmetic (updates.py), over weights and moments that are stored in
+other formats.
 
     state of a parameter              with
     step                              always; 0-d fp32, the number of updates
-    exp_avg, exp_avg_sq               auto, fp32, bf16; with 8bit: of vectors and small matrices
+    exp_avg, exp_avg_sq, momentum     those that optim.kind keeps; 8bit: of vectors and small matrices
     exp_avg_codes, exp_avg_scales,    8bit (precision/eight_bit.py); rms is the root of exp_avg_sq
     rms_codes, rms_scales
     compensation                      precision.rounding=kahan; int16, what the weight lacks (rounding.py)
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor
 
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
+from hybridtrain.optim.updates import Moments, element, moments_of_kind
 from hybridtrain.plan.optimizer_states import BLOCK, in_eight_bits
 from hybridtrain.precision import eight_bit, rounding
 
-PLAIN = ("exp_avg", "exp_avg_sq")
 CODED = ("exp_avg_codes", "exp_avg_scales", "rms_codes", "rms_scales")
 COMPENSATION = "compensation"
 _ON_CPU, _ON_GPU = 1 << 16, 1 << 23
@@ -78,7 +79,9 @@ def place(shape: Sequence[int], slices: Sequence[slice], *, key: int, device: to
     return Place(key, first[:, None].to(torch.int32).to(device))
 
 
-def allocate(weight: Tensor, *, whole: torch.Size, formats: Formats) -> dict[str, Tensor]:
+def allocate(
+    weight: Tensor, *, whole: torch.Size, moments: Sequence[str], formats: Formats
+) -> dict[str, Tensor]:
     """The state before the first update of `weight`, a shard of a parameter of the whole shape."""
     state = {"step": torch.zeros((), dtype=torch.float32, device=weight.device)}
     if formats.state == "8bit" and in_eight_bits(whole):
@@ -87,7 +90,7 @@ def allocate(weight: Tensor, *, whole: torch.Size, formats: Formats) -> dict[str
             state |= {f"{moment}_codes": codes, f"{moment}_scales": scales}
     else:
         dtype = formats.moments(weight.dtype)
-        state |= {field: torch.zeros_like(weight, dtype=dtype) for field in PLAIN}
+        state |= {field: torch.zeros_like(weight, dtype=dtype) for field in moments}
     if formats.rounds(weight.dtype) == "kahan":
         state[COMPENSATION] = torch.zeros_like(weight, dtype=torch.int16)
     return state
@@ -100,18 +103,19 @@ def shape_of(field: str, shape: torch.Size) -> torch.Size:
     return torch.Size((*shape[:-1], shape[-1] // BLOCK)) if field.endswith("_scales") else shape
 
 
-def moments_of(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(exp_avg, exp_avg_sq) in fp32; may share memory with the state."""
+def moments_of(state: Mapping[str, Tensor], names: Sequence[str]) -> Moments:
+    """The moments of these names in fp32 or fp64; may share memory with the state."""
     if "rms_codes" not in state:
-        return state["exp_avg"].float(), state["exp_avg_sq"].float()
+        return tuple(_wide(state[name]) for name in names)
     first = eight_bit.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
     return first, eight_bit.decode(state["rms_codes"], state["rms_scales"], signed=False).square()
 
 
-def stored(first: Tensor, second: Tensor, *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Two moments (fp32) in the format of the state `like`."""
+def stored(moments: Moments, names: Sequence[str], *, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moments in fp32 in the format of the state `like`."""
     if "rms_codes" not in like:
-        return {"exp_avg": first.to(like["exp_avg"].dtype), "exp_avg_sq": second.to(like["exp_avg_sq"].dtype)}
+        return {name: moment.to(like[name].dtype) for name, moment in zip(names, moments, strict=True)}
+    first, second = moments
     of_first, of_second = eight_bit.encode(first, signed=True), eight_bit.encode(second.sqrt(), signed=False)
     return dict(zip(CODED, (*of_first, *of_second), strict=True))
 
@@ -130,7 +134,7 @@ def update(
     divide: Tensor,
     skip: Tensor,
 ) -> None:
-    """One AdamW update in place, with the gradient divided by `divide`; nothing changes if `skip` is 1.
+    """One update in place, with the gradient divided by `divide`; nothing changes if `skip` is 1.
 
     Both are 0-d tensors. `where`: needed for stochastic rounding.
     """
@@ -138,25 +142,18 @@ def update(
     step += 1 - skip
     if not weight.numel():
         return
-    beta1, beta2 = settings.betas
-    # in double precision, as in torch: in fp32, 1 - 0.999 is off by 6e-5
-    rate = (lr / (1 - beta1 ** step.double())).float()
-    root = (1 - beta2 ** step.double()).sqrt().float()
+    change, names = element(settings, step=step, lr=lr, decay=decay), moments_of_kind(settings)
     fields = {"weight": weight, **{field: state[field] for field in state if field != "step"}}
     rows = {field: _rows(tensor) for field, tensor in fields.items()}
     gradients, keep = _rows(gradient.contiguous()), skip > 0
     size = max(1, (_ON_CPU if weight.device.type == "cpu" else _ON_GPU) // gradients.shape[1])
     for start in range(0, len(gradients), size):
         now = {field: tensor[start : start + size] for field, tensor in rows.items()}
-        scaled = gradients[start : start + size].float() / divide
-        first, second = moments_of(now)
-        first = first.lerp(scaled, 1 - beta1)
-        second = (second * beta2).addcmul_(scaled, scaled, value=1 - beta2)
-        old = now["weight"].float()
+        scaled, old = _wide(gradients[start : start + size]) / divide, _wide(now["weight"])
         if COMPENSATION in now:
             old = rounding.joined(now["weight"], now[COMPENSATION])
-        value = old - (first / (second.sqrt() / root + settings.eps) * rate + old * (lr * decay))
-        new = stored(first, second, like=now)
+        value, moments = change(old, scaled, moments_of(now, names))
+        new = stored(moments, names, like=now)
         match formats.rounds(weight.dtype):
             case "kahan":
                 new["weight"], new[COMPENSATION] = rounding.split(value)
@@ -170,6 +167,10 @@ def update(
                 new["weight"] = value.to(weight.dtype)
         for field, value in new.items():
             now[field].copy_(torch.where(keep, now[field], value))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def groups(named: Sequence[tuple[str, int, nn.Parameter]], settings: OptimConfig
         key = rate_of(name, settings=settings), decay_of(name, dimensions, settings=settings)
         found.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": settings.lr * factor, "weight_decay": decay, "factor": factor}
+        {"params": parameters, "weight_decay": decay, "factor": factor}
+        | ({"lr": settings.lr * factor} if factor != 1 else {})
         for (factor, decay), parameters in sorted(found.items(), key=lambda each: each[0], reverse=True)
     ]
 

@@ -15,6 +15,8 @@ class ExportConfig(Options):
     """Folder to write; empty: <run>/export."""
     dtype: str = "float32"
     """dtype of the exported weights: float32, bfloat16 or float16."""
+    weights: str = "last"
+    """last: those of the last step; ema: their average (optim.ema)."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
 

@@ -41,6 +41,14 @@ def check(config: schema.Config) -> None:
         allowed="adamw",
         instead="engine=torch",
     )
+    require(
+        not config.optim.ema,
+        "optim.ema",
+        config.optim.ema,
+        "engine=deepspeed keeps no average of the weights yet",
+        allowed="0",
+        instead="engine=torch",
+    )
     state = config.precision.state
     require(
         state in ("auto", "fp32"),

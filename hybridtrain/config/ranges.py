@@ -71,6 +71,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.eps": (0, 1.0),
     "optim.weight_decay": (0, 1e4),
     "optim.momentum": (0, 1),
+    "optim.ema": (0, 1),
     "optim.clip": (0, 1e30),
     "schedule.warmup_steps": (0, _STEPS),
     "schedule.min_lr_ratio": (0, 1),

@@ -75,6 +75,7 @@ def _optim(optim: schema.OptimConfig) -> None:
         allowed="two numbers of at least 0 and below 1",
         instead="optim.betas=[0.9,0.95]",
     )
+    in_range("optim.ema", optim.ema, lambda decay: 0 <= decay < 1, allowed="0 to below 1", instead="0.999")
     _optimizer_options(optim)
     for number, rule in enumerate(optim.rules):
         _optimizer_rule(f"optim.rules[{number}]", rule)

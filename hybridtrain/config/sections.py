@@ -328,6 +328,9 @@ class OptimConfig(Options):
     counts."""
     clip: float = 1.0
     """Clip the global gradient norm to this; 0: do not clip."""
+    ema: float = 0.0
+    """Decay of an average of the weights, which is kept in fp32 beside them and exported by
+    export.weights=ema, e.g. 0.999; 0: none. It has a smaller one in the first steps."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a registered optimizer (config.options in its function), e.g. {momentum: 0.9}."""
 

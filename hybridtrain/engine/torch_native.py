@@ -27,6 +27,7 @@ from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import optimizer
+from hybridtrain.optim.average import Average
 from hybridtrain.parallel.apply import Context, build_stages, converter
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
@@ -85,6 +86,8 @@ class TorchEngine:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
         self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim, formats=formats)
+        decay = config.optim.ema
+        self.average = Average(self.optimizer, decay=decay) if decay else None
         in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce
         self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)
@@ -177,6 +180,8 @@ class TorchEngine:
             held = held + spike
         skip = held if update else torch.ones_like(held)
         self.optimizer.step(lr=lr, divide=divide, skip=skip)
+        if self.average is not None:
+            self.average.update(skip=skip)
         self.scaler.update(nonfinite, empty=empty)
         return StepResult(loss, sums, counts, norm, nonfinite, empty, scale, self.scaler.scale, spike)
 
@@ -220,12 +225,14 @@ class TorchEngine:
         state = {
             key: value
             for key, value in state.items()
-            if key in stored or not (key in missing or key.startswith("scaler."))
+            if key in stored or not (key in missing or key.startswith(("scaler.", "ema")))
         }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
         self.optimizer.adopt(state)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self.shared.copy(self.optimizer)
+        if self.average is not None:
+            self.average.adopt(stored)
         return progress
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -279,7 +286,8 @@ class TorchEngine:
         """Everything in a checkpoint, as tensors that share memory with the training."""
         model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
         model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
-        return {**model, **self.optimizer.state(), **self.scaler.state()}
+        average = self.average.state() if self.average is not None else {}
+        return {**model, **self.optimizer.state(), **self.scaler.state(), **average}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in checkpoints, parameter) for every parameter object of this rank."""

@@ -93,6 +93,7 @@ def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
         run=hf.run_of(str(checkpoint), field=field),
         out=out,
         dtype="float32",
+        which="last",
         max_shard_bytes=5 * 10**9,
     )
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from hybridtrain.checkpoint.hold import Removed, hold_open
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config import compose
 from hybridtrain.config.schema import Config, ExportRoot
+from hybridtrain.config.section_checks import one_of
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.export import destination, weights
 from hybridtrain.models import config_diff, tokens
+from hybridtrain.optim.average import PREFIX as AVERAGE
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
@@ -112,6 +115,7 @@ def export_newest(config: ExportRoot) -> Path:
                 run=run,
                 out=out,
                 dtype=options.dtype,
+                which=options.weights,
                 max_shard_bytes=int(options.max_shard_gb * 10**9),
             )
         except Removed:
@@ -147,18 +151,22 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
 
 
-def export(checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, max_shard_bytes: int) -> Path:
+def export(
+    checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, which: str, max_shard_bytes: int
+) -> Path:
     """Write a complete checkpoint to the Hugging Face folder `out`; returns `out`.
 
-    `dtype` is a key of DTYPES and applies to floating-point weights. Needs memory for about two copies of the
-    largest tensor. Writes to a temporary folder and renames it: an earlier export is replaced, other files in
-    it stay. Raises UserError for a damaged checkpoint or tokenizer, values that `dtype` cannot hold, an
-    existing folder that is no export, a full disk; Removed if the checkpoint has been removed.
+    `dtype` is a key of DTYPES and applies to floating-point weights; `which`: as export.weights. Needs memory
+    for about two copies of the largest tensor. Writes to a temporary folder and renames it: an earlier export
+    is replaced, other files in it stay. Raises UserError for a damaged checkpoint or tokenizer, values that
+    `dtype` cannot hold, an existing folder that is no export, a full disk; Removed if the checkpoint has been
+    removed.
     """
-    _check(dtype=dtype, max_shard_bytes=max_shard_bytes)
+    _check(dtype=dtype, which=which, max_shard_bytes=max_shard_bytes)
     destination.check(out)
     with hold_open(checkpoint) as files:
         stored = _verified(files)
+        _check_average(stored, which=which, run=run)
         config = _config(files, run=run, stored=stored)
         source = tokenizer.of_checkpoint(files, run=run.path, config=run.config)
         ends = _ends(source, run=run, out=out)
@@ -170,9 +178,11 @@ def export(checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, max_shard
                     config=config,
                     stored=stored,
                     dtype=DTYPES[dtype],
+                    average=which == "ema",
                     max_shard_bytes=max_shard_bytes,
                 )
-                _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, dtype=dtype)
+                origin = {"dtype": dtype, **({"weights": which} if which != "last" else {})}
+                _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, origin=origin)
                 if source is not None:
                     tokens.copy_tokenizer(source.folder, out=partial)
         except OSError as error:
@@ -220,7 +230,19 @@ def _keep_earlier(out: Path, *, looked: str) -> None:
     )
 
 
-def _check(*, dtype: str, max_shard_bytes: int) -> None:
+def _check_average(stored: metadata.dcp_metadata.Metadata, *, which: str, run: SourceRun) -> None:
+    if which == "ema" and not any(key.startswith(AVERAGE) for key in stored.state_dict_metadata):
+        raise refusal(
+            "export.weights",
+            which,
+            f"{run.path} kept no average of its weights in this checkpoint",
+            allowed="last, or a checkpoint of a run with optim.ema",
+            instead="export.weights=last",
+        )
+
+
+def _check(*, dtype: str, which: str, max_shard_bytes: int) -> None:
+    one_of("export.weights", which, ("last", "ema"))
     if dtype not in DTYPES:
         raise refusal(
             "export.dtype",
@@ -250,7 +272,7 @@ def _verified(checkpoint: Path) -> metadata.dcp_metadata.Metadata:
     needed = {
         info.relative_path
         for index, info in stored.storage_data.items()
-        if index.fqn.startswith(weights.PREFIX)
+        if index.fqn.startswith((weights.PREFIX, AVERAGE))
     }
     marker.verify(checkpoint, files=[(name, record) for name, record in files.items() if name in needed])
     return stored
@@ -313,10 +335,10 @@ def _write_rest(
     config: dict[str, Any],
     run: SourceRun,
     ends: tokens.Ends | None,
-    dtype: str,
+    origin: Mapping[str, str],
 ) -> None:
-    """Write config.json (with the dtype), generation_config.json, and the record of the
-    checkpoint exported."""
+    """Write config.json, generation_config.json, and the record of the checkpoint exported. `origin`: dtype
+    and kind of the weights."""
     generation = _generation(checkpoint, run=run)
     config, generation, lines = tokens.with_end_tokens(
         config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained
@@ -324,13 +346,13 @@ def _write_rest(
     for line in lines if run.config.model.from_pretrained else ():  # a new model has no tokens yet
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # the older name of "dtype"
-    _write_json(partial / marker.CONFIG, {**config, "dtype": dtype})
+    _write_json(partial / marker.CONFIG, {**config, "dtype": origin["dtype"]})
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)
     _write_json(
         partial / export_record.ORIGIN,
-        {"step": progress.step, "tokens_seen": progress.tokens_seen, "dtype": dtype},
+        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin},
     )
 
 

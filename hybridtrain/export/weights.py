@@ -20,6 +20,7 @@ from hybridtrain.export import safetensors
 from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import build, classifier, conversion
 from hybridtrain.models.plain import TYPES
+from hybridtrain.optim.average import PREFIX as AVERAGE
 from hybridtrain.optim.stored import COMPENSATION
 from hybridtrain.precision.rounding import joined
 
@@ -37,9 +38,13 @@ def write(
     config: dict[str, Any],
     stored: metadata.dcp_metadata.Metadata,
     dtype: torch.dtype,
+    average: bool,
     max_shard_bytes: int,
 ) -> None:
-    """Write the safetensors files to `partial` and, if there are several, their index. Raises UserError."""
+    """Write the safetensors files to `partial` and, if there are several, their index. Raises UserError.
+
+    `average`: those of optim.ema, where there is one; what is not trained has none.
+    """
     tied = bool(config.get("tie_word_embeddings", False))
     head = f"{classifier.HEAD}.weight" if classifier.is_classifier(config.get("architectures")) else _HEAD
     known = config.get("model_type") in TYPES
@@ -58,7 +63,7 @@ def write(
             instead="a checkpoint of the same run",
         )
 
-    read = _reader(checkpoint, stored)
+    read = _reader(checkpoint, stored, average=average)
     values: Callable[[TensorSpec], torch.Tensor] = read
     if model is not None:
         specs, values = _converted(specs, read, model=model)
@@ -82,7 +87,9 @@ def write(
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _reader(checkpoint: Path, stored: metadata.dcp_metadata.Metadata) -> Callable[[TensorSpec], torch.Tensor]:
+def _reader(
+    checkpoint: Path, stored: metadata.dcp_metadata.Metadata, *, average: bool
+) -> Callable[[TensorSpec], torch.Tensor]:
     """What reads a weight of a checkpoint, and casts it."""
 
     def loaded(key: str, spec: TensorSpec) -> torch.Tensor:
@@ -92,6 +99,8 @@ def _reader(checkpoint: Path, stored: metadata.dcp_metadata.Metadata) -> Callabl
         return full[key]
 
     def read(spec: TensorSpec) -> torch.Tensor:
+        if average and AVERAGE + spec.name in stored.state_dict_metadata:
+            return _cast(loaded(AVERAGE + spec.name, spec), spec=spec)
         weight, rest = loaded(PREFIX + spec.name, spec), f"optim.{spec.name}.{COMPENSATION}"
         if spec.dtype != weight.dtype and rest in stored.state_dict_metadata:  # what bf16 lacks
             weight = joined(weight, loaded(rest, spec))

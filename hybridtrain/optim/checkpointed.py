@@ -53,6 +53,10 @@ class BuiltIn(Update):
         lr = self.lr * rate_of(item.name, settings=settings)
         return -lr * (mean / (deviation + settings.eps) + decay * before.float())
 
+    def exact(self, item: LocalShard) -> Tensor:
+        rest = self.fields(item).get(COMPENSATION)
+        return super().exact(item) if rest is None else joined(item.shard.detach(), rest)
+
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one."""
         result: dict[str, Tensor] = {}

@@ -133,6 +133,10 @@ class Update:
         """
         return None
 
+    def exact(self, item: LocalShard) -> Tensor:
+        """The weights of a shard in fp32 or fp64, as the next update begins with them."""
+        return item.shard.detach().to(torch.promote_types(item.shard.dtype, torch.float32))
+
     def state(self) -> dict[str, Tensor]:
         raise NotImplementedError
 

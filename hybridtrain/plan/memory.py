@@ -142,7 +142,8 @@ def _of_torch(
     # Weight, compensation, gradient and two moments; the state of a registered optimizer is unknown.
     numbers = w.stored * (3 if optimizer_states.compensated(config) else 2)
     moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
-    state = share * numbers + math.ceil(share * moments)
+    average = share * max(4, w.stored) * bool(config.optim.ema)
+    state = share * numbers + math.ceil(share * moments) + average
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:

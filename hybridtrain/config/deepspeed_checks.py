@@ -32,6 +32,30 @@ def check(config: schema.Config) -> None:
         allowed="false",
         instead="engine=torch, or engine.compile=false",
     )
+    _optimizer(config)
+    frozen = config.model.freeze
+    require(
+        not frozen,
+        "model.freeze",
+        frozen,
+        "DeepSpeed keeps frozen weights in 16 bits only",
+        allowed="[]",
+        instead="engine=torch",
+    )
+    if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
+        check_stage(config, config.parallel.zero_stage)
+    for field, given in (("compute", config.precision.compute), ("rules", config.precision.rules)):
+        require(
+            not given,
+            f"precision.{field}",
+            given,
+            "not with engine=deepspeed yet: its tensor parallelism has linear layers of its own",
+            allowed="the formats of precision.kind",
+            instead="engine=torch",
+        )
+
+
+def _optimizer(config: schema.Config) -> None:
     kind = config.optim.kind
     require(
         kind == "adamw",
@@ -58,26 +82,6 @@ def check(config: schema.Config) -> None:
         allowed="auto, fp32",
         instead="engine=torch, or precision.state=auto",
     )
-    frozen = config.model.freeze
-    require(
-        not frozen,
-        "model.freeze",
-        frozen,
-        "DeepSpeed keeps frozen weights in 16 bits only",
-        allowed="[]",
-        instead="engine=torch",
-    )
-    if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
-        check_stage(config, config.parallel.zero_stage)
-    for field, given in (("compute", config.precision.compute), ("rules", config.precision.rules)):
-        require(
-            not given,
-            f"precision.{field}",
-            given,
-            "not with engine=deepspeed yet: its tensor parallelism has linear layers of its own",
-            allowed="the formats of precision.kind",
-            instead="engine=torch",
-        )
 
 
 def check_stage(config: schema.Config, stage: int) -> None:

@@ -24,14 +24,13 @@ from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.structure import structure_of
-from hybridtrain.optim import stored, user_optimizer
-from hybridtrain.optim.shards import groups, set_rate
-from hybridtrain.optim.updates import moments_of_kind
+from hybridtrain.optim import matrices, optimizer, user_optimizer
+from hybridtrain.optim.shards import Update, groups, local_shards, set_rate
+from hybridtrain.optim.stored import Formats
 from hybridtrain.plan.formats import FORMATS, HIGH
 from hybridtrain.precision.double import Double
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
-from hybridtrain.precision.rounding import key_of
 from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch
@@ -65,7 +64,6 @@ class Reference:
         dtypes = policy(precision)
         param, compute = dtypes.param, dtypes.compute
         self.settings, self.compute, self.task = settings, compute, task
-        self.formats = stored.Formats.of(precision, seed=seed)
         self.sums = torch.promote_types(torch.float32, compute)
         """dtype of gradients over micro-batches, and of losses."""
         self.loss_scale = 1.0
@@ -84,8 +82,8 @@ class Reference:
                 if (name := format_of(linear, precision)) != HIGH:
                     convert(module, Product(FORMATS[name], "", None, native=False))
         self.optimizer = _optimizer(parameter_groups(self.master, settings), settings)
-        self.states: dict[str, dict[str, Tensor]] = {}
-        """Name -> state of stored.py, where torch's optimizer does not have the formats of `formats`."""
+        self.ours = _built_in(self.master, settings, precision=precision, seed=seed, config=config)
+        """In the place of `optimizer`, where torch has none."""
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
@@ -135,34 +133,12 @@ class Reference:
 
     @torch.no_grad()
     def _update(self, *, lr: float) -> None:
-        set_rate(self.optimizer, lr)
-        settings = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        trained = {name: p for name, p in self.master.named_parameters() if p.grad is not None}
-        kind, plain = self.settings.kind, all(self.formats.plain(p.dtype) for p in trained.values())
-        if kind not in registry.BUILT_IN["optimizer"] or (kind == "adamw" and plain):
+        if self.ours is None:
+            set_rate(self.optimizer, lr)
             self.optimizer.step()
-            return
-        for name, p in trained.items():
-            assert p.grad is not None
-            if name not in self.states:
-                moments = moments_of_kind(self.settings)
-                self.states[name] = stored.allocate(
-                    p.data, whole=p.shape, moments=moments, formats=self.formats
-                )
-            whole = [slice(0, size) for size in p.shape]
-            key = key_of(seed=self.formats.seed, name=name)
-            stored.update(
-                p.data,
-                p.grad,
-                self.states[name],
-                settings=self.settings,
-                formats=self.formats,
-                where=stored.place(p.shape, whole, key=key, device=p.device),
-                lr=settings[id(p)]["lr"],
-                decay=settings[id(p)]["weight_decay"],
-                divide=torch.ones((), device=p.device),
-                skip=torch.zeros((), device=p.device),
-            )
+        else:
+            one = torch.ones((), dtype=self.sums)
+            self.ours.step(lr=lr, divide=one, skip=torch.zeros(()))
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -213,6 +189,19 @@ def _optimizer(groups: list[dict[str, Any]], settings: OptimConfig) -> torch.opt
         return user_optimizer.build(groups, settings)
     first, second = settings.betas
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
+
+
+def _built_in(
+    model: nn.Module, settings: OptimConfig, *, precision: PrecisionConfig, seed: int, config: Any
+) -> Update | None:
+    """An optimizer of the engines over whole parameters; None where torch's AdamW or a user's is compared."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    formats, kind = Formats.of(precision, seed=seed), settings.kind
+    plain = kind == "adamw" and all(formats.plain(parameter.dtype) for _, parameter in named)
+    if plain or kind not in registry.BUILT_IN["optimizer"]:
+        return None
+    parts = matrices.of_model(config) if kind == "muon" else {}
+    return optimizer.build(local_shards(named), settings, formats=formats, parts=parts, group=None)
 
 
 def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -81,7 +81,12 @@ def _optim(optim: schema.OptimConfig) -> None:
         _optimizer_rule(f"optim.rules[{number}]", rule)
 
 
-_READ_BY = {"betas": ("adamw", "lion"), "eps": ("adamw",), "momentum": ("sgd",), "nesterov": ("sgd",)}
+_READ_BY = {
+    "betas": ("adamw", "lion", "muon"),
+    "eps": ("adamw", "muon"),
+    "momentum": ("sgd", "muon"),
+    "nesterov": ("sgd", "muon"),
+}
 """Option -> the built-in optimizers that read it."""
 
 

@@ -307,17 +307,17 @@ class EngineConfig(Options):
 @options
 class OptimConfig(Options):
     kind: str = "adamw"
-    """Optimizer: adamw, lion, sgd, or one that a module of run.plugins registers."""
+    """Optimizer: adamw, lion, muon, sgd, or one that a module of run.plugins registers."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """adamw, lion: decay rates of the moments; of lion, the first is that of the direction."""
+    """adamw, lion: decay rates of the moments; of lion, the first is that of the direction. muon: AdamW's."""
     eps: float = 1e-8
-    """adamw: epsilon."""
+    """adamw, muon: AdamW's epsilon."""
     momentum: float = 0.9
-    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state."""
+    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean."""
     nesterov: bool = False
-    """sgd: look a step ahead (Nesterov's momentum)."""
+    """sgd, muon: look a step ahead (Nesterov's momentum)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, for matrices not matched by no_decay."""
     no_decay: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])

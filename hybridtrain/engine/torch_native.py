@@ -26,7 +26,7 @@ from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
 from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
-from hybridtrain.optim import optimizer
+from hybridtrain.optim import matrices, optimizer
 from hybridtrain.optim.average import Average
 from hybridtrain.parallel.apply import Context, build_stages, converter
 from hybridtrain.parallel.convert import adaptive_of
@@ -85,7 +85,13 @@ class TorchEngine:
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
-        self.optimizer = optimizer.build(optimizer.local_shards(self._named()), config.optim, formats=formats)
+        self.optimizer = optimizer.build(
+            optimizer.local_shards(self._named()),
+            config.optim,
+            formats=formats,
+            parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
+            group=self.mesh.group("stage"),
+        )
         decay = config.optim.ema
         self.average = Average(self.optimizer, decay=decay) if decay else None
         in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce

@@ -89,12 +89,9 @@ def piece(cut: str, shape: tuple[int, ...], *, heads: tuple[int, int], rank: int
         return Piece(0, (), False, size)
     dim, _, kinds = cut.partition(":")
     parts, of_kind = kinds.split() or ["e"], {"q": heads[0], "kv": heads[1], "e": 1}
-    unit, rest = divmod(shape[int(dim)], sum(of_kind[kind] for kind in parts))
-    if rest:
-        raise ValueError(f"{shape[int(dim)]} is no multiple of the parts {kinds}")
     ranges, first = [], 0
-    for kind in parts:
-        length = unit * of_kind[kind]
+    for kind, length in zip(parts, lengths(shape[int(dim)], parts, heads=heads), strict=True):
+        unit = length // of_kind[kind]
         if kind == "kv" and heads[1] < size:
             if size % heads[1]:
                 raise ValueError(f"{heads[1]} key/value heads for {size} ranks")
@@ -105,6 +102,15 @@ def piece(cut: str, shape: tuple[int, ...], *, heads: tuple[int, int], rank: int
             ranges.append((first + rank * length // size, length // size))
         first += length
     return Piece(int(dim), tuple(ranges), len(parts) == 1 and ranges[0][1] * size == first, 1)
+
+
+def lengths(size: int, parts: Sequence[str], *, heads: tuple[int, int]) -> tuple[int, ...]:
+    """Lengths of the matrices stored in one, of kinds as in Slicing.cuts. Raises ValueError."""
+    of_kind = {"q": heads[0], "kv": heads[1], "e": 1}
+    unit, rest = divmod(size, sum(of_kind[kind] for kind in parts))
+    if rest:
+        raise ValueError(f"{size} is no multiple of the parts {' '.join(parts)}")
+    return tuple(unit * of_kind[kind] for kind in parts)
 
 
 def heads_of(config: Any) -> tuple[int, int]:

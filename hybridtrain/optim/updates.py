@@ -27,7 +27,7 @@ def moments_of_kind(settings: OptimConfig) -> Sequence[str]:
     """Names in checkpoints of what a built-in optimizer keeps for each weight."""
     if settings.kind == "sgd":
         return ("momentum",) if settings.momentum else ()
-    return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}[settings.kind]
+    return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "muon": ("momentum",)}[settings.kind]
 
 
 def element(settings: OptimConfig, *, step: Tensor, lr: float, decay: float) -> Element:

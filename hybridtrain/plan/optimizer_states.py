@@ -58,5 +58,8 @@ def bytes_of_moments(config: Config, *, stored: int) -> float:
     `stored`: those of a master weight. For 8 bits, as if all parameters had them: an error of a few
     thousandths for large models.
     """
-    count = {"adamw": 2, "lion": 1, "sgd": int(config.optim.momentum > 0)}.get(config.optim.kind, 0)
+    # Of muon at most: matrices inside layers have one.
+    count = {"adamw": 2, "muon": 2, "lion": 1, "sgd": int(config.optim.momentum > 0)}.get(
+        config.optim.kind, 0
+    )
     return count * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[config.precision.state]

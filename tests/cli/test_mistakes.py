@@ -167,7 +167,7 @@ MISTAKES = {
         ["engine.compile_backend=nvfuser", "aot_eager"],
     ),
     "precision": ([*TRAIN, "precision.kind=fp8"], ["precision.kind=fp8", "bf16_mixed"]),
-    "optimizer": ([*TRAIN, "optim.kind=muon"], ["optim.kind=muon", "adamw"]),
+    "optimizer": ([*TRAIN, "optim.kind=soap"], ["optim.kind=soap", "adamw"]),
     "schedule": ([*TRAIN, "schedule.kind=sqrt"], ["schedule.kind=sqrt", "wsd"]),
     "recompute": ([*TRAIN, "recompute.kind=some"], ["recompute.kind=some", "selective"]),
     "resume": ([*TRAIN, "run.resume=yes"], ["run.resume", "auto, never, required"]),

@@ -72,7 +72,9 @@ def test_updates_are_those_of_the_authors(kind: str, dtype: torch.dtype) -> None
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 30, generator=generator, dtype=dtype)
     mine, other = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(weight.clone())
-    ours = optimizer.build(local_shards([("proj.weight", mine)]), settings_of(kind), formats=PLAIN)
+    ours = optimizer.build(
+        local_shards([("proj.weight", mine)]), settings_of(kind), formats=PLAIN, parts={}, group=None
+    )
     reference_ = theirs(kind, other)
     for step in range(6):
         gradient = torch.randn(40, 30, generator=generator, dtype=dtype)

@@ -1,0 +1,197 @@
+"""Muon: matrices inside layers move by their momentum, made orthogonal; everything else by AdamW.
+
+    m <- momentum m + (1 - momentum) g;   u = g + momentum (m - g), or m without nesterov
+    w <- w - lr (0.2 sqrt(max(rows, columns)) O(u) + decay w)
+
+O(u): the nearest matrix with orthogonal rows or columns, by five Newton-Schulz iterations in fp32 (Jordan et
+al. 2024, "Muon"). The factor gives updates the size of AdamW's, so that its rate fits (arXiv 2502.16982).
+
+A rank holds a part of a matrix. Momenta are sent to an owner, which sends back the parts of O(u): one matrix
+for each rank at a time, each rank another, so that the work is shared, and the result is that of one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridtrain.config.schema import OptimConfig
+from hybridtrain.models.init import Slices, local_slices
+from hybridtrain.optim import stored
+from hybridtrain.optim.elementwise import Elementwise
+from hybridtrain.optim.matrices import Parts
+from hybridtrain.optim.shards import LocalShard, Update, decay_of, rate_of
+from hybridtrain.optim.stored import Formats
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_ITERATIONS, _EPS = 5, 1e-7
+_RMS = 0.2
+
+
+class Muon(Update):
+    """Matrices by Muon, other parameters by AdamW."""
+
+    def __init__(
+        self,
+        shards: list[LocalShard],
+        settings: OptimConfig,
+        formats: Formats,
+        *,
+        parts: Mapping[str, Parts],
+        group: dist.ProcessGroup | None,
+    ):
+        """As Matrices; `parts`: of the whole model, of which this rank has the shards."""
+        super().__init__(shards)
+        of_adam = dataclasses.replace(settings, kind="adamw")
+        self.matrices = Matrices(
+            [item for item in shards if item.name in parts], settings, formats, parts=parts, group=group
+        )
+        self.others = Elementwise([item for item in shards if item.name not in parts], of_adam, formats)
+        self.optimizer = None
+
+    @torch.no_grad()
+    def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
+        self.begin()
+        for part in (self.matrices, self.others):
+            part.step(lr=lr, divide=divide, skip=skip)
+        self.free()
+
+    def _of(self, item: LocalShard) -> Elementwise:
+        return self.matrices if item.name in self.matrices.parts else self.others
+
+    def exact(self, item: LocalShard) -> Tensor:
+        return self._of(item).exact(item)
+
+    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
+        return self._of(item).wanted(item, before=before)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.matrices.state(), **self.others.state()}
+
+    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
+        self._of(source).copy_state(source, target)
+
+    def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        for part in (self.matrices, self.others):
+            part.prepare(stored)
+
+    def adopt(self, loaded: Mapping[str, Tensor]) -> None:
+        for part in (self.matrices, self.others):
+            part.adopt(loaded)
+
+
+class Matrices(Elementwise):
+    """The part of Muon for matrices: momenta over local shards, orthogonal updates of whole matrices."""
+
+    def __init__(
+        self,
+        shards: list[LocalShard],
+        settings: OptimConfig,
+        formats: Formats,
+        *,
+        parts: Mapping[str, Parts],
+        group: dist.ProcessGroup | None,
+    ):
+        """Collective over `group`: the ranks with the same shards, or replicas of them; None for one rank."""
+        super().__init__(shards, settings, formats)
+        self.parts, self.group = parts, group
+        mine = [local_slices(item.parameter) for item in shards]
+        self.held: list[list[Slices]] = [mine]
+        """Rank of the group -> what it holds of each matrix."""
+        if group is not None:
+            self.held = [[] for _ in range(group.size())]
+            dist.all_gather_object(self.held, mine, group=group)
+
+    @torch.no_grad()
+    def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
+        """As Elementwise.step (collective)."""
+        self.begin()
+        self.lr = lr
+        size = len(self.held)
+        for first in range(0, len(self.shards), size):
+            batch = self.shards[first : first + size]
+            ahead = [self._ahead(item, divide=divide, skip=skip) for item in batch]
+            for item, update in zip(batch, self._orthogonal(first, ahead), strict=True):
+                self._apply(item, update, lr=lr, skip=skip)
+        self.free()
+
+    def _ahead(self, item: LocalShard, *, divide: Tensor, skip: Tensor) -> Tensor:
+        """Update the momentum; returns what is to be made orthogonal, fp32."""
+        momentum, kept = self.settings.momentum, self.fields(item)["momentum"]
+        old = kept.float()
+        gradient = torch.zeros_like(old) if item.shard.grad is None else item.shard.grad.float() / divide
+        new = old.lerp(gradient, 1 - momentum)
+        kept.copy_(torch.where(skip > 0, kept, new.to(kept.dtype)))
+        return gradient.lerp(new, momentum) if self.settings.nesterov else new
+
+    def _apply(self, item: LocalShard, update: Tensor, *, lr: float, skip: Tensor) -> None:
+        """Move the weights of a shard, in their format, by a part of an orthogonal matrix."""
+        fields = {name: value for name, value in self.fields(item).items() if name != "momentum"}
+        plain = dataclasses.replace(self.settings, kind="sgd", momentum=0.0, nesterov=False)
+        stored.update(
+            item.shard.data,
+            update,
+            fields,
+            settings=plain,
+            formats=self.formats,
+            where=self._places.get(item.shard),
+            lr=lr * rate_of(item.name, settings=self.settings),
+            decay=decay_of(item.name, item.parameter.dim(), settings=self.settings),
+            divide=torch.ones_like(skip),
+            skip=skip,
+        )
+
+    def _orthogonal(self, first: int, ahead: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts of the orthogonal matrices of a batch: at most one for each rank to own."""
+        if self.group is None:
+            return [self._update_of(self.shards[first], ahead[0])]
+        rank, own = self.group.rank(), first + self.group.rank()
+        owns = own < first + len(ahead)
+        sent = [tensor.numel() for tensor in ahead] + [0] * (self.group.size() - len(ahead))
+        sizes = [_size(held[own]) if owns else 0 for held in self.held]
+        received = ahead[0].new_empty(sum(sizes))
+        dist.all_to_all_single(received, _flat(ahead), sizes, sent, group=self.group)
+        back = received
+        if owns:
+            whole = ahead[0].new_zeros(self.shards[own].parameter.shape)
+            for held, part in zip(self.held, received.split(sizes), strict=True):
+                whole[held[own]] = part.view(whole[held[own]].shape)
+            update = self._update_of(self.shards[own], whole)
+            back = _flat([update[held[own]] for held in self.held])
+        result = ahead[0].new_empty(sum(sent))
+        dist.all_to_all_single(result, back, sent, sizes, group=self.group)
+        assert rank < len(self.held)
+        return [part.view_as(tensor) for part, tensor in zip(result.split(sent), ahead, strict=False)]
+
+    def _update_of(self, item: LocalShard, ahead: Tensor) -> Tensor:
+        """The update of a whole parameter, by the matrices in it."""
+        dim, sizes = self.parts[item.name]
+        return torch.cat([_scaled(part) for part in ahead.split(sizes, dim=dim)], dim=dim)
+
+
+def _size(slices: Slices) -> int:
+    return int(torch.Size(each.stop - each.start for each in slices).numel())
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _scaled(ahead: Tensor) -> Tensor:
+    """The update of a matrix, or of several along the first of three dimensions."""
+    return orthogonal(ahead) * (_RMS * max(ahead.shape[-2:]) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly orthogonal rows or columns: singular values of about 0.7 to 1.2. (..., rows, columns), fp32."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + _EPS)
+    for _ in range(_ITERATIONS):
+        square = x @ x.mT
+        x = _A * x + (_B * square + _C * square @ square) @ x
+    return x.mT if tall else x

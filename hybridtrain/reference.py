@@ -2,7 +2,8 @@
 
 It has the model config, initial weights, data and optimizer settings of the engines, but none of their code:
 Hugging Face's forward pass, gradients accumulated by hand, and torch's clipping and AdamW. Only
-the arithmetic of other formats of weights and moments is the engines' (optim/stored.py).
+the arithmetic of other optimizers, and of other formats of weights and moments, is the engines'
+(optim/stored.py), over whole parameters.
 """
 
 from __future__ import annotations

@@ -180,14 +180,6 @@ def _trackers(tracker: schema.TrackerConfig, *, here: bool) -> None:
 
 
 def _optimizer_states(config: schema.Config) -> None:
-    require(
-        config.precision.state != "8bit" or config.optim.kind == "adamw",
-        "precision.state",
-        "8bit",
-        f"8 bits are for Adam's two moments, not for optim.kind={config.optim.kind}",
-        allowed="auto, fp32, bf16",
-        instead="precision.state=bf16, or optim=adamw",
-    )
     problem = f"optim.kind={config.optim.kind} decides on its own state"
     require(
         config.precision.state == "auto" or config.optim.kind in registry.BUILT_IN["optimizer"],
@@ -196,6 +188,14 @@ def _optimizer_states(config: schema.Config) -> None:
         problem,
         allowed="auto with a registered optimizer",
         instead="precision.state=auto, or optim=adamw",
+    )
+    require(
+        config.precision.state != "8bit" or config.optim.kind == "adamw",
+        "precision.state",
+        "8bit",
+        f"8 bits are for Adam's two moments, not for optim.kind={config.optim.kind}",
+        allowed="auto, fp32, bf16",
+        instead="precision.state=bf16, or optim=adamw",
     )
 
 

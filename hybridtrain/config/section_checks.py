@@ -81,6 +81,7 @@ def _optim(optim: schema.OptimConfig) -> None:
         _optimizer_rule(f"optim.rules[{number}]", rule)
 
 
+MOST = 1e4
 _READ_BY = {
     "betas": ("adamw", "lion", "muon"),
     "eps": ("adamw", "muon"),
@@ -124,11 +125,11 @@ def _optimizer_rule(field: str, rule: object) -> None:
         value = given[name]
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         require(
-            number and (value > 0 if name == "lr" else value >= 0),
+            number and (0 < value <= MOST if name == "lr" else 0 <= value <= MOST),
             f"{field}.{name}",
             value,
             "not such a number",
-            allowed="above 0" if name == "lr" else "0 or more",
+            allowed="above 0, up to 1e4" if name == "lr" else "0 to 1e4",
             instead="model.freeze for what is not to be trained" if name == "lr" else "0",
         )
 

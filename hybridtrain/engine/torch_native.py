@@ -93,7 +93,7 @@ class TorchEngine:
             group=self.mesh.group("stage"),
         )
         decay = config.optim.ema
-        self.average = Average(self.optimizer, decay=decay) if decay else None
+        self.average = Average(self.optimizer, decay=decay, device=device) if decay else None
         in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce
         self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)

@@ -35,7 +35,7 @@ def check(names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig) ->
     for pattern in optim.no_decay:
         if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
             check_one("optim.no_decay", pattern, names, what="parameter")
-    left = set(names)
+    left = {name for name in names if not matches(name, freeze)}
     for number, rule in enumerate(optim.rules):
         field, pattern = f"optim.rules[{number}]", rule["match"]
         check_one(field, pattern, names, what="parameter")
@@ -44,7 +44,7 @@ def check(names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig) ->
             raise refusal(
                 field,
                 pattern,
-                "all that it matches is matched by rules before it, and the first match counts",
+                "all that it matches is frozen, or matched by rules before it, and the first match counts",
                 allowed="rules from the particular to the general",
                 instead="this rule before the others",
             )

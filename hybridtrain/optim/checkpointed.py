@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.optim import stored as formats
-from hybridtrain.optim.shards import LocalShard, Update, decay_of, like, rate_of
+from hybridtrain.optim.shards import LocalShard, Update, decay_of, like, rate_of, rows
 from hybridtrain.optim.stored import CODED, COMPENSATION
 from hybridtrain.optim.updates import moments_of_kind
 from hybridtrain.precision.rounding import joined, split
@@ -53,9 +53,11 @@ class BuiltIn(Update):
         lr = self.lr * rate_of(item.name, settings=settings)
         return -lr * (mean / (deviation + settings.eps) + decay * before.float())
 
-    def exact(self, item: LocalShard) -> Tensor:
+    def exact(self, item: LocalShard, part: slice) -> Tensor:
         rest = self.fields(item).get(COMPENSATION)
-        return super().exact(item) if rest is None else joined(item.shard.detach(), rest)
+        if rest is None:
+            return super().exact(item, part)
+        return joined(rows(item.shard.detach())[part], rows(rest)[part])
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by key `optim.<name>.<field>`, as DTensors where the parameter is one."""
@@ -84,7 +86,8 @@ class BuiltIn(Update):
                 for field in ("step", *self.moments, *CODED, COMPENSATION)
                 if (key := f"optim.{item.name}.{field}") in stored
             }
-            known = dtypes.keys() >= set(self.moments) or dtypes.keys() >= set(CODED)
+            none = dtypes.keys() <= {"step", COMPENSATION} and "step" in dtypes  # of a run without momentum
+            known = none or dtypes.keys() >= set(self.moments) or dtypes.keys() >= set(CODED)
             if known and dtypes.keys() != own.keys():
                 self._loading[item.shard] = {
                     field: own[field]
@@ -105,7 +108,10 @@ class BuiltIn(Update):
             if (read := self._loading.pop(item.shard, None)) is None:
                 continue
             own = self.fields(item)
-            if own.keys().isdisjoint(read.keys() - {"step", COMPENSATION, _WEIGHT}):
+            if read.keys() <= {"step", COMPENSATION, _WEIGHT}:
+                for field in own.keys() - {"step", COMPENSATION}:
+                    own[field].zero_()
+            elif own.keys().isdisjoint(read.keys() - {"step", COMPENSATION, _WEIGHT}):
                 values = formats.moments_of(read, self.moments)
                 for field, value in formats.stored(values, self.moments, like=own).items():
                     own[field].copy_(value)

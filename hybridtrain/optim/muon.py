@@ -27,7 +27,7 @@ from hybridtrain.optim.matrices import Parts
 from hybridtrain.optim.shards import LocalShard, Update, decay_of, rate_of
 from hybridtrain.optim.stored import Formats
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+_LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 _ITERATIONS, _EPS = 5, 1e-7
 _RMS = 0.2
 
@@ -63,8 +63,8 @@ class Muon(Update):
     def _of(self, item: LocalShard) -> Elementwise:
         return self.matrices if item.name in self.matrices.parts else self.others
 
-    def exact(self, item: LocalShard) -> Tensor:
-        return self._of(item).exact(item)
+    def exact(self, item: LocalShard, part: slice) -> Tensor:
+        return self._of(item).exact(item, part)
 
     def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
         return self._of(item).wanted(item, before=before)
@@ -193,5 +193,5 @@ def orthogonal(matrix: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + _EPS)
     for _ in range(_ITERATIONS):
         square = x @ x.mT
-        x = _A * x + (_B * square + _C * square @ square) @ x
+        x = _LINEAR * x + (_CUBIC * square + _QUINTIC * square @ square) @ x
     return x.mT if tall else x

@@ -6,7 +6,7 @@ parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)   `shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,29 @@ def like(part: Tensor, parameter: nn.Parameter, *, shape: Sequence[int]) -> Tens
     mesh, placements = parameter.device_mesh, parameter.placements
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+ALL = slice(None)
+_ON_CPU, _ON_GPU = 1 << 16, 1 << 23
+"""Elements that are updated at a time: on a CPU what fits its caches, on a GPU some 300 MiB."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least; the same memory if it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A view of (rows, elements of a row)."""
+    return tensor.view(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)
+
+
+def chunks(of_rows: Tensor) -> Iterator[slice]:
+    """Slices of rows that are updated at a time, so that an update needs little memory."""
+    most = _ON_CPU if of_rows.device.type == "cpu" else _ON_GPU
+    size = max(1, most // max(1, of_rows.shape[1]))
+    for start in range(0, len(of_rows), size):
+        yield slice(start, start + size)
 
 
 def rest_of_division(gradients: Sequence[Tensor], divide: Tensor) -> Tensor:
@@ -133,9 +156,9 @@ class Update:
         """
         return None
 
-    def exact(self, item: LocalShard) -> Tensor:
-        """The weights of a shard in fp32 or fp64, as the next update begins with them."""
-        return item.shard.detach().to(torch.promote_types(item.shard.dtype, torch.float32))
+    def exact(self, item: LocalShard, part: slice) -> Tensor:
+        """Rows of a shard's weights in fp32 or fp64, as the next update begins with them."""
+        return wide(rows(item.shard.detach())[part])
 
     def state(self) -> dict[str, Tensor]:
         raise NotImplementedError

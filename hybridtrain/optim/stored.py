@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
+from hybridtrain.optim.shards import chunks, rows, wide
 from hybridtrain.optim.updates import Moments, element, moments_of_kind
 from hybridtrain.plan.optimizer_states import BLOCK, in_eight_bits
 from hybridtrain.precision import eight_bit, rounding
 
 CODED = ("exp_avg_codes", "exp_avg_scales", "rms_codes", "rms_scales")
 COMPENSATION = "compensation"
-_ON_CPU, _ON_GPU = 1 << 16, 1 << 23
-"""Elements that are updated at a time: on a CPU what fits its caches, on a GPU some 300 MiB."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def shape_of(field: str, shape: torch.Size) -> torch.Size:
 def moments_of(state: Mapping[str, Tensor], names: Sequence[str]) -> Moments:
     """The moments of these names in fp32 or fp64; may share memory with the state."""
     if "rms_codes" not in state:
-        return tuple(_wide(state[name]) for name in names)
+        return tuple(wide(state[name]) for name in names)
     first = eight_bit.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
     return first, eight_bit.decode(state["rms_codes"], state["rms_scales"], signed=False).square()
 
@@ -144,12 +143,11 @@ def update(
         return
     change, names = element(settings, step=step, lr=lr, decay=decay), moments_of_kind(settings)
     fields = {"weight": weight, **{field: state[field] for field in state if field != "step"}}
-    rows = {field: _rows(tensor) for field, tensor in fields.items()}
-    gradients, keep = _rows(gradient.contiguous()), skip > 0
-    size = max(1, (_ON_CPU if weight.device.type == "cpu" else _ON_GPU) // gradients.shape[1])
-    for start in range(0, len(gradients), size):
-        now = {field: tensor[start : start + size] for field, tensor in rows.items()}
-        scaled, old = _wide(gradients[start : start + size]) / divide, _wide(now["weight"])
+    in_rows = {field: rows(tensor) for field, tensor in fields.items()}
+    gradients, keep = rows(gradient.contiguous()), skip > 0
+    for part in chunks(gradients):
+        now = {field: tensor[part] for field, tensor in in_rows.items()}
+        scaled, old = wide(gradients[part]) / divide, wide(now["weight"])
         if COMPENSATION in now:
             old = rounding.joined(now["weight"], now[COMPENSATION])
         value, moments = change(old, scaled, moments_of(now, names))
@@ -160,19 +158,10 @@ def update(
             case "stochastic":
                 assert where is not None
                 columns = torch.arange(gradients.shape[1], dtype=torch.int32, device=weight.device)
-                index = where.first[start : start + size] + columns
+                index = where.first[part] + columns
                 bits = rounding.random_bits(index, key=where.key, step=step)
                 new["weight"] = rounding.round_stochastically(value, bits)
             case _:
                 new["weight"] = value.to(weight.dtype)
         for field, value in new.items():
             now[field].copy_(torch.where(keep, now[field], value))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """A view of (rows, elements of a row)."""
-    return tensor.view(-1, tensor.shape[-1]) if tensor.dim() else tensor.view(1, 1)

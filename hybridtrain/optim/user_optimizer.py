@@ -58,7 +58,16 @@ def build(parameters: list[dict[str, Any]], settings: OptimConfig) -> torch.opti
             allowed=allowed,
             instead="model.freeze for what is not to be trained",
         )
+    factors = {id(p): group.get("factor", 1.0) for group in parameters for p in group["params"]}
     for group in optimizer.param_groups:
+        if any(factors[id(p)] != group.get("factor", 1.0) for p in group["params"]):
+            raise refusal(
+                "optim.rules",
+                settings.rules,
+                f"the groups that the factory of {settings.kind} makes leave out their rates",
+                allowed="none with such an optimizer",
+                instead="a factory that hands on the groups that it is given, or that copies their factor",
+            )
         rate, expected = group.get("lr"), settings.lr * group.get("factor", 1.0)
         # a tensor has it in fp32
         if rate is None or not math.isclose(float(rate), expected, rel_tol=1e-6):

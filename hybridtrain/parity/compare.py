@@ -156,11 +156,14 @@ def _outcome(rows: list[Row]) -> str:
 def _tolerance(case: LayoutCase, comparison: Comparison, reference: ReferenceResult) -> dict[str, float]:
     """Tolerances of a layout.
 
-    AdamW moves an element by about the learning rate per step; for others it is measured.
+    AdamW moves an element by about the learning rate per step; for others it is measured. Lion moves one
+    whose direction is nearly 0 by the rate either way, as rounding has it.
     """
-    config = comparison.config
-    moved = reference.moved if config.optim.kind != "adamw" else config.optim.lr * config.parity.steps
-    return verdict.tolerances(config.precision, tp=case.layout.tp, moved=moved, noise=reference.noise)
+    config, optim = comparison.config, comparison.config.optim
+    steps = config.parity.steps * max(optim.lr, *(float(rule.get("lr", 0.0)) for rule in optim.rules), 0.0)
+    moved = steps if optim.kind == "adamw" else reference.moved
+    found = verdict.tolerances(config.precision, tp=case.layout.tp, moved=moved, noise=reference.noise)
+    return {**found, "param_abs": 2.1 * steps} if optim.kind == "lion" else found
 
 
 def _devices() -> int | None:

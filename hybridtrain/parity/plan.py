@@ -143,7 +143,7 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
     precision_checks.check_fixed(config.precision, command="parity")
     config = copy.deepcopy(config)
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
-    if config.optim.eps < MIN_EPS:
+    if config.optim.eps < MIN_EPS and config.optim.kind in ("adamw", "muon"):
         changes.append(
             f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: "
             "Adam magnifies rounding noise where gradients are below it"

@@ -25,7 +25,8 @@ from hybridtrain.runtime.files import check_outside_checkpoints
 from hybridtrain.types import ModelFacts, Progress
 
 _WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
-_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code")  # they do not change the model
+_NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code", "optim.ema")
+"""They do not change the model, nor its training."""
 _SINGLE_FIELDS = (
     *(
         "run.seed",

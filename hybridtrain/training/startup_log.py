@@ -141,12 +141,14 @@ def _stored(job: Job, *, engine: Any, weights: str) -> str:
     if kind in registry.BUILT_IN["optimizer"]:
         rounds = weights == "bfloat16"
     in_bf16 = state == "bf16" or (state == "auto" and rounds)
-    if kind == "adamw" and in_bf16 and config.optim.betas[1] > _BF16_BETA:
+    slowest = max(config.optim.betas[1] * (kind != "sgd"), config.optim.momentum * (kind in ("sgd", "muon")))
+    if kind in registry.BUILT_IN["optimizer"] and in_bf16 and slowest > _BF16_BETA:
         _log.warning(
-            "optim.betas=%s: a second moment in bf16 cannot decay by %.2g a step, less than half a step of "
-            "bf16 (2^-9); precision.state=fp32 or 8bit can, as can a second beta of at most %.3f",
-            config.optim.betas,
-            1 - config.optim.betas[1],
+            "optim.%s: a moment in bf16 cannot decay by %.2g a step, less than half a step of bf16 (2^-9); "
+            "precision.state=fp32 can%s, as can a decay rate of at most %.3f",
+            f"betas={config.optim.betas}" if kind != "sgd" else f"momentum={config.optim.momentum}",
+            1 - slowest,
+            ", and 8bit" if kind == "adamw" else "",
             _BF16_BETA,
         )
     if state == "auto" and not rounds:

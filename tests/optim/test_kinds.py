@@ -4,12 +4,15 @@ checkpoint; rules for single parameters."""
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError
@@ -18,7 +21,8 @@ from hybridtrain.optim import optimizer
 from hybridtrain.optim.shards import decay_of, local_shards, rate_of
 from hybridtrain.optim.stored import Formats
 from tests.cases import Case, differences, model, on_ranks, reference
-from tests.engine.test_state import both
+from tests.engine.test_state import both, load_and_go_on, save_and_go_on
+from tests.ranks import run_ranks
 
 SLOW = pytest.mark.slow
 PLAIN = Formats("auto", "kahan", 0)
@@ -209,3 +213,38 @@ def test_what_does_not_go_together_is_refused(words: list[str], said: str) -> No
 def test_rules_that_change_nothing_are_refused(rules: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(UserError, match=said):
         patterns.check(["a.b", "c.d"], freeze=[], optim=OptimConfig(rules=rules))
+
+
+def test_a_registered_optimizer_that_leaves_rules_out_is_refused() -> None:
+    from hybridtrain import registry
+
+    @registry.register("optimizer", "own_groups")
+    def own_groups(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for group in groups for p in group["params"]], lr=config.lr)
+
+    named = [(name, torch.nn.Parameter(torch.zeros(2, 2))) for name in ("a.weight", "b.weight")]
+    settings = OptimConfig(kind="own_groups", lr=1e-2, rules=[{"match": "a*", "lr": 1e-5}])
+    with pytest.raises(UserError, match=r"optim\.rules.*own_groups makes leave out their rates"):
+        optimizer.build(local_shards(named), settings, formats=PLAIN, parts={}, group=None)
+
+
+def test_momentum_begins_at_0_where_a_checkpoint_has_none(tmp_path: Path) -> None:
+    without, momentum = (
+        Case("single", steps=4, overrides=KINDS[kind]) for kind in ("sgd, no momentum", "sgd")
+    )
+    path = tmp_path / "checkpoint"
+    run_ranks(1, save_and_go_on, without, path)
+    ((state, losses),) = run_ranks(1, load_and_go_on, momentum, path)
+    assert all(math.isfinite(loss) for loss in losses)
+    moments = [value for key, value in state.items() if key.endswith(".momentum")]
+    assert moments
+    assert not any(value.any() for value in moments)
+
+
+def test_parity_of_lion_allows_for_its_signs(tmp_path: Path) -> None:
+    """Of nearly equal numbers, one may be above 0 and the other below: moves of the rate either way."""
+    words = ["model=tiny", "optim=lion", "data.seq_len=32", "batch.global_batch_size=4", "optim.lr=1e-2"]
+    words += ["parity.layouts=[single]", "parity.steps=2", f"run.dir={tmp_path}"]
+    assert main(["parity", *words]) == 0
+    told = json.loads((tmp_path / "parity.json").read_text())["layouts"][0]
+    assert told["passed"]

@@ -1,4 +1,4 @@
-"""Muon: torch's own where that computes in fp32, one process under every layout, matrices stored in one apart."""
+"""Muon: torch's own in fp32, one process under every layout, matrices in one parameter apart."""
 
 from __future__ import annotations
 

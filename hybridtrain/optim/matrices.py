@@ -21,24 +21,33 @@ dimensions, are apart from each other anyway."""
 
 def of_model(config: Any) -> dict[str, Parts]:
     """Name -> parts of the weights of linear layers and experts inside the layers of a model. Embedding,
-    head, norms and tables are none.
+    head, norms, routers of a kind of their own and tables are none.
 
-    Where one parameter holds several, such as query, key and value, is what tensor parallelism of two ranks
-    has proven; where that is not proven, it counts as one.
+    Where one parameter holds several that follow each other, such as query, key and value, is what tensor
+    parallelism of two ranks has proven; where that is not proven, or they are interleaved, it counts as one.
     """
     model, layers = meta_model(config), structure_of(config).layers
     cuts = {} if config.model_type in plain.TYPES else _cuts(config)
     found: dict[str, Parts] = {}
     heads = heads_of(config)
     for index, layer in enumerate(model.get_submodule(layers).children()):
-        tables = {name for name, module in layer.named_modules() if isinstance(module, nn.Embedding)}
+        modules = dict(layer.named_modules())
         for matrix in matrices(layer, prefix=""):
-            path, _, key = matrix.name.rpartition(".")
-            if len(matrix.shape) == 2 and (key != "weight" or path.lstrip(".") in tables):
-                continue
             name = matrix.name.lstrip(".")
-            found[f"{layers}.{index}.{name}"] = _parts(cuts.get(name, ""), matrix.shape, heads=heads)
+            path = name.rpartition(".")[0]
+            if _is_matrix(path, modules[path], dimensions=len(matrix.shape)):
+                found[f"{layers}.{index}.{name}"] = _parts(cuts.get(name, ""), matrix.shape, heads=heads)
     return found
+
+
+def _is_matrix(path: str, module: nn.Module, *, dimensions: int) -> bool:
+    """Whether a parameter of a module is the weight of a linear layer, or those of experts, not a norm over
+    heads, a table, or a state matrix.
+    """
+    kind = type(module).__name__
+    if dimensions == 2:
+        return isinstance(module, nn.Linear) or kind == "Conv1D"
+    return "expert" in f"{path} {kind}".lower()
 
 
 def _cuts(config: Any) -> dict[str, str]:

@@ -24,7 +24,7 @@ from hybridtrain.models.init import Slices, local_slices
 from hybridtrain.optim import stored
 from hybridtrain.optim.elementwise import Elementwise
 from hybridtrain.optim.matrices import Parts
-from hybridtrain.optim.shards import LocalShard, Update, decay_of, rate_of
+from hybridtrain.optim.shards import LocalShard, Update, decay_of, rate_of, wide
 from hybridtrain.optim.stored import Formats
 
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -120,10 +120,12 @@ class Matrices(Elementwise):
         self.free()
 
     def _ahead(self, item: LocalShard, *, divide: Tensor, skip: Tensor) -> Tensor:
-        """Update the momentum; returns what is to be made orthogonal, fp32."""
+        """Update the momentum; returns what is to be made orthogonal, in fp32 or fp64. A matrix without a
+        gradient moves on, with one of zeros: ranks do not know of each other's.
+        """
         momentum, kept = self.settings.momentum, self.fields(item)["momentum"]
-        old = kept.float()
-        gradient = torch.zeros_like(old) if item.shard.grad is None else item.shard.grad.float() / divide
+        old = wide(kept)
+        gradient = torch.zeros_like(old) if item.shard.grad is None else wide(item.shard.grad) / divide
         new = old.lerp(gradient, 1 - momentum)
         kept.copy_(torch.where(skip > 0, kept, new.to(kept.dtype)))
         return gradient.lerp(new, momentum) if self.settings.nesterov else new
@@ -149,23 +151,35 @@ class Matrices(Elementwise):
         """This rank's parts of the orthogonal matrices of a batch: at most one for each rank to own."""
         if self.group is None:
             return [self._update_of(self.shards[first], ahead[0])]
-        rank, own = self.group.rank(), first + self.group.rank()
-        owns = own < first + len(ahead)
-        sent = [tensor.numel() for tensor in ahead] + [0] * (self.group.size() - len(ahead))
-        sizes = [_size(held[own]) if owns else 0 for held in self.held]
-        received = ahead[0].new_empty(sum(sizes))
-        dist.all_to_all_single(received, _flat(ahead), sizes, sent, group=self.group)
-        back = received
-        if owns:
+        rank, count = self.group.rank(), len(ahead)
+        own = first + rank if rank < count else None
+        # Of equal parts, which replicas have, the first is sent; all are sent back.
+        sent = [
+            tensor.numel() if self._is_first(rank, first + number) else 0
+            for number, tensor in enumerate(ahead)
+        ]
+        sent += [0] * (self.group.size() - count)
+        back = [tensor.numel() for tensor in ahead] + [0] * (self.group.size() - count)
+        sizes = [0 if own is None else _size(held[own]) for held in self.held]
+        firsts = [size if own is not None and self._is_first(at, own) else 0 for at, size in enumerate(sizes)]
+        parts = [tensor for tensor, size in zip(ahead, sent, strict=False) if size]
+        received = ahead[0].new_empty(sum(firsts))
+        dist.all_to_all_single(received, _flat(parts, like=ahead[0]), firsts, sent, group=self.group)
+        updates: list[Tensor] = []
+        if own is not None:
             whole = ahead[0].new_zeros(self.shards[own].parameter.shape)
-            for held, part in zip(self.held, received.split(sizes), strict=True):
-                whole[held[own]] = part.view(whole[held[own]].shape)
+            for held, part in zip(self.held, received.split(firsts), strict=True):
+                if part.numel():
+                    whole[held[own]] = part.view(whole[held[own]].shape)
             update = self._update_of(self.shards[own], whole)
-            back = _flat([update[held[own]] for held in self.held])
-        result = ahead[0].new_empty(sum(sent))
-        dist.all_to_all_single(result, back, sent, sizes, group=self.group)
-        assert rank < len(self.held)
-        return [part.view_as(tensor) for part, tensor in zip(result.split(sent), ahead, strict=False)]
+            updates = [update[held[own]] for held in self.held]
+        result = ahead[0].new_empty(sum(back))
+        dist.all_to_all_single(result, _flat(updates, like=ahead[0]), back, sizes, group=self.group)
+        return [part.view_as(tensor) for part, tensor in zip(result.split(back), ahead, strict=False)]
+
+    def _is_first(self, rank: int, number: int) -> bool:
+        """Whether no rank before has the same part of a matrix."""
+        return not any(held[number] == self.held[rank][number] for held in self.held[:rank])
 
     def _update_of(self, item: LocalShard, ahead: Tensor) -> Tensor:
         """The update of a whole parameter, by the matrices in it."""
@@ -177,8 +191,8 @@ def _size(slices: Slices) -> int:
     return int(torch.Size(each.stop - each.start for each in slices).numel())
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def _flat(tensors: Sequence[Tensor], *, like: Tensor) -> Tensor:
+    return torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensor in tensors)])
 
 
 def _scaled(ahead: Tensor) -> Tensor:

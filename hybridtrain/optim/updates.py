@@ -38,14 +38,15 @@ def element(settings: OptimConfig, *, step: Tensor, lr: float, decay: float) -> 
 def _adamw(settings: OptimConfig, step: Tensor, lr: float, decay: float) -> Element:
     beta1, beta2 = settings.betas
     # in double precision, as in torch: in fp32, 1 - 0.999 is off by 6e-5
-    rate = (lr / (1 - beta1 ** step.double())).float()
-    root = (1 - beta2 ** step.double()).sqrt().float()
+    rate = lr / (1 - beta1 ** step.double())
+    root = (1 - beta2 ** step.double()).sqrt()
 
     def updated(old: Tensor, gradient: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
         first, second = moments
         first = first.lerp(gradient, 1 - beta1)
         second = (second * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        value = old - (first / (second.sqrt() / root + settings.eps) * rate + old * (lr * decay))
+        kept, speed = root.to(old.dtype), rate.to(old.dtype)
+        value = old - (first / (second.sqrt() / kept + settings.eps) * speed + old * (lr * decay))
         return value, (first, second)
 
     return updated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def test_matrices_in_one_parameter_are_orthogonal_apart(dim: int) -> None:
     [
         ("gpt2", {}, {"attn.c_attn.weight": 3, "mlp.c_fc.weight": 1}),
         ("phi3", {}, {"self_attn.qkv_proj.weight": 3, "mlp.gate_up_proj.weight": 2}),
-        ("mixtral", {}, {"self_attn.q_proj.weight": 1}),
+        ("mixtral", {}, {"self_attn.q_proj.weight": 1, "experts.gate_up_proj": 2}),
+        ("gpt_neox", {}, {"attention.query_key_value.weight": 1}),
+        ("cohere", {"use_qk_norm": True}, {"self_attn.q_proj.weight": 1}),
         ("gemma2", {}, {"self_attn.o_proj.weight": 1, "mlp.down_proj.weight": 1}),
     ],
 )
@@ -102,7 +105,7 @@ def test_the_matrices_of_a_model(model_type: str, fields: dict[str, Any], wanted
     assert config_of(model_type)
 
 
-FAMILIES = {"llama": model(tie_word_embeddings=True), "phi3": None, "mixtral": None, "gpt2": None}
+FAMILIES = {"llama": model(tie_word_embeddings=True), "odd": model(intermediate_size=90)}
 
 
 @pytest.mark.parametrize(
@@ -123,12 +126,15 @@ FAMILIES = {"llama": model(tie_word_embeddings=True), "phi3": None, "mixtral": N
                 ("gpt2", "dp_shard2-tp2-zero1"),
                 ("mixtral", "dp_shard2-zero3"),
                 ("mixtral", "tp2"),
+                ("gpt_neox", "dp_shard2-tp2-zero3"),
+                ("llama", "tp4"),
+                ("odd", "dp_shard4-zero3"),
             )
         ),
     ],
 )
 def test_a_layout_trains_as_one_process_does(kind: str, layout: str) -> None:
-    fields = FAMILIES[kind] or fields_of(kind)
+    fields = FAMILIES.get(kind) or fields_of(kind)
     case = Case(layout, fields, steps=3, lr=1e-3, overrides=MUON)
     found = differences(on_ranks(case), reference(case))
     assert found["grad_rel"] < 1e-5, found
@@ -151,3 +157,24 @@ def test_other_precisions_train(precision: str) -> None:
     case = Case("dp_shard2-zero2", precision=precision, steps=4, lr=1e-2, overrides=MUON)
     losses = on_ranks(case).losses
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "layout", ["dp_shard2-zero3", *(pytest.param(each, marks=SLOW) for each in ("pp2", "dp_replicate2"))]
+)
+def test_frozen_matrices_and_rules(layout: str) -> None:
+    """A stage without trained matrices, and matrices with rates of their own."""
+    rules = [{"match": "*.down_proj.weight", "lr": 3e-3, "weight_decay": 0.0}]
+    freeze = ("model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*")
+    case = Case(layout, steps=3, freeze=freeze, overrides=(*MUON, ("optim.rules", rules)))
+    plain = dataclasses.replace(case, layout="single")
+    found = differences(on_ranks(case), on_ranks(plain))
+    assert found["loss_rel"] < 1e-5, found
+    assert found["param_abs"] < 1e-5, found
+
+
+def test_fp64_is_fp64() -> None:
+    case = Case("dp_shard2-zero3", precision="fp64", steps=3, overrides=MUON)
+    found = differences(on_ranks(case), reference(case))
+    assert found["loss_rel"] < 1e-12, found
+    assert found["param_abs"] < 1e-12, found

@@ -94,7 +94,8 @@ def decay_of(name: str, dimensions: int, *, settings: OptimConfig) -> float:
 
 def rate_of(name: str, *, settings: OptimConfig) -> float:
     """The learning rate of a parameter, relative to optim.lr."""
-    return float(_rule(name, settings).get("lr", settings.lr)) / settings.lr
+    named = _rule(name, settings).get("lr")
+    return 1.0 if named is None else float(named) / settings.lr
 
 
 def _rule(name: str, settings: OptimConfig) -> Mapping[str, Any]:

@@ -43,9 +43,10 @@ COLLECTIVES = {
     "dp_shard2-zero2": {"allreduce": 3, "_allgather_base": 5, "alltoall_base": 10},  # two micro-batches
     "dp_shard2-zero3": {"allreduce": 3, "_allgather_base": 18, "alltoall_base": 10},
     # two micro-batches of 4 layers: 4 sums a layer; the embedding, the loss, and once a step the gradients of
-    # norms, of which each rank has a part. A sum over positions is an all-to-all on gloo.
-    "tp2": {"allreduce": 3, "all_reduce": 8, "all_to_all_single": 68, "all_gather_into_tensor": 76},
-    "tp2-nosp": {"allreduce": 2, "all_reduce": 76, "all_gather_into_tensor": 4},
+    # norms, of which each rank has a part, and whether loss and norm are finite on all ranks. A sum over
+    # positions is an all-to-all on gloo.
+    "tp2": {"allreduce": 4, "all_reduce": 8, "all_to_all_single": 68, "all_gather_into_tensor": 76},
+    "tp2-nosp": {"allreduce": 3, "all_reduce": 76, "all_gather_into_tensor": 4},
 }
 
 

@@ -41,6 +41,14 @@ class Elementwise(BuiltIn):
             for item in shards
             if formats.rounds(item.shard.dtype) == "stochastic"
         }
+        self._settings = {
+            item.shard: (
+                rate_of(item.name, settings=settings),
+                decay_of(item.name, item.parameter.dim(), settings=settings),
+            )
+            for item in shards
+        }
+        """Shard -> (learning rate relative to optim.lr, weight decay)."""
 
     @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
@@ -52,19 +60,40 @@ class Elementwise(BuiltIn):
         self.lr = lr
         for item in self.shards:
             if item.shard.grad is not None:
-                stored.update(
-                    item.shard.data,
+                self._move(
+                    item,
                     item.shard.grad,
                     self._fields[item.shard],
                     settings=self.settings,
-                    formats=self.formats,
-                    where=self._places.get(item.shard),
-                    lr=lr * rate_of(item.name, settings=self.settings),
-                    decay=decay_of(item.name, item.parameter.dim(), settings=self.settings),
                     divide=divide,
                     skip=skip,
                 )
         self.free()
+
+    def _move(
+        self,
+        item: LocalShard,
+        gradient: Tensor,
+        fields: Fields,
+        *,
+        settings: OptimConfig,
+        divide: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Update a shard and its state `fields` by the kind of `settings`, at its own rate and decay."""
+        rate, decay = self._settings[item.shard]
+        stored.update(
+            item.shard.data,
+            gradient,
+            fields,
+            settings=settings,
+            formats=self.formats,
+            where=self._places.get(item.shard),
+            lr=self.lr * rate,
+            decay=decay,
+            divide=divide,
+            skip=skip,
+        )
 
     def fields(self, item: LocalShard) -> Fields:
         return self._fields[item.shard]

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.init import Slices, local_slices
-from hybridtrain.optim import stored
 from hybridtrain.optim.elementwise import Elementwise
 from hybridtrain.optim.matrices import Parts
-from hybridtrain.optim.shards import LocalShard, Update, decay_of, rate_of, wide
+from hybridtrain.optim.shards import LocalShard, Update, wide
 from hybridtrain.optim.stored import Formats
 
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -116,7 +115,7 @@ class Matrices(Elementwise):
             batch = self.shards[first : first + size]
             ahead = [self._ahead(item, divide=divide, skip=skip) for item in batch]
             for item, update in zip(batch, self._orthogonal(first, ahead), strict=True):
-                self._apply(item, update, lr=lr, skip=skip)
+                self._apply(item, update, skip=skip)
         self.free()
 
     def _ahead(self, item: LocalShard, *, divide: Tensor, skip: Tensor) -> Tensor:
@@ -130,22 +129,11 @@ class Matrices(Elementwise):
         kept.copy_(torch.where(skip > 0, kept, new.to(kept.dtype)))
         return gradient.lerp(new, momentum) if self.settings.nesterov else new
 
-    def _apply(self, item: LocalShard, update: Tensor, *, lr: float, skip: Tensor) -> None:
+    def _apply(self, item: LocalShard, update: Tensor, *, skip: Tensor) -> None:
         """Move the weights of a shard, in their format, by a part of an orthogonal matrix."""
         fields = {name: value for name, value in self.fields(item).items() if name != "momentum"}
         plain = dataclasses.replace(self.settings, kind="sgd", momentum=0.0, nesterov=False)
-        stored.update(
-            item.shard.data,
-            update,
-            fields,
-            settings=plain,
-            formats=self.formats,
-            where=self._places.get(item.shard),
-            lr=lr * rate_of(item.name, settings=self.settings),
-            decay=decay_of(item.name, item.parameter.dim(), settings=self.settings),
-            divide=torch.ones_like(skip),
-            skip=skip,
-        )
+        self._move(item, update, fields, settings=plain, divide=torch.ones_like(skip), skip=skip)
 
     def _orthogonal(self, first: int, ahead: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of the orthogonal matrices of a batch: at most one for each rank to own."""

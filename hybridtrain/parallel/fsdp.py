@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hybridtrain.models.stage import Stage
-from hybridtrain.optim.shards import like
-from hybridtrain.parallel.grad_norm import local_part, wide
+from hybridtrain.optim.shards import like, wide
+from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.precision.policy import PrecisionPolicy
 

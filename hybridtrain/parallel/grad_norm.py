@@ -71,11 +71,6 @@ def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:
     return frozenset(sharded_over(grad)), local_part(grad)
 
 
-def wide(gradient: Tensor) -> Tensor:
-    """A gradient in which others are added up: in fp32 at least; the same memory if it is that."""
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-
-
 def local_part(tensor: Tensor | None) -> Tensor:
     """This rank's part of a tensor, in the same memory."""
     assert tensor is not None

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from hybridtrain.models.stage import Stage
-from hybridtrain.optim.shards import Update
-from hybridtrain.parallel.grad_norm import local_part, wide
+from hybridtrain.optim.shards import Update, wide
+from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.plan.schedules import stage_ids
 

@@ -30,7 +30,8 @@ from hybridtrain.models.slicing import (
     rewire,
 )
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel.grad_norm import local_part, wide
+from hybridtrain.optim.shards import wide
+from hybridtrain.parallel.grad_norm import local_part
 from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.runtime.collectives import GroupRanks
 

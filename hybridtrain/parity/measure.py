@@ -27,8 +27,8 @@ from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
+from hybridtrain.optim.shards import wide
 from hybridtrain.parallel import mesh
-from hybridtrain.parallel.grad_norm import wide
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout

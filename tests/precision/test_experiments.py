@@ -21,22 +21,22 @@ def table(script: str, out: Path, *flags: str) -> dict[str, list[str]]:
 
 def test_losses_are_compared_seed_by_seed() -> None:
     """Seeds differ far more than recipes."""
-    lines = runpy.run_path(str(LAUNCH / "recipes.py"))["lines"]
-    losses = {"bf16_mixed": [1.0, 2.0, 4.0], "other": [1.01, 2.0, 4.04]}
-    assert lines(losses)[2:] == [
-        "| bf16_mixed | 2.3333 |  |  |",
-        "| other | 2.3500 | +0.667% | 0.333% |",
-    ]
+    script = runpy.run_path(str(LAUNCH / "recipes.py"))
+    losses = {name: [1.0, 2.0, 4.0] for name in script["RECIPES"]} | {"fp32": [1.01, 2.0, 4.04]}
+    found = script["lines"]({"scratch": losses, "further": losses})
+    assert found[2].startswith("| bf16_mixed | 2.3333 |  |  | 2.3333 |")
+    assert found[3] == "| fp32 | 2.3500 | +0.67% | 0.33% | 2.3500 | +0.67% | 0.33% |"
 
 
 @pytest.mark.slow
 def test_the_recipes_are_trained(tmp_path: Path) -> None:
-    found = table("recipes", tmp_path, "--seeds", "2", "--steps", "2")
+    found = table("recipes", tmp_path, "--seeds", "2", "--steps", "2", "--further", "1")
     assert len(found) == 7
     assert all(5.4 < float(row[0]) < 5.7 for row in found.values())
     others = [row for name, row in found.items() if name != "bf16_mixed"]
-    assert all(abs(float(row[1].rstrip("%"))) < 0.5 for row in others)
-    assert len({row[0] for row in found.values()}) > 1
+    assert all(abs(float(row[column].rstrip("%"))) < 0.5 for row in others for column in (1, 4))
+    assert all(len({row[column] for row in found.values()}) > 1 for column in (0, 3))
+    assert all(float(row[3]) < float(row[0]) for row in found.values())
 
 
 @pytest.mark.slow

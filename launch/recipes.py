@@ -75,7 +75,7 @@ def train(out: Path, phase: str, *, ends: tuple[str, ...], seeds: int, jobs: int
     def one(name: str, seed: int) -> float:
         run = folder(out, phase, name, seed)
         trained = folder(out, "scratch", TRAINED, seed)
-        start = SCRATCH if phase == "scratch" else (f"model.path={trained}/export",)
+        start = SCRATCH if phase == "scratch" else (f"model.from_pretrained={trained}/export",)
         command("train", f"run.dir={run}", f"run.seed={seed}", *start, *SETTINGS, *ends, *RECIPES[name])
         if run == trained:
             command("export", str(run))

@@ -73,6 +73,14 @@ def _optimizer(config: schema.Config) -> None:
         allowed="0",
         instead="engine=torch",
     )
+    require(
+        not config.train.guard_every,
+        "train.guard_every",
+        config.train.guard_every,
+        "engine=deepspeed does not say which parts of parameters are replicas",
+        allowed="0",
+        instead="engine=torch",
+    )
     state = config.precision.state
     require(
         state in ("auto", "fp32"),

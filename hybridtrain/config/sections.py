@@ -209,6 +209,9 @@ class TrainConfig(Options):
     """Steps between evaluations on held-out rows (0: never)."""
     eval_rows: int = 64
     """Held-out rows per evaluation."""
+    guard_every: int = 0
+    """Steps between checks that replicas of the parameters are bitwise equal on all ranks that have one
+    (0: never). The run ends where they are not, and names parameter and ranks."""
     max_step_s: float = 1200.0
     """Seconds after which a step (or the evaluation or checkpoint after it) counts as hung: each rank writes
     its stack traces and exits (0: never)."""

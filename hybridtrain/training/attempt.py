@@ -36,6 +36,7 @@ from hybridtrain.training.callbacks import Callback
 from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
 from hybridtrain.training.recovery import Recovery
+from hybridtrain.training.replicas import Guard
 from hybridtrain.training.scale_events import ScaleEvents
 from hybridtrain.types import Batch, Progress
 
@@ -192,6 +193,8 @@ def _add_callbacks(
     saves.
     """
     config, device = job.config, engine.device
+    if every := config.train.guard_every:
+        calls.add(Guard(engine, every=every, mesh=engine.mesh), of_user=False)
     if every := config.train.eval_every:
         rows, micro_batches = config.train.eval_rows, job.plan.grad_accum
         steps = eval_batches(

@@ -150,6 +150,10 @@ class ModelFacts:
     """Modules that every pipeline stage has, besides a tied head, and their parameters."""
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
+    encoder: bool = False
+    """Whether tokens see those that follow them; the head predicts masked ones."""
+    pairs: bool = False
+    """Whether it has a head that tells whether the second part of a row follows the first."""
 
     @property
     def outputs(self) -> int:

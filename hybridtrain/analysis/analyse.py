@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hybridtrain.analysis import parameters
 from hybridtrain.errors import UserError
-from hybridtrain.models import build
+from hybridtrain.models import build, encoder
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
@@ -150,7 +150,7 @@ def tokens(*, length: int) -> Tensor:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
+    return build.logits_of(model(input_ids=ids))
 
 
 Found = tuple[float, Mapping[str, Tensor]]
@@ -230,7 +230,11 @@ def refused(config: Any) -> dict[str, str]:
     copy = _copied(config)
     if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
-    if not is_causal(copy):
+    causal = is_causal(copy)
+    if encoder.predicts(config) and causal:
+        problem = "its tokens do not see those that follow, so it is no encoder"
+        raise cannot_train(config.model_type, problem, instead=OTHER)
+    if not (causal or encoder.predicts(config)):
         problem = "its tokens see those that follow, so it is no causal language model"
         raise cannot_train(config.model_type, problem, instead=_causal_with(config) or OTHER)
     if _ties_in_name_only(copy):

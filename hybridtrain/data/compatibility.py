@@ -8,6 +8,7 @@ from typing import TypeVar
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.special import special_tokens
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log
@@ -46,6 +47,42 @@ def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
     Raises UserError.
     """
     return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
+
+
+def adapt_task(config: C, blend: Blend) -> C:
+    """`config` with the special tokens of the data's tokenizer, for masked language modelling without others.
+
+    Raises UserError for data without a mask token, and data that are no text.
+    """
+    if config.task.kind != "masked_lm":
+        return config
+    if packed := next((corpus for corpus in blend.corpora if corpus.packed), None):
+        problem = "it holds conversations or texts with labels"
+        instead = "hybridtrain prepare of text, or another task"
+        raise refusal("data.path", packed.path, problem, allowed="a corpus of text", instead=instead)
+    corpora = [corpus for corpus in blend.corpora if isinstance(corpus, Corpus)]
+    tokens = dict(config.task.tokens)
+    if not tokens and corpora:
+        tokens = special_tokens(corpora[0].tokenizer_dir)
+    if "mask" not in tokens:
+        problem = f"the tokenizer of {blend.name} has no mask token"
+        raise refusal(
+            "task.tokens",
+            tokens or "{}",
+            problem,
+            allowed="ids by name, with mask among them",
+            instead="data of the model's own tokenizer, or task.tokens={mask: ID, cls: ID, sep: ID}",
+        )
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, tokens=tokens))
+
+
+def check_special(config: Config, *, vocab: int) -> None:
+    """Refuse special tokens that the model does not have (raises UserError)."""
+    for name, number in config.task.tokens.items():
+        if not 0 <= number < vocab:
+            problem, allowed = f"the model has {vocab} tokens", f"0 to {vocab - 1}"
+            instead = "the model's own tokenizer, or a larger model.config.vocab_size"
+            raise refusal(f"task.tokens.{name}", number, problem, allowed=allowed, instead=instead)
 
 
 def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:

@@ -16,6 +16,7 @@ import numpy as np
 
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.errors import refusal
+from hybridtrain.runtime import hashing
 
 Check = Callable[[np.ndarray], None]
 """Raises UserError for token ids that the model does not have."""
@@ -31,6 +32,8 @@ class Block:
     """bool: True where a document starts; None: rows are not divided into documents."""
     loss_mask: np.ndarray | None
     """bool: True where the token is a training target; None: all are."""
+    keys: np.ndarray | None = None
+    """uint64 (n,): a random number for each sample (hashing.keys), for tasks that draw from it."""
 
     @classmethod
     def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool) -> Block:
@@ -56,7 +59,10 @@ class Block:
             None if array is None else array[:, chosen].reshape(-1, length + 1)
             for array in (self.doc_start, self.loss_mask)
         )
-        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask)
+        keys = None
+        if self.keys is not None:
+            keys = hashing.bits(self.keys[:, None], np.arange(pieces), purpose=0).flatten()
+        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask, keys)
 
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""

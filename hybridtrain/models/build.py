@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, names, overrides, plain
+from hybridtrain.models import classifier, encoder, names, overrides, plain
 from hybridtrain.models.reduced import HEAD_DIM, reduced
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
@@ -41,6 +41,8 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
         config.architectures = list(fields["architectures"])
         # A classifier's head is never tied.
         chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}
+    elif encoder.is_encoder(fields):
+        config.architectures = list(fields["architectures"])
     request = repr((sorted(fields.items()), sorted(chosen.items()), attention))
     if chosen and request not in _VERIFIED:
         _check_effective(config, fields, chosen=chosen)
@@ -298,11 +300,14 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def is_causal_lm(model_type: object) -> bool:
-    """Whether transformers has a causal LM of this type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def is_known(fields: Mapping[str, Any]) -> bool:
+    """Whether transformers has a causal LM of the model type in config.json `fields`, or the encoder."""
+    from transformers.models.auto import modeling_auto
 
-    return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if encoder.is_encoder(fields):
+        names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return isinstance(kind, str) and kind in names
 
 
 def model_class(config: Any) -> Any:
@@ -312,11 +317,15 @@ def model_class(config: Any) -> Any:
 
 
 def _auto_class(config: Any) -> Any:
-    """Where transformers looks for a causal LM or a classifier."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    """Where transformers looks for a causal LM, a classifier or an encoder."""
+    import transformers
 
-    classifies = classifier.is_classifier(config.architectures)
-    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    if classifier.is_classifier(config.architectures):
+        return transformers.AutoModelForSequenceClassification
+    return {
+        encoder.MASKED: transformers.AutoModelForMaskedLM,
+        encoder.PRETRAINING: transformers.AutoModelForPreTraining,
+    }.get(encoder.predicts(config), transformers.AutoModelForCausalLM)
 
 
 def attention_of(config: Any) -> str:
@@ -336,7 +345,7 @@ def language_model(config: Any) -> Any:
 
 
 def plain_model(config: Any) -> nn.Module:
-    """Hugging Face's causal LM (or classifier) of `config`, fp32, in training mode,
+    """Hugging Face's causal LM (or classifier, or encoder) of `config`, fp32, in training mode,
     on torch's default device.
     """
     return names.single(_own_model(config).to(torch.float32).train())
@@ -362,4 +371,9 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
-    return model(**given).logits
+    return logits_of(model(**given))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of tokens in what a model returns; one with several heads names them otherwise."""
+    return output.logits if hasattr(output, "logits") else output.prediction_logits

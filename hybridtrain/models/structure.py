@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import attention, classifier, known
-from hybridtrain.models.build import attention_of, plain_model
+from hybridtrain.models.build import attention_of, logits_of, plain_model
 from hybridtrain.models.reduced import HIDDEN, reduced
 
 ROWS, POSITIONS = 3, 7
@@ -128,7 +128,7 @@ def _find(config: Any) -> Structure:
     own, plain = attention.registered(config), attention_of(config)
     model = _copy(config, own)
     try:
-        same = torch.allclose(_call(model).logits, _call(_copy(config, plain)).logits, rtol=1e-4, atol=1e-5)
+        same = torch.allclose(_logits(model), _logits(_copy(config, plain)), rtol=1e-4, atol=1e-5)
     except Exception:  # a model's own code, for a name that it does not know; the model's own masks remain
         same = False
     return _structure(model, attention=own) if same else _structure(_copy(config, plain), attention=plain)
@@ -187,7 +187,7 @@ def _arguments(model: Any) -> tuple[str, ...]:
 def _counts_from_zero(model: Any) -> bool:
     """Whether the positions of a row are 0, 1, ... by default. RoBERTa and its like have others."""
     positions = torch.arange(POSITIONS).expand(ROWS, -1)
-    default, explicit = _call(model).logits, _call(model, position_ids=positions).logits
+    default, explicit = _logits(model), _logits(model, position_ids=positions)
     return torch.allclose(default, explicit, rtol=1e-4, atol=1e-5)
 
 
@@ -258,6 +258,10 @@ def _call(model: Any, **more: Tensor) -> Any:
     given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     given = {name: given[name] for name in _arguments(model) if name in given}
     return model(input_ids=ids, **given, **more)
+
+
+def _logits(model: Any, **more: Tensor) -> Tensor:
+    return logits_of(_call(model, **more))
 
 
 def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ...], Any]:
@@ -362,7 +366,7 @@ def _transform(model: Any, *, head: str) -> tuple[float, float | None]:
         return outputs[-1]
 
     with _hooked(module.register_forward_hook(numbers)):
-        logits = _call(model).logits
+        logits = _logits(model)
     z = outputs[-1].reshape(-1)[-logits.numel() :].view_as(logits)
     scale = (logits[z.abs() < 0.5] / z[z.abs() < 0.5]).median().item() if logits.numel() > 8 else 1.0
     for candidate in (1.0, *_scales(model)):

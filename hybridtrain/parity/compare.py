@@ -90,7 +90,9 @@ def compare_layouts(
     engines.check_device(kinds, precision=config.precision.kind)
     tasks.user_task(config)  # for what it refuses
     data = _data(config, inputs)
-    config = compatibility.adapt_model(config, data, facts=facts_of(config.model)) if data else config
+    if data:
+        config = compatibility.adapt_model(config, data, facts=facts_of(config.model))
+        config = compatibility.adapt_task(config, data) if inputs.task is None else config
     comparison = plans.prepare(
         config,
         capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds},

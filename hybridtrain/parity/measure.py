@@ -143,7 +143,7 @@ def train_reference(job: LayoutJob) -> ReferenceResult:
 
 def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) -> reference.Reference:
     """The plain process, before its first step."""
-    config = job.config
+    config, facts = job.config, facts_of(job.config.model)
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     plain = reference.Reference(
         built,
@@ -152,7 +152,7 @@ def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) 
         precision=precision,
         seed=config.run.seed,
         freeze=config.model.freeze,
-        task=job.task or tasks.of(config, labels=len(facts_of(config.model).labels)),
+        task=job.task or tasks.of(config, labels=len(facts.labels), vocab=facts.vocab),
     )
     plain.loss_scale = precision.static_scale or 1.0
     for model in {plain.master, plain.worker}:

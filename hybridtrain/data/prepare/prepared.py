@@ -31,7 +31,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
         "labelled": ["text_key", "label_key", "labels", "seq_len"],
     }
     names += of_format.get(data.format, ["text_key", "append_eos"])
-    names += ["vocab_size"] if data.tokenizer == "train" else []
+    names += ["vocab_size", "encoder_tokens"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}
 
 

@@ -129,12 +129,12 @@ def _check(data: DataConfig) -> None:
         )
     if data.format == "labelled":
         labelled.check(data)
-    if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
+    if data.tokenizer == "train" and data.vocab_size < (least := tokenizer.least_vocab(data)):
         raise refusal(
             "data.vocab_size",
             data.vocab_size,
             "too small for a byte-level tokenizer",
-            allowed=f"{tokenizer.MIN_VOCAB} or more",
+            allowed=f"{least} or more",
             instead="data.vocab_size=4096",
         )
     if data.format == "chat" and data.tokenizer == "train" and data.chat_template == "own":

@@ -29,13 +29,25 @@ from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, 
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
+OF_ENCODERS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+"""Special tokens of an encoder's tokenizer that is trained here (data.encoder_tokens)."""
 TRAINING_BYTES = 100 << 20  # text to train a tokenizer on; more changes few merges and takes minutes
 MAX_INFLATION = 4  # times TRAINING_BYTES at most, if files hold more text than their size suggests
 MIN_SAMPLE_BYTES = 1 << 16  # smallest sample of a unit
 GROUP_CHARS = 1 << 18  # per call of the tokenizer: limits memory, and keeps the cores busy
 FOLDER = "tokenizer"
 FIELD = "data.tokenizer"
+
+
+def least_vocab(data: DataConfig) -> int:
+    """The smallest vocabulary that can be trained: 256 bytes and the special tokens."""
+    return 256 + (len(OF_ENCODERS) if data.encoder_tokens else 1)
 
 
 def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
@@ -55,9 +67,9 @@ def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str
             template.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
         chat_facts = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
-        write_atomically(
-            record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **chat_facts})
-        )
+        # Tokenizers of encoders end a text with their separator.
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": end, **chat_facts}))
     return json.loads(record.read_text())
 
 
@@ -190,7 +202,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
 
 def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
     """Train a byte-level BPE; deterministic."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -198,11 +210,21 @@ def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=data.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(OF_ENCODERS.values()) if data.encoder_tokens else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(sample, trainer=trainer)
+    if data.encoder_tokens:
+        cls, sep = OF_ENCODERS["cls_token"], OF_ENCODERS["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **OF_ENCODERS
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

@@ -312,11 +312,11 @@ def is_known(fields: Mapping[str, Any]) -> bool:
 
 def model_class(config: Any) -> Any:
     """transformers' class of the model."""
-    found = _auto_class(config)._model_mapping[type(config)]
+    found = auto_class(config)._model_mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Where transformers looks for a causal LM, a classifier or an encoder."""
     import transformers
 
@@ -353,7 +353,7 @@ def plain_model(config: Any) -> nn.Module:
 
 def _own_model(config: Any) -> Any:
     """Of a copy of the config, which models of decoders of encoder-decoder models change."""
-    return _auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
+    return auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
     config = model.config  # of a model for images, too, that of its language model, which has no class here
-    if config.model_type in plain.TYPES or type(config) not in _auto_class(config)._model_mapping:
+    if config.model_type in plain.TYPES or type(config) not in auto_class(config)._model_mapping:
         taken: Collection[str] = inspect.signature(model.forward).parameters
     else:
         taken = structure_of(config).arguments

@@ -105,6 +105,9 @@ class TaskConfig(Options):
     tokens: dict[str, int] = field(default_factory=dict)
     """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
     row of text if there is one; empty: those of the data's tokenizer."""
+    next_sentence: bool = False
+    """masked_lm: also tell whether the second part of a row follows the first, as in the pre-training of
+    BERT: a model ...ForPreTraining, and data prepared with data.sentences=true."""
 
 
 @options
@@ -166,6 +169,9 @@ class DataConfig(Options):
     append_eos: bool = True
     """Append the tokenizer's end-of-text token, or the separator of one without, to each document;
     conversations end as their chat template says."""
+    sentences: bool = False
+    """Find the sentences of each document, and rows of data.seq_len tokens for task.next_sentence. Documents
+    then have no end-of-text token."""
     seq_len: int = 256
     """Tokens per row."""
     chat_template: str = "own"

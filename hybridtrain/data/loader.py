@@ -24,6 +24,7 @@ import torch
 
 from hybridtrain.data.blend import Blend, largest_remainder, sample_to_row
 from hybridtrain.data.compatibility import check_eval_rows
+from hybridtrain.data.pairs import PairRows
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.runtime import hashing
@@ -172,12 +173,15 @@ def _gather(
     over is blank.
     """
     masked = any(part.masked for part in parts)
-    block = Block.blank(len(keys), seq_len=seq_len, documents=documents, masked=masked)
+    pairs = any(isinstance(part, PairRows) for part in parts)
+    block = Block.blank(len(keys), seq_len=seq_len, documents=documents, masked=masked, pairs=pairs)
     block = dataclasses.replace(block, keys=keys)
     for number, part in enumerate(parts):
         places = np.flatnonzero(chosen[:, 0] == number)
         if len(places):
-            block.put(places, part.gather(chosen[places, 1]))
+            ids = chosen[places, 1]
+            of_pairs = isinstance(part, PairRows)
+            block.put(places, part.gather(ids, keys=keys[places]) if of_pairs else part.gather(ids))
     return block
 
 

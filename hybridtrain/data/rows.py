@@ -34,18 +34,24 @@ class Block:
     """bool: True where the token is a training target; None: all are."""
     keys: np.ndarray | None = None
     """uint64 (n,): a random number for each sample (hashing.keys), for tasks that draw from it."""
+    segments: np.ndarray | None = None
+    """Of pairs (pairs.py): int8, 0 in the first part, 1 in the second, which follows it, -1 elsewhere."""
+    unrelated: np.ndarray | None = None
+    """Of pairs: bool (n,), whether the second part is of another document."""
 
     @classmethod
-    def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool) -> Block:
+    def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool, pairs: bool) -> Block:
         """Rows of token 0, without document starts or targets.
 
-        `documents`, `masked`: with these arrays, not None.
+        `documents`, `masked`, `pairs`: with these arrays, not None.
         """
         shape = (rows, seq_len + 1)
         return cls(
             np.zeros(shape, dtype=np.int64),
             np.zeros(shape, dtype=bool) if documents else None,
             np.zeros(shape, dtype=bool) if masked else None,
+            segments=np.full(shape, -1, dtype=np.int8) if pairs else None,
+            unrelated=np.zeros(rows, dtype=bool) if pairs else None,
         )
 
     def cut(self, pieces: int) -> Block:
@@ -72,6 +78,9 @@ class Block:
             self.doc_start[places] = other.doc_start
         if self.loss_mask is not None:
             self.loss_mask[places] = True if other.loss_mask is None else other.loss_mask
+        if self.segments is not None:
+            assert self.unrelated is not None
+            self.segments[places], self.unrelated[places] = other.segments, other.unrelated
 
 
 class Rows(Protocol):
@@ -118,7 +127,9 @@ class TextRows:
         return self._rows
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=False)
+        block = Block.blank(
+            len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=False, pairs=False
+        )
         for place, row in enumerate(row_ids):
             start = int(row) * self._seq_len
             stop = start + self._seq_len + 1
@@ -164,7 +175,7 @@ class ChatRows:
         return len(self._starts) - 1
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True)
+        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True, pairs=False)
         assert block.doc_start is not None
         assert block.loss_mask is not None
         for place, row in enumerate(row_ids):

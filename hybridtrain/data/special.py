@@ -39,7 +39,9 @@ def _names(folder: Path) -> dict[str, str]:
     """mask, cls ... -> the text of the token."""
     names: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_object(folder / file, field=FIELD).items() if (folder / file).is_file() else ():
+        for key, value in (
+            read_object(folder / file, field=FIELD).items() if (folder / file).is_file() else ()
+        ):
             text: Any = value.get("content") if isinstance(value, Mapping) else value
             if key.endswith(_SUFFIX) and isinstance(text, str):
                 names[key.removesuffix(_SUFFIX)] = text

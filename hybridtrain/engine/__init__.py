@@ -86,6 +86,14 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             instead="model.labels=[negative,positive], or data of data.format=labelled",
         )
     check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)
+    if config.task.next_sentence and not facts.pairs:
+        raise refusal(
+            "task.next_sentence",
+            True,
+            f"the {facts.model_type} model has no head that tells whether a part of a row follows another",
+            allowed="a model ...ForPreTraining, such as BertForPreTraining",
+            instead="model.config.architectures=[BertForPreTraining], or task.next_sentence=false",
+        )
     if config.task.kind == "causal_lm" and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
         raise refusal(

@@ -25,12 +25,12 @@ from hybridtrain.data.compatibility import adapt_task, check_eval_rows, check_vo
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier, encoder
-from hybridtrain.models.build import logits
+from hybridtrain.models.build import logits, pair_logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch, Sums
+from hybridtrain.types import Batch, PairBatch, Sums
 
 
 def run(config: EvaluateRoot) -> int:
@@ -127,8 +127,12 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
     with torch.inference_mode():
         for batch in batches:
             here = batch.to(device)
-            logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
-            sums, counts = task.loss_of_logits(logits_BTV, here), task.counts(here)
+            if isinstance(here, PairBatch):
+                sums = task.loss_of_pairs(*pair_logits(model, here), here)
+            else:
+                logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
+                sums = task.loss_of_logits(logits_BTV, here)
+            counts = task.counts(here)
             total += Sums(
                 {name: value.item() for name, value in sums.items()},
                 {name: int(count) for name, count in counts.items()},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, encoder, names, overrides, plain
 from hybridtrain.models.reduced import HEAD_DIM, reduced
+from hybridtrain.types import PairBatch
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of config.json that are labels, or that precision, training and export decide."""
@@ -372,6 +373,13 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
     return logits_of(model(**given))
+
+
+def pair_logits(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """(logits of tokens (B, T, V), of pairs (B, 2)) of the plain model of an encoder for pre-training."""
+    row_BT = ((batch.position_ids_BT == 0).cumsum(1) == 1).long()  # what follows is padding
+    output = model(input_ids=batch.input_ids_BT, attention_mask=row_BT, **batch.arguments())
+    return output.prediction_logits, output.seq_relationship_logits
 
 
 def logits_of(output: Any) -> Tensor:

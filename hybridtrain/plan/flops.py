@@ -15,8 +15,8 @@ def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
     those that a token uses. The head counts, the embedding look-up does not (a tied weight counts once, as
     the head); norms, in P, are below 0.1 %. Second term: the two matrix products of attention with H heads of
     size d, over the c positions that a token attends to on average, summed over the layers: (seq_len + 1) / 2
-    each, or less with a sliding window; of an encoder seq_len. Recomputed activations are not counted (model FLOPs, not hardware
-    FLOPs).
+    each, or less with a sliding window; of an encoder seq_len. Recomputed activations are not counted (model
+    FLOPs, not hardware FLOPs).
     """
     embedding = 0 if facts.tied else facts.vocab * facts.hidden
     used = facts.parameters - facts.inactive - embedding

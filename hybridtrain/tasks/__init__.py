@@ -22,6 +22,7 @@ def of(config: Config, *, labels: int, vocab: int) -> Task:
     from hybridtrain.tasks.classification import Classification
     from hybridtrain.tasks.linear_cross_entropy import Terms
     from hybridtrain.tasks.masked_lm import MaskedLM
+    from hybridtrain.tasks.next_sentence import NextSentence
 
     if (registered := user_task(config)) is not None:
         return registered
@@ -29,7 +30,7 @@ def of(config: Config, *, labels: int, vocab: int) -> Task:
     if config.task.kind == "classification":
         task = Classification(labels=labels)
     elif config.task.kind == "masked_lm":
-        task = MaskedLM(config.task, vocab=vocab)
+        task = (NextSentence if config.task.next_sentence else MaskedLM)(config.task, vocab=vocab)
     task.terms = Terms(config.task.label_smoothing, config.task.z_loss)
     return task
 

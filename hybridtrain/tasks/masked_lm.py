@@ -1,6 +1,6 @@
-"""Masked language modelling, the pre-training of encoders (BERT, arXiv 1810.04805; RoBERTa, arXiv 1907.11692).
+"""Masked language modelling, the pre-training of encoders (BERT, arXiv 1810.04805; RoBERTa, 1907.11692).
 
-    tokens   [CLS] t0  t1  t2  t3  ...     of all tokens but the special ones, a share of task.mask_rate is drawn:
+    tokens   [CLS] t0  t1  t2  t3  ...     of all but the special ones a share of task.mask_rate is drawn:
     inputs   [CLS] t0 [MASK] t2  r  ...    80 % become the mask token, 10 % a random token r, 10 % stay
     labels     -   -   t1   -   t3  ...    only the drawn ones have a label
 

@@ -85,7 +85,7 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         layout, plan, model = settled.layout, settled.plan, settled.facts
     if task is None:
         config = compatibility.adapt_task(config, data)
-        compatibility.check_special(config, vocab=model.vocab)
+        compatibility.check_masks(config, facts=model)
         engines.check_task(config, facts=model)
         compatibility.check_labels(data, config)
     else:

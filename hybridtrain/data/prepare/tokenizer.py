@@ -10,13 +10,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.prepare import chat, labelled, template
+from hybridtrain.data.prepare import chat, labelled, sentences, template
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.documents import Counts, documents
@@ -101,6 +102,9 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     """The function that encodes documents with the tokenizer in `<partial>/tokenizer`; it adds no
     special tokens to text.
     """
+    if recipe.sentences:
+        whole = encoder(partial, replace(recipe, sentences=False))
+        return functools.partial(sentences.encode, encode=whole)
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)

@@ -33,6 +33,7 @@ from hybridtrain.precision.double import Double
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, PairBatch
 
@@ -151,6 +152,7 @@ class Reference:
         whole = _of_documents if batch.packed else logits
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
             if isinstance(batch, PairBatch):
+                assert isinstance(self.task, NextSentence)
                 return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
             outputs = whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
             return self.task.loss_of_logits(outputs, batch)

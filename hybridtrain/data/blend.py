@@ -26,6 +26,7 @@ from hybridtrain import registry
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.pairs import PairRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.data.user_rows import UserRows
@@ -85,7 +86,7 @@ class Blend:
         """Number of rows of a split in all corpora; for the train split, an epoch."""
         return sum(corpus.count(split, seq_len=seq_len) for corpus, _ in self.parts(split))
 
-    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
+    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows | PairRows]:
         """The rows of each of `parts`."""
         return [
             corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab)

@@ -83,7 +83,7 @@ def adapt_task(config: C, blend: Blend) -> C:
 
 
 def check_masks(config: Config, *, facts: ModelFacts) -> None:
-    """Refuse special tokens that the model does not have (raises UserError); say which head is not trained."""
+    """Refuse special tokens that the model does not have (raises UserError); tell of an untrained head."""
     vocab = facts.vocab
     if config.task.kind == "masked_lm" and facts.pairs and not config.task.next_sentence:
         _log.warning("the model's head for pairs is not trained: task.next_sentence=false")

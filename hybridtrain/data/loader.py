@@ -167,7 +167,7 @@ def _spread(count: int, *, number: int, rows: int) -> np.ndarray:
 
 
 def _gather(
-    parts: Sequence[Rows], chosen: np.ndarray, keys: np.ndarray, *, seq_len: int, documents: bool
+    parts: Sequence[Rows | PairRows], chosen: np.ndarray, keys: np.ndarray, *, seq_len: int, documents: bool
 ) -> Block:
     """The chosen (corpus, row) pairs, in order, in a block of as many rows as there are keys; what is left
     over is blank.
@@ -180,8 +180,8 @@ def _gather(
         places = np.flatnonzero(chosen[:, 0] == number)
         if len(places):
             ids = chosen[places, 1]
-            of_pairs = isinstance(part, PairRows)
-            block.put(places, part.gather(ids, keys=keys[places]) if of_pairs else part.gather(ids))
+            paired = isinstance(part, PairRows)
+            block.put(places, part.pairs(ids, keys=keys[places]) if paired else part.gather(ids))
     return block
 
 

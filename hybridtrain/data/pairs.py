@@ -87,7 +87,7 @@ class PairRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def gather(self, row_ids: np.ndarray, *, keys: np.ndarray) -> Block:
+    def pairs(self, row_ids: np.ndarray, *, keys: np.ndarray) -> Block:
         """Pairs for samples with these rows and keys."""
         block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=False, masked=False, pairs=True)
         assert block.segments is not None
@@ -143,7 +143,9 @@ class PairRows:
         from_second += of_longer if len(second) >= len(first) else 0
         cut = []
         for part, (tokens, count) in enumerate(((first, from_first), (second, from_second))):
-            coins = hashing.bits(key, np.arange(count) + part * (self._seq_len << 8), purpose=_FRONT)
+            coins = hashing.bits(
+                np.array([key]), np.arange(count) + part * (self._seq_len << 8), purpose=_FRONT
+            )
             front = int((coins & np.uint64(1)).sum())
             cut.append(tokens[front : len(tokens) - (count - front)])
         return cut[0], cut[1]

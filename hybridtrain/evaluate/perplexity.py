@@ -29,6 +29,7 @@ from hybridtrain.models.build import logits, pair_logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, PairBatch, Sums
 
@@ -128,6 +129,7 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
         for batch in batches:
             here = batch.to(device)
             if isinstance(here, PairBatch):
+                assert isinstance(task, NextSentence)
                 sums = task.loss_of_pairs(*pair_logits(model, here), here)
             else:
                 logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
@@ -149,21 +151,20 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
 
 
 def _figures(metrics: dict[str, float], *, count: int, kind: str) -> dict[str, Any]:
-    """Results to print: loss, and perplexity of a causal LM; of others accuracy."""
+    """Results to print: loss, and perplexity of a causal LM; of others accuracy, and what they add."""
     loss = metrics["eval_loss"]
     counted = {"classification": "documents", "masked_lm": "masked"}.get(kind, "tokens")
     figures = {counted: count, "loss": loss if math.isfinite(loss) else None}
     return figures | (
         {"perplexity": math.exp(loss) if loss < 700 else None}
         if kind == "causal_lm"
-        else {"accuracy": metrics["eval_accuracy"]}
+        else {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
     )
 
 
 def _rounded(result: dict[str, Any]) -> dict[str, Any]:
-    decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
     return {
-        key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value
+        key: f"{value:.{6 if key.endswith('loss') else 4}f}" if isinstance(value, float) else value
         for key, value in result.items()
     }
 

@@ -180,8 +180,10 @@ def _gather(
         places = np.flatnonzero(chosen[:, 0] == number)
         if len(places):
             ids = chosen[places, 1]
-            paired = isinstance(part, PairRows)
-            block.put(places, part.pairs(ids, keys=keys[places]) if paired else part.gather(ids))
+            if isinstance(part, PairRows):
+                block.put(places, part.pairs(ids, keys=keys[places]))
+            else:
+                block.put(places, part.gather(ids))
     return block
 
 

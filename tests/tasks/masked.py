@@ -52,14 +52,14 @@ def sentence(number: int) -> str:
 
 
 def corpus(folder: Path, *, each: int) -> Path:
-    """Twelve documents of `each` sentences, some held out."""
+    """Sixteen documents of `each` sentences, some held out."""
     text = folder / "text"
     text.mkdir(parents=True)
-    for number in range(12):
+    for number in range(16):
         words = [sentence(number * 100 + place) for place in range(each)]
         (text / f"{number}.txt").write_text(" ".join(words))
     data = schema.DataConfig(
-        path=str(folder / "data"), source=[str(text)], vocab_size=VOCAB, eval_fraction=0.2
+        path=str(folder / "data"), source=[str(text)], vocab_size=VOCAB, eval_fraction=0.3
     )
     data.encoder_tokens = data.sentences = True
     data.seq_len = SEQ

@@ -351,7 +351,7 @@ def _no_targets(data: DataConfig) -> UserError:
 
 
 def _no_pairs() -> UserError:
-    problem = "no document has two sentences within this many tokens: there are no pairs to learn from"
+    problem = "no two documents have two sentences within a row: there are no pairs to learn from"
     return refusal(
         "data.sentences",
         True,

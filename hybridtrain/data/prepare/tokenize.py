@@ -286,20 +286,14 @@ def _publish(
         for split in SPLITS
         if recipe.packed and joined[split].tokens
     }
-    pair_rows = {
-        split: pairs.build(partial, split=split, seq_len=data.seq_len)
-        for split in SPLITS
-        if data.sentences and joined[split].tokens
-    }
-    if data.sentences and not pair_rows["train"]:
-        raise _no_pairs()
+    pair_rows = _pairs(data, partial, splits=[split for split in SPLITS if joined[split].tokens])
     file_digests = _digests(partial)
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
         "kind": data.format if recipe.packed else "text",
         **({"seq_len": data.seq_len} if recipe.marks else {}),
-        **({"pairs": pair_rows} if data.sentences else {}),
+        **pair_rows,
         **({"labels": data.labels} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
@@ -348,6 +342,16 @@ def _no_targets(data: DataConfig) -> UserError:
         allowed="rows in which answers fit",
         instead="a larger data.seq_len",
     )
+
+
+def _pairs(data: DataConfig, partial: Path, *, splits: list[str]) -> dict[str, Any]:
+    """Write the rows of pairs, and return their numbers for corpus.json. Raises UserError without any."""
+    if not data.sentences:
+        return {}
+    rows = {split: pairs.build(partial, split=split, seq_len=data.seq_len) for split in splits}
+    if not rows["train"]:
+        raise _no_pairs()
+    return {"pairs": rows}
 
 
 def _no_pairs() -> UserError:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
-from hybridtrain.models.build import logits, plain_model, saved_buffers
+from hybridtrain.models.build import logits, pair_logits, plain_model, saved_buffers
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
@@ -33,8 +33,9 @@ from hybridtrain.precision.double import Double
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch
+from hybridtrain.types import Batch, PairBatch
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class Reference:
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
         whole = _of_documents if batch.packed else logits
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
+            if isinstance(batch, PairBatch):
+                assert isinstance(self.task, NextSentence)
+                return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
             outputs = whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
             return self.task.loss_of_logits(outputs, batch)
 

@@ -49,7 +49,7 @@ SIGNATURES = {
 }
 """Kind -> what is registered."""
 BUILT_IN: dict[str, tuple[str, ...]] = {
-    "task": ("causal_lm", "classification"),
+    "task": ("causal_lm", "classification", "masked_lm"),
     "data": ("prepared",),
     "callback": (),
     "optimizer": ("adamw", "lion", "muon", "sgd"),

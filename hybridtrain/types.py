@@ -54,6 +54,23 @@ class Batch:
         """Rows `start` to `stop` - 1."""
         return self.map(lambda tensor: tensor[start:stop])
 
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """Further arguments of the model's forward."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch):
+    """A micro-batch of pairs: [CLS] first part [SEP] second part [SEP], then padding as a document."""
+
+    segment_ids_BT: torch.Tensor
+    """0 in the first part, 1 in the second."""
+    unrelated_B: torch.Tensor
+    """int64: 0 if the second part follows the first, 1 if it is of another document; or IGNORE_INDEX."""
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": self.segment_ids_BT}
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -150,6 +167,10 @@ class ModelFacts:
     """Modules that every pipeline stage has, besides a tied head, and their parameters."""
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
+    encoder: bool = False
+    """Whether tokens see those that follow them; the head predicts masked ones."""
+    pairs: bool = False
+    """Whether it has a head that tells whether the second part of a row follows the first."""
 
     @property
     def outputs(self) -> int:

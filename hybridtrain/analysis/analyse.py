@@ -9,10 +9,10 @@ The stages are those that train (models/stage.py); the reference is Hugging Face
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.analysis import parameters
+from hybridtrain.config.schema import TaskConfig
 from hybridtrain.errors import UserError
-from hybridtrain.models import build
+from hybridtrain.models import build, encoder
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
-from hybridtrain.types import IGNORE_INDEX, Batch
+from hybridtrain.tasks.next_sentence import NextSentence
+from hybridtrain.tasks.task import Task
+from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch
 
 ROWS, LENGTH = 2, 12
 DOCUMENTS = ((5, 4, 3), (2, 10))
@@ -43,7 +46,7 @@ TOLERANCE = 1e-5
 """Largest relative difference of the loss, and of a gradient by its norm."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Result:
     """The largest differences that were found."""
 
@@ -60,7 +63,7 @@ class Result:
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Copy:
     """A reduced copy: its transformers config, and Hugging Face's own model of it."""
 
@@ -117,8 +120,8 @@ def comparison(copy: Copy) -> Callable[[Sequence[int]], bool]:
 
 def _of_stages(copy: Copy) -> Callable[[Sequence[int]], Result]:
     ids = tokens(length=LENGTH)
-    batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
-    reference = plain(copy.model, [ids], [batch.labels_BT])
+    batch = batch_for(copy, ids)
+    reference = plain(copy.model, [batch])
     return lambda cuts: _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
@@ -126,14 +129,14 @@ def documents(copy: Copy) -> Result:
     """Documents in packed rows against each of them alone."""
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, DOCUMENTS, packed=True)
-    alone, labels = [], []
+    alone = []
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for length in lengths:
-            alone.append(ids[row : row + 1, start : start + length])
-            labels.append(batch.labels_BT[row : row + 1, start : start + length])
+            here = (slice(row, row + 1), slice(start, start + length))
+            alone.append(Batch(ids[here], batch.labels_BT[here], batch.position_ids_BT[here]))
             start += length
-    return _difference(plain(copy.model, alone, labels), _chained(copy, batch, cuts=()))
+    return _difference(plain(copy.model, alone), _chained(copy, batch, cuts=()))
 
 
 def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> Batch:
@@ -144,32 +147,61 @@ def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> 
     return Batch(ids, labels.masked_fill(ends, IGNORE_INDEX), positions, packed=packed)
 
 
+def batch_for(copy: Copy, ids: Tensor) -> Batch:
+    """A batch of which the whole rows are documents; pairs, for a model that has a head for them."""
+    batch = batch_of(ids, [[ids.shape[1]]] * ROWS, packed=False)
+    if encoder.predicts(copy.config) != encoder.PRETRAINING:
+        return batch
+    values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    return PairBatch(*values, segment_ids_BT=ids % 2, unrelated_B=torch.arange(ROWS) % 2)
+
+
+def task_of(batch: Batch) -> Task:
+    """The task whose losses are compared."""
+    settings = TaskConfig(tokens={"mask": 0, "cls": 0, "sep": 0, "pad": 0})
+    return NextSentence(settings, vocab=VOCABULARY) if isinstance(batch, PairBatch) else CausalLM()
+
+
+def loss_of(sums: Tensor, batch: Batch) -> Tensor:
+    """The loss, 0-d, from the task's sums."""
+    return (sums * sums.new_tensor(list(task_of(batch).weights.values()))).sum()
+
+
 def tokens(*, length: int) -> Tensor:
     """ROWS rows of random tokens."""
     return torch.randint(3, VOCABULARY - 1, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
+    return build.logits_of(model(input_ids=ids))
 
 
 Found = tuple[float, Mapping[str, Tensor]]
 """(loss, parameter -> gradient)."""
 
 
-def plain(model: Any, rows: Sequence[Tensor], labels: Sequence[Tensor]) -> Found:
+def plain(model: Any, batches: Sequence[Batch]) -> Found:
     """Of Hugging Face's own model."""
     model.zero_grad()
     total = 0.0
-    for ids, targets in zip(rows, labels, strict=True):
-        logits = _logits(model, ids)
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+    for batch in batches:
+        targets, of_pairs = batch.labels_BT, Tensor()
+        if isinstance(batch, PairBatch):
+            logits, of_pairs = build.pair_logits(model, batch)
+        else:
+            logits = _logits(model, batch.input_ids_BT)
+        loss = _cross_entropy(logits, targets)
+        if isinstance(batch, PairBatch):
+            loss = loss + _cross_entropy(of_pairs, batch.unrelated_B)
         if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):
             loss.backward()
             total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
@@ -184,7 +216,7 @@ def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
             layers=range(first, last),
             first=first == 0,
             last=last == count,
-            head=partial(Head, task=CausalLM(), loss_chunk=0),
+            head=partial(Head, task=task_of(batch), loss_chunk=0),
         )
         stage.to_empty(device="cpu")
         stage.tie()
@@ -196,14 +228,15 @@ def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:
         x = stage(x, batch=batch)
         if last != count and x.shape != stage.hidden_shape(rows=ROWS, positions=LENGTH):
             raise ValueError(f"hidden states between its layers have the shape {tuple(x.shape)}")
-    x.sum().backward()
+    loss = loss_of(x, batch)
+    loss.backward()
     gradients: dict[str, Tensor] = {}
     for stage in made:
         for name, parameter in stage.named_parameters():
             if parameter.grad is not None:
                 owner = stage.owner(name)
                 gradients[owner] = gradients.get(owner, 0) + parameter.grad
-    return x.item(), gradients
+    return loss.item(), gradients
 
 
 def _difference(expected: Found, actual: Found) -> Result:
@@ -230,7 +263,11 @@ def refused(config: Any) -> dict[str, str]:
     copy = _copied(config)
     if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
-    if not is_causal(copy):
+    causal = is_causal(copy)
+    if encoder.predicts(config) and causal:
+        problem = "its tokens do not see those that follow, so it is no encoder"
+        raise cannot_train(config.model_type, problem, instead=OTHER)
+    if not (causal or encoder.predicts(config)):
         problem = "its tokens see those that follow, so it is no causal language model"
         raise cannot_train(config.model_type, problem, instead=_causal_with(config) or OTHER)
     if _ties_in_name_only(copy):

@@ -13,7 +13,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier
+from hybridtrain.models import classifier, encoder
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.models.source import read_config
 from hybridtrain.types import ModelFacts
@@ -172,14 +172,14 @@ def _of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts of another model type; loads torch."""
     kind = fields.get("model_type")
     decoder = kind in _DECODERS and fields.get("is_decoder")
-    if (kind in _ENCODERS and not decoder) or kind in _OTHERS:
+    if (kind in _ENCODERS and not (decoder or encoder.is_encoder(fields))) or kind in _OTHERS:
         raise _unsupported(kind)
     if classifier.is_classifier(fields.get("architectures")) or fields.get("num_labels"):
         raise no_classifier(kind)
     from hybridtrain.analysis.of_any import facts_of_any
-    from hybridtrain.models.build import is_causal_lm
+    from hybridtrain.models.build import is_known
 
-    if not is_causal_lm(kind):
+    if not is_known(fields):
         raise _unsupported(kind)
     return facts_of_any(fields, attention=attention)
 
@@ -214,16 +214,20 @@ def _head_sizes(fields: Mapping[str, Any]) -> tuple[int, int]:
 def _unsupported(kind: object) -> UserError:
     """The error for an architecture that cannot be trained, with a suggestion."""
     if kind in _ENCODERS or kind in _OTHERS:
-        problem = "only causal language models are trained, and this is " + (
-            "an encoder" if kind in _ENCODERS else "an encoder-decoder model"
+        problem = (
+            "without a head for masked tokens, an encoder is not trained"
+            if kind in _ENCODERS
+            else "only models of one list of layers are trained, and this is an encoder-decoder model"
         )
     else:
         problem = "this architecture is not supported yet"
     near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
     instead = f"model.config.model_type={near[0]}" if near else "another model (see hybridtrain inspect)"
+    if kind in _ENCODERS:
+        instead = "task=masked_lm and model.config.architectures=[...ForMaskedLM]"
     if kind in _DECODERS:
-        instead = "model.config.is_decoder=true"
-    allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}"
+        instead += ", or model.config.is_decoder=true"
+    allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}, and encoders"
     return refusal("model.config.model_type", kind, problem, allowed=allowed, instead=instead)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from hybridtrain.analysis import analyse, cuts
 from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import build, reduced
+from hybridtrain.models import build, encoder, reduced
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
@@ -27,7 +27,7 @@ _UNBOUNDED = 1 << 40
 
 
 def facts_of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
-    """The facts of a causal LM with config.json `fields` and an attention implementation.
+    """The facts of a causal LM or an encoder with config.json `fields` and an attention implementation.
 
     Raises UserError for one that cannot be trained.
     """
@@ -103,6 +103,8 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
             for path in shared
         },
         cuts=begins or None,
+        encoder=bool(encoder.predicts(config)),
+        pairs=encoder.predicts(config) == encoder.PRETRAINING,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.analysis.analyse import ROWS, TOLERANCE, Copy, Found, batch_of, plain, tokens
+from hybridtrain.analysis.analyse import TOLERANCE, Copy, Found, batch_for, loss_of, plain, task_of, tokens
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.slicing import (
     WHOLE,
@@ -27,7 +27,6 @@ from hybridtrain.models.slicing import (
     rewire,
 )
 from hybridtrain.models.stage import Stage
-from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 
 _LIMIT_S = 300
@@ -71,8 +70,8 @@ class Probe:
     def __init__(self, copy: Copy, *, size: int):
         self.copy, self.size = copy, size
         ids = tokens(length=-(-12 // size) * size)
-        self.batch = batch_of(ids, [[ids.shape[1]]] * ROWS, packed=False)
-        self.expected: Found = plain(copy.model, [ids], [self.batch.labels_BT])
+        self.batch = batch_for(copy, ids)
+        self.expected: Found = plain(copy.model, [self.batch])
         self.total = torch.stack([g.norm() for g in self.expected[1].values()]).norm().item()
 
     def prove(self, slicing: Slicing) -> Slicing:
@@ -190,7 +189,7 @@ class _Rank:
         self.probe = probe
         config = probe.copy.config
         count = config.get_text_config(decoder=True).num_hidden_layers
-        head: Callable[..., nn.Module] = partial(Head, task=CausalLM(), loss_chunk=0)
+        head: Callable[..., nn.Module] = partial(Head, task=task_of(probe.batch), loss_chunk=0)
         self.stage = stage = Stage(config, layers=range(count), first=True, last=True, head=head)
         stage.to_empty(device="cpu")
         stage.tie()
@@ -221,8 +220,9 @@ class _Rank:
             for path, _, key in [name.rpartition(".")]
         ]
         with torch.set_grad_enabled(backward):
-            loss = Local(stage.forward, used)(self.probe.batch.input_ids_BT, batch=self.probe.batch)
+            batch = self.probe.batch
+            loss = loss_of(Local(stage.forward, used)(batch.input_ids_BT, batch=batch), batch)
             self.loss = loss.item()
             if backward:
-                loss.sum().backward()
+                loss.backward()
         self.gradients = {n: p.grad for n, p in stage.named_parameters() if p.grad is not None}

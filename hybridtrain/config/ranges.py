@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "generate.seed": (-1, (1 << 63) - 1),  # -1: run.seed
     "task.label_smoothing": (0, 1),
     "task.z_loss": (0, 1),
+    "task.mask_rate": (0, 1),
     "run.stop_before_s": (0, _SECONDS),
     "data.vocab_size": (0, 1 << 28),
     "data.eval_fraction": (0, 1),

@@ -364,7 +364,22 @@ def _generate(generate: schema.GenerateConfig) -> None:
     )
 
 
+def _task(task: schema.TaskConfig) -> None:
+    in_range("task.mask_rate", task.mask_rate, lambda rate: rate > 0, allowed="above 0", instead=0.15)
+    for name in ("mask_rate", "tokens", "next_sentence"):
+        value, default = getattr(task, name), getattr(schema.TaskConfig(), name)
+        require(
+            value == default or task.kind not in ("causal_lm", "classification"),
+            f"task.{name}",
+            value,
+            f"task.kind={task.kind} masks no tokens",
+            allowed=f"{default} without masked_lm",
+            instead=f"task=masked_lm, or without task.{name}",
+        )
+
+
 RULES: dict[str, Callable[[Any], None]] = {
+    "task": _task,
     "parallel": _parallel,
     "optim": _optim,
     "schedule": _schedule,

@@ -91,13 +91,23 @@ class ModelConfig(Options):
 class TaskConfig(Options):
     kind: str = "causal_lm"
     """causal_lm: next-token prediction; classification: one label per document, predicted at its last token;
-    or the name of a task that a module of run.plugins registers."""
+    masked_lm: an encoder predicts tokens that are masked; or the name of a task that a module of run.plugins
+    registers."""
     label_smoothing: float = 0.0
     """Label smoothing in training: probability that is spread evenly over all tokens (or classes);
     evaluation uses none."""
     z_loss: float = 0.0
     """Coefficient of the z-loss, (log of the sum of exp(logits))^2, added to each token's loss in training to
     keep logits small; PaLM: 1e-4."""
+    mask_rate: float = 0.15
+    """masked_lm: share of the tokens that are predicted: of these, 80 % are masked, 10 % replaced by a random
+    token, and 10 % left. Other ones each time that a row is seen; in evaluation always the same."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
+    row of text if there is one; empty: those of the data's tokenizer."""
+    next_sentence: bool = False
+    """masked_lm: also tell whether the second part of a row follows the first, as in the pre-training of
+    BERT: a model ...ForPreTraining, and data prepared with data.sentences=true."""
 
 
 @options
@@ -150,12 +160,18 @@ class DataConfig(Options):
     """Tokenizer folder or hub id; 'train': train a byte-level BPE on the source."""
     vocab_size: int = 4096
     """Vocabulary size of the tokenizer that data.tokenizer=train trains."""
+    encoder_tokens: bool = False
+    """The tokenizer that data.tokenizer=train trains has the special tokens of an encoder's ([PAD], [UNK],
+    [CLS], [SEP], [MASK]) instead of an end-of-text token; [SEP] ends each document."""
     eval_fraction: float = 0.02
     """Share of documents held out for evaluation, chosen by a hash: of a text file's name, of
     a record's content."""
     append_eos: bool = True
-    """Append the tokenizer's end-of-text token to each document; conversations end as their
-    chat template says."""
+    """Append the tokenizer's end-of-text token, or the separator of one without, to each document;
+    conversations end as their chat template says."""
+    sentences: bool = False
+    """Find the sentences of each document, and rows of data.seq_len tokens for task.next_sentence. Documents
+    then have no end-of-text token."""
     seq_len: int = 256
     """Tokens per row."""
     chat_template: str = "own"

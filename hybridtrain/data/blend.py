@@ -10,6 +10,7 @@ index, in constant time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from hybridtrain import registry
 from hybridtrain.config.schema import Config, DataConfig
 from hybridtrain.data import order
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.pairs import PairRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.data.user_rows import UserRows
@@ -84,7 +86,7 @@ class Blend:
         """Number of rows of a split in all corpora; for the train split, an epoch."""
         return sum(corpus.count(split, seq_len=seq_len) for corpus, _ in self.parts(split))
 
-    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
+    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows | PairRows]:
         """The rows of each of `parts`."""
         return [
             corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab)
@@ -98,12 +100,34 @@ def data_of(config: Config, *, timeout_s: float) -> Blend:
     Raises UserError.
     """
     if registry.lookup("data", config.data.kind) is None:
-        return open_data(config.data, timeout_s=timeout_s)
+        blend = open_data(config.data, timeout_s=timeout_s)
+        return _as_pairs(blend) if config.task.next_sentence else blend
     result = registry.call("data", config.data.kind, config)
     rows, held_out = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     return of_rows(
         rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask
     )
+
+
+def _as_pairs(blend: Blend) -> Blend:
+    """The blend with pairs of parts of text as rows.
+
+    Raises UserError for a corpus without sentences, and options that pairs do not have.
+    """
+    option, value, problem = "data.path", blend.name, ""
+    if not all(isinstance(corpus, Corpus) and corpus.has_pairs for corpus in blend.corpora):
+        problem = "its sentences were not found: prepare it with data.sentences=true"
+    elif blend.evaluated is not None:
+        option, value, problem = "data.eval_path", str(blend.evaluated.path), "token files have no sentences"
+    elif blend.documents:
+        option, value, problem = "data.document_mask", "true", "the parts of a pair attend to each other"
+    if problem:
+        allowed, instead = "with task.next_sentence a corpus of data.sentences alone", "that"
+        raise refusal(
+            option, value, problem, allowed=allowed, instead=f"{instead}, or task.next_sentence=false"
+        )
+    corpora = [dataclasses.replace(each, paired=True) for each in blend.corpora if isinstance(each, Corpus)]
+    return dataclasses.replace(blend, corpora=tuple(corpora))
 
 
 def of_rows(rows: Any, held_out: Any, *, fields: tuple[str, str], documents: bool) -> Blend:

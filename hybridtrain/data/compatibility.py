@@ -8,6 +8,7 @@ from typing import TypeVar
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.special import special_tokens
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log
@@ -46,6 +47,51 @@ def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
     Raises UserError.
     """
     return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
+
+
+def adapt_task(config: C, blend: Blend) -> C:
+    """`config` with the special tokens of the data's tokenizer, for masked language modelling without others.
+
+    Raises UserError for data without a mask token, and data that are no text.
+    """
+    if config.task.kind != "masked_lm":
+        return config
+    if packed := next((corpus for corpus in blend.corpora if corpus.packed), None):
+        problem = "it holds conversations or texts with labels"
+        instead = "hybridtrain prepare of text, or another task"
+        raise refusal("data.path", packed.path, problem, allowed="a corpus of text", instead=instead)
+    corpora = [corpus for corpus in blend.corpora if isinstance(corpus, Corpus)]
+    if config.task.next_sentence and not (corpora and all(corpus.paired for corpus in corpora)):
+        problem, allowed = "rows of a program are no pairs", "a corpus prepared with data.sentences=true"
+        raise refusal(
+            "task.next_sentence", True, problem, allowed=allowed, instead="task.next_sentence=false"
+        )
+    tokens = dict(config.task.tokens)
+    if not tokens and corpora:
+        tokens = special_tokens(corpora[0].tokenizer_dir)
+    needed = ("mask", "cls", "sep", "pad") if config.task.next_sentence else ("mask",)
+    if missing := [name for name in needed if name not in tokens]:
+        problem = f"the tokenizer of {blend.name} has no {missing[0]} token"
+        raise refusal(
+            "task.tokens",
+            tokens or "{}",
+            problem,
+            allowed=f"ids by name, with {', '.join(needed)} among them",
+            instead="data of the model's own tokenizer, or task.tokens={mask: ID, cls: ID, sep: ID}",
+        )
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, tokens=tokens))
+
+
+def check_masks(config: Config, *, facts: ModelFacts) -> None:
+    """Refuse special tokens that the model does not have (raises UserError); tell of an untrained head."""
+    vocab = facts.vocab
+    if config.task.kind == "masked_lm" and facts.pairs and not config.task.next_sentence:
+        _log.warning("the model's head for pairs is not trained: task.next_sentence=false")
+    for name, number in config.task.tokens.items():
+        if not 0 <= number < vocab:
+            problem, allowed = f"the model has {vocab} tokens", f"0 to {vocab - 1}"
+            instead = "the model's own tokenizer, or a larger model.config.vocab_size"
+            raise refusal(f"task.tokens.{name}", number, problem, allowed=allowed, instead=instead)
 
 
 def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
@@ -132,10 +178,8 @@ def check_labels(blend: Blend, config: Config) -> None:
 def check_cuts(blend: Blend, config: Config) -> None:
     """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack
     what comes before them."""
-    start, words = (
-        config.batch.seq_len_start,
-        [f"task={config.task.kind}"] if config.task.kind == "classification" else [],
-    )
+    whole = config.task.kind == "classification" or config.task.next_sentence
+    start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if whole else []
     words += [
         f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed
     ]
@@ -151,7 +195,13 @@ def check_cuts(blend: Blend, config: Config) -> None:
 
 
 def check_documents(blend: Blend, *, facts: ModelFacts) -> None:
-    """Refuse documents that do not attend to each other where the model cannot keep them apart."""
+    """Refuse documents that do not attend to each other where the model cannot keep them apart: those of a
+    row, and the padding of pairs.
+    """
+    if facts.refused.get("documents") and any(getattr(corpus, "paired", False) for corpus in blend.corpora):
+        problem = f"a {facts.model_type} model does not keep padding apart: {facts.refused['documents']}"
+        instead = "task.next_sentence=false"
+        raise refusal("task.next_sentence", True, problem, allowed="false with this model", instead=instead)
     why = facts.refused.get("documents")
     if why and blend.documents:
         problem = f"a {facts.model_type} model does not keep the documents of a row apart: {why}"

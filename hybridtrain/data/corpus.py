@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridtrain.data import digests, prepare_command
 from hybridtrain.data.indexed import IndexedReader, file_pair
+from hybridtrain.data.pairs import PairRows, row_file
 from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
 from hybridtrain.data.prepare.sources import FORMAT, LABELLED, PACKED_FORMATS, READABLE
@@ -37,6 +38,8 @@ class Corpus:
     """Split -> its token files; a split without documents has none."""
     facts: Mapping[str, Any] | None
     """corpus.json; None for token files from elsewhere, which have only an index."""
+    paired: bool = False
+    """Whether its rows are pairs of parts of text (task.next_sentence)."""
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
@@ -62,6 +65,8 @@ class Corpus:
                 reader.check()
                 if self.packed:
                     _check_loss(reader, IndexedReader(self.path / f"{split}.loss"))
+                if self.has_pairs:
+                    _check_loss(reader, IndexedReader(self.path / f"{split}.sentences"))
                 if self.facts is None:
                     reader.check_not_zeros()
         if log.rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
@@ -94,6 +99,11 @@ class Corpus:
         a stream of text.
         """
         return self.facts is not None and self.facts.get("kind") in PACKED_FORMATS
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether `prepare` found its sentences, and rows of them."""
+        return self.facts is not None and "pairs" in self.facts
 
     @property
     def labels(self) -> list[str]:
@@ -137,6 +147,8 @@ class Corpus:
         """
         if split not in self.readers:
             return 0
+        if self.paired:
+            return len(self._pairs(split, seq_len=seq_len))
         return (
             len(self._row_index(split, seq_len=seq_len)[1]) - 1
             if self.packed
@@ -156,12 +168,16 @@ class Corpus:
             return figures["loss_tokens"] > 0
         return any(part.any() for part in targets(self.path, split=split, seq_len=seq_len))
 
-    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
+    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows | PairRows:
         """The rows of a split with documents.
 
         `vocab`: of the model; `documents`: their blocks have doc_start.
         """
         reader, check = self.readers[split], partial(self._check, split=split, vocab=vocab)
+        if self.paired:
+            marks = IndexedReader(self.path / f"{split}.sentences")
+            pairs = self._pairs(split, seq_len=seq_len)
+            return PairRows(reader, marks, rows=pairs, seq_len=seq_len, check=check)
         if not self.packed:
             return TextRows(reader, seq_len=seq_len, documents=documents, check=check)
         assert documents
@@ -175,19 +191,34 @@ class Corpus:
             check=check,
         )
 
-    def _row_index(self, split: str, *, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, split: str, *, seq_len: int) -> np.ndarray:
+        self._check_length(seq_len, what="sentences")
+        file = row_file(self.path, split=split)
+        try:
+            rows = np.load(file, mmap_mode="r")
+        except Exception as error:  # as below
+            raise _unprepared(self.path, f"{file.name} cannot be read ({type(error).__name__})") from error
+        assert self.facts is not None
+        if rows.dtype != np.int64 or rows.shape != (self.facts["pairs"].get(split), 3):
+            raise _unprepared(self.path, f"{file.name} is not of its sentences")
+        return rows
+
+    def _check_length(self, seq_len: int, *, what: str) -> None:
         assert self.facts is not None
         if seq_len != self.facts["seq_len"]:
             raise refusal(
                 "data.seq_len",
                 seq_len,
-                f"the conversations of {self.path} are packed into rows of {self.facts['seq_len']}",
+                f"the {what} of {self.path} are packed into rows of {self.facts['seq_len']}",
                 allowed=f"{self.facts['seq_len']}",
                 instead=(
                     f"data.seq_len={self.facts['seq_len']}, "
                     f"or prepare again with data.seq_len={seq_len} prepare.overwrite=true"
                 ),
             )
+
+    def _row_index(self, split: str, *, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        self._check_length(seq_len, what="conversations")
         try:
             ids, starts = (np.load(file, mmap_mode="r") for file in row_files(self.path, split=split))
         except Exception as error:  # a damaged header makes numpy raise whatever its parser raises
@@ -295,7 +326,7 @@ def _prepared(folder: Path) -> Corpus:
             "largest_id",
             "eos_id",
             "fingerprint",
-            *(["seq_len"] if kind in PACKED_FORMATS else []),
+            *(["seq_len"] if kind in PACKED_FORMATS or "pairs" in facts else []),
             *(["labels"] if kind == LABELLED else []),
         ]
         facts = {**facts, **{name: facts[name] for name in required}}

@@ -14,6 +14,7 @@ samples move up in their place.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -23,8 +24,10 @@ import torch
 
 from hybridtrain.data.blend import Blend, largest_remainder, sample_to_row
 from hybridtrain.data.compatibility import check_eval_rows
+from hybridtrain.data.pairs import PairRows
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.runtime import hashing
 from hybridtrain.types import Batch
 
 
@@ -67,12 +70,13 @@ class Loader:
 
     def row_ids(self, step: int) -> np.ndarray:
         """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (rows of the step / dp, 2)."""
+        rows = [len(rows) for rows in self._rows]
+        return sample_to_row(self._samples(step), quotas=self._quotas, rows=rows, seed=self._seed)
+
+    def _samples(self, step: int) -> np.ndarray:
         share = self._plan.rows_at(step) // self._dp_size
         first = self._plan.rows_before(step) + self.left_out + self._dp_rank * share
-        samples = np.arange(first, first + share, dtype=np.int64)
-        return sample_to_row(
-            samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed
-        )
+        return np.arange(first, first + share, dtype=np.int64)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of
@@ -101,7 +105,8 @@ class Loader:
 
     def _read(self, step: int) -> list[Batch]:
         plan, chosen = self._plan, self.row_ids(step)
-        block = _gather(self._rows, chosen, rows=len(chosen), seq_len=plan.seq_len, documents=self._documents)
+        keys = hashing.keys(self._samples(step), name=f"hybridtrain samples {self._seed}")
+        block = _gather(self._rows, chosen, keys, seq_len=plan.seq_len, documents=self._documents)
         return micro_batches(block, plan=plan, step=step, collate=self._collate)
 
 
@@ -148,7 +153,9 @@ def eval_batches(
     steps = []
     for first in range(0, len(chosen), share * dp_size):
         mine = chosen[first + dp_rank * share :][:share]
-        block = _gather(held_out, mine, rows=share, seq_len=plan.seq_len, documents=blend.documents)
+        keys = np.zeros(share, dtype=np.uint64)  # for a row the same in every evaluation
+        keys[: len(mine)] = hashing.keys(mine[:, 1], name="hybridtrain evaluation")
+        block = _gather(held_out, mine, keys, seq_len=plan.seq_len, documents=blend.documents)
         steps.append(_cut(collate(block, valid=len(mine)), size=plan.micro_batch_size))
     return steps
 
@@ -159,13 +166,24 @@ def _spread(count: int, *, number: int, rows: int) -> np.ndarray:
     return np.stack([np.full_like(ids, number), ids], axis=1)
 
 
-def _gather(parts: Sequence[Rows], chosen: np.ndarray, *, rows: int, seq_len: int, documents: bool) -> Block:
-    """The chosen (corpus, row) pairs, in order, in a block of `rows`; what is left over is blank."""
-    block = Block.blank(rows, seq_len=seq_len, documents=documents, masked=any(part.masked for part in parts))
+def _gather(
+    parts: Sequence[Rows | PairRows], chosen: np.ndarray, keys: np.ndarray, *, seq_len: int, documents: bool
+) -> Block:
+    """The chosen (corpus, row) pairs, in order, in a block of as many rows as there are keys; what is left
+    over is blank.
+    """
+    masked = any(part.masked for part in parts)
+    pairs = any(isinstance(part, PairRows) for part in parts)
+    block = Block.blank(len(keys), seq_len=seq_len, documents=documents, masked=masked, pairs=pairs)
+    block = dataclasses.replace(block, keys=keys)
     for number, part in enumerate(parts):
         places = np.flatnonzero(chosen[:, 0] == number)
         if len(places):
-            block.put(places, part.gather(chosen[places, 1]))
+            ids = chosen[places, 1]
+            if isinstance(part, PairRows):
+                block.put(places, part.pairs(ids, keys=keys[places]))
+            else:
+                block.put(places, part.gather(ids))
     return block
 
 

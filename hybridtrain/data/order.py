@@ -15,6 +15,8 @@ import math
 
 import numpy as np
 
+from hybridtrain.runtime.hashing import mix
+
 ROUNDS = 8  # one 64-byte blake2b digest has 8 keys
 
 
@@ -60,14 +62,7 @@ def _feistel(places: np.ndarray, *, a: np.uint64, b: np.uint64, keys: np.ndarray
     left, right = np.divmod(places, b)
     for number, key in enumerate(keys):
         if number % 2 == 0:
-            left = (left + _mix(right ^ key) % a) % a
+            left = (left + mix(right ^ key) % a) % a
         else:
-            right = (right + _mix(left ^ key) % b) % b
+            right = (right + mix(left ^ key) % b) % b
     return left * b + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

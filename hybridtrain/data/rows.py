@@ -16,6 +16,7 @@ import numpy as np
 
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.errors import refusal
+from hybridtrain.runtime import hashing
 
 Check = Callable[[np.ndarray], None]
 """Raises UserError for token ids that the model does not have."""
@@ -31,18 +32,26 @@ class Block:
     """bool: True where a document starts; None: rows are not divided into documents."""
     loss_mask: np.ndarray | None
     """bool: True where the token is a training target; None: all are."""
+    keys: np.ndarray | None = None
+    """uint64 (n,): a random number for each sample (hashing.keys), for tasks that draw from it."""
+    segments: np.ndarray | None = None
+    """Of pairs (pairs.py): int8, 0 in the first part, 1 in the second, which follows it, -1 elsewhere."""
+    unrelated: np.ndarray | None = None
+    """Of pairs: bool (n,), whether the second part is of another document."""
 
     @classmethod
-    def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool) -> Block:
+    def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool, pairs: bool) -> Block:
         """Rows of token 0, without document starts or targets.
 
-        `documents`, `masked`: with these arrays, not None.
+        `documents`, `masked`, `pairs`: with these arrays, not None.
         """
         shape = (rows, seq_len + 1)
         return cls(
             np.zeros(shape, dtype=np.int64),
             np.zeros(shape, dtype=bool) if documents else None,
             np.zeros(shape, dtype=bool) if masked else None,
+            segments=np.full(shape, -1, dtype=np.int8) if pairs else None,
+            unrelated=np.zeros(rows, dtype=bool) if pairs else None,
         )
 
     def cut(self, pieces: int) -> Block:
@@ -56,7 +65,10 @@ class Block:
             None if array is None else array[:, chosen].reshape(-1, length + 1)
             for array in (self.doc_start, self.loss_mask)
         )
-        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask)
+        keys = None
+        if self.keys is not None:
+            keys = hashing.bits(self.keys[:, None], np.arange(pieces), purpose=0).flatten()
+        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask, keys)
 
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""
@@ -66,6 +78,9 @@ class Block:
             self.doc_start[places] = other.doc_start
         if self.loss_mask is not None:
             self.loss_mask[places] = True if other.loss_mask is None else other.loss_mask
+        if self.segments is not None:
+            assert self.unrelated is not None
+            self.segments[places], self.unrelated[places] = other.segments, other.unrelated
 
 
 class Rows(Protocol):
@@ -112,7 +127,9 @@ class TextRows:
         return self._rows
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=False)
+        block = Block.blank(
+            len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=False, pairs=False
+        )
         for place, row in enumerate(row_ids):
             start = int(row) * self._seq_len
             stop = start + self._seq_len + 1
@@ -158,7 +175,7 @@ class ChatRows:
         return len(self._starts) - 1
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True)
+        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True, pairs=False)
         assert block.doc_start is not None
         assert block.loss_mask is not None
         for place, row in enumerate(row_ids):

@@ -10,6 +10,7 @@ import torch
 from hybridtrain.data.loader import Collate, micro_batches
 from hybridtrain.data.rows import Block
 from hybridtrain.plan.batch import BatchPlan
+from hybridtrain.runtime import hashing
 from hybridtrain.types import Batch
 
 
@@ -50,5 +51,7 @@ class Synthetic:
             loss_mask[:, -1] = True
         share = rows // self.dp_size
         mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
-        block = Block(tokens[mine].numpy(), None, None if loss_mask is None else loss_mask[mine])
+        keys = hashing.keys(np.arange(rows) + self.plan.rows_before(step), name="hybridtrain random tokens")
+        mask = None if loss_mask is None else loss_mask[mine]
+        block = Block(tokens[mine].numpy(), None, mask, keys[mine])
         return micro_batches(block, plan=self.plan, step=step, collate=self.collate)

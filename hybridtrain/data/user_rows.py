@@ -197,7 +197,9 @@ class _Rows:
         return self._rows
 
     def gather(self, row_ids: np.ndarray) -> Block:
-        block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=True)
+        block = Block.blank(
+            len(row_ids), seq_len=self._seq_len, documents=self._documents, masked=True, pairs=False
+        )
         assert block.loss_mask is not None
         for place, index in enumerate(int(row) for row in row_ids):
             tokens, mask = self._data.read(index)

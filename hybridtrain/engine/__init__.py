@@ -85,6 +85,15 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             allowed=allowed,
             instead="model.labels=[negative,positive], or data of data.format=labelled",
         )
+    check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)
+    if config.task.next_sentence and not facts.pairs:
+        raise refusal(
+            "task.next_sentence",
+            True,
+            f"the {facts.model_type} model has no head that tells whether a part of a row follows another",
+            allowed="a model ...ForPreTraining, such as BertForPreTraining",
+            instead="model.config.architectures=[BertForPreTraining], or task.next_sentence=false",
+        )
     if config.task.kind == "causal_lm" and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
         raise refusal(
@@ -94,6 +103,22 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             allowed="classification",
             instead="task=classification, or a model without model.labels",
         )
+
+
+def check_encoder(kind: str, *, masks: bool, facts: ModelFacts) -> None:
+    """Raise UserError for an encoder and a task, task.kind=`kind`, that do not go together.
+
+    `masks`: whether the task masks the tokens that it predicts.
+    """
+    if masks == facts.encoder:
+        return
+    problem = f"a {facts.model_type} model is an encoder: its tokens see those that they are to predict"
+    instead = "task=masked_lm, or for a model that has it model.config.is_decoder=true"
+    if masks:
+        problem = f"the {facts.model_type} model is none that predicts masked tokens"
+        instead = "task=causal_lm, or an encoder's model.config.architectures=[...ForMaskedLM]"
+    allowed = "causal_lm" if masks else "masked_lm"
+    raise refusal("task.kind", kind, problem, allowed=allowed, instead=instead)
 
 
 def check_device(engines: list[str], *, precision: str) -> None:
@@ -165,7 +190,7 @@ def build_for(
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     tf32 = config.precision.kind == "tf32" and not config.precision.emulate
     cpu.apply(config.engine, device=device, tf32=tf32)
-    task = task or tasks.of(config, labels=len(model.labels))
+    task = task or tasks.of(config, labels=len(model.labels), vocab=model.vocab)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 

@@ -20,7 +20,7 @@ from hybridtrain.checkpoint import export_record
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier
+from hybridtrain.models.build import auto_class
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime import log, network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer
@@ -105,7 +105,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     `field` if transformers cannot load it.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -118,8 +118,7 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
         "local_files_only": not (Path(source).exists() or network.hub_resolves()),
     }
     try:
-        classes = classifier.is_classifier(AutoConfig.from_pretrained(source, **options).architectures)
-        kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        kind = auto_class(AutoConfig.from_pretrained(source, **options))
         model = kind.from_pretrained(source, dtype="auto", device_map=device_map, **options)
     except (KeyboardInterrupt, SystemExit):
         raise

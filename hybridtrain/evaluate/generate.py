@@ -14,7 +14,7 @@ from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import GenerateConfig, GenerateRoot
 from hybridtrain.errors import refusal
-from hybridtrain.models import classifier
+from hybridtrain.models import classifier, encoder
 from hybridtrain.models.tokens import check_ids, load_tokenizer
 
 FIELD = "generate.source"
@@ -84,11 +84,12 @@ def sample(
     tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
     model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
-    if classifier.is_classifier(model.config.architectures):
+    classifies = classifier.is_classifier(model.config.architectures)
+    if classifies or encoder.predicts(model.config):
         raise refusal(
             FIELD,
             source,
-            "it is a classifier, which writes no text",
+            f"it is {'a classifier' if classifies else 'an encoder'}, which writes no text",
             allowed="a causal language model",
             instead="hybridtrain evaluate",
         )

@@ -6,6 +6,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable
 from itertools import chain
@@ -17,19 +18,20 @@ import torch
 from hybridtrain import evaluate, tasks
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config import compose, schema
-from hybridtrain.config.schema import EvaluateRoot, TaskConfig
+from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import Blend, data_of, tokenizer_dir
-from hybridtrain.data.compatibility import check_eval_rows, check_vocab
+from hybridtrain.data.compatibility import adapt_task, check_eval_rows, check_vocab
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
-from hybridtrain.models import classifier
-from hybridtrain.models.build import logits
+from hybridtrain.models import classifier, encoder
+from hybridtrain.models.build import logits, pair_logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch, Sums
+from hybridtrain.types import Batch, PairBatch, Sums
 
 
 def run(config: EvaluateRoot) -> int:
@@ -56,10 +58,8 @@ def run(config: EvaluateRoot) -> int:
             source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code
         )
         classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
-        # The plain loss, without label smoothing and z-loss.
-        settings.task = TaskConfig("classification" if classes else "causal_lm")
-        task = tasks.of(settings, labels=classes)
         vocab = model.get_input_embeddings().num_embeddings
+        task = _task(settings, model, classes=classes, vocab=vocab, data=data)
         check_vocab(data, vocab=vocab)
         steps = eval_batches(
             data,
@@ -79,13 +79,20 @@ def run(config: EvaluateRoot) -> int:
         "data": data.name,
         "seq_len": plan.seq_len,
         "rows": min(rows, data.count("eval", seq_len=plan.seq_len)),
-        **_figures(task.evaluate(sums), count=sums.counts["loss"], classes=bool(classes)),
+        **_figures(task.evaluate(sums), count=sums.counts["loss"], kind=settings.task.kind),
     }
     print("\n".join(f"{key:<12}{value}" for key, value in _rounded(result).items()))
     if is_run:
         _write(run_dir / "evaluation.json", result)
         print(f"\n{run_dir / 'evaluation.json'}")
     return 0
+
+
+def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data: Blend) -> Task:
+    """The model's task, which `settings` then names: the plain loss, without label smoothing and z-loss."""
+    kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    settings.task = dataclasses.replace(settings.task, kind=kind, label_smoothing=0.0, z_loss=0.0)
+    return tasks.of(adapt_task(settings, data), labels=classes, vocab=vocab)
 
 
 def _data(settings: schema.Config) -> Blend:
@@ -121,8 +128,13 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
     with torch.inference_mode():
         for batch in batches:
             here = batch.to(device)
-            logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
-            sums, counts = task.loss_of_logits(logits_BTV, here), task.counts(here)
+            if isinstance(here, PairBatch):
+                assert isinstance(task, NextSentence)
+                sums = task.loss_of_pairs(*pair_logits(model, here), here)
+            else:
+                logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
+                sums = task.loss_of_logits(logits_BTV, here)
+            counts = task.counts(here)
             total += Sums(
                 {name: value.item() for name, value in sums.items()},
                 {name: int(count) for name, count in counts.items()},
@@ -138,21 +150,21 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
     return total
 
 
-def _figures(metrics: dict[str, float], *, count: int, classes: bool) -> dict[str, Any]:
-    """Results to print: loss and perplexity of a causal LM, loss and accuracy of a classifier."""
+def _figures(metrics: dict[str, float], *, count: int, kind: str) -> dict[str, Any]:
+    """Results to print: loss, and perplexity of a causal LM; of others accuracy, and what they add."""
     loss = metrics["eval_loss"]
-    figures = {"documents" if classes else "tokens": count, "loss": loss if math.isfinite(loss) else None}
+    counted = {"classification": "documents", "masked_lm": "masked"}.get(kind, "tokens")
+    figures = {counted: count, "loss": loss if math.isfinite(loss) else None}
     return figures | (
-        {"accuracy": metrics["eval_accuracy"]}
-        if classes
-        else {"perplexity": math.exp(loss) if loss < 700 else None}
+        {"perplexity": math.exp(loss) if loss < 700 else None}
+        if kind == "causal_lm"
+        else {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
     )
 
 
 def _rounded(result: dict[str, Any]) -> dict[str, Any]:
-    decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
     return {
-        key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value
+        key: f"{value:.{6 if key.endswith('loss') else 4}f}" if isinstance(value, float) else value
         for key, value in result.items()
     }
 

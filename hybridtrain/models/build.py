@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, names, overrides, plain
+from hybridtrain.models import classifier, encoder, names, overrides, plain
 from hybridtrain.models.reduced import HEAD_DIM, reduced
+from hybridtrain.types import PairBatch
 
 _NOT_OURS = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache")
 """Fields of config.json that are labels, or that precision, training and export decide."""
@@ -41,6 +42,8 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
         config.architectures = list(fields["architectures"])
         # A classifier's head is never tied.
         chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}
+    elif encoder.is_encoder(fields):
+        config.architectures = list(fields["architectures"])
     request = repr((sorted(fields.items()), sorted(chosen.items()), attention))
     if chosen and request not in _VERIFIED:
         _check_effective(config, fields, chosen=chosen)
@@ -298,25 +301,32 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def is_causal_lm(model_type: object) -> bool:
-    """Whether transformers has a causal LM of this type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def is_known(fields: Mapping[str, Any]) -> bool:
+    """Whether transformers has a causal LM of the model type in config.json `fields`, or the encoder."""
+    from transformers.models.auto import modeling_auto
 
-    return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if encoder.is_encoder(fields):
+        names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return isinstance(kind, str) and kind in names
 
 
 def model_class(config: Any) -> Any:
     """transformers' class of the model."""
-    found = _auto_class(config)._model_mapping[type(config)]
+    found = auto_class(config)._model_mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
-def _auto_class(config: Any) -> Any:
-    """Where transformers looks for a causal LM or a classifier."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def auto_class(config: Any) -> Any:
+    """Where transformers looks for a causal LM, a classifier or an encoder."""
+    import transformers
 
-    classifies = classifier.is_classifier(config.architectures)
-    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    if classifier.is_classifier(config.architectures):
+        return transformers.AutoModelForSequenceClassification
+    return {
+        encoder.MASKED: transformers.AutoModelForMaskedLM,
+        encoder.PRETRAINING: transformers.AutoModelForPreTraining,
+    }.get(encoder.predicts(config), transformers.AutoModelForCausalLM)
 
 
 def attention_of(config: Any) -> str:
@@ -336,7 +346,7 @@ def language_model(config: Any) -> Any:
 
 
 def plain_model(config: Any) -> nn.Module:
-    """Hugging Face's causal LM (or classifier) of `config`, fp32, in training mode,
+    """Hugging Face's causal LM (or classifier, or encoder) of `config`, fp32, in training mode,
     on torch's default device.
     """
     return names.single(_own_model(config).to(torch.float32).train())
@@ -344,7 +354,7 @@ def plain_model(config: Any) -> nn.Module:
 
 def _own_model(config: Any) -> Any:
     """Of a copy of the config, which models of decoders of encoder-decoder models change."""
-    return _auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
+    return auto_class(config).from_config(copy.deepcopy(config), attn_implementation=attention_of(config))
 
 
 def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
@@ -355,11 +365,23 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
     config = model.config  # of a model for images, too, that of its language model, which has no class here
-    if config.model_type in plain.TYPES or type(config) not in _auto_class(config)._model_mapping:
+    if config.model_type in plain.TYPES or type(config) not in auto_class(config)._model_mapping:
         taken: Collection[str] = inspect.signature(model.forward).parameters
     else:
         taken = structure_of(config).arguments
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
         return model.score(model.model(**given).last_hidden_state)
-    return model(**given).logits
+    return logits_of(model(**given))
+
+
+def pair_logits(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """(logits of tokens (B, T, V), of pairs (B, 2)) of the plain model of an encoder for pre-training."""
+    row_BT = ((batch.position_ids_BT == 0).cumsum(1) == 1).long()  # what follows is padding
+    output = model(input_ids=batch.input_ids_BT, attention_mask=row_BT, **batch.arguments())
+    return output.prediction_logits, output.seq_relationship_logits
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of tokens in what a model returns; one with several heads names them otherwise."""
+    return output.logits if hasattr(output, "logits") else output.prediction_logits

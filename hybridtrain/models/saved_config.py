@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError
-from hybridtrain.models import classifier, tokens
+from hybridtrain.models import classifier, encoder, tokens
 from hybridtrain.runtime.files import read_object, write_json
 
 
@@ -46,6 +46,6 @@ def _as_saved(config: Any) -> Any:
 
     config = copy.deepcopy(config)
     config.use_cache = True
-    if not classifier.is_classifier(config.architectures):
+    if not (classifier.is_classifier(config.architectures) or encoder.predicts(config)):
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config

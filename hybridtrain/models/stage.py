@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.models import attention
+from hybridtrain.models import attention, encoder
 from hybridtrain.models.build import empty_model
 from hybridtrain.models.structure import Stop, hidden_of, outermost, structure_of, stub
 from hybridtrain.types import Batch
@@ -33,15 +33,16 @@ class Stage(nn.Module):
     """Layers `layers` of the model; `first` adds the embedding, `last` the final norm and the head.
 
     `head` makes a module from (the model's own head, scale=, cap=) that replaces it and is called with
-    (hidden, batch); see tasks/head.py. forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden
-    (B, T, D), or on the last stage what the head returns: the task's sums of losses, fp32. Hidden states of
-    some models have another shape (Structure.boundary). Under sequence parallelism they have this rank's
-    T / tp positions.
+    (hidden, batch), and with the logits of a head for pairs; see tasks/head.py.
+    forward: (input_ids (B, T) or hidden (B, T, D), batch) -> hidden (B, T, D), or on the last stage what the
+    head returns: the task's sums of losses, fp32. Hidden states of some models have another shape
+    (Structure.boundary). Under sequence parallelism they have this rank's T / tp positions.
     """
 
     _model: Any
     _received: Tensor | None
     _ids_BT: Tensor | None
+    _pooled: Tensor | None
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Stage(nn.Module):
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.__dict__["_model"] = model  # not registered: its modules are the stage's
         self.structure = structure
-        self._received = self._ids_BT = None
+        self._received = self._ids_BT = self._pooled = None
         self.partial: set[str] = set()
         """Parameters of which each tensor-parallel rank computes a part of the gradient."""
         self.pieces: Mapping[str, Any] = {}
@@ -81,6 +82,8 @@ class Stage(nn.Module):
                 head(self.part(structure.head), scale=structure.scale, cap=structure.cap),
             )
             self.part(structure.head).register_forward_pre_hook(_stop_without_batch)
+            if structure.pairs is not None:
+                self.part(structure.pairs[0]).register_forward_hook(self._keep_pooled)
         else:
             for path in (*structure.after, structure.head):
                 _replace(self, path, stub(self.part(path), _unchanged))
@@ -148,12 +151,15 @@ class Stage(nn.Module):
             with attention.documents_of(batch):
                 self._model(input_ids=ids_BT, **self._arguments(batch))
         except Stop as stop:
-            hidden = stop.hidden
+            hidden, pooled = stop.hidden, self._pooled
         finally:
-            self._received = self._ids_BT = None
+            self._received = self._ids_BT = self._pooled = None
             if not self.embeds:  # kept, it would hold the last micro-batch's hidden states
                 del self.part(self.structure.embed).__dict__["weight"]
-        return self.part(self.structure.head)(hidden, batch) if self.last else hidden.contiguous()
+        if not self.last:
+            return hidden.contiguous()
+        of_pairs = () if pooled is None else (self.part(encoder.PAIRS)(pooled),)
+        return self.part(self.structure.head)(hidden, batch, *of_pairs)
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         """Those of the model's forward besides the tokens, as far as it has them."""
@@ -163,7 +169,8 @@ class Stage(nn.Module):
             "attention_mask": torch.ones_like(batch.input_ids_BT),
             "use_cache": False,
         }
-        return {name: value for name, value in arguments.items() if name in self.structure.arguments}
+        known = {name: value for name, value in arguments.items() if name in self.structure.arguments}
+        return {**known, **batch.arguments()}
 
     def train(self, mode: bool = True) -> Stage:
         """As nn.Module.train, also for the model, which is not registered."""
@@ -176,6 +183,9 @@ class Stage(nn.Module):
         if structure.items == 0:
             return self._received
         return structure.returns((self._received, *[None] * (structure.items - 1)))
+
+    def _keep_pooled(self, module: nn.Module, given: Any, result: Tensor) -> None:  # noqa: ARG002 - a hook's
+        self._pooled = result
 
     def _zeros(self, shape: str, *_: Any, **__: Any) -> Tensor:
         """An embedding of an earlier stage: of its result only shape and dtype are used."""

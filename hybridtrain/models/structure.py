@@ -9,9 +9,7 @@ reduced copy of the model (reduced.py) and calling it.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,15 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import attention, classifier, known
+from hybridtrain.models import attention, classifier, known, tracing
 from hybridtrain.models.build import attention_of, plain_model
+from hybridtrain.models.pairs import pairs_of
 from hybridtrain.models.reduced import HIDDEN, reduced
-
-ROWS, POSITIONS = 3, 7
-"""Size of the batch of a trace. Sizes of the model's own, such as four streams of hidden states, should
-differ from them.
-"""
-
+from hybridtrain.models.tracing import POSITIONS, ROWS
 
 Before = tuple[tuple[str, str], ...]
 
@@ -66,6 +60,9 @@ class Structure:
     its result."""
     attention: str
     """Name of its attention implementation (attention.py)."""
+    pairs: tuple[str, str] | None
+    """Of a model that tells whether the second part of a row follows the first: (the module whose result
+    the head for that takes, the head); else None."""
 
 
 class Stop(Exception):
@@ -128,7 +125,9 @@ def _find(config: Any) -> Structure:
     own, plain = attention.registered(config), attention_of(config)
     model = _copy(config, own)
     try:
-        same = torch.allclose(_call(model).logits, _call(_copy(config, plain)).logits, rtol=1e-4, atol=1e-5)
+        same = torch.allclose(
+            tracing.logits(model), tracing.logits(_copy(config, plain)), rtol=1e-4, atol=1e-5
+        )
     except Exception:  # a model's own code, for a name that it does not know; the model's own masks remain
         same = False
     return _structure(model, attention=own) if same else _structure(_copy(config, plain), attention=plain)
@@ -159,7 +158,7 @@ def _structure(model: Any, *, attention: str) -> Structure:
     scale, cap = (1.0, None) if classifies else _transform(model, head=head)
     items = 0 if isinstance(output, Tensor) else len(output)
     arguments = tuple(
-        name for name in _arguments(model) if name != "position_ids" or _counts_from_zero(model)
+        name for name in tracing.arguments(model) if name != "position_ids" or _counts_from_zero(model)
     )
     return Structure(
         embed=embed,
@@ -176,18 +175,14 @@ def _structure(model: Any, *, attention: str) -> Structure:
         cap=cap,
         arguments=arguments,
         attention=attention,
+        pairs=pairs_of(model),
     )
-
-
-def _arguments(model: Any) -> tuple[str, ...]:
-    taken = inspect.signature(model.forward).parameters
-    return tuple(name for name in ("position_ids", "attention_mask", "use_cache") if name in taken)
 
 
 def _counts_from_zero(model: Any) -> bool:
     """Whether the positions of a row are 0, 1, ... by default. RoBERTa and its like have others."""
     positions = torch.arange(POSITIONS).expand(ROWS, -1)
-    default, explicit = _call(model).logits, _call(model, position_ids=positions).logits
+    default, explicit = tracing.logits(model), tracing.logits(model, position_ids=positions)
     return torch.allclose(default, explicit, rtol=1e-4, atol=1e-5)
 
 
@@ -244,22 +239,6 @@ def _layers(model: Any) -> str:
     return min(found)[-1]
 
 
-@contextmanager
-def _hooked(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _call(model: Any, **more: Tensor) -> Any:
-    ids = torch.arange(ROWS * POSITIONS).view(ROWS, POSITIONS) % model.get_input_embeddings().weight.shape[0]
-    given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    given = {name: given[name] for name in _arguments(model) if name in given}
-    return model(input_ids=ids, **given, **more)
-
-
 def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ...], Any]:
     """`before`, `after`, and what a layer returns."""
     called: list[str] = []
@@ -277,8 +256,8 @@ def _trace(model: Any, *, layers: str, head: str) -> tuple[Before, tuple[str, ..
         handles.append(layer.register_forward_pre_hook(lambda *_: called.append(layers)))
         handles.append(layer.register_forward_pre_hook(lambda *_, index=index: order.append(index)))
         handles.append(layer.register_forward_hook(lambda module, given, result: outputs.append(result)))  # noqa: ARG005
-    with _hooked(*handles):
-        _call(model)
+    with tracing.hooked(*handles):
+        tracing.call(model)
     if not order or sorted(set(order)) != order:  # a layer for images is not called for text
         problem = f"its {len(listed)} layers are called {len(outputs)} times"
         raise cannot_train(model.config.model_type, problem, instead=OTHER)
@@ -321,8 +300,8 @@ def _shared(model: Any, *, layers: str, before: Before) -> tuple[tuple[str, ...]
         taken.extend(value for value in values if isinstance(value, Tensor) and value.requires_grad)
 
     listed: Any = model.get_submodule(layers)
-    with _hooked(*(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in listed)):
-        _call(model)
+    with tracing.hooked(*(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in listed)):
+        tracing.call(model)
     of_layers = list(listed.parameters())
     owned = [(path, each) for path, _ in before for each in model.get_submodule(path).parameters()]
     found = set()
@@ -361,8 +340,8 @@ def _transform(model: Any, *, head: str) -> tuple[float, float | None]:
         outputs.append(torch.linspace(-40.0, 40.0, result.numel()).view_as(result))
         return outputs[-1]
 
-    with _hooked(module.register_forward_hook(numbers)):
-        logits = _call(model).logits
+    with tracing.hooked(module.register_forward_hook(numbers)):
+        logits = tracing.logits(model)
     z = outputs[-1].reshape(-1)[-logits.numel() :].view_as(logits)
     scale = (logits[z.abs() < 0.5] / z[z.abs() < 0.5]).median().item() if logits.numel() > 8 else 1.0
     for candidate in (1.0, *_scales(model)):

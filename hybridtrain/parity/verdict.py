@@ -20,8 +20,8 @@ MEASURES = ("loss_rel", "grad_norm_rel", "grad_rel", "param_abs")
 COLUMNS = ("layout", "engine", "precision", "passed", *MEASURES, "seconds")
 """Keys of one layout in parity.json."""
 GRADIENT_FLOOR = 1e-6
-"""Relative differences of a gradient are taken of its norm, but at least of this share of the global norm:
-smaller ones are noise."""
+"""Relative differences of a gradient are taken of its norm, but at least of this share of the global norm,
+and of the whole of it if both gradients are smaller: those are noise."""
 
 # (recipe, tp > 1) -> relative tolerance of loss, gradient norm and gradients; tolerance of parameters as a
 # multiple of how far

@@ -7,7 +7,7 @@ from hybridtrain.types import ModelFacts
 
 def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
     """FLOPs per token of training, forward and backward (PaLM, arXiv:2204.02311, appendix
-    B, with causal attention).
+    B, with causal attention; that of an encoder is full).
 
         6 (P - E)  +  12 H d c        P parameters, E = vocab x hidden if the embedding is not tied, else 0
 
@@ -15,8 +15,8 @@ def flops_per_token(facts: ModelFacts, *, seq_len: int) -> float:
     those that a token uses. The head counts, the embedding look-up does not (a tied weight counts once, as
     the head); norms, in P, are below 0.1 %. Second term: the two matrix products of attention with H heads of
     size d, over the c positions that a token attends to on average, summed over the layers: (seq_len + 1) / 2
-    each, or less with a sliding window. Recomputed activations are not counted (model FLOPs, not hardware
-    FLOPs).
+    each, or less with a sliding window; of an encoder seq_len. Recomputed activations are not counted (model
+    FLOPs, not hardware FLOPs).
     """
     embedding = 0 if facts.tied else facts.vocab * facts.hidden
     used = facts.parameters - facts.inactive - embedding
@@ -40,5 +40,7 @@ def _of_attention(facts: ModelFacts, *, seq_len: int) -> list[float]:
     """FLOPs per token of the two matrix products of attention in each layer."""
     window = min(facts.window or seq_len, seq_len)
     full, windowed = ((n * (n + 1) / 2 + (seq_len - n) * n) / seq_len for n in (seq_len, window))
+    if facts.encoder:  # a window has as many positions on either side, and its own
+        full, windowed = seq_len, window
     contexts = [full if layer in facts.full_layers else windowed for layer in range(facts.layers)]
     return [12 * facts.heads * facts.head_dim * context for context in contexts]

@@ -286,9 +286,10 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
+    What older versions did not have is left out if empty; so is what follows from the rest.
     """
-    known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
+    kinds = ("labels", "encoder", "pairs")
+    known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
     for name in (*later, "sliced", "stored", "sequence", "whole"):
         del known[name]

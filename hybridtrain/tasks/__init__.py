@@ -14,15 +14,23 @@ if TYPE_CHECKING:
 _METHODS = ("collate", "counts", "loss", "loss_of_logits", "evaluate")
 
 
-def of(config: Config, *, labels: int) -> Task:
-    """The task of task.kind, for a model with `labels` classes (0: the head predicts tokens)."""
+def of(config: Config, *, labels: int, vocab: int) -> Task:
+    """The task of task.kind, for a model with a vocabulary of `vocab`, or `labels` classes (0: the head
+    predicts tokens).
+    """
     from hybridtrain.tasks.causal_lm import CausalLM
     from hybridtrain.tasks.classification import Classification
     from hybridtrain.tasks.linear_cross_entropy import Terms
+    from hybridtrain.tasks.masked_lm import MaskedLM
+    from hybridtrain.tasks.next_sentence import NextSentence
 
     if (registered := user_task(config)) is not None:
         return registered
-    task = Classification(labels=labels) if config.task.kind == "classification" else CausalLM()
+    task = CausalLM()
+    if config.task.kind == "classification":
+        task = Classification(labels=labels)
+    elif config.task.kind == "masked_lm":
+        task = (NextSentence if config.task.next_sentence else MaskedLM)(config.task, vocab=vocab)
     task.terms = Terms(config.task.label_smoothing, config.task.z_loss)
     return task
 

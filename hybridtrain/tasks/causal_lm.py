@@ -67,6 +67,12 @@ class CausalLM:
 
         `name`: the sum's name in `weights`.
         """
+        return self.counted_cross_entropy(hidden_BTD, labels_BT, head, name=name, right=None)
+
+    def counted_cross_entropy(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, head: Head, *, name: str, right: Tensor | None
+    ) -> Tensor:
+        """The same, and adds to `right`, fp32, (1,), the number of labels whose logit is the largest."""
         terms = self.terms if head.training else CausalLM.terms
         return linear_cross_entropy(
             hidden_BTD,
@@ -79,6 +85,7 @@ class CausalLM:
             gradients=head.gradients_of(name),
             ranks=head.ranks,
             entries=head.entries,
+            right=right,
         )
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

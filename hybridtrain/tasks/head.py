@@ -41,6 +41,9 @@ class Head(nn.Module):
         """Those that share the head: `weight` and `bias` are this rank's rows."""
         self.entries = model_head.weight.shape[0]
         """Rows of the whole head."""
+        self.pairs_B2: Tensor | None = None
+        """During a forward pass of a model that has them: logits of whether the second part of a row follows
+        the first (0) or not (1)."""
         self._whole: Callable[[Tensor], Tensor] = _unchanged
         self._used: set[str] = set()
         self.gradients = {name: (HeadGradient(), HeadGradient()) for name in task.weights}
@@ -93,9 +96,11 @@ class Head(nn.Module):
             for gradient in of_sum:
                 gradient.clear()
 
-    def forward(self, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, batch: Batch, *of_pairs: Tensor) -> Tensor:
         self._used.clear()
+        self.pairs_B2 = of_pairs[0] if of_pairs else None
         sums = self.task.loss(self._whole(hidden_BTD), batch, self)
+        self.pairs_B2 = None
         for name in self.task.weights:
             shape = tuple(sums[name].shape) if name in sums else None
             if shape != (1,):

@@ -140,12 +140,14 @@ def linear_cross_entropy(
     gradients: tuple[HeadGradient, HeadGradient],
     ranks: Ranks | None,
     entries: int,
+    right: Tensor | None,
 ) -> Tensor:
     """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
     `ranks`: those of which each has a part of the rows of weight and bias, `entries` in all.
     `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256.
     `gradients`: of the weight and of the bias, for this sum.
+    `right`: fp32, (1,): the number of labels whose logit is the largest is added to it.
     """
     first = 0
     if ranks is not None:
@@ -170,6 +172,7 @@ def linear_cross_entropy(
         first,
         into,
         into_bias,
+        right,
     )
     # Nodes of their own for the parameters: a split backward pass goes once to the hidden states and once to
     # the parameters.
@@ -196,6 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first: int,
         into: HeadGradient | None,
         into_bias: HeadGradient | None,
+        right: Tensor | None,
     ) -> Tensor:
         total = hidden_ND.new_zeros(1, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
@@ -209,6 +213,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = transform(logits)
             log_p, log_z = _log_probabilities(logits, ranks=ranks)
             valid, mine, index = _targets(labels, first=first, vocabulary=len(weight_VD))
+            if right is not None:
+                right += _right(log_p, valid, mine, index, ranks=ranks)
             mine = mine * (1 - terms.smoothing)
             total -= (log_p.gather(1, index) * mine).sum() if len(weight_VD) else 0
             if terms.smoothing:
@@ -238,7 +244,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 11
+        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 12
 
 
 class _ParameterGradient(torch.autograd.Function):
@@ -266,6 +272,17 @@ def _log_probabilities(logits_nV: Tensor, *, ranks: Ranks | None) -> tuple[Tenso
     mine = torch.logsumexp(logits, dim=1)
     log_z = torch.logsumexp(ranks.gather(mine[None]).view(ranks.size, -1), dim=0)
     return log_p.add_((mine - log_z)[:, None]), log_z[:, None]
+
+
+def _right(log_p: Tensor, valid: Tensor, mine: Tensor, index: Tensor, *, ranks: Ranks | None) -> Tensor:
+    """How many labels have the largest log-probability of the whole vocabulary, 0-d. See `_targets`."""
+    none = torch.full_like(valid[:, 0], -torch.inf)
+    largest, label = none, none
+    if log_p.shape[1]:
+        largest, label = log_p.amax(1), torch.where(mine[:, 0] > 0, log_p.gather(1, index)[:, 0], none)
+    if ranks is not None:
+        largest, label = ranks.max(torch.stack([largest, label])).unbind()
+    return ((label >= largest) * valid[:, 0]).sum()
 
 
 def _targets(labels_n: Tensor, *, first: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

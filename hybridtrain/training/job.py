@@ -84,8 +84,12 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
     if task is None:
+        config = compatibility.adapt_task(config, data)
+        compatibility.check_masks(config, facts=model)
         engines.check_task(config, facts=model)
         compatibility.check_labels(data, config)
+    else:
+        engines.check_encoder(config.task.kind, masks=getattr(task, "encoder", False), facts=model)
     compatibility.check_vocab(data, vocab=model.vocab)
     compatibility.check_train_rows(data, seq_len=plan.seq_len)
     compatibility.check_cuts(data, config)

@@ -28,7 +28,10 @@ RECORD = ".prepare.json"
 """Record of the files that `prepare` wrote. Not in folders of version 0.1."""
 SPLITS = ("train", "eval")
 _LOCK = ".lock"
-_PARTS = ("bin", "idx", "loss.bin", "loss.idx", "rows.npy", "row_starts.npy")
+_PARTS = (
+    *("bin", "idx", "loss.bin", "loss.idx", "rows.npy", "row_starts.npy"),
+    *("sentences.bin", "sentences.idx", "pairs.npy"),
+)
 NAMES = (CORPUS, SPEED, *(f"{split}.{part}" for split in SPLITS for part in _PARTS))
 _TOKENIZER_NAMES = (
     *(

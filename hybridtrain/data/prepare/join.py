@@ -88,8 +88,8 @@ def join(
     for block in _blocks(out, dtype=recipe.dtype):
         identity.update(block.tobytes())
         largest = max(largest, int(block.max()))
-    if recipe.packed:
-        loss = out.with_name(f"{out.name}.loss")
+    if recipe.marks:
+        loss = out.with_name(f"{out.name}.{recipe.marks}")
         _concatenate([folder / loss.name for folder in folders], kept=kept, out=loss, dtype=LOSS_DTYPE)
         for block in _blocks(loss, dtype=LOSS_DTYPE):
             identity.update(block.tobytes())

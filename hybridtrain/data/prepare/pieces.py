@@ -2,8 +2,8 @@
 `prepare` can be restarted.
 
 pieces <- plan(sources)      depends on the sources only: any number of workers writes the same bytes
-piece-<n>/                   {train,eval}.{bin,idx}, the same with .loss for conversations; digests.npy;
-                             counts.json
+piece-<n>/                   {train,eval}.{bin,idx}, the same with .loss for conversations and .sentences
+                             where these are marked; digests.npy; counts.json
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def write_piece(piece: Piece, *, partial: Path, recipe: Recipe, encode: Encode, 
             for name in ("train", "eval")
         }
         masks = {
-            name: stack.enter_context(IndexedWriter(temporary / f"{name}.loss", dtype=LOSS_DTYPE))
+            name: stack.enter_context(IndexedWriter(temporary / f"{name}.{recipe.marks}", dtype=LOSS_DTYPE))
             for name in tokens
-            if recipe.packed
+            if recipe.marks
         }
         for batch in _batches(piece, recipe=recipe, counts=counts):
             before = counts.tokens

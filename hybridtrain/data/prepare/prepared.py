@@ -30,8 +30,9 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
         "chat": ["messages_key", "chat_template", "chat_turns", "seq_len"],
         "labelled": ["text_key", "label_key", "labels", "seq_len"],
     }
-    names += of_format.get(data.format, ["text_key", "append_eos"])
-    names += ["vocab_size"] if data.tokenizer == "train" else []
+    of_text = ["text_key", *(["sentences", "seq_len"] if data.sentences else ["append_eos", "sentences"])]
+    names += of_format.get(data.format, of_text)
+    names += ["vocab_size", "encoder_tokens"] if data.tokenizer == "train" else []
     return {name: getattr(data, name) for name in names}
 
 

@@ -31,6 +31,8 @@ class Recipe:
     """For conversations."""
     labels: LabelRecipe | None
     """For labelled texts. Both None: documents are plain text."""
+    sentences: bool
+    """Whether to mark where the sentences of a text begin."""
     eval_fraction: float
     deduplicate: bool
     skip_bad: bool
@@ -53,3 +55,8 @@ class Recipe:
     def packed(self) -> ChatRecipe | LabelRecipe | None:
         """The recipe of documents that are packed whole into rows, with a loss mask; None: text."""
         return self.chat or self.labels
+
+    @property
+    def marks(self) -> str:
+        """Name of the files with a mark for each token; empty if there are none."""
+        return "loss" if self.packed else "sentences" if self.sentences else ""

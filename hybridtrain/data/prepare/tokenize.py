@@ -6,6 +6,7 @@
     <data.path>/{train,eval}.{bin,idx}     token files; a split without documents has none
     <data.path>/{train,eval}.loss.*        conversations and labelled texts: the loss mask
     <data.path>/{train,eval}.rows.*        the same: the packing of documents into rows
+    <data.path>/{train,eval}.sentences.*   data.sentences: where sentences begin; .pairs.npy: rows of them
     <data.path>/corpus.json                describes the folder; written last: with it, the folder is complete
 
 Work in progress is in <data.path>/.partial: the tokenizer, then pieces of the corpus, each renamed into
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridtrain.config.schema import DataConfig, PrepareConfig, PrepareRoot
-from hybridtrain.data import digests
+from hybridtrain.data import digests, pairs
 from hybridtrain.data.prepare import (
     folder,
     join,
@@ -129,12 +130,14 @@ def _check(data: DataConfig) -> None:
         )
     if data.format == "labelled":
         labelled.check(data)
-    if data.tokenizer == "train" and data.vocab_size < tokenizer.MIN_VOCAB:
+    if data.sentences:
+        _check_sentences(data)
+    if data.tokenizer == "train" and data.vocab_size < (least := tokenizer.least_vocab(data)):
         raise refusal(
             "data.vocab_size",
             data.vocab_size,
             "too small for a byte-level tokenizer",
-            allowed=f"{tokenizer.MIN_VOCAB} or more",
+            allowed=f"{least} or more",
             instead="data.vocab_size=4096",
         )
     if data.format == "chat" and data.tokenizer == "train" and data.chat_template == "own":
@@ -145,6 +148,16 @@ def _check(data: DataConfig) -> None:
             allowed="for conversations, the tokenizer of the model to be tuned",
             instead="data.tokenizer=FOLDER or a hub id, or data.chat_template=plain",
         )
+
+
+def _check_sentences(data: DataConfig) -> None:
+    if data.format in sources.PACKED_FORMATS:
+        problem, allowed = f"data.format={data.format} has no running text", "false with it"
+        raise refusal("data.sentences", True, problem, allowed=allowed, instead="data.sentences=false")
+    if data.seq_len < pairs.SHORTEST:
+        problem = "two parts of text and three special tokens do not fit into a row"
+        allowed = f"{pairs.SHORTEST} or more with data.sentences"
+        raise refusal("data.seq_len", data.seq_len, problem, allowed=allowed, instead="data.seq_len=128")
 
 
 def _write(
@@ -160,6 +173,7 @@ def _write(
     recipe = Recipe(
         chat=_chat(data),
         labels=LabelRecipe(data.labels, data.label_key, data.seq_len) if data.format == "labelled" else None,
+        sentences=data.sentences,
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
         skip_bad=options.skip_bad,
@@ -179,7 +193,7 @@ def _write(
     new = _open_partial(partial, settings=settings, planned=planned)
     try:
         facts = tokenizer.build(data, partial=partial, sample=tokenizer.sample(planned, recipe=recipe))
-        eos = [facts["eos_id"]] if data.append_eos and not recipe.packed else []
+        eos = [facts["eos_id"]] if data.append_eos and not recipe.marks else []
         if None in eos:
             problem = f"{data.tokenizer} has no end-of-text token"
             raise refusal(
@@ -272,12 +286,14 @@ def _publish(
         for split in SPLITS
         if recipe.packed and joined[split].tokens
     }
+    pair_rows = _pairs(data, partial, splits=[split for split in SPLITS if joined[split].tokens])
     file_digests = _digests(partial)
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
         "kind": data.format if recipe.packed else "text",
-        **({"seq_len": data.seq_len} if recipe.packed else {}),
+        **({"seq_len": data.seq_len} if recipe.marks else {}),
+        **pair_rows,
         **({"labels": data.labels} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
@@ -325,6 +341,27 @@ def _no_targets(data: DataConfig) -> UserError:
         problem,
         allowed="rows in which answers fit",
         instead="a larger data.seq_len",
+    )
+
+
+def _pairs(data: DataConfig, partial: Path, *, splits: list[str]) -> dict[str, Any]:
+    """Write the rows of pairs, and return their numbers for corpus.json. Raises UserError without any."""
+    if not data.sentences:
+        return {}
+    rows = {split: pairs.build(partial, split=split, seq_len=data.seq_len) for split in splits}
+    if not rows["train"]:
+        raise _no_pairs()
+    return {"pairs": rows}
+
+
+def _no_pairs() -> UserError:
+    problem = "no two documents have two sentences within a row: there are no pairs to learn from"
+    return refusal(
+        "data.sentences",
+        True,
+        problem,
+        allowed="documents of several sentences",
+        instead="data.sentences=false, whole documents instead of lines, or a larger data.seq_len",
     )
 
 

@@ -10,13 +10,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.prepare import chat, labelled, template
+from hybridtrain.data.prepare import chat, labelled, sentences, template
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.documents import Counts, documents
@@ -29,13 +30,25 @@ from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, 
 
 _GAP = re.compile(r"[^\W\d_] [^\W\d_]")  # letter, space, letter
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB = 257  # 256 bytes and END_OF_TEXT
+OF_ENCODERS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+"""Special tokens of an encoder's tokenizer that is trained here (data.encoder_tokens)."""
 TRAINING_BYTES = 100 << 20  # text to train a tokenizer on; more changes few merges and takes minutes
 MAX_INFLATION = 4  # times TRAINING_BYTES at most, if files hold more text than their size suggests
 MIN_SAMPLE_BYTES = 1 << 16  # smallest sample of a unit
 GROUP_CHARS = 1 << 18  # per call of the tokenizer: limits memory, and keeps the cores busy
 FOLDER = "tokenizer"
 FIELD = "data.tokenizer"
+
+
+def least_vocab(data: DataConfig) -> int:
+    """The smallest vocabulary that can be trained: 256 bytes and the special tokens."""
+    return 256 + (len(OF_ENCODERS) if data.encoder_tokens else 1)
 
 
 def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str, Any]:
@@ -55,9 +68,9 @@ def build(data: DataConfig, *, partial: Path, sample: Iterable[str]) -> dict[str
             template.set_template(tokenizer, choice=data.chat_template)
         _save(tokenizer, folder)
         chat_facts = {"template": template.facts(tokenizer)} if data.format == "chat" else {}
-        write_atomically(
-            record, json.dumps({"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, **chat_facts})
-        )
+        # Tokenizers of encoders end a text with their separator.
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        write_atomically(record, json.dumps({"vocab_size": len(tokenizer), "eos_id": end, **chat_facts}))
     return json.loads(record.read_text())
 
 
@@ -89,6 +102,9 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     """The function that encodes documents with the tokenizer in `<partial>/tokenizer`; it adds no
     special tokens to text.
     """
+    if recipe.sentences:
+        whole = encoder(partial, replace(recipe, sentences=False))
+        return functools.partial(sentences.encode, encode=whole)
     folder = partial / FOLDER
     if recipe.chat:
         tokenizer = load(str(folder), field=FIELD)
@@ -190,7 +206,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
 
 def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
     """Train a byte-level BPE; deterministic."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -198,11 +214,21 @@ def _train(data: DataConfig, *, sample: Iterable[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=data.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(OF_ENCODERS.values()) if data.encoder_tokens else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(sample, trainer=trainer)
+    if data.encoder_tokens:
+        cls, sep = OF_ENCODERS["cls_token"], OF_ENCODERS["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **OF_ENCODERS
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

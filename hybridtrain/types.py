@@ -34,15 +34,20 @@ class Batch:
     packed: bool = False
     """Each position 0 starts a document that attends only to itself (data.document_mask); else a
     row is one document."""
+    keys_B: torch.Tensor | None = None
+    """For training: a number for each row, from run.seed and the row's place in the order of the data, of
+    which dropout is a function (models/dropout.py). int64, (B,); the loader adds it."""
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply a function to every tensor, including those that a task added.
 
-        Every field that is no bool is a tensor.
+        Every field that is no bool and not None is a tensor.
         """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed: dict[str, Any] = {
-            name: function(value) for name, value in values.items() if not isinstance(value, bool)
+            name: function(value)
+            for name, value in values.items()
+            if not isinstance(value, bool) and value is not None
         }
         return dataclasses.replace(self, **changed)
 
@@ -150,6 +155,9 @@ class ModelFacts:
     """Modules that every pipeline stage has, besides a tied head, and their parameters."""
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
+    dropped: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Modules whose result, or whose attention weights, have dropout in training, by their path in a layer or,
+    outside, in the model -> rate."""
 
     @property
     def outputs(self) -> int:

@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from hybridtrain import engine as engines
 from hybridtrain.config import schema
+from hybridtrain.data.order import keys
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.load import initial
@@ -111,10 +113,10 @@ class Case:
         share = self.global_batch_size // dp
         positions = torch.arange(self.seq_len).repeat(self.micro_batch_size, 1)
         starts = range(dp_rank * share, (dp_rank + 1) * share, self.micro_batch_size)
-        return [
-            Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions)
-            for s in starts
-        ]
+        samples = np.arange(self.global_batch_size) + step * self.global_batch_size
+        keys_R = torch.from_numpy(keys(samples, pieces=1, seed=7))
+        parts = [slice(start, start + self.micro_batch_size) for start in starts]
+        return [Batch(ids[part], labels[part], positions, keys_B=keys_R[part]) for part in parts]
 
 
 def deepspeed(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from hybridtrain.analysis import parameters
 from hybridtrain.errors import UserError
 from hybridtrain.models import build
+from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.keyed import keyed
 from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
@@ -31,6 +33,7 @@ from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
 
 ROWS, LENGTH = 2, 12
+_KEYS_B = torch.tensor([1, 2])
 DOCUMENTS = ((5, 4, 3), (2, 10))
 """Lengths of the documents in each packed row."""
 _CAUSAL: tuple[dict[str, Any], ...] = (
@@ -66,13 +69,14 @@ class Copy:
 
     config: Any
     model: Any
+    dropouts: Dropouts
 
 
 def copy_of(config: Any, *, tp: int) -> Copy:
     """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
     start at zero count. `tp`: see reduced.
     """
-    return perturbed(reduced(config, random=False, tp=tp), config)
+    return perturbed(reduced(config, random=True, tp=tp), config)
 
 
 def perturbed(small: Any, config: Any) -> Copy:
@@ -83,15 +87,7 @@ def perturbed(small: Any, config: Any) -> Copy:
         model = build.plain_model(small)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return Copy(small, model)
-
-
-def is_random(config: Any) -> bool:
-    """Whether two forward passes of the model in training differ."""
-    model = perturbed(reduced(config, random=True, tp=1), config).model.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return not torch.equal(_logits(model, tokens(length=LENGTH)), _logits(model, tokens(length=LENGTH)))
+    return Copy(small, model, keyed(model, small))
 
 
 def is_causal(copy: Copy) -> bool:
@@ -100,7 +96,7 @@ def is_causal(copy: Copy) -> bool:
     other = ids.clone()
     other[:, LENGTH - 2 :] = (other[:, LENGTH - 2 :] + 7) % VOCABULARY
     with torch.no_grad():
-        first, second = (_logits(copy.model, each)[:, : LENGTH - 2] for each in (ids, other))
+        first, second = (logits(copy, each)[:, : LENGTH - 2] for each in (ids, other))
     return torch.allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
@@ -118,7 +114,7 @@ def comparison(copy: Copy) -> Callable[[Sequence[int]], bool]:
 def _of_stages(copy: Copy) -> Callable[[Sequence[int]], Result]:
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, [[LENGTH]] * ROWS, packed=False)
-    reference = plain(copy.model, [ids], [batch.labels_BT])
+    reference = plain(copy, [(batch, 0)])
     return lambda cuts: _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
@@ -126,14 +122,16 @@ def documents(copy: Copy) -> Result:
     """Documents in packed rows against each of them alone."""
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, DOCUMENTS, packed=True)
-    alone, labels = [], []
+    alone = []
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for length in lengths:
-            alone.append(ids[row : row + 1, start : start + length])
-            labels.append(batch.labels_BT[row : row + 1, start : start + length])
+            part = slice(start, start + length)
+            ids_BT, labels_BT = batch.input_ids_BT[:, part], batch.labels_BT[:, part]
+            document = replace(batch, input_ids_BT=ids_BT, labels_BT=labels_BT).rows(row, row + 1)
+            alone.append((document, start))
             start += length
-    return _difference(plain(copy.model, alone, labels), _chained(copy, batch, cuts=()))
+    return _difference(plain(copy, alone), _chained(copy, batch, cuts=()))
 
 
 def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> Batch:
@@ -141,7 +139,8 @@ def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> 
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     labels = torch.cat([ids[:, 1:], torch.full((len(ids), 1), IGNORE_INDEX)], dim=1)
     ends = torch.cat([positions[:, 1:] == 0, torch.ones(len(ids), 1, dtype=torch.bool)], dim=1)
-    return Batch(ids, labels.masked_fill(ends, IGNORE_INDEX), positions, packed=packed)
+    labels = labels.masked_fill(ends, IGNORE_INDEX)
+    return Batch(ids, labels, positions, packed=packed, keys_B=_KEYS_B)
 
 
 def tokens(*, length: int) -> Tensor:
@@ -149,20 +148,28 @@ def tokens(*, length: int) -> Tensor:
     return torch.randint(3, VOCABULARY - 1, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
+def logits(copy: Copy, ids: Tensor) -> Tensor:
+    """Of `tokens`, by transformers' own model in training."""
+    return _logits(copy, ids, keys_B=_KEYS_B, start=0)
+
+
+def _logits(copy: Copy, ids: Tensor, *, keys_B: Tensor, start: int) -> Tensor:
+    with copy.dropouts.of(keys_B, start=start, length=ids.shape[1]):
+        return copy.model(input_ids=ids).logits
 
 
 Found = tuple[float, Mapping[str, Tensor]]
 """(loss, parameter -> gradient)."""
 
 
-def plain(model: Any, rows: Sequence[Tensor], labels: Sequence[Tensor]) -> Found:
-    """Of Hugging Face's own model."""
+def plain(copy: Copy, parts: Sequence[tuple[Batch, int]]) -> Found:
+    """Of Hugging Face's own model. `parts`: of rows, and the place of their first position."""
+    model, total = copy.model, 0.0
     model.zero_grad()
-    total = 0.0
-    for ids, targets in zip(rows, labels, strict=True):
-        logits = _logits(model, ids)
+    for batch, start in parts:
+        assert batch.keys_B is not None
+        targets, keys_B = batch.labels_BT, batch.keys_B
+        logits = _logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start)
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
@@ -227,7 +234,7 @@ def refused(config: Any) -> dict[str, str]:
 
     Raises UserError for one that cannot be trained at all.
     """
-    copy = _copied(config)
+    copy = copied(config)
     if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
     if not is_causal(copy):
@@ -250,7 +257,7 @@ def refused(config: Any) -> dict[str, str]:
     return found
 
 
-def _copied(config: Any) -> Copy:
+def copied(config: Any) -> Copy:
     """The reduced copy. Raises UserError for a model that transformers does not build either."""
     if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
         problem = "its config has no number of layers (num_hidden_layers)"

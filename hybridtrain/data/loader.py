@@ -14,6 +14,7 @@ samples move up in their place.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -23,6 +24,7 @@ import torch
 
 from hybridtrain.data.blend import Blend, largest_remainder, sample_to_row
 from hybridtrain.data.compatibility import check_eval_rows
+from hybridtrain.data.order import keys
 from hybridtrain.data.rows import Block, Rows
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
@@ -67,12 +69,12 @@ class Loader:
 
     def row_ids(self, step: int) -> np.ndarray:
         """Rows of this rank in `step`, in order, as (corpus, row in it): int64 (rows of the step / dp, 2)."""
-        share = self._plan.rows_at(step) // self._dp_size
-        first = self._plan.rows_before(step) + self.left_out + self._dp_rank * share
-        samples = np.arange(first, first + share, dtype=np.int64)
-        return sample_to_row(
-            samples, quotas=self._quotas, rows=[len(rows) for rows in self._rows], seed=self._seed
-        )
+        counts = [len(rows) for rows in self._rows]
+        return sample_to_row(self._samples(step), quotas=self._quotas, rows=counts, seed=self._seed)
+
+    def _samples(self, step: int) -> np.ndarray:
+        chosen = samples(step, plan=self._plan, dp_rank=self._dp_rank, dp_size=self._dp_size)
+        return chosen + self.left_out
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0), on the CPU: grad_accum of
@@ -102,14 +104,25 @@ class Loader:
     def _read(self, step: int) -> list[Batch]:
         plan, chosen = self._plan, self.row_ids(step)
         block = _gather(self._rows, chosen, rows=len(chosen), seq_len=plan.seq_len, documents=self._documents)
-        return micro_batches(block, plan=plan, step=step, collate=self._collate)
+        keys_B = keys(self._samples(step), pieces=plan.pieces_at(step), seed=self._seed)
+        return micro_batches(block, plan=plan, step=step, keys_B=keys_B, collate=self._collate)
 
 
-def micro_batches(block: Block, *, plan: BatchPlan, step: int, collate: Collate) -> list[Batch]:
-    """The micro-batches of a data rank's rows in `step`."""
+def samples(step: int, *, plan: BatchPlan, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Samples of a data rank in `step`, int64 (rows of the step / dp,), where none is left out."""
+    share = plan.rows_at(step) // dp_size
+    return plan.rows_before(step) + dp_rank * share + np.arange(share, dtype=np.int64)
+
+
+def micro_batches(
+    block: Block, *, plan: BatchPlan, step: int, keys_B: np.ndarray, collate: Collate
+) -> list[Batch]:
+    """The micro-batches of a data rank's rows in `step`. `keys_B`: of their pieces."""
     pieces = plan.pieces_at(step)
     block = block.cut(pieces)
-    return _cut(collate(block, valid=len(block.tokens)), size=plan.micro_batch_size * pieces)
+    batch = collate(block, valid=len(block.tokens))
+    batch = dataclasses.replace(batch, keys_B=torch.from_numpy(keys_B))
+    return _cut(batch, size=plan.micro_batch_size * pieces)
 
 
 def eval_batches(

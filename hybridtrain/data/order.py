@@ -26,6 +26,13 @@ def row_ids(samples: np.ndarray, *, rows: int, seed: int | str) -> np.ndarray:
     return permuted(samples, size=rows, key=f"hybridtrain rows {seed}")
 
 
+def keys(samples: np.ndarray, *, pieces: int, seed: int | str) -> np.ndarray:
+    """A number for each of the `pieces` of each sample, int64 (n * pieces,), the same on every machine."""
+    key = _keys(f"hybridtrain samples {seed}")[0]
+    of_samples = _mix(samples.astype(np.uint64) ^ key) + key
+    return _mix(of_samples[:, None] + np.arange(pieces, dtype=np.uint64)).flatten().view(np.int64)
+
+
 def permuted(index: np.ndarray, *, size: int, key: str) -> np.ndarray:
     """Permute each run of `size` consecutive indices by its own permutation of 0..size-1; places
     in it, int64 (n,).

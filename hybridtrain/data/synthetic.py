@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hybridtrain.data.loader import Collate, micro_batches
+from hybridtrain.data.loader import Collate, micro_batches, samples
+from hybridtrain.data.order import keys
 from hybridtrain.data.rows import Block
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.types import Batch
@@ -48,7 +49,8 @@ class Synthetic:
             tokens[:, -1] %= self.labels
             loss_mask = np.zeros(tokens.shape, dtype=bool)
             loss_mask[:, -1] = True
-        share = rows // self.dp_size
-        mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
+        chosen = samples(step, plan=self.plan, dp_rank=self.dp_rank, dp_size=self.dp_size)
+        mine = chosen - self.plan.rows_before(step)
         block = Block(tokens[mine].numpy(), None, None if loss_mask is None else loss_mask[mine])
-        return micro_batches(block, plan=self.plan, step=step, collate=self.collate)
+        keys_B = keys(chosen, pieces=self.plan.pieces_at(step), seed=self.seed)
+        return micro_batches(block, plan=self.plan, step=step, keys_B=keys_B, collate=self.collate)

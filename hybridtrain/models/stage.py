@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.models import attention
+from hybridtrain.models import attention, dropout
 from hybridtrain.models.build import empty_model
 from hybridtrain.models.structure import Stop, hidden_of, outermost, structure_of, stub
 from hybridtrain.types import Batch
@@ -84,6 +85,7 @@ class Stage(nn.Module):
         else:
             for path in (*structure.after, structure.head):
                 _replace(self, path, stub(self.part(path), _unchanged))
+        self.dropouts = dropout.install(self, config=config, layers=structure.layers)
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
         self.untrained = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
@@ -145,7 +147,7 @@ class Stage(nn.Module):
         if not self.embeds:  # models read the device of their embedding
             self.part(self.structure.embed).__dict__["weight"] = x
         try:
-            with attention.documents_of(batch):
+            with attention.documents_of(batch), self._dropping(batch):
                 self._model(input_ids=ids_BT, **self._arguments(batch))
         except Stop as stop:
             hidden = stop.hidden
@@ -154,6 +156,10 @@ class Stage(nn.Module):
             if not self.embeds:  # kept, it would hold the last micro-batch's hidden states
                 del self.part(self.structure.embed).__dict__["weight"]
         return self.part(self.structure.head)(hidden, batch) if self.last else hidden.contiguous()
+
+    def _dropping(self, batch: Batch) -> AbstractContextManager[None]:
+        keys_B = batch.keys_B if self.training else None
+        return self.dropouts.of(keys_B, start=0, length=batch.input_ids_BT.shape[1])
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         """Those of the model's forward besides the tokens, as far as it has them."""

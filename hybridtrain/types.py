@@ -156,8 +156,8 @@ class ModelFacts:
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
     dropped: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Modules whose result, or whose attention weights, have dropout in training, by their path in a layer or,
-    outside, in the model -> rate."""
+    """Modules whose result, or whose attention weights, have dropout in training, by their path in a layer
+    or, outside, in the model -> rate."""
 
     @property
     def outputs(self) -> int:

@@ -49,6 +49,14 @@ def model(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
     return {"model_type": model_type, **SIZES, **extra, **fields}
 
 
+GPT2 = {
+    **{"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 8, "vocab_size": 256, "n_positions": 64},
+    **{"initializer_range": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    **{"bos_token_id": None, "eos_token_id": None},
+}
+"""With dropout of embedding, hidden states and attention weights."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is trained and how; everything a rank needs, so that it pickles."""

@@ -1,6 +1,6 @@
-"""What is random in a model's forward pass in training: dropout by the keys of rows (models/dropout.py) is the
-same under every layout; whatever draws random numbers itself is not, and is refused by the fields that ask
-for it.
+"""What is random in a model's forward pass in training: dropout by the keys of rows (models/dropout.py) is
+the same under every layout; whatever draws random numbers itself is not, and is refused by the fields that
+ask for it.
 """
 
 from __future__ import annotations

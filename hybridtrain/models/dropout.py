@@ -49,7 +49,7 @@ class Rows:
 
 
 class Slot:
-    """Where the dropout of one layer, or of all modules outside layers, finds the rows of the forward pass."""
+    """Where dropout in one layer, or in all modules outside layers, finds the rows of the forward pass."""
 
     def __init__(self) -> None:
         self.rows: Rows | None = None
@@ -72,10 +72,12 @@ class Site:
         return self.slot.rank * size if self.path in self.slot.cut else 0
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """x with elements set to 0 with probability p, others divided by 1 - p. Hidden states (B, T, ...),
+        """x with elements set to 0 with probability p < 1, others divided by 1 - p. Hidden states (B, T, ...),
         or attention weights (B, H, T, T). Raises CannotKey for others.
         """
         rows = self.slot.rows
+        if not 0 <= p < 1:
+            raise CannotKey(f"{self.path} has the rate {p}")
         if rows is None:
             raise CannotKey(f"{self.path} is called outside of a forward pass of rows with keys")
         size, length = x.shape, rows.length
@@ -96,7 +98,7 @@ class Site:
             channels = self.first(width) + torch.arange(width, device=x.device)
             rows_BT = _mixed(mine_B[:, None] + places_T)
             kept = _kept(rows_BT[..., None] + channels, p).view(size)
-        return torch.where(kept, x * (1 / (1 - p)), 0.0) if p < 1 else torch.zeros_like(x)
+        return torch.where(kept, x * (1 / (1 - p)), 0.0)
 
 
 def _mixed(x: Tensor) -> Tensor:

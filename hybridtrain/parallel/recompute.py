@@ -117,6 +117,9 @@ def apply_compile(stage: Stage, *, backend: str) -> None:
     """
     for index, layer in stage.layer_modules():
         whole = "recompute" in wrappers(layer) and stage.dropouts.of_layer(index) is not None
+        if whole:  # OfAttention, which is left again
+            settings: Any = torch._dynamo.config
+            settings.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         compiled: Any = torch.compile(layer.forward, backend=backend, fullgraph=whole)
         compiled.compiled_from = layer.forward
         layer.forward = compiled

@@ -5,11 +5,12 @@ what it resumes from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import registry
+from hybridtrain.analysis.facts import places
 from hybridtrain.config import compose
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
@@ -87,7 +88,7 @@ def _log_job(job: Job, *, engine: Any) -> None:
         config.engine.kind,
     )
     if job.facts.dropped:
-        _log.info("dropout   %s", dropout_line(job.facts.dropped))
+        _log.info("dropout   %s", places(job.facts.dropped))
     if (line := _tensor_line(job)) is not None:
         _log.info("tensor    %s", line)
     for line in _stage_lines(job, schedules=engine.capabilities.schedules):
@@ -106,14 +107,6 @@ def _log_job(job: Job, *, engine: Any) -> None:
     )
     for line in _format_lines(formats(job, engine=engine), config.precision, on=engine.device):
         _log.info("precision %s", line)
-
-
-def dropout_line(dropped: Mapping[str, float]) -> str:
-    """Where the model drops elements in training, by rate."""
-    by_rate: dict[float, list[str]] = {}
-    for path, rate in dropped.items():
-        by_rate.setdefault(rate, []).append(path)
-    return "; ".join(f"{rate:g} in {', '.join(paths)}" for rate, paths in by_rate.items())
 
 
 def formats(job: Job, *, engine: Any) -> list[rules.Row]:

@@ -106,7 +106,7 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     if missing:
         raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")
     check_fields(complete)
-    rate = _attention_dropout(get("attention_dropout"))
+    rate = get("attention_dropout")
     if rate and attention != "eager":
         raise in_kernel({"attention_dropout": rate})
     hidden, heads = get("hidden_size"), get("num_attention_heads")
@@ -150,16 +150,6 @@ def _of_whole_rows(fields: Mapping[str, Any]) -> dict[str, str]:
     if kind not in ("longrope", "dynamic"):
         return {}
     return {"documents": f"its {kind} positions depend on the longest document of a micro-batch"}
-
-
-def _attention_dropout(rate: object) -> float:
-    """The rate in a config. Raises UserError for what is none."""
-    if rate is None:
-        return 0.0
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate < 1:
-        field = "model.config.attention_dropout"
-        raise refusal(field, rate, "no rate of dropout", allowed="0 to below 1", instead=f"{field}=0.1")
-    return rate
 
 
 def places(dropped: Mapping[str, float]) -> str:

@@ -72,7 +72,7 @@ class Site:
         return self.slot.rank * size if self.path in self.slot.cut else 0
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        """x with elements set to 0 with probability p < 1, others divided by 1 - p. Hidden states (B, T, ...),
+        """x with elements set to 0 with probability p, others divided by 1 - p. Hidden states (B, T, ...),
         or attention weights (B, H, T, T). Raises CannotKey for others.
         """
         rows = self.slot.rows

@@ -56,10 +56,7 @@ PRIVATE = {
     "_dynamo": ("parallel/recompute.py",),
     "_scaled_mm": ("parallel/recompute.py", "precision/qlinear.py"),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
-    "_attn_implementation": (
-        "models/",
-        *(f"analysis/{name}.py" for name in ("analyse", "randomness", "slices")),
-    ),
+    "_attn_implementation": ("models/", "analysis/"),
     **dict.fromkeys(("_model_mapping", "_supports_sdpa"), ("models/build.py",)),
     "_no_split_modules": ("models/structure.py",),
     "_fingerprint": ("data/prepare/tables.py",),

@@ -33,7 +33,7 @@ class _Extreme(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in function.tags and isinstance(result, Tensor):
             uniform = function is torch.ops.aten.uniform_.default
-            bounds = (*args[1:], 0.0, 1.0)[-2:] if not uniform else (*args[1:], 0.0, 1.0)[:2]
+            bounds = (*args[1:], 0.0, 1.0)[:2] if uniform else (0.0, 1.0)
             result.fill_(bounds[self.high])
         return result
 

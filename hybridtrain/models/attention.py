@@ -127,11 +127,10 @@ def _with_documents(given: dict[str, Any]) -> dict[str, Any]:
 
 def _eager(module: nn.Module, *given: Any, **options: Any) -> Any:
     """The eager attention of the file that defines the module's class, with dropout of its site."""
-    site = dropout.site_of(module)
-    keyed = options.get("dropout") and site is not None
+    site = dropout.site_of(module) if options.get("dropout") else None
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
-            with dropout.OfAttention(site) if keyed else contextlib.nullcontext():
+            with contextlib.nullcontext() if site is None else dropout.OfAttention(site):
                 return function(module, *given, **options)
     raise AssertionError(f"{type(module).__module__} has no eager attention")

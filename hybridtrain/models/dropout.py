@@ -28,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from hybridtrain.models.reduced import is_random
 
+_OF_HEADS = ("summary", "classifier")
+"""Parts of names of rates that other heads have."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
@@ -191,12 +193,16 @@ class Recomputation:
 
 def rates(config: Any) -> dict[str, float]:
     """Fields of a transformers config, and of its text config, with rates of dropout or jitter that are not
-    0; by their paths.
+    0, but for those of other heads; by their paths.
     """
     text = config.get_text_config(decoder=True)
     inside = next((f"{name}." for name, value in vars(config).items() if value is text), "")
     fields = {f"{inside}{name}": value for name, value in text.to_dict().items()} | config.to_dict()
-    return {path: value for path, value in fields.items() if is_random(path, value) and value > 0}
+    return {
+        path: value
+        for path, value in fields.items()
+        if is_random(path, value) and value > 0 and not any(word in path for word in _OF_HEADS)
+    }
 
 
 def install(model: nn.Module, *, config: Any, layers: str) -> Dropouts:

@@ -78,10 +78,9 @@ def _contexts(*, selective: bool, split_backward: bool, slot: Slot | None) -> tu
     """Those of a layer's forward pass, in which this is called, and of its recomputation. `slot`: of its
     dropout, if it has any.
     """
-    record, replay = contextlib.nullcontext(), contextlib.nullcontext()
-    if selective:
-        record, replay = create_selective_checkpoint_contexts(_keep_products)
-        replay = _RepeatableReplay(replay) if split_backward else replay
+    pair: tuple[Any, Any] = contextlib.nullcontext(), contextlib.nullcontext()
+    record, replay = create_selective_checkpoint_contexts(_keep_products) if selective else pair
+    replay = _RepeatableReplay(replay) if selective and split_backward else replay
     return record, replay if slot is None else _Both(Recomputation(slot), replay)
 
 

@@ -123,11 +123,13 @@ def rows_stay(of: Any) -> Any:
 
     @contextmanager
     def forgetful(self: Dropouts, *given: Any, **options: Any) -> Iterator[None]:
-        with of(self, *given, **options):
-            kept = [slot.rows for slot in self.slots]
-            yield
-        for slot, rows in zip(self.slots, kept, strict=True):
-            slot.rows = rows
+        try:
+            with of(self, *given, **options):
+                kept = [slot.rows for slot in self.slots]
+                yield
+        finally:
+            for slot, rows in zip(self.slots, kept, strict=True):
+                slot.rows = rows
 
     return forgetful
 

@@ -9,6 +9,7 @@ the arithmetic of other optimizers, and of other formats of weights and moments,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
 from hybridtrain.models.build import logits, pair_logits, plain_model, saved_buffers
+from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.init import WeightSource
+from hybridtrain.models.keyed import keyed
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
 from hybridtrain.models.structure import structure_of
@@ -77,6 +80,7 @@ class Reference:
         self.worker: nn.Module = self.master
         if compute != param:
             self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))
+        self.dropouts = keyed(self.worker, config)
         structure = structure_of(config)
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
             path = f"{structure.layers}.{number}"
@@ -149,26 +153,36 @@ class Reference:
                 ours.copy_(theirs)
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
-        whole = _of_documents if batch.packed else logits
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
             if isinstance(batch, PairBatch):
                 assert isinstance(self.task, NextSentence)
-                return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
-            outputs = whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
+                with self.dropouts.of(batch.keys_B, start=0, length=batch.input_ids_BT.shape[1]):
+                    of_tokens, of_pairs = pair_logits(self.worker, batch)
+                return self.task.loss_of_pairs(of_tokens, of_pairs, batch)
+            if batch.packed:
+                rows = [batch.rows(row, row + 1) for row in range(len(batch.input_ids_BT))]
+                outputs = torch.cat([_of_documents(self.worker, row, self.dropouts) for row in rows])
+            else:
+                outputs = _outputs(self.worker, batch, self.dropouts, start=0)
             return self.task.loss_of_logits(outputs, batch)
 
 
-def _of_documents(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tensor:
-    """The head's output of packed rows, (B, T, outputs): each document is a row of its own."""
-    rows = []
-    for ids, places in zip(input_ids_BT, position_ids_BT, strict=True):
-        bounds = [*(places == 0).nonzero().flatten().tolist(), len(ids)]
-        alone = [
-            logits(model, ids[None, start:stop], position_ids_BT=places[None, start:stop])[0]
-            for start, stop in itertools.pairwise(bounds)
-        ]
-        rows.append(torch.cat(alone))
-    return torch.stack(rows)
+def _outputs(model: Any, batch: Batch, dropouts: Dropouts, *, start: int) -> Tensor:
+    """The head's output, (B, T, outputs). `start`: place of the first position in the rows of `keys_B`."""
+    ids_BT = batch.input_ids_BT
+    with dropouts.of(batch.keys_B, start=start, length=ids_BT.shape[1]):
+        return logits(model, ids_BT, position_ids_BT=batch.position_ids_BT)
+
+
+def _of_documents(model: Any, row: Batch, dropouts: Dropouts) -> Tensor:
+    """The head's output of one packed row, (1, T, outputs): each document is a row of its own."""
+    bounds = [*(row.position_ids_BT[0] == 0).nonzero().flatten().tolist(), row.input_ids_BT.shape[1]]
+    alone = []
+    for start, stop in itertools.pairwise(bounds):
+        ids, places = row.input_ids_BT[:, start:stop], row.position_ids_BT[:, start:stop]
+        document = dataclasses.replace(row, input_ids_BT=ids, position_ids_BT=places)
+        alone.append(_outputs(model, document, dropouts, start=start))
+    return torch.cat(alone, dim=1)
 
 
 @torch.no_grad()

@@ -34,15 +34,20 @@ class Batch:
     packed: bool = False
     """Each position 0 starts a document that attends only to itself (data.document_mask); else a
     row is one document."""
+    keys_B: torch.Tensor | None = None
+    """For training: a number for each row, from run.seed and the row's place in the order of the data, of
+    which dropout is a function (models/dropout.py). int64, (B,); the loader adds it."""
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply a function to every tensor, including those that a task added.
 
-        Every field that is no bool is a tensor.
+        Every field that is no bool and not None is a tensor.
         """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed: dict[str, Any] = {
-            name: function(value) for name, value in values.items() if not isinstance(value, bool)
+            name: function(value)
+            for name, value in values.items()
+            if not isinstance(value, bool) and value is not None
         }
         return dataclasses.replace(self, **changed)
 
@@ -171,6 +176,9 @@ class ModelFacts:
     """Whether tokens see those that follow them; the head predicts masked ones."""
     pairs: bool = False
     """Whether it has a head that tells whether the second part of a row follows the first."""
+    dropped: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Modules whose result, or whose attention weights, have dropout in training, by their path in a layer
+    or, outside, in the model -> rate."""
 
     @property
     def outputs(self) -> int:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from hybridtrain import engine as engines
@@ -24,6 +25,7 @@ from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.precision.rules import has_loss_scale
 from hybridtrain.reference import Reference
+from hybridtrain.runtime import hashing
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
 from hybridtrain.types import IGNORE_INDEX, Batch
@@ -45,6 +47,14 @@ SIZES = {
 def model(model_type: str = "llama", **fields: Any) -> dict[str, Any]:
     extra = {"head_dim": 8} if model_type == "qwen3" else {}
     return {"model_type": model_type, **SIZES, **extra, **fields}
+
+
+GPT2 = {
+    **{"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 8, "vocab_size": 256, "n_positions": 64},
+    **{"initializer_range": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    **{"bos_token_id": None, "eos_token_id": None},
+}
+"""With dropout of embedding, hidden states and attention weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +121,10 @@ class Case:
         share = self.global_batch_size // dp
         positions = torch.arange(self.seq_len).repeat(self.micro_batch_size, 1)
         starts = range(dp_rank * share, (dp_rank + 1) * share, self.micro_batch_size)
-        return [
-            Batch(ids[s : s + self.micro_batch_size], labels[s : s + self.micro_batch_size], positions)
-            for s in starts
-        ]
+        samples = np.arange(self.global_batch_size) + step * self.global_batch_size
+        keys_R = torch.from_numpy(hashing.keys(samples, name="samples").view(np.int64))
+        parts = [slice(start, start + self.micro_batch_size) for start in starts]
+        return [Batch(ids[part], labels[part], positions, keys_B=keys_R[part]) for part in parts]
 
 
 def deepspeed(

@@ -41,7 +41,7 @@ DOORS = {
 PRIVATE = {
     "torch.distributed.checkpoint.planner_helpers._create_write_items": ("checkpoint/sharded.py",),
     "torch.distributed.tensor._utils": ("models/init.py",),
-    "torch.utils._python_dispatch": ("models/init.py", "models/stage.py"),
+    "torch.utils._python_dispatch": ("models/init.py", "models/stage.py", "analysis/randomness.py"),
     "_cdata": ("models/init.py",),
     **dict.fromkeys(("_C", "_current_graph_task_id"), ("parallel/watch.py",)),
     "hydra._internal.core_plugins.basic_sweeper": ("config/sweep.py",),
@@ -56,7 +56,7 @@ PRIVATE = {
     "_dynamo": ("parallel/recompute.py",),
     "_scaled_mm": ("parallel/recompute.py", "precision/qlinear.py"),
     "_is_mkldnn_fp16_supported": ("engine/__init__.py",),
-    "_attn_implementation": ("models/", "analysis/analyse.py", "analysis/slices.py"),
+    "_attn_implementation": ("models/", "analysis/"),
     **dict.fromkeys(("_model_mapping", "_supports_sdpa"), ("models/build.py",)),
     "_no_split_modules": ("models/structure.py",),
     "_fingerprint": ("data/prepare/tables.py",),

@@ -23,7 +23,9 @@ from hybridtrain.analysis import parameters
 from hybridtrain.config.schema import TaskConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import build, encoder
+from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.init import reset_buffers
+from hybridtrain.models.keyed import keyed
 from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
@@ -34,6 +36,7 @@ from hybridtrain.tasks.task import Task
 from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch
 
 ROWS, LENGTH = 2, 12
+_KEYS_B = torch.tensor([1, 2])
 DOCUMENTS = ((5, 4, 3), (2, 10))
 """Lengths of the documents in each packed row."""
 _CAUSAL: tuple[dict[str, Any], ...] = (
@@ -69,13 +72,14 @@ class Copy:
 
     config: Any
     model: Any
+    dropouts: Dropouts
 
 
 def copy_of(config: Any, *, tp: int) -> Copy:
     """The reduced copy of a transformers config, its weights perturbed so that norms, biases and parts that
     start at zero count. `tp`: see reduced.
     """
-    return perturbed(reduced(config, random=False, tp=tp), config)
+    return perturbed(reduced(config, random=True, tp=tp), config)
 
 
 def perturbed(small: Any, config: Any) -> Copy:
@@ -86,15 +90,7 @@ def perturbed(small: Any, config: Any) -> Copy:
         model = build.plain_model(small)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return Copy(small, model)
-
-
-def is_random(config: Any) -> bool:
-    """Whether two forward passes of the model in training differ."""
-    model = perturbed(reduced(config, random=True, tp=1), config).model.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return not torch.equal(_logits(model, tokens(length=LENGTH)), _logits(model, tokens(length=LENGTH)))
+    return Copy(small, model, keyed(model, small))
 
 
 def is_causal(copy: Copy) -> bool:
@@ -103,7 +99,7 @@ def is_causal(copy: Copy) -> bool:
     other = ids.clone()
     other[:, LENGTH - 2 :] = (other[:, LENGTH - 2 :] + 7) % VOCABULARY
     with torch.no_grad():
-        first, second = (_logits(copy.model, each)[:, : LENGTH - 2] for each in (ids, other))
+        first, second = (logits(copy, each)[:, : LENGTH - 2] for each in (ids, other))
     return torch.allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
@@ -121,7 +117,7 @@ def comparison(copy: Copy) -> Callable[[Sequence[int]], bool]:
 def _of_stages(copy: Copy) -> Callable[[Sequence[int]], Result]:
     ids = tokens(length=LENGTH)
     batch = batch_for(copy, ids)
-    reference = plain(copy.model, [batch])
+    reference = plain(copy, [(batch, 0)])
     return lambda cuts: _difference(reference, _chained(copy, batch, cuts=cuts))
 
 
@@ -133,10 +129,14 @@ def documents(copy: Copy) -> Result:
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
         for length in lengths:
-            here = (slice(row, row + 1), slice(start, start + length))
-            alone.append(Batch(ids[here], batch.labels_BT[here], batch.position_ids_BT[here]))
+            part = slice(start, start + length)
+            tensors = {
+                name: getattr(batch, name)[:, part]
+                for name in ("input_ids_BT", "labels_BT", "position_ids_BT")
+            }
+            alone.append((dataclasses.replace(batch, **tensors).rows(row, row + 1), start))
             start += length
-    return _difference(plain(copy.model, alone), _chained(copy, batch, cuts=()))
+    return _difference(plain(copy, alone), _chained(copy, batch, cuts=()))
 
 
 def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> Batch:
@@ -144,7 +144,8 @@ def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> 
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     labels = torch.cat([ids[:, 1:], torch.full((len(ids), 1), IGNORE_INDEX)], dim=1)
     ends = torch.cat([positions[:, 1:] == 0, torch.ones(len(ids), 1, dtype=torch.bool)], dim=1)
-    return Batch(ids, labels.masked_fill(ends, IGNORE_INDEX), positions, packed=packed)
+    labels = labels.masked_fill(ends, IGNORE_INDEX)
+    return Batch(ids, labels, positions, packed=packed, keys_B=_KEYS_B)
 
 
 def batch_for(copy: Copy, ids: Tensor) -> Batch:
@@ -172,27 +173,33 @@ def tokens(*, length: int) -> Tensor:
     return torch.randint(3, VOCABULARY - 1, (ROWS, length), generator=torch.Generator().manual_seed(1))
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    return build.logits_of(model(input_ids=ids))
+def logits(copy: Copy, ids: Tensor) -> Tensor:
+    """Of `tokens`, by transformers' own model in training."""
+    return _logits(copy, ids, keys_B=_KEYS_B, start=0)
+
+
+def _logits(copy: Copy, ids: Tensor, *, keys_B: Tensor, start: int) -> Tensor:
+    with copy.dropouts.of(keys_B, start=start, length=ids.shape[1]):
+        return build.logits_of(copy.model(input_ids=ids))
 
 
 Found = tuple[float, Mapping[str, Tensor]]
 """(loss, parameter -> gradient)."""
 
 
-def plain(model: Any, batches: Sequence[Batch]) -> Found:
-    """Of Hugging Face's own model."""
+def plain(copy: Copy, parts: Sequence[tuple[Batch, int]]) -> Found:
+    """Of Hugging Face's own model. `parts`: of rows, and the place of their first position."""
+    model, total = copy.model, 0.0
     model.zero_grad()
-    total = 0.0
-    for batch in batches:
-        targets, of_pairs = batch.labels_BT, Tensor()
+    for batch, start in parts:
+        assert batch.keys_B is not None
+        targets, keys_B = batch.labels_BT, batch.keys_B
         if isinstance(batch, PairBatch):
-            logits, of_pairs = build.pair_logits(model, batch)
+            with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
+                logits, of_pairs = build.pair_logits(model, batch)
+            loss = _cross_entropy(logits, targets) + _cross_entropy(of_pairs, batch.unrelated_B)
         else:
-            logits = _logits(model, batch.input_ids_BT)
-        loss = _cross_entropy(logits, targets)
-        if isinstance(batch, PairBatch):
-            loss = loss + _cross_entropy(of_pairs, batch.unrelated_B)
+            loss = _cross_entropy(_logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start), targets)
         if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):
             loss.backward()
             total += loss.item()
@@ -260,7 +267,7 @@ def refused(config: Any) -> dict[str, str]:
 
     Raises UserError for one that cannot be trained at all.
     """
-    copy = _copied(config)
+    copy = copied(config)
     if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
     causal = is_causal(copy)
@@ -287,7 +294,7 @@ def refused(config: Any) -> dict[str, str]:
     return found
 
 
-def _copied(config: Any) -> Copy:
+def copied(config: Any) -> Copy:
     """The reduced copy. Raises UserError for a model that transformers does not build either."""
     if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
         problem = "its config has no number of layers (num_hidden_layers)"

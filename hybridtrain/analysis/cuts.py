@@ -44,7 +44,7 @@ def deep(config: Any) -> analyse.Copy:
     text.kinds_of_layers = [str(index) for index in range(_layers(config))]
     if isinstance(getattr(text, "intermediate_size", None), list):
         text.intermediate_size = [FFN] * _layers(config)
-    return analyse.perturbed(reduced(config, random=False, tp=1), config)
+    return analyse.perturbed(reduced(config, random=True, tp=1), config)
 
 
 def _layers(config: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, encoder
+from hybridtrain.models import classifier, encoder, plain
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
 from hybridtrain.models.source import read_config
 from hybridtrain.types import ModelFacts
@@ -44,14 +44,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 BY_FIELDS = tuple(_DEFAULTS)
 """Model types whose facts follow from their config.json."""
-_NOT_YET = (
-    ("attention_dropout", "dropout", "model.config.attention_dropout=0"),
-    (
-        "quantization_config",
-        "training of quantized weights",
-        "the unquantized model with precision=bf16_mixed",
-    ),
-)
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 _ENCODERS = (
     "bert",
@@ -95,15 +87,14 @@ def facts(fields: Mapping[str, Any]) -> ModelFacts:
 def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """`attention`: implementation with which a model is examined."""
     kind = fields.get("model_type")
-    for field, feature, instead in _NOT_YET:
-        if fields.get(field) and (kind in BY_FIELDS or field == "quantization_config"):
-            raise refusal(
-                f"model.config.{field}",
-                fields[field],
-                f"{feature} is not supported yet",
-                allowed="none",
-                instead=instead,
-            )
+    if quantization := fields.get("quantization_config"):
+        raise refusal(
+            "model.config.quantization_config",
+            quantization,
+            "training of quantized weights is not supported yet",
+            allowed="none",
+            instead="the unquantized model with precision=bf16_mixed",
+        )
     if kind not in BY_FIELDS:
         return _of_any(fields, attention=attention)
     complete: dict[str, Any] = {
@@ -115,6 +106,9 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     if missing:
         raise UserError(f"model.config.{missing[0]} is missing: a {kind} model needs {', '.join(_SIZES)}")
     check_fields(complete)
+    rate = get("attention_dropout")
+    if rate and attention != "eager":
+        raise in_kernel({"attention_dropout": rate})
     hidden, heads = get("hidden_size"), get("num_attention_heads")
     window = get("sliding_window") if kind == "mistral" or get("use_sliding_window") else None
     head_dim, kv_heads = _head_sizes(complete)
@@ -133,6 +127,7 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         max_positions=get("max_position_embeddings"),
         parameters=0,
         refused=_of_whole_rows(complete),
+        dropped={plain.ATTENTION: rate} if rate else {},
     )
     biases = {"attention": bool(get("attention_bias")), "mlp": bool(get("mlp_bias"))}
     counted = _count(result, biases=biases)
@@ -155,6 +150,28 @@ def _of_whole_rows(fields: Mapping[str, Any]) -> dict[str, str]:
     if kind not in ("longrope", "dynamic"):
         return {}
     return {"documents": f"its {kind} positions depend on the longest document of a micro-batch"}
+
+
+def places(dropped: Mapping[str, float]) -> str:
+    """ModelFacts.dropped in words."""
+    by_rate: dict[float, list[str]] = {}
+    for path, rate in dropped.items():
+        by_rate.setdefault(rate, []).append(path)
+    return "; ".join(f"{rate:g} in {', '.join(paths)}" for rate, paths in by_rate.items())
+
+
+def in_kernel(fields: Mapping[str, float]) -> UserError:
+    """The refusal of dropout inside an attention kernel. `fields`: those that ask for it, and their rates."""
+    name, rate = next(iter(fields.items()))
+    problem = "random numbers of an attention kernel would differ between layouts"
+    off = " ".join(f"model.config.{each}=0" for each in fields)
+    return refusal(
+        f"model.config.{name}",
+        rate,
+        problem,
+        allowed="0, or with model.attention=eager a rate",
+        instead=f"model.attention=eager, which takes more time and memory, or {off}",
+    )
 
 
 def no_classifier(kind: object) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hybridtrain.analysis.facts import BY_FIELDS, facts_of
+from hybridtrain.analysis.facts import BY_FIELDS, facts_of, places
 from hybridtrain.analysis.of_layout import LEAST
 from hybridtrain.analysis.slices import WITH_SEQUENCE, slicing_of
 from hybridtrain.config.schema import InspectRoot
@@ -29,7 +29,9 @@ def run(config: InspectRoot) -> int:
     structure = structure_of(built)
     wanted, used = config.model.attention, attention_of(built)
     attention = used if used == wanted else f"{used} (this architecture has no {wanted})"
-    lines = [*_parts(built, structure, facts), ("attention", attention), *_claims(facts)]
+    lines = [*_parts(built, structure, facts), ("attention", attention)]
+    lines += [("dropout", places(facts.dropped))] if facts.dropped else []
+    lines += _claims(facts)
     lines += _tensor(built, facts, tp=config.inspect.tp)
     lines.append(("took", f"{time.monotonic() - began:.1f} s"))
     width = max(len(name) for name, _ in lines) + 2

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from hybridtrain.analysis import analyse, cuts
+from hybridtrain.analysis import analyse, cuts, randomness
 from hybridtrain.analysis.cache import cached
-from hybridtrain.errors import UserError, refusal
+from hybridtrain.errors import UserError
 from hybridtrain.models import build, encoder, reduced
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.runtime import log
@@ -66,8 +66,8 @@ def _read(known: Mapping[str, Any]) -> ModelFacts | None:
 def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts, each time anew."""
     config = build.hf_config(fields, chosen={}, attention=attention)
+    dropped = randomness.dropped(config)
     refused = analyse.refused(config)
-    _check_random(config)
     begins = cuts.allowed(config, holds="pp" not in refused)
     if begins == ():
         refused.setdefault("pp", "its layers use more of each other than hidden states")
@@ -105,6 +105,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         cuts=begins or None,
         encoder=bool(encoder.predicts(config)),
         pairs=encoder.predicts(config) == encoder.PRETRAINING,
+        dropped=dropped,
     )
 
 
@@ -136,16 +137,3 @@ def _ffn(first: Any, *, hidden: int) -> int:
     """The MLP's width, or of layers that differ the largest."""
     width = getattr(first, "intermediate_size", None) or 4 * hidden
     return max(width) if isinstance(width, list | tuple) else width
-
-
-def _check_random(config: Any) -> None:
-    """Refuse dropout and jitter that act: a step must not depend on random numbers of the layout."""
-    text = config.get_text_config(decoder=True)
-    inside = next((f"{name}." for name, value in vars(config).items() if value is text), "")
-    fields = {f"{inside}{name}": value for name, value in text.to_dict().items()}
-    nonzero = {name: value for name, value in fields.items() if reduced.is_random(name, value) and value > 0}
-    if nonzero and analyse.is_random(config):
-        name = next(iter(nonzero))
-        problem = "random forward passes are not supported yet"
-        instead = " ".join(f"model.config.{each}=0" for each in nonzero)
-        raise refusal(f"model.config.{name}", nonzero[name], problem, allowed="0", instead=instead)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.analysis.analyse import TOLERANCE, Copy, Found, batch_for, loss_of, plain, task_of, tokens
+from hybridtrain.models import dropout
+from hybridtrain.models.dropout import Site
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.slicing import (
     WHOLE,
@@ -71,7 +73,10 @@ class Probe:
         self.copy, self.size = copy, size
         ids = tokens(length=-(-12 // size) * size)
         self.batch = batch_for(copy, ids)
-        self.expected: Found = plain(copy.model, [self.batch])
+        self.channels: dict[str, int] = {}
+        """Module -> number of channels or heads of which it drops elements."""
+        dropout.replace_sites(copy.model, lambda path, site: _Counted(site, path, self.channels))
+        self.expected: Found = plain(copy, [(self.batch, 0)])
         self.total = torch.stack([g.norm() for g in self.expected[1].values()]).norm().item()
 
     def prove(self, slicing: Slicing) -> Slicing:
@@ -91,7 +96,7 @@ class Probe:
                 raise Failure(f"the gradient of {key} is partial in some layers")
         verdicts = {key: inside and _between(key, slicing) for key, inside in unknown.items()} | verdicts
         partial_ones = frozenset(key for key, is_partial in verdicts.items() if is_partial)
-        return dataclasses.replace(slicing, partial=partial_ones)
+        return dataclasses.replace(slicing, partial=partial_ones, dropped=_dropped(found))
 
     def forward(self, slicing: Slicing) -> None:
         """Compare the loss alone. Raises Failure."""
@@ -182,6 +187,39 @@ def _between(key: str, slicing: Slicing) -> bool:
     return bool(slicing.sequence) or any(key.startswith(f"{path}.") for path in slicing.inputs)
 
 
+class _Counted(Site):
+    """A site that counts the channels or heads of its module, which are all."""
+
+    def __init__(self, site: Site, module: str, channels: dict[str, int]):
+        super().__init__(site.path, site.slot)
+        self.module, self.channels = module, channels
+
+    def first(self, size: int) -> int:
+        self.channels[self.module] = size
+        return 0
+
+
+class _OfRank(_Counted):
+    """A site of a rank, which has a part of the channels or heads where these are fewer than all."""
+
+    has_part: bool | None = None
+
+    def first(self, size: int) -> int:
+        self.has_part = size != self.channels[self.module]
+        return self.slot.rank * size if self.has_part else 0
+
+
+def _dropped(ranks: Sequence[_Rank]) -> tuple[str, ...]:
+    """Slicing.dropped. Raises Failure for what ranks have parts of in some layers alone."""
+    parts: dict[str, set[bool | None]] = {}
+    for rank in ranks:
+        for site in (each for each in rank.sites if each.has_part is not None):
+            parts.setdefault(site.path, set()).add(site.has_part)
+    if mixed := [path for path, found in parts.items() if len(found) > 1]:
+        raise Failure(f"dropout of {mixed[0]} is cut in some layers")
+    return tuple(sorted(path for path, found in parts.items() if True in found))
+
+
 class _Rank:
     """One thread's part of the model."""
 
@@ -196,6 +234,8 @@ class _Rank:
         reset_buffers(stage, device=torch.device("cpu"))
         self.cut = pieces(stage, slicing, rank=ranks.rank, size=ranks.size)
         rewire(stage, slicing, ranks)
+        self.sites: list[_OfRank] = []
+        dropout.replace_sites(stage, self._site)
         weights = dict(probe.copy.model.named_parameters(remove_duplicate=False))
         self.whole = {name: weights[stage.owner(name)] for name, _ in stage.named_parameters()}
         for name, value in self.whole.items():
@@ -205,6 +245,10 @@ class _Rank:
         stage.tie()
         self.loss = 0.0
         self.gradients: dict[str, Tensor] = {}
+
+    def _site(self, path: str, site: Site) -> _OfRank:
+        self.sites.append(_OfRank(site, path, self.probe.channels))
+        return self.sites[-1]
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """What this rank stores of a parameter."""

@@ -77,7 +77,7 @@ def _written(found: Found) -> dict[str, Any]:
 
 def _read(answer: Mapping[str, Any]) -> Found:
     fields = dict(answer["slicing"])
-    for name in ("inputs", "outputs", "norms", "configs"):
+    for name in ("inputs", "outputs", "norms", "configs", "dropped"):
         fields[name] = tuple(fields[name])
     fields["divided"] = {path: tuple(names) for path, names in fields["divided"].items()}
     fields["partial"] = frozenset(fields["partial"])
@@ -211,6 +211,7 @@ def joined(*slicings: Slicing) -> Slicing:
         False,
         "",
         frozenset(),
+        (),
     )
 
 

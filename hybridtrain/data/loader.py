@@ -114,7 +114,10 @@ def micro_batches(block: Block, *, plan: BatchPlan, step: int, collate: Collate)
     """The micro-batches of a data rank's rows in `step`."""
     pieces = plan.pieces_at(step)
     block = block.cut(pieces)
-    return _cut(collate(block, valid=len(block.tokens)), size=plan.micro_batch_size * pieces)
+    assert block.keys is not None
+    batch = collate(block, valid=len(block.tokens))
+    batch = dataclasses.replace(batch, keys_B=torch.from_numpy(block.keys.view(np.int64)))
+    return _cut(batch, size=plan.micro_batch_size * pieces)
 
 
 def eval_batches(

@@ -51,7 +51,9 @@ class Synthetic:
             loss_mask[:, -1] = True
         share = rows // self.dp_size
         mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
-        keys = hashing.keys(np.arange(rows) + self.plan.rows_before(step), name="hybridtrain random tokens")
+        keys = hashing.keys(
+            np.arange(rows) + self.plan.rows_before(step), name=f"hybridtrain random tokens {self.seed}"
+        )
         mask = None if loss_mask is None else loss_mask[mine]
         block = Block(tokens[mine].numpy(), None, mask, keys[mine])
         return micro_batches(block, plan=self.plan, step=step, collate=self.collate)

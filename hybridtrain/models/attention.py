@@ -18,9 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hybridtrain.models import dropout
 from hybridtrain.models.build import attention_of, model_class
 from hybridtrain.types import Batch
 
+_KEYED = "hybridtrain_keyed"
 _NAMES = {"sdpa": "hybridtrain_sdpa", "eager": "hybridtrain_eager"}
 _documents: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("documents", default=None)
 """Of the micro-batch in a model's forward: number of each position's document, and its place there, (B, T);
@@ -33,7 +35,7 @@ def registered(config: Any) -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     implementation = attention_of(config)
-    if implementation in _NAMES.values():
+    if implementation in (*_NAMES.values(), _KEYED):
         return implementation
     name = _NAMES[implementation]
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -44,6 +46,19 @@ def registered(config: Any) -> str:
         if variable.endswith("ATTENTION_CLASSES"):  # models of the older kind: a class for each name
             classes.setdefault(name, classes[implementation])
     return name
+
+
+def use_keyed(model: Any) -> None:
+    """Let a model of transformers that uses eager attention drop attention weights by their sites
+    (dropout.py), with transformers' own masks.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    if model.config._attn_implementation == "eager":
+        AttentionInterface.register(_KEYED, _eager)
+        AttentionMaskInterface.register(_KEYED, eager_mask)
+        model.config._attn_implementation = _KEYED
 
 
 @contextlib.contextmanager
@@ -111,9 +126,11 @@ def _with_documents(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _eager(module: nn.Module, *given: Any, **options: Any) -> Any:
-    """The eager attention of the file that defines the module's class."""
+    """The eager attention of the file that defines the module's class, with dropout of its site."""
+    site = dropout.site_of(module) if options.get("dropout") else None
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
-            return function(module, *given, **options)
+            with contextlib.nullcontext() if site is None else dropout.OfAttention(site):
+                return function(module, *given, **options)
     raise AssertionError(f"{type(module).__module__} has no eager attention")

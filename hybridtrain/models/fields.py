@@ -28,6 +28,7 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "factor": (0.0, 1e6, "above 0, up to 1e6"),
     "initializer_range": (-1e-300, 1.0, "0 to 1"),
     "partial_rotary_factor": (0.0, 1.0, "above 0, up to 1"),
+    "attention_dropout": (-1e-300, 0.999, "0 to 0.999"),
 }
 """Numbers: field -> (lower bound, exclusive; upper bound, inclusive; the range as text)."""
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache")

@@ -52,9 +52,11 @@ class Slicing:
     partial: frozenset[str]
     """Parameters that are not cut, of which each rank computes a part of the gradient; those outside layers
     by their whole path."""
+    dropped: tuple[str, ...]
+    """Modules that drop elements of channels or heads of which a rank has its part."""
 
 
-NOTHING = Slicing({}, (), (), (), {}, (), False, "", frozenset())
+NOTHING = Slicing({}, (), (), (), {}, (), False, "", frozenset(), ())
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def partial_gradients(stage: Stage, slicing: Slicing) -> set[str]:
 
 def rewire(stage: Stage, slicing: Slicing, ranks: Ranks) -> None:
     """Let a stage whose parameters are cut exchange what its layers need, in place."""
+    stage.dropouts.share(ranks.rank, cut=slicing.dropped)
     for _, layer in stage.layer_modules():
         cut = {name for name, _ in layer.named_parameters() if name in slicing.cuts}
         _rewire_layer(layer, slicing, ranks, cut=cut, heads=heads_of(stage.config))

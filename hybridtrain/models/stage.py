@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridtrain.models import attention, encoder
+from hybridtrain.models import attention, dropout, encoder
 from hybridtrain.models.build import empty_model
 from hybridtrain.models.structure import Stop, hidden_of, outermost, structure_of, stub
 from hybridtrain.types import Batch
@@ -87,6 +88,7 @@ class Stage(nn.Module):
         else:
             for path in (*structure.after, structure.head):
                 _replace(self, path, stub(self.part(path), _unchanged))
+        self.dropouts = dropout.install(self, config=config, layers=structure.layers)
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
         self.untrained = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
@@ -148,7 +150,7 @@ class Stage(nn.Module):
         if not self.embeds:  # models read the device of their embedding
             self.part(self.structure.embed).__dict__["weight"] = x
         try:
-            with attention.documents_of(batch):
+            with attention.documents_of(batch), self._dropping(batch):
                 self._model(input_ids=ids_BT, **self._arguments(batch))
         except Stop as stop:
             hidden, pooled = stop.hidden, self._pooled
@@ -160,6 +162,10 @@ class Stage(nn.Module):
             return hidden.contiguous()
         of_pairs = () if pooled is None else (self.part(encoder.PAIRS)(pooled),)
         return self.part(self.structure.head)(hidden, batch, *of_pairs)
+
+    def _dropping(self, batch: Batch) -> AbstractContextManager[None]:
+        keys_B = batch.keys_B if self.training else None
+        return self.dropouts.of(keys_B, start=0, length=batch.input_ids_BT.shape[1])
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         """Those of the model's forward besides the tokens, as far as it has them."""

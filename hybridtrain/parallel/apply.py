@@ -221,7 +221,8 @@ def _frozen(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the s
 
 def _recompute(stage: Stage, context: Context) -> None:
     split = context.parallel.schedule in SPLIT_BACKWARD and not context.engine.compile
-    apply_recompute(stage, kind=context.recompute, split_backward=split)
+    compiled = context.engine.compile and _recompute_first(context)
+    apply_recompute(stage, kind=context.recompute, split_backward=split, compiled=compiled)
 
 
 def _recompute_first(context: Context) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hybridtrain.models.dropout import Recomputation, Slot
 from hybridtrain.models.slicing import Local
 from hybridtrain.models.stage import Stage
 from hybridtrain.precision.double import InDouble
@@ -58,25 +59,48 @@ class _RepeatableReplay:
         return self.replay.__exit__(*error)
 
 
-def _contexts(*, split_backward: bool) -> tuple[Any, Any]:
-    record, replay = create_selective_checkpoint_contexts(_keep_products)
-    return record, _RepeatableReplay(replay) if split_backward else replay
+class _Both:
+    """Two contexts, one in the other. Can be entered several times if they can."""
+
+    def __init__(self, outer: Any, inner: Any):
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.outer.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+        self.outer.__exit__(*error)
 
 
-def apply_recompute(stage: Stage, *, kind: str, split_backward: bool) -> None:
+def _contexts(*, selective: bool, split_backward: bool, slot: Slot | None) -> tuple[Any, Any]:
+    """Those of a layer's forward pass, in which this is called, and of its recomputation. `slot`: of its
+    dropout, if it has any.
+    """
+    pair: tuple[Any, Any] = contextlib.nullcontext(), contextlib.nullcontext()
+    record, replay = create_selective_checkpoint_contexts(_keep_products) if selective else pair
+    replay = _RepeatableReplay(replay) if selective and split_backward else replay
+    return record, replay if slot is None else _Both(Recomputation(slot), replay)
+
+
+def apply_recompute(stage: Stage, *, kind: str, split_backward: bool, compiled: bool) -> None:
     """none: keep all activations; selective: recompute all but the results of _SAVED;
     full: recompute whole layers.
 
     `split_backward`: the backward pass may go through a layer twice; not with compilation, where
-    one graph does both.
+    one graph does both. `compiled`: inside compiled code, whose graph has the rows of dropout as its inputs.
     """
     if kind == "none":
         return
-    # Layers use no random numbers, so the RNG state need not be saved.
+    # Layers use no random numbers (models/dropout.py), so the RNG state need not be saved.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if kind == "selective":
-        options["context_fn"] = partial(_contexts, split_backward=split_backward)
-    for _, layer in stage.layer_modules():
+    for index, layer in stage.layer_modules():
+        slot = None if compiled else stage.dropouts.of_layer(index)
+        if kind == "selective" or slot is not None:
+            options["context_fn"] = partial(
+                _contexts, selective=kind == "selective", split_backward=split_backward, slot=slot
+            )
         layer.forward = partial(checkpoint, layer.forward, **options)
 
 
@@ -85,9 +109,17 @@ def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 
 
 def apply_compile(stage: Stage, *, backend: str) -> None:
-    """Compile each layer separately: one small graph, compiled once and used by all layers."""
-    for _, layer in stage.layer_modules():
-        compiled: Any = torch.compile(layer.forward, backend=backend)
+    """Compile each layer separately: one small graph, compiled once and used by all layers.
+
+    A recomputed layer with dropout must be one graph: in one of several, recomputation would take the
+    rows of another micro-batch.
+    """
+    for index, layer in stage.layer_modules():
+        whole = "recompute" in wrappers(layer) and stage.dropouts.of_layer(index) is not None
+        if whole:  # OfAttention, which is left again
+            settings: Any = torch._dynamo.config
+            settings.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        compiled: Any = torch.compile(layer.forward, backend=backend, fullgraph=whole)
         compiled.compiled_from = layer.forward
         layer.forward = compiled
 

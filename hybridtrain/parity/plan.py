@@ -106,10 +106,6 @@ def prepare(
     GPUs, None on CPU.
     """
     config, changes = _prepared_config(config)
-    fields = read_config(config.model)
-    if fields.get("attention_dropout"):
-        config.model.config["attention_dropout"] = 0.0
-        changes.append(f"dropout is off (model.config.attention_dropout was {fields['attention_dropout']})")
     model = facts_of(config.model)
     cases, left_out = _choose(config, model, capabilities, devices)
     if config.parity.shrink:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridtrain import registry
+from hybridtrain.analysis.facts import places
 from hybridtrain.config import compose
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
@@ -86,6 +87,8 @@ def _log_job(job: Job, *, engine: Any) -> None:
         "es" if world > 1 else "",
         config.engine.kind,
     )
+    if job.facts.dropped:
+        _log.info("dropout   %s", places(job.facts.dropped))
     if (line := _tensor_line(job)) is not None:
         _log.info("tensor    %s", line)
     for line in _stage_lines(job, schedules=engine.capabilities.schedules):

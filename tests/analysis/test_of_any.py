@@ -94,8 +94,10 @@ def test_a_layout_that_is_advised_can_be_run() -> None:
 
 
 def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:
-    with pytest.raises(UserError, match=r"model.config.resid_pdrop=0.1: random forward passes"):
-        facts_of_file("gpt2", "model.config.resid_pdrop=0.1")
+    with pytest.raises(UserError, match=r"model.config.attn_pdrop=0.1: random numbers") as refused:
+        facts_of_file("gpt2", "model.config.attn_pdrop=0.1")
+    assert "model.attention=eager, which takes more time" in str(refused.value)
+    assert facts_of_file("gpt2", "model.config.resid_pdrop=0.1").dropped["mlp.dropout"] == 0.1
 
 
 @pytest.mark.parametrize("words", [("model.labels=[good,bad]",), ("task=classification",)])

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from hybridtrain.parity import compare, verdict
+from hybridtrain.parity.measure import train_layout
+from tests.cases import GPT2
 from tests.parity.test_parity import root
 from tests.sabotage import composition as planted
 
@@ -60,6 +62,23 @@ def test_a_fault_found_elsewhere_is_found_by_parity(
     assert columns <= found, row
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_dropout_passes_and_that_of_other_rows_in_recomputed_layers_is_found(
+    run_dir: Path, recompute: str
+) -> None:
+    config = root(run_dir, "pp2")
+    config.model.config, config.model.attention = dict(GPT2), "eager"
+    config.recompute.kind = recompute
+    assert compare(config, train=train_layout) == 0
+    wrong = int(recompute == "full")
+    assert compare(config, train=planted.dropout_of_the_rows_in_the_forward_pass) == wrong
+    written = json.loads((run_dir / "parity.json").read_text())
+    [row] = written["layouts"]
+    assert (row["grad_rel"] > 100 * written["tolerances"]["pp2"]["grad_rel"]) == bool(wrong), row
+
+
 def test_the_table_in_the_docs_names_every_planted_fault() -> None:
     text = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
-    assert [case[0].__name__ for case in CASES if case[0].__name__ not in text] == []
+    faults = [*(case[0] for case in CASES), planted.dropout_of_the_rows_in_the_forward_pass]
+    assert [fault.__name__ for fault in faults if fault.__name__ not in text] == []

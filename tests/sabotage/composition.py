@@ -8,12 +8,15 @@ pytorch/pytorch#190746, bigcode-project/Megatron-LM#35.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.engine import torch_native
+from hybridtrain.models.dropout import Dropouts, Recomputation
 from hybridtrain.parity.measure import LayoutJob, Measurement, train_layout
 from hybridtrain.tasks import linear_cross_entropy as loss
 
@@ -105,6 +108,30 @@ def repeated_heads_not_reduced(job: LayoutJob, reference_norm: float) -> Measure
     """A key/value head that several tp ranks use gets the gradient of one of them."""
     _forget_partial("self_attn.k_proj.weight", "self_attn.v_proj.weight")
     return train_layout(job, reference_norm)
+
+
+def dropout_of_the_rows_in_the_forward_pass(job: LayoutJob, reference_norm: float) -> Measurement:
+    """A layer is recomputed with the dropout of the micro-batch that its stage has computed last."""
+    Recomputation.__enter__ = lambda self: None  # type: ignore[method-assign]  # noqa: ARG005
+    Recomputation.__exit__ = lambda self, *error: None  # type: ignore[method-assign]  # noqa: ARG005
+    Dropouts.of = rows_stay(Dropouts.of)  # type: ignore[method-assign]
+    return train_layout(job, reference_norm)
+
+
+def rows_stay(of: Any) -> Any:
+    """Dropouts.of, after which the rows of the forward pass are still there."""
+
+    @contextmanager
+    def forgetful(self: Dropouts, *given: Any, **options: Any) -> Iterator[None]:
+        try:
+            with of(self, *given, **options):
+                kept = [slot.rows for slot in self.slots]
+                yield
+        finally:
+            for slot, rows in zip(self.slots, kept, strict=True):
+                slot.rows = rows
+
+    return forgetful
 
 
 def tied_gradients_not_added(job: LayoutJob, reference_norm: float) -> Measurement:

@@ -125,7 +125,7 @@ CASES = {
     ),
     "dropout": Case(
         "model.config.attention_dropout=0.1",
-        "dropout is not supported yet",
+        "random numbers of an attention kernel",
         2,
         {"model__config__attention_dropout": 0.1},
     ),
@@ -270,7 +270,7 @@ def test_said_within_five_seconds_and_once_under_torchrun(data: Path, tmp_path: 
     [
         ({"model_type": "dit"}, "model.config.model_type=dit: this architecture is not supported yet"),
         ({"model_type": "hrm_text"}, "model.config.model_type=hrm_text: no list of"),
-        ({"model_type": "llama", "attention_dropout": 0.1}, "dropout is not supported yet"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, "random numbers of an attention kernel"),
         (
             {"model_type": "llama", "quantization_config": {"bits": 4}},
             "quantized weights is not supported yet",

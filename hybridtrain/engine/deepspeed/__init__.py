@@ -138,6 +138,7 @@ class DeepSpeedEngine:
         if group is not None:
             with quiet():
                 tensor.replace_linears(stage, slicing, group=group)
+            stage.dropouts.share(self.mesh.coordinates["tp"], cut=slicing.dropped)
         transforms = (apply.RECOMPUTE,)
         apply.transform(stage, context, order=transforms)
         if deepspeed_config.zero_stage(self.config) == 3:

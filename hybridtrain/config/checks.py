@@ -189,6 +189,15 @@ def _optimizer_states(config: schema.Config) -> None:
         allowed="auto with a registered optimizer",
         instead="precision.state=auto, or optim=adamw",
     )
+    optim = config.optim
+    require(
+        config.precision.state == "auto" or optim.kind not in ("adafactor", "sgd") or optim.momentum > 0,
+        "precision.state",
+        config.precision.state,
+        f"optim.kind={optim.kind} with optim.momentum=0 keeps no moments",
+        allowed="auto without momentum",
+        instead="precision.state=auto, or optim.momentum=0.9",
+    )
     require(
         config.precision.state != "8bit" or config.optim.kind == "adamw",
         "precision.state",

@@ -307,7 +307,7 @@ class EngineConfig(Options):
 @options
 class OptimConfig(Options):
     kind: str = "adamw"
-    """Optimizer: adamw, lion, muon, sgd, or one that a module of run.plugins registers."""
+    """Optimizer: adamw, adafactor, lion, muon, sgd, or one that a module of run.plugins registers."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -315,7 +315,8 @@ class OptimConfig(Options):
     eps: float = 1e-8
     """adamw, muon: AdamW's epsilon."""
     momentum: float = 0.9
-    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean."""
+    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean.
+    adafactor: of a mean of the updates; 0: none."""
     nesterov: bool = False
     """sgd, muon: look a step ahead (Nesterov's momentum)."""
     weight_decay: float = 0.1

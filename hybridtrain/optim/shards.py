@@ -43,6 +43,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_first(parameter: Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return True
+    place = parameter.device_mesh.get_coordinate()
+    assert place is not None
+    return not any(
+        at for at, placement in zip(place, parameter.placements, strict=True) if placement.is_replicate()
+    )
+
+
 def like(part: Tensor, parameter: nn.Parameter, *, shape: Sequence[int]) -> Tensor:
     """`part` of a tensor of the whole `shape` as a DTensor with the mesh and placements of `parameter`."""
     if not isinstance(parameter, DTensor):

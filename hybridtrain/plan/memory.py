@@ -116,11 +116,15 @@ def needs(
         last = len(cut.layers) - 1 in numbers
         head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
-        of_ranks.append(
-            of_rank(
-                config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
-            )
+        need = of_rank(
+            config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
         )
+        stored = widths(config.precision.kind).stored
+        factors = [
+            optimizer_states.bytes_of_factors(config, facts=facts, layers=cut.layers[index], stored=stored)
+            for index in numbers
+        ]
+        of_ranks.append(replace(need, state=need.state + sum(factors)))
     return max(of_ranks, key=lambda need: need.total)
 
 

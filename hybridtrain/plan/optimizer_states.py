@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
 from hybridtrain.registry import BUILT_IN
+from hybridtrain.types import ModelFacts
 
 BLOCK = 128
 """Elements of a row that share a scale."""
@@ -58,8 +59,25 @@ def bytes_of_moments(config: Config, *, stored: int) -> float:
     `stored`: those of a master weight. For 8 bits, as if all parameters had them: an error of a few
     thousandths for large models.
     """
+    momentum = int(config.optim.momentum > 0)
     # Of muon at most: matrices inside layers have one.
-    count = {"adamw": 2, "muon": 2, "lion": 1, "sgd": int(config.optim.momentum > 0)}.get(
+    count = {"adamw": 2, "muon": 2, "lion": 1, "sgd": momentum, "adafactor": momentum}.get(
         config.optim.kind, 0
     )
     return count * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[config.precision.state]
+
+
+def bytes_of_factors(config: Config, *, facts: ModelFacts, layers: range, stored: int) -> int:
+    """Bytes of adafactor's numbers for rows and columns of the matrices of a stage, whole on every rank; 0
+    for others. Layers of another kind than llama's count by their size.
+    """
+    if config.optim.kind != "adafactor":
+        return 0
+    hidden, queries, keys = facts.hidden, facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    sides = [queries, queries, keys, keys, facts.ffn, facts.ffn, facts.ffn]
+    share = sum(hidden + side for side in sides) / (hidden * sum(sides))
+    numbers = share * sum(facts.parameters_of_layers[layers.start : layers.stop])
+    first, last = layers.start == 0, layers.stop == facts.layers
+    numbers += first * (facts.vocab + hidden)
+    numbers += (last and not (first and facts.tied)) * (facts.outputs + hidden)
+    return math.ceil(numbers) * max(4, stored)

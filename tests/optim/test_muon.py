@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from hybridtrain.config.schema import OptimConfig
+from hybridtrain.models.init import local_slices
 from hybridtrain.optim import matrices, muon, optimizer
-from hybridtrain.optim.shards import local_shards
+from hybridtrain.optim.shards import like, local_shards
 from hybridtrain.optim.stored import Formats
-from tests.cases import Case, differences, model, on_ranks, reference
+from tests.cases import Case, differences, model, on_ranks, reference, start, whole
 from tests.engine.test_state import both
 from tests.families.copies import config_of, fields_of
+from tests.ranks import run_ranks
 
 SLOW = pytest.mark.slow
 MUON: tuple[tuple[str, Any], ...] = (
@@ -178,3 +181,28 @@ def test_fp64_is_fp64() -> None:
     found = differences(on_ranks(case), reference(case))
     assert found["loss_rel"] < 1e-12, found
     assert found["param_abs"] < 1e-12, found
+
+
+def moved(case: Case) -> dict[str, torch.Tensor]:
+    """Whole weights after three updates with gradients that are the same under every layout."""
+    engine = start(case)
+    for step in range(3):
+        for item in engine.optimizer.shards:
+            generator = torch.Generator().manual_seed(step + zlib.crc32(item.name.encode()))
+            gradient = torch.randn(item.parameter.shape, generator=generator)
+            part = gradient[local_slices(item.parameter)].contiguous()
+            item.parameter.grad = like(part, item.parameter, shape=item.parameter.shape)
+        engine.optimizer.step(lr=1e-2, divide=ONE, skip=ZERO)
+    return {name: whole(parameter) for name, parameter in engine.weights()}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["dp_shard2-zero3", "pp2-tp2"]
+    + [pytest.param(each, marks=SLOW) for each in ("dp_replicate2", "dp_shard2-zero1", "dp_shard4-zero2")],
+)
+def test_equal_momenta_are_equal_updates_bit_for_bit(layout: str) -> None:
+    case = Case(layout, FAMILIES["odd"], overrides=MUON)
+    (alone,) = run_ranks(1, moved, dataclasses.replace(case, layout="single"))
+    for parameters in run_ranks(case.world_size, moved, case):
+        assert [name for name, value in parameters.items() if not torch.equal(value, alone[name])] == []

@@ -28,7 +28,8 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import matrices, optimizer
 from hybridtrain.optim.average import Average
-from hybridtrain.parallel.apply import Context, build_stages, converter
+from hybridtrain.optim.shards import in_host_memory, read_weights, write_weights
+from hybridtrain.parallel.apply import Context, build_stages, converter, zero_stage_of
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
 from hybridtrain.parallel.grad_norm import agreed, gradient_norm
@@ -85,16 +86,23 @@ class TorchEngine:
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
         formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
+        offloads = config.engine.offload_optimizer == "cpu"
+        self.place = torch.device("cpu") if offloads else device
+        """Where updates are computed."""
+        shards = optimizer.local_shards(self._named())
+        if offloads and config.engine.offload_parameters == "none":
+            shards = in_host_memory(shards)
         self.optimizer = optimizer.build(
-            optimizer.local_shards(self._named()),
+            shards,
             config.optim,
             formats=formats,
             parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
             group=self.mesh.group("stage"),
         )
         decay = config.optim.ema
-        self.average = Average(self.optimizer, decay=decay, device=device) if decay else None
-        in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce
+        self.average = Average(self.optimizer, decay=decay, device=self.place) if decay else None
+        self.zero_stage = zero_stage_of(config.engine, config.parallel)
+        in_parts = self.zero_stage >= 2 and self.precision.param != self.precision.reduce
         self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
@@ -184,8 +192,9 @@ class TorchEngine:
             most_loss, most_norm = self.spike_limits
             spike = ((loss > most_loss) & (norm > most_norm)).float() * (1 - held)
             held = held + spike
-        skip = held if update else torch.ones_like(held)
-        self.optimizer.step(lr=lr, divide=divide, skip=skip)
+        skip = (held if update else torch.ones_like(held)).to(self.place)
+        self.optimizer.step(lr=lr, divide=divide.to(self.place), skip=skip)
+        write_weights(self.optimizer.shards)
         if self.average is not None:
             self.average.update(skip=skip)
         self.scaler.update(nonfinite, empty=empty)
@@ -234,9 +243,12 @@ class TorchEngine:
             if key in stored or not (key in missing or key.startswith(("scaler.", "ema")))
         }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
+        read_weights(self.optimizer.shards)
         self.optimizer.adopt(state)
+        write_weights(self.optimizer.shards)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self.shared.copy(self.optimizer)
+        read_weights(self.optimizer.shards)
         if self.average is not None:
             self.average.adopt(stored)
         return progress
@@ -327,9 +339,7 @@ class TorchEngine:
         for index, batch in enumerate(batches):
             sums = self._forward(batch)
             loss = (sums * factor).sum()
-            before_backward(
-                self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1
-            )
+            before_backward(self.stages[0], zero_stage=self.zero_stage, last=index == len(batches) - 1)
             loss.backward()
             total += sums.detach()
         return total

@@ -111,7 +111,8 @@ def needs(
     of_ranks = []
     cut = stages.cut(config, parallel=parallel, pp=layout.pp, plan=plan, facts=facts)
     for numbers in cut.ranks:
-        sizes = [parameters_of_stage(facts, layers=cut.layers[index], tp=layout.tp) for index in numbers]
+        held = [cut.layers[index] for index in numbers]
+        sizes = [parameters_of_stage(facts, layers=layers, tp=layout.tp) for layers in held]
         total, largest = sum(stage for stage, _ in sizes), max(layer for _, layer in sizes)
         last = len(cut.layers) - 1 in numbers
         head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
@@ -119,12 +120,11 @@ def needs(
         need = of_rank(
             config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
         )
-        stored = widths(config.precision.kind).stored
-        factors = [
-            optimizer_states.bytes_of_factors(config, facts=facts, layers=cut.layers[index], stored=stored)
-            for index in numbers
-        ]
-        of_ranks.append(replace(need, state=need.state + sum(factors)))
+        factors = sum(
+            optimizer_states.bytes_of_factors(config, facts=facts, layers=layers) for layers in held
+        )
+        update = optimizer_states.bytes_of_update(config, layout=layout, facts=facts, ends=held)
+        of_ranks.append(replace(need, state=need.state + factors, step=max(need.step, update)))
     return max(of_ranks, key=lambda need: need.total)
 
 

@@ -1,4 +1,4 @@
-"""optim.rules act with engine=deepspeed as with engine=torch: on ZeRO's flat groups, in pipelines, offloaded."""
+"""optim.rules act with engine=deepspeed as with engine=torch: on flat groups, in pipelines, offloaded."""
 
 from __future__ import annotations
 

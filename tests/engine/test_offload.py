@@ -1,5 +1,5 @@
-"""engine=torch with optimizer, or also weights and gradients, in the host's memory: bit for bit what it computes
-without. On a CPU the copies are made, too; tests/gpu/test_gpu_offload.py has the transfers."""
+"""engine=torch with optimizer, or also weights and gradients, in the host's memory: bit for bit what it
+computes without. On a CPU the copies are made, too; tests/gpu/test_gpu_offload.py has the transfers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ PLACES = {"optimizer": OPTIMIZER, "all": ALL}
 def equal(ours: Any, theirs: Any) -> None:
     assert ours.losses == theirs.losses
     assert ours.grad_norms == theirs.grad_norms
-    assert [
-        name for name, value in ours.parameters.items() if not torch.equal(value, theirs.parameters[name])
-    ] == []
+    names = ours.parameters.keys()
+    assert [name for name in names if not torch.equal(ours.parameters[name], theirs.parameters[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def test_nothing_else_is_computed(
 
 
 def places(case: Case) -> tuple[set[str], int, bool]:
-    """Kinds of shards; modules that fully_shard offloads; whether weights and copies are equal after a step."""
+    """Kinds of shards; parameters that fully_shard offloads; whether copies are equal after a step."""
     engine = start(case)
     engine.train_step(case.batches(0, dp_rank=0, dp=1), lr=case.lr)
     items = engine.optimizer.shards

@@ -28,7 +28,7 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import matrices, optimizer
 from hybridtrain.optim.average import Average
-from hybridtrain.optim.shards import in_host_memory, read_weights, write_weights
+from hybridtrain.optim.shards import LocalShard, in_host_memory, like, local, read_weights, write_weights
 from hybridtrain.parallel.apply import Context, build_stages, converter, zero_stage_of
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
@@ -270,12 +270,16 @@ class TorchEngine:
         def before() -> None:
             scale = float(self.scaler.scale)
             call(
-                (item.name, item.parameter.grad / scale)
+                (item.name, self._on_device(item.parameter.grad, item) / scale)
                 for item in self.optimizer.shards
                 if item.parameter.grad is not None
             )
 
         self.optimizer.watch.append(before)
+
+    def _on_device(self, gradient: Tensor, item: LocalShard) -> Tensor:
+        """A gradient on the device, which can gather it."""
+        return like(local(gradient).to(self.device), item.parameter, shape=item.parameter.shape)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:

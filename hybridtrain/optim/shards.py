@@ -6,12 +6,14 @@ parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)   `shar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.config.schema import OptimConfig
@@ -36,6 +38,13 @@ def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[LocalShard]:
         for name, parameter in named
         if parameter.requires_grad
     ]
+
+
+@functools.cache
+def on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of the same ranks for tensors in the host's memory; its collectives are not used."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 class HostCopy(LocalShard):
@@ -93,10 +102,14 @@ def is_first(parameter: Tensor) -> bool:
 
 
 def like(part: Tensor, parameter: Tensor, *, shape: Sequence[int]) -> Tensor:
-    """`part` of a tensor of the whole `shape` as a DTensor with the mesh and placements of `parameter`."""
+    """`part` of a tensor of the whole `shape` as a DTensor with the mesh and placements of `parameter`, in the
+    same memory.
+    """
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
+    if part.device.type != mesh.device_type:  # offloaded: from_local would copy it to the device of the mesh
+        mesh = on_cpu(mesh)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 

@@ -61,13 +61,14 @@ def apply_shard(
     fully_shard(stage, **{**options, "reshard_after_forward": False})
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            _sum_gradients(module, mesh=mesh)
+            _sum_gradients(module, mesh=mesh, offload=offload)
 
 
-def _sum_gradients(module: FSDPModule, *, mesh: Mesh) -> None:
+def _sum_gradients(module: FSDPModule, *, mesh: Mesh, offload: bool) -> None:
     """Let the reduction add gradients up, which fully_shard would average."""
     layout = mesh.layout
-    if layout.dp_shard > 1:
+    # What is copied to the host must not be in the input of the reduction, which is freed before.
+    if layout.dp_shard > 1 or offload:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # Gloo has no other reduction with a factor
         if mesh.device.type == "cpu":

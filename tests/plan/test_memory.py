@@ -234,8 +234,12 @@ def test_what_is_offloaded_is_the_hosts(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "device", "host"),
-    [({}, 16, 0), ({"offload_optimizer": "cpu"}, 8, 16), ({"offload_optimizer": "cpu", "offload_parameters": "cpu"}, 0, 16)],
-)  # fmt: skip
+    [
+        ({}, 16, 0),
+        ({"offload_optimizer": "cpu"}, 8, 16),
+        ({"offload_optimizer": "cpu", "offload_parameters": "cpu"}, 0, 16),
+    ],
+)
 def test_what_engine_torch_offloads(options, device, host, monkeypatch):
     """Bytes of a parameter on a GPU's device and host; on a CPU, the copies of the weights are more."""
     config = Config()

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from hybridtrain.config import checks, compose
 from hybridtrain.errors import UserError
-from hybridtrain.optim.shards import HostCopy, local
+from hybridtrain.models.init import local_slices
+from hybridtrain.optim.shards import HostCopy, local, on_cpu
+from hybridtrain.parallel.mesh import connect
 from tests.cases import Case, differences, model, reference, start, train
 from tests.engine.test_state import both
 from tests.ranks import run_ranks
@@ -97,6 +101,23 @@ def test_it_is_in_force() -> None:
     ((kinds, offloaded, same),) = run_ranks(1, places, dataclasses.replace(case, overrides=ALL))
     assert (kinds, same) == ({"LocalShard"}, True)
     assert offloaded == len(reference(Case("single", steps=0)).parameters)
+
+
+def twin() -> bool:
+    """Whether a mesh for the host's memory has the ranks and groups of its model."""
+    connect(torch.device("cpu"), timeout_s=60)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_shard", "tp"))
+    other, placements = on_cpu(mesh), [Shard(0), Shard(1)]
+    first, second = (
+        DTensor.from_local(torch.zeros(3, 2), each, placements, run_check=False) for each in (mesh, other)
+    )
+    same = other.get_group("tp") is mesh.get_group("tp") and local_slices(first) == local_slices(second)
+    return same and other is not mesh
+
+
+def test_states_in_the_hosts_memory_have_a_mesh_of_the_same_ranks() -> None:
+    """For a parameter on a GPU, whose mesh would copy them there."""
+    assert run_ranks(2, twin) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Offloading from an NVIDIA GPU to the host's memory: parity, memory, checkpoints. Run: pytest -m gpu tests/gpu"""
+"""Offloading from an NVIDIA GPU to the host's memory: parity, memory, checkpoints.
+Run: pytest -m gpu tests/gpu"""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def held(ours: Case) -> tuple[int, int]:
 
 
 def test_the_gpu_holds_less() -> None:
-    """Between steps: weights, two moments and an average, 16 bytes a weight; 4; nothing. At the peak, parameters
-    that are offloaded are there a few layers at a time."""
+    """Between steps: weights, two moments and an average, 16 bytes a weight; 4; nothing. At the peak, of
+    parameters that are offloaded a few layers."""
     fields = model(num_hidden_layers=12, hidden_size=512, intermediate_size=2048)
     kept, peaks = {}, {}
     for place in ("", *PLACES):
@@ -64,9 +64,7 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path: Path) -> None:
     saved = case("all", "single", "bf16_mixed")
     ((state, losses),) = run_ranks(1, save_and_go_on, saved, tmp_path / "checkpoint", backend=BACKEND)
     for place in ("", "optimizer"):
-        loaded = dataclasses.replace(saved, overrides=case(place, "single", "bf16_mixed").overrides)
-        ((restored, resumed),) = run_ranks(
-            1, load_and_go_on, loaded, tmp_path / "checkpoint", backend=BACKEND
-        )
+        loaded, path = case(place, "single", "bf16_mixed"), tmp_path / "checkpoint"
+        ((restored, resumed),) = run_ranks(1, load_and_go_on, loaded, path, backend=BACKEND)
         assert [key for key in state if not torch.equal(state[key].cpu(), restored[key].cpu())] == []
         assert resumed == pytest.approx(losses, rel=1e-3)

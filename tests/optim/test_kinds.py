@@ -182,12 +182,8 @@ def test_parameters_have_rates_and_decays_of_their_own(kind: str, layout: str) -
 def test_the_rules_of_the_documents_decay_layer_by_layer() -> None:
     [line] = [line for line in commands("docs/optimizers.md") if "run.name=layerwise" in line]
     config = compose.compose("train", shlex.split(line)[2:])
-    names = [
-        name
-        for name, _ in plain_model(
-            hf_config(config.model.config, chosen={}, attention="sdpa")
-        ).named_parameters()
-    ]
+    built = hf_config(config.model.config, chosen={}, attention="sdpa")
+    names = [name for name, _ in plain_model(built).named_parameters()]
     patterns.check(names, freeze=[], optim=config.optim)
     assert config.optim.lr == 1e-3
     for name in names:

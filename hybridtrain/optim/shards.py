@@ -102,7 +102,7 @@ def is_first(parameter: Tensor) -> bool:
 
 
 def like(part: Tensor, parameter: Tensor, *, shape: Sequence[int]) -> Tensor:
-    """`part` of a tensor of the whole `shape` as a DTensor of the same memory, with the mesh and placements of
+    """`part` of a tensor of the whole `shape` as a DTensor of the same memory, with mesh and placements of
     `parameter`.
     """
     if not isinstance(parameter, DTensor):

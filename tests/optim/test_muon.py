@@ -244,7 +244,7 @@ def peak(case: Case) -> int:
     ],
 )
 def test_the_memory_of_an_update_is_what_planning_says(kind: str, layout: str) -> None:
-    """At least, and not much more; the smallest part of a matrix is more than what is updated at a time."""
+    """At least, and not much more, but for what is updated at a time."""
     fields = model(num_hidden_layers=2, hidden_size=256, intermediate_size=2048)
     case = Case(layout, fields, overrides=(("optim.kind", kind), ("optim.momentum", 0.95)))
     parallel = case.config().parallel
@@ -254,4 +254,4 @@ def test_the_memory_of_an_update_is_what_planning_says(kind: str, layout: str) -
         facts=facts(fields),
         ends=[range(2)],
     )
-    assert planned <= max(run_ranks(case.world_size, peak, case)) < 1.5 * planned + 4 * 5 * 2**16
+    assert planned <= max(run_ranks(case.world_size, peak, case)) < 1.5 * planned + 8 * 4 * 2**16

@@ -28,7 +28,15 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import matrices, optimizer
 from hybridtrain.optim.average import Average
-from hybridtrain.optim.shards import LocalShard, in_host_memory, like, local, read_weights, write_weights
+from hybridtrain.optim.shards import (
+    LocalShard,
+    Update,
+    in_host_memory,
+    like,
+    local,
+    read_weights,
+    write_weights,
+)
 from hybridtrain.parallel.apply import Context, build_stages, converter, zero_stage_of
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
@@ -85,20 +93,9 @@ class TorchEngine:
         self.adaptive = adaptive_of(config.precision, self.model_config)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
-        formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
-        offloads = config.engine.offload_optimizer == "cpu"
-        self.place = torch.device("cpu") if offloads else device
+        self.place = torch.device("cpu") if config.engine.offload_optimizer == "cpu" else device
         """Where updates are computed."""
-        shards = optimizer.local_shards(self._named())
-        if offloads and config.engine.offload_parameters == "none":
-            shards = in_host_memory(shards)
-        self.optimizer = optimizer.build(
-            shards,
-            config.optim,
-            formats=formats,
-            parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
-            group=self.mesh.group("stage"),
-        )
+        self.optimizer = self._optimizer()
         decay = config.optim.ema
         self.average = Average(self.optimizer, decay=decay, device=self.place) if decay else None
         self.zero_stage = zero_stage_of(config.engine, config.parallel)
@@ -114,6 +111,18 @@ class TorchEngine:
             count=layout.pp * stages_per_rank(config.parallel),
             schedule=config.parallel.schedule,
             mesh=self.mesh,
+        )
+
+    def _optimizer(self) -> Update:
+        config, shards = self.config, optimizer.local_shards(self._named())
+        if config.engine.offload_optimizer == "cpu" and config.engine.offload_parameters == "none":
+            shards = in_host_memory(shards)
+        return optimizer.build(
+            shards,
+            config.optim,
+            formats=optimizer.Formats.of(config.precision, seed=config.run.seed),
+            parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
+            group=self.mesh.group("stage"),
         )
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:

@@ -52,7 +52,7 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "classification", "masked_lm"),
     "data": ("prepared",),
     "callback": (),
-    "optimizer": ("adamw", "lion", "muon", "sgd"),
+    "optimizer": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "schedule": ("constant", "linear", "cosine", "wsd"),
     "tracker": ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml"),
 }

@@ -85,7 +85,7 @@ MOST = 1e4
 _READ_BY = {
     "betas": ("adamw", "lion", "muon"),
     "eps": ("adamw", "muon"),
-    "momentum": ("sgd", "muon"),
+    "momentum": ("sgd", "muon", "adafactor"),
     "nesterov": ("sgd", "muon"),
 }
 """Option -> the built-in optimizers that read it."""

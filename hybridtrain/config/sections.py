@@ -309,16 +309,17 @@ class EngineConfig(Options):
     GPUs) or medium (bf16 where the hardware has it); auto: highest, computed on CPUs by oneDNN where that was
     measured to be as exact."""
     threads: int = 0
-    """CPU: threads per process; 0: the cores of the machine divided by its processes, or OMP_NUM_THREADS
-    if that is above 1."""
+    """CPU, and engine.offload_optimizer=cpu: threads per process; 0: the cores of the machine divided by its
+    processes, or OMP_NUM_THREADS if that is above 1."""
     keep_freed_memory: bool = True
     """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
     offload_optimizer: str = "none"
-    """engine=deepspeed: where fp32 master weights and Adam moments are kept; none (the
-    training device) or cpu."""
+    """Where optimizer state and master weights are kept, and the update is computed: none (the training
+    device) or cpu. With engine=torch the device has the weights and their gradients, too."""
     offload_parameters: str = "none"
-    """engine=deepspeed with zero_stage 3: where parameters are kept between uses; none (the
-    training device) or cpu."""
+    """Where parameters are kept between uses: none (the training device) or cpu. engine=torch: with
+    dp_shard=1 or zero_stage 3, and engine.offload_optimizer=cpu; then gradients are there, too.
+    engine=deepspeed: with zero_stage 3."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """engine=deepspeed: keys added to the DeepSpeed config; keys that another option sets are refused."""
 
@@ -326,7 +327,7 @@ class EngineConfig(Options):
 @options
 class OptimConfig(Options):
     kind: str = "adamw"
-    """Optimizer: adamw, lion, muon, sgd, or one that a module of run.plugins registers."""
+    """Optimizer: adamw, adafactor, lion, muon, sgd, or one that a module of run.plugins registers."""
     lr: float = 3e-4
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -334,7 +335,8 @@ class OptimConfig(Options):
     eps: float = 1e-8
     """adamw, muon: AdamW's epsilon."""
     momentum: float = 0.9
-    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean."""
+    """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean.
+    adafactor: of a mean of the updates; 0: none."""
     nesterov: bool = False
     """sgd, muon: look a step ahead (Nesterov's momentum)."""
     weight_decay: float = 0.1

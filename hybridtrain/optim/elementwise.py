@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,9 +14,12 @@ from hybridtrain.models.init import local_slices
 from hybridtrain.optim import stored
 from hybridtrain.optim.checkpointed import BuiltIn, Fields
 from hybridtrain.optim.shards import LocalShard, decay_of, rate_of
-from hybridtrain.optim.stored import Formats
+from hybridtrain.optim.stored import COMPENSATION, Formats
 from hybridtrain.plan.optimizer_states import BLOCK, in_eight_bits
 from hybridtrain.precision.rounding import key_of
+
+_AS_IT_IS = OptimConfig(kind="sgd", momentum=0.0)
+"""Of an update that has been computed."""
 
 
 class Elementwise(BuiltIn):
@@ -27,7 +33,7 @@ class Elementwise(BuiltIn):
             _check_shards(shards)
         self._fields = {
             item.shard: stored.allocate(
-                item.shard.data, whole=item.parameter.shape, moments=self.moments, formats=formats
+                item.shard.data, whole=item.parameter.shape, moments=self.moments(item), formats=formats
             )
             for item in shards
         }
@@ -41,7 +47,7 @@ class Elementwise(BuiltIn):
             for item in shards
             if formats.rounds(item.shard.dtype) == "stochastic"
         }
-        self._settings = {
+        self.rates = {
             item.shard: (
                 rate_of(item.name, settings=settings),
                 decay_of(item.name, item.parameter.dim(), settings=settings),
@@ -58,41 +64,42 @@ class Elementwise(BuiltIn):
         """
         self.begin()
         self.lr = lr
-        for item in self.shards:
+        self._update(self.shards, divide=divide, skip=skip)
+        self.free()
+
+    def _update(self, shards: Iterable[LocalShard], *, divide: Tensor, skip: Tensor) -> None:
+        """Update those of the shards that have gradients."""
+        for item in shards:
             if item.shard.grad is not None:
-                self._move(
+                rate, decay = self.rates[item.shard]
+                self._change(
                     item,
                     item.shard.grad,
-                    self._fields[item.shard],
-                    settings=self.settings,
+                    self.fields(item),
+                    settings=self.settings_of(item),
+                    lr=self.lr * rate,
+                    decay=decay,
                     divide=divide,
                     skip=skip,
                 )
-        self.free()
 
-    def _move(
-        self,
-        item: LocalShard,
-        gradient: Tensor,
-        fields: Fields,
-        *,
-        settings: OptimConfig,
-        divide: Tensor,
-        skip: Tensor,
-    ) -> None:
-        """Update a shard and its state `fields` by the kind of `settings`, at its own rate and decay."""
-        rate, decay = self._settings[item.shard]
+    def _subtract(self, item: LocalShard, update: Tensor, *, lr: float, decay: float, skip: Tensor) -> None:
+        """Move the weights of a shard, in their format, by -lr (update + decay weights)."""
+        fields = {
+            name: self.fields(item)[name] for name in ("step", COMPENSATION) if name in self.fields(item)
+        }
+        one = torch.ones_like(skip)
+        self._change(item, update, fields, settings=_AS_IT_IS, lr=lr, decay=decay, divide=one, skip=skip)
+
+    def _change(self, item: LocalShard, gradient: Tensor, fields: Fields, **options: Any) -> None:
+        """stored.update of a shard and its state `fields`."""
         stored.update(
             item.shard.data,
             gradient,
             fields,
-            settings=settings,
             formats=self.formats,
             where=self._places.get(item.shard),
-            lr=self.lr * rate,
-            decay=decay,
-            divide=divide,
-            skip=skip,
+            **options,
         )
 
     def fields(self, item: LocalShard) -> Fields:

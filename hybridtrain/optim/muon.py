@@ -23,7 +23,7 @@ from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.init import Slices, local_slices
 from hybridtrain.optim.elementwise import Elementwise
 from hybridtrain.optim.matrices import Parts
-from hybridtrain.optim.shards import LocalShard, Update, wide
+from hybridtrain.optim.shards import LocalShard, wide
 from hybridtrain.optim.stored import Formats
 
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
@@ -31,8 +31,8 @@ _ITERATIONS, _EPS = 5, 1e-7
 _RMS = 0.2
 
 
-class Muon(Update):
-    """Matrices by Muon, other parameters by AdamW."""
+class Muon(Elementwise):
+    """Matrices by Muon: momenta over local shards, orthogonal updates of whole matrices; others by AdamW."""
 
     def __init__(
         self,
@@ -43,67 +43,24 @@ class Muon(Update):
         parts: Mapping[str, Parts],
         group: dist.ProcessGroup | None,
     ):
-        """As Matrices; `parts`: of the whole model, of which this rank has the shards."""
-        super().__init__(shards)
-        of_adam = dataclasses.replace(settings, kind="adamw")
-        self.matrices = Matrices(
-            [item for item in shards if item.name in parts], settings, formats, parts=parts, group=group
-        )
-        self.others = Elementwise([item for item in shards if item.name not in parts], of_adam, formats)
-        self.optimizer = None
-
-    @torch.no_grad()
-    def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
-        self.begin()
-        for part in (self.matrices, self.others):
-            part.step(lr=lr, divide=divide, skip=skip)
-        self.free()
-
-    def _of(self, item: LocalShard) -> Elementwise:
-        return self.matrices if item.name in self.matrices.parts else self.others
-
-    def exact(self, item: LocalShard, part: slice) -> Tensor:
-        return self._of(item).exact(item, part)
-
-    def wanted(self, item: LocalShard, *, before: Tensor) -> Tensor | None:
-        return self._of(item).wanted(item, before=before)
-
-    def state(self) -> dict[str, Tensor]:
-        return {**self.matrices.state(), **self.others.state()}
-
-    def copy_state(self, source: LocalShard, target: LocalShard) -> None:
-        self._of(source).copy_state(source, target)
-
-    def prepare(self, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        for part in (self.matrices, self.others):
-            part.prepare(stored)
-
-    def adopt(self, loaded: Mapping[str, Tensor]) -> None:
-        for part in (self.matrices, self.others):
-            part.adopt(loaded)
-
-
-class Matrices(Elementwise):
-    """The part of Muon for matrices: momenta over local shards, orthogonal updates of whole matrices."""
-
-    def __init__(
-        self,
-        shards: list[LocalShard],
-        settings: OptimConfig,
-        formats: Formats,
-        *,
-        parts: Mapping[str, Parts],
-        group: dist.ProcessGroup | None,
-    ):
-        """Collective over `group`: the ranks with the same shards, or replicas of them; None for one rank."""
-        super().__init__(shards, settings, formats)
+        """Collective over `group`: the ranks with the same shards, or replicas of them; None for one rank.
+        `parts`: of the whole model, of which this rank has the shards.
+        """
         self.parts, self.group = parts, group
-        mine = [local_slices(item.parameter) for item in shards]
+        self._adam = dataclasses.replace(settings, kind="adamw")
+        super().__init__(shards, settings, formats)
+        self.matrices = [item for item in shards if item.name in parts]
+        mine = [local_slices(item.parameter) for item in self.matrices]
         self.held: list[list[Slices]] = [mine]
         """Rank of the group -> what it holds of each matrix."""
         if group is not None:
             self.held = [[] for _ in range(group.size())]
             dist.all_gather_object(self.held, mine, group=group)
+        self.sent = [_sizes_of_distinct(held) for held in zip(*self.held, strict=True)]
+        """Matrix -> elements of it that each rank of the group sends."""
+
+    def settings_of(self, item: LocalShard) -> OptimConfig:
+        return self.settings if item.name in self.parts else self._adam
 
     @torch.no_grad()
     def step(self, *, lr: float, divide: Tensor, skip: Tensor) -> None:
@@ -111,11 +68,13 @@ class Matrices(Elementwise):
         self.begin()
         self.lr = lr
         size = len(self.held)
-        for first in range(0, len(self.shards), size):
-            batch = self.shards[first : first + size]
+        for first in range(0, len(self.matrices), size):
+            batch = self.matrices[first : first + size]
             ahead = [self._ahead(item, divide=divide, skip=skip) for item in batch]
             for item, update in zip(batch, self._orthogonal(first, ahead), strict=True):
-                self._apply(item, update, skip=skip)
+                rate, decay = self.rates[item.shard]
+                self._subtract(item, update, lr=lr * rate, decay=decay, skip=skip)
+        self._update([item for item in self.shards if item.name not in self.parts], divide=divide, skip=skip)
         self.free()
 
     def _ahead(self, item: LocalShard, *, divide: Tensor, skip: Tensor) -> Tensor:
@@ -129,45 +88,40 @@ class Matrices(Elementwise):
         kept.copy_(torch.where(skip > 0, kept, new.to(kept.dtype)))
         return gradient.lerp(new, momentum) if self.settings.nesterov else new
 
-    def _apply(self, item: LocalShard, update: Tensor, *, skip: Tensor) -> None:
-        """Move the weights of a shard, in their format, by a part of an orthogonal matrix."""
-        fields = {name: value for name, value in self.fields(item).items() if name != "momentum"}
-        plain = dataclasses.replace(self.settings, kind="sgd", momentum=0.0, nesterov=False)
-        self._move(item, update, fields, settings=plain, divide=torch.ones_like(skip), skip=skip)
-
     def _orthogonal(self, first: int, ahead: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of the orthogonal matrices of a batch: at most one for each rank to own."""
         if self.group is None:
-            return [self._update_of(self.shards[first], ahead[0])]
+            return [self._update_of(self.matrices[first], ahead[0])]
         rank, count = self.group.rank(), len(ahead)
+        idle = [0] * (len(self.held) - count)
         own = first + rank if rank < count else None
-        # Of equal parts, which replicas have, the first is sent; all are sent back.
-        sent = [
-            tensor.numel() if self._is_first(rank, first + number) else 0
-            for number, tensor in enumerate(ahead)
-        ]
-        sent += [0] * (self.group.size() - count)
-        back = [tensor.numel() for tensor in ahead] + [0] * (self.group.size() - count)
-        sizes = [0 if own is None else _size(held[own]) for held in self.held]
-        firsts = [size if own is not None and self._is_first(at, own) else 0 for at, size in enumerate(sizes)]
-        parts = [tensor for tensor, size in zip(ahead, sent, strict=False) if size]
-        received = ahead[0].new_empty(sum(firsts))
-        dist.all_to_all_single(received, _flat(parts, like=ahead[0]), firsts, sent, group=self.group)
+        whole = self._collected(own, ahead, sent=[each[rank] for each in self.sent[first : first + count]])
         updates: list[Tensor] = []
-        if own is not None:
-            whole = ahead[0].new_zeros(self.shards[own].parameter.shape)
-            for held, part in zip(self.held, received.split(firsts), strict=True):
-                if part.numel():
-                    whole[held[own]] = part.view(whole[held[own]].shape)
-            update = self._update_of(self.shards[own], whole)
+        if own is not None and whole is not None:
+            update = self._update_of(self.matrices[own], whole)
+            del whole
             updates = [update[held[own]] for held in self.held]
+        sizes = [part.numel() for part in updates] or [0] * len(self.held)
+        back = [tensor.numel() for tensor in ahead]
         result = ahead[0].new_empty(sum(back))
-        dist.all_to_all_single(result, _flat(updates, like=ahead[0]), back, sizes, group=self.group)
-        return [part.view_as(tensor) for part, tensor in zip(result.split(back), ahead, strict=False)]
+        dist.all_to_all_single(result, _flat(updates, like=ahead[0]), back + idle, sizes, group=self.group)
+        return [part.view_as(tensor) for part, tensor in zip(result.split(back), ahead, strict=True)]
 
-    def _is_first(self, rank: int, number: int) -> bool:
-        """Whether no rank before has the same part of a matrix."""
-        return not any(held[number] == self.held[rank][number] for held in self.held[:rank])
+    def _collected(self, own: int | None, ahead: Sequence[Tensor], *, sent: list[int]) -> Tensor | None:
+        """The matrix of this number, of the parts that ranks send; None if this rank owns none. `sent`:
+        elements of each part that this rank sends.
+        """
+        parts = [tensor for tensor, size in zip(ahead, sent, strict=True) if size]
+        firsts = [0] * len(self.held) if own is None else self.sent[own]
+        received, idle = ahead[0].new_empty(sum(firsts)), [0] * (len(self.held) - len(ahead))
+        dist.all_to_all_single(received, _flat(parts, like=ahead[0]), firsts, sent + idle, group=self.group)
+        if own is None:
+            return None
+        whole = received.new_zeros(self.matrices[own].parameter.shape)
+        for held, part in zip(self.held, received.split(firsts), strict=True):
+            if part.numel():
+                whole[held[own]] = part.view(whole[held[own]].shape)
+        return whole
 
     def _update_of(self, item: LocalShard, ahead: Tensor) -> Tensor:
         """The update of a whole parameter, by the matrices in it."""
@@ -177,6 +131,13 @@ class Matrices(Elementwise):
 
 def _size(slices: Slices) -> int:
     return int(torch.Size(each.stop - each.start for each in slices).numel())
+
+
+def _sizes_of_distinct(held: Sequence[Slices]) -> list[int]:
+    """Sizes of parts of a matrix, 0 for one that is equal to an earlier one."""
+    keys = [tuple((each.start, each.stop) for each in part) for part in held]
+    first = {key: number for number, key in reversed([*enumerate(keys)])}
+    return [_size(part) if first[keys[number]] == number else 0 for number, part in enumerate(held)]
 
 
 def _flat(tensors: Sequence[Tensor], *, like: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""The optimizer of optim.kind: fused AdamW, which clips, unscales and skips inside its kernel; lion, sgd, and
-AdamW over weights and moments in other formats (stored.py); or a user's (user_optimizer.py).
+"""The optimizer of optim.kind: fused AdamW, which clips, unscales and skips inside its kernel; the others,
+and AdamW over weights and moments in other formats (stored.py); or a user's (user_optimizer.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig
+from hybridtrain.optim.adafactor import Adafactor
 from hybridtrain.optim.checkpointed import BuiltIn, Fields
 from hybridtrain.optim.elementwise import Elementwise
 from hybridtrain.optim.matrices import Parts
@@ -84,11 +85,15 @@ def build(
     parts: Mapping[str, Parts],
     group: dist.ProcessGroup | None,
 ) -> Update:
-    """The optimizer of optim.kind. `parts`, `group`: for muon, see muon.py; then collective over `group`."""
+    """The optimizer of optim.kind. Collective over `group`, which muon and adafactor need;
+    `parts`: for muon, see muon.py.
+    """
     if settings.kind not in registry.BUILT_IN["optimizer"]:
         return UserOptimizer(shards, settings)
     if settings.kind == "adamw" and all(formats.plain(item.shard.dtype) for item in shards):
         return AdamW(shards, settings)
     if settings.kind == "muon":
         return Muon(shards, settings, formats, parts=parts, group=group)
+    if settings.kind == "adafactor":
+        return Adafactor(shards, settings, formats, group=group)
     return Elementwise(shards, settings, formats)

@@ -6,6 +6,8 @@ other formats.
     exp_avg, exp_avg_sq, momentum     those that optim.kind keeps; 8bit: of vectors and small matrices
     exp_avg_codes, exp_avg_scales,    8bit (precision/eight_bit.py); rms is the root of exp_avg_sq
     rms_codes, rms_scales
+    exp_avg_sq_row, exp_avg_sq_col    adafactor, of matrices; fp32 or fp64, whole on every rank (adafactor.py)
+    exp_avg_sq                        adafactor, of others; fp32 or fp64
     compensation                      precision.rounding=kahan; int16, what the weight lacks (rounding.py)
 
 The root is stored because the codes reach down to 3e-7 of a block's largest value. In exp_avg_sq that is a
@@ -31,6 +33,7 @@ from hybridtrain.precision import eight_bit, rounding
 
 CODED = ("exp_avg_codes", "exp_avg_scales", "rms_codes", "rms_scales")
 COMPENSATION = "compensation"
+ROW, COLUMN = FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,11 @@ def allocate(
 
 
 def shape_of(field: str, shape: torch.Size) -> torch.Size:
-    """Shape of a field of the state of a parameter, or of a shard, of this shape."""
+    """Shape of a field of the state of a parameter, or (but for FACTORS) of a shard, of this shape."""
     if field == "step":
         return torch.Size()
+    if field in FACTORS:
+        return shape[:-1] if field == ROW else shape[:-2] + shape[-1:]
     return torch.Size((*shape[:-1], shape[-1] // BLOCK)) if field.endswith("_scales") else shape
 
 

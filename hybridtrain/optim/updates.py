@@ -24,9 +24,11 @@ Element = Callable[[Tensor, Tensor, Moments], tuple[Tensor, Moments]]
 
 
 def moments_of_kind(settings: OptimConfig) -> Sequence[str]:
-    """Names in checkpoints of what a built-in optimizer keeps for each weight."""
-    if settings.kind == "sgd":
-        return ("momentum",) if settings.momentum else ()
+    """Names in checkpoints of what a built-in optimizer keeps for each weight, in the format of
+    precision.state.
+    """
+    if settings.kind in ("sgd", "adafactor"):
+        return (("momentum",) if settings.kind == "sgd" else ("exp_avg",)) if settings.momentum else ()
     return {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "muon": ("momentum",)}[settings.kind]
 
 

@@ -16,7 +16,7 @@ from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
-from hybridtrain.plan import notation, optimizer_states, stages
+from hybridtrain.plan import memory, notation, optimizer_states, stages
 from hybridtrain.plan.formats import HIGH
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.precision import rules
@@ -105,8 +105,23 @@ def _log_job(job: Job, *, engine: Any) -> None:
         short["compute"],
         short["reduce"],
     )
+    if config.engine.offload_optimizer == "cpu":
+        _log.info("offload   %s", _offload_line(job, on=engine.device))
     for line in _format_lines(formats(job, engine=engine), config.precision, on=engine.device):
         _log.info("precision %s", line)
+
+
+def _offload_line(job: Job, *, on: torch.device) -> str:
+    if on.type == "cpu":
+        return (
+            "the training device is the CPU: engine.offload_optimizer=cpu saves no memory, and costs copies"
+        )
+    config = job.config
+    need = memory.needs(config, parallel=config.parallel, layout=job.layout, plan=job.plan, facts=job.facts)
+    return (
+        f"before activations, a rank needs {need.host / memory.GIB:.1f} GiB of host memory "
+        f"and {need.total / memory.GIB:.1f} GiB on its device"
+    )
 
 
 def formats(job: Job, *, engine: Any) -> list[rules.Row]:
@@ -144,12 +159,13 @@ def _stored(job: Job, *, engine: Any, weights: str) -> str:
     if kind in registry.BUILT_IN["optimizer"]:
         rounds = weights == "bfloat16"
     in_bf16 = state == "bf16" or (state == "auto" and rounds)
-    slowest = max(config.optim.betas[1] * (kind != "sgd"), config.optim.momentum * (kind in ("sgd", "muon")))
+    by_betas = kind not in ("sgd", "adafactor")
+    slowest = max(config.optim.betas[1] * by_betas, config.optim.momentum * (not by_betas or kind == "muon"))
     if kind in registry.BUILT_IN["optimizer"] and in_bf16 and slowest > _BF16_BETA:
         _log.warning(
             "optim.%s: a moment in bf16 cannot decay by %.2g a step, less than half a step of bf16 (2^-9); "
             "precision.state=fp32 can%s, as can a decay rate of at most %.3f",
-            f"betas={config.optim.betas}" if kind != "sgd" else f"momentum={config.optim.momentum}",
+            f"betas={config.optim.betas}" if by_betas else f"momentum={config.optim.momentum}",
             1 - slowest,
             ", and 8bit" if kind == "adamw" else "",
             _BF16_BETA,
@@ -159,7 +175,9 @@ def _stored(job: Job, *, engine: Any, weights: str) -> str:
     words = {"kahan": "compensated (kahan)", "stochastic": "rounded stochastically", "nearest": "rounded"}
     line = f"master weights {weights}{f' {words[rounding]}' if rounds else ''}, optimizer state "
     if state != "8bit":
-        return line + (weights if state == "auto" else state)
+        kept = weights if state == "auto" else state
+        momentum = f", momentum {kept}" if config.optim.momentum else ""
+        return line + (f"float32{momentum}" if kind == "adafactor" else kept)
     shapes = trained_shapes(engine.model_config, freeze=config.model.freeze).values()
     coded = [math.prod(shape) for shape in shapes if optimizer_states.in_eight_bits(shape)]
     share = sum(coded) / sum(math.prod(shape) for shape in shapes)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.config.schema import OptimConfig
+from hybridtrain.models.init import local_slices
 from hybridtrain.optim import matrices, muon, optimizer
-from hybridtrain.optim.shards import local_shards
+from hybridtrain.optim.shards import like, local_shards
 from hybridtrain.optim.stored import Formats
-from tests.cases import Case, differences, model, on_ranks, reference
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import optimizer_states
+from tests.cases import Case, differences, model, on_ranks, reference, start, whole
+from tests.dispatch import Alive
 from tests.engine.test_state import both
 from tests.families.copies import config_of, fields_of
+from tests.ranks import run_ranks
 
 SLOW = pytest.mark.slow
 MUON: tuple[tuple[str, Any], ...] = (
@@ -140,6 +147,7 @@ def test_a_layout_trains_as_one_process_does(kind: str, layout: str) -> None:
     assert found["grad_rel"] < 1e-5, found
     assert found["loss_rel"] < 2e-5, found
     assert found["grad_norm_rel"] < 1e-3, found
+    assert found["param_abs"] < 1e-5, found
 
 
 @pytest.mark.parametrize(
@@ -178,3 +186,72 @@ def test_fp64_is_fp64() -> None:
     found = differences(on_ranks(case), reference(case))
     assert found["loss_rel"] < 1e-12, found
     assert found["param_abs"] < 1e-12, found
+
+
+def moved(case: Case) -> dict[str, torch.Tensor]:
+    """Whole weights after three updates with gradients that are the same under every layout."""
+    engine = start(case)
+    for step in range(3):
+        for item in engine.optimizer.shards:
+            generator = torch.Generator().manual_seed(step + zlib.crc32(item.name.encode()))
+            gradient = torch.randn(item.parameter.shape, generator=generator)
+            part = gradient[local_slices(item.parameter)].contiguous()
+            item.parameter.grad = like(part, item.parameter, shape=item.parameter.shape)
+        engine.optimizer.step(lr=1e-2, divide=ONE, skip=ZERO)
+    return {name: whole(parameter) for name, parameter in engine.weights()}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["dp_shard2-zero3", "pp2-tp2"]
+    + [pytest.param(each, marks=SLOW) for each in ("dp_replicate2", "dp_shard2-zero1", "dp_shard4-zero2")],
+)
+def test_equal_momenta_are_equal_updates_bit_for_bit(layout: str) -> None:
+    case = Case(layout, FAMILIES["odd"], overrides=MUON)
+    (alone,) = run_ranks(1, moved, dataclasses.replace(case, layout="single"))
+    for parameters in run_ranks(case.world_size, moved, case):
+        assert [name for name, value in parameters.items() if not torch.equal(value, alone[name])] == []
+
+
+def peak(case: Case) -> int:
+    """Most bytes of an update besides weights, gradients and state."""
+    engine, alive = start(case), Alive()
+    for item in engine.optimizer.shards:
+        gradient = torch.ones_like(item.shard)
+        item.parameter.grad = like(gradient, item.parameter, shape=item.parameter.shape)
+        for tensor in (gradient, item.shard, *engine.optimizer.fields(item).values()):
+            alive.known.add(tensor.untyped_storage()._cdata)
+    with alive:
+        engine.optimizer.step(lr=1e-2, divide=ONE, skip=ZERO)
+    return alive.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("muon", "dp_replicate2"),
+        *(
+            pytest.param(kind, layout, marks=SLOW)
+            for kind, layout in (
+                ("muon", "single"),
+                ("muon", "dp_shard2-zero3"),
+                ("muon", "tp2"),
+                ("muon", "dp_replicate4"),
+                ("adafactor", "single"),
+                ("adafactor", "dp_shard2-zero3"),
+            )
+        ),
+    ],
+)
+def test_the_memory_of_an_update_is_what_planning_says(kind: str, layout: str) -> None:
+    """At least, and not much more, but for what is updated at a time."""
+    fields = model(num_hidden_layers=2, hidden_size=256, intermediate_size=2048)
+    case = Case(layout, fields, overrides=(("optim.kind", kind), ("optim.momentum", 0.95)))
+    parallel = case.config().parallel
+    planned = optimizer_states.bytes_of_update(
+        case.config(),
+        layout=layouts.resolve(parallel, world_size=case.world_size),
+        facts=facts(fields),
+        ends=[range(2)],
+    )
+    assert planned <= max(run_ranks(case.world_size, peak, case)) < 1.5 * planned + 8 * 4 * 2**16

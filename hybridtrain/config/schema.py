@@ -24,6 +24,7 @@ from hybridtrain.config.commands import (
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
 from hybridtrain.config.sections import (
+    AdaptersConfig,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
@@ -56,6 +57,7 @@ class Config(Root):
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

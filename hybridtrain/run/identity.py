@@ -24,7 +24,7 @@ from hybridtrain.run import lock
 from hybridtrain.runtime.files import check_outside_checkpoints
 from hybridtrain.types import ModelFacts, Progress
 
-_WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
+_WHOLE_SECTIONS = ("model", "adapters", "task", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code", "optim.ema")
 """They do not change the model, nor its training."""
 _SINGLE_FIELDS = (
@@ -289,7 +289,7 @@ def model_fingerprint(facts: ModelFacts) -> str:
     `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
-    later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
+    later = ("full_layers", "layer_parameters", "layer_inactive", "adapters", "refused", "shared", "cuts")
     for name in (*later, "sliced", "stored", "sequence", "whole"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
+from hybridtrain.config.adapters import AdaptersConfig
 from hybridtrain.config.commands import (
     BenchConfig,
     ClusterConfig,
@@ -24,7 +25,6 @@ from hybridtrain.config.commands import (
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
 from hybridtrain.config.sections import (
-    AdaptersConfig,
     BatchConfig,
     CheckpointConfig,
     DataConfig,

@@ -88,23 +88,6 @@ class ModelConfig(Options):
 
 
 @options
-class AdaptersConfig(Options):
-    kind: str = "none"
-    """none: train the model's own parameters; lora: freeze them, and train two matrices of low rank beside
-    each linear layer (arXiv 2106.09685)."""
-    rank: int = 16
-    """Rank of the matrices."""
-    alpha: float = 32.0
-    """Their product is multiplied by alpha / rank."""
-    rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly (arXiv
-    2312.03732)."""
-    match: list[str] = field(default_factory=list)
-    """Shell-style patterns of the linear layers that get adapters, e.g. ['*.q_proj','*.v_proj']; empty: all
-    inside the model's layers, but routers of experts."""
-
-
-@options
 class TaskConfig(Options):
     kind: str = "causal_lm"
     """causal_lm: next-token prediction; classification: one label per document, predicted at its last token;

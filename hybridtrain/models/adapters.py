@@ -156,7 +156,8 @@ def check(config: Any, settings: AdaptersConfig) -> list[Linear]:
     found = linears_of(config)
     names = [linear.path for linear in found]
     for pattern in settings.match:
-        if not any(patterns.matches(name, [pattern]) for name in names) and (expert := _expert(pattern, config)):
+        matching = any(patterns.matches(name, [pattern]) for name in names)
+        if not matching and (expert := _expert(pattern, config)):
             raise refusal(
                 FIELD,
                 [pattern],
@@ -165,6 +166,14 @@ def check(config: Any, settings: AdaptersConfig) -> list[Linear]:
                 instead=f"{FIELD}=[] for all linear layers",
             )
         patterns.check_one(FIELD, pattern, names, what="linear layer")
+    if not found:
+        raise refusal(
+            "adapters.kind",
+            settings.kind,
+            f"a {config.model_type} model has no linear layers of torch or transformers inside its layers",
+            allowed="none",
+            instead="model.freeze for what is not to be trained",
+        )
     return [linear for linear in found if is_chosen(linear, settings)]
 
 
@@ -180,9 +189,10 @@ def _expert(pattern: str, config: Any) -> str:
 def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float, transposed: bool) -> Tensor:
     """The weight of a linear layer that does what it and its adapter do, in fp32 at least."""
     change = b.float() @ a.float()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + (
-        change.t() if transposed else change
-    ) * scale
+    return (
+        weight.to(torch.promote_types(weight.dtype, torch.float32))
+        + (change.t() if transposed else change) * scale
+    )
 
 
 def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str:
@@ -190,6 +200,7 @@ def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str
     count = sum(map(math.prod, shapes(linears, rank=settings.rank).values()))
     kinds: Mapping[str, None] = dict.fromkeys(linear.path.rpartition(".")[2] for linear in linears)
     return (
-        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}, beside {len(linears)} linear "
-        f"layers ({', '.join(kinds)}): {count:,} parameters are trained, {count / of:.2%} of the model's"
+        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}, beside {len(linears)} "
+        f"linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
+        f"{count / of:.2%} of the model's"
     )

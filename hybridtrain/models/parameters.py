@@ -29,9 +29,7 @@ def check(config: Config) -> None:
         optimizer_states.check_rows(trained_shapes(built, freeze=freeze, settings=settings))
 
 
-def trained_shapes(
-    config: Any, *, freeze: Sequence[str], settings: AdaptersConfig
-) -> dict[str, torch.Size]:
+def trained_shapes(config: Any, *, freeze: Sequence[str], settings: AdaptersConfig) -> dict[str, torch.Size]:
     """Name -> whole shape of the parameters that are trained, tied ones once."""
     if settings.kind != "none":
         return adapters.shapes(adapters.chosen(config, settings), rank=settings.rank)

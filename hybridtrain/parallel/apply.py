@@ -2,8 +2,8 @@
 
 `ORDER` lists the transforms in the order in which they are applied.
 
-    stage on meta -> adapters -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard -> materialize
-                  -> check
+    stage on meta -> adapters -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard
+                  -> materialize -> check
 
 A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
 modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
@@ -22,12 +22,11 @@ from torch import nn
 
 from hybridtrain.analysis.facts import facts_of_run
 from hybridtrain.config.schema import AdaptersConfig, Config, EngineConfig, ParallelConfig, PrecisionConfig
-from hybridtrain.models import adapters
 from hybridtrain.models.init import reset_buffers
-from hybridtrain.models.patterns import is_adapter, is_frozen
+from hybridtrain.models.patterns import is_frozen
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel import convert
+from hybridtrain.parallel import adapters, convert
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.recompute import allow_graphs, apply_compile, apply_recompute, wrappers
@@ -157,25 +156,11 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
 
 
 def _adapt(stage: Stage, context: Context) -> None:
-    if context.adapters.kind == "none":
-        return
-    for parameter in stage.parameters():  # which are not trained: they are stored as they compute
-        parameter.data = parameter.data.to(context.precision.compute)
-    prefix = stage.structure.layers
-    adapters.add_to(stage.layer_modules(), context.adapters, prefix=prefix, config=stage.config)
-    for name, parameter in stage.named_parameters():
-        if is_adapter(name):
-            parameter.data = parameter.data.to(context.precision.param)
+    adapters.adapt(stage, context.adapters, precision=context.precision)
 
 
 def _to_adapt(stage: Stage, context: Context) -> set[str]:
-    linears = [linear for linear, _ in convert.linears(stage)]
-    chosen = [linear for linear in linears if adapters.is_chosen(linear, context.adapters)]
-    return set(adapters.shapes(chosen, rank=context.adapters.rank))
-
-
-def _adapted(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001 - the signature of Names
-    return {name for name in _parameters(stage) if is_adapter(name)}
+    return adapters.expected(stage, context.adapters)
 
 
 # -- tensor --------------------------------------------------------------------------------------------------
@@ -371,7 +356,7 @@ def _over(stage: Stage, axis: str) -> set[str]:
 RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recompute"))
 
 ORDER = (
-    Transform("adapters", _adapt, _to_adapt, _adapted),
+    Transform("adapters", _adapt, _to_adapt, lambda stage, _: adapters.found(stage)),
     Transform("tensor", _slice, _to_slice, _sliced),
     Transform("convert", _convert, _to_convert, _converted),  # which needs to know how weights are cut
     Transform("double", _double, _to_double, _doubled),  # inside recomputation, which repeats it

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridtrain.errors import refusal
 from hybridtrain.plan import optimizer_states, stages
@@ -115,12 +115,13 @@ def needs(
         total, largest = sum(stage for stage, _ in sizes), max(layer for _, layer in sizes)
         last = len(cut.layers) - 1 in numbers
         head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
+        frozen = 0
+        if facts.adapters:  # counted as whole on every tensor-parallel rank: about half of them are
+            layers = [layer for index in numbers for layer in cut.layers[index]]
+            total, frozen, head = sum(facts.adapters[layer] for layer in layers), total, 0
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
-        of_ranks.append(
-            of_rank(
-                config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
-            )
-        )
+        run: dict[str, Any] = {"parallel": parallel, "layout": layout, "plan": plan}
+        of_ranks.append(of_rank(config, **run, total=total, frozen=frozen, largest=largest, head=head))
     return max(of_ranks, key=lambda need: need.total)
 
 
@@ -131,11 +132,12 @@ def _of_torch(
     layout: ParallelLayout,
     plan: BatchPlan,
     total: int,
+    frozen: int,
     largest: int,
     head: int,
 ) -> MemoryNeed:
-    """`total`: parameters of the rank, `largest`: of its largest layer; `head`: bytes of the
-    head's gradient in fp32.
+    """`total`: trained parameters of the rank, `frozen`: those beside adapters, `largest`: of its largest
+    layer; `head`: bytes of the head's gradient in fp32.
     """
     w, zero = widths(config.precision.kind), parallel.zero_stage
     share = math.ceil(total / layout.dp_shard)
@@ -144,11 +146,12 @@ def _of_torch(
     moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
     average = share * max(4, w.stored) * bool(config.optim.ema)
     state = share * numbers + math.ceil(share * moments) + average
+    state += math.ceil(frozen / layout.dp_shard) * w.compute
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not wrapped:
         return MemoryNeed(state, max(head, before), 0)
-    gathered = (largest if zero == 3 else total) * w.compute
+    gathered = (largest if zero == 3 else total + frozen) * w.compute
     sums = total if zero < 2 else share * (w.stored == 2)  # in fp32
     accumulated = sums * 4 if plan.grad_accum > 1 and w.compute != 4 else 0
     return MemoryNeed(state, max(gathered + accumulated + head, before), 0)
@@ -161,6 +164,7 @@ def _of_deepspeed(
     layout: ParallelLayout,
     plan: BatchPlan,  # noqa: ARG001
     total: int,
+    frozen: int,  # noqa: ARG001 - it has no adapters
     largest: int,
     head: int,
 ) -> MemoryNeed:

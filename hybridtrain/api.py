@@ -30,17 +30,25 @@ def compose(*words: str) -> Config:
     return composing.train_config(list(words))
 
 
-def export(run: str | Path, *, out: str | Path = "", dtype: str = "float32", weights: str = "last") -> Path:
+def export(
+    run: str | Path,
+    *,
+    out: str | Path = "",
+    dtype: str = "float32",
+    weights: str = "last",
+    merge: bool = False,
+) -> Path:
     """Write the newest complete checkpoint of a run as a Hugging Face folder and return that folder.
 
     In one process. `out`: empty: <run>/export. `dtype` of the weights: float32, bfloat16
-    or float16. `weights`: last, or ema, their average. Raises UserError.
+    or float16. `weights`: last, or ema, their average. `merge`: of a run with adapters, the
+    whole model. Raises UserError.
     """
     from hybridtrain.export import hf
 
     folder, target = (os.path.expanduser(path) for path in (run, out))
     config = ExportRoot(
-        run=RunFolder(dir=folder), export=ExportConfig(out=target, dtype=dtype, weights=weights)
+        run=RunFolder(dir=folder), export=ExportConfig(out=target, dtype=dtype, weights=weights, merge=merge)
     )
     checks.check(config)
     return hf.export_newest(config)

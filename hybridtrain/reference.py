@@ -14,19 +14,21 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridtrain import registry
-from hybridtrain.config.schema import OptimConfig, PrecisionConfig
+from hybridtrain.config.schema import AdaptersConfig, OptimConfig, PrecisionConfig
+from hybridtrain.models import adapters as low_rank
 from hybridtrain.models.build import logits, pair_logits, plain_model, saved_buffers
 from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.keyed import keyed
 from hybridtrain.models.linears import linears_in
-from hybridtrain.models.patterns import matches
+from hybridtrain.models.patterns import is_frozen
 from hybridtrain.models.structure import structure_of
 from hybridtrain.optim import matrices, optimizer, user_optimizer
 from hybridtrain.optim.shards import Update, groups, local_shards, set_rate
@@ -64,6 +66,7 @@ class Reference:
         precision: PrecisionConfig,
         seed: int,
         freeze: Sequence[str],
+        adapters: AdaptersConfig,
         task: Task,
     ):
         dtypes = policy(precision)
@@ -74,12 +77,15 @@ class Reference:
         self.loss_scale = 1.0
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
-        self.master: nn.Module = build_model(config, source=source, param=param, device=torch.device("cpu"))
+        source = low_rank.source(source, seed=seed) if adapters.kind != "none" else source
+        build = partial(build_model, config, adapters, source=source, device=torch.device("cpu"))
+        self.master: nn.Module = build(param=param)
         for name, parameter in self.master.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not matches(name, freeze))
-        self.worker: nn.Module = self.master
-        if compute != param:
-            self.worker = build_model(config, source=source, param=compute, device=torch.device("cpu"))
+            frozen = is_frozen(name, freeze=freeze, adapters=adapters)
+            parameter.requires_grad_(parameter.requires_grad and not frozen)
+            if frozen and adapters.kind != "none":  # not trained: stored as it computes
+                parameter.data = parameter.data.to(compute)
+        self.worker: nn.Module = build(param=compute) if compute != param else self.master
         self.dropouts = keyed(self.worker, config)
         structure = structure_of(config)
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
@@ -186,10 +192,14 @@ def _of_documents(model: Any, row: Batch, dropouts: Dropouts) -> Tensor:
 
 
 @torch.no_grad()
-def build_model(config: Any, *, source: WeightSource, param: torch.dtype, device: torch.device) -> nn.Module:
+def build_model(
+    config: Any, adapters: AdaptersConfig, *, source: WeightSource, param: torch.dtype, device: torch.device
+) -> nn.Module:
     """Hugging Face's model of `config` on `device`, with parameters from `source` in dtype `param`."""
     with device:
-        model = _in_dtype(plain_model(config), param)
+        model = plain_model(config)
+        low_rank.add_to_model(model, adapters, config=config)
+        model = _in_dtype(model, param)
     for name, tensor in {**dict(model.named_parameters()), **saved_buffers(model)}.items():
         shape = tuple(tensor.shape)
         tensor.copy_(source(name, shape, tuple(slice(0, size) for size in shape)))

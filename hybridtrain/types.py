@@ -157,6 +157,8 @@ class ModelFacts:
     """Parameters of each layer; empty: all layers have as many."""
     layer_inactive: tuple[int, ...] = ()
     """Of these, those of experts that a token does not use, on average; empty: none."""
+    adapters: tuple[int, ...] = ()
+    """Parameters of adapters in each layer, which alone are trained; empty: the model's own are."""
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
     attend to each other)."""

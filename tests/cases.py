@@ -162,6 +162,7 @@ def reference(case: Case) -> Outcome:
         precision=config.precision,
         seed=config.run.seed,
         freeze=case.freeze,
+        adapters=config.adapters,
         task=task,
     )
     plain.loss_scale = config.precision.init_scale if has_loss_scale(config.precision) else 1.0

@@ -5,13 +5,14 @@ Needs no torch or transformers, so that planning works on a login node.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybridtrain.config.schema import ModelConfig
+from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import classifier, encoder, plain
 from hybridtrain.models.fields import MOST_PARAMETERS, check_fields
@@ -74,6 +75,16 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         if field is None or field[1] in model.config or not model.from_pretrained:
             raise
         raise UserError(f"{first} (config.json of {model.from_pretrained}){line}{rest}") from error
+
+
+def facts_of_run(config: Config) -> ModelFacts:
+    """`facts_of` the model of a run, with its adapters, which need torch. Raises UserError."""
+    found = facts_of(config.model)
+    if config.adapters.kind == "none":
+        return found
+    from hybridtrain.analysis.adapters import sizes
+
+    return dataclasses.replace(found, adapters=sizes(config))
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

@@ -27,9 +27,10 @@ from hybridtrain import reference
 from hybridtrain.bench.rounds import Memory, ProfiledOp, Round, Side, tokens_of
 from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
+from hybridtrain.models import adapters
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
-from hybridtrain.models.patterns import matches
+from hybridtrain.models.patterns import is_frozen
 from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import structure_of
 from hybridtrain.plan.batch import BatchPlan
@@ -73,9 +74,13 @@ class PlainLoop:
             read_config(config.model), chosen=config.model.config, attention=config.model.attention
         )
         source = initial(config.model, built, seed=config.run.seed)
-        self.model = reference.build_model(built, source=source, param=precision.param, device=device)
+        if config.adapters.kind != "none":
+            source = adapters.source(source, seed=config.run.seed)
+        self.model = reference.build_model(
+            built, config.adapters, source=source, param=precision.param, device=device
+        )
         for name, parameter in self.model.named_parameters():
-            frozen = matches(name, config.model.freeze)
+            frozen = is_frozen(name, freeze=config.model.freeze, adapters=config.adapters)
             parameter.requires_grad_(parameter.requires_grad and not frozen)
         if config.recompute.kind == "full":  # Hugging Face has no `selective`, which here is `none`
             # its older name

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridtrain import registry
-from hybridtrain.config import offload_checks, precision_checks, ranges, schema
+from hybridtrain.config import adapter_checks, offload_checks, precision_checks, ranges, schema
 from hybridtrain.config.precision import PRECISIONS, ROUNDINGS, STATES
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
 from hybridtrain.errors import install, refusal
@@ -95,6 +95,7 @@ def check(config: schema.Root) -> None:
         _optimizer_states(config)
         _engine(config)
         precision_checks.check_engine(config)
+        adapter_checks.check(config, trains=not sections.keys() & {"evaluate", "parity", "bench"})
         if "evaluate" not in sections:
             _model_chosen(config.model)
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit

@@ -17,6 +17,9 @@ class ExportConfig(Options):
     """dtype of the exported weights: float32, bfloat16 or float16."""
     weights: str = "last"
     """last: those of the last step; ema: their average (optim.ema)."""
+    merge: bool = False
+    """Of a run with adapters: write the whole model with the adapters added to its weights, in place of a
+    folder of adapters (as of peft)."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
 

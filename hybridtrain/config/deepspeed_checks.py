@@ -42,6 +42,14 @@ def check(config: schema.Config) -> None:
         allowed="[]",
         instead="engine=torch",
     )
+    require(
+        config.adapters.kind == "none",
+        "adapters.kind",
+        config.adapters.kind,
+        "DeepSpeed keeps frozen weights in 16 bits only",
+        allowed="none",
+        instead="engine=torch",
+    )
     if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
         check_stage(config, config.parallel.zero_stage)
     for field, given in (("compute", config.precision.compute), ("rules", config.precision.rules)):

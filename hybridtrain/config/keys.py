@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.config import commands, migrate, precision, schema
+from hybridtrain.config import adapters, commands, migrate, precision, schema
 from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import refusal
 
@@ -137,7 +137,7 @@ def _docstrings() -> dict[str, dict[str, str]]:
     result: dict[str, dict[str, str]] = {}
     for node in [
         node
-        for module in (training_sections, precision, commands)
+        for module in (training_sections, adapters, precision, commands)
         for node in ast.parse(inspect.getsource(module)).body
     ]:
         if not isinstance(node, ast.ClassDef):
@@ -202,9 +202,9 @@ def check_key(key: str, *, value: object, allowed: dict[str, list[Field]], group
         raise refusal(
             key,
             value,
-            "low-rank adapters (LoRA, PEFT) are not supported yet",
-            allowed="training of all parameters, or of those that model.freeze leaves",
-            instead="model.freeze=['model.embed_tokens.*']",
+            "no such option; those of low-rank adapters (LoRA) are in the section adapters",
+            allowed=", ".join(field.key for field in allowed.get("adapters", [])) or "hybridtrain train",
+            instead="adapters=lora adapters.rank=16",
         )
     if section in allowed and not name:
         options = ", ".join(field.key for field in allowed[section])

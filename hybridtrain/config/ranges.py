@@ -20,6 +20,8 @@ PLACES = (*PATHS, "run.name")
 RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, (1 << 63) - 1),
     "generate.seed": (-1, (1 << 63) - 1),  # -1: run.seed
+    "adapters.rank": (1, 1 << 20),
+    "adapters.alpha": (0, 1e9),
     "task.label_smoothing": (0, 1),
     "task.z_loss": (0, 1),
     "task.mask_rate": (0, 1),

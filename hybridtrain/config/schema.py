@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
+from hybridtrain.config.adapters import AdaptersConfig
 from hybridtrain.config.commands import (
     BenchConfig,
     ClusterConfig,
@@ -56,6 +57,7 @@ class Config(Root):
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -200,16 +200,12 @@ def _precision(precision: schema.PrecisionConfig) -> None:
 def _model(model: schema.ModelConfig) -> None:
     for key in model.config:
         if ADAPTERS.search(str(key)):
-            problem, instead = (
-                "low-rank adapters (LoRA, PEFT) are not supported yet",
-                "model.freeze=['model.embed_tokens.*']",
-            )
             raise refusal(
                 f"model.config.{key}",
                 model.config[key],
-                problem,
-                allowed="full training, or model.freeze",
-                instead=instead,
+                "low-rank adapters (LoRA) are no field of a model's config.json",
+                allowed="the options of the section adapters",
+                instead="adapters=lora adapters.rank=16",
             )
     if model.config and not model.from_pretrained and not model.config.get("model_type"):
         raise refusal(

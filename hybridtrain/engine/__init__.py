@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridtrain import tasks
-from hybridtrain.analysis.facts import BY_FIELDS, facts_of, no_classifier
+from hybridtrain.analysis.facts import BY_FIELDS, facts_of_run, no_classifier
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
@@ -41,7 +41,7 @@ def settle(config: Config, *, world_size: int) -> Settled:
 
     Without torch, but for a model type that has to be analysed.
     """
-    model = facts_of(config.model)
+    model = facts_of_run(config)
     weights.check(config.model, facts=model)
     layout = layouts.resolve(config.parallel, world_size=world_size)
     model = facts_of_layout(model, config.model, config.parallel, tp=layout.tp, engine=config.engine.kind)
@@ -174,7 +174,7 @@ def build_for(
     from hybridtrain.runtime import cpu
 
     check(config)
-    model = facts_of(config.model)
+    model = facts_of_run(config)
     model = facts_of_layout(model, config.model, config.parallel, tp=layout.tp, engine=config.engine.kind)
     _check_formats(config, device=device, plan=plan)
     if task is None:

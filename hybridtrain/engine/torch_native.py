@@ -21,6 +21,7 @@ from hybridtrain.checkpoint import origin, sharded
 from hybridtrain.config.schema import Config
 from hybridtrain.engine.common import agreed_slicing, global_counts, loss_of, named_sums
 from hybridtrain.engine.monitored import OfTorch
+from hybridtrain.models import adapters
 from hybridtrain.models.build import hf_config, saved_buffers
 from hybridtrain.models.init import fill
 from hybridtrain.models.load import initial as initial_weights
@@ -85,14 +86,18 @@ class TorchEngine:
         sequence = sequence_parallel(config.parallel, plan=plan, tp=layout.tp)
         slicing = slicing_of_layout(self.model_config, tp=layout.tp, sequence=sequence)
         self.slicing = agreed_slicing(slicing, parallel=config.parallel, tp=layout.tp)
+        self.adapted = config.adapters.kind != "none"
+        if self.adapted and layout.tp > 1:
+            self.slicing = adapters.sliced(self.slicing, config=self.model_config)
         context = Context.of(
             config, mesh=self.mesh, plan=plan, precision=self.precision, task=task, slicing=self.slicing
         )
         self.ids, self.stages = build_stages(self.model_config, context=context)
         self.converter = converter(context)
         self.adaptive = adaptive_of(config.precision, self.model_config)
-        if initial:
-            fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
+        if initial or self.adapted:  # whose checkpoints do not have the model's own weights
+            weights = initial_weights(config.model, self.model_config, seed=config.run.seed)
+            fill(self.stages, adapters.source(weights, seed=config.run.seed) if self.adapted else weights)
         self.place = torch.device("cpu") if config.engine.offload_optimizer == "cpu" else device
         """Where updates are computed."""
         self.optimizer = self._optimizer()
@@ -315,8 +320,12 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Everything in a checkpoint, as tensors that share memory with the training."""
-        model = {f"model.{name}": parameter.detach() for name, parameter in self.weights()}
-        model |= {f"model.{name}": buffer for name, buffer in self._buffers().items()}
+        model = {
+            f"model.{name}": parameter.detach()
+            for name, parameter in self.weights()
+            if parameter.requires_grad or not self.adapted
+        }
+        model |= {f"model.{name}": buffer for name, buffer in self._buffers().items() if not self.adapted}
         average = self.average.state() if self.average is not None else {}
         return {**model, **self.optimizer.state(), **self.scaler.state(), **average}
 

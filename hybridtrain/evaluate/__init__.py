@@ -20,6 +20,7 @@ from hybridtrain.checkpoint import export_record
 from hybridtrain.checkpoint.manager import Manager
 from hybridtrain.config.schema import CheckpointConfig
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.models import adapter_folder
 from hybridtrain.models.build import auto_class
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime import log, network
@@ -40,7 +41,7 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
     """
     if not source:
         folder = run_dir / "export"
-        if not (folder / "config.json").is_file():
+        if not _is_model(folder):
             require_run(run_dir, command=field.partition(".")[0])
             raise refusal(
                 field,
@@ -57,7 +58,7 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="hybridtrain-") as temporary:
             yield str(_export(folder, out=Path(temporary) / "export", field=field))
         return
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not _is_model(folder):
         raise refusal(
             field,
             source,
@@ -70,6 +71,10 @@ def loadable(source: str, *, run_dir: Path, field: str) -> Iterator[str]:
             field, source, "there is no such folder", allowed=_ALLOWED, instead=f"{field}=<run>/export"
         )
     yield str(folder) if folder.is_dir() else source
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", adapter_folder.CONFIG))
 
 
 def _warn_of_later(export: Path, *, run_dir: Path) -> None:
@@ -94,18 +99,20 @@ def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
         out=out,
         dtype="float32",
         which="last",
+        merge=False,
         max_shard_bytes=5 * 10**9,
     )
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
-    """The model of `source` in eval mode and its stored dtype, on the GPUs if there are any, else on the CPU.
+    """The model of `source`, with adapters if it holds these, in eval mode and its stored dtype, on the
+    GPUs if there are any, else on the CPU.
 
     On GPUs accelerate distributes it over them and main memory (device_map="auto"). Raises UserError with
     `field` if transformers cannot load it.
     """
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -113,17 +120,26 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
     export_record.check(Path(source), field=field)
+    adapted = adapter_folder.is_adapter(Path(source))
+    base, revision = adapter_folder.base_of(Path(source), field=field) if adapted else (source, "main")
     options = {
         "trust_remote_code": trust_remote_code,
-        "local_files_only": not (Path(source).exists() or network.hub_resolves()),
+        "local_files_only": not (Path(base).exists() or network.hub_resolves()),
+        "revision": revision,
     }
     try:
-        kind = auto_class(AutoConfig.from_pretrained(source, **options))
-        model = kind.from_pretrained(source, dtype="auto", device_map=device_map, **options)
+        kind = auto_class(AutoConfig.from_pretrained(base, **options))
+        model = kind.from_pretrained(base, dtype="auto", device_map=device_map, **options)
+        if (
+            adapted and (Path(source) / "generation_config.json").is_file()
+        ):  # with the tokens that end answers
+            model.generation_config = GenerationConfig.from_pretrained(source)
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception as error:  # safetensors, pydantic and others have their own exceptions
         raise unloadable(source, field=field, what="model", error=error) from error
+    if adapted:
+        adapter_folder.attach(model, Path(source), field=field)
     return model.eval()
 
 

@@ -26,8 +26,8 @@ from hybridtrain.config.schema import Config, ExportRoot
 from hybridtrain.config.section_checks import one_of
 from hybridtrain.data.prepare.template import end_of_turn
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.export import destination, weights
-from hybridtrain.models import config_diff, tokens
+from hybridtrain.export import adapter, destination, weights
+from hybridtrain.models import adapter_folder, config_diff, tokens
 from hybridtrain.optim.average import PREFIX as AVERAGE
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
@@ -116,6 +116,7 @@ def export_newest(config: ExportRoot) -> Path:
                 out=out,
                 dtype=options.dtype,
                 which=options.weights,
+                merge=options.merge,
                 max_shard_bytes=int(options.max_shard_gb * 10**9),
             )
         except Removed:
@@ -152,17 +153,18 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def export(
-    checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, which: str, max_shard_bytes: int
+    checkpoint: Path, *, run: SourceRun, out: Path, dtype: str, which: str, merge: bool, max_shard_bytes: int
 ) -> Path:
     """Write a complete checkpoint to the Hugging Face folder `out`; returns `out`.
 
-    `dtype` is a key of DTYPES and applies to floating-point weights; `which`: as export.weights. Needs memory
-    for about two copies of the largest tensor. Writes to a temporary folder and renames it: an earlier export
-    is replaced, other files in it stay. Raises UserError for a damaged checkpoint or tokenizer, values that
-    `dtype` cannot hold, an existing folder that is no export, a full disk; Removed if the checkpoint has been
-    removed.
+    `dtype` is a key of DTYPES and applies to floating-point weights; `which`, `merge`: as export.weights
+    and export.merge. Needs memory for about two copies of the largest tensor. Writes to a temporary folder
+    and renames it: an earlier export is replaced, other files in it stay. Raises UserError for a damaged
+    checkpoint or tokenizer, values that `dtype` cannot hold, an existing folder that is no export, a full
+    disk; Removed if the checkpoint has been removed.
     """
     _check(dtype=dtype, which=which, max_shard_bytes=max_shard_bytes)
+    adapter.check_merge(merge, run.config.adapters)
     destination.check(out)
     with hold_open(checkpoint) as files:
         stored = _verified(files)
@@ -172,15 +174,17 @@ def export(
         ends = _ends(source, run=run, out=out)
         try:
             with destination.replacing(out) as partial:
-                weights.write(
-                    files,
-                    partial=partial,
-                    config=config,
-                    stored=stored,
-                    dtype=DTYPES[dtype],
-                    average=which == "ema",
-                    max_shard_bytes=max_shard_bytes,
-                )
+                options: dict[str, Any] = {
+                    "partial": partial,
+                    "stored": stored,
+                    "dtype": DTYPES[dtype],
+                    "average": which == "ema",
+                    "max_shard_bytes": max_shard_bytes,
+                }
+                if run.config.adapters.kind != "none":
+                    adapter.write(files, config=run.config, merge=merge, **options)
+                else:
+                    weights.write(files, config=config, **options)
                 origin = {"dtype": dtype, **({"weights": which} if which != "last" else {})}
                 _write_rest(partial, checkpoint=files, config=config, run=run, ends=ends, origin=origin)
                 if source is not None:
@@ -337,8 +341,8 @@ def _write_rest(
     ends: tokens.Ends | None,
     origin: Mapping[str, str],
 ) -> None:
-    """Write config.json, generation_config.json, and the record of the checkpoint exported. `origin`: dtype
-    and kind of the weights."""
+    """Write config.json (not for adapters), generation_config.json, and the record of the checkpoint
+    exported. `origin`: dtype and kind of the weights."""
     generation = _generation(checkpoint, run=run)
     config, generation, lines = tokens.with_end_tokens(
         config, generation, of_tokenizer=ends, new=not run.config.model.from_pretrained
@@ -346,7 +350,8 @@ def _write_rest(
     for line in lines if run.config.model.from_pretrained else ():  # a new model has no tokens yet
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # the older name of "dtype"
-    _write_json(partial / marker.CONFIG, {**config, "dtype": origin["dtype"]})
+    if not (partial / adapter_folder.CONFIG).is_file():
+        _write_json(partial / marker.CONFIG, {**config, "dtype": origin["dtype"]})
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)

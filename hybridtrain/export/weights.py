@@ -63,8 +63,22 @@ def write(
             instead="a checkpoint of the same run",
         )
 
-    read = _reader(checkpoint, stored, average=average)
-    values: Callable[[TensorSpec], torch.Tensor] = read
+    read = reader(checkpoint, stored, average=average)
+    write_files(specs, read, model=model, partial=partial, max_shard_bytes=max_shard_bytes)
+
+
+def write_files(
+    specs: list[TensorSpec],
+    read: Callable[[TensorSpec], torch.Tensor],
+    *,
+    model: torch.nn.Module | None,
+    partial: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write parameters as safetensors files and, if there are several, their index. `model`: on meta, if its
+    parameters are stored under other names.
+    """
+    values = read
     if model is not None:
         specs, values = _converted(specs, read, model=model)
     report = _progress_line(tensors=len(specs), size=sum(spec.size for spec in specs))
@@ -87,7 +101,7 @@ def write(
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _reader(
+def reader(
     checkpoint: Path, stored: metadata.dcp_metadata.Metadata, *, average: bool
 ) -> Callable[[TensorSpec], torch.Tensor]:
     """What reads a weight of a checkpoint, and casts it."""
@@ -100,11 +114,11 @@ def _reader(
 
     def read(spec: TensorSpec) -> torch.Tensor:
         if average and AVERAGE + spec.name in stored.state_dict_metadata:
-            return _cast(loaded(AVERAGE + spec.name, spec), spec=spec)
+            return cast(loaded(AVERAGE + spec.name, spec), spec=spec)
         weight, rest = loaded(PREFIX + spec.name, spec), f"optim.{spec.name}.{COMPENSATION}"
         if spec.dtype != weight.dtype and rest in stored.state_dict_metadata:  # what bf16 lacks
             weight = joined(weight, loaded(rest, spec))
-        return _cast(weight, spec=spec)
+        return cast(weight, spec=spec)
 
     return read
 
@@ -149,18 +163,23 @@ def _specs(
         name = key.removeprefix(PREFIX)
         if key.startswith(PREFIX) and not (tied and name == _HEAD):
             was = entry.properties.dtype
-            cast = was.is_floating_point and name not in kept
-            specs.append(TensorSpec(name, tuple(entry.size), dtype if cast else was))
+            casts = was.is_floating_point and name not in kept
+            specs.append(TensorSpec(name, tuple(entry.size), dtype if casts else was))
+    return in_order(specs)
+
+
+def in_order(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Sorted by layer."""
     return sorted(
         specs,
         key=lambda spec: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", spec.name)],
     )
 
 
-def _cast(tensor: torch.Tensor, *, spec: TensorSpec) -> torch.Tensor:
+def cast(tensor: torch.Tensor, *, spec: TensorSpec) -> torch.Tensor:
     """Cast to the dtype of `spec`. Raises UserError if a finite value would become infinite."""
-    cast = tensor.to(spec.dtype)
-    if tensor.is_floating_point() and bool((cast.isinf() & ~tensor.isinf()).any()):
+    result = tensor.to(spec.dtype)
+    if tensor.is_floating_point() and bool((result.isinf() & ~tensor.isinf()).any()):
         largest = float(tensor.abs().max())
         dtype = str(spec.dtype).removeprefix("torch.")
         raise refusal(
@@ -170,7 +189,7 @@ def _cast(tensor: torch.Tensor, *, spec: TensorSpec) -> torch.Tensor:
             allowed="bfloat16 or float32",
             instead="export.dtype=bfloat16",
         )
-    return cast
+    return result
 
 
 def _progress_line(*, tensors: int, size: int) -> Callable[[TensorSpec], None]:

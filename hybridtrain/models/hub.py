@@ -37,6 +37,12 @@ def optional(model: ModelConfig, name: str) -> Path | None:
     return None
 
 
+def weights_folder(model: ModelConfig) -> Path:
+    """The folder that `model.from_pretrained` names, or that of its repository in the local cache."""
+    local = Path(model.from_pretrained)
+    return local if local.is_dir() else folder(model)
+
+
 def folder(model: ModelConfig) -> Path:
     """Folder in the local cache with the repository's weights and JSON files. Raises UserError."""
     from huggingface_hub import snapshot_download

@@ -128,13 +128,13 @@ def draw(config: Any, *, seed: int) -> WeightSource:
         if name in recorded()[2]:
             return recorded()[2][name][slices]
         steps = recorded()[0][name]
-        return real()[name][slices] if steps is None else _replay(steps, shape, slices, key=f"{seed}:{name}")
+        return real()[name][slices] if steps is None else replay(steps, shape, slices, key=f"{seed}:{name}")
 
     return values
 
 
-def _replay(steps: list[Step], shape: tuple[int, ...], slices: Slices, *, key: str) -> Tensor:
-    """The values that `steps` give to the slices of a parameter."""
+def replay(steps: list[Step], shape: tuple[int, ...], slices: Slices, *, key: str) -> Tensor:
+    """The values that `steps` give to the slices of a parameter; random ones are those of `key`."""
     if not shape:
         return _rows(steps, (1,), 0, 1, key=key)[0]
     row = math.prod(shape[1:])

@@ -86,7 +86,7 @@ def _parameters(model: ModelConfig, config: Any) -> Mapping[str, Stored | Conver
 
     Raises UserError for adapters and quantized weights.
     """
-    tensors = weights.stored(_folder(model))
+    tensors = weights.stored(hub.weights_folder(model))
     if any(".lora_" in name for name in tensors):
         raise weights.adapter_refused(model.from_pretrained)
     weights.check_dtypes(tensors, source=model.from_pretrained)
@@ -106,11 +106,6 @@ def _read(tensor: Stored | Converted, slices: Slices) -> Tensor:
             return file.get_slice(tensor.name)[slices] if slices else file.get_tensor(tensor.name)
     except (SafetensorError, OSError) as error:
         raise weights.unreadable(tensor.file, error) from error
-
-
-def _folder(model: ModelConfig) -> Path:
-    folder = Path(model.from_pretrained)
-    return folder if folder.is_dir() else hub.folder(model)
 
 
 def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, config: Any) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hybridtrain.config.schema import Config
-from hybridtrain.models import patterns, plain
+from hybridtrain.config.schema import AdaptersConfig, Config
+from hybridtrain.models import adapters, patterns, plain
 from hybridtrain.models.build import hf_config, meta_model, one_layer
 from hybridtrain.models.source import read_config
 from hybridtrain.plan import optimizer_states
@@ -20,13 +20,19 @@ def check(config: Config) -> None:
     Raises UserError.
     """
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    patterns.check(parameter_names(built), freeze=config.model.freeze, optim=config.optim)
+    freeze, settings = config.model.freeze, config.adapters
+    names = parameter_names(built)
+    if settings.kind != "none":
+        names += adapters.shapes(adapters.check(built, settings), rank=settings.rank)
+    patterns.check(names, freeze=freeze, optim=config.optim, adapters=settings)
     if config.precision.state == "8bit":
-        optimizer_states.check_rows(trained_shapes(built, freeze=config.model.freeze))
+        optimizer_states.check_rows(trained_shapes(built, freeze=freeze, settings=settings))
 
 
-def trained_shapes(config: Any, *, freeze: Sequence[str]) -> dict[str, torch.Size]:
+def trained_shapes(config: Any, *, freeze: Sequence[str], settings: AdaptersConfig) -> dict[str, torch.Size]:
     """Name -> whole shape of the parameters that are trained, tied ones once."""
+    if settings.kind != "none":
+        return adapters.shapes(adapters.chosen(config, settings), rank=settings.rank)
     return {
         name: parameter.shape
         for name, parameter in meta_model(config).named_parameters()

@@ -8,8 +8,10 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-from hybridtrain.config.schema import OptimConfig
+from hybridtrain.config.schema import AdaptersConfig, OptimConfig
 from hybridtrain.errors import refusal
+
+_ADAPTER = ".lora_"
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -17,7 +19,21 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check(names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig) -> None:
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of an adapter (models/adapters.py)."""
+    return _ADAPTER in name
+
+
+def is_frozen(name: str, *, freeze: Sequence[str], adapters: AdaptersConfig) -> bool:
+    """Whether a parameter is not trained: one that model.freeze matches; with adapters, all of the model's
+    own.
+    """
+    return not is_adapter(name) if adapters.kind != "none" else matches(name, freeze)
+
+
+def check(
+    names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig, adapters: AdaptersConfig
+) -> None:
     """Refuse patterns that match no parameter of the whole model, those that freeze all, and rules that come
     too late (raises UserError).
     """
@@ -35,7 +51,7 @@ def check(names: Sequence[str], *, freeze: Sequence[str], optim: OptimConfig) ->
     for pattern in optim.no_decay:
         if pattern not in OptimConfig().no_decay:  # the defaults are for models with and without biases
             check_one("optim.no_decay", pattern, names, what="parameter")
-    left = {name for name in names if not matches(name, freeze)}
+    left = {name for name in names if not is_frozen(name, freeze=freeze, adapters=adapters)}
     for number, rule in enumerate(optim.rules):
         field, pattern = f"optim.rules[{number}]", rule["match"]
         check_one(field, pattern, names, what="parameter")

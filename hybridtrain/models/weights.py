@@ -9,6 +9,8 @@ Torch is needed only to compare a stored head with the embedding to which config
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _OF_BUFFERS = ("I64", "BOOL")
 """Dtypes of tables of numbers, such as the experts of each token, and of no quantized weight."""
+_SAMPLE = 4096  # bytes at either end of a tensor
 _ROWS = 4096  # rows of two matrices that are compared at a time
 
 _log = log.get("model")
@@ -113,6 +116,42 @@ def _header(file: Path, modified: int) -> Mapping[str, Stored]:  # noqa: ARG001
         raise unreadable(file, error) from error
 
 
+def digest(folder: Path) -> str:
+    """A hash of the weights in a folder, however they are spread over files: of names, shapes, dtypes, and
+    the first and last bytes of each. Reads little. Raises UserError.
+    """
+    tensors, result = stored(folder), hashlib.sha256()
+    places = {file: _places(file) for file in {tensor.file for tensor in tensors.values()}}
+    for name, tensor in sorted(tensors.items()):
+        start, stop = places[tensor.file][name]
+        result.update(f"{name} {tensor.shape} {tensor.dtype} ".encode())
+        try:
+            with tensor.file.open("rb") as stream:
+                for begin in (start, max(start, stop - _SAMPLE)):
+                    stream.seek(begin)
+                    result.update(stream.read(min(_SAMPLE, stop - begin)))
+        except OSError as error:
+            raise unreadable(tensor.file, error) from error
+    return result.hexdigest()[:16]
+
+
+def _places(file: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (first byte, byte after the last) of the tensors in a safetensors file, whose header comes
+    after its own length.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+    except (OSError, ValueError) as error:
+        raise unreadable(file, error) from error
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + size + first, 8 + size + last)
+        for name, (first, last) in ((name, entry["data_offsets"]) for name, entry in header.items())
+    }
+
+
 def unreadable(file: Path, error: Exception) -> UserError:
     """The refusal of a weight file that is missing, truncated or no safetensors file."""
     return refusal(
@@ -129,9 +168,10 @@ def adapter_refused(folder: str) -> UserError:
     return refusal(
         "model.from_pretrained",
         folder,
-        "it holds a LoRA adapter, which is not supported yet",
+        "it holds a LoRA adapter, not a model",
         allowed="the whole weights of a model",
-        instead="merge it into its base model (peft's merge_and_unload), save that, and start from it",
+        instead="its base model with adapters=lora; or what hybridtrain export RUN export.merge=true writes, "
+        "or peft's merge_and_unload",
     )
 
 

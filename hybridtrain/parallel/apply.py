@@ -2,8 +2,8 @@
 
 `ORDER` lists the transforms in the order in which they are applied.
 
-    stage on meta -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard -> materialize
-                  -> check
+    stage on meta -> adapters -> tensor -> convert -> freeze -> recompute -> compile -> local -> shard
+                  -> materialize -> check
 
 A transform is a function that changes a stage, and two that return sets of names (of parameters, layers,
 modules): those that the config asks for, and those that the finished stage shows. Both must be equal, so that
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridtrain.analysis.facts import facts_of
-from hybridtrain.config.schema import Config, EngineConfig, ParallelConfig, PrecisionConfig
+from hybridtrain.analysis.facts import facts_of_run
+from hybridtrain.config.schema import AdaptersConfig, Config, EngineConfig, ParallelConfig, PrecisionConfig
 from hybridtrain.models.init import reset_buffers
-from hybridtrain.models.patterns import matches
+from hybridtrain.models.patterns import is_frozen
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.stage import Stage
-from hybridtrain.parallel import convert
+from hybridtrain.parallel import adapters, convert
 from hybridtrain.parallel.fsdp import apply_shard, pad_shards, wrapped_modules
 from hybridtrain.parallel.mesh import Mesh, sharded_over
 from hybridtrain.parallel.recompute import allow_graphs, apply_compile, apply_recompute, wrappers
@@ -56,6 +56,7 @@ class Context:
     formats: PrecisionConfig
     recompute: str
     freeze: list[str]
+    adapters: AdaptersConfig
     task: Task
     slicing: Slicing
     cut: Cut
@@ -72,11 +73,27 @@ class Context:
         slicing: Slicing,
     ) -> Context:
         """That of a run's config."""
-        parallel, facts = config.parallel, facts_of(config.model)
+        parallel, facts = config.parallel, facts_of_run(config)
         cut = stages.cut(config, parallel=parallel, pp=mesh.layout.pp, plan=plan, facts=facts)
         recompute, freeze = config.recompute.kind, config.model.freeze
         formats = config.precision
-        return cls(mesh, parallel, config.engine, precision, formats, recompute, freeze, task, slicing, cut)
+        return cls(
+            mesh,
+            parallel,
+            config.engine,
+            precision,
+            formats,
+            recompute,
+            freeze,
+            config.adapters,
+            task,
+            slicing,
+            cut,
+        )
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter is not trained."""
+        return is_frozen(name, freeze=self.freeze, adapters=self.adapters)
 
 
 Names = Callable[[Stage, Context], set[str]]
@@ -133,6 +150,17 @@ def check(stage: Stage, context: Context, *, order: Sequence[Transform]) -> None
             f"transform {each.name}: not done {sorted(expected - actual)}, "
             f"not asked for {sorted(actual - expected)}"
         )
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+
+def _adapt(stage: Stage, context: Context) -> None:
+    adapters.adapt(stage, context.adapters, precision=context.precision)
+
+
+def _to_adapt(stage: Stage, context: Context) -> set[str]:
+    return adapters.expected(stage, context.adapters)
 
 
 # -- tensor --------------------------------------------------------------------------------------------------
@@ -200,7 +228,7 @@ def _doubled(stage: Stage, context: Context) -> set[str]:
 
 def _freeze(stage: Stage, context: Context) -> None:
     for name, parameter in stage.named_parameters():
-        if matches(stage.owner(name), context.freeze):
+        if context.is_frozen(stage.owner(name)):
             parameter.requires_grad_(False)
 
 
@@ -208,7 +236,7 @@ def _to_freeze(stage: Stage, context: Context) -> set[str]:
     """A pattern may match nothing on this stage; one that matches on no stage
     is refused by models/patterns.py.
     """
-    frozen = {name for name in _parameters(stage) if matches(stage.owner(name), context.freeze)}
+    frozen = {name for name in _parameters(stage) if context.is_frozen(stage.owner(name))}
     return frozen | stage.untrained
 
 
@@ -347,6 +375,7 @@ def _over(stage: Stage, axis: str) -> set[str]:
 RECOMPUTE = Transform("recompute", _recompute, _to_recompute, _wrapped_by("recompute"))
 
 ORDER = (
+    Transform("adapters", _adapt, _to_adapt, lambda stage, _: adapters.found(stage)),
     Transform("tensor", _slice, _to_slice, _sliced),
     Transform("convert", _convert, _to_convert, _converted),  # which needs to know how weights are cut
     Transform("double", _double, _to_double, _doubled),  # inside recomputation, which repeats it

@@ -154,6 +154,7 @@ def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) 
         precision=precision,
         seed=config.run.seed,
         freeze=config.model.freeze,
+        adapters=config.adapters,
         task=job.task or tasks.of(config, labels=len(facts.labels), vocab=facts.vocab),
     )
     plain.loss_scale = precision.static_scale or 1.0

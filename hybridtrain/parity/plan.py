@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridtrain.analysis.facts import facts_of
+from hybridtrain.analysis.facts import facts_of_run
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config import deepspeed_checks, precision_checks, schema
 from hybridtrain.errors import UserError, refusal
@@ -106,7 +106,7 @@ def prepare(
     GPUs, None on CPU.
     """
     config, changes = _prepared_config(config)
-    model = facts_of(config.model)
+    model = facts_of_run(config)
     cases, left_out = _choose(config, model, capabilities, devices)
     if config.parity.shrink:
         small = shrunk(
@@ -118,7 +118,7 @@ def prepare(
         )
         changes.append(_shrink_note(config, read_config(config.model), small))
         config.model = dataclasses.replace(config.model, from_pretrained="", config=small)
-        model = facts_of(config.model)
+        model = facts_of_run(config)
         cases, left_out = _choose(config, model, capabilities, devices)
     if not cases:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridtrain.errors import refusal
 from hybridtrain.plan import optimizer_states, stages
@@ -116,15 +116,20 @@ def needs(
         total, largest = sum(stage for stage, _ in sizes), max(layer for _, layer in sizes)
         last = len(cut.layers) - 1 in numbers
         head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
+        frozen = 0
+        if facts.adapters:  # counted as whole on every tensor-parallel rank: about half of them are
+            layers = [layer for index in numbers for layer in cut.layers[index]]
+            total, frozen, head = sum(facts.adapters[layer] for layer in layers), total, 0
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
-        need = of_rank(
-            config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
-        )
-        factors = sum(
-            optimizer_states.bytes_of_factors(config, facts=facts, layers=layers) for layers in held
-        )
-        update = optimizer_states.bytes_of_update(config, layout=layout, facts=facts, ends=held)
-        of_ranks.append(replace(need, state=need.state + factors, step=max(need.step, update)))
+        run: dict[str, Any] = {"parallel": parallel, "layout": layout, "plan": plan}
+        need = of_rank(config, **run, total=total, frozen=frozen, largest=largest, head=head)
+        if not facts.adapters:  # of these, which are small, not counted
+            factors = sum(
+                optimizer_states.bytes_of_factors(config, facts=facts, layers=layers) for layers in held
+            )
+            update = optimizer_states.bytes_of_update(config, layout=layout, facts=facts, ends=held)
+            need = replace(need, state=need.state + factors, step=max(need.step, update))
+        of_ranks.append(need)
     return max(of_ranks, key=lambda need: need.total)
 
 
@@ -135,11 +140,12 @@ def _of_torch(
     layout: ParallelLayout,
     plan: BatchPlan,
     total: int,
+    frozen: int,
     largest: int,
     head: int,
 ) -> MemoryNeed:
-    """`total`: parameters of the rank, `largest`: of its largest layer; `head`: bytes of the
-    head's gradient in fp32.
+    """`total`: trained parameters of the rank, `frozen`: those beside adapters, `largest`: of its largest
+    layer; `head`: bytes of the head's gradient in fp32.
     """
     w, streams = widths(config.precision.kind), config.engine.offload_parameters == "cpu"
     zero = 3 if streams else parallel.zero_stage
@@ -149,27 +155,28 @@ def _of_torch(
     moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
     average = share * max(4, w.stored) * bool(config.optim.ema)
     rest = weights * optimizer_states.compensated(config) + math.ceil(share * moments) + average
-    state, host = _places(config, weights=weights, rest=rest)
+    kept = math.ceil(frozen / layout.dp_shard) * w.compute
+    state, host = _places(config, weights=weights, rest=rest, frozen=kept)
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     casts = w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not (layout.dp > 1 or casts or streams):
         return MemoryNeed(state, max(head, before), host)
-    gathered = (largest if zero == 3 else total) * w.compute
+    gathered = (largest if zero == 3 else total + frozen) * w.compute
     sums = total if zero < 2 else share * (w.stored == 2)  # in fp32
     accumulated = sums * 4 if plan.grad_accum > 1 and w.compute != 4 else 0
     return MemoryNeed(state, max(gathered + accumulated + head, before), host)
 
 
-def _places(config: Config, *, weights: int, rest: int) -> tuple[int, int]:
-    """(bytes on the device, offloaded to the host) of weights, as many bytes of gradients, and the `rest` of
-    the state. On a CPU, the copies of the weights are in the same memory.
+def _places(config: Config, *, weights: int, rest: int, frozen: int) -> tuple[int, int]:
+    """(bytes on the device, offloaded to the host) of trained weights, as many bytes of gradients, the `rest`
+    of the state, and frozen weights. On a CPU, the copies of the weights are in the same memory.
     """
-    everything = 2 * weights + rest
+    trained = 2 * weights + rest
     if config.engine.offload_parameters == "cpu":
-        return (0, everything) if _on_gpu() else (everything, 0)
+        return (0, trained + frozen) if _on_gpu() else (trained + frozen, 0)
     if config.engine.offload_optimizer == "cpu":
-        return (2 * weights, everything) if _on_gpu() else (everything + weights, 0)
-    return everything, 0
+        return (2 * weights + frozen, trained) if _on_gpu() else (trained + weights + frozen, 0)
+    return trained + frozen, 0
 
 
 def _of_deepspeed(
@@ -179,6 +186,7 @@ def _of_deepspeed(
     layout: ParallelLayout,
     plan: BatchPlan,  # noqa: ARG001
     total: int,
+    frozen: int,  # noqa: ARG001 - it has no adapters
     largest: int,
     head: int,
 ) -> MemoryNeed:

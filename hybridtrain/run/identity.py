@@ -24,7 +24,7 @@ from hybridtrain.run import lock
 from hybridtrain.runtime.files import check_outside_checkpoints
 from hybridtrain.types import ModelFacts, Progress
 
-_WHOLE_SECTIONS = ("model", "task", "data", "optim", "schedule")
+_WHOLE_SECTIONS = ("model", "adapters", "task", "data", "optim", "schedule")
 _NOT_IDENTITY = ("model.name", "model.attention", "model.trust_remote_code", "optim.ema")
 """They do not change the model, nor its training."""
 _SINGLE_FIELDS = (
@@ -199,7 +199,7 @@ def _leftovers(path: Path) -> Iterator[str]:
 
 def _another_run(path: Path, differing: Mapping[str, tuple[object, object]]) -> UserError:
     instead = "another run.dir"
-    if not any(key.startswith("model.") for key in differing):  # a branch keeps the model
+    if not any(key.startswith(("model.", "adapters.")) for key in differing):  # a branch keeps the model
         instead += f"; run.branch_from={path} with it, to begin from what is trained here"
     return refusal(
         "run.dir",
@@ -233,7 +233,7 @@ def model_differences(before: Config, now: Config) -> dict[str, tuple[object, ob
     return {
         key: pair
         for key, pair in differences(before, now).items()
-        if key.startswith("model.") and key not in _NOT_IDENTITY
+        if key.startswith(("model.", "adapters.")) and key not in _NOT_IDENTITY
     }
 
 
@@ -290,10 +290,30 @@ def model_fingerprint(facts: ModelFacts) -> str:
     """
     kinds = ("labels", "encoder", "pairs")
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}
-    later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
+    later = (
+        "full_layers",
+        "layer_parameters",
+        "layer_inactive",
+        "adapters",
+        "dropped",
+        "refused",
+        "shared",
+        "cuts",
+    )
     for name in (*later, "sliced", "stored", "sequence", "whole"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def other_base(before: str | None, now: str | None) -> UserError:
+    """The refusal of adapters on other weights than those that they were trained on."""
+    return refusal(
+        "model.from_pretrained",
+        now or "(no adapters)",
+        f"the checkpoint has adapters of other weights ({before or 'none'})",
+        allowed="the weights that the run began with, which its checkpoints do not hold",
+        instead="those weights, or a new run.dir",
+    )
 
 
 def check_fingerprints(
@@ -338,16 +358,17 @@ def check_fingerprints(
             allowed="the task that the run began with",
             instead=instead,
         )
+    if "base" in differing:
+        raise other_base(before.get("base"), fingerprints.get("base"))
     if differing and not allow_data_change:
         name = next((name for name in ("data", "tokens") if name in differing), differing[0])
-        was, now = before.get(name), fingerprints.get(name)
-        what = {
-            "data": "other data: they were prepared again since, or replaced",
-            "tokens": "other token files: they have changed since",
-        }.get(name, f"another {name}")
+        known = {"data": "other data: they were prepared again since, or replaced"}
+        known["tokens"] = "other token files: they have changed since"
+        what = known.get(name, f"another {name}")
         raise refusal(
             *data,
-            f"the checkpoint of step {step} was trained on {what} ({was} then, {now} now)",
+            f"the checkpoint of step {step} was trained on {what} ({before.get(name)} then, "
+            f"{fingerprints.get(name)} now)",
             allowed="the data and the order that the run began with",
             instead=(
                 "the run's own text, prepared there again; or, to go on with what is there, "

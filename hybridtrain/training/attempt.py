@@ -119,6 +119,15 @@ def _formats(job: Job, engine: Any) -> dict[str, Any]:
     return {"version": 1, "formats": rows} if rows else {}
 
 
+def _base(job: Job) -> dict[str, Any]:
+    """The model that adapters belong to, as a small state of a checkpoint; empty without adapters."""
+    model = job.config.model
+    if job.config.adapters.kind == "none":
+        return {}
+    name = compose.public_value(model.from_pretrained)
+    return {"version": 1, "model": name, "revision": model.revision, "hash": job.fingerprints["base"]}
+
+
 def _nothing(step: int) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001
     """No step is sampled."""
     return contextlib.nullcontext()
@@ -213,6 +222,7 @@ def _add_callbacks(
     if of_user and job.layout.world_size > 1:
         calls.add(builtin.Barrier(engine.mesh.all_ranks(name="callbacks")), of_user=False)
     calls.run.states["formats"] = functools.cache(functools.partial(_formats, job, engine))
+    calls.run.states["base"] = functools.partial(_base, job)
     manager, fingerprints = Manager(run_dir.checkpoints, settings=config.checkpoint), job.fingerprints
     saver = builtin.Checkpoint(
         engine,

@@ -16,6 +16,7 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import refusal
+from hybridtrain.models import hub, weights
 from hybridtrain.plan import memory
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
@@ -52,6 +53,8 @@ class Job:
         found = {"model": model, "data": self.data.fingerprint, "order": order} | (
             {} if sample is None else {"tokens": sample}
         )
+        if self.config.adapters.kind != "none":
+            found["base"] = weights.digest(hub.weights_folder(self.config.model))
         return (
             found
             if self.task is None

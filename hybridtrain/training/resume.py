@@ -195,8 +195,8 @@ def with_available_source(config: Config) -> Config:
     releases have none: then the run's folder model/ is used.
     """
     source = config.model.from_pretrained
-    if not source or Path(source).is_dir():
-        return config
+    if not source or Path(source).is_dir() or config.adapters.kind != "none":
+        return config  # with adapters, the weights come from the source
     try:
         run = identity.choose(config).path  # may differ from run.dir by a number
     except UserError:  # raised again when the directory is opened

@@ -76,6 +76,11 @@ def _log_job(job: Job, *, engine: Any) -> None:
         public["model"]["from_pretrained"] or "new weights",
     )
     _log.info("model     %s, %s parameters (%s)", name, f"{job.facts.parameters:,}", source)
+    if config.adapters.kind != "none":
+        from hybridtrain.models import adapters
+
+        chosen = adapters.chosen(engine.model_config, config.adapters)
+        _log.info("adapters  %s", adapters.line(chosen, config.adapters, of=job.facts.parameters))
     for capability, why in job.facts.refused.items():
         _log.info("analysis  no %s: %s", capability, why)
     world, device = layout.world_size, engine.device.type
@@ -178,7 +183,9 @@ def _stored(job: Job, *, engine: Any, weights: str) -> str:
         kept = weights if state == "auto" else state
         momentum = f", momentum {kept}" if config.optim.momentum else ""
         return line + (f"float32{momentum}" if kind == "adafactor" else kept)
-    shapes = trained_shapes(engine.model_config, freeze=config.model.freeze).values()
+    shapes = trained_shapes(
+        engine.model_config, freeze=config.model.freeze, settings=config.adapters
+    ).values()
     coded = [math.prod(shape) for shape in shapes if optimizer_states.in_eight_bits(shape)]
     share = sum(coded) / sum(math.prod(shape) for shape in shapes)
     rest = len(shapes) - len(coded)

@@ -136,10 +136,27 @@ MISTAKES = {
         ["train", "run.name=${oc.env:NOT_SET_ANYWHERE}"],
         ["run.name", "NOT_SET_ANYWHERE"],
     ),
-    "LoRA section": (["train", "lora.rank=8"], ["lora.rank=8", "not supported yet", "model.freeze"]),
+    "LoRA section": (["train", "lora.rank=8"], ["lora.rank=8", "no such option", "try:     adapters=lora"]),
     "LoRA in the model": (
         [*TRAIN, "model.config.lora_rank=8"],
-        ["model.config.lora_rank=8", "not supported yet"],
+        ["model.config.lora_rank=8", "try:     adapters=lora"],
+    ),
+    "adapters of new weights": (
+        [*TRAIN, "adapters=lora"],
+        ["model.from_pretrained=''", "would be new, random ones"],
+    ),
+    "adapters without rank": ([*TRAIN, "adapters=lora", "adapters.rank=0"], ["adapters.rank=0"]),
+    "no kind of adapters": ([*TRAIN, "adapters.kind=dora"], ["adapters.kind=dora", "none, lora"]),
+    "options of no adapters": ([*TRAIN, "adapters.rank=8"], ["it does nothing: adapters.kind is none"]),
+    "adapters and frozen weights": (
+        [*TRAIN, "adapters=lora", "model.freeze=['*.mlp.*']"],
+        ["model.freeze=", "all parameters of the model are frozen"],
+    ),
+    "adapters with muon": ([*TRAIN, "adapters=lora", "optim=muon"], ["optim.kind=muon"]),
+    "adapters of a classifier": ([*TRAIN, "adapters=lora", "task=classification"], ["task.kind="]),
+    "adapters on added tokens": (
+        [*TRAIN, "adapters=lora", "model.from_pretrained=x/y", "model.config.vocab_size=9"],
+        ["model.config.vocab_size=9", "rows of added tokens"],
     ),
     "quantized weights": (
         [*TRAIN, "model.config.quantization_config={bits: 4}"],

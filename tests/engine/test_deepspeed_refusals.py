@@ -78,6 +78,13 @@ CASES = {
     "frozen weights": Case(
         "model.freeze=", "in 16 bits only", TORCH, 2, {"model__freeze": "[model.embed_tokens.*]"}
     ),
+    "adapters": Case(
+        "adapters.kind=lora",
+        "in 16 bits only",
+        TORCH,
+        2,
+        {"adapters": "lora", "model__from_pretrained": "x/y"},
+    ),
     "selective recomputation in ZeRO 3": Case(
         "recompute.kind=selective",
         "does not allow",

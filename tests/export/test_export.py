@@ -197,7 +197,7 @@ from hybridtrain.config.schema import Config
 def export(run):
     run = Path(run)
     its = hf.SourceRun(run, Config())
-    options = {"dtype": "float32", "which": "last", "max_shard_bytes": 50_000_000}
+    options = {"dtype": "float32", "which": "last", "merge": False, "max_shard_bytes": 50_000_000}
     hf.export(run / "step-1", run=its, out=run / "out", **options)
 def peak():  # MiB of this process since exec; ru_maxrss would count the parent's before it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -16,7 +16,7 @@ import torch
 
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose
-from hybridtrain.config.schema import OptimConfig
+from hybridtrain.config.schema import AdaptersConfig, OptimConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import patterns
 from hybridtrain.models.build import hf_config, plain_model
@@ -229,7 +229,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], said: str) -> No
 )
 def test_rules_that_change_nothing_are_refused(rules: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        patterns.check(["a.b", "c.d"], freeze=[], optim=OptimConfig(rules=rules))
+        patterns.check(["a.b", "c.d"], freeze=[], optim=OptimConfig(rules=rules), adapters=AdaptersConfig())
 
 
 def test_a_registered_optimizer_that_leaves_rules_out_is_refused() -> None:

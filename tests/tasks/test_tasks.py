@@ -105,6 +105,7 @@ def test_a_task_with_two_sums_trains_as_the_plain_process_does(case):
         precision=config.precision,
         seed=0,
         freeze=(),
+        adapters=config.adapters,
         task=task,
     )
     steps = [plain.step(case.batches(step, dp_rank=0, dp=1), lr=case.lr) for step in range(case.steps)]

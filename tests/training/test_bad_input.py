@@ -116,7 +116,7 @@ CASES = {
         "parallel.zero_stage=3", "nothing to shard over with dp_shard=1", 2, {"parallel__zero_stage": 3}
     ),
     "context parallel": Case("parallel.cp=2", "does not run this axis yet", 2, {"parallel__cp": 2}),
-    "LoRA": Case("lora.r=8", "not supported yet", 2, {"lora__r": 8}),
+    "LoRA": Case("lora.r=8", "no such option", 2, {"lora__r": 8}),
     "another architecture": Case(
         "model.config.model_type=bert",
         "an encoder",

@@ -133,7 +133,15 @@ def test_weights_that_are_no_numbers_end_the_run(data: Path, tmp_path: Path) -> 
     finished(1, arguments(tmp_path / "first", data, train__steps=1))
     newest = tmp_path / "first" / "checkpoints" / "step-00000001"
     run = SourceRun(tmp_path / "first", read_run(tmp_path / "first" / "config.yaml"))
-    export(newest, run=run, out=tmp_path / "model", dtype="float32", which="last", max_shard_bytes=10**9)
+    export(
+        newest,
+        run=run,
+        out=tmp_path / "model",
+        dtype="float32",
+        which="last",
+        merge=False,
+        max_shard_bytes=10**9,
+    )
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.3.mlp.up_proj.weight"][5, 7] = float("nan")

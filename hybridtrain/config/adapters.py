@@ -1,0 +1,24 @@
+"""Options of adapters (models/adapters.py)."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from hybridtrain.config.options import Options, options
+
+
+@options
+class AdaptersConfig(Options):
+    kind: str = "none"
+    """none: train the model's own parameters; lora: freeze them, and train two matrices of low rank beside
+    each linear layer (arXiv 2106.09685)."""
+    rank: int = 16
+    """Rank of the matrices."""
+    alpha: float = 32.0
+    """Their product is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly (arXiv
+    2312.03732)."""
+    match: list[str] = field(default_factory=list)
+    """Shell-style patterns of the linear layers that get adapters, e.g. ['*.q_proj','*.v_proj']; empty: all
+    inside the model's layers, but routers of experts."""

@@ -1,0 +1,206 @@
+"""LoRA: two matrices of low rank beside a linear layer whose own weight is frozen (arXiv 2106.09685).
+
+    x (..., K) --> W (N, K) ------------------------------------+--> y (..., N)
+              \\-> A (rank, K) --> B (N, rank) --> times scale --/
+
+A module keeps its class, its weight and its names; A and B are its modules `lora_A` and `lora_B`, as in peft,
+and a hook adds their product. B begins at zero, so that training begins at the model; A is a pure function of
+seed and name, as all initial weights.
+
+Under tensor parallelism A and B are cut as W is, by `sliced`:
+
+    W cut along            A                     B                     example
+    N, its outputs         whole, gradient a sum cut along N           q_proj, up_proj
+    K, its inputs          cut along K           whole, gradient a sum o_proj, down_proj
+    nothing                whole                 whole                 gradients are sums where W's is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.config.schema import AdaptersConfig
+from hybridtrain.errors import refusal
+from hybridtrain.models import build, patterns
+from hybridtrain.models.init import Slices, Step, WeightSource, replay
+from hybridtrain.models.linears import Linear, is_transposed, linears_in, linears_of
+from hybridtrain.models.slicing import Slicing
+from hybridtrain.models.structure import structure_of
+
+FIELD = "adapters.match"
+A, B = "lora_A", "lora_B"
+
+
+class Factor(nn.Module):
+    """A or B. Not an nn.Linear, since it is none of the model's linear layers."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def scale_of(settings: AdaptersConfig) -> float:
+    """What the product of A and B is multiplied by."""
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+
+
+def is_chosen(linear: Linear, settings: AdaptersConfig) -> bool:
+    """Whether a linear layer gets an adapter."""
+    if settings.kind == "none":
+        return False
+    return patterns.matches(linear.path, settings.match) if settings.match else not linear.router
+
+
+def chosen(config: Any, settings: AdaptersConfig) -> list[Linear]:
+    """The linear layers of a model that get adapters."""
+    return [linear for linear in linears_of(config) if is_chosen(linear, settings)]
+
+
+def add(module: Any, *, inputs: int, outputs: int, rank: int, scale: float) -> None:
+    """Give a linear layer an adapter, in place, on the device of its weight and in its dtype."""
+    module.add_module(A, Factor(module.weight.detach().new_empty(rank, inputs)))
+    module.add_module(B, Factor(module.weight.detach().new_empty(outputs, rank)))
+    module.register_forward_hook(partial(_add, scale))
+
+
+def _add(scale: float, module: Any, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """A hook after a linear layer."""
+    return y + module.lora_B(module.lora_A(given[0])) * scale
+
+
+def add_to(
+    layers: Iterable[tuple[int, nn.Module]], settings: AdaptersConfig, *, prefix: str, config: Any
+) -> None:
+    """Give the layers of a model, with their numbers, the adapters that the settings ask for, in place.
+    `prefix`: path to the layers.
+    """
+    for number, layer in layers:
+        found = list(linears_in(layer, path=f"{prefix}.{number}", number=number, config=config))
+        for linear, module in found:
+            if is_chosen(linear, settings):
+                sizes = {"inputs": linear.inputs, "outputs": linear.outputs}
+                add(module, **sizes, rank=settings.rank, scale=scale_of(settings))
+
+
+def add_to_model(model: nn.Module, settings: AdaptersConfig, *, config: Any) -> None:
+    """As `add_to`, for a whole model."""
+    prefix = structure_of(config).layers
+    add_to(enumerate(model.get_submodule(prefix).children()), settings, prefix=prefix, config=config)
+
+
+def shapes(linears: Sequence[Linear], *, rank: int) -> dict[str, torch.Size]:
+    """Name -> whole shape of the parameters of adapters."""
+    return {
+        f"{linear.path}.{part}.weight": torch.Size(shape)
+        for linear in linears
+        for part, shape in ((A, (rank, linear.inputs)), (B, (linear.outputs, rank)))
+    }
+
+
+def source(base: WeightSource, *, seed: int) -> WeightSource:
+    """The initial weights of a model whose own are those of `base`."""
+
+    def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
+        if not patterns.is_adapter(name):
+            return base(name, shape, slices)
+        bound = 1 / math.sqrt(shape[1])  # as torch and peft draw it
+        step = (
+            Step("uniform_", (-bound, bound), (), 0, math.prod(shape))
+            if name.endswith(f".{A}.weight")
+            else Step("zero_", (), (), 0, math.prod(shape))
+        )
+        return replay([step], shape, slices, key=f"{seed}:{name}")
+
+    return values
+
+
+def sliced(slicing: Slicing, *, config: Any) -> Slicing:
+    """How tensor parallelism cuts a model with adapters, from how it cuts the model."""
+    cuts, partial_ = dict(slicing.cuts), set(slicing.partial)
+    for path, transposed in _kinds(config).items():
+        weight = f"{path}.weight"
+        cut, names = slicing.cuts.get(weight), {A: f"{path}.{A}.weight", B: f"{path}.{B}.weight"}
+        if cut is None:
+            partial_ |= set(names.values()) if weight in slicing.partial else set()
+            continue
+        dim, rest = int(cut[0]), cut[1:]
+        part = B if dim == int(transposed) else A
+        cuts[names[part]] = f"{int(part == A)}{rest}"
+        partial_.add(names[A if part == B else B])
+    return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_))
+
+
+def _kinds(config: Any) -> dict[str, bool]:
+    """Path inside a layer of each linear layer -> whether its weight is transposed."""
+    layers: Any = build.meta_model(config).get_submodule(structure_of(config).layers)
+    return {
+        linear.path.removeprefix("."): is_transposed(module)
+        for number, layer in enumerate(layers)
+        for linear, module in linears_in(layer, path="", number=number, config=config)
+    }
+
+
+def check(config: Any, settings: AdaptersConfig) -> list[Linear]:
+    """The linear layers that get adapters. Raises UserError for patterns that match none."""
+    found = linears_of(config)
+    names = [linear.path for linear in found]
+    for pattern in settings.match:
+        matching = any(patterns.matches(name, [pattern]) for name in names)
+        if not matching and (expert := _expert(pattern, config)):
+            raise refusal(
+                FIELD,
+                [pattern],
+                f"{expert} holds the weights of all experts in one parameter, which gets no adapter yet",
+                allowed=", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})),
+                instead=f"{FIELD}=[] for all linear layers",
+            )
+        patterns.check_one(FIELD, pattern, names, what="linear layer")
+    if not found:
+        raise refusal(
+            "adapters.kind",
+            settings.kind,
+            f"a {config.model_type} model has no linear layers of torch or transformers inside its layers",
+            allowed="none",
+            instead="model.freeze for what is not to be trained",
+        )
+    return [linear for linear in found if is_chosen(linear, settings)]
+
+
+def _expert(pattern: str, config: Any) -> str:
+    """A parameter of three dimensions that a pattern matches, with or without its last word; empty: none."""
+    for name, parameter in build.meta_model(config).named_parameters():
+        parts = (name, name.rpartition(".")[0])
+        if parameter.dim() == 3 and any(patterns.matches(part, [pattern]) for part in parts):
+            return name
+    return ""
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float, transposed: bool) -> Tensor:
+    """The weight of a linear layer that does what it and its adapter do, in fp32 at least."""
+    change = b.float() @ a.float()
+    return (
+        weight.to(torch.promote_types(weight.dtype, torch.float32))
+        + (change.t() if transposed else change) * scale
+    )
+
+
+def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str:
+    """What is trained, in words. `of`: parameters of the model."""
+    count = sum(map(math.prod, shapes(linears, rank=settings.rank).values()))
+    kinds: Mapping[str, None] = dict.fromkeys(linear.path.rpartition(".")[2] for linear in linears)
+    return (
+        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}, beside {len(linears)} "
+        f"linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
+        f"{count / of:.2%} of the model's"
+    )

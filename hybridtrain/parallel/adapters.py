@@ -1,0 +1,33 @@
+"""The transform `adapters`: gives the linear layers of a stage theirs, before they are cut and converted."""
+
+from __future__ import annotations
+
+from hybridtrain.config.schema import AdaptersConfig
+from hybridtrain.models import adapters
+from hybridtrain.models.patterns import is_adapter
+from hybridtrain.models.stage import Stage
+from hybridtrain.parallel.convert import linears
+from hybridtrain.precision.policy import PrecisionPolicy
+
+
+def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy) -> None:
+    """Add the adapters that the config asks for, in place. The stage's own parameters, which are then not
+    trained, are stored in the dtype in which they compute.
+    """
+    if settings.kind == "none":
+        return
+    adapters.add_to(stage.layer_modules(), settings, prefix=stage.structure.layers, config=stage.config)
+    for name, parameter in stage.named_parameters():
+        if not is_adapter(name):
+            parameter.data = parameter.data.to(precision.compute)
+
+
+def expected(stage: Stage, settings: AdaptersConfig) -> set[str]:
+    """Names of the parameters of adapters that the config asks for."""
+    chosen = [linear for linear, _ in linears(stage) if adapters.is_chosen(linear, settings)]
+    return set(adapters.shapes(chosen, rank=settings.rank))
+
+
+def found(stage: Stage) -> set[str]:
+    """Those that the stage has."""
+    return {name for name, _ in stage.named_parameters() if is_adapter(name)}

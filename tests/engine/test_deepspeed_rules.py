@@ -1,4 +1,4 @@
-"""optim.rules act with engine=deepspeed as with engine=torch, also offloaded; in pipelines they are refused."""
+"""optim.rules act with engine=deepspeed as with engine=torch, also offloaded; pipelines refuse them."""
 
 from __future__ import annotations
 

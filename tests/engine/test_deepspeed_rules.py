@@ -1,4 +1,4 @@
-"""optim.rules act with engine=deepspeed as with engine=torch: on flat groups, in pipelines, offloaded."""
+"""optim.rules act with engine=deepspeed as with engine=torch, also offloaded; pipelines refuse them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from hybridtrain.config import checks, compose
+from hybridtrain.errors import UserError
 from hybridtrain.optim.shards import rate_of
 from tests.cases import Case, deepspeed, differences, model, on_ranks, reference
 
@@ -29,14 +31,13 @@ OFFLOADED = (("engine.offload_optimizer", "cpu"),)
                 ("dp_shard2-zero1", ()),
                 ("dp_shard2-zero2", OFFLOADED),
                 ("tp2-nosp", ()),
-                ("pp2-dp_shard2", ()),
             )
         ),
     ],
 )
 def test_rates_and_decays_of_parameters(layout: str, options: tuple[tuple[str, str], ...]) -> None:
     """Against one process with the same rules; without them it would be far away."""
-    fields = model(tie_word_embeddings=layout == "pp2-dp_shard2")
+    fields = model(tie_word_embeddings=layout.endswith("zero1"))
     ruled = (("optim.rules", RULES), ("optim.weight_decay", 0.1))
     case = dataclasses.replace(deepspeed(layout, fields, overrides=(*ruled, *options)), lr=1e-2, steps=3)
     ours, theirs = on_ranks(case), reference(case)
@@ -46,3 +47,12 @@ def test_rates_and_decays_of_parameters(layout: str, options: tuple[tuple[str, s
         assert (ours.parameters[name] - value).abs().max() < 0.01 * rate * case.steps, name
     plain = Case("single", fields, steps=3, lr=1e-2)
     assert differences(ours, reference(plain))["param_abs"] > 1e-2
+
+
+def test_a_pipeline_refuses_them() -> None:
+    """Its ranks would wait for each other: those of one stage have a group that the others do not have."""
+    words = ["model=tiny", "data.path=x", "train.steps=1", "engine=deepspeed", "parallel=pp2"]
+    rules = "optim.rules=[{match: '*.layers.1.*', lr: 1e-3}]"
+    checks.check(compose.compose("train", words))
+    with pytest.raises(UserError, match=r"(?s)optim\.rules=.*stages have other groups.*parallel\.pp=1"):
+        checks.check(compose.compose("train", [*words, rules]))

@@ -29,6 +29,7 @@ from hybridtrain.config.schema import BenchRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models import adapters
 from hybridtrain.models.build import hf_config
+from hybridtrain.models.keyed import keyed
 from hybridtrain.models.load import initial
 from hybridtrain.models.patterns import is_frozen
 from hybridtrain.models.source import read_config
@@ -79,6 +80,7 @@ class PlainLoop:
         self.model = reference.build_model(
             built, config.adapters, source=source, param=precision.param, device=device
         )
+        self._dropouts = keyed(self.model, built)
         for name, parameter in self.model.named_parameters():
             frozen = is_frozen(name, freeze=config.model.freeze, adapters=config.adapters)
             parameter.requires_grad_(parameter.requires_grad and not frozen)
@@ -115,24 +117,19 @@ class PlainLoop:
         """One optimizer step; the mean loss per valid token, 0-d on the device."""
         tokens = sum(int((batch.labels_BT != IGNORE_INDEX).sum()) for batch in micro_batches)
         total = torch.zeros((), device=self._device)
-        for batch in micro_batches:
-            ids_BT, labels_BT = (
-                tensor.to(self._device, non_blocking=True) for tensor in (batch.input_ids_BT, batch.labels_BT)
-            )
-            positions = (
-                {"position_ids": batch.position_ids_BT.to(self._device, non_blocking=True)}
-                if batch.packed
-                else {}
-            )
-            with self._casting():
-                logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **positions).logits
-                loss = F.cross_entropy(
-                    logits_BTV.float().flatten(0, 1),
-                    labels_BT.flatten(),
-                    ignore_index=IGNORE_INDEX,
-                    reduction="sum",
-                ) / max(1, tokens)
-            self._scaler.scale(loss).backward()
+        for batch in (each.to(self._device) for each in micro_batches):
+            ids_BT, labels_BT = batch.input_ids_BT, batch.labels_BT
+            positions = {"position_ids": batch.position_ids_BT} if batch.packed else {}
+            with self._dropouts.of(batch.keys_B, start=0, length=ids_BT.shape[1]):
+                with self._casting():
+                    logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **positions).logits
+                    loss = F.cross_entropy(
+                        logits_BTV.float().flatten(0, 1),
+                        labels_BT.flatten(),
+                        ignore_index=IGNORE_INDEX,
+                        reduction="sum",
+                    ) / max(1, tokens)
+                self._scaler.scale(loss).backward()
             total += loss.detach()
         self._scaler.unscale_(self._optimizer)
         if self._clip > 0:

@@ -126,10 +126,10 @@ def _kept(x: Tensor, p: float) -> Tensor:
 class Dropout(nn.Dropout):
     """In the place of an nn.Dropout of a model."""
 
-    site: Site
+    dropout_site: Site
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site.drop(x, self.p) if self.training and self.p else x
+        return self.dropout_site.drop(x, self.p) if self.training and self.p else x
 
 
 class OfAttention(TorchFunctionMode):
@@ -219,9 +219,9 @@ def install(model: nn.Module, *, config: Any, layers: str) -> Dropouts:
         in_layer = path.startswith(f"{layers}.")
         site = Site(inside if in_layer else path, slots[int(index) + 1 if in_layer else 0])
         own: Any = module
-        if "site" in vars(module) and own.site.slot is not site.slot:
+        if "dropout_site" in vars(module) and own.dropout_site.slot is not site.slot:
             site = Site(f"{path}, which several layers share,", Slot())  # has no rows: fails where it acts
-        own.site = site
+        own.dropout_site = site
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
     return Dropouts(slots)
@@ -232,9 +232,9 @@ def replace_sites(model: nn.Module, make: Callable[[str, Site], Site]) -> None:
     for path, module in model.named_modules():
         if (site := site_of(module)) is not None:
             own: Any = module
-            own.site = make(path, site)
+            own.dropout_site = make(path, site)
 
 
 def site_of(module: nn.Module) -> Site | None:
     """The site of a module of a model with sites."""
-    return vars(module).get("site")
+    return vars(module).get("dropout_site")

@@ -26,7 +26,7 @@ from hybridtrain.plan import layout
 from hybridtrain.plan.batch import plan_batch
 from hybridtrain.tasks.causal_lm import CausalLM
 from tests import runs
-from tests.cases import Case, model, reference
+from tests.cases import GPT2, Case, model, reference
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +67,9 @@ def config_of(case: Case) -> schema.BenchRoot:
         ),
         Case(overrides=(("recompute.kind", "full"), ("optim.clip", 0.0))),
         Case(overrides=(("engine.compile", True), ("engine.compile_backend", "eager"))),
+        Case(fields=GPT2, overrides=(("model.attention", "eager"), ("recompute.kind", "full"))),
     ],
-    ids=["llama", "tied, frozen", "recompute, no clipping", "compiled"],
+    ids=["llama", "tied, frozen", "recompute, no clipping", "compiled", "dropout"],
 )
 def test_the_plain_loop_trains_as_the_reference_does(case):
     loop = PlainLoop(config_of(case), device=torch.device("cpu"))

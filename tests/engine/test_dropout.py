@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from tests.cases import GPT2, Case, assert_parity, model, on_ranks, reference, start
 from tests.engine.test_state import both
 from tests.engine.test_step_cost import watched_step
@@ -64,7 +65,15 @@ def test_every_layout_drops_the_same(layout: str, kind: str) -> None:
     [(LLAMA, "dp_shard2-tp2-zero3"), (NEOX, "tp2"), (BERT, "pp2"), (BERT, "tp2-nosp")],
 )
 def test_other_models(fields: dict[str, Any], layout: str) -> None:
-    assert_parity(case(layout, fields=fields, kind="selective"))
+    trained = case(layout, fields=fields, kind="selective")
+    ours, theirs = on_ranks(trained), reference(trained)
+    floor = GRADIENT_FLOOR * theirs.grad_norms[0]  # the gradient of a bias of keys is nothing but rounding
+    off = {
+        name: float((ours.gradients[name] - wanted).norm() / wanted.norm().clamp(min=floor))
+        for name, wanted in theirs.gradients.items()
+    }
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
+    assert max(off.values()) < 1e-5, off
 
 
 @pytest.mark.slow

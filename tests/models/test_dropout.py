@@ -134,16 +134,8 @@ def test_a_layer_is_recomputed_with_its_own_rows(kind: str, whole: Tensor) -> No
     torch.testing.assert_close(gradients(kind=kind), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        ("full", "aot_eager"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("none", "aot_eager"), ("selective", "aot_eager"), ("selective", "inductor"))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), [("full", "aot_eager"), ("selective", "inductor")])
 def test_compiled_layers_drop_the_same(kind: str, backend: str, whole: Tensor) -> None:
     torch.testing.assert_close(gradients(kind=kind, backend=backend), whole, rtol=1e-4, atol=1e-5)
 

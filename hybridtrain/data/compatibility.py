@@ -167,7 +167,7 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
 
 
 def check_labels(blend: Blend, config: Config) -> None:
-    """Refuse the prediction of tokens on a user's rows that have a class number: only that would be learned."""
+    """Refuse to predict tokens on a user's rows that have a class number: only that would be learned."""
     for corpus in blend.corpora:
         tokens = config.task.kind in ("causal_lm", "masked_lm")
         if tokens and isinstance(corpus, UserRows) and corpus.labelled:

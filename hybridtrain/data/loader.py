@@ -58,7 +58,7 @@ class Loader:
         assert 0 <= dp_rank < dp_size
         self._rows = blend.rows("train", seq_len=plan.seq_len, vocab=vocab)
         self._quotas = blend.quotas
-        self._documents = blend.documents
+        self._documents, self._continuing = blend.documents, blend.continuing
         self._plan, self._collate = plan, collate
         self._seed = seed
         self.left_out = 0
@@ -107,6 +107,7 @@ class Loader:
         plan, chosen = self._plan, self.row_ids(step)
         keys = hashing.keys(self._samples(step), name=f"hybridtrain samples {self._seed}")
         block = _gather(self._rows, chosen, keys, seq_len=plan.seq_len, documents=self._documents)
+        block = block.with_words(self._continuing)
         return micro_batches(block, plan=plan, step=step, collate=self._collate)
 
 
@@ -159,6 +160,7 @@ def eval_batches(
         keys = np.zeros(share, dtype=np.uint64)  # for a row the same in every evaluation
         keys[: len(mine)] = hashing.keys(mine[:, 1], name="hybridtrain evaluation")
         block = _gather(held_out, mine, keys, seq_len=plan.seq_len, documents=blend.documents)
+        block = block.with_words(blend.continuing)
         steps.append(_cut(collate(block, valid=len(mine)), size=plan.micro_batch_size))
     return steps
 

@@ -91,6 +91,10 @@ def run(config: EvaluateRoot) -> int:
 def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data: Blend) -> Task:
     """The model's task, which `settings` then names: the plain loss, without label smoothing and z-loss."""
     kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    if kind == "masked_lm" and data.documents:
+        problem = "transformers' encoders do not keep the documents of a row apart"
+        instead = "data.document_mask=false"
+        raise refusal("data.document_mask", True, problem, allowed="false with an encoder", instead=instead)
     settings.task = dataclasses.replace(settings.task, kind=kind, label_smoothing=0.0, z_loss=0.0)
     return tasks.of(adapt_task(settings, data), labels=classes, vocab=vocab)
 

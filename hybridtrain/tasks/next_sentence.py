@@ -53,7 +53,13 @@ class NextSentence(MaskedLM):
         special = np.where(place == 0, self.cls, np.where(ends, self.sep, self.pad))
         tokens = np.where(first | second, text, special)
         rows = np.arange(len(tokens)) < valid
-        inputs, labels = self._masked(tokens, block.keys, allowed=(first | second) & rows[:, None])
+        continues = block.continues
+        if continues is not None:
+            continues = np.take_along_axis(continues, source, axis=1) & (first | second)
+            continues &= (place != 1) & (place != a + 2)  # the first token of a part begins a word
+        inputs, labels = self._masked(
+            tokens, block.keys, allowed=(first | second) & rows[:, None], continues=continues
+        )
         positions = place - np.where(place >= a + b + 3, a + b + 3, 0)
         segments = ((place >= a + 2) & (place <= a + b + 2)).astype(np.int64)
         unrelated = np.where(rows, block.unrelated, IGNORE_INDEX)

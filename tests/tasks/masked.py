@@ -35,11 +35,13 @@ MODELS = {
     "roberta": "++model.config={model_type:roberta,architectures:[RobertaForMaskedLM],pad_token_id:0,"
     f"{SIZES}}}",
 }
+SHARDED = ["parallel.dp_replicate=1", "parallel.dp_shard=2", "parallel.zero_stage=3"]
 LAYOUTS = {
     "dp2": ["parallel.dp_replicate=2"],
     "zero1": ["parallel.dp_replicate=1", "parallel.dp_shard=2", "parallel.zero_stage=1"],
     "zero2": ["parallel.dp_replicate=1", "parallel.dp_shard=2", "parallel.zero_stage=2"],
-    "zero3": ["parallel.dp_replicate=1", "parallel.dp_shard=2", "parallel.zero_stage=3"],
+    "zero3": SHARDED,
+    "deepspeed": ["engine=deepspeed", *SHARDED],
     "tp2": ["parallel.tp=2"],
     "pp2": ["parallel.pp=2"],
     "pp2-tp2": ["parallel.pp=2", "parallel.tp=2"],

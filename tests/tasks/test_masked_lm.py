@@ -17,7 +17,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config.schema import TaskConfig
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.rows import Block
-from hybridtrain.data.special import special_tokens
+from hybridtrain.data.special import continuing, special_tokens
 from hybridtrain.runtime import hashing
 from hybridtrain.tasks.masked_lm import MaskedLM
 from hybridtrain.types import IGNORE_INDEX
@@ -63,6 +63,25 @@ def test_masks_are_a_function_of_the_sample_alone() -> None:
     again = task.collate(block(tokens[7:8], first=1007), valid=1)  # the row in another epoch
     assert not torch.equal(again.labels_BT[0], batch.labels_BT[7])
     assert int(task.counts(task.collate(block(tokens, first=0), valid=3))["loss"]) == drawn[:3].sum()
+
+
+def test_whole_words_are_masked_or_left(folder: Path) -> None:
+    marks = continuing(folder / "tokenizer")
+    content = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    names = {number: token for token, number in content["model"]["vocab"].items()}
+    assert not any(names[number].startswith("\u0120") for number in np.flatnonzero(marks))
+    assert [marks[content["model"]["vocab"][token]] for token in ("a", "7", ",", "[MASK]")] == [1, 1, 0, 0]
+    tokens = Corpus.open(folder).readers["train"].read(0, 40 * 33).astype(np.int64).reshape(40, 33)
+    task = MaskedLM(TaskConfig(tokens=TOKENS, mask_rate=0.3), vocab=VOCAB)
+    batch = task.collate(block(tokens, first=0).with_words(marks), valid=40)
+    drawn = batch.labels_BT.numpy()[:, 1:] != IGNORE_INDEX  # behind [CLS]
+    inside = marks[tokens[:, 1:32]]
+    assert inside.sum() > 100
+    same = drawn[:, 1:] == drawn[:, :-1]
+    assert same[:, : inside.shape[1]][inside[:, : same.shape[1]]].all()
+    assert 0.2 < drawn.mean() < 0.4
+    alone = task.collate(block(tokens, first=0), valid=40).labels_BT.numpy()[:, 1:] != IGNORE_INDEX
+    assert not (alone[:, 1:] == alone[:, :-1])[inside[:, : same.shape[1]]].all()
 
 
 def test_half_of_the_second_parts_follow_the_first_and_the_others_are_of_another_document(
@@ -127,11 +146,14 @@ def agree(found: list[masked.Outcome], expected: masked.Outcome) -> None:
         assert difference <= 1e-5 * max(float(gradient.norm()), 1e-3 * total), name
 
 
+SLOW = ("dp2", "zero1", "zero2", "pp2-tp2", "deepspeed")
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         *("zero3", "tp2", "pp2"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "zero1", "zero2", "pp2-tp2")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
     ],
 )
 def test_a_layout_computes_what_one_process_does(folder: Path, plain: masked.Outcome, layout: str) -> None:
@@ -229,12 +251,13 @@ def test_a_real_encoder_goes_on_with_real_text(tmp_path: Path) -> None:
         f"++model.config={{architectures:[BertForMaskedLM],{masked.NO_DROPOUT}}}",
         f"data.path={tmp_path / 'data'}",
         "data.seq_len=64",
-        "batch.global_batch_size=16",
-        "batch.micro_batch_size=16",
-        "train.steps=24",
-        "train.eval_every=8",
-        "train.eval_rows=64",
+        "batch.global_batch_size=8",
+        "batch.micro_batch_size=8",
+        "train.steps=15",
+        "train.eval_every=5",
+        "train.eval_rows=32",
         "optim.lr=0.001",
+        "checkpoint.every=15",
         f"run.dir={tmp_path / 'run'}",
     ]
     runs.finished(1, options)

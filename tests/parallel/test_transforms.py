@@ -57,7 +57,12 @@ def with_fault(case: Case, name: str, fault: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("name", "fault", "case", "words"),
     [
-        ("adapters", left_out, Case(overrides=(("adapters.kind", "lora"),)), "not done.*q_proj.lora_A.weight"),
+        (
+            "adapters",
+            left_out,
+            Case(overrides=(("adapters.kind", "lora"),)),
+            "not done.*q_proj.lora_A.weight",
+        ),
         ("tensor", left_out, Case("tp2"), "not done.*mlp.up_proj.weight"),
         ("freeze", left_out, Case(freeze=FREEZE), "not done.*layers.0.mlp.up_proj.weight"),
         (

@@ -1,4 +1,4 @@
-"""The `precision` section; the other sections of training are in sections.py."""
+"""The `precision` section; most sections of training are in sections.py."""
 
 from __future__ import annotations
 

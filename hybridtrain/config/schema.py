@@ -1,6 +1,7 @@
 """The sections of each command.
 
-Options, with type, default and documentation, are in sections.py, precision.py and commands.py.
+Options, with type, default and documentation, are in sections.py, optim.py, adapters.py, precision.py and
+commands.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hybridtrain.config.commands import (
     ReportConfig,
     RunsConfig,
 )
+from hybridtrain.config.optim import OptimConfig, ScheduleConfig
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
 from hybridtrain.config.sections import (
@@ -30,12 +32,10 @@ from hybridtrain.config.sections import (
     DataConfig,
     EngineConfig,
     ModelConfig,
-    OptimConfig,
     ParallelConfig,
     RecomputeConfig,
     RunConfig,
     RunFolder,
-    ScheduleConfig,
     TaskConfig,
     TrackerConfig,
     TrainConfig,

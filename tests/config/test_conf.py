@@ -87,7 +87,8 @@ def test_every_file_composes_types_and_passes(group, name):
         if group in ("experiment",)
         else [f"{group}={name}", *(text for text in ENOUGH if not text.startswith(f"{group}="))]
     )
-    overrides += ["model.from_pretrained=me/model"] if group == "adapters" else []
+    if group == "adapters":
+        overrides[overrides.index("model=tiny")] = "model.from_pretrained=me/model"
     config = compose("submit" if group == "cluster" else "train", overrides)
     assert isinstance(config, schema.Config)
     if group == "tracker" and name != "none" and importlib.util.find_spec(name) is None:

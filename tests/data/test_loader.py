@@ -92,14 +92,17 @@ def test_same_global_batch_under_every_layout(corpus, data, dp, micro_batch_size
     rows = corpus.count("train", seq_len=SEQ)
     assert [len(each) for each in data.rows("train", seq_len=SEQ, vocab=300)] == [rows]
     for step in (0, 1, 2, rows // size, 40, 3):  # in order, over the epoch's edge, far on and back
-        parts = []
+        parts, keys = [], []
         for loader in loaders:
             batches = loader.micro_batches(step)
             assert [batch.input_ids_BT.shape for batch in batches] == [
                 (micro_batch_size, SEQ)
             ] * shape.grad_accum
             parts.append(rows_of(batches))
-        ids = order.row_ids(np.arange(step * size, step * size + size), rows=rows, seed=7)
+            keys += [batch.keys_B for batch in batches]
+        samples = np.arange(step * size, step * size + size)
+        assert torch.cat(keys).tolist() == order.keys(samples, pieces=1, seed=7).tolist()
+        ids = order.row_ids(samples, rows=rows, seed=7)
         assert np.array_equal(np.concatenate([loader.row_ids(step)[:, 1] for loader in loaders]), ids)
         assert np.array_equal(np.concatenate(parts), expected_rows(corpus, "train", ids))
 

@@ -41,6 +41,16 @@ def test_order_never_changes():
     assert row_ids(10**12, 6, rows=10**9 + 7, seed=1234).tolist() == GOLDEN_LARGE
 
 
+def test_keys_never_change_either_and_are_all_different():
+    """Of dropout: a resumed run goes on with the same elements dropped."""
+    golden = [6518873687527304433, -1249323867959794029, -3069461226258378474]
+    assert order.keys(np.arange(3), pieces=1, seed=7).tolist() == golden
+    pieces = [-1354515984311739259, -4689533918574981242]
+    assert order.keys(np.array([10**12]), pieces=2, seed=7).tolist() == pieces
+    some = [order.keys(np.arange(2000), pieces=4, seed=seed) for seed in (7, 8)]
+    assert len(set(np.concatenate(some).tolist())) == 2 * 8000
+
+
 @pytest.mark.parametrize("rows", [2, 3, 7, 20])
 def test_every_row_is_equally_likely_in_every_place(rows):
     epochs = 4000

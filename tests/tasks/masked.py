@@ -135,10 +135,12 @@ def on_rank(argv: list[str], ranks: int) -> Outcome:
 
 
 def in_one_process(argv: list[str]) -> Outcome:
-    """The same by transformers' own model, with its own loss: the mean of masked tokens, and that of rows."""
+    """The same by transformers' own model; the sums without dropout, with its own loss: the mean of masked
+    tokens, and that of rows.
+    """
     job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
     config = job.config
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention="sdpa")
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     task = engines.tasks.of(config, labels=0, vocab=job.facts.vocab)
     assert isinstance(task, MaskedLM)
     plain = Reference(
@@ -148,6 +150,7 @@ def in_one_process(argv: list[str]) -> Outcome:
         precision=config.precision,
         seed=config.run.seed,
         freeze=(),
+        adapters=config.adapters,
         task=task,
     )
     train, evaluated = _batches(job, task, dp_rank=0, dp=1)
@@ -170,6 +173,7 @@ def in_one_process(argv: list[str]) -> Outcome:
 def _by_hand(model: Any, batches: list[Any]) -> tuple[list[float], list[int]]:
     """(sums, counts): losses and right predictions of masked tokens, and of rows if there are pairs."""
     sums, counts = [0.0] * 4, [0] * 4
+    model.eval()
     for batch in batches:
         real = (batch.position_ids_BT == 0).cumsum(1) == 1
         given = {"input_ids": batch.input_ids_BT, "attention_mask": real.long(), "labels": batch.labels_BT}
@@ -190,4 +194,5 @@ def _by_hand(model: Any, batches: list[Any]) -> tuple[list[float], list[int]]:
         sums[0] += float(out.loss) * n if n else 0.0
         sums[1] += int((logits.argmax(-1) == batch.labels_BT).sum())
         counts = [counts[0] + n, counts[1] + n, counts[2] + m, counts[3] + m]
+    model.train()
     return (sums, counts) if counts[2] else (sums[:2], counts[:2])

@@ -173,6 +173,23 @@ def test_masks_alone_are_learned_alike(folder: Path, name: str, layout: str) -> 
     agree(found, masked.in_one_process(argv))
 
 
+@pytest.mark.parametrize(
+    "layout", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "pp2-tp2"))]
+)
+def test_a_layout_drops_what_one_process_drops(folder: Path, layout: str) -> None:
+    rates = [f"model.config.{name}=0.1" for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")]
+    ranks, argv = (
+        (4 if layout == "pp2-tp2" else 2),
+        masked.words("bert", folder, *rates, "model.attention=eager"),
+    )
+    found = run_ranks(ranks, masked.on_rank, [*argv, *LAYOUTS[layout]], ranks)
+    expected = masked.in_one_process(argv)
+    without = masked.in_one_process(masked.words("bert", folder))
+    assert abs(expected.losses[0] / without.losses[0] - 1) > 1e-4
+    expected.sums[:-1] = found[0].sums[:-1]  # those of training are with dropout
+    agree(found, expected)
+
+
 # -- runs ----------------------------------------------------------------------------------------------------
 
 

@@ -88,8 +88,8 @@ def bytes_of_update(
     config: Config, *, layout: ParallelLayout, facts: ModelFacts, ends: Sequence[range]
 ) -> int:
     """Bytes that muon and adafactor need at least during an update, besides the state: one matrix is made
-    orthogonal at a time while the parts of others wait (muon.py); one update is computed at a time, with momentum
-    beside it. `ends`: the layers of a rank's stages.
+    orthogonal at a time while the parts of others wait (muon.py); one update is computed at a time, with
+    momentum beside it. `ends`: the layers of a rank's stages.
     """
     kind, hidden = config.optim.kind, facts.hidden
     experts = max(facts.layer_inactive, default=0) // 2  # at least: of two or three matrices of each

@@ -88,19 +88,21 @@ def bytes_of_update(
     config: Config, *, layout: ParallelLayout, facts: ModelFacts, ends: Sequence[range]
 ) -> int:
     """Bytes that muon and adafactor need at least during an update, besides the state: one matrix is made
-    orthogonal at a time while the parts of others wait (muon.py); one update is computed at a time. `ends`:
-    the layers of a rank's stages.
+    orthogonal at a time while the parts of others wait (muon.py); one update is computed at a time, with
+    momentum beside it. `ends`: the layers of a rank's stages.
     """
     kind, hidden = config.optim.kind, facts.hidden
     experts = max(facts.layer_inactive, default=0) // 2  # at least: of two or three matrices of each
     matrix = max(hidden * max(facts.ffn, facts.heads * facts.head_dim), experts)
     if kind == "muon":
-        copies, alone = layout.dp_replicate, layout.dp * layout.tp == 1
+        # Of the matrices that are exchanged together, three are as large: gate, up and down.
+        copies, alone = min(3, layout.dp_replicate), layout.dp * layout.tp == 1
         return _computed(config) * matrix * (5 if alone else max(copies + 5, 3 * copies + 1))
     if kind == "adafactor":
         first, last = ends[0].start == 0, ends[-1].stop == facts.layers
         largest = max(matrix, first * facts.vocab * hidden, last * facts.outputs * hidden)
-        return _computed(config) * largest // (layout.dp_shard * layout.tp)
+        tensors = 3 if config.optim.momentum else 1
+        return tensors * _computed(config) * largest // (layout.dp_shard * layout.tp)
     return 0
 
 

@@ -21,8 +21,10 @@ from hybridtrain.models.dropout import CannotKey, Dropouts, Rows, Site, Slot
 from hybridtrain.models.init import draw, fill, reset_buffers
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel import recompute
+from hybridtrain.reference import Reference
 from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.head import Head
+from hybridtrain.types import IGNORE_INDEX
 from tests.cases import GPT2, Case
 from tests.sabotage.composition import rows_stay
 
@@ -175,6 +177,28 @@ def test_it_acts_in_training_alone() -> None:
         assert not torch.equal(trained, expected)
         assert torch.equal(stage.train()(batch.input_ids_BT, batch=batch), trained)
     assert without.dropouts.slots == []
+
+
+def test_packed_documents_drop_by_their_place_in_the_row() -> None:
+    """In the plain process, too, in which each of them is a row."""
+    fields, case = {**GPT2, "n_layer": 2}, Case(fields=GPT2)
+    places = torch.cat([torch.arange(7), torch.arange(9)]).repeat(2, 1)
+    batch = dataclasses.replace(case.batches(0, dp_rank=0, dp=1)[0], position_ids_BT=places, packed=True)
+    config = hf_config(fields, chosen={}, attention="eager")
+    options = case.config()
+    plain = Reference(
+        config,
+        source=draw(config, seed=0),
+        settings=options.optim,
+        precision=options.precision,
+        seed=0,
+        freeze=(),
+        task=CausalLM(),
+    )
+    with torch.no_grad():
+        loss = stage_of(fields, kind="none")(batch.input_ids_BT, batch=batch).sum()
+    count = int((batch.labels_BT != IGNORE_INDEX).sum())
+    assert plain.step([batch], lr=0.0).loss == pytest.approx(float(loss) / count, rel=1e-6)
 
 
 def test_rows_without_keys_are_not_trained_on() -> None:

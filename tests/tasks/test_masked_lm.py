@@ -242,6 +242,8 @@ def test_an_encoder_without_a_head_gets_a_new_one_for_masks(folder: Path, tmp_pa
     assert "cls.predictions.transform.dense.weight: drawn as in a new model" in said.out + said.err
     assert "pooler.dense.weight of the files: left out" in said.out + said.err
     assert main(["export", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "data.document_mask=true"]) == 2
+    assert "do not keep the documents of a row apart" in capsys.readouterr().err
     exported = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "export")
     assert torch.allclose(
         exported.bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight, atol=1e-4
@@ -345,6 +347,12 @@ def test_what_does_not_go_together_is_refused(
     assert main(["train", *argv, "parallel=single", f"run.dir={tmp_path / 'run'}"]) == 2
     assert problem.replace("{causal}", str(data)) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_random_tokens_are_no_pairs(tmp_path: Path, capsys) -> None:
+    argv = ["task=masked_lm", "task.next_sentence=true", masked.MODELS["bert"], f"data.seq_len={SEQ}"]
+    assert main(["parity", *argv, f"run.dir={tmp_path}"]) == 2
+    assert "random tokens are no pairs of sentences" in capsys.readouterr().err
 
 
 def test_documents_of_one_sentence_have_no_pairs(tmp_path: Path) -> None:

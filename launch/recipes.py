@@ -112,7 +112,7 @@ def lines(losses: dict[str, dict[str, list[float]]]) -> list[str]:
 def cells(losses: dict[str, list[float]], name: str) -> str:
     more = [loss / base - 1 for loss, base in zip(losses[name], losses[BASE], strict=True)]
     error = stdev(more) / math.sqrt(len(more)) if len(more) > 1 else math.nan
-    paired = f"{mean(more):+.2%} | {error:.2%}" if name != BASE else " | "
+    paired = f"{mean(more):+.3%} | {error:.3%}" if name != BASE else " | "
     return f"{mean(losses[name]):.4f} | {paired}"
 
 

@@ -25,7 +25,7 @@ def test_losses_are_compared_seed_by_seed() -> None:
     losses = {name: [1.0, 2.0, 4.0] for name in script["RECIPES"]} | {"fp32": [1.01, 2.0, 4.04]}
     found = script["lines"]({"scratch": losses, "further": losses})
     assert found[2].startswith("| bf16_mixed | 2.3333 |  |  | 2.3333 |")
-    assert found[3] == "| fp32 | 2.3500 | +0.67% | 0.33% | 2.3500 | +0.67% | 0.33% |"
+    assert found[3] == "| fp32 | 2.3500 | +0.667% | 0.333% | 2.3500 | +0.667% | 0.333% |"
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hybridtrain import registry
 from hybridtrain.config.schema import OptimConfig, PrecisionConfig
 from hybridtrain.models.build import logits, pair_logits, plain_model, saved_buffers
+from hybridtrain.models.heads import text_logits
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import linears_in
 from hybridtrain.models.patterns import matches
@@ -34,7 +35,7 @@ from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch, PairBatch
+from hybridtrain.types import Batch, PairBatch, TextBatch
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class Reference:
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
             if isinstance(batch, PairBatch):
                 return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
+            if isinstance(batch, TextBatch):
+                return self.task.loss_of_logits(text_logits(self.worker, batch), batch)
             outputs = whole(self.worker, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
             return self.task.loss_of_logits(outputs, batch)
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,11 @@ class Blend:
     """Corpus for evaluation instead of the held-out rows of `corpora` (data.eval_path)."""
     documents: bool
     """Documents in a row do not attend to each other (data.document_mask, or a packed corpus)."""
+
+    def in_own_rows(self) -> Blend:
+        """The blend with each text in a row of its own, not packed with others."""
+        corpora = (replace(each, single=True) if isinstance(each, Corpus) else each for each in self.corpora)
+        return replace(self, corpora=tuple(corpora))
 
     @property
     def name(self) -> str:

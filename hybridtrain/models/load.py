@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, hub, tokens, weights
-from hybridtrain.models.build import language_model, meta_model, saved_buffers
+from hybridtrain.models import classifier, heads, hub, tokens, weights
+from hybridtrain.models.build import meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
 from hybridtrain.models.plain import TYPES
@@ -52,9 +52,10 @@ def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> Weigh
     structure = structure_of(config)
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     buffers = saved_buffers(meta_model(config))
+    new = heads.drawn(config) if classifier.is_classifier(config.architectures) else {head}
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
-        if name not in tensors and (name == head or name in buffers):
+        if name not in tensors and (name in new or name in buffers):
             return fresh(name, shape, slices)
         key = head if name == embed and embed not in tensors else name
         rows = tensors[key].shape[0] if shape else 0
@@ -126,7 +127,7 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     # Of a tied pair only the head may be stored, as transformers allows.
     swapped = config.tie_word_embeddings and embed not in tensors and head in tensors
     classes = classifier.is_classifier(config.architectures)
-    drawn = {head} if classes and head not in tensors else set()
+    drawn = sorted(heads.drawn(config) - tensors.keys()) if classes else []
     missing = [
         name
         for name in shapes
@@ -134,7 +135,10 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     ]
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
-    lines = [f"{name}: drawn as in a new model, a row for each class" for name in drawn]
+    lines = [
+        f"{name}: drawn as in a new model" + (", a row for each class" if name == head else "")
+        for name in drawn
+    ]
     if added := [name for name in buffers if name not in tensors]:
         more = f" and {len(added) - 1} others" if len(added) > 1 else ""
         lines.append(f"{added[0]}{more}: not in the files, as in a new model")
@@ -190,7 +194,7 @@ def _left_over(
     structure, count = structure_of(config), config.get_text_config(decoder=True).num_hidden_layers
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     classes = classifier.is_classifier(config.architectures)
-    of_language = f"{structure_of(language_model(config)).head}.weight" if classes else ""
+    of_other_heads = heads.left_out(config) if classes else set()
     tables, cut, unused, of_tokens = 0, set(), [], []
     for name in tensors:
         if name in shapes:
@@ -198,7 +202,7 @@ def _left_over(
         layer = _LAYER.search(name) if name.startswith(f"{structure.layers}.") else None
         if weights.is_rotary_table(name):
             tables += 1
-        elif name == of_language:
+        elif name in of_other_heads:
             of_tokens.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(tensors, embed=embed, head=head):
@@ -225,7 +229,7 @@ def _left_over(
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
     lines = [
-        f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens
+        f"{name} of the files is left out: {config.architectures[0]} has no such part" for name in of_tokens
     ]
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:

@@ -19,6 +19,8 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.models.classifier import labels_of
+from hybridtrain.models.source import read_config
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, LayoutCase
@@ -91,8 +93,13 @@ def compare_layouts(
     tasks.user_task(config)  # for what it refuses
     data = _data(config, inputs)
     if data:
-        config = compatibility.adapt_model(config, data, facts=facts_of(config.model))
-        config = compatibility.adapt_task(config, data) if inputs.task is None else config
+        known = labels_of(read_config(config.model))
+        config = compatibility.with_classes(config, data, known=known)
+        facts = facts_of(config.model)
+        data = compatibility.own_rows(data, facts=facts)
+        config = compatibility.adapt_model(config, data, facts=facts)
+        if inputs.task is None:
+            config = compatibility.adapt_task(config, data, encoder=facts.encoder)
     comparison = plans.prepare(
         config,
         capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds},

@@ -34,6 +34,7 @@ from hybridtrain.precision.double import Double
 from hybridtrain.precision.policy import policy
 from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, PairBatch, TextBatch
 
@@ -152,6 +153,7 @@ class Reference:
         whole = _of_documents if batch.packed else logits
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
             if isinstance(batch, PairBatch):
+                assert isinstance(self.task, NextSentence)
                 return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
             if isinstance(batch, TextBatch):
                 return self.task.loss_of_logits(text_logits(self.worker, batch), batch)

@@ -366,7 +366,7 @@ def _generate(generate: schema.GenerateConfig) -> None:
 
 def _task(task: schema.TaskConfig) -> None:
     in_range("task.mask_rate", task.mask_rate, lambda rate: rate > 0, allowed="above 0", instead=0.15)
-    for name in ("mask_rate", "tokens", "next_sentence"):
+    for name in ("mask_rate", "tokens", "whole_words", "next_sentence"):
         value, default = getattr(task, name), getattr(schema.TaskConfig(), name)
         with_tokens = ("classification",) if name == "tokens" else ()
         require(

@@ -107,6 +107,9 @@ class TaskConfig(Options):
     """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
     row of text if there is one; classification by an encoder: cls, which begins each text, and pad, which
     fills its row; empty: those of the data's tokenizer."""
+    whole_words: bool = False
+    """masked_lm: all tokens of a word are predicted, or none; what continues a word is told by the tokenizer
+    (## before it, or no space before letters and digits)."""
     next_sentence: bool = False
     """masked_lm: also tell whether the second part of a row follows the first, as in the pre-training of
     BERT: a model ...ForPreTraining, and data prepared with data.sentences=true."""

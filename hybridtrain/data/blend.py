@@ -24,8 +24,9 @@ import numpy as np
 
 from hybridtrain import registry
 from hybridtrain.config.schema import Config, DataConfig
-from hybridtrain.data import order
+from hybridtrain.data import order, special
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.pairs import PairRows
 from hybridtrain.data.prepare.embedded import open_or_prepare
 from hybridtrain.data.rows import Rows
 from hybridtrain.data.user_rows import UserRows
@@ -50,6 +51,8 @@ class Blend:
     """Corpus for evaluation instead of the held-out rows of `corpora` (data.eval_path)."""
     documents: bool
     """Documents in a row do not attend to each other (data.document_mask, or a packed corpus)."""
+    continuing: np.ndarray | None = None
+    """bool (V,): tokens that continue a word (task.whole_words); None: not needed."""
 
     def in_own_rows(self) -> Blend:
         """The blend with each text in a row of its own, not packed with others."""
@@ -90,7 +93,7 @@ class Blend:
         """Number of rows of a split in all corpora; for the train split, an epoch."""
         return sum(corpus.count(split, seq_len=seq_len) for corpus, _ in self.parts(split))
 
-    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows]:
+    def rows(self, split: str, *, seq_len: int, vocab: int) -> list[Rows | PairRows]:
         """The rows of each of `parts`."""
         return [
             corpus.rows(split, seq_len=seq_len, documents=self.documents, vocab=vocab)
@@ -105,12 +108,23 @@ def data_of(config: Config, *, timeout_s: float) -> Blend:
     """
     if registry.lookup("data", config.data.kind) is None:
         blend = open_data(config.data, timeout_s=timeout_s)
+        if config.task.whole_words:
+            blend = dataclasses.replace(blend, continuing=_continuing(blend))
         return _as_pairs(blend) if config.task.next_sentence else blend
     result = registry.call("data", config.data.kind, config)
     rows, held_out = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     return of_rows(
         rows, held_out, fields=(f"data.kind={config.data.kind}",) * 2, documents=config.data.document_mask
     )
+
+
+def _continuing(blend: Blend) -> np.ndarray:
+    first = blend.corpora[0]
+    if not isinstance(first, Corpus) or not first.tokenizer_dir.is_dir():
+        problem, allowed = f"{blend.name} has no tokenizer, which tells words", "false with it"
+        instead = "task.whole_words=false"
+        raise refusal("task.whole_words", True, problem, allowed=allowed, instead=instead)
+    return special.continuing(first.tokenizer_dir)
 
 
 def _as_pairs(blend: Blend) -> Blend:

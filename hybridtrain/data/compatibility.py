@@ -96,7 +96,7 @@ def _with_tokens(config: C, blend: Blend, *, needed: tuple[str, ...]) -> C:
 
 
 def check_masks(config: Config, *, facts: ModelFacts) -> None:
-    """Refuse special tokens that the model lacks (raises UserError); say which head is not trained."""
+    """Refuse special tokens that the model does not have (raises UserError); tell of an untrained head."""
     vocab = facts.vocab
     if config.task.kind == "masked_lm" and facts.pairs and not config.task.next_sentence:
         _log.warning("the model's head for pairs is not trained: task.next_sentence=false")
@@ -180,12 +180,13 @@ def check_train_rows(blend: Blend, *, seq_len: int) -> None:
 
 
 def check_labels(blend: Blend, config: Config) -> None:
-    """Refuse next-token prediction on a user's rows that have a class number: only that would be learned."""
+    """Refuse to predict tokens on a user's rows that have a class number: only that would be learned."""
     for corpus in blend.corpora:
-        if config.task.kind == "causal_lm" and isinstance(corpus, UserRows) and corpus.labelled:
+        tokens = config.task.kind in ("causal_lm", "masked_lm")
+        if tokens and isinstance(corpus, UserRows) and corpus.labelled:
             problem = f"rows of {corpus.path} have a class number as `label`"
             allowed, instead = "classification, or rows without it", "task=classification model.labels=[...]"
-            raise refusal("task.kind", "causal_lm", problem, allowed=allowed, instead=instead)
+            raise refusal("task.kind", config.task.kind, problem, allowed=allowed, instead=instead)
 
 
 def check_cuts(blend: Blend, config: Config) -> None:

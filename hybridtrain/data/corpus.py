@@ -170,7 +170,7 @@ class Corpus:
             return figures["loss_tokens"] > 0
         return any(part.any() for part in targets(self.path, split=split, seq_len=seq_len))
 
-    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows:
+    def rows(self, split: str, *, seq_len: int, documents: bool, vocab: int) -> Rows | PairRows:
         """The rows of a split with documents.
 
         `vocab`: of the model; `documents`: their blocks have doc_start.

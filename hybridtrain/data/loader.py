@@ -58,7 +58,7 @@ class Loader:
         assert 0 <= dp_rank < dp_size
         self._rows = blend.rows("train", seq_len=plan.seq_len, vocab=vocab)
         self._quotas = blend.quotas
-        self._documents = blend.documents
+        self._documents, self._continuing = blend.documents, blend.continuing
         self._plan, self._collate = plan, collate
         self._seed = seed
         self.left_out = 0
@@ -107,6 +107,7 @@ class Loader:
         plan, chosen = self._plan, self.row_ids(step)
         keys = hashing.keys(self._samples(step), name=f"hybridtrain samples {self._seed}")
         block = _gather(self._rows, chosen, keys, seq_len=plan.seq_len, documents=self._documents)
+        block = block.with_words(self._continuing)
         return micro_batches(block, plan=plan, step=step, collate=self._collate)
 
 
@@ -156,6 +157,7 @@ def eval_batches(
         keys = np.zeros(share, dtype=np.uint64)  # for a row the same in every evaluation
         keys[: len(mine)] = hashing.keys(mine[:, 1], name="hybridtrain evaluation")
         block = _gather(held_out, mine, keys, seq_len=plan.seq_len, documents=blend.documents)
+        block = block.with_words(blend.continuing)
         steps.append(_cut(collate(block, valid=len(mine)), size=plan.micro_batch_size))
     return steps
 
@@ -167,7 +169,7 @@ def _spread(count: int, *, number: int, rows: int) -> np.ndarray:
 
 
 def _gather(
-    parts: Sequence[Rows], chosen: np.ndarray, keys: np.ndarray, *, seq_len: int, documents: bool
+    parts: Sequence[Rows | PairRows], chosen: np.ndarray, keys: np.ndarray, *, seq_len: int, documents: bool
 ) -> Block:
     """The chosen (corpus, row) pairs, in order, in a block of as many rows as there are keys; what is left
     over is blank.
@@ -180,8 +182,10 @@ def _gather(
         places = np.flatnonzero(chosen[:, 0] == number)
         if len(places):
             ids = chosen[places, 1]
-            of_pairs = isinstance(part, PairRows)
-            block.put(places, part.gather(ids, keys=keys[places]) if of_pairs else part.gather(ids))
+            if isinstance(part, PairRows):
+                block.put(places, part.pairs(ids, keys=keys[places]))
+            else:
+                block.put(places, part.gather(ids))
     return block
 
 

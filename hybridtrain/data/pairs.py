@@ -21,7 +21,6 @@ import numpy as np
 
 from hybridtrain.data.indexed import COPY_BYTES, IndexedReader
 from hybridtrain.data.rows import Block, Check
-from hybridtrain.errors import refusal
 from hybridtrain.runtime import hashing
 
 SPECIAL = 3
@@ -41,7 +40,8 @@ def build(folder: Path, *, split: str, seq_len: int) -> int:
     """Write the rows of a split, and return their number.
 
     A document is cut into stretches of seq_len - 3 tokens; the sentences that begin in one are a row. Those
-    of one sentence, which cannot be divided, are left out.
+    of one sentence, which cannot be divided, are left out. There are none if all are of one document: no part
+    of another could follow.
     """
     reader, marks = IndexedReader(folder / split), IndexedReader(folder / f"{split}.sentences")
     assert marks.dtype.itemsize == 1
@@ -62,6 +62,8 @@ def build(folder: Path, *, split: str, seq_len: int) -> int:
         parts.append(rows[counts >= 2])
         first = last
     rows = np.concatenate(parts)
+    if len(rows) and rows[0, 0] == rows[-1, 0]:
+        rows = rows[:0]
     np.save(row_file(folder, split=split), rows)
     return len(rows)
 
@@ -74,20 +76,14 @@ class PairRows:
     def __init__(
         self, reader: IndexedReader, marks: IndexedReader, *, rows: np.ndarray, seq_len: int, check: Check
     ) -> None:
-        """`marks`: of the sentences; `rows`: what `build` wrote. Raises UserError for those of one document,
-        which no part of another can follow.
-        """
-        if not len(rows) or rows[0, 0] == rows[-1, 0]:
-            problem = f"fewer than two documents of {reader.bin_path} have pairs of sentences"
-            allowed, instead = "documents of several sentences", "task.next_sentence=false, or more text"
-            raise refusal("task.next_sentence", True, problem, allowed=allowed, instead=instead)
+        """`marks`: of the sentences; `rows`: what `build` wrote."""
         self._reader, self._marks, self._rows, self._check = reader, marks, rows, check
         self._room, self._seq_len = seq_len - SPECIAL, seq_len
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def gather(self, row_ids: np.ndarray, *, keys: np.ndarray) -> Block:
+    def pairs(self, row_ids: np.ndarray, *, keys: np.ndarray) -> Block:
         """Pairs for samples with these rows and keys."""
         block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=False, masked=False, pairs=True)
         assert block.segments is not None
@@ -143,7 +139,9 @@ class PairRows:
         from_second += of_longer if len(second) >= len(first) else 0
         cut = []
         for part, (tokens, count) in enumerate(((first, from_first), (second, from_second))):
-            coins = hashing.bits(key, np.arange(count) + part * (self._seq_len << 8), purpose=_FRONT)
+            coins = hashing.bits(
+                np.array([key]), np.arange(count) + part * (self._seq_len << 8), purpose=_FRONT
+            )
             front = int((coins & np.uint64(1)).sum())
             cut.append(tokens[front : len(tokens) - (count - front)])
         return cut[0], cut[1]

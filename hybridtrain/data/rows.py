@@ -9,7 +9,7 @@ End-of-text tokens are in the file already; a text row is one slice of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,8 @@ class Block:
     """bool: True where the token is a training target; None: all are."""
     keys: np.ndarray | None = None
     """uint64 (n,): a random number for each sample (hashing.keys), for tasks that draw from it."""
+    continues: np.ndarray | None = None
+    """bool: True where the token continues the word of the one before it; None: not known."""
     segments: np.ndarray | None = None
     """Of pairs (pairs.py): int8, 0 in the first part, 1 in the second, which follows it, -1 elsewhere."""
     unrelated: np.ndarray | None = None
@@ -65,10 +67,18 @@ class Block:
             None if array is None else array[:, chosen].reshape(-1, length + 1)
             for array in (self.doc_start, self.loss_mask)
         )
+        continues = None if self.continues is None else self.continues[:, chosen].reshape(-1, length + 1)
         keys = None
         if self.keys is not None:
             keys = hashing.bits(self.keys[:, None], np.arange(pieces), purpose=0).flatten()
-        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask, keys)
+        return Block(self.tokens[:, chosen].reshape(-1, length + 1), start, mask, keys, continues)
+
+    def with_words(self, continuing: np.ndarray | None) -> Block:
+        """With `continues`, if `continuing` tells of each token whether it continues a word."""
+        if continuing is None:
+            return self
+        known = np.minimum(self.tokens, len(continuing) - 1)  # tokens added later are words
+        return replace(self, continues=continuing[known] & (self.tokens < len(continuing)))
 
     def put(self, places: np.ndarray, other: Block) -> None:
         """Write the rows of `other` into rows `places`."""

@@ -30,6 +30,7 @@ from hybridtrain.models.heads import is_encoder, text_logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
+from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, PairBatch, Sums, TextBatch
 
@@ -93,6 +94,10 @@ def run(config: EvaluateRoot) -> int:
 def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data: Blend) -> Task:
     """The model's task, which `settings` then names: the plain loss, without label smoothing and z-loss."""
     kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    if kind == "masked_lm" and data.documents:
+        problem = "transformers' encoders do not keep the documents of a row apart"
+        instead = "data.document_mask=false"
+        raise refusal("data.document_mask", True, problem, allowed="false with an encoder", instead=instead)
     settings.task = dataclasses.replace(settings.task, kind=kind, label_smoothing=0.0, z_loss=0.0)
     encodes = is_encoder(model.config)
     settings = adapt_task(settings, data, encoder=encodes)
@@ -133,6 +138,7 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
         for batch in batches:
             here = batch.to(device)
             if isinstance(here, PairBatch):
+                assert isinstance(task, NextSentence)
                 sums = task.loss_of_pairs(*pair_logits(model, here), here)
             elif isinstance(here, TextBatch):
                 sums = task.loss_of_logits(text_logits(model, here), here)
@@ -156,21 +162,20 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
 
 
 def _figures(metrics: dict[str, float], *, count: int, kind: str) -> dict[str, Any]:
-    """Results to print: loss, and perplexity of a causal LM; of others accuracy."""
+    """Results to print: loss, and perplexity of a causal LM; of others accuracy, and what they add."""
     loss = metrics["eval_loss"]
     counted = {"classification": "documents", "masked_lm": "masked"}.get(kind, "tokens")
     figures = {counted: count, "loss": loss if math.isfinite(loss) else None}
     return figures | (
         {"perplexity": math.exp(loss) if loss < 700 else None}
         if kind == "causal_lm"
-        else {"accuracy": metrics["eval_accuracy"]}
+        else {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
     )
 
 
 def _rounded(result: dict[str, Any]) -> dict[str, Any]:
-    decimals = {"loss": 6, "perplexity": 4, "accuracy": 4}
     return {
-        key: f"{value:.{decimals[key]}f}" if key in decimals and value is not None else value
+        key: f"{value:.{6 if key.endswith('loss') else 4}f}" if isinstance(value, float) else value
         for key, value in result.items()
     }
 

@@ -28,6 +28,16 @@ def predicts(config: Any) -> str:
     return _kind(config.architectures, decoder=getattr(config, "is_decoder", False))
 
 
+def is_left_out(name: str, *, config: Any) -> bool:
+    """Whether a stored tensor is one that an encoder which predicts masked tokens alone does not have:
+    numbers of positions, as older versions of transformers stored them, or of the head for pairs.
+    """
+    if not predicts(config):
+        return False
+    of_pairs = ".pooler." in f".{name}" or name.startswith(f"{PAIRS}.")
+    return name.endswith("position_ids") or (predicts(config) == MASKED and of_pairs)
+
+
 def _kind(architectures: object, *, decoder: object) -> str:
     one = isinstance(architectures, list | tuple) and len(architectures) == 1
     name = str(architectures[0]) if one and not decoder else ""  # type: ignore[index]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, heads, hub, tokens, weights
+from hybridtrain.models import classifier, encoder, heads, hub, tokens, weights
 from hybridtrain.models.build import meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
@@ -51,8 +51,7 @@ def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> Weigh
         _log.info("weights   %s", line)
     structure = structure_of(config)
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
-    buffers = saved_buffers(meta_model(config))
-    new = heads.drawn(config) if classifier.is_classifier(config.architectures) else {head}
+    buffers, new = saved_buffers(meta_model(config)), _new(tensors, config=config)
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
         if name not in tensors and (name in new or name in buffers):
@@ -126,8 +125,7 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     # Of a tied pair only the head may be stored, as transformers allows.
     swapped = config.tie_word_embeddings and embed not in tensors and head in tensors
-    classes = classifier.is_classifier(config.architectures)
-    drawn = sorted(heads.drawn(config) - tensors.keys()) if classes else []
+    classes, drawn = classifier.is_classifier(config.architectures), _new(tensors, config=config)
     missing = [
         name
         for name in shapes
@@ -136,8 +134,8 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
     lines = [
-        f"{name}: drawn as in a new model" + (", a row for each class" if name == head else "")
-        for name in drawn
+        f"{name}: drawn as in a new model" + (", a row for each class" if classes and name == head else "")
+        for name in sorted(drawn)
     ]
     if added := [name for name in buffers if name not in tensors]:
         more = f" and {len(added) - 1} others" if len(added) > 1 else ""
@@ -163,6 +161,23 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
             f"drawn as in a new model ({stored_shape[0]} -> {shape[0]})"
         )
     return lines + _left_over(tensors, shapes=shapes, model=model, config=config)
+
+
+def _new(tensors: Mapping[str, Stored | Converted], *, config: Any) -> set[str]:
+    """Parameters that a folder of a model without this head need not have: those that a classifier has and
+    its language model does not, and of an encoder those after its layers, if it has none of them.
+    """
+    if classifier.is_classifier(config.architectures):
+        return heads.drawn(config) - tensors.keys()
+    after = set() if not encoder.predicts(config) else _heads(config)
+    return set() if any(name in tensors for name in after) else after
+
+
+def _heads(config: Any) -> set[str]:
+    """The parameters of an encoder's heads: all outside the encoder itself. A tied matrix is none."""
+    model: Any = meta_model(config)
+    inside = f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(inside)}
 
 
 def _missing(names: list[str], *, model: ModelConfig, head: str, config: Any) -> UserError:
@@ -195,7 +210,7 @@ def _left_over(
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     classes = classifier.is_classifier(config.architectures)
     of_other_heads = heads.left_out(config) if classes else set()
-    tables, cut, unused, of_tokens = 0, set(), [], []
+    tables, cut, unused, of_tokens, of_encoder = 0, set(), [], [], []
     for name in tensors:
         if name in shapes:
             continue
@@ -204,6 +219,8 @@ def _left_over(
             tables += 1
         elif name in of_other_heads:
             of_tokens.append(name)
+        elif encoder.is_left_out(name, config=config):
+            of_encoder.append(name)
         elif name == head and config.tie_word_embeddings:
             if weights.heads_differ(tensors, embed=embed, head=head):
                 raise weights.tie_refused(model.from_pretrained)
@@ -231,6 +248,8 @@ def _left_over(
     lines = [
         f"{name} of the files is left out: {config.architectures[0]} has no such part" for name in of_tokens
     ]
+    if of_encoder:
+        lines.append(f"{', '.join(of_encoder)} of the files: left out, what masks and positions do not need")
     lines += [f"{tables} rotary tables in the files are computed instead"] if tables else []
     if cut:
         lines.append(f"{len(cut)} layers of the files are left out: model.config.num_hidden_layers={count}")

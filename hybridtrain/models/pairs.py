@@ -18,7 +18,9 @@ def pairs_of(model: Any) -> tuple[str, str] | None:
     if encoder.predicts(model.config) != encoder.PRETRAINING:
         return None
     modules = dict(model.named_modules())
-    head, results, taken = modules.get(encoder.PAIRS), {}, []
+    head = modules.get(encoder.PAIRS)
+    results: dict[str, Any] = {}
+    taken: list[Any] = []
     if not isinstance(head, nn.Linear) or head.out_features != 2:
         raise _refusal(model, f"it has no head {encoder.PAIRS} with two rows")
 

@@ -92,14 +92,7 @@ def compare_layouts(
     engines.check_device(kinds, precision=config.precision.kind)
     tasks.user_task(config)  # for what it refuses
     data = _data(config, inputs)
-    if data:
-        known = labels_of(read_config(config.model))
-        config = compatibility.with_classes(config, data, known=known)
-        facts = facts_of(config.model)
-        data = compatibility.own_rows(data, facts=facts)
-        config = compatibility.adapt_model(config, data, facts=facts)
-        if inputs.task is None:
-            config = compatibility.adapt_task(config, data, encoder=facts.encoder)
+    config = _adapted(config, data, task=inputs.task)
     comparison = plans.prepare(
         config,
         capabilities={kind: capabilities.with_options(config.engine, kind=kind) for kind in kinds},
@@ -145,6 +138,20 @@ def compare_layouts(
             verdict.write(path, rows=rows, reference=reference_facts, facts=facts)
     print(f"\n{_outcome(rows)}\n{path}", flush=True)
     return Parity(tuple(rows), path)
+
+
+def _adapted(config: schema.ParityRoot, data: Blend | None, *, task: Task | None) -> schema.ParityRoot:
+    """`config` with what the data decides. Raises UserError if model, data and task do not go together."""
+    if data:
+        known = labels_of(read_config(config.model))
+        config = compatibility.with_classes(config, data, known=known)
+        facts = facts_of(config.model)
+        config = compatibility.adapt_model(config, data, facts=facts)
+        if task is None:
+            config = compatibility.adapt_task(config, data, encoder=facts.encoder)
+    if task is None:
+        engines.check_task(config, facts=facts_of(config.model))
+    return config
 
 
 def _header(comparison: Comparison, reference: ReferenceResult, *, width: int) -> str:

@@ -58,7 +58,10 @@ class MaskedLM(CausalLM):
             tokens[:, 1:], tokens[:, 0] = tokens[:, :-1].copy(), self.first
             start = None if start is None else np.insert(start, 0, values=False, axis=1)
         allowed = allowed & (np.arange(len(tokens)) < valid)[:, None]
-        inputs, labels = self._masked(tokens, block.keys, allowed=allowed)
+        continues = block.continues
+        if continues is not None and self.first is not None and block.loss_mask is None:
+            continues = np.insert(continues, 0, values=False, axis=1)
+        inputs, labels = self._masked(tokens, block.keys, allowed=allowed, continues=continues)
         index = np.arange(tokens.shape[1])
         positions = np.tile(index, (len(tokens), 1))
         if start is not None:
@@ -68,11 +71,18 @@ class MaskedLM(CausalLM):
         return Batch(ids, targets, places, packed=start is not None)
 
     def _masked(
-        self, tokens: np.ndarray, keys: np.ndarray, *, allowed: np.ndarray
+        self, tokens: np.ndarray, keys: np.ndarray, *, allowed: np.ndarray, continues: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, labels) from tokens (B, T). Special tokens are not masked, nor those not `allowed`."""
+        """(inputs, labels) from tokens (B, T). Special tokens are not masked, nor those not `allowed`.
+
+        `continues`: where a token continues a word, of which all tokens are drawn or none.
+        """
         places, keys = np.arange(tokens.shape[1]), keys[:, None]
-        drawn = hashing.uniform(keys, places, purpose=_DRAWN) < self.rate
+        words = places
+        if continues is not None:
+            begins = ~continues[:, : len(places)] | (places == 0)
+            words = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        drawn = hashing.uniform(keys, words, purpose=_DRAWN) < self.rate
         drawn &= allowed & ~np.isin(tokens, self.special)
         kind = hashing.uniform(keys, places, purpose=_KIND)
         others = (hashing.uniform(keys, places, purpose=_TOKEN) * self.vocab).astype(np.int64)

@@ -36,7 +36,7 @@ class NextSentence(MaskedLM):
 
     def __init__(self, settings: TaskConfig, *, vocab: int):
         super().__init__(settings, vocab=vocab)
-        self.sep, self.pad = settings.tokens["sep"], settings.tokens["pad"]
+        self.cls, self.sep, self.pad = (settings.tokens[name] for name in ("cls", "sep", "pad"))
 
     def collate(self, block: Block, *, valid: int) -> Batch:
         """Pairs with special tokens and padding, some of their tokens masked."""
@@ -50,10 +50,16 @@ class NextSentence(MaskedLM):
         source = np.where(first, place - 1, np.where(second, place - 2, 0))
         text = np.take_along_axis(block.tokens, source, axis=1)
         ends = (place == a + 1) | (place == a + b + 2)
-        special = np.where(place == 0, self.first, np.where(ends, self.sep, self.pad))
+        special = np.where(place == 0, self.cls, np.where(ends, self.sep, self.pad))
         tokens = np.where(first | second, text, special)
         rows = np.arange(len(tokens)) < valid
-        inputs, labels = self._masked(tokens, block.keys, allowed=(first | second) & rows[:, None])
+        continues = block.continues
+        if continues is not None:
+            continues = np.take_along_axis(continues, source, axis=1) & (first | second)
+            continues &= (place != 1) & (place != a + 2)  # the first token of a part begins a word
+        inputs, labels = self._masked(
+            tokens, block.keys, allowed=(first | second) & rows[:, None], continues=continues
+        )
         positions = place - np.where(place >= a + b + 3, a + b + 3, 0)
         segments = ((place >= a + 2) & (place <= a + b + 2)).astype(np.int64)
         unrelated = np.where(rows, block.unrelated, IGNORE_INDEX)

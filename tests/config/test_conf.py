@@ -39,6 +39,8 @@ PARAMETERS = {
     "granite3_2b": 2_533_525_504,
     "smollm3_3b": 3_075_098_624,
     "glm4_9b": 9_400_279_040,
+    "bert_base": 110_106_428,
+    "roberta_base": 124_697_433,
     "gpt2": 124_439_808,
     "gpt2_xl": 1_557_611_200,
     "pythia_1b": 1_011_781_632,
@@ -134,7 +136,9 @@ def test_every_parallel_file_resolves_on_eight_or_fewer(name):
 @pytest.mark.parametrize("name", GROUPS["model"])
 def test_models_are_the_published_ones(name):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from hybridtrain.models.build import auto_class
 
     fields = compose("train", [f"model={name}"]).model.config
     config = AutoConfig.for_model(**fields)
@@ -145,7 +149,7 @@ def test_models_are_the_published_ones(name):
     for key, value in (fields.get("rope_scaling") or {}).items():
         assert config.rope_parameters[key] == value
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     assert type(model).__name__ == fields["architectures"][0]
     count = sum(parameter.numel() for parameter in model.parameters())
     if name in PARAMETERS:

@@ -9,6 +9,7 @@ from hybridtrain.data.prepare.recipe import Recipe
 RECIPE = Recipe(
     chat=None,
     labels=None,
+    sentences=False,
     eval_fraction=0.0,
     deduplicate=False,
     skip_bad=False,

@@ -56,6 +56,7 @@ def loss_of(
         gradients=(gradient or HeadGradient(), HeadGradient()),
         ranks=ranks,
         entries=entries or len(weight),
+        right=None,
     )
 
 

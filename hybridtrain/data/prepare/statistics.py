@@ -158,6 +158,11 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
 def _records(facts: Mapping[str, Any]) -> list[str]:
     """Lines of the table about records and the chat template."""
     lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
+    if rows := facts.get("pairs"):
+        counted = ", ".join(f"{split} {count:,}" for split, count in rows.items())
+        lines.append(
+            f"pairs      {counted} rows of {facts['seq_len']}; a sentence alone in a row is left out"
+        )
     if unread := facts.get("unread"):
         most = sorted(unread.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} ({count:,})" for name, count in most[:MOST_FIELDS]) + (

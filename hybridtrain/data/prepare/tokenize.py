@@ -286,20 +286,14 @@ def _publish(
         for split in SPLITS
         if recipe.packed and joined[split].tokens
     }
-    pair_rows = {
-        split: pairs.build(partial, split=split, seq_len=data.seq_len)
-        for split in SPLITS
-        if data.sentences and joined[split].tokens
-    }
-    if data.sentences and not pair_rows["train"]:
-        raise _no_pairs()
+    pair_rows = _pairs(data, partial, splits=[split for split in SPLITS if joined[split].tokens])
     file_digests = _digests(partial)
     folder.replace(path)
     record = {
         "format": sources.FORMAT,
         "kind": data.format if recipe.packed else "text",
         **({"seq_len": data.seq_len} if recipe.marks else {}),
-        **({"pairs": pair_rows} if data.sentences else {}),
+        **pair_rows,
         **({"labels": data.labels} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
@@ -350,8 +344,18 @@ def _no_targets(data: DataConfig) -> UserError:
     )
 
 
+def _pairs(data: DataConfig, partial: Path, *, splits: list[str]) -> dict[str, Any]:
+    """Write the rows of pairs, and return their numbers for corpus.json. Raises UserError without any."""
+    if not data.sentences:
+        return {}
+    rows = {split: pairs.build(partial, split=split, seq_len=data.seq_len) for split in splits}
+    if not rows["train"]:
+        raise _no_pairs()
+    return {"pairs": rows}
+
+
 def _no_pairs() -> UserError:
-    problem = "no document has two sentences within this many tokens: there are no pairs to learn from"
+    problem = "no two documents have two sentences within a row: there are no pairs to learn from"
     return refusal(
         "data.sentences",
         True,

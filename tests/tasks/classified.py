@@ -166,7 +166,7 @@ def in_one_process(argv: list[str]) -> Outcome:
 
 @torch.no_grad()
 def by_hand(model: Any, batches: list[Any]) -> tuple[list[float], int]:
-    """([losses, right predictions], labels) of transformers' own loss, each text alone and without padding."""
+    """([losses, right predictions], labels) by transformers, each text alone and without padding."""
     loss = right = count = 0.0
     for batch in batches:
         for ids, labels, places in zip(

@@ -118,7 +118,8 @@ class TextClassification(Classification):
         index = np.arange(text.shape[1])
         places = index - np.where(text, 0, text.sum(1, keepdims=True))
         ids = np.where(text, block.tokens[:, :-1], self.pad)
-        return TextBatch(*(torch.from_numpy(each) for each in (ids, labels, places)), packed=True)
+        inputs, targets, positions = (torch.from_numpy(each) for each in (ids, labels, places))
+        return TextBatch(inputs, targets, positions, packed=True)
 
     def _check_first(self, tokens: np.ndarray) -> None:
         """Raise UserError unless these, with which texts begin, are what their class is read from."""

@@ -38,10 +38,11 @@ STEPS, LR = 2, 1e-3
 
 
 def records(count: int) -> list[dict[str, str]]:
-    """Texts of different lengths, whose last number tells the class."""
+    """Texts of different lengths, whose last number tells the class; some are longer than a row."""
     return [
         {
-            "text": " ".join(f"row {n % 5}" for n in range(number % 4)) + f" it is {number % 3}",
+            "text": " ".join(f"row {n % 5}" for n in range(number % 4 + 20 * (number % 20 == 9)))
+            + f" it is {number % 3}",
             "label": LABELS[number % 3],
         }
         for number in range(count)

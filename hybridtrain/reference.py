@@ -25,6 +25,7 @@ from hybridtrain.config.schema import AdaptersConfig, OptimConfig, PrecisionConf
 from hybridtrain.models import adapters as low_rank
 from hybridtrain.models.build import logits, pair_logits, plain_model, saved_buffers
 from hybridtrain.models.dropout import Dropouts
+from hybridtrain.models.heads import text_logits
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.keyed import keyed
 from hybridtrain.models.linears import linears_in
@@ -40,7 +41,7 @@ from hybridtrain.precision.qlinear import Product, convert
 from hybridtrain.precision.rules import format_of
 from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch, PairBatch
+from hybridtrain.types import Batch, PairBatch, TextBatch
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,12 @@ class Reference:
 
     def _sums(self, batch: Batch) -> dict[str, Tensor]:
         with Double() if self.sums == torch.float64 else contextlib.nullcontext():
-            if isinstance(batch, PairBatch):
-                assert isinstance(self.task, NextSentence)
+            if isinstance(batch, PairBatch | TextBatch):
                 with self.dropouts.of(batch.keys_B, start=0, length=batch.input_ids_BT.shape[1]):
-                    of_tokens, of_pairs = pair_logits(self.worker, batch)
-                return self.task.loss_of_pairs(of_tokens, of_pairs, batch)
+                    if isinstance(batch, TextBatch):
+                        return self.task.loss_of_logits(text_logits(self.worker, batch), batch)
+                    assert isinstance(self.task, NextSentence)
+                    return self.task.loss_of_pairs(*pair_logits(self.worker, batch), batch)
             if batch.packed:
                 rows = [batch.rows(row, row + 1) for row in range(len(batch.input_ids_BT))]
                 outputs = torch.cat([_of_documents(self.worker, row, self.dropouts) for row in rows])

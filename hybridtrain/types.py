@@ -78,6 +78,12 @@ class PairBatch(Batch):
 
 
 @dataclass(frozen=True)
+class TextBatch(Batch):
+    """A micro-batch of rows that are a text each, and padding, which is a document of its own. The label of a
+    whole text is that of position 0."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of one optimizer step: tensors on the device, 0-d unless noted, so that
     the step never synchronizes.
@@ -175,7 +181,7 @@ class ModelFacts:
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
     encoder: bool = False
-    """Whether tokens see those that follow them; the head predicts masked ones."""
+    """Whether tokens see those that follow them; the head predicts masked ones, or classes."""
     pairs: bool = False
     """Whether it has a head that tells whether the second part of a row follows the first."""
     dropped: Mapping[str, float] = dataclasses.field(default_factory=dict)

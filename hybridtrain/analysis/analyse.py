@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hybridtrain.analysis import parameters
 from hybridtrain.config.schema import TaskConfig
 from hybridtrain.errors import UserError
-from hybridtrain.models import build, encoder
+from hybridtrain.models import build, classifier, encoder, heads, tracing
 from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.init import reset_buffers
 from hybridtrain.models.keyed import keyed
@@ -30,10 +30,11 @@ from hybridtrain.models.reduced import VOCABULARY, reduced
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.tasks.causal_lm import CausalLM
+from hybridtrain.tasks.classification import TextClassification
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch
+from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch
 
 ROWS, LENGTH = 2, 12
 _KEYS_B = torch.tensor([1, 2])
@@ -99,7 +100,7 @@ def is_causal(copy: Copy) -> bool:
     other = ids.clone()
     other[:, LENGTH - 2 :] = (other[:, LENGTH - 2 :] + 7) % VOCABULARY
     with torch.no_grad():
-        first, second = (logits(copy, each)[:, : LENGTH - 2] for each in (ids, other))
+        first, second = (_before_head(copy, each)[:, : LENGTH - 2] for each in (ids, other))
     return torch.allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
@@ -125,6 +126,8 @@ def documents(copy: Copy) -> Result:
     """Documents in packed rows against each of them alone."""
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, DOCUMENTS, packed=True)
+    if classifier.is_classifier(copy.config.architectures):
+        batch = _with_classes(copy, batch)
     alone = []
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
@@ -149,16 +152,39 @@ def batch_of(ids: Tensor, lengths: Sequence[Sequence[int]], *, packed: bool) -> 
 
 
 def batch_for(copy: Copy, ids: Tensor) -> Batch:
-    """A batch of which the whole rows are documents; pairs, for a model that has a head for them."""
+    """A batch of which the whole rows are documents; pairs, for a model that has a head for them; texts and
+    padding, for an encoder that classifies.
+    """
     batch = batch_of(ids, [[ids.shape[1]]] * ROWS, packed=False)
+    if classifier.is_classifier(copy.config.architectures):
+        return _with_classes(copy, batch)
     if encoder.predicts(copy.config) != encoder.PRETRAINING:
         return batch
     values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     return PairBatch(*values, segment_ids_BT=ids % 2, unrelated_B=torch.arange(ROWS) % 2)
 
 
+def _with_classes(copy: Copy, batch: Batch) -> Batch:
+    """A batch with classes as labels; an encoder's rows have padding, but the first."""
+    ids, count = batch.input_ids_BT, copy.config.num_labels
+    labels = (ids % count).where(batch.labels_BT != IGNORE_INDEX, IGNORE_INDEX)
+    if not heads.is_encoder(copy.config):
+        return dataclasses.replace(batch, labels_BT=labels)
+    place, lengths = torch.arange(ids.shape[1]), ids.shape[1] - 5 * torch.arange(ROWS).unsqueeze(1)
+    text = place < lengths
+    padding = getattr(copy.config, "pad_token_id", None) or 0
+    return TextBatch(
+        ids.where(text, padding),
+        labels.where(place == 0, IGNORE_INDEX),
+        torch.where(text, place, place - lengths),
+        packed=True,
+    )
+
+
 def task_of(batch: Batch) -> Task:
     """The task whose losses are compared."""
+    if isinstance(batch, TextBatch):
+        return TextClassification(labels=VOCABULARY, tokens={})
     settings = TaskConfig(tokens={"mask": 0, "cls": 0, "sep": 0, "pad": 0})
     return NextSentence(settings, vocab=VOCABULARY) if isinstance(batch, PairBatch) else CausalLM()
 
@@ -174,13 +200,26 @@ def tokens(*, length: int) -> Tensor:
 
 
 def logits(copy: Copy, ids: Tensor) -> Tensor:
-    """Of `tokens`, by transformers' own model in training."""
+    """Of `tokens`, by transformers' own model in training; of a classifier what its head returns."""
     return _logits(copy, ids, keys_B=_KEYS_B, start=0)
 
 
 def _logits(copy: Copy, ids: Tensor, *, keys_B: Tensor, start: int) -> Tensor:
     with copy.dropouts.of(keys_B, start=start, length=ids.shape[1]):
+        if classifier.is_classifier(copy.config.architectures):
+            return heads.results_of(copy.model, {"input_ids": ids})
         return build.logits_of(copy.model(input_ids=ids))
+
+
+def _before_head(copy: Copy, ids: Tensor) -> Tensor:
+    """What the last layer of a classifier returns, (B, T, D); logits of tokens of another model."""
+    if not classifier.is_classifier(copy.config.architectures):
+        return logits(copy, ids)
+    found: list[Any] = []
+    listed: Any = copy.model.get_submodule(structure_of(copy.config).layers)
+    with tracing.hooked(listed[-1].register_forward_hook(lambda *given: found.append(given[-1]))):
+        logits(copy, ids)
+    return found[0] if isinstance(found[0], Tensor) else found[0][0]
 
 
 Found = tuple[float, Mapping[str, Tensor]]
@@ -198,6 +237,9 @@ def plain(copy: Copy, parts: Sequence[tuple[Batch, int]]) -> Found:
             with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
                 logits, of_pairs = build.pair_logits(model, batch)
             loss = _cross_entropy(logits, targets) + _cross_entropy(of_pairs, batch.unrelated_B)
+        elif isinstance(batch, TextBatch):
+            with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
+                loss = _cross_entropy(heads.text_logits(model, batch), targets[:, 0])
         else:
             loss = _cross_entropy(_logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start), targets)
         if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):
@@ -271,10 +313,11 @@ def refused(config: Any) -> dict[str, str]:
     if problem := parameters.problem_of(config, copy.model, structure=structure_of(copy.config)):
         raise cannot_train(config.model_type, problem, instead=OTHER)
     causal = is_causal(copy)
-    if encoder.predicts(config) and causal:
+    encodes = encoder.predicts(config) or heads.is_encoder(config)
+    if encodes and causal:
         problem = "its tokens do not see those that follow, so it is no encoder"
         raise cannot_train(config.model_type, problem, instead=OTHER)
-    if not (causal or encoder.predicts(config)):
+    if not (causal or encodes):
         problem = "its tokens see those that follow, so it is no causal language model"
         raise cannot_train(config.model_type, problem, instead=_causal_with(config) or OTHER)
     if _ties_in_name_only(copy):
@@ -284,7 +327,7 @@ def refused(config: Any) -> dict[str, str]:
         problem = f"a reduced copy does not train as transformers' own model does: {whole}"
         raise cannot_train(config.model_type, problem, instead=OTHER)
     found: dict[str, str] = {}
-    if why := _why_not(lambda: documents(copy)):
+    if not heads.is_encoder(config) and (why := _why_not(lambda: documents(copy))):
         found["documents"] = why
     count = copy.config.get_text_config(decoder=True).num_hidden_layers
     for cut in range(1, count):

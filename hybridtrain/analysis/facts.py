@@ -190,9 +190,9 @@ def no_classifier(kind: object) -> UserError:
     return refusal(
         "model.config.model_type",
         kind,
-        "classifiers of this architecture are not trained yet",
-        allowed=f"classifiers of {', '.join(BY_FIELDS)}",
-        instead="a model of one of these, or task=causal_lm and no model.labels",
+        "transformers has no such classifier of this architecture",
+        allowed="architectures with a ...ForSequenceClassification",
+        instead="a model of one of these, or another task and no model.labels",
     )
 
 
@@ -200,15 +200,17 @@ def _of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     """The facts of another model type; loads torch."""
     kind = fields.get("model_type")
     decoder = kind in _DECODERS and fields.get("is_decoder")
-    if (kind in _ENCODERS and not (decoder or encoder.is_encoder(fields))) or kind in _OTHERS:
+    classifies = classifier.is_classifier(fields.get("architectures"))
+    heads = decoder or encoder.is_encoder(fields) or classifies
+    if (kind in _ENCODERS and not heads) or kind in _OTHERS:
         raise _unsupported(kind)
-    if classifier.is_classifier(fields.get("architectures")) or fields.get("num_labels"):
+    if fields.get("num_labels") and not classifies:
         raise no_classifier(kind)
     from hybridtrain.analysis.of_any import facts_of_any
     from hybridtrain.models.build import is_known
 
     if not is_known(fields):
-        raise _unsupported(kind)
+        raise no_classifier(kind) if classifies else _unsupported(kind)
     return facts_of_any(fields, attention=attention)
 
 
@@ -252,7 +254,7 @@ def _unsupported(kind: object) -> UserError:
     near = difflib.get_close_matches(str(kind), BY_FIELDS, n=1, cutoff=0.75)
     instead = f"model.config.model_type={near[0]}" if near else "another model (see hybridtrain inspect)"
     if kind in _ENCODERS:
-        instead = "task=masked_lm and model.config.architectures=[...ForMaskedLM]"
+        instead = "task=masked_lm and model.config.architectures=[...ForMaskedLM], or task=classification"
     if kind in _DECODERS:
         instead += ", or model.config.is_decoder=true"
     allowed = f"causal language models of transformers, such as {', '.join(BY_FIELDS)}, and encoders"

@@ -17,7 +17,8 @@ from torch import nn
 from hybridtrain.analysis import analyse, cuts, randomness
 from hybridtrain.analysis.cache import cached
 from hybridtrain.errors import UserError
-from hybridtrain.models import build, encoder, reduced
+from hybridtrain.models import build, classifier, encoder, reduced
+from hybridtrain.models.heads import is_encoder
 from hybridtrain.models.structure import OTHER, cannot_train, structure_of
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
@@ -89,7 +90,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         head_dim=getattr(first, "head_dim", None) or text.hidden_size // heads,
         ffn=_ffn(first, hidden=text.hidden_size),
         vocab=model.get_input_embeddings().weight.shape[0],
-        labels=(),
+        labels=tuple(classifier.labels_of({**fields, "architectures": config.architectures})),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         window=window,
         max_positions=_positions(text, model),
@@ -103,7 +104,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
             for path in shared
         },
         cuts=begins or None,
-        encoder=bool(encoder.predicts(config)),
+        encoder=bool(encoder.predicts(config)) or is_encoder(config),
         pairs=encoder.predicts(config) == encoder.PRETRAINING,
         dropped=dropped,
     )

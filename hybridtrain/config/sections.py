@@ -90,7 +90,8 @@ class ModelConfig(Options):
 @options
 class TaskConfig(Options):
     kind: str = "causal_lm"
-    """causal_lm: next-token prediction; classification: one label per document, predicted at its last token;
+    """causal_lm: next-token prediction; classification: one label per document, predicted from its last token
+    by a decoder, from all of them by an encoder;
     masked_lm: an encoder predicts tokens that are masked; or the name of a task that a module of run.plugins
     registers."""
     label_smoothing: float = 0.0
@@ -104,7 +105,8 @@ class TaskConfig(Options):
     token, and 10 % left. Other ones each time that a row is seen; in evaluation always the same."""
     tokens: dict[str, int] = field(default_factory=dict)
     """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
-    row of text if there is one; empty: those of the data's tokenizer."""
+    row of text if there is one; classification by an encoder: cls, which begins each text, and pad, which
+    fills its row; empty: those of the data's tokenizer."""
     whole_words: bool = False
     """masked_lm: all tokens of a word are predicted, or none; what continues a word is told by the tokenizer
     (## before it, or no space before letters and digits)."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class Blend:
     """Documents in a row do not attend to each other (data.document_mask, or a packed corpus)."""
     continuing: np.ndarray | None = None
     """bool (V,): tokens that continue a word (task.whole_words); None: not needed."""
+
+    def in_own_rows(self) -> Blend:
+        """The blend with each text in a row of its own, not packed with others."""
+        corpora = (replace(each, single=True) if isinstance(each, Corpus) else each for each in self.corpora)
+        return replace(self, corpora=tuple(corpora))
 
     @property
     def name(self) -> str:

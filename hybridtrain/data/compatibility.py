@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar
 
 from hybridtrain.config.schema import Config
@@ -41,19 +42,23 @@ def check_vocab(blend: Blend, *, vocab: int) -> None:
 
 
 def adapt_model(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with model options that the data decides unless they are set: vocabulary size of a
-    new model, class names.
+    """`config` with the vocabulary size of the data for a new model, unless it is set."""
+    return _with_vocabulary(config, blend, vocab=facts.vocab)
 
-    Raises UserError.
+
+def own_rows(blend: Blend, *, facts: ModelFacts) -> Blend:
+    """The data with one text in a row, for an encoder that classifies."""
+    return blend.in_own_rows() if facts.encoder and facts.labels else blend
+
+
+def adapt_task(config: C, blend: Blend, *, encoder: bool) -> C:
+    """`config` with the special tokens of the data's tokenizer, for tasks of encoders without others.
+    `encoder`: whether the model is one.
+
+    Raises UserError for data without these tokens, and for masked ones data that are no text.
     """
-    return _with_labels(_with_vocabulary(config, blend, vocab=facts.vocab), blend, facts=facts)
-
-
-def adapt_task(config: C, blend: Blend) -> C:
-    """`config` with the special tokens of the data's tokenizer, for masked language modelling without others.
-
-    Raises UserError for data without a mask token, and data that are no text.
-    """
+    if config.task.kind == "classification" and encoder:
+        return _with_tokens(config, blend, needed=("cls", "sep", "pad"))
     if config.task.kind != "masked_lm":
         return config
     if packed := next((corpus for corpus in blend.corpora if corpus.packed), None):
@@ -66,10 +71,18 @@ def adapt_task(config: C, blend: Blend) -> C:
         raise refusal(
             "task.next_sentence", True, problem, allowed=allowed, instead="task.next_sentence=false"
         )
+    return _with_tokens(
+        config, blend, needed=("mask", "cls", "sep", "pad") if config.task.next_sentence else ("mask",)
+    )
+
+
+def _with_tokens(config: C, blend: Blend, *, needed: tuple[str, ...]) -> C:
     tokens = dict(config.task.tokens)
+    corpora = [corpus for corpus in blend.corpora if isinstance(corpus, Corpus)]
     if not tokens and corpora:
         tokens = special_tokens(corpora[0].tokenizer_dir)
-    needed = ("mask", "cls", "sep", "pad") if config.task.next_sentence else ("mask",)
+    if config.task.kind == "classification" and not corpora:  # a program's rows
+        return config
     if missing := [name for name in needed if name not in tokens]:
         problem = f"the tokenizer of {blend.name} has no {missing[0]} token"
         raise refusal(
@@ -94,8 +107,8 @@ def check_masks(config: Config, *, facts: ModelFacts) -> None:
             raise refusal(f"task.tokens.{name}", number, problem, allowed=allowed, instead=instead)
 
 
-def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
-    """`config` with the labels of the data, for a classifier without class names.
+def with_classes(config: C, blend: Blend, *, known: Sequence[str]) -> C:
+    """`config` with the labels of the data, for a classifier without names of its own (`known`).
 
     Raises UserError if the data have other or no labels.
     """
@@ -111,7 +124,7 @@ def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
                 "data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead
             )
     labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
-    expected = config.model.labels or list(facts.labels) or (labelled[0][1] if labelled else [])
+    expected = config.model.labels or list(known) or (labelled[0][1] if labelled else [])
     for path, labels in labelled:
         if list(labels) != list(expected):
             problem, allowed = (
@@ -125,7 +138,7 @@ def _with_labels(config: C, blend: Blend, *, facts: ModelFacts) -> C:
                 allowed=allowed,
                 instead=f"model.labels=[{','.join(labels)}]",
             )
-    if facts.labels or not expected:
+    if known or not expected:
         return config
     _log.info("labels    %s", ", ".join(expected))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, labels=list(expected)))

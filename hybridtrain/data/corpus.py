@@ -40,6 +40,8 @@ class Corpus:
     """corpus.json; None for token files from elsewhere, which have only an index."""
     paired: bool = False
     """Whether its rows are pairs of parts of text (task.next_sentence)."""
+    single: bool = False
+    """Whether each of its packed documents is a row of its own."""
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
@@ -227,7 +229,7 @@ class Corpus:
             ) from error
         if problem := _row_problem(ids, starts, conversations=self.readers[split].sequences):
             raise _unprepared(self.path, f"its row index {problem}")
-        return ids, starts
+        return ids, np.arange(len(ids) + 1) if self.single else starts
 
     def _check(self, tokens: np.ndarray, *, split: str, vocab: int) -> None:
         """Refuse token ids outside the vocabulary, which crash in the embedding, on a GPU

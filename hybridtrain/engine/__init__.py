@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridtrain import tasks
-from hybridtrain.analysis.facts import BY_FIELDS, facts_of_run, no_classifier
+from hybridtrain.analysis.facts import facts_of_run
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.schema import Config
 from hybridtrain.engine import deepspeed_config
@@ -74,8 +74,6 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
 
     `config` has the labels of the data (data.blend.adapt_model).
     """
-    if config.task.kind == "classification" and facts.model_type not in BY_FIELDS:
-        raise no_classifier(facts.model_type)
     if config.task.kind == "classification" and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal(
@@ -94,7 +92,7 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             allowed="a model ...ForPreTraining, such as BertForPreTraining",
             instead="model.config.architectures=[BertForPreTraining], or task.next_sentence=false",
         )
-    if config.task.kind == "causal_lm" and facts.labels:
+    if config.task.kind in ("causal_lm", "masked_lm") and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
         raise refusal(
             "task.kind",
@@ -110,7 +108,7 @@ def check_encoder(kind: str, *, masks: bool, facts: ModelFacts) -> None:
 
     `masks`: whether the task masks the tokens that it predicts.
     """
-    if masks == facts.encoder:
+    if masks == (facts.encoder and not facts.labels) or (facts.labels and not masks):
         return
     problem = f"a {facts.model_type} model is an encoder: its tokens see those that they are to predict"
     instead = "task=masked_lm, or for a model that has it model.config.is_decoder=true"
@@ -190,7 +188,7 @@ def build_for(
     memory.warn(config, layout=layout, plan=plan, facts=model, available=available, place=place)
     tf32 = config.precision.kind == "tf32" and not config.precision.emulate
     cpu.apply(config.engine, device=device, tf32=tf32)
-    task = task or tasks.of(config, labels=len(model.labels), vocab=model.vocab)
+    task = task or tasks.of(config, labels=len(model.labels), vocab=model.vocab, encoder=model.encoder)
     if config.engine.kind == "deepspeed":
         from hybridtrain.engine.deepspeed import DeepSpeedEngine
 

@@ -26,12 +26,13 @@ from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier, encoder
 from hybridtrain.models.build import logits, pair_logits
+from hybridtrain.models.heads import is_encoder, text_logits
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import write_json
 from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import Batch, PairBatch, Sums
+from hybridtrain.types import Batch, PairBatch, Sums, TextBatch
 
 
 def run(config: EvaluateRoot) -> int:
@@ -59,6 +60,8 @@ def run(config: EvaluateRoot) -> int:
         )
         classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
         vocab = model.get_input_embeddings().num_embeddings
+        if is_encoder(model.config):
+            data = data.in_own_rows()
         task = _task(settings, model, classes=classes, vocab=vocab, data=data)
         check_vocab(data, vocab=vocab)
         steps = eval_batches(
@@ -96,7 +99,9 @@ def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data
         instead = "data.document_mask=false"
         raise refusal("data.document_mask", True, problem, allowed="false with an encoder", instead=instead)
     settings.task = dataclasses.replace(settings.task, kind=kind, label_smoothing=0.0, z_loss=0.0)
-    return tasks.of(adapt_task(settings, data), labels=classes, vocab=vocab)
+    encodes = is_encoder(model.config)
+    settings = adapt_task(settings, data, encoder=encodes)
+    return tasks.of(settings, labels=classes, vocab=vocab, encoder=encodes)
 
 
 def _data(settings: schema.Config) -> Blend:
@@ -135,6 +140,8 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
             if isinstance(here, PairBatch):
                 assert isinstance(task, NextSentence)
                 sums = task.loss_of_pairs(*pair_logits(model, here), here)
+            elif isinstance(here, TextBatch):
+                sums = task.loss_of_logits(text_logits(model, here), here)
             else:
                 logits_BTV = logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
                 sums = task.loss_of_logits(logits_BTV, here)

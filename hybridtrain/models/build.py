@@ -40,6 +40,7 @@ def hf_config(fields: Mapping[str, Any], *, chosen: Mapping[str, Any], attention
     config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     if classifier.is_classifier(fields.get("architectures")):
         config.architectures = list(fields["architectures"])
+        config.architectures = [model_class(config).__name__]
         # A classifier's head is never tied.
         chosen = {key: value for key, value in chosen.items() if key != "tie_word_embeddings"}
     elif encoder.is_encoder(fields):
@@ -302,12 +303,14 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_known(fields: Mapping[str, Any]) -> bool:
-    """Whether transformers has a causal LM of the model type in config.json `fields`, or the encoder."""
+    """Whether transformers has the model that config.json `fields` name: by default a causal LM."""
     from transformers.models.auto import modeling_auto
 
     kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if encoder.is_encoder(fields):
         names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    elif classifier.is_classifier(fields.get("architectures")):
+        names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     return isinstance(kind, str) and kind in names
 
 
@@ -338,9 +341,11 @@ def attention_of(config: Any) -> str:
 
 
 def language_model(config: Any) -> Any:
-    """The config of the language model with the layers of a classifier; of a language model itself."""
+    """The config of the language model with the layers of a decoder's classifier; else its own."""
+    from hybridtrain.models import heads
+
     result = copy.deepcopy(config)
-    if classifier.is_classifier(config.architectures):
+    if classifier.is_classifier(config.architectures) and not heads.is_encoder(config):
         result.architectures = None
     return result
 
@@ -361,6 +366,7 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
     """The head's output at every position, (B, T, outputs), also of a classifier, whose own forward returns
     only the last token's.
     """
+    from hybridtrain.models import heads
     from hybridtrain.models.structure import structure_of
 
     given = {"position_ids": position_ids_BT, "use_cache": False}
@@ -371,7 +377,7 @@ def logits(model: Any, input_ids_BT: Tensor, *, position_ids_BT: Tensor) -> Tens
         taken = structure_of(config).arguments
     given = {"input_ids": input_ids_BT, **{name: value for name, value in given.items() if name in taken}}
     if classifier.is_classifier(model.config.architectures):
-        return model.score(model.model(**given).last_hidden_state)
+        return heads.results_of(model, given)
     return logits_of(model(**given))
 
 

@@ -1,4 +1,4 @@
-"""Classifiers: decoders with one output per class (transformers' ...ForSequenceClassification). No torch.
+"""Classifiers: models with one output per class (transformers' ...ForSequenceClassification). No torch.
 
 In config.json, `architectures` marks a classifier and `id2label` names its classes.
 """
@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HEAD = "score"
-"""Path of the head's linear layer in transformers' decoder classifiers."""
-_SUFFIX = "ForSequenceClassification"
-_STEMS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""Path of the head's linear layer in the classifiers of plain.TYPES."""
+SUFFIX = "ForSequenceClassification"
 
 
 def is_classifier(architectures: object) -> bool:
@@ -19,7 +18,7 @@ def is_classifier(architectures: object) -> bool:
     return (
         isinstance(architectures, list | tuple)
         and len(architectures) == 1
-        and str(architectures[0]).endswith(_SUFFIX)
+        and str(architectures[0]).endswith(SUFFIX)
     )
 
 
@@ -33,10 +32,11 @@ def labels_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 def with_labels(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """`fields` changed to those of a classifier with these classes. Its head is not tied to the embedding."""
-    stem = _STEMS.get(str(fields.get("model_type")), "")
+    """`fields` changed to those of a classifier with these classes, whose class build.hf_config names. Its
+    head is not tied to the embedding.
+    """
     names = {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
     }
-    return {**fields, "architectures": [f"{stem}{_SUFFIX}"], "tie_word_embeddings": False, **names}
+    return {**fields, "architectures": [SUFFIX], "tie_word_embeddings": False, **names}

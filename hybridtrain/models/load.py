@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, encoder, hub, tokens, weights
-from hybridtrain.models.build import language_model, meta_model, saved_buffers
+from hybridtrain.models import classifier, encoder, heads, hub, tokens, weights
+from hybridtrain.models.build import meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
 from hybridtrain.models.plain import TYPES
@@ -129,7 +129,7 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
     if missing:
         raise _missing(missing, model=model, head=head, config=config)
     lines = [
-        f"{name}: drawn as in a new model" + (", a row for each class" if classes else "")
+        f"{name}: drawn as in a new model" + (", a row for each class" if classes and name == head else "")
         for name in sorted(drawn)
     ]
     if added := [name for name in buffers if name not in tensors]:
@@ -159,13 +159,12 @@ def _checked(tensors: Mapping[str, Stored | Converted], *, model: ModelConfig, c
 
 
 def _new(tensors: Mapping[str, Stored | Converted], *, config: Any) -> set[str]:
-    """Parameters that a folder of a model without this head need not have: those of a classifier's head, and
-    of an encoder those after its layers, if it has none of them.
+    """Parameters that a folder of a model without this head need not have: those that a classifier has and
+    its language model does not, and of an encoder those after its layers, if it has none of them.
     """
-    structure = structure_of(config)
-    after = {f"{structure.head}.weight"}
-    if not classifier.is_classifier(config.architectures):
-        after = set() if not encoder.predicts(config) else _heads(config)
+    if classifier.is_classifier(config.architectures):
+        return heads.drawn(config) - tensors.keys()
+    after = set() if not encoder.predicts(config) else _heads(config)
     return set() if any(name in tensors for name in after) else after
 
 
@@ -205,7 +204,7 @@ def _left_over(
     structure, count = structure_of(config), config.get_text_config(decoder=True).num_hidden_layers
     embed, head = f"{structure.embed}.weight", f"{structure.head}.weight"
     classes = classifier.is_classifier(config.architectures)
-    of_language = f"{structure_of(language_model(config)).head}.weight" if classes else ""
+    of_other_heads = heads.left_out(config) if classes else set()
     tables, cut, unused, of_tokens, of_encoder = 0, set(), [], [], []
     for name in tensors:
         if name in shapes:
@@ -213,7 +212,7 @@ def _left_over(
         layer = _LAYER.search(name) if name.startswith(f"{structure.layers}.") else None
         if weights.is_rotary_table(name):
             tables += 1
-        elif name == of_language:
+        elif name in of_other_heads:
             of_tokens.append(name)
         elif encoder.is_left_out(name, config=config):
             of_encoder.append(name)
@@ -242,7 +241,7 @@ def _left_over(
             instead=f"{bias}load it with transformers and save_pretrained it without these",
         )
     lines = [
-        f"{name} of the files is left out: a classifier's head has a row for each class" for name in of_tokens
+        f"{name} of the files is left out: {config.architectures[0]} has no such part" for name in of_tokens
     ]
     if of_encoder:
         lines.append(f"{', '.join(of_encoder)} of the files: left out, what masks and positions do not need")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import attention, classifier, known, tracing
+from hybridtrain.models import attention, classifier, heads, known, tracing
 from hybridtrain.models.build import attention_of, plain_model
 from hybridtrain.models.pairs import pairs_of
 from hybridtrain.models.reduced import HIDDEN, reduced
@@ -144,8 +144,8 @@ def _copy(config: Any, implementation: str) -> Any:
 
 
 def _structure(model: Any, *, attention: str) -> Structure:
-    head = model.get_output_embeddings()
-    head = head if head is not None else getattr(model, "score", None)
+    classifies = classifier.is_classifier(model.config.architectures)
+    head = heads.head_of(model) if classifies else model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         problem = f"its head is no linear layer ({type(head).__name__})"
         raise cannot_train(model.config.model_type, problem, instead=OTHER)
@@ -153,8 +153,7 @@ def _structure(model: Any, *, attention: str) -> Structure:
     layers = _layers(model)
     before, after, output = _trace(model, layers=layers, head=head)
     shared, chained = _shared(model, layers=layers, before=outermost(before))
-    # A classifier's logits are those of one token for each row.
-    classifies = classifier.is_classifier(model.config.architectures)
+    # A classifier's logits are the head's results, or those of one token for each row.
     scale, cap = (1.0, None) if classifies else _transform(model, head=head)
     items = 0 if isinstance(output, Tensor) else len(output)
     arguments = tuple(

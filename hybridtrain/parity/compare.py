@@ -19,6 +19,8 @@ from hybridtrain.data import blend as blends
 from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.models.classifier import labels_of
+from hybridtrain.models.source import read_config
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, LayoutCase
@@ -141,8 +143,12 @@ def compare_layouts(
 def _adapted(config: schema.ParityRoot, data: Blend | None, *, task: Task | None) -> schema.ParityRoot:
     """`config` with what the data decides. Raises UserError if model, data and task do not go together."""
     if data:
-        config = compatibility.adapt_model(config, data, facts=facts_of(config.model))
-        config = compatibility.adapt_task(config, data) if task is None else config
+        known = labels_of(read_config(config.model))
+        config = compatibility.with_classes(config, data, known=known)
+        facts = facts_of(config.model)
+        config = compatibility.adapt_model(config, data, facts=facts)
+        if task is None:
+            config = compatibility.adapt_task(config, data, encoder=facts.encoder)
     if task is None:
         engines.check_task(config, facts=facts_of(config.model))
     return config

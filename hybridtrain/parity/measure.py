@@ -24,6 +24,7 @@ from hybridtrain import reference, registry, tasks
 from hybridtrain.analysis.facts import facts_of
 from hybridtrain.config.schema import Config, PrecisionConfig
 from hybridtrain.data.blend import Blend, data_of
+from hybridtrain.data.compatibility import own_rows
 from hybridtrain.data.loader import Collate, Loader
 from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
@@ -155,7 +156,7 @@ def _plain(job: LayoutJob, precision: PrecisionConfig, *, device: torch.device) 
         seed=config.run.seed,
         freeze=config.model.freeze,
         adapters=config.adapters,
-        task=job.task or tasks.of(config, labels=len(facts.labels), vocab=facts.vocab),
+        task=job.task or tasks.of(config, labels=len(facts.labels), vocab=facts.vocab, encoder=facts.encoder),
     )
     plain.loss_scale = precision.static_scale or 1.0
     for model in {plain.master, plain.worker}:
@@ -266,6 +267,7 @@ def _tokens(job: LayoutJob, *, dp_rank: int, dp_size: int, collate: Collate) -> 
     seed = job.config.run.seed
     if job.data or job.config.data.named:
         data = job.data or data_of(job.config, timeout_s=0)
+        data = own_rows(data, facts=facts_of(job.config.model))
         return Loader(
             data, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=job.vocab, collate=collate
         )

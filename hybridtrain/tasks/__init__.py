@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 _METHODS = ("collate", "counts", "loss", "loss_of_logits", "evaluate")
 
 
-def of(config: Config, *, labels: int, vocab: int) -> Task:
+def of(config: Config, *, labels: int, vocab: int, encoder: bool) -> Task:
     """The task of task.kind, for a model with a vocabulary of `vocab`, or `labels` classes (0: the head
-    predicts tokens).
+    predicts tokens), whose tokens see those that follow them (`encoder`) or not.
     """
     from hybridtrain.tasks.causal_lm import CausalLM
-    from hybridtrain.tasks.classification import Classification
+    from hybridtrain.tasks.classification import Classification, TextClassification
     from hybridtrain.tasks.linear_cross_entropy import Terms
     from hybridtrain.tasks.masked_lm import MaskedLM
     from hybridtrain.tasks.next_sentence import NextSentence
@@ -29,6 +29,8 @@ def of(config: Config, *, labels: int, vocab: int) -> Task:
     task = CausalLM()
     if config.task.kind == "classification":
         task = Classification(labels=labels)
+        if encoder:
+            task = TextClassification(labels=labels, tokens=config.task.tokens)
     elif config.task.kind == "masked_lm":
         task = (NextSentence if config.task.next_sentence else MaskedLM)(config.task, vocab=vocab)
     task.terms = Terms(config.task.label_smoothing, config.task.z_loss)

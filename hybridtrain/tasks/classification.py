@@ -1,25 +1,34 @@
-"""Sequence classification: one label per document, from the hidden state of its last
-token, as in transformers.
+"""Sequence classification: one label per document, as in transformers: by a decoder from the hidden state of
+its last token, by an encoder from what it makes of the whole text.
 
     tokens   t0 t1 ... tn  c      the class number is stored as the next token; only it is a target
                         |
     hidden(tn) --head (C, D)--> logits (C) --cross-entropy--> loss, and whether the largest logit is the class
 
 So rows, packing, padding and masks work as for every corpus with a loss mask, and documents in one row do not
-attend to each other. C classes; B rows, T positions, D hidden.
+attend to each other.
+
+An encoder's rows are one text each, and its head takes one hidden state for each row:
+
+    tokens   [CLS] t0 ... tn [SEP] c      text     [CLS] t0 ... tn [SEP] | [PAD] ...   a document of its own
+                                          hidden   pooled (B, D) --head--> logits (B, C)
+
+C classes; B rows, T positions, D hidden.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hybridtrain.errors import refusal
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.tasks.causal_lm import CausalLM
-from hybridtrain.types import IGNORE_INDEX, Batch, Sums
+from hybridtrain.types import IGNORE_INDEX, Batch, Sums, TextBatch
 
 if TYPE_CHECKING:
     from hybridtrain.data.rows import Block
@@ -43,19 +52,13 @@ class Classification(CausalLM):
         Raises UserError for rows without labels, and labels that are no class number.
         """
         if block.loss_mask is None:
-            problem, allowed = (
-                "its rows have no labels",
-                "a corpus of data.format=labelled, or rows with one label each",
-            )
-            raise refusal(
-                "task.kind",
-                "classification",
-                problem,
-                allowed=allowed,
-                instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm",
-            )
+            raise _without_labels()
         batch = super().collate(block, valid=valid)
-        labels = batch.labels_BT.numpy()
+        self.check_labels(batch.labels_BT.numpy())
+        return batch
+
+    def check_labels(self, labels: np.ndarray) -> None:
+        """Raise UserError for labels that are no class number."""
         classes = labels[labels != IGNORE_INDEX]
         if classes.size and not 0 <= classes.min() <= classes.max() < self.labels:
             wrong = int(classes.max() if classes.max() >= self.labels else classes.min())
@@ -67,7 +70,6 @@ class Classification(CausalLM):
                 allowed=f"labels of 0 to {self.labels - 1}",
                 instead="model.labels=[...] with all classes",
             )
-        return batch
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The number of documents with a label, for both sums."""
@@ -86,6 +88,69 @@ class Classification(CausalLM):
     def evaluate(self, sums: Sums) -> dict[str, float]:
         """The mean loss per document, and the accuracy."""
         return {**super().evaluate(sums), "eval_accuracy": sums.values["correct"] / sums.counts["correct"]}
+
+
+class TextClassification(Classification):
+    """Of an encoder. `tokens`: ids of the special tokens cls and pad, as far as they are known."""
+
+    encoder = True
+
+    def __init__(self, *, labels: int, tokens: Mapping[str, int]):
+        super().__init__(labels=labels)
+        self.first, self.pad = tokens.get("cls"), tokens.get("pad", 0)
+
+    def collate(self, block: Block, *, valid: int) -> Batch:
+        """A text for each row, without its label.
+
+        Raises UserError for rows without labels, labels that are no class number, and texts that do not begin
+        with the token that their class is read from.
+        """
+        if block.loss_mask is None:
+            raise _without_labels()
+        carries = block.loss_mask & (np.arange(len(block.loss_mask)) < valid)[:, None]
+        place = np.where(carries.any(1), carries.argmax(1), carries.shape[1] - 1)
+        text = np.arange(carries.shape[1] - 1) < place[:, None]
+        classes = np.take_along_axis(block.tokens, place[:, None], axis=1)
+        labels = np.full(text.shape, IGNORE_INDEX)
+        labels[:, :1] = np.where(carries.any(1, keepdims=True), classes, IGNORE_INDEX)
+        self.check_labels(labels)
+        self._check_first(block.tokens[carries.any(1), 0])
+        index = np.arange(text.shape[1])
+        places = index - np.where(text, 0, text.sum(1, keepdims=True))
+        ids = np.where(text, block.tokens[:, :-1], self.pad)
+        inputs, targets, positions = (torch.from_numpy(each) for each in (ids, labels, places))
+        return TextBatch(inputs, targets, positions, packed=True)
+
+    def _check_first(self, tokens: np.ndarray) -> None:
+        """Raise UserError unless these, with which texts begin, are what their class is read from."""
+        if self.first is None or (tokens == self.first).all():
+            return
+        other = int(tokens[tokens != self.first][0])
+        problem = f"a text begins with token {other}: an encoder reads its class from the token cls"
+        allowed, instead = f"texts that begin with {self.first}", "data of the model's own tokenizer"
+        raise refusal("task.tokens", f"{{cls: {self.first}}}", problem, allowed=allowed, instead=instead)
+
+    def loss(self, hidden_BTD: Tensor, batch: Batch, head: Head) -> dict[str, Tensor]:
+        """`hidden_BTD`: one hidden state for each row, (B, D)."""
+        return super().loss(hidden_BTD.unsqueeze(1), _of_rows(batch), head)
+
+    def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """`logits_BTV`: of each row, (B, C)."""
+        return super().loss_of_logits(logits_BTV.unsqueeze(1), _of_rows(batch))
+
+
+def _of_rows(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, labels_BT=batch.labels_BT[:, :1])
+
+
+def _without_labels() -> UserError:
+    return refusal(
+        "task.kind",
+        "classification",
+        "its rows have no labels",
+        allowed="a corpus of data.format=labelled, or rows with one label each",
+        instead="hybridtrain prepare data.format=labelled, or task.kind=causal_lm",
+    )
 
 
 def _correct(logits_BTC: Tensor, batch: Batch) -> Tensor:

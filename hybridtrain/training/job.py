@@ -17,6 +17,8 @@ from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import refusal
 from hybridtrain.models import hub, weights
+from hybridtrain.models.classifier import labels_of
+from hybridtrain.models.source import read_config
 from hybridtrain.plan import memory
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
@@ -76,18 +78,23 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of
     what the config names.
     """
+    if config.task.kind == "classification":  # the data's classes decide what model it is
+        data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
+        known = labels_of(read_config(resume.with_available_source(config).model))
+        config = compatibility.with_classes(config, data, known=known)
     settled = engines.settle(resume.with_available_source(config), world_size=world_size)
     layout, plan, model = settled.layout, settled.plan, settled.facts
     if here:
         memory.check_host(config, layout=layout, plan=plan, facts=model)
     data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
+    data = compatibility.own_rows(data, facts=model)
     task = task or tasks.user_task(config)
     fitted = compatibility.adapt_model(config, data, facts=model)
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
     if task is None:
-        config = compatibility.adapt_task(config, data)
+        config = compatibility.adapt_task(config, data, encoder=model.encoder)
         compatibility.check_masks(config, facts=model)
         engines.check_task(config, facts=model)
         compatibility.check_labels(data, config)

@@ -50,7 +50,7 @@ def test_ranks_cut_as_rank_0_has_found() -> None:
     ("fields", "words"),
     [
         (own_fields_of("mixtral") | {"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
-        (own_fields_of("mixtral") | {"num_labels": 3}, "classifiers of this architecture"),
+        (own_fields_of("mixtral") | {"num_labels": 3}, "no such classifier of this architecture"),
     ],
 )
 def test_what_is_not_trained_is_refused_by_name(fields: dict[str, Any], words: str) -> None:

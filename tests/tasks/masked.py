@@ -141,7 +141,7 @@ def in_one_process(argv: list[str]) -> Outcome:
     job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
     config = job.config
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    task = engines.tasks.of(config, labels=0, vocab=job.facts.vocab)
+    task = engines.tasks.of(config, labels=0, vocab=job.facts.vocab, encoder=True)
     assert isinstance(task, MaskedLM)
     plain = Reference(
         built,

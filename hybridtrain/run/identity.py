@@ -286,11 +286,12 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest.
+    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest, and dropout,
+    which is of the training.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")
-    for name in (*later, "sliced", "stored", "sequence", "whole"):
+    for name in (*later, "sliced", "stored", "sequence", "whole", "dropped"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -286,8 +286,8 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest, and dropout,
-    which is of the training.
+    `labels` is left out if empty, as version 0.1 had no labels; so is what follows from the rest, and
+    dropout, which is of the training.
     """
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name != "labels" or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "refused", "shared", "cuts")

@@ -178,6 +178,7 @@ def _with_classes(copy: Copy, batch: Batch) -> Batch:
         labels.where(place == 0, IGNORE_INDEX),
         torch.where(text, place, place - lengths),
         packed=True,
+        keys_B=batch.keys_B,
     )
 
 

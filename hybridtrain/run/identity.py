@@ -286,21 +286,13 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    What older versions did not have is left out if empty; so is what follows from the rest.
+    What older versions did not have is left out if empty; so is what follows from the rest, and dropout, which
+    is of the training.
     """
     kinds = ("labels", "encoder", "pairs")
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}
-    later = (
-        "full_layers",
-        "layer_parameters",
-        "layer_inactive",
-        "adapters",
-        "dropped",
-        "refused",
-        "shared",
-        "cuts",
-    )
-    for name in (*later, "sliced", "stored", "sequence", "whole"):
+    later = ("full_layers", "layer_parameters", "layer_inactive", "adapters", "refused", "shared", "cuts")
+    for name in (*later, "sliced", "stored", "sequence", "whole", "dropped"):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

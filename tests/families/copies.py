@@ -10,7 +10,7 @@ import torch
 
 from hybridtrain.analysis import analyse
 from hybridtrain.models.build import saved_buffers
-from hybridtrain.models.reduced import reduced
+from hybridtrain.models.reduced import is_random, reduced
 
 NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "dropout")
 EIGHT: dict[str, dict[str, Any]] = {
@@ -32,11 +32,15 @@ EIGHT: dict[str, dict[str, Any]] = {
 
 
 def config_of(model_type: str, **fields: Any) -> Any:
-    """A transformers config of a model type as it is published."""
+    """A transformers config of a model type as it is published, but for dropout."""
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model_type](**{**EIGHT.get(model_type, {}), **fields})
     config._attn_implementation = "sdpa"
+    for each in (config, config.get_text_config(decoder=True)):
+        for name, value in list(vars(each).items()):
+            if is_random(name, value):
+                setattr(each, name, 0.0)
     return config
 
 

@@ -192,6 +192,7 @@ def test_packed_documents_drop_by_their_place_in_the_row() -> None:
         settings=options.optim,
         precision=options.precision,
         seed=0,
+        adapters=schema.AdaptersConfig(),
         freeze=(),
         task=CausalLM(),
     )

@@ -286,8 +286,8 @@ def _same(old: Any, new: Any) -> bool:
 def model_fingerprint(facts: ModelFacts) -> str:
     """Fingerprint of a model, for checkpoints.
 
-    What older versions did not have is left out if empty; so is what follows from the rest, and dropout, which
-    is of the training.
+    What older versions did not have is left out if empty; so is what follows from the rest, and dropout,
+    which is of the training.
     """
     kinds = ("labels", "encoder", "pairs")
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}

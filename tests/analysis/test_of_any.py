@@ -10,7 +10,6 @@ from hybridtrain.analysis import of_any
 from hybridtrain.analysis.facts import facts_of
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config.compose import train_config
-from hybridtrain.engine import check_task
 from hybridtrain.errors import UserError
 from hybridtrain.models import build
 from hybridtrain.models.source import read_config
@@ -98,11 +97,3 @@ def test_dropout_that_acts_is_refused_with_the_fields_to_set() -> None:
         facts_of_file("gpt2", "model.config.attn_pdrop=0.1")
     assert "model.attention=eager, which takes more time" in str(refused.value)
     assert facts_of_file("gpt2", "model.config.resid_pdrop=0.1").dropped["mlp.dropout"] == 0.1
-
-
-@pytest.mark.parametrize("words", [("model.labels=[good,bad]",), ("task=classification",)])
-def test_a_classifier_of_another_architecture_is_refused_by_name(words: tuple[str, ...]) -> None:
-    config = train_config(["model=gpt2", "data.path=there", "train.steps=1", *words])
-    with pytest.raises(UserError, match="model_type=gpt2: classifiers of this architecture") as refused:
-        check_task(config, facts=facts_of(config.model))
-    assert "allowed: classifiers of llama, mistral, qwen2, qwen3" in str(refused.value)

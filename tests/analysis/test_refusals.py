@@ -59,8 +59,8 @@ def test_what_is_not_trained_is_refused_by_name(fields: dict[str, Any], words: s
 
 
 def test_dropout_of_a_config_inside_is_found() -> None:
-    fields = config_of("emu3", text_config={"attention_dropout": 0.2}).to_dict()
-    fields["text_config"] |= {"num_hidden_layers": 2}
+    fields = config_of("emu3").to_dict()
+    fields["text_config"] |= {"num_hidden_layers": 2, "attention_dropout": 0.2}
     with pytest.raises(
         UserError, match=r"model\.config\.text_config\.attention_dropout=0\.2: random"
     ) as told:

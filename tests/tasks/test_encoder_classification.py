@@ -295,10 +295,6 @@ REFUSED = {
         ["task=masked_lm", "model.labels=[a,b]"],
         "task.kind=masked_lm: the model is a classifier",
     ),
-    "dropout": (
-        ["model.config.hidden_dropout_prob=0.1"],
-        "model.config.hidden_dropout_prob=0.1: random forward",
-    ),
     "deepspeed": (["engine=deepspeed"], "engine.kind=deepspeed: encoders that classify"),
 }
 

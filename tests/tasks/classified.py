@@ -133,10 +133,10 @@ def on_rank(argv: list[str], ranks: int) -> Outcome:
 
 
 def in_one_process(argv: list[str]) -> Outcome:
-    """The same by transformers' own model; the sums with its own loss."""
+    """The same by transformers' own model; the sums without dropout, with its own loss."""
     job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
     config = job.config
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention="sdpa")
+    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     task: Any = engines.tasks.of(config, labels=len(LABELS), vocab=job.facts.vocab, encoder=True)
     plain = Reference(
         built,
@@ -170,6 +170,7 @@ def in_one_process(argv: list[str]) -> Outcome:
 def by_hand(model: Any, batches: list[Any]) -> tuple[list[float], int]:
     """([losses, right predictions], labels) by transformers, each text alone and without padding."""
     loss = right = count = 0.0
+    model.eval()
     for batch in batches:
         for ids, labels, places in zip(
             batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT, strict=True
@@ -180,4 +181,5 @@ def by_hand(model: Any, batches: list[Any]) -> tuple[list[float], int]:
                 out = model(input_ids=ids[None, :length], labels=label)
                 loss, right = loss + float(out.loss), right + float(out.logits.argmax(-1) == label)
                 count += 1
+    model.train()
     return [loss, right], int(count)

@@ -129,6 +129,20 @@ def test_a_head_on_the_first_token_is_learned_alike(folder: Path, layout: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), [("bert", "pp2-tp2"), ("roberta", "tp2")])
+def test_dropout_of_its_head_is_that_of_one_process(folder: Path, name: str, layout: str) -> None:
+    rates = [f"model.config.{rate}=0.1" for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob")]
+    ranks, argv = (
+        (4 if layout == "pp2-tp2" else 2),
+        classified.words(name, folder, *rates, "model.attention=eager"),
+    )
+    found = run_ranks(ranks, classified.on_rank, [*argv, *LAYOUTS[layout]], ranks)
+    expected = classified.in_one_process(argv)
+    expected.sums[:-1] = found[0].sums[:-1]  # those of training are with dropout
+    agree(found, expected)
+
+
+@pytest.mark.slow
 def test_parity_is_shown_for_encoders_and_for_decoders_of_other_families(
     folder: Path, tmp_path: Path
 ) -> None:

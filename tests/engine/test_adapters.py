@@ -23,7 +23,7 @@ FP8 = (("precision.compute", "fp8_tensorwise"),)
 
 def lora(layout: str, fields: dict | None = None, *, more: tuple = (), **options) -> Case:
     """B begins at zero: with a small rate, later steps would say nothing about A."""
-    options = {"steps": 3, "lr": 2e-2, **options}
+    options = {"steps": 3, "lr": 1e-2, **options}
     return Case(layout, fields or model(), overrides=(*LORA, *more), **options)
 
 

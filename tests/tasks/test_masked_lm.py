@@ -93,8 +93,8 @@ def test_half_of_the_second_parts_follow_the_first_and_the_others_are_of_another
     reader = corpus.readers["train"]
     text = reader.read(0, reader.tokens)
     of_token = np.repeat(np.arange(reader.documents), reader.sizes)
-    keys = hashing.keys(np.arange(5 * len(rows)), name="test")
-    pairs = rows.pairs(np.arange(5 * len(rows)) % len(rows), keys=keys)
+    keys = hashing.keys(np.arange(3 * len(rows)), name="test")
+    pairs = rows.pairs(np.arange(3 * len(rows)) % len(rows), keys=keys)
     assert pairs.unrelated.mean() == pytest.approx(0.5, abs=0.1)
 
     def where(part: np.ndarray) -> list[int]:
@@ -102,7 +102,7 @@ def test_half_of_the_second_parts_follow_the_first_and_the_others_are_of_another
         starts = np.flatnonzero(text[: len(text) - len(part) + 1] == part[0])
         return [int(at) for at in starts if np.array_equal(text[at : at + len(part)], part)]
 
-    for place in range(0, len(keys), 7):
+    for place in range(0, len(keys), 11):
         first, second = (pairs.tokens[place, pairs.segments[place] == part] for part in (0, 1))
         assert len(first)
         assert len(second)

@@ -19,6 +19,7 @@ from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.mesh import connect
+from hybridtrain.parity import measure
 from hybridtrain.plan import layout as layouts
 from hybridtrain.plan import notation
 from hybridtrain.plan.batch import plan_batch
@@ -211,8 +212,7 @@ def train(case: Case) -> Outcome:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return wide(full.detach()).cpu().clone()
+    return measure.whole(tensor).clone()
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridtrain import registry
-from hybridtrain.config import precision_checks, ranges, schema
+from hybridtrain.config import offload_checks, precision_checks, ranges, schema
 from hybridtrain.config.precision import PRECISIONS, ROUNDINGS, STATES
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
 from hybridtrain.errors import install, refusal
@@ -26,7 +26,6 @@ ENGINES = ("torch", "deepspeed")
 COMPILE_BACKENDS = ("inductor", "aot_eager", "eager")
 STOP_SIGNALS = ("USR1", "USR2")
 FP32_MATMUL = ("auto", "highest", "high", "medium")
-OFFLOAD = ("none", "cpu")
 SEQUENCE_PARALLEL = ("auto", "true", "false")
 RECOMPUTE = ("none", "selective", "full")
 TRACKERS = registry.BUILT_IN["tracker"]
@@ -221,26 +220,10 @@ def _engine(config: schema.Config) -> None:
                 instead="parity.engines=[torch]",
             )
         kinds = set(config.parity.engines)
-    offload = {
-        "engine.offload_optimizer": engine.offload_optimizer,
-        "engine.offload_parameters": engine.offload_parameters,
-    }
-    for field, value in offload.items():
-        if value == "nvme":
-            raise refusal(
-                field, value, "not supported yet", allowed=", ".join(OFFLOAD), instead=f"{field}=cpu"
-            )
-        one_of(field, value, OFFLOAD)
+    offload_checks.check_values(engine)
+    if "torch" in kinds:
+        offload_checks.check_torch(config)
     if "deepspeed" not in kinds:
-        for field, value in offload.items():
-            require(
-                value == "none",
-                field,
-                value,
-                "engine=torch does not offload yet",
-                allowed="none",
-                instead="engine=deepspeed, or parallel.zero_stage=3",
-            )
         problem = "these are keys of DeepSpeed's config"
         require(
             not engine.config_overrides,

@@ -42,8 +42,8 @@ def check(config: schema.Config) -> None:
         allowed="[]",
         instead="engine=torch",
     )
-    if not isinstance(config, schema.ParityRoot):  # parity checks the stage of each layout
-        check_stage(config, config.parallel.zero_stage)
+    if not isinstance(config, schema.ParityRoot):  # parity checks each of its layouts
+        check_layout(config, config.parallel)
     for field, given in (("compute", config.precision.compute), ("rules", config.precision.rules)):
         require(
             not given,
@@ -84,8 +84,18 @@ def _optimizer(config: schema.Config) -> None:
     )
 
 
-def check_stage(config: schema.Config, stage: int) -> None:
-    """Raise UserError for options that DeepSpeed does not support at this ZeRO stage."""
+def check_layout(config: schema.Config, parallel: schema.ParallelConfig) -> None:
+    """Raise UserError for options that DeepSpeed does not support at this ZeRO stage, or in a pipeline."""
+    stage, rules = parallel.zero_stage, config.optim.rules
+    require(
+        not rules or parallel.pp == 1,
+        "optim.rules",
+        rules,
+        "DeepSpeed adds the gradient norms of parameter groups over pipeline stages, one by one, and stages "
+        f"have other groups (parallel.pp={parallel.pp})",
+        allowed="[] with engine=deepspeed and a pipeline",
+        instead="engine=torch, or parallel.pp=1",
+    )
     problem = f"only ZeRO 3 has sharded parameters to offload (parallel.zero_stage={stage})"
     offload = config.engine.offload_parameters
     require(

@@ -290,16 +290,17 @@ class EngineConfig(Options):
     GPUs) or medium (bf16 where the hardware has it); auto: highest, computed on CPUs by oneDNN where that was
     measured to be as exact."""
     threads: int = 0
-    """CPU: threads per process; 0: the cores of the machine divided by its processes, or OMP_NUM_THREADS
-    if that is above 1."""
+    """CPU, and engine.offload_optimizer=cpu: threads per process; 0: the cores of the machine divided by its
+    processes, or OMP_NUM_THREADS if that is above 1."""
     keep_freed_memory: bool = True
     """CPU: have glibc keep freed memory for the next step instead of returning it to the system."""
     offload_optimizer: str = "none"
-    """engine=deepspeed: where fp32 master weights and Adam moments are kept; none (the
-    training device) or cpu."""
+    """Where optimizer state and master weights are kept, and the update is computed: none (the training
+    device) or cpu. With engine=torch the device has the weights and their gradients, too."""
     offload_parameters: str = "none"
-    """engine=deepspeed with zero_stage 3: where parameters are kept between uses; none (the
-    training device) or cpu."""
+    """Where parameters are kept between uses: none (the training device) or cpu. engine=torch: with
+    dp_shard=1 or zero_stage 3, and engine.offload_optimizer=cpu; then gradients are there, too.
+    engine=deepspeed: with zero_stage 3."""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """engine=deepspeed: keys added to the DeepSpeed config; keys that another option sets are refused."""
 

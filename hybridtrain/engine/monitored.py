@@ -55,4 +55,6 @@ class OfTorch:
 
     def wanted_update(self, name: str, before: Tensor) -> Tensor | None:
         optimizer = self.engine.optimizer
-        return optimizer.wanted(next(each for each in optimizer.shards if each.name == name), before=before)
+        item = next(each for each in optimizer.shards if each.name == name)
+        wanted = optimizer.wanted(item, before=before.to(item.shard.device))
+        return None if wanted is None else wanted.to(before.device)

@@ -28,7 +28,16 @@ from hybridtrain.models.source import read_config
 from hybridtrain.models.structure import Structure
 from hybridtrain.optim import matrices, optimizer
 from hybridtrain.optim.average import Average
-from hybridtrain.parallel.apply import Context, build_stages, converter
+from hybridtrain.optim.shards import (
+    LocalShard,
+    Update,
+    in_host_memory,
+    like,
+    local,
+    read_weights,
+    write_weights,
+)
+from hybridtrain.parallel.apply import Context, build_stages, converter, zero_stage_of
 from hybridtrain.parallel.convert import adaptive_of
 from hybridtrain.parallel.fsdp import ReducedSums, before_backward, reshard
 from hybridtrain.parallel.grad_norm import agreed, gradient_norm
@@ -84,17 +93,13 @@ class TorchEngine:
         self.adaptive = adaptive_of(config.precision, self.model_config)
         if initial:
             fill(self.stages, initial_weights(config.model, self.model_config, seed=config.run.seed))
-        formats = optimizer.Formats.of(config.precision, seed=config.run.seed)
-        self.optimizer = optimizer.build(
-            optimizer.local_shards(self._named()),
-            config.optim,
-            formats=formats,
-            parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
-            group=self.mesh.group("stage"),
-        )
+        self.place = torch.device("cpu") if config.engine.offload_optimizer == "cpu" else device
+        """Where updates are computed."""
+        self.optimizer = self._optimizer()
         decay = config.optim.ema
-        self.average = Average(self.optimizer, decay=decay, device=device) if decay else None
-        in_parts = config.parallel.zero_stage >= 2 and self.precision.param != self.precision.reduce
+        self.average = Average(self.optimizer, decay=decay, device=self.place) if decay else None
+        self.zero_stage = zero_stage_of(config.engine, config.parallel)
+        in_parts = self.zero_stage >= 2 and self.precision.param != self.precision.reduce
         self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
@@ -106,6 +111,18 @@ class TorchEngine:
             count=layout.pp * stages_per_rank(config.parallel),
             schedule=config.parallel.schedule,
             mesh=self.mesh,
+        )
+
+    def _optimizer(self) -> Update:
+        config, shards = self.config, optimizer.local_shards(self._named())
+        if config.engine.offload_optimizer == "cpu" and config.engine.offload_parameters == "none":
+            shards = in_host_memory(shards)
+        return optimizer.build(
+            shards,
+            config.optim,
+            formats=optimizer.Formats.of(config.precision, seed=config.run.seed),
+            parts=matrices.of_model(self.model_config) if config.optim.kind == "muon" else {},
+            group=self.mesh.group("stage"),
         )
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
@@ -184,8 +201,9 @@ class TorchEngine:
             most_loss, most_norm = self.spike_limits
             spike = ((loss > most_loss) & (norm > most_norm)).float() * (1 - held)
             held = held + spike
-        skip = held if update else torch.ones_like(held)
-        self.optimizer.step(lr=lr, divide=divide, skip=skip)
+        skip = (held if update else torch.ones_like(held)).to(self.place)
+        self.optimizer.step(lr=lr, divide=divide.to(self.place), skip=skip)
+        write_weights(self.optimizer.shards)
         if self.average is not None:
             self.average.update(skip=skip)
         self.scaler.update(nonfinite, empty=empty)
@@ -234,9 +252,12 @@ class TorchEngine:
             if key in stored or not (key in missing or key.startswith(("scaler.", "ema")))
         }
         progress = sharded.load(state, path=path, group=self.mesh.checkpoint_group)
+        read_weights(self.optimizer.shards)
         self.optimizer.adopt(state)
+        write_weights(self.optimizer.shards)
         self.scaler.adopt(state, dp=origin.data_ranks(path) if OLDER in state else 1)
         self.shared.copy(self.optimizer)
+        read_weights(self.optimizer.shards)
         if self.average is not None:
             self.average.adopt(stored)
         return progress
@@ -258,12 +279,16 @@ class TorchEngine:
         def before() -> None:
             scale = float(self.scaler.scale)
             call(
-                (item.name, item.parameter.grad / scale)
+                (item.name, self._on_device(item.parameter.grad, item) / scale)
                 for item in self.optimizer.shards
                 if item.parameter.grad is not None
             )
 
         self.optimizer.watch.append(before)
+
+    def _on_device(self, gradient: Tensor, item: LocalShard) -> Tensor:
+        """A gradient on the device, which can gather it."""
+        return like(local(gradient).to(self.device), item.parameter, shape=item.parameter.shape)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         for stage in self.stages:
@@ -327,9 +352,7 @@ class TorchEngine:
         for index, batch in enumerate(batches):
             sums = self._forward(batch)
             loss = (sums * factor).sum()
-            before_backward(
-                self.stages[0], zero_stage=self.config.parallel.zero_stage, last=index == len(batches) - 1
-            )
+            before_backward(self.stages[0], zero_stage=self.zero_stage, last=index == len(batches) - 1)
             loss.backward()
             total += sums.detach()
         return total

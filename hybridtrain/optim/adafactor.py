@@ -69,7 +69,7 @@ class Adafactor(Elementwise):
             self._average(divide=divide, skip=skip)
             for item, rms in zip(self.shards, self._rms(divide=divide), strict=True):
                 if item.shard.grad is not None:
-                    update = self._direction(item, divide=divide) / (rms / _MOST_RMS).clamp(min=1.0)
+                    update = self._direction(item, divide=divide).div_((rms / _MOST_RMS).clamp(min=1.0))
                     self._apply(item, update, skip=skip)
         self.free()
 

@@ -92,31 +92,35 @@ class Muon(Elementwise):
         """This rank's parts of the orthogonal matrices of a batch: at most one for each rank to own."""
         if self.group is None:
             return [self._update_of(self.matrices[first], ahead[0])]
-        rank, nothing = self.group.rank(), [0] * len(self.held)
-        idle = nothing[len(ahead) :]
-        sent = [of_ranks[rank] for of_ranks in self.sent[first : first + len(ahead)]]
-        back = [tensor.numel() for tensor in ahead]
-        own = first + rank if rank < len(ahead) else None
-        sizes = nothing if own is None else [_size(held[own]) for held in self.held]
-        firsts = nothing if own is None else self.sent[own]
-        parts = [tensor for tensor, size in zip(ahead, sent, strict=True) if size]
-        received = ahead[0].new_empty(sum(firsts))
-        dist.all_to_all_single(received, _flat(parts, like=ahead[0]), firsts, sent + idle, group=self.group)
+        rank, count = self.group.rank(), len(ahead)
+        idle = [0] * (len(self.held) - count)
+        own = first + rank if rank < count else None
+        whole = self._collected(own, ahead, sent=[each[rank] for each in self.sent[first : first + count]])
         updates: list[Tensor] = []
-        if own is not None:
-            update = self._update_of(self.matrices[own], self._whole(own, received.split(firsts)))
+        if own is not None and whole is not None:
+            update = self._update_of(self.matrices[own], whole)
+            del whole
             updates = [update[held[own]] for held in self.held]
-        del received
+        sizes = [part.numel() for part in updates] or [0] * len(self.held)
+        back = [tensor.numel() for tensor in ahead]
         result = ahead[0].new_empty(sum(back))
         dist.all_to_all_single(result, _flat(updates, like=ahead[0]), back + idle, sizes, group=self.group)
         return [part.view_as(tensor) for part, tensor in zip(result.split(back), ahead, strict=True)]
 
-    def _whole(self, number: int, received: Sequence[Tensor]) -> Tensor:
-        """A matrix of the parts that ranks sent."""
-        whole = received[0].new_zeros(self.matrices[number].parameter.shape)
-        for held, part in zip(self.held, received, strict=True):
+    def _collected(self, own: int | None, ahead: Sequence[Tensor], *, sent: list[int]) -> Tensor | None:
+        """The matrix of this number, of the parts that ranks send; None if this rank owns none. `sent`:
+        elements of each part that this rank sends.
+        """
+        parts = [tensor for tensor, size in zip(ahead, sent, strict=True) if size]
+        firsts = [0] * len(self.held) if own is None else self.sent[own]
+        received, idle = ahead[0].new_empty(sum(firsts)), [0] * (len(self.held) - len(ahead))
+        dist.all_to_all_single(received, _flat(parts, like=ahead[0]), firsts, sent + idle, group=self.group)
+        if own is None:
+            return None
+        whole = received.new_zeros(self.matrices[own].parameter.shape)
+        for held, part in zip(self.held, received.split(firsts), strict=True):
             if part.numel():
-                whole[held[number]] = part.view(whole[held[number]].shape)
+                whole[held[own]] = part.view(whole[held[own]].shape)
         return whole
 
     def _update_of(self, item: LocalShard, ahead: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ parameter (DTensor) --local_shards--> LocalShard(name, parameter, shard)   `shar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hybridtrain.config.schema import OptimConfig
@@ -38,6 +40,51 @@ def local_shards(named: Iterable[tuple[str, nn.Parameter]]) -> list[LocalShard]:
     ]
 
 
+@functools.cache
+def on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of the same ranks for tensors in the host's memory; its collectives are not used."""
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
+class HostCopy(LocalShard):
+    """A parameter whose update is computed in the host's memory: `shard` is a copy there, in pinned memory if
+    the parameter is on a GPU.
+    """
+
+
+def in_host_memory(shards: Iterable[LocalShard]) -> list[LocalShard]:
+    """The same with copies of the weights in the host's memory."""
+    return [
+        HostCopy(
+            item.name,
+            item.parameter,
+            nn.Parameter(
+                torch.empty(
+                    item.shard.shape, dtype=item.shard.dtype, pin_memory=item.shard.device.type == "cuda"
+                ).copy_(item.shard.detach())
+            ),
+        )
+        for item in shards
+    ]
+
+
+@torch.no_grad()
+def read_weights(shards: Iterable[LocalShard]) -> None:
+    """Give copies in the host's memory the weights of the model."""
+    for item in shards:
+        if isinstance(item, HostCopy):
+            item.shard.copy_(local(item.parameter))
+
+
+@torch.no_grad()
+def write_weights(shards: Iterable[LocalShard]) -> None:
+    """Give the model the weights of copies in the host's memory. Does not wait for the device."""
+    for item in shards:
+        if isinstance(item, HostCopy):
+            local(item.parameter).copy_(item.shard, non_blocking=True)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -54,11 +101,15 @@ def is_first(parameter: Tensor) -> bool:
     )
 
 
-def like(part: Tensor, parameter: nn.Parameter, *, shape: Sequence[int]) -> Tensor:
-    """`part` of a tensor of the whole `shape` as a DTensor with the mesh and placements of `parameter`."""
+def like(part: Tensor, parameter: Tensor, *, shape: Sequence[int]) -> Tensor:
+    """`part` of a tensor of the whole `shape` as a DTensor of the same memory, with mesh and placements of
+    `parameter`.
+    """
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
+    if part.device.type != mesh.device_type:  # offloaded: from_local would copy it to the device of the mesh
+        mesh = on_cpu(mesh)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -152,7 +203,8 @@ class Update:
         for call in watch:
             call()
         for item in self.shards:
-            item.shard.grad = None if item.parameter.grad is None else local(item.parameter.grad)
+            gradient = item.parameter.grad
+            item.shard.grad = None if gradient is None else local(gradient).to(item.shard.device)
         return [item.shard.grad for item in self.shards if item.shard.grad is not None]
 
     def free(self) -> None:

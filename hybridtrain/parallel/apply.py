@@ -271,7 +271,22 @@ def _wrapped_by(kind: str) -> Names:
 
 
 def _shard(stage: Stage, context: Context) -> None:
-    apply_shard(stage, mesh=context.mesh, zero_stage=context.parallel.zero_stage, precision=context.precision)
+    apply_shard(
+        stage,
+        mesh=context.mesh,
+        zero_stage=zero_stage_of(context.engine, context.parallel),
+        precision=context.precision,
+        offload=_offloads(context),
+    )
+
+
+def zero_stage_of(engine: EngineConfig, parallel: ParallelConfig) -> int:
+    """The stage as which parameters are gathered and gradients reduced: offloaded ones layer by layer."""
+    return 3 if engine.offload_parameters == "cpu" else parallel.zero_stage
+
+
+def _offloads(context: Context) -> bool:
+    return context.engine.offload_parameters == "cpu"
 
 
 def _to_shard(stage: Stage, context: Context) -> set[str]:
@@ -280,7 +295,8 @@ def _to_shard(stage: Stage, context: Context) -> set[str]:
     Sharded parameters, from ZeRO 1 on: all.
     """
     layout, precision = context.mesh.layout, context.precision
-    wrap = layout.dp > 1 or {precision.compute, precision.reduce} != {precision.param}
+    casts = {precision.compute, precision.reduce} != {precision.param}
+    wrap = layout.dp > 1 or casts or _offloads(context)
     wrapped = {*_layers(stage), ""} if wrap else set()
     return wrapped | (set(_parameters(stage)) if layout.dp_shard > 1 else set())
 
@@ -294,7 +310,7 @@ def _sharded(stage: Stage, context: Context) -> set[str]:
 
 
 def _materialize(stage: Stage, context: Context) -> None:
-    stage.to_empty(device=context.mesh.device)
+    stage.to_empty(device="cpu" if _offloads(context) else context.mesh.device)  # buffers follow below
     stage.tie()  # to_empty unties the weights of a stage that fully_shard has not wrapped
     pad_shards(stage)
     reset_buffers(stage, device=context.mesh.device)
@@ -308,8 +324,10 @@ def _to_materialize(stage: Stage, context: Context) -> set[str]:  # noqa: ARG001
 
 
 def _materialized(stage: Stage, context: Context) -> set[str]:
-    tensors = {**_parameters(stage), **dict(stage.named_buffers())}
-    return {name for name, tensor in tensors.items() if tensor.device.type == context.mesh.device.type}
+    device = context.mesh.device.type
+    kept = "cpu" if _offloads(context) else device
+    parameters = {name for name, each in _parameters(stage).items() if each.device.type == kept}
+    return parameters | {name for name, each in stage.named_buffers() if each.device.type == device}
 
 
 def _parameters(stage: Stage) -> dict[str, nn.Parameter]:

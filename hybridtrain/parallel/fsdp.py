@@ -6,6 +6,9 @@
     2       full after the first use      reduce-scattered per micro-batch   sharded
     3       gathered per layer and use    reduce-scattered per micro-batch   sharded
 
+With engine.offload_parameters, parameters, gradients and optimizer state are in the host's memory; from
+there, each layer is gathered as in stage 3, with one data rank, too.
+
 ZeRO: arXiv 1910.02054; FSDP: arXiv 2304.11277.
 """
 
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
 from hybridtrain.models.stage import Stage
 from hybridtrain.optim.shards import like, wide
@@ -28,20 +31,27 @@ from hybridtrain.parallel.mesh import Mesh
 from hybridtrain.precision.policy import PrecisionPolicy
 
 
-def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy) -> None:
+def apply_shard(
+    stage: Stage, *, mesh: Mesh, zero_stage: int, precision: PrecisionPolicy, offload: bool
+) -> None:
     """Wrap layers, then the stage with embedding, final norm and head, with fully_shard.
 
-    Gradients become sums over data ranks. Does nothing without sharding and casting, where fully_shard
-    would only copy parameters and gradients.
+    Gradients become sums over data ranks. Does nothing without sharding, casting and offloading, where
+    fully_shard would only copy parameters and gradients. `offload`: keep parameters, gradients and with them
+    the optimizer state in the host's memory.
     """
     same_dtype = precision.compute == precision.param == precision.reduce
-    if mesh.layout.dp == 1 and same_dtype:
+    if mesh.layout.dp == 1 and same_dtype and not offload:
         return
     options: dict[str, Any] = {
         "mesh": mesh.data,
         "mp_policy": precision.fsdp(),
         "reshard_after_forward": zero_stage == 3,
     }
+    if offload:
+        # ReducedSums reads gradients in a hook, for which torch 2.11 does not wait if they are pinned
+        pinned = mesh.device.type == "cuda" and precision.param == precision.reduce
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     carried = stage.hidden_dtype(precision.compute) == precision.compute  # else layers cast it themselves
     own = dataclasses.replace(precision.fsdp(), cast_forward_inputs=carried)
     for _, layer in stage.layer_modules():
@@ -51,13 +61,14 @@ def apply_shard(stage: Stage, *, mesh: Mesh, zero_stage: int, precision: Precisi
     fully_shard(stage, **{**options, "reshard_after_forward": False})
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            _sum_gradients(module, mesh=mesh)
+            _sum_gradients(module, mesh=mesh, offload=offload)
 
 
-def _sum_gradients(module: FSDPModule, *, mesh: Mesh) -> None:
+def _sum_gradients(module: FSDPModule, *, mesh: Mesh, offload: bool) -> None:
     """Let the reduction add gradients up, which fully_shard would average."""
     layout = mesh.layout
-    if layout.dp_shard > 1:
+    # What is copied to the host must not be in the input of the reduction, which is freed before.
+    if layout.dp_shard > 1 or offload:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # Gloo has no other reduction with a factor
         if mesh.device.type == "cpu":

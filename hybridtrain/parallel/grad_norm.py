@@ -57,11 +57,12 @@ def agreed(values: Tensor, *, mesh: Mesh) -> Tensor:
 
 def _sum_of_squares(locals_: Sequence[Tensor], *, zero: Tensor) -> Tensor:
     tensors = [local for local in locals_ if local.numel()]
-    # On the CPU, torch uses a single running sum, whose fp32 error is 1e-5 for 2^20 elements, 8e-4 for 2^24.
-    dtype = torch.float64 if zero.device.type == "cpu" else zero.dtype
     if not tensors:
         return zero
-    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).square().sum().to(zero.dtype)
+    # On the CPU, torch uses a single running sum, whose fp32 error is 1e-5 for 2^20 elements, 8e-4 for 2^24.
+    dtype = torch.float64 if tensors[0].device.type == "cpu" else zero.dtype
+    # offloaded gradients are on the CPU, `zero` is on the device
+    return torch.stack(torch._foreach_norm(tensors, dtype=dtype)).square().sum().to(zero)
 
 
 def _sharded_over(grad: Tensor) -> tuple[frozenset[str], Tensor]:

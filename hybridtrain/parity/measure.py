@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from hybridtrain import engine as engines
 from hybridtrain import reference, registry, tasks
@@ -27,7 +28,7 @@ from hybridtrain.data.synthetic import Synthetic, Tokens
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
-from hybridtrain.optim.shards import wide
+from hybridtrain.optim.shards import like, local, wide
 from hybridtrain.parallel import mesh
 from hybridtrain.parity.verdict import GRADIENT_FLOOR
 from hybridtrain.plan.batch import BatchPlan
@@ -234,6 +235,9 @@ def _compare(
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor of a tensor or DTensor, in fp32 or fp64, on the CPU (collective over its mesh)."""
+    if isinstance(tensor, DTensor):  # the device gathers what is offloaded
+        part = local(tensor.detach()).to(tensor.device_mesh.device_type)
+        tensor = like(part, tensor, shape=tensor.shape)
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return wide(full.detach()).cpu()
 

@@ -199,7 +199,7 @@ def _choose_for(
                 capabilities=supported,
             )
             if engine == "deepspeed":
-                deepspeed_checks.check_stage(config, parallel.zero_stage)
+                deepspeed_checks.check_layout(config, parallel)
         except UserError as error:
             if named:
                 raise UserError(

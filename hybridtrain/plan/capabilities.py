@@ -45,10 +45,17 @@ def of_engine(kind: str) -> Capabilities:
 def with_options(engine: EngineConfig, *, kind: str) -> Capabilities:
     """The features of engine `kind` with these options.
 
-    Kernels of inductor overwrite tensors that the second half of a split backward pass
-    reads: wrong gradients, silently.
+    Offloaded parameters are gathered for each use, not once a step as in ZeRO 1 and 2. Kernels of inductor
+    overwrite tensors that the second half of a split backward pass reads: wrong gradients, silently.
     """
     capabilities = of_engine(kind)
+    if kind == "torch" and engine.offload_parameters == "cpu":
+        capabilities = replace(
+            capabilities,
+            engine=f"{capabilities.engine} with engine.offload_parameters=cpu",
+            axes=frozenset({"dp_replicate", "dp_shard"}),
+            zero_stages=frozenset({0, 3}),
+        )
     if not engine.compile or engine.compile_backend != "inductor":
         return capabilities
     name = f"{capabilities.engine} with engine.compile=true and inductor"

@@ -111,7 +111,8 @@ def needs(
     of_ranks = []
     cut = stages.cut(config, parallel=parallel, pp=layout.pp, plan=plan, facts=facts)
     for numbers in cut.ranks:
-        sizes = [parameters_of_stage(facts, layers=cut.layers[index], tp=layout.tp) for index in numbers]
+        held = [cut.layers[index] for index in numbers]
+        sizes = [parameters_of_stage(facts, layers=layers, tp=layout.tp) for layers in held]
         total, largest = sum(stage for stage, _ in sizes), max(layer for _, layer in sizes)
         last = len(cut.layers) - 1 in numbers
         head = 4 * math.ceil(facts.outputs / layout.tp) * facts.hidden * last
@@ -119,12 +120,11 @@ def needs(
         need = of_rank(
             config, parallel=parallel, layout=layout, plan=plan, total=total, largest=largest, head=head
         )
-        stored = widths(config.precision.kind).stored
-        factors = [
-            optimizer_states.bytes_of_factors(config, facts=facts, layers=cut.layers[index], stored=stored)
-            for index in numbers
-        ]
-        of_ranks.append(replace(need, state=need.state + sum(factors)))
+        factors = sum(
+            optimizer_states.bytes_of_factors(config, facts=facts, layers=layers) for layers in held
+        )
+        update = optimizer_states.bytes_of_update(config, layout=layout, facts=facts, ends=held)
+        of_ranks.append(replace(need, state=need.state + factors, step=max(need.step, update)))
     return max(of_ranks, key=lambda need: need.total)
 
 
@@ -141,21 +141,35 @@ def _of_torch(
     """`total`: parameters of the rank, `largest`: of its largest layer; `head`: bytes of the
     head's gradient in fp32.
     """
-    w, zero = widths(config.precision.kind), parallel.zero_stage
+    w, streams = widths(config.precision.kind), config.engine.offload_parameters == "cpu"
+    zero = 3 if streams else parallel.zero_stage
     share = math.ceil(total / layout.dp_shard)
-    # Weight, compensation, gradient and two moments; the state of a registered optimizer is unknown.
-    numbers = w.stored * (3 if optimizer_states.compensated(config) else 2)
+    weights = share * w.stored  # as much as their gradients
+    # Compensation and moments; the state of a registered optimizer is unknown.
     moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
     average = share * max(4, w.stored) * bool(config.optim.ema)
-    state = share * numbers + math.ceil(share * moments) + average
+    rest = weights * optimizer_states.compensated(config) + math.ceil(share * moments) + average
+    state, host = _places(config, weights=weights, rest=rest)
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
-    wrapped = layout.dp > 1 or w.compute != w.stored or config.precision.kind == "bf16_pure"
-    if not wrapped:
-        return MemoryNeed(state, max(head, before), 0)
+    casts = w.compute != w.stored or config.precision.kind == "bf16_pure"
+    if not (layout.dp > 1 or casts or streams):
+        return MemoryNeed(state, max(head, before), host)
     gathered = (largest if zero == 3 else total) * w.compute
     sums = total if zero < 2 else share * (w.stored == 2)  # in fp32
     accumulated = sums * 4 if plan.grad_accum > 1 and w.compute != 4 else 0
-    return MemoryNeed(state, max(gathered + accumulated + head, before), 0)
+    return MemoryNeed(state, max(gathered + accumulated + head, before), host)
+
+
+def _places(config: Config, *, weights: int, rest: int) -> tuple[int, int]:
+    """(bytes on the device, offloaded to the host) of weights, as many bytes of gradients, and the `rest` of
+    the state. On a CPU, the copies of the weights are in the same memory.
+    """
+    everything = 2 * weights + rest
+    if config.engine.offload_parameters == "cpu":
+        return (0, everything) if _on_gpu() else (everything, 0)
+    if config.engine.offload_optimizer == "cpu":
+        return (2 * weights, everything) if _on_gpu() else (everything + weights, 0)
+    return everything, 0
 
 
 def _of_deepspeed(

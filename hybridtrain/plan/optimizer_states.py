@@ -1,5 +1,5 @@
-"""Which of Adam's moments are stored in 8 bits with precision.state=8bit, and the bytes of moments of each
-optimizer. No torch.
+"""Which of Adam's moments are stored in 8 bits with precision.state=8bit, and the bytes of moments and of the
+update of each optimizer. No torch.
 
 A parameter's *whole* shape decides, so that the state has the same format under every layout:
 
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
+from hybridtrain.plan.layout import ParallelLayout
 from hybridtrain.registry import BUILT_IN
 from hybridtrain.types import ModelFacts
 
@@ -67,7 +68,7 @@ def bytes_of_moments(config: Config, *, stored: int) -> float:
     return count * {"auto": stored, "fp32": 4, "bf16": 2, "8bit": 1 + 4 / BLOCK}[config.precision.state]
 
 
-def bytes_of_factors(config: Config, *, facts: ModelFacts, layers: range, stored: int) -> int:
+def bytes_of_factors(config: Config, *, facts: ModelFacts, layers: range) -> int:
     """Bytes of adafactor's numbers for rows and columns of the matrices of a stage, whole on every rank; 0
     for others. Layers of another kind than llama's count by their size.
     """
@@ -80,4 +81,31 @@ def bytes_of_factors(config: Config, *, facts: ModelFacts, layers: range, stored
     first, last = layers.start == 0, layers.stop == facts.layers
     numbers += first * (facts.vocab + hidden)
     numbers += (last and not (first and facts.tied)) * (facts.outputs + hidden)
-    return math.ceil(numbers) * max(4, stored)
+    return math.ceil(numbers) * _computed(config)
+
+
+def bytes_of_update(
+    config: Config, *, layout: ParallelLayout, facts: ModelFacts, ends: Sequence[range]
+) -> int:
+    """Bytes that muon and adafactor need at least during an update, besides the state: one matrix is made
+    orthogonal at a time while the parts of others wait (muon.py); one update is computed at a time, with
+    momentum beside it. `ends`: the layers of a rank's stages.
+    """
+    kind, hidden = config.optim.kind, facts.hidden
+    experts = max(facts.layer_inactive, default=0) // 2  # at least: of two or three matrices of each
+    matrix = max(hidden * max(facts.ffn, facts.heads * facts.head_dim), experts)
+    if kind == "muon":
+        # Of the matrices that are exchanged together, three are as large: gate, up and down.
+        copies, alone = min(3, layout.dp_replicate), layout.dp * layout.tp == 1
+        return _computed(config) * matrix * (5 if alone else max(copies + 5, 3 * copies + 1))
+    if kind == "adafactor":
+        first, last = ends[0].start == 0, ends[-1].stop == facts.layers
+        largest = max(matrix, first * facts.vocab * hidden, last * facts.outputs * hidden)
+        tensors = 3 if config.optim.momentum else 1
+        return tensors * _computed(config) * largest // (layout.dp_shard * layout.tp)
+    return 0
+
+
+def _computed(config: Config) -> int:
+    """Bytes of a number in an update."""
+    return 8 if config.precision.kind == "fp64" else 4

@@ -24,11 +24,13 @@ def apply(engine: EngineConfig, *, device: torch.device, tf32: bool) -> None:
     # Always set it: a script or a library may have changed it, by either of torch's two settings.
     automatic = "high" if tf32 and device.type == "cuda" else "highest"
     torch.set_float32_matmul_precision(automatic if engine.fp32_matmul == "auto" else engine.fp32_matmul)
-    if device.type != "cpu":
+    if device.type != "cpu" and engine.offload_optimizer == "none":
         return
     threads = engine.threads or _threads(os.environ)
     if threads:
         torch.set_num_threads(threads)
+    if device.type != "cpu":
+        return
     if engine.keep_freed_memory:
         _keep_freed_memory()
     if engine.fp32_matmul == "auto":
@@ -40,7 +42,9 @@ def describe(engine: EngineConfig, *, device: torch.device) -> str:
     precision = torch.get_float32_matmul_precision()
     kernels = "oneDNN" if precision == "medium" and engine.fp32_matmul == "auto" else precision
     if device.type != "cpu":
-        return f"fp32 products {kernels}"
+        offloads = engine.offload_optimizer == "cpu"
+        threads = f", {torch.get_num_threads()} CPU threads for the update" if offloads else ""
+        return f"fp32 products {kernels}{threads}"
     return (
         f"{torch.get_num_threads()} CPU threads a process, fp32 products {kernels}, "
         f"freed memory {'kept' if engine.keep_freed_memory else 'returned'}"

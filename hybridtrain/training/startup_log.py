@@ -15,7 +15,7 @@ from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
-from hybridtrain.plan import notation, optimizer_states, stages
+from hybridtrain.plan import memory, notation, optimizer_states, stages
 from hybridtrain.plan.formats import HIGH
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.precision import rules
@@ -102,8 +102,23 @@ def _log_job(job: Job, *, engine: Any) -> None:
         short["compute"],
         short["reduce"],
     )
+    if config.engine.offload_optimizer == "cpu":
+        _log.info("offload   %s", _offload_line(job, on=engine.device))
     for line in _format_lines(formats(job, engine=engine), config.precision, on=engine.device):
         _log.info("precision %s", line)
+
+
+def _offload_line(job: Job, *, on: torch.device) -> str:
+    if on.type == "cpu":
+        return (
+            "the training device is the CPU: engine.offload_optimizer=cpu saves no memory, and costs copies"
+        )
+    config = job.config
+    need = memory.needs(config, parallel=config.parallel, layout=job.layout, plan=job.plan, facts=job.facts)
+    return (
+        f"before activations, a rank needs {need.host / memory.GIB:.1f} GiB of host memory "
+        f"and {need.total / memory.GIB:.1f} GiB on its device"
+    )
 
 
 def formats(job: Job, *, engine: Any) -> list[rules.Row]:

@@ -142,16 +142,10 @@ def test_refused(answered: dict[str, dict[str, Any]], name: str) -> None:
     assert "IMPORTED TORCH" not in text
 
 
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        (["engine.offload_optimizer=cpu", "parallel=zero1"], "engine.offload_optimizer=cpu"),
-        (["engine.config_overrides.zero_optimization.overlap_comm=true"], "engine.config_overrides="),
-    ],
-)
-def test_its_own_options_are_refused_elsewhere(options: list[str], field: str) -> None:
-    with pytest.raises(UserError, match=field) as told:
-        checks.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", *options]))
+def test_its_own_options_are_refused_elsewhere() -> None:
+    option = "engine.config_overrides.zero_optimization.overlap_comm=true"
+    with pytest.raises(UserError, match=r"engine\.config_overrides=") as told:
+        checks.check(compose("train", ["data.path=x", "model=tiny", "train.steps=1", option]))
     assert "engine=deepspeed" in str(told.value)
 
 

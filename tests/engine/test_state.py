@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from hybridtrain.types import Progress
 from tests.cases import Case, model, start
@@ -26,10 +27,18 @@ def gathered(engine: Any) -> dict[str, torch.Tensor]:
     state = {
         key: value.int() if value.dtype == torch.int16 else value for key, value in engine.state().items()
     }
-    return {
-        key: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-        for key, value in state.items()
-    }
+    return {key: _whole(value, engine.device).clone() for key, value in state.items()}
+
+
+def _whole(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Also of what is offloaded; the device gathers it."""
+    if not isinstance(value, DTensor):
+        return value
+    mesh, placements, stride = value.device_mesh, value.placements, value.stride()
+    if mesh.device_type != device.type:  # dp_shard=1: nothing to gather
+        return value.to_local()
+    part = value.to_local().to(device)
+    return DTensor.from_local(part, mesh, placements, shape=value.shape, stride=stride).full_tensor()
 
 
 def save_and_go_on(case: Case, path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:

@@ -17,6 +17,7 @@ from hybridtrain.optim import optimizer
 from hybridtrain.optim.shards import local_shards
 from hybridtrain.optim.stored import Formats
 from tests.cases import Case, differences, model, on_ranks, reference, train
+from tests.engine.test_optimizer_states import watched
 from tests.engine.test_state import both, load_and_go_on, save_and_go_on
 from tests.families.copies import fields_of
 from tests.plan.test_memory import held, needs
@@ -141,6 +142,11 @@ def test_bf16_weights_are_compensated(tmp_path: Path) -> None:
     saved = run_ranks(2, save_and_go_on, case, tmp_path / "checkpoint")[0][1]
     loaded = run_ranks(2, load_and_go_on, masters, tmp_path / "checkpoint")[0][1]
     assert loaded == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adafactor", pytest.param("muon", marks=SLOW)])
+def test_a_step_does_not_wait_for_the_device(kind: str) -> None:
+    run_ranks(2, watched, Case("dp_shard2-zero1", overrides=(("optim.kind", kind), ("optim.momentum", 0.9))))
 
 
 def test_momentum_begins_at_0_where_a_checkpoint_has_none(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from hybridtrain.config import compose
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import patterns
+from hybridtrain.models.build import hf_config, plain_model
 from hybridtrain.optim import optimizer
 from hybridtrain.optim.shards import decay_of, local_shards, rate_of
 from hybridtrain.optim.stored import Formats
 from tests.cases import Case, differences, model, on_ranks, reference
+from tests.documents import commands
 from tests.engine.test_state import both, load_and_go_on, save_and_go_on
 from tests.ranks import run_ranks
 
@@ -173,6 +177,19 @@ def test_parameters_have_rates_and_decays_of_their_own(kind: str, layout: str) -
             case "sgd":
                 weight.data -= lr * (weight.grad + decay * weight.data)
         assert (weight - ours.parameters[name]).abs().max() < 1e-3 * lr, name
+
+
+def test_the_rules_of_the_documents_decay_layer_by_layer() -> None:
+    [line] = [line for line in commands("docs/optimizers.md") if "run.name=layerwise" in line]
+    config = compose.compose("train", shlex.split(line)[2:])
+    built = hf_config(config.model.config, chosen={}, attention="sdpa")
+    names = [name for name, _ in plain_model(built).named_parameters()]
+    patterns.check(names, freeze=[], optim=config.optim)
+    assert config.optim.lr == 1e-3
+    for name in names:
+        layer = re.search(r"layers\.(\d)", name)
+        depth = 4 - int(layer[1]) if layer else 5 if "embed" in name else 0
+        assert rate_of(name, settings=config.optim) == pytest.approx(0.8**depth), name
 
 
 def test_the_first_rule_counts() -> None:

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from hybridtrain.analysis.facts import facts
 from hybridtrain.config.schema import OptimConfig
 from hybridtrain.models.init import local_slices
 from hybridtrain.optim import matrices, muon, optimizer
 from hybridtrain.optim.shards import like, local_shards
 from hybridtrain.optim.stored import Formats
+from hybridtrain.plan import layout as layouts
+from hybridtrain.plan import optimizer_states
 from tests.cases import Case, differences, model, on_ranks, reference, start, whole
+from tests.dispatch import Alive
 from tests.engine.test_state import both
 from tests.families.copies import config_of, fields_of
 from tests.ranks import run_ranks
@@ -143,6 +147,7 @@ def test_a_layout_trains_as_one_process_does(kind: str, layout: str) -> None:
     assert found["grad_rel"] < 1e-5, found
     assert found["loss_rel"] < 2e-5, found
     assert found["grad_norm_rel"] < 1e-3, found
+    assert found["param_abs"] < 1e-5, found
 
 
 @pytest.mark.parametrize(
@@ -206,3 +211,47 @@ def test_equal_momenta_are_equal_updates_bit_for_bit(layout: str) -> None:
     (alone,) = run_ranks(1, moved, dataclasses.replace(case, layout="single"))
     for parameters in run_ranks(case.world_size, moved, case):
         assert [name for name, value in parameters.items() if not torch.equal(value, alone[name])] == []
+
+
+def peak(case: Case) -> int:
+    """Most bytes of an update besides weights, gradients and state."""
+    engine, alive = start(case), Alive()
+    for item in engine.optimizer.shards:
+        gradient = torch.ones_like(item.shard)
+        item.parameter.grad = like(gradient, item.parameter, shape=item.parameter.shape)
+        for tensor in (gradient, item.shard, *engine.optimizer.fields(item).values()):
+            alive.known.add(tensor.untyped_storage()._cdata)
+    with alive:
+        engine.optimizer.step(lr=1e-2, divide=ONE, skip=ZERO)
+    return alive.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("muon", "dp_replicate2"),
+        *(
+            pytest.param(kind, layout, marks=SLOW)
+            for kind, layout in (
+                ("muon", "single"),
+                ("muon", "dp_shard2-zero3"),
+                ("muon", "tp2"),
+                ("muon", "dp_replicate4"),
+                ("adafactor", "single"),
+                ("adafactor", "dp_shard2-zero3"),
+            )
+        ),
+    ],
+)
+def test_the_memory_of_an_update_is_what_planning_says(kind: str, layout: str) -> None:
+    """At least, and not much more, but for what is updated at a time."""
+    fields = model(num_hidden_layers=2, hidden_size=256, intermediate_size=2048)
+    case = Case(layout, fields, overrides=(("optim.kind", kind), ("optim.momentum", 0.95)))
+    parallel = case.config().parallel
+    planned = optimizer_states.bytes_of_update(
+        case.config(),
+        layout=layouts.resolve(parallel, world_size=case.world_size),
+        facts=facts(fields),
+        ends=[range(2)],
+    )
+    assert planned <= max(run_ranks(case.world_size, peak, case)) < 1.5 * planned + 8 * 4 * 2**16

@@ -232,6 +232,27 @@ def test_what_is_offloaded_is_the_hosts(monkeypatch):
     memory.check_host(config, **world)
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "host"),
+    [
+        ({}, 16, 0),
+        ({"offload_optimizer": "cpu"}, 8, 16),
+        ({"offload_optimizer": "cpu", "offload_parameters": "cpu"}, 0, 16),
+    ],
+)
+def test_what_engine_torch_offloads(options, device, host, monkeypatch):
+    """Bytes of a parameter on a GPU's device and host; on a CPU, the copies of the weights are more."""
+    config = Config()
+    config.precision.kind, config.engine = "bf16_mixed", dataclasses.replace(config.engine, **options)
+    for on_gpu, on_device, on_host in ((True, device, host), (False, 16 + 4 * (device == 8), 0)):
+        monkeypatch.setattr(memory, "_on_gpu", lambda gpu=on_gpu: gpu)
+        need = needs(config, "single", LLAMA_8B)
+        assert need.state == pytest.approx(8.03e9 * on_device, rel=0.01)
+        assert need.host == pytest.approx(8.03e9 * on_host, rel=0.01)
+    streamed = "offload_parameters" in options
+    assert (need.step < 8.03e9) == streamed  # a layer and the head's gradient, or all weights in bf16
+
+
 @pytest.mark.parametrize("command", ["train", "bench"])
 def test_the_command_line_refuses_before_a_corpus_is_looked_for(command, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(memory, "_on_gpu", lambda: False)

@@ -184,7 +184,7 @@ def test_the_rules_of_the_documents_decay_layer_by_layer() -> None:
     config = compose.compose("train", shlex.split(line)[2:])
     built = hf_config(config.model.config, chosen={}, attention="sdpa")
     names = [name for name, _ in plain_model(built).named_parameters()]
-    patterns.check(names, freeze=[], optim=config.optim)
+    patterns.check(names, freeze=[], optim=config.optim, adapters=config.adapters)
     assert config.optim.lr == 1e-3
     for name in names:
         layer = re.search(r"layers\.(\d)", name)

@@ -105,7 +105,11 @@ MISTAKES = {
     ),
     "a group set to nothing": (
         ["train", "optim=null"],
-        ["optim=null: no file is chosen", "allowed: adamw", "try:     no optim= at all, or optim=adamw"],
+        [
+            "optim=null: no file is chosen",
+            "allowed: adafactor, adamw",
+            "try:     no optim= at all, or optim=adafactor",
+        ],
     ),
     "a file of a group in capitals": (
         ["train", "engine=NULL"],

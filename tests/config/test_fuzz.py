@@ -238,7 +238,7 @@ def test_advice_that_fits(words, expected):
         ("bert", "an encoder"),
         ("t5", "encoder-decoder"),
         ("dit", "see hybridtrain inspect"),
-        ("roberta-prelayernorm", "see those that follow"),
+        ("roberta-prelayernorm", "attention_probs_dropout_prob=0"),
         ("lama", "model_type=llama"),
     ],
 )

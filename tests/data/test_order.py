@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybridtrain.data import order
+from hybridtrain.runtime import hashing
 
 GOLDEN_SMALL = [5, 4, 1, 0, 3, 6, 2, 5, 0, 3, 6, 1]
 GOLDEN_LARGE = [995553939, 989793308, 443601658, 787943276, 432860186, 192390900]
@@ -42,13 +43,12 @@ def test_order_never_changes():
 
 
 def test_keys_never_change_either_and_are_all_different():
-    """Of dropout: a resumed run goes on with the same elements dropped."""
-    golden = [6518873687527304433, -1249323867959794029, -3069461226258378474]
-    assert order.keys(np.arange(3), pieces=1, seed=7).tolist() == golden
-    pieces = [-1354515984311739259, -4689533918574981242]
-    assert order.keys(np.array([10**12]), pieces=2, seed=7).tolist() == pieces
-    some = [order.keys(np.arange(2000), pieces=4, seed=seed) for seed in (7, 8)]
-    assert len(set(np.concatenate(some).tolist())) == 2 * 8000
+    """Of dropout and masked tokens: a resumed run goes on with the same elements."""
+    golden = [507941490450824902, 13005867554501759431, 6762908709135304376]
+    assert hashing.keys(np.arange(3), name="hybridtrain samples 7").tolist() == golden
+    some = [hashing.keys(np.arange(2000), name=f"hybridtrain samples {seed}") for seed in (7, 8)]
+    pieces = hashing.bits(np.concatenate(some)[:, None], np.arange(4), purpose=0)
+    assert len(set(np.concatenate([*some, pieces.flatten()]).tolist())) == 2 * 2000 * 5
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7, 20])

@@ -153,6 +153,10 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
         scale = LOSS_SCALE
         changes.append(f"fixed loss scale {scale:g} on both sides, so that no step is skipped")
         config.precision.static_scale = scale
+    if config.task.next_sentence and not config.data.named:
+        problem, allowed = "random tokens are no pairs of sentences", "a corpus of data.sentences=true"
+        instead = "data.path=FOLDER, or task.next_sentence=false"
+        raise refusal("task.next_sentence", True, problem, allowed=allowed, instead=instead)
     if config.task.kind == "masked_lm" and not (config.task.tokens or config.data.named):
         changes.append("token 0 stands for the mask: random tokens have no tokenizer")
         config.task.tokens = {"mask": 0}

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What a task implements. Results by name have the names of `weights`."""
+    """What a task implements. Results by name have the names of `weights`.
+
+    A task that masks what it predicts, for encoders, also has `encoder = True`.
+    """
 
     weights: Mapping[str, float]
     """Name of a sum -> the weight of its mean in the loss of a step."""

@@ -93,8 +93,8 @@ def test_half_of_the_second_parts_follow_the_first_and_the_others_are_of_another
     reader = corpus.readers["train"]
     text = reader.read(0, reader.tokens)
     of_token = np.repeat(np.arange(reader.documents), reader.sizes)
-    keys = hashing.keys(np.arange(5 * len(rows)), name="test")
-    pairs = rows.pairs(np.arange(5 * len(rows)) % len(rows), keys=keys)
+    keys = hashing.keys(np.arange(3 * len(rows)), name="test")
+    pairs = rows.pairs(np.arange(3 * len(rows)) % len(rows), keys=keys)
     assert pairs.unrelated.mean() == pytest.approx(0.5, abs=0.1)
 
     def where(part: np.ndarray) -> list[int]:
@@ -102,7 +102,7 @@ def test_half_of_the_second_parts_follow_the_first_and_the_others_are_of_another
         starts = np.flatnonzero(text[: len(text) - len(part) + 1] == part[0])
         return [int(at) for at in starts if np.array_equal(text[at : at + len(part)], part)]
 
-    for place in range(0, len(keys), 7):
+    for place in range(0, len(keys), 11):
         first, second = (pairs.tokens[place, pairs.segments[place] == part] for part in (0, 1))
         assert len(first)
         assert len(second)
@@ -225,6 +225,8 @@ def test_an_encoder_without_a_head_gets_a_new_one_for_masks(folder: Path, tmp_pa
     assert "cls.predictions.transform.dense.weight: drawn as in a new model" in said.out + said.err
     assert "pooler.dense.weight of the files: left out" in said.out + said.err
     assert main(["export", str(tmp_path / "run")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "data.document_mask=true"]) == 2
+    assert "do not keep the documents of a row apart" in capsys.readouterr().err
     exported = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "export")
     assert torch.allclose(
         exported.bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight, atol=1e-4
@@ -328,6 +330,12 @@ def test_what_does_not_go_together_is_refused(
     assert main(["train", *argv, "parallel=single", f"run.dir={tmp_path / 'run'}"]) == 2
     assert problem.replace("{causal}", str(data)) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_random_tokens_are_no_pairs(tmp_path: Path, capsys) -> None:
+    argv = ["task=masked_lm", "task.next_sentence=true", masked.MODELS["bert"], f"data.seq_len={SEQ}"]
+    assert main(["parity", *argv, f"run.dir={tmp_path}"]) == 2
+    assert "random tokens are no pairs of sentences" in capsys.readouterr().err
 
 
 def test_documents_of_one_sentence_have_no_pairs(tmp_path: Path) -> None:

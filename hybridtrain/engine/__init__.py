@@ -83,15 +83,6 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             allowed=allowed,
             instead="model.labels=[negative,positive], or data of data.format=labelled",
         )
-    check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)
-    if config.task.next_sentence and not facts.pairs:
-        raise refusal(
-            "task.next_sentence",
-            True,
-            f"the {facts.model_type} model has no head that tells whether a part of a row follows another",
-            allowed="a model ...ForPreTraining, such as BertForPreTraining",
-            instead="model.config.architectures=[BertForPreTraining], or task.next_sentence=false",
-        )
     if config.task.kind in ("causal_lm", "masked_lm") and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
         raise refusal(
@@ -100,6 +91,15 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             problem,
             allowed="classification",
             instead="task=classification, or a model without model.labels",
+        )
+    check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)
+    if config.task.next_sentence and not facts.pairs:
+        raise refusal(
+            "task.next_sentence",
+            True,
+            f"the {facts.model_type} model has no head that tells whether a part of a row follows another",
+            allowed="a model ...ForPreTraining, such as BertForPreTraining",
+            instead="model.config.architectures=[BertForPreTraining], or task.next_sentence=false",
         )
 
 

@@ -77,6 +77,6 @@ def _default(default: object) -> str:
 
 
 def _entry(name: str, words: str) -> list[str]:
-    lines = textwrap.wrap(words, WIDTH - 30)
+    lines = textwrap.wrap(words, WIDTH - 30, break_on_hyphens=False)
     head = [f"  {name:<28}{lines[0]}"] if len(name) < 28 else [f"  {name}", " " * 30 + lines[0]]
     return head + [" " * 30 + line for line in lines[1:]]

@@ -81,7 +81,7 @@ class Reference:
         stored: Any = {"config": config, "dtype": compute}
         source = low_rank.source(source, seed=seed) if adapters.kind != "none" else source
         self.codes = low_rank.codes_of(source, adapters, **stored)
-        """What engines store of frozen weights that they keep in codes; here these are plain, rounded ones."""
+        """What engines store of frozen weights that they keep in codes; here they are rounded."""
         source = low_rank.as_stored(source, adapters, **stored)
         build = partial(build_model, config, adapters, source=source, device=torch.device("cpu"))
         self.master: nn.Module = build(param=param)

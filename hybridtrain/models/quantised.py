@@ -133,7 +133,7 @@ def tensors(
     base: WeightSource, linears: Iterable[Linear], kind: str, *, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Name -> whole codes and largest values of the weights of `linears`."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for linear in linears:
         name, shape = f"{linear.path}.weight", (linear.outputs, linear.inputs)
         codes, largest = quantise(base(name, shape, tuple(map(slice, shape))), kind, dtype=dtype)

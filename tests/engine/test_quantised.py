@@ -10,8 +10,9 @@ from hybridtrain import engine as engines
 from hybridtrain.errors import UserError
 from hybridtrain.models import quantised
 from hybridtrain.plan import memory
-from tests.cases import Case, assert_parity, model
+from tests.cases import Case, assert_parity, differences, model, on_ranks, reference
 from tests.engine.test_adapters import lora
+from tests.families.copies import fields_of
 
 SLOW = pytest.mark.slow
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
@@ -38,6 +39,20 @@ def qlora(layout: str, kind: str, **fields) -> Case:
 def test_layouts_equal_the_plain_process_with_the_same_weights(kind, layout):
     """Codes, which are numbers of 1 and more, are among the parameters that are compared."""
     assert_parity(qlora(layout, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_and_scales_stay_as_they_are_where_weights_are_cast(kind):
+    case = dataclasses.replace(qlora("dp_shard2-zero3", kind), precision="bf16_mixed", lr=1e-3)
+    ours, theirs = on_ranks(case), reference(case)
+    names = {name for name in theirs.parameters if name.endswith(quantised.LARGEST)}
+    assert len(names) == 4 * 7
+    for name in names | {name.removesuffix("_absmax") for name in names}:
+        assert torch.equal(ours.parameters[name], theirs.parameters[name]), name
+    found = differences(ours, theirs)
+    assert found["loss_rel"] < 2e-3, found
+    assert found["grad_norm_rel"] < 5e-2, found
 
 
 @pytest.mark.parametrize(("kind", "error"), [("nf4", 0.152), ("int8", 0.51 / 127)])
@@ -98,8 +113,6 @@ def test_what_is_refused(case, world_size, words):
 
 
 def test_transposed_weights_are_refused():
-    from tests.cases import GPT2
-
-    case = dataclasses.replace(qlora("single", "int8"), fields=GPT2)
+    case = dataclasses.replace(qlora("single", "int8"), fields=fields_of("gpt2"))
     with pytest.raises(UserError, match="stores weights transposed"):
         engines.settle(case.config(), world_size=1)

@@ -135,7 +135,7 @@ def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicin
             partial_ |= set(names.values()) if weight in slicing.partial else set()
             continue
         dim, rest = int(cut[0]), cut[1:]
-        if not dim:
+        if settings.base_format != "none" and not dim:
             cuts[f"{path}.{quantised.LARGEST}"] = cut
         elif settings.base_format == "nf4":  # equal parts of whole blocks
             cuts[weight] = cuts[f"{path}.{quantised.LARGEST}"] = "1"

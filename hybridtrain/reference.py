@@ -78,7 +78,11 @@ class Reference:
         self.loss_scale = 1.0
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
+        stored: Any = {"config": config, "dtype": compute}
         source = low_rank.source(source, seed=seed) if adapters.kind != "none" else source
+        self.codes = low_rank.codes_of(source, adapters, **stored)
+        """What engines store of frozen weights that they keep in codes; here they are rounded."""
+        source = low_rank.as_stored(source, adapters, **stored)
         build = partial(build_model, config, adapters, source=source, device=torch.device("cpu"))
         self.master: nn.Module = build(param=param)
         for name, parameter in self.master.named_parameters():
@@ -99,7 +103,8 @@ class Reference:
         """In the place of `optimizer`, where torch has none."""
 
     def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.master.named_parameters()}
+        own = {name: parameter.detach() for name, parameter in self.master.named_parameters()}
+        return own | self.codes
 
     def step(self, micro_batches: Sequence[Batch], *, lr: float) -> ReferenceStep:
         """One optimizer step over all micro-batches of the global batch."""

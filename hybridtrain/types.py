@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +136,16 @@ class Progress:
     """Small states by name, as JSON, each with a `version`; only those that differ from a new run's."""
 
 
+class Quantised(NamedTuple):
+    """Frozen weights that are stored in codes (models/quantised.py)."""
+
+    weights: int
+    codes: int
+    """Bytes."""
+    largest: int
+    """Numbers, in the dtype that computes."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """The facts about a model that planning needs; read from its config.json without transformers."""
@@ -165,6 +175,10 @@ class ModelFacts:
     """Of these, those of experts that a token does not use, on average; empty: none."""
     adapters: tuple[int, ...] = ()
     """Parameters of adapters in each layer, which alone are trained; empty: the model's own are."""
+    quantised: tuple[Quantised, ...] = ()
+    """What each layer stores in codes (adapters.base_format); empty: nothing."""
+    row_blocks: int = 0
+    """Largest number that divides the blocks in the rows of all of them; 0: there are no blocks."""
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What cannot be done with the model -> why: pp, tp (parallel axes), documents (in a row that do not
     attend to each other)."""

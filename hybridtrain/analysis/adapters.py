@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +15,45 @@ import torch
 from hybridtrain.analysis import analyse
 from hybridtrain.config.schema import Config
 from hybridtrain.errors import refusal
-from hybridtrain.models import adapters, plain
+from hybridtrain.models import adapters, plain, quantised
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.linears import Linear, linears_of
 from hybridtrain.models.source import read_config
+from hybridtrain.types import Quantised
 
-_FOUND: dict[str, tuple[int, ...]] = {}
+_FOUND: dict[str, Sizes] = {}
 """Results of this process by what they follow from: one start asks several times."""
 
 
-def sizes(config: Config) -> tuple[int, ...]:
-    """Parameters of adapters in each layer. Raises UserError for patterns that match no linear layer, and
-    layers that the model does not call.
+@dataclass(frozen=True)
+class Sizes:
+    """Fields of ModelFacts."""
+
+    adapters: tuple[int, ...]
+    quantised: tuple[Quantised, ...]
+    row_blocks: int
+
+
+def sizes(config: Config) -> Sizes:
+    """Adapters and frozen weights in codes, of each layer. Raises UserError for patterns that match no linear
+    layer, layers that the model does not call, and weights that cannot be stored in codes.
     """
     settings, fields = config.adapters, read_config(config.model)
-    key = repr((sorted(fields.items()), settings.rank, settings.match))
+    key = repr((sorted(fields.items()), settings.rank, settings.match, settings.base_format))
     if key not in _FOUND:
         built = hf_config(fields, chosen={}, attention=config.model.attention)
         linears = adapters.check(built, settings)
         if built.model_type not in plain.TYPES:
             _check_called(linears, built)
-        found = [0] * built.get_text_config(decoder=True).num_hidden_layers
-        for linear in linears:
-            found[linear.layer] += sum(map(math.prod, adapters.shapes([linear], rank=settings.rank).values()))
-        _FOUND[key] = tuple(found)
+        layers = range(built.get_text_config(decoder=True).num_hidden_layers)
+        of_layers = [[linear for linear in linears if linear.layer == layer] for layer in layers]
+        kind, rank = settings.base_format, settings.rank
+        blocks = [linear.inputs // quantised.BLOCK for linear in linears if kind == "nf4"]
+        _FOUND[key] = Sizes(
+            tuple(sum(map(math.prod, adapters.shapes(each, rank=rank).values())) for each in of_layers),
+            tuple(quantised.sizes(each, kind) for each in of_layers) if kind != "none" else (),
+            math.gcd(*blocks),
+        )
     return _FOUND[key]
 
 

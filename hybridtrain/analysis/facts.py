@@ -84,7 +84,7 @@ def facts_of_run(config: Config) -> ModelFacts:
         return found
     from hybridtrain.analysis.adapters import sizes
 
-    return dataclasses.replace(found, adapters=sizes(config))
+    return dataclasses.replace(found, **vars(sizes(config)))
 
 
 def facts(fields: Mapping[str, Any]) -> ModelFacts:

@@ -9,6 +9,7 @@ from hybridtrain.config.section_checks import in_range, one_of, require
 from hybridtrain.registry import BUILT_IN
 
 KINDS = ("none", "lora")
+BASE_FORMATS = ("none", "nf4", "int8")
 
 
 def check(config: schema.Config, *, trains: bool) -> None:
@@ -17,6 +18,7 @@ def check(config: schema.Config, *, trains: bool) -> None:
     """
     settings, default = config.adapters, schema.AdaptersConfig()
     one_of("adapters.kind", settings.kind, KINDS)
+    one_of("adapters.base_format", settings.base_format, BASE_FORMATS)
     if settings.kind == "none":
         for option in dataclasses.fields(settings):
             value = getattr(settings, option.name)
@@ -32,6 +34,8 @@ def check(config: schema.Config, *, trains: bool) -> None:
     in_range("adapters.rank", settings.rank, lambda rank: rank >= 1, allowed="1 or more", instead=16)
     in_range("adapters.alpha", settings.alpha, lambda alpha: alpha > 0, allowed="above 0", instead=32)
     _together(config)
+    if settings.base_format != "none":
+        _with_codes(config)
     require(
         bool(config.model.from_pretrained) or not trains,
         "model.from_pretrained",
@@ -77,3 +81,19 @@ def _together(config: schema.Config) -> None:
         allowed="the size of model.from_pretrained",
         instead="without model.config.vocab_size",
     )
+
+
+def _with_codes(config: schema.Config) -> None:
+    """What cannot be with frozen weights that are stored in codes."""
+    precision, instead = config.precision, "adapters.base_format=none"
+    none: dict[str, object] = {"compute": "", "rules": [], "adaptive": False, "monitor_every": 0}
+    for name, allowed in none.items():
+        value = getattr(precision, name)
+        require(
+            value == allowed,
+            f"precision.{name}",
+            value,
+            "not with frozen weights that are stored in codes (adapters.base_format)",
+            allowed=f"{allowed or repr(allowed)}",
+            instead=f"without precision.{name}, or {instead}",
+        )

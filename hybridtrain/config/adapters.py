@@ -19,6 +19,9 @@ class AdaptersConfig(Options):
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly (arXiv
     2312.03732)."""
+    base_format: str = "none"
+    """Format in which the frozen weights of the layers that get adapters are stored: nf4 (4 bits, and a scale
+    per 64 of a row; QLoRA, arXiv 2305.14314), int8 (a scale per row), or none: that which computes."""
     match: list[str] = field(default_factory=list)
     """Shell-style patterns of the linear layers that get adapters, e.g. ['*.q_proj','*.v_proj']; empty: all
     inside the model's layers, but routers of experts."""

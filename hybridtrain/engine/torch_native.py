@@ -88,7 +88,7 @@ class TorchEngine:
         self.slicing = agreed_slicing(slicing, parallel=config.parallel, tp=layout.tp)
         self.adapted = config.adapters.kind != "none"
         if self.adapted and layout.tp > 1:
-            self.slicing = adapters.sliced(self.slicing, config=self.model_config)
+            self.slicing = adapters.sliced(self.slicing, config.adapters, config=self.model_config)
         context = Context.of(
             config, mesh=self.mesh, plan=plan, precision=self.precision, task=task, slicing=self.slicing
         )
@@ -97,7 +97,11 @@ class TorchEngine:
         self.adaptive = adaptive_of(config.precision, self.model_config)
         if initial or self.adapted:  # whose checkpoints do not have the model's own weights
             weights = initial_weights(config.model, self.model_config, seed=config.run.seed)
-            fill(self.stages, adapters.source(weights, seed=config.run.seed) if self.adapted else weights)
+            if self.adapted:
+                weights = adapters.source(weights, seed=config.run.seed)
+                stored: Any = {"config": self.model_config, "dtype": self.precision.compute}
+                weights = adapters.with_codes(weights, config.adapters, **stored)
+            fill(self.stages, weights)
         self.place = torch.device("cpu") if config.engine.offload_optimizer == "cpu" else device
         """Where updates are computed."""
         self.optimizer = self._optimizer()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hybridtrain.config.schema import AdaptersConfig
 from hybridtrain.errors import refusal
-from hybridtrain.models import build, patterns
+from hybridtrain.models import build, patterns, quantised
 from hybridtrain.models.init import Slices, Step, WeightSource, replay
 from hybridtrain.models.linears import Linear, is_transposed, linears_in, linears_of
 from hybridtrain.models.slicing import Slicing
@@ -125,7 +125,7 @@ def source(base: WeightSource, *, seed: int) -> WeightSource:
     return values
 
 
-def sliced(slicing: Slicing, *, config: Any) -> Slicing:
+def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicing:
     """How tensor parallelism cuts a model with adapters, from how it cuts the model."""
     cuts, partial_ = dict(slicing.cuts), set(slicing.partial)
     for path, transposed in _kinds(config).items():
@@ -135,10 +135,39 @@ def sliced(slicing: Slicing, *, config: Any) -> Slicing:
             partial_ |= set(names.values()) if weight in slicing.partial else set()
             continue
         dim, rest = int(cut[0]), cut[1:]
+        if settings.base_format != "none" and not dim:
+            cuts[f"{path}.{quantised.LARGEST}"] = cut
+        elif settings.base_format == "nf4":  # equal parts of whole blocks
+            cuts[weight] = cuts[f"{path}.{quantised.LARGEST}"] = "1"
         part = B if dim == int(transposed) else A
         cuts[names[part]] = f"{int(part == A)}{rest}"
         partial_.add(names[A if part == B else B])
     return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_))
+
+
+def with_codes(
+    base: WeightSource, settings: AdaptersConfig, *, config: Any, dtype: torch.dtype
+) -> WeightSource:
+    """The weights of a model whose frozen ones are stored as the settings ask for, from its plain ones."""
+    kind = settings.base_format
+    return base if kind == "none" else quantised.stored(base, chosen(config, settings), kind, dtype=dtype)
+
+
+def as_stored(
+    base: WeightSource, settings: AdaptersConfig, *, config: Any, dtype: torch.dtype
+) -> WeightSource:
+    """The plain weights of a model, rounded as `with_codes` stores them."""
+    kind = settings.base_format
+    return base if kind == "none" else quantised.plain(base, chosen(config, settings), kind, dtype=dtype)
+
+
+def codes_of(
+    base: WeightSource, settings: AdaptersConfig, *, config: Any, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What `with_codes` has of the weights that are stored in codes, whole."""
+    kind = settings.base_format
+    linears = [] if kind == "none" else chosen(config, settings)
+    return quantised.tensors(base, linears, kind, dtype=dtype)
 
 
 def _kinds(config: Any) -> dict[str, bool]:
@@ -174,7 +203,11 @@ def check(config: Any, settings: AdaptersConfig) -> list[Linear]:
             allowed="none",
             instead="model.freeze for what is not to be trained",
         )
-    return [linear for linear in found if is_chosen(linear, settings)]
+    linears = [linear for linear in found if is_chosen(linear, settings)]
+    if settings.base_format != "none":
+        transposed = any(_kinds(config).values())
+        quantised.check(linears, settings, transposed=transposed)
+    return linears
 
 
 def _expert(pattern: str, config: Any) -> str:

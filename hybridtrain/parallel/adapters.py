@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridtrain.config.schema import AdaptersConfig
-from hybridtrain.models import adapters
+from hybridtrain.models import adapters, quantised
 from hybridtrain.models.patterns import is_adapter
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.convert import linears
@@ -12,7 +12,7 @@ from hybridtrain.precision.policy import PrecisionPolicy
 
 def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy) -> None:
     """Add the adapters that the config asks for, in place. The stage's own parameters, which are then not
-    trained, are stored in the dtype in which they compute.
+    trained, are stored in the dtype in which they compute, or in codes.
     """
     if settings.kind == "none":
         return
@@ -20,14 +20,20 @@ def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy)
     for name, parameter in stage.named_parameters():
         if not is_adapter(name):
             parameter.data = parameter.data.to(precision.compute)
+    if settings.base_format != "none":
+        for linear, module in linears(stage):
+            if adapters.is_chosen(linear, settings):
+                quantised.convert(module, settings.base_format)
 
 
 def expected(stage: Stage, settings: AdaptersConfig) -> set[str]:
-    """Names of the parameters of adapters that the config asks for."""
+    """Names of the parameters of adapters, and of scales of frozen weights, that the config asks for."""
     chosen = [linear for linear, _ in linears(stage) if adapters.is_chosen(linear, settings)]
-    return set(adapters.shapes(chosen, rank=settings.rank))
+    codes = quantised.names(chosen) if settings.base_format != "none" else set()
+    return codes | set(adapters.shapes(chosen, rank=settings.rank))
 
 
 def found(stage: Stage) -> set[str]:
     """Those that the stage has."""
-    return {name for name, _ in stage.named_parameters() if is_adapter(name)}
+    last = f".{quantised.LARGEST}"
+    return {name for name, _ in stage.named_parameters() if is_adapter(name) or name.endswith(last)}

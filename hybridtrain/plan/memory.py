@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,9 @@ def needs(
         frozen = 0
         if facts.adapters:  # counted as whole on every tensor-parallel rank: about half of them are
             layers = [layer for index in numbers for layer in cut.layers[index]]
-            total, frozen, head = sum(facts.adapters[layer] for layer in layers), total, 0
+            frozen = total * widths(config.precision.kind).compute
+            frozen -= _saved(config, layers=layers, layout=layout, facts=facts)
+            total, head = sum(facts.adapters[layer] for layer in layers), 0
         of_rank = _of_deepspeed if config.engine.kind == "deepspeed" else _of_torch
         run: dict[str, Any] = {"parallel": parallel, "layout": layout, "plan": plan}
         need = of_rank(config, **run, total=total, frozen=frozen, largest=largest, head=head)
@@ -133,6 +135,16 @@ def needs(
     return max(of_ranks, key=lambda need: need.total)
 
 
+def _saved(config: Config, *, layers: Sequence[int], layout: ParallelLayout, facts: ModelFacts) -> int:
+    """Bytes that codes of frozen weights save on a rank (adapters.base_format)."""
+    width, saved = widths(config.precision.kind).compute, 0
+    for layer in layers if facts.quantised else ():
+        weights, codes, largest = facts.quantised[layer]
+        part = _on_rank(facts, weights, tp=layout.tp) / weights if weights else 0
+        saved += int(part * (weights * width - codes - largest * width))
+    return saved
+
+
 def _of_torch(
     config: Config,
     *,
@@ -144,8 +156,8 @@ def _of_torch(
     largest: int,
     head: int,
 ) -> MemoryNeed:
-    """`total`: trained parameters of the rank, `frozen`: those beside adapters, `largest`: of its largest
-    layer; `head`: bytes of the head's gradient in fp32.
+    """`total`: trained parameters of the rank, `frozen`: bytes of those beside adapters, `largest`: of its
+    largest layer; `head`: bytes of the head's gradient in fp32.
     """
     w, streams = widths(config.precision.kind), config.engine.offload_parameters == "cpu"
     zero = 3 if streams else parallel.zero_stage
@@ -155,13 +167,13 @@ def _of_torch(
     moments = optimizer_states.bytes_of_moments(config, stored=w.stored)
     average = share * max(4, w.stored) * bool(config.optim.ema)
     rest = weights * optimizer_states.compensated(config) + math.ceil(share * moments) + average
-    kept = math.ceil(frozen / layout.dp_shard) * w.compute
+    kept = math.ceil(frozen / layout.dp_shard)
     state, host = _places(config, weights=weights, rest=rest, frozen=kept)
     before = share * w.stored * bool(config.precision.monitor_every)  # a copy of the weights, at the update
     casts = w.compute != w.stored or config.precision.kind == "bf16_pure"
     if not (layout.dp > 1 or casts or streams):
         return MemoryNeed(state, max(head, before), host)
-    gathered = (largest if zero == 3 else total + frozen) * w.compute
+    gathered = largest * w.compute if zero == 3 else total * w.compute + frozen
     sums = total if zero < 2 else share * (w.stored == 2)  # in fp32
     accumulated = sums * 4 if plan.grad_accum > 1 and w.compute != 4 else 0
     return MemoryNeed(state, max(gathered + accumulated + head, before), host)

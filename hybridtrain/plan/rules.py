@@ -353,6 +353,15 @@ def _of_tensor(case: _Case) -> Iterator[Rule]:
     if tp == 1:
         return
     yield even_shares(facts, tp=tp)
+    blocks = facts.row_blocks
+    yield Rule(
+        "parallel.tp",
+        tp,
+        blocks % tp == 0,
+        "a block of frozen weights in nf4 would be on two ranks, which a weight's rows are cut for",
+        ", ".join(str(n) for n in range(1, blocks + 1) if blocks % n == 0),
+        "adapters.base_format=int8, or parallel.dp_shard in its place",
+    )
     wanted = case.parallel.sequence_parallel == "true"
     yield Rule(
         "parallel.sequence_parallel",

@@ -24,10 +24,10 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused_with_those_that_
     named = config("mamba", "*.in_proj", "*.out_proj")
     inner, hidden = named.model.config["intermediate_size"], named.model.config["hidden_size"]
     of_layer = 4 * (hidden + 2 * inner) + 4 * (inner + hidden)
-    assert set(sizes(named)) == {of_layer}
+    assert set(sizes(named).adapters) == {of_layer}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "bloom"])
 def test_all_linear_layers_of_common_models_are_called(model_type):
-    assert min(sizes(config(model_type))) > 0
+    assert min(sizes(config(model_type)).adapters) > 0

@@ -152,6 +152,14 @@ MISTAKES = {
     "adapters without rank": ([*TRAIN, "adapters=lora", "adapters.rank=0"], ["adapters.rank=0"]),
     "no kind of adapters": ([*TRAIN, "adapters.kind=dora"], ["adapters.kind=dora", "none, lora"]),
     "options of no adapters": ([*TRAIN, "adapters.rank=8"], ["it does nothing: adapters.kind is none"]),
+    "no format of frozen weights": (
+        [*TRAIN, "adapters=lora", "adapters.base_format=int4"],
+        ["adapters.base_format=int4", "none, nf4, int8"],
+    ),
+    "frozen weights in codes and products in fp8": (
+        [*TRAIN, "adapters=lora", "adapters.base_format=nf4", "precision.compute=fp8_tensorwise"],
+        ["precision.compute=fp8_tensorwise", "stored in codes"],
+    ),
     "adapters and frozen weights": (
         [*TRAIN, "adapters=lora", "model.freeze=['*.mlp.*']"],
         ["model.freeze=", "all parameters of the model are frozen"],

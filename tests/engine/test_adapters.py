@@ -61,8 +61,8 @@ def without_sums(case: Case) -> Outcome:
     """Trains with parts of gradients that are not added up."""
     whole = adapters.sliced
 
-    def faulty(slicing, *, config):
-        return dataclasses.replace(whole(slicing, config=config), partial=slicing.partial)
+    def faulty(slicing, settings, *, config):
+        return dataclasses.replace(whole(slicing, settings, config=config), partial=slicing.partial)
 
     with mock.patch.object(adapters, "sliced", faulty):
         return train(case)

@@ -75,7 +75,7 @@ def test_factors_are_cut_as_their_layer_is():
         "self_attn.o_proj.weight": "1:q",
     }
     slicing = dataclasses.replace(NOTHING, cuts=cuts, partial=frozenset({"mlp.up_proj.weight"}))
-    found = adapters.sliced(slicing, config=config())
+    found = adapters.sliced(slicing, LORA, config=config())
     assert found.cuts == {
         **cuts,
         "self_attn.q_proj.lora_B.weight": "0:q",
@@ -98,7 +98,7 @@ def test_a_transposed_weight_is_cut_the_other_way_round():
         NOTHING, cuts={"attn.c_attn.weight": "1:q kv kv", "attn.c_proj.weight": "0:q"}
     )
     small = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 300, "n_positions": 64}
-    found = adapters.sliced(slicing, config=config_of("gpt2", **small))
+    found = adapters.sliced(slicing, LORA, config=config_of("gpt2", **small))
     assert found.cuts["attn.c_attn.lora_B.weight"] == "0:q kv kv"
     assert found.cuts["attn.c_proj.lora_A.weight"] == "1:q"
     assert found.partial == {"attn.c_attn.lora_A.weight", "attn.c_proj.lora_B.weight"}

@@ -65,7 +65,7 @@ def digests(engine: Engine, *, mesh: Mesh) -> dict[Place, int]:
 
 def _digest(part: Tensor) -> Tensor:
     """Of the bits and where they stand, int64, 0-d: any change of a single element changes it."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
     bits = part.contiguous().view(whole).flatten()
     total = torch.zeros((), dtype=torch.int64, device=part.device)
     for start in range(0, bits.numel(), _CHUNK):

@@ -36,7 +36,6 @@ def test_the_recipes_are_trained(tmp_path: Path) -> None:
     others = [row for name, row in found.items() if name != "bf16_mixed"]
     assert all(abs(float(row[column].rstrip("%"))) < 0.5 for row in others for column in (1, 4))
     assert all(len({row[column] for row in found.values()}) > 1 for column in (0, 3))
-    assert all(float(row[3]) < float(row[0]) for row in found.values())
 
 
 @pytest.mark.slow

@@ -133,6 +133,7 @@ def test_no_process_is_left_behind(tmp_path, how):
 
 def test_a_rank_that_is_done_stays_until_the_others_are():
     """A rank that is still connecting would take its end for a crash ("Connection closed by peer")."""
+    run_ranks(2, rank_0_is_there_a_second_later)  # the server that ranks are forked from starts
     began = time.monotonic()
     assert run_ranks(2, rank_0_is_there_a_second_later) == [True, True]
     assert time.monotonic() - began < ranks.GRACE_S  # and is ended at once when they are

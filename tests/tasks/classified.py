@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,14 @@ import torch
 from hybridtrain import engine as engines
 from hybridtrain.config import schema
 from hybridtrain.config.compose import train_config
-from hybridtrain.data.loader import Loader, eval_batches
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.load import initial
 from hybridtrain.models.source import read_config
-from hybridtrain.parallel.mesh import connect
 from hybridtrain.reference import Reference
 from hybridtrain.training.job import Job, resolve
 from hybridtrain.types import IGNORE_INDEX
-from tests.cases import whole
+from tests.tasks.masked import Outcome, batches_of, trained
 
 SEQ, VOCAB, LABELS = 16, 300, ["low", "middle", "high"]
 NO_DROPOUT = "hidden_dropout_prob:0.0,attention_probs_dropout_prob:0.0"
@@ -79,26 +75,9 @@ def words(name: str, folder: Path, *more: str) -> list[str]:
     ]
 
 
-@dataclasses.dataclass
-class Outcome:
-    losses: list[float]
-    norms: list[float]
-    sums: list[list[float]]
-    """Of each step, and of an evaluation: losses, and right predictions."""
-    counts: list[list[int]]
-    gradients: dict[str, torch.Tensor]
-    fewest: int
-    """Labels of this rank in the step with the fewest."""
-
-
 def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
     """(of each step, of an evaluation). The second half of the last step's rows have no label."""
-    options = {"plan": job.plan, "dp_rank": dp_rank, "dp_size": dp, "vocab": job.facts.vocab}
-    loader = Loader(job.data, **options, seed=job.config.run.seed, collate=task.collate)
-    evaluated = eval_batches(
-        job.data, **options, rows=5, micro_batches_per_step=job.plan.grad_accum, collate=task.collate
-    )
-    train = [loader.micro_batches(step) for step in range(STEPS)]
+    train, evaluated = batches_of(job, task, dp_rank=dp_rank, dp=dp)
     for place, batch in enumerate(train[-1]):
         if 2 * (dp_rank * len(train[-1]) + place) >= dp * len(train[-1]):
             batch.labels_BT.fill_(IGNORE_INDEX)
@@ -107,29 +86,7 @@ def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], 
 
 def on_rank(argv: list[str], ranks: int) -> Outcome:
     """Train two steps, and evaluate."""
-    torch.manual_seed(0)
-    job = resolve(train_config(argv), world_size=ranks, here=False, data=None, task=None)
-    device = torch.device("cpu")
-    connect(device, timeout_s=240)
-    engine = engines.build(job.config, layout=job.layout, plan=job.plan, device=device)
-    gradients: dict[str, torch.Tensor] = {}
-
-    def keep(named: Iterator[tuple[str, Any]]) -> None:
-        gradients.update({name: whole(gradient) for name, gradient in named})
-
-    engine.on_gradients(keep)
-    train, evaluated = _batches(job, engine.task, dp_rank=engine.mesh.dp_rank, dp=job.layout.dp)
-    results = [engine.train_step(batches, lr=LR) for batches in train]
-    found = sum((engine.eval_step(batches) for batches in evaluated[1:]), engine.eval_step(evaluated[0]))
-    labels = [sum(int(engine.task.counts(batch)["loss"]) for batch in batches) for batches in train]
-    return Outcome(
-        [float(result.loss) for result in results],
-        [float(result.grad_norm) for result in results],
-        [*(result.sums.tolist() for result in results), list(found.values.values())],
-        [*(result.counts.tolist() for result in results), list(found.counts.values())],
-        gradients,
-        min(labels),
-    )
+    return trained(argv, ranks, batches=_batches)
 
 
 def in_one_process(argv: list[str]) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,11 @@ class Outcome:
     counts: list[list[int]]
     gradients: dict[str, torch.Tensor]
     fewest: int
-    """Masked tokens of this rank in the step with the fewest."""
+    """Labels of this rank in the step with the fewest."""
 
 
-def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
+def batches_of(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
+    """(of each step, of an evaluation)."""
     options = {"plan": job.plan, "dp_rank": dp_rank, "dp_size": dp, "vocab": job.facts.vocab}
     loader = Loader(job.data, **options, seed=job.config.run.seed, collate=task.collate)
     evaluated = eval_batches(
@@ -107,12 +108,20 @@ def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], 
     return [loader.micro_batches(step) for step in range(STEPS)], evaluated
 
 
+Batches = Callable[..., tuple[list[Any], list[Any]]]
+
+
 def on_rank(argv: list[str], ranks: int) -> Outcome:
     """Train two steps, and evaluate."""
+    return trained(argv, ranks, batches=batches_of)
+
+
+def trained(argv: list[str], ranks: int, *, batches: Batches) -> Outcome:
+    """`on_rank` with these batches, see `batches_of`."""
     torch.manual_seed(0)
     job = resolve(train_config(argv), world_size=ranks, here=False, data=None, task=None)
     device = torch.device("cpu")
-    connect(device, timeout_s=120)
+    connect(device, timeout_s=240)
     engine = engines.build(job.config, layout=job.layout, plan=job.plan, device=device)
     gradients: dict[str, torch.Tensor] = {}
 
@@ -120,17 +129,17 @@ def on_rank(argv: list[str], ranks: int) -> Outcome:
         gradients.update({name: whole(gradient) for name, gradient in named})
 
     engine.on_gradients(keep)
-    train, evaluated = _batches(job, engine.task, dp_rank=engine.mesh.dp_rank, dp=job.layout.dp)
-    results = [engine.train_step(batches, lr=LR) for batches in train]
-    found = sum((engine.eval_step(batches) for batches in evaluated[1:]), engine.eval_step(evaluated[0]))
-    masked = [sum(int(engine.task.counts(batch)["loss"]) for batch in batches) for batches in train]
+    train, evaluated = batches(job, engine.task, dp_rank=engine.mesh.dp_rank, dp=job.layout.dp)
+    results = [engine.train_step(each, lr=LR) for each in train]
+    found = sum((engine.eval_step(each) for each in evaluated[1:]), engine.eval_step(evaluated[0]))
+    labels = [sum(int(engine.task.counts(batch)["loss"]) for batch in each) for each in train]
     return Outcome(
         [float(result.loss) for result in results],
         [float(result.grad_norm) for result in results],
         [*(result.sums.tolist() for result in results), list(found.values.values())],
         [*(result.counts.tolist() for result in results), list(found.counts.values())],
         gradients,
-        min(masked),
+        min(labels),
     )
 
 
@@ -153,7 +162,7 @@ def in_one_process(argv: list[str]) -> Outcome:
         adapters=config.adapters,
         task=task,
     )
-    train, evaluated = _batches(job, task, dp_rank=0, dp=1)
+    train, evaluated = batches_of(job, task, dp_rank=0, dp=1)
     outcome = Outcome([], [], [], [], {}, 0)
     for batches in train:
         sums, counts = _by_hand(plain.worker, batches)

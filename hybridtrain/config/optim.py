@@ -17,7 +17,7 @@ class OptimConfig(Options):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """adamw, lion: decay rates of the moments; of lion, the first is that of the direction. muon: AdamW's."""
     eps: float = 1e-8
-    """adamw, muon: AdamW's epsilon."""
+    """adamw, muon: AdamW's epsilon. A registered optimizer reads it as config.eps."""
     momentum: float = 0.9
     """sgd: decay rate of the sum of gradients; 0: no momentum, and no state. muon: of their mean.
     adafactor: of a mean of the updates; 0: none."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybridtrain import registry
 from hybridtrain.analysis.facts import facts_of_run
 from hybridtrain.analysis.of_layout import facts_of_layout
 from hybridtrain.config import deepspeed_checks, precision_checks, schema
@@ -139,10 +140,12 @@ def _prepared_config(config: schema.ParityRoot) -> tuple[schema.ParityRoot, list
     precision_checks.check_fixed(config.precision, command="parity")
     config = copy.deepcopy(config)
     changes = [f"constant lr {config.optim.lr:g}, no warm-up"]
-    if config.optim.eps < MIN_EPS and config.optim.kind in ("adamw", "muon"):
+    ours = config.optim.kind in registry.BUILT_IN["optimizer"]
+    if config.optim.eps < MIN_EPS and (config.optim.kind in ("adamw", "muon") or not ours):
         changes.append(
-            f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}: "
-            "Adam magnifies rounding noise where gradients are below it"
+            f"optim.eps {MIN_EPS:g} instead of {config.optim.eps:g}"
+            f"{'' if ours else ', if the function of ' + config.optim.kind + ' reads it'}: "
+            "rounding noise is magnified where gradients are below it"
         )
         config.optim.eps = MIN_EPS
     if has_loss_scale(config.precision):

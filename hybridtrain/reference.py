@@ -91,7 +91,7 @@ class Reference:
             if frozen and adapters.kind != "none":  # not trained: stored as it computes
                 parameter.data = parameter.data.to(compute)
         self.worker: nn.Module = build(param=compute) if compute != param else self.master
-        self.dropouts = keyed(self.worker, config)
+        self.dropouts = keyed(self.worker, config, adapters=adapters)
         structure = structure_of(config)
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
             path = f"{structure.layers}.{number}"

@@ -82,7 +82,7 @@ class PlainLoop:
         self.model = reference.build_model(
             built, config.adapters, source=source, param=precision.param, device=device
         )
-        self._dropouts = keyed(self.model, built)
+        self._dropouts = keyed(self.model, built, adapters=config.adapters)
         for name, parameter in self.model.named_parameters():
             frozen = is_frozen(name, freeze=config.model.freeze, adapters=config.adapters)
             parameter.requires_grad_(parameter.requires_grad and not frozen)

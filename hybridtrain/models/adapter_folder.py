@@ -57,7 +57,7 @@ def config_of(
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         "use_rslora": settings.rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": settings.dropout,
         "bias": "none",
         "fan_in_fan_out": is_transposed(empty.get_submodule(linears[0].path)),
         "target_modules": _targets([linear.path for linear in linears], empty),
@@ -113,8 +113,7 @@ def attach(model: Any, folder: Path, *, field: str) -> None:
         outputs, inputs = module.weight.shape[::-1] if is_transposed(module) else module.weight.shape
         if a.shape != (settings.rank, inputs) or b.shape != (outputs, settings.rank):
             raise _refused(field, folder, f"'{name}' has shape {tuple(a.shape)}, for {inputs} inputs")
-        scale = adapters.scale_of(settings)
-        adapters.add(module, inputs=inputs, outputs=outputs, rank=settings.rank, scale=scale)
+        adapters.add(module, settings, inputs=inputs, outputs=outputs)
         module.lora_A.weight.copy_(a)
         module.lora_B.weight.copy_(b)
     if tensors:

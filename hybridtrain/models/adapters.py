@@ -37,6 +37,8 @@ from hybridtrain.models.structure import structure_of
 
 FIELD = "adapters.match"
 A, B = "lora_A", "lora_B"
+DROPOUT = "lora_dropout"
+"""Module that drops elements of the input of A; only with adapters.dropout."""
 
 
 class Factor(nn.Module):
@@ -67,16 +69,19 @@ def chosen(config: Any, settings: AdaptersConfig) -> list[Linear]:
     return [linear for linear in linears_of(config) if is_chosen(linear, settings)]
 
 
-def add(module: Any, *, inputs: int, outputs: int, rank: int, scale: float) -> None:
+def add(module: Any, settings: AdaptersConfig, *, inputs: int, outputs: int) -> None:
     """Give a linear layer an adapter, in place, on the device of its weight and in its dtype."""
-    module.add_module(A, Factor(module.weight.detach().new_empty(rank, inputs)))
-    module.add_module(B, Factor(module.weight.detach().new_empty(outputs, rank)))
-    module.register_forward_hook(partial(_add, scale))
+    module.add_module(A, Factor(module.weight.detach().new_empty(settings.rank, inputs)))
+    module.add_module(B, Factor(module.weight.detach().new_empty(outputs, settings.rank)))
+    if settings.dropout:
+        module.add_module(DROPOUT, nn.Dropout(settings.dropout))
+    module.register_forward_hook(partial(_add, scale_of(settings)))
 
 
 def _add(scale: float, module: Any, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
     """A hook after a linear layer."""
-    return y + module.lora_B(module.lora_A(given[0])) * scale
+    x = module.lora_dropout(given[0]) if hasattr(module, DROPOUT) else given[0]
+    return y + module.lora_B(module.lora_A(x)) * scale
 
 
 def add_to(
@@ -89,8 +94,7 @@ def add_to(
         found = list(linears_in(layer, path=f"{prefix}.{number}", number=number, config=config))
         for linear, module in found:
             if is_chosen(linear, settings):
-                sizes = {"inputs": linear.inputs, "outputs": linear.outputs}
-                add(module, **sizes, rank=settings.rank, scale=scale_of(settings))
+                add(module, settings, inputs=linear.inputs, outputs=linear.outputs)
 
 
 def add_to_model(model: nn.Module, settings: AdaptersConfig, *, config: Any) -> None:
@@ -127,7 +131,7 @@ def source(base: WeightSource, *, seed: int) -> WeightSource:
 
 def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicing:
     """How tensor parallelism cuts a model with adapters, from how it cuts the model."""
-    cuts, partial_ = dict(slicing.cuts), set(slicing.partial)
+    cuts, partial_, dropped = dict(slicing.cuts), set(slicing.partial), [*slicing.dropped]
     for path, transposed in _kinds(config).items():
         weight = f"{path}.weight"
         cut, names = slicing.cuts.get(weight), {A: f"{path}.{A}.weight", B: f"{path}.{B}.weight"}
@@ -142,7 +146,10 @@ def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicin
         part = B if dim == int(transposed) else A
         cuts[names[part]] = f"{int(part == A)}{rest}"
         partial_.add(names[A if part == B else B])
-    return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_))
+        if part == A and settings.dropout:
+            assert rest in ("", ":q"), f"ranks have no equal parts of the inputs of {path}"
+            dropped.append(f"{path}.{DROPOUT}")
+    return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_), dropped=tuple(dropped))
 
 
 def with_codes(
@@ -233,7 +240,8 @@ def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str
     count = sum(map(math.prod, shapes(linears, rank=settings.rank).values()))
     kinds: Mapping[str, None] = dict.fromkeys(linear.path.rpartition(".")[2] for linear in linears)
     return (
-        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}, beside {len(linears)} "
+        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}"
+        f"{f', dropout {settings.dropout:g}' if settings.dropout else ''}, beside {len(linears)} "
         f"linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
         f"{count / of:.2%} of the model's"
     )

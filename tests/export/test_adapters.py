@@ -24,6 +24,7 @@ def options(run: Path, data: Path, base: Path, **more: object) -> list[str]:
         "model.from_pretrained": base,
         "adapters": "lora",
         "adapters.rank": 4,
+        "adapters.dropout": 0.1,
         "run.dir": run,
         "data.path": data,
         "data.seq_len": 32,
@@ -60,6 +61,7 @@ def test_adapters_and_the_merged_model_compute_the_same(run, folders):
     assert not (alone / "config.json").exists()
     fields = json.loads((alone / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"], fields["peft_type"]) == (4, 32, "LORA")
+    assert fields["lora_dropout"] == 0.1
     assert fields["base_model_name_or_path"] == str(run.parent / "base")
     torch.testing.assert_close(logits(alone), logits(merged), rtol=1e-4, atol=1e-4)
     assert (logits(alone) - logits(run.parent / "base")).abs().max() > 1e-2

@@ -90,6 +90,9 @@ def test_factors_are_cut_as_their_layer_is():
         "self_attn.k_proj.lora_A.weight",
         "self_attn.o_proj.lora_B.weight",
     }
+    dropping = dataclasses.replace(LORA, dropout=0.1)
+    found = adapters.sliced(slicing, dropping, config=config())
+    assert found.dropped == ("self_attn.o_proj.lora_dropout",)  # whose channels ranks have parts of
 
 
 def test_a_transposed_weight_is_cut_the_other_way_round():

@@ -31,6 +31,7 @@ class Sizes:
     """Fields of ModelFacts."""
 
     adapters: tuple[int, ...]
+    adapter_values: int
     quantised: tuple[Quantised, ...]
     row_blocks: int
 
@@ -48,10 +49,11 @@ def sizes(config: Config) -> Sizes:
             _check_called(linears, built, settings)
         layers = range(built.get_text_config(decoder=True).num_hidden_layers)
         of_layers = [[linear for linear in linears if linear.layer == layer] for layer in layers]
-        kind, rank = settings.base_format, settings.rank
+        kind = settings.base_format
         blocks = [linear.inputs // quantised.BLOCK for linear in linears if kind == "nf4"]
         _FOUND[key] = Sizes(
-            tuple(sum(map(math.prod, adapters.shapes(each, rank=rank).values())) for each in of_layers),
+            tuple(sum(map(math.prod, adapters.shapes(each, settings).values())) for each in of_layers),
+            max(adapters.values_kept(each, settings) for each in of_layers),
             tuple(quantised.sizes(each, kind) for each in of_layers) if kind != "none" else (),
             math.gcd(*blocks),
         )
@@ -72,7 +74,7 @@ def _check_called(linears: Sequence[Linear], config: Any, settings: AdaptersConf
         copy.model.get_submodule(linear.path).register_forward_hook(partial(note, path=linear.path))
     ids = analyse.tokens(length=analyse.LENGTH)
     with torch.no_grad():
-        copy.model(input_ids=ids)
+        analyse.logits(copy, ids)  # with its dropout
     of_copy = {_kind(linear.path) for linear in linears_of(copy.config)}
     chosen = dict.fromkeys(_kind(linear.path) for linear in linears)
     idle = [kind for kind in chosen if kind in of_copy - called.keys()]

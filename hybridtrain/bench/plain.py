@@ -76,8 +76,8 @@ class PlainLoop:
         )
         source = initial(config.model, built, seed=config.run.seed)
         if config.adapters.kind != "none":
-            source = adapters.source(source, seed=config.run.seed)
             stored: Any = {"config": built, "dtype": precision.compute}
+            source = adapters.source(source, config.adapters, **stored, seed=config.run.seed)
             source = adapters.as_stored(source, config.adapters, **stored)
         self.model = reference.build_model(
             built, config.adapters, source=source, param=precision.param, device=device

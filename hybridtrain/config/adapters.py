@@ -19,6 +19,8 @@ class AdaptersConfig(Options):
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly (arXiv
     2312.03732)."""
+    dora: bool = False
+    """Train also the length of each output's weights, apart from their direction (arXiv 2402.09353)."""
     dropout: float = 0.0
     """Probability with which elements of the input of the first of the two matrices are set to 0 in training;
     that of the layer itself stays whole."""

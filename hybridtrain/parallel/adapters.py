@@ -37,7 +37,7 @@ def expected(stage: Stage, settings: AdaptersConfig) -> set[str]:
     chosen = [linear for linear, _ in linears(stage) if adapters.is_chosen(linear, settings)]
     codes = quantised.names(chosen) if settings.base_format != "none" else set()
     dropped = {f"{linear.path}.{adapters.DROPOUT}={settings.dropout}" for linear in chosen}
-    return codes | set(adapters.shapes(chosen, rank=settings.rank)) | (dropped if settings.dropout else set())
+    return codes | set(adapters.shapes(chosen, settings)) | (dropped if settings.dropout else set())
 
 
 def found(stage: Stage) -> set[str]:

@@ -9,11 +9,13 @@ from tests.families.copies import fields_of
 
 SLOW = pytest.mark.slow
 DORA = ("adapters.dora", True)
+COMPILED = (("engine.compile", True), ("engine.compile_backend", "aot_eager"))
 OTHERS = (
     ("llama", "dp_replicate2", ()),
     ("llama", "pp2-dp_shard2-zero3", (("recompute.kind", "selective"),)),
     ("llama", "tp4", ()),
     ("llama", "tp2", (("adapters.dropout", 0.2), ("recompute.kind", "full"))),
+    ("llama", "tp2", (("adapters.dropout", 0.2), ("recompute.kind", "selective"), *COMPILED)),
     ("wide", "tp2", (("adapters.base_format", "nf4"),)),
     ("wide", "dp_shard2-zero3", (("adapters.base_format", "int8"),)),
     ("gpt2", "tp2", ()),

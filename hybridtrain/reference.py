@@ -79,7 +79,8 @@ class Reference:
         """Fixed loss scale: without one, small gradients underflow in fp16. Gradients are
         divided by it again."""
         stored: Any = {"config": config, "dtype": compute}
-        source = low_rank.source(source, seed=seed) if adapters.kind != "none" else source
+        if adapters.kind != "none":
+            source = low_rank.source(source, adapters, **stored, seed=seed)
         self.codes = low_rank.codes_of(source, adapters, **stored)
         """What engines store of frozen weights that they keep in codes; here they are rounded."""
         source = low_rank.as_stored(source, adapters, **stored)
@@ -91,7 +92,7 @@ class Reference:
             if frozen and adapters.kind != "none":  # not trained: stored as it computes
                 parameter.data = parameter.data.to(compute)
         self.worker: nn.Module = build(param=compute) if compute != param else self.master
-        self.dropouts = keyed(self.worker, config)
+        self.dropouts = keyed(self.worker, config, adapters=adapters)
         structure = structure_of(config)
         for number, layer in enumerate(self.worker.get_submodule(structure.layers).children()):
             path = f"{structure.layers}.{number}"

@@ -175,6 +175,8 @@ class ModelFacts:
     """Of these, those of experts that a token does not use, on average; empty: none."""
     adapters: tuple[int, ...] = ()
     """Parameters of adapters in each layer, which alone are trained; empty: the model's own are."""
+    adapter_values: int = 0
+    """Values of a token that their dropout and magnitudes keep for the backward pass, at most in a layer."""
     quantised: tuple[Quantised, ...] = ()
     """What each layer stores in codes (adapters.base_format); empty: nothing."""
     row_blocks: int = 0

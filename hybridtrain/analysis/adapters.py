@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from hybridtrain.analysis import analyse
-from hybridtrain.config.schema import Config
+from hybridtrain.config.schema import AdaptersConfig, Config
 from hybridtrain.errors import refusal
 from hybridtrain.models import adapters, plain, quantised
 from hybridtrain.models.build import hf_config
@@ -30,6 +31,7 @@ class Sizes:
     """Fields of ModelFacts."""
 
     adapters: tuple[int, ...]
+    adapter_values: int
     quantised: tuple[Quantised, ...]
     row_blocks: int
 
@@ -39,39 +41,56 @@ def sizes(config: Config) -> Sizes:
     layer, layers that the model does not call, and weights that cannot be stored in codes.
     """
     settings, fields = config.adapters, read_config(config.model)
-    key = repr((sorted(fields.items()), settings.rank, settings.match, settings.base_format))
+    key = repr((sorted(fields.items()), settings))
     if key not in _FOUND:
         built = hf_config(fields, chosen={}, attention=config.model.attention)
         linears = adapters.check(built, settings)
         if built.model_type not in plain.TYPES:
-            _check_called(linears, built)
+            _check_called(linears, built, settings)
         layers = range(built.get_text_config(decoder=True).num_hidden_layers)
         of_layers = [[linear for linear in linears if linear.layer == layer] for layer in layers]
-        kind, rank = settings.base_format, settings.rank
+        kind = settings.base_format
         blocks = [linear.inputs // quantised.BLOCK for linear in linears if kind == "nf4"]
         _FOUND[key] = Sizes(
-            tuple(sum(map(math.prod, adapters.shapes(each, rank=rank).values())) for each in of_layers),
+            tuple(sum(map(math.prod, adapters.shapes(each, settings).values())) for each in of_layers),
+            max(adapters.values_kept(each, settings) for each in of_layers),
             tuple(quantised.sizes(each, kind) for each in of_layers) if kind != "none" else (),
             math.gcd(*blocks),
         )
     return _FOUND[key]
 
 
-def _check_called(linears: Sequence[Linear], config: Any) -> None:
+def _check_called(linears: Sequence[Linear], config: Any, settings: AdaptersConfig) -> None:
     """Refuse adapters of layers whose weight the model reads without calling them, as found on a reduced
-    copy: they would not act.
+    copy: they would not act. And dropout where a layer is called with other than rows of positions.
     """
     copy = analyse.copy_of(config, tp=1)
-    called: set[str] = set()
+    called: dict[str, torch.Size] = {}
+
+    def note(_: Any, given: tuple[torch.Tensor, ...], __: Any, *, path: str) -> None:
+        called[_kind(path)] = given[0].shape
+
     for linear in linears_of(copy.config):
-        module = copy.model.get_submodule(linear.path)
-        module.register_forward_hook(lambda *_, path=linear.path: called.add(_kind(path)))
+        copy.model.get_submodule(linear.path).register_forward_hook(partial(note, path=linear.path))
+    ids = analyse.tokens(length=analyse.LENGTH)
     with torch.no_grad():
-        copy.model(input_ids=analyse.tokens(length=analyse.LENGTH))
+        analyse.logits(copy, ids)  # with its dropout
     of_copy = {_kind(linear.path) for linear in linears_of(copy.config)}
     chosen = dict.fromkeys(_kind(linear.path) for linear in linears)
-    if idle := [kind for kind in chosen if kind in of_copy - called]:
-        rest = [f"*.{kind.rpartition('.*.')[2]}" for kind in chosen if kind not in idle]
+    idle = [kind for kind in chosen if kind in of_copy - called.keys()]
+    flat = [kind for kind in chosen if kind in called and called[kind][:2] != ids.shape]
+    flat = flat if settings.dropout else []
+    rest = [f"*.{kind.rpartition('.*.')[2]}" for kind in chosen if kind not in idle + flat]
+    if flat:
+        raise refusal(
+            "adapters.dropout",
+            settings.dropout,
+            f"a {config.model_type} model calls {flat[0]} without rows and positions, of which dropout is a "
+            "function",
+            allowed="0 with this layer",
+            instead="adapters.dropout=0" + (f", or {adapters.FIELD}={rest}" if rest else ""),
+        )
+    if idle:
         raise refusal(
             adapters.FIELD,
             "[]" if len(chosen) > len(idle) else idle,

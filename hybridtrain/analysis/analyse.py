@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.analysis import parameters
-from hybridtrain.config.schema import TaskConfig
+from hybridtrain.config.schema import AdaptersConfig, TaskConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import build, classifier, encoder, heads, tracing
 from hybridtrain.models.dropout import Dropouts
@@ -91,7 +91,7 @@ def perturbed(small: Any, config: Any) -> Copy:
         model = build.plain_model(small)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return Copy(small, model, keyed(model, small))
+    return Copy(small, model, keyed(model, small, adapters=AdaptersConfig()))
 
 
 def is_causal(copy: Copy) -> bool:

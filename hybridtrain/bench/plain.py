@@ -76,13 +76,13 @@ class PlainLoop:
         )
         source = initial(config.model, built, seed=config.run.seed)
         if config.adapters.kind != "none":
-            source = adapters.source(source, seed=config.run.seed)
             stored: Any = {"config": built, "dtype": precision.compute}
+            source = adapters.source(source, config.adapters, **stored, seed=config.run.seed)
             source = adapters.as_stored(source, config.adapters, **stored)
         self.model = reference.build_model(
             built, config.adapters, source=source, param=precision.param, device=device
         )
-        self._dropouts = keyed(self.model, built)
+        self._dropouts = keyed(self.model, built, adapters=config.adapters)
         for name, parameter in self.model.named_parameters():
             frozen = is_frozen(name, freeze=config.model.freeze, adapters=config.adapters)
             parameter.requires_grad_(parameter.requires_grad and not frozen)

@@ -19,6 +19,11 @@ class AdaptersConfig(Options):
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly (arXiv
     2312.03732)."""
+    dora: bool = False
+    """Train also the length of each output's weights, apart from their direction (arXiv 2402.09353)."""
+    dropout: float = 0.0
+    """Probability with which elements of the input of the first of the two matrices are set to 0 in training;
+    that of the layer itself stays whole."""
     base_format: str = "none"
     """Format in which the frozen weights of the layers that get adapters are stored: nf4 (4 bits, and a scale
     per 64 of a row; QLoRA, arXiv 2305.14314), int8 (a scale per row), or none: that which computes."""

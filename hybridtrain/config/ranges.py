@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "generate.seed": (-1, (1 << 63) - 1),  # -1: run.seed
     "adapters.rank": (1, 1 << 20),
     "adapters.alpha": (0, 1e9),
+    "adapters.dropout": (0, 0.999),
     "task.label_smoothing": (0, 1),
     "task.z_loss": (0, 1),
     "task.mask_rate": (0, 1),

@@ -98,8 +98,8 @@ class TorchEngine:
         if initial or self.adapted:  # whose checkpoints do not have the model's own weights
             weights = initial_weights(config.model, self.model_config, seed=config.run.seed)
             if self.adapted:
-                weights = adapters.source(weights, seed=config.run.seed)
                 stored: Any = {"config": self.model_config, "dtype": self.precision.compute}
+                weights = adapters.source(weights, config.adapters, **stored, seed=config.run.seed)
                 weights = adapters.with_codes(weights, config.adapters, **stored)
             fill(self.stages, weights)
         self.place = torch.device("cpu") if config.engine.offload_optimizer == "cpu" else device

@@ -14,7 +14,7 @@ from hybridtrain.config.schema import AdaptersConfig, Config
 from hybridtrain.errors import refusal
 from hybridtrain.export import safetensors, weights
 from hybridtrain.export.safetensors import TensorSpec
-from hybridtrain.models import adapter_folder, adapters, build, hub, load
+from hybridtrain.models import adapter_folder, adapters, build, dora, hub, load
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import is_transposed
 from hybridtrain.models.plain import TYPES
@@ -82,7 +82,7 @@ def _write_alone(
             "export.merge=true writes a model with it",
             config.model.config,
         )
-    names = adapters.shapes(linears, rank=settings.rank)
+    names = adapters.shapes(linears, settings)
     specs = {
         f"{adapter_folder.PREFIX}{name}": TensorSpec(name, tuple(shape), dtype)
         for name, shape in names.items()
@@ -136,16 +136,25 @@ class _Merge:
     ):
         self.settings, self.model, self.base, self.read = config.adapters, model, base, read
         linears = adapters.chosen(built, config.adapters)
-        self.shapes = adapters.shapes(linears, rank=config.adapters.rank)
+        self.shapes = adapters.shapes(linears, config.adapters)
 
     def __call__(self, spec: TensorSpec) -> torch.Tensor:
         value = self.base(spec.name, spec.shape, tuple(slice(0, size) for size in spec.shape))
         path = spec.name.rpartition(".")[0]
-        names = [f"{path}.{part}.weight" for part in (adapters.A, adapters.B)]
-        if spec.name.endswith(".weight") and names[0] in self.shapes:
-            a, b = (self.read(TensorSpec(name, tuple(self.shapes[name]), torch.float32)) for name in names)
-            transposed = is_transposed(self.model.get_submodule(path))
+        a, b = (self._of(f"{path}.{part}.weight") for part in (adapters.A, adapters.B))
+        if spec.name.endswith(".weight") and a is not None and b is not None:
             value = adapters.merged(
-                value, a, b, scale=adapters.scale_of(self.settings), transposed=transposed
+                value,
+                a,
+                b,
+                self._of(f"{path}.{dora.MAGNITUDE}"),
+                scale=adapters.scale_of(self.settings),
+                transposed=is_transposed(self.model.get_submodule(path)),
             )
         return weights.cast(value, spec=spec)
+
+    def _of(self, name: str) -> torch.Tensor | None:
+        """A parameter of an adapter in the checkpoint, if the run has it."""
+        if name not in self.shapes:
+            return None
+        return self.read(TensorSpec(name, tuple(self.shapes[name]), torch.float32))

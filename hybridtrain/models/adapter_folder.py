@@ -24,7 +24,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PLAIN: Mapping[str, Any] = {
     "peft_type": "LORA",
-    "use_dora": False,
     "bias": "none",
     "modules_to_save": None,
     "rank_pattern": {},
@@ -57,7 +56,8 @@ def config_of(
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,
         "use_rslora": settings.rslora,
-        "lora_dropout": 0.0,
+        "use_dora": settings.dora,
+        "lora_dropout": settings.dropout,
         "bias": "none",
         "fan_in_fan_out": is_transposed(empty.get_submodule(linears[0].path)),
         "target_modules": _targets([linear.path for linear in linears], empty),
@@ -101,22 +101,24 @@ def attach(model: Any, folder: Path, *, field: str) -> None:
         raise weights.unreadable(folder / WEIGHTS, error) from error
     except (KeyError, TypeError, ValueError) as error:
         raise _refused(field, folder, f"its {CONFIG} has no rank and alpha") from error
-    settings.rslora = bool(fields.get("use_rslora"))
+    settings.rslora, settings.dora = bool(fields.get("use_rslora")), bool(fields.get("use_dora"))
     modules = dict(model.named_modules())
     suffix = f".{adapters.A}.weight"
     for name in [name for name in tensors if name.endswith(suffix)]:
         path = name.removeprefix(PREFIX).removesuffix(suffix)
-        module, a = modules.get(path), tensors.pop(name)
-        b = tensors.pop(f"{PREFIX}{path}.{adapters.B}.weight", None)
-        if module is None or b is None or not is_linear(module):
+        module: Any = modules.get(path)
+        if module is None or not is_linear(module):
             raise _refused(field, folder, f"'{name}' belongs to no linear layer of its base model")
         outputs, inputs = module.weight.shape[::-1] if is_transposed(module) else module.weight.shape
-        if a.shape != (settings.rank, inputs) or b.shape != (outputs, settings.rank):
-            raise _refused(field, folder, f"'{name}' has shape {tuple(a.shape)}, for {inputs} inputs")
-        scale = adapters.scale_of(settings)
-        adapters.add(module, inputs=inputs, outputs=outputs, rank=settings.rank, scale=scale)
-        module.lora_A.weight.copy_(a)
-        module.lora_B.weight.copy_(b)
+        adapters.add(module, settings, inputs=inputs, outputs=outputs)
+        linear = Linear(path, 0, 0, inputs, outputs, router=False)
+        for each, shape in adapters.shapes([linear], settings).items():
+            value = tensors.pop(f"{PREFIX}{each}", None)
+            if value is None:
+                raise _refused(field, folder, f"'{path}' has no {each.removeprefix(f'{path}.')}")
+            if value.shape != shape:
+                raise _refused(field, folder, f"'{each}' has shape {tuple(value.shape)}, not {tuple(shape)}")
+            model.get_parameter(each).copy_(value)
     if tensors:
         raise _refused(field, folder, f"'{min(tensors)}' is no part of a low-rank adapter")
 

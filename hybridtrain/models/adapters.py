@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hybridtrain.config.schema import AdaptersConfig
 from hybridtrain.errors import refusal
-from hybridtrain.models import build, patterns, quantised
+from hybridtrain.models import build, dora, patterns, quantised
 from hybridtrain.models.init import Slices, Step, WeightSource, replay
 from hybridtrain.models.linears import Linear, is_transposed, linears_in, linears_of
 from hybridtrain.models.slicing import Slicing
@@ -37,6 +37,8 @@ from hybridtrain.models.structure import structure_of
 
 FIELD = "adapters.match"
 A, B = "lora_A", "lora_B"
+DROPOUT = "lora_dropout"
+"""Module that drops elements of the input of A; only with adapters.dropout."""
 
 
 class Factor(nn.Module):
@@ -67,16 +69,25 @@ def chosen(config: Any, settings: AdaptersConfig) -> list[Linear]:
     return [linear for linear in linears_of(config) if is_chosen(linear, settings)]
 
 
-def add(module: Any, *, inputs: int, outputs: int, rank: int, scale: float) -> None:
+def add(module: Any, settings: AdaptersConfig, *, inputs: int, outputs: int) -> None:
     """Give a linear layer an adapter, in place, on the device of its weight and in its dtype."""
-    module.add_module(A, Factor(module.weight.detach().new_empty(rank, inputs)))
-    module.add_module(B, Factor(module.weight.detach().new_empty(outputs, rank)))
-    module.register_forward_hook(partial(_add, scale))
+    module.add_module(A, Factor(module.weight.detach().new_empty(settings.rank, inputs)))
+    module.add_module(B, Factor(module.weight.detach().new_empty(outputs, settings.rank)))
+    if settings.dropout:
+        module.add_module(DROPOUT, nn.Dropout(settings.dropout))
+    if settings.dora:
+        dora.add(module, outputs=outputs)
+    module.register_forward_hook(partial(_add, scale_of(settings)))
 
 
 def _add(scale: float, module: Any, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
     """A hook after a linear layer."""
-    return y + module.lora_B(module.lora_A(given[0])) * scale
+    x = module.lora_dropout(given[0]) if hasattr(module, DROPOUT) else given[0]
+    change = module.lora_B(module.lora_A(x)) * scale
+    if dora.MAGNITUDE not in module._parameters:
+        return y + change
+    base = y if x is given[0] else type(module).forward(module, x)
+    return dora.applied(module, y, base=base, change=change, scale=scale)
 
 
 def add_to(
@@ -89,8 +100,7 @@ def add_to(
         found = list(linears_in(layer, path=f"{prefix}.{number}", number=number, config=config))
         for linear, module in found:
             if is_chosen(linear, settings):
-                sizes = {"inputs": linear.inputs, "outputs": linear.outputs}
-                add(module, **sizes, rank=settings.rank, scale=scale_of(settings))
+                add(module, settings, inputs=linear.inputs, outputs=linear.outputs)
 
 
 def add_to_model(model: nn.Module, settings: AdaptersConfig, *, config: Any) -> None:
@@ -99,21 +109,39 @@ def add_to_model(model: nn.Module, settings: AdaptersConfig, *, config: Any) -> 
     add_to(enumerate(model.get_submodule(prefix).children()), settings, prefix=prefix, config=config)
 
 
-def shapes(linears: Sequence[Linear], *, rank: int) -> dict[str, torch.Size]:
+def shapes(linears: Sequence[Linear], settings: AdaptersConfig) -> dict[str, torch.Size]:
     """Name -> whole shape of the parameters of adapters."""
-    return {
-        f"{linear.path}.{part}.weight": torch.Size(shape)
-        for linear in linears
-        for part, shape in ((A, (rank, linear.inputs)), (B, (linear.outputs, rank)))
-    }
+    found = {}
+    for linear in linears:
+        found[f"{linear.path}.{A}.weight"] = torch.Size((settings.rank, linear.inputs))
+        found[f"{linear.path}.{B}.weight"] = torch.Size((linear.outputs, settings.rank))
+        if settings.dora:
+            found[f"{linear.path}.{dora.MAGNITUDE}"] = torch.Size((linear.outputs,))
+    return found
 
 
-def source(base: WeightSource, *, seed: int) -> WeightSource:
-    """The initial weights of a model whose own are those of `base`."""
+def values_kept(linears: Iterable[Linear], settings: AdaptersConfig) -> int:
+    """Values of a token that dropout and magnitudes of adapters keep for the backward pass: the dropped input
+    and its mask, of a byte each; both products.
+    """
+    dropped, products = (sum(getattr(linear, name) for linear in linears) for name in ("inputs", "outputs"))
+    return 3 * dropped // 2 * (settings.dropout > 0) + 2 * products * settings.dora
+
+
+def source(
+    base: WeightSource, settings: AdaptersConfig, *, config: Any, dtype: torch.dtype, seed: int
+) -> WeightSource:
+    """The initial weights of a model whose own are those of `base`, and compute in `dtype`."""
+    rounded = as_stored(base, settings, config=config, dtype=dtype)
+    model = build.meta_model(config)
 
     def values(name: str, shape: tuple[int, ...], slices: Slices) -> Tensor:
         if not patterns.is_adapter(name):
             return base(name, shape, slices)
+        path, _, key = name.rpartition(".")
+        if key == dora.MAGNITUDE:
+            module = model.get_submodule(path)
+            return dora.initial(rounded, path, module=module, outputs=slices[0], dtype=dtype)
         bound = 1 / math.sqrt(shape[1])  # as torch and peft draw it
         step = (
             Step("uniform_", (-bound, bound), (), 0, math.prod(shape))
@@ -127,12 +155,13 @@ def source(base: WeightSource, *, seed: int) -> WeightSource:
 
 def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicing:
     """How tensor parallelism cuts a model with adapters, from how it cuts the model."""
-    cuts, partial_ = dict(slicing.cuts), set(slicing.partial)
+    cuts, partial_, dropped = dict(slicing.cuts), set(slicing.partial), [*slicing.dropped]
     for path, transposed in _kinds(config).items():
         weight = f"{path}.weight"
         cut, names = slicing.cuts.get(weight), {A: f"{path}.{A}.weight", B: f"{path}.{B}.weight"}
+        lengths = {f"{path}.{dora.MAGNITUDE}"} if settings.dora else set()
         if cut is None:
-            partial_ |= set(names.values()) if weight in slicing.partial else set()
+            partial_ |= {*names.values(), *lengths} if weight in slicing.partial else set()
             continue
         dim, rest = int(cut[0]), cut[1:]
         if settings.base_format != "none" and not dim:
@@ -141,8 +170,12 @@ def sliced(slicing: Slicing, settings: AdaptersConfig, *, config: Any) -> Slicin
             cuts[weight] = cuts[f"{path}.{quantised.LARGEST}"] = "1"
         part = B if dim == int(transposed) else A
         cuts[names[part]] = f"{int(part == A)}{rest}"
-        partial_.add(names[A if part == B else B])
-    return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_))
+        cuts |= dict.fromkeys(lengths if part == B else (), f"0{rest}")
+        partial_ |= {names[A]} if part == B else {names[B], *lengths}
+        if part == A and settings.dropout:
+            assert rest in ("", ":q"), f"ranks have no equal parts of the inputs of {path}"
+            dropped.append(f"{path}.{DROPOUT}")
+    return dataclasses.replace(slicing, cuts=cuts, partial=frozenset(partial_), dropped=tuple(dropped))
 
 
 def with_codes(
@@ -219,21 +252,26 @@ def _expert(pattern: str, config: Any) -> str:
     return ""
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, *, scale: float, transposed: bool) -> Tensor:
+def merged(
+    weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, *, scale: float, transposed: bool
+) -> Tensor:
     """The weight of a linear layer that does what it and its adapter do, in fp32 at least."""
     change = b.float() @ a.float()
-    return (
+    total = (
         weight.to(torch.promote_types(weight.dtype, torch.float32))
         + (change.t() if transposed else change) * scale
     )
+    return total if magnitude is None else dora.merged(total, magnitude, transposed=transposed)
 
 
 def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str:
     """What is trained, in words. `of`: parameters of the model."""
-    count = sum(map(math.prod, shapes(linears, rank=settings.rank).values()))
+    count = sum(map(math.prod, shapes(linears, settings).values()))
     kinds: Mapping[str, None] = dict.fromkeys(linear.path.rpartition(".")[2] for linear in linears)
+    more = ", trained magnitudes (DoRA)" if settings.dora else ""
+    more += f", dropout {settings.dropout:g}" if settings.dropout else ""
     return (
-        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}, beside {len(linears)} "
-        f"linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
+        f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}{more}, beside "
+        f"{len(linears)} linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
         f"{count / of:.2%} of the model's"
     )

@@ -207,19 +207,21 @@ def rates(config: Any) -> dict[str, float]:
     }
 
 
-def install(model: nn.Module, *, config: Any, layers: str) -> Dropouts:
+def install(model: nn.Module, *, config: Any, layers: str, adapted: bool) -> Dropouts:
     """Give the modules of a model or stage their sites, and replace those of dropout, in place; nothing
-    without rates in its config. `layers`: path of its layers.
+    without rates in its config, unless it is `adapted`: its adapters have dropout. `layers`: path of its
+    layers.
     """
-    if not rates(config):
+    if not (rates(config) or adapted):
         return Dropouts([])
+    seen: dict[nn.Module, Slot] = {}
     slots = [Slot() for _ in range(config.get_text_config(decoder=True).num_hidden_layers + 1)]
     for path, module in model.named_modules(remove_duplicate=False):
         index, _, inside = path.removeprefix(f"{layers}.").partition(".")
         in_layer = path.startswith(f"{layers}.")
         site = Site(inside if in_layer else path, slots[int(index) + 1 if in_layer else 0])
         own: Any = module
-        if "dropout_site" in vars(module) and own.dropout_site.slot is not site.slot:
+        if seen.setdefault(module, site.slot) is not site.slot:
             site = Site(f"{path}, which several layers share,", Slot())  # has no rows: fails where it acts
         own.dropout_site = site
         if type(module) is nn.Dropout:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridtrain.config.schema import AdaptersConfig
 from hybridtrain.models import attention, dropout
 from hybridtrain.models.dropout import Dropouts
 from hybridtrain.models.structure import structure_of
 
 
-def keyed(model: Any, config: Any) -> Dropouts:
-    """Let transformers' plain model of a config drop by the keys of rows, in place."""
+def keyed(model: Any, config: Any, *, adapters: AdaptersConfig) -> Dropouts:
+    """Let transformers' plain model of a config, with its adapters, drop by the keys of rows, in place."""
     if dropout.rates(config):
         attention.use_keyed(model)
-    return dropout.install(model, config=config, layers=structure_of(config).layers)
+    layers, adapted = structure_of(config).layers, adapters.dropout > 0
+    return dropout.install(model, config=config, layers=layers, adapted=adapted)

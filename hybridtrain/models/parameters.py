@@ -23,7 +23,7 @@ def check(config: Config) -> None:
     freeze, settings = config.model.freeze, config.adapters
     names = parameter_names(built)
     if settings.kind != "none":
-        names += adapters.shapes(adapters.check(built, settings), rank=settings.rank)
+        names += adapters.shapes(adapters.check(built, settings), settings)
     patterns.check(names, freeze=freeze, optim=config.optim, adapters=settings)
     if config.precision.state == "8bit":
         optimizer_states.check_rows(trained_shapes(built, freeze=freeze, settings=settings))
@@ -32,7 +32,7 @@ def check(config: Config) -> None:
 def trained_shapes(config: Any, *, freeze: Sequence[str], settings: AdaptersConfig) -> dict[str, torch.Size]:
     """Name -> whole shape of the parameters that are trained, tied ones once."""
     if settings.kind != "none":
-        return adapters.shapes(adapters.chosen(config, settings), rank=settings.rank)
+        return adapters.shapes(adapters.chosen(config, settings), settings)
     return {
         name: parameter.shape
         for name, parameter in meta_model(config).named_parameters()

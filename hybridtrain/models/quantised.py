@@ -71,6 +71,12 @@ def values(codes: Tensor, largest: Tensor) -> Tensor:
     return blocks.flatten(-2).to(largest.dtype)
 
 
+def weight_of(module: Any) -> Tensor:
+    """The weight of a linear layer, which may store codes."""
+    largest = module._parameters.get(LARGEST)
+    return module.weight if largest is None else values(module.weight, largest)
+
+
 def quantise(weight: Tensor, kind: str, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(codes, largest values in `dtype`) of whole rows of a weight."""
     rows = weight.float()

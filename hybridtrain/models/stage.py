@@ -88,7 +88,7 @@ class Stage(nn.Module):
         else:
             for path in (*structure.after, structure.head):
                 _replace(self, path, stub(self.part(path), _unchanged))
-        self.dropouts = dropout.install(self, config=config, layers=structure.layers)
+        self.dropouts = dropout.install(self, config=config, layers=structure.layers, adapted=False)
         self.initial_buffers = dict(self.named_buffers())
         """Name -> value, e.g. of rotary frequencies, for reset_buffers."""
         self.untrained = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}

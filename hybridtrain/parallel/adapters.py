@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hybridtrain.config.schema import AdaptersConfig
-from hybridtrain.models import adapters, quantised
+from hybridtrain.models import adapters, dropout, quantised
+from hybridtrain.models.dropout import Dropout
 from hybridtrain.models.patterns import is_adapter
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.convert import linears
@@ -16,7 +17,10 @@ def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy)
     """
     if settings.kind == "none":
         return
-    adapters.add_to(stage.layer_modules(), settings, prefix=stage.structure.layers, config=stage.config)
+    layers, config = stage.structure.layers, stage.config
+    adapters.add_to(stage.layer_modules(), settings, prefix=layers, config=config)
+    if settings.dropout:
+        stage.dropouts = dropout.install(stage, config=config, layers=layers, adapted=True)
     for name, parameter in stage.named_parameters():
         if not is_adapter(name):
             parameter.data = parameter.data.to(precision.compute)
@@ -27,13 +31,17 @@ def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy)
 
 
 def expected(stage: Stage, settings: AdaptersConfig) -> set[str]:
-    """Names of the parameters of adapters, and of scales of frozen weights, that the config asks for."""
+    """Names of the parameters of adapters, and of scales of frozen weights, that the config asks for; and of
+    their dropout, with its rate.
+    """
     chosen = [linear for linear, _ in linears(stage) if adapters.is_chosen(linear, settings)]
     codes = quantised.names(chosen) if settings.base_format != "none" else set()
-    return codes | set(adapters.shapes(chosen, rank=settings.rank))
+    dropped = {f"{linear.path}.{adapters.DROPOUT}={settings.dropout}" for linear in chosen}
+    return codes | set(adapters.shapes(chosen, settings)) | (dropped if settings.dropout else set())
 
 
 def found(stage: Stage) -> set[str]:
     """Those that the stage has."""
-    last = f".{quantised.LARGEST}"
-    return {name for name, _ in stage.named_parameters() if is_adapter(name) or name.endswith(last)}
+    last, modules = f".{quantised.LARGEST}", stage.named_modules()
+    named = {name for name, _ in stage.named_parameters() if is_adapter(name) or name.endswith(last)}
+    return named | {f"{name}={m.p}" for name, m in modules if is_adapter(name) and isinstance(m, Dropout)}

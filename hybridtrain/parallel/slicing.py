@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from hybridtrain.models import adapters, dora
 from hybridtrain.models.slicing import (
     WHOLE,
     Local,
@@ -49,6 +50,8 @@ def apply_tensor_parallel(stage: Stage, slicing: Slicing, *, mesh: Mesh) -> None
         name for name, each in cut.items() if not each.stored
     }
     rewire(stage, slicing, ranks)
+    suffix = f".{adapters.A}.weight"  # cut as the inputs of its layer
+    dora.share(stage, ranks, inputs_cut={name.removesuffix(suffix) for name in cut if name.endswith(suffix)})
     for name, _ in list(stage.named_parameters()):
         each = cut.get(name, WHOLE)
         if each.stored:

@@ -229,6 +229,7 @@ def activations(config: Config, *, layout: ParallelLayout, plan: BatchPlan, fact
     if config.engine.compile:
         layer = layer * 2 // 3  # measured: inductor recomputes cheap operations
     kind = config.recompute.kind
+    layer += facts.adapter_values // tp  # about: outputs that are sums over ranks are whole
     saved = {"none": layer, "selective": 2 * ffn + 2 * hidden + attention, "full": hidden}[kind]
     held = _layers_held(config, layout=layout, plan=plan, facts=facts)
     return compute * plan.micro_batch_size * plan.seq_len * (saved * held + (layer if kind != "none" else 0))

@@ -292,7 +292,17 @@ def model_fingerprint(facts: ModelFacts) -> str:
     kinds = ("labels", "encoder", "pairs")
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "adapters", "refused", "shared", "cuts")
-    for name in (*later, "quantised", "row_blocks", "sliced", "stored", "sequence", "whole", "dropped"):
+    for name in (
+        *later,
+        "adapter_values",
+        "quantised",
+        "row_blocks",
+        "sliced",
+        "stored",
+        "sequence",
+        "whole",
+        "dropped",
+    ):
         del known[name]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 

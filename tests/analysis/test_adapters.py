@@ -27,6 +27,18 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused_with_those_that_
     assert set(sizes(named).adapters) == {of_layer}
 
 
+def test_dropout_needs_rows_and_positions():
+    """OPT's MLP is given all tokens in one dimension."""
+    fields = config("opt")
+    fields.adapters.dropout = 0.1
+    with pytest.raises(
+        UserError, match=r"fc1 without rows(?s:.*)dropout=0, or adapters.match=\['\*.self_attn"
+    ):
+        sizes(fields)
+    fields.adapters.match = ["*.q_proj"]
+    assert min(sizes(fields).adapters) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "bloom"])
 def test_all_linear_layers_of_common_models_are_called(model_type):

@@ -10,7 +10,7 @@ from hybridtrain import engine as engines
 from hybridtrain.models import adapters
 from hybridtrain.plan import flops, memory
 from hybridtrain.types import Progress
-from tests.cases import Case, Outcome, assert_parity, model, start, train
+from tests.cases import GPT2, Case, Outcome, assert_parity, model, reference, start, train
 from tests.engine.test_state import both
 from tests.families.copies import fields_of
 from tests.plan.test_memory import held
@@ -52,6 +52,31 @@ def test_layouts_equal_the_plain_process(model_type, layout):
     assert_parity(lora(layout, fields))
 
 
+@pytest.mark.parametrize(
+    ("fields", "layout", "kind"),
+    [
+        (model(), "tp2", "full"),
+        *(
+            pytest.param(fields, layout, kind, marks=SLOW)
+            for fields, layout, kind in (
+                (model(), "pp2-dp_shard2-zero3", "selective"),
+                (model(), "tp2-nosp", "none"),
+                (GPT2, "pp2-tp2", "full"),  # with dropout of its own
+            )
+        ),
+    ],
+)
+def test_dropout_on_the_input_of_adapters(fields, layout, kind):
+    """Of a part of the channels, too, where inputs are cut, and in recomputed layers."""
+    options = (("adapters.dropout", 0.2), ("recompute.kind", kind), ("model.attention", "eager"))
+    with_it = lora(layout, fields, more=options, steps=2)
+    assert_parity(with_it)
+    without = lora(layout, fields, more=options[1:], steps=1)
+    ours, other = (reference(case).gradients for case in (with_it, without))
+    names = [name for name in ours if "lora_B" in name]
+    assert all((ours[name] - other[name]).norm() > 0.1 * other[name].norm() for name in names)
+
+
 @pytest.mark.slow
 def test_a_stage_may_have_nothing_to_train():
     assert_parity(lora("pp2", more=(("adapters.match", ["model.layers.3.mlp.*"]),)))
@@ -88,7 +113,7 @@ def test_adapters_beside_products_in_fp8(layout):
 
 
 def measured(case: Case) -> tuple[float, float]:
-    from tests.cases import differences, on_ranks, reference
+    from tests.cases import differences, on_ranks
 
     found = differences(on_ranks(case), reference(case))
     return found["loss_rel"], found["grad_norm_rel"]

@@ -24,6 +24,7 @@ def options(run: Path, data: Path, base: Path, **more: object) -> list[str]:
         "model.from_pretrained": base,
         "adapters": "lora",
         "adapters.rank": 4,
+        "adapters.dropout": 0.1,
         "run.dir": run,
         "data.path": data,
         "data.seq_len": 32,
@@ -60,6 +61,7 @@ def test_adapters_and_the_merged_model_compute_the_same(run, folders):
     assert not (alone / "config.json").exists()
     fields = json.loads((alone / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"], fields["peft_type"]) == (4, 32, "LORA")
+    assert fields["lora_dropout"] == 0.1
     assert fields["base_model_name_or_path"] == str(run.parent / "base")
     torch.testing.assert_close(logits(alone), logits(merged), rtol=1e-4, atol=1e-4)
     assert (logits(alone) - logits(run.parent / "base")).abs().max() > 1e-2
@@ -76,13 +78,34 @@ def test_evaluate_and_generate_take_adapters(run, folders, capsys):
     assert capsys.readouterr().out.startswith("number")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+
+
+@PEFT
 def test_peft_reads_the_adapters_and_merges_them_as_we_do(run, folders):
+    check_with_peft(run.parent / "base", *folders)
+
+
+@PEFT
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_magnitudes_are_exported_and_merged_as_by_peft(model_type, data, tmp_path):
+    """DoRA; magnitudes alone would not change the directions of weights."""
+    folder_of(model_type, tmp_path / "base")
+    finished(1, options(tmp_path / "run", data, tmp_path / "base", adapters__dora="true"))
+    alone = export(tmp_path / "run")
+    with safe_open(alone / "adapter_model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    assert sum(name.endswith(".lora_magnitude_vector") for name in names) * 3 == len(names)
+    merged = export(tmp_path / "run", out=tmp_path / "merged", merge=True)
+    torch.testing.assert_close(logits(alone), logits(merged), rtol=1e-4, atol=1e-4)
+    check_with_peft(tmp_path / "base", alone, merged)
+
+
+def check_with_peft(base: Path, alone: Path, merged: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    alone, merged = folders
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.parent / "base"), alone)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), alone)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(IDS).logits, logits(alone), rtol=1e-5, atol=1e-5)
     weights = theirs.merge_and_unload().state_dict()
@@ -115,14 +138,19 @@ def test_a_folder_of_adapters_is_no_model_to_start_from(folders, data, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 8})]
+    ("field", "value", "words"),
+    [
+        ("use_dora", True, "q_proj' has no lora_magnitude_vector"),
+        ("bias", "all", "its bias is"),
+        ("rank_pattern", {"q_proj": 8}, "its rank_pattern is"),
+    ],
 )
-def test_adapters_of_another_kind_are_refused(folders, tmp_path, field, value):
+def test_adapters_of_another_kind_are_refused(folders, tmp_path, field, value, words):
     shutil.copytree(folders[0], tmp_path / "alone")
     (tmp_path / "alone/hybridtrain.json").unlink()
     fields = json.loads((tmp_path / "alone/adapter_config.json").read_text())
     (tmp_path / "alone/adapter_config.json").write_text(json.dumps({**fields, field: value}))
-    with pytest.raises(UserError, match=f"its {field} is"):
+    with pytest.raises(UserError, match=words):
         logits(tmp_path / "alone")
 
 

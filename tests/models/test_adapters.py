@@ -56,7 +56,7 @@ def test_a_model_without_plain_linear_layers_is_refused():
 
 
 def test_factors_are_a_function_of_seed_and_name_and_begin_at_the_model():
-    draw = adapters.source(lambda *_: torch.ones(()), seed=3)
+    draw = adapters.source(lambda *_: torch.ones(()), LORA, config=config(), dtype=torch.float32, seed=3)
     name, shape, all_of = "model.layers.0.mlp.up_proj.lora_A.weight", (4, 64), slice(None)
     whole = draw(name, shape, (slice(0, 4), slice(0, 64)))
     assert whole.abs().max() <= 1 / 8  # 1 / sqrt(inputs)
@@ -90,6 +90,15 @@ def test_factors_are_cut_as_their_layer_is():
         "self_attn.k_proj.lora_A.weight",
         "self_attn.o_proj.lora_B.weight",
     }
+    more = dataclasses.replace(LORA, dropout=0.1, dora=True)
+    found, without = adapters.sliced(slicing, more, config=config()), found
+    lengths = "self_attn.{}_proj.lora_magnitude_vector"
+    assert found.cuts == {**without.cuts, lengths.format("q"): "0:q", lengths.format("k"): "0:kv"}
+    assert found.partial - without.partial == {
+        lengths.format("o"),
+        "mlp.up_proj.lora_magnitude_vector",
+    }
+    assert found.dropped == ("self_attn.o_proj.lora_dropout",)  # whose channels ranks have parts of
 
 
 def test_a_transposed_weight_is_cut_the_other_way_round():

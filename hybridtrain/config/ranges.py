@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_every": (1, _STEPS),
     "train.eval_every": (0, _STEPS),
     "train.eval_rows": (1, _ROWS),
+    "train.sample_tokens": (1, 1 << 20),
     "train.guard_every": (0, _STEPS),
     "train.max_step_s": (0, _SECONDS),
     "train.max_nonfinite": (1, _STEPS),

@@ -37,6 +37,7 @@ from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
 from hybridtrain.training.recovery import Recovery
 from hybridtrain.training.replicas import Guard
+from hybridtrain.training.samples import Samples
 from hybridtrain.training.scale_events import ScaleEvents
 from hybridtrain.types import Batch, Progress
 
@@ -216,6 +217,8 @@ def _add_callbacks(
         builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device),
         of_user=False,
     )
+    if config.train.samples:
+        calls.add(Samples(job, engine=engine, folder=run_dir, meter=meter), of_user=False)
     if has_loss_scale(config.precision):
         calls.add(ScaleEvents(run_dir), of_user=False)
     calls.add(*of_user, of_user=True)

@@ -93,6 +93,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "bench.rounds": (1, 10**6),
     "export.max_shard_gb": (1e-6, 1e6),
     "evaluate.rows": (0, _ROWS),
+    "lm_eval.limit": (0, 10**9),
+    "lm_eval.batch_size": (1, 1 << 20),
     "generate.max_new_tokens": (1, 1 << 30),
     "generate.temperature": (0, 100.0),
     "generate.top_p": (0, 1),

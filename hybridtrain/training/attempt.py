@@ -68,7 +68,7 @@ def train(
     loader = Loader(job.data, **_batch_options(job, engine=engine), seed=config.run.seed)
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
-    run.loaded = start.states
+    run.loaded, run.beat = start.states, watchdog.beat
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
     monitor = _add_monitor(calls, config.precision, engine=engine, run_dir=run_dir, trackers=trackers)
     saver = _add_callbacks(

@@ -94,8 +94,8 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
-    if config.train.samples:
-        _check_samples(config, facts=model)
+    if config.train.samples or "lm_eval" in config.run.callbacks:
+        _check_texts(config, facts=model)
     if task is None:
         config = compatibility.adapt_task(config, data, encoder=model.encoder)
         compatibility.check_masks(config, facts=model)
@@ -117,22 +117,24 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     return Job(config, layout, plan, model, data, total_steps, task)
 
 
-def _check_samples(config: Config, *, facts: ModelFacts) -> None:
-    """Raise UserError for prompts that nothing continues."""
+def _check_texts(config: Config, *, facts: ModelFacts) -> None:
+    """Raise UserError for prompts that nothing continues, and tasks of the harness that nothing measures."""
+    samples, field, off = config.train.samples, "run.callbacks", "run.callbacks without lm_eval"
+    if samples:
+        field, off = "train.samples", "train.samples=[]"
+    shown = f"[{samples[0][:40]!r}]" if samples else "[lm_eval]"
     problem = ""
     if facts.encoder or facts.labels:
         problem = f"the model is {'a classifier' if facts.labels else 'an encoder'}, which writes no text"
-        allowed, instead = "prompts of a causal language model", "train.samples=[]"
-    elif not config.train.eval_every:
+        allowed, instead = "with a causal language model", off
+    elif samples and not config.train.eval_every:
         problem = "train.eval_every=0: they are continued at evaluations, and there are none"
-        allowed, instead = "prompts of a run with evaluations", "train.eval_every=100, or train.samples=[]"
+        allowed, instead = "with evaluations", f"train.eval_every=100, or {off}"
     elif current(config) is None:
-        problem = "the data have no tokenizer"
-        allowed = "prompts of a run whose tokens are those of a tokenizer"
-        instead = "data.tokenizer=FOLDER, or train.samples=[]"
+        problem, allowed = "the data have no tokenizer", "with data whose tokens are those of a tokenizer"
+        instead = f"data.tokenizer=FOLDER, or {off}"
     if problem:
-        shown = f"[{config.train.samples[0][:40]!r}]"
-        raise refusal("train.samples", shown, problem, allowed=allowed, instead=instead)
+        raise refusal(field, shown, problem, allowed=allowed, instead=instead)
 
 
 def _check_profile(config: Config, *, world_size: int) -> None:

@@ -50,6 +50,7 @@ def accuracy(export: Path) -> float:
     return right / len(DOCUMENTS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="the package lm_eval is not installed")
 def test_the_last_checkpoint_is_measured_and_so_is_an_export(data: Path, tmp_path: Path) -> None:
     own, run = tmp_path / "own tasks", tmp_path / "run"

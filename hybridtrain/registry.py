@@ -51,7 +51,7 @@ SIGNATURES = {
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "classification", "masked_lm"),
     "data": ("prepared",),
-    "callback": (),
+    "callback": ("lm_eval",),
     "optimizer": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "schedule": ("constant", "linear", "cosine", "wsd"),
     "tracker": ("wandb", "tensorboard", "mlflow", "trackio", "dvclive", "swanlab", "comet_ml", "clearml"),
@@ -255,15 +255,14 @@ def check(kind: str, name: str) -> None:
         return
     field = FIELDS[kind]
     shown = "[{}]" if kind in ("callback", "tracker") else "{}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or known[:1]
-    ways = [f"{field}={shown.format(near[0])}"] if near else []
-    ways.append(f"run.plugins=[MODULE], with the module that registers {name}")
+    near = [*difflib.get_close_matches(name, known, n=1, cutoff=0.5), known[0]][0]
+    plugin = f"run.plugins=[MODULE], with the module that registers {name}"
     raise refusal(
         field,
         name,
         "not one of the kinds there are",
-        allowed=", ".join(known) or f"a registered {kind}; there is none",
-        instead=", or ".join(ways),
+        allowed=", ".join(known),
+        instead=f"{field}={shown.format(near)}, or {plugin}",
     )
 
 

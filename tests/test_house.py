@@ -35,6 +35,7 @@ DOORS = {
     "datasets": ("data/prepare/tables.py",),
     "pyarrow": ("data/prepare/tables.py",),
     "matplotlib": ("report/",),
+    "lm_eval": ("evaluate/harness.py",),
 }
 
 # Names that a library keeps to itself, and may change without a word -> where we use them.

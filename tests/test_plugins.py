@@ -176,10 +176,7 @@ def test_a_module_is_imported_once_and_a_package_may_register_in_its_parts(tmp_p
         (["data.path=''", "data.kind=mine"], "data.kind=mine: not one"),
         (
             ["run.callbacks=[stopper]"],
-            (
-                "run.callbacks=stopper: not one of the kinds there are\n"
-                "  allowed: a registered callback; there is none"
-            ),
+            ("run.callbacks=stopper: not one of the kinds there are\n  allowed: lm_eval"),
         ),
         (["tracker.kinds=[table]"], "no tracker 'table'"),
         (["schedule.options.a=1"], "schedule.kind=cosine reads none"),

@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridtrain import registry
-from hybridtrain.config import adapter_checks, offload_checks, precision_checks, ranges, schema
+from hybridtrain.config import (
+    adapter_checks,
+    lm_eval_checks,
+    offload_checks,
+    precision_checks,
+    ranges,
+    schema,
+)
 from hybridtrain.config.precision import PRECISIONS, ROUNDINGS, STATES
 from hybridtrain.config.section_checks import RULES, in_range, one_of, require
 from hybridtrain.errors import install, refusal
@@ -96,10 +103,13 @@ def check(config: schema.Root) -> None:
         _engine(config)
         precision_checks.check_engine(config)
         adapter_checks.check(config, trains=not sections.keys() & {"evaluate", "parity", "bench"})
-        if "evaluate" not in sections:
+        evaluates, here = "evaluate" in sections, "cluster" not in sections
+        if not sections.keys() & {"parity", "bench"}:
+            lm_eval_checks.check(config, evaluates=evaluates, here=here)
+        if not evaluates:
             _model_chosen(config.model)
         if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
-            _trackers(config.tracker, here="cluster" not in sections)
+            _trackers(config.tracker, here=here)
             _run_length(config)
             _policies(config)
             _require_path(config.data.named)

@@ -33,6 +33,19 @@ class EvaluateConfig(Options):
 
 
 @options
+class LmEvalConfig(Options):
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), in which `hybridtrain evaluate`
+    measures a model, and run.callbacks=[lm_eval] the last checkpoint of a run; empty: none."""
+    task_folder: str = ""
+    """Folder with task files of your own, which tasks may name too."""
+    limit: int = 0
+    """Examples of each task that are measured; 0: all."""
+    batch_size: int = 8
+    """Rows of a forward pass."""
+
+
+@options
 class GenerateConfig(Options):
     source: str = ""
     """Export folder, checkpoint folder, Hugging Face folder or hub id; empty: <run>/export."""

@@ -17,6 +17,7 @@ from hybridtrain.config.commands import (
     ExportConfig,
     GenerateConfig,
     InspectConfig,
+    LmEvalConfig,
     LogsConfig,
     ParityConfig,
     PrepareConfig,
@@ -70,6 +71,7 @@ class Config(Root):
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
 
 
 @options

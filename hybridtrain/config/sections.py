@@ -230,6 +230,11 @@ class TrainConfig(Options):
     """Steps between evaluations on held-out rows (0: never)."""
     eval_rows: int = 64
     """Held-out rows per evaluation."""
+    samples: list[str] = field(default_factory=list)
+    """Prompts that the model continues at each evaluation, always with the most likely token; the texts are
+    in samples.jsonl and in the report. For causal language models."""
+    sample_tokens: int = 32
+    """Tokens by which train.samples are continued. Each takes a forward pass over all of them."""
     guard_every: int = 0
     """Steps between checks that replicas of the parameters are bitwise equal on all ranks that have one
     (0: never). The run ends where they are not, and names parameter and ranks."""

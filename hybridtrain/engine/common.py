@@ -5,7 +5,9 @@ K: number of the task's sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.parallel.mesh import Mesh, from_rank0
 from hybridtrain.runtime.flags import Flags
+from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.task import Task
 from hybridtrain.types import Batch, Sums
 
@@ -67,3 +70,21 @@ def named_sums(sums: Tensor, counts: Tensor, *, task: Task) -> Sums:
         dict(zip(task.weights, sums.tolist(), strict=True)),
         dict(zip(task.weights, counts.tolist(), strict=True)),
     )
+
+
+@contextlib.contextmanager
+def evaluating(engine: Any, task: Task) -> Iterator[None]:
+    """Let the engine's eval_step compute the sums of another task."""
+    heads = [module for _, module in engine.modules() if isinstance(module, Head)]
+    own, weights = engine.task, engine.loss_weights
+
+    def use(task: Task, weights: Tensor) -> None:
+        engine.task, engine.loss_weights = task, weights
+        for head in heads:
+            head.task = task
+
+    use(task, weights.new_zeros(len(task.weights)))
+    try:
+        yield
+    finally:
+        use(own, weights)

@@ -112,7 +112,8 @@ class TorchEngine:
         self.reduced = ReducedSums(parameter for _, parameter in self._named() if in_parts)
         self.scaler = LossScaler(config.precision, device=device)
         self.pipelines: dict[tuple[int, ...], Pipeline] = {}
-        """(micro-batches, rows, length) -> pipeline; several only if the batch grows with the step."""
+        """(micro-batches, rows, length, sums) -> pipeline; several only if the batch grows with the step, and
+        for samples."""
         if layout.pp > 1:
             self._pipeline(plan.grad_accum, plan.micro_batch_size, plan.seq_len)
         self.shared = Shared(
@@ -136,7 +137,7 @@ class TorchEngine:
 
     def _pipeline(self, micro_batches: int, rows: int, length: int) -> Pipeline:
         shape, full = (
-            (micro_batches, rows, length),
+            (micro_batches, rows, length, len(self.task.weights)),
             (self.plan.grad_accum, self.plan.micro_batch_size, self.plan.seq_len),
         )
         if shape in self.pipelines:
@@ -144,7 +145,7 @@ class TorchEngine:
         parallel, layout, group = self.config.parallel, self.layout, self.mesh.group("pp")
         assert group is not None
         # A batch never shrinks: smaller pipelines are not needed again, and evaluations use the full one.
-        self.pipelines = {key: pipeline for key, pipeline in self.pipelines.items() if key == full}
+        self.pipelines = {key: pipeline for key, pipeline in self.pipelines.items() if key[:3] == full}
         self.pipelines[shape] = Pipeline(
             self.stages,
             ids=self.ids,
@@ -158,7 +159,7 @@ class TorchEngine:
             rows=rows,
             length=length,
             positions=length // layout.tp if self.slicing.sequence else length,
-            sums=len(self.task.weights),
+            sums=shape[-1],
         )
         return self.pipelines[shape]
 

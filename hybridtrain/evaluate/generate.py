@@ -15,7 +15,7 @@ from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import GenerateConfig, GenerateRoot
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier, encoder
-from hybridtrain.models.tokens import check_ids, load_tokenizer
+from hybridtrain.models.tokens import check_ids, continuation, load_tokenizer, prompt_ids
 
 FIELD = "generate.source"
 
@@ -107,14 +107,7 @@ def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
         return tokenizer(
             _render(prompt, tokenizer=tokenizer, system=options.system), add_special_tokens=False
         )["input_ids"]
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
-    if not ids:
-        words = "the tokenizer makes no token of it, and has no token that begins a text"
-        raise refusal(
-            "generate.prompt", repr(prompt), words, allowed="a text", instead="generate.prompt=TEXT"
-        )
-    return ids
+    return prompt_ids(prompt, tokenizer=tokenizer, field="generate.prompt")
 
 
 def _render(message: str, *, tokenizer: Any, system: str) -> str:
@@ -144,7 +137,7 @@ def _render(message: str, *, tokenizer: Any, system: str) -> str:
         ) from error
 
 
-def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: GenerateConfig) -> str:
+def _continue(model: Any, tokenizer: Any, given: list[int], *, options: GenerateConfig) -> str:
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.temperature > 0:
         # transformers' own top_k is 50
@@ -153,7 +146,7 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Gen
         sampling |= {"stop_strings": list(options.stop), "tokenizer": tokenizer}
     if model.generation_config.eos_token_id is None:
         sampling["eos_token_id"] = tokenizer.eos_token_id
-    ids = torch.tensor([prompt_ids], device=model.device)
+    ids = torch.tensor([given], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         out = model.generate(
@@ -167,11 +160,7 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], *, options: Gen
         raise evaluate.unloadable(
             "the model", field=FIELD, what="generation_config.json", error=error
         ) from error
-    # Decode prompt and continuation together: a tokenizer may drop the space at the beginning of a text.
-    before, whole = (
-        tokenizer.decode(part, skip_special_tokens=True) for part in (prompt_ids, out[0].tolist())
-    )
-    text = whole[len(before) :]
+    text = continuation(out[0].tolist(), prompt=len(given), tokenizer=tokenizer)
     places = [place for stop in options.stop if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
 

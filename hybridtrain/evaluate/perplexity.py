@@ -24,6 +24,7 @@ from hybridtrain.data.blend import Blend, data_of, tokenizer_dir
 from hybridtrain.data.compatibility import adapt_task, check_eval_rows, check_vocab
 from hybridtrain.data.loader import eval_batches
 from hybridtrain.errors import refusal
+from hybridtrain.evaluate import harness
 from hybridtrain.models import classifier, encoder
 from hybridtrain.models.build import logits, pair_logits
 from hybridtrain.models.heads import is_encoder, text_logits
@@ -38,8 +39,11 @@ from hybridtrain.types import Batch, PairBatch, Sums, TextBatch
 def run(config: EvaluateRoot) -> int:
     """Evaluate `evaluate.source`, print the results, and write <run>/evaluation.json if run.dir is a run.
 
-    Data and number of rows are those of the run, unless the command line changes them.
+    Data and number of rows are those of the run, unless the command line changes them. With lm_eval.tasks,
+    harness.py measures those instead.
     """
+    if config.lm_eval.tasks:
+        return harness.run(config)
     run_dir = Path(config.run.dir)
     is_run = (run_dir / "config.yaml").is_file()
     settings = _settings(config, compose.read_run(run_dir / "config.yaml") if is_run else config)

@@ -161,7 +161,7 @@ def with_end_tokens(
             {**generation, **{key: value for key, value in of_texts.items() if value is not None}},
             lines,
         )
-    known = _listed(generation.get("eos_token_id", config.get("eos_token_id")))
+    known = end_ids(config, generation)
     more = [token for token in trained_ends if token not in known]
     if more:
         lines.append(
@@ -192,3 +192,27 @@ def check_ids(ids: list[int], *, rows: int, field: str) -> None:
                 "with model.config.vocab_size of the whole tokenizer"
             ),
         )
+
+
+def end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """The tokens at which a text ends, from config.json and generation_config.json."""
+    return _listed(generation.get("eos_token_id", config.get("eos_token_id")))
+
+
+def prompt_ids(prompt: str, *, tokenizer: Any, field: str) -> list[int]:
+    """The tokens of a prompt; of an empty one that which begins a text. Raises UserError if there is none."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = tokenizer(prompt)["input_ids"] or ([] if begin is None else [begin])
+    if not ids:
+        words = "the tokenizer makes no token of it, and has no token that begins a text"
+        raise refusal(field, repr(prompt), words, allowed="a text", instead=f"{field}=TEXT")
+    return ids
+
+
+def continuation(ids: list[int], *, prompt: int, tokenizer: Any) -> str:
+    """The text of `ids` after the first `prompt` of them.
+
+    Both are decoded together: a tokenizer may drop the space at the beginning of a text.
+    """
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:prompt], ids))
+    return str(whole[len(before) :])

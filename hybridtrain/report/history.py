@@ -20,6 +20,7 @@ import numpy as np
 
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError, refusal
+from hybridtrain.report import benchmarks, samples
 from hybridtrain.report.numerics import Numerics, of_lines
 from hybridtrain.run.record import METRICS, read_machine, read_summary, require_run
 from hybridtrain.runtime import failure
@@ -53,6 +54,10 @@ class History:
     """machine.json: one dict per host."""
     numerics: Numerics | None
     """numerics.jsonl; None without a sample."""
+    samples: list[samples.Sample]
+    """samples.jsonl."""
+    scores: list[benchmarks.Scores]
+    """lm_eval.jsonl."""
     unread: Mapping[str, int]
     """File -> number of its lines that could not be read and are left out."""
 
@@ -149,7 +154,10 @@ def read(folder: Path) -> History:
     columns, bad_rows = _columns(folder / "metrics.jsonl")
     events, bad_events = _events(folder / "events.jsonl")
     numerics, bad_samples = of_lines(_lines(folder / "numerics.jsonl"))
+    texts, bad_texts = samples.of_lines(_lines(folder / "samples.jsonl"))
     bad = {"metrics.jsonl": bad_rows, "events.jsonl": bad_events, "numerics.jsonl": bad_samples}
+    scores, bad_scores = benchmarks.of_lines(_lines(folder / "lm_eval.jsonl"))
+    bad |= {"samples.jsonl": bad_texts, "lm_eval.jsonl": bad_scores}
     unread = {name: count for name, count in bad.items() if count}
     if not summary and (folder / "summary.json").exists():
         unread["summary.json"] = 1
@@ -163,6 +171,8 @@ def read(folder: Path) -> History:
         failure=_failure(folder) if summary.get("status") == "failed" else "",
         hosts=read_machine(folder),
         numerics=numerics,
+        samples=texts,
+        scores=scores,
         unread=unread,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridtrain.config import compose, schema
-from hybridtrain.report import page
+from hybridtrain.report import benchmarks, page, samples
 from hybridtrain.report.history import History
 from hybridtrain.report.plots import Plot
 from hybridtrain.training.metrics import duration, quantity
@@ -24,6 +24,8 @@ def document(history: History, plots: Sequence[Plot]) -> str:
         page.tiles(tiles(history)),
         f'<p class="note">{page.escape(unread(history))}</p>' if history.unread else "",
         page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
+        page.section("Benchmarks", benchmarks.section(history.scores)),
+        page.section("Samples", samples.section(history.samples)),
         page.section("Failure", f"<pre>{page.escape(history.failure)}</pre>" if history.failure else ""),
         page.section("Non-finite steps and loss spikes", findings(history)),
         page.section("Events", events(history)),

@@ -1,7 +1,7 @@
 """The run directory: its files, and the one process that may write them. Their contents are in record.py.
 
-    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  numerics.jsonl  events.jsonl
-                  lock  model/  checkpoints/  export/  report/  logs/
+    runs/<name>/  config.yaml  summary.json  machine.json  metrics.jsonl  numerics.jsonl  samples.jsonl
+                  events.jsonl  lock  model/  checkpoints/  export/  report/  logs/
 
 Only rank 0 calls what reads or writes here, on behalf of all ranks; the other ranks use the paths alone.
 """
@@ -82,6 +82,10 @@ class RunDir:
         return self.path / "numerics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -98,6 +102,11 @@ class RunDir:
         self.check()
         append_line(self.numerics, values)
 
+    def append_samples(self, values: Mapping[str, object]) -> None:
+        """Append a line to samples.jsonl (training/samples.py). Raises UserError on a full disk."""
+        self.check()
+        append_line(self.samples, values)
+
     def append_event(self, kind: str, *, step: int, detail: str) -> None:
         """Append an event of now to events.jsonl: `kind` is one of EVENTS, `step` the steps done.
 
@@ -112,13 +121,13 @@ class RunDir:
             self.lock.check()
 
     def truncate(self, step: int) -> None:
-        """Remove metrics, numerics and events after `step`, atomically, so that no step occurs twice after a
-        resume.
+        """Remove metrics, numerics, samples and events after `step`, atomically, so that no step occurs twice
+        after a resume.
 
         An incomplete last line is removed too. Loss and speed of the last line kept go to the summary, where
         they would be missing if no step is left to train. Raises UserError.
         """
-        for file in (self.metrics, self.numerics, self.events):
+        for file in (self.metrics, self.numerics, self.samples, self.events):
             try:
                 if not file.is_file():
                     continue
@@ -203,8 +212,8 @@ def remove_folders(new_folders: tuple[Path, ...]) -> None:
 
 
 def _is_current(line: str, *, step: int) -> bool:
-    """Whether a line of metrics.jsonl, numerics.jsonl or events.jsonl is kept by a resume at `step`; an
-    incomplete one is not.
+    """Whether a line of metrics.jsonl, numerics.jsonl, samples.jsonl or events.jsonl is kept by a resume at
+    `step`; an incomplete one is not.
     """
     try:
         values = json.loads(line)

@@ -49,6 +49,7 @@ WRITES = (
     "trackers",
     "metrics.jsonl",
     "events.jsonl",
+    "samples.jsonl",
     "summary.json",
     "machine.json",
     "deepspeed.json",

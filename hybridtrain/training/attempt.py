@@ -37,6 +37,7 @@ from hybridtrain.training.job import Job
 from hybridtrain.training.numerics import Numerics, monitor_of
 from hybridtrain.training.recovery import Recovery
 from hybridtrain.training.replicas import Guard
+from hybridtrain.training.samples import Samples
 from hybridtrain.training.scale_events import ScaleEvents
 from hybridtrain.types import Batch, Progress
 
@@ -67,7 +68,7 @@ def train(
     loader = Loader(job.data, **_batch_options(job, engine=engine), seed=config.run.seed)
     meter = _meter(job, engine=engine, device=device, first_step=start.step)
     run = callbacks.Run(config, run_dir.path, engine, job.total_steps, start.step, start.tokens_seen, stop)
-    run.loaded = start.states
+    run.loaded, run.beat = start.states, watchdog.beat
     calls = callbacks.Callbacks(run, beat=watchdog.beat)
     monitor = _add_monitor(calls, config.precision, engine=engine, run_dir=run_dir, trackers=trackers)
     saver = _add_callbacks(
@@ -216,6 +217,8 @@ def _add_callbacks(
         builtin.Log(run_dir, every=every, task=engine.task, meter=meter, trackers=trackers, device=device),
         of_user=False,
     )
+    if config.train.samples:
+        calls.add(Samples(job, engine=engine, folder=run_dir, meter=meter), of_user=False)
     if has_loss_scale(config.precision):
         calls.add(ScaleEvents(run_dir), of_user=False)
     calls.add(*of_user, of_user=True)

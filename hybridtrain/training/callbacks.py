@@ -54,6 +54,10 @@ class StepInfo:
     same on all ranks."""
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class Run:
     """The state of the run that is passed to callbacks."""
@@ -67,6 +71,8 @@ class Run:
     """Optimizer steps done."""
     tokens_seen: int
     _stop: Stop
+    beat: Callable[[], None] = _nothing
+    """Call it in what takes longer than train.max_step_s, after which a rank counts as hung."""
     states: dict[str, Callable[[], Mapping[str, Any]]] = field(default_factory=dict)
     """Name -> small state for a checkpoint, as JSON with a `version`; an empty one is not saved."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
@@ -141,8 +147,13 @@ def from_config(config: Config) -> tuple[Callback, ...]:
 
     Raises UserError.
     """
-    result = []
+    result: list[Callback] = []
     for name in config.run.callbacks:
+        if name == "lm_eval":
+            from hybridtrain.training.lm_eval import LmEval
+
+            result.append(LmEval())
+            continue
         callback = registry.call("callback", name, config)
         if not isinstance(callback, Callback):
             problem, instead = (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybridtrain import engine as engines
 from hybridtrain import tasks
+from hybridtrain.checkpoint.tokenizer import current
 from hybridtrain.config import checks
 from hybridtrain.config.schema import Config
 from hybridtrain.data import blend as blends
@@ -93,6 +94,8 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     if fitted is not config:
         config, settled = fitted, engines.settle(fitted, world_size=world_size)
         layout, plan, model = settled.layout, settled.plan, settled.facts
+    if config.train.samples or "lm_eval" in config.run.callbacks:
+        _check_texts(config, facts=model)
     if task is None:
         config = compatibility.adapt_task(config, data, encoder=model.encoder)
         compatibility.check_masks(config, facts=model)
@@ -112,6 +115,26 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     total_steps = _total_steps(config, plan, rows=data.count("train", seq_len=plan.seq_len))
     checks.phases(config.schedule, steps=total_steps)
     return Job(config, layout, plan, model, data, total_steps, task)
+
+
+def _check_texts(config: Config, *, facts: ModelFacts) -> None:
+    """Raise UserError for prompts that nothing continues, and tasks of the harness that nothing measures."""
+    samples, field, off = config.train.samples, "run.callbacks", "run.callbacks without lm_eval"
+    if samples:
+        field, off = "train.samples", "train.samples=[]"
+    shown = f"[{samples[0][:40]!r}]" if samples else "[lm_eval]"
+    problem = ""
+    if facts.encoder or facts.labels:
+        problem = f"the model is {'a classifier' if facts.labels else 'an encoder'}, which writes no text"
+        allowed, instead = "with a causal language model", off
+    elif samples and not config.train.eval_every:
+        problem = "train.eval_every=0: they are continued at evaluations, and there are none"
+        allowed, instead = "with evaluations", f"train.eval_every=100, or {off}"
+    elif current(config) is None:
+        problem, allowed = "the data have no tokenizer", "with data whose tokens are those of a tokenizer"
+        instead = f"data.tokenizer=FOLDER, or {off}"
+    if problem:
+        raise refusal(field, shown, problem, allowed=allowed, instead=instead)
 
 
 def _check_profile(config: Config, *, world_size: int) -> None:

@@ -224,6 +224,14 @@ def test_cutting_keeps_the_steps_up_to_the_checkpoint_and_drops_a_torn_line(conf
     assert run.metrics.read_text() == ""
 
 
+def test_cutting_takes_away_the_samples_of_later_steps(config: Config) -> None:
+    run = opened(config)
+    for step in (4, 8):
+        run.append_samples({"step": step, "time": 0.0, "samples": [{"prompt": "a", "text": "b"}]})
+    run.truncate(5)
+    assert [json.loads(line)["step"] for line in run.samples.read_text().splitlines()] == [4]
+
+
 def test_a_cut_takes_away_the_events_that_come_again_and_keeps_starts_and_ends(config: Config) -> None:
     run = opened(config)
     for kind, step in (("started", 0), ("checkpoint", 5), ("skipped", 6), ("checkpoint", 8), ("failed", 9)):

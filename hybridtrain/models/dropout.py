@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hybridtrain.models import heads
 from hybridtrain.models.reduced import is_random
 
 _OF_HEADS = ("summary", "classifier")
-"""Parts of names of rates that other heads have."""
+"""Parts of names of rates that other heads have; an encoder that classifies has the second itself."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
@@ -197,13 +198,14 @@ def rates(config: Any) -> dict[str, float]:
     """Fields of a transformers config, and of its text config, with rates of dropout or jitter that are not
     0, but for those of other heads; by their paths.
     """
+    others = _OF_HEADS[:1] if heads.is_encoder(config) else _OF_HEADS
     text = config.get_text_config(decoder=True)
     inside = next((f"{name}." for name, value in vars(config).items() if value is text), "")
     fields = {f"{inside}{name}": value for name, value in text.to_dict().items()} | config.to_dict()
     return {
         path: value
         for path, value in fields.items()
-        if is_random(path, value) and value > 0 and not any(word in path for word in _OF_HEADS)
+        if is_random(path, value) and value > 0 and not any(word in path for word in others)
     }
 
 

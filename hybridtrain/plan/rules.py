@@ -128,14 +128,6 @@ def _of_engine(case: _Case) -> Iterator[Rule]:
         yield Rule(
             f"parallel.{axis}", degree, degree == 1 or axis in able.axes, problem, "1", f"parallel.{axis}=1"
         )
-    yield Rule(
-        "engine.kind",
-        engine,
-        not (case.facts.encoder and case.facts.labels) or engine.startswith("torch"),
-        "encoders that classify are not trained by this engine yet",
-        "torch",
-        "engine=torch",
-    )
     wanted: list[tuple[str, object, frozenset]] = [
         ("parallel.zero_stage", parallel.zero_stage, able.zero_stages),
         ("parallel.schedule", parallel.schedule, able.schedules),

@@ -8,20 +8,14 @@ from typing import Any
 
 import torch
 
-from hybridtrain import engine as engines
 from hybridtrain.config import schema
-from hybridtrain.config.compose import train_config
 from hybridtrain.data.prepare.tokenize import prepare
-from hybridtrain.models.build import hf_config
-from hybridtrain.models.load import initial
-from hybridtrain.models.source import read_config
-from hybridtrain.reference import Reference
-from hybridtrain.training.job import Job, resolve
+from hybridtrain.training.job import Job
 from hybridtrain.types import IGNORE_INDEX
-from tests.tasks.masked import Outcome, batches_of, trained
+from tests.tasks import encoders
+from tests.tasks.encoders import LR, NO_DROPOUT, STEPS, Outcome, batches_of, trained
 
 SEQ, VOCAB, LABELS = 16, 300, ["low", "middle", "high"]
-NO_DROPOUT = "hidden_dropout_prob:0.0,attention_probs_dropout_prob:0.0"
 SIZES = (
     f"vocab_size:{VOCAB},hidden_size:32,num_hidden_layers:3,num_attention_heads:4,intermediate_size:48,"
     f"max_position_embeddings:24,initializer_range:0.1,{NO_DROPOUT}"
@@ -30,7 +24,6 @@ MODELS = {
     "bert": f"++model.config={{model_type:bert,{SIZES}}}",
     "roberta": f"++model.config={{model_type:roberta,pad_token_id:0,{SIZES}}}",
 }
-STEPS, LR = 2, 1e-3
 
 
 def records(count: int) -> list[dict[str, str]]:
@@ -85,47 +78,18 @@ def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], 
 
 
 def on_rank(argv: list[str], ranks: int) -> Outcome:
-    """Train two steps, and evaluate."""
+    """Train, and evaluate."""
     return trained(argv, ranks, batches=_batches)
 
 
 def in_one_process(argv: list[str]) -> Outcome:
-    """The same by transformers' own model; the sums without dropout, with its own loss."""
-    job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
-    config = job.config
-    built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    task: Any = engines.tasks.of(config, labels=len(LABELS), vocab=job.facts.vocab, encoder=True)
-    plain = Reference(
-        built,
-        source=initial(config.model, built, seed=config.run.seed),
-        settings=config.optim,
-        precision=config.precision,
-        seed=config.run.seed,
-        freeze=(),
-        adapters=config.adapters,
-        task=task,
-    )
-    train, evaluated = _batches(job, task, dp_rank=0, dp=1)
-    outcome = Outcome([], [], [], [], {}, 0)
-
-    def note(batches: list[Any]) -> None:
-        sums, count = by_hand(plain.worker, batches)
-        outcome.sums.append(sums)
-        outcome.counts.append([count, count])
-
-    for batches in train:
-        note(batches)
-        step = plain.step(batches, lr=LR)
-        outcome.losses.append(step.loss)
-        outcome.norms.append(step.grad_norm)
-        outcome.gradients = outcome.gradients or step.gradients
-    note([batch for batches in evaluated for batch in batches])
-    return outcome
+    """The same by transformers' own model."""
+    return encoders.in_one_process(argv, batches=_batches, by_hand=_by_hand)
 
 
 @torch.no_grad()
-def by_hand(model: Any, batches: list[Any]) -> tuple[list[float], int]:
-    """([losses, right predictions], labels) by transformers, each text alone and without padding."""
+def _by_hand(model: Any, batches: list[Any]) -> tuple[list[float], list[int]]:
+    """([losses, right predictions], labels for both) by transformers, each text alone and without padding."""
     loss = right = count = 0.0
     model.eval()
     for batch in batches:
@@ -139,4 +103,4 @@ def by_hand(model: Any, batches: list[Any]) -> tuple[list[float], int]:
                 loss, right = loss + float(out.loss), right + float(out.logits.argmax(-1) == label)
                 count += 1
     model.train()
-    return [loss, right], int(count)
+    return [loss, right], [int(count)] * 2

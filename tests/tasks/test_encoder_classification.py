@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +23,14 @@ from hybridtrain.tasks.classification import TextClassification
 from hybridtrain.types import IGNORE_INDEX
 from tests import runs
 from tests.ranks import run_ranks
-from tests.tasks import classified
+from tests.tasks import classified, encoders
 from tests.tasks.classified import LABELS, SEQ, VOCAB
+from tests.tasks.encoders import DROPOUT, LAYOUTS, agree, agree_with_dropout, goes_on
 from tests.tasks.labelled import LABELS as KINDS
 from tests.tasks.labelled import texts
 
 TOKENS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
-SHARDED = ["parallel.dp_replicate=1", "parallel.dp_shard=2", "parallel.zero_stage=3"]
-LAYOUTS = {
-    "zero3": SHARDED,
-    "tp2": ["parallel.tp=2"],
-    "pp2": ["parallel.pp=2"],
-    "dp2": ["parallel.dp_replicate=2"],
-    "pp2-tp2": ["parallel.pp=2", "parallel.tp=2"],
-}
+SLOW = ("dp2", "tp2", "pp2", "pp2-tp2", *(name for name in LAYOUTS if name.startswith("deepspeed")))
 
 
 @pytest.fixture(scope="module")
@@ -86,36 +81,20 @@ def test_rows_that_are_no_labelled_texts_are_refused() -> None:
 # -- training ------------------------------------------------------------------------------------------------
 
 
-def agree(found: list[classified.Outcome], expected: classified.Outcome) -> None:
-    for rank in found:
-        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
-        assert rank.norms == pytest.approx(expected.norms, rel=1e-5)
-        assert rank.counts == expected.counts
-        for ours, theirs in zip(rank.sums, expected.sums, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
-    gradients = {name: gradient for rank in found for name, gradient in rank.gradients.items()}
-    assert gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        difference = float((gradients[name] - gradient).norm())
-        assert difference <= 1e-5 * max(float(gradient.norm()), 1e-3 * expected.norms[0]), name
-
-
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> classified.Outcome:
+def plain(folder: Path) -> encoders.Outcome:
     return classified.in_one_process(classified.words("bert", folder))
 
 
 @pytest.mark.parametrize(
     "layout",
-    ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "zero3")],
+    ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
-def test_a_layout_computes_what_one_process_does(
-    folder: Path, plain: classified.Outcome, layout: str
-) -> None:
-    ranks = 4 if layout == "pp2-tp2" else 2
+def test_a_layout_computes_what_one_process_does(folder: Path, plain: encoders.Outcome, layout: str) -> None:
+    ranks = 4 if "pp2-tp2" in layout else 2
     found = run_ranks(ranks, classified.on_rank, classified.words("bert", folder, *LAYOUTS[layout]), ranks)
     agree(found, plain)
-    if layout in ("zero3", "dp2"):
+    if "zero" in layout or layout == "dp2":
         assert min(rank.fewest for rank in found) == 0
 
 
@@ -128,18 +107,28 @@ def test_a_head_on_the_first_token_is_learned_alike(folder: Path, layout: str) -
     agree(found, classified.in_one_process(argv))
 
 
+OF_HEAD = "model.config.classifier_dropout=0.3"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layout"), [("bert", "pp2-tp2"), ("roberta", "tp2")])
-def test_dropout_of_its_head_is_that_of_one_process(folder: Path, name: str, layout: str) -> None:
-    rates = [f"model.config.{rate}=0.1" for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob")]
-    ranks, argv = (
-        (4 if layout == "pp2-tp2" else 2),
-        classified.words(name, folder, *rates, "model.attention=eager"),
-    )
+@pytest.mark.parametrize(
+    ("name", "layout", "rates"),
+    [
+        ("bert", "pp2-tp2", DROPOUT),
+        ("roberta", "tp2", DROPOUT),
+        ("bert", "deepspeed-zero2", [OF_HEAD]),
+        ("roberta", "deepspeed-zero3", [*DROPOUT, OF_HEAD]),
+    ],
+)
+def test_dropout_of_its_head_is_that_of_one_process(
+    folder: Path, name: str, layout: str, rates: list[str]
+) -> None:
+    ranks, argv = (4 if layout == "pp2-tp2" else 2), classified.words(name, folder, *rates)
     found = run_ranks(ranks, classified.on_rank, [*argv, *LAYOUTS[layout]], ranks)
     expected = classified.in_one_process(argv)
-    expected.sums[:-1] = found[0].sums[:-1]  # those of training are with dropout
-    agree(found, expected)
+    without = classified.in_one_process(classified.words(name, folder))
+    assert abs(expected.losses[0] / without.losses[0] - 1) > 1e-4
+    agree_with_dropout(found, expected)
 
 
 @pytest.mark.slow
@@ -174,34 +163,21 @@ def logits_of(export: Path, samples: dict[str, list[list[int]]]) -> torch.Tensor
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_a_run_goes_on_bit_for_bit_and_plain_transformers_finds_its_numbers(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, engine: str
 ) -> None:
-    more = ["train.log_every=1", "train.eval_every=2", "train.eval_rows=100", "parallel=single"]
-
-    def trained(name: str, steps: int) -> None:
-        argv = classified.words("bert", folder, *more, f"train.steps={steps}", f"run.dir={tmp_path / name}")
-        runs.finished(1, argv)
-
-    trained("whole", 4)
-    trained("cut", 2)
-    trained("cut", 4)
-    assert runs.rows(tmp_path / "cut") == runs.rows(tmp_path / "whole")
-    assert main(["export", str(tmp_path / "cut")]) == 0
-    assert main(["evaluate", str(tmp_path / "cut")]) == 0
-    last = json.loads((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()[-1])
-    found = json.loads((tmp_path / "cut" / "evaluation.json").read_text())
-    for name in ("loss", "accuracy"):
-        assert found[name] == pytest.approx(last[f"eval_{name}"], rel=1e-5)
-
-    config = json.loads((tmp_path / "cut" / "export" / "config.json").read_text())
+    ranks, layout = (1, ["parallel=single"]) if engine == "torch" else (2, LAYOUTS["deepspeed-zero3"])
+    words = partial(classified.words, "bert", folder, "train.eval_rows=100", *layout)
+    run, found = goes_on(tmp_path, ranks, words, names=["loss", "accuracy"])
+    config = json.loads((run / "export" / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert list(config["id2label"].values()) == LABELS
     reader, samples = Corpus.open(folder).readers["eval"], []
     for number in range(reader.documents):
         start = int(reader.pointers[number]) // reader.dtype.itemsize
         samples.append(reader.read(start, start + int(reader.sizes[number])).tolist())
-    logits = logits_of(tmp_path / "cut" / "export", {"input_ids": [ids[:-1] for ids in samples]})
+    logits = logits_of(run / "export", {"input_ids": [ids[:-1] for ids in samples]})
     labels = torch.tensor([ids[-1] for ids in samples])
     assert found["documents"] == len(samples)
     assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
@@ -222,7 +198,7 @@ def test_an_encoder_that_predicted_masked_tokens_gets_a_new_head(
     )
     masked.save_pretrained(tmp_path / "masked")
     argv = [word for word in classified.words("bert", folder) if not word.startswith(("++model", "optim.lr"))]
-    argv += [f"++model.config={{{classified.NO_DROPOUT}}}", "optim.lr=0.000001", "parallel=single"]
+    argv += [f"++model.config={{{encoders.NO_DROPOUT}}}", "optim.lr=0.000001", "parallel=single"]
     first = [*argv, f"model.from_pretrained={tmp_path / 'masked'}", f"run.dir={tmp_path / 'run'}"]
     assert main(["train", *first]) == 0
     said = capsys.readouterr()
@@ -264,7 +240,7 @@ def test_a_real_encoder_tells_prose_from_code(tmp_path: Path) -> None:
     options = [
         "task=classification",
         f"model.from_pretrained={source}",
-        f"++model.config={{{classified.NO_DROPOUT}}}",
+        f"++model.config={{{encoders.NO_DROPOUT}}}",
         f"data.path={tmp_path / 'data'}",
         "data.seq_len=32",
         "batch.global_batch_size=8",
@@ -313,7 +289,6 @@ REFUSED = {
         ["model.config.architectures=[BertForTokenClassification]"],
         "its head is that of another task",
     ),
-    "deepspeed": (["engine=deepspeed"], "engine.kind=deepspeed: encoders that classify"),
 }
 
 

@@ -84,6 +84,11 @@ class TextBatch(Batch):
 
 
 @dataclass(frozen=True)
+class TokenBatch(TextBatch):
+    """The same, with labels of tokens."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of one optimizer step: tensors on the device, 0-d unless noted, so that
     the step never synchronizes.
@@ -194,6 +199,8 @@ class ModelFacts:
     """Modules that every pipeline stage has, besides a tied head, and their parameters."""
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
+    head: str = ""
+    """Of a model with labels: tokens, if it classifies these; empty: texts."""
     encoder: bool = False
     """Whether tokens see those that follow them; the head predicts masked ones, or classes."""
     pairs: bool = False

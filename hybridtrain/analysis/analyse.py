@@ -34,7 +34,7 @@ from hybridtrain.tasks.classification import TextClassification
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.next_sentence import NextSentence
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch
+from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch, TokenBatch
 
 ROWS, LENGTH = 2, 12
 _KEYS_B = torch.tensor([1, 2])
@@ -173,9 +173,10 @@ def _with_classes(copy: Copy, batch: Batch) -> Batch:
     place, lengths = torch.arange(ids.shape[1]), ids.shape[1] - 5 * torch.arange(ROWS).unsqueeze(1)
     text = place < lengths
     padding = getattr(copy.config, "pad_token_id", None) or 0
-    return TextBatch(
+    of_tokens = classifier.kind_of(copy.config.architectures) == classifier.TOKENS
+    return (TokenBatch if of_tokens else TextBatch)(
         ids.where(text, padding),
-        labels.where(place == 0, IGNORE_INDEX),
+        labels.where(text if of_tokens else place == 0, IGNORE_INDEX),
         torch.where(text, place, place - lengths),
         packed=True,
         keys_B=batch.keys_B,
@@ -184,7 +185,7 @@ def _with_classes(copy: Copy, batch: Batch) -> Batch:
 
 def task_of(batch: Batch) -> Task:
     """The task whose losses are compared."""
-    if isinstance(batch, TextBatch):
+    if isinstance(batch, TextBatch) and not isinstance(batch, TokenBatch):
         return TextClassification(labels=VOCABULARY, tokens={})
     settings = TaskConfig(tokens={"mask": 0, "cls": 0, "sep": 0, "pad": 0})
     return NextSentence(settings, vocab=VOCABULARY) if isinstance(batch, PairBatch) else CausalLM()
@@ -240,7 +241,8 @@ def plain(copy: Copy, parts: Sequence[tuple[Batch, int]]) -> Found:
             loss = _cross_entropy(logits, targets) + _cross_entropy(of_pairs, batch.unrelated_B)
         elif isinstance(batch, TextBatch):
             with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
-                loss = _cross_entropy(heads.text_logits(model, batch), targets[:, 0])
+                logits = heads.text_logits(model, batch)
+            loss = _cross_entropy(logits, targets if isinstance(batch, TokenBatch) else targets[:, 0])
         else:
             loss = _cross_entropy(_logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start), targets)
         if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):

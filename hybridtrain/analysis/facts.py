@@ -106,7 +106,7 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
             allowed="none",
             instead="the unquantized model with precision=bf16_mixed",
         )
-    if kind not in BY_FIELDS:
+    if kind not in BY_FIELDS or classifier.kind_of(fields.get("architectures")) == classifier.TOKENS:
         return _of_any(fields, attention=attention)
     complete: dict[str, Any] = {
         **_DEFAULTS[kind],
@@ -191,7 +191,8 @@ def no_classifier(kind: object) -> UserError:
         "model.config.model_type",
         kind,
         "transformers has no such classifier of this architecture",
-        allowed="architectures with a ...ForSequenceClassification",
+        allowed="architectures with a ...ForSequenceClassification, or for labels of words "
+        "a ...ForTokenClassification",
         instead="a model of one of these, or another task and no model.labels",
     )
 

@@ -362,11 +362,12 @@ def _generate(generate: schema.GenerateConfig) -> None:
 
 def _task(task: schema.TaskConfig) -> None:
     in_range("task.mask_rate", task.mask_rate, lambda rate: rate > 0, allowed="above 0", instead=0.15)
+    classifies = ("classification", "token_classification")
     for name in ("mask_rate", "tokens", "whole_words", "next_sentence"):
         value, default = getattr(task, name), getattr(schema.TaskConfig(), name)
-        with_tokens = ("classification",) if name == "tokens" else ()
+        with_tokens = classifies if name == "tokens" else ()
         require(
-            value == default or task.kind not in {"causal_lm", "classification"}.difference(with_tokens),
+            value == default or task.kind not in {"causal_lm", *classifies}.difference(with_tokens),
             f"task.{name}",
             value,
             f"task.kind={task.kind} masks no tokens",

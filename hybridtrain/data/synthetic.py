@@ -23,7 +23,8 @@ class Tokens(Protocol):
 class Synthetic:
     """Uniformly random tokens from (seed, step), divided among ranks like rows of a corpus.
 
-    `labels`: number of classes; if not 0, the last token of a row is its class.
+    `labels`: number of classes; if not 0, the last token of a row is its class, or with `of_tokens` each
+    token has one.
     """
 
     def __init__(
@@ -35,25 +36,31 @@ class Synthetic:
         dp_size: int,
         seed: int,
         labels: int,
+        of_tokens: bool,
         collate: Collate,
     ) -> None:
         self.vocab, self.plan, self.seed, self.labels, self.collate = vocab, plan, seed, labels, collate
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self.of_tokens = dp_rank, dp_size, of_tokens
 
     def micro_batches(self, step: int) -> list[Batch]:
         generator = torch.Generator().manual_seed((self.seed << 20) + step)
         rows = self.plan.rows_at(step)
         tokens = torch.randint(0, self.vocab, (rows, self.plan.seq_len + 1), generator=generator)
         loss_mask = None
+        marks = None
         if self.labels:
-            tokens[:, -1] %= self.labels
-            loss_mask = np.zeros(tokens.shape, dtype=bool)
+            loss_mask = np.full(tokens.shape, self.of_tokens)
             loss_mask[:, -1] = True
+            if self.of_tokens:
+                marks = tokens.numpy() % self.labels + 1
+            else:
+                tokens[:, -1] %= self.labels
         share = rows // self.dp_size
         mine = slice(self.dp_rank * share, (self.dp_rank + 1) * share)
         keys = hashing.keys(
             np.arange(rows) + self.plan.rows_before(step), name=f"hybridtrain random tokens {self.seed}"
         )
         mask = None if loss_mask is None else loss_mask[mine]
-        block = Block(tokens[mine].numpy(), None, mask, keys[mine])
+        marks = None if marks is None else marks[mine]
+        block = Block(tokens[mine].numpy(), None, mask, keys[mine], marks=marks)
         return micro_batches(block, plan=self.plan, step=step, collate=self.collate)

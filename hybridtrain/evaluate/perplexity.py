@@ -93,7 +93,9 @@ def run(config: EvaluateRoot) -> int:
 
 def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data: Blend) -> Task:
     """The model's task, which `settings` then names: the plain loss, without label smoothing and z-loss."""
-    kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    kinds = {classifier.TEXTS: "classification", classifier.TOKENS: "token_classification"}
+    classified = kinds.get(classifier.kind_of(model.config.architectures), "causal_lm")
+    kind = "masked_lm" if encoder.predicts(model.config) else classified
     if kind == "masked_lm" and data.documents:
         problem = "transformers' encoders do not keep the documents of a row apart"
         instead = "data.document_mask=false"

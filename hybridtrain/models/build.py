@@ -168,6 +168,8 @@ def _check_names(config: Any, *, chosen: Mapping[str, Any], inside: str) -> None
         getattr(config, "rope_parameters", None)
     ):
         known |= set(overrides.ROPE)  # older names, which configs inside read without declaring them
+    if classifier.kind_of(chosen.get("architectures")) == classifier.TOKENS:
+        known.add("classifier_dropout")  # which heads of decoders read without declaring it
     if "head_dim" in chosen and "head_dim" not in known and _uses_head_dim(config):
         known.add("head_dim")
     for key, value in chosen.items():
@@ -309,8 +311,11 @@ def is_known(fields: Mapping[str, Any]) -> bool:
     kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if encoder.is_encoder(fields):
         names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    elif classifier.is_classifier(fields.get("architectures")):
-        names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    elif classes := classifier.kind_of(fields.get("architectures")):
+        names = {
+            classifier.TEXTS: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            classifier.TOKENS: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        }[classes]
     return isinstance(kind, str) and kind in names
 
 
@@ -324,12 +329,13 @@ def auto_class(config: Any) -> Any:
     """Where transformers looks for a causal LM, a classifier or an encoder."""
     import transformers
 
-    if classifier.is_classifier(config.architectures):
-        return transformers.AutoModelForSequenceClassification
+    kind = classifier.kind_of(config.architectures) or encoder.predicts(config)
     return {
+        classifier.TEXTS: transformers.AutoModelForSequenceClassification,
+        classifier.TOKENS: transformers.AutoModelForTokenClassification,
         encoder.MASKED: transformers.AutoModelForMaskedLM,
         encoder.PRETRAINING: transformers.AutoModelForPreTraining,
-    }.get(encoder.predicts(config), transformers.AutoModelForCausalLM)
+    }.get(kind, transformers.AutoModelForCausalLM)
 
 
 def attention_of(config: Any) -> str:

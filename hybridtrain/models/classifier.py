@@ -1,6 +1,9 @@
-"""Classifiers: models with one output per class (transformers' ...ForSequenceClassification). No torch.
+"""Classifiers: models with one output per class. No torch.
 
-In config.json, `architectures` marks a classifier and `id2label` names its classes.
+In config.json, `architectures` marks a classifier and `id2label` names its classes:
+
+    ...ForSequenceClassification    of texts
+    ...ForTokenClassification       of tokens
 """
 
 from __future__ import annotations
@@ -12,16 +15,23 @@ from hybridtrain.errors import refusal
 
 HEAD = "score"
 """Path of the head's linear layer in the classifiers of plain.TYPES."""
-SUFFIX = "ForSequenceClassification"
+TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
+HEADS = {TEXTS: "", TOKENS: "tokens"}
+"""What a class of transformers ends with -> ModelFacts.head."""
+
+
+def kind_of(architectures: object) -> str:
+    """TEXTS or TOKENS, for `architectures` of config.json, or of a transformers config, that are those of a
+    classifier; else empty.
+    """
+    one = isinstance(architectures, list | tuple) and len(architectures) == 1
+    name = str(architectures[0]) if one else ""  # type: ignore[index]
+    return next((kind for kind in HEADS if name.endswith(kind)), "")
 
 
 def is_classifier(architectures: object) -> bool:
-    """Whether `architectures` of config.json, or of a transformers config, is that of a classifier."""
-    return (
-        isinstance(architectures, list | tuple)
-        and len(architectures) == 1
-        and str(architectures[0]).endswith(SUFFIX)
-    )
+    """Whether they are those of a classifier."""
+    return bool(kind_of(architectures))
 
 
 def labels_of(fields: Mapping[str, Any]) -> list[str]:
@@ -33,32 +43,35 @@ def labels_of(fields: Mapping[str, Any]) -> list[str]:
     return [by_number.get(number, f"LABEL_{number}") for number in range(len(by_number))]
 
 
-_OTHER_HEADS = (
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-    "ForNextSentencePrediction",
-)
-"""Of models whose head may have the names, and the shape, of that of a classifier of texts."""
+_OTHER_HEADS = (TEXTS, TOKENS, "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+"""Of models whose head may have the names, and the shape, of that of a classifier."""
 
 
-def with_labels(fields: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """`fields` changed to those of a classifier with these classes, whose class build.hf_config names. Its
-    head is not tied to the embedding.
+def with_labels(
+    fields: Mapping[str, Any], labels: Sequence[str], *, kind: str, source: object
+) -> dict[str, Any]:
+    """`fields` changed to those of a classifier of this kind with these classes, whose class build.hf_config
+    names. Its head is not tied to the embedding. Without `labels` its classes are those of `source`, the
+    `architectures` of the weights that it begins from, if these are a classifier's.
 
-    Raises UserError for those of a model with another head.
+    Raises UserError for weights with another head.
     """
-    named = [str(name) for name in fields.get("architectures") or []]
-    if any(name.endswith(_OTHER_HEADS) for name in named):
+    named = [str(name) for name in source] if isinstance(source, list | tuple) else []
+    if any(name.endswith(_OTHER_HEADS) and not name.endswith(kind) for name in named):
         raise refusal(
             "model.config.architectures",
             named,
             "its head is that of another task",
-            allowed="a language model, a classifier of texts, or an encoder without a head",
+            allowed=f"a language model, a classifier of {'tokens' if kind == TOKENS else 'texts'}, "
+            "or an encoder without a head",
             instead="model.from_pretrained=FOLDER of one",
         )
+    fields = {**fields, "architectures": [kind], "tie_word_embeddings": False}
+    if not labels:
+        others = () if kind_of(source) else ("id2label", "label2id")
+        return {name: value for name, value in fields.items() if name not in others}
     names = {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
     }
-    return {**fields, "architectures": [SUFFIX], "tie_word_embeddings": False, **names}
+    return {**fields, **names}

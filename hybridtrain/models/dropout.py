@@ -209,9 +209,10 @@ def rates(config: Any) -> dict[str, float]:
 
 def install(model: nn.Module, *, config: Any, layers: str) -> Dropouts:
     """Give the modules of a model or stage their sites, and replace those of dropout, in place; nothing
-    without rates in its config. `layers`: path of its layers.
+    without rates in its config or its modules: heads may have one that the config does not name. `layers`:
+    path of its layers.
     """
-    if not rates(config):
+    if not rates(config) and not any(type(module) is nn.Dropout and module.p for module in model.modules()):
         return Dropouts([])
     slots = [Slot() for _ in range(config.get_text_config(decoder=True).num_hidden_layers + 1)]
     for path, module in model.named_modules(remove_duplicate=False):

@@ -18,12 +18,15 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
     overridden by `model.config` (overrides.merge).
 
     If the folder's head weights differ from its embedding, tie_word_embeddings is false
-    (weights.checked_tie). With `model.labels`, the fields of a classifier. Raises UserError.
+    (weights.checked_tie). With `model.labels`, or `architectures` that ask for it, the fields of a
+    classifier. Raises UserError.
     """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
     fields = overrides.merge(source, model.config)
-    if model.labels:
-        return classifier.with_labels(fields, model.labels)
+    asked = classifier.kind_of(model.config.get("architectures"))
+    if model.labels or asked:
+        found = source.get("architectures") or fields.get("architectures")
+        return classifier.with_labels(fields, model.labels, kind=asked or classifier.TEXTS, source=found)
     return checked_tie(fields, model=model) if fields.get("model_type") in TYPES else fields
 
 

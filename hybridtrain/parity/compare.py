@@ -142,6 +142,7 @@ def compare_layouts(
 
 def _adapted(config: schema.ParityRoot, data: Blend | None, *, task: Task | None) -> schema.ParityRoot:
     """`config` with what the data decides. Raises UserError if model, data and task do not go together."""
+    config = compatibility.with_head(config)
     if data:
         known = labels_of(read_config(config.model))
         config = compatibility.with_classes(config, data, known=known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def words(name: str, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
+def batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
     """(of each step, of an evaluation). The second half of the last step's rows have no label."""
     train, evaluated = batches_of(job, task, dp_rank=dp_rank, dp=dp)
     for place, batch in enumerate(train[-1]):
@@ -86,15 +87,22 @@ def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], 
 
 def on_rank(argv: list[str], ranks: int) -> Outcome:
     """Train two steps, and evaluate."""
-    return trained(argv, ranks, batches=_batches)
+    return trained(argv, ranks, batches=batches)
+
+
+ByHand = Callable[[Any, list[Any]], tuple[list[float], int]]
 
 
 def in_one_process(argv: list[str]) -> Outcome:
-    """The same by transformers' own model; the sums without dropout, with its own loss."""
+    return by_transformers(argv, encoder=True, by_hand=by_hand)
+
+
+def by_transformers(argv: list[str], *, encoder: bool, by_hand: ByHand) -> Outcome:
+    """The same by transformers' own model; the sums without dropout, with its own loss, `by_hand`."""
     job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
     config = job.config
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    task: Any = engines.tasks.of(config, labels=len(LABELS), vocab=job.facts.vocab, encoder=True)
+    task: Any = engines.tasks.of(config, labels=len(LABELS), vocab=job.facts.vocab, encoder=encoder)
     plain = Reference(
         built,
         source=initial(config.model, built, seed=config.run.seed),
@@ -105,21 +113,21 @@ def in_one_process(argv: list[str]) -> Outcome:
         adapters=config.adapters,
         task=task,
     )
-    train, evaluated = _batches(job, task, dp_rank=0, dp=1)
+    train, evaluated = batches(job, task, dp_rank=0, dp=1)
     outcome = Outcome([], [], [], [], {}, 0)
 
-    def note(batches: list[Any]) -> None:
-        sums, count = by_hand(plain.worker, batches)
+    def note(each: list[Any]) -> None:
+        sums, count = by_hand(plain.worker, each)
         outcome.sums.append(sums)
         outcome.counts.append([count, count])
 
-    for batches in train:
-        note(batches)
-        step = plain.step(batches, lr=LR)
+    for each in train:
+        note(each)
+        step = plain.step(each, lr=LR)
         outcome.losses.append(step.loss)
         outcome.norms.append(step.grad_norm)
         outcome.gradients = outcome.gradients or step.gradients
-    note([batch for batches in evaluated for batch in batches])
+    note([batch for each in evaluated for batch in each])
     return outcome
 
 

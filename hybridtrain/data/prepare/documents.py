@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.data.prepare import blocks, conversations, labelled, readers
+from hybridtrain.data.prepare import blocks, conversations, labelled, readers, words
 from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.prepare.conversations import Conversation, Unreadable
+from hybridtrain.data.prepare.labelled import Labelled, LabelRecipe
 from hybridtrain.data.prepare.recipe import Recipe
+from hybridtrain.data.prepare.sources import LABELLED_WORDS
 from hybridtrain.data.prepare.units import Unit
+from hybridtrain.data.prepare.words import Words
 from hybridtrain.errors import refusal
 
 NO_TEXT = "documents without text, left out"
@@ -110,10 +113,7 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             if recipe.chat:
                 value, content, problem, instead = _conversation(value, unit, number, counts=counts)
             elif recipe.labels:
-                text, label = value
-                value, content, problem = labelled.document(
-                    _text(text), label, recipe=recipe.labels, forms=counts.forms
-                )
+                value, content, problem = _labelled(*value, recipe=recipe.labels, counts=counts)
             else:
                 value, content, problem = _text(value)
         if problem:
@@ -187,6 +187,15 @@ def _text(value: Any) -> tuple[str, bytes, str]:
     except UnicodeEncodeError:
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value, value.encode(), ""
+
+
+def _labelled(
+    text: Any, label: Any, *, recipe: LabelRecipe, counts: Counts
+) -> tuple[Labelled | Words | None, bytes, str]:
+    """(document, its content for the digest, problem)."""
+    if recipe.form == LABELLED_WORDS:
+        return words.document(text, label, recipe=recipe, forms=counts.forms)
+    return labelled.document(_text(text), label, recipe=recipe, forms=counts.forms)
 
 
 def _conversation(

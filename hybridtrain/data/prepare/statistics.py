@@ -13,6 +13,7 @@ from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.join import Joined
 from hybridtrain.data.prepare.packing import PackedRows
 from hybridtrain.data.prepare.progress import ProgressMeter
+from hybridtrain.data.prepare.sources import LABELLED_WORDS
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import one_line, read_object, write_atomically
 
@@ -157,7 +158,8 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
 
 def _records(facts: Mapping[str, Any]) -> list[str]:
     """Lines of the table about records and the chat template."""
-    lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
+    what = "words" if facts.get("kind") == LABELLED_WORDS else "records"
+    lines = [f"{what:11}{form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if rows := facts.get("pairs"):
         counted = ", ".join(f"{split} {count:,}" for split, count in rows.items())
         lines.append(

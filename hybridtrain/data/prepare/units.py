@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.prepare import conversations
-from hybridtrain.data.prepare.sources import Source
+from hybridtrain.data.prepare.sources import LABELLED, LABELLED_WORDS, Source
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Fields:
             if data.format == "chat"
             else (data.text_key, "data.text_key")
         )
-        label = data.label_key if data.format == "labelled" else ""
+        label = data.label_key if data.format in (LABELLED, LABELLED_WORDS) else ""
         return cls(
             key=key,
             option=option,

@@ -175,6 +175,6 @@ def tokens_of(
         dp_size=dp_size,
         seed=config.run.seed,
         labels=0,
-        of_tokens=False,
+        head="",
         collate=task.collate,
     )

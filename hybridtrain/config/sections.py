@@ -92,7 +92,7 @@ class TaskConfig(Options):
     kind: str = "causal_lm"
     """causal_lm: next-token prediction; classification: one label per document, predicted from its last token
     by a decoder, from all of them by an encoder; token_classification: one label per word, predicted at its
-    first token;
+    first token; question_answering: an encoder finds the first and the last token of an answer in a context;
     masked_lm: an encoder predicts tokens that are masked; or the name of a task that a module of run.plugins
     registers."""
     label_smoothing: float = 0.0
@@ -106,8 +106,8 @@ class TaskConfig(Options):
     token, and 10 % left. Other ones each time that a row is seen; in evaluation always the same."""
     tokens: dict[str, int] = field(default_factory=dict)
     """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
-    row of text if there is one; classification of texts or words by an encoder: cls, which begins each text,
-    and pad, which fills its row; empty: those of the data's tokenizer."""
+    row of text if there is one; classification of texts or words, and question answering, by an encoder: cls,
+    which begins each text, and pad, which fills its row; empty: those of the data's tokenizer."""
     whole_words: bool = False
     """masked_lm: all tokens of a word are predicted, or none; what continues a word is told by the tokenizer
     (## before it, or no space before letters and digits)."""
@@ -140,8 +140,8 @@ class DataConfig(Options):
     """auto: by the file ending; text (each file is a document), jsonl, parquet, datasets (a folder of
     `save_to_disk`, or a folder or hub id for `load_dataset`), chat (conversations in jsonl, parquet or
     datasets), labelled (texts with a label in any of these three), labelled_words (lists of words, and of
-    labels). Text and JSONL may be compressed with gzip or zstd; JSON may also be one array of objects, or
-    indented objects."""
+    labels), answers (records of question, context, answer and answer_start, its first character). Text and
+    JSONL may be compressed with gzip or zstd; JSON may also be one array of objects, or indented objects."""
     pattern: str = ""
     """Glob pattern of the files that are read in a folder of `source`; empty: those with an ending of
     `format`, e.g. *.txt, *.jsonl, *.parquet."""

@@ -9,11 +9,10 @@ from typing import TypeVar
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.corpus import Corpus
-from hybridtrain.data.prepare.sources import LABELLED, LABELLED_WORDS
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED, LABELLED_WORDS
 from hybridtrain.data.special import special_tokens
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models.classifier import TOKENS
 from hybridtrain.runtime import log
 from hybridtrain.types import ModelFacts
 
@@ -21,7 +20,11 @@ _log = log.get("data")
 
 
 C = TypeVar("C", bound=Config)
-CLASSIFIED = {"classification": LABELLED, "token_classification": LABELLED_WORDS}
+CLASSIFIED = {
+    "classification": LABELLED,
+    "token_classification": LABELLED_WORDS,
+    "question_answering": ANSWERS,
+}
 """Tasks with classes -> data.format of their data."""
 
 
@@ -62,7 +65,7 @@ def adapt_task(config: C, blend: Blend, *, encoder: bool) -> C:
     Raises UserError for data without these tokens, and for masked ones data that are no text.
     """
     if config.task.kind in CLASSIFIED and encoder:
-        needed = ("pad",) if config.task.kind == "token_classification" else ("cls", "sep", "pad")
+        needed = ("cls", "sep", "pad") if config.task.kind == "classification" else ("pad",)
         return _with_tokens(config, blend, needed=needed)
     if config.task.kind != "masked_lm":
         return config
@@ -112,14 +115,6 @@ def check_masks(config: Config, *, facts: ModelFacts) -> None:
             raise refusal(f"task.tokens.{name}", number, problem, allowed=allowed, instead=instead)
 
 
-def with_head(config: C) -> C:
-    """`config` with the kind of model that the task needs, unless `model.config.architectures` names one."""
-    if config.task.kind != "token_classification" or config.model.config.get("architectures"):
-        return config
-    fields = {**config.model.config, "architectures": [TOKENS]}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, config=fields))
-
-
 def with_classes(config: C, blend: Blend, *, known: Sequence[str]) -> C:
     """`config` with the labels of the data, for a classifier without names of its own (`known`).
 
@@ -130,7 +125,7 @@ def with_classes(config: C, blend: Blend, *, known: Sequence[str]) -> C:
     wanted = CLASSIFIED[config.task.kind]
     for corpus in blend.corpora:
         if isinstance(corpus, Corpus) and corpus.kind != wanted:
-            of = "words" if wanted == LABELLED_WORDS else "whole texts"
+            of = {LABELLED: "whole texts", LABELLED_WORDS: "words", ANSWERS: "answers in contexts"}[wanted]
             problem = f"its labels are not of {of}" if corpus.labels else "its documents have no labels"
             others = [kind for kind, form in CLASSIFIED.items() if form == corpus.kind] or ["causal_lm"]
             raise refusal(
@@ -138,7 +133,9 @@ def with_classes(config: C, blend: Blend, *, known: Sequence[str]) -> C:
                 corpus.path,
                 problem,
                 allowed=f"a corpus of data.format={wanted}",
-                instead=f"hybridtrain prepare data.format={wanted} data.labels=[...], or task={others[0]}",
+                instead=f"hybridtrain prepare data.format={wanted}"
+                + (" data.labels=[...]" if wanted != ANSWERS else "")
+                + f", or task={others[0]}",
             )
     labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
     expected = config.model.labels or list(known) or (labelled[0][1] if labelled else [])

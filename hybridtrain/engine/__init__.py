@@ -74,7 +74,7 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
 
     `config` has the labels of the data (data.blend.adapt_model).
     """
-    classifies = {"classification": "", "token_classification": "tokens"}
+    classifies = {"classification": "", "token_classification": "tokens", "question_answering": "answers"}
     if config.task.kind in classifies and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal(
@@ -83,15 +83,14 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             problem,
             allowed=allowed,
             instead="model.labels=[negative,positive], or data of data.format=labelled"
-            + ("_words" if classifies[config.task.kind] else ""),
+            + ("_words" if classifies[config.task.kind] else ""),  # answers need no names
         )
     if config.task.kind in classifies and facts.head != classifies[config.task.kind]:
-        of = {"": ("texts", "classification"), "tokens": ("tokens", "token_classification")}
-        what, task = of[facts.head]
+        task = next(kind for kind, head in classifies.items() if head == facts.head)
         raise refusal(
             "task.kind",
             config.task.kind,
-            f"the model is a classifier of {what}",
+            f"the model's head is that of {task}",
             allowed=task,
             instead=f"task={task}, or another model",
         )
@@ -101,7 +100,7 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             "task.kind",
             config.task.kind,
             problem,
-            allowed="classification, token_classification",
+            allowed=", ".join(classifies),
             instead="task=classification, or a model without model.labels",
         )
     check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)

@@ -304,21 +304,6 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def is_known(fields: Mapping[str, Any]) -> bool:
-    """Whether transformers has the model that config.json `fields` name: by default a causal LM."""
-    from transformers.models.auto import modeling_auto
-
-    kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if encoder.is_encoder(fields):
-        names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    elif classes := classifier.kind_of(fields.get("architectures")):
-        names = {
-            classifier.TEXTS: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            classifier.TOKENS: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        }[classes]
-    return isinstance(kind, str) and kind in names
-
-
 def model_class(config: Any) -> Any:
     """transformers' class of the model."""
     found = auto_class(config)._model_mapping[type(config)]
@@ -333,6 +318,7 @@ def auto_class(config: Any) -> Any:
     return {
         classifier.TEXTS: transformers.AutoModelForSequenceClassification,
         classifier.TOKENS: transformers.AutoModelForTokenClassification,
+        classifier.ANSWERS: transformers.AutoModelForQuestionAnswering,
         encoder.MASKED: transformers.AutoModelForMaskedLM,
         encoder.PRETRAINING: transformers.AutoModelForPreTraining,
     }.get(kind, transformers.AutoModelForCausalLM)
@@ -395,5 +381,9 @@ def pair_logits(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of tokens in what a model returns; one with several heads names them otherwise."""
+    """The logits of tokens in what a model returns; one with several heads names them otherwise. Of the first
+    and the last token of an answer, (B, T, 2).
+    """
+    if hasattr(output, "start_logits"):
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits if hasattr(output, "logits") else output.prediction_logits

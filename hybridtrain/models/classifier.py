@@ -4,6 +4,7 @@ In config.json, `architectures` marks a classifier and `id2label` names its clas
 
     ...ForSequenceClassification    of texts
     ...ForTokenClassification       of tokens
+    ...ForQuestionAnswering         of encoders: two rows, for the first and the last token of an answer
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridtrain.errors import refusal
+from hybridtrain.types import ANSWER_ENDS
 
 HEAD = "score"
 """Path of the head's linear layer in the classifiers of plain.TYPES."""
-TEXTS, TOKENS = "ForSequenceClassification", "ForTokenClassification"
-HEADS = {TEXTS: "", TOKENS: "tokens"}
+TEXTS, TOKENS, ANSWERS = "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"
+HEADS = {TEXTS: "", TOKENS: "tokens", ANSWERS: "answers"}
 """What a class of transformers ends with -> ModelFacts.head."""
 
 
 def kind_of(architectures: object) -> str:
-    """TEXTS or TOKENS, for `architectures` of config.json, or of a transformers config, that are those of a
-    classifier; else empty.
+    """TEXTS, TOKENS or ANSWERS for `architectures` of config.json, or of a transformers config; empty if they
+    are not those of a classifier.
     """
     one = isinstance(architectures, list | tuple) and len(architectures) == 1
     name = str(architectures[0]) if one else ""  # type: ignore[index]
@@ -36,6 +38,8 @@ def is_classifier(architectures: object) -> bool:
 
 def labels_of(fields: Mapping[str, Any]) -> list[str]:
     """Class names in the order of the head's rows, from config.json `fields`; empty for other models."""
+    if kind_of(fields.get("architectures")) == ANSWERS:
+        return list(ANSWER_ENDS)
     names = fields.get("id2label")
     if not is_classifier(fields.get("architectures")) or not isinstance(names, Mapping):
         return []
@@ -43,8 +47,14 @@ def labels_of(fields: Mapping[str, Any]) -> list[str]:
     return [by_number.get(number, f"LABEL_{number}") for number in range(len(by_number))]
 
 
-_OTHER_HEADS = (TEXTS, TOKENS, "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
-"""Of models whose head may have the names, and the shape, of that of a classifier."""
+def has_head(architectures: object) -> bool:
+    """Whether they are those of a model with the head of such a task, unlike a language model's."""
+    named = architectures if isinstance(architectures, list | tuple) else ()
+    return any(str(name).endswith(_TASKS) for name in named)
+
+
+_TASKS = (TEXTS, TOKENS, ANSWERS, "ForMultipleChoice", "ForNextSentencePrediction")
+"""Ends of classes whose head may have the names, and the shape, of that of another."""
 
 
 def with_labels(
@@ -56,14 +66,12 @@ def with_labels(
 
     Raises UserError for weights with another head.
     """
-    named = [str(name) for name in source] if isinstance(source, list | tuple) else []
-    if any(name.endswith(_OTHER_HEADS) and not name.endswith(kind) for name in named):
+    if has_head(source) and kind_of(source) != kind:
         raise refusal(
             "model.config.architectures",
-            named,
+            source,
             "its head is that of another task",
-            allowed=f"a language model, a classifier of {'tokens' if kind == TOKENS else 'texts'}, "
-            "or an encoder without a head",
+            allowed=f"a language model, a ...{kind}, or an encoder without a head",
             instead="model.from_pretrained=FOLDER of one",
         )
     fields = {**fields, "architectures": [kind], "tie_word_embeddings": False}

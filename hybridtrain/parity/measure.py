@@ -279,6 +279,6 @@ def _tokens(job: LayoutJob, *, dp_rank: int, dp_size: int, collate: Collate) -> 
         dp_size=dp_size,
         seed=seed,
         labels=len(facts.labels),
-        of_tokens=facts.head == "tokens",
+        head=facts.head,
         collate=collate,
     )

@@ -237,7 +237,7 @@ def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
         dp_size=1,
         seed=7,
         labels=0,
-        of_tokens=False,
+        head="",
         collate=CausalLM().collate,
     )
     here = Side(loop.step, tokens=tokens, device=torch.device("cpu"), before_gib=0.0).run(3)

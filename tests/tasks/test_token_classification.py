@@ -14,14 +14,16 @@ import torch
 
 from hybridtrain.cli.main import main
 from hybridtrain.config import schema
+from hybridtrain.config.compose import train_config
 from hybridtrain.data.corpus import Corpus
 from hybridtrain.data.indexed import IndexedReader
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.data.prepare.words import NO_TOKEN
 from hybridtrain.data.rows import Block
 from hybridtrain.errors import UserError
-from hybridtrain.models.classifier import TEXTS, TOKENS
-from hybridtrain.models.source import read_config
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.classifier import ANSWERS, TEXTS, TOKENS
+from hybridtrain.models.source import read_config, with_head
 from hybridtrain.tasks.token_classification import TextTokenClassification, TokenClassification
 from hybridtrain.types import IGNORE_INDEX
 from tests import runs
@@ -299,12 +301,25 @@ def test_weights_with_the_head_of_another_task_are_refused(tmp_path: Path, has: 
         read_config(model)
 
 
+def test_a_published_model_gets_the_head_of_the_task() -> None:
+    for task, kind in (("token_classification", TOKENS), ("question_answering", ANSWERS)):
+        config = with_head(
+            train_config(["model=bert_base", f"task={task}", f"model.labels=[{','.join('ab')}]"])
+        )
+        assert hf_config(read_config(config.model), chosen={}, attention="sdpa").architectures == [
+            f"Bert{kind}"
+        ]
+    assert with_head(train_config(["model=bert_base"])).model.config["architectures"] == [
+        "BertForPreTraining"
+    ]
+
+
 REFUSED = {
     "texts": (["data.path={texts}"], "data.path={texts}: its labels are not of words"),
     "other classes": (["model.labels=[a,b]"], "model.labels=[a,b]: {folder} has the labels other, number"),
     "another head": (
         ["model.config.architectures=[BertForSequenceClassification]"],
-        "task.kind=token_classification: the model is a classifier of texts",
+        "task.kind=token_classification: the model's head is that of classification",
     ),
     "a model without such a head": (
         ["++model.config={{model_type:mamba,vocab_size:300,hidden_size:32,num_hidden_layers:2}}"],

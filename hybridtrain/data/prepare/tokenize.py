@@ -40,11 +40,10 @@ from hybridtrain.data.prepare import words as of_words
 from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
-from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.pieces import NO_LOSS, NO_TARGET, Piece
 from hybridtrain.data.prepare.prepared import is_prepared, settings_of
 from hybridtrain.data.prepare.progress import say
-from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe
+from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe, labels_of
 from hybridtrain.data.prepare.sources import LABELLED, LABELLED_WORDS, Listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError, refusal
@@ -175,7 +174,7 @@ def _write(
     partial = path / PARTIAL
     recipe = Recipe(
         chat=_chat(data),
-        labels=_labels(data),
+        labels=labels_of(data),
         sentences=data.sentences,
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
@@ -228,12 +227,6 @@ def _chat(data: DataConfig) -> ChatRecipe | None:
         if data.format == "chat"
         else None
     )
-
-
-def _labels(data: DataConfig) -> LabelRecipe | None:
-    if data.format not in (LABELLED, LABELLED_WORDS):
-        return None
-    return LabelRecipe(data.labels, data.label_key, data.seq_len, data.format)
 
 
 def _open_partial(partial: Path, *, settings: dict[str, Any], planned: list[Piece]) -> bool:
@@ -303,7 +296,7 @@ def _publish(
         "kind": data.format if recipe.packed else "text",
         **({"seq_len": data.seq_len} if recipe.marks else {}),
         **pair_rows,
-        **({"labels": data.labels} if recipe.labels else {}),
+        **({"labels": recipe.labels.names} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.prepare import chat, labelled, sentences, template, words
+from hybridtrain.data.prepare import answers, chat, labelled, sentences, template, words
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.documents import Counts, documents
 from hybridtrain.data.prepare.pieces import Encode, Piece
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.recipe import Recipe
-from hybridtrain.data.prepare.sources import LABELLED_WORDS
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
@@ -119,9 +119,12 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
     if recipe.labels:
         tokenizer = load(str(folder), field=FIELD)
         encode_labelled: Any = labelled.encode
-        if recipe.labels.form == LABELLED_WORDS:
+        if recipe.labels.form != LABELLED:
             _check_fast(tokenizer)
             encode_labelled = words.encode
+        if recipe.labels.form == ANSWERS:
+            answers.check(tokenizer)
+            encode_labelled = answers.encode
         return _refusing(functools.partial(encode_labelled, tokenizer=tokenizer, recipe=recipe.labels))
     if not (folder / "tokenizer.json").exists():  # a slow tokenizer, which is written in Python
         slow = load(str(folder), field=FIELD)

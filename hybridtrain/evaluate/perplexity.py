@@ -173,7 +173,7 @@ def _figures(metrics: dict[str, float], *, count: int, kind: str) -> dict[str, A
     counted = {
         "classification": "documents",
         "masked_lm": "masked",
-        "question_answering": "rows_with_answer",
+        "question_answering": "answers",
     }.get(kind, "tokens")
     figures = {counted: count, "loss": loss if math.isfinite(loss) else None}
     return figures | (

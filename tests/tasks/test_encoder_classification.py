@@ -311,7 +311,7 @@ REFUSED = {
     ),
     "a head for words": (
         ["model.config.architectures=[BertForTokenClassification]"],
-        "its head is that of another task",
+        "task.kind=classification: the model's head is that of token_classification",
     ),
     "deepspeed": (["engine=deepspeed"], "engine.kind=deepspeed: encoders that classify"),
 }

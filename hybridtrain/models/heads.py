@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridtrain.errors import refusal
 from hybridtrain.models import build, classifier, encoder, plain, tracing
-from hybridtrain.types import Batch, TextBatch
+from hybridtrain.types import AnswerBatch, Batch, TextBatch
 
 
 def head_of(model: Any) -> Any:
@@ -83,14 +83,14 @@ def text_logits(model: Any, batch: TextBatch) -> Tensor:
 
 
 def arguments_of(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """Further arguments of a batch for the model's forward: no segments for a model that does not tell two
-    apart, such as RoBERTa.
+    """Further arguments of a batch for the model's forward: for answers no segments with a model that does
+    not tell two apart, such as RoBERTa.
     """
     more = batch.arguments()
+    if not isinstance(batch, AnswerBatch):
+        return more
     known = "token_type_ids" in inspect.signature(model.forward).parameters
-    if not known or getattr(model.config, "type_vocab_size", 2) < 2:
-        more.pop("token_type_ids", None)
-    return more
+    return more if known and getattr(model.config, "type_vocab_size", 2) > 1 else {}
 
 
 def is_encoder(config: Any) -> bool:

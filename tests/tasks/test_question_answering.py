@@ -14,7 +14,7 @@ import torch
 from hybridtrain.cli.main import main
 from hybridtrain.config import schema
 from hybridtrain.data.corpus import Corpus
-from hybridtrain.data.prepare.answers import NO_ROOM, WINDOWS
+from hybridtrain.data.prepare.answers import NO_ROOM, NO_TOKEN, WINDOWS
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.data.rows import Block
 from hybridtrain.errors import UserError
@@ -85,9 +85,12 @@ def test_a_long_context_becomes_windows_and_a_long_question_is_left_out(tmp_path
 
     context = " ".join(f"{number}" for number in range(10, 40))
     long = {"question": "Q", "context": context, "answer": "23", "answer_start": context.index("23")}
-    folder = prepared(tmp_path, long, {**GOOD, "question": "Q " * 20}, GOOD, seq_len=SEQ)
+    whole = {"question": "Q", "context": context, "answer": context, "answer_start": 0}
+    folder = prepared(tmp_path, long, {**GOOD, "question": "Q " * 20}, whole, GOOD, seq_len=SEQ)
     facts = json.loads((folder / "corpus.json").read_text())
-    assert {note: count for note, (count, _) in facts["notes"].items()} == {WINDOWS: 1, NO_ROOM: 1}
+    assert {note: count for note, (count, _) in facts["notes"].items()} == dict.fromkeys(
+        (WINDOWS, NO_ROOM, NO_TOKEN), 1
+    )
     ids, labels = (getattr(batch_of(folder, seq_len=SEQ), name) for name in ("input_ids_BT", "labels_BT"))
     inside = [row for row in range(len(ids) - 1) if labels[row, 0] > 0]
     assert 0 < len(inside) < len(ids) - 1  # the other windows have the answer at [CLS]

@@ -27,6 +27,7 @@ from hybridtrain.types import ANSWER_FIRST, ANSWER_LAST, SECOND_SEGMENT
 FIELDS = ("question", "context", "answer", "answer_start")
 WINDOWS = "contexts longer than a row, divided into windows that overlap by half"
 NO_ROOM = "questions that leave a row less room than for 8 tokens of a context, left out"
+NO_TOKEN = "records whose answer is whole in no row, left out"
 _LEAST = 8
 
 
@@ -65,6 +66,7 @@ def document(record: Mapping[str, Any]) -> tuple[Answered | None, bytes, str]:
             f"its answer {repr(answer)[:60]} is not at character {start} of the context, where is {there}"
         )
         return None, b"", problem
+    start, stop = start + len(answer) - len(answer.lstrip()), start + len(answer.rstrip())
     return Answered(question, context, start, stop), f"{question}\0{context}\0{start}\0{stop}".encode(), ""
 
 
@@ -72,7 +74,7 @@ def encode(documents: list[Answered], *, tokenizer: Any, recipe: LabelRecipe) ->
     """A sample for each document, or several for a context that does not fit."""
     whole = _tokens(tokenizer, documents)
     return [
-        Encoded([_sample(document, whole, number)], [], "", "")
+        _kept([_sample(document, whole, number)], notes=[])
         if len(whole["input_ids"][number]) <= recipe.seq_len
         else _windows(document, whole, number, tokenizer=tokenizer, seq_len=recipe.seq_len)
         for number, document in enumerate(documents)
@@ -110,7 +112,13 @@ def _windows(document: Answered, whole: Any, number: int, *, tokenizer: Any, seq
         return_overflowing_tokens=True,
     )
     samples = [_sample(document, parts, place) for place in range(len(parts["input_ids"]))]
-    return Encoded(samples, [WINDOWS], "", "")
+    return _kept(samples, notes=[WINDOWS])
+
+
+def _kept(samples: list[Sample], *, notes: list[str]) -> Encoded:
+    """Of a document; without samples if none has the answer."""
+    found = any(marks is not None and not marks[1] & ANSWER_FIRST for _, marks in samples)
+    return Encoded(samples, notes, "", "") if found else Encoded([], [NO_TOKEN], "", "")
 
 
 def _sample(document: Answered, tokens: Any, number: int) -> Sample:

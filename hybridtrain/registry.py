@@ -49,7 +49,7 @@ SIGNATURES = {
 }
 """Kind -> what is registered."""
 BUILT_IN: dict[str, tuple[str, ...]] = {
-    "task": ("causal_lm", "classification", "masked_lm"),
+    "task": ("causal_lm", "classification", "masked_lm", "token_classification", "question_answering"),
     "data": ("prepared",),
     "callback": ("lm_eval",),
     "optimizer": ("adamw", "adafactor", "lion", "muon", "sgd"),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hybridtrain.tasks.task import Task
 
 IGNORE_INDEX = -100  # labels with this value are ignored in the loss (as in torch and Hugging Face)
+ANSWER_ENDS = ("start", "end")  # what the rows of a head are called that finds answers
+SECOND_SEGMENT, ANSWER_FIRST, ANSWER_LAST = 1, 2, 4  # parts of a mark of data.format=answers
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ class PairBatch(Batch):
 class TextBatch(Batch):
     """A micro-batch of rows that are a text each, and padding, which is a document of its own. The label of a
     whole text is that of position 0."""
+
+
+@dataclass(frozen=True)
+class TokenBatch(TextBatch):
+    """The same, with labels of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBatch(TextBatch):
+    """The same; a text is a question and its context. The labels of positions 0 and 1 are the positions of
+    the answer's first and last token."""
+
+    segment_ids_BT: torch.Tensor
+    """1 in the second segment, else 0."""
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": self.segment_ids_BT}
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,8 @@ class ModelFacts:
     """Modules that every pipeline stage has, besides a tied head, and their parameters."""
     cuts: tuple[int, ...] | None = None
     """Layers at which a pipeline stage may begin; None: every layer."""
+    head: str = ""
+    """Of a model with labels: tokens, if it classifies these; answers, if it finds them; empty: texts."""
     encoder: bool = False
     """Whether tokens see those that follow them; the head predicts masked ones, or classes."""
     pairs: bool = False

@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridtrain.analysis import parameters
+from hybridtrain.analysis.classified import cross_entropy, of_texts, with_classes
 from hybridtrain.config.schema import AdaptersConfig, TaskConfig
 from hybridtrain.errors import UserError
 from hybridtrain.models import build, classifier, encoder, heads, tracing
@@ -33,8 +34,9 @@ from hybridtrain.tasks.causal_lm import CausalLM
 from hybridtrain.tasks.classification import TextClassification
 from hybridtrain.tasks.head import Head
 from hybridtrain.tasks.next_sentence import NextSentence
+from hybridtrain.tasks.question_answering import QuestionAnswering
 from hybridtrain.tasks.task import Task
-from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch
+from hybridtrain.types import IGNORE_INDEX, AnswerBatch, Batch, PairBatch, TextBatch, TokenBatch
 
 ROWS, LENGTH = 2, 12
 _KEYS_B = torch.tensor([1, 2])
@@ -127,7 +129,7 @@ def documents(copy: Copy) -> Result:
     ids = tokens(length=LENGTH)
     batch = batch_of(ids, DOCUMENTS, packed=True)
     if classifier.is_classifier(copy.config.architectures):
-        batch = _with_classes(copy, batch)
+        batch = with_classes(copy.config, batch)
     alone = []
     for row, lengths in enumerate(DOCUMENTS):
         start = 0
@@ -157,34 +159,18 @@ def batch_for(copy: Copy, ids: Tensor) -> Batch:
     """
     batch = batch_of(ids, [[ids.shape[1]]] * ROWS, packed=False)
     if classifier.is_classifier(copy.config.architectures):
-        return _with_classes(copy, batch)
+        return with_classes(copy.config, batch)
     if encoder.predicts(copy.config) != encoder.PRETRAINING:
         return batch
     values = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     return PairBatch(*values, segment_ids_BT=ids % 2, unrelated_B=torch.arange(ROWS) % 2)
 
 
-def _with_classes(copy: Copy, batch: Batch) -> Batch:
-    """A batch with classes as labels; an encoder's rows have padding, but the first."""
-    ids, count = batch.input_ids_BT, copy.config.num_labels
-    labels = (ids % count).where(batch.labels_BT != IGNORE_INDEX, IGNORE_INDEX)
-    if not heads.is_encoder(copy.config):
-        return dataclasses.replace(batch, labels_BT=labels)
-    place, lengths = torch.arange(ids.shape[1]), ids.shape[1] - 5 * torch.arange(ROWS).unsqueeze(1)
-    text = place < lengths
-    padding = getattr(copy.config, "pad_token_id", None) or 0
-    return TextBatch(
-        ids.where(text, padding),
-        labels.where(place == 0, IGNORE_INDEX),
-        torch.where(text, place, place - lengths),
-        packed=True,
-        keys_B=batch.keys_B,
-    )
-
-
 def task_of(batch: Batch) -> Task:
     """The task whose losses are compared."""
-    if isinstance(batch, TextBatch):
+    if isinstance(batch, AnswerBatch):
+        return QuestionAnswering(tokens={})
+    if isinstance(batch, TextBatch) and not isinstance(batch, TokenBatch):
         return TextClassification(labels=VOCABULARY, tokens={})
     settings = TaskConfig(tokens={"mask": 0, "cls": 0, "sep": 0, "pad": 0})
     return NextSentence(settings, vocab=VOCABULARY) if isinstance(batch, PairBatch) else CausalLM()
@@ -237,21 +223,17 @@ def plain(copy: Copy, parts: Sequence[tuple[Batch, int]]) -> Found:
         if isinstance(batch, PairBatch):
             with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
                 logits, of_pairs = build.pair_logits(model, batch)
-            loss = _cross_entropy(logits, targets) + _cross_entropy(of_pairs, batch.unrelated_B)
+            loss = cross_entropy(logits, targets) + cross_entropy(of_pairs, batch.unrelated_B)
         elif isinstance(batch, TextBatch):
             with copy.dropouts.of(keys_B, start=start, length=targets.shape[1]):
-                loss = _cross_entropy(heads.text_logits(model, batch), targets[:, 0])
+                logits = heads.text_logits(model, batch)
+            loss = of_texts(logits, batch)
         else:
-            loss = _cross_entropy(_logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start), targets)
+            loss = cross_entropy(_logits(copy, batch.input_ids_BT, keys_B=keys_B, start=start), targets)
         if loss.requires_grad and bool((targets != IGNORE_INDEX).any()):
             loss.backward()
             total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
-    return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _chained(copy: Copy, batch: Batch, *, cuts: Sequence[int]) -> Found:

@@ -106,7 +106,7 @@ def _facts(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
             allowed="none",
             instead="the unquantized model with precision=bf16_mixed",
         )
-    if kind not in BY_FIELDS:
+    if kind not in BY_FIELDS or classifier.HEADS.get(classifier.kind_of(fields.get("architectures"))):
         return _of_any(fields, attention=attention)
     complete: dict[str, Any] = {
         **_DEFAULTS[kind],
@@ -191,7 +191,8 @@ def no_classifier(kind: object) -> UserError:
         "model.config.model_type",
         kind,
         "transformers has no such classifier of this architecture",
-        allowed="architectures with a ...ForSequenceClassification",
+        allowed="architectures with a ...ForSequenceClassification, or for labels of words "
+        "a ...ForTokenClassification, or for answers encoders with a ...ForQuestionAnswering",
         instead="a model of one of these, or another task and no model.labels",
     )
 
@@ -207,7 +208,7 @@ def _of_any(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
     if fields.get("num_labels") and not classifies:
         raise no_classifier(kind)
     from hybridtrain.analysis.of_any import facts_of_any
-    from hybridtrain.models.build import is_known
+    from hybridtrain.models.heads import is_known
 
     if not is_known(fields):
         raise no_classifier(kind) if classifies else _unsupported(kind)

@@ -91,6 +91,7 @@ def examined(fields: Mapping[str, Any], *, attention: str) -> ModelFacts:
         ffn=_ffn(first, hidden=text.hidden_size),
         vocab=model.get_input_embeddings().weight.shape[0],
         labels=tuple(classifier.labels_of({**fields, "architectures": config.architectures})),
+        head=classifier.HEADS.get(classifier.kind_of(config.architectures), ""),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         window=window,
         max_positions=_positions(text, model),

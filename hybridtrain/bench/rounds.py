@@ -175,5 +175,6 @@ def tokens_of(
         dp_size=dp_size,
         seed=config.run.seed,
         labels=0,
+        head="",
         collate=task.collate,
     )

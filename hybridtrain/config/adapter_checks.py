@@ -66,7 +66,7 @@ def _together(config: schema.Config) -> None:
         instead="optim=adamw",
     )
     require(
-        config.task.kind != "classification",
+        config.task.kind not in ("classification", "token_classification", "question_answering"),
         "task.kind",
         config.task.kind,
         "the head for the classes would not be trained with adapters",

@@ -41,7 +41,17 @@ TRACKERS_OF_EXTRAS = {"wandb": "wandb", "tensorboard": "trackers"}
 """Trackers that an extra of this package installs -> the extra."""
 CHAT_TEMPLATES = ("own", "plain")
 CHAT_TURNS = ("all", "last")
-DATA_FORMATS = ("auto", "text", "jsonl", "parquet", "datasets", "chat", "labelled")
+DATA_FORMATS = (
+    "auto",
+    "text",
+    "jsonl",
+    "parquet",
+    "datasets",
+    "chat",
+    "labelled",
+    "labelled_words",
+    "answers",
+)
 PLAIN_COMPILE = ("layer", "model")
 ON_NONFINITE = ("skip", "stop", "rollback")
 ON_SPIKE = ("off", *ON_NONFINITE)

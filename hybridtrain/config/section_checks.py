@@ -362,11 +362,21 @@ def _generate(generate: schema.GenerateConfig) -> None:
 
 def _task(task: schema.TaskConfig) -> None:
     in_range("task.mask_rate", task.mask_rate, lambda rate: rate > 0, allowed="above 0", instead=0.15)
+    classifies = ("classification", "token_classification", "question_answering")
+    for name in ("label_smoothing", "z_loss"):
+        require(
+            task.kind != "question_answering" or getattr(task, name) == 0,
+            f"task.{name}",
+            getattr(task, name),
+            "question_answering does not read it",
+            allowed="0",
+            instead=f"task.{name}=0",
+        )
     for name in ("mask_rate", "tokens", "whole_words", "next_sentence"):
         value, default = getattr(task, name), getattr(schema.TaskConfig(), name)
-        with_tokens = ("classification",) if name == "tokens" else ()
+        with_tokens = classifies if name == "tokens" else ()
         require(
-            value == default or task.kind not in {"causal_lm", "classification"}.difference(with_tokens),
+            value == default or task.kind not in {"causal_lm", *classifies}.difference(with_tokens),
             f"task.{name}",
             value,
             f"task.kind={task.kind} masks no tokens",

@@ -83,15 +83,16 @@ class ModelConfig(Options):
     attention: str = "sdpa"
     """Attention implementation: sdpa or eager."""
     labels: list[str] = field(default_factory=list)
-    """task=classification: names of the classes, in the order of the head's rows; empty: those of the data,
-    or of from_pretrained."""
+    """task=classification and token_classification: names of the classes, in the order of the head's rows;
+    empty: those of the data, or of from_pretrained."""
 
 
 @options
 class TaskConfig(Options):
     kind: str = "causal_lm"
     """causal_lm: next-token prediction; classification: one label per document, predicted from its last token
-    by a decoder, from all of them by an encoder;
+    by a decoder, from all of them by an encoder; token_classification: one label per word, predicted at its
+    first token; question_answering: an encoder finds the first and the last token of an answer in a context;
     masked_lm: an encoder predicts tokens that are masked; or the name of a task that a module of run.plugins
     registers."""
     label_smoothing: float = 0.0
@@ -105,8 +106,8 @@ class TaskConfig(Options):
     token, and 10 % left. Other ones each time that a row is seen; in evaluation always the same."""
     tokens: dict[str, int] = field(default_factory=dict)
     """masked_lm: ids of special tokens by name, which are never predicted: mask, and cls, which begins each
-    row of text if there is one; classification by an encoder: cls, which begins each text, and pad, which
-    fills its row; empty: those of the data's tokenizer."""
+    row of text if there is one; classification of texts or words, and question answering, by an encoder: cls,
+    which begins each text, and pad, which fills its row; empty: those of the data's tokenizer."""
     whole_words: bool = False
     """masked_lm: all tokens of a word are predicted, or none; what continues a word is told by the tokenizer
     (## before it, or no space before letters and digits)."""
@@ -138,8 +139,9 @@ class DataConfig(Options):
     format: str = "auto"
     """auto: by the file ending; text (each file is a document), jsonl, parquet, datasets (a folder of
     `save_to_disk`, or a folder or hub id for `load_dataset`), chat (conversations in jsonl, parquet or
-    datasets), labelled (texts with a label in any of these three). Text and JSONL may be compressed with gzip
-    or zstd; JSON may also be one array of objects, or indented objects."""
+    datasets), labelled (texts with a label in any of these three), labelled_words (lists of words, and of
+    labels), answers (records of question, context, answer and answer_start, its first character). Text and
+    JSONL may be compressed with gzip or zstd; JSON may also be one array of objects, or indented objects."""
     pattern: str = ""
     """Glob pattern of the files that are read in a folder of `source`; empty: those with an ending of
     `format`, e.g. *.txt, *.jsonl, *.parquet."""
@@ -147,11 +149,12 @@ class DataConfig(Options):
     """Encoding of text and JSONL files: any that Python knows, such as latin-1, cp1251,
     koi8-r, gb18030 or utf-16."""
     text_key: str = "text"
-    """Field of a JSONL record, or column, that holds the text of a document."""
+    """Field of a JSONL record, or column, that holds the text of a document; labelled_words: its words."""
     label_key: str = "label"
-    """labelled: field or column with the label of a text: a name in `labels`, or its number."""
+    """labelled: field or column with the label of a text: a name in `labels`, or its number; labelled_words:
+    with a list of these, one for each word."""
     labels: list[str] = field(default_factory=list)
-    """labelled: names of the classes, numbered from 0 in this order."""
+    """labelled, labelled_words: names of the classes, numbered from 0 in this order."""
     messages_key: str = "messages"
     """chat: field with the list of messages, each with role and content. The default also reads ShareGPT
     (conversations of from and value), prompt and completion, and Alpaca (instruction and output)."""

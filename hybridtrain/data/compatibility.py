@@ -9,6 +9,7 @@ from typing import TypeVar
 from hybridtrain.config.schema import Config
 from hybridtrain.data.blend import Blend
 from hybridtrain.data.corpus import Corpus
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED, LABELLED_WORDS
 from hybridtrain.data.special import special_tokens
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.errors import UserError, refusal
@@ -19,6 +20,12 @@ _log = log.get("data")
 
 
 C = TypeVar("C", bound=Config)
+CLASSIFIED = {
+    "classification": LABELLED,
+    "token_classification": LABELLED_WORDS,
+    "question_answering": ANSWERS,
+}
+"""Tasks with classes -> data.format of their data."""
 
 
 def check_vocab(blend: Blend, *, vocab: int) -> None:
@@ -57,8 +64,9 @@ def adapt_task(config: C, blend: Blend, *, encoder: bool) -> C:
 
     Raises UserError for data without these tokens, and for masked ones data that are no text.
     """
-    if config.task.kind == "classification" and encoder:
-        return _with_tokens(config, blend, needed=("cls", "sep", "pad"))
+    if config.task.kind in CLASSIFIED and encoder:
+        needed = ("cls", "sep", "pad") if config.task.kind == "classification" else ("pad",)
+        return _with_tokens(config, blend, needed=needed)
     if config.task.kind != "masked_lm":
         return config
     if packed := next((corpus for corpus in blend.corpora if corpus.packed), None):
@@ -81,7 +89,7 @@ def _with_tokens(config: C, blend: Blend, *, needed: tuple[str, ...]) -> C:
     corpora = [corpus for corpus in blend.corpora if isinstance(corpus, Corpus)]
     if not tokens and corpora:
         tokens = special_tokens(corpora[0].tokenizer_dir)
-    if config.task.kind == "classification" and not corpora:  # a program's rows
+    if config.task.kind in CLASSIFIED and not corpora:  # a program's rows
         return config
     if missing := [name for name in needed if name not in tokens]:
         problem = f"the tokenizer of {blend.name} has no {missing[0]} token"
@@ -112,16 +120,22 @@ def with_classes(config: C, blend: Blend, *, known: Sequence[str]) -> C:
 
     Raises UserError if the data have other or no labels.
     """
-    if config.task.kind != "classification":
+    if config.task.kind not in CLASSIFIED:
         return config
+    wanted = CLASSIFIED[config.task.kind]
     for corpus in blend.corpora:
-        if isinstance(corpus, Corpus) and not corpus.labels:
-            problem, instead = (
-                "its documents have no labels",
-                "hybridtrain prepare data.format=labelled data.labels=[...], or task=causal_lm",
-            )
+        if isinstance(corpus, Corpus) and corpus.kind != wanted:
+            of = {LABELLED: "whole texts", LABELLED_WORDS: "words", ANSWERS: "answers in contexts"}[wanted]
+            problem = f"its labels are not of {of}" if corpus.labels else "its documents have no labels"
+            others = [kind for kind, form in CLASSIFIED.items() if form == corpus.kind] or ["causal_lm"]
             raise refusal(
-                "data.path", corpus.path, problem, allowed="a corpus of data.format=labelled", instead=instead
+                "data.path",
+                corpus.path,
+                problem,
+                allowed=f"a corpus of data.format={wanted}",
+                instead=f"hybridtrain prepare data.format={wanted}"
+                + (" data.labels=[...]" if wanted != ANSWERS else "")
+                + f", or task={others[0]}",
             )
     labelled = [(corpus.path, corpus.labels) for corpus in blend.corpora if isinstance(corpus, Corpus)]
     expected = config.model.labels or list(known) or (labelled[0][1] if labelled else [])
@@ -192,7 +206,7 @@ def check_labels(blend: Blend, config: Config) -> None:
 def check_cuts(blend: Blend, config: Config) -> None:
     """Refuse sequence-length warm-up of rows that are not running text: their pieces would lack
     what comes before them."""
-    whole = config.task.kind == "classification" or config.task.next_sentence
+    whole = config.task.kind in CLASSIFIED or config.task.next_sentence
     start, words = config.batch.seq_len_start, [f"task={config.task.kind}"] if whole else []
     words += [
         f"{corpus.path} holds conversations or texts with labels" for corpus in blend.corpora if corpus.packed

@@ -21,7 +21,7 @@ from hybridtrain.data.indexed import IndexedReader, file_pair
 from hybridtrain.data.pairs import PairRows, row_file
 from hybridtrain.data.prepare.folder import CORPUS, PARTIAL, PLAN
 from hybridtrain.data.prepare.packing import row_files, targets
-from hybridtrain.data.prepare.sources import FORMAT, LABELLED, PACKED_FORMATS, READABLE
+from hybridtrain.data.prepare.sources import CHAT, FORMAT, PACKED_FORMATS, READABLE
 from hybridtrain.data.rows import ChatRows, Rows, TextRows, count_rows
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import log
@@ -101,6 +101,11 @@ class Corpus:
         a stream of text.
         """
         return self.facts is not None and self.facts.get("kind") in PACKED_FORMATS
+
+    @property
+    def kind(self) -> str:
+        """data.format of packed documents; text for others."""
+        return "text" if self.facts is None else self.facts.get("kind", "text")
 
     @property
     def has_pairs(self) -> bool:
@@ -329,7 +334,7 @@ def _prepared(folder: Path) -> Corpus:
             "eos_id",
             "fingerprint",
             *(["seq_len"] if kind in PACKED_FORMATS or "pairs" in facts else []),
-            *(["labels"] if kind == LABELLED else []),
+            *(["labels"] if kind in PACKED_FORMATS and kind != CHAT else []),
         ]
         facts = {**facts, **{name: facts[name] for name in required}}
         for name, values in (facts.get("digests") or {}).items():

@@ -40,6 +40,9 @@ class Block:
     """Of pairs (pairs.py): int8, 0 in the first part, 1 in the second, which follows it, -1 elsewhere."""
     unrelated: np.ndarray | None = None
     """Of pairs: bool (n,), whether the second part is of another document."""
+    marks: np.ndarray | None = None
+    """With a loss_mask: uint8, what is stored for each token: 0 for no target, for labels of words the class
+    of the token before it + 1; 0 in rows of a program."""
 
     @classmethod
     def blank(cls, rows: int, *, seq_len: int, documents: bool, masked: bool, pairs: bool) -> Block:
@@ -54,6 +57,7 @@ class Block:
             np.zeros(shape, dtype=bool) if masked else None,
             segments=np.full(shape, -1, dtype=np.int8) if pairs else None,
             unrelated=np.zeros(rows, dtype=bool) if pairs else None,
+            marks=np.zeros(shape, dtype=np.uint8) if masked else None,
         )
 
     def cut(self, pieces: int) -> Block:
@@ -88,6 +92,8 @@ class Block:
             self.doc_start[places] = other.doc_start
         if self.loss_mask is not None:
             self.loss_mask[places] = True if other.loss_mask is None else other.loss_mask
+        if self.marks is not None and other.marks is not None:
+            self.marks[places] = other.marks
         if self.segments is not None:
             assert self.unrelated is not None
             self.segments[places], self.unrelated[places] = other.segments, other.unrelated
@@ -188,6 +194,7 @@ class ChatRows:
         block = Block.blank(len(row_ids), seq_len=self._seq_len, documents=True, masked=True, pairs=False)
         assert block.doc_start is not None
         assert block.loss_mask is not None
+        assert block.marks is not None
         for place, row in enumerate(row_ids):
             at = 0
             for conversation in self._ids[self._starts[row] : self._starts[row + 1]]:
@@ -195,10 +202,11 @@ class ChatRows:
                 stop = start + min(int(self._reader.sizes[conversation]), self._seq_len + 1)
                 here = slice(at, at + stop - start)
                 block.tokens[place, here] = self._reader.read(start, stop)
-                block.loss_mask[place, here] = self._loss.read(start, stop)
+                block.marks[place, here] = self._loss.read(start, stop)
                 block.doc_start[place, at] = True
                 at = here.stop
             block.doc_start[place, at : at + 1] = True  # the padding
+        np.not_equal(block.marks, 0, out=block.loss_mask)
         self._check(block.tokens)
         return block
 

@@ -74,14 +74,25 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
 
     `config` has the labels of the data (data.blend.adapt_model).
     """
-    if config.task.kind == "classification" and not facts.labels:
+    classifies = {"classification": "", "token_classification": "tokens", "question_answering": "answers"}
+    if config.task.kind in classifies and not facts.labels:
         problem, allowed = "neither the data nor model.from_pretrained names classes", "names of the classes"
         raise refusal(
             "model.labels",
             "[]",
             problem,
             allowed=allowed,
-            instead="model.labels=[negative,positive], or data of data.format=labelled",
+            instead="model.labels=[negative,positive], or data of data.format=labelled"
+            + ("_words" if classifies[config.task.kind] else ""),  # answers need no names
+        )
+    if config.task.kind in classifies and facts.head != classifies[config.task.kind]:
+        task = next(kind for kind, head in classifies.items() if head == facts.head)
+        raise refusal(
+            "task.kind",
+            config.task.kind,
+            f"the model's head is that of {task}",
+            allowed=task,
+            instead=f"task={task}, or another model",
         )
     if config.task.kind in ("causal_lm", "masked_lm") and facts.labels:
         problem = f"the model is a classifier of {len(facts.labels)} classes: it has no head for tokens"
@@ -89,7 +100,7 @@ def check_task(config: Config, *, facts: ModelFacts) -> None:
             "task.kind",
             config.task.kind,
             problem,
-            allowed="classification",
+            allowed=", ".join(classifies),
             instead="task=classification, or a model without model.labels",
         )
     check_encoder(config.task.kind, masks=config.task.kind == "masked_lm", facts=facts)

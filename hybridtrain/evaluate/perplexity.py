@@ -97,7 +97,13 @@ def run(config: EvaluateRoot) -> int:
 
 def _task(settings: schema.Config, model: Any, *, classes: int, vocab: int, data: Blend) -> Task:
     """The model's task, which `settings` then names: the plain loss, without label smoothing and z-loss."""
-    kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    kinds = {
+        classifier.TEXTS: "classification",
+        classifier.TOKENS: "token_classification",
+        classifier.ANSWERS: "question_answering",
+    }
+    classified = kinds.get(classifier.kind_of(model.config.architectures), "causal_lm")
+    kind = "masked_lm" if encoder.predicts(model.config) else classified
     if kind == "masked_lm" and data.documents:
         problem = "transformers' encoders do not keep the documents of a row apart"
         instead = "data.document_mask=false"
@@ -168,7 +174,11 @@ def scores(model: Any, batches: Iterable[Batch], *, device: torch.device, task: 
 def _figures(metrics: dict[str, float], *, count: int, kind: str) -> dict[str, Any]:
     """Results to print: loss, and perplexity of a causal LM; of others accuracy, and what they add."""
     loss = metrics["eval_loss"]
-    counted = {"classification": "documents", "masked_lm": "masked"}.get(kind, "tokens")
+    counted = {
+        "classification": "documents",
+        "masked_lm": "masked",
+        "question_answering": "answers",
+    }.get(kind, "tokens")
     figures = {counted: count, "loss": loss if math.isfinite(loss) else None}
     return figures | (
         {"perplexity": math.exp(loss) if loss < 700 else None}

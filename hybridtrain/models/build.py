@@ -168,6 +168,8 @@ def _check_names(config: Any, *, chosen: Mapping[str, Any], inside: str) -> None
         getattr(config, "rope_parameters", None)
     ):
         known |= set(overrides.ROPE)  # older names, which configs inside read without declaring them
+    if classifier.kind_of(chosen.get("architectures")) == classifier.TOKENS:
+        known.add("classifier_dropout")  # which heads of decoders read without declaring it
     if "head_dim" in chosen and "head_dim" not in known and _uses_head_dim(config):
         known.add("head_dim")
     for key, value in chosen.items():
@@ -302,18 +304,6 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def is_known(fields: Mapping[str, Any]) -> bool:
-    """Whether transformers has the model that config.json `fields` name: by default a causal LM."""
-    from transformers.models.auto import modeling_auto
-
-    kind, names = fields.get("model_type"), modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if encoder.is_encoder(fields):
-        names = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    elif classifier.is_classifier(fields.get("architectures")):
-        names = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    return isinstance(kind, str) and kind in names
-
-
 def model_class(config: Any) -> Any:
     """transformers' class of the model."""
     found = auto_class(config)._model_mapping[type(config)]
@@ -324,12 +314,14 @@ def auto_class(config: Any) -> Any:
     """Where transformers looks for a causal LM, a classifier or an encoder."""
     import transformers
 
-    if classifier.is_classifier(config.architectures):
-        return transformers.AutoModelForSequenceClassification
+    kind = classifier.kind_of(config.architectures) or encoder.predicts(config)
     return {
+        classifier.TEXTS: transformers.AutoModelForSequenceClassification,
+        classifier.TOKENS: transformers.AutoModelForTokenClassification,
+        classifier.ANSWERS: transformers.AutoModelForQuestionAnswering,
         encoder.MASKED: transformers.AutoModelForMaskedLM,
         encoder.PRETRAINING: transformers.AutoModelForPreTraining,
-    }.get(encoder.predicts(config), transformers.AutoModelForCausalLM)
+    }.get(kind, transformers.AutoModelForCausalLM)
 
 
 def attention_of(config: Any) -> str:
@@ -389,5 +381,9 @@ def pair_logits(model: Any, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of tokens in what a model returns; one with several heads names them otherwise."""
+    """The logits of tokens in what a model returns; one with several heads names them otherwise. Of the first
+    and the last token of an answer, (B, T, 2).
+    """
+    if hasattr(output, "start_logits"):
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits if hasattr(output, "logits") else output.prediction_logits

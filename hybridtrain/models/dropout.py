@@ -211,10 +211,11 @@ def rates(config: Any) -> dict[str, float]:
 
 def install(model: nn.Module, *, config: Any, layers: str, adapted: bool) -> Dropouts:
     """Give the modules of a model or stage their sites, and replace those of dropout, in place; nothing
-    without rates in its config, unless it is `adapted`: its adapters have dropout. `layers`: path of its
-    layers.
+    without rates in its config or its modules (heads may have one that the config does not name), unless it
+    is `adapted`: its adapters have dropout. `layers`: path of its layers.
     """
-    if not (rates(config) or adapted):
+    of_modules = any(type(module) is nn.Dropout and module.p for module in model.modules())
+    if not (rates(config) or of_modules or adapted):
         return Dropouts([])
     seen: dict[nn.Module, Slot] = {}
     slots = [Slot() for _ in range(config.get_text_config(decoder=True).num_hidden_layers + 1)]

@@ -9,15 +9,16 @@ C classes; B rows, T positions, D hidden.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridtrain.errors import refusal
-from hybridtrain.models import build, classifier, plain, tracing
-from hybridtrain.types import TextBatch
+from hybridtrain.models import build, classifier, encoder, plain, tracing
+from hybridtrain.types import AnswerBatch, Batch, TextBatch
 
 
 def head_of(model: Any) -> Any:
@@ -75,9 +76,21 @@ def results_of(model: Any, given: dict[str, Any]) -> Tensor:
 
 
 def text_logits(model: Any, batch: TextBatch) -> Tensor:
-    """The plain model's logits of rows that are a text and padding, (B, C)."""
+    """The plain model's logits of rows that are a text and padding, (B, C), or of their tokens, (B, T, C)."""
     row_BT = ((batch.position_ids_BT == 0).cumsum(1) == 1).long()  # what follows is padding
-    return model(input_ids=batch.input_ids_BT, attention_mask=row_BT, **batch.arguments()).logits
+    more = arguments_of(model, batch)
+    return build.logits_of(model(input_ids=batch.input_ids_BT, attention_mask=row_BT, **more))
+
+
+def arguments_of(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Further arguments of a batch for the model's forward: for answers no segments with a model that does
+    not tell two apart, such as RoBERTa.
+    """
+    more = batch.arguments()
+    if not isinstance(batch, AnswerBatch):
+        return more
+    known = "token_type_ids" in inspect.signature(model.forward).parameters
+    return more if known and getattr(model.config, "type_vocab_size", 2) > 1 else {}
 
 
 def is_encoder(config: Any) -> bool:
@@ -90,6 +103,27 @@ def is_encoder(config: Any) -> bool:
     return (
         masked and classifier.is_classifier(config.architectures) and not getattr(config, "is_decoder", False)
     )
+
+
+def is_known(fields: Mapping[str, Any]) -> bool:
+    """Whether transformers has the model that config.json `fields` name: by default a causal LM. Answers are
+    found by encoders alone.
+    """
+    from transformers.models.auto import modeling_auto
+
+    kind = fields.get("model_type")
+    names: Mapping[str, Any] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    answers = modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+    if encoder.is_encoder(fields):
+        names = masked
+    elif classes := classifier.kind_of(fields.get("architectures")):
+        names = {
+            classifier.TEXTS: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            classifier.TOKENS: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+            classifier.ANSWERS: {name: model for name, model in answers.items() if name in masked},
+        }[classes]
+    return isinstance(kind, str) and kind in names
 
 
 def drawn(config: Any) -> set[str]:

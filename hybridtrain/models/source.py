@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hybridtrain.config.schema import ModelConfig
+from hybridtrain.config.schema import Config, ModelConfig
 from hybridtrain.errors import refusal
 from hybridtrain.models import classifier, hub, overrides
 from hybridtrain.models.plain import TYPES
 from hybridtrain.models.weights import adapter_refused, checked_tie
 from hybridtrain.runtime.files import read_object
+
+C = TypeVar("C", bound=Config)
 
 
 def read_config(model: ModelConfig) -> dict[str, Any]:
@@ -18,13 +21,29 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
     overridden by `model.config` (overrides.merge).
 
     If the folder's head weights differ from its embedding, tie_word_embeddings is false
-    (weights.checked_tie). With `model.labels`, the fields of a classifier. Raises UserError.
+    (weights.checked_tie). With `model.labels`, or `architectures` that ask for it, the fields of a
+    classifier. Raises UserError.
     """
     source = read_object(_config_json(model), field="model.from_pretrained") if model.from_pretrained else {}
     fields = overrides.merge(source, model.config)
-    if model.labels:
-        return classifier.with_labels(fields, model.labels)
+    asked = classifier.kind_of(model.config.get("architectures"))
+    if model.labels or asked:
+        found = source.get("architectures") or fields.get("architectures")
+        return classifier.with_labels(fields, model.labels, kind=asked or classifier.TEXTS, source=found)
     return checked_tie(fields, model=model) if fields.get("model_type") in TYPES else fields
+
+
+_HEADS = {"token_classification": classifier.TOKENS, "question_answering": classifier.ANSWERS}
+
+
+def with_head(config: C) -> C:
+    """`config` with the kind of model that the task needs, unless `model.config.architectures` names one with
+    the head of a task.
+    """
+    if config.task.kind not in _HEADS or classifier.has_head(config.model.config.get("architectures")):
+        return config
+    fields = {**config.model.config, "architectures": [_HEADS[config.task.kind]]}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, config=fields))
 
 
 def _config_json(model: ModelConfig) -> Path:

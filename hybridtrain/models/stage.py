@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtrain.models import attention, dropout, encoder
 from hybridtrain.models.build import empty_model
+from hybridtrain.models.heads import arguments_of
 from hybridtrain.models.structure import Stop, hidden_of, outermost, structure_of, stub
 from hybridtrain.types import Batch
 
@@ -176,7 +177,7 @@ class Stage(nn.Module):
             "use_cache": False,
         }
         known = {name: value for name, value in arguments.items() if name in self.structure.arguments}
-        return {**known, **batch.arguments()}
+        return {**known, **arguments_of(self._model, batch)}
 
     def train(self, mode: bool = True) -> Stage:
         """As nn.Module.train, also for the model, which is not registered."""

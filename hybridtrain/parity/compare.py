@@ -20,7 +20,7 @@ from hybridtrain.data import compatibility
 from hybridtrain.data.blend import Blend
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.classifier import labels_of
-from hybridtrain.models.source import read_config
+from hybridtrain.models.source import read_config, with_head
 from hybridtrain.parity import plan as plans
 from hybridtrain.parity import verdict
 from hybridtrain.parity.plan import Comparison, LayoutCase
@@ -142,6 +142,7 @@ def compare_layouts(
 
 def _adapted(config: schema.ParityRoot, data: Blend | None, *, task: Task | None) -> schema.ParityRoot:
     """`config` with what the data decides. Raises UserError if model, data and task do not go together."""
+    config = with_head(config)
     if data:
         known = labels_of(read_config(config.model))
         config = compatibility.with_classes(config, data, known=known)

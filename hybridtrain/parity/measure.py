@@ -271,12 +271,14 @@ def _tokens(job: LayoutJob, *, dp_rank: int, dp_size: int, collate: Collate) -> 
         return Loader(
             data, plan=job.plan, dp_rank=dp_rank, dp_size=dp_size, seed=seed, vocab=job.vocab, collate=collate
         )
+    facts = facts_of(job.config.model)
     return Synthetic(
         vocab=job.vocab,
         plan=job.plan,
         dp_rank=dp_rank,
         dp_size=dp_size,
         seed=seed,
-        labels=len(facts_of(job.config.model).labels),
+        labels=len(facts.labels),
+        head=facts.head,
         collate=collate,
     )

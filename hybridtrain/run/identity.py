@@ -290,7 +290,7 @@ def model_fingerprint(facts: ModelFacts) -> str:
     What older versions did not have is left out if empty; so is what follows from the rest, and dropout,
     which is of the training.
     """
-    kinds = ("labels", "encoder", "pairs")
+    kinds = ("labels", "head", "encoder", "pairs")
     known = {name: value for name, value in dataclasses.asdict(facts).items() if name not in kinds or value}
     later = ("full_layers", "layer_parameters", "layer_inactive", "adapters", "refused", "shared", "cuts")
     for name in (

@@ -23,6 +23,8 @@ def of(config: Config, *, labels: int, vocab: int, encoder: bool) -> Task:
     from hybridtrain.tasks.linear_cross_entropy import Terms
     from hybridtrain.tasks.masked_lm import MaskedLM
     from hybridtrain.tasks.next_sentence import NextSentence
+    from hybridtrain.tasks.question_answering import QuestionAnswering
+    from hybridtrain.tasks.token_classification import TextTokenClassification, TokenClassification
 
     if (registered := user_task(config)) is not None:
         return registered
@@ -31,6 +33,12 @@ def of(config: Config, *, labels: int, vocab: int, encoder: bool) -> Task:
         task = Classification(labels=labels)
         if encoder:
             task = TextClassification(labels=labels, tokens=config.task.tokens)
+    elif config.task.kind == "token_classification":
+        task = TokenClassification(labels=labels)
+        if encoder:
+            task = TextTokenClassification(labels=labels, tokens=config.task.tokens)
+    elif config.task.kind == "question_answering":
+        task = QuestionAnswering(tokens=config.task.tokens)
     elif config.task.kind == "masked_lm":
         task = (NextSentence if config.task.next_sentence else MaskedLM)(config.task, vocab=vocab)
     task.terms = Terms(config.task.label_smoothing, config.task.z_loss)

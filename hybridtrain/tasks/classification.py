@@ -115,11 +115,8 @@ class TextClassification(Classification):
         labels[:, :1] = np.where(carries.any(1, keepdims=True), classes, IGNORE_INDEX)
         self.check_labels(labels)
         self._check_first(block.tokens[carries.any(1), 0])
-        index = np.arange(text.shape[1])
-        places = index - np.where(text, 0, text.sum(1, keepdims=True))
-        ids = np.where(text, block.tokens[:, :-1], self.pad)
-        inputs, targets, positions = (torch.from_numpy(each) for each in (ids, labels, places))
-        return TextBatch(inputs, targets, positions, packed=True)
+        ids, places = padded(block.tokens[:, :-1], text, pad=self.pad)
+        return TextBatch(ids, torch.from_numpy(labels), places, packed=True)
 
     def _check_first(self, tokens: np.ndarray) -> None:
         """Raise UserError unless these, with which texts begin, are what their class is read from."""
@@ -137,6 +134,14 @@ class TextClassification(Classification):
     def loss_of_logits(self, logits_BTV: Tensor, batch: Batch) -> dict[str, Tensor]:
         """`logits_BTV`: of each row, (B, C)."""
         return super().loss_of_logits(logits_BTV.unsqueeze(1), _of_rows(batch))
+
+
+def padded(tokens: np.ndarray, text: np.ndarray, *, pad: int) -> tuple[Tensor, Tensor]:
+    """(ids, positions) of rows with a `text`, bool (B, T), at their beginning, and padding, which is a
+    document of its own.
+    """
+    places = np.arange(text.shape[1]) - np.where(text, 0, text.sum(1, keepdims=True))
+    return torch.from_numpy(np.where(text, tokens, pad)), torch.from_numpy(places)
 
 
 def _of_rows(batch: Batch) -> Batch:

@@ -19,7 +19,7 @@ from hybridtrain.data.blend import Blend
 from hybridtrain.errors import refusal
 from hybridtrain.models import hub, weights
 from hybridtrain.models.classifier import labels_of
-from hybridtrain.models.source import read_config
+from hybridtrain.models.source import read_config, with_head
 from hybridtrain.plan import memory
 from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.plan.layout import ParallelLayout
@@ -79,7 +79,8 @@ def resolve(config: Config, *, world_size: int, here: bool, data: Blend | None, 
     `here`: it will run on this machine, whose memory is looked at, too. `data`: in place of
     what the config names.
     """
-    if config.task.kind == "classification":  # the data's classes decide what model it is
+    config = with_head(config)
+    if config.task.kind in compatibility.CLASSIFIED:  # the data's classes decide what model it is
         data = data or blends.data_of(config, timeout_s=config.engine.timeout_s)
         known = labels_of(read_config(resume.with_available_source(config).model))
         config = compatibility.with_classes(config, data, known=known)

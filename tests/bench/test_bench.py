@@ -231,7 +231,14 @@ def test_rounds_go_on_where_the_last_one_ended_in_memory_of_their_own(plain):
     plan = plan_batch(case.config().batch, layout=layout.ParallelLayout(1, 1, 1, 1, 1), seq_len=case.seq_len)
     loop = PlainLoop(config_of(case), device=torch.device("cpu"))
     tokens = Synthetic(
-        vocab=256, plan=plan, dp_rank=0, dp_size=1, seed=7, labels=0, collate=CausalLM().collate
+        vocab=256,
+        plan=plan,
+        dp_rank=0,
+        dp_size=1,
+        seed=7,
+        labels=0,
+        head="",
+        collate=CausalLM().collate,
     )
     here = Side(loop.step, tokens=tokens, device=torch.device("cpu"), before_gib=0.0).run(3)
     there = [plain.run(2), plain.run(1)]

@@ -68,7 +68,7 @@ def words(name: str, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
+def batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], list[Any]]:
     """(of each step, of an evaluation). The second half of the last step's rows have no label."""
     train, evaluated = batches_of(job, task, dp_rank=dp_rank, dp=dp)
     for place, batch in enumerate(train[-1]):
@@ -79,12 +79,12 @@ def _batches(job: Job, task: Any, *, dp_rank: int, dp: int) -> tuple[list[Any], 
 
 def on_rank(argv: list[str], ranks: int) -> Outcome:
     """Train, and evaluate."""
-    return trained(argv, ranks, batches=_batches)
+    return trained(argv, ranks, batches=batches)
 
 
 def in_one_process(argv: list[str]) -> Outcome:
     """The same by transformers' own model."""
-    return encoders.in_one_process(argv, batches=_batches, by_hand=_by_hand)
+    return encoders.in_one_process(argv, encoder=True, batches=batches, by_hand=_by_hand)
 
 
 @torch.no_grad()

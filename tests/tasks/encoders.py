@@ -107,12 +107,12 @@ def trained(argv: list[str], ranks: int, *, batches: Batches) -> Outcome:
     )
 
 
-def in_one_process(argv: list[str], *, batches: Batches, by_hand: ByHand) -> Outcome:
+def in_one_process(argv: list[str], *, encoder: bool, batches: Batches, by_hand: ByHand) -> Outcome:
     """The same by transformers' own model; the sums without dropout, with its own loss."""
     job = resolve(train_config(argv), world_size=1, here=False, data=None, task=None)
     config = job.config
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
-    task = engines.tasks.of(config, labels=len(job.facts.labels), vocab=job.facts.vocab, encoder=True)
+    task = engines.tasks.of(config, labels=len(job.facts.labels), vocab=job.facts.vocab, encoder=encoder)
     plain = Reference(
         built,
         source=initial(config.model, built, seed=config.run.seed),

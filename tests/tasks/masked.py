@@ -69,7 +69,7 @@ def on_rank(argv: list[str], ranks: int) -> Outcome:
 
 def in_one_process(argv: list[str]) -> Outcome:
     """The same by transformers' own model: the mean of masked tokens, and that of rows."""
-    return encoders.in_one_process(argv, batches=batches_of, by_hand=_by_hand)
+    return encoders.in_one_process(argv, encoder=True, batches=batches_of, by_hand=_by_hand)
 
 
 @torch.no_grad()

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.data.prepare import blocks, conversations, labelled, readers
+from hybridtrain.data.prepare import answers, blocks, conversations, labelled, readers, words
+from hybridtrain.data.prepare.answers import Answered
 from hybridtrain.data.prepare.blocks import BY_CHANCE, SURELY
 from hybridtrain.data.prepare.conversations import Conversation, Unreadable
+from hybridtrain.data.prepare.labelled import Labelled, LabelRecipe
 from hybridtrain.data.prepare.recipe import Recipe
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED_WORDS
 from hybridtrain.data.prepare.units import Unit
+from hybridtrain.data.prepare.words import Words
 from hybridtrain.errors import refusal
 
 NO_TEXT = "documents without text, left out"
@@ -110,10 +114,9 @@ def documents(unit: Unit, *, recipe: Recipe, counts: Counts) -> Iterator[Documen
             if recipe.chat:
                 value, content, problem, instead = _conversation(value, unit, number, counts=counts)
             elif recipe.labels:
-                text, label = value
-                value, content, problem = labelled.document(
-                    _text(text), label, recipe=recipe.labels, forms=counts.forms
-                )
+                value, content, problem = _labelled(value, recipe=recipe.labels, counts=counts)
+                instead = f"fields {', '.join(answers.FIELDS)}" if recipe.labels.form == ANSWERS else ""
+                instead += f", or {readers.SKIP}" if instead else ""
             else:
                 value, content, problem = _text(value)
         if problem:
@@ -187,6 +190,18 @@ def _text(value: Any) -> tuple[str, bytes, str]:
     except UnicodeEncodeError:
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value, value.encode(), ""
+
+
+def _labelled(
+    value: Any, *, recipe: LabelRecipe, counts: Counts
+) -> tuple[Labelled | Words | Answered | None, bytes, str]:
+    """(document, its content for the digest, problem)."""
+    if recipe.form == ANSWERS:
+        return answers.document(value)
+    text, label = value
+    if recipe.form == LABELLED_WORDS:
+        return words.document(text, label, recipe=recipe, forms=counts.forms)
+    return labelled.document(_text(text), label, recipe=recipe, forms=counts.forms)
 
 
 def _conversation(

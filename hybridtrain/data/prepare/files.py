@@ -28,6 +28,8 @@ _PATTERNS = {
     "parquet": ("*.parquet",),
     "chat": ("*.jsonl", "*.ndjson", "*.parquet"),
     "labelled": ("*.jsonl", "*.ndjson", "*.parquet"),
+    "labelled_words": ("*.jsonl", "*.ndjson", "*.parquet"),
+    "answers": ("*.jsonl", "*.ndjson", "*.parquet"),
 }
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 ALLOWED = (

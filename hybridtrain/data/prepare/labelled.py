@@ -36,6 +36,8 @@ class LabelRecipe:
     """data.label_key."""
     seq_len: int
     """Largest number of tokens of a text."""
+    form: str
+    """data.format."""
 
 
 def check(data: DataConfig) -> None:

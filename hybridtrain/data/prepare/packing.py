@@ -82,7 +82,8 @@ def targets(folder: Path, *, split: str, seq_len: int) -> Iterator[np.ndarray]:
             [
                 [0],
                 np.cumsum(
-                    reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])), dtype=np.int64
+                    reader.read(int(starts[first]), int(starts[last - 1] + sizes[last - 1])) != 0,
+                    dtype=np.int64,
                 ),
             ]
         )

@@ -29,6 +29,8 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
     of_format = {
         "chat": ["messages_key", "chat_template", "chat_turns", "seq_len"],
         "labelled": ["text_key", "label_key", "labels", "seq_len"],
+        "labelled_words": ["text_key", "label_key", "labels", "seq_len"],
+        "answers": ["seq_len"],
     }
     of_text = ["text_key", *(["sentences", "seq_len"] if data.sentences else ["append_eos", "sentences"])]
     names += of_format.get(data.format, of_text)

@@ -7,8 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.indexed import token_dtype
 from hybridtrain.data.prepare.labelled import LabelRecipe
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED, LABELLED_WORDS
+from hybridtrain.types import ANSWER_ENDS
+
+
+def labels_of(data: DataConfig) -> LabelRecipe | None:
+    """How texts with labels become tokens; None for other formats. The classes of answers are the rows of the
+    head that finds them.
+    """
+    if data.format not in (LABELLED, LABELLED_WORDS, ANSWERS):
+        return None
+    names = list(ANSWER_ENDS) if data.format == ANSWERS else data.labels
+    return LabelRecipe(names, data.label_key, data.seq_len, data.format)
 
 
 @dataclass(frozen=True)

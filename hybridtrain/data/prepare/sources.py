@@ -39,8 +39,8 @@ _TOKENIZER_FILES = (
 )
 MAX_RATIO = 3  # largest allowed ratio of the held-out part to data.eval_fraction
 INFLATION = 4  # bytes of text per byte of a compressed file, approximately
-CHAT, LABELLED = "chat", "labelled"
-PACKED_FORMATS = (CHAT, LABELLED)
+CHAT, LABELLED, LABELLED_WORDS, ANSWERS = "chat", "labelled", "labelled_words", "answers"
+PACKED_FORMATS = (CHAT, LABELLED, LABELLED_WORDS, ANSWERS)
 """Formats whose documents are packed whole into rows; other text is a stream that is split into rows.
 
 They describe the record, not the type of the file."""

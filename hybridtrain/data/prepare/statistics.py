@@ -13,6 +13,7 @@ from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.join import Joined
 from hybridtrain.data.prepare.packing import PackedRows
 from hybridtrain.data.prepare.progress import ProgressMeter
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED_WORDS
 from hybridtrain.errors import UserError
 from hybridtrain.runtime.files import one_line, read_object, write_atomically
 
@@ -127,7 +128,9 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
                 f"{figures['rows']:,} rows of {facts['seq_len']}, "
                 f"{figures['fill']:.1%} full, {figures['cut']:,} documents cut"
             )
-            lines.append(f"{'':11}{packed}; {share:.1%} of the tokens carry loss")
+            # Marks of answers are more than targets.
+            loss = "" if facts.get("kind") == ANSWERS else f"; {share:.1%} of the tokens carry loss"
+            lines.append(f"{'':11}{packed}{loss}")
     requested, held_out = facts["settings"].get("eval_fraction", 0), facts["splits"]["eval"]["tokens"]
     share = held_out / max(1, held_out + facts["splits"]["train"]["tokens"])
     lines.append(f"held out   {share:.1%} of the tokens, {requested:.1%} were asked for (data.eval_fraction)")
@@ -157,7 +160,8 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
 
 def _records(facts: Mapping[str, Any]) -> list[str]:
     """Lines of the table about records and the chat template."""
-    lines = [f"records    {form}: {count:,}" for form, count in facts.get("forms", {}).items()]
+    what = "words" if facts.get("kind") == LABELLED_WORDS else "records"
+    lines = [f"{what:11}{form}: {count:,}" for form, count in facts.get("forms", {}).items()]
     if rows := facts.get("pairs"):
         counted = ", ".join(f"{split} {count:,}" for split, count in rows.items())
         lines.append(

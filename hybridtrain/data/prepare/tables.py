@@ -150,7 +150,7 @@ def _check_column(source: Source, fields: Fields, *, columns: list[str]) -> None
             allowed=allowed,
             instead=instead,
         )
-    if fields.full_records and conversations.has_form(columns, key=fields.key):
+    if fields.full_records and not fields.record and conversations.has_form(columns, key=fields.key):
         return
     for option, name in ((fields.option, fields.key), ("data.label_key", fields.label)):
         if name and name not in columns:

@@ -36,15 +36,15 @@ from hybridtrain.data.prepare import (
     tokenizer,
     workers,
 )
+from hybridtrain.data.prepare import words as of_words
 from hybridtrain.data.prepare.documents import Counts
 from hybridtrain.data.prepare.files import STDLIB
 from hybridtrain.data.prepare.folder import PARTIAL, SPLITS
-from hybridtrain.data.prepare.labelled import LabelRecipe
 from hybridtrain.data.prepare.pieces import NO_LOSS, NO_TARGET, Piece
 from hybridtrain.data.prepare.prepared import is_prepared, settings_of
 from hybridtrain.data.prepare.progress import say
-from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe
-from hybridtrain.data.prepare.sources import Listing
+from hybridtrain.data.prepare.recipe import ChatRecipe, Recipe, labels_of
+from hybridtrain.data.prepare.sources import LABELLED, LABELLED_WORDS, Listing
 from hybridtrain.data.prepare.units import Fields
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime.files import discard, unwritable, write_atomically
@@ -128,8 +128,10 @@ def _check(data: DataConfig) -> None:
             allowed="0 or more, below 1",
             instead="data.eval_fraction=0.02",
         )
-    if data.format == "labelled":
+    if data.format in (LABELLED, LABELLED_WORDS):
         labelled.check(data)
+    if data.format == LABELLED_WORDS:
+        of_words.check(data)
     if data.sentences:
         _check_sentences(data)
     if data.tokenizer == "train" and data.vocab_size < (least := tokenizer.least_vocab(data)):
@@ -172,7 +174,7 @@ def _write(
     partial = path / PARTIAL
     recipe = Recipe(
         chat=_chat(data),
-        labels=LabelRecipe(data.labels, data.label_key, data.seq_len) if data.format == "labelled" else None,
+        labels=labels_of(data),
         sentences=data.sentences,
         eval_fraction=data.eval_fraction,
         deduplicate=data.deduplicate,
@@ -294,7 +296,7 @@ def _publish(
         "kind": data.format if recipe.packed else "text",
         **({"seq_len": data.seq_len} if recipe.marks else {}),
         **pair_rows,
-        **({"labels": data.labels} if recipe.labels else {}),
+        **({"labels": recipe.labels.names} if recipe.labels else {}),
         **facts,
         "largest_id": max(joined[split].largest_id for split in SPLITS),
         "splits": {split: statistics.of_split(joined[split], rows=rows.get(split)) for split in SPLITS},

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from hybridtrain.config.schema import DataConfig
-from hybridtrain.data.prepare import chat, labelled, sentences, template
+from hybridtrain.data.prepare import answers, chat, labelled, sentences, template, words
 from hybridtrain.data.prepare.chat import Encoded
 from hybridtrain.data.prepare.cuts import CHUNK_CHARS, Cutter
 from hybridtrain.data.prepare.documents import Counts, documents
 from hybridtrain.data.prepare.pieces import Encode, Piece
 from hybridtrain.data.prepare.progress import say
 from hybridtrain.data.prepare.recipe import Recipe
+from hybridtrain.data.prepare.sources import ANSWERS, LABELLED
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.runtime import network
 from hybridtrain.runtime.files import is_lfs_pointer, lfs_pointer, read_object, write_atomically
@@ -116,9 +117,15 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
             )
         )
     if recipe.labels:
-        return _refusing(
-            functools.partial(labelled.encode, tokenizer=load(str(folder), field=FIELD), recipe=recipe.labels)
-        )
+        tokenizer = load(str(folder), field=FIELD)
+        encode_labelled: Any = labelled.encode
+        if recipe.labels.form != LABELLED:
+            _check_fast(tokenizer)
+            encode_labelled = words.encode
+        if recipe.labels.form == ANSWERS:
+            answers.check(tokenizer)
+            encode_labelled = answers.encode
+        return _refusing(functools.partial(encode_labelled, tokenizer=tokenizer, recipe=recipe.labels))
     if not (folder / "tokenizer.json").exists():  # a slow tokenizer, which is written in Python
         slow = load(str(folder), field=FIELD)
         return _refusing(
@@ -145,6 +152,14 @@ def encoder(partial: Path, recipe: Recipe) -> Encode:
         return [Encoded.text(np.concatenate(ids.pop())) for _ in texts]  # pop frees memory of long documents
 
     return _refusing(encode)
+
+
+def _check_fast(tokenizer: Any) -> None:
+    """Refuse a tokenizer that does not tell where in the text its tokens are (raises UserError)."""
+    if not tokenizer.is_fast:
+        problem = "it is a slow tokenizer, which does not tell to which words its tokens belong"
+        allowed, instead = "a tokenizer with a tokenizer.json", "data.tokenizer=FOLDER of one"
+        raise refusal(FIELD, "of the corpus", problem, allowed=allowed, instead=instead)
 
 
 def _groups(texts: list[str], *, cutter: Cutter) -> Iterator[list[tuple[int, str]]]:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from hybridtrain.config.schema import DataConfig
 from hybridtrain.data.prepare import conversations
-from hybridtrain.data.prepare.sources import Source
+from hybridtrain.data.prepare.answers import FIELDS
+from hybridtrain.data.prepare.sources import ANSWERS, CHAT, LABELLED, LABELLED_WORDS, Source
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Fields:
     encoding: str
     full_records: bool
     """Whether to return full records instead of the field `key`: conversations have several forms."""
+    record: tuple[str, ...]
+    """Fields of a full record; empty: those of conversations."""
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
@@ -32,7 +35,9 @@ class Fields:
             if data.format == "chat"
             else (data.text_key, "data.text_key")
         )
-        label = data.label_key if data.format == "labelled" else ""
+        if data.format == ANSWERS:
+            key, option = "context", "data.source"
+        label = data.label_key if data.format in (LABELLED, LABELLED_WORDS) else ""
         return cls(
             key=key,
             option=option,
@@ -40,13 +45,14 @@ class Fields:
             config=data.dataset_config,
             split=data.dataset_split,
             encoding=data.encoding,
-            full_records=data.format == "chat",
+            full_records=data.format in (CHAT, ANSWERS),
+            record=FIELDS if data.format == ANSWERS else (),
         )
 
     def columns(self, names: list[str]) -> list[str]:
         """The columns to read, from the names of all columns."""
         if self.full_records:
-            return [name for name in names if name in conversations.fields(self.key)]
+            return [name for name in names if name in (self.record or conversations.fields(self.key))]
         return [self.key, *([self.label] if self.label else [])]
 
 

@@ -65,6 +65,10 @@ _KINDS = {
 """Option -> its allowed values."""
 
 
+_NO_TRAINING = {"evaluate", "compare", "parity", "bench"}
+"""Sections of commands that have all of training's and no run of their own."""
+
+
 def check(config: schema.Root) -> None:
     """Raise UserError for values that cannot work, alone or together.
 
@@ -95,10 +99,10 @@ def check(config: schema.Root) -> None:
         _optimizer_states(config)
         _engine(config)
         precision_checks.check_engine(config)
-        adapter_checks.check(config, trains=not sections.keys() & {"evaluate", "parity", "bench"})
-        if "evaluate" not in sections:
+        adapter_checks.check(config, trains=not sections.keys() & _NO_TRAINING)
+        if not sections.keys() & {"evaluate", "compare"}:
             _model_chosen(config.model)
-        if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
+        if not sections.keys() & _NO_TRAINING:  # train or submit
             _trackers(config.tracker, here="cluster" not in sections)
             _run_length(config)
             _policies(config)

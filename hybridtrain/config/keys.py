@@ -52,6 +52,8 @@ PATHS = (
         "export.checkpoint",
         "export.out",
         "evaluate.source",
+        "compare.sources",
+        "compare.out",
         "generate.source",
         "report.out",
         "report.compare",

@@ -26,6 +26,7 @@ from hybridtrain.config.commands import (
 from hybridtrain.config.optim import OptimConfig, ScheduleConfig
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
+from hybridtrain.config.quantize import CompareConfig
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -80,6 +81,11 @@ class SubmitRoot(Config):
 @options
 class EvaluateRoot(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@options
+class CompareRoot(Config):
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 @options
@@ -151,6 +157,7 @@ ROOTS: dict[str, type[Root]] = {
     "bench": BenchRoot,
     "export": ExportRoot,
     "evaluate": EvaluateRoot,
+    "compare": CompareRoot,
     "generate": GenerateRoot,
     "report": ReportRoot,
     "submit": SubmitRoot,

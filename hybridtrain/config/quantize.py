@@ -1,0 +1,24 @@
+"""Options of quantised inference (quantize/)."""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from hybridtrain.config.options import Options, options
+
+
+@options
+class CompareConfig(Options):
+    sources: list[str] = field(default_factory=list)
+    """Runs, exports, Hugging Face folders or hub ids; the first is the reference. Empty: the run's export."""
+    schemes: list[str] = field(default_factory=list)
+    """Schemes in which the linear layers of the reference are stored, too, e.g. [int8,int4-g32-gptq]: their
+    numbers are computed with, in its own dtype (docs/inference.md has the names)."""
+    dtypes: list[str] = field(default_factory=list)
+    """The whole reference in these, too: bfloat16, float16."""
+    rows: int = 0
+    """Held-out rows to compare on; 0: as many as the evaluations during training."""
+    calibration_rows: int = 64
+    """Training rows for schemes that look at the inputs of layers (gptq, bias, a8s)."""
+    out: str = ""
+    """JSON file to write; empty: <run>/compare.json, without a run none."""

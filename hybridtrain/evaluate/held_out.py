@@ -89,14 +89,16 @@ def check_tokenizer(source: str, settings: schema.Config) -> None:
         vocabulary.compare(Path(source), tokenizer_dir(settings.data))
 
 
-def of_model(model: Any, settings: schema.Config, *, data: Blend, plan: BatchPlan, rows: int) -> HeldOut:
-    """The rows for a model, whose task `settings` then names: the plain loss, without label smoothing and
+def of_model(
+    config: Any, settings: schema.Config, *, vocab: int, data: Blend, plan: BatchPlan, rows: int
+) -> HeldOut:
+    """The rows for a model of a transformers config with `vocab` tokens, whose task `settings` then names: the plain loss, without label smoothing and
     z-loss.
     """
-    classes = len(model.config.id2label) if classifier.is_classifier(model.config.architectures) else 0
-    vocab, encodes = model.get_input_embeddings().num_embeddings, is_encoder(model.config)
+    classes = len(config.id2label) if classifier.is_classifier(config.architectures) else 0
+    encodes = is_encoder(config)
     data = data.in_own_rows() if encodes else data
-    kind = "masked_lm" if encoder.predicts(model.config) else "classification" if classes else "causal_lm"
+    kind = "masked_lm" if encoder.predicts(config) else "classification" if classes else "causal_lm"
     if kind == "masked_lm" and data.documents:
         problem = "transformers' encoders do not keep the documents of a row apart"
         instead = "data.document_mask=false"

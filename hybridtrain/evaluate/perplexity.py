@@ -42,7 +42,14 @@ def run(config: EvaluateRoot) -> int:
         model = evaluate.load_model(
             source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code
         )
-        of_model = held_out.of_model(model, settings, data=data, plan=plan, rows=rows)
+        of_model = held_out.of_model(
+            model.config,
+            settings,
+            vocab=model.get_input_embeddings().num_embeddings,
+            data=data,
+            plan=plan,
+            rows=rows,
+        )
         step = export_record.step_of(Path(source))
         sums = scores(model, of_model.batches(), device=model.device, task=of_model.task)
     result = {

@@ -61,7 +61,14 @@ def run(config: CompareRoot) -> int:
             held_out.check_tokenizer(folder, settings)
         trusts = config.model.trust_remote_code
         reference = evaluate.load_model(folders[0], field=SOURCES, trust_remote_code=trusts)
-        of_model = held_out.of_model(reference, settings, data=data, plan=plan, rows=rows)
+        of_model = held_out.of_model(
+            reference.config,
+            settings,
+            vocab=reference.get_input_embeddings().num_embeddings,
+            data=data,
+            plan=plan,
+            rows=rows,
+        )
         calibration = _calibration(of_model, options.calibration_rows) if any(
             scheme.calibrates for scheme in parsed
         ) else []

@@ -48,6 +48,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "export": ("hybridtrain.export.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
+    "quantize": (
+        "hybridtrain.quantize.write",
+        "run",
+        "write a model with quantised linear layers, which transformers and vLLM load",
+    ),
     "compare": (
         "hybridtrain.quantize.compare",
         "run",
@@ -76,7 +81,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "write an HTML page and plots of a run; --compare RUN RUN ... plots several runs together",
     ),
 }
-TAKES_RUN = ("export", "evaluate", "compare", "generate", "report", "logs", "verify")
+TAKES_RUN = ("export", "evaluate", "compare", "quantize", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
 """Commands whose reader may close the pipe (`| head`)."""
 _FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--compare", "--dry-run")

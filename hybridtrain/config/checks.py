@@ -58,6 +58,7 @@ _KINDS = {
     "data.chat_turns": CHAT_TURNS,
     "data.format": DATA_FORMATS,
     "export.dtype": EXPORT_DTYPES,
+    "quantize.dtype": EXPORT_DTYPES,
     "bench.plain_compile": PLAIN_COMPILE,
     "train.on_nonfinite": ON_NONFINITE,
     "train.on_spike": ON_SPIKE,
@@ -65,7 +66,7 @@ _KINDS = {
 """Option -> its allowed values."""
 
 
-_NO_TRAINING = {"evaluate", "compare", "parity", "bench"}
+_NO_TRAINING = {"evaluate", "compare", "quantize", "parity", "bench"}
 """Sections of commands that have all of training's and no run of their own."""
 
 
@@ -100,7 +101,7 @@ def check(config: schema.Root) -> None:
         _engine(config)
         precision_checks.check_engine(config)
         adapter_checks.check(config, trains=not sections.keys() & _NO_TRAINING)
-        if not sections.keys() & {"evaluate", "compare"}:
+        if not sections.keys() & {"evaluate", "compare", "quantize"}:
             _model_chosen(config.model)
         if not sections.keys() & _NO_TRAINING:  # train or submit
             _trackers(config.tracker, here="cluster" not in sections)

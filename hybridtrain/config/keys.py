@@ -53,6 +53,8 @@ PATHS = (
         "export.out",
         "evaluate.source",
         "compare.sources",
+        "quantize.source",
+        "quantize.out",
         "compare.out",
         "generate.source",
         "report.out",

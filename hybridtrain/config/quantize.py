@@ -22,3 +22,18 @@ class CompareConfig(Options):
     """Training rows for schemes that look at the inputs of layers (gptq, bias, a8s)."""
     out: str = ""
     """JSON file to write; empty: <run>/compare.json, without a run none."""
+
+
+@options
+class QuantizeConfig(Options):
+    source: str = ""
+    """Export, checkpoint, Hugging Face folder or hub id; empty: <run>/export."""
+    scheme: str = "int4-g32-gptq"
+    """How the linear layers are stored (docs/inference.md): bf16, fp16, int8, int4-g32-gptq,
+    fp8_e4m3-a8 ..."""
+    dtype: str = "bfloat16"
+    """dtype of all other weights, and in which the model then computes: bfloat16, float16 or float32."""
+    rows: int = 128
+    """Training rows for schemes that look at the inputs of layers (gptq, a8s)."""
+    out: str = ""
+    """Folder to write; empty: <run>/quantised."""

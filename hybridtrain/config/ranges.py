@@ -93,6 +93,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "export.max_shard_gb": (1e-6, 1e6),
     "evaluate.rows": (0, _ROWS),
     "compare.rows": (0, _ROWS),
+    "quantize.rows": (1, _ROWS),
     "compare.calibration_rows": (1, _ROWS),
     "generate.max_new_tokens": (1, 1 << 30),
     "generate.temperature": (0, 100.0),

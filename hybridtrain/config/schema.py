@@ -26,7 +26,7 @@ from hybridtrain.config.commands import (
 from hybridtrain.config.optim import OptimConfig, ScheduleConfig
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
-from hybridtrain.config.quantize import CompareConfig
+from hybridtrain.config.quantize import CompareConfig, QuantizeConfig
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -86,6 +86,11 @@ class EvaluateRoot(Config):
 @options
 class CompareRoot(Config):
     compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@options
+class QuantizeRoot(Config):
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 @options
@@ -158,6 +163,7 @@ ROOTS: dict[str, type[Root]] = {
     "export": ExportRoot,
     "evaluate": EvaluateRoot,
     "compare": CompareRoot,
+    "quantize": QuantizeRoot,
     "generate": GenerateRoot,
     "report": ReportRoot,
     "submit": SubmitRoot,

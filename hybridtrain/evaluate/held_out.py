@@ -92,8 +92,8 @@ def check_tokenizer(source: str, settings: schema.Config) -> None:
 def of_model(
     config: Any, settings: schema.Config, *, vocab: int, data: Blend, plan: BatchPlan, rows: int
 ) -> HeldOut:
-    """The rows for a model of a transformers config with `vocab` tokens, whose task `settings` then names: the plain loss, without label smoothing and
-    z-loss.
+    """The rows for a model of a transformers config with `vocab` tokens, whose task `settings` then names:
+    the plain loss, without label smoothing and z-loss.
     """
     classes = len(config.id2label) if classifier.is_classifier(config.architectures) else 0
     encodes = is_encoder(config)
@@ -104,8 +104,6 @@ def of_model(
         instead = "data.document_mask=false"
         raise refusal("data.document_mask", True, problem, allowed="false with an encoder", instead=instead)
     settings.task = dataclasses.replace(settings.task, kind=kind, label_smoothing=0.0, z_loss=0.0)
-    task = tasks.of(
-        adapt_task(settings, data, encoder=encodes), labels=classes, vocab=vocab, encoder=encodes
-    )
+    task = tasks.of(adapt_task(settings, data, encoder=encodes), labels=classes, vocab=vocab, encoder=encodes)
     check_vocab(data, vocab=vocab)
     return HeldOut(data, task, plan, vocab, min(rows, data.count("eval", seq_len=plan.seq_len)))

@@ -41,7 +41,9 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def check(out: Path, *, field: str) -> None:
-    """Refuse a folder `out`, named by the option `field`, with other content, and one among a run's checkpoints (raises UserError)."""
+    """Refuse a folder `out`, given in `field`, with other content, or among a run's checkpoints (raises
+    UserError).
+    """
     check_outside_checkpoints(out, field=field)
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
@@ -116,7 +118,9 @@ def replacing(out: Path, *, field: str) -> Iterator[Path]:
         marker.sync_folder(partial)
         others = _others(real, partial=partial, out=out, field=field)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
-            _fill(real, partial=partial, field=field)  # a mount cannot be renamed; the working directory should stay
+            _fill(
+                real, partial=partial, field=field
+            )  # a mount cannot be renamed; the working directory should stay
         else:
             _take_over(others, partial=partial)
             _swap(real, partial=partial)

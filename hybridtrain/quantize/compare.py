@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,17 +13,15 @@ import torch
 
 from hybridtrain import evaluate
 from hybridtrain.config.schema import CompareRoot, Config, ModelConfig
-from hybridtrain.data.loader import Loader
 from hybridtrain.errors import refusal
 from hybridtrain.evaluate import held_out
-from hybridtrain.evaluate.held_out import HeldOut
 from hybridtrain.models import build
 from hybridtrain.models.init import draw
 from hybridtrain.models.linears import Linear, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.plan.batch import BatchPlan
 from hybridtrain.quantize import schemes, table, walk
+from hybridtrain.quantize.calibration import batches
 from hybridtrain.quantize.measure import Measured, measure
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
@@ -69,9 +66,8 @@ def run(config: CompareRoot) -> int:
             plan=plan,
             rows=rows,
         )
-        calibration = _calibration(of_model, options.calibration_rows) if any(
-            scheme.calibrates for scheme in parsed
-        ) else []
+        calibrates = any(scheme.calibrates for scheme in parsed)
+        calibration = batches(of_model, rows=options.calibration_rows, seed=0) if calibrates else []
         found: list[tuple[Candidate, Measured]] = []
         own = Candidate(names[0] or str(run_dir / "export"), reference, _bytes(reference), [])
         others = _others(own, names, folders, config, parsed=parsed, calibration=calibration)
@@ -79,7 +75,9 @@ def run(config: CompareRoot) -> int:
             _check_vocabulary(reference, candidate)
             found.append((candidate, measure(reference, candidate.model, of_model.batches())))
             _log.info("%d: %s", number, candidate.name)
-    rows_of_table = [table.row(each.name, measured, stored=each.bytes, layers=each.layers) for each, measured in found]
+    rows_of_table = [
+        table.row(each.name, measured, stored=each.bytes, layers=each.layers) for each, measured in found
+    ]
     first = table.reference(own.name, found[0][1], stored=own.bytes) if found else None
     result = {
         "reference": first,
@@ -99,9 +97,7 @@ def run(config: CompareRoot) -> int:
 def _folder(name: str, *, run_dir: Path) -> Any:
     """A folder or hub id that transformers can load; of a run its export."""
     is_run = name != "" and (Path(name) / "config.yaml").is_file()
-    return evaluate.loadable(
-        "" if is_run else name, run_dir=Path(name) if is_run else run_dir, field=SOURCES
-    )
+    return evaluate.loadable("" if is_run else name, run_dir=Path(name) if is_run else run_dir, field=SOURCES)
 
 
 def _others(
@@ -115,9 +111,7 @@ def _others(
 ) -> Iterator[Candidate]:
     """What is compared with the reference, one after the other."""
     for name, folder in list(zip(names, folders, strict=True))[1:]:
-        model = evaluate.load_model(
-            folder, field=SOURCES, trust_remote_code=config.model.trust_remote_code
-        )
+        model = evaluate.load_model(folder, field=SOURCES, trust_remote_code=config.model.trust_remote_code)
         yield Candidate(name, model, _bytes(model), [])
     for dtype in config.compare.dtypes:
         model = copy.deepcopy(own.model).to(getattr(torch, dtype))
@@ -157,28 +151,6 @@ def _all(scheme: Scheme) -> walk.Choose:
     return choose
 
 
-def _calibration(of_model: HeldOut, rows: int) -> list[Batch]:
-    """Training rows."""
-    size = of_model.plan.micro_batch_size
-    steps = math.ceil(rows / size)
-    plan = BatchPlan(
-        micro_batch_size=size,
-        seq_len=of_model.plan.seq_len,
-        grad_accum=steps,
-        global_batch_size=size * steps,
-    )
-    loader = Loader(
-        of_model.data,
-        plan=plan,
-        dp_rank=0,
-        dp_size=1,
-        seed=0,
-        vocab=of_model.vocab,
-        collate=of_model.task.collate,
-    )
-    return loader.micro_batches(0)
-
-
 def _bytes(model: Any) -> int:
     """Of a model's parameters, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -193,9 +165,7 @@ def _stored(model: Any, layers: Sequence[Quantised]) -> int:
 
 
 def _check_vocabulary(reference: Any, candidate: Candidate) -> None:
-    here, there = (
-        model.get_input_embeddings().num_embeddings for model in (reference, candidate.model)
-    )
+    here, there = (model.get_input_embeddings().num_embeddings for model in (reference, candidate.model))
     if here != there:
         raise refusal(
             SOURCES,

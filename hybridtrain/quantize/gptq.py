@@ -19,7 +19,9 @@ _BLOCK = 128
 """Columns after which what they lose is spread over all later ones at once."""
 
 
-def quantise(weight: Tensor, hessian: Tensor, scheme: Scheme, *, path: str, field: str) -> tuple[Grid, Tensor]:
+def quantise(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, *, path: str, field: str
+) -> tuple[Grid, Tensor]:
     """(grid, codes (N, K)) of a weight. `hessian`: x^T x of its inputs, fp32 (K, K).
 
     Scales are those of the weight as it is. Raises UserError where the inputs do not determine the codes.
@@ -72,7 +74,7 @@ def check_tokens(tokens: int, *, inputs: int, path: str, scheme: Scheme, field: 
         raise refusal(
             field,
             tokens,
-            f"calibration tokens are fewer than the {inputs} inputs of {path}, which they would not determine",
+            f"calibration tokens are fewer than the {inputs} inputs of {path}: they would not determine it",
             allowed=f"rows with {inputs} tokens or more",
             instead="more rows, or the scheme without gptq",
         )

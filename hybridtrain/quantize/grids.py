@@ -115,7 +115,9 @@ def _levels(weight: Tensor, scheme: Scheme, largest: Tensor) -> Tensor | None:
 
 
 def _scale(largest: Tensor, scheme: Scheme, levels: Tensor | None) -> Tensor:
-    if scheme.codes == "mxfp4":  # OCP MX v1.0: of the largest power of two that is not above the largest value
+    if (
+        scheme.codes == "mxfp4"
+    ):  # OCP MX v1.0: of the largest power of two that is not above the largest value
         return 2.0 ** (largest.log2().floor() - 2).clamp(min=-127)
     if scheme.codes == "nvfp4":
         whole = largest.max() / (FP4[-1] * E4M3.largest)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridtrain.plan.formats import E4M3, E5M2, INT8, Number
-from hybridtrain.precision.round import round_to
+from hybridtrain.precision.round import dtype_of, round_to
 from hybridtrain.quantize.schemes import Scheme
 
 _NUMBERS = {"int": INT8, "e4m3": E4M3, "e5m2": E5M2}
@@ -72,7 +72,7 @@ class Seen:
         if self.scheme.inputs == "mse":
             tried = [(_squared_error(values, largest * share, number), share) for share in _SHARES]
             largest = largest * min(tried, key=lambda each: each[0])[1]
-        return (largest / number.largest).clamp(min=_TINY)
+        return (largest / number.largest).clamp(min=_TINY).bfloat16().float()
 
 
 def _squared_error(values: Tensor, largest: Tensor, number: Number) -> float:
@@ -81,14 +81,19 @@ def _squared_error(values: Tensor, largest: Tensor, number: Number) -> float:
 
 
 def rounding(scheme: Scheme, scale: Tensor | None) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook before a linear layer that rounds what goes into it. `scale`: None for one of each token."""
+    """A hook before a linear layer that rounds what goes into it, in its dtype, as compressed-tensors does.
+    `scale`: None for one of each token.
+    """
+    whole = scheme.codes == "int"
     number = _NUMBERS[scheme.codes]
+    low, high = -number.largest - whole, number.largest
 
     def hook(module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001 - a hook's signature
-        x = given[0].float()
-        here = scale
-        if here is None:
-            here = (x.abs().amax(-1, keepdim=True) / number.largest).clamp(min=_TINY)
-        return (round_to(x / here.to(x.device), number).float().mul(here.to(x.device)).to(given[0].dtype), *given[1:])
+        x = given[0]
+        here = x.abs().amax(-1, keepdim=True) / ((high - low) / 2) if scale is None else scale.to(x)
+        here = torch.where(here == 0, torch.finfo(x.dtype).eps, here)
+        scaled = (x / here).clamp(low, high)
+        rounded = scaled.round() if whole else scaled.to(dtype_of(number)).to(x.dtype)
+        return (rounded * here, *given[1:])
 
     return hook

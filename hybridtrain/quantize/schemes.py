@@ -1,21 +1,21 @@
 """Names of quantisation schemes:
 
-    int4-g32-gptq     codes, then what differs from their usual form, in any order
+int4-g32-gptq     codes, then what differs from their usual form, in any order
 
-    codes             bf16, fp16         rounded, without scales
-                      int2 ... int16     integers times a scale
-                      fp8_e4m3, fp8_e5m2 8-bit floats times a scale
-                      nf4                quantiles of a normal distribution (arXiv 2305.14314), 64 share a scale
-                      nvfp4, mxfp4       4-bit floats; 16 share an e4m3 scale, or 32 a power of two
-                      codebook2 ... 4    2^n numbers found for each matrix (k-means), times a scale per row
-    tensor, row, gN   what shares a scale: a matrix, a row of it (an output), N neighbours in a row
-    affine            integers from 0, and a zero point for each scale
-    gptq              GPTQ: each code makes up for the errors of those before it (arXiv 2210.17323)
-    bias              the mean error of an output is taken from its bias
-    lrN               the weight's error is added again as a product of rank N, in bf16
-    a8                inputs in the same 8 bits, a scale for each token
-    a8s               inputs in the same 8 bits, a scale found on calibration rows: of the smallest squared
-                      error (a8s), of the largest value (a8s_minmax), or the 99.9th percentile (a8s_percentile)
+codes             bf16, fp16         rounded, without scales
+                  int2 ... int16     integers times a scale
+                  fp8_e4m3, fp8_e5m2 8-bit floats times a scale
+                  nf4                quantiles of a normal distribution (arXiv 2305.14314); 64 share one
+                  nvfp4, mxfp4       4-bit floats; 16 share an e4m3 scale, or 32 a power of two
+                  codebook2 ... 4    2^n numbers found for each matrix (k-means), times a scale per row
+tensor, row, gN   what shares a scale: a matrix, a row of it (an output), N neighbours in a row
+affine            integers from 0, and a zero point for each scale
+gptq              GPTQ: each code makes up for the errors of those before it (arXiv 2210.17323)
+bias              the mean error of an output is taken from its bias
+lrN               the weight's error is added again as a product of rank N, in bf16
+a8                inputs in the same 8 bits, a scale for each token
+a8s               inputs in the same 8 bits, a scale found on calibration rows: of the smallest squared
+                  error (a8s), of the largest value (a8s_minmax), or the 99.9th percentile (a8s_percentile)
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ _CHANGES: tuple[tuple[re.Pattern[str], tuple[str, ...], _Change], ...] = (
     (re.compile("tensor|row"), ("int", "e4m3", "e5m2"), lambda match: {"share": match[0], "group": 0}),
     (re.compile(r"g([1-9]\d{0,5})"), ("int",), lambda match: {"share": "group", "group": int(match[1])}),
     (re.compile("affine"), ("int",), lambda _: {"affine": True}),
-    (re.compile("gptq"), ("int", "e4m3", "e5m2", "nf4", "nvfp4", "mxfp4", "codebook"), lambda _: {"gptq": True}),
+    (
+        re.compile("gptq"),
+        ("int", "e4m3", "e5m2", "nf4", "nvfp4", "mxfp4", "codebook"),
+        lambda _: {"gptq": True},
+    ),
     (re.compile("bias"), (), lambda _: {"bias": True}),
     (re.compile(r"lr([1-9]\d{0,3})"), (), lambda match: {"rank": int(match[1])}),
     (re.compile("a8"), ("int", "e4m3", "e5m2"), lambda _: {"inputs": "token"}),

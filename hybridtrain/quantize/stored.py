@@ -19,19 +19,20 @@ from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, install, refusal
 from hybridtrain.plan.formats import E4M3
-from hybridtrain.quantize.grids import FP4
-from hybridtrain.quantize.schemes import BASES, Scheme
+from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
 
-WRITTEN = "bf16, fp16; int2, int3, int4, int8, fp8_e4m3, nvfp4, mxfp4 (-tensor, -row, -gN, -gptq); -a8 and "
-"-a8s with int8 and fp8_e4m3"
+WRITTEN = (
+    "bf16, fp16; int2, int3, int4, int8, fp8_e4m3, nvfp4, mxfp4, also -tensor, -row, -gN, -gptq; -a8 and "
+    "-a8s with int8 and fp8_e4m3"
+)
 _CAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(scheme: Scheme, *, field: str, transposed: bool) -> None:
     """Refuse schemes that no folder can hold as they are (raises UserError)."""
     problem = ""
-    if scheme.codes in ("nf4", "codebook", "e5m2") or scheme.bits == 16 and scheme.codes == "int":
+    if scheme.codes in ("nf4", "codebook", "e5m2") or (scheme.bits == 16 and scheme.codes == "int"):
         problem = f"compressed-tensors has no {scheme.name.partition('-')[0]}"
     elif scheme.affine or scheme.rank or scheme.bias:
         problem = "zero points, products that are added and changed biases are not stored"
@@ -106,9 +107,7 @@ class Format:
         stored = compressor.compress(given, group)
         if layer.input_scale is not None:
             stored["input_scale"] = layer.input_scale.reshape(1).bfloat16()
-        return {
-            name: value.data.cpu() for name, value in stored.items() if isinstance(value, Tensor)
-        }
+        return {name: value.data.cpu() for name, value in stored.items() if isinstance(value, Tensor)}
 
     def _format(self, group: Any) -> str:
         return str(self._library.compressors.format.infer_module_format(nn.Linear, group).value)
@@ -137,7 +136,9 @@ class Format:
                 strategy="tensor" if one else "token",
                 dynamic=not one,
             )
-        return quantization.QuantizationScheme(targets=list(targets), weights=weights, input_activations=inputs)
+        return quantization.QuantizationScheme(
+            targets=list(targets), weights=weights, input_activations=inputs
+        )
 
 
 def _scales(layer: Quantised) -> dict[str, Tensor]:
@@ -150,6 +151,11 @@ def _scales(layer: Quantised) -> dict[str, Tensor]:
     if layer.scheme.codes == "mxfp4":
         return {"weight_scale": scale}
     return {"weight_scale": (scale.reshape(1) if layer.scheme.share == "tensor" else scale).bfloat16()}
+
+
+def _whole(scale: Tensor) -> Tensor:
+    """The scale of scales in e4m3, of which the largest is as large as these can be."""
+    return scale.max() / E4M3.largest
 
 
 def refuse_source(fields: Mapping[str, Any], *, source: str, field: str) -> None:

@@ -13,7 +13,13 @@ from hybridtrain.quantize.walk import Quantised
 def reference(name: str, measured: Measured, *, stored: int) -> dict[str, Any]:
     """The row of the reference."""
     loss = measured.mean("loss").value
-    return {"name": name, "bytes": stored, "tokens": measured.tokens, "loss": loss, "perplexity": math.exp(loss)}
+    return {
+        "name": name,
+        "bytes": stored,
+        "tokens": measured.tokens,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
 
 
 def row(name: str, measured: Measured, *, stored: int, layers: Sequence[Quantised]) -> dict[str, Any]:
@@ -49,12 +55,14 @@ def text(result: Mapping[str, Any]) -> str:
     """The table as text. Errors are standard errors over rows."""
     first, others = result["reference"], result["candidates"]
     width = max([len(str(each["name"])) for each in (first, *others)] + [9])
+    tokens = f"{first['tokens']:,} tokens"
     lines = [
-        f"{result['rows']} held-out rows x {result['seq_len']} of {result['data']}, {first['tokens']:,} tokens",
+        f"{result['rows']} held-out rows x {result['seq_len']} of {result['data']}, {tokens}",
         "",
         f"{'':{width}}  {'MB':>8}  {'bits':>5}  {'perplexity':>10}  {'change %':>15}  {'KL':>19}  "
         f"{'top-1 %':>7}  {'SNR dB':>6}",
-        f"{first['name']:{width}}  {first['bytes'] / 1e6:8.2f}  {'':5}  {first['perplexity']:10.4f}  reference",
+        f"{first['name']:{width}}  {first['bytes'] / 1e6:8.2f}  {'':5}  {first['perplexity']:10.4f}  "
+        "reference",
     ]
     for each in others:
         bits = "" if each["bits"] is None else f"{each['bits']:.2f}"

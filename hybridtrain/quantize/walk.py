@@ -93,8 +93,13 @@ def layers(
 
 def _stage(config: Any, number: int, *, count: int, source: WeightSource, device: torch.device) -> Stage:
     """A layer with its weights, and before the first the embedding."""
-    here = {"layers": range(number, number + 1), "first": number == 0, "last": number + 1 == count}
-    stage = Stage(config, **here, head=lambda own, **_: _NoHead())  # noqa: ARG005
+    stage = Stage(
+        config,
+        layers=range(number, number + 1),
+        first=number == 0,
+        last=number + 1 == count,
+        head=lambda own, **_: _NoHead(),  # noqa: ARG005
+    )
     stage.to_empty(device=device)
     reset_buffers(stage, device=device)
     fill([stage], source)

@@ -55,6 +55,7 @@ PATHS = (
         "compare.sources",
         "quantize.source",
         "quantize.out",
+        "quantize.plan",
         "compare.out",
         "generate.source",
         "report.out",

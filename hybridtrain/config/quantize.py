@@ -35,5 +35,14 @@ class QuantizeConfig(Options):
     """dtype of all other weights, and in which the model then computes: bfloat16, float16 or float32."""
     rows: int = 128
     """Training rows for schemes that look at the inputs of layers (gptq, a8s)."""
+    plan: str = ""
+    """Another scheme for each layer, in place of quantize.scheme: a YAML file, or auto: search one that keeps
+    quantize.budget."""
+    budget: float = 0.01
+    """quantize.plan=auto: largest relative increase of the perplexity on held-out rows, 0.01 for 1 %."""
+    ladder: list[str] = field(default_factory=lambda: ["bf16", "int8", "int4-g32-gptq"])
+    """quantize.plan=auto: schemes that a layer may have, the widest first."""
+    eval_rows: int = 0
+    """quantize.plan=auto: held-out rows, half to verify the plan and half to report it; 0: all."""
     out: str = ""
     """Folder to write; empty: <run>/quantised."""

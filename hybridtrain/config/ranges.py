@@ -94,6 +94,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluate.rows": (0, _ROWS),
     "compare.rows": (0, _ROWS),
     "quantize.rows": (1, _ROWS),
+    "quantize.eval_rows": (0, _ROWS),
+    "quantize.budget": (0, 1.0),
     "compare.calibration_rows": (1, _ROWS),
     "generate.max_new_tokens": (1, 1 << 30),
     "generate.temperature": (0, 100.0),

@@ -139,7 +139,7 @@ def _schemes(
             for each in found:
                 walk.put(changed.get_submodule(each.linear.path), each)
             layers += found
-        yield Candidate(scheme.name, changed, _stored(own.model, layers), layers)
+        yield Candidate(scheme.name, changed, table.stored_bytes(own.model, layers), layers)
 
 
 def _all(scheme: Scheme) -> walk.Choose:
@@ -154,14 +154,6 @@ def _all(scheme: Scheme) -> walk.Choose:
 def _bytes(model: Any) -> int:
     """Of a model's parameters, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _stored(model: Any, layers: Sequence[Quantised]) -> int:
-    """Bytes of a model with quantised layers, the rest in bf16."""
-    weights = sum(each.linear.outputs * each.linear.inputs for each in layers)
-    bits = sum(each.scheme.stored_bits(each.linear.outputs, each.linear.inputs) for each in layers)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - weights
-    return bits // 8 + 2 * rest
 
 
 def _check_vocabulary(reference: Any, candidate: Candidate) -> None:

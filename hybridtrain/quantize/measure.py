@@ -13,7 +13,7 @@ B rows, T positions, V vocabulary; M positions with a label.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,26 +72,35 @@ def _ratio(sums: np.ndarray, counts: np.ndarray) -> Mean:
     return Mean(float(mean), math.sqrt(spread) / float(counts.sum()))
 
 
-@torch.inference_mode()
 def measure(reference: Any, other: Any, batches: Iterable[Batch]) -> Measured:
     """Compare two plain transformers models with the same tokens."""
-    parts = []
+    return against(predicted(reference, batches), other)
+
+
+def predicted(model: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Batch]]:
+    """The logits of a model on batches, one after the other."""
     for batch in batches:
-        p_BTV, labels_BT = predictions(reference, batch)
-        q_BTV, _ = predictions(other, batch)
+        yield _logits(model, batch), batch
+
+
+def against(reference: Iterable[tuple[Tensor, Batch]], other: Any) -> Measured:
+    """Compare a model with the logits of another, see `predicted`."""
+    parts = []
+    for p_BTV, batch in reference:
+        q_BTV, labels_BT = _logits(other, batch), batch.labels_BT[:, : p_BTV.shape[1]].to(p_BTV.device)
         parts += [_row(p, q, labels) for p, q, labels in zip(p_BTV, q_BTV, labels_BT, strict=True)]
     return Measured(np.array([part for part in parts if part[0]]).reshape(-1, len(_NAMES)))
 
 
-def predictions(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(logits (B, T, V), labels (B, T)) of tokens; of a classifier of texts with T = 1."""
+@torch.inference_mode()
+def _logits(model: Any, batch: Batch) -> Tensor:
+    """Of tokens, (B, T, V); of a classifier of texts with T = 1."""
     here = batch.to(model.device)
-    labels_BT = here.labels_BT
     if isinstance(here, PairBatch):
-        return pair_logits(model, here)[0], labels_BT
+        return pair_logits(model, here)[0]
     if isinstance(here, TextBatch):
-        return text_logits(model, here).unsqueeze(1), labels_BT[:, :1]
-    return logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT), labels_BT
+        return text_logits(model, here).unsqueeze(1)
+    return logits(model, here.input_ids_BT, position_ids_BT=here.position_ids_BT)
 
 
 def _row(p_TV: Tensor, q_TV: Tensor, labels_T: Tensor) -> list[float]:

@@ -53,6 +53,23 @@ def cast(scheme: Scheme) -> torch.dtype | None:
     return _CAST.get(scheme.codes)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The scheme that casts to a dtype; empty: none."""
+    return next((name for name, each in _CAST.items() if each == dtype), "")
+
+
+def check_cast(scheme: Scheme, rest: str, *, field: str) -> None:
+    """Refuse to store a layer in another format than `rest`, that of all others without codes (UserError)."""
+    if scheme.name != rest:
+        raise refusal(
+            field,
+            scheme.name,
+            f"all layers without codes are in one dtype, {rest or 'float32'}",
+            allowed=rest or "codes",
+            instead=f"quantize.dtype={_CAST[scheme.codes]}".replace("torch.", ""),
+        )
+
+
 def _library(field: str) -> Any:
     """compressed_tensors, which says nothing of its own on import."""
     try:
@@ -156,12 +173,6 @@ def _scales(layer: Quantised) -> dict[str, Tensor]:
 def _whole(scale: Tensor) -> Tensor:
     """The scale of scales in e4m3, of which the largest is as large as these can be."""
     return scale.max() / E4M3.largest
-
-
-def refuse_source(fields: Mapping[str, Any], *, source: str, field: str) -> None:
-    """Refuse to quantise what is quantised (raises UserError)."""
-    if fields.get("quantization_config"):
-        raise already(source, field=field)
 
 
 def already(source: str, *, field: str) -> UserError:

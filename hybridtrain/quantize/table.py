@@ -39,6 +39,14 @@ def row(name: str, measured: Measured, *, stored: int, layers: Sequence[Quantise
     }
 
 
+def stored_bytes(model: Any, layers: Sequence[Quantised]) -> int:
+    """Bytes of a model with quantised layers, the rest in bf16."""
+    weights = sum(each.linear.outputs * each.linear.inputs for each in layers)
+    bits = sum(each.scheme.stored_bits(each.linear.outputs, each.linear.inputs) for each in layers)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - weights
+    return bits // 8 + 2 * rest
+
+
 def _bits(layers: Sequence[Quantised]) -> float | None:
     """Of a weight in the quantised layers, with its share of scales."""
     if not layers:
@@ -52,27 +60,40 @@ def _mean(mean: Mean) -> dict[str, float | None]:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """The table as text. Errors are standard errors over rows."""
-    first, others = result["reference"], result["candidates"]
-    width = max([len(str(each["name"])) for each in (first, *others)] + [9])
-    tokens = f"{first['tokens']:,} tokens"
-    lines = [
-        f"{result['rows']} held-out rows x {result['seq_len']} of {result['data']}, {tokens}",
-        "",
+    """The table as text, with its reference and what it was measured on."""
+    first = result["reference"]
+    rows = [first, *result["candidates"]]
+    return "\n".join(
+        [
+            f"{result['rows']} held-out rows x {result['seq_len']} of {result['data']}, "
+            f"{first['tokens']:,} tokens; +- standard errors over rows",
+            "",
+            *lines(rows),
+        ]
+    )
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each row, below their names."""
+    width = max([len(str(each["name"])) for each in rows] + [9])
+    head = (
         f"{'':{width}}  {'MB':>8}  {'bits':>5}  {'perplexity':>10}  {'change %':>15}  {'KL':>19}  "
-        f"{'top-1 %':>7}  {'SNR dB':>6}",
-        f"{first['name']:{width}}  {first['bytes'] / 1e6:8.2f}  {'':5}  {first['perplexity']:10.4f}  "
-        "reference",
-    ]
-    for each in others:
-        bits = "" if each["bits"] is None else f"{each['bits']:.2f}"
-        snr = "" if each["logit_snr_db"] is None else f"{each['logit_snr_db']:.1f}"
-        lines.append(
-            f"{each['name']:{width}}  {each['bytes'] / 1e6:8.2f}  {bits:>5}  {each['perplexity']:10.4f}  "
-            f"{_with_error(each['loss_change'], 100, '+.3f'):>15}  {_with_error(each['kl'], 1, '.1e'):>19}  "
-            f"{100 * each['same_top1']:7.2f}  {snr:>6}"
-        )
-    return "\n".join(lines)
+        f"{'top-1 %':>7}  {'SNR dB':>6}"
+    )
+    return [head, *(_line(each, width) for each in rows)]
+
+
+def _line(each: Mapping[str, Any], width: int) -> str:
+    start = f"{each['name']:{width}}  {each['bytes'] / 1e6:8.2f}  "
+    if "kl" not in each:
+        return f"{start}{'':5}  {each['perplexity']:10.4f}  reference"
+    bits = "" if each["bits"] is None else f"{each['bits']:.2f}"
+    snr = "" if each["logit_snr_db"] is None else f"{each['logit_snr_db']:.1f}"
+    return (
+        f"{start}{bits:>5}  {each['perplexity']:10.4f}  "
+        f"{_with_error(each['loss_change'], 100, '+.3f'):>15}  {_with_error(each['kl'], 1, '.1e'):>19}  "
+        f"{100 * each['same_top1']:7.2f}  {snr:>6}"
+    )
 
 
 def _with_error(mean: Mapping[str, float | None], factor: float, form: str) -> str:

@@ -9,7 +9,8 @@ So what a layer is calibrated on already has the errors of the layers before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,15 +181,36 @@ def _low_rank(rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left[:, :rank] * root).bfloat16(), (root[:, None] * right[:rank]).bfloat16()
 
 
-def put(module: Any, result: Quantised) -> None:
-    """Let a linear layer of a plain model compute as it is quantised, in its own dtype, in place."""
+def put(module: Any, result: Quantised) -> Callable[[], None]:
+    """Let a linear layer of a plain model compute as it is quantised, in its own dtype, in place. Returns
+    what undoes it.
+    """
+    weight, bias = module.weight.data, module.bias
+    before = None if bias is None else bias.data
     value = result.weight()
-    module.weight.data = (value.t() if is_transposed(module) else value).to(module.weight)
-    if result.bias_change is not None:
-        if module.bias is None:
-            change = result.bias_change.to(module.weight)
-            module.bias = nn.Parameter(change, requires_grad=False)
-        else:
-            module.bias.data = module.bias.data + result.bias_change.to(module.bias)
+    module.weight.data = (value.t() if is_transposed(module) else value).to(weight)
+    change = result.bias_change
+    if change is not None:
+        new = change.to(weight) if before is None else before + change.to(before)
+        module.bias = nn.Parameter(new, requires_grad=False)
+    hook = None
     if result.scheme.inputs:
-        module.register_forward_pre_hook(inputs.rounding(result.scheme, result.input_scale))
+        hook = module.register_forward_pre_hook(inputs.rounding(result.scheme, result.input_scale))
+
+    def undo() -> None:
+        module.weight.data, module.bias = weight, bias
+        if hook is not None:
+            hook.remove()
+
+    return undo
+
+
+@contextmanager
+def changed(model: Any, layers: Iterable[Quantised]) -> Iterator[None]:
+    """A plain model with these layers quantised, inside the `with` block."""
+    undo = [put(model.get_submodule(each.linear.path), each) for each in layers]
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()

@@ -1,7 +1,7 @@
 """The sections of each command.
 
-Options, with type, default and documentation, are in sections.py, optim.py, adapters.py, precision.py and
-commands.py.
+Options, with type, default and documentation, are in sections.py, optim.py, adapters.py, precision.py,
+commands.py and quantize.py.
 """
 
 from __future__ import annotations

@@ -10,14 +10,13 @@ The package compressed-tensors packs the codes and describes them in config.json
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridtrain.errors import UserError, install, refusal
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.plan.formats import E4M3
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
@@ -70,28 +69,14 @@ def check_cast(scheme: Scheme, rest: str, *, field: str) -> None:
         )
 
 
-def _library(field: str) -> Any:
-    """compressed_tensors, which says nothing of its own on import."""
-    try:
-        logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
-        import compressed_tensors.compressors
-        import compressed_tensors.quantization
-    except ImportError as error:
-        raise refusal(
-            field,
-            "",
-            f"quantised folders are written by compressed-tensors ({error})",
-            allowed="bf16 and fp16 without it",
-            instead=install("quantize"),
-        ) from error
-    return compressed_tensors
-
-
 class Format:
     """Writes layers of the schemes of a model."""
 
-    def __init__(self, *, field: str):
-        self._library = _library(field)
+    def __init__(self) -> None:
+        import compressed_tensors.compressors
+        import compressed_tensors.quantization
+
+        self._library: Any = compressed_tensors
 
     def description(self, schemes: Mapping[str, Scheme], *, ignored: Iterable[str]) -> dict[str, Any]:
         """`quantization_config` of config.json. `schemes`: path of a linear layer -> its scheme; `ignored`:

@@ -32,7 +32,7 @@ class Writer:
     ):
         self.built, self.meta, self.source, self.plan = built, meta, source, plan
         self.dtype, self.field = dtype, field
-        self.format = stored.Format(field=field) if plan else None
+        self.format = stored.Format() if plan else None
         self.layers = f"{structure_of(built).layers}."
 
     def description(self) -> dict[str, Any]:

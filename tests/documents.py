@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 )
-RUN_IN_ORDER = ("README.md", "docs/data.md", "docs/support.md", "docs/run-directory.md")
+RUN_IN_ORDER = ("README.md", "docs/data.md", "docs/support.md", "docs/run-directory.md", "docs/inference.md")
 """Whose blocks tests/test_readme.py runs, in one folder: a later one uses what an earlier one wrote."""
 RUN_ELSEWHERE = {
     "docs/python.md": "tests/test_api.py",

@@ -25,7 +25,7 @@ LIBRARY = ("api.py", "training/trainer.py")
 DOORS = {
     "hydra": ("config/compose.py", "config/sweep.py"),
     "omegaconf": ("config/compose.py", "config/interpolations.py"),
-    "yaml": ("config/compose.py", "config/limits.py"),
+    "yaml": ("config/compose.py", "config/limits.py", "quantize/plan.py"),
     "deepspeed": ("engine/deepspeed/",),
     "jinja2": ("data/prepare/template.py",),
     **dict.fromkeys(TRACKERS, ("run/trackers/",)),
@@ -36,6 +36,7 @@ DOORS = {
     "pyarrow": ("data/prepare/tables.py",),
     "matplotlib": ("report/",),
     "lm_eval": ("evaluate/harness.py",),
+    "compressed_tensors": ("quantize/stored.py",),
 }
 
 # Names that a library keeps to itself, and may change without a word -> where we use them.

@@ -117,6 +117,7 @@ TRAIN = ("train", "model=tiny", "data.path=x", "train.steps=3")
 MISSING = {
     "data": ("prepare", "data.source=[rows.parquet]", "data.path=x"),
     "deepspeed": (*TRAIN, "engine=deepspeed"),
+    "quantize": ("quantize", "one"),
     "report": ("report", "--compare", "one", "two"),
     "trackers": (*TRAIN, "tracker=tensorboard"),
     "wandb": (*TRAIN, "tracker=wandb"),

@@ -48,6 +48,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "export": ("hybridtrain.export.hf", "run", "write a checkpoint as a Hugging Face folder"),
     "evaluate": ("hybridtrain.evaluate.perplexity", "run", "perplexity of an export on held-out rows"),
+    "quantize": (
+        "hybridtrain.quantize.write",
+        "run",
+        "write a model with quantised linear layers, which transformers and vLLM load",
+    ),
+    "compare": (
+        "hybridtrain.quantize.compare",
+        "run",
+        "compare models, dtypes and quantisation schemes with a reference, on held-out rows",
+    ),
     "generate": ("hybridtrain.evaluate.generate", "run", "sample from an export or a checkpoint"),
     "submit": (
         "hybridtrain.submit",
@@ -71,7 +81,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "write an HTML page and plots of a run; --compare RUN RUN ... plots several runs together",
     ),
 }
-TAKES_RUN = ("export", "evaluate", "generate", "report", "logs", "verify")
+TAKES_RUN = ("export", "evaluate", "compare", "quantize", "generate", "report", "logs", "verify")
 LISTS = ("runs", "logs", "report")
 """Commands whose reader may close the pipe (`| head`)."""
 _FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--compare", "--dry-run")
@@ -222,6 +232,9 @@ def _with_runs(command: str, argv: list[str]) -> list[str]:
             f"report.compare=[{','.join(map(words.literal, runs))}]",
             *(text for text in rest if text != "--compare"),
         ]
+    if command == "compare":
+        first = [f"run.dir={words.literal(run)}" for run in runs[:1]]
+        return [*first, *([f"compare.sources=[{','.join(map(words.literal, runs))}]"] if runs else []), *rest]
     if len(runs) > 1:
         several = (
             "hybridtrain report --compare " + " ".join(runs)

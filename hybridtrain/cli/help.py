@@ -16,6 +16,8 @@ EXAMPLES = {
     "bench": "hybridtrain bench --nproc 2 experiment=smoke parallel=tp2 bench.rounds=15 bench.out=bench.json",
     "export": "hybridtrain export runs/quickstart export.dtype=bfloat16",
     "evaluate": "hybridtrain evaluate runs/quickstart",
+    "quantize": "hybridtrain quantize runs/quickstart quantize.scheme=int4-g32-gptq",
+    "compare": "hybridtrain compare runs/quickstart compare.schemes=[int8,int4-g32,int4-g32-gptq]",
     "generate": "hybridtrain generate runs/quickstart generate.prompt='import os'",
     "report": "hybridtrain report runs/quickstart",
     "submit": (

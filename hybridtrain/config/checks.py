@@ -75,11 +75,16 @@ _KINDS = {
     "data.chat_turns": CHAT_TURNS,
     "data.format": DATA_FORMATS,
     "export.dtype": EXPORT_DTYPES,
+    "quantize.dtype": EXPORT_DTYPES,
     "bench.plain_compile": PLAIN_COMPILE,
     "train.on_nonfinite": ON_NONFINITE,
     "train.on_spike": ON_SPIKE,
 }
 """Option -> its allowed values."""
+
+
+_NO_TRAINING = {"evaluate", "compare", "quantize", "parity", "bench"}
+"""Sections of commands that have all of training's and no run of their own."""
 
 
 def check(config: schema.Root) -> None:
@@ -112,13 +117,13 @@ def check(config: schema.Root) -> None:
         _optimizer_states(config)
         _engine(config)
         precision_checks.check_engine(config)
-        adapter_checks.check(config, trains=not sections.keys() & {"evaluate", "parity", "bench"})
+        adapter_checks.check(config, trains=not sections.keys() & _NO_TRAINING)
         evaluates, here = "evaluate" in sections, "cluster" not in sections
-        if not sections.keys() & {"parity", "bench"}:
+        if not sections.keys() & (_NO_TRAINING - {"evaluate"}):
             lm_eval_checks.check(config, evaluates=evaluates, here=here)
-        if not evaluates:
+        if not sections.keys() & {"evaluate", "compare", "quantize"}:
             _model_chosen(config.model)
-        if not sections.keys() & {"evaluate", "parity", "bench"}:  # train or submit
+        if not sections.keys() & _NO_TRAINING:  # train or submit
             _trackers(config.tracker, here=here)
             _run_length(config)
             _policies(config)

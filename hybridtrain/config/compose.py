@@ -33,6 +33,8 @@ from hybridtrain.config.interpolations import Interpolated, keep_calls, marked
 from hybridtrain.config.overrides import CommandLine, config_folder, normalize
 from hybridtrain.errors import UserError, refusal
 
+OVER_RUN = ("evaluate", "compare", "quantize")
+"""Commands whose options are laid over those of a run."""
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, RecursionError)
 """Exceptions of a configuration that does not compose; `translate` turns them into a UserError."""
 _SETS_VOCAB_SIZE = re.compile(r"\+*model\.config(\.vocab_size)?=")
@@ -47,7 +49,8 @@ def compose(command: str, argv: list[str]) -> schema.Root:
     """Compose the configuration of `command` from overrides and `--config-dir DIR`. Raises UserError.
 
     Empty run.name and run.dir become the experiment's name (else "default") and runs/<name>. `given` of the
-    result holds the options that the command line sets; for `evaluate` those of chosen files too.
+    result holds the options that the command line sets; for commands that override
+    a run's options those of chosen files too.
     """
     overrides, folders = split(argv)
     line = normalize(command, overrides, folders=[keys.conf_folder(), *folders])
@@ -64,7 +67,7 @@ def compose(command: str, argv: list[str]) -> schema.Root:
             vocab = config.model.config.get("vocab_size")
             if type(vocab) is int and not any(_SETS_VOCAB_SIZE.match(text) for text in line.overrides):
                 config.model.config["vocab_size"] = sections.Suggested(vocab)
-        if line.chosen_files and command == "evaluate":  # which overrides a run's options with those given
+        if line.chosen_files and command in OVER_RUN:
             config.given |= _set_in_files(command, line, folders)
         return config
     except COMPOSE_ERRORS as error:

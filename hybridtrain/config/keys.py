@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridtrain.config import adapters, commands, migrate, optim, precision, schema
+from hybridtrain.config import adapters, commands, migrate, optim, precision, quantize, schema
 from hybridtrain.config import sections as training_sections
 from hybridtrain.errors import refusal
 
@@ -52,6 +52,11 @@ PATHS = (
         "export.checkpoint",
         "export.out",
         "evaluate.source",
+        "compare.sources",
+        "quantize.source",
+        "quantize.out",
+        "quantize.plan",
+        "compare.out",
         "generate.source",
         "report.out",
         "report.compare",
@@ -137,7 +142,7 @@ def _docstrings() -> dict[str, dict[str, str]]:
     result: dict[str, dict[str, str]] = {}
     for node in [
         node
-        for module in (training_sections, optim, adapters, precision, commands)
+        for module in (training_sections, optim, adapters, precision, commands, quantize)
         for node in ast.parse(inspect.getsource(module)).body
     ]:
         if not isinstance(node, ast.ClassDef):

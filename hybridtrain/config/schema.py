@@ -1,7 +1,7 @@
 """The sections of each command.
 
-Options, with type, default and documentation, are in sections.py, optim.py, adapters.py, precision.py and
-commands.py.
+Options, with type, default and documentation, are in sections.py, optim.py, adapters.py, precision.py,
+commands.py and quantize.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hybridtrain.config.commands import (
 from hybridtrain.config.optim import OptimConfig, ScheduleConfig
 from hybridtrain.config.options import Options, options
 from hybridtrain.config.precision import PrecisionConfig
+from hybridtrain.config.quantize import CompareConfig, QuantizeConfig
 from hybridtrain.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -82,6 +83,16 @@ class SubmitRoot(Config):
 @options
 class EvaluateRoot(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@options
+class CompareRoot(Config):
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@options
+class QuantizeRoot(Config):
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 @options
@@ -153,6 +164,8 @@ ROOTS: dict[str, type[Root]] = {
     "bench": BenchRoot,
     "export": ExportRoot,
     "evaluate": EvaluateRoot,
+    "compare": CompareRoot,
+    "quantize": QuantizeRoot,
     "generate": GenerateRoot,
     "report": ReportRoot,
     "submit": SubmitRoot,

@@ -303,6 +303,21 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def _quantize(quantize: schema.QuantizeConfig) -> None:
+    problem = (
+        "the package compressed-tensors, which packs the codes of quantised folders, is not installed here"
+    )
+    require(
+        bool(importlib.util.find_spec("compressed_tensors"))
+        or (not quantize.plan and quantize.scheme in ("bf16", "fp16")),
+        "quantize.scheme",
+        quantize.scheme,
+        problem,
+        allowed="bf16 and fp16 without it",
+        instead=install("quantize"),
+    )
+
+
 def _report(report: schema.ReportConfig) -> None:
     problem = "the package matplotlib, which draws reports, is not installed here"
     require(
@@ -395,5 +410,6 @@ RULES: dict[str, Callable[[Any], None]] = {
     "data": _data,
     "generate": _generate,
     "report": _report,
+    "quantize": _quantize,
 }
 """Section -> its check."""

@@ -35,23 +35,24 @@ from hybridtrain.runtime.files import (
     write_json,
 )
 
-FIELD = "export.out"
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def check(out: Path) -> None:
-    """Refuse a folder with other content, and one among a run's checkpoints (raises UserError)."""
-    check_outside_checkpoints(out, field=FIELD)
+def check(out: Path, *, field: str) -> None:
+    """Refuse a folder `out`, given in `field`, with other content, or among a run's checkpoints (raises
+    UserError).
+    """
+    check_outside_checkpoints(out, field=field)
     real = out.resolve()
     if real.exists() and not is_export(real) and not (real.is_dir() and not any(real.iterdir())):
         raise refusal(
-            FIELD,
+            field,
             out,
             "it exists and is not an earlier export",
             allowed="a new or empty folder, or one that an export wrote",
-            instead="export.out=FOLDER",
+            instead=f"{field}=FOLDER",
         )
 
 
@@ -61,7 +62,7 @@ def is_export(folder: Path) -> bool:
         content = json.loads((folder / ORIGIN).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and "step" in content
+    return isinstance(content, dict) and bool(content.keys() & {"step", "scheme"})
 
 
 def ours(folder: Path) -> set[str]:
@@ -90,7 +91,7 @@ def ours(folder: Path) -> set[str]:
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, *, field: str) -> Iterator[Path]:
     """Yield a folder to write into, which replaces `out` at the end of the block if there is no error.
 
     Raises OSError and UserError.
@@ -98,14 +99,14 @@ def replacing(out: Path) -> Iterator[Path]:
     real = out.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     partial = real.with_name(real.name + _PARTIAL)
-    handle = _locked(partial, out=out)
+    handle = _locked(partial, out=out, field=field)
     try:
         write_json(partial / ORIGIN, {})  # marks the folder as ours after a crash
         removed = real.with_name(real.name + _REMOVED)
         if not real.exists() and is_export(removed):
             os.rename(removed, real)  # an earlier export was killed between its two renames
         yield partial
-        origin = read_object(partial / ORIGIN, field=FIELD)
+        origin = read_object(partial / ORIGIN, field=field)
         write_json(
             partial / ORIGIN,
             {
@@ -115,9 +116,11 @@ def replacing(out: Path) -> Iterator[Path]:
             },
         )
         marker.sync_folder(partial)
-        others = _others(real, partial=partial, out=out)
+        others = _others(real, partial=partial, out=out, field=field)
         if real.is_dir() and (os.path.ismount(real) or real.samefile(Path.cwd())):
-            _fill(real, partial=partial)  # a mount cannot be renamed; the working directory should stay
+            _fill(
+                real, partial=partial, field=field
+            )  # a mount cannot be renamed; the working directory should stay
         else:
             _take_over(others, partial=partial)
             _swap(real, partial=partial)
@@ -127,7 +130,7 @@ def replacing(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _locked(partial: Path, *, out: Path) -> int:
+def _locked(partial: Path, *, out: Path, field: str) -> int:
     """Create or empty the folder `partial` and lock it; returns the file descriptor of the lock."""
     for _ in range(5):
         partial.mkdir(exist_ok=True)
@@ -138,28 +141,28 @@ def _locked(partial: Path, *, out: Path) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(handle)
                 raise refusal(
-                    FIELD,
+                    field,
                     out,
                     "another export is writing there",
                     allowed="one export at a time",
-                    instead="wait for it, or export.out=FOLDER",
+                    instead=f"wait for it, or {field}=FOLDER",
                 ) from None
             # a file system without locks: readers still see only complete exports
         with suppress(FileNotFoundError):
             if os.stat(partial).st_ino == os.fstat(handle).st_ino:
-                _clear(partial, out=out)
+                _clear(partial, out=out, field=field)
                 return handle
         os.close(handle)  # another export has renamed this folder meanwhile
     raise refusal(
-        FIELD,
+        field,
         out,
         "another export is writing there",
         allowed="one export at a time",
-        instead="wait for it, or export.out=FOLDER",
+        instead=f"wait for it, or {field}=FOLDER",
     )
 
 
-def _clear(partial: Path, *, out: Path) -> None:
+def _clear(partial: Path, *, out: Path, field: str) -> None:
     """Empty `partial`, left by a crash. Raises UserError if an export did not write it."""
     paths = list(partial.iterdir())
     strange = [
@@ -171,17 +174,17 @@ def _clear(partial: Path, *, out: Path) -> None:
     if strange and not (partial / ORIGIN).is_file():
         words = f"{partial} holds {strange[0]}, which no export wrote"
         raise refusal(
-            FIELD,
+            field,
             out,
             words,
             allowed=f"a place without a {partial.name} beside it",
-            instead="move it away, or export.out=FOLDER",
+            instead=f"move it away, or {field}=FOLDER",
         )
     for path in sorted(paths, key=lambda path: path.name == ORIGIN):  # the record last
         discard(path)
 
 
-def _others(real: Path, *, partial: Path, out: Path) -> list[Path]:
+def _others(real: Path, *, partial: Path, out: Path, field: str) -> list[Path]:
     """Files in the earlier export that no export wrote. Raises UserError if this export would replace one."""
     if not real.is_dir():
         return []
@@ -191,11 +194,11 @@ def _others(real: Path, *, partial: Path, out: Path) -> list[Path]:
     if taken:
         words = f"it has {', '.join(taken[:3])}, which no export wrote and this one would replace"
         raise refusal(
-            FIELD,
+            field,
             out,
             words,
             allowed="a folder without files of these names",
-            instead="move them away, or export.out=FOLDER",
+            instead=f"move them away, or {field}=FOLDER",
         )
     return others
 
@@ -240,14 +243,14 @@ def _free(path: Path) -> bool:
     return (empty or is_export(path)) and discard_folder(path, record=ORIGIN)
 
 
-def _fill(real: Path, *, partial: Path) -> None:
+def _fill(real: Path, *, partial: Path, field: str) -> None:
     """Replace our files in `real` one by one.
 
     The record is written first, so that it lists all of them after a crash.
     """
     before = ours(real) if is_export(real) else set()
     names = read_record(partial, record=ORIGIN)
-    write_json(real / ORIGIN, {**read_object(partial / ORIGIN, field=FIELD), "files": sorted(before | names)})
+    write_json(real / ORIGIN, {**read_object(partial / ORIGIN, field=field), "files": sorted(before | names)})
     for name in sorted(names - {ORIGIN}):
         if (real / name).is_dir():
             discard(real / name)

@@ -33,6 +33,7 @@ from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FIELD = "export.out"
 _TRIES = 20  # a run that saves often may remove a checkpoint before it is opened
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def export(
     """
     _check(dtype=dtype, which=which, max_shard_bytes=max_shard_bytes)
     adapter.check_merge(merge, run.config.adapters)
-    destination.check(out)
+    destination.check(out, field=FIELD)
     with hold_open(checkpoint) as files:
         stored = _verified(files)
         _check_average(stored, which=which, run=run)
@@ -173,7 +174,7 @@ def export(
         source = tokenizer.of_checkpoint(files, run=run.path, config=run.config)
         ends = _ends(source, run=run, out=out)
         try:
-            with destination.replacing(out) as partial:
+            with destination.replacing(out, field=FIELD) as partial:
                 options: dict[str, Any] = {
                     "partial": partial,
                     "stored": stored,
@@ -190,7 +191,7 @@ def export(
                 if source is not None:
                     tokens.copy_tokenizer(source.folder, out=partial)
         except OSError as error:
-            raise unwritable("export.out", out, error) from error
+            raise unwritable(FIELD, out, error) from error
     return out
 
 
@@ -226,7 +227,7 @@ def _keep_earlier(out: Path, *, looked: str) -> None:
         "in the folder where the run was started, with its data in place"
     )
     raise refusal(
-        destination.FIELD,
+        FIELD,
         out,
         problem,
         allowed="a folder without a tokenizer of an earlier export",

@@ -30,7 +30,7 @@ FIELD = "adapters.base_format"
 LARGEST = "weight_absmax"
 BLOCK = 64
 """Values that share a largest magnitude in nf4."""
-_LEVELS = (
+NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -66,7 +66,7 @@ def values(codes: Tensor, largest: Tensor) -> Tensor:
     if codes.dtype == torch.int8:
         return (codes.to(wide.dtype) * (wide / 127)).to(largest.dtype)
     pairs = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2)
-    levels = torch.tensor(_LEVELS, dtype=wide.dtype, device=codes.device)[pairs.int()]
+    levels = torch.tensor(NF4_LEVELS, dtype=wide.dtype, device=codes.device)[pairs.int()]
     blocks = levels.unflatten(-1, (-1, BLOCK)) * wide.unsqueeze(-1)
     return blocks.flatten(-2).to(largest.dtype)
 
@@ -85,7 +85,7 @@ def quantise(weight: Tensor, kind: str, *, dtype: torch.dtype) -> tuple[Tensor, 
     unit = (blocks / largest.float().clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).flatten(-2)
     if kind == "int8":
         return (unit * 127).round().clamp(-127, 127).to(torch.int8), largest
-    levels = torch.tensor(_LEVELS, device=rows.device)
+    levels = torch.tensor(NF4_LEVELS, device=rows.device)
     codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
     return codes[..., ::2] << 4 | codes[..., 1::2], largest
 

@@ -17,7 +17,7 @@ from tests.cli.lines import TRAIN, python, refused
             [
                 "train.steps=5: no such option of `hybridtrain runs`",
                 "allowed: sections runs",
-                "hybridtrain train, parity, bench, evaluate, submit",
+                "hybridtrain train, parity, bench, evaluate, compare, quantize, submit",
             ],
         ),
         (["runs", "train.stepz=5"], ["no such option", "hybridtrain train, parity"]),

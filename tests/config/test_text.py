@@ -167,6 +167,7 @@ def test_every_option_that_is_a_path_expands_the_home_folder(monkeypatch):
             if field.key in keys.PATHS
         ]
         values = {"data.blend": "{~/x:1}", "data.source": "[~/x]", "report.compare": "[~/x,b]"}
+        values["compare.sources"] = "[~/x,b]"
         config: Any = compose(command, [f"{key}={values.get(key, '~/x')}" for key in here])
         for key in here:
             section, option = key.split(".")
@@ -198,7 +199,9 @@ def test_an_existing_folder_is_a_run_whatever_its_name(name, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir(parents=True)
     for command in TAKES_RUN:
-        assert _with_runs(command, [name, "run.seed=3"]) == [f"run.dir={words.literal(name)}", "run.seed=3"]
+        run = f"run.dir={words.literal(name)}"
+        sources = [f"compare.sources=[{words.literal(name)}]"] if command == "compare" else []
+        assert _with_runs(command, [name, "run.seed=3"]) == [run, *sources, "run.seed=3"]
     assert compose("report", _with_runs("report", [name])).run.dir == name
     both = compose("report", _with_runs("report", ["--compare", name, "b"]))
     assert isinstance(both, schema.ReportRoot)

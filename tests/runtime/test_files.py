@@ -130,7 +130,7 @@ def test_nothing_is_written_among_checkpoints_that_will_be_removed(
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     write = {
         "data.path": lambda: folder.check_free(out, read=[]),
-        "export.out": lambda: destination.check(out),
+        "export.out": lambda: destination.check(out, field="export.out"),
         "report.out": lambda: report.write([], "", name="", out=out),
     }[field]
     with pytest.raises(

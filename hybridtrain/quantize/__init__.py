@@ -1,0 +1,10 @@
+"""Quantised inference: formats of weights and activations, error compensation, and what they cost.
+
+schemes.py      int4-g32-gptq and the like: what a scheme's name says
+grids.py        the numbers that codes stand for, and the nearest one
+gptq.py         codes that make up for each other's errors
+walk.py         layer by layer: calibration rows in, codes out
+apply.py        plain transformers models with these numbers
+measure.py      losses, divergence and agreement of two models on held-out rows
+compare.py      `hybridtrain compare`
+"""

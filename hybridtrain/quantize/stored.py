@@ -1,0 +1,171 @@
+"""How quantised layers are written: as compressed-tensors, which transformers and vLLM load.
+
+    weight_packed       integers of 2 to 8 bits in int32 words, or two 4-bit floats in a byte
+    weight              8-bit codes, where inputs have 8 bits too
+    weight_scale        in bf16; of nvfp4 in e4m3, of mxfp4 the exponent in a byte
+    input_scale         of inputs with one scale
+
+The package compressed-tensors packs the codes and describes them in config.json (extra `quantize`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.errors import UserError, refusal
+from hybridtrain.plan.formats import E4M3
+from hybridtrain.quantize.schemes import Scheme
+from hybridtrain.quantize.walk import Quantised
+
+WRITTEN = (
+    "bf16, fp16; int2, int3, int4, int8, fp8_e4m3, nvfp4, mxfp4, also -tensor, -row, -gN, -gptq; -a8 and "
+    "-a8s with int8 and fp8_e4m3"
+)
+_CAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check(scheme: Scheme, *, field: str, transposed: bool) -> None:
+    """Refuse schemes that no folder can hold as they are (raises UserError)."""
+    problem = ""
+    if scheme.codes in ("nf4", "codebook", "e5m2") or (scheme.bits == 16 and scheme.codes == "int"):
+        problem = f"compressed-tensors has no {scheme.name.partition('-')[0]}"
+    elif scheme.affine or scheme.rank or scheme.bias:
+        problem = "zero points, products that are added and changed biases are not stored"
+    elif transposed and scheme.share:
+        problem = "the model stores weights transposed, as GPT-2, which compressed-tensors does not know"
+    if problem:
+        raise refusal(
+            field,
+            scheme.name,
+            f"{problem}: hybridtrain compare can study it",
+            allowed=WRITTEN,
+            instead=f"{field}=bf16" if transposed else f"{field}=int4-g32-gptq",
+        )
+
+
+def cast(scheme: Scheme) -> torch.dtype | None:
+    """The dtype of a scheme that only casts."""
+    return _CAST.get(scheme.codes)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The scheme that casts to a dtype; empty: none."""
+    return next((name for name, each in _CAST.items() if each == dtype), "")
+
+
+def check_cast(scheme: Scheme, rest: str, *, field: str) -> None:
+    """Refuse to store a layer in another format than `rest`, that of all others without codes (UserError)."""
+    if scheme.name != rest:
+        raise refusal(
+            field,
+            scheme.name,
+            f"all layers without codes are in one dtype, {rest or 'float32'}",
+            allowed=rest or "codes",
+            instead=f"quantize.dtype={_CAST[scheme.codes]}".replace("torch.", ""),
+        )
+
+
+class Format:
+    """Writes layers of the schemes of a model."""
+
+    def __init__(self) -> None:
+        import compressed_tensors.compressors
+        import compressed_tensors.quantization
+
+        self._library: Any = compressed_tensors
+
+    def description(self, schemes: Mapping[str, Scheme], *, ignored: Iterable[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json. `schemes`: path of a linear layer -> its scheme; `ignored`:
+        paths of other linear layers.
+        """
+        quantization = self._library.quantization
+        by_scheme: dict[Scheme, list[str]] = {}
+        for path, scheme in schemes.items():
+            by_scheme.setdefault(scheme, []).append(path)
+        groups = {}
+        for number, (scheme, paths) in enumerate(by_scheme.items()):
+            group = self._scheme(scheme, paths if len(by_scheme) > 1 else ["Linear"])
+            group.format = self._format(group)
+            groups[f"group_{number}"] = group
+        formats = {group.format for group in groups.values()}
+        config = quantization.QuantizationConfig(
+            config_groups=groups,
+            ignore=sorted(ignored),
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            quantization_status="compressed",
+        )
+        return {**config.model_dump(mode="json"), "version": self._library.__version__}
+
+    def tensors(self, layer: Quantised) -> dict[str, Tensor]:
+        """Name inside the layer -> what is stored of it, without its bias."""
+        assert layer.grid is not None
+        group = self._scheme(layer.scheme, ["Linear"])
+        compressor = self._library.compressors.BaseCompressor.get_value_from_registry(self._format(group))
+        given = {"weight": layer.weight(), **_scales(layer)}
+        stored = compressor.compress(given, group)
+        if layer.input_scale is not None:
+            stored["input_scale"] = layer.input_scale.reshape(1).bfloat16()
+        return {name: value.data.cpu() for name, value in stored.items() if isinstance(value, Tensor)}
+
+    def _format(self, group: Any) -> str:
+        return str(self._library.compressors.format.infer_module_format(nn.Linear, group).value)
+
+    def _scheme(self, scheme: Scheme, targets: Sequence[str]) -> Any:
+        quantization = self._library.quantization
+        floats = scheme.codes != "int"
+        strategy = {"tensor": "tensor", "row": "channel", "group": "group"}[scheme.share]
+        strategy = "tensor_group" if scheme.codes == "nvfp4" else strategy
+        weights = quantization.QuantizationArgs(
+            num_bits=scheme.bits,
+            type="float" if floats else "int",
+            symmetric=True,
+            strategy=strategy,
+            group_size=scheme.group or None,
+            **({"scale_dtype": torch.float8_e4m3fn} if scheme.codes == "nvfp4" else {}),
+            **({"scale_dtype": torch.uint8} if scheme.codes == "mxfp4" else {}),
+        )
+        inputs = None
+        if scheme.inputs:
+            one = scheme.inputs != "token"
+            inputs = quantization.QuantizationArgs(
+                num_bits=8,
+                type="float" if floats else "int",
+                symmetric=True,
+                strategy="tensor" if one else "token",
+                dynamic=not one,
+            )
+        return quantization.QuantizationScheme(
+            targets=list(targets), weights=weights, input_activations=inputs
+        )
+
+
+def _scales(layer: Quantised) -> dict[str, Tensor]:
+    """As the package takes them."""
+    assert layer.grid is not None
+    scale = layer.grid.scale_NG
+    if layer.scheme.codes == "nvfp4":
+        whole = _whole(scale)
+        return {"weight_scale": scale / whole, "weight_global_scale": (1 / whole).reshape(1)}
+    if layer.scheme.codes == "mxfp4":
+        return {"weight_scale": scale}
+    return {"weight_scale": (scale.reshape(1) if layer.scheme.share == "tensor" else scale).bfloat16()}
+
+
+def _whole(scale: Tensor) -> Tensor:
+    """The scale of scales in e4m3, of which the largest is as large as these can be."""
+    return scale.max() / E4M3.largest
+
+
+def already(source: str, *, field: str) -> UserError:
+    """The refusal of a quantised folder as a source."""
+    return refusal(
+        field,
+        source,
+        "its weights are quantised already, and would lose twice",
+        allowed="weights in float32, bfloat16 or float16",
+        instead="the folder that it was made from",
+    )

@@ -1,0 +1,216 @@
+"""Quantises a model layer by layer: only one layer's weights are in memory, and what goes in and comes out of
+it on the calibration rows.
+
+    rows -> layer 0 -> hidden states -> layer 1 -> ...      each a stage of one layer (models/stage.py), run
+                                                            twice: to see its inputs, and with its new weights
+
+So what a layer is calibrated on already has the errors of the layers before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridtrain.models.init import WeightSource, fill, reset_buffers
+from hybridtrain.models.linears import Linear, is_transposed, linears_in
+from hybridtrain.models.stage import Stage
+from hybridtrain.models.tracing import hooked
+from hybridtrain.quantize import gptq, inputs
+from hybridtrain.quantize.grids import Grid, grid_of
+from hybridtrain.quantize.inputs import Seen
+from hybridtrain.quantize.schemes import Scheme, check_shape
+from hybridtrain.types import Batch
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A linear layer, quantised. Weights are (outputs, inputs), of Conv1D too."""
+
+    linear: Linear
+    scheme: Scheme
+    grid: Grid | None
+    """None for numbers without scales, whose codes are the numbers."""
+    codes: Tensor
+    factors: tuple[Tensor, Tensor] | None
+    """(outputs, rank), (rank, inputs): a product that is added."""
+    bias_change: Tensor | None
+    input_scale: Tensor | None
+    """0-d, of inputs with one scale."""
+    error: float | None
+    """Mean square error of its outputs on the calibration rows, divided by their mean square."""
+
+    def weight(self) -> Tensor:
+        """What it multiplies by, fp32."""
+        value = self.codes.float() if self.grid is None else self.grid.values(self.codes, start=0)
+        return value if self.factors is None else value + self.factors[0].float() @ self.factors[1].float()
+
+
+Choose = Callable[[Linear], Scheme | None]
+"""The scheme of a linear layer; None: left as it is."""
+
+
+def check(linears: Sequence[Linear], choose: Choose, *, tokens: int, field: str, rows_field: str) -> None:
+    """Refuse schemes that do not fit a layer, or have too few rows (raises UserError)."""
+    for linear in linears:
+        if (scheme := choose(linear)) is not None:
+            sizes = {"outputs": linear.outputs, "inputs": linear.inputs, "path": linear.path}
+            check_shape(scheme, **sizes, field=field)  # type: ignore[arg-type]
+            where = {"inputs": linear.inputs, "path": linear.path}
+            gptq.check_tokens(tokens, **where, scheme=scheme, field=rows_field)  # type: ignore[arg-type]
+
+
+def layers(
+    config: Any,
+    source: WeightSource,
+    choose: Choose,
+    *,
+    rows: Sequence[Batch],
+    device: torch.device,
+    field: str,
+) -> Iterator[list[Quantised]]:
+    """The quantised linear layers of each layer in turn. Without rows, schemes need none of their inputs."""
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    states: list[Tensor] = [row.input_ids_BT for row in rows]
+    for number in range(count):
+        stage = _stage(config, number, count=count, source=source, device=device)
+        found = list(_chosen(stage, number, choose))
+        seen = _seen(stage, found, rows=rows, states=states, device=device)
+        results = [
+            _quantised(linear, module, scheme, seen.get(linear.path), field=field)
+            for linear, module, scheme in found
+        ]
+        if rows and number + 1 < count:
+            for result, (_, module, _) in zip(results, found, strict=True):
+                put(module, result)
+            states = [_run(stage, state, row, device=device) for state, row in zip(states, rows, strict=True)]
+        yield results
+
+
+def _stage(config: Any, number: int, *, count: int, source: WeightSource, device: torch.device) -> Stage:
+    """A layer with its weights, and before the first the embedding."""
+    stage = Stage(
+        config,
+        layers=range(number, number + 1),
+        first=number == 0,
+        last=number + 1 == count,
+        head=lambda own, **_: _NoHead(),  # noqa: ARG005
+    )
+    stage.to_empty(device=device)
+    reset_buffers(stage, device=device)
+    fill([stage], source)
+    return stage.eval().requires_grad_(False)
+
+
+class _NoHead(nn.Module):
+    """In the place of the head: the last hidden states are what the last stage returns."""
+
+    def forward(self, hidden: Tensor, *_: Any) -> Tensor:
+        return hidden
+
+
+def _chosen(stage: Stage, number: int, choose: Choose) -> Iterator[tuple[Linear, Any, Scheme]]:
+    path = f"{stage.structure.layers}.{number}"
+    for linear, module in linears_in(stage.part(path), path=path, number=number, config=stage.config):
+        if (scheme := choose(linear)) is not None:
+            yield linear, module, scheme
+
+
+@torch.no_grad()
+def _run(stage: Stage, state: Tensor, row: Batch, *, device: torch.device) -> Tensor:
+    """What the layer makes of a batch, in main memory."""
+    return stage(state.to(device), batch=row.to(device)).cpu()
+
+
+def _seen(
+    stage: Stage,
+    found: Sequence[tuple[Linear, Any, Scheme]],
+    *,
+    rows: Sequence[Batch],
+    states: Sequence[Tensor],
+    device: torch.device,
+) -> Mapping[str, Seen]:
+    """Path -> what went into a linear layer on the calibration rows."""
+    if not rows:
+        return {}
+    seen = {linear.path: Seen(scheme) for linear, _, scheme in found}
+    handles = [
+        module.register_forward_pre_hook(lambda _, given, each=seen[linear.path]: each.add(given[0]))
+        for linear, module, _ in found
+    ]
+    with hooked(*handles):
+        for state, row in zip(states, rows, strict=True):
+            _run(stage, state, row, device=device)
+    return seen
+
+
+def _quantised(linear: Linear, module: Any, scheme: Scheme, seen: Seen | None, *, field: str) -> Quantised:
+    weight = module.weight.float()
+    weight = weight.t() if is_transposed(module) else weight
+    grid: Grid | None
+    if scheme.share == "":
+        grid, codes = None, weight.to({"bf16": torch.bfloat16, "fp16": torch.float16}[scheme.codes])
+    elif scheme.gptq:
+        assert seen is not None
+        grid, codes = gptq.quantise(weight, seen.hessian, scheme, path=linear.path, field=field)
+    else:
+        grid = grid_of(weight, scheme)
+        codes = grid.nearest(weight, start=0)
+    rest = weight - (codes.float() if grid is None else grid.values(codes, start=0))
+    factors = None
+    if scheme.rank:
+        factors = _low_rank(rest, scheme.rank)
+        rest = rest - factors[0].float() @ factors[1].float()
+    bias = error = scale = None
+    if seen is not None:
+        bias = seen.mean @ rest.t() if scheme.bias else None
+        error = seen.error(rest, weight, bias=bias)
+        scale = seen.scale()
+    return Quantised(linear, scheme, grid, codes, factors, bias, scale, error)
+
+
+def _low_rank(rest: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The product of this rank that is nearest to a matrix, its factors in bf16."""
+    left, sizes, right = torch.linalg.svd(rest, full_matrices=False)
+    root = sizes[:rank].sqrt()
+    return (left[:, :rank] * root).bfloat16(), (root[:, None] * right[:rank]).bfloat16()
+
+
+def put(module: Any, result: Quantised) -> Callable[[], None]:
+    """Let a linear layer of a plain model compute as it is quantised, in its own dtype, in place. Returns
+    what undoes it.
+    """
+    weight, bias = module.weight.data, module.bias
+    before = None if bias is None else bias.data
+    value = result.weight()
+    module.weight.data = (value.t() if is_transposed(module) else value).to(weight)
+    change = result.bias_change
+    if change is not None:
+        new = change.to(weight) if before is None else before + change.to(before)
+        module.bias = nn.Parameter(new, requires_grad=False)
+    hook = None
+    if result.scheme.inputs:
+        hook = module.register_forward_pre_hook(inputs.rounding(result.scheme, result.input_scale))
+
+    def undo() -> None:
+        module.weight.data, module.bias = weight, bias
+        if hook is not None:
+            hook.remove()
+
+    return undo
+
+
+@contextmanager
+def changed(model: Any, layers: Iterable[Quantised]) -> Iterator[None]:
+    """A plain model with these layers quantised, inside the `with` block."""
+    undo = [put(model.get_submodule(each.linear.path), each) for each in layers]
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()

@@ -1,0 +1,97 @@
+"""Writes the weights of a quantised model, a layer at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridtrain.models import build
+from hybridtrain.models.conversion import as_stored
+from hybridtrain.models.init import WeightSource
+from hybridtrain.models.structure import structure_of
+from hybridtrain.quantize import stored, walk
+from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.walk import Quantised
+from hybridtrain.runtime import log
+from hybridtrain.types import Batch
+
+_log = log.get("quantize")
+
+
+class Writer:
+    """`plan`: of the layers that are stored in codes; all other weights are stored in `dtype`."""
+
+    def __init__(
+        self, built: Any, meta: Any, source: WeightSource, plan: Plan, *, dtype: torch.dtype, field: str
+    ):
+        self.built, self.meta, self.source, self.plan = built, meta, source, plan
+        self.dtype, self.field = dtype, field
+        self.format = stored.Format() if plan else None
+        self.layers = f"{structure_of(built).layers}."
+
+    def description(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        if self.format is None:
+            return {}
+        others = {
+            path
+            for path, module in self.meta.named_modules()
+            if isinstance(module, torch.nn.Linear) and path not in self.plan
+        }
+        return {"quantization_config": self.format.description(self.plan, ignored=others)}
+
+    def write(self, partial: Path, *, rows: Sequence[Batch]) -> tuple[int, float]:
+        """Write the weights; returns their bytes, and the bits of a weight of the layers in the plan."""
+        count = self.built.get_text_config(decoder=True).num_hidden_layers
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        layers = walk.layers(
+            self.built,
+            self.source,
+            lambda linear: self.plan.get(linear.path),
+            rows=rows,
+            device=device,
+            field=self.field,
+        )
+        where: dict[str, str] = {}
+        total = bits = weights = 0
+        for number in range(count + 1):
+            file = f"model-{number:05d}.safetensors"
+            found = next(layers) if number and self.plan else []
+            tensors = self._rest(number - 1)
+            for each in found:
+                tensors |= self._codes(each)
+                bits += each.scheme.stored_bits(each.linear.outputs, each.linear.inputs)
+                weights += each.linear.outputs * each.linear.inputs
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            _log.info("%d/%d layers, %.2f GB", number, count, total / 1e9)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return total, bits / weights if weights else 8.0 * self.dtype.itemsize
+
+    def _codes(self, layer: Quantised) -> Mapping[str, Tensor]:
+        assert self.format is not None
+        tensors = self.format.tensors(layer)
+        return {f"{layer.linear.path}.{name}": value.contiguous() for name, value in tensors.items()}
+
+    def _rest(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer, or with -1 those outside of layers, that are not in codes, as stored."""
+        tensors = {}
+        for name, value in (*self.meta.named_parameters(), *build.saved_buffers(self.meta).items()):
+            if self._layer(name) == layer and name.removesuffix(".weight") not in self.plan:
+                whole = self.source(name, tuple(value.shape), tuple(slice(0, size) for size in value.shape))
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                tensors[name] = whole.to(self.dtype if is_parameter else value.dtype)
+        return {name: tensor.contiguous() for name, tensor in as_stored(self.meta, tensors).items()}
+
+    def _layer(self, name: str) -> int:
+        """The number of the layer that a tensor is in; -1: none."""
+        inside = name.startswith(self.layers)
+        return int(name.removeprefix(self.layers).partition(".")[0]) if inside else -1

@@ -1,0 +1,170 @@
+"""`hybridtrain quantize`: a Hugging Face folder with quantised linear layers, layer by layer.
+
+<out>/model-00000.safetensors       all that is outside the layers
+      model-00001.safetensors ...   a layer each
+      config.json                   with quantization_config: transformers and vLLM load it
+      plan.yaml                     the scheme of each layer
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridtrain import evaluate
+from hybridtrain.checkpoint import export_record
+from hybridtrain.config.schema import ModelConfig, QuantizeRoot
+from hybridtrain.evaluate import held_out
+from hybridtrain.evaluate.held_out import HeldOut
+from hybridtrain.export import destination
+from hybridtrain.models import build, hub, tokens
+from hybridtrain.models.init import WeightSource, draw
+from hybridtrain.models.linears import is_transposed, linears_of
+from hybridtrain.models.load import pretrained
+from hybridtrain.models.source import read_config
+from hybridtrain.quantize import auto, calibration, schemes, stored, table, walk
+from hybridtrain.quantize import plan as plans
+from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.schemes import Scheme
+from hybridtrain.quantize.weights import Writer
+from hybridtrain.runtime.files import unwritable, write_json
+from hybridtrain.types import Batch
+
+SCHEME, OUT, ROWS, SOURCE = "quantize.scheme", "quantize.out", "quantize.rows", "quantize.source"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def run(config: QuantizeRoot) -> int:
+    """Write the folder, and print its name and size."""
+    options, run_dir = config.quantize, Path(config.run.dir)
+    out = Path(options.out).expanduser() if options.out else run_dir / "quantised"
+    scheme = schemes.parse(options.scheme, field=SCHEME)
+    steps = auto.ladder(options.ladder) if options.plan == plans.AUTO else []
+    destination.check(out, field=OUT)
+    with evaluate.loadable(options.source, run_dir=run_dir, field=SOURCE) as source:
+        work = _Work(config, source, run_dir=run_dir)
+        results: dict[str, Any] = {}
+        if steps:
+            plan, results = work.search(steps)
+        elif options.plan:
+            plan = plans.read(Path(options.plan).expanduser(), work.linears)
+        else:
+            plan = plans.uniform(scheme, work.linears)
+        field = plans.FIELD if options.plan else SCHEME
+        try:
+            with destination.replacing(out, field=OUT) as partial:
+                size, bits = work.write(plan, partial, results=results, field=field)
+        except OSError as error:
+            raise unwritable(OUT, out, error) from error
+    print(f"{out}\n{size / 1e6:.2f} MB, {bits:.2f} bits for a weight of {len(plan)} linear layers")
+    return 0
+
+
+class _Work:
+    """A model that is quantised."""
+
+    def __init__(self, config: QuantizeRoot, source: str, *, run_dir: Path):
+        self.config, self.options, self.folder, self.run_dir = config, config.quantize, source, run_dir
+        self.model = ModelConfig(from_pretrained=source, trust_remote_code=config.model.trust_remote_code)
+        self.fields = read_config(self.model)
+        if self.fields.get("quantization_config"):
+            raise stored.already(source, field=SOURCE)
+        self.built = build.hf_config(self.fields, chosen={}, attention="sdpa")
+        self.meta = build.meta_model(self.built)
+        self.linears = linears_of(self.built)
+        self.weights: WeightSource = pretrained(self.model, self.built, fresh=draw(self.built, seed=0))
+        self._rows: HeldOut | None = None
+
+    def rows(self, *, count: int, field: str) -> HeldOut:
+        """The data, with `count` held-out rows."""
+        if self._rows is None:
+            settings = held_out.settings_of(self.config, run_dir=self.run_dir)
+            data, plan, rows = held_out.data_for(settings, rows=count, field=field)
+            held_out.check_tokenizer(self.folder, settings)
+            vocab = self.built.get_text_config(decoder=True).vocab_size
+            self._rows = held_out.of_model(self.built, settings, vocab=vocab, data=data, plan=plan, rows=rows)
+        return self._rows
+
+    def calibration(self, plan: Plan, *, field: str) -> list[Batch]:
+        """Calibration rows, if the plan needs them, after a check that it fits the model."""
+        transposed = any(is_transposed(self.meta.get_submodule(path)) for path in plan)
+        for scheme in set(plan.values()):
+            stored.check(scheme, field=field, transposed=transposed)
+        rows: list[Batch] = []
+        if any(scheme.calibrates for scheme in plan.values()):
+            rows = calibration.batches(
+                self.rows(count=0, field="train.eval_rows"),
+                rows=self.options.rows,
+                seed=self.config.run.seed,
+            )
+        count = sum(batch.input_ids_BT.numel() for batch in rows)
+        walk.check(
+            self.linears, lambda linear: plan.get(linear.path), tokens=count, field=field, rows_field=ROWS
+        )
+        return rows
+
+    def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
+        """A plan within the budget, printed beside uniform ones."""
+        rows = self.rows(count=self.options.eval_rows or 1 << 20, field="quantize.eval_rows")
+        reference = evaluate.load_model(
+            self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
+        )
+        cast = stored.name_of(_DTYPES[self.options.dtype])
+
+        def plan_of(scheme: Scheme) -> Plan:
+            plan = plans.uniform(scheme, self.linears)
+            if stored.cast(scheme) is not None:
+                stored.check_cast(scheme, cast, field=auto.LADDER)
+            self.calibration(plan, field=auto.LADDER)
+            return plan
+
+        plan, results = auto.found(
+            reference,
+            self.built,
+            self.weights,
+            steps,
+            budget=self.options.budget,
+            calibration=calibration.batches(rows, rows=self.options.rows, seed=self.config.run.seed),
+            held_out=list(rows.batches()),
+            plan_of=plan_of,
+        )
+        print("\n".join(table.lines(results["candidates"])) + "\n")
+        print(auto.comment(results) + "\n")
+        return plan, results
+
+    def write(
+        self, plan: Plan, partial: Path, *, results: Mapping[str, Any], field: str
+    ) -> tuple[int, float]:
+        """Write the folder; returns (bytes of its weights, bits of a weight)."""
+        rows, dtype = self.calibration(plan, field=field), _DTYPES[self.options.dtype]
+        casts = {stored.cast(scheme) for scheme in plan.values()}
+        if casts == {torch.float16} or casts == {torch.bfloat16}:
+            dtype = next(each for each in casts if each is not None)
+        quantised = {path: scheme for path, scheme in plan.items() if stored.cast(scheme) is None}
+        for scheme in set(plan.values()) - set(quantised.values()):
+            stored.check_cast(scheme, stored.name_of(dtype), field=field)
+        writer = Writer(self.built, self.meta, self.weights, quantised, dtype=dtype, field=field)
+        size, bits = writer.write(partial, rows=rows)
+        config = {**self.fields, "dtype": str(dtype).removeprefix("torch."), **writer.description()}
+        config.pop("torch_dtype", None)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        plans.write(plan, partial / plans.FILE, comment=auto.comment(results) if results else "")
+        if results:
+            write_json(partial / "plan.json", dict(results))
+        self._copy(partial, names=sorted({scheme.name for scheme in plan.values()}))
+        return size, bits
+
+    def _copy(self, partial: Path, *, names: list[str]) -> None:
+        """Tokenizer, sampling values, and the record."""
+        folder = hub.weights_folder(self.model)
+        if (folder / tokens.GENERATION).is_file():
+            shutil.copyfile(folder / tokens.GENERATION, partial / tokens.GENERATION)
+        tokens.copy_tokenizer(folder, out=partial)
+        step = export_record.step_of(folder)
+        record = {"scheme": ", ".join(names), **({} if step is None else {"step": step})}
+        (partial / export_record.ORIGIN).write_text(json.dumps(record) + "\n")

@@ -361,7 +361,7 @@ def _multirun(command: str, argv: list[str]) -> int:
                 "a loop in the shell: for lr in 1e-3 3e-4; do torchrun ... optim.lr=$lr run.name=lr-$lr; done"
             ),
         )
-    from hybridtrain.config import checks, section_checks
+    from hybridtrain.config import checks, command_checks
     from hybridtrain.config.compose import train_config
     from hybridtrain.config.sweep import sweep
 
@@ -382,7 +382,7 @@ def _multirun(command: str, argv: list[str]) -> int:
             runs += [run_dir_file.read_text()] if run_dir_file.exists() else []
             run_dir_file.unlink(missing_ok=True)
     if command == "train" and len(runs) > 1 and not any(codes):
-        if not section_checks.has_matplotlib():
+        if not command_checks.has_matplotlib():
             print(f"the runs are not compared: matplotlib is not installed; {install('report')}")
             return 0
         codes.append(

@@ -16,6 +16,7 @@ from typing import Any
 from hybridtrain import registry
 from hybridtrain.config import (
     adapter_checks,
+    command_checks,
     lm_eval_checks,
     offload_checks,
     precision_checks,
@@ -105,7 +106,7 @@ def check(config: schema.Root) -> None:
         if field in options:
             one_of(field, options[field], kinds)
     _registered(options)
-    for name, rule in RULES.items():
+    for name, rule in (RULES | command_checks.RULES).items():
         if name in sections:
             rule(sections[name])
     if "precision" in sections:
@@ -129,7 +130,7 @@ def check(config: schema.Root) -> None:
             _policies(config)
             _require_path(config.data.named)
     if isinstance(config, schema.BenchRoot):
-        _bench(config)
+        command_checks.check_bench(config)
     if isinstance(config, schema.PrepareRoot):
         problem, allowed = "nothing to read", "files, folders, patterns, stdlib"
         require(
@@ -372,32 +373,3 @@ def phases(schedule: schema.ScheduleConfig, *, steps: int) -> None:
             allowed=f"up to {max(0, steps - tenth)}",
             instead=f"schedule.warmup_steps={max(0, steps // 10)}",
         )
-
-
-def _bench(config: schema.BenchRoot) -> None:
-    problem, instead = "bench times next-token prediction only", "task=causal_lm"
-    require(
-        config.task.kind == "causal_lm" and not config.model.labels,
-        "task.kind",
-        config.task.kind,
-        problem,
-        allowed="causal_lm",
-        instead=instead,
-    )
-    problem, instead = "the plain loop that bench compares with trains with AdamW", "bench.plain=false"
-    require(
-        config.optim.kind == "adamw" or not config.bench.plain,
-        "optim.kind",
-        config.optim.kind,
-        problem,
-        allowed="adamw",
-        instead=instead,
-    )
-    require(
-        not config.bench.corpus or bool(config.data.path),
-        "bench.corpus",
-        "true",
-        "data.path is empty",
-        allowed="true with a folder of token files",
-        instead="data.path=FOLDER, or bench.corpus=false for random tokens",
-    )

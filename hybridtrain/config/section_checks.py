@@ -5,7 +5,6 @@ with: `require`, `one_of`, `in_range`.
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from hybridtrain import registry
 from hybridtrain.config import schema
 from hybridtrain.config.keys import ADAPTERS, nearest_name
-from hybridtrain.errors import install, refusal
+from hybridtrain.errors import refusal
 
 BYTES = 256  # a byte-level BPE vocabulary has one token per byte, plus the end-of-text token
 
@@ -298,83 +297,6 @@ def _blend(data: schema.DataConfig) -> None:
     )
 
 
-def has_matplotlib() -> bool:
-    """Whether matplotlib, which draws reports, is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def _quantize(quantize: schema.QuantizeConfig) -> None:
-    problem = (
-        "the package compressed-tensors, which packs the codes of quantised folders, is not installed here"
-    )
-    require(
-        bool(importlib.util.find_spec("compressed_tensors"))
-        or (not quantize.plan and quantize.scheme in ("bf16", "fp16")),
-        "quantize.scheme",
-        quantize.scheme,
-        problem,
-        allowed="bf16 and fp16 without it",
-        instead=install("quantize"),
-    )
-
-
-def _report(report: schema.ReportConfig) -> None:
-    problem = "the package matplotlib, which draws reports, is not installed here"
-    require(
-        has_matplotlib(),
-        "report",
-        "matplotlib",
-        problem,
-        allowed="every other command without it",
-        instead=install("report"),
-    )
-    problem = "one run alone cannot be compared"
-    require(
-        len(report.compare) != 1,
-        "report.compare",
-        report.compare,
-        problem,
-        allowed="two runs or more",
-        instead="hybridtrain report RUN",
-    )
-
-
-def _generate(generate: schema.GenerateConfig) -> None:
-    in_range(
-        "generate.top_p",
-        generate.top_p,
-        lambda mass: 0 < mass <= 1,
-        allowed="above 0, up to 1",
-        instead="0.95",
-    )
-    both, problem = generate.prompts and generate.prompts_file, "generate.prompts_file is set too"
-    require(
-        not both,
-        "generate.prompts",
-        generate.prompts,
-        problem,
-        allowed="one of prompts and prompts_file",
-        instead="one",
-    )
-    holds, problem = generate.chat or not generate.system, "a system message belongs to a chat"
-    require(
-        holds,
-        "generate.system",
-        generate.system,
-        problem,
-        allowed="with generate.chat=true",
-        instead="generate.chat=true",
-    )
-    require(
-        all(generate.stop),
-        "generate.stop",
-        generate.stop,
-        "an empty text stops everything",
-        allowed="texts of a character or more",
-        instead="without ''",
-    )
-
-
 def _task(task: schema.TaskConfig) -> None:
     in_range("task.mask_rate", task.mask_rate, lambda rate: rate > 0, allowed="above 0", instead=0.15)
     classifies = ("classification", "token_classification", "question_answering")
@@ -408,8 +330,5 @@ RULES: dict[str, Callable[[Any], None]] = {
     "precision": _precision,
     "model": _model,
     "data": _data,
-    "generate": _generate,
-    "report": _report,
-    "quantize": _quantize,
 }
 """Section -> its check."""

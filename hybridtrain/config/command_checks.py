@@ -1,0 +1,126 @@
+"""Checks of the sections of other commands than train."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from hybridtrain.config import schema
+from hybridtrain.config.section_checks import in_range, require
+from hybridtrain.errors import install
+
+
+def has_matplotlib() -> bool:
+    """Whether matplotlib, which draws reports, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _quantize(quantize: schema.QuantizeConfig) -> None:
+    problem = (
+        "the package compressed-tensors, which packs the codes of quantised folders, is not installed here"
+    )
+    require(
+        bool(importlib.util.find_spec("compressed_tensors"))
+        or (not quantize.plan and quantize.scheme in ("bf16", "fp16")),
+        "quantize.scheme",
+        quantize.scheme,
+        problem,
+        allowed="bf16 and fp16 without it",
+        instead=install("quantize"),
+    )
+
+
+def _report(report: schema.ReportConfig) -> None:
+    problem = "the package matplotlib, which draws reports, is not installed here"
+    require(
+        has_matplotlib(),
+        "report",
+        "matplotlib",
+        problem,
+        allowed="every other command without it",
+        instead=install("report"),
+    )
+    problem = "one run alone cannot be compared"
+    require(
+        len(report.compare) != 1,
+        "report.compare",
+        report.compare,
+        problem,
+        allowed="two runs or more",
+        instead="hybridtrain report RUN",
+    )
+
+
+def _generate(generate: schema.GenerateConfig) -> None:
+    in_range(
+        "generate.top_p",
+        generate.top_p,
+        lambda mass: 0 < mass <= 1,
+        allowed="above 0, up to 1",
+        instead="0.95",
+    )
+    both, problem = generate.prompts and generate.prompts_file, "generate.prompts_file is set too"
+    require(
+        not both,
+        "generate.prompts",
+        generate.prompts,
+        problem,
+        allowed="one of prompts and prompts_file",
+        instead="one",
+    )
+    holds, problem = generate.chat or not generate.system, "a system message belongs to a chat"
+    require(
+        holds,
+        "generate.system",
+        generate.system,
+        problem,
+        allowed="with generate.chat=true",
+        instead="generate.chat=true",
+    )
+    require(
+        all(generate.stop),
+        "generate.stop",
+        generate.stop,
+        "an empty text stops everything",
+        allowed="texts of a character or more",
+        instead="without ''",
+    )
+
+
+def check_bench(config: schema.BenchRoot) -> None:
+    """Raise UserError for what bench does not time."""
+    problem, instead = "bench times next-token prediction only", "task=causal_lm"
+    require(
+        config.task.kind == "causal_lm" and not config.model.labels,
+        "task.kind",
+        config.task.kind,
+        problem,
+        allowed="causal_lm",
+        instead=instead,
+    )
+    problem, instead = "the plain loop that bench compares with trains with AdamW", "bench.plain=false"
+    require(
+        config.optim.kind == "adamw" or not config.bench.plain,
+        "optim.kind",
+        config.optim.kind,
+        problem,
+        allowed="adamw",
+        instead=instead,
+    )
+    require(
+        not config.bench.corpus or bool(config.data.path),
+        "bench.corpus",
+        "true",
+        "data.path is empty",
+        allowed="true with a folder of token files",
+        instead="data.path=FOLDER, or bench.corpus=false for random tokens",
+    )
+
+
+RULES: dict[str, Callable[[Any], None]] = {
+    "generate": _generate,
+    "report": _report,
+    "quantize": _quantize,
+}
+"""Section -> its check."""

@@ -26,6 +26,7 @@ from hybridtrain.models.heads import text_logits
 from hybridtrain.types import IGNORE_INDEX, Batch, PairBatch, TextBatch
 
 _NAMES = ("tokens", "loss", "other_loss", "kl", "same", "signal", "noise")
+_ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Measured:
     def change(self) -> Mean:
         """Loss of the other less that of the reference: about the relative change of the perplexity."""
         return _ratio(self.of("other_loss") - self.of("loss"), self.of("tokens"))
+
+    @property
+    def most(self) -> float:
+        """The relative increase of the perplexity, with two standard errors."""
+        return math.expm1(self.change.value + _ERRORS * self.change.error)
 
     @property
     def snr(self) -> float:

@@ -28,8 +28,6 @@ from hybridtrain.types import Batch
 
 _UNDONE = 12
 """Of the steps, the share that is undone at a time."""
-_ERRORS = 2.0
-"""Standard errors that are added to a measured increase."""
 _log = log.get("quantize")
 
 Candidates = Mapping[str, Sequence[Quantised]]
@@ -76,9 +74,8 @@ def search(
         plan = _after(candidates, steps)
         with walk.changed(other, plan.values()):
             measured = measure(reference, other, verify)
-        increase = math.expm1(measured.change.value + _ERRORS * measured.change.error)
-        _log.info("%d steps: perplexity %+.3f %% at most", len(steps), 100 * increase)
-        if increase <= budget or not steps:
+        _log.info("%d steps: perplexity %+.3f %% at most", len(steps), 100 * measured.most)
+        if measured.most <= budget or not steps:
             break
         steps = steps[: len(steps) - max(1, count // _UNDONE)]
     schemes = {path: each.scheme for path, each in plan.items()}

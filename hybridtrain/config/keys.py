@@ -52,6 +52,7 @@ PATHS = (
         "export.checkpoint",
         "export.out",
         "evaluate.source",
+        "lm_eval.task_folder",
         "compare.sources",
         "quantize.source",
         "quantize.out",

@@ -316,7 +316,7 @@ def test_whatever_a_record_holds_it_is_read_or_refused():
 
 
 def test_the_records_that_the_documentation_shows_are_read():
-    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
+    block, *_ = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
     found = [parsed(json.loads(line)) for line in block.splitlines()]
     assert [each.form for each in found] == [
         "messages of role and content",

@@ -215,7 +215,6 @@ REFUSED = {
     "words": (["data.path={words}"], "data.path={words}: its labels are not of answers in contexts"),
     "a decoder": ([tagged.MODELS["llama"]], "model.config.model_type=llama: transformers has no such"),
     "smoothing": (["task.label_smoothing=0.1"], "task.label_smoothing=0.1: question_answering does not read"),
-    "deepspeed": (["engine=deepspeed"], "engine.kind=deepspeed: encoders that classify"),
 }
 
 

@@ -325,7 +325,6 @@ REFUSED = {
         ["++model.config={{model_type:mamba,vocab_size:300,hidden_size:32,num_hidden_layers:2}}"],
         "model.config.model_type=mamba: transformers has no such classifier",
     ),
-    "deepspeed": (["engine=deepspeed"], "engine.kind=deepspeed: encoders that classify"),
 }
 
 

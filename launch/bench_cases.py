@@ -147,7 +147,7 @@ def settings(case: Case, *, fields: dict[str, Any], tiny: bool) -> schema.BenchR
 def batches_of(plan: Any, *, vocab: int, packed: bool) -> list[list[Any]]:
     """Four steps' micro-batches, in pinned memory where there is a GPU."""
     tokens = Synthetic(
-        vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0, labels=0, collate=CausalLM().collate
+        vocab=vocab, plan=plan, dp_rank=0, dp_size=1, seed=0, labels=0, head="", collate=CausalLM().collate
     )
     keep = (lambda tensor: tensor.contiguous().pin_memory()) if CUDA else (lambda tensor: tensor.contiguous())
     steps = []

@@ -110,7 +110,9 @@ def main(argv: list[str]) -> None:
     }
     tokens = Synthetic(
         **share,
-        **_known(Synthetic, labels=0, collate=getattr(getattr(engine, "task", None), "collate", None)),
+        **_known(
+            Synthetic, labels=0, head="", collate=getattr(getattr(engine, "task", None), "collate", None)
+        ),
     )
     meter = Meter()
     meter.start()

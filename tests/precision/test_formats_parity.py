@@ -46,10 +46,15 @@ def test_tensorwise_under_tensor_parallelism(layout: str) -> None:
 @pytest.mark.parametrize("compute", ["fp8_tensorwise", "fp8_rowwise", "mxfp8", "int8", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", ["dp_shard2-zero3", "pp2-zbv_zero_bubble", "pp2-dp_replicate2"])
 def test_pipelines_and_data_parallelism_change_nothing(layout: str, compute: str) -> None:
-    single = cases.on_ranks(case("single", compute))
-    found = cases.differences(cases.on_ranks(case(layout, compute)), single)
-    assert found["loss_rel"] == 0, found
-    assert found["grad_rel"] < 2e-7, found  # sums over micro-batches in another order
+    """But the order in which gradients of micro-batches are added up over data ranks, which the weights of
+    later steps have in their last bits.
+    """
+    single, ours = cases.on_ranks(case("single", compute)), cases.on_ranks(case(layout, compute))
+    found = cases.differences(ours, single)
+    assert found["grad_rel"] < 2e-7, found
+    same = 1 if "dp_" in layout else len(single.losses)
+    assert ours.losses[:same] == single.losses[:same]
+    assert found["loss_rel"] < 1e-6, found
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridtrain.config import schema
-from hybridtrain.config.section_checks import in_range, require
+from hybridtrain.config.section_checks import in_range, one_of, require
 from hybridtrain.errors import install
 
 
@@ -28,6 +28,19 @@ def _quantize(quantize: schema.QuantizeConfig) -> None:
         problem,
         allowed="bf16 and fp16 without it",
         instead=install("quantize"),
+    )
+
+
+def _compare(compare: schema.CompareConfig) -> None:
+    for dtype in compare.dtypes:
+        one_of("compare.dtypes", dtype, ("bfloat16", "float16", "float32"))
+    require(
+        bool(len(compare.sources) > 1 or compare.dtypes or compare.schemes),
+        "compare.sources",
+        compare.sources,
+        "there is nothing to compare with the reference",
+        allowed="two folders or more, dtypes, or schemes",
+        instead="compare.schemes=[int8,int4-g32]",
     )
 
 
@@ -122,5 +135,6 @@ RULES: dict[str, Callable[[Any], None]] = {
     "generate": _generate,
     "report": _report,
     "quantize": _quantize,
+    "compare": _compare,
 }
 """Section -> its check."""

@@ -18,7 +18,7 @@ class CompareConfig(Options):
     """The whole reference in these, too: bfloat16, float16."""
     rows: int = 0
     """Held-out rows to compare on; 0: as many as the evaluations during training."""
-    calibration_rows: int = 64
+    calibration_rows: int = 128
     """Training rows for schemes that look at the inputs of layers (gptq, bias, a8s)."""
     out: str = ""
     """JSON file to write; empty: <run>/compare.json, without a run none."""

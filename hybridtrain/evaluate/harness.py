@@ -57,7 +57,17 @@ def measure(model: Any, tokenizer: Any, options: LmEvalConfig) -> dict[str, dict
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=options.task_folder or None)
+    try:
+        manager = TaskManager(include_path=options.task_folder or None)
+    except Exception as error:  # of its YAML files, which may hold anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise refusal(
+            "lm_eval.task_folder",
+            options.task_folder,
+            f"the harness cannot read its tasks: {reason}",
+            allowed="a folder of the harness's YAML files",
+            instead="another folder",
+        ) from error
     unknown = [name for name in options.tasks if name not in manager.all_tasks]
     if unknown:
         problem = f"the harness has no {unknown[0]}" + (

@@ -72,7 +72,7 @@ def settings_of(config: Any, *, run_dir: Path) -> schema.Config:
 def data_for(settings: schema.Config, *, rows: int, field: str) -> tuple[Blend, BatchPlan, int]:
     """(data, plan, number of rows), before a model is loaded. `rows`: 0 for as many as in training.
 
-    Raises UserError without data or held-out rows.
+    Raises UserError without data or, if `field` names the option of `rows`, without held-out rows.
     """
     if not settings.data.named:
         raise refusal(
@@ -85,7 +85,8 @@ def data_for(settings: schema.Config, *, rows: int, field: str) -> tuple[Blend, 
     data, rows = data_of(settings, timeout_s=0), rows or settings.train.eval_rows
     size, seq_len = settings.batch.micro_batch_size, settings.data.seq_len
     plan = BatchPlan(micro_batch_size=size, seq_len=seq_len, grad_accum=1, global_batch_size=size)
-    check_eval_rows(data, seq_len=seq_len, field=field, value=rows)
+    if field:
+        check_eval_rows(data, seq_len=seq_len, field=field, value=rows)
     return data, plan, rows
 
 

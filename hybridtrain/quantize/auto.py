@@ -37,6 +37,16 @@ def ladder(names: Sequence[str]) -> list[Scheme]:
     return found
 
 
+def split(held_out: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """(rows to verify a plan on, rows to report it on). Raises UserError for too few."""
+    if len(held_out) < 2 * _FEWEST:
+        problem = f"{len(held_out)} held-out micro-batches are too few to verify a plan and to report it"
+        raise refusal(
+            ROWS, len(held_out), problem, allowed="8 micro-batches or more", instead="more held-out rows"
+        )
+    return held_out[0::2], held_out[1::2]
+
+
 def found(
     reference: Any,
     built: Any,
@@ -45,7 +55,8 @@ def found(
     *,
     budget: float,
     calibration: Sequence[Batch],
-    held_out: Sequence[Batch],
+    verify: Sequence[Batch],
+    report: Sequence[Batch],
     plan_of: Callable[[Scheme], Plan],
 ) -> tuple[Plan, dict[str, Any]]:
     """(plan, results: a table of it and of uniform schemes on a third set of rows).
@@ -53,18 +64,12 @@ def found(
     `plan_of`: the plan of one scheme for all; raises UserError for one that does not fit. Raises UserError if
     no plan keeps the budget.
     """
-    if len(held_out) < 2 * _FEWEST:
-        problem = f"{len(held_out)} held-out micro-batches are too few to verify a plan and to report it"
-        raise refusal(
-            ROWS, len(held_out), problem, allowed="8 micro-batches or more", instead="more held-out rows"
-        )
     uniform = {
         scheme.name: _uniform(built, source, scheme, calibration, reference, plan_of) for scheme in steps
     }
     first = next(iter(uniform.values()))
     candidates = {path: [layers[path] for layers in uniform.values()] for path in first}
     few = calibration[: max(1, 8 // len(calibration[0].input_ids_BT))]
-    verify, report = held_out[0::2], held_out[1::2]
     result = search(reference, candidates, budget=budget, rows=few, verify=verify)
     _check(result, budget, steps)
     other = copy.deepcopy(reference)
@@ -81,7 +86,6 @@ def found(
         "undone": result.undone,
         "expected_kl": result.expected,
         "verified": _increase(result.verified),
-        "reported": _increase(measured),
         "candidates": rows,
     }
 
@@ -110,7 +114,7 @@ def _uniform(
 
 def _check(result: Found, budget: float, steps: Sequence[Scheme]) -> None:
     most = result.verified.most
-    if most > budget:
+    if not most <= budget:
         raise refusal(
             BUDGET,
             budget,
@@ -125,11 +129,23 @@ def _increase(measured: Measured) -> dict[str, float]:
     return {"mean": math.expm1(measured.change.value), "at_most": measured.most}
 
 
+def of_folder(
+    model: Any, reference: Any, *, rows: Sequence[Batch], results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The results with those of the folder that was written, whose model this is: its layers are calibrated
+    behind one another, and all else has its dtype.
+    """
+    measured = measure(reference, model, rows)
+    stored = results["candidates"][-1]["bytes"]
+    row = table.row("as written", measured, stored=stored, layers=[])
+    return {**results, "written": _increase(measured), "candidates": [*results["candidates"], row]}
+
+
 def comment(results: Mapping[str, Any]) -> str:
     """What a plan's file says of it."""
-    verified, reported = results["verified"], results["reported"]
+    verified, written = results["verified"], results["written"]
     return (
         f"perplexity {verified['mean']:+.3%} (at most {verified['at_most']:+.3%}) on the rows it was "
-        f"verified on,\n{reported['mean']:+.3%} (at most {reported['at_most']:+.3%}) on others; budget "
-        f"{results['budget']:.3%}"
+        f"verified on;\nas written {written['mean']:+.3%} (at most {written['at_most']:+.3%}) on others; "
+        f"budget {results['budget']:.3%}"
     )

@@ -15,12 +15,12 @@ from hybridtrain import evaluate
 from hybridtrain.config.schema import CompareRoot, Config, ModelConfig
 from hybridtrain.errors import refusal
 from hybridtrain.evaluate import held_out
-from hybridtrain.models import build
+from hybridtrain.models import build, classifier
 from hybridtrain.models.init import draw
 from hybridtrain.models.linears import Linear, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.quantize import schemes, table, walk
+from hybridtrain.quantize import schemes, stored, table, walk
 from hybridtrain.quantize.calibration import batches
 from hybridtrain.quantize.measure import Measured, measure
 from hybridtrain.quantize.schemes import Scheme
@@ -73,18 +73,20 @@ def run(config: CompareRoot) -> int:
                 SOURCES, folders[0], problem, allowed=allowed, instead="hybridtrain evaluate for each"
             )
         calibrates = any(scheme.calibrates for scheme in parsed)
-        calibration = batches(of_model, rows=options.calibration_rows, seed=0) if calibrates else []
+        seed = config.run.seed
+        calibration = batches(of_model, rows=options.calibration_rows, seed=seed) if calibrates else []
+        _check_schemes(folders[0], config, parsed=parsed, calibration=calibration)
         found: list[tuple[Candidate, Measured]] = []
         own = Candidate(names[0] or str(run_dir / "export"), reference, _bytes(reference), [])
         others = _others(own, names, folders, config, parsed=parsed, calibration=calibration)
         for number, candidate in enumerate(others, 1):
-            _check_vocabulary(reference, candidate)
+            _check_same(reference, candidate)
             found.append((candidate, measure(reference, candidate.model, of_model.batches())))
             _log.info("%d: %s", number, candidate.name)
     rows_of_table = [
         table.row(each.name, measured, stored=each.bytes, layers=each.layers) for each, measured in found
     ]
-    first = table.reference(own.name, found[0][1], stored=own.bytes) if found else None
+    first = table.reference(own.name, found[0][1], stored=own.bytes)
     result = {
         "reference": first,
         "data": data.name,
@@ -120,7 +122,9 @@ def _others(
         model = evaluate.load_model(folder, field=SOURCES, trust_remote_code=config.model.trust_remote_code)
         yield Candidate(name, model, _bytes(model), [])
     for dtype in config.compare.dtypes:
-        model = copy.deepcopy(own.model).to(getattr(torch, dtype))
+        model = copy.deepcopy(own.model)
+        for parameter in model.parameters():  # and no buffers, such as rotary frequencies, as in a load
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         yield Candidate(dtype, model, _bytes(model), [])
     if parsed:
         yield from _schemes(own, folders[0], config, parsed=parsed, calibration=calibration)
@@ -132,10 +136,6 @@ def _schemes(
     model = ModelConfig(from_pretrained=folder, trust_remote_code=config.model.trust_remote_code)
     built = build.hf_config(read_config(model), chosen={}, attention="sdpa")
     source = pretrained(model, built, fresh=draw(built, seed=0))
-    linears = linears_of(built)
-    tokens = sum(batch.input_ids_BT.numel() for batch in calibration)
-    for scheme in parsed:
-        walk.check(linears, _all(scheme), tokens=tokens, field=SCHEMES, rows_field=ROWS)
     for scheme in parsed:
         changed, layers = copy.deepcopy(own.model), []
         rows = calibration if scheme.calibrates else []
@@ -146,6 +146,23 @@ def _schemes(
                 walk.put(changed.get_submodule(each.linear.path), each)
             layers += found
         yield Candidate(scheme.name, changed, table.stored_bytes(own.model, layers), layers)
+
+
+def _check_schemes(
+    folder: str, config: Config, *, parsed: Sequence[Scheme], calibration: Sequence[Batch]
+) -> None:
+    """Refuse schemes that do not fit the reference, before anything is measured (raises UserError)."""
+    if not parsed:
+        return
+    model = ModelConfig(from_pretrained=folder, trust_remote_code=config.model.trust_remote_code)
+    fields = read_config(model)
+    if fields.get("quantization_config"):
+        raise stored.already(folder, field=SOURCES)
+    linears = linears_of(build.hf_config(fields, chosen={}, attention="sdpa"))
+    walk.check_any(linears, folder, field=SOURCES)
+    tokens = sum(batch.input_ids_BT.numel() for batch in calibration)
+    for scheme in parsed:
+        walk.check(linears, _all(scheme), tokens=tokens, field=SCHEMES, rows_field=ROWS)
 
 
 def _all(scheme: Scheme) -> walk.Choose:
@@ -162,13 +179,20 @@ def _bytes(model: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _check_vocabulary(reference: Any, candidate: Candidate) -> None:
-    here, there = (model.get_input_embeddings().num_embeddings for model in (reference, candidate.model))
+def _check_same(reference: Any, candidate: Candidate) -> None:
+    """Refuse a model of other tokens or classes (raises UserError)."""
+    here, there = (_outputs(model) for model in (reference, candidate.model))
     if here != there:
         raise refusal(
             SOURCES,
             candidate.name,
-            f"it has {there} tokens, the reference {here}",
-            allowed="models with the same tokenizer",
+            f"it has {there}, the reference {here}",
+            allowed="models of the same tokens and classes",
             instead="hybridtrain evaluate for each",
         )
+
+
+def _outputs(model: Any) -> str:
+    tokens = f"{model.get_input_embeddings().num_embeddings} tokens"
+    kind = classifier.kind_of(model.config.architectures)
+    return f"{tokens}, {kind} of {', '.join(model.config.id2label.values())}" if kind else tokens

@@ -5,6 +5,8 @@ M tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +46,7 @@ class Seen:
         self._sum = self._sum.to(x_MK.device) + x_MK.sum(0)
         if self.scheme.inputs in ("minmax", "percentile", "mse"):
             self._largest = torch.maximum(self._largest.to(x_MK.device), x_MK.abs().max())
-            self._kept.append(x_MK.flatten()[:: -(-x_MK.numel() // _KEPT)].cpu())
+            self._kept.append(x_MK.flatten()[:: _coprime(-(-x_MK.numel() // _KEPT), x_MK.shape[1])].cpu())
 
     @property
     def mean(self) -> Tensor:
@@ -73,6 +75,11 @@ class Seen:
             tried = [(_squared_error(values, largest * share, number), share) for share in _SHARES]
             largest = largest * min(tried, key=lambda each: each[0])[1]
         return (largest / number.largest).clamp(min=_TINY).bfloat16().float()
+
+
+def _coprime(step: int, inputs: int) -> int:
+    """The smallest step from this on that meets all inputs in turn."""
+    return next(each for each in itertools.count(step) if math.gcd(each, inputs) == 1)
 
 
 def _squared_error(values: Tensor, largest: Tensor, number: Number) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hybridtrain.errors import refusal
 from hybridtrain.quantize import walk
 from hybridtrain.quantize.measure import Measured, against, measure, predicted
 from hybridtrain.quantize.schemes import Scheme
@@ -95,6 +96,14 @@ def _scan(
         for each in layers:
             with walk.changed(other, [each]):
                 divergence = against(known, other).mean("kl").value
+            if not math.isfinite(divergence):
+                raise refusal(
+                    "quantize.source",
+                    path,
+                    f"in {each.scheme.name} its model predicts no numbers on the calibration rows",
+                    allowed="finite weights, and rows with tokens that count",
+                    instead="another source or other rows",
+                )
             values.append(max([0.0, divergence, *values]))
         found[path] = values
         _log.info("scan %d/%d: %s", number, len(candidates), path)

@@ -47,6 +47,20 @@ def check(scheme: Scheme, *, field: str, transposed: bool) -> None:
         )
 
 
+def check_experts(meta: nn.Module, source: str, *, field: str) -> None:
+    """Refuse a model (on meta) whose experts are one parameter, no linear layers (raises UserError)."""
+    named = meta.named_parameters()
+    expert = next((name for name, each in named if each.dim() == 3 and "expert" in name), None)
+    if expert is not None:
+        raise refusal(
+            field,
+            source,
+            f"{expert} holds the weights of all experts in one parameter, which is not quantised yet",
+            allowed="models without such experts",
+            instead="hybridtrain compare, which studies the linear layers beside them",
+        )
+
+
 def cast(scheme: Scheme) -> torch.dtype | None:
     """The dtype of a scheme that only casts."""
     return _CAST.get(scheme.codes)

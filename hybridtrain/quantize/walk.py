@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource, fill, reset_buffers
 from hybridtrain.models.linears import Linear, is_transposed, linears_in
 from hybridtrain.models.stage import Stage
@@ -53,6 +54,18 @@ class Quantised:
 
 Choose = Callable[[Linear], Scheme | None]
 """The scheme of a linear layer; None: left as it is."""
+
+
+def check_any(linears: Sequence[Linear], source: str, *, field: str) -> None:
+    """Refuse a model without linear layers that are known (raises UserError)."""
+    if not linears:
+        raise refusal(
+            field,
+            source,
+            "it has no linear layers of torch or transformers inside its layers",
+            allowed="models with such layers",
+            instead="a model of another architecture",
+        )
 
 
 def check(linears: Sequence[Linear], choose: Choose, *, tokens: int, field: str, rows_field: str) -> None:

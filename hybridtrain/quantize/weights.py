@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridtrain.errors import refusal
 from hybridtrain.models import build
 from hybridtrain.models.conversion import as_stored
 from hybridtrain.models.init import WeightSource
@@ -88,8 +89,21 @@ class Writer:
             if self._layer(name) == layer and name.removesuffix(".weight") not in self.plan:
                 whole = self.source(name, tuple(value.shape), tuple(slice(0, size) for size in value.shape))
                 is_parameter = isinstance(value, torch.nn.Parameter)
-                tensors[name] = whole.to(self.dtype if is_parameter else value.dtype)
+                tensors[name] = self._cast(name, whole) if is_parameter else whole.to(value.dtype)
         return {name: tensor.contiguous() for name, tensor in as_stored(self.meta, tensors).items()}
+
+    def _cast(self, name: str, whole: Tensor) -> Tensor:
+        value = whole.to(self.dtype)
+        if bool((value.isinf() & ~whole.isinf()).any()):
+            problem = f"{name} has values up to {whole.abs().max().item():.3g}"
+            raise refusal(
+                "quantize.dtype",
+                str(self.dtype).removeprefix("torch."),
+                problem,
+                allowed="bfloat16 or float32",
+                instead="quantize.dtype=bfloat16",
+            )
+        return value
 
     def _layer(self, name: str) -> int:
         """The number of the layer that a tensor is in; -1: none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,12 @@ class _Work:
         self.built = build.hf_config(self.fields, chosen={}, attention="sdpa")
         self.meta = build.meta_model(self.built)
         self.linears = linears_of(self.built)
+        walk.check_any(self.linears, source, field=SOURCE)
+        stored.check_experts(self.meta, source, field=SOURCE)
         self.weights: WeightSource = pretrained(self.model, self.built, fresh=draw(self.built, seed=0))
         self._rows: HeldOut | None = None
+        self.reference: Any = None
+        self.report: Sequence[Batch] = []
 
     def rows(self, *, count: int, field: str) -> HeldOut:
         """The data, with `count` held-out rows."""
@@ -98,7 +102,7 @@ class _Work:
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
             rows = calibration.batches(
-                self.rows(count=0, field="train.eval_rows"),
+                self.rows(count=0, field=""),
                 rows=self.options.rows,
                 seed=self.config.run.seed,
             )
@@ -114,6 +118,7 @@ class _Work:
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
+        verify, self.report = auto.split(list(rows.batches()))
         cast = stored.name_of(_DTYPES[self.options.dtype])
 
         def plan_of(scheme: Scheme) -> Plan:
@@ -130,11 +135,11 @@ class _Work:
             steps,
             budget=self.options.budget,
             calibration=calibration.batches(rows, rows=self.options.rows, seed=self.config.run.seed),
-            held_out=list(rows.batches()),
+            verify=verify,
+            report=self.report,
             plan_of=plan_of,
         )
-        print("\n".join(table.lines(results["candidates"])) + "\n")
-        print(auto.comment(results) + "\n")
+        self.reference = reference
         return plan, results
 
     def write(
@@ -143,7 +148,7 @@ class _Work:
         """Write the folder; returns (bytes of its weights, bits of a weight)."""
         rows, dtype = self.calibration(plan, field=field), _DTYPES[self.options.dtype]
         casts = {stored.cast(scheme) for scheme in plan.values()}
-        if casts == {torch.float16} or casts == {torch.bfloat16}:
+        if len(casts) == 1 and None not in casts and "quantize.dtype" not in self.config.given:
             dtype = next(each for each in casts if each is not None)
         quantised = {path: scheme for path, scheme in plan.items() if stored.cast(scheme) is None}
         for scheme in set(plan.values()) - set(quantised.values()):
@@ -153,11 +158,18 @@ class _Work:
         config = {**self.fields, "dtype": str(dtype).removeprefix("torch."), **writer.description()}
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        results = self._measured(partial, results) if results else {}
         plans.write(plan, partial / plans.FILE, comment=auto.comment(results) if results else "")
-        if results:
-            write_json(partial / "plan.json", dict(results))
         self._copy(partial, names=sorted({scheme.name for scheme in plan.values()}))
         return size, bits
+
+    def _measured(self, partial: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The results with those of the folder itself, printed and written."""
+        model = evaluate.load_model(str(partial), field=OUT, trust_remote_code=self.model.trust_remote_code)
+        found = auto.of_folder(model, self.reference, rows=self.report, results=results)
+        print("\n".join(table.lines(found["candidates"])) + f"\n\n{auto.comment(found)}\n")
+        write_json(partial / "plan.json", found)
+        return found
 
     def _copy(self, partial: Path, *, names: list[str]) -> None:
         """Tokenizer, sampling values, and the record."""

@@ -101,19 +101,20 @@ class Samples(Callback):
 
     def on_evaluate(self, run: Run, metrics: Mapping[str, float]) -> None:  # noqa: ARG002 - as its interface
         with self.meter.paused():
-            texts = self._continued()
+            texts = self._continued(run)
         if log.rank() == 0:
             pairs = zip(self.prompts, map(self._text, self.ids, texts), strict=True)
             samples = [{"prompt": prompt, "text": text} for prompt, text in pairs]
             self.folder.append_samples({"step": run.step, "time": time.time(), "samples": samples})
 
-    def _continued(self) -> list[list[int]]:
+    def _continued(self, run: Run) -> list[list[int]]:
         """The prompts with their continuations, each up to an end token."""
         texts = [list(ids) for ids in self.ids]
         step, ended = self.engine.eval_step, [False] * len(texts)
         with evaluating(self.engine, NextTokens(len(texts))):
             for _ in range(self.count):
                 passes = self.shape.batches(texts, dp_rank=self.engine.mesh.dp_rank)
+                run.beat()
                 found = functools.reduce(operator.add, map(step, passes)).values
                 for number, text in enumerate(texts):
                     if not ended[number]:

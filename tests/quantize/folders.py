@@ -28,6 +28,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "bert": BERT,
+    "mixtral": model("mixtral", num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2),
     "gpt2": {**GPT2, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 

@@ -70,6 +70,7 @@ def test_plain_transformers_computes_the_same_of_every_model(kind: str, name: st
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [
+        ("mixtral", "int8", "holds the weights of all experts in one parameter"),
         ("llama", "nf4", "compressed-tensors has no nf4"),
         (
             "llama",

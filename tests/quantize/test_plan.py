@@ -96,7 +96,11 @@ def test_of_a_run(trained, tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().out
     results = json.loads((out / "plan.json").read_text())
     assert results["verified"]["at_most"] <= 0.05
-    assert [each["name"] for each in results["candidates"]] == ["bf16", "int8", "int2-g16", "plan"]
+    assert [each["name"] for each in results["candidates"]] == [
+        *("bf16", "int8", "int2-g16"),
+        *("plan", "as written"),
+    ]
+    assert results["written"]["mean"] < 0.1
     kl = {each["name"]: each["kl"]["mean"] for each in results["candidates"]}
     assert kl["bf16"] < kl["int8"] < kl["int2-g16"]
     assert f"budget {0.05:.3%}" in shown
@@ -126,6 +130,10 @@ def test_what_is_compared_has_the_same_tokens(trained, tmp_path: Path, capsys) -
     argv = [str(trained.run / "export"), str(other), f"run.dir={trained.run}"]
     assert main(["compare", *argv]) == 2
     assert "it has 256 tokens, the reference 300" in four_parts(capsys.readouterr().err, "compare.sources")
+    assert main(["compare", str(trained.run)]) == 2
+    assert "there is nothing to compare" in four_parts(capsys.readouterr().err, "compare.sources")
+    assert main(["compare", str(trained.run), "compare.dtypes=[bf16]"]) == 2
+    four_parts(capsys.readouterr().err, "compare.dtypes")
     assert main(["compare", str(trained.run), "compare.schemes=[int8,int4-wide]"]) == 2
     four_parts(capsys.readouterr().err, "compare.schemes")
     assert (

@@ -183,12 +183,12 @@ class TorchEngine:
         return result
 
     def _step(self, micro_batches: Sequence[Batch], *, lr: float, flags: Flags, update: bool) -> StepResult:
+        for head_module in self._heads():
+            head_module.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=flags)
         scale = self.scaler.scale
         factor = self.loss_weights * scale / counts.clamp(min=1)
-        for head_module in self._heads():
-            head_module.begin(factor)
         sums = (
             self._run_pipeline(batches, factor) if self.layout.pp > 1 else self._accumulate(batches, factor)
         )

@@ -86,7 +86,6 @@ class CausalLM:
             ranks=head.ranks,
             entries=head.entries,
             right=right,
-            factor=head.factors.get(name),
         )
 
     def cross_entropy_of_logits(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

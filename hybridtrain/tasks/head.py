@@ -48,8 +48,6 @@ class Head(nn.Module):
         self._used: set[str] = set()
         self.gradients = {name: (HeadGradient(), HeadGradient()) for name in task.weights}
         """Name of a sum -> gradients of weight and bias from it, over all micro-batches in flight."""
-        self.factors: dict[str, Tensor] = {}
-        """Name of a sum -> the factor by which the loss multiplies it in this step."""
 
     def share(self, ranks: Ranks, *, rows: bool, positions: bool) -> None:
         """With tensor parallelism: each rank has a part of the `rows`, and of the `positions` of the hidden
@@ -92,12 +90,8 @@ class Head(nn.Module):
         self._used.add(name)
         return self.gradients[name]
 
-    def begin(self, factors: Tensor) -> None:
-        """Begin a step whose loss is the sum of sums x `factors`, (number of sums,). Discards the gradients
-        of forward passes without a backward pass.
-        """
-        known = torch.where(factors == 0, 1.0, factors)  # what is only measured has no gradient
-        self.factors = dict(zip(self.task.weights, known.unbind(), strict=True))
+    def clear(self) -> None:
+        """Discard the gradients of forward passes without a backward pass."""
         for of_sum in self.gradients.values():
             for gradient in of_sum:
                 gradient.clear()

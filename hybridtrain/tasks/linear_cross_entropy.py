@@ -3,9 +3,8 @@
     hidden (N, D) --[chunk of n]--> logits (n, V) -> log-probabilities fp32 -> loss sum
                   d(loss sum)/d(logits) (n, V) -> gradients of hidden (N, D) and of the head's weight (V, D)
 
-The forward pass computes the gradients too, because the loss is linear in the sum. The factor by which the
-loss multiplies it is known before, and multiplies the gradient of the logits before that is rounded, as in a
-plain backward pass. The weight's gradient is accumulated in one buffer (`HeadGradient`) for all micro-batches
+The forward pass computes the gradients too, and the backward pass only scales them, because the loss is
+linear in the sum. The weight's gradient is accumulated in one buffer (`HeadGradient`) for all micro-batches
 in flight. With tensor parallelism, each rank has its rows of V, and ranks exchange one number per token. This
 combines Liger Kernel (arXiv 2410.10989) and Megatron-LM's vocabulary-parallel loss (arXiv 1909.08053).
 
@@ -142,7 +141,6 @@ def linear_cross_entropy(
     ranks: Ranks | None,
     entries: int,
     right: Tensor | None,
-    factor: Tensor | None,
 ) -> Tensor:
     """Sum of token losses, fp32, (1,), the same on all tp ranks.
 
@@ -150,8 +148,6 @@ def linear_cross_entropy(
     `chunk`: tokens per chunk; 0: as many as fit 8 MiB in fp32 (256 MiB on a GPU), at least 256.
     `gradients`: of the weight and of the bias, for this sum.
     `right`: fp32, (1,): the number of labels whose logit is the largest is added to it.
-    `factor`: 0-d, not 0: by which the loss is expected to multiply the sum; None: 1. Another gives the same
-    gradients, but for rounding.
     """
     first = 0
     if ranks is not None:
@@ -177,13 +173,12 @@ def linear_cross_entropy(
         into,
         into_bias,
         right,
-        factor,
     )
     # Nodes of their own for the parameters: a split backward pass goes once to the hidden states and once to
     # the parameters.
     if into is not None:
-        total = total + _ParameterGradient.apply(weight_VD, into, factor)
-    return total if into_bias is None else total + _ParameterGradient.apply(bias_V, into_bias, factor)
+        total = total + _ParameterGradient.apply(weight_VD, into)
+    return total if into_bias is None else total + _ParameterGradient.apply(bias_V, into_bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -205,15 +200,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         into: HeadGradient | None,
         into_bias: HeadGradient | None,
         right: Tensor | None,
-        factor: Tensor | None,
     ) -> Tensor:
         total = hidden_ND.new_zeros(1, dtype=torch.float32)
         d_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         alone = rows >= len(hidden_ND)
         for start in range(0, len(hidden_ND), rows):
             hidden, labels = hidden_ND[start : start + rows], labels_N[start : start + rows]
-            weight_DV = weight_VD.t()  # with a bias, the sum of both is rounded once
-            logits = hidden @ weight_DV if bias_V is None else torch.addmm(bias_V, hidden, weight_DV)
+            logits = hidden @ weight_VD.t()
+            if bias_V is not None:
+                logits = logits.float().add_(bias_V)
             if not transform.identity:
                 logits = transform(logits)
             log_p, log_z = _log_probabilities(logits, ranks=ranks)
@@ -228,8 +223,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += (log_z.square() * valid).sum() * terms.z_loss
             if d_hidden is None and into is None and into_bias is None:
                 continue
-            if factor is not None:
-                valid, mine = valid * factor, mine * factor
             d_logits = log_p.exp_().mul_(valid * (1 + 2 * terms.z_loss * log_z) if terms.z_loss else valid)
             if terms.smoothing:
                 d_logits -= valid * (terms.smoothing / entries)
@@ -237,41 +230,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, index, -mine)
             if not transform.identity:
                 d_logits = transform.backward(d_logits, logits=logits)
-            d_logits = d_logits.to(hidden.dtype)
             if into_bias is not None:
-                into_bias.add(d_logits.sum(0), alone=alone)
+                into_bias.add(d_logits.sum(0), alone=False)
+            d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight_VD, out=d_hidden[start : start + rows])
             if into is not None:
                 into.add(d_logits.t() @ hidden, alone=alone)
         if ranks is not None:
             total = ranks.sum(total)
-        ctx.gradient, ctx.factor = d_hidden, factor
+        ctx.gradient = d_hidden
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rest = _rest(grad, ctx.factor)
-        return (None if ctx.gradient is None else ctx.gradient * rest), *[None] * 13
+        return (None if ctx.gradient is None else ctx.gradient * grad.squeeze(0)), *[None] * 12
 
 
 class _ParameterGradient(torch.autograd.Function):
     """Returns zero, (1,); its backward pass gives a parameter of the head its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, gradient: HeadGradient, factor: Tensor | None) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, gradient: HeadGradient) -> Tensor:
         gradient.in_flight += 1
-        ctx.gradient, ctx.factor, ctx.shape, ctx.dtype = gradient, factor, parameter.shape, parameter.dtype
+        ctx.gradient, ctx.shape, ctx.dtype = gradient, parameter.shape, parameter.dtype
         return parameter.new_zeros(1, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.gradient.take(_rest(grad, ctx.factor), shape=ctx.shape, dtype=ctx.dtype), None, None
-
-
-def _rest(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """What a gradient of the sum, (1,), is of the expected one, 0-d: 1 if it is that."""
-    return grad.squeeze(0) if factor is None else grad.squeeze(0) / factor
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.gradient.take(grad.squeeze(0), shape=ctx.shape, dtype=ctx.dtype), None
 
 
 def _log_probabilities(logits_nV: Tensor, *, ranks: Ranks | None) -> tuple[Tensor, Tensor]:

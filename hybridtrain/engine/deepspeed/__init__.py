@@ -198,15 +198,14 @@ class DeepSpeedEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Forward, backward and update with this data rank's micro-batches (collective)."""
+        if self.stage.last:
+            head: Any = self.stage.part(self.structure.head)
+            head.clear()
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = global_counts(batches, task=self.task, mesh=self.mesh, flags=self.flags)
         # x dp: DeepSpeed averages over data ranks
         factor = self.loss_weights * self.layout.dp / counts.clamp(min=1)
         scale = self.scaler.scale.to(self.device)
-        if self.stage.last:
-            head: Any = self.stage.part(self.structure.head)
-            # the scale: ours, Scaler divides it by dp
-            head.begin(factor * scale / self.layout.dp if self.scaler.enabled else factor)
         set_rate(self.optimizer, lr)
         empty = (counts.sum() == 0).float()
         # With found_inf = 1, torch's fused AdamW skips the update.

@@ -12,7 +12,7 @@ from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource
 from hybridtrain.quantize import schemes, table, walk
 from hybridtrain.quantize.measure import Measured, measure
-from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.search import Found, search
 from hybridtrain.quantize.walk import Quantised
@@ -104,7 +104,7 @@ def _uniform(
     layers = walk.layers(
         built,
         source,
-        lambda linear: plan.get(linear.path),
+        choice(plan),
         rows=rows,
         device=reference.device,
         field=LADDER,

@@ -17,9 +17,10 @@ from hybridtrain.errors import refusal
 from hybridtrain.evaluate import held_out
 from hybridtrain.models import build, classifier
 from hybridtrain.models.init import draw
-from hybridtrain.models.linears import Linear, linears_of
+from hybridtrain.models.linears import linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
+from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize import schemes, stored, table, walk
 from hybridtrain.quantize.calibration import batches
 from hybridtrain.quantize.measure import Measured, measure
@@ -135,12 +136,17 @@ def _schemes(
 ) -> Iterator[Candidate]:
     model = ModelConfig(from_pretrained=folder, trust_remote_code=config.model.trust_remote_code)
     built = build.hf_config(read_config(model), chosen={}, attention="sdpa")
-    source = pretrained(model, built, fresh=draw(built, seed=0))
+    source, linears = pretrained(model, built, fresh=draw(built, seed=0)), linears_of(built)
     for scheme in parsed:
         changed, layers = copy.deepcopy(own.model), []
-        rows = calibration if scheme.calibrates else []
+        rows, plan = calibration if scheme.calibrates else [], plans.uniform(scheme, linears)
         for found in walk.layers(
-            built, source, _all(scheme), rows=rows, device=own.model.device, field=SCHEMES
+            built,
+            source,
+            plans.choice(plan),
+            rows=rows,
+            device=own.model.device,
+            field=SCHEMES,
         ):
             for each in found:
                 walk.put(changed.get_submodule(each.linear.path), each)
@@ -162,16 +168,8 @@ def _check_schemes(
     walk.check_any(linears, folder, field=SOURCES)
     tokens = sum(batch.input_ids_BT.numel() for batch in calibration)
     for scheme in parsed:
-        walk.check(linears, _all(scheme), tokens=tokens, field=SCHEMES, rows_field=ROWS)
-
-
-def _all(scheme: Scheme) -> walk.Choose:
-    """Every linear layer inside the model's layers, but routers of experts."""
-
-    def choose(linear: Linear) -> Scheme | None:
-        return None if linear.router else scheme
-
-    return choose
+        plan = plans.uniform(scheme, linears)
+        walk.check(linears, plans.choice(plan), tokens=tokens, field=SCHEMES, rows_field=ROWS)
 
 
 def _bytes(model: Any) -> int:

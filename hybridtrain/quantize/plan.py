@@ -10,7 +10,7 @@ Layers that it does not name stay as they are.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -29,6 +29,11 @@ Plan = Mapping[str, Scheme]
 def uniform(scheme: Scheme, linears: Sequence[Linear]) -> Plan:
     """One scheme for all, but for routers of experts."""
     return {linear.path: scheme for linear in linears if not linear.router}
+
+
+def choice(plan: Plan) -> Callable[[Linear], Scheme | None]:
+    """The scheme that a plan gives a linear layer; None: left as it is."""
+    return lambda linear: plan.get(linear.path)
 
 
 def read(file: Path, linears: Sequence[Linear]) -> Plan:

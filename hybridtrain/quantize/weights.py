@@ -17,7 +17,7 @@ from hybridtrain.models.conversion import as_stored
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.structure import structure_of
 from hybridtrain.quantize import stored, walk
-from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.runtime import log
 from hybridtrain.types import Batch
@@ -54,7 +54,7 @@ class Writer:
         layers = walk.layers(
             self.built,
             self.source,
-            lambda linear: self.plan.get(linear.path),
+            choice(self.plan),
             rows=rows,
             device=device,
             field=self.field,

@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import ModelConfig, QuantizeRoot
 from hybridtrain.evaluate import held_out
 from hybridtrain.evaluate.held_out import HeldOut
 from hybridtrain.export import destination
+from hybridtrain.export.hf import DTYPES
 from hybridtrain.models import build, hub, tokens
 from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
@@ -36,7 +35,6 @@ from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.types import Batch
 
 SCHEME, OUT, ROWS, SOURCE = "quantize.scheme", "quantize.out", "quantize.rows", "quantize.source"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def run(config: QuantizeRoot) -> int:
@@ -107,19 +105,17 @@ class _Work:
                 seed=self.config.run.seed,
             )
         count = sum(batch.input_ids_BT.numel() for batch in rows)
-        walk.check(
-            self.linears, lambda linear: plan.get(linear.path), tokens=count, field=field, rows_field=ROWS
-        )
+        walk.check(self.linears, plans.choice(plan), tokens=count, field=field, rows_field=ROWS)
         return rows
 
     def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
-        """A plan within the budget, printed beside uniform ones."""
+        """A plan within the budget, and what it was measured to cost beside uniform ones."""
         rows = self.rows(count=self.options.eval_rows or 1 << 20, field="quantize.eval_rows")
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
         verify, self.report = auto.split(list(rows.batches()))
-        cast = stored.name_of(_DTYPES[self.options.dtype])
+        cast = stored.name_of(DTYPES[self.options.dtype])
 
         def plan_of(scheme: Scheme) -> Plan:
             plan = plans.uniform(scheme, self.linears)
@@ -146,7 +142,7 @@ class _Work:
         self, plan: Plan, partial: Path, *, results: Mapping[str, Any], field: str
     ) -> tuple[int, float]:
         """Write the folder; returns (bytes of its weights, bits of a weight)."""
-        rows, dtype = self.calibration(plan, field=field), _DTYPES[self.options.dtype]
+        rows, dtype = self.calibration(plan, field=field), DTYPES[self.options.dtype]
         casts = {stored.cast(scheme) for scheme in plan.values()}
         if len(casts) == 1 and None not in casts and "quantize.dtype" not in self.config.given:
             dtype = next(each for each in casts if each is not None)

@@ -135,6 +135,7 @@ def base(root: str) -> schema.Root:
         "model.config": model(),
         "data.path": "x",
         "data.source": ["x"],
+        "compare.schemes": ["int8"],
         "train.steps": 10,
         "run.name": "n",
         "run.dir": "runs/n",

@@ -9,6 +9,7 @@ from hybridtrain.cli.main import main
 from hybridtrain.config import compose, schema
 from hybridtrain.data.prepare.tokenize import prepare
 from hybridtrain.models.build import hf_config
+from hybridtrain.models.saved_config import save_config
 from tests.evaluate.trained import Trained, settings, train_and_save
 from tests.ranks import run_ranks
 
@@ -25,7 +26,8 @@ def trained(tmp_path_factory) -> Trained:
     prepare(config.data, options=schema.PrepareConfig())
     (root / "run").mkdir()
     (root / "run" / "config.yaml").write_text(compose.to_yaml(config))
-    hf_config(config.model.config, chosen={}, attention="sdpa").save_pretrained(root / "run" / "model")
+    fields = hf_config(config.model.config, chosen={}, attention="sdpa")
+    save_config(fields, root / "run" / "model", model=config.model)
     loss_sum, tokens = run_ranks(4, train_and_save, root)[0]
     assert main(["export", str(root / "run")]) == 0
     return Trained(root, loss_sum / tokens, tokens)

@@ -193,7 +193,8 @@ class ModelFacts:
     layer_inactive: tuple[int, ...] = ()
     """Of these, those of experts that a token does not use, on average; empty: none."""
     adapters: tuple[int, ...] = ()
-    """Parameters of adapters in each layer, which alone are trained; empty: the model's own are."""
+    """Parameters of adapters in each layer, which alone are trained, and those of modules that are saved with
+    them, outside of layers in the last; empty: the model's own are."""
     adapter_values: int = 0
     """Values of a token that their dropout and magnitudes keep for the backward pass, at most in a layer."""
     quantised: tuple[Quantised, ...] = ()

@@ -20,6 +20,7 @@ from hybridtrain.models import adapters, plain, quantised
 from hybridtrain.models.build import hf_config
 from hybridtrain.models.linears import Linear, linears_of
 from hybridtrain.models.source import read_config
+from hybridtrain.models.structure import structure_of
 from hybridtrain.types import Quantised
 
 _FOUND: dict[str, Sizes] = {}
@@ -45,6 +46,7 @@ def sizes(config: Config) -> Sizes:
     if key not in _FOUND:
         built = hf_config(fields, chosen={}, attention=config.model.attention)
         linears = adapters.check(built, settings)
+        adapters.check_saved(built, settings, linears)
         if built.model_type not in plain.TYPES:
             _check_called(linears, built, settings)
         layers = range(built.get_text_config(decoder=True).num_hidden_layers)
@@ -52,12 +54,25 @@ def sizes(config: Config) -> Sizes:
         kind = settings.base_format
         blocks = [linear.inputs // quantised.BLOCK for linear in linears if kind == "nf4"]
         _FOUND[key] = Sizes(
-            tuple(sum(map(math.prod, adapters.shapes(each, settings).values())) for each in of_layers),
+            tuple(
+                sum(map(math.prod, (adapters.shapes(each, settings) | whole).values()))
+                for each, whole in zip(of_layers, _whole(built, settings, layers), strict=True)
+            ),
             max(adapters.values_kept(each, settings) for each in of_layers),
             tuple(quantised.sizes(each, kind) for each in of_layers) if kind != "none" else (),
             math.gcd(*blocks),
         )
     return _FOUND[key]
+
+
+def _whole(config: Any, settings: AdaptersConfig, layers: range) -> list[dict[str, torch.Size]]:
+    """Of each layer, the parameters of modules that are trained whole; of the last also those outside."""
+    found: list[dict[str, torch.Size]] = [{} for _ in layers]
+    prefix = f"{structure_of(config).layers}."
+    for name, shape in adapters.saved(config, settings).items():
+        number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+        found[int(number) if number else -1][name] = shape
+    return found
 
 
 def _check_called(linears: Sequence[Linear], config: Any, settings: AdaptersConfig) -> None:

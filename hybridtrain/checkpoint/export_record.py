@@ -44,6 +44,15 @@ def step_of(folder: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def model_of(folder: Path) -> dict[str, Any]:
+    """What the record says of the model of an export without config.json; empty if nothing."""
+    try:
+        found = read_object(folder / ORIGIN, field="source").get("model")
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def check(folder: Path, *, field: str) -> None:
     """Refuse weights that have changed since the export (raises UserError); warn of other files that have.
 

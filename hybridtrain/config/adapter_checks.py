@@ -66,14 +66,6 @@ def _together(config: schema.Config) -> None:
         instead="optim=adamw",
     )
     require(
-        config.task.kind not in ("classification", "token_classification", "question_answering"),
-        "task.kind",
-        config.task.kind,
-        "the head for the classes would not be trained with adapters",
-        allowed="causal_lm",
-        instead="adapters=none, with model.freeze for what is not to be trained",
-    )
-    require(
         "vocab_size" not in config.model.config or not config.model.from_pretrained,
         "model.config.vocab_size",
         config.model.config.get("vocab_size"),

@@ -30,3 +30,6 @@ class AdaptersConfig(Options):
     match: list[str] = field(default_factory=list)
     """Shell-style patterns of the linear layers that get adapters, e.g. ['*.q_proj','*.v_proj']; empty: all
     inside the model's layers, but routers of experts."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Shell-style patterns of other modules that are trained whole beside adapters, and saved with them, e.g.
+    ['*.pooler.*']; the head of a classifier always is."""

@@ -128,8 +128,12 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
         "revision": revision,
     }
     try:
-        kind = auto_class(AutoConfig.from_pretrained(base, **options))
-        model = kind.from_pretrained(base, dtype="auto", device_map=device_map, **options)
+        config = AutoConfig.from_pretrained(base, **options)
+        if adapted:
+            known = export_record.model_of(Path(source))
+            adapter_folder.add_classes(config, Path(source), known=known, field=field)
+        kind = auto_class(config)
+        model = kind.from_pretrained(base, config=config, dtype="auto", device_map=device_map, **options)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()
         ):  # with the tokens that end answers

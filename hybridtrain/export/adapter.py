@@ -17,8 +17,9 @@ from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import adapter_folder, adapters, build, dora, hub, load
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.linears import is_transposed
+from hybridtrain.models.parameters import trained_shapes
 from hybridtrain.models.plain import TYPES
-from hybridtrain.models.source import read_config
+from hybridtrain.models.source import read_config, with_head
 from hybridtrain.models.weights import digest
 from hybridtrain.run.identity import other_base
 from hybridtrain.runtime import log
@@ -28,6 +29,7 @@ _log = log.get("export")
 
 def _built(config: Config) -> Any:
     """The transformers config of the run's model."""
+    config = with_head(config)
     fields = read_config(config.model)
     return build.hf_config(fields, chosen=config.model.config, attention=config.model.attention)
 
@@ -73,16 +75,17 @@ def write(
 def _write_alone(
     read: Callable[[TensorSpec], torch.Tensor], *, partial: Path, config: Config, dtype: torch.dtype
 ) -> None:
-    """Write adapters and their adapter_config.json."""
+    """Write adapters, the head of a classifier, and their adapter_config.json."""
     built, settings = _built(config), config.adapters
     linears = adapters.chosen(built, settings)
-    if config.model.config:
+    changed = {name: value for name, value in config.model.config.items() if name != "architectures"}
+    if changed:
         _log.warning(
             "export: adapters go with the base model as it is, without model.config=%s; "
             "export.merge=true writes a model with it",
-            config.model.config,
+            changed,
         )
-    names = adapters.shapes(linears, settings)
+    names = trained_shapes(built, freeze=(), settings=settings)
     specs = {
         f"{adapter_folder.PREFIX}{name}": TensorSpec(name, tuple(shape), dtype)
         for name, shape in names.items()
@@ -129,16 +132,19 @@ def _write_merged(
 
 
 class _Merge:
-    """Reads a parameter of the base model, with its adapter added."""
+    """Reads a parameter of the base model, with its adapter added, or one that was trained whole."""
 
     def __init__(
         self, config: Config, built: Any, *, model: Any, base: WeightSource, read: Callable[..., torch.Tensor]
     ):
         self.settings, self.model, self.base, self.read = config.adapters, model, base, read
         linears = adapters.chosen(built, config.adapters)
+        self.saved = adapters.saved(built, config.adapters)
         self.shapes = adapters.shapes(linears, config.adapters)
 
     def __call__(self, spec: TensorSpec) -> torch.Tensor:
+        if spec.name in self.saved:
+            return self.read(spec)
         value = self.base(spec.name, spec.shape, tuple(slice(0, size) for size in spec.shape))
         path = spec.name.rpartition(".")[0]
         a, b = (self._of(f"{path}.{part}.weight") for part in (adapters.A, adapters.B))

@@ -351,14 +351,18 @@ def _write_rest(
     for line in lines if run.config.model.from_pretrained else ():  # a new model has no tokens yet
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # the older name of "dtype"
-    if not (partial / adapter_folder.CONFIG).is_file():
+    classes: dict[str, Any] = {}
+    if (partial / adapter_folder.CONFIG).is_file():
+        classes = adapter_folder.fields_of_classes(config)
+    else:
         _write_json(partial / marker.CONFIG, {**config, "dtype": origin["dtype"]})
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)
     _write_json(
         partial / export_record.ORIGIN,
-        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin},
+        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin}
+        | ({"model": classes} if classes else {}),
     )
 
 

@@ -35,7 +35,7 @@ from hybridtrain.models.linears import Linear, is_transposed, linears_in, linear
 from hybridtrain.models.slicing import Slicing
 from hybridtrain.models.structure import structure_of
 
-FIELD = "adapters.match"
+FIELD, SAVED = "adapters.match", "adapters.modules_to_save"
 A, B = "lora_A", "lora_B"
 DROPOUT = "lora_dropout"
 """Module that drops elements of the input of A; only with adapters.dropout."""
@@ -243,6 +243,38 @@ def check(config: Any, settings: AdaptersConfig) -> list[Linear]:
     return linears
 
 
+def saved(config: Any, settings: AdaptersConfig) -> dict[str, torch.Size]:
+    """Name -> shape of the model's own parameters that are trained beside adapters."""
+    return {
+        name: parameter.shape
+        for name, parameter in build.meta_model(config).named_parameters()
+        if not patterns.is_frozen(name, freeze=(), adapters=settings)
+    }
+
+
+def check_saved(config: Any, settings: AdaptersConfig, linears: Sequence[Linear]) -> None:
+    """Refuse patterns of modules that match none, or one that cannot be trained beside adapters: embedding
+    and head of tokens, layers that have adapters (raises UserError).
+    """
+    model: Any = build.meta_model(config)
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end]
+    paths = {name.rpartition(".")[0]: parameter for name, parameter in model.named_parameters()}
+    others = {linear.path for linear in linears} | {
+        path for path, each in paths.items() if any(each is end for end in ends)
+    }
+    for pattern in settings.modules_to_save:
+        patterns.check_one(SAVED, pattern, [*paths], what="module")
+        refused = sorted(path for path in others if patterns.matches(path, [pattern]))
+        if refused:
+            raise refusal(
+                SAVED,
+                [pattern],
+                f"{refused[0]} has an adapter, or is the embedding or the head of tokens",
+                allowed="other modules, such as norms, and linear layers that adapters.match leaves out",
+                instead="a pattern that does not match it",
+            )
+
+
 def _expert(pattern: str, config: Any) -> str:
     """A parameter of three dimensions that a pattern matches, with or without its last word; empty: none."""
     for name, parameter in build.meta_model(config).named_parameters():
@@ -264,14 +296,16 @@ def merged(
     return total if magnitude is None else dora.merged(total, magnitude, transposed=transposed)
 
 
-def line(linears: Sequence[Linear], settings: AdaptersConfig, *, of: int) -> str:
-    """What is trained, in words. `of`: parameters of the model."""
-    count = sum(map(math.prod, shapes(linears, settings).values()))
+def line(linears: Sequence[Linear], settings: AdaptersConfig, *, own: dict[str, torch.Size], of: int) -> str:
+    """What is trained, in words. `own`: see `saved`; `of`: parameters of the model."""
+    count = sum(map(math.prod, (shapes(linears, settings) | own).values()))
     kinds: Mapping[str, None] = dict.fromkeys(linear.path.rpartition(".")[2] for linear in linears)
     more = ", trained magnitudes (DoRA)" if settings.dora else ""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in own)
+    whole = f", and {', '.join(modules)} whole" if modules else ""
     more += f", dropout {settings.dropout:g}" if settings.dropout else ""
     return (
         f"{settings.kind} of rank {settings.rank}, scale {scale_of(settings):.4g}{more}, beside "
-        f"{len(linears)} linear layers ({', '.join(kinds)}): {count:,} parameters are trained, "
+        f"{len(linears)} linear layers ({', '.join(kinds)}){whole}: {count:,} parameters are trained, "
         f"{count / of:.2%} of the model's"
     )

@@ -9,16 +9,16 @@ in a new model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridtrain.config.schema import ModelConfig
+from hybridtrain.config.schema import AdaptersConfig, ModelConfig
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.models import classifier, encoder, heads, hub, tokens, weights
+from hybridtrain.models import classifier, encoder, heads, hub, patterns, tokens, weights
 from hybridtrain.models.build import meta_model, saved_buffers
 from hybridtrain.models.conversion import Converted, as_parameters
 from hybridtrain.models.init import Slices, WeightSource, draw
@@ -71,14 +71,31 @@ def pretrained(model: ModelConfig, config: Any, *, fresh: WeightSource) -> Weigh
     return values
 
 
-def check(model: ModelConfig, config: Any) -> None:
-    """Refuse what `pretrained` refuses, before a run directory is opened.
+def check(model: ModelConfig, config: Any, *, adapters: AdaptersConfig) -> None:
+    """Refuse what `pretrained` refuses, and new parameters that would not be trained beside adapters,
+    before a run directory is opened.
 
     Only of local folders: a hub id is checked later.
     """
     if model.from_pretrained and Path(model.from_pretrained).is_dir():
-        _checked(_parameters(model, config), model=model, config=config)
+        tensors = _parameters(model, config)
+        _checked(tensors, model=model, config=config)
         tokens.source_generation(model)
+        new = _new(tensors, config=config)
+        frozen = {name for name in new if patterns.is_frozen(name, freeze=(), adapters=adapters)}
+        if frozen and adapters.kind != "none":
+            raise _random(sorted(frozen), model=model)
+
+
+def _random(frozen: Sequence[str], *, model: ModelConfig) -> UserError:
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
+    return refusal(
+        "adapters.modules_to_save",
+        "[]",
+        f"{frozen[0]} is not in {model.from_pretrained}: it would be random, and not be trained",
+        allowed="patterns of all modules that the folder does not have",
+        instead=f"adapters.modules_to_save=[{','.join(modules)}]",
+    )
 
 
 def _parameters(model: ModelConfig, config: Any) -> Mapping[str, Stored | Converted]:

@@ -32,7 +32,8 @@ def check(config: Config) -> None:
 def trained_shapes(config: Any, *, freeze: Sequence[str], settings: AdaptersConfig) -> dict[str, torch.Size]:
     """Name -> whole shape of the parameters that are trained, tied ones once."""
     if settings.kind != "none":
-        return adapters.shapes(adapters.chosen(config, settings), settings)
+        added = adapters.shapes(adapters.chosen(config, settings), settings)
+        return adapters.saved(config, settings) | added
     return {
         name: parameter.shape
         for name, parameter in meta_model(config).named_parameters()

@@ -12,6 +12,7 @@ from hybridtrain.config.schema import AdaptersConfig, OptimConfig
 from hybridtrain.errors import refusal
 
 _ADAPTER = ".lora_"
+_HEADS = ("score.", "classifier.", "pre_classifier.", "qa_outputs.")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -24,11 +25,19 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER in name
 
 
+def is_classes_head(name: str) -> bool:
+    """Whether a parameter is one of a classifier's head, trained whole beside adapters, as by peft."""
+    return name.startswith(_HEADS)
+
+
 def is_frozen(name: str, *, freeze: Sequence[str], adapters: AdaptersConfig) -> bool:
     """Whether a parameter is not trained: one that model.freeze matches; with adapters, all of the model's
-    own.
+    own but the head of a classifier and adapters.modules_to_save.
     """
-    return not is_adapter(name) if adapters.kind != "none" else matches(name, freeze)
+    if adapters.kind == "none":
+        return matches(name, freeze)
+    saved = is_classes_head(name) or matches(name.rpartition(".")[0], adapters.modules_to_save)
+    return not (saved or is_adapter(name))
 
 
 def check(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from hybridtrain.config.schema import AdaptersConfig
 from hybridtrain.models import adapters, dropout, quantised
 from hybridtrain.models.dropout import Dropout
-from hybridtrain.models.patterns import is_adapter
+from hybridtrain.models.patterns import is_adapter, is_frozen
 from hybridtrain.models.stage import Stage
 from hybridtrain.parallel.convert import linears
 from hybridtrain.precision.policy import PrecisionPolicy
 
 
 def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy) -> None:
-    """Add the adapters that the config asks for, in place. The stage's own parameters, which are then not
-    trained, are stored in the dtype in which they compute, or in codes.
+    """Add the adapters that the config asks for, in place. Those of the stage's own parameters that are then
+    not trained are stored in the dtype in which they compute, or in codes.
     """
     if settings.kind == "none":
         return
@@ -22,7 +22,7 @@ def adapt(stage: Stage, settings: AdaptersConfig, *, precision: PrecisionPolicy)
     if settings.dropout:
         stage.dropouts = dropout.install(stage, config=config, layers=layers, adapted=True)
     for name, parameter in stage.named_parameters():
-        if not is_adapter(name):
+        if is_frozen(name, freeze=(), adapters=settings):
             parameter.data = parameter.data.to(precision.compute)
     if settings.base_format != "none":
         for linear, module in linears(stage):

@@ -184,7 +184,7 @@ def _check_weights(config: Config) -> None:
 
     built = hf_config(read_config(config.model), chosen=config.model.config, attention=config.model.attention)
     export_record.check(Path(config.model.from_pretrained), field="model.from_pretrained")
-    load.check(config.model, built)
+    load.check(config.model, built, adapters=config.adapters)
 
 
 def with_available_source(config: Config) -> Config:

@@ -80,8 +80,12 @@ def _log_job(job: Job, *, engine: Any) -> None:
         from hybridtrain.models import adapters
 
         chosen = adapters.chosen(engine.model_config, config.adapters)
-        _log.info("adapters  %s", adapters.line(chosen, config.adapters, of=job.facts.parameters))
-        _log.info("adapters  the model's own are stored in %s", str(precision.compute).removeprefix("torch."))
+        own = adapters.saved(engine.model_config, config.adapters)
+        trained = adapters.line(chosen, config.adapters, own=own, of=job.facts.parameters)
+        _log.info("adapters  %s", trained)
+        _log.info(
+            "adapters  what is not trained is stored in %s", str(precision.compute).removeprefix("torch.")
+        )
     for capability, why in job.facts.refused.items():
         _log.info("analysis  no %s: %s", capability, why)
     world, device = layout.world_size, engine.device.type

@@ -140,7 +140,7 @@ def test_a_folder_of_adapters_is_no_model_to_start_from(folders, data, tmp_path)
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("use_dora", True, "' has no lora_magnitude_vector"),
+        ("use_dora", True, "lora_magnitude_vector'"),
         ("bias", "all", "its bias is"),
         ("rank_pattern", {"q_proj": 8}, "its rank_pattern is"),
     ],

@@ -165,7 +165,6 @@ MISTAKES = {
         ["model.freeze=", "all parameters of the model are frozen"],
     ),
     "adapters with muon": ([*TRAIN, "adapters=lora", "optim=muon"], ["optim.kind=muon"]),
-    "adapters of a classifier": ([*TRAIN, "adapters=lora", "task=classification"], ["task.kind="]),
     "adapters on added tokens": (
         [*TRAIN, "adapters=lora", "model.from_pretrained=x/y", "model.config.vocab_size=9"],
         ["model.config.vocab_size=9", "rows of added tokens"],

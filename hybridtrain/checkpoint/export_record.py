@@ -47,17 +47,17 @@ def step_of(folder: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def rounded_in(folder: Path) -> dict[str, Any] | None:
+def rounded_in(folder: Path, *, field: str) -> dict[str, Any] | None:
     """{dtype, layers, written: dtype of the export} of weights that training has rounded; None for others."""
     if not (folder / ORIGIN).is_file():
         return None
-    record = read_object(folder / ORIGIN, field="source")
+    record = read_object(folder / ORIGIN, field=field)
     if (rounded := record.get(ROUNDED)) is None:
         return None
     layers = rounded.get("layers") if isinstance(rounded, dict) else None
-    if not isinstance(layers, dict) or rounded.get("dtype") not in _COMPUTES:
+    if not isinstance(layers, dict) or not layers or rounded.get("dtype") not in _COMPUTES:
         raise refusal(
-            "source",
+            field,
             folder / ORIGIN,
             f"'{ROUNDED}' is not what an export writes",
             allowed="the record of an export",

@@ -70,11 +70,11 @@ def of_source(source: str, linears: Sequence[Linear], *, field: str) -> Trained 
     Warns of an export in fewer bits than training rounded. Raises UserError for layers that the model does
     not have, and unknown schemes.
     """
-    record = export_record.rounded_in(Path(source))
+    record = export_record.rounded_in(Path(source), field=field)
     if record is None:
         return None
     check_paths(record["layers"], linears, field=field, value=source)
-    plan = {path: schemes.parse(name, field=field) for path, name in record["layers"].items()}
+    plan = {path: schemes.parse(str(name), field=field) for path, name in record["layers"].items()}
     written, computes = record["written"], record["dtype"]
     if written not in ("float32", computes):
         _log.warning(

@@ -15,14 +15,19 @@ import pytest
 import torch
 
 from hybridtrain.analysis.probe import ThreadRanks
+from hybridtrain.config.schema import PrecisionConfig
+from hybridtrain.errors import UserError
+from hybridtrain.models.build import hf_config
+from hybridtrain.models.linears import linears_of
 from hybridtrain.plan.formats import BLOCK, FORMATS, SCHEMES
-from hybridtrain.precision import integers
+from hybridtrain.precision import integers, rules
 from hybridtrain.precision.qlinear import Product, product, weight_scale
 from hybridtrain.quantize.grids import grid_of
 from hybridtrain.quantize.schemes import Scheme, parse
 from tests import cases
 from tests.cases import GPT2, Case
 from tests.ranks import RankFailed
+from tests.runs import four_parts
 
 WHOLE_GROUPS = cases.model(intermediate_size=128)  # on each of two ranks, too
 NO_DROPOUT = {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -89,6 +94,21 @@ def test_tensor_parallel_ranks_round_to_the_scales_of_the_whole(name: str, cut: 
     assert torch.equal(found, grid_of(w, scheme_of(name)).rounded(w, start=0))
 
 
+def test_rows_that_are_no_whole_groups_are_refused() -> None:
+    """At planning, with the layer that has them; emulation, which would do nothing, too."""
+    linears = linears_of(hf_config(cases.model(intermediate_size=80), chosen={}, attention="sdpa"))
+    with pytest.raises(UserError) as caught:
+        rules.check(linears, PrecisionConfig(compute="qat_int4"))
+    words = "model.layers.0.mlp.down_proj has rows of 80 weights, which are not whole groups of 32"
+    assert words in four_parts(str(caught.value), "precision.compute")
+    rules.check(linears, PrecisionConfig(compute="qat_int8"))
+    rules.check(
+        linears, PrecisionConfig(compute="qat_int4", rules=[{"match": "*.down_proj", "compute": "high"}])
+    )
+    with pytest.raises(UserError, match="has no format to emulate"):
+        rules.check_options(PrecisionConfig(compute="qat_int4", emulate=True))
+
+
 def case(layout: str, compute: str, fields: dict[str, Any] = WHOLE_GROUPS, **given: Any) -> Case:
     overrides = (("precision.compute", compute), *given.pop("overrides", ()))
     return Case(layout, fields, overrides=overrides, **given)
@@ -98,9 +118,9 @@ def test_a_first_step_is_that_of_one_process() -> None:
     """And is another than without rounding."""
     of = case("tp2", "qat_int8", steps=1)
     one = cases.reference(of)
-    cases_found = cases.differences(cases.on_ranks(of), one)
-    assert max(cases_found[key] for key in ("loss_rel", "grad_norm_rel", "grad_rel")) < 1e-5, cases_found
-    assert cases_found["param_abs"] < 0.05 * of.lr, cases_found
+    found = cases.differences(cases.on_ranks(of), one)
+    assert max(found[key] for key in ("loss_rel", "grad_norm_rel", "grad_rel")) < 1e-5, found
+    assert found["param_abs"] < 0.05 * of.lr, found
     without = cases.differences(one, cases.reference(Case("tp2", WHOLE_GROUPS, steps=1)))
     assert without["grad_rel"] > 1e-3, without
 

@@ -1,8 +1,8 @@
 """Quantisation-aware training multiplies by what `hybridtrain quantize` stores, under every layout, and its
 gradients pass straight through.
 
-Weights are equal in a first step, and then round alike: every layout is equal to one plain process in fp32. In
-later steps the last bits of weights differ, and now and then a code: in fp64 it does not.
+Weights are equal in a first step, and round alike: every layout is equal to one plain process in fp32. In
+later steps the last bits of weights differ, and now and then a code: in fp64 none does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from hybridtrain.analysis.probe import ThreadRanks
 from hybridtrain.config.schema import PrecisionConfig
@@ -21,7 +22,7 @@ from hybridtrain.models.build import hf_config
 from hybridtrain.models.linears import linears_of
 from hybridtrain.plan.formats import BLOCK, FORMATS, SCHEMES
 from hybridtrain.precision import integers, rules
-from hybridtrain.precision.qlinear import Product, product, weight_scale
+from hybridtrain.precision.qlinear import Product, convert, product, weight_scale
 from hybridtrain.quantize.grids import grid_of
 from hybridtrain.quantize.schemes import Scheme, parse
 from tests import cases
@@ -161,6 +162,18 @@ def test_other_models_rules_and_recomputation(
     of = case(layout, "qat_int4", fields, precision="fp64", steps=3, overrides=overrides)
     found = cases.differences(cases.on_ranks(of), cases.reference(of))
     assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.slow
+def test_a_compiled_product_is_the_same() -> None:
+    layer, x = nn.Linear(64, 48), torch.randn(8, 64)
+    convert(layer, Product(FORMATS["qat_int4"], "", None, native=False))
+    found = []
+    for each in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        y = each(x)
+        [gradient] = torch.autograd.grad(y.square().sum(), layer.weight)
+        found.append((y, gradient))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.slow

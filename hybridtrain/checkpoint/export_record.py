@@ -19,6 +19,9 @@ from hybridtrain.runtime.files import read_object
 ORIGIN = "hybridtrain.json"
 """File in an export: the checkpoint it is from, the files that the export wrote, and their digests."""
 CONTENTS = "contents"
+ROUNDED = "rounded"
+"""What quantisation-aware training has rounded: the dtype before, and path -> scheme of quantize."""
+_COMPUTES = ("float64", "float32", "bfloat16", "float16")
 _log = log.get("model")
 
 
@@ -51,6 +54,25 @@ def model_of(folder: Path) -> dict[str, Any]:
     except UserError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def rounded_in(folder: Path, *, field: str) -> dict[str, Any] | None:
+    """{dtype, layers, written: dtype of the export} of weights that training has rounded; None for others."""
+    if not (folder / ORIGIN).is_file():
+        return None
+    record = read_object(folder / ORIGIN, field=field)
+    if (rounded := record.get(ROUNDED)) is None:
+        return None
+    layers = rounded.get("layers") if isinstance(rounded, dict) else None
+    if not isinstance(layers, dict) or not layers or rounded.get("dtype") not in _COMPUTES:
+        raise refusal(
+            field,
+            folder / ORIGIN,
+            f"'{ROUNDED}' is not what an export writes",
+            allowed="the record of an export",
+            instead="hybridtrain export again",
+        )
+    return {**rounded, "written": record.get("dtype")}
 
 
 def check(folder: Path, *, field: str) -> None:

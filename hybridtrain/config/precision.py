@@ -19,7 +19,8 @@ class PrecisionConfig(Options):
     see `rounding`."""
     compute: str = ""
     """Format in which linear layers inside the layers multiply: fp8_tensorwise, fp8_rowwise, mxfp8, int8,
-    fp16, bf16, tf32, fp32; empty: that of `kind`."""
+    fp16, bf16, tf32, fp32; empty: that of `kind`. qat_int8, qat_int4: in that of `kind`, with weights rounded
+    as `hybridtrain quantize` stores them (docs/precision.md)."""
     rules: list[dict[str, str]] = field(default_factory=list)
     """Exceptions, e.g. [{match: "*.down_proj", compute: bf16}]: shell-style patterns of paths of linear
     layers, each with a format as in `compute`, or high, that of `kind`. The first that matches counts."""

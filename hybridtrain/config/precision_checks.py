@@ -8,7 +8,7 @@ from hybridtrain.config import schema
 from hybridtrain.config.keys import nearest_name
 from hybridtrain.config.section_checks import require
 from hybridtrain.errors import refusal
-from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH, is_wider
+from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH, SCHEMES, is_wider
 
 _RULE = {"match", "compute"}
 
@@ -16,8 +16,9 @@ _RULE = {"match", "compute"}
 def check_engine(config: schema.Config) -> None:
     """Raise UserError for what another section does not allow: compiled layers in fp64, which computes under
     a mode of torch's functions, another precision of products than that of tf32, ends of the run at numbers
-    that adaptive precision waits for.
+    that adaptive precision waits for, adapters on weights that are rounded.
     """
+    _rounded(config)
     lower, policy = config.precision.ladder[:-1], config.train.on_nonfinite
     require(
         "fp16" not in lower or policy == "skip",
@@ -44,6 +45,20 @@ def check_engine(config: schema.Config) -> None:
         "not with precision.kind=fp64",
         allowed="false",
         instead="engine.compile=false",
+    )
+
+
+def _rounded(config: schema.Config) -> None:
+    """Quantisation-aware training is of the weights that are exported."""
+    compute = config.precision.compute
+    rounded = [rule for rule in config.precision.rules if rule["compute"] in SCHEMES]
+    require(
+        config.adapters.kind == "none" or not (rounded or compute in SCHEMES),
+        "precision.compute" if compute in SCHEMES else "precision.rules",
+        compute if compute in SCHEMES else rounded,
+        "adapters are merged into the weights before these are quantised, and training would round others",
+        allowed="formats without qat",
+        instead="adapters=none, or precision=bf16_mixed",
     )
 
 
@@ -146,6 +161,14 @@ def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
         others = [*ladder[:number], "{}", *ladder[number + 1 :]]
         option = f"precision.ladder=[{','.join(others)}]"
         _format(f"precision.ladder[{number}]", name, precision, also=(), option=option)
+        require(
+            name not in SCHEMES,
+            "precision.ladder",
+            ladder,
+            f"{name} is what the weights are to be stored in, whether their numbers fit it or not",
+            allowed="formats in which layers multiply",
+            instead=f"precision.adaptive=false precision.ladder=[] precision.compute={name}",
+        )
     for lower, upper in itertools.pairwise(ladder):
         require(
             FORMATS[lower].scale != "block",
@@ -169,7 +192,9 @@ def _ladder(ladder: list[str], precision: schema.PrecisionConfig) -> None:
 def _sorted(ladder: list[str], precision: schema.PrecisionConfig) -> list[str]:
     """The formats of `ladder` that can be on one, from narrow to wide; of fewer than two, another ladder."""
     wide = {
-        FORMATS[name].order: name for name in ladder if name in FORMATS and FORMATS[name].scale != "block"
+        FORMATS[name].order: name
+        for name in ladder
+        if name in FORMATS and name not in SCHEMES and FORMATS[name].scale != "block"
     }
     return (
         [wide[order] for order in sorted(wide)]

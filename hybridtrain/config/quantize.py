@@ -30,7 +30,7 @@ class QuantizeConfig(Options):
     """Export, checkpoint, Hugging Face folder or hub id; empty: <run>/export."""
     scheme: str = "int4-g32-gptq"
     """How the linear layers are stored (docs/inference.md): bf16, fp16, int8, int4-g32-gptq,
-    fp8_e4m3-a8 ..."""
+    fp8_e4m3-a8 ... Not given: as quantisation-aware training has rounded them, if it has."""
     dtype: str = "bfloat16"
     """dtype of all other weights, and in which the model then computes: bfloat16, float16 or float32."""
     rows: int = 128

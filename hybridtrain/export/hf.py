@@ -31,6 +31,7 @@ from hybridtrain.models import adapter_folder, config_diff, tokens
 from hybridtrain.optim.average import PREFIX as AVERAGE
 from hybridtrain.run.record import require_run
 from hybridtrain.runtime.files import read_object, unwritable
+from hybridtrain.types import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FIELD = "export.out"
@@ -361,9 +362,15 @@ def _write_rest(
     progress = marker.read_progress(checkpoint)
     _write_json(
         partial / export_record.ORIGIN,
-        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin}
+        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin, **_rounded(progress)}
         | ({"model": classes} if classes else {}),
     )
+
+
+def _rounded(progress: Progress) -> dict[str, Any]:
+    """What quantisation-aware training has rounded, for `hybridtrain quantize`."""
+    rounded = progress.states.get("formats", {}).get(export_record.ROUNDED)
+    return {} if rounded is None else {export_record.ROUNDED: rounded}
 
 
 def _generation(checkpoint: Path, *, run: SourceRun) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hybridtrain.errors import UserError, refusal
 from hybridtrain.models.linears import Linear, is_transposed, linears_in, linears_of
 from hybridtrain.models.slicing import Slicing, heads_of
 from hybridtrain.models.stage import Stage
-from hybridtrain.plan.formats import BLOCK, FORMATS, HIGH
+from hybridtrain.plan.formats import BLOCK, FORMATS, HIGH, SCHEMES
 from hybridtrain.precision.adaptive import Controller
 from hybridtrain.precision.device import KERNEL_MULTIPLE, check_sizes, is_native
 from hybridtrain.precision.qlinear import Product, convert
@@ -78,7 +78,8 @@ class Converter:
         cut, ranks = "", self.ranks
         if ranks is not None:
             key = f"{linear.path}.weight".removeprefix(f"{stage.structure.layers}.{linear.layer}.")
-            if FORMATS[name].scale and _has_parts(key, self.slicing, stage, ranks=ranks):
+            scaled = FORMATS[name].scale and name not in SCHEMES  # of those no gradient has a scale
+            if scaled and _has_parts(key, self.slicing, stage, ranks=ranks):
                 raise _refusal(linear, name)
             if (piece := stage.pieces.get(f"{linear.path}.weight")) is not None:
                 cut = "NK"[1 - piece.dim if is_transposed(module) else piece.dim]
@@ -91,6 +92,8 @@ class Converter:
         if native:
             check_sizes(linear.path, name, multiple=KERNEL_MULTIPLE, **sizes)
         if cut and FORMATS[name].scale == "block":  # else a block would be on two ranks
+            if name in SCHEMES:  # blocks of the weight, which lie in its rows
+                del sizes["outputs"]
             check_sizes(linear.path, name, multiple=BLOCK, **sizes)
         return Product(FORMATS[name], cut, ranks if cut else None, native=native)
 

@@ -376,12 +376,12 @@ def _amax(tensor: Tensor) -> Tensor:
 
 def _snr(rows: Tensor, name: str, *, top: Tensor) -> Tensor:
     """Counts of the signal-to-noise ratios of columns in bins of 1 dB, (SNR_BINS,), when numbers are rounded
-    to a format, in fp8 with the power of two as a scale that brings `top` to its highest exponent. Columns of
-    zeros do not count.
+    to a format, in one of up to 8 bits with the power of two as a scale that brings `top` to its highest
+    exponent. Columns of zeros do not count.
     """
     form = NUMBERS[name]
     scale = torch.ones_like(top)
-    if form.bits == 8:
+    if form.bits <= 8:
         highest = math.frexp(form.largest)[1]
         exponent = torch.frexp(torch.where(top.isfinite() & (top > 0), top, 1.0))[1]
         scale = torch.ldexp(scale, highest - exponent)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import UserError
+from hybridtrain.plan.formats import SCHEMES
 from hybridtrain.precision.rules import names_of
 from hybridtrain.runtime.files import read_object, write_json
 
@@ -88,8 +89,9 @@ def tolerances(precision: PrecisionConfig, *, tp: int, moved: float, noise: floa
     `moved`: about how far the steps move an element of a parameter. `noise`: ReferenceResult.noise.
     """
     loss, norm, gradient, moves = _TOLERANCES[precision.kind, tp > 1]
-    if names_of(precision):
-        loss, norm, gradient, moves = _FORMAT_LOSS, 2 * noise, _MORE_THAN_NOISE * noise, 2.0
+    if names := names_of(precision):
+        first = gradient if names <= SCHEMES.keys() else _MORE_THAN_NOISE * noise  # equal weights round alike
+        loss, norm, gradient, moves = _FORMAT_LOSS, 2 * noise, first, 2.0
     if precision.state != "auto":  # a difference in the last bit may change the code of a moment
         # in fp32, 5e-5 of the norm were measured after six steps, and 0.03 of what Adam can move
         norm, moves = max(norm, 2e-4), max(moves, 0.2)

@@ -10,6 +10,9 @@ A scaled operand is multiplied by a number that brings its largest value to the 
 product is divided by it. `scale` says how many values share one: "tensor"; "row", all that are added up
 for one element of the product; "block", 32 of those; "" for none.
 
+In quantisation-aware training (QAT) only weights are rounded, to what `hybridtrain quantize` stores, and only
+in products: gradients pass as if they were not (arXiv 1712.05877; straight through, arXiv 1308.3432).
+
 FP8: arXiv 2209.05433 (e4m3 has no infinity; its largest value is 448). Blocks with power-of-two scales: OCP
 Microscaling Formats (MX) v1.0.
 """
@@ -61,7 +64,8 @@ FP16 = Number("fp16", "float16", 5, 10, 65504.0)
 E4M3 = Number("e4m3", "float8_e4m3fn", 4, 3, 448.0)
 E5M2 = Number("e5m2", "float8_e5m2", 5, 2, 57344.0)
 INT8 = Number("int8", "int8", 0, 7, 127.0)
-NUMBERS = {each.name: each for each in (FP64, FP32, TF32, BF16, FP16, E4M3, E5M2, INT8)}
+INT4 = Number("int4", "int8", 0, 3, 7.0)
+NUMBERS = {each.name: each for each in (FP64, FP32, TF32, BF16, FP16, E4M3, E5M2, INT8, INT4)}
 
 
 @dataclass(frozen=True)
@@ -69,35 +73,43 @@ class Format:
     """How a linear layer multiplies."""
 
     name: str
-    x: Number
+    x: Number | None
+    """None: in the dtype that the layer is given, as `g` then is."""
     w: Number
-    g: Number
+    g: Number | None
     scale: str
     """tensor, row, block or "" (above)."""
     exact_scale: bool
     """Whether scales are powers of two, so that scaling rounds nothing."""
+    scheme: str
+    """Of `hybridtrain quantize`, which stores weights as they are multiplied by; "" without QAT."""
 
     @property
     def order(self) -> tuple[int, int]:
-        """(bits, exponent bits) of the input: a wider format has the larger pair."""
-        return self.x.bits, self.x.exponent_bits
+        """(bits, exponent bits) of the weight: a wider format has the larger pair."""
+        return self.w.bits, self.w.exponent_bits
 
 
 def _plain(number: Number) -> Format:
-    return Format(number.name, number, number, number, "", exact_scale=True)
+    return Format(number.name, number, number, number, "", exact_scale=True, scheme="")
 
 
 FORMATS = {
     each.name: each
     for each in (
-        Format("fp8_tensorwise", E4M3, E4M3, E5M2, "tensor", exact_scale=True),
-        Format("fp8_rowwise", E4M3, E4M3, E4M3, "row", exact_scale=True),
-        Format("mxfp8", E4M3, E4M3, E4M3, "block", exact_scale=True),
-        Format("int8", INT8, INT8, INT8, "row", exact_scale=False),
+        Format("fp8_tensorwise", E4M3, E4M3, E5M2, "tensor", exact_scale=True, scheme=""),
+        Format("fp8_rowwise", E4M3, E4M3, E4M3, "row", exact_scale=True, scheme=""),
+        Format("mxfp8", E4M3, E4M3, E4M3, "block", exact_scale=True, scheme=""),
+        Format("int8", INT8, INT8, INT8, "row", exact_scale=False, scheme=""),
+        Format("qat_int8", None, INT8, None, "row", exact_scale=False, scheme="int8"),
+        Format("qat_int4", None, INT4, None, "block", exact_scale=False, scheme="int4-g32"),
         *map(_plain, (FP16, BF16, TF32, FP32, FP64)),
     )
 }
 """precision.compute -> format; those without a scale are the number format itself."""
+
+SCHEMES = {each.name: each.scheme for each in FORMATS.values() if each.scheme}
+"""Formats of quantisation-aware training -> their schemes."""
 
 HIGH = "high"
 """In precision.rules: the format of precision.kind, as all other modules."""

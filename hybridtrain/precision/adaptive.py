@@ -154,7 +154,8 @@ def _judge(roles: Mapping[str, Statistics], name: str, *, strictness: float) -> 
         return Verdict("", at_once=False)
     format_ = FORMATS[name]
     y = roles.get("y")
-    fits = y is None or bool(format_.scale) or y.amax <= format_.x.largest * strictness  # NaN does not
+    largest = format_.w.largest  # which has its output's format
+    fits = y is None or bool(format_.scale) or y.amax <= largest * strictness  # NaN does not
     if not fits:
         return Verdict(f"its output overflows {name}", at_once=True)
     for role in ("x", "w", "g"):

@@ -5,6 +5,7 @@ fp8_tensorwise, fp8_rowwise     torch._scaled_mm               GPUs of compute c
 fp16, bf16                      torch's own products           all; bf16 on GPUs from 8.0 (Ampere)
 tf32                            torch's own fp32 products      GPUs from 8.0
 mxfp8, int8                     none yet: emulated
+qat_int8, qat_int4              torch's own products with rounded weights
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import refusal
-from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH
+from hybridtrain.plan.formats import CARRIERS, FORMATS, HIGH, SCHEMES
 from hybridtrain.precision.rules import names_of
 
 _FP8, _AMPERE, _HOPPER = (8, 9), (8, 0), 9
@@ -28,7 +29,9 @@ def is_native(name: str, device: torch.device) -> bool:
 
 
 def is_emulated(name: str, precision: PrecisionConfig, *, device: torch.device) -> bool:
-    """Whether a format is computed with rounded operands; never HIGH."""
+    """Whether a format that a kernel could multiply in is computed with rounded operands; never HIGH."""
+    if name in SCHEMES:
+        return False
     native = name in CARRIERS.values() or is_native(name, device)
     return name != HIGH and (precision.emulate or not native)
 
@@ -64,7 +67,8 @@ def check(precision: PrecisionConfig, *, device: torch.device, tokens: int) -> N
     for name in sorted(names_of(precision)):
         if is_native(name, device) and not emulate:
             check_sizes("*", name, multiple=KERNEL_MULTIPLE, **{"tokens of a micro-batch": tokens})
-        if gpu and FORMATS[name].scale and not emulate and not is_native(name, device):
+        scaled = FORMATS[name].scale and name not in SCHEMES
+        if gpu and scaled and not emulate and not is_native(name, device):
             known = name in _KERNELS
             raise refusal(
                 "precision.compute",

@@ -21,18 +21,20 @@ SNR_BINS = 96
 """Bins of 1 dB, from 0 dB on, for the signal-to-noise ratios of channels."""
 _FP8 = {"x": "e4m3", "w": "e4m3", "g": "e5m2", "y": "e4m3"}
 _FP16 = dict.fromkeys(ROLES, "fp16")
-_SCALED = ("e4m3", "e5m2", "int8")
+_SCALED = ("e4m3", "e5m2", "int8", "int4")
 
 
 def formats_of(precision: PrecisionConfig) -> Mapping[str, str]:
     """Role -> the number format in which a recipe's operands are judged: that in which linear layers multiply
     if it has scales; fp16 where that is used; else fp8, the next narrower one (in fp32 and bf16 nothing
-    underflows).
+    underflows). Weights in quantisation-aware training as if a tensor had one scale, which is an upper bound.
     """
-    chosen = FORMATS.get(precision.compute)
-    if chosen is not None and chosen.scale:
-        return {"x": chosen.x.name, "w": chosen.w.name, "g": chosen.g.name, "y": chosen.x.name}
-    return _FP16 if has_loss_scale(precision) else _FP8
+    chosen, others = FORMATS.get(precision.compute), _FP16 if has_loss_scale(precision) else _FP8
+    if chosen is None or not chosen.scale:
+        return others
+    if chosen.x is None or chosen.g is None:
+        return {**others, "w": chosen.w.name}
+    return {"x": chosen.x.name, "w": chosen.w.name, "g": chosen.g.name, "y": chosen.x.name}
 
 
 @dataclass(frozen=True)

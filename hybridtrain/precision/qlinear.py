@@ -4,6 +4,9 @@ Without a GPU that has the format, its numbers are emulated exactly: operands ar
 multiplied in the dtype that the layer's input has, fp16 in fp32. Scales that are powers of two round nothing;
 where they do (int8), codes are multiplied in fp32.
 
+In quantisation-aware training the weight alone is rounded, to what its codes stand for in the dtype of the
+input, and in the backward pass anew, so that no copy of it is kept.
+
 Under tensor parallelism a layer sees this rank's part of its operands; a scale is that of the whole: the
 largest value is found over the ranks that share it.
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridtrain.plan.formats import BLOCK, Format, Number
+from hybridtrain.precision import integers
 from hybridtrain.precision.round import round_to
 from hybridtrain.runtime.collectives import Ranks
 
@@ -74,7 +78,38 @@ def convert(module: Any, how: Product | None) -> None:
 
 def product(x: Tensor, weight: Tensor, how: Product) -> Tensor:
     """x (..., K) times weight (N, K), both rounded to the format: (..., N), in the dtype of x."""
-    return _Product.apply(x.reshape(-1, x.shape[-1]), weight, how).view(*x.shape[:-1], weight.shape[0])
+    kind = _StraightThrough if how.format.scheme else _Product
+    return kind.apply(x.reshape(-1, x.shape[-1]), weight, how).view(*x.shape[:-1], weight.shape[0])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product with a rounded weight, whose gradient is that of a weight that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, how: Product) -> Tensor:
+        scale = weight_scale(w_NK, how)
+        ctx.save_for_backward(x_MK, w_NK, scale)
+        ctx.largest = how.format.w.largest
+        return x_MK @ integers.rounded(w_NK, scale, ctx.largest).to(x_MK.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, g_MN: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x_MK, w_NK, scale = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = g_MN @ integers.rounded(w_NK, scale, ctx.largest).to(g_MN.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = g_MN.t() @ x_MK
+        return dx, dw, None
+
+
+def weight_scale(w_NK: Tensor, how: Product) -> Tensor:
+    """The scales of this rank's part of a weight that is rounded in training, fp32 (N, groups in a row)."""
+    groups = w_NK.float().unflatten(-1, (-1, BLOCK if how.format.scale == "block" else w_NK.shape[1]))
+    amax = groups.abs().amax(-1)
+    if how.cut == "K" and how.ranks is not None and how.format.scale == "row":
+        amax = how.ranks.max(_nan_as_inf(amax))
+    return integers.scale_of(amax, how.format.w.largest)
 
 
 class _Product(torch.autograd.Function):
@@ -121,7 +156,8 @@ def _scaled(
     """Round an operand (o, k). `added`: the ranks that share the dimension k; `scale`: its scale, where that
     is known.
     """
-    number: Number = getattr(how.format, role)
+    number: Number | None = getattr(how.format, role)
+    assert number is not None
     kind = how.format.scale
     if not kind:
         return _Scaled(round_to(operand, number), None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from hybridtrain.config.schema import PrecisionConfig
 from hybridtrain.errors import refusal
-from hybridtrain.plan.formats import CARRIERS, HIGH
+from hybridtrain.plan.formats import BLOCK, CARRIERS, FORMATS, HIGH, SCHEMES
 
 if TYPE_CHECKING:
     from hybridtrain.models.linears import Linear
@@ -70,6 +70,12 @@ def _default(precision: PrecisionConfig) -> str:
     return precision.compute or ("tf32" if emulated else "")
 
 
+def schemes(linears: Sequence[Linear], precision: PrecisionConfig) -> dict[str, str]:
+    """Path -> scheme of the layers whose weights are rounded in training."""
+    names = {linear.path: format_of(linear, precision) for linear in linears}
+    return {path: SCHEMES[name] for path, name in names.items() if name in SCHEMES}
+
+
 def high_if_same(name: str, precision: PrecisionConfig) -> str:
     """HIGH for the format that precision.kind has anyway."""
     return HIGH if name in ("", CARRIERS[precision.kind]) else name
@@ -101,6 +107,7 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
                 instead="this rule before the others",
             )
         left -= found
+    _check_groups(linears, precision)
     named = names_of(precision) and all(format_of(linear, precision) == HIGH for linear in linears)
     if named or (precision.adaptive and not any(adapts(linear, precision) for linear in linears)):
         raise refusal(
@@ -110,6 +117,20 @@ def check(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
             allowed="options that leave it a layer",
             instead="smaller precision.high_first and precision.high_last",
         )
+
+
+def _check_groups(linears: Sequence[Linear], precision: PrecisionConfig) -> None:
+    """Refuse weights whose rows are not whole groups, as `hybridtrain quantize` does (raises UserError)."""
+    for linear in linears:
+        name = format_of(linear, precision)
+        if name in SCHEMES and FORMATS[name].scale == "block" and linear.inputs % BLOCK:
+            raise refusal(
+                "precision.compute",
+                name,
+                f"{linear.path} has rows of {linear.inputs} weights, which are not whole groups of {BLOCK}",
+                allowed="rows of whole groups",
+                instead=f"precision.rules=[{{match: '{linear.path}', compute: high}}], or qat_int8",
+            )
 
 
 _READ_WITH: tuple[tuple[Callable[[PrecisionConfig], bool], tuple[str, ...], str], ...] = (
@@ -146,7 +167,7 @@ def check_options(precision: PrecisionConfig) -> None:
             allowed="null without products in fp16",
             instead="precision=fp16_mixed, or without precision.static_scale",
         )
-    if precision.emulate and not names_of(precision):
+    if precision.emulate and not names_of(precision) - SCHEMES.keys():
         raise refusal(
             "precision.emulate",
             "true",

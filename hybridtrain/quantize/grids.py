@@ -17,13 +17,13 @@ from torch import Tensor
 
 from hybridtrain.models.quantised import NF4_LEVELS
 from hybridtrain.plan.formats import E4M3, E5M2, Number
+from hybridtrain.precision import integers
 from hybridtrain.precision.round import round_to
 from hybridtrain.quantize.schemes import Scheme
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The numbers of e2m1, without signs."""
 _FLOATS: Mapping[str, Number] = {"e4m3": E4M3, "e5m2": E5M2}
-_TINY = 1e-30
 _ROUNDS = 12  # of k-means
 
 
@@ -52,8 +52,7 @@ class Grid:
         if self.zero_NG is not None:
             shifted = scaled.round() + self._over(self.zero_NG, x, start)
             return shifted.clamp(0, 2**scheme.bits - 1).int()
-        largest = _largest(scheme)
-        return scaled.round().clamp(-largest, largest).int()
+        return integers.nearest(scaled, _largest(scheme)).int()
 
     def values(self, codes: Tensor, *, start: int) -> Tensor:
         """What codes stand for, fp32."""
@@ -86,7 +85,7 @@ def grid_of(weight: Tensor, scheme: Scheme) -> Grid:
         blocks = weight.reshape(1, 1, -1)
     if scheme.affine:
         return _affine(blocks, scheme, size)
-    largest = blocks.abs().amax(-1).clamp(min=_TINY)
+    largest = blocks.abs().amax(-1).clamp(min=integers.SMALLEST)
     levels = _levels(weight, scheme, largest)
     scale = _scale(largest, scheme, levels)
     return Grid(scheme, size, scale, None, levels)
@@ -95,7 +94,7 @@ def grid_of(weight: Tensor, scheme: Scheme) -> Grid:
 def _affine(blocks: Tensor, scheme: Scheme, size: int) -> Grid:
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     steps = 2**scheme.bits - 1
-    scale = ((high - low) / steps).clamp(min=_TINY).bfloat16().float()
+    scale = ((high - low) / steps).clamp(min=integers.SMALLEST).bfloat16().float()
     return Grid(scheme, size, scale, (-low / scale).round().clamp(0, steps), None)
 
 
@@ -127,7 +126,7 @@ def _scale(largest: Tensor, scheme: Scheme, levels: Tensor | None) -> Tensor:
         number = _FLOATS[scheme.codes].largest
     else:
         number = 1.0 if levels is not None else float(_largest(scheme))
-    return (largest / number).bfloat16().float()
+    return integers.scale_of(largest, number)
 
 
 def _clustered(unit: Tensor, count: int) -> Tensor:

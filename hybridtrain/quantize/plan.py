@@ -10,7 +10,7 @@ Layers that it does not name stay as they are.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -54,18 +54,23 @@ def read(file: Path, linears: Sequence[Linear]) -> Plan:
             allowed="layers: {PATH: SCHEME}",
             instead="the plan.yaml of an earlier quantize.plan=auto",
         )
+    check_paths(layers, linears, field=FIELD, value=file)
+    return {str(path): schemes.parse(str(name), field=FIELD) for path, name in layers.items()}
+
+
+def check_paths(layers: Iterable[object], linears: Sequence[Linear], *, field: str, value: object) -> None:
+    """Refuse paths of layers that the model does not have (raises UserError)."""
     known = [linear.path for linear in linears]
     for path in layers:
         if path not in known:
             near = difflib.get_close_matches(str(path), known, n=1)
             raise refusal(
-                FIELD,
-                file,
+                field,
+                value,
                 f"the model has no linear layer {path}",
                 allowed=f"{known[0]} and {len(known) - 1} more",
                 instead=near[0] if near else known[0],
             )
-    return {str(path): schemes.parse(str(name), field=FIELD) for path, name in layers.items()}
 
 
 def write(plan: Plan, file: Path, *, comment: str) -> None:

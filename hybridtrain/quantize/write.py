@@ -26,7 +26,7 @@ from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.quantize import auto, calibration, schemes, stored, table, walk
+from hybridtrain.quantize import auto, calibration, schemes, stored, table, trained, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
 from hybridtrain.quantize.schemes import Scheme
@@ -51,6 +51,8 @@ def run(config: QuantizeRoot) -> int:
             plan, results = work.search(steps)
         elif options.plan:
             plan = plans.read(Path(options.plan).expanduser(), work.linears)
+        elif (rounded := work.trained) is not None and SCHEME not in config.given:
+            plan = rounded.plan
         else:
             plan = plans.uniform(scheme, work.linears)
         field = plans.FIELD if options.plan else SCHEME
@@ -77,6 +79,7 @@ class _Work:
         self.linears = linears_of(self.built)
         walk.check_any(self.linears, source, field=SOURCE)
         stored.check_experts(self.meta, source, field=SOURCE)
+        self.trained = trained.of_source(source, self.linears, field=SOURCE)
         self.weights: WeightSource = pretrained(self.model, self.built, fresh=draw(self.built, seed=0))
         self._rows: HeldOut | None = None
         self.reference: Any = None
@@ -143,13 +146,17 @@ class _Work:
     ) -> tuple[int, float]:
         """Write the folder; returns (bytes of its weights, bits of a weight)."""
         rows, dtype = self.calibration(plan, field=field), DTYPES[self.options.dtype]
+        weights = self.weights
+        if self.trained is not None:
+            self.trained.say(plan)
+            weights = self.trained.weights(weights) if self.trained.is_plan(plan) else weights
         casts = {stored.cast(scheme) for scheme in plan.values()}
         if len(casts) == 1 and None not in casts and "quantize.dtype" not in self.config.given:
             dtype = next(each for each in casts if each is not None)
         quantised = {path: scheme for path, scheme in plan.items() if stored.cast(scheme) is None}
         for scheme in set(plan.values()) - set(quantised.values()):
             stored.check_cast(scheme, stored.name_of(dtype), field=field)
-        writer = Writer(self.built, self.meta, self.weights, quantised, dtype=dtype, field=field)
+        writer = Writer(self.built, self.meta, weights, quantised, dtype=dtype, field=field)
         size, bits = writer.write(partial, rows=rows)
         config = {**self.fields, "dtype": str(dtype).removeprefix("torch."), **writer.description()}
         config.pop("torch_dtype", None)

@@ -117,7 +117,9 @@ def _add_monitor(
 def _formats(job: Job, engine: Any) -> dict[str, Any]:
     """The formats of linear layers, as a small state of a checkpoint; empty without any."""
     rows = [dataclasses.asdict(row) for row in startup_log.formats(job, engine=engine)]
-    return {"version": 1, "formats": rows} if rows else {}
+    rounded = startup_log.rounded(job, engine=engine)
+    state = {"version": 1, "formats": rows, **({"rounded": rounded} if rounded else {})}
+    return state if rows else {}
 
 
 def _base(job: Job) -> dict[str, Any]:

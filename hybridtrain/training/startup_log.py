@@ -17,7 +17,7 @@ from hybridtrain.data import vocabulary
 from hybridtrain.data.blend import tokenizer_dir
 from hybridtrain.data.user_rows import UserRows
 from hybridtrain.plan import memory, notation, optimizer_states, stages
-from hybridtrain.plan.formats import HIGH
+from hybridtrain.plan.formats import HIGH, SCHEMES
 from hybridtrain.plan.tensor import sequence_parallel
 from hybridtrain.precision import rules
 from hybridtrain.runtime import log
@@ -144,6 +144,17 @@ def formats(job: Job, *, engine: Any) -> list[rules.Row]:
     return rules.table(linears_of(engine.model_config), precision, head=job.facts.outputs * job.facts.hidden)
 
 
+def rounded(job: Job, *, engine: Any) -> dict[str, Any]:
+    """What training rounds for quantisation: dtype of the weights before, path -> scheme; empty: nothing."""
+    from hybridtrain.models.linears import linears_of
+
+    precision = job.config.precision
+    if not rules.names_of(precision) & SCHEMES.keys():
+        return {}
+    dtype = str(engine.precision.compute).removeprefix("torch.")
+    return {"dtype": dtype, "layers": rules.schemes(linears_of(engine.model_config), precision)}
+
+
 def _format_lines(rows: Sequence[rules.Row], precision: PrecisionConfig, *, on: torch.device) -> list[str]:
     """How many linear layers multiply in which format. `on`: the device that computes."""
     from hybridtrain.precision import device
@@ -151,6 +162,8 @@ def _format_lines(rows: Sequence[rules.Row], precision: PrecisionConfig, *, on: 
     lines = []
     for row in rows:
         how = ", emulated" if device.is_emulated(row.format, precision, device=on) else ""
+        if row.format in SCHEMES:
+            how = f", weights rounded as {SCHEMES[row.format]} stores them"
         what = "linear layers" if row.format != HIGH else "linear layers with the head"
         lines.append(
             f"{row.format}: {row.modules} {what}, {metrics.quantity(row.parameters)} parameters, "

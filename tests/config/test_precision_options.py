@@ -24,6 +24,18 @@ ENOUGH = ["data.path=x", "model=tiny", "train.steps=100"]
         ),
         (["precision=bf16_mixed", "precision.rounding=stochastic"], r"try:     precision=bf16_pure"),
         (["engine=deepspeed", "precision.state=8bit"], r"precision\.state=8bit: engine=deepspeed keeps"),
+        (
+            ["engine=deepspeed", "precision=qat_int4"],
+            r"precision\.compute=qat_int4: not with engine=deepspeed",
+        ),
+        (
+            ["adapters=lora", "model.from_pretrained=x", "precision=qat_int8"],
+            r"precision\.compute=qat_int8: adapters are merged into the weights before these are quantised",
+        ),
+        (
+            ["precision=qat_int4", "precision.adaptive=true", "precision.ladder=[qat_int4,bf16]"],
+            r"precision\.ladder=.*qat_int4 is what the weights are to be stored in",
+        ),
     ],
 )
 def test_refused(words, refusal):

@@ -26,9 +26,10 @@ from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.quantize import auto, calibration, schemes, stored, table, walk
+from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.weights import Writer
 from hybridtrain.runtime.files import unwritable, write_json
@@ -55,7 +56,7 @@ def run(config: QuantizeRoot) -> int:
             plan = plans.uniform(scheme, work.linears)
         field = plans.FIELD if options.plan else SCHEME
         try:
-            with destination.replacing(out, field=OUT) as partial:
+            with destination.replacing(out, field=OUT, keeps=progress.FILE) as partial:
                 size, bits = work.write(plan, partial, results=results, field=field)
         except OSError as error:
             raise unwritable(OUT, out, error) from error
@@ -150,13 +151,17 @@ class _Work:
         for scheme in set(plan.values()) - set(quantised.values()):
             stored.check_cast(scheme, stored.name_of(dtype), field=field)
         writer = Writer(self.built, self.meta, self.weights, quantised, dtype=dtype, field=field)
-        size, bits = writer.write(partial, rows=rows)
+        folder = hub.weights_folder(self.model)
+        of = progress.of(folder, self.fields, plan, dtype=dtype, rows=rows)
+        finished = Progress(partial, of, layers=self.built.get_text_config(decoder=True).num_hidden_layers)
+        size, bits = writer.write(finished, rows=rows)
         config = {**self.fields, "dtype": str(dtype).removeprefix("torch."), **writer.description()}
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         results = self._measured(partial, results) if results else {}
         plans.write(plan, partial / plans.FILE, comment=auto.comment(results) if results else "")
-        self._copy(partial, names=sorted({scheme.name for scheme in plan.values()}))
+        self._copy(folder, partial, names=sorted({scheme.name for scheme in plan.values()}))
+        finished.close()
         return size, bits
 
     def _measured(self, partial: Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,9 +172,8 @@ class _Work:
         write_json(partial / "plan.json", found)
         return found
 
-    def _copy(self, partial: Path, *, names: list[str]) -> None:
+    def _copy(self, folder: Path, partial: Path, *, names: list[str]) -> None:
         """Tokenizer, sampling values, and the record."""
-        folder = hub.weights_folder(self.model)
         if (folder / tokens.GENERATION).is_file():
             shutil.copyfile(folder / tokens.GENERATION, partial / tokens.GENERATION)
         tokens.copy_tokenizer(folder, out=partial)

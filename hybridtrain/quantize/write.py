@@ -26,6 +26,7 @@ from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
+from hybridtrain.models.tokens import load_tokenizer
 from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
@@ -100,14 +101,27 @@ class _Work:
             stored.check(scheme, field=field, transposed=transposed)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
-            rows = calibration.batches(
-                self.rows(count=0, field=""),
-                rows=self.options.rows,
-                seed=self.config.run.seed,
-            )
+            rows = self._calibration_rows()
         count = sum(batch.input_ids_BT.numel() for batch in rows)
         walk.check(self.linears, plans.choice(plan), tokens=count, field=field, rows_field=ROWS)
         return rows
+
+    def _calibration_rows(self) -> list[Batch]:
+        count, file = self.options.rows, self.options.prompts_file
+        if not file:
+            return calibration.batches(self.rows(count=0, field=""), rows=count, seed=self.config.run.seed)
+        settings, trusts = (
+            held_out.settings_of(self.config, run_dir=self.run_dir),
+            self.model.trust_remote_code,
+        )
+        return calibration.of_texts(
+            Path(file),
+            tokenizer=load_tokenizer(self.folder, field=calibration.FIELD, trust_remote_code=trusts),
+            vocab=self.built.get_text_config(decoder=True).vocab_size,
+            rows=count,
+            size=settings.batch.micro_batch_size,
+            seq_len=settings.data.seq_len,
+        )
 
     def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
         """A plan within the budget, and what it was measured to cost beside uniform ones."""
@@ -131,7 +145,7 @@ class _Work:
             self.weights,
             steps,
             budget=self.options.budget,
-            calibration=calibration.batches(rows, rows=self.options.rows, seed=self.config.run.seed),
+            calibration=self._calibration_rows(),
             verify=verify,
             report=self.report,
             plan_of=plan_of,

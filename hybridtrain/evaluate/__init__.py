@@ -135,8 +135,16 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
     }
     try:
         config = AutoConfig.from_pretrained(base, **options)
-        kind, how = auto_class(config), {"source": source, "field": field, "trusts": trust_remote_code}
-        places = placement.options(kind, config, adapted=adapted, inference=inference, **how)
+        kind = auto_class(config)
+        places = placement.options(
+            kind,
+            config,
+            source=source,
+            field=field,
+            adapted=adapted,
+            inference=inference,
+            trusts=trust_remote_code,
+        )
         model = kind.from_pretrained(base, dtype="auto", **places, **options)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()

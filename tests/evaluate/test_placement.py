@@ -44,7 +44,7 @@ def test_weights_on_disk(tmp_path: Path) -> None:
         assert torch.equal(*texts)
 
 
-def test_what_needs_its_weights_in_memory(tmp_path: Path, capsys) -> None:
+def test_what_needs_its_weights_in_memory(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="not installed: pip install 'hybridtrain[quantize]'")
     source, out = tmp_path / "model", tmp_path / "out"
     write(source, layers=4, hidden=128, dtype="bfloat16")

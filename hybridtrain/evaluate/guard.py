@@ -8,7 +8,6 @@ The scales of inputs are those that compressed-tensors loads with the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +30,7 @@ class Guard:
         for path, module in model.named_modules() if on else ():
             scheme = getattr(module, "quantization_scheme", None)
             if scheme is not None and scheme.input_activations is not None:
-                module.forward = self._watched(path, module, scheme.input_activations)
+                self._watch(path, module, scheme.input_activations)
 
     def lines(self) -> list[str]:
         """What happened, a line for each layer, and what to do about it."""
@@ -47,36 +46,38 @@ class Guard:
             )
         return lines
 
-    def _watched(self, path: str, module: Any, inputs: Any) -> Callable[[Tensor], Tensor]:
-        rounded, limit = module.forward, _limit(module, inputs)
+    def _watch(self, path: str, module: Any, inputs: Any) -> None:
+        """Add hooks, as compressed-tensors changes forward once more when the model is first called."""
+        module.quantization_enabled = True
 
-        def forward(x: Tensor) -> Tensor:
+        def before(_: Any, given: tuple[Tensor, ...]) -> None:
             self.calls[path] += 1
-            why = _SATURATE if limit is not None and _lost(x, limit) > LOST else ""
-            if not why:
-                y = rounded(x)
-                if bool(y.isfinite().all()):
-                    return y
-                why = _OVERFLOW
-            self.unrounded.setdefault(path, Counter())[why] += 1
-            module.quantization_enabled = False
-            try:
-                return rounded(x)
-            finally:
-                module.quantization_enabled = True
+            if not inputs.dynamic and _lost(given[0], _limit(module, inputs)) > LOST:
+                self._note(path, _SATURATE)
+                module.quantization_enabled = False
 
-        return forward
+        def after(_: Any, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            if module.quantization_enabled and not bool(y.isfinite().all()):
+                self._note(path, _OVERFLOW)
+                module.quantization_enabled = False
+                y = module.forward(*given)
+            module.quantization_enabled = True
+            return y
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def _note(self, path: str, why: str) -> None:
+        self.unrounded.setdefault(path, Counter())[why] += 1
 
 
-def _limit(module: Any, inputs: Any) -> float | None:
-    """The largest input of one scale; None where each token has its own."""
+def _limit(module: Any, inputs: Any) -> float:
+    """The largest input of one scale."""
     from accelerate.utils import align_module_device
 
-    if inputs.dynamic:
-        return None
     largest = INT8.largest if inputs.type == "int" else E4M3.largest
     with align_module_device(module):
-        return float(module.input_scale.float().max()) * largest
+        return float(module.input_scale.detach().float().max()) * largest
 
 
 def _lost(x: Tensor, limit: float) -> float:

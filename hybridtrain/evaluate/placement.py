@@ -14,6 +14,8 @@ from hybridtrain.runtime import log
 
 FIELD = "inference.max_memory_gb"
 _ENOUGH = "a whole folder in bfloat16 or float16, or enough memory"
+_SHARE = 0.9
+"""Of free memory, for weights."""
 _log = log.get("model")
 
 
@@ -32,12 +34,14 @@ def options(
     """
     from accelerate.utils import get_max_memory
 
-    memory = get_max_memory()
+    memory = {place: int(_SHARE * free) for place, free in get_max_memory().items()}
+    places: dict[str, Any] = {"device_map": "auto"}
     if inference.max_memory_gb:
         memory["cpu"] = min(memory["cpu"], int(inference.max_memory_gb * 1e9))
+        places["max_memory"] = memory
     size, room = _size(kind, config, trusts=trusts), sum(memory.values())
     if size <= room:
-        return {"device_map": "auto", "max_memory": memory} if torch.cuda.is_available() else {}
+        return places if torch.cuda.is_available() else {}
     sizes = f"its weights take {size / 1e9:.3g} GB of memory, there are {room / 1e9:.3g} GB for them"
     if getattr(config, "quantization_config", None):
         problem = f"{sizes}, and neither torchao nor compressed-tensors reads quantised weights from disk"
@@ -49,12 +53,8 @@ def options(
         raise refusal(
             field, source, f"{sizes}, and adapters belong to whole weights", allowed=_ENOUGH, instead=merge
         )
-    _log.info("%s: the others are read from disk each time that they are needed", sizes)
-    return {
-        "device_map": "auto",
-        "max_memory": memory,
-        "offload_folder": inference.offload_folder or None,
-    }
+    _log.info("%s: the rest is read from disk each time that it is needed", sizes)
+    return {**places, "offload_folder": inference.offload_folder or None}
 
 
 def folder_needed(error: Exception, *, inference: InferenceConfig) -> UserError | None:

@@ -37,13 +37,19 @@ def of(model) -> torch.Tensor:
         )
 
 
+def hooks(module) -> int:
+    """Of a linear layer."""
+    of_layer = isinstance(module, torch.nn.Linear)
+    return of_layer * (len(module._forward_pre_hooks) + len(module._forward_hooks))
+
+
 def test_off_or_without_reason_nothing_changes(quantised: Path) -> None:
     model = loaded(quantised)
-    forwards = [module.forward for module in model.modules()]
     off = Guard(model, on=False)
-    assert [module.forward for module in model.modules()] == forwards
+    assert all(not hooks(module) for module in model.modules())
     expected = of(model)
     on = Guard(model, on=True)
+    assert sum(hooks(module) for module in model.modules()) == 2 * 28
     assert torch.equal(of(model), expected)
     assert (off.lines(), on.lines()) == ([], [])
     assert set(on.calls.values()) == {2}
@@ -74,13 +80,13 @@ def test_generate_from_a_quantised_folder(trained, quantised: Path, tmp_path: Pa
     folder, file = tmp_path / "folder", tmp_path / "prompts.txt"
     shutil.copytree(quantised, folder)
     (folder / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} follows")
-    file.write_text("number 4 follows\n" * 40)
+    file.write_text("number 4 follows\n" * 16)
     argv = ["generate", f"generate.source={folder}", "generate.max_new_tokens=4", "generate.temperature=0"]
     capsys.readouterr()
     assert main([*argv, f"generate.prompts_file={file}"]) == 0
     out = capsys.readouterr().out
     alone = out.split("[2]")[0].removeprefix("[1]\n").strip()
-    assert out.count(alone) == 40
+    assert out.count(alone) == 16
     assert main([*argv, "generate.prompt=number 4", "generate.chat=true"]) == 0
     assert f"number 4 follows{capsys.readouterr().out.rstrip()}" == alone
     argv = ["quantize", str(trained.run), "quantize.scheme=int8-a8s", f"quantize.out={tmp_path / 'own'}"]

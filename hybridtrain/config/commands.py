@@ -73,6 +73,19 @@ class GenerateConfig(Options):
 
 
 @options
+class InferenceConfig(Options):
+    max_memory_gb: float = 0.0
+    """Main memory for weights, in GB (10^9 bytes). What is beyond it and the memory of GPUs stays on disk and
+    is read each time that it is needed; 0: what is free."""
+    offload_folder: str = ""
+    """Folder for weights on disk that are not used as the model's own files hold them, such as experts that
+    are joined; empty: none."""
+    guard: bool = True
+    """Of a quantised folder whose layers round their inputs: compute a call with inputs as they are where
+    these saturate or the output is not finite, and print how often."""
+
+
+@options
 class ParityConfig(Options):
     layouts: list[str] = field(default_factory=list)
     """Layouts to test, such as pp2-dp_shard2-tp2-zero3; empty: a default set that suits the

@@ -35,6 +35,8 @@ class QuantizeConfig(Options):
     """dtype of all other weights, and in which the model then computes: bfloat16, float16 or float32."""
     rows: int = 128
     """Training rows for schemes that look at the inputs of layers (gptq, a8s)."""
+    prompts_file: str = ""
+    """A UTF-8 file with a text on each line, which these schemes look at in place of training rows."""
     plan: str = ""
     """Another scheme for each layer, in place of quantize.scheme: a YAML file, or auto: search one that keeps
     quantize.budget."""

@@ -16,6 +16,7 @@ from hybridtrain.config.commands import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    InferenceConfig,
     InspectConfig,
     LmEvalConfig,
     LogsConfig,
@@ -83,6 +84,7 @@ class SubmitRoot(Config):
 @options
 class EvaluateRoot(Config):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 
 @options
@@ -130,6 +132,7 @@ class GenerateRoot(Root):
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 
 @options

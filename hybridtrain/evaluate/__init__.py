@@ -2,6 +2,7 @@
 
     perplexity.py   `hybridtrain evaluate`: loss and perplexity on the held-out rows
     generate.py     `hybridtrain generate`: text from a prompt
+    placement.py    models larger than memory
 
 Both accept an export, any Hugging Face folder or hub id, or a checkpoint, which `loadable` exports first.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from hybridtrain.checkpoint import export_record
 from hybridtrain.checkpoint.manager import Manager
-from hybridtrain.config.schema import CheckpointConfig
+from hybridtrain.config.schema import CheckpointConfig, InferenceConfig
 from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import adapter_folder
 from hybridtrain.models.build import auto_class
@@ -105,19 +106,24 @@ def _export(checkpoint: Path, *, out: Path, field: str) -> Path:
 
 
 def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
+    """`load_within`, with all memory that is free."""
+    return load_within(InferenceConfig(), source, field=field, trust_remote_code=trust_remote_code)
+
+
+def load_within(inference: InferenceConfig, source: str, *, field: str, trust_remote_code: bool) -> Any:
     """The model of `source`, with adapters if it holds these, in eval mode and its stored dtype, on the
     GPUs if there are any, else on the CPU.
 
-    On GPUs accelerate distributes it over them and main memory (device_map="auto"). Raises UserError with
-    `field` if transformers cannot load it.
+    accelerate distributes it over GPUs, main memory and, where these are too small, disk (device_map="auto").
+    Raises UserError with `field` if transformers cannot load it.
     """
-    import torch
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
+    from hybridtrain.evaluate import placement
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device_map = "auto" if torch.cuda.is_available() else None
     _check_pointers(Path(source), field=field)
     export_record.check(Path(source), field=field)
     adapted = adapter_folder.is_adapter(Path(source))
@@ -133,15 +139,25 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
             known = export_record.model_of(Path(source))
             adapter_folder.add_classes(config, Path(source), known=known, field=field)
         kind = auto_class(config)
-        model = kind.from_pretrained(base, config=config, dtype="auto", device_map=device_map, **options)
+        places = placement.options(
+            kind,
+            config,
+            source=source,
+            field=field,
+            adapted=adapted,
+            inference=inference,
+            trusts=trust_remote_code,
+        )
+        model = kind.from_pretrained(base, config=config, dtype="auto", **places, **options)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()
         ):  # with the tokens that end answers
             model.generation_config = GenerationConfig.from_pretrained(source)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except Exception as error:  # safetensors, pydantic and others have their own exceptions
-        raise unloadable(source, field=field, what="model", error=error) from error
+        needed = placement.folder_needed(error, inference=inference)
+        raise needed or unloadable(source, field=field, what="model", error=error) from error
     if adapted:
         adapter_folder.attach(model, Path(source), field=field)
     return model.eval()

@@ -12,10 +12,12 @@ import torch
 
 from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
-from hybridtrain.config.schema import GenerateConfig, GenerateRoot
+from hybridtrain.config.schema import GenerateConfig, GenerateRoot, InferenceConfig
 from hybridtrain.errors import refusal
+from hybridtrain.evaluate import placement
+from hybridtrain.evaluate.guard import Guard
 from hybridtrain.models import classifier, encoder
-from hybridtrain.models.tokens import check_ids, continuation, load_tokenizer, prompt_ids
+from hybridtrain.models.tokens import check_ids, continuation, load_tokenizer, prompt_ids, read_texts
 
 FIELD = "generate.source"
 
@@ -35,6 +37,7 @@ def run(config: GenerateRoot) -> int:
             source,
             prompts=prompts,
             options=options,
+            inference=config.inference,
             seed=seed,
             trust_remote_code=config.model.trust_remote_code,
         )
@@ -48,30 +51,17 @@ def run(config: GenerateRoot) -> int:
 def _prompts(options: GenerateConfig) -> list[str]:
     if not options.prompts_file:
         return list(options.prompts) or [options.prompt]
-    try:
-        lines = Path(options.prompts_file).read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise refusal(
-            "generate.prompts_file",
-            options.prompts_file,
-            reason,
-            allowed="a UTF-8 file, a prompt on each line",
-            instead="another file",
-        ) from error
-    if not any(lines):
-        raise refusal(
-            "generate.prompts_file",
-            options.prompts_file,
-            "it is empty",
-            allowed="a UTF-8 file, a prompt on each line",
-            instead="another file",
-        )
-    return [line for line in lines if line]
+    return read_texts(Path(options.prompts_file), field="generate.prompts_file")
 
 
 def sample(
-    source: str | Path, *, prompts: Sequence[str], options: GenerateConfig, seed: int, trust_remote_code: bool
+    source: str | Path,
+    *,
+    prompts: Sequence[str],
+    options: GenerateConfig,
+    inference: InferenceConfig,
+    seed: int,
+    trust_remote_code: bool,
 ) -> list[str]:
     """The continuation of each prompt by the model of `source` (folder or hub id),
     by nucleus sampling (arXiv:1904.09751).
@@ -83,7 +73,7 @@ def sample(
     """
     tokenizer = load_tokenizer(str(source), field=FIELD, trust_remote_code=trust_remote_code)
     inputs = [_ids(prompt, tokenizer=tokenizer, options=options) for prompt in prompts]
-    model = evaluate.load_model(str(source), field=FIELD, trust_remote_code=trust_remote_code)
+    model = evaluate.load_within(inference, str(source), field=FIELD, trust_remote_code=trust_remote_code)
     classifies = classifier.is_classifier(model.config.architectures)
     if classifies or encoder.predicts(model.config):
         raise refusal(
@@ -97,9 +87,12 @@ def sample(
     for ids in inputs:
         check_ids(ids, rows=model.get_input_embeddings().num_embeddings, field="generate.prompt")
         _check_room(model, prompt_tokens=len(ids), max_new_tokens=options.max_new_tokens)
+    watched = Guard(model, on=inference.guard)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        return [_continue(model, tokenizer, ids, options=options) for ids in inputs]
+        texts = [_continue(model, tokenizer, ids, options=options) for ids in inputs]
+    print("".join(f"{line}\n" for line in watched.lines()), end="", file=sys.stderr)
+    return texts
 
 
 def _ids(prompt: str, *, tokenizer: Any, options: GenerateConfig) -> list[int]:
@@ -146,7 +139,7 @@ def _continue(model: Any, tokenizer: Any, given: list[int], *, options: Generate
         sampling |= {"stop_strings": list(options.stop), "tokenizer": tokenizer}
     if model.generation_config.eos_token_id is None:
         sampling["eos_token_id"] = tokenizer.eos_token_id
-    ids = torch.tensor([given], device=model.device)
+    ids = torch.tensor([given], device=placement.device_of(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
         out = model.generate(

@@ -16,6 +16,7 @@ from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import EvaluateRoot, LmEvalConfig
 from hybridtrain.errors import refusal
+from hybridtrain.evaluate.guard import Guard
 from hybridtrain.models import classifier, encoder
 from hybridtrain.models.tokens import load_tokenizer
 from hybridtrain.run.record import append_line, require_run
@@ -31,13 +32,15 @@ def run(config: EvaluateRoot) -> int:
         require_run(run_dir, command="evaluate")
     with evaluate.loadable(config.evaluate.source, run_dir=run_dir, field=FIELD) as source:
         trust = config.model.trust_remote_code
-        model = evaluate.load_model(source, field=FIELD, trust_remote_code=trust)
+        model = evaluate.load_within(config.inference, source, field=FIELD, trust_remote_code=trust)
         _check_writes(model, source=source)
         tokenizer = load_tokenizer(source, field=FIELD, trust_remote_code=trust)
         step = export_record.step_of(Path(source))
+        watched = Guard(model, on=config.inference.guard)
         scores = measure(model, tokenizer, config.lm_eval)
     for task, values in scores.items():
         print("\n".join(f"{task:<24}{name:<24}{value:.4f}" for name, value in values.items()))
+    print("".join(f"{line}\n" for line in watched.lines()), end="")
     if is_run:
         place = config.evaluate.source or str(run_dir / "export")
         result = {"source": place, "step": step, "time": time.time(), "limit": config.lm_eval.limit}

@@ -16,7 +16,8 @@ from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import EvaluateRoot
 from hybridtrain.errors import refusal
-from hybridtrain.evaluate import harness, held_out
+from hybridtrain.evaluate import harness, held_out, placement
+from hybridtrain.evaluate.guard import Guard
 from hybridtrain.models.build import logits, pair_logits
 from hybridtrain.models.heads import text_logits
 from hybridtrain.run.record import require_run
@@ -42,8 +43,9 @@ def run(config: EvaluateRoot) -> int:
     data, plan, rows = held_out.data_for(settings, rows=config.evaluate.rows, field="evaluate.rows")
     with evaluate.loadable(config.evaluate.source, run_dir=run_dir, field="evaluate.source") as source:
         held_out.check_tokenizer(source, settings)
-        model = evaluate.load_model(
-            source, field="evaluate.source", trust_remote_code=config.model.trust_remote_code
+        trusts = config.model.trust_remote_code
+        model = evaluate.load_within(
+            config.inference, source, field="evaluate.source", trust_remote_code=trusts
         )
         of_model = held_out.of_model(
             model.config,
@@ -54,7 +56,8 @@ def run(config: EvaluateRoot) -> int:
             rows=rows,
         )
         step = export_record.step_of(Path(source))
-        sums = scores(model, of_model.batches(), device=model.device, task=of_model.task)
+        watched = Guard(model, on=config.inference.guard)
+        sums = scores(model, of_model.batches(), device=placement.device_of(model), task=of_model.task)
     result = {
         "source": config.evaluate.source or str(run_dir / "export"),
         **({} if step is None else {"step": step}),
@@ -64,6 +67,7 @@ def run(config: EvaluateRoot) -> int:
         **_figures(of_model.task.evaluate(sums), count=sums.counts["loss"], kind=settings.task.kind),
     }
     print("\n".join(f"{key:<12}{value}" for key, value in _rounded(result).items()))
+    print("".join(f"{line}\n" for line in watched.lines()), end="")
     if is_run:
         _write(run_dir / "evaluation.json", result)
         print(f"\n{run_dir / 'evaluation.json'}")

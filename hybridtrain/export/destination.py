@@ -22,8 +22,9 @@ from pathlib import Path
 
 from hybridtrain.checkpoint import export_record, marker
 from hybridtrain.checkpoint.export_record import ORIGIN
-from hybridtrain.errors import refusal
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.models import tokens
+from hybridtrain.runtime import log
 from hybridtrain.runtime.files import (
     check_outside_checkpoints,
     discard,
@@ -35,6 +36,7 @@ from hybridtrain.runtime.files import (
     write_json,
 )
 
+_log = log.get("model")
 _PARTIAL, _REMOVED = ".partial", ".removed"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -91,15 +93,17 @@ def ours(folder: Path) -> set[str]:
 
 
 @contextmanager
-def replacing(out: Path, *, field: str) -> Iterator[Path]:
+def replacing(out: Path, *, field: str, keeps: str) -> Iterator[Path]:
     """Yield a folder to write into, which replaces `out` at the end of the block if there is no error.
 
-    Raises OSError and UserError.
+    `keeps`: name of the file in it with which the folder stays after an interruption, and is then yielded as
+    it is; empty: none. Raises OSError and UserError.
     """
     real = out.resolve()
     real.parent.mkdir(parents=True, exist_ok=True)
     partial = real.with_name(real.name + _PARTIAL)
-    handle = _locked(partial, out=out, field=field)
+    handle = _locked(partial, out=out, field=field, keeps=keeps)
+    interrupted = False
     try:
         write_json(partial / ORIGIN, {})  # marks the folder as ours after a crash
         removed = real.with_name(real.name + _REMOVED)
@@ -125,12 +129,23 @@ def replacing(out: Path, *, field: str) -> Iterator[Path]:
             _take_over(others, partial=partial)
             _swap(real, partial=partial)
         marker.sync_folder(real.parent)
+    except BaseException as error:
+        interrupted = not isinstance(error, UserError) and _stays(partial, keeps)
+        if interrupted:
+            _log.warning("what is finished stays in %s: the same command goes on from there", partial)
+        raise
     finally:
-        discard_folder(partial, record=ORIGIN)
+        if not interrupted:
+            discard_folder(partial, record=ORIGIN)
         os.close(handle)
 
 
-def _locked(partial: Path, *, out: Path, field: str) -> int:
+def _stays(partial: Path, keeps: str) -> bool:
+    """Whether a folder has the file with which it is kept."""
+    return bool(keeps) and all((partial / name).is_file() for name in (keeps, ORIGIN))
+
+
+def _locked(partial: Path, *, out: Path, field: str, keeps: str) -> int:
     """Create or empty the folder `partial` and lock it; returns the file descriptor of the lock."""
     for _ in range(5):
         partial.mkdir(exist_ok=True)
@@ -150,7 +165,8 @@ def _locked(partial: Path, *, out: Path, field: str) -> int:
             # a file system without locks: readers still see only complete exports
         with suppress(FileNotFoundError):
             if os.stat(partial).st_ino == os.fstat(handle).st_ino:
-                _clear(partial, out=out, field=field)
+                if not _stays(partial, keeps):
+                    _clear(partial, out=out, field=field)
                 return handle
         os.close(handle)  # another export has renamed this folder meanwhile
     raise refusal(

@@ -175,7 +175,7 @@ def export(
         source = tokenizer.of_checkpoint(files, run=run.path, config=run.config)
         ends = _ends(source, run=run, out=out)
         try:
-            with destination.replacing(out, field=FIELD) as partial:
+            with destination.replacing(out, field=FIELD, keeps="") as partial:
                 options: dict[str, Any] = {
                     "partial": partial,
                     "stored": stored,

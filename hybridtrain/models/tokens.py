@@ -194,6 +194,19 @@ def check_ids(ids: list[int], *, rows: int, field: str) -> None:
         )
 
 
+def read_texts(file: Path, *, field: str) -> list[str]:
+    """The lines of a file that are not empty. Raises UserError if there are none."""
+    reason = "it is empty"
+    try:
+        lines = [line for line in file.read_bytes().decode("utf-8-sig").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        lines, reason = [], getattr(error, "strerror", None) or "it is not UTF-8"
+    if not lines:
+        allowed = "a UTF-8 file, a text on each line"
+        raise refusal(field, file, reason, allowed=allowed, instead="another file")
+    return lines
+
+
 def end_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
     """The tokens at which a text ends, from config.json and generation_config.json."""
     return _listed(generation.get("eos_token_id", config.get("eos_token_id")))

@@ -9,7 +9,7 @@ So what a layer is calibrated on already has the errors of the layers before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,29 +88,71 @@ def layers(
     field: str,
 ) -> Iterator[list[Quantised]]:
     """The quantised linear layers of each layer in turn. Without rows, schemes need none of their inputs."""
+    states = inputs_of_first(rows)
+    return layers_from(0, config, source, choose, states=states, rows=rows, device=device, field=field)
+
+
+def inputs_of_first(rows: Sequence[Batch]) -> list[Tensor]:
+    """What goes into the first layer's stage, a tensor for each batch."""
+    return [row.input_ids_BT for row in rows]
+
+
+def layers_from(
+    first: int,
+    config: Any,
+    source: WeightSource,
+    choose: Choose,
+    *,
+    states: list[Tensor],
+    rows: Sequence[Batch],
+    device: torch.device,
+    field: str,
+) -> Iterator[list[Quantised]]:
+    """`layers` from number `first` on.
+
+    `states`: what goes into it, a tensor for each batch of rows, in place of which comes what goes into the
+    next layer, before a layer's results are returned. Nothing of a layer is kept here.
+    """
+    for number in range(first, config.get_text_config(decoder=True).num_hidden_layers):
+        yield _layer(number, config, source, choose, states=states, rows=rows, device=device, field=field)
+
+
+def _layer(
+    number: int,
+    config: Any,
+    source: WeightSource,
+    choose: Choose,
+    *,
+    states: list[Tensor],
+    rows: Sequence[Batch],
+    device: torch.device,
+    field: str,
+) -> list[Quantised]:
     count = config.get_text_config(decoder=True).num_hidden_layers
-    states: list[Tensor] = [row.input_ids_BT for row in rows]
-    for number in range(count):
-        stage = _stage(config, number, count=count, source=source, device=device)
-        found = list(_chosen(stage, number, choose))
-        seen = _seen(stage, found, rows=rows, states=states, device=device)
-        results = [
-            _quantised(linear, module, scheme, seen.get(linear.path), field=field)
-            for linear, module, scheme in found
-        ]
-        if rows and number + 1 < count:
-            for result, (_, module, _) in zip(results, found, strict=True):
-                put(module, result)
-            states = [_run(stage, state, row, device=device) for state, row in zip(states, rows, strict=True)]
-        yield results
+    stage = _stage(config, number, count=count, source=source, device=device, runs=bool(rows))
+    found = list(_chosen(stage, number, choose))
+    seen = _seen(stage, found, rows=rows, states=states, device=device)
+    results = [
+        _quantised(linear, module, scheme, seen.pop(linear.path, None), field=field)
+        for linear, module, scheme in found
+    ]
+    if number + 1 < count:
+        for result, (_, module, _) in zip(results, found, strict=True) if rows else ():
+            put(module, result)
+        for place, row in enumerate(rows):
+            states[place] = _run(stage, states[place], row, device=device)
+    stage.to_empty(device="meta")  # its modules refer to one another, and would keep the weights for a while
+    return results
 
 
-def _stage(config: Any, number: int, *, count: int, source: WeightSource, device: torch.device) -> Stage:
-    """A layer with its weights, and before the first the embedding."""
+def _stage(
+    config: Any, number: int, *, count: int, source: WeightSource, device: torch.device, runs: bool
+) -> Stage:
+    """A layer with its weights, and before the first the embedding if it `runs`."""
     stage = Stage(
         config,
         layers=range(number, number + 1),
-        first=number == 0,
+        first=runs and number == 0,
         last=number + 1 == count,
         head=lambda own, **_: _NoHead(),  # noqa: ARG005
     )
@@ -147,7 +189,7 @@ def _seen(
     rows: Sequence[Batch],
     states: Sequence[Tensor],
     device: torch.device,
-) -> Mapping[str, Seen]:
+) -> dict[str, Seen]:
     """Path -> what went into a linear layer on the calibration rows."""
     if not rows:
         return {}

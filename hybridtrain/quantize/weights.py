@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hybridtrain.errors import refusal
+from hybridtrain.export import safetensors
+from hybridtrain.export.safetensors import TensorSpec
 from hybridtrain.models import build
 from hybridtrain.models.conversion import as_stored
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.structure import structure_of
+from hybridtrain.models.weights import INDEX
 from hybridtrain.quantize import stored, walk
 from hybridtrain.quantize.plan import Plan, choice
+from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.runtime import log
 from hybridtrain.types import Batch
 
+_SUMS = ("bytes", "bits", "weights")
 _log = log.get("quantize")
 
 
@@ -47,35 +51,53 @@ class Writer:
         }
         return {"quantization_config": self.format.description(self.plan, ignored=others)}
 
-    def write(self, partial: Path, *, rows: Sequence[Batch]) -> tuple[int, float]:
-        """Write the weights; returns their bytes, and the bits of a weight of the layers in the plan."""
+    def write(self, progress: Progress, *, rows: Sequence[Batch]) -> tuple[int, float]:
+        """Write what `progress` lacks of the weights into its folder; returns their bytes, and the bits of a
+        weight of the layers in the plan.
+        """
         count = self.built.get_text_config(decoder=True).num_hidden_layers
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        layers = walk.layers(
+        states = progress.states() or walk.inputs_of_first(rows)
+        layers = walk.layers_from(
+            max(0, len(progress.files) - 1),
             self.built,
             self.source,
             choice(self.plan),
+            states=states,
             rows=rows,
-            device=device,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             field=self.field,
         )
-        where: dict[str, str] = {}
-        total = bits = weights = 0
-        for number in range(count + 1):
-            file = f"model-{number:05d}.safetensors"
+        for number in range(len(progress.files), count + 1):
             found = next(layers) if number and self.plan else []
-            tensors = self._rest(number - 1)
-            for each in found:
-                tensors |= self._codes(each)
-                bits += each.scheme.stored_bits(each.linear.outputs, each.linear.inputs)
-                weights += each.linear.outputs * each.linear.inputs
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            _log.info("%d/%d layers, %.2f GB", number, count, total / 1e9)
+            file = self._save(found, layer=number - 1, folder=progress.folder)
+            del found  # before the next layer is read
+            progress.add(file, states=states if 0 < number < count else [])
+            size = sum(each["bytes"] for each in progress.files)
+            _log.info("%d/%d layers, %.2f GB", number, count, size / 1e9)
+        where = {name: each["file"] for each in progress.files for name in each["tensors"]}
+        total, bits, weights = (sum(each[key] for each in progress.files) for key in _SUMS)
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (progress.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         return total, bits / weights if weights else 8.0 * self.dtype.itemsize
+
+    def _save(self, found: Sequence[Quantised], *, layer: int, folder: Path) -> dict[str, Any]:
+        """Write the file of a layer, or with -1 of what is outside the layers; returns what there is to know
+        of it.
+        """
+        tensors = self._rest(layer)
+        for each in found:
+            tensors |= self._codes(each)
+        specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+        name = f"model-{layer + 1:05d}.safetensors"
+        safetensors.write(folder / name, specs=specs, tensor=lambda spec: tensors[spec.name])
+        linears = [(each.scheme, each.linear.outputs, each.linear.inputs) for each in found]
+        return {
+            "file": name,
+            "tensors": list(tensors),
+            "bytes": sum(spec.size for spec in specs),
+            "bits": sum(scheme.stored_bits(outputs, inputs) for scheme, outputs, inputs in linears),
+            "weights": sum(outputs * inputs for _, outputs, inputs in linears),
+        }
 
     def _codes(self, layer: Quantised) -> Mapping[str, Tensor]:
         assert self.format is not None
@@ -94,7 +116,7 @@ class Writer:
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:
         value = whole.to(self.dtype)
-        if bool((value.isinf() & ~whole.isinf()).any()):
+        if bool(value.isinf().any()) and bool((value.isinf() & ~whole.isinf()).any()):
             problem = f"{name} has values up to {whole.abs().max().item():.3g}"
             raise refusal(
                 "quantize.dtype",

@@ -26,9 +26,11 @@ from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.quantize import auto, calibration, schemes, stored, table, trained, walk
+from hybridtrain.models.tokens import load_tokenizer
+from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, trained, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
+from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.weights import Writer
 from hybridtrain.runtime.files import unwritable, write_json
@@ -57,7 +59,7 @@ def run(config: QuantizeRoot) -> int:
             plan = plans.uniform(scheme, work.linears)
         field = plans.FIELD if options.plan else SCHEME
         try:
-            with destination.replacing(out, field=OUT) as partial:
+            with destination.replacing(out, field=OUT, keeps=progress.FILE) as partial:
                 size, bits = work.write(plan, partial, results=results, field=field)
         except OSError as error:
             raise unwritable(OUT, out, error) from error
@@ -102,14 +104,27 @@ class _Work:
             stored.check(scheme, field=field, transposed=transposed)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
-            rows = calibration.batches(
-                self.rows(count=0, field=""),
-                rows=self.options.rows,
-                seed=self.config.run.seed,
-            )
+            rows = self._calibration_rows()
         count = sum(batch.input_ids_BT.numel() for batch in rows)
         walk.check(self.linears, plans.choice(plan), tokens=count, field=field, rows_field=ROWS)
         return rows
+
+    def _calibration_rows(self) -> list[Batch]:
+        count, file = self.options.rows, self.options.prompts_file
+        if not file:
+            return calibration.batches(self.rows(count=0, field=""), rows=count, seed=self.config.run.seed)
+        settings, trusts = (
+            held_out.settings_of(self.config, run_dir=self.run_dir),
+            self.model.trust_remote_code,
+        )
+        return calibration.of_texts(
+            Path(file),
+            tokenizer=load_tokenizer(self.folder, field=calibration.FIELD, trust_remote_code=trusts),
+            vocab=self.built.get_text_config(decoder=True).vocab_size,
+            rows=count,
+            size=settings.batch.micro_batch_size,
+            seq_len=settings.data.seq_len,
+        )
 
     def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
         """A plan within the budget, and what it was measured to cost beside uniform ones."""
@@ -133,7 +148,7 @@ class _Work:
             self.weights,
             steps,
             budget=self.options.budget,
-            calibration=calibration.batches(rows, rows=self.options.rows, seed=self.config.run.seed),
+            calibration=self._calibration_rows(),
             verify=verify,
             report=self.report,
             plan_of=plan_of,
@@ -157,13 +172,17 @@ class _Work:
         for scheme in set(plan.values()) - set(quantised.values()):
             stored.check_cast(scheme, stored.name_of(dtype), field=field)
         writer = Writer(self.built, self.meta, weights, quantised, dtype=dtype, field=field)
-        size, bits = writer.write(partial, rows=rows)
+        folder = hub.weights_folder(self.model)
+        of = progress.of(folder, self.fields, plan, dtype=dtype, rows=rows)
+        finished = Progress(partial, of, layers=self.built.get_text_config(decoder=True).num_hidden_layers)
+        size, bits = writer.write(finished, rows=rows)
         config = {**self.fields, "dtype": str(dtype).removeprefix("torch."), **writer.description()}
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         results = self._measured(partial, results) if results else {}
         plans.write(plan, partial / plans.FILE, comment=auto.comment(results) if results else "")
-        self._copy(partial, names=sorted({scheme.name for scheme in plan.values()}))
+        self._copy(folder, partial, names=sorted({scheme.name for scheme in plan.values()}))
+        finished.close()
         return size, bits
 
     def _measured(self, partial: Path, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,9 +193,8 @@ class _Work:
         write_json(partial / "plan.json", found)
         return found
 
-    def _copy(self, partial: Path, *, names: list[str]) -> None:
+    def _copy(self, folder: Path, partial: Path, *, names: list[str]) -> None:
         """Tokenizer, sampling values, and the record."""
-        folder = hub.weights_folder(self.model)
         if (folder / tokens.GENERATION).is_file():
             shutil.copyfile(folder / tokens.GENERATION, partial / tokens.GENERATION)
         tokens.copy_tokenizer(folder, out=partial)

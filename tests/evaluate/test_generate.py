@@ -22,6 +22,7 @@ def draw(
         source or trained.run / "export",
         prompts=[prompt],
         options=options,
+        inference=schema.InferenceConfig(),
         seed=seed,
         trust_remote_code=False,
     )

@@ -119,7 +119,7 @@ def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_two_exports_at_once(tmp_path: Path) -> None:
     run = run_of(tmp_path, model_of(tied=True), tied=True)
-    with destination.replacing(run / "export", field="export.out") as partial:
+    with destination.replacing(run / "export", field="export.out", keeps="") as partial:
         (partial / "hybridtrain.json").write_text('{"step": 1}')
         with pytest.raises(UserError, match="another export is writing there"):
             hf.run(exporting(run))

@@ -115,6 +115,8 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
+    from hybridtrain.evaluate import quantised
+
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device_map = "auto" if torch.cuda.is_available() else None
@@ -129,7 +131,9 @@ def load_model(source: str, *, field: str, trust_remote_code: bool) -> Any:
     }
     try:
         kind = auto_class(AutoConfig.from_pretrained(base, **options))
-        model = kind.from_pretrained(base, dtype="auto", device_map=device_map, **options)
+        with quantised.quiet():
+            model = kind.from_pretrained(base, dtype="auto", device_map=device_map, **options)
+            quantised.dequantise(model)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()
         ):  # with the tokens that end answers

@@ -79,7 +79,9 @@ def dtype_of(model: Any) -> str:
 class Candidates:
     """All but the reference, in the order of their options; made one at a time."""
 
-    def __init__(self, config: CompareRoot, names: Sequence[str], folders: Sequence[str], *, run: Path | None):
+    def __init__(
+        self, config: CompareRoot, names: Sequence[str], folders: Sequence[str], *, run: Path | None
+    ):
         """`names` of the sources, and the folders that they are; `run`: the run that the first one is.
         Raises UserError, as far as no model is needed to see it.
         """

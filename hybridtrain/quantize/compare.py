@@ -1,9 +1,9 @@
 """`hybridtrain compare`: models, dtypes and quantisation schemes beside a reference, on held-out rows.
 
-    candidates.py   each model, made one after the other
-    measure.py      what it predicts, beside the reference
-    speed.py        how long it takes, in turn with the reference, and in how much memory
-    table.py        <run>/compare.json, and the table; report/quantised.py: the page beside it
+candidates.py   each model, made one after the other
+measure.py      what it predicts, beside the reference
+speed.py        how long it takes, in turn with the reference, and in how much memory
+table.py        <run>/compare.json, and the table; report/quantised.py: the page beside it
 """
 
 from __future__ import annotations
@@ -98,7 +98,15 @@ def _write(result: dict[str, Any], out: str, *, page: Path | None) -> None:
         return
     from hybridtrain.report import quantised
 
-    quantised.write(result, page)
+    rows = [result["reference"], *result["candidates"]]
+    costs = [(str(each["name"]), *table.costs_of(each, rows)) for each in rows]
+    scores = [(*words, f"{value:.4f}") for *words, value in table.scores(rows)]
+    quantised.write(
+        result,
+        page,
+        costs=(("", *table.costs_head(rows)), costs),
+        scores=(("", "task", "metric", "value"), scores),
+    )
     print(page)
 
 

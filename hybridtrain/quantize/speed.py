@@ -80,7 +80,9 @@ def keeps_cache(model: Any) -> bool:
 def passes(model: Any, row: Batch, *, decoded: int) -> dict[str, Pass]:
     """What is timed of a model. `row`: of one row."""
     if not keeps_cache(model):
-        return {FORWARD: Pass(row.input_ids_BT.shape[1], lambda: None, lambda _: _discard(outputs(model, row)))}
+        return {
+            FORWARD: Pass(row.input_ids_BT.shape[1], lambda: None, lambda _: _discard(outputs(model, row)))
+        }
     ids = row.input_ids_BT.to(model.device)
     prompt, rest = ids[:, : ids.shape[1] - decoded], ids[:, ids.shape[1] - decoded :]
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -87,7 +87,9 @@ def _timed(how: Mapping[str, Any] | None) -> list[str]:
         f"reference; {how['device']}, {how['threads']} thread{'s' if how['threads'] > 1 else ''}"
     )
     found = how["energy"]
-    joules = f"energy: {found}, with all else that it does" if found else "energy: no counter is readable here"
+    joules = (
+        f"energy: {found}, with all else that it does" if found else "energy: no counter is readable here"
+    )
     return [words, f"memory: loaded, and at most added by a pass; {joules}"]
 
 

@@ -50,8 +50,8 @@ def run(config: CompareRoot) -> int:
             held_out.check_tokenizer(folder, settings)
         first = Path(names[0]) if names[0] else run_dir
         of_run = first if (first / "config.yaml").is_file() else None
-        others = Candidates(config, names, folders, run=of_run)
         name = names[0] or str(run_dir / "export")
+        others = Candidates(config, [name, *names[1:]], folders, run=of_run)
         own = candidates.loaded(name, folders[0], trust_remote_code=config.model.trust_remote_code)
         held = held_out.of_model(
             own.model.config,
@@ -146,9 +146,7 @@ class _Work:
         self.first: Measured | None = None
         self.timings: list[speed.Timings] = []
         """Of the reference, beside each model."""
-        if self.options.speed:
-            row = next(iter(held.batches())).rows(0, 1)
-            self.passes = lambda model: speed.passes(model, row, decoded=self.options.speed)
+        self.row = next(iter(held.batches())).rows(0, 1) if self.options.speed else None
 
     def add(self, candidate: Candidate) -> None:
         """Measure a model. Raises UserError for one of other tokens or classes."""
@@ -158,11 +156,15 @@ class _Work:
         row = table.row(candidate.name, measured, stored=candidate.bytes, layers=candidate.layers)
         timings = None
         if self.options.speed and candidate.timed:
-            pair = [self.passes(each) for each in (self.own.model, candidate.model)]
+            pair = [self._passes(each) for each in (self.own, candidate)]
             base, timings = speed.in_turn(pair, counter=self.counter)
             self.timings.append(base)
             row["speed"] = speed.figures(timings, base)
         self.rows.append(row | self._more(candidate))
+
+    def _passes(self, candidate: Candidate) -> dict[str, speed.Pass]:
+        assert self.row is not None
+        return speed.passes(candidate.model, self.row, decoded=self.options.speed)
 
     def _more(self, candidate: Candidate) -> dict[str, Any]:
         """What is measured of the reference, too."""
@@ -171,7 +173,7 @@ class _Work:
             "product": candidate.product,
         }
         if self.options.speed and candidate.timed:
-            first = next(iter(self.passes(candidate.model).values()))
+            first = next(iter(self._passes(candidate).values()))
             found["peak_bytes"] = speed.peak_bytes(first)
         if self.tokenizer is not None:
             found["lm_eval"] = harness.measure(candidate.model, self.tokenizer, self.tasks)
@@ -185,7 +187,7 @@ class _Work:
         if self.tokenizer is not None:
             result["lm_eval"] = {"tasks": list(self.tasks.tasks), "limit": self.tasks.limit}
         if self.options.speed:
-            passes = self.passes(self.own.model)
+            passes = self._passes(self.own)
             alone = [] if self.timings else speed.in_turn([passes], counter=self.counter)
             first["speed"] = speed.figures(_joined([*self.timings, *alone]), None)
             result["timed"] = {

@@ -73,8 +73,9 @@ def check(decoded: int, *, seq_len: int) -> None:
 
 
 def keeps_cache(model: Any) -> bool:
-    """Whether a model is one that writes text."""
-    return not (classifier.is_classifier(model.config.architectures) or encoder.predicts(model.config))
+    """Whether a model writes text, token by token."""
+    others = classifier.is_classifier(model.config.architectures) or encoder.predicts(model.config)
+    return not others and "use_cache" in inspect.signature(model.forward).parameters
 
 
 def passes(model: Any, row: Batch, *, decoded: int) -> dict[str, Pass]:

@@ -8,6 +8,7 @@ speed             tokens a second, as a multiple of the reference
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ FIELD = "compare.out"
 Row = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """(head, rows)."""
-_LABEL = 22
+_LABEL = 26
 
 
 def check(file: Path) -> None:
@@ -82,6 +83,7 @@ def tradeoffs(rows: Sequence[Row]) -> Iterator[Plot]:
                 factor * (each[key]["error"] or 0),
             )
             for each in rows
+            if math.isfinite(each[key]["mean"])
         ]
         if any(y > 0 for _, _, y, _ in points):
             yield _tradeoff(name, title, unit, points)
@@ -95,7 +97,8 @@ def _tradeoff(name: str, title: str, unit: str, points: Sequence[tuple[str, floa
         figure = Figure(figsize=(5.8, 3.9))
         axes = figure.add_subplot()
         axes.set_title(title)
-        axes.set_xlabel("MB of weights, as stored")
+        edge = "; triangles: not above 0" if len(above) < len(points) else ""
+        axes.set_xlabel(f"MB of weights, as stored{edge}")
         axes.set_ylabel(unit)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -159,6 +162,8 @@ def _errors(rows: Sequence[Row]) -> Iterator[Plot]:
     values = np.array([[each["output_errors"].get(name, np.nan) for each in having] for name in modules])
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(values > 0, values, np.nan))
+    if np.isnan(logs).all():
+        return
     low, high = np.nanmin(logs), np.nanmax(logs)
     names = [_short(str(each["name"])) for each in having]
     tips = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,32 @@ def test_formats_that_adapted_are_those_of_the_exported_step(trained, tmp_path: 
     marker.write(step, progress=progress, files=marker.read(step))
     found = of_training.AsTrained(run, source, precision).formats
     assert found == {paths[0]: "bf16", **dict.fromkeys(paths[2:], "fp8_tensorwise")}
+
+
+def test_without_matplotlib_there_is_no_page(trained, tmp_path: Path, capsys, monkeypatch) -> None:
+    run, real = shutil.copytree(trained.run, tmp_path / "run"), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else real(name, *more)
+    )
+    result_of(run, "compare.dtypes=[bfloat16]", "compare.rows=2")
+    assert "no page is drawn: matplotlib is not installed; pip install" in capsys.readouterr().out
+    assert not (run / "compare.html").exists()
+
+
+def test_kinds_of_models_that_are_refused(trained, tmp_path: Path, capsys, monkeypatch) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def refused(architecture: str, *argv: str) -> str:
+        fields = {"model_type": "bert", "architectures": [architecture]}
+        (folder / "config.json").write_text(json.dumps(fields))
+        assert main(["compare", str(folder), f"run.dir={trained.run}", *argv]) == 2
+        return four_parts(capsys.readouterr().err, "compare.sources")
+
+    argv = ["compare.dtypes=[bfloat16]", "compare.speed=8"]
+    assert "it finds the ends of answers" in refused("BertForQuestionAnswering", *argv)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # so that lm_eval is there
+    assert "it is no causal language model" in refused("BertForMaskedLM", *argv, "lm_eval.tasks=[piqa]")
 
 
 def test_what_is_refused_before_a_model_is_loaded(trained, tmp_path: Path, capsys) -> None:

@@ -43,5 +43,14 @@ def method(model: Any) -> str:
 
 def dequantise(model: Any) -> None:
     """Compute the weights of a model of a compressed-tensors folder, in place."""
-    if method(model) == COMPRESSED_TENSORS:
+    if (
+        method(model) == COMPRESSED_TENSORS
+        and model.hf_quantizer.quantization_config.is_quantization_compressed
+    ):
         model.hf_quantizer.compressor.decompress_model(model)
+
+
+def is_dequantised(model: Any) -> bool:
+    """Whether `dequantise` did."""
+    states = (str(getattr(module, "quantization_status", "")) for module in model.modules())
+    return any(state.endswith("DECOMPRESSED") for state in states)

@@ -52,13 +52,13 @@ def loaded(name: str, folder: str, *, trust_remote_code: bool) -> Candidate:
     method = quantised.method(model)
     dtype = dtype_of(model)
     product = f"{dtype} product"
-    if method == quantised.COMPRESSED_TENSORS:
+    if quantised.is_dequantised(model):
         product = f"dequantised when loaded, {dtype} product: only the files are smaller"
     elif method:
         product = f"{method}'s own product"
-    stored = parameter_bytes(model)
-    if method:
-        stored = weights.stored_bytes(hub.weights_folder(ModelConfig(from_pretrained=folder)))
+    files = hub.weights_folder(ModelConfig(from_pretrained=folder)) if method else Path()
+    in_files = method != "" and weights.has_weights(files)
+    stored = weights.stored_bytes(files) if in_files else parameter_bytes(model)
     return Candidate(name, model, stored, [], product, timed=True)
 
 

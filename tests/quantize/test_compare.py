@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hybridtrain import evaluate
 from hybridtrain.checkpoint import marker
 from hybridtrain.cli.main import main
 from hybridtrain.config import compose
 from hybridtrain.errors import UserError
+from hybridtrain.quantize import candidates, speed
 from hybridtrain.quantize import trained as of_training
 from hybridtrain.quantize.source import Source
 from hybridtrain.types import Progress
@@ -136,9 +136,13 @@ def test_a_quantised_folder_is_loaded_without_bars_and_as_it_computes(tmp_path: 
     argv = [f"run.dir={tmp_path / 'none'}", f"quantize.source={source}", "quantize.scheme=int4-g32"]
     assert main(["quantize", *argv, f"quantize.out={out}"]) == 0
     capfd.readouterr()
-    model = evaluate.load_model(str(out), field="compare.sources", trust_remote_code=False)
+    found = candidates.loaded("", str(out), trust_remote_code=False)
+    model = found.model
     assert "quantiz" not in (said := capfd.readouterr().err), said
     assert "ompress" not in said
     assert "Dispatching" not in said
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     assert str(layer.weight.dtype) == "torch.bfloat16"
+    assert found.product == "dequantised when loaded, bf16 product: only the files are smaller"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert found.bytes == index["metadata"]["total_size"] < 0.6 * speed.resident_bytes(model)

@@ -119,8 +119,8 @@ def check(config: schema.Root) -> None:
         _engine(config)
         precision_checks.check_engine(config)
         adapter_checks.check(config, trains=not sections.keys() & _NO_TRAINING)
-        evaluates, here = "evaluate" in sections, "cluster" not in sections
-        if not sections.keys() & (_NO_TRAINING - {"evaluate"}):
+        evaluates, here = bool(sections.keys() & {"evaluate", "compare"}), "cluster" not in sections
+        if evaluates or not sections.keys() & _NO_TRAINING:
             lm_eval_checks.check(config, evaluates=evaluates, here=here)
         if not sections.keys() & {"evaluate", "compare", "quantize"}:
             _model_chosen(config.model)

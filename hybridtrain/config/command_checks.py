@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from hybridtrain.config import schema
+from hybridtrain.config import quantize, schema
 from hybridtrain.config.section_checks import in_range, one_of, require
 from hybridtrain.errors import install
 
@@ -16,15 +16,15 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _quantize(quantize: schema.QuantizeConfig) -> None:
+def _quantize(options: schema.QuantizeConfig) -> None:
     problem = (
         "the package compressed-tensors, which packs the codes of quantised folders, is not installed here"
     )
     require(
         bool(importlib.util.find_spec("compressed_tensors"))
-        or (not quantize.plan and quantize.scheme in ("bf16", "fp16")),
+        or (not options.plan and options.scheme in ("bf16", "fp16")),
         "quantize.scheme",
-        quantize.scheme,
+        options.scheme,
         problem,
         allowed="bf16 and fp16 without it",
         instead=install("quantize"),
@@ -33,14 +33,22 @@ def _quantize(quantize: schema.QuantizeConfig) -> None:
 
 def _compare(compare: schema.CompareConfig) -> None:
     for dtype in compare.dtypes:
-        one_of("compare.dtypes", dtype, ("bfloat16", "float16", "float32"))
+        one_of("compare.dtypes", dtype, ("bfloat16", "float16", "float32", *quantize.AUTOCAST))
     require(
-        bool(len(compare.sources) > 1 or compare.dtypes or compare.schemes),
+        bool(len(compare.sources) > 1 or compare.dtypes or compare.schemes or compare.as_trained),
         "compare.sources",
         compare.sources,
         "there is nothing to compare with the reference",
-        allowed="two folders or more, dtypes, or schemes",
+        allowed="two folders or more, dtypes, schemes, or compare.as_trained=true",
         instead="compare.schemes=[int8,int4-g32]",
+    )
+    require(
+        not compare.out or not compare.out.endswith(".html"),
+        "compare.out",
+        compare.out,
+        "the page has this name, and lies beside the JSON file",
+        allowed="a JSON file",
+        instead="compare.json",
     )
 
 

@@ -36,7 +36,8 @@ class EvaluateConfig(Options):
 class LmEvalConfig(Options):
     tasks: list[str] = field(default_factory=list)
     """Tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval), in which `hybridtrain evaluate`
-    measures a model, and run.callbacks=[lm_eval] the last checkpoint of a run; empty: none."""
+    measures a model, `hybridtrain compare` each, and run.callbacks=[lm_eval] the last checkpoint of a run;
+    empty: none."""
     task_folder: str = ""
     """Folder with task files of your own, which tasks may name too."""
     limit: int = 0

@@ -13,7 +13,7 @@ NAME = "lm_eval"
 
 
 def check(config: schema.Config, *, evaluates: bool, here: bool) -> None:
-    """Raise UserError. `evaluates`: the command is `hybridtrain evaluate`; `here`: it runs here."""
+    """Raise UserError. `evaluates`: the command is evaluate or compare; `here`: it runs here."""
     options, used = config.lm_eval, evaluates or NAME in config.run.callbacks
     tasks = ",".join(options.tasks)
     require(
@@ -29,7 +29,7 @@ def check(config: schema.Config, *, evaluates: bool, here: bool) -> None:
         "lm_eval.tasks",
         options.tasks,
         "nothing measures them in this command",
-        allowed="with run.callbacks=[lm_eval], or in hybridtrain evaluate",
+        allowed="with run.callbacks=[lm_eval], or in hybridtrain evaluate and compare",
         instead=f"run.callbacks=[lm_eval] lm_eval.tasks=[{tasks}]",
     )
     if not options.tasks:

@@ -6,6 +6,9 @@ from dataclasses import field
 
 from hybridtrain.config.options import Options, options
 
+AUTOCAST = {"autocast_bf16": "bfloat16", "autocast_fp16": "float16"}
+"""Of compare.dtypes -> the dtype of products."""
+
 
 @options
 class CompareConfig(Options):
@@ -15,13 +18,21 @@ class CompareConfig(Options):
     """Schemes in which the linear layers of the reference are stored, too, e.g. [int8,int4-g32-gptq]: their
     numbers are computed with, in its own dtype (docs/inference.md has the names)."""
     dtypes: list[str] = field(default_factory=list)
-    """The whole reference in these, too: bfloat16, float16."""
+    """The whole reference in these, too: bfloat16, float16; autocast_bf16, autocast_fp16: its fp32 weights
+    under torch.autocast."""
+    as_trained: bool = False
+    """Of a run whose linear layers multiplied in other formats than the rest (precision.compute,
+    precision.rules): its export with the products of training, too, beside the export as it is."""
     rows: int = 0
     """Held-out rows to compare on; 0: as many as the evaluations during training."""
     calibration_rows: int = 128
     """Training rows for schemes that look at the inputs of layers (gptq, bias, a8s)."""
+    speed: int = 0
+    """Time each model in turn with the reference: a row of data.seq_len tokens, of which this many, the
+    last, are decoded one by one with a KV cache, batch 1; of models without one, whole rows. Peak memory and,
+    where a counter can be read, energy, too. 0: nothing is timed."""
     out: str = ""
-    """JSON file to write; empty: <run>/compare.json, without a run none."""
+    """JSON file to write, with a page (.html) beside it; empty: <run>/compare.json, without a run none."""
 
 
 @options

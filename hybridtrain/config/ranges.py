@@ -102,6 +102,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "quantize.budget": (0, 1.0),
     "compare.calibration_rows": (1, _ROWS),
     "inference.max_memory_gb": (0, 1e6),
+    "compare.speed": (0, 1 << 16),
     "generate.max_new_tokens": (1, 1 << 30),
     "generate.temperature": (0, 100.0),
     "generate.top_p": (0, 1),

@@ -120,7 +120,7 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
     from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
-    from hybridtrain.evaluate import placement
+    from hybridtrain.evaluate import placement, quantised
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -148,7 +148,9 @@ def load_within(inference: InferenceConfig, source: str, *, field: str, trust_re
             inference=inference,
             trusts=trust_remote_code,
         )
-        model = kind.from_pretrained(base, config=config, dtype="auto", **places, **options)
+        with quantised.quiet():
+            model = kind.from_pretrained(base, config=config, dtype="auto", **places, **options)
+            quantised.dequantise(model)
         if (
             adapted and (Path(source) / "generation_config.json").is_file()
         ):  # with the tokens that end answers

@@ -15,7 +15,7 @@ from typing import Any
 from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
 from hybridtrain.config.schema import EvaluateRoot, LmEvalConfig
-from hybridtrain.errors import refusal
+from hybridtrain.errors import UserError, refusal
 from hybridtrain.evaluate.guard import Guard
 from hybridtrain.models import classifier, encoder
 from hybridtrain.models.tokens import load_tokenizer
@@ -109,10 +109,15 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def _check_writes(model: Any, *, source: str) -> None:
     """The harness measures causal language models here (raises UserError)."""
     if classifier.is_classifier(model.config.architectures) or encoder.predicts(model.config):
-        raise refusal(
-            FIELD,
-            source,
-            "it is no causal language model",
-            allowed="a causal language model",
-            instead="hybridtrain evaluate without lm_eval.tasks",
-        )
+        raise no_writer(source, field=FIELD)
+
+
+def no_writer(source: str, *, field: str) -> UserError:
+    """The refusal of a model that writes no text."""
+    return refusal(
+        field,
+        source,
+        "it is no causal language model",
+        allowed="a causal language model",
+        instead=f"hybridtrain {field.partition('.')[0]} without lm_eval.tasks",
+    )

@@ -135,6 +135,11 @@ def digest(folder: Path) -> str:
     return result.hexdigest()[:16]
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of all tensors in the files that transformers reads. Raises UserError if they cannot be read."""
+    return sum(last - first for file in _files(folder) for first, last in _places(file).values())
+
+
 def _places(file: Path) -> dict[str, tuple[int, int]]:
     """Name -> (first byte, byte after the last) of the tensors in a safetensors file, whose header comes
     after its own length.

@@ -3,8 +3,10 @@
 schemes.py      int4-g32-gptq and the like: what a scheme's name says
 grids.py        the numbers that codes stand for, and the nearest one
 gptq.py         codes that make up for each other's errors
+source.py       the model that is quantised, opened
 walk.py         layer by layer: calibration rows in, codes out
-apply.py        plain transformers models with these numbers
 measure.py      losses, divergence and agreement of two models on held-out rows
-compare.py      `hybridtrain compare`
+speed.py        how long a model takes, in turn with another, and in how much memory
+compare.py      `hybridtrain compare`, of candidates.py; trained.py: a run's export with its products
+write.py        `hybridtrain quantize`
 """

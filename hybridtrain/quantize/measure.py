@@ -86,20 +86,20 @@ def measure(reference: Any, other: Any, batches: Iterable[Batch]) -> Measured:
 def predicted(model: Any, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Batch]]:
     """The logits of a model on batches, one after the other."""
     for batch in batches:
-        yield _logits(model, batch), batch
+        yield outputs(model, batch), batch
 
 
 def against(reference: Iterable[tuple[Tensor, Batch]], other: Any) -> Measured:
     """Compare a model with the logits of another, see `predicted`."""
     parts = []
     for p_BTV, batch in reference:
-        q_BTV, labels_BT = _logits(other, batch), batch.labels_BT[:, : p_BTV.shape[1]].to(p_BTV.device)
+        q_BTV, labels_BT = outputs(other, batch), batch.labels_BT[:, : p_BTV.shape[1]].to(p_BTV.device)
         parts += [_row(p, q, labels) for p, q, labels in zip(p_BTV, q_BTV, labels_BT, strict=True)]
     return Measured(np.array([part for part in parts if part[0]]).reshape(-1, len(_NAMES)))
 
 
 @torch.inference_mode()
-def _logits(model: Any, batch: Batch) -> Tensor:
+def outputs(model: Any, batch: Batch) -> Tensor:
     """Of tokens, (B, T, V); of a classifier of texts with T = 1."""
     here = batch.to(model.device)
     if isinstance(here, PairBatch):

@@ -16,22 +16,20 @@ from typing import Any
 
 from hybridtrain import evaluate
 from hybridtrain.checkpoint import export_record
-from hybridtrain.config.schema import ModelConfig, QuantizeRoot
+from hybridtrain.config.schema import QuantizeRoot
 from hybridtrain.evaluate import held_out
 from hybridtrain.evaluate.held_out import HeldOut
 from hybridtrain.export import destination
 from hybridtrain.export.hf import DTYPES
-from hybridtrain.models import build, hub, tokens
-from hybridtrain.models.init import WeightSource, draw
-from hybridtrain.models.linears import is_transposed, linears_of
-from hybridtrain.models.load import pretrained
-from hybridtrain.models.source import read_config
+from hybridtrain.models import hub, tokens
+from hybridtrain.models.linears import is_transposed
 from hybridtrain.models.tokens import load_tokenizer
 from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, trained, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
 from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.schemes import Scheme
+from hybridtrain.quantize.source import Source
 from hybridtrain.quantize.weights import Writer
 from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.types import Batch
@@ -67,22 +65,14 @@ def run(config: QuantizeRoot) -> int:
     return 0
 
 
-class _Work:
+class _Work(Source):
     """A model that is quantised."""
 
     def __init__(self, config: QuantizeRoot, source: str, *, run_dir: Path):
-        self.config, self.options, self.folder, self.run_dir = config, config.quantize, source, run_dir
-        self.model = ModelConfig(from_pretrained=source, trust_remote_code=config.model.trust_remote_code)
-        self.fields = read_config(self.model)
-        if self.fields.get("quantization_config"):
-            raise stored.already(source, field=SOURCE)
-        self.built = build.hf_config(self.fields, chosen={}, attention="sdpa")
-        self.meta = build.meta_model(self.built)
-        self.linears = linears_of(self.built)
-        walk.check_any(self.linears, source, field=SOURCE)
+        super().__init__(source, trust_remote_code=config.model.trust_remote_code, field=SOURCE)
+        self.config, self.options, self.run_dir = config, config.quantize, run_dir
         stored.check_experts(self.meta, source, field=SOURCE)
         self.trained = trained.of_source(source, self.linears, field=SOURCE)
-        self.weights: WeightSource = pretrained(self.model, self.built, fresh=draw(self.built, seed=0))
         self._rows: HeldOut | None = None
         self.reference: Any = None
         self.report: Sequence[Batch] = []

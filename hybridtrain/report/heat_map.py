@@ -5,7 +5,7 @@ Cells are an image in one color, whose opacity is the value, so that it fits a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -21,6 +21,7 @@ MOST_NAMES = 64
 """Rows up to which each has its name; of more, only layers are named."""
 MOST_LAYERS = 40
 _TICKS = 7
+_ACROSS = 60  # letters below a map, side by side
 _LOGARITHMIC = {
     "amax": "Largest magnitude of inputs",
     "rms": "Root mean square of inputs",
@@ -53,28 +54,54 @@ def _of_range(key: str, title: str, numerics: Numerics, values: np.ndarray, word
 
 
 def _plot(name: str, title: str, numerics: Numerics, opacity: np.ndarray, words: str) -> Plot:
-    rows, columns = opacity.shape
-    pixels = np.zeros((rows, columns, 4))
+    columns = len(numerics.steps)
+    shown = sorted({round(place) for place in np.linspace(0, columns - 1, min(columns, _TICKS))})
+    return of_rows(
+        name,
+        title,
+        opacity,
+        broken=numerics.broken,
+        rows=numerics.modules,
+        columns={place: f"{numerics.steps[place]:,}" for place in shown},
+        below=f"sampled optimizer step\n{words}; red: not finite, or all zeros",
+        tips=[_worst(numerics, row) for row in range(len(opacity))],
+    )
+
+
+def of_rows(
+    name: str,
+    title: str,
+    opacity: np.ndarray,
+    *,
+    broken: np.ndarray,
+    rows: tuple[str, ...],
+    columns: Mapping[int, str],
+    below: str,
+    tips: Sequence[str],
+) -> Plot:
+    """A map of modules. `opacity`: (rows, columns), 0 to 1; `broken`: cells in red;
+    `columns`: place -> name; `tips`: what the page says of a row.
+    """
+    count, width = opacity.shape
+    pixels = np.zeros((count, width, 4))
     pixels[..., :3] = to_rgb(COLORS[0])
     pixels[..., 3] = np.clip(np.nan_to_num(opacity, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
-    pixels[numerics.broken] = (*to_rgb(ALARM), 1.0)
+    pixels[broken] = (*to_rgb(ALARM), 1.0)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.8, float(np.clip(1.0 + 0.135 * rows, 2.2, 9.0))))
+        figure = Figure(figsize=(5.8, float(np.clip(1.0 + 0.135 * count, 2.2, 9.0))))
         axes = figure.add_subplot()
         axes.grid(visible=False)
         axes.set_title(title)
-        axes.set_xlabel(f"sampled optimizer step\n{words}; red: not finite, or all zeros", fontsize=7.5)
-        extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+        axes.set_xlabel(below, fontsize=7.5)
+        extent = (-0.5, width - 0.5, count - 0.5, -0.5)
         axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
-        shown = sorted({round(place) for place in np.linspace(0, columns - 1, min(columns, _TICKS))})
-        axes.set_xticks(shown, [f"{numerics.steps[place]:,}" for place in shown])
-        _name_rows(axes, numerics.modules)
-        for row, module in enumerate(numerics.modules):
-            tip = f"{module}: {_worst(numerics, row)}"
-            axes.add_patch(
-                Rectangle((-0.5, row - 0.5), columns, 1, alpha=0.01, linewidth=0, gid=f"tip:{row}:{tip}")
-            )
-        return Plot(name, f"{title}, {rows} modules", figure)
+        slanted = {"rotation": 25, "ha": "right"} if sum(map(len, columns.values())) > _ACROSS else {}
+        axes.set_xticks(list(columns), list(columns.values()), parse_math=False, **slanted)
+        _name_rows(axes, rows)
+        for row, (module, tip) in enumerate(zip(rows, tips, strict=True)):
+            words = f"tip:{row}:{module}: {tip}"
+            axes.add_patch(Rectangle((-0.5, row - 0.5), width, 1, alpha=0.01, linewidth=0, gid=words))
+        return Plot(name, f"{title}, {count} modules", figure)
 
 
 def _name_rows(axes: Axes, modules: tuple[str, ...]) -> None:

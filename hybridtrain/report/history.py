@@ -20,7 +20,7 @@ import numpy as np
 
 from hybridtrain.config import compose, schema
 from hybridtrain.errors import UserError, refusal
-from hybridtrain.report import benchmarks, samples
+from hybridtrain.report import benchmarks, compared, samples
 from hybridtrain.report.numerics import Numerics, of_lines
 from hybridtrain.run.record import METRICS, read_machine, read_summary, require_run
 from hybridtrain.runtime import failure
@@ -58,6 +58,8 @@ class History:
     """samples.jsonl."""
     scores: list[benchmarks.Scores]
     """lm_eval.jsonl."""
+    compared: compared.Cells
+    """compare.json."""
     unread: Mapping[str, int]
     """File -> number of its lines that could not be read and are left out."""
 
@@ -157,7 +159,8 @@ def read(folder: Path) -> History:
     texts, bad_texts = samples.of_lines(_lines(folder / "samples.jsonl"))
     bad = {"metrics.jsonl": bad_rows, "events.jsonl": bad_events, "numerics.jsonl": bad_samples}
     scores, bad_scores = benchmarks.of_lines(_lines(folder / "lm_eval.jsonl"))
-    bad |= {"samples.jsonl": bad_texts, "lm_eval.jsonl": bad_scores}
+    found, bad_compared = compared.of_lines(_lines(folder / "compare.json"))
+    bad |= {"samples.jsonl": bad_texts, "lm_eval.jsonl": bad_scores, "compare.json": bad_compared}
     unread = {name: count for name, count in bad.items() if count}
     if not summary and (folder / "summary.json").exists():
         unread["summary.json"] = 1
@@ -173,6 +176,7 @@ def read(folder: Path) -> History:
         numerics=numerics,
         samples=texts,
         scores=scores,
+        compared=found,
         unread=unread,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridtrain.config import compose, schema
-from hybridtrain.report import benchmarks, page, samples
+from hybridtrain.report import benchmarks, compared, page, samples
 from hybridtrain.report.history import History
 from hybridtrain.report.plots import Plot
 from hybridtrain.training.metrics import duration, quantity
@@ -25,6 +25,7 @@ def document(history: History, plots: Sequence[Plot]) -> str:
         f'<p class="note">{page.escape(unread(history))}</p>' if history.unread else "",
         page.plots(plots) if plots else '<p class="note">No step was logged yet.</p>',
         page.section("Benchmarks", benchmarks.section(history.scores)),
+        page.section("Compared with the export", compared.section(history.compared)),
         page.section("Samples", samples.section(history.samples)),
         page.section("Failure", f"<pre>{page.escape(history.failure)}</pre>" if history.failure else ""),
         page.section("Non-finite steps and loss spikes", findings(history)),
@@ -50,7 +51,7 @@ def about(history: History) -> str:
 def unread(history: History) -> str:
     """A note on lines that could not be read."""
     return "Left out, because it cannot be read: " + ", ".join(
-        f"{name}" if name == "summary.json" else f"{count:,} line{'s' if count > 1 else ''} of {name}"
+        f"{name}" if name.endswith(".json") else f"{count:,} line{'s' if count > 1 else ''} of {name}"
         for name, count in history.unread.items()
     )
 

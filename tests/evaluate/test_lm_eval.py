@@ -74,6 +74,15 @@ def test_the_last_checkpoint_is_measured_and_so_is_an_export(data: Path, tmp_pat
     ]
     assert main(argv) == 0
     assert [json.loads(line)["limit"] for line in (run / "lm_eval.jsonl").read_text().splitlines()] == [0, 3]
+    words = [argv[1], *argv[2:4], "compare.dtypes=[bfloat16]", "compare.rows=2"]
+    assert main(["compare", *words]) == 0
+    compared = json.loads((run / "compare.json").read_text())
+    own, narrow = (
+        each["lm_eval"]["own_numbers"] for each in (compared["reference"], *compared["candidates"])
+    )
+    assert own["acc"] == pytest.approx(accuracy(run / "export"))
+    assert narrow.keys() == own.keys()
+    assert (run / "compare.html").read_text().count('<td class="wide">own_numbers</td>') == 2 * len(own)
     page = single.document(history.read(run), [])
     assert page.count("own_numbers</th>") == 2
     assert main([*argv[:2], "lm_eval.tasks=[own_number]"]) == 2

@@ -95,7 +95,9 @@ def of_rows(
         axes.set_xlabel(below, fontsize=7.5)
         extent = (-0.5, width - 0.5, count - 0.5, -0.5)
         axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
-        slanted = {"rotation": 25, "ha": "right"} if sum(map(len, columns.values())) > _ACROSS else {}
+        slanted: dict[str, Any] = (
+            {"rotation": 25, "ha": "right"} if sum(map(len, columns.values())) > _ACROSS else {}
+        )
         axes.set_xticks(list(columns), list(columns.values()), parse_math=False, **slanted)
         _name_rows(axes, rows)
         for row, (module, tip) in enumerate(zip(rows, tips, strict=True)):

@@ -6,6 +6,7 @@ Cells are an image in one color, whose opacity is the value, so that it fits a l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np

@@ -352,19 +352,16 @@ def _write_rest(
     for line in lines if run.config.model.from_pretrained else ():  # a new model has no tokens yet
         log.warning("export: %s", line)
     config.pop("torch_dtype", None)  # the older name of "dtype"
-    classes: dict[str, Any] = {}
-    if (partial / adapter_folder.CONFIG).is_file():
-        classes = adapter_folder.fields_of_classes(config)
-    else:
+    of_classes: dict[str, Any] = {}
+    if not (partial / adapter_folder.CONFIG).is_file():
         _write_json(partial / marker.CONFIG, {**config, "dtype": origin["dtype"]})
+    elif fields := adapter_folder.fields_of_classes(config):
+        of_classes = {"model": fields}
     if generation:
         _write_json(partial / tokens.GENERATION, generation)
     progress = marker.read_progress(checkpoint)
-    _write_json(
-        partial / export_record.ORIGIN,
-        {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin, **_rounded(progress)}
-        | ({"model": classes} if classes else {}),
-    )
+    record = {"step": progress.step, "tokens_seen": progress.tokens_seen, **origin}
+    _write_json(partial / export_record.ORIGIN, record | of_classes | _rounded(progress))
 
 
 def _rounded(progress: Progress) -> dict[str, Any]:

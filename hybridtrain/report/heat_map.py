@@ -6,6 +6,7 @@ Cells are an image in one color, whose opacity is the value, so that it fits a l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -95,7 +96,8 @@ def of_rows(
         axes.set_xlabel(below, fontsize=7.5)
         extent = (-0.5, width - 0.5, count - 0.5, -0.5)
         axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
-        slanted = {"rotation": 25, "ha": "right"} if sum(map(len, columns.values())) > _ACROSS else {}
+        is_long = sum(map(len, columns.values())) > _ACROSS
+        slanted: dict[str, Any] = {"rotation": 25, "ha": "right"} if is_long else {}
         axes.set_xticks(list(columns), list(columns.values()), parse_math=False, **slanted)
         _name_rows(axes, rows)
         for row, (module, tip) in enumerate(zip(rows, tips, strict=True)):

@@ -22,7 +22,7 @@ MOST_NAMES = 64
 """Rows up to which each has its name; of more, only layers are named."""
 MOST_LAYERS = 40
 _TICKS = 7
-_ACROSS = 60  # letters below a map, side by side
+_ACROSS = 50  # letters below a map, side by side
 _LOGARITHMIC = {
     "amax": "Largest magnitude of inputs",
     "rms": "Root mean square of inputs",

@@ -116,7 +116,7 @@ def _tradeoff(name: str, title: str, unit: str, points: Sequence[tuple[str, floa
             axes.annotate(
                 _short(label),
                 (x, y),
-                xytext=(5, 3),
+                xytext=(5, 3 if index in front else -8),
                 textcoords="offset points",
                 fontsize=7,
                 color=color,
@@ -208,5 +208,5 @@ def _speed(rows: Sequence[Row]) -> Iterator[Plot]:
         axes.axvline(1, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(timed)), [_short(str(each["name"])) for each in timed], parse_math=False)
         axes.invert_yaxis()
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(passes))
         yield Plot("speed", f"Speed of {len(timed)} models", figure)

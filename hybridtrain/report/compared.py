@@ -17,7 +17,7 @@ def cells(result: Mapping[str, Any]) -> Cells:
     first = result["reference"]
     size, perplexity = f"{first['bytes'] / 1e6:.2f}", f"{first['perplexity']:.4f}"
     return [
-        (str(first["name"]), size, "", perplexity, "", "", "", ""),
+        (str(first["name"]), size, "", perplexity, "reference", "", "", ""),
         *(_cells_of(each) for each in result["candidates"]),
     ]
 

@@ -22,7 +22,7 @@ MOST_NAMES = 64
 """Rows up to which each has its name; of more, only layers are named."""
 MOST_LAYERS = 40
 _TICKS = 7
-_ACROSS = 60  # letters below a map, side by side
+_ACROSS = 50  # letters below a map, side by side
 _LOGARITHMIC = {
     "amax": "Largest magnitude of inputs",
     "rms": "Root mean square of inputs",
@@ -96,9 +96,8 @@ def of_rows(
         axes.set_xlabel(below, fontsize=7.5)
         extent = (-0.5, width - 0.5, count - 0.5, -0.5)
         axes.imshow(pixels, aspect="auto", interpolation="nearest", extent=extent)
-        slanted: dict[str, Any] = (
-            {"rotation": 25, "ha": "right"} if sum(map(len, columns.values())) > _ACROSS else {}
-        )
+        is_long = sum(map(len, columns.values())) > _ACROSS
+        slanted: dict[str, Any] = {"rotation": 25, "ha": "right"} if is_long else {}
         axes.set_xticks(list(columns), list(columns.values()), parse_math=False, **slanted)
         _name_rows(axes, rows)
         for row, (module, tip) in enumerate(zip(rows, tips, strict=True)):

@@ -116,23 +116,25 @@ def _tradeoff(name: str, title: str, unit: str, points: Sequence[tuple[str, floa
             axes.annotate(
                 _short(label),
                 (x, y),
-                xytext=(5, 3),
+                xytext=(-5, -9) if index in front else (5, 3),
                 textcoords="offset points",
+                ha="right" if index in front else "left",
                 fontsize=7,
                 color=color,
                 parse_math=False,
             )
-        axes.set_ylim(low / 1.5, 4 * max(above))
+        axes.set_ylim(low / 2, 4 * max(above))
         _plain_sizes(axes, [x for _, x, _ in places])
         return Plot(name, f"{title}: {len(points)} models, {len(front)} on the front", figure)
 
 
 def _plain_sizes(axes: Axes, sizes: Sequence[float]) -> None:
-    """A few sizes in MB as ticks, in place of powers of ten, and room for names at the right."""
+    """A few sizes in MB as ticks, in place of powers of ten, and room for names on both sides."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     first, last = min(sizes), max(sizes)
-    axes.set_xlim(first / 1.15, last * (last / first) ** 0.35 * 1.3)
+    room = 1.3 * (last / first) ** 0.25
+    axes.set_xlim(first / room, last * room)
     axes.xaxis.set_major_locator(FixedLocator(np.geomspace(first, max(last, 1.01 * first), 4).tolist()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -208,5 +210,5 @@ def _speed(rows: Sequence[Row]) -> Iterator[Plot]:
         axes.axvline(1, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(timed)), [_short(str(each["name"])) for each in timed], parse_math=False)
         axes.invert_yaxis()
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(passes))
         yield Plot("speed", f"Speed of {len(timed)} models", figure)

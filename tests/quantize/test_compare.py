@@ -26,7 +26,8 @@ def result_of(run: Path, *argv: str) -> dict:
     return json.loads((run / "compare.json").read_text())
 
 
-def test_speed_memory_and_the_page(trained, tmp_path: Path, capsys) -> None:
+def test_speed_memory_and_the_page(trained, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(speed, "_LEAST_S", 0.005)
     run = shutil.copytree(trained.run, tmp_path / "run")
     argv = ["compare.dtypes=[bfloat16,autocast_bf16]", "compare.schemes=[int8,int8-a8s]", "compare.speed=8"]
     result = result_of(run, *argv, "compare.rows=4", "compare.calibration_rows=8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ class Writer:
             found = next(layers) if number and self.plan else []
             file = self._save(found, layer=number - 1, folder=progress.folder)
             del found  # before the next layer is read
+            gc.collect()  # and the modules of this one, which refer to one another
             progress.add(file, states=states if 0 < number < count else [])
             size = sum(each["bytes"] for each in progress.files)
             _log.info("%d/%d layers, %.2f GB", number, count, size / 1e9)

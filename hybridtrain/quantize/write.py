@@ -31,6 +31,7 @@ from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.source import Source
 from hybridtrain.quantize.weights import Writer
+from hybridtrain.runtime import cpu
 from hybridtrain.runtime.files import unwritable, write_json
 from hybridtrain.types import Batch
 
@@ -44,6 +45,7 @@ def run(config: QuantizeRoot) -> int:
     scheme = schemes.parse(options.scheme, field=SCHEME)
     steps = auto.ladder(options.ladder) if options.plan == plans.AUTO else []
     destination.check(out, field=OUT)
+    cpu.return_freed_memory()
     with evaluate.loadable(options.source, run_dir=run_dir, field=SOURCE) as source:
         work = _Work(config, source, run_dir=run_dir)
         results: dict[str, Any] = {}

@@ -77,6 +77,16 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
+def return_freed_memory() -> None:
+    """Have glibc return each block of a MiB or more to the system as soon as it is freed, for commands that
+    read one large block after the other. By default it keeps those below the largest that was freed, up to
+    32 MiB.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 20)
+
+
 def _use_onednn_if_exact() -> None:
     """Let oneDNN compute fp32 matmuls if that loses no precision.
 

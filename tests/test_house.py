@@ -37,6 +37,7 @@ DOORS = {
     "matplotlib": ("report/",),
     "lm_eval": ("evaluate/harness.py",),
     "compressed_tensors": ("quantize/stored.py",),
+    "torchao": ("quantize/floats8.py",),
 }
 
 # Names that a library keeps to itself, and may change without a word -> where we use them.

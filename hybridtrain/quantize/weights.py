@@ -33,7 +33,7 @@ class Writer:
     ):
         self.built, self.meta, self.source, self.plan = built, meta, source, plan
         self.dtype, self.field = dtype, field
-        self.format = stored.Format() if plan else None
+        self.format = stored.format_of(plan, meta, dtype=dtype, field=field)
         self.layers = f"{structure_of(built).layers}."
 
     def description(self) -> dict[str, Any]:
@@ -69,7 +69,8 @@ class Writer:
                 tensors |= self._codes(each)
                 bits += each.scheme.stored_bits(each.linear.outputs, each.linear.inputs)
                 weights += each.linear.outputs * each.linear.inputs
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            own = {} if self.format is None else self.format.metadata
+            save_file(tensors, partial / file, metadata={"format": "pt", **own})
             where |= dict.fromkeys(tensors, file)
             total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             _log.info("%d/%d layers, %.2f GB", number, count, total / 1e9)

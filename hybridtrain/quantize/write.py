@@ -95,8 +95,7 @@ class _Work:
     def calibration(self, plan: Plan, *, field: str) -> list[Batch]:
         """Calibration rows, if the plan needs them, after a check that it fits the model."""
         transposed = any(is_transposed(self.meta.get_submodule(path)) for path in plan)
-        for scheme in set(plan.values()):
-            stored.check(scheme, field=field, transposed=transposed)
+        stored.check(plan.values(), field=field, transposed=transposed)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
             rows = calibration.batches(
@@ -114,6 +113,7 @@ class _Work:
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
+        stored.check(steps, field=auto.LADDER, transposed=False)
         verify, self.report = auto.split(list(rows.batches()))
         cast = stored.name_of(DTYPES[self.options.dtype])
 

@@ -17,12 +17,12 @@ from hybridtrain.errors import refusal
 from hybridtrain.evaluate import held_out
 from hybridtrain.models import build, classifier
 from hybridtrain.models.init import draw
-from hybridtrain.models.linears import linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize import schemes, stored, table, walk
 from hybridtrain.quantize.calibration import batches
+from hybridtrain.quantize.experts import linears_of
 from hybridtrain.quantize.measure import Measured, measure
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
@@ -149,7 +149,7 @@ def _schemes(
             field=SCHEMES,
         ):
             for each in found:
-                walk.put(changed.get_submodule(each.linear.path), each)
+                walk.place(changed, each)
             layers += found
         yield Candidate(scheme.name, changed, table.stored_bytes(own.model, layers), layers)
 

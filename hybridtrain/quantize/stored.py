@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hybridtrain.errors import UserError, install, refusal
 from hybridtrain.plan.formats import E4M3
-from hybridtrain.quantize import floats8
+from hybridtrain.quantize import experts, floats8
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
 
@@ -31,6 +31,7 @@ WRITTEN = (
     "bf16, fp16; int2, int3, int4, int8, fp8_e4m3, fp8_e5m2, nvfp4, mxfp4, also -tensor, -row, -gN, -gptq; "
     "-a8 and -a8s with int8 and fp8_e4m3"
 )
+EXPERTS = r"re:.*\.experts\..*"
 _CAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NF4 = (
     "nf4 is stored by bitsandbytes alone, which multiplies in kernels of its own: on CPUs with AVX512-BF16 "
@@ -78,18 +79,41 @@ def _check(scheme: Scheme, *, field: str, transposed: bool) -> None:
         )
 
 
-def check_experts(meta: nn.Module, source: str, *, field: str) -> None:
-    """Refuse a model (on meta) whose experts are one parameter, no linear layers (raises UserError)."""
-    named = meta.named_parameters()
-    expert = next((name for name, each in named if each.dim() == 3 and "expert" in name), None)
-    if expert is not None:
+def check_layout(meta: nn.Module, source: str, *, field: str) -> None:
+    """Refuse a model (on meta) whose experts files do not hold as a matrix each (raises UserError)."""
+    if name := experts.unknown(meta):
         raise refusal(
             field,
             source,
-            f"{expert} holds the weights of all experts in one parameter, which is not quantised yet",
-            allowed="models without such experts",
+            f"{name} holds the weights of all experts in one parameter, in files too",
+            allowed="models whose files hold a matrix for each expert",
             instead="hybridtrain compare, which studies the linear layers beside them",
         )
+
+
+def check_experts(plan: Mapping[str, Scheme | None], dtype: str, *, field: str) -> None:
+    """Refuse experts that transformers would load as others (raises UserError). `plan`: path of the experts
+    of a layer -> their scheme, None: without codes.
+    """
+    chosen = sorted({each.name if each and each.share else "" for each in plan.values()})
+    scheme = next((each for each in plan.values() if each and each.share), None)
+    if scheme is None:
+        return
+    problem, instead = "", "int4-g32-gptq"
+    if len(chosen) > 1:
+        problem = (
+            f"experts of other layers are in {chosen[0] or 'no codes'}: transformers reads all in one scheme"
+        )
+        instead = f"{scheme.name} for all"
+    elif scheme.codes in ("nvfp4", "e5m2") or scheme.inputs:
+        problem = "transformers does not read experts in it"
+        instead = "int8, or a plan (quantize.plan) with another scheme for experts"
+    elif dtype != "bfloat16":
+        problem = f"transformers computes the weights of experts in bfloat16, the rest would be in {dtype}"
+        instead = "quantize.dtype=bfloat16"
+    if problem:
+        allowed = "for experts int2, int3, int4, int8, fp8_e4m3, mxfp4, without -a8; one scheme for all"
+        raise refusal(field, scheme.name, problem, allowed=allowed, instead=instead)
 
 
 def cast(scheme: Scheme) -> torch.dtype | None:
@@ -169,7 +193,7 @@ class _CompressedTensors:
             by_scheme.setdefault(scheme, []).append(path)
         groups = {}
         for number, (scheme, paths) in enumerate(by_scheme.items()):
-            group = self._scheme(scheme, paths if len(by_scheme) > 1 else ["Linear"])
+            group = self._scheme(scheme, _targets(paths) if len(by_scheme) > 1 else ["Linear"])
             group.format = self._format(group)
             groups[f"group_{number}"] = group
         formats = {group.format for group in groups.values()}
@@ -222,6 +246,11 @@ class _CompressedTensors:
         return quantization.QuantizationScheme(
             targets=list(targets), weights=weights, input_activations=inputs
         )
+
+
+def _targets(paths: Sequence[str]) -> list[str]:
+    """What names the layers: those of experts, in one scheme, by the pattern that transformers looks for."""
+    return list(dict.fromkeys(EXPERTS if path.endswith(".experts") else path for path in paths))
 
 
 def _scales(layer: Quantised) -> dict[str, Tensor]:

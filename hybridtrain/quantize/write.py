@@ -23,11 +23,12 @@ from hybridtrain.export import destination
 from hybridtrain.export.hf import DTYPES
 from hybridtrain.models import build, hub, tokens
 from hybridtrain.models.init import WeightSource, draw
-from hybridtrain.models.linears import is_transposed, linears_of
+from hybridtrain.models.linears import is_transposed
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
 from hybridtrain.quantize import auto, calibration, schemes, stored, table, walk
 from hybridtrain.quantize import plan as plans
+from hybridtrain.quantize.experts import Part, key, linears_of
 from hybridtrain.quantize.plan import Plan
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.weights import Writer
@@ -76,7 +77,7 @@ class _Work:
         self.meta = build.meta_model(self.built)
         self.linears = linears_of(self.built)
         walk.check_any(self.linears, source, field=SOURCE)
-        stored.check_experts(self.meta, source, field=SOURCE)
+        stored.check_layout(self.meta, source, field=SOURCE)
         self.weights: WeightSource = pretrained(self.model, self.built, fresh=draw(self.built, seed=0))
         self._rows: HeldOut | None = None
         self.reference: Any = None
@@ -96,6 +97,8 @@ class _Work:
         """Calibration rows, if the plan needs them, after a check that it fits the model."""
         transposed = any(is_transposed(self.meta.get_submodule(path)) for path in plan)
         stored.check(plan.values(), field=field, transposed=transposed)
+        experts = dict.fromkeys(key(linear) for linear in self.linears if isinstance(linear, Part))
+        stored.check_experts({path: plan.get(path) for path in experts}, self.options.dtype, field=field)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
             rows = calibration.batches(

@@ -58,7 +58,7 @@ def check(kind: str, name: str, folder: Path) -> None:
             config, weights, lambda _: scheme, rows=[], device=torch.device("cpu"), field="quantize.scheme"
         )
         for each in (each for layer in layers for each in layer):
-            walk.put(ours.get_submodule(each.linear.path), each)
+            walk.place(ours, each)
             count = each.linear.outputs * each.linear.inputs
             bits += each.scheme.stored_bits(each.linear.outputs, each.linear.inputs) - 16 * count
     batch = rows(4)[0]
@@ -82,6 +82,13 @@ def test_plain_transformers_computes_the_same(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["int8-tensor", "int3-g32", "int4-g32", "fp8_e4m3", "mxfp4"])
+def test_plain_transformers_computes_the_same_of_experts(kind: str, name: str, tmp_path: Path) -> None:
+    check(kind, name, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "bert"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_plain_transformers_computes_the_same_of_every_model(kind: str, name: str, tmp_path: Path) -> None:
@@ -91,7 +98,8 @@ def test_plain_transformers_computes_the_same_of_every_model(kind: str, name: st
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [
-        ("mixtral", "int8", "holds the weights of all experts in one parameter"),
+        ("mixtral", "nvfp4", "transformers does not read experts in it"),
+        ("mixtral", "int8-a8", "transformers does not read experts in it"),
         (
             "llama",
             "nf4",
@@ -139,7 +147,7 @@ def test_a_plan_is_in_the_format_of_one_library(tmp_path: Path, capsys) -> None:
         config, weights, lambda linear: plan.get(linear.path), rows=[], device=torch.device("cpu"), field="x"
     )
     for each in (each for layer in layers for each in layer):
-        walk.put(model.get_submodule(each.linear.path), each)
+        walk.place(model, each)
     ids = rows(4)[0].input_ids_BT
     with torch.no_grad():
         assert torch.equal(model(ids).logits, fresh_logits(tmp_path / "out", ids, tmp_path))

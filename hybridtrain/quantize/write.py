@@ -137,6 +137,7 @@ class _Work:
             verify=verify,
             report=self.report,
             plan_of=plan_of,
+            one=self.options.joined,
         )
         self.reference = reference
         return plan, results

@@ -38,6 +38,7 @@ DOORS = {
     "lm_eval": ("evaluate/harness.py",),
     "compressed_tensors": ("quantize/stored.py",),
     "pynvml": ("runtime/energy.py",),
+    "torchao": ("quantize/floats8.py",),
 }
 
 # Names that a library keeps to itself, and may change without a word -> where we use them.

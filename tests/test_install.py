@@ -119,6 +119,7 @@ MISSING = {
     "deepspeed": (*TRAIN, "engine=deepspeed"),
     "quantize": ("quantize", "one"),
     "report": ("report", "--compare", "one", "two"),
+    "torchao": ("quantize", "one", "quantize.scheme=fp8_e5m2"),
     "trackers": (*TRAIN, "tracker=tensorboard"),
     "wandb": (*TRAIN, "tracker=wandb"),
 }

@@ -17,17 +17,16 @@ def has_matplotlib() -> bool:
 
 
 def _quantize(options: schema.QuantizeConfig) -> None:
-    problem = (
-        "the package compressed-tensors, which packs the codes of quantised folders, is not installed here"
-    )
+    e5m2 = not options.plan and options.scheme.partition("-")[0] == "fp8_e5m2"
+    package, extra = ("torchao", "torchao") if e5m2 else ("compressed-tensors", "quantize")
     require(
-        bool(importlib.util.find_spec("compressed_tensors"))
+        bool(importlib.util.find_spec(package.replace("-", "_")))
         or (not options.plan and options.scheme in ("bf16", "fp16")),
         "quantize.scheme",
         options.scheme,
-        problem,
+        f"the package {package}, in whose format quantised layers are stored, is not installed here",
         allowed="bf16 and fp16 without it",
-        instead=install("quantize"),
+        instead=install(extra),
     )
 
 

@@ -55,6 +55,9 @@ class QuantizeConfig(Options):
     """quantize.plan=auto: largest relative increase of the perplexity on held-out rows, 0.01 for 1 %."""
     ladder: list[str] = field(default_factory=lambda: ["bf16", "int8", "int4-g32-gptq"])
     """quantize.plan=auto: schemes that a layer may have, the widest first."""
+    joined: bool = True
+    """quantize.plan=auto: one scheme for layers that read the same input (q, k and v; gate and up): vLLM
+    multiplies them as one."""
     eval_rows: int = 0
     """quantize.plan=auto: held-out rows, half to verify the plan and half to report it; 0: all."""
     out: str = ""

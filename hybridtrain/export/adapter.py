@@ -94,6 +94,7 @@ def _write_alone(
         partial / adapter_folder.WEIGHTS,
         specs=[TensorSpec(name, spec.shape, dtype) for name, spec in specs.items()],
         tensor=lambda spec: read(specs[spec.name]),
+        metadata={},
     )
     fields = adapter_folder.config_of(linears, settings, base=config.model, model=built)
     (partial / adapter_folder.CONFIG).write_text(json.dumps(fields, indent=2) + "\n")

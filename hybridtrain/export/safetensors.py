@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -44,13 +45,19 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(file: Path, *, specs: Sequence[TensorSpec], tensor: Callable[[TensorSpec], torch.Tensor]) -> None:
-    """Write `file`.
+def write(
+    file: Path,
+    *,
+    specs: Sequence[TensorSpec],
+    tensor: Callable[[TensorSpec], torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write `file`. `metadata`: texts in its header, besides the format.
 
     `tensor` returns the values of a spec, on the CPU, with its shape and dtype; called once
     for each, in order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for spec in specs:
         header[spec.name] = {

@@ -95,7 +95,7 @@ def write_files(
         max_shard_size=max_shard_bytes,
     )
     for file, names in shards.filename_to_tensors.items():
-        safetensors.write(partial / file, specs=[by_name[name] for name in names], tensor=tensor)
+        safetensors.write(partial / file, specs=[by_name[name] for name in names], tensor=tensor, metadata={})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

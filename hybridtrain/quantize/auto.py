@@ -10,7 +10,8 @@ from typing import Any
 
 from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource
-from hybridtrain.quantize import schemes, table, walk
+from hybridtrain.quantize import joined, schemes, table, walk
+from hybridtrain.quantize.experts import key
 from hybridtrain.quantize.measure import Measured, measure
 from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.schemes import Scheme
@@ -58,23 +59,25 @@ def found(
     verify: Sequence[Batch],
     report: Sequence[Batch],
     plan_of: Callable[[Scheme], Plan],
+    one: bool,
 ) -> tuple[Plan, dict[str, Any]]:
     """(plan, results: a table of it and of uniform schemes on a third set of rows).
 
-    `plan_of`: the plan of one scheme for all; raises UserError for one that does not fit. Raises UserError if
-    no plan keeps the budget.
+    `plan_of`: the plan of one scheme for all; raises UserError for one that does not fit. `one`: whether
+    layers that read the same input have one scheme. Raises UserError if no plan keeps the budget.
     """
     uniform = {
         scheme.name: _uniform(built, source, scheme, calibration, reference, plan_of) for scheme in steps
     }
     first = next(iter(uniform.values()))
-    candidates = {path: [layers[path] for layers in uniform.values()] for path in first}
+    together = joined.sets(reference, [each.linear for each in first.values()], calibration[0], joined=one)
+    candidates = joined.candidates(list(uniform.values()), together)
     few = calibration[: max(1, 8 // len(calibration[0].input_ids_BT))]
     result = search(reference, candidates, budget=budget, rows=few, verify=verify)
     _check(result, budget, steps)
     other = copy.deepcopy(reference)
     rows = []
-    chosen = {path: uniform[scheme.name][path] for path, scheme in result.plan.items()}
+    chosen = {path: uniform[result.plan[key(each.linear)].name][path] for path, each in first.items()}
     for name, layers in {**uniform, "plan": chosen}.items():
         values = list(layers.values())
         with walk.changed(other, values):

@@ -134,7 +134,7 @@ class Candidates:
             field=SCHEMES,
         ):
             for each in found:
-                walk.put(changed.get_submodule(each.linear.path), each)
+                walk.place(changed, each)
             layers += found
         stored = table.stored_bytes(own.model, layers)
         return Candidate(scheme.name, changed, stored, layers, EMULATED, timed=False)

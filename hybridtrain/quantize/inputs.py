@@ -48,6 +48,10 @@ class Seen:
             self._largest = torch.maximum(self._largest.to(x_MK.device), x_MK.abs().max())
             self._kept.append(x_MK.flatten()[:: _coprime(-(-x_MK.numel() // _KEPT), x_MK.shape[1])].cpu())
 
+    def determines(self, inputs: int) -> bool:
+        """Whether there were as many tokens as a weight has columns."""
+        return self.tokens >= inputs
+
     @property
     def mean(self) -> Tensor:
         """Of each input, (K,)."""

@@ -3,6 +3,7 @@
     layers:
       model.layers.0.mlp.down_proj: int8
       model.layers.0.mlp.up_proj: int4-g32-gptq
+      model.layers.1.mlp.experts: int8            all experts of a layer
 
 Layers that it does not name stay as they are.
 """
@@ -18,6 +19,7 @@ import yaml
 from hybridtrain.errors import refusal
 from hybridtrain.models.linears import Linear
 from hybridtrain.quantize import schemes
+from hybridtrain.quantize.experts import key
 from hybridtrain.quantize.schemes import Scheme
 
 FIELD, FILE = "quantize.plan", "plan.yaml"
@@ -28,12 +30,12 @@ Plan = Mapping[str, Scheme]
 
 def uniform(scheme: Scheme, linears: Sequence[Linear]) -> Plan:
     """One scheme for all, but for routers of experts."""
-    return {linear.path: scheme for linear in linears if not linear.router}
+    return {key(linear): scheme for linear in linears if not linear.router}
 
 
 def choice(plan: Plan) -> Callable[[Linear], Scheme | None]:
     """The scheme that a plan gives a linear layer; None: left as it is."""
-    return lambda linear: plan.get(linear.path)
+    return lambda linear: plan.get(key(linear))
 
 
 def read(file: Path, linears: Sequence[Linear]) -> Plan:
@@ -60,7 +62,7 @@ def read(file: Path, linears: Sequence[Linear]) -> Plan:
 
 def check_paths(layers: Iterable[object], linears: Sequence[Linear], *, field: str, value: object) -> None:
     """Refuse paths of layers that the model does not have (raises UserError)."""
-    known = [linear.path for linear in linears]
+    known = list(dict.fromkeys(map(key, linears)))
     for path in layers:
         if path not in known:
             near = difflib.get_close_matches(str(path), known, n=1)

@@ -66,7 +66,10 @@ class Progress:
             self._states = f"states-{len(self.files) - 1:05d}.safetensors"
             specs = [TensorSpec(str(at), tuple(each.shape), each.dtype) for at, each in enumerate(states)]
             safetensors.write(
-                self.folder / self._states, specs=specs, tensor=lambda spec: states[int(spec.name)]
+                self.folder / self._states,
+                specs=specs,
+                tensor=lambda spec: states[int(spec.name)],
+                metadata={},
             )
         self._write()
         if before:

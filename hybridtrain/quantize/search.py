@@ -1,7 +1,7 @@
 """A scheme for each linear layer, within a budget of perplexity.
 
-1  each layer alone in each scheme: divergence (KL) from the reference, on a few rows. Divergences of
-   single layers add up, and unlike changes of the loss they are never negative
+1  each layer alone in each scheme, or those that share one (joined.py): divergence (KL) from the
+   reference, on a few rows. Divergences add up, and unlike changes of the loss they are never negative
 2  from the widest scheme down, the step that saves most bits for its divergence, until the sum would be
    above log(1 + budget)
 3  measured on other rows: while the increase of the perplexity plus two standard errors is above the
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hybridtrain.errors import refusal
 from hybridtrain.quantize import walk
+from hybridtrain.quantize.experts import key
 from hybridtrain.quantize.measure import Measured, against, measure, predicted
 from hybridtrain.quantize.schemes import Scheme
 from hybridtrain.quantize.walk import Quantised
@@ -31,13 +32,13 @@ _UNDONE = 12
 """Of the steps, the share that is undone at a time."""
 _log = log.get("quantize")
 
-Candidates = Mapping[str, Sequence[Quantised]]
-"""Path of a linear layer -> it in each scheme, the widest first."""
+Candidates = Mapping[str, Sequence[Sequence[Quantised]]]
+"""Path of the first of layers of one scheme -> these in each scheme, the widest first."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A layer is stored in fewer bits."""
+    """Layers of one scheme are stored in fewer bits."""
 
     path: str
     to: int
@@ -73,13 +74,13 @@ def search(
     count = len(steps)
     while True:
         plan = _after(candidates, steps)
-        with walk.changed(other, plan.values()):
+        with walk.changed(other, plan):
             measured = measure(reference, other, verify)
         _log.info("%d steps: perplexity %+.3f %% at most", len(steps), 100 * measured.most)
         if measured.most <= budget or not steps:
             break
         steps = steps[: len(steps) - max(1, count // _UNDONE)]
-    schemes = {path: each.scheme for path, each in plan.items()}
+    schemes = {key(each.linear): each.scheme for each in plan}
     expected = sum(step.divergence for step in steps)
     return Found(schemes, len(steps), count - len(steps), expected, measured)
 
@@ -87,20 +88,20 @@ def search(
 def _scan(
     known: Sequence[tuple[Tensor, Batch]], other: Any, candidates: Candidates
 ) -> Mapping[str, Sequence[float]]:
-    """Path -> divergence in each of its schemes, of this layer alone; of wider schemes never more. `known`:
+    """Path -> divergence in each of its schemes, of these layers alone; of wider schemes never more. `known`:
     the logits of the reference, of which `other` is a copy.
     """
     found = {}
     for number, (path, layers) in enumerate(candidates.items(), 1):
         values: list[float] = []
         for each in layers:
-            with walk.changed(other, [each]):
+            with walk.changed(other, each):
                 divergence = against(known, other).mean("kl").value
             if not math.isfinite(divergence):
                 raise refusal(
                     "quantize.source",
                     path,
-                    f"in {each.scheme.name} its model predicts no numbers on the calibration rows",
+                    f"in {each[0].scheme.name} its model predicts no numbers on the calibration rows",
                     allowed="finite weights, and rows with tokens that count",
                     instead="another source or other rows",
                 )
@@ -144,12 +145,12 @@ def _affordable(steps: Sequence[Step], *, limit: float) -> list[Step]:
     return list(steps[:count])
 
 
-def _after(candidates: Candidates, steps: Sequence[Step]) -> dict[str, Quantised]:
+def _after(candidates: Candidates, steps: Sequence[Step]) -> list[Quantised]:
     at = dict.fromkeys(candidates, 0)
     for step in steps:
         at[step.path] = step.to
-    return {path: layers[at[path]] for path, layers in candidates.items()}
+    return [each for path, layers in candidates.items() for each in layers[at[path]]]
 
 
-def _bits(layer: Quantised) -> int:
-    return layer.scheme.stored_bits(layer.linear.outputs, layer.linear.inputs)
+def _bits(layers: Sequence[Quantised]) -> int:
+    return sum(each.scheme.stored_bits(each.linear.outputs, each.linear.inputs) for each in layers)

@@ -7,10 +7,10 @@ from functools import cached_property
 from hybridtrain.config.schema import ModelConfig
 from hybridtrain.models import build
 from hybridtrain.models.init import WeightSource, draw
-from hybridtrain.models.linears import linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
 from hybridtrain.quantize import stored, walk
+from hybridtrain.quantize.experts import linears_of
 
 
 class Source:

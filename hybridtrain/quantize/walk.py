@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource, fill, reset_buffers
-from hybridtrain.models.linears import Linear, is_transposed, linears_in
+from hybridtrain.models.linears import Linear, is_transposed
 from hybridtrain.models.stage import Stage
 from hybridtrain.models.tracing import hooked
-from hybridtrain.quantize import gptq, inputs
+from hybridtrain.quantize import experts, gptq, inputs
+from hybridtrain.quantize.experts import Matrix, Part, linears_in
 from hybridtrain.quantize.grids import Grid, grid_of
 from hybridtrain.quantize.inputs import Seen
 from hybridtrain.quantize.schemes import Scheme, check_shape
+from hybridtrain.runtime import log
 from hybridtrain.types import Batch
+
+_log = log.get("quantize")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ def check(linears: Sequence[Linear], choose: Choose, *, tokens: int, field: str,
             sizes = {"outputs": linear.outputs, "inputs": linear.inputs, "path": linear.path}
             check_shape(scheme, **sizes, field=field)  # type: ignore[arg-type]
             where = {"inputs": linear.inputs, "path": linear.path}
+            if isinstance(linear, Part):  # few tokens: rounded, see _fewer
+                experts.check(linear, scheme, field=field)
+                continue
             gptq.check_tokens(tokens, **where, scheme=scheme, field=rows_field)  # type: ignore[arg-type]
 
 
@@ -132,6 +139,7 @@ def _layer(
     stage = _stage(config, number, count=count, source=source, device=device, runs=bool(rows))
     found = list(_chosen(stage, number, choose))
     seen = _seen(stage, found, rows=rows, states=states, device=device)
+    _fewer(found, seen)
     results = [
         _quantised(linear, module, scheme, seen.pop(linear.path, None), field=field)
         for linear, module, scheme in found
@@ -204,13 +212,26 @@ def _seen(
     return seen
 
 
+def _fewer(found: Sequence[tuple[Linear, Any, Scheme]], seen: dict[str, Seen]) -> None:
+    """Say how many matrices of experts are rounded, as too few tokens were theirs for GPTQ."""
+    parts = [linear for linear, _, scheme in found if isinstance(linear, Part) and scheme.gptq]
+    if few := sum(not seen[part.path].determines(part.inputs) for part in parts):
+        _log.warning(
+            "%s: %d of %d matrices saw fewer calibration tokens than they have inputs, and are rounded "
+            "without GPTQ; more rows (quantize.rows, compare.calibration_rows) reach more",
+            parts[0].module,
+            few,
+            len(parts),
+        )
+
+
 def _quantised(linear: Linear, module: Any, scheme: Scheme, seen: Seen | None, *, field: str) -> Quantised:
     weight = module.weight.float()
     weight = weight.t() if is_transposed(module) else weight
     grid: Grid | None
     if scheme.share == "":
         grid, codes = None, weight.to({"bf16": torch.bfloat16, "fp16": torch.float16}[scheme.codes])
-    elif scheme.gptq:
+    elif scheme.gptq and (not isinstance(linear, Part) or (seen and seen.determines(linear.inputs))):
         assert seen is not None
         grid, codes = gptq.quantise(weight, seen.hessian, scheme, path=linear.path, field=field)
     else:
@@ -222,7 +243,7 @@ def _quantised(linear: Linear, module: Any, scheme: Scheme, seen: Seen | None, *
         factors = _low_rank(rest, scheme.rank)
         rest = rest - factors[0].float() @ factors[1].float()
     bias = error = scale = None
-    if seen is not None:
+    if seen is not None and seen.tokens:
         bias = seen.mean @ rest.t() if scheme.bias else None
         error = seen.error(rest, weight, bias=bias)
         scale = seen.scale()
@@ -240,6 +261,8 @@ def put(module: Any, result: Quantised) -> Callable[[], None]:
     """Let a linear layer of a plain model compute as it is quantised, in its own dtype, in place. Returns
     what undoes it.
     """
+    if isinstance(module, Matrix):
+        return module.put(result.weight())
     weight, bias = module.weight.data, module.bias
     before = None if bias is None else bias.data
     value = result.weight()
@@ -260,10 +283,15 @@ def put(module: Any, result: Quantised) -> Callable[[], None]:
     return undo
 
 
+def place(model: Any, result: Quantised) -> Callable[[], None]:
+    """`put` in the place of a linear layer in a plain model."""
+    return put(experts.module_of(model, result.linear), result)
+
+
 @contextmanager
 def changed(model: Any, layers: Iterable[Quantised]) -> Iterator[None]:
     """A plain model with these layers quantised, inside the `with` block."""
-    undo = [put(model.get_submodule(each.linear.path), each) for each in layers]
+    undo = [place(model, each) for each in layers]
     try:
         yield
     finally:

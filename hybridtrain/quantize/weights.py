@@ -19,7 +19,7 @@ from hybridtrain.models.conversion import as_stored
 from hybridtrain.models.init import WeightSource
 from hybridtrain.models.structure import structure_of
 from hybridtrain.models.weights import INDEX
-from hybridtrain.quantize import stored, walk
+from hybridtrain.quantize import experts, stored, walk
 from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.walk import Quantised
@@ -38,7 +38,8 @@ class Writer:
     ):
         self.built, self.meta, self.source, self.plan = built, meta, source, plan
         self.dtype, self.field = dtype, field
-        self.format = stored.Format() if plan else None
+        self.experts = {path for path in plan if not isinstance(meta.get_submodule(path), torch.nn.Linear)}
+        self.format = stored.format_of(plan, meta, dtype=dtype, field=field)
         self.layers = f"{structure_of(built).layers}."
 
     def description(self) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class Writer:
             for path, module in self.meta.named_modules()
             if isinstance(module, torch.nn.Linear) and path not in self.plan
         }
+        if not all(map(self._in_codes, experts.names(self.meta))):
+            others.add(stored.EXPERTS)
         return {"quantization_config": self.format.description(self.plan, ignored=others)}
 
     def write(self, progress: Progress, *, rows: Sequence[Batch]) -> tuple[int, float]:
@@ -91,7 +94,8 @@ class Writer:
             tensors |= self._codes(each)
         specs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
         name = f"model-{layer + 1:05d}.safetensors"
-        safetensors.write(folder / name, specs=specs, tensor=lambda spec: tensors[spec.name])
+        own = {} if self.format is None else self.format.metadata
+        safetensors.write(folder / name, specs=specs, tensor=lambda spec: tensors[spec.name], metadata=own)
         linears = [(each.scheme, each.linear.outputs, each.linear.inputs) for each in found]
         return {
             "file": name,
@@ -110,11 +114,17 @@ class Writer:
         """The tensors of a layer, or with -1 those outside of layers, that are not in codes, as stored."""
         tensors = {}
         for name, value in (*self.meta.named_parameters(), *build.saved_buffers(self.meta).items()):
-            if self._layer(name) == layer and name.removesuffix(".weight") not in self.plan:
+            if self._layer(name) == layer and not self._in_codes(name):
                 whole = self.source(name, tuple(value.shape), tuple(slice(0, size) for size in value.shape))
                 is_parameter = isinstance(value, torch.nn.Parameter)
                 tensors[name] = self._cast(name, whole) if is_parameter else whole.to(value.dtype)
-        return {name: tensor.contiguous() for name, tensor in as_stored(self.meta, tensors).items()}
+        kept = {}
+        if self.plan:  # of experts without codes, a matrix each, transformers would look for the codes
+            kept = {name: tensors.pop(name) for name in experts.names(self.meta) & tensors.keys()}
+        return {name: tensor.contiguous() for name, tensor in (as_stored(self.meta, tensors) | kept).items()}
+
+    def _in_codes(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.plan or name.rpartition(".")[0] in self.experts
 
     def _cast(self, name: str, whole: Tensor) -> Tensor:
         value = whole.to(self.dtype)

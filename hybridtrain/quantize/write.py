@@ -26,6 +26,7 @@ from hybridtrain.models.linears import is_transposed
 from hybridtrain.models.tokens import load_tokenizer
 from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, trained, walk
 from hybridtrain.quantize import plan as plans
+from hybridtrain.quantize.experts import Part, key
 from hybridtrain.quantize.plan import Plan
 from hybridtrain.quantize.progress import Progress
 from hybridtrain.quantize.schemes import Scheme
@@ -73,7 +74,7 @@ class _Work(Source):
     def __init__(self, config: QuantizeRoot, source: str, *, run_dir: Path):
         super().__init__(source, trust_remote_code=config.model.trust_remote_code, field=SOURCE)
         self.config, self.options, self.run_dir = config, config.quantize, run_dir
-        stored.check_experts(self.meta, source, field=SOURCE)
+        stored.check_layout(self.meta, source, field=SOURCE)
         self.trained = trained.of_source(source, self.linears, field=SOURCE)
         self._rows: HeldOut | None = None
         self.reference: Any = None
@@ -92,8 +93,9 @@ class _Work(Source):
     def calibration(self, plan: Plan, *, field: str) -> list[Batch]:
         """Calibration rows, if the plan needs them, after a check that it fits the model."""
         transposed = any(is_transposed(self.meta.get_submodule(path)) for path in plan)
-        for scheme in set(plan.values()):
-            stored.check(scheme, field=field, transposed=transposed)
+        stored.check(plan.values(), field=field, transposed=transposed)
+        experts = dict.fromkeys(key(linear) for linear in self.linears if isinstance(linear, Part))
+        stored.check_experts({path: plan.get(path) for path in experts}, self.options.dtype, field=field)
         rows: list[Batch] = []
         if any(scheme.calibrates for scheme in plan.values()):
             rows = self._calibration_rows()
@@ -124,6 +126,7 @@ class _Work(Source):
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
+        stored.check(steps, field=auto.LADDER, transposed=False)
         verify, self.report = auto.split(list(rows.batches()))
         cast = stored.name_of(DTYPES[self.options.dtype])
 
@@ -144,6 +147,7 @@ class _Work(Source):
             verify=verify,
             report=self.report,
             plan_of=plan_of,
+            one=self.options.joined,
         )
         self.reference = reference
         return plan, results

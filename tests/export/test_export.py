@@ -181,7 +181,9 @@ def test_the_safetensors_library_reads_every_dtype_and_shape_that_we_write(tmp_p
     entries = [
         safetensors.TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()
     ]
-    safetensors.write(tmp_path / "x.safetensors", specs=entries, tensor=lambda entry: values[entry.name])
+    safetensors.write(
+        tmp_path / "x.safetensors", specs=entries, tensor=lambda entry: values[entry.name], metadata={}
+    )
     with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
         for name, value in values.items():

@@ -29,6 +29,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "bert": BERT,
     "mixtral": model("mixtral", num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": model(
+        **{"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
     "gpt2": {**GPT2, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 

@@ -53,7 +53,7 @@ def write(folder: Path, *, layers: int, hidden: int, dtype: str) -> int:
         return values.roll(len(spec.name) * hash_of(spec.name))[:count].reshape(spec.shape).to(spec.dtype)
 
     for file, specs in files.items():
-        safetensors.write(folder / file, specs=specs, tensor=tensor)
+        safetensors.write(folder / file, specs=specs, tensor=tensor, metadata={})
     where = {spec.name: file for file, specs in files.items() for spec in specs}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return sum(spec.size for spec in files["model-00001.safetensors"])

@@ -12,7 +12,8 @@ import yaml
 from hybridtrain.cli.main import main
 from hybridtrain.errors import UserError
 from hybridtrain.models.linears import Linear
-from hybridtrain.quantize import auto, plan, schemes, search, walk
+from hybridtrain.quantize import auto, joined, plan, schemes, search, walk
+from hybridtrain.quantize.experts import Part, linears_of
 from tests.quantize.folders import opened, plain, rows, write
 from tests.runs import four_parts
 
@@ -27,12 +28,38 @@ def quantised(path: str, name: str) -> walk.Quantised:
 
 def test_the_step_that_saves_most_for_its_divergence_comes_first() -> None:
     layers = {
-        path: [quantised(path, name) for name in ("bf16", "int8", "int4-g32")] for path in ("a", "b", "c")
+        path: [[quantised(path, name)] for name in ("bf16", "int8", "int4-g32")] for path in ("a", "b", "c")
     }
     divergences = {"a": [0.0, 1.0, 1.1], "b": [0.0, 0.1, 5.0], "c": [0.0, 0.0, 0.0]}
     steps = search.greedy(layers, divergences)
     assert [(step.path, step.to) for step in steps] == [("c", 2), ("b", 1), ("a", 2), ("b", 2)]
     assert sum(step.divergence for step in steps) == pytest.approx(1.1 + 5.0)
+
+
+@pytest.mark.parametrize(("kind", "block"), [("llama", 0), ("bert", 1), ("mixtral", 1)])
+def test_layers_that_read_the_same_input(kind: str, block: int, tmp_path: Path) -> None:
+    folder = write(tmp_path, kind)
+    linears = linears_of(opened(folder)[0])
+    model = plain(folder, torch.float32)
+    found = joined.sets(model, linears, rows(4)[0], joined=True)
+    here = [[path.partition(f".{block}.")[2] for path in paths] for paths in found if len(paths) > 1]
+    layers = {
+        "llama": [[f"self_attn.{name}_proj" for name in "qkv"], ["mlp.gate_proj", "mlp.up_proj"]],
+        "bert": [[f"attention.self.{name}" for name in ("query", "key", "value")]],
+        "mixtral": [[f"self_attn.{name}_proj" for name in "qkv"]],
+    }[kind]
+    assert [paths for paths in here if all(paths)] == layers
+    assert sum(map(len, found)) == len(linears)
+    apart = joined.sets(model, linears, rows(4)[0], joined=False)
+    experts = [linear.path for linear in linears if isinstance(linear, Part)]
+    assert [paths for paths in apart if len(paths) > 1] == ([experts] if experts else [])
+
+
+def test_layers_of_one_scheme_step_together() -> None:
+    uniform = [{path: quantised(path, name) for path in "abc"} for name in ("bf16", "int8")]
+    together = joined.candidates(uniform, [["a", "c"], ["b"]])
+    steps = search.greedy(together, {"a": [0.0, 1.0], "b": [0.0, 0.6]})
+    assert [(step.path, step.to) for step in steps] == [("a", 1), ("b", 1)]  # two layers for 1.0, one for 0.6
 
 
 def test_a_ladder_descends() -> None:
@@ -105,6 +132,8 @@ def test_of_a_run(trained, tmp_path: Path, capsys) -> None:
     assert kl["bf16"] < kl["int8"] < kl["int2-g16"]
     assert f"budget {0.05:.3%}" in shown
     content = yaml.safe_load((out / "plan.yaml").read_text())
+    for path in [path for path in content["layers"] if path.endswith("q_proj")]:
+        assert len({content["layers"][path.replace("q_proj", f"{name}_proj")] for name in "qkv"}) == 1
     content["layers"]["model.layers.0.mlp.up_proj"] = "int8-a8"
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     argv = [str(trained.run), f"quantize.plan={tmp_path / 'mine.yaml'}", f"quantize.out={tmp_path / 'mine'}"]

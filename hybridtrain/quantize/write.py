@@ -26,7 +26,7 @@ from hybridtrain.models.init import WeightSource, draw
 from hybridtrain.models.linears import is_transposed, linears_of
 from hybridtrain.models.load import pretrained
 from hybridtrain.models.source import read_config
-from hybridtrain.quantize import auto, calibration, schemes, stored, table, walk
+from hybridtrain.quantize import auto, calibration, schemes, sets, stored, table, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.plan import Plan
 from hybridtrain.quantize.schemes import Scheme
@@ -110,11 +110,12 @@ class _Work:
 
     def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
         """A plan within the budget, and what it was measured to cost beside uniform ones."""
-        rows = self.rows(count=self.options.eval_rows or 1 << 20, field="quantize.eval_rows")
+        rows = self.rows(count=sets.pool(self.options.eval_rows), field=sets.ROWS)
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
-        verify, self.report = auto.split(list(rows.batches()))
+        drawn = sets.drawn(rows.batches(), rows=self.options.eval_rows, seed=self.config.run.seed)
+        self.report = drawn.report
         cast = stored.name_of(DTYPES[self.options.dtype])
 
         def plan_of(scheme: Scheme) -> Plan:
@@ -131,9 +132,9 @@ class _Work:
             steps,
             budget=self.options.budget,
             calibration=calibration.batches(rows, rows=self.options.rows, seed=self.config.run.seed),
-            verify=verify,
-            report=self.report,
+            rows=drawn,
             plan_of=plan_of,
+            dtype=DTYPES[self.options.dtype],
         )
         self.reference = reference
         return plan, results

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from hybridtrain.errors import refusal
 from hybridtrain.models.init import WeightSource
@@ -15,12 +19,12 @@ from hybridtrain.quantize.experts import key
 from hybridtrain.quantize.measure import Measured, measure
 from hybridtrain.quantize.plan import Plan, choice
 from hybridtrain.quantize.schemes import Scheme
-from hybridtrain.quantize.search import Found, search
+from hybridtrain.quantize.search import Found, at_most, search, tokens_needed
+from hybridtrain.quantize.sets import ROWS, Sets
 from hybridtrain.quantize.walk import Quantised
 from hybridtrain.types import Batch
 
-LADDER, BUDGET, ROWS = "quantize.ladder", "quantize.budget", "quantize.eval_rows"
-_FEWEST = 4  # rows of each set
+LADDER, BUDGET = "quantize.ladder", "quantize.budget"
 
 
 def ladder(names: Sequence[str]) -> list[Scheme]:
@@ -38,16 +42,6 @@ def ladder(names: Sequence[str]) -> list[Scheme]:
     return found
 
 
-def split(held_out: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """(rows to verify a plan on, rows to report it on). Raises UserError for too few."""
-    if len(held_out) < 2 * _FEWEST:
-        problem = f"{len(held_out)} held-out micro-batches are too few to verify a plan and to report it"
-        raise refusal(
-            ROWS, len(held_out), problem, allowed="8 micro-batches or more", instead="more held-out rows"
-        )
-    return held_out[0::2], held_out[1::2]
-
-
 def found(
     reference: Any,
     built: Any,
@@ -56,88 +50,112 @@ def found(
     *,
     budget: float,
     calibration: Sequence[Batch],
-    verify: Sequence[Batch],
-    report: Sequence[Batch],
+    rows: Sets,
     plan_of: Callable[[Scheme], Plan],
+    dtype: torch.dtype,
     one: bool,
 ) -> tuple[Plan, dict[str, Any]]:
     """(plan, results: a table of it and of uniform schemes on a third set of rows).
 
-    `plan_of`: the plan of one scheme for all; raises UserError for one that does not fit. `one`: whether
-    layers that read the same input have one scheme. Raises UserError if no plan keeps the budget.
+    `plan_of`: the plan of one scheme for all; raises UserError for one that does not fit. `dtype`: of all
+    that is not in codes. `one`: whether layers that read the same input have one scheme. Raises UserError if
+    no plan keeps the budget.
     """
-    uniform = {
-        scheme.name: _uniform(built, source, scheme, calibration, reference, plan_of) for scheme in steps
-    }
+    calibrated = _Calibrated(built, source, calibration, reference.device)
+    uniform = {scheme.name: calibrated.layers(plan_of(scheme)) for scheme in steps}
     first = next(iter(uniform.values()))
-    together = joined.sets(reference, [each.linear for each in first.values()], calibration[0], joined=one)
+    together = joined.sets(reference, [each.linear for each in first.values()], rows.search[0], joined=one)
     candidates = joined.candidates(list(uniform.values()), together)
-    few = calibration[: max(1, 8 // len(calibration[0].input_ids_BT))]
-    result = search(reference, candidates, budget=budget, rows=few, verify=verify)
+    model = copy.deepcopy(reference)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+    def written(layers: Sequence[Quantised]) -> AbstractContextManager[Any]:
+        plan = {key(each.linear): each.scheme for each in _coded(layers)}
+        return _put(model, calibrated.layers(plan).values())
+
+    result = search(
+        reference, candidates, budget=budget, rows=rows.search, verify=rows.verify, written=written
+    )
     _check(result, budget, steps)
-    other = copy.deepcopy(reference)
-    rows = []
+    found = []
     chosen = {path: uniform[result.plan[key(each.linear)].name][path] for path, each in first.items()}
     for name, layers in {**uniform, "plan": chosen}.items():
         values = list(layers.values())
-        with walk.changed(other, values):
-            measured = measure(reference, other, report)
-        rows.append(table.row(name, measured, stored=table.stored_bytes(reference, values), layers=values))
+        with written(values) if name == "plan" else _put(model, _coded(values)):
+            measured = measure(reference, model, rows.report)
+        found.append(table.row(name, measured, stored=table.stored_bytes(reference, values), layers=values))
     return result.plan, {
         "budget": budget,
         "steps": result.steps,
         "undone": result.undone,
         "expected_kl": result.expected,
         "verified": _increase(result.verified),
-        "candidates": rows,
+        "rows": rows.words,
+        "tokens": result.verified.tokens,
+        "candidates": found,
     }
 
 
-def _uniform(
-    built: Any,
-    source: WeightSource,
-    scheme: Scheme,
-    calibration: Sequence[Batch],
-    reference: Any,
-    plan_of: Callable[[Scheme], Plan],
-) -> Mapping[str, Quantised]:
-    """Path -> linear layer, of a model in one scheme."""
-    plan = plan_of(scheme)
-    rows = calibration if scheme.calibrates else []
-    layers = walk.layers(
-        built,
-        source,
-        choice(plan),
-        rows=rows,
-        device=reference.device,
-        field=LADDER,
-    )
-    return {each.linear.path: each for layer in layers for each in layer}
+def _coded(layers: Sequence[Quantised]) -> list[Quantised]:
+    """Without those that are only rounded to the dtype of all that has no codes."""
+    return [each for each in layers if each.grid is not None]
+
+
+@contextmanager
+def _put(model: Any, layers: Iterable[Quantised]) -> Iterator[Any]:
+    with walk.changed(model, layers):
+        yield model
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """A model whose layers are calibrated behind one another, as a folder is written."""
+
+    built: Any
+    source: WeightSource
+    rows: Sequence[Batch]
+    device: torch.device
+
+    def layers(self, plan: Plan) -> Mapping[str, Quantised]:
+        """Path -> linear layer in the scheme of the plan."""
+        rows = self.rows if any(scheme.calibrates for scheme in plan.values()) else []
+        layers = walk.layers(
+            self.built,
+            self.source,
+            choice(plan),
+            rows=rows,
+            device=self.device,
+            field=LADDER,
+        )
+        return {each.linear.path: each for layer in layers for each in layer}
 
 
 def _check(result: Found, budget: float, steps: Sequence[Scheme]) -> None:
-    most = result.verified.most
+    most, measured = at_most(result.verified), result.verified
     if not most <= budget:
+        few = measured.change.value <= budget
         raise refusal(
             BUDGET,
             budget,
-            f"{steps[0].name} everywhere already costs up to {most:.3%} on the rows it is verified on",
+            f"{steps[0].name} everywhere already costs up to {most:.3%} on the rows it is verified on"
+            + (f", of which {measured.tokens:,} tokens say no more than that" if few else ""),
             allowed="a larger budget, or a wider scheme first",
-            instead=f"{BUDGET}={2 * most:.3g}, or more held-out rows ({ROWS})",
+            instead=f"more held-out rows ({ROWS}): {tokens_needed(measured, budget):,} tokens to verify on"
+            if few
+            else f"{BUDGET}={2 * most:.3g}",
         )
 
 
 def _increase(measured: Measured) -> dict[str, float]:
     """Of the perplexity, relative."""
-    return {"mean": math.expm1(measured.change.value), "at_most": measured.most}
+    return {"mean": math.expm1(measured.change.value), "at_most": at_most(measured)}
 
 
 def of_folder(
     model: Any, reference: Any, *, rows: Sequence[Batch], results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The results with those of the folder that was written, whose model this is: its layers are calibrated
-    behind one another, and all else has its dtype.
-    """
+    """The results with those of the folder that was written, whose model this is."""
     measured = measure(reference, model, rows)
     stored = results["candidates"][-1]["bytes"]
     row = table.row("as written", measured, stored=stored, layers=[])
@@ -149,6 +167,6 @@ def comment(results: Mapping[str, Any]) -> str:
     verified, written = results["verified"], results["written"]
     return (
         f"perplexity {verified['mean']:+.3%} (at most {verified['at_most']:+.3%}) on the rows it was "
-        f"verified on;\nas written {written['mean']:+.3%} (at most {written['at_most']:+.3%}) on others; "
-        f"budget {results['budget']:.3%}"
+        f"verified on, {results['tokens']:,} tokens;\nas written {written['mean']:+.3%} (at most "
+        f"{written['at_most']:+.3%}) on others; budget {results['budget']:.3%}\nrows: {results['rows']}"
     )

@@ -1,5 +1,6 @@
 """GPTQ (arXiv 2210.17323): columns of a weight are rounded one after the other, and what each loses is made
-up for by those that come later, so that the layer's outputs on calibration rows change least.
+up for by those that come later, so that the layer's outputs on calibration rows change least. The columns
+of the largest inputs come first, whose errors cost most: then all others can make up for them.
 
 N outputs, K inputs.
 """
@@ -31,20 +32,22 @@ def quantise(
     hessian.diagonal()[dead] = 1.0  # inputs that are always 0: their weights count for nothing
     grid = grid_of(weight, scheme)
     weight[:, dead] = 0.0
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
     upper = _inverse_root(hessian, path=path, scheme=scheme, field=field)
-    codes = []
+    codes, places = [], order.tolist()
     for start in range(0, weight.shape[1], _BLOCK):
         stop = min(start + _BLOCK, weight.shape[1])
         errors = torch.zeros(weight.shape[0], stop - start, device=weight.device)
         for column in range(start, stop):
             here = weight[:, column : column + 1]
-            code = grid.nearest(here, start=column)
+            code = grid.nearest(here, start=places[column])
             codes.append(code)
-            error = (here - grid.values(code, start=column)) / upper[column, column]
+            error = (here - grid.values(code, start=places[column])) / upper[column, column]
             weight[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
             errors[:, column - start] = error[:, 0]
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return grid, torch.cat(codes, dim=1)
+    return grid, torch.cat(codes, dim=1)[:, order.argsort()]
 
 
 def _inverse_root(hessian: Tensor, *, path: str, scheme: Scheme, field: str) -> Tensor:

@@ -4,16 +4,20 @@
    reference, on a few rows. Divergences add up, and unlike changes of the loss they are never negative
 2  from the widest scheme down, the step that saves most bits for its divergence, until the sum would be
    above log(1 + budget)
-3  measured on other rows: while the increase of the perplexity plus two standard errors is above the
-   budget, the last twelfth of the steps is undone
+3  measured on other rows, as it would be written: the last steps are undone, as few as may be (found by
+   halving), until the increase of the perplexity plus three standard errors is within the budget
 4  reported on a third set of rows
+
+Three, since the budget is kept on other rows: two means of as many rows differ by sqrt(2) standard errors,
+and a bound is two of those.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +32,13 @@ from hybridtrain.quantize.walk import Quantised
 from hybridtrain.runtime import log
 from hybridtrain.types import Batch
 
-_UNDONE = 12
-"""Of the steps, the share that is undone at a time."""
+_ERRORS = 3.0
 _log = log.get("quantize")
 
 Candidates = Mapping[str, Sequence[Sequence[Quantised]]]
 """Path of the first of layers of one scheme -> these in each scheme, the widest first."""
+Written = Callable[[Sequence[Quantised]], AbstractContextManager[Any]]
+"""The model that would be written of a plan, inside the `with` block."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +71,62 @@ def search(
     budget: float,
     rows: Sequence[Batch],
     verify: Sequence[Batch],
+    written: Written,
 ) -> Found:
     """See above. `budget`: relative increase of the perplexity."""
-    other = copy.deepcopy(reference)
-    divergences = _scan(list(predicted(reference, rows)), other, candidates)
+    divergences = _scan(list(predicted(reference, rows)), copy.deepcopy(reference), candidates)
     steps = _affordable(greedy(candidates, divergences), limit=math.log1p(budget))
-    count = len(steps)
-    while True:
-        plan = _after(candidates, steps)
-        with walk.changed(other, plan):
-            measured = measure(reference, other, verify)
-        _log.info("%d steps: perplexity %+.3f %% at most", len(steps), 100 * measured.most)
-        if measured.most <= budget or not steps:
-            break
-        steps = steps[: len(steps) - max(1, count // _UNDONE)]
+
+    def measured_after(count: int) -> Measured:
+        with written(_after(candidates, steps[:count])) as model:
+            measured = measure(reference, model, verify)
+        _log.info("%d steps: perplexity %+.3f %% at most", count, 100 * at_most(measured))
+        return measured
+
+    number, measured = kept(len(steps), measured_after, budget=budget)
+    plan = _after(candidates, steps[:number])
     schemes = {key(each.linear): each.scheme for each in plan}
-    expected = sum(step.divergence for step in steps)
-    return Found(schemes, len(steps), count - len(steps), expected, measured)
+    expected = sum(step.divergence for step in steps[:number])
+    return Found(schemes, number, len(steps) - number, expected, measured)
+
+
+def kept(count: int, measured_after: Callable[[int], Measured], *, budget: float) -> tuple[int, Measured]:
+    """(the most of the first `count` steps that keep the budget, measured; without any, if none do)."""
+    good, bad, at = -1, count + 1, count
+    best = None
+    while bad - good > 1:
+        measured = measured_after(at)
+        if at == count:
+            _warn(measured, budget)
+        if at_most(measured) <= budget:
+            good, best = at, measured
+        else:
+            bad = at
+            best = best if good >= 0 else measured
+        at = (max(good, 0) + bad) // 2
+    assert best is not None
+    return max(good, 0), best
+
+
+def _warn(measured: Measured, budget: float) -> None:
+    """Where errors take more than the budget, whatever the plan costs."""
+    bound = _ERRORS * measured.change.error
+    if bound > budget:
+        _log.warning(
+            "%d tokens are few for a budget of %.3g %%: they measure the plan to +-%.3g %%, so that a larger "
+            "one is taken; %d would do (more held-out rows)",
+            *(measured.tokens, 100 * budget, 100 * bound, tokens_needed(measured, budget)),
+        )
+
+
+def at_most(measured: Measured) -> float:
+    """The relative increase of the perplexity, with a bound for the error on other rows."""
+    return math.expm1(measured.change.value + _ERRORS * measured.change.error)
+
+
+def tokens_needed(measured: Measured, budget: float) -> int:
+    """Tokens with which the bound for errors would be half of the budget."""
+    return math.ceil(measured.tokens * (2 * _ERRORS * measured.change.error / budget) ** 2)
 
 
 def _scan(

@@ -24,7 +24,7 @@ from hybridtrain.export.hf import DTYPES
 from hybridtrain.models import hub, tokens
 from hybridtrain.models.linears import is_transposed
 from hybridtrain.models.tokens import load_tokenizer
-from hybridtrain.quantize import auto, calibration, progress, schemes, stored, table, trained, walk
+from hybridtrain.quantize import auto, calibration, progress, schemes, sets, stored, table, trained, walk
 from hybridtrain.quantize import plan as plans
 from hybridtrain.quantize.experts import Part, key
 from hybridtrain.quantize.plan import Plan
@@ -122,12 +122,13 @@ class _Work(Source):
 
     def search(self, steps: list[Scheme]) -> tuple[Plan, dict[str, Any]]:
         """A plan within the budget, and what it was measured to cost beside uniform ones."""
-        rows = self.rows(count=self.options.eval_rows or 1 << 20, field="quantize.eval_rows")
+        rows = self.rows(count=sets.pool(self.options.eval_rows), field=sets.ROWS)
         reference = evaluate.load_model(
             self.folder, field=SOURCE, trust_remote_code=self.model.trust_remote_code
         )
         stored.check(steps, field=auto.LADDER, transposed=False)
-        verify, self.report = auto.split(list(rows.batches()))
+        drawn = sets.drawn(rows.batches(), rows=self.options.eval_rows, seed=self.config.run.seed)
+        self.report = drawn.report
         cast = stored.name_of(DTYPES[self.options.dtype])
 
         def plan_of(scheme: Scheme) -> Plan:
@@ -144,9 +145,9 @@ class _Work(Source):
             steps,
             budget=self.options.budget,
             calibration=self._calibration_rows(),
-            verify=verify,
-            report=self.report,
+            rows=drawn,
             plan_of=plan_of,
+            dtype=DTYPES[self.options.dtype],
             one=self.options.joined,
         )
         self.reference = reference

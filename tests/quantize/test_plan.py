@@ -127,6 +127,8 @@ def test_of_a_run(trained, tmp_path: Path, capsys) -> None:
         *("bf16", "int8", "int2-g16"),
         *("plan", "as written"),
     ]
+    plan_row, folder = results["candidates"][-2:]
+    assert plan_row["loss_change"] == folder["loss_change"]  # what was verified is what is written
     assert results["written"]["mean"] < 0.1
     kl = {each["name"]: each["kl"]["mean"] for each in results["candidates"]}
     assert kl["bf16"] < kl["int8"] < kl["int2-g16"]

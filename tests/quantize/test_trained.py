@@ -40,9 +40,14 @@ def product_of(path: str) -> Product | None:
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounded") / "run"
     options = {"precision": "qat_int4", "precision__rules": RULES, "train__steps": 2, "checkpoint__every": 2}
+    options["precision__monitor_every"] = 1
     said = finished(1, arguments(folder, data, **options)).out
     assert "qat_int4: 20 linear layers" in said
     assert "weights rounded as int4-g32 stores them" in said
+    line = json.loads((folder / "numerics.jsonl").read_text().splitlines()[0])
+    assert line["formats"] == {"x": "e4m3", "w": "int4", "g": "e5m2", "y": "e4m3"}
+    watched = line["modules"]["model.layers.0.mlp.up_proj"]
+    assert 6 < watched["w"]["snr"] < 24 < watched["x"]["snr"]  # 3 bits and one scale a tensor, 4 bits
     assert main(["export", str(folder)]) == 0
     return folder
 
